@@ -1,0 +1,65 @@
+# `make demo` and `make test` do everything from a fresh clone: virtual environment, torch, build, run.
+# Needed beforehand: Python >= 3.10 with venv, a C++20 compiler, cmake; nvcc for the CUDA kernels.
+#
+#   make test PYTHON=python3.12 TORCH=torch==2.11.0 PYTEST_ARGS="-k mae"
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet
+SOURCES := CMakeLists.txt setup.py pyproject.toml MANIFEST.in $(shell find csrc)
+CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+# Empty files that say which step is done; the first carries the torch that was asked for.
+TORCH_DONE := $(VENV)/.done-$(subst /,_,$(subst =,-,$(TORCH)))
+BUILD_DONE := $(VENV)/.done-build
+DEV_DONE := $(VENV)/.done-dev
+
+.PHONY: build test demo lint format wheel clean distclean
+
+build: $(BUILD_DONE)
+
+test: $(BUILD_DONE)
+	@$(PY) -m pytest $(PYTEST_ARGS)
+
+demo: $(BUILD_DONE)
+	@$(PY) -m fused_losses demo $(DEMO_ARGS)
+
+$(TORCH_DONE):
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) '$(TORCH)' numpy 'setuptools>=77' wheel 'pybind11>=2.13' ninja
+	@rm -f $(VENV)/.done-*
+	@touch $@
+
+# Editable: both binaries land in fused_losses/, Python files need no new build.
+$(BUILD_DONE): $(TORCH_DONE) $(SOURCES)
+	$(PIP) --no-build-isolation --editable '.[test]'
+	@touch $@
+
+$(DEV_DONE): $(TORCH_DONE) pyproject.toml
+	$(PIP) --no-build-isolation --editable '.[test,dev]'
+	@touch $(BUILD_DONE) $@
+
+lint: $(DEV_DONE)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(DEV_DONE)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+wheel: $(DEV_DONE)
+	$(PY) -m build --no-isolation
+
+clean:
+	rm -rf build dist *.egg-info fused_losses/*.so
+	rm -f $(BUILD_DONE) $(DEV_DONE)
+
+distclean: clean
+	rm -rf $(VENV)

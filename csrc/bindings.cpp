@@ -1,0 +1,46 @@
+// fused_losses._C: what this build is. It links no torch, so it imports under any torch and can say which one
+// is needed.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "losses/registry.h"
+
+namespace py = pybind11;
+
+namespace {
+
+std::vector<std::string> split_at_commas(const std::string& text) {
+    std::vector<std::string> parts;
+    std::istringstream stream(text);
+    for (std::string part; std::getline(stream, part, ',');) parts.push_back(part);
+    return parts;
+}
+
+// The FL_* strings are compile definitions set by CMakeLists.txt.
+py::dict build_info() {
+    py::dict info;
+    info["version"] = FL_VERSION;
+    info["torch"] = FL_TORCH_VERSION;
+#ifdef FL_CUDA_VERSION
+    info["cuda"] = FL_CUDA_VERSION;
+    info["cuda_architectures"] = split_at_commas(FL_CUDA_ARCHITECTURES);
+#else
+    info["cuda"] = py::none();
+    info["cuda_architectures"] = py::list();
+#endif
+    info["compiler"] = FL_COMPILER;
+    info["isa"] = split_at_commas(FL_ISA_NAMES);
+    info["build_type"] = FL_BUILD_TYPE;
+    return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.def("build_info", &build_info, "How this copy of fused_losses was built.");
+    m.def("loss_names", &fused_losses::loss_names, "Names of the losses compiled into the operator library.");
+}

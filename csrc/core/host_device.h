@@ -1,0 +1,16 @@
+// What lets one header serve g++ (CPU kernels, one copy per instruction set) and nvcc (CUDA kernels).
+#pragma once
+
+#ifdef __CUDACC__
+#define FL_HD __host__ __device__ __forceinline__
+#else
+#define FL_HD inline __attribute__((always_inline))
+#endif
+
+#define FL_INLINE_LAMBDA __attribute__((always_inline))
+
+// Every header with code sits in this inline namespace, so that the AVX-512 copy of a template is never the one the
+// linker keeps for the baseline.
+#ifndef FL_ISA
+#define FL_ISA baseline
+#endif

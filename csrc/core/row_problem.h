@@ -1,0 +1,69 @@
+// One call of a row loss as plain data: what the shared entry code has checked and allocated, and what a CPU or CUDA
+// driver needs to run it. Torch-free.
+//
+// Rows (samples, pixels) are numbered in logical order as outer * inner + i. After coalescing, two strides reach every
+// row: (N, C) and channels_last are one run of rows, NCHW is `outer` images of `inner` pixels.
+#pragma once
+
+#include <cstdint>
+
+#include "core/host_device.h"
+
+namespace fused_losses {
+
+enum class Dtype : std::uint8_t { kFloat64, kFloat32, kFloat16, kBFloat16 };
+enum class IndexType : std::uint8_t { kInt64, kInt32, kInt16, kUInt8 };
+enum class Reduction : std::uint8_t { kNone, kSum, kMean };
+
+struct RowStride {
+    std::int64_t outer = 0, inner = 0;
+
+    FL_HD std::int64_t at(std::int64_t o, std::int64_t i) const { return o * outer + i * inner; }
+};
+
+// acc below is double for float64 logits, float otherwise. A null pointer means "absent".
+struct RowProblem {
+    Dtype dtype = Dtype::kFloat32;
+    IndexType index_type = IndexType::kInt64;
+    Reduction reduction = Reduction::kMean;
+    std::int64_t outer = 1, inner = 0, num_classes = 0;
+
+    // Inputs
+    const void* logits = nullptr;  // dtype
+    RowStride logits_stride;
+    std::int64_t logits_class_stride = 1;
+    const void* target = nullptr;  // index_type; null with a soft target
+    RowStride target_stride;
+    const void* soft_target = nullptr;  // acc, or dtype if soft_target_is_stored
+    bool soft_target_is_stored = false;
+    RowStride soft_target_stride;
+    std::int64_t soft_target_class_stride = 1;
+    const void* class_weight = nullptr;   // acc [C]
+    const void* sample_weight = nullptr;  // acc, one per row
+    RowStride sample_weight_stride;
+    std::int64_t ignore_index = -100;
+
+    // The loss
+    int loss = 0;  // index into SoftmaxLosses
+    double params[8] = {};
+    bool needs_sum = false;
+    double logit_bias = 0;
+    const void* logit_bias_device = nullptr;  // acc, on the logits' device; read by the kernel in place of logit_bias
+
+    // Outputs of forward
+    void* row_values = nullptr;   // acc [rows], sample_weight * value
+    void* row_weights = nullptr;  // acc [rows], the rows' shares of the denominator (CUDA)
+    void* stats = nullptr;        // acc [2 or 4][rows]: lse, alpha, and with needs_sum beta, gamma
+    void* grad = nullptr;         // dtype
+    RowStride grad_stride;
+    std::int64_t grad_class_stride = 1;
+
+    // What one row's gradient is multiplied by: upstream * sample_weight / denominator
+    const void* upstream = nullptr;  // acc, one per row or a single one (stride 0); null means 1
+    RowStride upstream_stride;
+    const void* denominator = nullptr;  // acc, one; null means 1, zero makes the gradient zero
+
+    FL_HD std::int64_t rows() const { return outer * inner; }
+};
+
+}  // namespace fused_losses

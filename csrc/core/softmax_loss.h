@@ -1,0 +1,65 @@
+// The contract of a loss that is affine in the softmax probabilities.
+//
+// With log p_j = z_j - lse (the logit bias already added to z_y), every such loss sees of its row only the numbers in
+// SoftmaxRow, and its gradient is
+//
+//     dL/dz_j = alpha p_j + beta [j = y] + gamma u_j,
+//
+// so forward and backward, on the CPU and on CUDA, need one `eval` per row and one loop over the classes that knows no
+// loss. A loss is a struct with
+//
+//     static constexpr const char* name;      its stem in the Python registry
+//     static constexpr int num_params;        how many entries of `params` it reads
+//     static bool needs_sum(const double*)    whether eval reads sum_neg_log_p (costs a multiply-add per logit)
+//     template <class T> static AffineRow<T> eval(SoftmaxRow<T>, const T* params)
+#pragma once
+
+#include "core/host_device.h"
+
+namespace fused_losses {
+inline namespace FL_ISA {
+
+constexpr int kMaxParams = 8;
+
+template <class T>
+struct SoftmaxRow {
+    T log_p;          // log p_y
+    T sum_neg_log_p;  // sum_j u_j (-log p_j), u_j = 1, class weights, or the weighted soft target
+    T sum_u;          // sum_j u_j
+    T class_weight;   // weight[y], 1 without weights
+    T num_classes;
+};
+
+template <class T>
+struct AffineRow {
+    T value, alpha, beta, gamma;
+};
+
+template <class T>
+struct ValueSlope {
+    T value, slope;
+};
+
+// Adapts a loss phi(t) of t = log p_y alone: dt/dz_j = [j = y] - p_j.
+template <class Loss>
+struct OfTarget {
+    static constexpr const char* name = Loss::name;
+    static constexpr int num_params = Loss::num_params;
+
+    static bool needs_sum(const double*) { return false; }
+
+    template <class T>
+    FL_HD static AffineRow<T> eval(const SoftmaxRow<T>& row, const T* params) {
+        const ValueSlope<T> phi = Loss::eval(row.log_p, params);
+        const T slope = row.class_weight * phi.slope;
+        return {row.class_weight * phi.value, -slope, slope, T(0)};
+    }
+};
+
+template <class... Losses>
+struct TypeList {
+    static constexpr int size = sizeof...(Losses);
+};
+
+}  // namespace FL_ISA
+}  // namespace fused_losses

@@ -1,0 +1,132 @@
+// CPU backend of row losses: picks the kernels for this processor and spreads tiles over threads.
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "ops/backend.h"
+
+namespace fused_losses {
+namespace {
+
+const CpuKernels& kernels() {
+    static const CpuKernels chosen = [] {
+        [[maybe_unused]] const std::string capability = at::get_cpu_capability();  // ATEN_CPU_CAPABILITY overrides
+#ifdef FL_HAVE_AVX512
+        if (capability == "AVX512") return cpu_kernels<Isa::avx512>();
+#endif
+#ifdef FL_HAVE_AVX2
+        if (capability == "AVX2" || capability == "AVX512") return cpu_kernels<Isa::avx2>();
+#endif
+        return cpu_kernels<Isa::baseline>();
+    }();
+    return chosen;
+}
+
+// What one chunk of targets says: the sum of its rows' weights and the first row that is out of range.
+struct TargetSummary {
+    double weight = 0;
+    std::int64_t bad_row = std::numeric_limits<std::int64_t>::max();
+    std::int64_t bad_target = 0;
+};
+
+template <class Index, class A>
+TargetSummary summarize(const RowProblem& p, std::int64_t begin, std::int64_t end) {
+    const auto* targets = static_cast<const Index*>(p.target);
+    const auto* weights = static_cast<const A*>(p.class_weight);
+    const auto* samples = static_cast<const A*>(p.sample_weight);
+    TargetSummary summary;
+    for (std::int64_t row = begin; row < end; ++row) {
+        const std::int64_t o = row / p.inner, i = row % p.inner;
+        const std::int64_t y = targets ? std::int64_t(targets[p.target_stride.at(o, i)]) : 0;
+        if (targets && y == p.ignore_index) continue;
+        if (y < 0 || y >= p.num_classes) {
+            summary.bad_row = row;
+            summary.bad_target = y;
+            return summary;
+        }
+        const double weight = weights && targets ? double(weights[y]) : 1.0;
+        summary.weight += samples ? weight * double(samples[p.sample_weight_stride.at(o, i)]) : weight;
+    }
+    return summary;
+}
+
+template <class Index>
+TargetSummary summarize(const RowProblem& p, std::int64_t begin, std::int64_t end) {
+    return p.dtype == Dtype::kFloat64 ? summarize<Index, double>(p, begin, end)
+                                      : summarize<Index, float>(p, begin, end);
+}
+
+TargetSummary summarize(const RowProblem& p, std::int64_t begin, std::int64_t end) {
+    switch (p.index_type) {
+        case IndexType::kInt32: return summarize<std::int32_t>(p, begin, end);
+        case IndexType::kInt16: return summarize<std::int16_t>(p, begin, end);
+        case IndexType::kUInt8: return summarize<std::uint8_t>(p, begin, end);
+        default: return summarize<std::int64_t>(p, begin, end);
+    }
+}
+
+// Checks every target and returns the denominator of the mean. Chunks are fixed, so the sum has the same bits for any
+// number of threads.
+double check_targets(const RowProblem& p) {
+    constexpr std::int64_t kChunk = 16384;
+    const std::int64_t rows = p.rows(), chunks = (rows + kChunk - 1) / kChunk;
+    std::vector<TargetSummary> summaries(chunks);
+    at::parallel_for(0, chunks, 4, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t c = begin; c < end; ++c)
+            summaries[c] = summarize(p, c * kChunk, std::min(rows, (c + 1) * kChunk));
+    });
+    double weight = 0;
+    for (const TargetSummary& s : summaries) {
+        TORCH_CHECK_INDEX(s.bad_row == std::numeric_limits<std::int64_t>::max(), "target must be in [0, ",
+                          p.num_classes, ") or equal ignore_index=", p.ignore_index, ": Target ", s.bad_target,
+                          " is out of bounds (row ", s.bad_row, ")");
+        weight += s.weight;
+    }
+    return weight;
+}
+
+// Tiles per task, so that a task is worth a thread.
+std::int64_t grain_size(const RowProblem& p, const Tiling& tiling) {
+    constexpr std::int64_t kElements = 32768;
+    return std::max<std::int64_t>(1, kElements / std::max<std::int64_t>(1, tiling.tile_rows * p.num_classes));
+}
+
+void write_scalar(const at::Tensor& out, double value) {
+    if (out.scalar_type() == at::kDouble)
+        *out.mutable_data_ptr<double>() = value;
+    else
+        *out.mutable_data_ptr<float>() = static_cast<float>(value);
+}
+
+void forward(RowProblem& p, const at::Tensor& loss, const at::Tensor& denominator) {
+    const double weight = check_targets(p);
+    if (denominator.defined()) {
+        write_scalar(denominator, weight);
+        p.denominator = denominator.const_data_ptr();
+    }
+    const Tiling tiling(p);
+    std::vector<double> sums(tiling.tiles);
+    at::parallel_for(0, tiling.tiles, grain_size(p, tiling), [&](std::int64_t begin, std::int64_t end) {
+        kernels().forward(p, begin, end, sums.data());
+    });
+    if (p.reduction == Reduction::kNone) return;
+    double total = 0;
+    for (const double sum : sums) total += sum;
+    write_scalar(loss, p.reduction == Reduction::kSum ? total : (weight == 0 ? 0.0 : total / weight));
+}
+
+void gradient(const RowProblem& p) {
+    const Tiling tiling(p);
+    at::parallel_for(0, tiling.tiles, grain_size(p, tiling),
+                     [&](std::int64_t begin, std::int64_t end) { kernels().gradient(p, begin, end); });
+}
+
+}  // namespace
+
+Backend cpu_backend() { return {&forward, &gradient}; }
+
+}  // namespace fused_losses

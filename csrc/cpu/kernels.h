@@ -1,0 +1,54 @@
+// The boundary between the operator entry code and the CPU kernels, which are compiled once per instruction set.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "core/row_problem.h"
+
+namespace fused_losses {
+inline namespace FL_ISA {
+
+// How rows are cut into units of parallel work. It depends on the problem alone, never on the number of threads, and each
+// tile's partial sum is added in tile order: the same bits for any number of threads.
+struct Tiling {
+    static constexpr int kLanes = 64;
+    static constexpr std::int64_t kMaxLaneClasses = 8192;   // a lane tile of floats then fills 2 MiB
+    static constexpr std::int64_t kRowTileElements = 4096;  // 16 KiB of floats: exponentials stay in L1
+
+    bool lanes;  // vector lanes are rows (few classes, or classes far apart), else lanes are classes
+    std::int64_t tile_rows, tiles_per_outer, tiles;
+
+    explicit Tiling(const RowProblem& p) {
+        const bool few = p.num_classes <= 32;
+        const bool pixels = p.logits_class_stride != 1 && p.inner > 1 && p.num_classes <= kMaxLaneClasses;
+        lanes = few || pixels;
+        const std::int64_t fitting = kRowTileElements / std::max<std::int64_t>(p.num_classes, 1);
+        tile_rows = lanes ? kLanes : std::clamp<std::int64_t>(fitting, 1, 16);
+        tiles_per_outer = (p.inner + tile_rows - 1) / tile_rows;
+        tiles = p.outer * tiles_per_outer;
+    }
+};
+
+}  // namespace FL_ISA
+
+enum class Isa { baseline, avx2, avx512 };
+
+struct CpuKernels {
+    // Forward of tiles [begin, end): row values or per-tile sums, stats, gradient, as the problem asks.
+    void (*forward)(const RowProblem&, std::int64_t begin, std::int64_t end, double* tile_sums);
+    // Gradient of tiles [begin, end) from the stats forward has saved.
+    void (*gradient)(const RowProblem&, std::int64_t begin, std::int64_t end);
+};
+
+// Each compilation of kernels.cpp defines one of these.
+template <Isa>
+CpuKernels cpu_kernels();
+template <>
+CpuKernels cpu_kernels<Isa::baseline>();
+template <>
+CpuKernels cpu_kernels<Isa::avx2>();
+template <>
+CpuKernels cpu_kernels<Isa::avx512>();
+
+}  // namespace fused_losses

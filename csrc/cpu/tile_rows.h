@@ -1,0 +1,152 @@
+// The per-row side of a tile: everything of which a row has one number. Loops run over rows, so that the log of the
+// normaliser and the loss itself are vectorised too.
+#pragma once
+
+#include <cstdint>
+
+#include "core/math.h"
+#include "core/numeric.h"
+#include "core/row_problem.h"
+#include "cpu/kernels.h"
+#include "losses/registry.h"
+
+namespace fused_losses {
+inline namespace FL_ISA {
+
+template <class A>
+const A* as(const void* pointer) {
+    return static_cast<const A*>(pointer);
+}
+
+template <class A>
+struct alignas(64) TileRows {
+    static constexpr int kMax = Tiling::kLanes;
+
+    std::int64_t target[kMax];  // 0 where there is none
+    bool ignored[kMax];
+    bool any_ignored;
+    int padded;  // rows rounded up to whole vectors
+    A bias;      // added to the target's logit
+    A class_weight[kMax], sample_weight[kMax], scale[kMax];
+    // Set by the pass over the logits: max, sum exp(z - max), z_y, sum u (z - max), sum u
+    A max[kMax], sum[kMax], target_logit[kMax], centred[kMax], sum_u[kMax];
+    A value[kMax], alpha[kMax], beta[kMax], gamma[kMax], lse[kMax];
+
+    // Reads targets and weights of rows [first, first + n) of image `outer`; clears what follows, up to whole vectors and
+    // at least to `lanes`.
+    void begin(const RowProblem& p, std::int64_t outer, std::int64_t first, int n, int lanes) {
+        padded = std::max((n + 15) / 16 * 16, lanes);
+        bias = p.logit_bias_device ? *as<A>(p.logit_bias_device) : A(p.logit_bias);
+        read_targets(p, outer, first, n);
+        const A denominator = p.denominator ? *as<A>(p.denominator) : A(1);
+        const A share = denominator == A(0) ? A(0) : A(1) / denominator;
+        for (int i = 0; i < n; ++i) {
+            const A* weights = as<A>(p.class_weight);
+            const A* samples = as<A>(p.sample_weight);
+            const A* upstream = as<A>(p.upstream);
+            class_weight[i] = weights && p.target ? weights[target[i]] : A(1);
+            sample_weight[i] = samples ? samples[p.sample_weight_stride.at(outer, first + i)] : A(1);
+            const A from_above = upstream ? upstream[p.upstream_stride.at(outer, first + i)] : A(1);
+            scale[i] = ignored[i] ? A(0) : from_above * sample_weight[i] * share;
+        }
+        for (int i = n; i < padded; ++i) clear(i);
+    }
+
+    // Turns the sums of a pass over the logits into loss and gradient coefficients.
+    void finish(const RowProblem& p, std::int64_t outer, std::int64_t first, int n, double& total) {
+        evaluate(p);
+        const std::int64_t row = outer * p.inner + first;
+        if (p.stats) write_stats(p, row, n);
+        A* values = static_cast<A*>(p.row_values);
+        for (int i = 0; i < n; ++i) {
+            const A weighted = ignored[i] ? A(0) : sample_weight[i] * value[i];
+            if (values) values[row + i] = weighted;
+            total += weighted;
+        }
+    }
+
+    // Backward: what write_stats has saved.
+    void read_stats(const RowProblem& p, std::int64_t outer, std::int64_t first, int n) {
+        const A* stats = as<A>(p.stats);
+        const std::int64_t rows = p.rows(), row = outer * p.inner + first;
+        for (int i = 0; i < n; ++i) {
+            lse[i] = stats[row + i];
+            alpha[i] = stats[rows + row + i];
+            beta[i] = p.needs_sum ? stats[2 * rows + row + i] : -alpha[i];
+            gamma[i] = p.needs_sum ? stats[3 * rows + row + i] : A(0);
+        }
+    }
+
+    void clear(int i) {
+        target[i] = 0;
+        ignored[i] = true;
+        class_weight[i] = sum[i] = A(1);
+        sample_weight[i] = scale[i] = max[i] = target_logit[i] = centred[i] = sum_u[i] = A(0);
+        lse[i] = alpha[i] = beta[i] = gamma[i] = A(0);
+    }
+
+private:
+    void read_targets(const RowProblem& p, std::int64_t outer, std::int64_t first, int n) {
+        any_ignored = false;
+        if (!p.target) {
+            for (int i = 0; i < n; ++i) target[i] = 0, ignored[i] = false;
+            return;
+        }
+        switch (p.index_type) {
+            case IndexType::kInt64: return copy_targets<std::int64_t>(p, outer, first, n);
+            case IndexType::kInt32: return copy_targets<std::int32_t>(p, outer, first, n);
+            case IndexType::kInt16: return copy_targets<std::int16_t>(p, outer, first, n);
+            case IndexType::kUInt8: return copy_targets<std::uint8_t>(p, outer, first, n);
+        }
+    }
+
+    template <class Index>
+    void copy_targets(const RowProblem& p, std::int64_t outer, std::int64_t first, int n) {
+        for (int i = 0; i < n; ++i) {
+            const std::int64_t y = as<Index>(p.target)[p.target_stride.at(outer, first + i)];
+            ignored[i] = y == p.ignore_index;
+            any_ignored |= ignored[i];
+            target[i] = ignored[i] ? 0 : y;
+        }
+    }
+
+    void evaluate(const RowProblem& p) {
+        A params[kMaxParams];
+        for (int i = 0; i < kMaxParams; ++i) params[i] = A(p.params[i]);
+        const A num_classes = A(p.num_classes);
+        const auto row_of = [&](int i) FL_INLINE_LAMBDA {
+            const A log_sum = math::log(sum[i]);
+            lse[i] = max[i] + log_sum;
+            const A log_p = (target_logit[i] - max[i]) - log_sum;
+            const A sum_neg_log_p = sum_u[i] * log_sum - centred[i];
+            return SoftmaxRow<A>{log_p, sum_neg_log_p, sum_u[i], class_weight[i], num_classes};
+        };
+        const auto store = [&](int i, const AffineRow<A>& row) FL_INLINE_LAMBDA {
+            value[i] = row.value, alpha[i] = row.alpha, beta[i] = row.beta, gamma[i] = row.gamma;
+        };
+        if (p.soft_target) {
+#pragma omp simd
+            for (int i = 0; i < padded; ++i) store(i, SoftCrossEntropy::eval(row_of(i)));
+            return;
+        }
+        visit_loss(SoftmaxLosses{}, p.loss, [&]<class Loss>() {
+#pragma omp simd
+            for (int i = 0; i < padded; ++i) store(i, Loss::eval(row_of(i), params));
+        });
+    }
+
+    void write_stats(const RowProblem& p, std::int64_t row, int n) const {
+        A* stats = static_cast<A*>(p.stats);
+        const std::int64_t rows = p.rows();
+        for (int i = 0; i < n; ++i) {
+            stats[row + i] = lse[i];
+            stats[rows + row + i] = alpha[i];
+            if (!p.needs_sum) continue;
+            stats[2 * rows + row + i] = beta[i];
+            stats[3 * rows + row + i] = gamma[i];
+        }
+    }
+};
+
+}  // namespace FL_ISA
+}  // namespace fused_losses

@@ -1,0 +1,59 @@
+// Choosing and launching a kernel.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+
+#include "core/numeric.h"
+#include "cuda/launch.h"
+
+namespace fused_losses::cuda {
+
+constexpr int kBlock = 256;  // threads per block of every kernel
+
+// Blocks that must fit on a multiprocessor: lets row kernels use 64 registers a thread (128 for doubles).
+// Left alone, the compiler spills some of them for an occupancy that these kernels do not need.
+template <class A>
+constexpr int kMinBlocks = sizeof(A) == 8 ? 2 : 4;
+
+// Who works on a row. Every kernel is right for any shape and strides; the choice is about speed.
+enum class Regime { kThread, kWarp, kBlock };
+
+inline Regime regime_of(const RowProblem& p) {
+    constexpr std::int64_t few_classes = 16, warp_classes = 1024;
+    if (p.num_classes <= few_classes) return Regime::kThread;
+    // NCHW: neighbouring threads read neighbouring pixels, if there are enough of them to fill the device.
+    const bool pixels_adjacent = std::abs(p.logits_stride.inner) < std::abs(p.logits_class_stride);
+    if (pixels_adjacent && p.inner > 1 && p.rows() >= p.num_classes) return Regime::kThread;
+    return p.num_classes <= warp_classes ? Regime::kWarp : Regime::kBlock;
+}
+
+// Calls body.operator()<Stored, kSpread>() for the problem's dtype; kSpread says that u_j is needed.
+template <class Body>
+cudaError_t dispatch(const RowProblem& p, Body body) {
+    const auto with = [&]<class Stored>() {
+        return p.needs_sum ? body.template operator()<Stored, true>()
+                           : body.template operator()<Stored, false>();
+    };
+    switch (p.dtype) {
+        case Dtype::kFloat64: return with.template operator()<double>();
+        case Dtype::kFloat32: return with.template operator()<float>();
+        case Dtype::kFloat16: return with.template operator()<Half>();
+        case Dtype::kBFloat16: return with.template operator()<BFloat16>();
+    }
+    return cudaErrorInvalidValue;
+}
+
+// Blocks for `rows` rows at `rows_per_block`; kernels loop over what exceeds the largest grid.
+inline unsigned blocks_for(std::int64_t rows, std::int64_t rows_per_block) {
+    constexpr std::int64_t largest_grid = 0x7fffffff;
+    return static_cast<unsigned>(std::min((rows + rows_per_block - 1) / rows_per_block, largest_grid));
+}
+
+template <class... Params, class... Args>
+cudaError_t launch(void (*kernel)(Params...), unsigned blocks, cudaStream_t stream, const Args&... args) {
+    kernel<<<blocks, kBlock, 0, stream>>>(args...);
+    return cudaGetLastError();
+}
+
+}  // namespace fused_losses::cuda

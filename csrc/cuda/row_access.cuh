@@ -1,0 +1,202 @@
+// How kernels reach a row: where it starts, its target and weights, and how a group of threads walks over its
+// classes.
+#pragma once
+
+// The check of target ranges below is for users and has to survive release builds.
+#undef NDEBUG
+#include <cassert>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "core/numeric.h"
+#include "core/row_problem.h"
+#include "core/softmax_loss.h"
+
+namespace fused_losses::cuda {
+
+#define FL_DEVICE __device__ __forceinline__
+
+template <class A>
+FL_DEVICE const A* as(const void* pointer) {
+    return static_cast<const A*>(pointer);
+}
+
+// Kernel argument. Arithmetic on doubles is slow on most GPUs, so the host converts the parameters.
+template <class A>
+struct RowArgs {
+    RowProblem problem;
+    A params[kMaxParams];
+    A bias;
+
+    explicit RowArgs(const RowProblem& p) : problem(p), bias(static_cast<A>(p.logit_bias)) {
+        for (int i = 0; i < kMaxParams; ++i) params[i] = static_cast<A>(p.params[i]);
+    }
+};
+
+template <class Stored>
+FL_DEVICE acc_t<Stored> to_acc(Stored x) {
+#ifdef __CUDA_ARCH__
+    if constexpr (std::is_same_v<Stored, Half>) return __half2float(__half(__half_raw{x.bits}));
+#endif
+    return widen(x);
+}
+
+template <class Stored>
+FL_DEVICE Stored to_stored(acc_t<Stored> x) {
+#ifdef __CUDA_ARCH__
+    if constexpr (std::is_same_v<Stored, Half>) return {__half_as_ushort(__float2half_rn(x))};
+    if constexpr (std::is_same_v<Stored, BFloat16>) return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+#endif
+    return narrow<Stored>(x);
+}
+
+// ---- One row
+// -------------------------------------------------------------------------------------------------------
+
+struct Row {
+    std::int64_t number, outer, inner;
+};
+
+FL_DEVICE Row row_at(const RowProblem& p, std::int64_t number) {
+    if (p.outer == 1) return {number, 0, number};
+    std::int64_t outer;
+    if (((number | p.inner) >> 32) == 0)  // 64-bit division is a long subroutine
+        outer = static_cast<std::uint32_t>(number) / static_cast<std::uint32_t>(p.inner);
+    else
+        outer = number / p.inner;
+    return {number, outer, number - outer * p.inner};
+}
+
+struct Target {
+    int cls;  // -1 with a soft target
+    bool ignored;
+};
+
+FL_DEVICE std::int64_t read_index(const RowProblem& p, std::int64_t offset) {
+    switch (p.index_type) {
+        case IndexType::kInt64: return as<std::int64_t>(p.target)[offset];
+        case IndexType::kInt32: return as<std::int32_t>(p.target)[offset];
+        case IndexType::kInt16: return as<std::int16_t>(p.target)[offset];
+        case IndexType::kUInt8: return as<std::uint8_t>(p.target)[offset];
+    }
+    return 0;
+}
+
+FL_DEVICE Target target_of(const RowProblem& p, const Row& row) {
+    if (!p.target) return {-1, false};
+    const std::int64_t cls = read_index(p, p.target_stride.at(row.outer, row.inner));
+    if (cls == p.ignore_index) return {0, true};
+    assert(cls >= 0 && cls < p.num_classes && "fused_losses: target out of range");
+    return {static_cast<int>(cls), false};
+}
+
+template <class A>
+FL_DEVICE A bias_of(const RowArgs<A>& args) {
+    const void* on_device = args.problem.logit_bias_device;
+    return on_device ? *as<A>(on_device) : args.bias;
+}
+
+template <class A>
+FL_DEVICE A class_weight_of(const RowProblem& p, const Target& target) {
+    return p.class_weight && target.cls >= 0 ? as<A>(p.class_weight)[target.cls] : A(1);
+}
+
+template <class A>
+FL_DEVICE A sample_weight_of(const RowProblem& p, const Row& row) {
+    return p.sample_weight ? as<A>(p.sample_weight)[p.sample_weight_stride.at(row.outer, row.inner)] : A(1);
+}
+
+// u_j of SoftmaxRow: 1, the class weights, or the weighted and smoothed soft target.
+template <class Stored>
+class Spread {
+    using A = acc_t<Stored>;
+
+public:
+    FL_DEVICE Spread(const RowProblem& problem, const RowArgs<A>& args, const Row& row)
+        : p(problem),
+          offset(p.soft_target ? p.soft_target_stride.at(row.outer, row.inner) : 0),
+          keep(A(1) - args.params[0]),
+          uniform(args.params[0] / A(p.num_classes)) {}
+
+    FL_DEVICE A operator()(int cls) const {
+        const A weight = p.class_weight ? as<A>(p.class_weight)[cls] : A(1);
+        if (!p.soft_target) return weight;
+        const std::int64_t at = offset + cls * p.soft_target_class_stride;
+        const A y =
+            p.soft_target_is_stored ? to_acc(as<Stored>(p.soft_target)[at]) : as<A>(p.soft_target)[at];
+        return weight * (keep * y + uniform);
+    }
+
+private:
+    const RowProblem& p;
+    const std::int64_t offset;
+    const A keep, uniform;
+};
+
+// ---- The classes of a row, shared by kThreads threads
+// ---------------------------------------------------------------
+
+constexpr int kClassesAtOnce = 8;  // loads in flight where a thread walks over a row alone
+
+template <int kCount>
+using Count = std::integral_constant<int, kCount>;
+
+template <class Stored>
+constexpr int kVector = 16 / sizeof(Stored);  // elements of a 16-byte access
+
+template <class Stored>
+FL_DEVICE int misalignment(const Stored* pointer) {  // in elements
+    return static_cast<int>(reinterpret_cast<std::uintptr_t>(pointer) % 16 / sizeof(Stored));
+}
+
+// Calls body(Count<n>, c) so that every class is covered once by [c, c + n). With `vectors` n is a full
+// 16-byte access wherever row + c is aligned; the few classes before the first and after the last boundary
+// are taken one by one.
+template <int kThreads, class Stored, class Body>
+FL_DEVICE void walk_classes(const Stored* row, int classes, bool vectors, int lane, Body body) {
+    constexpr int n = kVector<Stored>;
+    static_assert(2 * (n - 1) < kThreads, "head and tail need a thread for every class");
+    if (!vectors) {
+        for (int c = lane; c < classes; c += kThreads) body(Count<1>{}, c);
+        return;
+    }
+    const int head = min(classes, (n - misalignment(row)) % n);
+    const int tail = (classes - head) % n;
+    if (lane < head + tail) body(Count<1>{}, lane < head ? lane : classes - tail + (lane - head));
+    for (int c = head + lane * n; c < classes - tail; c += kThreads * n) body(Count<n>{}, c);
+}
+
+template <int kCount, class Stored>
+FL_DEVICE void load(const Stored* from, acc_t<Stored> (&to)[kCount]) {
+    if constexpr (kCount == 1) {
+        to[0] = to_acc(*from);
+    } else {
+        static_assert(kCount == kVector<Stored>);
+        const uint4 bytes = *reinterpret_cast<const uint4*>(from);
+        Stored x[kCount];
+        std::memcpy(x, &bytes, sizeof(bytes));
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) to[k] = to_acc(x[k]);
+    }
+}
+
+template <int kCount, class Stored>
+FL_DEVICE void store(Stored* to, const acc_t<Stored> (&from)[kCount]) {
+    if constexpr (kCount == 1) {
+        *to = to_stored<Stored>(from[0]);
+    } else {
+        static_assert(kCount == kVector<Stored>);
+        Stored x[kCount];
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) x[k] = to_stored<Stored>(from[k]);
+        uint4 bytes;
+        std::memcpy(&bytes, x, sizeof(bytes));
+        *reinterpret_cast<uint4*>(to) = bytes;
+    }
+}
+
+}  // namespace fused_losses::cuda

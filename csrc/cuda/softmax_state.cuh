@@ -1,0 +1,98 @@
+// One-pass ("online") softmax sums and their deterministic combination over a warp or a block.
+#pragma once
+
+#include <limits>
+
+#include "core/math.h"
+#include "cuda/row_access.cuh"
+
+namespace fused_losses::cuda {
+
+// Of the logits z seen so far: max, sum = sum exp(z - max) and, with kSpread, centred = sum u (z - pivot),
+// sum_u = sum u. The pivot is max, or 0 as long as max is -inf: -inf - -inf must not turn a row with masked
+// classes into NaN. NaN never becomes max, but makes sum NaN; so does +inf.
+template <class A, bool kSpread>
+struct SoftmaxState {
+    A max, sum, centred, sum_u;
+
+    // Not a constructor: the type has to stay trivial for shared memory.
+    static FL_DEVICE SoftmaxState empty() { return {-std::numeric_limits<A>::infinity(), A(0), A(0), A(0)}; }
+
+    static FL_DEVICE A larger(A a, A b) { return b > a ? b : a; }
+    static FL_DEVICE A pivot_of(A top) { return top == -std::numeric_limits<A>::infinity() ? A(0) : top; }
+
+    // Expresses the sums relative to another pivot. A max of -inf comes with sum 0, and exp(-inf) = 0 keeps
+    // it so.
+    FL_DEVICE void move_to(A top, A pivot) {
+        sum *= math::exp(max - pivot);
+        if constexpr (kSpread) centred += sum_u * (pivot_of(max) - pivot);
+        max = top;
+    }
+
+    template <int kCount>
+    FL_DEVICE void push(const A (&z)[kCount], const A (&u)[kCount]) {
+        A top = max;
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) top = larger(top, z[k]);
+        const A pivot = pivot_of(top);
+        move_to(top, pivot);
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) {
+            sum += math::exp(z[k] - pivot);
+            if constexpr (kSpread) {
+                // A class of weight zero contributes nothing, even at -inf.
+                centred += u[k] == A(0) ? A(0) : u[k] * (z[k] - pivot);
+                sum_u += u[k];
+            }
+        }
+    }
+
+    FL_DEVICE void merge(SoftmaxState other) {
+        const A top = larger(max, other.max);
+        const A pivot = pivot_of(top);
+        move_to(top, pivot);
+        other.move_to(top, pivot);
+        sum += other.sum;
+        if constexpr (kSpread) centred += other.centred, sum_u += other.sum_u;
+    }
+
+    FL_DEVICE SoftmaxState from_lane_below(int distance, int width) const {
+        constexpr unsigned all = 0xffffffffu;
+        SoftmaxState other = *this;
+        other.max = __shfl_down_sync(all, max, distance, width);
+        other.sum = __shfl_down_sync(all, sum, distance, width);
+        if constexpr (kSpread) {
+            other.centred = __shfl_down_sync(all, centred, distance, width);
+            other.sum_u = __shfl_down_sync(all, sum_u, distance, width);
+        }
+        return other;
+    }
+
+    // Lane 0 of each group of `kWidth` lanes ends with the sums of its group. Called by whole warps.
+    template <int kWidth>
+    FL_DEVICE void reduce_lanes() {
+#pragma unroll
+        for (int distance = kWidth / 2; distance > 0; distance /= 2) merge(from_lane_below(distance, kWidth));
+    }
+};
+
+// Leaves the sums of all kThreads threads that share a row (a warp, or the whole block) in the first of them.
+template <int kThreads, class State>
+FL_DEVICE void reduce_group(State& state) {
+    static_assert(kThreads == 32 || kThreads % 32 == 0);
+    state.template reduce_lanes<32>();
+    if constexpr (kThreads > 32) {
+        constexpr int warps = kThreads / 32;
+        __shared__ State of_warp[warps];
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        if (lane == 0) of_warp[warp] = state;
+        __syncthreads();
+        if (warp == 0) {
+            state = of_warp[lane % warps];
+            state.template reduce_lanes<warps>();
+        }
+        __syncthreads();  // of_warp is free for the block's next row
+    }
+}
+
+}  // namespace fused_losses::cuda

@@ -1,0 +1,36 @@
+// Cross entropy with label smoothing and class weights, by torch's formulas.
+#pragma once
+
+#include "core/softmax_loss.h"
+
+namespace fused_losses {
+inline namespace FL_ISA {
+
+// params: s (label smoothing). Hard labels: (1 - s) w_y (-log p_y) + (s / K) sum_j w_j (-log p_j), u = w.
+struct CrossEntropy {
+    static constexpr const char* name = "cross_entropy";
+    static constexpr int num_params = 1;
+
+    static bool needs_sum(const double* params) { return params[0] != 0.0; }
+
+    template <class T>
+    FL_HD static AffineRow<T> eval(const SoftmaxRow<T>& row, const T* params) {
+        const T hard = (T(1) - params[0]) * row.class_weight;
+        const T spread = params[0] / row.num_classes;
+        // Without smoothing the sum is not computed; s = 1 must not read an infinite -log p_y.
+        const T hard_value = hard == T(0) ? T(0) : -hard * row.log_p;
+        const T smooth_value = spread == T(0) ? T(0) : spread * row.sum_neg_log_p;
+        return {hard_value + smooth_value, hard + spread * row.sum_u, -hard, -spread};
+    }
+};
+
+// Soft targets: sum_j u_j (-log p_j) with u_j = w_j ((1 - s) y_j + s / K), which the caller has put into u.
+struct SoftCrossEntropy {
+    template <class T>
+    FL_HD static AffineRow<T> eval(const SoftmaxRow<T>& row) {
+        return {row.sum_neg_log_p, row.sum_u, T(0), T(-1)};
+    }
+};
+
+}  // namespace FL_ISA
+}  // namespace fused_losses

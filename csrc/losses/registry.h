@@ -1,0 +1,41 @@
+// The only list of losses in C++. A loss is chosen by its name; the index into this list is what travels to a kernel.
+#pragma once
+
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "losses/cross_entropy.h"
+#include "losses/target_losses.h"
+
+namespace fused_losses {
+inline namespace FL_ISA {
+
+using SoftmaxLosses =
+    TypeList<CrossEntropy, OfTarget<MAE>, OfTarget<GCE>, OfTarget<AGCE>, OfTarget<AUE>, OfTarget<AE>, OfTarget<RCE>,
+             OfTarget<SCE>, OfTarget<TaylorCE>, OfTarget<PHuberCE>, OfTarget<JS>, OfTarget<Focal>, OfTarget<BoundedCE>>;
+
+// Calls visitor.operator()<Loss>() for the loss at `index`.
+template <class... Losses, class Visitor>
+FL_HD void visit_loss(TypeList<Losses...>, int index, Visitor&& visitor) {
+    int i = 0;
+    ((i++ == index ? (visitor.template operator()<Losses>(), true) : false) || ...);
+}
+
+template <class... Losses>
+std::vector<std::string> names_of(TypeList<Losses...>) {
+    return {Losses::name...};
+}
+
+template <class... Losses>
+int index_of(TypeList<Losses...>, std::string_view name) {
+    int index = 0;
+    const bool found = ((name == Losses::name || (++index, false)) || ...);
+    return found ? index : -1;
+}
+
+inline std::vector<std::string> loss_names() { return names_of(SoftmaxLosses{}); }
+
+}  // namespace FL_ISA
+}  // namespace fused_losses

@@ -1,0 +1,184 @@
+// Losses that are functions phi(t) of t = log p_y alone. Each eval returns phi and its slope dphi/dt; the gradient of the
+// logits follows as slope * ([j = y] - p_j).
+//
+// Everything is written through t: p^q = e^(qt) and 1 - p = -expm1(t). p^(q-1), which is infinite where p underflows,
+// never appears, so nothing has to be clamped.
+#pragma once
+
+#include "core/math.h"
+#include "core/softmax_loss.h"
+
+namespace fused_losses {
+inline namespace FL_ISA {
+
+// -p t, which is 0 at p = 0.
+template <class T>
+FL_HD T neg_p_log_p(T p, T t) {
+    return p > T(0) ? -p * t : p;
+}
+
+// params: scale
+struct MAE {
+    static constexpr const char* name = "mae";
+    static constexpr int num_params = 1;
+
+    template <class T>
+    FL_HD static ValueSlope<T> eval(T t, const T* params) {
+        return {-params[0] * math::expm1(t), -params[0] * math::exp(t)};
+    }
+};
+
+// params: q. (1 - p^q) / q.
+struct GCE {
+    static constexpr const char* name = "gce";
+    static constexpr int num_params = 1;
+
+    template <class T>
+    FL_HD static ValueSlope<T> eval(T t, const T* params) {
+        const T q = params[0];
+        return {-math::expm1(q * t) / q, -math::exp(q * t)};
+    }
+};
+
+// params: a, q. ((a + 1)^q - (a + p)^q) / q, written as -(a + 1)^q expm1(q log((a + p) / (a + 1))) / q because the
+// difference cancels as p -> 1.
+struct AGCE {
+    static constexpr const char* name = "agce";
+    static constexpr int num_params = 2;
+
+    template <class T>
+    FL_HD static ValueSlope<T> eval(T t, const T* params) {
+        const T a = params[0], q = params[1], p = math::exp(t);
+        const T log_ratio = math::log1p(math::expm1(t) / (a + T(1)));
+        const T top = math::pow(a + T(1), q);
+        return {-top * math::expm1(q * log_ratio) / q, -p * top * math::exp(q * log_ratio) / (a + p)};
+    }
+};
+
+// params: a, q. ((a - p)^q - (a - 1)^q) / q with a > 1, written like AGCE.
+struct AUE {
+    static constexpr const char* name = "aue";
+    static constexpr int num_params = 2;
+
+    template <class T>
+    FL_HD static ValueSlope<T> eval(T t, const T* params) {
+        const T a = params[0], q = params[1], p = math::exp(t);
+        const T log_ratio = math::log1p(-math::expm1(t) / (a - T(1)));
+        const T bottom = math::pow(a - T(1), q);
+        return {bottom * math::expm1(q * log_ratio) / q, -p * bottom * math::exp(q * log_ratio) / (a - p)};
+    }
+};
+
+// params: a. exp(-p / a); its smallest value is exp(-1 / a), not 0.
+struct AE {
+    static constexpr const char* name = "ae";
+    static constexpr int num_params = 1;
+
+    template <class T>
+    FL_HD static ValueSlope<T> eval(T t, const T* params) {
+        const T ratio = math::exp(t) / params[0];
+        const T value = math::exp(-ratio);
+        return {value, -ratio * value};
+    }
+};
+
+// params: A. A (1 - p): cross entropy with label and prediction exchanged and log 0 := -A.
+struct RCE {
+    static constexpr const char* name = "rce";
+    static constexpr int num_params = 1;
+
+    template <class T>
+    FL_HD static ValueSlope<T> eval(T t, const T* params) {
+        return MAE::eval(t, params);
+    }
+};
+
+// params: alpha, beta, A. alpha CE + beta RCE.
+struct SCE {
+    static constexpr const char* name = "sce";
+    static constexpr int num_params = 3;
+
+    template <class T>
+    FL_HD static ValueSlope<T> eval(T t, const T* params) {
+        const T alpha = params[0], beta = params[1];
+        const ValueSlope<T> rce = RCE::eval(t, params + 2);
+        // alpha = 0 must stay 0 where t = -inf
+        const T ce = alpha == T(0) ? T(0) : -alpha * t;
+        return {ce + beta * rce.value, -alpha + beta * rce.slope};
+    }
+};
+
+// params: order. sum_{k=1..order} (1 - p)^k / k; the slope's geometric series sums to (1 - p)^order - 1.
+struct TaylorCE {
+    static constexpr const char* name = "taylor_ce";
+    static constexpr int num_params = 1;
+
+    template <class T>
+    FL_HD static ValueSlope<T> eval(T t, const T* params) {
+        const T miss = -math::expm1(t);
+        T value = T(0);
+        for (T k = params[0]; k >= T(1); k -= T(1)) value = miss * (value + T(1) / k);
+        return {value, math::expm1(params[0] * math::log1p(-math::exp(t)))};
+    }
+};
+
+// params: tau. -log p where p > 1 / tau, below that its tangent, so that the slope in p never exceeds tau.
+struct PHuberCE {
+    static constexpr const char* name = "phuber_ce";
+    static constexpr int num_params = 1;
+
+    template <class T>
+    FL_HD static ValueSlope<T> eval(T t, const T* params) {
+        const T tau = params[0], log_tau = math::log(tau);
+        const T tau_p = math::exp(t + log_tau);
+        const bool linear = t <= -log_tau;
+        return {linear ? T(1) + log_tau - tau_p : -t, linear ? -tau_p : T(-1)};
+    }
+};
+
+// params: pi. Jensen-Shannon divergence of label and prediction with weights (pi, 1 - pi), divided by
+// H = -(1 - pi) log(1 - pi). With m = pi + (1 - pi) p it collapses to a function of p_y.
+struct JS {
+    static constexpr const char* name = "js";
+    static constexpr int num_params = 1;
+
+    template <class T>
+    FL_HD static ValueSlope<T> eval(T t, const T* params) {
+        const T pi = params[0], rest = T(1) - pi, log_rest = math::log1p(-pi);
+        const T p = math::exp(t), p_minus_1 = math::expm1(t);
+        const T log_m = math::log1p(rest * p_minus_1);
+        const T h = -rest * log_rest;
+        const T kl_prediction = -neg_p_log_p(p, t) - p * log_m + p_minus_1 * log_rest;
+        const T value = (rest * kl_prediction - pi * log_m) / h;
+        return {value, rest * (p * (log_rest - log_m) - neg_p_log_p(p, t)) / h};
+    }
+};
+
+// params: gamma. -(1 - p)^gamma log p. Its slope is -(1 - p)^gamma (1 + gamma p r) with r = -log p / (1 - p) -> 1 as p -> 1.
+struct Focal {
+    static constexpr const char* name = "focal";
+    static constexpr int num_params = 1;
+
+    template <class T>
+    FL_HD static ValueSlope<T> eval(T t, const T* params) {
+        const T gamma = params[0], miss = -math::expm1(t);
+        const T factor = math::pow(miss, gamma);
+        const T p_times_r = miss > T(0) ? neg_p_log_p(math::exp(t), t) / miss : T(1);
+        return {miss > T(0) ? -factor * t : T(0) * t, -factor * (T(1) + gamma * p_times_r)};
+    }
+};
+
+// params: a. log((1 + a) / (p + a)).
+struct BoundedCE {
+    static constexpr const char* name = "bounded_ce";
+    static constexpr int num_params = 1;
+
+    template <class T>
+    FL_HD static ValueSlope<T> eval(T t, const T* params) {
+        const T a = params[0], p = math::exp(t);
+        return {-math::log1p(math::expm1(t) / (T(1) + a)), -p / (p + a)};
+    }
+};
+
+}  // namespace FL_ISA
+}  // namespace fused_losses

@@ -1,0 +1,68 @@
+"""Command line: ``python -m fused_losses info | demo``."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from collections.abc import Sequence
+
+import torch
+
+import fused_losses as fl
+from fused_losses import demo
+
+__all__ = ["info", "main"]
+
+
+def info() -> list[tuple[str, str]]:
+    """Facts for a bug report, as (name, value): versions, build, devices, registered losses."""
+    build = fl.build_info()
+    built_for_cuda = f"CUDA {build['cuda']}" if build["cuda"] else "no CUDA"
+    return [
+        ("fused_losses", build["version"]),
+        ("Python", f"{platform.python_version()} on {platform.platform()}"),
+        ("torch, running", torch.__version__),
+        ("torch, at build", build["torch"]),
+        ("compiler", f"{build['compiler']}, {build['build_type']}"),
+        ("built for", f"CPU ({', '.join(build['isa'])}), {built_for_cuda}"),
+        ("CUDA architectures", ", ".join(build["cuda_architectures"]) or "none"),
+        ("CPU instructions in use", torch.backends.cpu.get_cpu_capability()),
+        ("threads", str(torch.get_num_threads())),
+        ("devices", ", ".join(["cpu", *map(_cuda_device, range(torch.cuda.device_count()))])),
+        ("losses", ", ".join(fl.loss_names())),
+    ]
+
+
+def _cuda_device(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    return (
+        f"cuda:{index} {properties.name} (compute capability {properties.major}.{properties.minor}, "
+        f"{properties.total_memory / 2**30:.0f} GiB)"
+    )
+
+
+def _print_info(_: argparse.Namespace) -> int:
+    for name, value in info():
+        print(f"{name + ':':<25}{value}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand with command-line arguments (``sys.argv`` by default); returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fused_losses", description="Noise-robust losses for PyTorch."
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    info_parser = commands.add_parser("info", help="versions, devices and registered losses")
+    info_parser.set_defaults(run=_print_info)
+    demo_parser = commands.add_parser("demo", help="compare losses on digits with wrong labels")
+    demo.add_arguments(demo_parser)
+    demo_parser.set_defaults(run=demo.run)
+    arguments = parser.parse_args(argv)
+    status: int = arguments.run(arguments)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""What was built, what is shipped, and what the build says when it cannot go on."""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fused_losses
+from fused_losses import _C
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+
+
+def test_build_info_describes_this_build():
+    info = fused_losses.build_info()
+    assert set(info) == {"version", "torch", "cuda", "cuda_architectures", "compiler", "isa", "build_type"}
+    assert info["torch"].split(".")[:2] == torch.__version__.split(".")[:2]
+    assert info["build_type"] in {"Release", "RelWithDebInfo", "Debug"}
+    assert re.fullmatch(r"(GNU|Clang) \d+(\.\d+)+", info["compiler"])
+
+
+def test_isa_list_matches_the_machine():
+    x86 = platform.machine() in {"x86_64", "AMD64"}
+    assert fused_losses.build_info()["isa"] == (["baseline", "avx2", "avx512"] if x86 else ["baseline"])
+
+
+def test_cuda_entries_agree():
+    info = fused_losses.build_info()
+    if info["cuda"] is None:
+        assert info["cuda_architectures"] == []
+        return
+    assert re.fullmatch(r"\d+\.\d+(\.\d+)?", info["cuda"])
+    assert info["cuda_architectures"]
+    for architecture in info["cuda_architectures"]:
+        assert re.fullmatch(r"\d+[af]?(-real|-virtual)?", architecture)
+
+
+def test_version_is_that_of_pyproject():
+    declared = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert declared is not None
+    assert fused_losses.build_info()["version"] == declared[1]
+
+
+def test_extension_module_needs_no_torch():
+    result = run_python(
+        "import importlib.util, sys\n"
+        f"spec = importlib.util.spec_from_file_location('_C', {_C.__file__!r})\n"
+        "module = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(module)\n"
+        "assert 'torch' not in sys.modules\n"
+        "print(module.build_info()['torch'], *module.loss_names())"
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [fused_losses.build_info()["torch"], *fused_losses.loss_names()]
+
+
+def import_under_torch(version: str) -> subprocess.CompletedProcess[str]:
+    return run_python(
+        "import torch\n"
+        f"torch.__version__ = torch.torch_version.TorchVersion({version!r})\n"
+        "import fused_losses"
+    )
+
+
+def test_import_under_another_torch_names_both_versions_and_the_remedy():
+    result = import_under_torch("9.87.6")
+    assert result.returncode == 1
+    message = result.stderr[result.stderr.index("ImportError:") :]
+    assert "9.87.6" in message
+    assert fused_losses.build_info()["torch"] in message
+    assert "pip install --no-build-isolation" in message
+    assert result.stderr.count("Traceback") == 1
+
+
+def test_import_under_another_patch_release_works():
+    major, minor = torch.__version__.split(".")[:2]
+    result = import_under_torch(f"{major}.{minor}.99+other")
+    assert result.returncode == 0, result.stderr
+
+
+def test_sdist_holds_every_source_and_no_binary(tmp_path):
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    shipped = set((tmp_path / "fused_losses.egg-info" / "SOURCES.txt").read_text().splitlines())
+
+    suffixes = {".cpp", ".h", ".cu", ".cuh", ".py", ".pyi", ".typed"}
+    folders = [ROOT / name for name in ("csrc", "fused_losses", "tests")]
+    sources = {str(path.relative_to(ROOT)) for folder in folders for path in folder.rglob("*.*")}
+    sources = {name for name in sources if Path(name).suffix in suffixes}
+    assert {"csrc/bindings.cpp", "fused_losses/py.typed", "fused_losses/_C.pyi"} <= sources
+    expected = sources | {"CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml", "setup.py"}
+    assert expected - shipped == set()
+    assert [name for name in shipped if name.endswith(".so")] == []
+
+
+def test_build_without_torch_says_what_to_do():
+    result = run_python(
+        "import importlib.util, runpy, sys\n"
+        "find_spec = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *args: None if name == 'torch' else find_spec(name, *args)\n"
+        "sys.argv = ['setup.py', 'build_ext', '--inplace']\n"
+        "runpy.run_path('setup.py', run_name='__main__')"
+    )
+    assert result.returncode == 1
+    assert "no torch" in result.stderr
+    assert "pip install --no-build-isolation ." in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("FUSED_LOSSES_CUDA", "yes", "FUSED_LOSSES_CUDA must be 0, 1 or unset, got 'yes'"),
+        ("TORCH_CUDA_ARCH_LIST", "8.0;Hopper", "TORCH_CUDA_ARCH_LIST: 'Hopper' in '8.0;Hopper'"),
+    ],
+)
+def test_bad_build_settings_are_named(tmp_path, name, value, message):
+    if name == "TORCH_CUDA_ARCH_LIST" and fused_losses.build_info()["cuda"] is None:
+        pytest.skip("read in CUDA builds only")
+    environment = {**os.environ, "FUSED_LOSSES_CUDA": "", name: value}
+    command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), f"-DPython_EXECUTABLE={sys.executable}"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert message in " ".join(result.stderr.split())

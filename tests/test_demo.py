@@ -1,0 +1,203 @@
+"""The demo and the info command, run as a user would."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import platform
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fused_losses as fl
+from fused_losses import __main__ as command
+from fused_losses import demo
+from fused_losses.calibration import solve_logit_bias
+
+SHORT = ["--epochs", "2", "--seeds", "1", "--batch-size", "256"]
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    image = pytest.importorskip("matplotlib.image")
+    height, width, _ = image.imread(path).shape
+    return int(width), int(height)
+
+
+def test_demo_trains_prints_and_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new folder" / "plot.png"
+    assert command.main(["demo", "--losses", "ce,MAE*", *SHORT, "--seeds", "2", "--out", str(out)]) == 0
+
+    printed = capsys.readouterr().out
+    assert " CE " in printed and " MAE* " in printed and "+-" in printed and str(out) in printed
+    assert 'logit_bias="auto", here 0.52' in printed
+    assert png_size(out) == (1350, 750)
+
+    numbers = json.loads(out.with_suffix(".json").read_text())
+    assert numbers["settings"]["seeds"] == 2 and numbers["settings"]["noise"] == 0.4
+    assert [loss["name"] for loss in numbers["losses"]] == ["CE", "MAE*"]
+    for loss in numbers["losses"]:
+        curves = loss["test_accuracy_per_seed_and_epoch"]
+        assert [len(curve) for curve in curves] == [2, 2]
+        assert all(0.0 <= value <= 1.0 for curve in curves for value in curve)
+        assert loss["best_test_accuracy"] == [max(curve) for curve in curves]
+        assert loss["last_test_accuracy"] == [curve[-1] for curve in curves]
+        assert loss["fused_microseconds_per_step"] > 0 and loss["plain_microseconds_per_step"] > 0
+    assert "logit_bias" not in numbers["losses"][0]
+    assert numbers["losses"][1]["logit_bias"] == pytest.approx(solve_logit_bias(10))
+
+
+def test_a_folder_gets_the_default_names(tmp_path: Path) -> None:
+    assert demo.main(["--losses", "mae", *SHORT, "--out", str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "fused_losses_demo.json",
+        "fused_losses_demo.png",
+    ]
+
+
+@pytest.mark.parametrize("stem", fl.LOSSES)
+def test_every_registered_loss_can_be_trained_and_timed(stem: str) -> None:
+    (choice,) = demo._parse_losses(stem)
+    data = demo.load_data(torch.device("cpu"))
+    recipe = demo.Recipe(noise=0.4, epochs=1, batch_size=256)
+    (accuracy,) = demo.train_one(choice.module(), data, recipe, seed=0, on_epoch=lambda: None)
+    assert 0.0 <= accuracy <= 1.0
+    fused_us, plain_us = demo.time_step(choice, batch_size=8, device=torch.device("cpu"), rounds=3)
+    assert fused_us > 0 and plain_us > 0
+
+
+def test_clean_labels_are_learned_and_a_seed_repeats() -> None:
+    (choice,) = demo._parse_losses("ce")
+    data = demo.load_data(torch.device("cpu"))
+    recipe = demo.Recipe(noise=0.0, epochs=5, batch_size=128)
+    state = torch.get_rng_state()
+    curves = [
+        demo.train_one(choice.module(), data, recipe, seed=seed, on_epoch=lambda: None) for seed in (3, 3, 4)
+    ]
+    assert curves[0][-1] > 0.9
+    assert curves[0] == curves[1] != curves[2]
+    assert torch.equal(state, torch.get_rng_state()), "the global random state must stay as it was"
+
+
+@pytest.mark.parametrize(("noise", "num_classes"), [(0.0, 10), (0.4, 10), (0.4, 2), (1.0, 5)])
+def test_label_noise_has_the_stated_rate_and_is_uniform(noise: float, num_classes: int) -> None:
+    rows = 200_000
+    target = torch.arange(rows) % num_classes
+    noisy = demo.corrupt_labels(target, num_classes, noise, torch.Generator().manual_seed(1))
+    assert noisy.dtype == target.dtype
+    assert torch.equal(target, torch.arange(rows) % num_classes), "the given labels must not be overwritten"
+    wrong = noise * (num_classes - 1) / num_classes
+    tolerance = 5.0 * math.sqrt(0.25 / rows)  # five standard deviations of a share, at its largest
+    assert float((noisy != target).float().mean()) == pytest.approx(wrong, abs=tolerance)
+    if noise:
+        shift = (noisy - target)[noisy != target] % num_classes
+        shares = torch.bincount(shift, minlength=num_classes)[1:] / len(shift)
+        assert shares.tolist() == pytest.approx([1.0 / (num_classes - 1)] * (num_classes - 1), abs=0.01)
+
+
+def test_data_is_scaled_and_split_without_overlap() -> None:
+    data = demo.load_data(torch.device("cpu"))
+    assert len(data.train_inputs) + len(data.test_inputs) == 1797
+    assert data.train_inputs.min() == 0.0 and data.train_inputs.max() == 1.0
+    assert torch.bincount(data.test_target, minlength=10).min() > 45  # stratified: about 54 of each digit
+    nearest = torch.cdist(data.test_inputs, data.train_inputs).min()
+    assert nearest > 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("ce", [("CE", "cross_entropy", False)]),
+        ("cross_entropy, mae_loss", [("CE", "cross_entropy", False), ("MAE", "mae", False)]),
+        ("MAELoss*", [("MAE*", "mae", True)]),
+        ("gce,gce,gce*", [("GCE", "gce", False), ("GCE*", "gce", True)]),
+    ],
+)
+def test_names_of_losses(text: str, expected: list[tuple[str, str, bool]]) -> None:
+    assert demo._parse_losses(text) == [demo.LossChoice(*fields) for fields in expected]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--losses", "mse"], "unknown loss 'mse'; known: ce, "),
+        (["--losses", "mae,nonsense*"], "unknown loss 'nonsense'; known: ce, "),
+        (["--losses", ","], "name at least one loss"),
+        (["--noise", "1.5"], "must be a number from 0 to 1, got '1.5'"),
+        (["--noise", "nan"], "must be a number from 0 to 1, got 'nan'"),
+        (["--noise", "much"], "must be a number from 0 to 1, got 'much'"),
+        (["--epochs", "0"], "must be a whole number of at least 1, got '0'"),
+        (["--seeds", "2.5"], "must be a whole number of at least 1, got '2.5'"),
+        (["--batch-size", "-1"], "must be a whole number of at least 1, got '-1'"),
+        (["--device", "tpu"], "must be cpu, cuda or cuda:INDEX, got 'tpu'"),
+        (["--device", "cuda:x"], "must be cpu, cuda or cuda:INDEX, got 'cuda:x'"),
+        (["--device", "cuda:99"], "'cuda:99' is not there: "),
+        (["--out", "plot.pdf"], "must be a .png file or a folder, got 'plot.pdf'"),
+    ],
+)
+def test_bad_options_are_explained(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        command.main(["demo", *options])
+    assert caught.value.code == 2
+    assert f"argument {options[0]}: {message}" in capsys.readouterr().err
+
+
+def test_a_star_needs_a_loss_with_a_logit_bias(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Entry:
+        module = torch.nn.MSELoss
+
+        @staticmethod
+        def function(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            return logits.sum() + target.sum()
+
+    monkeypatch.setitem(fl.LOSSES, "unbiased", Entry())  # type: ignore[arg-type]
+    with pytest.raises(SystemExit):
+        demo.main(["--losses", "unbiased*"])
+    assert "'unbiased' has no logit_bias, so 'unbiased*' means nothing" in capsys.readouterr().err
+
+
+def test_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+
+    def without_sklearn(name: str, *rest: Any) -> Any:
+        return None if name == "sklearn" else find_spec(name, *rest)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without_sklearn)
+    with pytest.raises(SystemExit, match=r"the demo needs scikit-learn: pip install 'fused_losses\[demo\]'"):
+        demo.main([*SHORT, "--out", str(tmp_path)])
+
+
+def test_an_impossible_folder_is_reported_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="cannot create the folder of --out"):
+        demo.main([*SHORT, "--out", str(tmp_path / "file" / "plot.png")])
+
+
+def test_info_lists_versions_build_devices_and_losses(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    build = fl.build_info()
+    expected = [
+        build["version"],
+        build["torch"],
+        *build["isa"],
+        torch.__version__,
+        platform.python_version(),
+        torch.backends.cpu.get_cpu_capability(),
+        *fl.loss_names(),
+    ]
+    assert [word for word in expected if word not in printed] == []
+    assert len(printed.splitlines()) == len(command.info())
+
+
+@pytest.mark.parametrize("arguments", [[], ["bogus"]])
+def test_a_command_is_required(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        command.main(arguments)
+    assert caught.value.code == 2
