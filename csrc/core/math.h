@@ -112,13 +112,14 @@ FL_HD T log(T x) {
 #else
     using F = FloatFormat<T>;
     using Int = typename F::Int;
+    using UInt = typename F::UInt;
     const bool tiny = x < std::numeric_limits<T>::min();
     const T y = tiny ? x * F::log_tiny_scale : x;
     // y = 2^k m with m in [sqrt(1/2), sqrt(2)); log m = 2 atanh(s), s = f / (2 + f), f = m - 1.
-    const Int sqrt_half = std::bit_cast<Int>(T(0.70710678118654752));
-    const Int bits = std::bit_cast<Int>(y);
-    const Int k = (bits - sqrt_half) >> F::mantissa_bits;
-    const T f = std::bit_cast<T>(bits - k * (Int(1) << F::mantissa_bits)) - T(1);
+    const UInt sqrt_half = std::bit_cast<UInt>(T(0.70710678118654752));
+    const UInt bits = std::bit_cast<UInt>(y);
+    const Int k = static_cast<Int>(bits - sqrt_half) >> F::mantissa_bits;
+    const T f = std::bit_cast<T>(bits - (static_cast<UInt>(k) << F::mantissa_bits)) - T(1);
     const T s = f / (T(2) + f);
     const T z = s * s;
     T series = T(0);

@@ -55,7 +55,7 @@ Tensor reference(const RowLossArgs& args) {
 }
 
 // What backward needs beyond tensors.
-struct Scalars : c10::intrusive_ptr_target {
+struct Scalars : torch::CustomClassHolder {
     explicit Scalars(const RowLossArgs& a)
         : loss(a.loss),
           params(a.params.begin(), a.params.end()),
@@ -80,7 +80,7 @@ bool forward_writes_gradient(const RowLossArgs& args) {
 bool is_plain_cpu(const Tensor& t) {
     const auto wrapped = c10::DispatchKeySet(
         {c10::DispatchKey::Python, c10::DispatchKey::Functionalize, c10::DispatchKey::FuncTorchBatched});
-    return t.is_cpu() && !t.key_set().has_any(wrapped) && !at::isTensorSubclassLike(t) &&
+    return t.is_cpu() && !t.key_set().has_any(wrapped) &&
            !c10::impl::TorchDispatchModeTLS::any_modes_set();
 }
 

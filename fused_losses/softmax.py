@@ -1,0 +1,457 @@
+"""Cross entropy and the losses that depend on the logits through ``t = log p_y`` alone.
+
+Each loss: formula (the plain PyTorch reference, decorated into the fused function), then its Module. The C++ twin of a
+formula is in ``csrc/losses``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from fused_losses import _ops
+from fused_losses._common import (
+    LOSSES,
+    LogitBias,
+    LossEntry,
+    RowLossModule,
+    RowLossOptions,
+    Rows,
+    above_one,
+    class_dim,
+    closed_fraction,
+    fraction,
+    loss_of_target,
+    non_negative,
+    positive,
+    positive_integer,
+    reduce_rows,
+    register_special,
+    resolve_logit_bias,
+)
+
+# -log of the 1e-4 that stands for log 0 in reverse cross entropy
+RCE_A = -math.log(1e-4)
+
+
+def _zero_at_zero(p: Tensor, log_term: Tensor) -> Tensor:
+    """``p * log_term``, 0 at p = 0 in value and gradient."""
+    empty = p == 0
+    return torch.where(empty, 0.0, p * torch.where(empty, 0.0, log_term))
+
+
+# ---- Cross entropy ---------------------------------------------------------------------------------------------------
+
+
+def _smoothed(rows: Rows, weight: Tensor | None, params: Sequence[float]) -> Tensor:
+    smoothing = params[0]
+    hard = -rows.class_weight * rows.log_p
+    if smoothing == 0.0:
+        return hard
+    dim = class_dim(rows.log_probs)
+    shape = [-1 if d == dim else 1 for d in range(rows.log_probs.dim())]
+    spread = rows.log_probs if weight is None else rows.log_probs * weight.to(rows.log_p.dtype).view(shape)
+    smooth = -spread.sum(dim) * (smoothing / rows.log_probs.shape[dim])
+    return smooth if smoothing == 1.0 else (1.0 - smoothing) * hard + smooth
+
+
+def _soft_target(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    params: Sequence[float],
+    reduction: str,
+) -> Tensor:
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    dim = class_dim(logits)
+    log_probs = torch.log_softmax(logits, dim)
+    share = (1.0 - params[0]) * target.to(logits.dtype) + params[0] / logits.shape[dim]
+    if weight is not None:
+        share = share * weight.to(logits.dtype).view([-1 if d == dim else 1 for d in range(logits.dim())])
+    values = -_zero_at_zero(share, log_probs).sum(dim)
+    samples = torch.ones_like(values) if sample_weight is None else sample_weight.to(values.dtype)
+    return reduce_rows(values * samples, samples, reduction)
+
+
+register_special("cross_entropy", _smoothed, _soft_target)
+
+
+def _cross_entropy(operator):  # type: ignore[no-untyped-def]
+    def cross_entropy(
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        logit_bias: LogitBias = 0.0,
+        sample_weight: Tensor | None = None,
+    ) -> Tensor:
+        """Cross entropy, everything :func:`torch.nn.functional.cross_entropy` does, fused.
+
+        The usual loss for clean labels, and the baseline for noisy ones: it is unbounded, so it ends up fitting wrong
+        labels. Value for class indices, ``s = label_smoothing`` and ``w = weight``:
+        :math:`(1 - s) w_y (-\\log p_y) + (s / C) \\sum_j w_j (-\\log p_j)`, the mean divided by :math:`\\sum_i w_{y_i}`.
+        For probabilities ``q`` it is :math:`\\sum_j w_j ((1 - s) q_j + s / C) (-\\log p_j)`, the mean over rows.
+
+        Args:
+            input: logits ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``, any strides; float64, float32, float16, bfloat16.
+            target: class indices (int64, int32, int16, uint8) of the shape without the class dimension, or
+                probabilities of the shape and kind of ``input``.
+            weight: class weights ``(C,)``.
+            ignore_index: class index whose rows have loss and gradient zero and do not count in the mean.
+            reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+            label_smoothing: in ``[0, 1]``.
+            logit_bias: added to the target's logit (2306.05497); a number, a 0-dim tensor or ``"auto"``. Class indices
+                only.
+            sample_weight: weight per row.
+
+        Returns:
+            The loss in float32, float64 for float64 logits; a scalar unless ``reduction="none"``.
+
+        Raises:
+            ValueError: ``label_smoothing`` or ``reduction`` out of range, mismatching batch sizes, ``logit_bias`` with
+                probabilities.
+            RuntimeError: shapes or dtypes that do not fit.
+            IndexError: a target out of range (on CUDA: a device assertion).
+
+        Deviations from torch: nothing left to average gives 0 with zero gradient instead of NaN; a zero probability
+        contributes nothing even where its logit is -inf; half precision returns a float32 loss.
+
+        Example:
+            >>> logits = torch.tensor([[2.0, 0.0]], requires_grad=True)
+            >>> cross_entropy(logits, torch.tensor([0]))
+            tensor(0.1269, grad_fn=...)
+        """
+        if not 0.0 <= label_smoothing <= 1.0:
+            raise ValueError(f"label_smoothing must be between 0.0 and 1.0, got {label_smoothing}")
+        bias, bias_tensor = resolve_logit_bias(logit_bias, input)
+        return operator(
+            input,
+            target,
+            weight,
+            sample_weight,
+            bias_tensor,
+            "cross_entropy",
+            [label_smoothing],
+            bias,
+            ignore_index,
+            reduction,
+        )
+
+    return cross_entropy
+
+
+cross_entropy = _cross_entropy(_ops.row_loss)
+_cross_entropy_reference = _cross_entropy(_ops.row_loss_reference)
+LOSSES["cross_entropy"] = LossEntry(
+    "cross_entropy",
+    cross_entropy,
+    _cross_entropy_reference,
+    None,
+    {"label_smoothing": 0.0},
+    {"label_smoothing": closed_fraction},
+)
+
+
+class CrossEntropyLoss(RowLossModule, stem="cross_entropy"):
+    """Module form of :func:`cross_entropy`; a drop-in for :class:`torch.nn.CrossEntropyLoss`."""
+
+    label_smoothing: float
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        logit_bias: LogitBias = 0.0,
+    ) -> None:
+        super().__init__(
+            {"label_smoothing": label_smoothing},
+            weight=weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            logit_bias=logit_bias,
+        )
+
+
+# ---- Losses of log p_y -----------------------------------------------------------------------------------------------
+
+
+@loss_of_target(scale=positive)
+def mae_loss(t: Tensor, scale: float = 2.0) -> Tensor:
+    """Mean absolute error between probabilities and one-hot label: ``scale * (1 - p_y)``.
+
+    Symmetric and bounded, so it resists symmetric label noise; without ``logit_bias`` it learns slowly or not at all
+    with many classes. 2306.05497 Table 1 (``scale=2``); ``scale=1`` is the form inside NCE+MAE of 2006.13554.
+
+    Args:
+        scale: factor, 2 for the distance itself; > 0.
+    """
+    return -scale * torch.expm1(t)
+
+
+class MAELoss(RowLossModule, stem="mae"):
+    """Module form of :func:`mae_loss`."""
+
+    scale: float
+
+    def __init__(self, scale: float = 2.0, **options: Unpack[RowLossOptions]) -> None:
+        super().__init__({"scale": scale}, **options)
+
+
+@loss_of_target(q=positive)
+def gce_loss(t: Tensor, q: float = 0.7) -> Tensor:
+    """Generalised cross entropy: ``(1 - p_y^q) / q``.
+
+    Between cross entropy (``q -> 0``) and MAE (``q = 1``): learns faster than MAE, resists noise better than cross
+    entropy. 1805.07836 Eq. 6; genCE in 2306.05497. Nothing is clamped: other code clamps p at 1e-7.
+
+    Args:
+        q: exponent, > 0.
+    """
+    return -torch.expm1(q * t) / q
+
+
+class GCELoss(RowLossModule, stem="gce"):
+    """Module form of :func:`gce_loss`."""
+
+    q: float
+
+    def __init__(self, q: float = 0.7, **options: Unpack[RowLossOptions]) -> None:
+        super().__init__({"q": q}, **options)
+
+
+@loss_of_target(a=positive, q=positive)
+def agce_loss(t: Tensor, a: float = 0.6, q: float = 0.6) -> Tensor:
+    """Asymmetric generalised cross entropy: ``((a + 1)^q - (a + p_y)^q) / q``.
+
+    Asymmetric losses tolerate noise as long as the right label is the most frequent one. 2106.03110; Table 1 of
+    2306.05497 prints its error with ``a_n`` where ``a_k`` is meant.
+
+    Args:
+        a: offset, > 0.
+        q: exponent, > 0.
+    """
+    return ((a + 1.0) ** q - (a + t.exp()) ** q) / q
+
+
+class AGCELoss(RowLossModule, stem="agce"):
+    """Module form of :func:`agce_loss`."""
+
+    a: float
+    q: float
+
+    def __init__(self, a: float = 0.6, q: float = 0.6, **options: Unpack[RowLossOptions]) -> None:
+        super().__init__({"a": a, "q": q}, **options)
+
+
+@loss_of_target(a=above_one, q=positive)
+def aue_loss(t: Tensor, a: float = 5.5, q: float = 3.0) -> Tensor:
+    """Asymmetric unhinged loss: ``((a - p_y)^q - (a - 1)^q) / q``. 2106.03110, where it is also called AUL.
+
+    Args:
+        a: offset, > 1.
+        q: exponent, > 0.
+    """
+    return ((a - t.exp()) ** q - (a - 1.0) ** q) / q
+
+
+class AUELoss(RowLossModule, stem="aue"):
+    """Module form of :func:`aue_loss`."""
+
+    a: float
+    q: float
+
+    def __init__(self, a: float = 5.5, q: float = 3.0, **options: Unpack[RowLossOptions]) -> None:
+        super().__init__({"a": a, "q": q}, **options)
+
+
+@loss_of_target(a=positive)
+def ae_loss(t: Tensor, a: float = 2.5) -> Tensor:
+    """Asymmetric exponential loss: ``exp(-p_y / a)``. 2106.03110 (AEL). Its minimum is ``exp(-1 / a)``, not 0.
+
+    Args:
+        a: scale, > 0.
+    """
+    return torch.exp(-t.exp() / a)
+
+
+class AELoss(RowLossModule, stem="ae"):
+    """Module form of :func:`ae_loss`."""
+
+    a: float
+
+    def __init__(self, a: float = 2.5, **options: Unpack[RowLossOptions]) -> None:
+        super().__init__({"a": a}, **options)
+
+
+@loss_of_target(A=positive)
+def rce_loss(t: Tensor, A: float = RCE_A) -> Tensor:
+    """Reverse cross entropy: ``A (1 - p_y)``, ``-A`` standing for log 0. 1908.06112 Eq. 5.
+
+    Proportional to MAE. Code that clamps p at 1e-7 exceeds this value by at most 9.2e-7 (C - 1).
+
+    Args:
+        A: minus the log of zero, > 0; the default is -log(1e-4) = 9.21.
+    """
+    return -A * torch.expm1(t)
+
+
+class RCELoss(RowLossModule, stem="rce"):
+    """Module form of :func:`rce_loss`."""
+
+    A: float
+
+    def __init__(self, A: float = RCE_A, **options: Unpack[RowLossOptions]) -> None:
+        super().__init__({"A": A}, **options)
+
+
+@loss_of_target(alpha=non_negative, beta=non_negative, constants=(RCE_A,))
+def sce_loss(t: Tensor, alpha: float = 0.1, beta: float = 1.0, A: float = RCE_A) -> Tensor:
+    """Symmetric cross entropy: ``alpha CE + beta RCE`` with A = -log(1e-4). 1908.06112 Eq. 7.
+
+    Args:
+        alpha: weight of cross entropy, >= 0.
+        beta: weight of reverse cross entropy, >= 0.
+    """
+    reverse = -beta * A * torch.expm1(t)
+    return reverse if alpha == 0.0 else reverse - alpha * t
+
+
+class SCELoss(RowLossModule, stem="sce"):
+    """Module form of :func:`sce_loss`."""
+
+    alpha: float
+    beta: float
+
+    def __init__(self, alpha: float = 0.1, beta: float = 1.0, **options: Unpack[RowLossOptions]) -> None:
+        super().__init__({"alpha": alpha, "beta": beta}, **options)
+
+
+@loss_of_target(order=positive_integer)
+def taylor_ce_loss(t: Tensor, order: int = 2) -> Tensor:
+    """Taylor cross entropy: ``sum_{k=1..order} (1 - p_y)^k / k``. IJCAI 2020, "Can Cross Entropy Loss Be Robust to Label
+    Noise?". ``order=1`` is MAE with scale 1, many terms approach cross entropy. The default order is ours.
+
+    Args:
+        order: number of terms, an integer >= 1.
+    """
+    miss = -torch.expm1(t)
+    value = torch.zeros_like(miss)
+    for k in range(int(order), 0, -1):
+        value = miss * (value + 1.0 / k)
+    return value
+
+
+class TaylorCELoss(RowLossModule, stem="taylor_ce"):
+    """Module form of :func:`taylor_ce_loss`."""
+
+    order: int
+
+    def __init__(self, order: int = 2, **options: Unpack[RowLossOptions]) -> None:
+        super().__init__({"order": order}, **options)
+
+
+@loss_of_target(tau=above_one)
+def phuber_ce_loss(t: Tensor, tau: float = 10.0) -> Tensor:
+    """Partially Huberised cross entropy: ``-log p_y`` where ``p_y > 1 / tau``, its tangent ``1 + log tau - tau p_y``
+    below. ICLR 2020, "Can gradient clipping mitigate label noise?", Eq. 6: clips the slope in ``p_y`` at ``tau``.
+
+    Args:
+        tau: largest slope, > 1.
+    """
+    log_tau = math.log(tau)
+    return torch.where(t <= -log_tau, 1.0 + log_tau - tau * t.exp(), -t)
+
+
+class PHuberCELoss(RowLossModule, stem="phuber_ce"):
+    """Module form of :func:`phuber_ce_loss`."""
+
+    tau: float
+
+    def __init__(self, tau: float = 10.0, **options: Unpack[RowLossOptions]) -> None:
+        super().__init__({"tau": tau}, **options)
+
+
+@loss_of_target(pi=fraction)
+def js_loss(t: Tensor, pi: float = 0.5) -> Tensor:
+    """Jensen-Shannon divergence of label and prediction with weights ``(pi, 1 - pi)``, divided by
+    ``-(1 - pi) log(1 - pi)``.
+
+    ``pi -> 0`` gives cross entropy, ``pi -> 1`` resembles MAE. 2105.04522 Eq. 5, scaled as its code; it collapses to a
+    function of ``p_y``: with ``m = pi + (1 - pi) p_y``,
+    ``-pi log m + (1 - pi) p_y log(p_y / m) - (1 - pi)(1 - p_y) log(1 - pi)``.
+
+    Args:
+        pi: weight of the label, in (0, 1).
+    """
+    p, rest, log_rest = t.exp(), 1.0 - pi, math.log1p(-pi)
+    log_m = torch.log(pi + rest * p)
+    value = -pi * log_m + rest * _zero_at_zero(p, t - log_m) + rest * torch.expm1(t) * log_rest
+    return value / (-rest * log_rest)
+
+
+class JSLoss(RowLossModule, stem="js"):
+    """Module form of :func:`js_loss`."""
+
+    pi: float
+
+    def __init__(self, pi: float = 0.5, **options: Unpack[RowLossOptions]) -> None:
+        super().__init__({"pi": pi}, **options)
+
+
+@loss_of_target(gamma=non_negative)
+def focal_loss(t: Tensor, gamma: float = 2.0) -> Tensor:
+    """Focal loss: ``-(1 - p_y)^gamma log p_y``, with its exact gradient. 1708.02002 Eq. 4.
+
+    Puts weight on hard rows, the opposite of what noisy labels want; made for imbalance. Code of the noisy-label papers
+    treats the factor as a constant, which changes the gradient.
+
+    Args:
+        gamma: focusing exponent, >= 0; 0 is cross entropy.
+    """
+    if gamma == 0.0:
+        return -t
+    # (1 - p)^gamma has an infinite slope at p = 1 for gamma < 1; its product with log p has slope 0 there.
+    certain = t == 0
+    miss = torch.where(certain, 1.0, -torch.expm1(t))
+    return torch.where(certain, -0.0 * t, -(miss**gamma) * t)
+
+
+class FocalLoss(RowLossModule, stem="focal"):
+    """Module form of :func:`focal_loss`."""
+
+    gamma: float
+
+    def __init__(self, gamma: float = 2.0, **options: Unpack[RowLossOptions]) -> None:
+        super().__init__({"gamma": gamma}, **options)
+
+
+@loss_of_target(a=positive)
+def bounded_ce_loss(t: Tensor, a: float = 0.1) -> Tensor:
+    """Bounded cross entropy: ``log((1 + a) / (p_y + a))``, the ``q -> 0`` limit of AGCE.
+
+    This is our reading of "bounded cross entropy" in 2306.05497, whose formula could not be consulted.
+
+    Args:
+        a: offset, > 0; the bound is ``log(1 + 1 / a)``.
+    """
+    return -torch.log1p(torch.expm1(t) / (1.0 + a))
+
+
+class BoundedCELoss(RowLossModule, stem="bounded_ce"):
+    """Module form of :func:`bounded_ce_loss`."""
+
+    a: float
+
+    def __init__(self, a: float = 0.1, **options: Unpack[RowLossOptions]) -> None:
+        super().__init__({"a": a}, **options)
