@@ -1,0 +1,110 @@
+"""Derivatives of every kind, opcheck, torch.compile and torch.export."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import fused_losses as fl
+
+NAMES = list(fl.LOSSES)
+OPS = torch.ops.fused_losses
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "none", "logit_bias": 0.7}], ids=["mean", "none"])
+@pytest.mark.parametrize("name", NAMES)
+def test_gradcheck_and_gradgradcheck(name, options):
+    torch.manual_seed(0)
+    logits = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([0, 2, -100, 1])
+
+    def function(x):
+        return fl.LOSSES[name].function(x, target, **options)
+
+    assert torch.autograd.gradcheck(function, logits)
+    assert torch.autograd.gradgradcheck(function, logits)
+    assert torch.autograd.gradcheck(function, logits, check_forward_ad=True, check_backward_ad=False)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_function_transforms(name):
+    torch.manual_seed(0)
+    logits, target = torch.randn(5, 4, 3, dtype=torch.float64), torch.randint(0, 3, (5, 4))
+    entry = fl.LOSSES[name]
+    batched = torch.func.vmap(entry.function)(logits, target)
+    assert torch.equal(batched.shape, (5,)) if False else batched.shape == (5,)
+    torch.testing.assert_close(batched, torch.stack([entry.function(x, y) for x, y in zip(logits, target, strict=True)]))
+    per_sample = torch.func.vmap(torch.func.grad(entry.function))(logits, target)
+    for x, y, grad in zip(logits, target, per_sample, strict=True):
+        x = x.clone().requires_grad_()
+        entry.function(x, y).backward()
+        torch.testing.assert_close(grad, x.grad)
+    jacobian = torch.func.jacrev(lambda x: entry.function(x, target[0], reduction="none"))(logits[0])
+    assert jacobian.shape == (4, 4, 3)
+
+
+@pytest.mark.parametrize("argument", ["weight", "sample_weight", "logit_bias"])
+def test_other_inputs_are_differentiable(argument):
+    torch.manual_seed(0)
+    logits = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([0, 2, -100, 1])
+    size = {"weight": (3,), "sample_weight": (4,), "logit_bias": ()}[argument]
+    value = (torch.rand(size, dtype=torch.float64) + 0.5).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x, v: fl.functional.gce_loss(x, target, **{argument: v}), (logits, value)
+    )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name, reduction):
+    torch.manual_seed(0)
+    args = (
+        torch.randn(6, 5), torch.randint(0, 5, (6,)), torch.rand(5), torch.rand(6), None,
+        name, fl.LOSSES[name].pack({}), 0.5, -100, reduction,
+    )  # fmt: skip
+    trained = (args[0].clone().requires_grad_(), *args[1:])
+    for op, arguments in [
+        (OPS.row_loss, trained),
+        (OPS.row_loss_reference, trained),
+        (OPS.row_loss_with_stats, args),
+        *([(OPS.row_loss_with_grad, args)] if reduction == "mean" else []),
+    ]:
+        assert set(opcheck(op.default, arguments).values()) == {"SUCCESS"}
+    loss, stats, denominator = OPS.row_loss_with_stats(*args)
+    checked = opcheck(OPS.row_loss_backward.default, (torch.rand_like(loss), stats, denominator, *args))
+    assert set(checked.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize(
+    "name, backend", [(name, "aot_eager") for name in NAMES] + [("cross_entropy", "inductor"), ("agce", "inductor")]
+)
+def test_compile_fullgraph_dynamic(name, backend):
+    torch._dynamo.reset()
+    module = fl.LOSSES[name].module(logit_bias="auto")
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=backend)
+    for rows in (8, 12):
+        logits, target = torch.randn(rows, 10, requires_grad=True), torch.randint(0, 10, (rows,))
+        losses = compiled(logits, target), module(logits, target)
+        grads = [torch.autograd.grad(loss, logits)[0] for loss in losses]
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(*grads)
+
+
+def test_a_bias_tensor_is_seen_by_compiled_code():
+    torch._dynamo.reset()
+    module = fl.MAELoss(logit_bias=torch.tensor(0.0))
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    logits, target = torch.randn(8, 10), torch.randint(0, 10, (8,))
+    for bias in (0.0, 3.0):
+        module.logit_bias.fill_(bias)
+        torch.testing.assert_close(compiled(logits, target), fl.functional.mae_loss(logits, target, logit_bias=bias))
+
+
+def test_export():
+    logits, target = torch.randn(8, 10), torch.randint(0, 10, (8,))
+    module = fl.GCELoss(logit_bias="auto")
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(module, (logits, target), dynamic_shapes=({0: batch}, {0: batch}, None))
+    torch.testing.assert_close(program.module()(logits[:5], target[:5]), module(logits[:5], target[:5]))
