@@ -24,15 +24,15 @@ def _require_matching_torch() -> None:
 
 
 _require_matching_torch()
-torch.ops.load_library(str(_FOLDER / "libfused_losses_ops.so"))
+torch.ops.load_library(str(_FOLDER / "libfused_losses_ops.so"))  # type: ignore[no-untyped-call]
 
-row_loss = torch.ops.fused_losses.row_loss.default
-row_loss_reference = torch.ops.fused_losses.row_loss_reference.default
+row_loss: Callable[..., Tensor] = torch.ops.fused_losses.row_loss.default
+row_loss_reference: Callable[..., Tensor] = torch.ops.fused_losses.row_loss_reference.default
 
-_library = torch.library.Library("fused_losses", "IMPL")
+_library = torch.library.Library("fused_losses", "IMPL")  # type: ignore[no-untyped-call]
 
 
 def register_reference(implementation: Callable[..., Tensor]) -> None:
     """Makes ``implementation`` the operator ``row_loss_reference`` and the batching rule of ``row_loss``."""
-    _library.impl("row_loss_reference", implementation, "CompositeImplicitAutograd")
-    _library.impl("row_loss", implementation, "FuncTorchBatched")
+    for name, key in [("row_loss_reference", "CompositeImplicitAutograd"), ("row_loss", "FuncTorchBatched")]:
+        _library.impl(name, implementation, key)  # type: ignore[no-untyped-call]
