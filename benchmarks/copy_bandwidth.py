@@ -87,9 +87,7 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, repeats: int) -> list[di
     inputs = [(3 * torch.randn(shape, device="cuda")).to(dtype).requires_grad_() for _ in range(count)]
     target = torch.randint(shape[1], (shape[0], *shape[2:]), device="cuda")
     copies = [torch.empty(shape, device="cuda", dtype=dtype) for _ in range(count)]
-    calls: dict[str, Callable[[int], Any]] = {
-        "copy": lambda i: copies[i % count].copy_(inputs[i % count].detach())
-    }
+    calls: dict[str, Callable[[int], Any]] = {"copy": lambda i: copies[i % count].copy_(inputs[i % count].detach())}
 
     def add(name: str, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
         def forward(i: int) -> Tensor:
@@ -136,15 +134,9 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--out", type=Path, help="JSON file; shapes found in it for the same metadata are not repeated"
-    )
-    parser.add_argument(
-        "--repeats", type=int, default=50, help="timed calls per number (default: %(default)s)"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="JSON file; shapes found in it for the same metadata are not repeated")
+    parser.add_argument("--repeats", type=int, default=50, help="timed calls per number (default: %(default)s)")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("copy_bandwidth.py needs a CUDA device that torch can see")

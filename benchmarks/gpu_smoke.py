@@ -133,9 +133,7 @@ def check_capture() -> None:
 def check_empty() -> None:
     for rows, ignore in ((0, -100), (5, 1)):
         logits = torch.full((rows, 3), float("nan"), device=GPU, requires_grad=True)
-        loss = fl.functional.cross_entropy(
-            logits, torch.ones(rows, dtype=torch.long, device=GPU), ignore_index=ignore
-        )
+        loss = fl.functional.cross_entropy(logits, torch.ones(rows, dtype=torch.long, device=GPU), ignore_index=ignore)
         grad = torch.autograd.grad(loss, logits)[0]
         if loss.item() != 0 or bool(grad.ne(0).any()):
             raise SystemExit(f"nothing to average must give loss 0 and gradient 0, got {loss} and {grad}")
@@ -143,9 +141,7 @@ def check_empty() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument(
-        "--quick", action="store_true", help="a few losses, shapes and dtypes; for compute-sanitizer"
-    )
+    parser.add_argument("--quick", action="store_true", help="a few losses, shapes and dtypes; for compute-sanitizer")
     quick = parser.parse_args().quick
     torch.manual_seed(0)
     functions = loss_functions()

@@ -50,9 +50,7 @@ def _print_info(_: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand with command-line arguments (``sys.argv`` by default); returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fused_losses", description="Noise-robust losses for PyTorch."
-    )
+    parser = argparse.ArgumentParser(prog="python -m fused_losses", description="Noise-robust losses for PyTorch.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     info_parser = commands.add_parser("info", help="versions, devices and registered losses")
     info_parser.set_defaults(run=_print_info)

@@ -1,10 +1,10 @@
-"""What every row loss shares: options, checks, the plain PyTorch reference, the registry and the Module base."""
+"""What every row loss shares: options, checks, the registry, the function factory and the Module base."""
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypedDict
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_losses import _ops
+from fused_losses._reference import class_dim, register_formula
 from fused_losses.calibration import solve_logit_bias
 
 LogitBias = float | Tensor | str
@@ -49,7 +50,7 @@ class Range:
     """The allowed values of a hyper-parameter."""
 
     rule: str
-    holds: Callable[[float], bool]
+    holds: Callable[[Any], bool]
 
     def check(self, name: str, value: Any) -> None:
         """Raises a ValueError (TypeError if it is no number) naming the argument, the rule and the value."""
@@ -72,15 +73,13 @@ positive_integer = Range("an integer >= 1", lambda v: 1.0 <= v < math.inf and v 
 class LossEntry:
     """A loss in the registry :data:`LOSSES`.
 
-    ``name`` is the stem ("gce"), ``function`` the fused function, ``reference`` the same in plain PyTorch, ``formula``
-    the value as a function of ``log p_y`` and the parameters (None where the loss is more than that), ``parameters``
-    the own hyper-parameters with their defaults and ``module`` the Module class.
+    ``name`` is the stem ("gce"), ``function`` the fused function, ``reference`` the same in plain PyTorch,
+    ``parameters`` the own hyper-parameters with their defaults and ``module`` the Module class.
     """
 
     name: str
     function: RowLossFunction
     reference: RowLossFunction
-    formula: Callable[..., Tensor] | None
     parameters: dict[str, float]
     ranges: dict[str, Range]
     constants: tuple[float, ...] = ()
@@ -105,11 +104,6 @@ class LossEntry:
 
 
 LOSSES: dict[str, LossEntry] = {}
-
-
-def class_dim(logits: Tensor) -> int:
-    """The dimension of the classes: 0 for (C,), else 1."""
-    return 0 if logits.dim() == 1 else 1
 
 
 def resolve_logit_bias(logit_bias: LogitBias, logits: Tensor) -> tuple[float, Tensor | None]:
@@ -147,109 +141,6 @@ def check_reduction(reduction: str) -> None:
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
 
-
-# ---- The plain PyTorch reference -------------------------------------------------------------------------------------
-
-
-def reduce_rows(values: Tensor, weights: Tensor, reduction: str) -> Tensor:
-    """``values`` already hold their weights; the mean divides by the sum of ``weights`` (0 where that is 0)."""
-    if reduction == "none":
-        return values
-    total = values.sum()
-    if reduction == "sum":
-        return total
-    check_reduction(reduction)
-    denominator = weights.sum()
-    empty = denominator == 0
-    return torch.where(empty, 0.0, total / torch.where(empty, 1.0, denominator))
-
-
-@dataclass(frozen=True)
-class Rows:
-    """One call's rows in plain PyTorch: log-probabilities with the bias in, targets, masks and weights."""
-
-    log_probs: Tensor
-    log_p: Tensor
-    ignored: Tensor
-    class_weight: Tensor
-    sample_weight: Tensor
-
-    @staticmethod
-    def of(
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        sample_weight: Tensor | None,
-        logit_bias: float | Tensor,
-        ignore_index: int,
-    ) -> Rows:
-        """Computes in float32 (float64 for float64 logits). Ignored rows are replaced by zeros before anything."""
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        dim = class_dim(logits)
-        target = target.long()
-        ignored = target == ignore_index
-        safe_target = torch.where(ignored, 0, target)
-        index = safe_target.unsqueeze(dim)
-        logits = torch.where(ignored.unsqueeze(dim), 0.0, logits)
-        if isinstance(logit_bias, Tensor) or logit_bias != 0.0:
-            one_hot = torch.zeros_like(logits).scatter(dim, index, 1.0)
-            logits = logits + one_hot * logit_bias
-        log_probs = torch.log_softmax(logits, dim)
-        log_p = log_probs.gather(dim, index).squeeze(dim)
-        ones = torch.ones_like(log_p)
-        class_weight = ones if weight is None else weight.to(log_p.dtype)[safe_target]
-        samples = ones if sample_weight is None else sample_weight.to(log_p.dtype)
-        return Rows(log_probs, log_p, ignored, class_weight, samples)
-
-    def reduce(self, values: Tensor, reduction: str) -> Tensor:
-        """Weighs ``values`` (class weights inside already) by sample and reduces them."""
-        kept = torch.where(self.ignored, 0.0, values * self.sample_weight)
-        weights = torch.where(self.ignored, 0.0, self.class_weight * self.sample_weight)
-        return reduce_rows(kept, weights, reduction)
-
-
-# Values of losses that are more than a function of log p_y, by name: (rows, weight, params, num_classes) -> values.
-Evaluate = Callable[["Rows", "Tensor | None", Sequence[float]], Tensor]
-_special: dict[str, Evaluate] = {}
-_soft_target: dict[str, Callable[..., Tensor]] = {}
-
-
-def register_special(name: str, evaluate: Evaluate, soft_target: Callable[..., Tensor] | None = None) -> None:
-    """Registers the reference of a loss that needs more of a row than ``log p_y``."""
-    _special[name] = evaluate
-    if soft_target is not None:
-        _soft_target[name] = soft_target
-
-
-def _row_loss_reference(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    logit_bias_tensor: Tensor | None,
-    loss: str,
-    params: Sequence[float],
-    logit_bias: float,
-    ignore_index: int,
-    reduction: str,
-) -> Tensor:
-    if target.is_floating_point() and loss in _soft_target:
-        return _soft_target[loss](logits, target, weight, sample_weight, params, reduction)
-    bias = logit_bias if logit_bias_tensor is None else logit_bias_tensor
-    rows = Rows.of(logits, target, weight, sample_weight, bias, ignore_index)
-    if loss in _special:
-        values = _special[loss](rows, weight, params)
-    else:
-        formula = LOSSES[loss].formula
-        assert formula is not None
-        values = rows.class_weight * formula(rows.log_p, *params)
-    return rows.reduce(values, reduction)
-
-
-_ops.register_reference(_row_loss_reference)
-
-
-# ---- Functions and the registry --------------------------------------------------------------------------------------
 
 _OPTIONS_DOC = """
     Args:
@@ -310,11 +201,11 @@ def _make_function(name: str, operator: Callable[..., Tensor]) -> RowLossFunctio
     ) -> Tensor:
         params = LOSSES[name].pack(parameters)
         bias, bias_tensor = (
-            (0.0, None) if logit_bias.__class__ is float and logit_bias == 0.0 else resolve_logit_bias(logit_bias, logits)
+            (0.0, None)
+            if logit_bias.__class__ is float and logit_bias == 0.0
+            else resolve_logit_bias(logit_bias, logits)
         )
-        return operator(
-            logits, target, weight, sample_weight, bias_tensor, name, params, bias, ignore_index, reduction
-        )
+        return operator(logits, target, weight, sample_weight, bias_tensor, name, params, bias, ignore_index, reduction)
 
     return function
 
@@ -324,8 +215,8 @@ def loss_of_target(
 ) -> Callable[[Callable[..., Tensor]], RowLossFunction]:
     """Declares a loss that is a function of ``t = log p_y``.
 
-    Decorates its plain PyTorch formula ``x_loss(t, *, own parameters)``, whose name, defaults and docstring become those
-    of the fused function; the formula itself becomes the reference. ``ranges`` gives the range of each parameter in the
+    Decorates its plain PyTorch formula ``x_loss(t, own parameters)``, whose name, defaults and docstring become those of
+    the fused function; the formula itself becomes the reference. ``ranges`` gives the range of each parameter in the
     order of the C++ struct; ``constants`` are appended to them.
     """
 
@@ -343,7 +234,8 @@ def loss_of_target(
             made.__module__ = formula.__module__
             made.__doc__ = summary.rstrip() + "\n" + _OPTIONS_DOC.format(own=own)
             made.__signature__ = _signature(defaults)  # type: ignore[attr-defined]
-        LOSSES[stem] = LossEntry(stem, function, reference, formula, defaults, ranges, constants)
+        LOSSES[stem] = LossEntry(stem, function, reference, defaults, ranges, constants)
+        register_formula(stem, formula)
         return function
 
     return decorate

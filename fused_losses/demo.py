@@ -128,9 +128,7 @@ def make_model(seed: int) -> nn.Module:
     """The 64-512-512-10 network: large enough to learn wrong labels by heart. Global random state is kept."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return nn.Sequential(
-            nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, NUM_CLASSES)
-        )
+        return nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, NUM_CLASSES))
 
 
 def evaluate(model: nn.Module, inputs: Tensor, target: Tensor) -> float:
@@ -139,9 +137,7 @@ def evaluate(model: nn.Module, inputs: Tensor, target: Tensor) -> float:
         return float((model(inputs).argmax(dim=1) == target).float().mean())
 
 
-def train_one(
-    loss: nn.Module, data: Digits, recipe: Recipe, seed: int, on_epoch: Callable[[], object]
-) -> list[float]:
+def train_one(loss: nn.Module, data: Digits, recipe: Recipe, seed: int, on_epoch: Callable[[], object]) -> list[float]:
     """Train one network and return its test accuracy after each epoch.
 
     The seed decides the wrong labels, the initial weights and the order of the batches, so that losses with
@@ -165,14 +161,13 @@ def train_one(
     return accuracy
 
 
-def time_step(
-    choice: LossChoice, batch_size: int, device: torch.device, rounds: int = 300
-) -> tuple[float, float]:
+def time_step(choice: LossChoice, batch_size: int, device: torch.device, rounds: int = 300) -> tuple[float, float]:
     """Median microseconds of forward + backward of the loss alone: fused and plain PyTorch, in turn."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(batch_size, NUM_CLASSES, generator=generator).to(device).requires_grad_()
     target = torch.randint(NUM_CLASSES, (batch_size,), generator=generator).to(device)
-    entry, options = fl.LOSSES[choice.stem], choice.function_options
+    entry = fl.LOSSES[choice.stem]
+    options: dict[str, Any] = {**choice.function_options}
 
     def synchronize() -> None:
         if device.type == "cuda":
@@ -271,9 +266,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the demo to a parser."""
 
     def add(flag: str, parse: Callable[[str], object], default: object, metavar: str, text: str) -> None:
-        parser.add_argument(
-            flag, type=parse, default=default, metavar=metavar, help=f"{text} (default: %(default)s)"
-        )
+        parser.add_argument(flag, type=parse, default=default, metavar=metavar, help=f"{text} (default: %(default)s)")
 
     names = (
         "losses, separated by commas; `python -m fused_losses info` lists them, ce is cross_entropy. A "
@@ -328,9 +321,7 @@ def _parse_device(text: str) -> torch.device:
     if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
         raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:INDEX, got {text!r}")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not there: {torch.cuda.device_count()} CUDA devices found"
-        )
+        raise argparse.ArgumentTypeError(f"{text!r} is not there: {torch.cuda.device_count()} CUDA devices found")
     return torch.device(text)
 
 
@@ -390,8 +381,6 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo with command-line arguments (``sys.argv`` by default)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fused_losses demo", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m fused_losses demo", description=(__doc__ or "").splitlines()[0])
     add_arguments(parser)
     return run(parser.parse_args(argv))

@@ -1,11 +1,11 @@
 """The fused losses as functions."""
 
+from fused_losses.cross_entropy import cross_entropy
 from fused_losses.softmax import (
     ae_loss,
     agce_loss,
     aue_loss,
     bounded_ce_loss,
-    cross_entropy,
     focal_loss,
     gce_loss,
     js_loss,

@@ -1,189 +1,31 @@
-"""Cross entropy and the losses that depend on the logits through ``t = log p_y`` alone.
+"""The losses that depend on the logits through ``t = log p_y`` alone.
 
-Each loss: formula (the plain PyTorch reference, decorated into the fused function), then its Module. The C++ twin of a
-formula is in ``csrc/losses``.
+Each loss: formula (the plain PyTorch reference, decorated into the fused function), then its Module. The C++ twin of
+a formula is in ``csrc/losses/target_losses.h``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fused_losses import _ops
 from fused_losses._common import (
-    LOSSES,
-    LogitBias,
-    LossEntry,
     RowLossModule,
     RowLossOptions,
-    Rows,
     above_one,
-    class_dim,
-    closed_fraction,
     fraction,
     loss_of_target,
     non_negative,
     positive,
     positive_integer,
-    reduce_rows,
-    register_special,
-    resolve_logit_bias,
 )
+from fused_losses._reference import zero_at_zero
 
 # -log of the 1e-4 that stands for log 0 in reverse cross entropy
 RCE_A = -math.log(1e-4)
-
-
-def _zero_at_zero(p: Tensor, log_term: Tensor) -> Tensor:
-    """``p * log_term``, 0 at p = 0 in value and gradient."""
-    empty = p == 0
-    return torch.where(empty, 0.0, p * torch.where(empty, 0.0, log_term))
-
-
-# ---- Cross entropy ---------------------------------------------------------------------------------------------------
-
-
-def _smoothed(rows: Rows, weight: Tensor | None, params: Sequence[float]) -> Tensor:
-    smoothing = params[0]
-    hard = -rows.class_weight * rows.log_p
-    if smoothing == 0.0:
-        return hard
-    dim = class_dim(rows.log_probs)
-    shape = [-1 if d == dim else 1 for d in range(rows.log_probs.dim())]
-    spread = rows.log_probs if weight is None else rows.log_probs * weight.to(rows.log_p.dtype).view(shape)
-    smooth = -spread.sum(dim) * (smoothing / rows.log_probs.shape[dim])
-    return smooth if smoothing == 1.0 else (1.0 - smoothing) * hard + smooth
-
-
-def _soft_target(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    params: Sequence[float],
-    reduction: str,
-) -> Tensor:
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    dim = class_dim(logits)
-    log_probs = torch.log_softmax(logits, dim)
-    share = (1.0 - params[0]) * target.to(logits.dtype) + params[0] / logits.shape[dim]
-    if weight is not None:
-        share = share * weight.to(logits.dtype).view([-1 if d == dim else 1 for d in range(logits.dim())])
-    values = -_zero_at_zero(share, log_probs).sum(dim)
-    samples = torch.ones_like(values) if sample_weight is None else sample_weight.to(values.dtype)
-    return reduce_rows(values * samples, samples, reduction)
-
-
-register_special("cross_entropy", _smoothed, _soft_target)
-
-
-def _cross_entropy(operator):  # type: ignore[no-untyped-def]
-    def cross_entropy(
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None = None,
-        *,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
-        logit_bias: LogitBias = 0.0,
-        sample_weight: Tensor | None = None,
-    ) -> Tensor:
-        """Cross entropy, everything :func:`torch.nn.functional.cross_entropy` does, fused.
-
-        The usual loss for clean labels, and the baseline for noisy ones: it is unbounded, so it ends up fitting wrong
-        labels. Value for class indices, ``s = label_smoothing`` and ``w = weight``:
-        :math:`(1 - s) w_y (-\\log p_y) + (s / C) \\sum_j w_j (-\\log p_j)`, the mean divided by :math:`\\sum_i w_{y_i}`.
-        For probabilities ``q`` it is :math:`\\sum_j w_j ((1 - s) q_j + s / C) (-\\log p_j)`, the mean over rows.
-
-        Args:
-            input: logits ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``, any strides; float64, float32, float16, bfloat16.
-            target: class indices (int64, int32, int16, uint8) of the shape without the class dimension, or
-                probabilities of the shape and kind of ``input``.
-            weight: class weights ``(C,)``.
-            ignore_index: class index whose rows have loss and gradient zero and do not count in the mean.
-            reduction: ``"none"``, ``"mean"`` or ``"sum"``.
-            label_smoothing: in ``[0, 1]``.
-            logit_bias: added to the target's logit (2306.05497); a number, a 0-dim tensor or ``"auto"``. Class indices
-                only.
-            sample_weight: weight per row.
-
-        Returns:
-            The loss in float32, float64 for float64 logits; a scalar unless ``reduction="none"``.
-
-        Raises:
-            ValueError: ``label_smoothing`` or ``reduction`` out of range, mismatching batch sizes, ``logit_bias`` with
-                probabilities.
-            RuntimeError: shapes or dtypes that do not fit.
-            IndexError: a target out of range (on CUDA: a device assertion).
-
-        Deviations from torch: nothing left to average gives 0 with zero gradient instead of NaN; a zero probability
-        contributes nothing even where its logit is -inf; half precision returns a float32 loss.
-
-        Example:
-            >>> logits = torch.tensor([[2.0, 0.0]], requires_grad=True)
-            >>> cross_entropy(logits, torch.tensor([0]))
-            tensor(0.1269, grad_fn=...)
-        """
-        if not 0.0 <= label_smoothing <= 1.0:
-            raise ValueError(f"label_smoothing must be between 0.0 and 1.0, got {label_smoothing}")
-        bias, bias_tensor = resolve_logit_bias(logit_bias, input)
-        return operator(
-            input,
-            target,
-            weight,
-            sample_weight,
-            bias_tensor,
-            "cross_entropy",
-            [label_smoothing],
-            bias,
-            ignore_index,
-            reduction,
-        )
-
-    return cross_entropy
-
-
-cross_entropy = _cross_entropy(_ops.row_loss)
-_cross_entropy_reference = _cross_entropy(_ops.row_loss_reference)
-LOSSES["cross_entropy"] = LossEntry(
-    "cross_entropy",
-    cross_entropy,
-    _cross_entropy_reference,
-    None,
-    {"label_smoothing": 0.0},
-    {"label_smoothing": closed_fraction},
-)
-
-
-class CrossEntropyLoss(RowLossModule, stem="cross_entropy"):
-    """Module form of :func:`cross_entropy`; a drop-in for :class:`torch.nn.CrossEntropyLoss`."""
-
-    label_smoothing: float
-
-    def __init__(
-        self,
-        weight: Tensor | None = None,
-        *,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
-        logit_bias: LogitBias = 0.0,
-    ) -> None:
-        super().__init__(
-            {"label_smoothing": label_smoothing},
-            weight=weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            logit_bias=logit_bias,
-        )
-
-
-# ---- Losses of log p_y -----------------------------------------------------------------------------------------------
 
 
 @loss_of_target(scale=positive)
@@ -241,7 +83,8 @@ def agce_loss(t: Tensor, a: float = 0.6, q: float = 0.6) -> Tensor:
         a: offset, > 0.
         q: exponent, > 0.
     """
-    return ((a + 1.0) ** q - (a + t.exp()) ** q) / q
+    top: float = (a + 1.0) ** q
+    return (top - (a + t.exp()).pow(q)) / q
 
 
 class AGCELoss(RowLossModule, stem="agce"):
@@ -262,7 +105,8 @@ def aue_loss(t: Tensor, a: float = 5.5, q: float = 3.0) -> Tensor:
         a: offset, > 1.
         q: exponent, > 0.
     """
-    return ((a - t.exp()) ** q - (a - 1.0) ** q) / q
+    bottom: float = (a - 1.0) ** q
+    return ((a - t.exp()).pow(q) - bottom) / q
 
 
 class AUELoss(RowLossModule, stem="aue"):
@@ -339,8 +183,10 @@ class SCELoss(RowLossModule, stem="sce"):
 
 @loss_of_target(order=positive_integer)
 def taylor_ce_loss(t: Tensor, order: int = 2) -> Tensor:
-    """Taylor cross entropy: ``sum_{k=1..order} (1 - p_y)^k / k``. IJCAI 2020, "Can Cross Entropy Loss Be Robust to Label
-    Noise?". ``order=1`` is MAE with scale 1, many terms approach cross entropy. The default order is ours.
+    """Taylor cross entropy: ``sum_{k=1..order} (1 - p_y)^k / k``.
+
+    ``order=1`` is MAE with scale 1, many terms approach cross entropy. IJCAI 2020, "Can Cross Entropy Loss Be Robust
+    to Label Noise?"; the default order is ours.
 
     Args:
         order: number of terms, an integer >= 1.
@@ -363,8 +209,10 @@ class TaylorCELoss(RowLossModule, stem="taylor_ce"):
 
 @loss_of_target(tau=above_one)
 def phuber_ce_loss(t: Tensor, tau: float = 10.0) -> Tensor:
-    """Partially Huberised cross entropy: ``-log p_y`` where ``p_y > 1 / tau``, its tangent ``1 + log tau - tau p_y``
-    below. ICLR 2020, "Can gradient clipping mitigate label noise?", Eq. 6: clips the slope in ``p_y`` at ``tau``.
+    """Partially Huberised cross entropy: ``-log p_y`` where ``p_y > 1 / tau``, below that its tangent.
+
+    The tangent is ``1 + log tau - tau p_y``, so the slope in ``p_y`` is clipped at ``tau``. ICLR 2020, "Can gradient
+    clipping mitigate label noise?", Eq. 6.
 
     Args:
         tau: largest slope, > 1.
@@ -384,11 +232,10 @@ class PHuberCELoss(RowLossModule, stem="phuber_ce"):
 
 @loss_of_target(pi=fraction)
 def js_loss(t: Tensor, pi: float = 0.5) -> Tensor:
-    """Jensen-Shannon divergence of label and prediction with weights ``(pi, 1 - pi)``, divided by
-    ``-(1 - pi) log(1 - pi)``.
+    """Jensen-Shannon divergence of label and prediction, weights ``(pi, 1 - pi)``, over ``-(1 - pi) log(1 - pi)``.
 
-    ``pi -> 0`` gives cross entropy, ``pi -> 1`` resembles MAE. 2105.04522 Eq. 5, scaled as its code; it collapses to a
-    function of ``p_y``: with ``m = pi + (1 - pi) p_y``,
+    ``pi -> 0`` gives cross entropy, ``pi -> 1`` resembles MAE. 2105.04522 Eq. 5, scaled as its code. It collapses
+    to a function of ``p_y``: with ``m = pi + (1 - pi) p_y``, the divergence is
     ``-pi log m + (1 - pi) p_y log(p_y / m) - (1 - pi)(1 - p_y) log(1 - pi)``.
 
     Args:
@@ -396,7 +243,7 @@ def js_loss(t: Tensor, pi: float = 0.5) -> Tensor:
     """
     p, rest, log_rest = t.exp(), 1.0 - pi, math.log1p(-pi)
     log_m = torch.log(pi + rest * p)
-    value = -pi * log_m + rest * _zero_at_zero(p, t - log_m) + rest * torch.expm1(t) * log_rest
+    value = -pi * log_m + rest * zero_at_zero(p, t - log_m) + rest * torch.expm1(t) * log_rest
     return value / (-rest * log_rest)
 
 
@@ -413,8 +260,8 @@ class JSLoss(RowLossModule, stem="js"):
 def focal_loss(t: Tensor, gamma: float = 2.0) -> Tensor:
     """Focal loss: ``-(1 - p_y)^gamma log p_y``, with its exact gradient. 1708.02002 Eq. 4.
 
-    Puts weight on hard rows, the opposite of what noisy labels want; made for imbalance. Code of the noisy-label papers
-    treats the factor as a constant, which changes the gradient.
+    Puts weight on hard rows, the opposite of what noisy labels want; made for imbalance. Code of the noisy-label
+    papers treats the factor as a constant, which changes the gradient.
 
     Args:
         gamma: focusing exponent, >= 0; 0 is cross entropy.

@@ -66,9 +66,7 @@ def test_extension_module_needs_no_torch():
 
 def import_under_torch(version: str) -> subprocess.CompletedProcess[str]:
     return run_python(
-        "import torch\n"
-        f"torch.__version__ = torch.torch_version.TorchVersion({version!r})\n"
-        "import fused_losses"
+        f"import torch\ntorch.__version__ = torch.torch_version.TorchVersion({version!r})\nimport fused_losses"
     )
 
 

@@ -81,18 +81,14 @@ def test_grows_with_the_number_of_classes_and_with_the_target() -> None:
 
 @pytest.mark.parametrize("num_classes", [2, 10, 1000, 1_000_000])
 @pytest.mark.parametrize("target", [1e-3, 0.15, 0.95])
-def test_a_finer_grid_gives_the_same_root(
-    num_classes: int, target: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finer_grid_gives_the_same_root(num_classes: int, target: float, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = solve_logit_bias(num_classes, target)
     step = 0.07
     normal = np.arange(-14.0, 14.0, step)
     monkeypatch.setattr(calibration, "_STEP", step)
     monkeypatch.setattr(calibration, "_SCORE", np.arange(-17.0, 140.0, step))
     monkeypatch.setattr(calibration, "_NORMAL", normal)
-    monkeypatch.setattr(
-        calibration, "_NORMAL_WEIGHT", np.exp(-0.5 * normal**2) * (step / math.sqrt(2 * math.pi))
-    )
+    monkeypatch.setattr(calibration, "_NORMAL_WEIGHT", np.exp(-0.5 * normal**2) * (step / math.sqrt(2 * math.pi)))
     caches = (calibration._rate, calibration._log_score_distribution, calibration._solve_cached)
     for cache in caches:
         cache.cache_clear()

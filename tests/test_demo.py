@@ -73,9 +73,7 @@ def test_clean_labels_are_learned_and_a_seed_repeats() -> None:
     data = demo.load_data(torch.device("cpu"))
     recipe = demo.Recipe(noise=0.0, epochs=5, batch_size=128)
     state = torch.get_rng_state()
-    curves = [
-        demo.train_one(choice.module(), data, recipe, seed=seed, on_epoch=lambda: None) for seed in (3, 3, 4)
-    ]
+    curves = [demo.train_one(choice.module(), data, recipe, seed=seed, on_epoch=lambda: None) for seed in (3, 3, 4)]
     assert curves[0][-1] > 0.9
     assert curves[0] == curves[1] != curves[2]
     assert torch.equal(state, torch.get_rng_state()), "the global random state must stay as it was"
@@ -137,9 +135,7 @@ def test_names_of_losses(text: str, expected: list[tuple[str, str, bool]]) -> No
         (["--out", "plot.pdf"], "must be a .png file or a folder, got 'plot.pdf'"),
     ],
 )
-def test_bad_options_are_explained(
-    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_options_are_explained(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         command.main(["demo", *options])
     assert caught.value.code == 2

@@ -34,7 +34,9 @@ def test_function_transforms(name):
     entry = fl.LOSSES[name]
     batched = torch.func.vmap(entry.function)(logits, target)
     assert batched.shape == (5,)
-    torch.testing.assert_close(batched, torch.stack([entry.function(x, y) for x, y in zip(logits, target, strict=True)]))
+    torch.testing.assert_close(
+        batched, torch.stack([entry.function(x, y) for x, y in zip(logits, target, strict=True)])
+    )
     per_sample = torch.func.vmap(torch.func.grad(entry.function))(logits, target)
     for x, y, grad in zip(logits, target, per_sample, strict=True):
         x = x.clone().requires_grad_()
@@ -51,9 +53,7 @@ def test_other_inputs_are_differentiable(argument):
     target = torch.tensor([0, 2, -100, 1])
     size = {"weight": (3,), "sample_weight": (4,), "logit_bias": ()}[argument]
     value = (torch.rand(size, dtype=torch.float64) + 0.5).requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda x, v: fl.functional.gce_loss(x, target, **{argument: v}), (logits, value)
-    )
+    assert torch.autograd.gradcheck(lambda x, v: fl.functional.gce_loss(x, target, **{argument: v}), (logits, value))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -78,7 +78,8 @@ def test_opcheck(name, reduction):
 
 
 @pytest.mark.parametrize(
-    "name, backend", [(name, "aot_eager") for name in NAMES] + [("cross_entropy", "inductor"), ("agce", "inductor")]
+    "name, backend",
+    [(name, "aot_eager") for name in NAMES] + [("cross_entropy", "inductor"), ("agce", "inductor")],
 )
 def test_compile_fullgraph_dynamic(name, backend):
     torch._dynamo.reset()

@@ -1,8 +1,8 @@
 // Elementary functions for float and double that a compiler can vectorise: no branches, no tables, no library calls.
 //
-// On CUDA they are the standard functions. On the host the errors, measured over the whole range in tests/cpp, are below
-// 2 ulp (exp, log, log1p, expm1); pow loses a further |b log a| / 2 ulp. exp flushes results below the smallest normal
-// number to zero and overflows half a binade early (x > 88.37 for float): softmax arguments are never positive.
+// On CUDA they are the standard functions. On the host the errors, measured over the whole range in tests/cpp, are
+// below 2 ulp (exp, log, log1p, expm1); pow loses a further |b log a| / 2 ulp. exp flushes results below the smallest
+// normal number to zero and overflows half a binade early (x > 88.37 for float): softmax arguments are never positive.
 #pragma once
 
 #include <bit>
@@ -28,8 +28,8 @@ struct FloatFormat<float> {
     static constexpr float round_magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
     static constexpr float ln2_hi = 0.693359375f;      // 9 bits: n * ln2_hi is exact
     static constexpr float ln2_lo = -2.12194440e-4f;
-    static constexpr float exp_min = -87.33654f;  // log of the smallest normal number
-    static constexpr float exp_max = 88.37626f;   // 127.5 log 2: the last one whose scale 2^n is finite
+    static constexpr float exp_min = -87.33654f;          // log of the smallest normal number
+    static constexpr float exp_max = 88.37626f;           // 127.5 log 2: the last one whose scale 2^n is finite
     static constexpr float log_tiny_scale = 16777216.0f;  // 2^24 lifts a subnormal into the normal range
     static constexpr int log_tiny_exponent = 24;
     static constexpr int log_terms = 5;  // of the atanh series; the first term left out is below 2e-9
@@ -45,7 +45,7 @@ struct FloatFormat<double> {
     static constexpr double ln2_hi = 0.693147180369123816490;  // low 21 bits are zero
     static constexpr double ln2_lo = 1.90821492927058770002e-10;
     static constexpr double exp_min = -708.39641853226408;
-    static constexpr double exp_max = 709.43613930310391;  // 1023.5 log 2
+    static constexpr double exp_max = 709.43613930310391;          // 1023.5 log 2
     static constexpr double log_tiny_scale = 18014398509481984.0;  // 2^54
     static constexpr int log_tiny_exponent = 54;
     static constexpr int log_terms = 12;

@@ -110,9 +110,8 @@ void forward(RowProblem& p, const at::Tensor& loss, const at::Tensor& denominato
     }
     const Tiling tiling(p);
     std::vector<double> sums(tiling.tiles);
-    at::parallel_for(0, tiling.tiles, grain_size(p, tiling), [&](std::int64_t begin, std::int64_t end) {
-        kernels().forward(p, begin, end, sums.data());
-    });
+    at::parallel_for(0, tiling.tiles, grain_size(p, tiling),
+                     [&](std::int64_t begin, std::int64_t end) { kernels().forward(p, begin, end, sums.data()); });
     if (p.reduction == Reduction::kNone) return;
     double total = 0;
     for (const double sum : sums) total += sum;

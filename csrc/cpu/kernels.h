@@ -9,8 +9,8 @@
 namespace fused_losses {
 inline namespace FL_ISA {
 
-// How rows are cut into units of parallel work. It depends on the problem alone, never on the number of threads, and each
-// tile's partial sum is added in tile order: the same bits for any number of threads.
+// How rows are cut into units of parallel work. It depends on the problem alone, never on the number of threads, and
+// each tile's partial sum is added in tile order: the same bits for any number of threads.
 struct Tiling {
     static constexpr int kLanes = 64;
     static constexpr std::int64_t kMaxLaneClasses = 8192;   // a lane tile of floats then fills 2 MiB

@@ -149,8 +149,7 @@ private:
         const std::int64_t row_stride = p.grad_stride.inner, class_stride = p.grad_class_stride;
         if (class_stride == 1) {
             for (int i = 0; i < n; ++i)
-                for (std::int64_t c = 0; c < classes; ++c)
-                    grad[i * row_stride + c] = narrow<Stored>(x[c * kLanes + i]);
+                for (std::int64_t c = 0; c < classes; ++c) grad[i * row_stride + c] = narrow<Stored>(x[c * kLanes + i]);
             return;
         }
         for (std::int64_t c = 0; c < classes; ++c) {

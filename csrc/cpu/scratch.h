@@ -1,5 +1,5 @@
-// Cache-line aligned scratch memory. Not std::vector: its out-of-line members, compiled for AVX-512, could be the copy the
-// linker keeps for everybody.
+// Cache-line aligned scratch memory. Not std::vector: its out-of-line members, compiled for AVX-512, could be the copy
+// the linker keeps for everybody.
 #pragma once
 
 #include <cstddef>

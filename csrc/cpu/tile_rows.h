@@ -32,8 +32,8 @@ struct alignas(64) TileRows {
     A max[kMax], sum[kMax], target_logit[kMax], centred[kMax], sum_u[kMax];
     A value[kMax], alpha[kMax], beta[kMax], gamma[kMax], lse[kMax];
 
-    // Reads targets and weights of rows [first, first + n) of image `outer`; clears what follows, up to whole vectors and
-    // at least to `lanes`.
+    // Reads targets and weights of rows [first, first + n) of image `outer`; clears what follows, up to whole vectors
+    // and at least to `lanes`.
     void begin(const RowProblem& p, std::int64_t outer, std::int64_t first, int n, int lanes) {
         padded = std::max((n + 15) / 16 * 16, lanes);
         bias = p.logit_bias_device ? *as<A>(p.logit_bias_device) : A(p.logit_bias);

@@ -23,9 +23,7 @@ void check_classes(const RowProblem& p) {
 // Makes a device current for torch and for this library, which carries its own copy of the CUDA runtime.
 class CurrentDevice {
 public:
-    explicit CurrentDevice(c10::Device device) : device(device), guard(device) {
-        check(cudaSetDevice(device.index()));
-    }
+    explicit CurrentDevice(c10::Device device) : device(device), guard(device) { check(cudaSetDevice(device.index())); }
 
     // torch's current stream, in which its allocator reuses memory.
     cudaStream_t stream() const {
@@ -84,8 +82,7 @@ void forward(RowProblem& problem, const at::Tensor& loss, const at::Tensor& deno
     check(cuda::enqueue_forward(p, cuda.stream()));
     if (reduced) {
         const at::Tensor partials = cuda.scratch(cuda::reduction_scratch(p.rows()), at::kDouble);
-        check(cuda::enqueue_reduction(p, static_cast<double*>(partials.mutable_data_ptr()),
-                                      loss.mutable_data_ptr(),
+        check(cuda::enqueue_reduction(p, static_cast<double*>(partials.mutable_data_ptr()), loss.mutable_data_ptr(),
                                       mean ? denominator.mutable_data_ptr() : nullptr, cuda.stream()));
     }
     if (!p.grad) return;

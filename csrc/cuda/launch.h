@@ -26,7 +26,6 @@ std::int64_t reduction_scratch(std::int64_t rows);
 // loss = sum of row_values. With row_weights: denominator = their sum and loss is divided by it (0 where that
 // is 0). loss and denominator are acc scalars on the device. The order of additions depends on the number of
 // rows only.
-cudaError_t enqueue_reduction(const RowProblem& p, double* scratch, void* loss, void* denominator,
-                              cudaStream_t stream);
+cudaError_t enqueue_reduction(const RowProblem& p, double* scratch, void* loss, void* denominator, cudaStream_t stream);
 
 }  // namespace fused_losses::cuda

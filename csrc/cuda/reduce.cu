@@ -11,9 +11,7 @@ constexpr std::int64_t kSingleBlockRows = 8 * kBlock;  // up to here the second 
 constexpr std::int64_t kMaxPartials = 1024;
 
 std::int64_t partials_for(std::int64_t rows) {
-    return rows <= kSingleBlockRows
-               ? 0
-               : std::min((rows + kSingleBlockRows - 1) / kSingleBlockRows, kMaxPartials);
+    return rows <= kSingleBlockRows ? 0 : std::min((rows + kSingleBlockRows - 1) / kSingleBlockRows, kMaxPartials);
 }
 
 struct Sums {
@@ -59,8 +57,7 @@ __global__ void __launch_bounds__(kBlock)
 // One block. Nothing to average gives 0, not NaN.
 template <class In, class A>
 __global__ void __launch_bounds__(kBlock)
-    finish_reduction(const In* values, const In* weights, std::int64_t count, bool mean, A* loss,
-                     A* denominator) {
+    finish_reduction(const In* values, const In* weights, std::int64_t count, bool mean, A* loss, A* denominator) {
     const Sums sums = sum_over_block(sum_strided(values, weights, count));
     if (threadIdx.x != 0) return;
     if (denominator) *denominator = static_cast<A>(sums.weights);
@@ -74,14 +71,12 @@ cudaError_t reduce(const RowProblem& p, double* scratch, A* loss, A* denominator
     const A* weights = static_cast<const A*>(p.row_weights);
     const bool mean = weights != nullptr;
     const std::int64_t rows = p.rows(), partials = partials_for(rows);
-    if (partials == 0)
-        return launch(finish_reduction<A, A>, 1, stream, values, weights, rows, mean, loss, denominator);
+    if (partials == 0) return launch(finish_reduction<A, A>, 1, stream, values, weights, rows, mean, loss, denominator);
     const cudaError_t error =
         launch(sum_rows<A>, static_cast<unsigned>(partials), stream, values, weights, rows, scratch);
     if (error != cudaSuccess) return error;
     const double* const partial_weights = mean ? scratch + partials : nullptr;
-    return launch(finish_reduction<double, A>, 1, stream, scratch, partial_weights, partials, mean, loss,
-                  denominator);
+    return launch(finish_reduction<double, A>, 1, stream, scratch, partial_weights, partials, mean, loss, denominator);
 }
 
 }  // namespace

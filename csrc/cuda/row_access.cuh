@@ -126,8 +126,7 @@ public:
         const A weight = p.class_weight ? as<A>(p.class_weight)[cls] : A(1);
         if (!p.soft_target) return weight;
         const std::int64_t at = offset + cls * p.soft_target_class_stride;
-        const A y =
-            p.soft_target_is_stored ? to_acc(as<Stored>(p.soft_target)[at]) : as<A>(p.soft_target)[at];
+        const A y = p.soft_target_is_stored ? to_acc(as<Stored>(p.soft_target)[at]) : as<A>(p.soft_target)[at];
         return weight * (keep * y + uniform);
     }
 

@@ -8,8 +8,7 @@ namespace fused_losses::cuda {
 namespace {
 
 template <class A>
-FL_DEVICE void write_row(const RowProblem& p, const Row& row, A value, A weight, A lse,
-                         const AffineRow<A>& affine) {
+FL_DEVICE void write_row(const RowProblem& p, const Row& row, A value, A weight, A lse, const AffineRow<A>& affine) {
     if (p.row_values) static_cast<A*>(p.row_values)[row.number] = value;
     if (p.row_weights) static_cast<A*>(p.row_weights)[row.number] = weight;
     if (!p.stats) return;
@@ -32,8 +31,7 @@ template <class A>
 FL_DEVICE AffineRow<A> evaluate(const RowArgs<A>& args, const SoftmaxRow<A>& row) {
     if (args.problem.soft_target) return SoftCrossEntropy::eval(row);
     AffineRow<A> affine{};
-    visit_loss(SoftmaxLosses{}, args.problem.loss,
-               [&]<class Loss>() { affine = Loss::eval(row, args.params); });
+    visit_loss(SoftmaxLosses{}, args.problem.loss, [&]<class Loss>() { affine = Loss::eval(row, args.params); });
     return affine;
 }
 
@@ -51,8 +49,7 @@ FL_DEVICE void finish_row(const RowArgs<A>& args, const Row& row, const Target& 
     softmax.num_classes = A(p.num_classes);
     const AffineRow<A> affine = evaluate(args, softmax);
     const A sample_weight = sample_weight_of<A>(p, row);
-    write_row(p, row, sample_weight * affine.value, softmax.class_weight * sample_weight, state.max + log_sum,
-              affine);
+    write_row(p, row, sample_weight * affine.value, softmax.class_weight * sample_weight, state.max + log_sum, affine);
 }
 
 // kThreads threads per row: a warp or the whole block.
@@ -67,8 +64,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>>)
     const std::int64_t class_stride = p.logits_class_stride, rows = p.rows();
     const A bias = bias_of(args);
     const std::int64_t step = std::int64_t(gridDim.x) * group_count;
-    for (std::int64_t number = std::int64_t(blockIdx.x) * group_count + group; number < rows;
-         number += step) {
+    for (std::int64_t number = std::int64_t(blockIdx.x) * group_count + group; number < rows; number += step) {
         const Row row = row_at(p, number);
         const Target target = target_of(p, row);
         if (target.ignored) {  // for the whole group
@@ -79,17 +75,16 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>>)
         const A target_logit = target.cls < 0 ? A(0) : to_acc(logits[target.cls * class_stride]) + bias;
         const Spread<Stored> spread(p, args, row);
         auto state = SoftmaxState<A, kSpread>::empty();
-        walk_classes<kThreads>(logits, classes, class_stride == 1, lane,
-                               [&]<int kCount>(Count<kCount>, int c) {
-                                   A z[kCount], u[kCount];
-                                   load(logits + c * class_stride, z);
+        walk_classes<kThreads>(logits, classes, class_stride == 1, lane, [&]<int kCount>(Count<kCount>, int c) {
+            A z[kCount], u[kCount];
+            load(logits + c * class_stride, z);
 #pragma unroll
-                                   for (int k = 0; k < kCount; ++k) {
-                                       if (c + k == target.cls) z[k] += bias;
-                                       u[k] = kSpread ? spread(c + k) : A(0);
-                                   }
-                                   state.push(z, u);
-                               });
+            for (int k = 0; k < kCount; ++k) {
+                if (c + k == target.cls) z[k] += bias;
+                u[k] = kSpread ? spread(c + k) : A(0);
+            }
+            state.push(z, u);
+        });
         reduce_group<kThreads>(state);
         if (lane == 0) finish_row(args, row, target, target_logit, state);
     }
@@ -105,8 +100,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>>)
     const std::int64_t class_stride = p.logits_class_stride, rows = p.rows();
     const A bias = bias_of(args);
     const std::int64_t step = std::int64_t(gridDim.x) * kBlock;
-    for (std::int64_t number = std::int64_t(blockIdx.x) * kBlock + threadIdx.x; number < rows;
-         number += step) {
+    for (std::int64_t number = std::int64_t(blockIdx.x) * kBlock + threadIdx.x; number < rows; number += step) {
         const Row row = row_at(p, number);
         const Target target = target_of(p, row);
         if (target.ignored) {
@@ -142,11 +136,9 @@ cudaError_t enqueue_forward(const RowProblem& p, cudaStream_t stream) {
             case Regime::kThread:
                 return launch(forward_by_thread<Stored, kSpread>, blocks_for(p.rows(), kBlock), stream, args);
             case Regime::kWarp:
-                return launch(forward_by_group<Stored, 32, kSpread>, blocks_for(p.rows(), kBlock / 32),
-                              stream, args);
+                return launch(forward_by_group<Stored, 32, kSpread>, blocks_for(p.rows(), kBlock / 32), stream, args);
             case Regime::kBlock:
-                return launch(forward_by_group<Stored, kBlock, kSpread>, blocks_for(p.rows(), 1), stream,
-                              args);
+                return launch(forward_by_group<Stored, kBlock, kSpread>, blocks_for(p.rows(), 1), stream, args);
         }
         return cudaErrorInvalidValue;
     });

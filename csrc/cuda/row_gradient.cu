@@ -42,8 +42,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>>)
     const std::int64_t from_stride = p.logits_class_stride, to_stride = p.grad_class_stride, rows = p.rows();
     const A bias = bias_of(args);
     const std::int64_t step = std::int64_t(gridDim.x) * group_count;
-    for (std::int64_t number = std::int64_t(blockIdx.x) * group_count + group; number < rows;
-         number += step) {
+    for (std::int64_t number = std::int64_t(blockIdx.x) * group_count + group; number < rows; number += step) {
         const Row row = row_at(p, number);
         const Target target = target_of(p, row);
         const Stored* logits = as<Stored>(p.logits) + p.logits_stride.at(row.outer, row.inner);
@@ -51,11 +50,10 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>>)
         const bool contiguous = from_stride == 1 && to_stride == 1;
         const bool vectors = contiguous && misalignment(logits) == misalignment(grad);
         if (target.ignored) {  // for the whole group; the logits are not read, they may be NaN
-            walk_classes<kThreads>(grad, classes, to_stride == 1, lane,
-                                   [&]<int kCount>(Count<kCount>, int c) {
-                                       const A zeros[kCount] = {};
-                                       store(grad + c * to_stride, zeros);
-                                   });
+            walk_classes<kThreads>(grad, classes, to_stride == 1, lane, [&]<int kCount>(Count<kCount>, int c) {
+                const A zeros[kCount] = {};
+                store(grad + c * to_stride, zeros);
+            });
             continue;
         }
         const Coefficients<A> coefficients(p, row);
@@ -66,8 +64,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>>)
 #pragma unroll
             for (int k = 0; k < kCount; ++k) {
                 const bool is_target = c + k == target.cls;
-                z[k] = coefficients.at(is_target ? z[k] + bias : z[k], kSpread ? spread(c + k) : A(0),
-                                       is_target);
+                z[k] = coefficients.at(is_target ? z[k] + bias : z[k], kSpread ? spread(c + k) : A(0), is_target);
             }
             store(grad + c * to_stride, z);
         });
@@ -84,8 +81,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>>)
     const std::int64_t from_stride = p.logits_class_stride, to_stride = p.grad_class_stride, rows = p.rows();
     const A bias = bias_of(args);
     const std::int64_t step = std::int64_t(gridDim.x) * kBlock;
-    for (std::int64_t number = std::int64_t(blockIdx.x) * kBlock + threadIdx.x; number < rows;
-         number += step) {
+    for (std::int64_t number = std::int64_t(blockIdx.x) * kBlock + threadIdx.x; number < rows; number += step) {
         const Row row = row_at(p, number);
         const Target target = target_of(p, row);
         const Stored* logits = as<Stored>(p.logits) + p.logits_stride.at(row.outer, row.inner);
@@ -121,14 +117,11 @@ cudaError_t enqueue_gradient(const RowProblem& p, cudaStream_t stream) {
         const RowArgs<acc_t<Stored>> args(p);
         switch (regime_of(p)) {
             case Regime::kThread:
-                return launch(gradient_by_thread<Stored, kSpread>, blocks_for(p.rows(), kBlock), stream,
-                              args);
+                return launch(gradient_by_thread<Stored, kSpread>, blocks_for(p.rows(), kBlock), stream, args);
             case Regime::kWarp:
-                return launch(gradient_by_group<Stored, 32, kSpread>, blocks_for(p.rows(), kBlock / 32),
-                              stream, args);
+                return launch(gradient_by_group<Stored, 32, kSpread>, blocks_for(p.rows(), kBlock / 32), stream, args);
             case Regime::kBlock:
-                return launch(gradient_by_group<Stored, kBlock, kSpread>, blocks_for(p.rows(), 1), stream,
-                              args);
+                return launch(gradient_by_group<Stored, kBlock, kSpread>, blocks_for(p.rows(), 1), stream, args);
         }
         return cudaErrorInvalidValue;
     });

@@ -1,5 +1,5 @@
-// Losses that are functions phi(t) of t = log p_y alone. Each eval returns phi and its slope dphi/dt; the gradient of the
-// logits follows as slope * ([j = y] - p_j).
+// Losses that are functions phi(t) of t = log p_y alone. Each eval returns phi and its slope dphi/dt; the gradient of
+// the logits follows as slope * ([j = y] - p_j).
 //
 // Everything is written through t: p^q = e^(qt) and 1 - p = -expm1(t). p^(q-1), which is infinite where p underflows,
 // never appears, so nothing has to be clamped.
@@ -154,7 +154,8 @@ struct JS {
     }
 };
 
-// params: gamma. -(1 - p)^gamma log p. Its slope is -(1 - p)^gamma (1 + gamma p r) with r = -log p / (1 - p) -> 1 as p -> 1.
+// params: gamma. -(1 - p)^gamma log p. Its slope is -(1 - p)^gamma (1 + gamma p r) with r = -log p / (1 - p) -> 1 as p
+// -> 1.
 struct Focal {
     static constexpr const char* name = "focal";
     static constexpr int num_params = 1;

@@ -1,8 +1,9 @@
 // Autograd of row_loss.
 //
 // The first derivative in the logits is fused. Under "mean" and "sum" the forward writes the gradient for an upstream
-// gradient of 1 and backward scales it; otherwise the forward saves a few numbers per row and backward recomputes. Every
-// other kind of derivative is rare and goes through row_loss_reference, whose plain operations torch differentiates.
+// gradient of 1 and backward scales it; otherwise the forward saves a few numbers per row and backward recomputes.
+// Every other kind of derivative is rare and goes through row_loss_reference, whose plain operations torch
+// differentiates.
 #include <ATen/Functions.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -70,8 +71,8 @@ struct Scalars : torch::CustomClassHolder {
     const std::string reduction;
 };
 
-// float16 cannot hold a gradient divided by the batch size before the loss scale of mixed precision has multiplied it, and
-// a CUDA forward does not know the denominator before all rows are read.
+// float16 cannot hold a gradient divided by the batch size before the loss scale of mixed precision has multiplied it,
+// and a CUDA forward does not know the denominator before all rows are read.
 bool forward_writes_gradient(const RowLossArgs& args) {
     return args.reduction != "none" && args.logits.scalar_type() != at::kHalf && args.logits.is_cpu();
 }
@@ -80,8 +81,7 @@ bool forward_writes_gradient(const RowLossArgs& args) {
 bool is_plain_cpu(const Tensor& t) {
     const auto wrapped = c10::DispatchKeySet(
         {c10::DispatchKey::Python, c10::DispatchKey::Functionalize, c10::DispatchKey::FuncTorchBatched});
-    return t.is_cpu() && !t.key_set().has_any(wrapped) &&
-           !c10::impl::TorchDispatchModeTLS::any_modes_set();
+    return t.is_cpu() && !t.key_set().has_any(wrapped) && !c10::impl::TorchDispatchModeTLS::any_modes_set();
 }
 
 bool is_one(const Tensor& t) {
@@ -123,9 +123,15 @@ public:
         const variable_list saved = ctx->get_saved_variables();
         const auto scalars = c10::static_intrusive_pointer_cast<Scalars>(ctx->saved_data["scalars"].toCapsule());
         const OptionalTensor weight = or_none(saved[2]), sample_weight = or_none(saved[3]), bias = or_none(saved[4]);
-        const RowLossArgs args{saved[0],        saved[1],           weight,
-                               sample_weight,   bias,               scalars->loss,
-                               scalars->params, scalars->logit_bias, scalars->ignore_index,
+        const RowLossArgs args{saved[0],
+                               saved[1],
+                               weight,
+                               sample_weight,
+                               bias,
+                               scalars->loss,
+                               scalars->params,
+                               scalars->logit_bias,
+                               scalars->ignore_index,
                                scalars->reduction};
         const bool gradient_is_written = saved.size() == 6;
         if (at::GradMode::is_enabled()) return {differentiable(grad_loss, args), Tensor()};

@@ -35,8 +35,8 @@ inline void check_logits(const RowLossArgs& args) {
     const bool supported = dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16;
     TORCH_CHECK(supported, args.loss, ": logits must be float64, float32, float16 or bfloat16, got ", dtype);
     TORCH_CHECK(logits.dim() >= 1, args.loss, ": logits must have shape (C,), (N, C) or (N, C, d1, ...), got a scalar");
-    TORCH_CHECK_VALUE(logits.sym_size(class_dim_of(logits)) >= 1,
-                      args.loss, ": logits must have at least one class, got shape ", logits.sym_sizes());
+    TORCH_CHECK_VALUE(logits.sym_size(class_dim_of(logits)) >= 1, args.loss,
+                      ": logits must have at least one class, got shape ", logits.sym_sizes());
 }
 
 // Returns whether the target holds probabilities.
@@ -82,11 +82,10 @@ inline void check_weights(const RowLossArgs& args, const c10::SymDimVector& rows
         TORCH_CHECK(args.sample_weight->sym_sizes() == c10::SymIntArrayRef(rows), args.loss,
                     ": sample_weight must have one entry per row, shape ", rows, ", got ",
                     args.sample_weight->sym_sizes());
-        TORCH_CHECK(at::isFloatingType(args.sample_weight->scalar_type()) &&
-                        args.sample_weight->device() == logits.device(),
-                    args.loss, ": sample_weight must be a floating point tensor on the device of logits (",
-                    logits.device(), "), got ", args.sample_weight->scalar_type(), " on ",
-                    args.sample_weight->device());
+        TORCH_CHECK(
+            at::isFloatingType(args.sample_weight->scalar_type()) && args.sample_weight->device() == logits.device(),
+            args.loss, ": sample_weight must be a floating point tensor on the device of logits (", logits.device(),
+            "), got ", args.sample_weight->scalar_type(), " on ", args.sample_weight->device());
     }
 }
 

@@ -1,7 +1,7 @@
 // Every operator's schema.
 //
-// `loss` is a name of loss_names(), `params` its parameters in the order its header states. Losses are returned in float32
-// (float64 for float64 logits), gradients in the dtype of the logits. `reduction`: "none", "mean", "sum".
+// `loss` is a name of loss_names(), `params` its parameters in the order its header states. Losses are returned in
+// float32 (float64 for float64 logits), gradients in the dtype of the logits. `reduction`: "none", "mean", "sum".
 #include <torch/library.h>
 
 TORCH_LIBRARY(fused_losses, m) {
@@ -17,7 +17,8 @@ TORCH_LIBRARY(fused_losses, m) {
         "Tensor? logit_bias_tensor, str loss, float[] params, float logit_bias, int ignore_index, str reduction) "
         "-> Tensor");
 
-    // Training forward under "mean" and "sum": one read of the logits, one write of the gradient for upstream gradient 1.
+    // Training forward under "mean" and "sum": one read of the logits, one write of the gradient for upstream
+    // gradient 1.
     m.def(
         "row_loss_with_grad(Tensor logits, Tensor target, Tensor? weight, Tensor? sample_weight, "
         "Tensor? logit_bias_tensor, str loss, float[] params, float logit_bias, int ignore_index, str reduction) "

@@ -34,7 +34,7 @@ inline std::optional<RowLayout> coalesce_rows(at::IntArrayRef row_sizes, std::in
     std::int64_t sizes[2] = {1, 1};
     for (std::int64_t d = static_cast<std::int64_t>(row_sizes.size()) - 1; d >= 0; --d) {
         if (row_sizes[d] == 1) continue;
-        std::int64_t RowStride::*const current = dims == 2 ? &RowStride::outer : &RowStride::inner;
+        std::int64_t RowStride::* const current = dims == 2 ? &RowStride::outer : &RowStride::inner;
         std::int64_t& extent = sizes[dims == 2 ? 0 : 1];
         bool mergeable = dims > 0;
         int i = 0;
@@ -45,7 +45,8 @@ inline std::optional<RowLayout> coalesce_rows(at::IntArrayRef row_sizes, std::in
         }
         if (++dims > 2) return std::nullopt;
         i = 0;
-        for (const RowDims& t : tensors) layout.strides[i++].*(dims == 2 ? &RowStride::outer : &RowStride::inner) = stride(t, d);
+        for (const RowDims& t : tensors)
+            layout.strides[i++].*(dims == 2 ? &RowStride::outer : &RowStride::inner) = stride(t, d);
         sizes[dims == 2 ? 0 : 1] = row_sizes[d];
     }
     layout.outer = sizes[0];

@@ -93,9 +93,9 @@ private:
         const auto optional = [&](const at::Tensor& t, std::int64_t class_dim) {
             return t.defined() ? RowDims{&t, class_dim} : of_logits;
         };
-        const auto layout =
-            coalesce_rows(sizes, {of_logits, optional(target, shape.soft_target ? shape.class_dim : -1),
-                                  optional(sample_weight, -1), optional(grad, shape.class_dim), optional(upstream, -1)});
+        const auto layout = coalesce_rows(
+            sizes, {of_logits, optional(target, shape.soft_target ? shape.class_dim : -1), optional(sample_weight, -1),
+                    optional(grad, shape.class_dim), optional(upstream, -1)});
         if (!layout) return false;
         problem.outer = layout->outer;
         problem.inner = layout->inner;
@@ -107,8 +107,8 @@ private:
         return true;
     }
 
-    // Rows that need more than two strides (a crop of an image, say). The small tensors are copied first; the logits only
-    // if that does not help.
+    // Rows that need more than two strides (a crop of an image, say). The small tensors are copied first; the logits
+    // only if that does not help.
     void make_contiguous() {
         target = target.contiguous();
         if (sample_weight.defined()) sample_weight = sample_weight.contiguous();

@@ -1,0 +1,149 @@
+"""Cross entropy with everything torch's has: class weights, label smoothing, class probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fused_losses import _ops
+from fused_losses._common import LOSSES, LogitBias, LossEntry, RowLossModule, closed_fraction, resolve_logit_bias
+from fused_losses._reference import Rows, class_dim, reduce_rows, register_special, zero_at_zero
+
+
+def _smoothed(rows: Rows, weight: Tensor | None, params: Sequence[float]) -> Tensor:
+    smoothing = params[0]
+    hard = -rows.class_weight * rows.log_p
+    if smoothing == 0.0:
+        return hard
+    dim = class_dim(rows.log_probs)
+    shape = [-1 if d == dim else 1 for d in range(rows.log_probs.dim())]
+    spread = rows.log_probs if weight is None else rows.log_probs * weight.to(rows.log_p.dtype).view(shape)
+    smooth = -spread.sum(dim) * (smoothing / rows.log_probs.shape[dim])
+    return smooth if smoothing == 1.0 else (1.0 - smoothing) * hard + smooth
+
+
+def _soft_target(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    params: Sequence[float],
+    reduction: str,
+) -> Tensor:
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    dim = class_dim(logits)
+    log_probs = torch.log_softmax(logits, dim)
+    share = (1.0 - params[0]) * target.to(logits.dtype) + params[0] / logits.shape[dim]
+    if weight is not None:
+        share = share * weight.to(logits.dtype).view([-1 if d == dim else 1 for d in range(logits.dim())])
+    values = -zero_at_zero(share, log_probs).sum(dim)
+    samples = torch.ones_like(values) if sample_weight is None else sample_weight.to(values.dtype)
+    return reduce_rows(values * samples, samples, reduction)
+
+
+register_special("cross_entropy", _smoothed, _soft_target)
+
+
+def _cross_entropy(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def cross_entropy(
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        logit_bias: LogitBias = 0.0,
+        sample_weight: Tensor | None = None,
+    ) -> Tensor:
+        """Cross entropy: everything :func:`torch.nn.functional.cross_entropy` does, fused.
+
+        The usual loss for clean labels, and the baseline for noisy ones: it is unbounded, so it ends up fitting wrong
+        labels. Value for class indices, ``s = label_smoothing`` and ``w = weight``:
+        :math:`(1 - s) w_y (-\\log p_y) + (s / C) \\sum_j w_j (-\\log p_j)`, the mean divided by
+        :math:`\\sum_i w_{y_i}`. For probabilities ``q`` it is
+        :math:`\\sum_j w_j ((1 - s) q_j + s / C) (-\\log p_j)`, the mean over rows.
+
+        Args:
+            input: logits ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``, any strides; float64, float32, float16 or
+                bfloat16.
+            target: class indices (int64, int32, int16, uint8) of the shape without the class dimension, or
+                floating point probabilities of the shape of ``input``.
+            weight: class weights ``(C,)``.
+            ignore_index: class index whose rows have loss and gradient zero and do not count in the mean.
+            reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+            label_smoothing: in ``[0, 1]``.
+            logit_bias: added to the target's logit (2306.05497); a number, a 0-dim tensor or ``"auto"``. For
+                class indices only.
+            sample_weight: weight per row.
+
+        Returns:
+            The loss in float32, float64 for float64 logits; a scalar unless ``reduction="none"``.
+
+        Raises:
+            ValueError: ``label_smoothing`` or ``reduction`` out of range, mismatching batch sizes, ``logit_bias`` with
+                probabilities.
+            RuntimeError: shapes or dtypes that do not fit.
+            IndexError: a target out of range (on CUDA: a device assertion).
+
+        Deviations from torch: nothing left to average gives 0 with zero gradient instead of NaN; a zero probability
+        contributes nothing even where its logit is -inf; half precision returns a float32 loss.
+
+        Example:
+            >>> logits = torch.tensor([[2.0, 0.0]], requires_grad=True)
+            >>> cross_entropy(logits, torch.tensor([0]))
+            tensor(0.1269, grad_fn=...)
+        """
+        if not 0.0 <= label_smoothing <= 1.0:
+            raise ValueError(f"label_smoothing must be between 0.0 and 1.0, got {label_smoothing}")
+        bias, bias_tensor = resolve_logit_bias(logit_bias, input)
+        return operator(
+            input,
+            target,
+            weight,
+            sample_weight,
+            bias_tensor,
+            "cross_entropy",
+            [label_smoothing],
+            bias,
+            ignore_index,
+            reduction,
+        )
+
+    return cross_entropy
+
+
+cross_entropy = _cross_entropy(_ops.row_loss)
+_cross_entropy_reference = _cross_entropy(_ops.row_loss_reference)
+LOSSES["cross_entropy"] = LossEntry(
+    "cross_entropy",
+    cross_entropy,
+    _cross_entropy_reference,
+    {"label_smoothing": 0.0},
+    {"label_smoothing": closed_fraction},
+)
+
+
+class CrossEntropyLoss(RowLossModule, stem="cross_entropy"):
+    """Module form of :func:`cross_entropy`; a drop-in for :class:`torch.nn.CrossEntropyLoss`."""
+
+    label_smoothing: float
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        logit_bias: LogitBias = 0.0,
+    ) -> None:
+        super().__init__(
+            {"label_smoothing": label_smoothing},
+            weight=weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            logit_bias=logit_bias,
+        )
