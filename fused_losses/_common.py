@@ -215,8 +215,8 @@ def loss_of_target(
 ) -> Callable[[Callable[..., Tensor]], RowLossFunction]:
     """Declares a loss that is a function of ``t = log p_y``.
 
-    Decorates its plain PyTorch formula ``x_loss(t, own parameters)``, whose name, defaults and docstring become those of
-    the fused function; the formula itself becomes the reference. ``ranges`` gives the range of each parameter in the
+    Decorates its plain PyTorch formula ``x_loss(t, own parameters)``, whose name, defaults and docstring become those
+    of the fused function; the formula itself is the reference. ``ranges`` gives the range of each parameter in the
     order of the C++ struct; ``constants`` are appended to them.
     """
 
