@@ -10,8 +10,9 @@ DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 # Largest difference from a float64 computation, relative to 1 + |value| for losses and to the largest gradient for
 # gradients (p_y - 1 cancels in rows whose gradient is small, in any implementation).
 # float64: rounding of a few dozen operations. float32: the exponential of a logit of 15 carries a relative error of
-# 15 * 6e-8, which aue multiplies by a slope of 20. Half precisions: the loss is computed in float32 from exactly converted logits; the gradient is rounded
-# once when stored, by at most 2^-11 and 2^-8, and float16 loses what is below 6e-8.
+# 15 * 6e-8, which aue multiplies by a slope of 20. Half precisions: the loss is computed in float32 from exactly
+# converted logits; the gradient is rounded once when stored, by at most 2^-11 and 2^-8, and float16 loses what is
+# below 6e-8.
 LOSS_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 1e-5}
 GRAD_TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 GRAD_FLOOR = {torch.float64: 0.0, torch.float32: 1e-12, torch.float16: 1.2e-7, torch.bfloat16: 1e-12}
