@@ -26,6 +26,7 @@ struct RowProblem {
     Dtype dtype = Dtype::kFloat32;
     IndexType index_type = IndexType::kInt64;
     Reduction reduction = Reduction::kMean;
+    int device = -1;  // index of the CUDA device
     std::int64_t outer = 1, inner = 0, num_classes = 0;
 
     // Inputs

@@ -25,6 +25,7 @@ public:
     void forward(std::int64_t outer, std::int64_t first, int n, double& total) {
         load(outer, first, n);
         for (int i = 0; i < n; ++i) rows.target_logit[i] = x[rows.target[i] * kLanes + i];
+        find_max();
         if (p.needs_sum) sum_spread(outer, first, n);
         exponentials();
         rows.finish(p, outer, first, n, total);
@@ -98,10 +99,8 @@ private:
         return u ? u[c * kLanes + i] : (p.class_weight ? as<A>(p.class_weight)[c] : A(1));
     }
 
-    // sum u (z - max) needs the maximum first; it is cheap to find it twice and keeps the usual path free of u.
     void sum_spread(std::int64_t outer, std::int64_t first, int n) {
         if (p.soft_target) load_soft_target(outer, first, n);
-        find_max();
         for (int i = 0; i < kLanes; ++i) rows.centred[i] = rows.sum_u[i] = A(0);
         for (std::int64_t c = 0; c < classes; ++c) {
             for (int i = 0; i < kLanes; ++i) {
@@ -123,7 +122,6 @@ private:
     }
 
     void exponentials() {
-        find_max();
         for (int i = 0; i < kLanes; ++i) rows.sum[i] = A(0);
         for (std::int64_t c = 0; c < classes; ++c) {
             A* row = x + c * kLanes;

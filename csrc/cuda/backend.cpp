@@ -23,7 +23,10 @@ void check_classes(const RowProblem& p) {
 // Makes a device current for torch and for this library, which carries its own copy of the CUDA runtime.
 class CurrentDevice {
 public:
-    explicit CurrentDevice(c10::Device device) : device(device), guard(device) { check(cudaSetDevice(device.index())); }
+    explicit CurrentDevice(const RowProblem& p)
+        : device(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(p.device)), guard(device) {
+        check(cudaSetDevice(p.device));
+    }
 
     // torch's current stream, in which its allocator reuses memory.
     cudaStream_t stream() const {
@@ -39,12 +42,6 @@ private:
     c10::Device device;
     c10::DeviceGuard guard;
 };
-
-c10::Device device_of(const void* pointer) {
-    cudaPointerAttributes attributes;
-    check(cudaPointerGetAttributes(&attributes, pointer));
-    return {c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(attributes.device)};
-}
 
 // Hands out pieces of one allocation of acc numbers, `rows` at a time.
 class RowScratch {
@@ -70,7 +67,7 @@ private:
 // whoever gets it next uses it later in the same stream.
 void forward(RowProblem& problem, const at::Tensor& loss, const at::Tensor& denominator) {
     check_classes(problem);
-    const CurrentDevice cuda(loss.device());
+    const CurrentDevice cuda(problem);
     RowProblem p = problem;
     const bool reduced = p.reduction != Reduction::kNone, mean = p.reduction == Reduction::kMean;
     const std::int64_t stats_rows = p.needs_sum ? 4 : 2;
@@ -93,7 +90,7 @@ void forward(RowProblem& problem, const at::Tensor& loss, const at::Tensor& deno
 void gradient(const RowProblem& p) {
     check_classes(p);
     if (p.rows() == 0) return;
-    const CurrentDevice cuda(device_of(p.grad));
+    const CurrentDevice cuda(p);
     check(cuda::enqueue_gradient(p, cuda.stream()));
 }
 

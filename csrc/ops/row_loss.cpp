@@ -121,6 +121,7 @@ private:
 
     void point() {
         const auto pointer = [](const at::Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; };
+        problem.device = logits.device().index();
         problem.dtype = dtype_of(logits);
         problem.num_classes = logits.size(shape.class_dim);
         problem.logits = pointer(logits);
