@@ -47,7 +47,7 @@ class RowLossFunction(Protocol):
 
 @dataclass(frozen=True)
 class Range:
-    """The allowed values of a hyper-parameter."""
+    """The allowed values of a hyper-parameter; ``rule`` completes the sentence "x must ..."."""
 
     rule: str
     holds: Callable[[Any], bool]
@@ -57,16 +57,16 @@ class Range:
         if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
         if not self.holds(value):
-            raise ValueError(f"{name} must satisfy {self.rule}, got {value}")
+            raise ValueError(f"{name} must {self.rule}, got {value}")
 
 
 # The bounds exclude NaN and infinities; math.isfinite would break tracing with symbolic floats.
-positive = Range("0 < value < inf", lambda v: 0.0 < v < math.inf)
-non_negative = Range("0 <= value < inf", lambda v: 0.0 <= v < math.inf)
-above_one = Range("1 < value < inf", lambda v: 1.0 < v < math.inf)
-fraction = Range("0 < value < 1", lambda v: 0.0 < v < 1.0)
-closed_fraction = Range("label_smoothing must be between 0.0 and 1.0", lambda v: 0.0 <= v <= 1.0)
-positive_integer = Range("an integer >= 1", lambda v: 1.0 <= v < math.inf and v == int(v))
+positive = Range("satisfy 0 < value < inf", lambda v: 0.0 < v < math.inf)
+non_negative = Range("satisfy 0 <= value < inf", lambda v: 0.0 <= v < math.inf)
+above_one = Range("satisfy 1 < value < inf", lambda v: 1.0 < v < math.inf)
+fraction = Range("satisfy 0 < value < 1", lambda v: 0.0 < v < 1.0)
+closed_fraction = Range("be between 0.0 and 1.0", lambda v: 0.0 <= v <= 1.0)
+positive_integer = Range("be an integer >= 1", lambda v: 1.0 <= v < math.inf and v == int(v))
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def resolve_logit_bias(logit_bias: LogitBias, logits: Tensor) -> tuple[float, Te
     return logit_bias, None
 
 
-_finite = Range("-inf < value < inf", lambda v: -math.inf < v < math.inf)
+_finite = Range("satisfy -inf < value < inf", lambda v: -math.inf < v < math.inf)
 
 
 def check_logit_bias(logit_bias: LogitBias) -> None:

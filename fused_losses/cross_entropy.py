@@ -96,8 +96,7 @@ def _cross_entropy(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
             >>> cross_entropy(logits, torch.tensor([0]))
             tensor(0.1269, grad_fn=...)
         """
-        if not 0.0 <= label_smoothing <= 1.0:
-            raise ValueError(f"label_smoothing must be between 0.0 and 1.0, got {label_smoothing}")
+        params = LOSSES["cross_entropy"].pack({"label_smoothing": label_smoothing})
         bias, bias_tensor = resolve_logit_bias(logit_bias, input)
         return operator(
             input,
@@ -106,12 +105,13 @@ def _cross_entropy(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
             sample_weight,
             bias_tensor,
             "cross_entropy",
-            [label_smoothing],
+            params,
             bias,
             ignore_index,
             reduction,
         )
 
+    cross_entropy.__qualname__ = "cross_entropy"  # a function of the module in messages and for pickle
     return cross_entropy
 
 

@@ -104,10 +104,10 @@ void write_scalar(const at::Tensor& out, double value) {
 
 void forward(RowProblem& p, const at::Tensor& loss, const at::Tensor& denominator) {
     const double weight = check_targets(p);
-    if (denominator.defined()) {
-        write_scalar(denominator, weight);
-        p.denominator = denominator.const_data_ptr();
-    }
+    const float weight_float = static_cast<float>(weight);
+    if (denominator.defined()) write_scalar(denominator, weight);
+    if (p.reduction == Reduction::kMean)
+        p.denominator = p.dtype == Dtype::kFloat64 ? static_cast<const void*>(&weight) : &weight_float;
     const Tiling tiling(p);
     std::vector<double> sums(tiling.tiles);
     at::parallel_for(0, tiling.tiles, grain_size(p, tiling),

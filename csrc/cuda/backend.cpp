@@ -65,7 +65,7 @@ private:
 
 // Scratch memory goes back to torch's allocator when a function here returns, before the kernels have run:
 // whoever gets it next uses it later in the same stream.
-void forward(RowProblem& problem, const at::Tensor& loss, const at::Tensor& denominator) {
+void forward(RowProblem& problem, const at::Tensor& loss, const at::Tensor& wanted_denominator) {
     check_classes(problem);
     const CurrentDevice cuda(problem);
     RowProblem p = problem;
@@ -77,6 +77,8 @@ void forward(RowProblem& problem, const at::Tensor& loss, const at::Tensor& deno
     if (mean) p.row_weights = scratch.take(1);
     if (own_stats) p.stats = scratch.take(stats_rows);
     check(cuda::enqueue_forward(p, cuda.stream()));
+    at::Tensor denominator = wanted_denominator;
+    if (mean && !denominator.defined()) denominator = cuda.scratch(1, loss.scalar_type());
     if (reduced) {
         const at::Tensor partials = cuda.scratch(cuda::reduction_scratch(p.rows()), at::kDouble);
         check(cuda::enqueue_reduction(p, static_cast<double*>(partials.mutable_data_ptr()), loss.mutable_data_ptr(),

@@ -54,6 +54,7 @@ public:
         return loss;
     }
 
+    // Empty unless the mean divides by it.
     at::Tensor new_denominator() const { return problem.reduction == Reduction::kMean ? empty({}) : at::Tensor(); }
 
     at::Tensor new_stats() {
@@ -157,7 +158,7 @@ struct OnDevice {
             const RowLossArgs args{a...};
             RowLossCall call(args, /*with_grad=*/false);
             const at::Tensor loss = call.new_loss();
-            backend().forward(call.problem, loss, call.new_denominator());
+            backend().forward(call.problem, loss, /*denominator=*/{});
             return loss;
         }
 
@@ -165,7 +166,7 @@ struct OnDevice {
             const RowLossArgs args{a...};
             RowLossCall call(args, /*with_grad=*/true);
             const at::Tensor loss = call.new_loss();
-            backend().forward(call.problem, loss, call.new_denominator());
+            backend().forward(call.problem, loss, /*denominator=*/{});
             return {loss, call.finished_grad()};
         }
 
