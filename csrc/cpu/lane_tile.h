@@ -101,7 +101,6 @@ private:
 
     void sum_spread(std::int64_t outer, std::int64_t first, int n) {
         if (p.soft_target) load_soft_target(outer, first, n);
-        for (int i = 0; i < kLanes; ++i) rows.centred[i] = rows.sum_u[i] = A(0);
         for (std::int64_t c = 0; c < classes; ++c) {
             for (int i = 0; i < kLanes; ++i) {
                 const A spread = spread_of(c, i);

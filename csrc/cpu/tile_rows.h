@@ -48,6 +48,7 @@ struct alignas(64) TileRows {
             sample_weight[i] = samples ? samples[p.sample_weight_stride.at(outer, first + i)] : A(1);
             const A from_above = upstream ? upstream[p.upstream_stride.at(outer, first + i)] : A(1);
             scale[i] = ignored[i] ? A(0) : from_above * sample_weight[i] * share;
+            centred[i] = sum_u[i] = A(0);  // losses read them even where no pass fills them
         }
         for (int i = n; i < padded; ++i) clear(i);
     }
