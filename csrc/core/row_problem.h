@@ -54,7 +54,7 @@ struct RowProblem {
     // Outputs of forward
     void* row_values = nullptr;   // acc [rows], sample_weight * value
     void* row_weights = nullptr;  // acc [rows], the rows' shares of the denominator (CUDA)
-    void* stats = nullptr;        // acc [2 or 4][rows]: lse, alpha, and with needs_sum beta, gamma
+    void* stats = nullptr;        // acc [stats_count()][rows]: max, alpha / sum exp(z - max), beta[, gamma]
     void* grad = nullptr;         // dtype
     RowStride grad_stride;
     std::int64_t grad_class_stride = 1;
@@ -65,6 +65,7 @@ struct RowProblem {
     const void* denominator = nullptr;  // acc, one; null means 1, zero makes the gradient zero
 
     FL_HD std::int64_t rows() const { return outer * inner; }
+    FL_HD int stats_count() const { return needs_sum ? 4 : 3; }
 };
 
 }  // namespace fused_losses

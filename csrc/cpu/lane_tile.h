@@ -30,7 +30,6 @@ public:
         exponentials();
         rows.finish(p, outer, first, n, total);
         if (!p.grad) return;
-        for (int i = 0; i < kLanes; ++i) factor[i] = rows.alpha[i] * rows.scale[i] / rows.sum[i];
         store_gradient(outer, first, n);
     }
 
@@ -41,9 +40,8 @@ public:
         for (std::int64_t c = 0; c < classes; ++c) {
             A* row = x + c * kLanes;
 #pragma omp simd
-            for (int i = 0; i < kLanes; ++i) row[i] = math::exp(row[i] - rows.lse[i]);
+            for (int i = 0; i < kLanes; ++i) row[i] = math::exp(row[i] - rows.max[i]);
         }
-        for (int i = 0; i < kLanes; ++i) factor[i] = rows.alpha[i] * rows.scale[i];
         store_gradient(outer, first, n);
     }
 
@@ -132,16 +130,16 @@ private:
         }
     }
 
-    // x holds p up to a factor: grad = factor x + scale (gamma u + beta [j = y]).
+    // x holds exp(z - max)
     void store_gradient(std::int64_t outer, std::int64_t first, int n) {
         for (std::int64_t c = 0; c < classes; ++c) {
             A* row = x + c * kLanes;
 #pragma omp simd
-            for (int i = 0; i < kLanes; ++i) row[i] *= factor[i];
+            for (int i = 0; i < kLanes; ++i) row[i] *= rows.alpha[i];
             if (!p.needs_sum) continue;
-            for (int i = 0; i < kLanes; ++i) row[i] += rows.gamma[i] * rows.scale[i] * spread_of(c, i);
+            for (int i = 0; i < kLanes; ++i) row[i] += rows.gamma[i] * spread_of(c, i);
         }
-        for (int i = 0; i < n; ++i) x[rows.target[i] * kLanes + i] += rows.beta[i] * rows.scale[i];
+        for (int i = 0; i < n; ++i) x[rows.target[i] * kLanes + i] += rows.beta[i];
         Stored* grad = static_cast<Stored*>(p.grad) + p.grad_stride.at(outer, first);
         const std::int64_t row_stride = p.grad_stride.inner, class_stride = p.grad_class_stride;
         if (class_stride == 1) {
@@ -167,7 +165,6 @@ private:
     A* const x;  // [classes][kLanes] logits, then exponentials, then gradient
     A* const u;  // [classes][kLanes] weighted soft target, or null
     TileRows<A> rows;
-    alignas(64) A factor[kLanes];
 };
 
 }  // namespace FL_ISA

@@ -37,7 +37,7 @@ public:
         rows.finish(p, outer, first, n, total);
         for (int i = 0; i < n && p.grad; ++i) {
             A* e = exponentials(outer, first + i, i);
-            store_gradient(outer, first + i, i, e, rows.alpha[i] * rows.scale[i] / rows.sum[i]);
+            store_gradient(outer, first + i, i, e);
         }
     }
 
@@ -50,10 +50,10 @@ public:
                 const A* x = load_row(outer, first + i, e);
                 if (p.soft_target) load_soft_target(outer, first + i, i);
                 const A target_logit = p.target ? x[rows.target[i]] + rows.bias : A(0);
-                exp_sum(x, 0, classes, rows.lse[i], e);
-                if (rows.bias != A(0)) e[rows.target[i]] = math::exp(target_logit - rows.lse[i]);
+                exp_sum(x, 0, classes, rows.max[i], e);
+                if (rows.bias != A(0)) e[rows.target[i]] = math::exp(target_logit - rows.max[i]);
             }
-            store_gradient(outer, first + i, i, e, rows.alpha[i] * rows.scale[i]);
+            store_gradient(outer, first + i, i, e);
         }
     }
 
@@ -163,24 +163,24 @@ private:
         rows.sum_u[i] = total;
     }
 
-    // grad = factor e + scale (gamma u + beta [j = y])
-    void store_gradient(std::int64_t outer, std::int64_t row, int i, A* e, A factor) {
+    // e holds exp(z - max)
+    void store_gradient(std::int64_t outer, std::int64_t row, int i, A* e) {
         Stored* grad = gradient_row(outer, row);
         const std::int64_t stride = p.grad_class_stride;
         if (rows.ignored[i]) {
             for (std::int64_t c = 0; c < classes; ++c) grad[c * stride] = narrow<Stored>(A(0));
             return;
         }
+        const A alpha = rows.alpha[i], gamma = rows.gamma[i];
         if (p.needs_sum) {
             const A* u = spread_row(i);
-            const A spread_factor = rows.gamma[i] * rows.scale[i];
 #pragma omp simd
-            for (std::int64_t c = 0; c < classes; ++c) e[c] = factor * e[c] + spread_factor * u[c];
+            for (std::int64_t c = 0; c < classes; ++c) e[c] = alpha * e[c] + gamma * u[c];
         } else {
 #pragma omp simd
-            for (std::int64_t c = 0; c < classes; ++c) e[c] *= factor;
+            for (std::int64_t c = 0; c < classes; ++c) e[c] *= alpha;
         }
-        e[rows.target[i]] += rows.beta[i] * rows.scale[i];
+        e[rows.target[i]] += rows.beta[i];
         if (in_place) return;
         if (stride == 1) {
 #pragma omp simd

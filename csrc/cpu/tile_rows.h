@@ -30,7 +30,8 @@ struct alignas(64) TileRows {
     A class_weight[kMax], sample_weight[kMax], scale[kMax];
     // Set by the pass over the logits: max, sum exp(z - max), z_y, sum u (z - max), sum u
     A max[kMax], sum[kMax], target_logit[kMax], centred[kMax], sum_u[kMax];
-    A value[kMax], alpha[kMax], beta[kMax], gamma[kMax], lse[kMax];
+    // Set by finish or read_stats: grad_j = alpha exp(z_j - max) + beta [j = y] + gamma u_j, scale included
+    A value[kMax], alpha[kMax], beta[kMax], gamma[kMax];
 
     // Reads targets and weights of rows [first, first + n) of image `outer`; clears what follows, up to whole vectors
     // and at least to `lanes`.
@@ -44,7 +45,7 @@ struct alignas(64) TileRows {
             const A* weights = as<A>(p.class_weight);
             const A* samples = as<A>(p.sample_weight);
             const A* upstream = as<A>(p.upstream);
-            class_weight[i] = weights && p.target ? weights[target[i]] : A(1);
+            class_weight[i] = weights && p.target && !ignored[i] ? weights[target[i]] : A(1);
             sample_weight[i] = samples ? samples[p.sample_weight_stride.at(outer, first + i)] : A(1);
             const A from_above = upstream ? upstream[p.upstream_stride.at(outer, first + i)] : A(1);
             scale[i] = ignored[i] ? A(0) : from_above * sample_weight[i] * share;
@@ -64,6 +65,7 @@ struct alignas(64) TileRows {
             if (values) values[row + i] = weighted;
             total += weighted;
         }
+        if (p.grad) scale_coefficients();
     }
 
     // Backward: what write_stats has saved.
@@ -71,11 +73,12 @@ struct alignas(64) TileRows {
         const A* stats = as<A>(p.stats);
         const std::int64_t rows = p.rows(), row = outer * p.inner + first;
         for (int i = 0; i < n; ++i) {
-            lse[i] = stats[row + i];
+            max[i] = stats[row + i];
             alpha[i] = stats[rows + row + i];
-            beta[i] = p.needs_sum ? stats[2 * rows + row + i] : -alpha[i];
+            beta[i] = stats[2 * rows + row + i];
             gamma[i] = p.needs_sum ? stats[3 * rows + row + i] : A(0);
         }
+        scale_coefficients();
     }
 
     void clear(int i) {
@@ -83,7 +86,7 @@ struct alignas(64) TileRows {
         ignored[i] = true;
         class_weight[i] = sum[i] = A(1);
         sample_weight[i] = scale[i] = max[i] = target_logit[i] = centred[i] = sum_u[i] = A(0);
-        lse[i] = alpha[i] = beta[i] = gamma[i] = A(0);
+        alpha[i] = beta[i] = gamma[i] = A(0);
     }
 
 private:
@@ -117,13 +120,12 @@ private:
         const A num_classes = A(p.num_classes);
         const auto row_of = [&](int i) FL_INLINE_LAMBDA {
             const A log_sum = math::log(sum[i]);
-            lse[i] = max[i] + log_sum;
             const A log_p = (target_logit[i] - max[i]) - log_sum;
             const A sum_neg_log_p = sum_u[i] * log_sum - centred[i];
             return SoftmaxRow<A>{log_p, sum_neg_log_p, sum_u[i], class_weight[i], num_classes};
         };
         const auto store = [&](int i, const AffineRow<A>& row) FL_INLINE_LAMBDA {
-            value[i] = row.value, alpha[i] = row.alpha, beta[i] = row.beta, gamma[i] = row.gamma;
+            value[i] = row.value, alpha[i] = row.alpha / sum[i], beta[i] = row.beta, gamma[i] = row.gamma;
         };
         if (p.soft_target) {
 #pragma omp simd
@@ -140,12 +142,17 @@ private:
         A* stats = static_cast<A*>(p.stats);
         const std::int64_t rows = p.rows();
         for (int i = 0; i < n; ++i) {
-            stats[row + i] = lse[i];
+            stats[row + i] = max[i];
             stats[rows + row + i] = alpha[i];
-            if (!p.needs_sum) continue;
             stats[2 * rows + row + i] = beta[i];
-            stats[3 * rows + row + i] = gamma[i];
+            if (p.needs_sum) stats[3 * rows + row + i] = gamma[i];
         }
+    }
+
+    // In memory, so that no fused multiply-add later keeps a product unrounded: with one class alpha + beta is 0.
+    void scale_coefficients() {
+#pragma omp simd
+        for (int i = 0; i < padded; ++i) alpha[i] *= scale[i], beta[i] *= scale[i], gamma[i] *= scale[i];
     }
 };
 

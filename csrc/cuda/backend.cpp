@@ -70,12 +70,12 @@ void forward(RowProblem& problem, const at::Tensor& loss, const at::Tensor& want
     const CurrentDevice cuda(problem);
     RowProblem p = problem;
     const bool reduced = p.reduction != Reduction::kNone, mean = p.reduction == Reduction::kMean;
-    const std::int64_t stats_rows = p.needs_sum ? 4 : 2;
+    const std::int64_t stats_count = p.stats_count();
     const bool own_values = reduced && !p.row_values, own_stats = p.grad && !p.stats;
-    RowScratch scratch(cuda, p, own_values + mean + (own_stats ? stats_rows : 0));
+    RowScratch scratch(cuda, p, own_values + mean + (own_stats ? stats_count : 0));
     if (own_values) p.row_values = scratch.take(1);
     if (mean) p.row_weights = scratch.take(1);
-    if (own_stats) p.stats = scratch.take(stats_rows);
+    if (own_stats) p.stats = scratch.take(stats_count);
     check(cuda::enqueue_forward(p, cuda.stream()));
     at::Tensor denominator = wanted_denominator;
     if (mean && !denominator.defined()) denominator = cuda.scratch(1, loss.scalar_type());

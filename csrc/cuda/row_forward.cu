@@ -8,22 +8,21 @@ namespace fused_losses::cuda {
 namespace {
 
 template <class A>
-FL_DEVICE void write_row(const RowProblem& p, const Row& row, A value, A weight, A lse, const AffineRow<A>& affine) {
+FL_DEVICE void write_row(const RowProblem& p, const Row& row, A value, A weight, A max, A sum, const AffineRow<A>& affine) {
     if (p.row_values) static_cast<A*>(p.row_values)[row.number] = value;
     if (p.row_weights) static_cast<A*>(p.row_weights)[row.number] = weight;
     if (!p.stats) return;
     const std::int64_t rows = p.rows();
     A* stats = static_cast<A*>(p.stats) + row.number;
-    stats[0] = lse;
-    stats[rows] = affine.alpha;
-    if (!p.needs_sum) return;
+    stats[0] = max;
+    stats[rows] = affine.alpha / sum;
     stats[2 * rows] = affine.beta;
-    stats[3 * rows] = affine.gamma;
+    if (p.needs_sum) stats[3 * rows] = affine.gamma;
 }
 
 template <class A>
 FL_DEVICE void write_ignored(const RowProblem& p, const Row& row) {
-    write_row(p, row, A(0), A(0), A(0), AffineRow<A>{A(0), A(0), A(0), A(0)});
+    write_row(p, row, A(0), A(0), A(0), A(1), AffineRow<A>{A(0), A(0), A(0), A(0)});
 }
 
 // The loss is a uniform branch: kernels are compiled once per dtype, not once per loss.
@@ -49,7 +48,7 @@ FL_DEVICE void finish_row(const RowArgs<A>& args, const Row& row, const Target& 
     softmax.num_classes = A(p.num_classes);
     const AffineRow<A> affine = evaluate(args, softmax);
     const A sample_weight = sample_weight_of<A>(p, row);
-    write_row(p, row, sample_weight * affine.value, softmax.class_weight * sample_weight, state.max + log_sum, affine);
+    write_row(p, row, sample_weight * affine.value, softmax.class_weight * sample_weight, state.max, state.sum, affine);
 }
 
 // kThreads threads per row: a warp or the whole block.

@@ -1,4 +1,4 @@
-// Gradient of row losses: grad_j = scale (alpha p_j + beta [j = y] + gamma u_j), with p_j = exp(z_j - lse).
+// Gradient of row losses: grad_j = scale (alpha p_j + beta [j = y] + gamma u_j), with p_j = exp(z_j - max) / sum.
 // The coefficients are per-row numbers that forward has saved, so no loss is known here.
 #include "core/math.h"
 #include "cuda/launch.cuh"
@@ -10,7 +10,7 @@ namespace {
 // The row's coefficients, already multiplied by its scale.
 template <class A>
 struct Coefficients {
-    A lse, alpha, beta, gamma;
+    A max, alpha, beta, gamma;  // alpha multiplies exp(z - max)
 
     FL_DEVICE Coefficients(const RowProblem& p, const Row& row) {
         const A denominator = p.denominator ? *as<A>(p.denominator) : A(1);
@@ -19,14 +19,14 @@ struct Coefficients {
         const A scale = upstream * sample_weight_of<A>(p, row) * share;
         const std::int64_t rows = p.rows();
         const A* stats = as<A>(p.stats) + row.number;
-        lse = stats[0];
+        max = stats[0];
         alpha = stats[rows] * scale;
-        beta = p.needs_sum ? stats[2 * rows] * scale : -alpha;
+        beta = stats[2 * rows] * scale;
         gamma = p.needs_sum ? stats[3 * rows] * scale : A(0);
     }
 
     FL_DEVICE A at(A z, A u, bool is_target) const {
-        return alpha * math::exp(z - lse) + gamma * u + (is_target ? beta : A(0));
+        return alpha * math::exp(z - max) + gamma * u + (is_target ? beta : A(0));
     }
 };
 

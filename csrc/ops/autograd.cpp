@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "ops/args.h"
+#include "ops/checks.h"
 
 namespace fused_losses {
 namespace {
@@ -52,6 +53,7 @@ private:
 
 Tensor reference(const RowLossArgs& args) {
     static const Operator<Tensor> op("fused_losses::row_loss_reference");
+    check_row_loss(args);
     return op(args);
 }
 

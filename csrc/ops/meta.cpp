@@ -37,7 +37,7 @@ struct Meta {
         for (const auto& size : shape.rows) rows = rows * size;
         const bool needs_sum = shape.soft_target || loss_needs_sum(loss, args.params.data());
         const bool mean = parse_reduction(args) == Reduction::kMean;
-        return {empty_loss(args, shape), empty_acc({needs_sum ? 4 : 2, rows}, args, shape),
+        return {empty_loss(args, shape), empty_acc({needs_sum ? 4 : 3, rows}, args, shape),
                 mean ? empty_acc({}, args, shape) : empty_acc({0}, args, shape)};
     }
 

@@ -24,7 +24,7 @@ TORCH_LIBRARY(fused_losses, m) {
         "Tensor? logit_bias_tensor, str loss, float[] params, float logit_bias, int ignore_index, str reduction) "
         "-> (Tensor loss, Tensor grad_logits)");
 
-    // Training forward that saves a few numbers per row instead: stats is [2 or 4, rows], denominator 0-dim ("mean") or
+    // Training forward that saves a few numbers per row instead: stats is [3 or 4, rows], denominator 0-dim ("mean") or
     // empty.
     m.def(
         "row_loss_with_stats(Tensor logits, Tensor target, Tensor? weight, Tensor? sample_weight, "

@@ -58,7 +58,7 @@ public:
     at::Tensor new_denominator() const { return problem.reduction == Reduction::kMean ? empty({}) : at::Tensor(); }
 
     at::Tensor new_stats() {
-        at::Tensor stats = empty({problem.needs_sum ? 4 : 2, problem.rows()});
+        at::Tensor stats = empty({problem.stats_count(), problem.rows()});
         problem.stats = stats.mutable_data_ptr();
         return stats;
     }

@@ -1,0 +1,235 @@
+"""Every wrong argument is refused with a message that names it, its rule and the value given."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import fused_losses as fl
+
+NAMES = list(fl.LOSSES)
+PARAMETERS = [(name, parameter) for name, entry in fl.LOSSES.items() for parameter in entry.parameters]
+INDEX_ONLY = [name for name in NAMES if name != "cross_entropy"]
+
+
+@pytest.fixture
+def problem(device):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(4, 3, generator=generator).to(device), torch.tensor([0, 1, 2, 0], device=device)
+
+
+def outside(name: str, parameter: str) -> list[float]:
+    """Numbers around and beyond the ends of all the ranges in use, less those this parameter allows."""
+    candidates = [math.nan, math.inf, -math.inf, -1.0, -1e-9, 0.0, 1.0, 1.5, 1.0 + 1e-9]
+    allowed = fl.LOSSES[name].ranges[parameter].holds
+    return [value for value in candidates if not allowed(value)]
+
+
+def test_ranges_are_the_documented_ones():
+    def allows(name, parameter, *values):
+        return [fl.LOSSES[name].ranges[parameter].holds(v) for v in values]
+
+    for name, parameter in PARAMETERS:
+        assert allows(name, parameter, math.nan, math.inf, -math.inf, -1.0) == [False] * 4
+    for name, parameter in [
+        ("mae", "scale"), ("gce", "q"), ("agce", "a"), ("agce", "q"), ("aue", "q"), ("ae", "a"), ("rce", "A"),
+        ("bounded_ce", "a"),
+    ]:  # fmt: skip
+        assert allows(name, parameter, 0.0, 1e-9, 7.0) == [False, True, True]
+    for name, parameter in [("sce", "alpha"), ("sce", "beta"), ("focal", "gamma")]:
+        assert allows(name, parameter, 0.0, 7.0) == [True, True]
+    for name, parameter in [("aue", "a"), ("phuber_ce", "tau")]:
+        assert allows(name, parameter, 1.0, 1.0 + 1e-9) == [False, True]
+    assert allows("js", "pi", 0.0, 0.5, 1.0) == [False, True, False]
+    assert allows("taylor_ce", "order", 0, 1, 1.5, 2, 2.0) == [False, True, False, True, True]
+    assert allows("cross_entropy", "label_smoothing", 0.0, 1.0, 1.0 + 1e-9) == [True, True, False]
+
+
+@pytest.mark.parametrize("name, parameter", PARAMETERS)
+def test_hyper_parameter_out_of_range(name, parameter, problem):
+    entry = fl.LOSSES[name]
+    assert outside(name, parameter)
+    for value in outside(name, parameter):
+        message = rf"^{parameter} must (satisfy|be) .*[0-9].*, got {value}$"
+        for made in (entry.function, entry.reference):
+            with pytest.raises(ValueError, match=message):
+                made(*problem, **{parameter: value})
+        with pytest.raises(ValueError, match=message):
+            entry.module(**{parameter: value})
+        module = entry.module()
+        setattr(module, parameter, value)
+        with pytest.raises(ValueError, match=message):
+            module(*problem)
+
+
+@pytest.mark.parametrize("name, parameter", PARAMETERS)
+def test_hyper_parameter_is_no_number(name, parameter, problem):
+    entry = fl.LOSSES[name]
+    for value in (True, "1.5", None, [1.5], torch.tensor(1.5)):
+        message = f"^{parameter} must be a number, got {type(value).__name__}$"
+        for made in (entry.function, entry.reference):
+            with pytest.raises(TypeError, match=message):
+                made(*problem, **{parameter: value})
+        with pytest.raises(TypeError, match=message):
+            entry.module(**{parameter: value})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unknown_keyword(name, problem):
+    entry = fl.LOSSES[name]
+    for made in (entry.function, entry.reference):
+        with pytest.raises(TypeError, match=rf"^{made.__name__}\(\) got an unexpected keyword argument 'nonsense'"):
+            made(*problem, nonsense=1.0)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nonsense'"):
+        entry.module(nonsense=1.0)
+
+
+@pytest.mark.parametrize("name", INDEX_ONLY)
+def test_options_are_keywords(name, problem):
+    with pytest.raises(TypeError, match="takes 2 positional arguments but 3 were given"):
+        fl.LOSSES[name].function(*problem, 0.5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reduction(name, problem):
+    entry = fl.LOSSES[name]
+    message = "reduction must be 'none', 'mean' or 'sum', got 'average'"
+    for made in (entry.function, entry.reference):
+        with pytest.raises(ValueError, match=message):
+            made(*problem, reduction="average")
+        with pytest.raises(RuntimeError, match=r"type 'str' for argument 'reduction' .*\n.*\n.*Value: None"):
+            made(*problem, reduction=None)
+    for reduction in ("average", None, 1):
+        with pytest.raises(ValueError, match=rf"reduction must be 'none', 'mean' or 'sum', got {reduction!r}"):
+            entry.module(reduction=reduction)
+    module = entry.module()
+    module.reduction = "average"
+    with pytest.raises(ValueError, match=message):
+        module(*problem)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logit_bias(name, problem):
+    entry = fl.LOSSES[name]
+    for value, error, message in [
+        ("big", ValueError, 'logit_bias must be a number, a 0-dim tensor or "auto", got \'big\''),
+        (math.nan, ValueError, "logit_bias must satisfy -inf < value < inf, got nan"),
+        (math.inf, ValueError, "logit_bias must satisfy -inf < value < inf, got inf"),
+        (True, TypeError, "logit_bias must be a number, got bool"),
+        (None, TypeError, "logit_bias must be a number, got NoneType"),
+        (torch.ones(3), ValueError, r"logit_bias must be a .* 0-dim floating point tensor, got .*\[?\(?3"),
+        (torch.tensor(2), ValueError, "logit_bias must be a .* 0-dim floating point tensor, got .*(Long|int64)"),
+    ]:
+        with pytest.raises(error, match=message):
+            entry.function(*problem, logit_bias=value)
+        with pytest.raises(error, match=message):
+            entry.module(logit_bias=value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_target(name, problem):
+    logits, target = problem
+    function = fl.LOSSES[name].function
+    for dtype, shown in [(torch.float32, "Float"), (torch.bool, "Bool"), (torch.int8, "Char")]:
+        with pytest.raises(RuntimeError, match=rf"{name}: expected target dtype to be Long or Byte.*got {shown}"):
+            function(logits, target.to(dtype))
+    with pytest.raises(RuntimeError, match="Expected floating point type for target with class prob.*got Long"):
+        function(logits, target.unsqueeze(1).expand(4, 3))
+    with pytest.raises(ValueError, match=r"Expected input batch_size \(4\) to match target batch_size \(3\)"):
+        function(logits, target[:3])
+    with pytest.raises(RuntimeError, match=r"Expected target size \[4\] for logits of shape \[4, 3\], got \[4, 1\]"):
+        function(logits, target.unsqueeze(1))
+    with pytest.raises(RuntimeError, match=r"Expected target size \[4, 2\] .* got \[4, 3\]"):
+        function(logits.unsqueeze(2).expand(4, 3, 2), target.unsqueeze(1).expand(4, 3))
+    with pytest.raises(RuntimeError, match=r"Expected target size \[\] for logits of shape \[3\], got \[4\]"):
+        function(logits[0], target)
+    with pytest.raises(RuntimeError, match="target must be on the device of logits .*, got meta"):
+        function(logits, target.to("meta"))
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'target'"):
+        function(logits)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_target_out_of_range(name, requires_grad):
+    # Only on the CPU: a GPU answers with an assertion that ends the process's use of it.
+    logits = torch.randn(4, 3, requires_grad=requires_grad)
+    for reduction in ("mean", "none"):
+        for wrong, dtype in [(3, torch.uint8), (-1, torch.int16), (-99, torch.int32), (2**40, torch.int64)]:
+            target = torch.tensor([0, -100 % 256 if dtype == torch.uint8 else -100, wrong, 9], dtype=torch.int64)
+            message = rf"target must be in \[0, 3\) or equal ignore_index=.*: Target {wrong} is out of bounds \(row 2\)"
+            ignore_index = int(target[1])
+            with pytest.raises(IndexError, match=message):
+                fl.LOSSES[name].function(logits, target.to(dtype), reduction=reduction, ignore_index=ignore_index)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_bad_row_is_found_in_a_large_batch(name):
+    target = torch.zeros(100_000, dtype=torch.int64)
+    target[[77_777, 99_999]] = 2
+    with pytest.raises(IndexError, match=r"Target 2 is out of bounds \(row 77777\)"):
+        fl.LOSSES[name].function(torch.zeros(100_000, 2), target)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits(name, problem):
+    logits, target = problem
+    function = fl.LOSSES[name].function
+    for dtype, shown in [(torch.int64, "Long"), (torch.bool, "Bool"), (torch.complex64, "ComplexFloat")]:
+        message = f"{name}: logits must be float64, float32, float16 or bfloat16, got {shown}"
+        with pytest.raises(RuntimeError, match=message):
+            function(logits.to(dtype), target)
+    with pytest.raises(RuntimeError, match=r"logits must have shape \(C,\), \(N, C\) .*, got a scalar"):
+        function(logits[0, 0], target[0])
+    for no_classes, labels in [(logits[:, :0], target), (logits[0, :0], target[0]), (logits[:0, :0], target[:0])]:
+        with pytest.raises(ValueError, match="logits must have at least one class, got shape"):
+            function(no_classes, labels)
+    with pytest.raises(RuntimeError, match="Expected a value of type 'Tensor' for argument 'logits'"):
+        function([[0.0, 1.0]], target)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights(name, problem):
+    logits, target = problem
+    function = fl.LOSSES[name].function
+    for shape in [(2,), (3, 1), ()]:
+        message = r"weight tensor should be defined either for all 3 classes or no classes but got .* of shape \["
+        with pytest.raises(RuntimeError, match=message):
+            function(logits, target, weight=torch.ones(shape, device=logits.device))
+    with pytest.raises(RuntimeError, match="weight must be a floating point tensor .*, got Long"):
+        function(logits, target, weight=torch.ones(3, dtype=torch.int64, device=logits.device))
+    with pytest.raises(RuntimeError, match="weight must be a floating point tensor on the device .* on meta"):
+        function(logits, target, weight=torch.ones(3, device="meta"))
+    for shape in [(3,), (4, 1), ()]:
+        with pytest.raises(RuntimeError, match=r"sample_weight must have one entry per row, shape \[4\], got \["):
+            function(logits, target, sample_weight=torch.ones(shape, device=logits.device))
+    with pytest.raises(RuntimeError, match="sample_weight must be a floating point tensor .*, got Int"):
+        function(logits, target, sample_weight=torch.ones(4, dtype=torch.int32, device=logits.device))
+    with pytest.raises(RuntimeError, match="type 'Optional.Tensor.' for argument 'weight'"):
+        function(logits, target, weight=[1.0, 1.0, 1.0])
+    with pytest.raises(TypeError, match="buffer 'weight'"):
+        fl.LOSSES[name].module(weight=[1.0, 1.0, 1.0])
+    with pytest.raises(RuntimeError, match="type 'int' for argument 'ignore_index'"):
+        function(logits, target, ignore_index=1.5)
+
+
+@pytest.mark.parametrize("name", INDEX_ONLY)
+def test_probabilities_are_for_cross_entropy_only(name, problem):
+    logits, _ = problem
+    message = rf"{name}: target must hold class indices of shape \[4\]; only cross_entropy .*, got shape \[4, 3\]"
+    with pytest.raises(RuntimeError, match=message):
+        fl.LOSSES[name].function(logits, torch.softmax(logits, 1))
+
+
+def test_probabilities_exclude_what_needs_a_target_class(problem):
+    logits, _ = problem
+    probabilities = torch.softmax(logits, 1)
+    with pytest.raises(RuntimeError, match="ignore_index is not supported for floating point target, got 1"):
+        fl.functional.cross_entropy(logits, probabilities, ignore_index=1)
+    for bias in (1.0, torch.tensor(0.0)):
+        with pytest.raises(ValueError, match="logit_bias is not supported for class probabilities"):
+            fl.functional.cross_entropy(logits, probabilities, logit_bias=bias)
+    with pytest.raises(ValueError, match="logit_bias is not supported for class probabilities"):
+        fl.functional.cross_entropy(logits.repeat(1, 4), probabilities.repeat(1, 4) / 4, logit_bias="auto")

@@ -1,0 +1,307 @@
+"""Layouts, target types, non-finite and extreme values, reductions, autograd's corners, threads and instruction sets."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import GRAD_FLOOR, GRAD_TOLERANCE, LOSS_TOLERANCE
+from test_values import make_problem
+
+import fused_losses as fl
+
+NAMES = list(fl.LOSSES)
+REDUCTIONS = ["none", "mean", "sum"]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+def loss_and_grad(function, logits, target, upstream=None, **options):
+    x = logits.detach().requires_grad_()  # same memory, same strides
+    loss = function(x, target, **options)
+    (grad,) = torch.autograd.grad(loss, x, torch.ones_like(loss) if upstream is None else upstream)
+    return loss.detach(), grad
+
+
+def assert_matches_reference(name, logits, target, **options):
+    loss, grad = loss_and_grad(fl.LOSSES[name].function, logits, target, **options)
+    exact = {k: v.double().contiguous() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    expected, expected_grad = loss_and_grad(
+        fl.LOSSES[name].reference, logits.double().contiguous(), target.contiguous(), **exact
+    )
+    assert loss.shape == expected.shape and grad.shape == logits.shape and grad.dtype == logits.dtype
+    assert ((loss - expected).abs() <= LOSS_TOLERANCE[logits.dtype] * (1 + expected.abs())).all()
+    allowed = GRAD_TOLERANCE[logits.dtype] * expected_grad.abs().max() + GRAD_FLOOR[logits.dtype]
+    assert ((grad.double() - expected_grad).abs() <= allowed).all()
+    return grad
+
+
+# Each makes logits of shape (4, 5, 6, 7), rows (4, 6, 7), from a contiguous tensor of any shape it asks for.
+DENSE = {
+    "nchw": lambda new: new(4, 5, 6, 7),
+    "channels_last": lambda new: new(4, 5, 6, 7).contiguous(memory_format=torch.channels_last),
+    "class first": lambda new: new(5, 4, 6, 7).transpose(0, 1),
+    "image transposed": lambda new: new(4, 5, 7, 6).transpose(2, 3),
+    "batch last": lambda new: new(5, 6, 7, 4).permute(3, 0, 1, 2),
+    "classes between": lambda new: new(4, 6, 5, 7).permute(0, 2, 1, 3),
+    "unaligned": lambda new: new(1 + 4 * 5 * 6 * 7).view(-1)[1:].view(4, 5, 6, 7),
+}
+SPARSE = {
+    "crop": lambda new: new(4, 5, 9, 11)[:, :, 2:8, 3:10],
+    "channels_last crop": lambda new: new(4, 9, 11, 5).permute(0, 3, 1, 2)[:, :, 2:8, 3:10],
+    "sliced batch": lambda new: new(8, 5, 6, 7)[::2],
+    "sliced classes": lambda new: new(4, 11, 6, 7)[:, 1::2],
+    "every second pixel": lambda new: new(4, 5, 12, 14)[:, :, ::2, 1::2],
+    "expanded batch": lambda new: new(1, 5, 6, 7).expand(4, 5, 6, 7),
+    "expanded classes": lambda new: new(4, 1, 6, 7).expand(4, 5, 6, 7),
+    "expanded pixels": lambda new: new(4, 5, 1, 1).expand(4, 5, 6, 7),
+    "expanded number": lambda new: new(1, 1, 1, 1).expand(4, 5, 6, 7),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [*DENSE, *SPARSE])
+@pytest.mark.parametrize("name", NAMES)
+def test_image_layouts(name, layout, dtype, device):
+    generator = torch.Generator().manual_seed(0)
+
+    def new(*shape):
+        return (torch.randn(shape, generator=generator) * 3).to(dtype).to(device)
+
+    logits = (DENSE | SPARSE)[layout](new)
+    before = logits.clone()
+    target = torch.randint(0, 5, (4, 6, 7), generator=generator).to(device)
+    target[0, 0, :2] = -100
+    sample_weight = torch.rand(4, 1, 1, generator=generator).to(device).expand(4, 6, 7)
+    transposed = target.transpose(0, 2).contiguous().transpose(0, 2)
+    for reduction, labels in [("none", target), ("mean", target), ("none", transposed), ("sum", transposed)]:
+        grad = assert_matches_reference(name, logits, labels, reduction=reduction, sample_weight=sample_weight)
+        if layout in DENSE:
+            assert grad.stride() == logits.stride()
+        assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_row_layouts(name, device):
+    logits, target, _, _ = make_problem((12, 9), torch.float32, device)
+    wide = torch.randn(24, 19, device=device)
+    for view in (logits.t().contiguous().t(), wide[::2, 5:14], wide[1::2, ::2][:, :9], logits[:1].expand(12, 9)):
+        for labels in (target, target.repeat_interleave(2)[::2], target[3:4].expand(12)):
+            for reduction in REDUCTIONS:
+                grad = assert_matches_reference(name, view, labels, reduction=reduction)
+                assert grad.stride() == torch.empty_like(view).stride()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_probabilities_in_any_layout(reduction, device):
+    logits = torch.randn(4, 5, 6, 7, device=device).contiguous(memory_format=torch.channels_last)
+    target = torch.softmax(torch.randn(4, 5, 9, 7, device=device), 1)[:, :, 1:7]
+    ours = loss_and_grad(fl.functional.cross_entropy, logits, target, reduction=reduction)
+    torchs = loss_and_grad(torch.nn.functional.cross_entropy, logits, target, reduction=reduction)
+    torch.testing.assert_close(ours, torchs)
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (2, 5, 3, 4)], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_target_types_agree(name, shape, device):
+    logits, target, weight, _ = make_problem(shape, torch.float32, device)
+    target[target == -100] = 4
+    expected = loss_and_grad(fl.LOSSES[name].function, logits, target, weight=weight, ignore_index=4)
+    for dtype in (torch.int32, torch.int16, torch.uint8):
+        actual = loss_and_grad(fl.LOSSES[name].function, logits, target.to(dtype), weight=weight, ignore_index=4)
+        assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 5, 0), (0, 5, 2, 2)], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_empty_batch(name, shape, device):
+    logits = torch.empty(shape, device=device)
+    target = torch.empty(shape[:1] + shape[2:], dtype=torch.int64, device=device)
+    for reduction in REDUCTIONS:
+        loss, grad = loss_and_grad(fl.LOSSES[name].function, logits, target, reduction=reduction)
+        assert torch.equal(loss, torch.zeros(target.shape if reduction == "none" else (), device=device))
+        assert grad.shape == shape
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ignored_rows_are_exactly_zero(name, device):
+    function = fl.LOSSES[name].function
+    logits, target, weight, sample_weight = make_problem((8, 5), torch.float32, device)
+    target = target.abs() % 5
+    ignored = torch.tensor([True, False, True, False, False, True, False, False], device=device)
+    hidden = torch.where(ignored, -7, target)
+    for filling in (math.nan, math.inf, -math.inf):
+        spoiled = logits.clone()
+        spoiled[ignored] = filling
+        for reduction in REDUCTIONS:
+            options = {"reduction": reduction, "weight": weight}
+            loss, grad = loss_and_grad(
+                function, spoiled, hidden, ignore_index=-7, sample_weight=sample_weight, **options
+            )
+            kept = loss_and_grad(
+                function, logits[~ignored], target[~ignored], sample_weight=sample_weight[~ignored], **options
+            )
+            assert torch.equal(grad[ignored], torch.zeros(3, 5, device=device))
+            torch.testing.assert_close(grad[~ignored], kept[1])
+            torch.testing.assert_close(loss[~ignored] if reduction == "none" else loss, kept[0])
+            assert reduction != "none" or torch.equal(loss[ignored], torch.zeros(3, device=device))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_everything_ignored(name, device):
+    logits = torch.full((4, 5), math.nan, device=device)
+    target = torch.full((4,), -100, device=device)
+    for reduction in REDUCTIONS:
+        loss, grad = loss_and_grad(fl.LOSSES[name].function, logits, target, reduction=reduction)
+        assert torch.equal(loss, torch.zeros_like(loss)) and torch.equal(grad, torch.zeros_like(grad))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_that_sum_to_zero(name, device):
+    logits = torch.randn(2, 3, device=device)
+    target = torch.tensor([0, 1], device=device)
+    for weight in ([0.0, 0.0, 0.0], [1.0, -1.0, 5.0]):
+        loss, grad = loss_and_grad(
+            fl.LOSSES[name].function, logits, target, weight=torch.tensor(weight, device=device)
+        )
+        assert torch.equal(loss, torch.zeros_like(loss)) and torch.equal(grad, torch.zeros_like(grad))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_denominator_of_the_mean(name, device):
+    function = fl.LOSSES[name].function
+    logits, target, weight, sample_weight = make_problem((3, 6, 4, 5), torch.float64, device)
+    kept = target != -100
+    rows = function(logits, target, reduction="none")
+    counts = torch.where(kept, weight[target.clamp(min=0)].double() * sample_weight, 0.0)
+    for options, count in [
+        ({}, kept.double()),
+        ({"weight": weight}, torch.where(kept, weight[target.clamp(min=0)].double(), 0.0)),
+        ({"sample_weight": sample_weight}, torch.where(kept, sample_weight.double(), 0.0)),
+        ({"weight": weight, "sample_weight": sample_weight}, counts),
+    ]:
+        torch.testing.assert_close(function(logits, target, reduction="none", **options), rows * count)
+        torch.testing.assert_close(function(logits, target, reduction="sum", **options), (rows * count).sum())
+        mean = (rows * count).sum() / count.sum()
+        torch.testing.assert_close(function(logits, target, **options), mean)
+
+
+@pytest.mark.parametrize("shape", [(9, 5), (3, 5, 3)], ids=str)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_non_finite_logit_spoils_only_its_row(name, bad, shape, device):
+    function = fl.LOSSES[name].function
+    logits, target, _, _ = make_problem(shape, torch.float32, device)
+    target = target.abs() % 5
+    expected = loss_and_grad(function, logits, target, reduction="none")
+    for cls in range(5):  # the target among them
+        spoiled = logits.clone()
+        at = (4, cls) if len(shape) == 2 else (1, cls, 1)
+        spoiled[at] = bad
+        loss, grad = loss_and_grad(function, spoiled, target, reduction="none")
+        row = torch.zeros_like(target, dtype=torch.bool)
+        row[(at[0], *at[2:])] = True
+        assert torch.equal(loss.isfinite(), ~row)
+        assert torch.equal(loss[~row], expected[0][~row])
+        other = ~row.unsqueeze(1).expand(shape)
+        assert torch.equal(grad[other], expected[1][other])
+        assert not grad[~other].isfinite().any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_minus_infinity_masks_a_class(name, device):
+    function = fl.LOSSES[name].function
+    logits, target, _, _ = make_problem((20, 5), torch.float64, device)
+    target = target.abs() % 5
+    masked = torch.cat([logits[:, :2], torch.full((20, 3), -math.inf, device=device), logits[:, 2:]], 1)
+    moved = torch.where(target < 2, target, target + 3)
+    for reduction in REDUCTIONS:
+        loss, grad = loss_and_grad(function, masked, moved, reduction=reduction)
+        expected, expected_grad = loss_and_grad(function, logits, target, reduction=reduction)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(grad[:, [0, 1, 5, 6, 7]], expected_grad)
+        assert torch.equal(grad[:, 2:5], torch.zeros(20, 3, dtype=torch.float64, device=device))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_target_of_probability_zero(name, device):
+    logits = torch.tensor([[-math.inf, 0.0, 1.0]], dtype=torch.float64, device=device)
+    target = torch.tensor([0], device=device)
+    loss = fl.LOSSES[name].function(logits, target)
+    # -A p at p = 0 and the like; only what contains -log p is infinite there.
+    expected = {
+        "mae": 2.0, "gce": 1 / 0.7, "agce": (1.6**0.6 - 0.6**0.6) / 0.6, "aue": (5.5**3 - 4.5**3) / 3, "ae": 1.0,
+        "rce": 4 * math.log(10), "taylor_ce": 1.5, "phuber_ce": 1 + math.log(10), "js": 2.0,
+        "bounded_ce": math.log(11), "cross_entropy": math.inf, "sce": math.inf, "focal": math.inf,
+    }[name]  # fmt: skip
+    if name == "js":
+        expected = (-0.5 * math.log(0.5) - 0.5 * math.log(0.5)) / (-0.5 * math.log(0.5))
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_extreme_logits(name, dtype, device):
+    function = fl.LOSSES[name].function
+    big = torch.finfo(dtype).max
+    for size in (1e4, big / 4):
+        logits = torch.tensor([[size, -size, 0.0], [size, size, -size]], dtype=dtype, device=device)
+        for target in ([0, 0], [1, 1], [2, 2]):
+            labels = torch.tensor(target, device=device)
+            loss, grad = loss_and_grad(function, logits, labels, reduction="none")
+            expected, expected_grad = loss_and_grad(
+                fl.LOSSES[name].reference, logits.double(), labels, reduction="none"
+            )
+            torch.testing.assert_close(loss, expected.to(loss.dtype))
+            assert grad.isfinite().all()
+            torch.testing.assert_close(grad, expected_grad.to(dtype), rtol=1e-2, atol=1e-6)
+    # The difference of the ends of the range overflows, as torch's does: infinite or finite, but no NaN.
+    logits = torch.tensor([[big, -big]], dtype=dtype, device=device)
+    for label in (0, 1):
+        loss, grad = loss_and_grad(function, logits, torch.tensor([label], device=device))
+        assert not loss.isnan() and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_many_classes(name, dtype, device):
+    logits, target, _, _ = make_problem((4, 70_000), dtype, device)
+    target[1:] = torch.tensor([0, 69_999, 35_000], device=device)  # the first and the last class among them
+    assert_matches_reference(name, logits, target, reduction="none", logit_bias=5.0)
+    assert_matches_reference(name, logits, target)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_small_number_of_classes(name, device):
+    for classes in range(1, 71):
+        logits, target, _, _ = make_problem((7, classes), torch.float32, device, seed=classes)
+        target[1:3] = torch.tensor([0, classes - 1], device=device)
+        grad = assert_matches_reference(name, logits, target, reduction="none")
+        if classes == 1:
+            assert torch.equal(grad, torch.zeros_like(grad))
+        assert_matches_reference(name, logits[:, None].transpose(1, 2).expand(7, classes, 2), target[:, None].expand(7, 2))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_row_and_no_batch(name, device):
+    function = fl.LOSSES[name].function
+    logits, target, _, _ = make_problem((3, 5), torch.float32, device)
+    for reduction in REDUCTIONS:
+        batch = loss_and_grad(function, logits[1:2], target[1:2], reduction=reduction)
+        single = loss_and_grad(function, logits[1], target[1], reduction=reduction)
+        assert single[0].shape == () and single[1].shape == (5,)
+        assert torch.equal(single[0], batch[0].squeeze()) and torch.equal(single[1], batch[1][0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float16_gradient_of_a_large_batch_survives_loss_scaling(name, device):
+    # 1 / 100000 is below the smallest normal float16; the scale must come in before the rounding.
+    logits, target, _, _ = make_problem((100_000, 3), torch.float16, device)
+    scale = torch.tensor(65536.0, device=device)
+    loss, grad = loss_and_grad(fl.LOSSES[name].function, logits, target, scale)
+    assert loss.dtype == torch.float32
+    _, expected = loss_and_grad(fl.LOSSES[name].reference, logits.double(), target, scale.double())
+    assert (grad.double() - expected).abs().max() <= GRAD_TOLERANCE[torch.float16] * expected.abs().max()
