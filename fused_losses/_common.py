@@ -54,6 +54,8 @@ class Range:
 
     def check(self, name: str, value: Any) -> None:
         """Raises a ValueError (TypeError if it is no number) naming the argument, the rule and the value."""
+        if value.__class__ is float and self.holds(value):  # nearly always
+            return
         if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
         if not self.holds(value):
@@ -92,15 +94,14 @@ class LossEntry:
 
     def pack(self, parameters: dict[str, float]) -> list[float]:
         """The operator's ``params``: checked values in the order of the C++ header, then constants."""
+        if not parameters:
+            return [*self.parameters.values(), *self.constants]
         unknown = parameters.keys() - self.parameters.keys()
         if unknown:
             raise TypeError(f"{self.name}_loss() got an unexpected keyword argument {sorted(unknown)[0]!r}")
-        values = []
-        for name, default in self.parameters.items():
-            value = parameters.get(name, default)
+        for name, value in parameters.items():
             self.ranges[name].check(name, value)
-            values.append(value)
-        return [*values, *self.constants]
+        return [*(self.parameters | parameters).values(), *self.constants]
 
 
 LOSSES: dict[str, LossEntry] = {}
@@ -108,6 +109,8 @@ LOSSES: dict[str, LossEntry] = {}
 
 def resolve_logit_bias(logit_bias: LogitBias, logits: Tensor) -> tuple[float, Tensor | None]:
     """The operator's ``logit_bias`` and ``logit_bias_tensor``; "auto" is solved from the number of classes."""
+    if logit_bias.__class__ is float and logit_bias == 0.0:  # nearly always
+        return 0.0, None
     if isinstance(logit_bias, Tensor):
         return 0.0, logit_bias
     if isinstance(logit_bias, str):
@@ -200,11 +203,7 @@ def _make_function(name: str, operator: Callable[..., Tensor]) -> RowLossFunctio
         **parameters: float,
     ) -> Tensor:
         params = LOSSES[name].pack(parameters)
-        bias, bias_tensor = (
-            (0.0, None)
-            if logit_bias.__class__ is float and logit_bias == 0.0
-            else resolve_logit_bias(logit_bias, logits)
-        )
+        bias, bias_tensor = resolve_logit_bias(logit_bias, logits)
         return operator(logits, target, weight, sample_weight, bias_tensor, name, params, bias, ignore_index, reduction)
 
     return function

@@ -96,7 +96,7 @@ def _cross_entropy(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
             >>> cross_entropy(logits, torch.tensor([0]))
             tensor(0.1269, grad_fn=...)
         """
-        params = LOSSES["cross_entropy"].pack({"label_smoothing": label_smoothing})
+        closed_fraction.check("label_smoothing", label_smoothing)
         bias, bias_tensor = resolve_logit_bias(logit_bias, input)
         return operator(
             input,
@@ -105,7 +105,7 @@ def _cross_entropy(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
             sample_weight,
             bias_tensor,
             "cross_entropy",
-            params,
+            [label_smoothing],
             bias,
             ignore_index,
             reduction,

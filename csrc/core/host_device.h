@@ -7,8 +7,6 @@
 #define FL_HD inline __attribute__((always_inline))
 #endif
 
-#define FL_INLINE_LAMBDA __attribute__((always_inline))
-
 // Every header with code sits in this inline namespace, so that the AVX-512 copy of a template is never the one the
 // linker keeps for the baseline.
 #ifndef FL_ISA

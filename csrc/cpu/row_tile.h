@@ -27,7 +27,7 @@ public:
     }
 
     void forward(std::int64_t outer, std::int64_t first, int n, double& total) {
-        rows.begin(p, outer, first, n, 0);
+        rows.begin(p, outer, first, n);
         for (int i = 0; i < n; ++i) {
             if (rows.ignored[i])
                 rows.clear(i);
@@ -42,7 +42,7 @@ public:
     }
 
     void backward(std::int64_t outer, std::int64_t first, int n) {
-        rows.begin(p, outer, first, n, 0);
+        rows.begin(p, outer, first, n);
         rows.read_stats(p, outer, first, n);
         for (int i = 0; i < n; ++i) {
             A* e = exponentials(outer, first + i, i);

@@ -21,22 +21,23 @@ const A* as(const void* pointer) {
 template <class A>
 struct alignas(64) TileRows {
     static constexpr int kMax = Tiling::kLanes;
+    static constexpr int kGranule = 16;  // rows are padded to a multiple, whole vectors on every instruction set
 
+    // Arrays first: each starts at a whole vector.
     std::int64_t target[kMax];  // 0 where there is none
-    bool ignored[kMax];
-    bool any_ignored;
-    int padded;  // rows rounded up to whole vectors
-    A bias;      // added to the target's logit
     A class_weight[kMax], sample_weight[kMax], scale[kMax];
     // Set by the pass over the logits: max, sum exp(z - max), z_y, sum u (z - max), sum u
     A max[kMax], sum[kMax], target_logit[kMax], centred[kMax], sum_u[kMax];
     // Set by finish or read_stats: grad_j = alpha exp(z_j - max) + beta [j = y] + gamma u_j, scale included
     A value[kMax], alpha[kMax], beta[kMax], gamma[kMax];
+    bool ignored[kMax];
+    bool any_ignored;
+    int padded;  // rows rounded up to whole vectors
+    A bias;      // added to the target's logit
 
-    // Reads targets and weights of rows [first, first + n) of image `outer`; clears what follows, up to whole vectors
-    // and at least to `lanes`.
-    void begin(const RowProblem& p, std::int64_t outer, std::int64_t first, int n, int lanes) {
-        padded = std::max((n + 15) / 16 * 16, lanes);
+    // Reads targets and weights of rows [first, first + n) of image `outer`; clears what follows, up to whole vectors.
+    void begin(const RowProblem& p, std::int64_t outer, std::int64_t first, int n) {
+        padded = (n + kGranule - 1) / kGranule * kGranule;
         bias = p.logit_bias_device ? *as<A>(p.logit_bias_device) : A(p.logit_bias);
         read_targets(p, outer, first, n);
         const A denominator = p.denominator ? *as<A>(p.denominator) : A(1);
@@ -115,27 +116,30 @@ private:
     }
 
     void evaluate(const RowProblem& p) {
+        if (p.soft_target) return evaluate_as<SoftCrossEntropy>(p);
+        visit_loss(SoftmaxLosses{}, p.loss, [&]<class Loss>() { evaluate_as<Loss>(p); });
+    }
+
+    // Everything the loop reads is local or a member: a value reached through a capture is loaded anew for each row,
+    // which keeps the compiler from vectorising.
+    template <class Loss>
+    void evaluate_as(const RowProblem& p) {
         A params[kMaxParams];
         for (int i = 0; i < kMaxParams; ++i) params[i] = A(p.params[i]);
         const A num_classes = A(p.num_classes);
-        const auto row_of = [&](int i) FL_INLINE_LAMBDA {
-            const A log_sum = math::log(sum[i]);
-            const A log_p = (target_logit[i] - max[i]) - log_sum;
-            const A sum_neg_log_p = sum_u[i] * log_sum - centred[i];
-            return SoftmaxRow<A>{log_p, sum_neg_log_p, sum_u[i], class_weight[i], num_classes};
-        };
-        const auto store = [&](int i, const AffineRow<A>& row) FL_INLINE_LAMBDA {
-            value[i] = row.value, alpha[i] = row.alpha / sum[i], beta[i] = row.beta, gamma[i] = row.gamma;
-        };
-        if (p.soft_target) {
+        for (int b = 0; b < padded; b += kGranule)
 #pragma omp simd
-            for (int i = 0; i < padded; ++i) store(i, SoftCrossEntropy::eval(row_of(i)));
-            return;
-        }
-        visit_loss(SoftmaxLosses{}, p.loss, [&]<class Loss>() {
-#pragma omp simd
-            for (int i = 0; i < padded; ++i) store(i, Loss::eval(row_of(i), params));
-        });
+            for (int i = b; i < b + kGranule; ++i) {
+                const A log_sum = math::log(sum[i]);
+                const A log_p = (target_logit[i] - max[i]) - log_sum;
+                const A sum_neg_log_p = sum_u[i] * log_sum - centred[i];
+                const SoftmaxRow<A> row{log_p, sum_neg_log_p, sum_u[i], class_weight[i], num_classes};
+                const AffineRow<A> affine = Loss::eval(row, params);
+                value[i] = affine.value;
+                alpha[i] = affine.alpha / sum[i];
+                beta[i] = affine.beta;
+                gamma[i] = affine.gamma;
+            }
     }
 
     void write_stats(const RowProblem& p, std::int64_t row, int n) const {

@@ -8,7 +8,8 @@ namespace fused_losses::cuda {
 namespace {
 
 template <class A>
-FL_DEVICE void write_row(const RowProblem& p, const Row& row, A value, A weight, A max, A sum, const AffineRow<A>& affine) {
+FL_DEVICE void write_row(const RowProblem& p, const Row& row, A value, A weight, A max, A sum,
+                         const AffineRow<A>& affine) {
     if (p.row_values) static_cast<A*>(p.row_values)[row.number] = value;
     if (p.row_weights) static_cast<A*>(p.row_weights)[row.number] = weight;
     if (!p.stats) return;
@@ -28,7 +29,7 @@ FL_DEVICE void write_ignored(const RowProblem& p, const Row& row) {
 // The loss is a uniform branch: kernels are compiled once per dtype, not once per loss.
 template <class A>
 FL_DEVICE AffineRow<A> evaluate(const RowArgs<A>& args, const SoftmaxRow<A>& row) {
-    if (args.problem.soft_target) return SoftCrossEntropy::eval(row);
+    if (args.problem.soft_target) return SoftCrossEntropy::eval(row, args.params);
     AffineRow<A> affine{};
     visit_loss(SoftmaxLosses{}, args.problem.loss, [&]<class Loss>() { affine = Loss::eval(row, args.params); });
     return affine;

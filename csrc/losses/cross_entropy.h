@@ -1,6 +1,7 @@
 // Cross entropy with label smoothing and class weights, by torch's formulas.
 #pragma once
 
+#include "core/math.h"
 #include "core/softmax_loss.h"
 
 namespace fused_losses {
@@ -18,8 +19,8 @@ struct CrossEntropy {
         const T hard = (T(1) - params[0]) * row.class_weight;
         const T spread = params[0] / row.num_classes;
         // Without smoothing the sum is not computed; s = 1 must not read an infinite -log p_y.
-        const T hard_value = hard == T(0) ? T(0) : -hard * row.log_p;
-        const T smooth_value = spread == T(0) ? T(0) : spread * row.sum_neg_log_p;
+        const T hard_value = math::select(hard == T(0), T(0), -hard * row.log_p);
+        const T smooth_value = math::select(spread == T(0), T(0), spread * row.sum_neg_log_p);
         return {hard_value + smooth_value, hard + spread * row.sum_u, -hard, -spread};
     }
 };
@@ -27,7 +28,7 @@ struct CrossEntropy {
 // Soft targets: sum_j u_j (-log p_j) with u_j = w_j ((1 - s) y_j + s / K), which the caller has put into u.
 struct SoftCrossEntropy {
     template <class T>
-    FL_HD static AffineRow<T> eval(const SoftmaxRow<T>& row) {
+    FL_HD static AffineRow<T> eval(const SoftmaxRow<T>& row, const T*) {
         return {row.sum_neg_log_p, row.sum_u, T(0), T(-1)};
     }
 };

@@ -14,7 +14,7 @@ inline namespace FL_ISA {
 // -p t, which is 0 at p = 0.
 template <class T>
 FL_HD T neg_p_log_p(T p, T t) {
-    return p > T(0) ? -p * t : p;
+    return math::select(p > T(0), -p * t, p);
 }
 
 // params: scale
@@ -103,7 +103,7 @@ struct SCE {
         const T alpha = params[0], beta = params[1];
         const ValueSlope<T> rce = RCE::eval(t, params + 2);
         // alpha = 0 must stay 0 where t = -inf
-        const T ce = alpha == T(0) ? T(0) : -alpha * t;
+        const T ce = math::select(alpha == T(0), T(0), -alpha * t);
         return {ce + beta * rce.value, -alpha + beta * rce.slope};
     }
 };
@@ -132,7 +132,7 @@ struct PHuberCE {
         const T tau = params[0], log_tau = math::log(tau);
         const T tau_p = math::exp(t + log_tau);
         const bool linear = t <= -log_tau;
-        return {linear ? T(1) + log_tau - tau_p : -t, linear ? -tau_p : T(-1)};
+        return {math::select(linear, T(1) + log_tau - tau_p, -t), math::select(linear, -tau_p, T(-1))};
     }
 };
 
@@ -164,8 +164,8 @@ struct Focal {
     FL_HD static ValueSlope<T> eval(T t, const T* params) {
         const T gamma = params[0], miss = -math::expm1(t);
         const T factor = math::pow(miss, gamma);
-        const T p_times_r = miss > T(0) ? neg_p_log_p(math::exp(t), t) / miss : T(1);
-        return {miss > T(0) ? -factor * t : T(0) * t, -factor * (T(1) + gamma * p_times_r)};
+        const T p_times_r = math::select(miss > T(0), neg_p_log_p(math::exp(t), t) / miss, T(1));
+        return {math::select(miss > T(0), -factor * t, T(0) * t), -factor * (T(1) + gamma * p_times_r)};
     }
 };
 
