@@ -1,0 +1,134 @@
+// The CPU kernels of one instruction set (first argument) against naive_losses.h, over dtypes, numbers of rows and
+// classes and layouts, with options drawn at random for each. The second argument thins the cases out: one in so many.
+#include <cstdlib>
+#include <new>
+
+#include "kernel_case.h"
+
+// Scratch of the kernels: filled, so that reading it before writing shows.
+void* operator new(std::size_t size, std::align_val_t alignment) {
+    void* pointer = nullptr;
+    if (posix_memalign(&pointer, static_cast<std::size_t>(alignment), size) != 0) throw std::bad_alloc();
+    return std::memset(pointer, fused_losses_test::paint_byte, size);
+}
+
+void operator delete(void* pointer, std::align_val_t) noexcept { std::free(pointer); }
+
+namespace {
+
+using namespace fused_losses_test;
+
+struct Draw {
+    int loss;
+    Params params;
+};
+
+// A loss and a set of its parameters; cross entropy, which has most options, more often than the others.
+Draw draw_loss(Random& random) {
+    const int loss = random.one_in(4) ? 0 : random.below(SoftmaxLosses::size);
+    const std::vector<Params>& sets = naive_loss(loss_names()[loss]).params;
+    return {loss, sets[random.below(int(sets.size()))]};
+}
+
+std::string describe(const Shape& s, Dtype dtype, int loss) {
+    static const char* const dtypes[] = {"double", "float", "half", "bfloat16"};
+    static const char* const kinds[] = {"rows", "padded rows", "every other", "pixels", "strided pixels"};
+    return loss_names()[loss] + " " + dtypes[int(dtype)] + " " + kinds[int(s.kind)] + " [" + std::to_string(s.outer) +
+           ", " + std::to_string(s.inner) + ", " + std::to_string(s.classes) + "]";
+}
+
+template <class Stored>
+void test_case(const Shape& shape, const Draw& draw, Random& random, bool isolation) {
+    const std::string name = describe(shape, Precision<Stored>::dtype, draw.loss);
+    Case<Stored> problem(shape, draw.loss, draw.params, random);
+    isolation ? problem.test_isolation(name) : problem.test(name);
+}
+
+void test_case(Dtype dtype, const Shape& shape, const Draw& draw, Random& random, bool isolation = false) {
+    switch (dtype) {
+        case Dtype::kFloat64: return test_case<double>(shape, draw, random, isolation);
+        case Dtype::kFloat32: return test_case<float>(shape, draw, random, isolation);
+        case Dtype::kFloat16: return test_case<Half>(shape, draw, random, isolation);
+        case Dtype::kBFloat16: return test_case<BFloat16>(shape, draw, random, isolation);
+    }
+}
+
+constexpr Dtype kDtypes[] = {Dtype::kFloat64, Dtype::kFloat32, Dtype::kFloat16, Dtype::kBFloat16};
+
+// Layouts whose classes are apart come as images of pixels and, one pixel an image, as rows.
+Shape make_shape(Kind kind, int rows, int classes, Random& random) {
+    const bool images = kind == Kind::kPixels || kind == Kind::kStridedPixels || random.one_in(4);
+    if (kind == Kind::kEveryOther && random.one_in(2)) return {kind, rows, 1, classes};
+    return {kind, images ? 2 : 1, rows, classes};
+}
+
+void test_shapes(int thinning) {
+    Random random(4);
+    for (const Dtype dtype : kDtypes) {
+        for (const int classes : {1, 2, 3, 10, 32, 33, 100, 1000, 1001}) {
+            for (const int rows : {0, 1, 15, 16, 63, 64, 65, 200}) {
+                if (classes >= 1000 && rows > 16 && rows != 65) continue;
+                for (int kind = 0; kind < kKinds; ++kind) {
+                    const Shape shape = make_shape(Kind(kind), rows, classes, random);
+                    const Draw draw = draw_loss(random);
+                    if (random.one_in(thinning)) test_case(dtype, shape, draw, random);
+                }
+            }
+        }
+    }
+}
+
+// Every loss and parameter set, in both kinds of tile.
+void test_losses(int thinning) {
+    Random random(5);
+    for (const Dtype dtype : kDtypes) {
+        for (int loss = 0; loss < SoftmaxLosses::size; ++loss) {
+            for (const Params& params : naive_loss(loss_names()[loss]).params) {
+                for (const int classes : {10, 100}) {
+                    if (!random.one_in(thinning)) continue;
+                    test_case(dtype, {Kind::kRows, 1, 33, classes}, {loss, params}, random);
+                    test_case(dtype, {Kind::kPixels, 2, 33, classes}, {loss, params}, random);
+                }
+            }
+        }
+    }
+}
+
+// More classes than a tile of pixels may have, so that rows are gathered one by one.
+void test_many_classes() {
+    Random random(6);
+    const auto classes = static_cast<std::int64_t>(Tiling::kMaxLaneClasses) + 9;
+    for (const Dtype dtype : kDtypes) test_case(dtype, {Kind::kPixels, 2, 3, classes}, draw_loss(random), random);
+}
+
+void test_isolation() {
+    Random random(7);
+    for (int i = 0; i < 100; ++i) {
+        const Shape shape = make_shape(Kind(random.below(kKinds)), 1 + random.below(70), 2 + random.below(60), random);
+        test_case(kDtypes[random.below(4)], shape, draw_loss(random), random, true);
+    }
+}
+
+bool choose_kernels(const std::string& isa) {
+    if (isa == "baseline") kernels = cpu_kernels<Isa::baseline>();
+#ifdef FL_HAVE_AVX2
+    if (isa == "avx2") kernels = cpu_kernels<Isa::avx2>();
+    if (isa == "avx512") kernels = cpu_kernels<Isa::avx512>();
+#endif
+    return kernels.forward != nullptr;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    const int thinning = argc > 2 ? std::max(1, std::atoi(argv[2])) : 1;
+    if (argc < 2 || !choose_kernels(argv[1])) {
+        std::fprintf(stderr, "usage: %s baseline|avx2|avx512 [thinning]\n", argv[0]);
+        return 2;
+    }
+    test_shapes(thinning);
+    test_losses(thinning);
+    test_many_classes();
+    test_isolation();
+    return report("kernels");
+}

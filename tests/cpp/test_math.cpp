@@ -1,0 +1,199 @@
+// core/math.h against the standard library in the next larger type: float through all bit patterns with a stride
+// (first argument), double at random and special points.
+#include "core/math.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <vector>
+
+#include "check.h"
+
+namespace {
+
+using namespace fused_losses;
+using fused_losses_test::check;
+using fused_losses_test::Random;
+
+template <class T>
+struct Wider;
+template <>
+struct Wider<float> {
+    using type = double;
+};
+template <>
+struct Wider<double> {
+    using type = long double;
+};
+template <class T>
+using wider_t = typename Wider<T>::type;
+
+// Distance in units of the last place of the exact result. May be zero below the smallest normal number and infinite
+// in the last half binade: math.h gives these up for exp and what is made of it.
+template <class T>
+double ulps(T got, wider_t<T> exact, bool of_exp) {
+    using L = std::numeric_limits<T>;
+    if (std::isnan(exact) || std::isnan(got)) return std::isnan(exact) && std::isnan(got) ? 0 : HUGE_VAL;
+    if (of_exp && std::fabs(exact) < L::min() && got == T(0)) return 0;
+    if (of_exp && exact > wider_t<T>(L::max()) * 0.70710681 && std::isinf(got)) return 0;
+    if (std::isinf(exact)) return std::isinf(got) && std::signbit(got) == std::signbit(exact) ? 0 : HUGE_VAL;
+    if (std::isinf(got)) return HUGE_VAL;
+    const int exponent = exact == 0 ? L::min_exponent : std::max(std::ilogb(exact), L::min_exponent - 1);
+    return static_cast<double>(std::fabs(got - exact) / std::ldexp(wider_t<T>(1), exponent - L::digits + 1));
+}
+
+struct Worst {
+    double ulps = 0, at = 0;
+
+    void see(double error, double x) {
+        if (error > ulps) ulps = error, at = x;
+    }
+};
+
+template <class T>
+struct Function {
+    const char* name;
+    double bound;  // in ulp
+    void (*ours)(const T* x, T* y, int n);
+    wider_t<T> (*exact)(wider_t<T>);
+    bool of_exp;
+};
+
+// Loops, so that what is measured is the vectorised code.
+#define FL_TEST_LOOP(FUNCTION)                                                                                    \
+    [](const T* x, T* y, int n) { _Pragma("omp simd") for (int i = 0; i < n; ++i) y[i] = math::FUNCTION(x[i]); }, \
+        [](wider_t<T> x) { return std::FUNCTION(x); }
+
+template <class T>
+const std::vector<Function<T>>& functions() {
+    static const std::vector<Function<T>> all = {
+        {"exp", 2, FL_TEST_LOOP(exp), true},
+        // exp(x) - 1 with x just above 0.34 is a quarter of exp(x): four times its error.
+        {"expm1", 4, FL_TEST_LOOP(expm1), true},
+        {"log", 2, FL_TEST_LOOP(log), false},
+        {"log1p", 2, FL_TEST_LOOP(log1p), false}};
+    return all;
+}
+
+// Feeds batches of points to every function. `next` fills a batch and returns how many points it holds.
+template <class T, class Next>
+void compare(const char* type, Next next) {
+    constexpr int kBatch = 4096;
+    std::vector<T> x(kBatch), y(kBatch);
+    std::vector<Worst> worst(functions<T>().size());
+    while (const int n = next(x.data(), kBatch)) {
+        for (std::size_t f = 0; f < worst.size(); ++f) {
+            const Function<T>& function = functions<T>()[f];
+            function.ours(x.data(), y.data(), n);
+            for (int i = 0; i < n; ++i) worst[f].see(ulps<T>(y[i], function.exact(x[i]), function.of_exp), x[i]);
+        }
+    }
+    for (std::size_t f = 0; f < worst.size(); ++f) {
+        std::printf("%s %s: %.3f ulp at %.9g\n", functions<T>()[f].name, type, worst[f].ulps, worst[f].at);
+        check(worst[f].ulps < functions<T>()[f].bound, "%s(%s) is off by %.3f ulp at %.17g", functions<T>()[f].name,
+              type, worst[f].ulps, worst[f].at);
+    }
+}
+
+void test_float(std::uint64_t stride) {
+    std::uint64_t bits = 0;
+    compare<float>("float", [&](float* x, int size) {
+        int n = 0;
+        for (; n < size && bits < (std::uint64_t(1) << 32); bits += stride)
+            x[n++] = std::bit_cast<float>(static_cast<std::uint32_t>(bits));
+        return n;
+    });
+}
+
+// Random points over the whole range and where the functions change course.
+template <class T>
+T random_point(Random& random) {
+    const double small = std::ldexp(random.uniform(-1, 1), -random.below(60));
+    switch (random.below(8)) {
+        case 0: return std::bit_cast<T>(static_cast<typename math::FloatFormat<T>::UInt>(random.bits()));
+        case 1: return T(small);
+        case 2: return T(1 + small);
+        case 3: return T(-1 + small);
+        case 4: return T(random.uniform(-1, 1));
+        case 5: return T(random.uniform(0, 20));
+        case 6: return T(random.uniform(-745, 710));
+        default: return T(std::ldexp(random.uniform(1, 2), random.below(2000) - 1000));
+    }
+}
+
+template <class T>
+void test_random(const char* type, int points) {
+    Random random(1);
+    compare<T>(type, [&](T* x, int size) {
+        const int n = std::min(size, points);
+        points -= n;
+        for (int i = 0; i < n; ++i) x[i] = random_point<T>(random);
+        return n;
+    });
+}
+
+template <class T>
+void test_edges(const char* type) {
+    using L = std::numeric_limits<T>;
+    std::vector<T> edges = {T(0), L::denorm_min(), L::min(), L::epsilon(), L::max(), L::infinity(), T(1), T(2)};
+    for (const double x : {0.34, 0.35, 0.5, 0.69314718055994531, 0.70710678118654752, 1.4142135623730951, 87.33, 87.34,
+                           88.37, 88.38, 88.72, 708.39, 708.4, 709.43, 709.44, 709.78})
+        edges.push_back(T(x));
+    for (std::size_t i = 0, n = edges.size(); i < n; ++i) {
+        edges.push_back(std::nextafter(edges[i], T(0)));
+        edges.push_back(std::nextafter(edges[i], L::infinity()));
+    }
+    for (std::size_t i = 0, n = edges.size(); i < n; ++i) edges.push_back(-edges[i]);
+    edges.push_back(L::quiet_NaN());
+    bool done = false;
+    compare<T>(type, [&](T* x, int) {
+        if (done) return 0;
+        done = true;
+        std::copy(edges.begin(), edges.end(), x);
+        return static_cast<int>(edges.size());
+    });
+    check(math::exp(T(0)) == T(1) && math::log(T(1)) == T(0), "exp(0) and log(1) are exact (%s)", type);
+    check(math::expm1(T(0)) == T(0) && math::log1p(T(-0.0)) == T(0), "expm1(0) and log1p(-0) are 0 (%s)", type);
+    check(math::exp(-L::infinity()) == T(0) && math::expm1(-L::infinity()) == T(-1), "exp(-inf) (%s)", type);
+}
+
+template <class T>
+void test_pow(const char* type, int points) {
+    using L = std::numeric_limits<T>;
+    const T inf = L::infinity();
+    check(math::pow(T(0), T(0)) == T(1) && math::pow(inf, T(0)) == T(1), "pow(a, 0) = 1 (%s)", type);
+    check(math::pow(T(0), T(0.5)) == T(0) && math::pow(T(0), T(-1)) == inf, "pow(0, b) (%s)", type);
+    check(math::pow(inf, T(2)) == inf && math::pow(inf, T(-2)) == T(0), "pow(inf, b) (%s)", type);
+    check(math::pow(T(1), T(7)) == T(1) && std::isnan(math::pow(L::quiet_NaN(), T(2))), "pow(1, b), pow(NaN, b) (%s)",
+          type);
+    Random random(2);
+    Worst worst;
+    for (int i = 0; i < points; ++i) {
+        const T a = std::fabs(random_point<T>(random));
+        const T b = random.one_in(2) ? T(random.uniform(-4, 4)) : T(random.below(41) - 20) / 4;
+        if (std::isnan(a) || std::isinf(a)) continue;
+        const wider_t<T> exact = std::pow(wider_t<T>(a), wider_t<T>(b));
+        const wider_t<T> exponent = a == 0 ? wider_t<T>(0) : std::fabs(b * std::log(wider_t<T>(a)));
+        // log and product are off by 1.3 * 2^-digits of the exponent; an ulp is as small as half of 2^-digits.
+        const double bound = 2 + 2.6 * static_cast<double>(exponent);
+        const double error = ulps<T>(math::pow(a, b), exact, true);
+        worst.see(error / bound, a);
+        check(error < bound, "pow(%.17g, %.17g) (%s) is off by %.3f ulp, bound %.3f", double(a), double(b), type, error,
+              bound);
+    }
+    std::printf("pow %s: %.3f of its bound at a = %.9g\n", type, worst.ulps, worst.at);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    const int stride = argc > 1 ? std::max(1, std::atoi(argv[1])) : 257;
+    const int points = 200000000 / stride;
+    test_edges<float>("float");
+    test_edges<double>("double");
+    test_float(static_cast<std::uint64_t>(stride));
+    test_random<float>("float", points);
+    test_random<double>("double", points);
+    test_pow<float>("float", points);
+    test_pow<double>("double", points);
+    return fused_losses_test::report("math.h");
+}
