@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import inspect
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor, nn
 
-__all__ = ["solve_logit_bias"]
+from fused_losses._calibration_plot import plot_mean_target_error
+from fused_losses._mean_error import RowLoss, mean_slopes
+
+if TYPE_CHECKING:
+    from fused_losses._common import LossEntry
+
+__all__ = ["match_parameter", "mean_target_error", "plot_mean_target_error", "solve_logit_bias"]
 
 _Array = npt.NDArray[np.float64]
+Loss = str | nn.Module | Callable[..., Tensor]
+_Numbers = TypeVar("_Numbers", float, Tensor, npt.NDArray[Any])
 
 # Equally spaced nodes. For integrands that are analytic in a strip of half-width b the trapezoid rule errs by
 # about exp(-2 pi b / step); here b = pi/2 in both variables, so a step of 0.2 leaves exp(-49).
@@ -158,3 +170,223 @@ def _log_score_distribution() -> _Array:
     # Far to the right F rounds to 1 while its (K-1)-th power does not: there the log must come from 1 - F.
     result: _Array = np.where(below < 0.5, np.log(below), np.log1p(-np.minimum(above, 0.5)))
     return result
+
+
+def mean_target_error(loss: Loss, num_classes: int, z: _Numbers, **parameters: float) -> _Numbers:
+    r"""How hard a loss pulls on the logit of the labelled class of an untrained network, on average.
+
+    For the labelled class ``k`` with logit ``z`` and the other ``K - 1 = num_classes - 1`` logits drawn from N(0, 1):
+
+    .. math:: \langle\delta_k\rangle(z) = E\left[\frac{\partial L}{\partial z_k} \,\Big|\, z_k = z\right] .
+
+    It is negative where gradient descent raises the logit. Where it is nearly 0 for every initial logit (``z`` from
+    about -2 to 2) the loss does not start to learn: raise ``logit_bias`` or match a parameter
+    (:func:`match_parameter`).
+
+    A loss of ``p_y`` alone (found out by trial) is integrated: the distribution of the other classes'
+    ``sum exp(z_j)`` is known to about 1e-11, and the result is as good for smooth losses; for phuber_ce, whose slope
+    has a kink, to 1e-5 of its value. Any other loss is averaged over a fixed sample of about 2^20 random logits (16
+    rows of ``K`` from 2^16 classes on), so repeated calls give the same number. Measured over five samples for ``K``
+    from 3 to 1e5, the standard error is below 0.25 % of the value for NCE and NFL; margin losses, whose slope jumps,
+    are good to about 0.01 in absolute terms.
+
+    Args:
+        loss: what to average: a name (``"gce"`` or ``"gce_loss"``), a Module, or a function
+            ``loss(logits, target)`` giving one value per row (``reduction="none"`` is passed if it takes it). The
+            ``reduction`` of a Module is replaced by ``"none"``, and ``logit_bias="auto"`` is solved for
+            ``num_classes``. Where classes differ (class weights, margins per class) the labelled class is class 0.
+            Losses that look at several rows at once (Z-Error) have no such average.
+        num_classes: ``K``, an integer of at least 2.
+        z: logit of the labelled class: a number, a tensor or an array of any shape.
+        parameters: parameters of a loss given by name or as a function, ``q=0.5``, ``logit_bias=3.0``.
+
+    Returns:
+        ``<delta_k>`` in units of loss per logit: a float for a number, else float64 of the kind and shape of ``z``.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: ``num_classes`` < 2, ``z`` not finite, an unknown loss, or a loss that is not one value per row.
+
+    Example:
+        >>> round(mean_target_error("mae", 10, 0.0), 3), round(mean_target_error("mae", 1000, 0.0), 4)
+        (-0.133, -0.0012)
+
+    Source: 2306.05497, Eq. 3 and Figures 1 to 3.
+    """
+    count = _check_num_classes(num_classes)
+    values = _as_array(z)
+    means = mean_slopes(_row_loss(loss, count, parameters), count, values.ravel()).reshape(values.shape)
+    if isinstance(z, Tensor):
+        return torch.from_numpy(means).to(z.device)
+    return means if isinstance(z, np.ndarray) else float(means)
+
+
+def match_parameter(
+    loss: Loss, name: str, num_classes: int, reference_num_classes: int, reference_value: float
+) -> float:
+    """Carries a parameter tuned with some number of classes over to another number of classes.
+
+    The value returned gives an untrained network with ``num_classes`` classes the same pull on the labelled class, at
+    logit 0, that ``reference_value`` gives with ``reference_num_classes``: the root of
+    ``mean_target_error(loss, num_classes, 0, name=value) = mean_target_error(loss, reference_num_classes, 0,
+    name=reference_value)`` nearest to ``reference_value``. One equation settles one parameter; the others stay.
+
+    Args:
+        loss: as for :func:`mean_target_error`; the values of a Module are kept, and so are those that a
+            ``functools.partial`` sets.
+        name: the parameter to change, one of the loss's own that takes real numbers, or ``"logit_bias"``.
+        num_classes: the number of classes to find a value for, an integer of at least 2.
+        reference_num_classes: the number of classes for which ``reference_value`` is known to be good.
+        reference_value: that value.
+
+    Returns:
+        The matching value; its error is that of :func:`mean_target_error` (1e-9 for losses of ``p_y`` alone).
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: an argument is out of range, the loss has no such parameter, or no value of it gives the pull that
+            is asked for.
+
+    Example:
+        >>> round(match_parameter("gce", "q", 1000, 100, 0.7), 2)
+        0.48
+
+    Source: 2306.05497, section 3.3 (the losses marked "+"; genCE+ has q = 0.48 for the 1000 classes of WebVision).
+    """
+    count, reference_count = _check_num_classes(num_classes), _check_num_classes(reference_num_classes)
+    holds = _allowed_values(loss, name)
+    if isinstance(reference_value, bool) or not isinstance(reference_value, (int, float)):
+        raise TypeError(f"reference_value must be a number, got {type(reference_value).__name__}")
+    origin = np.zeros(1)
+
+    def error(value: float, classes: int) -> float:
+        return float(mean_slopes(_row_loss(loss, classes, {name: value}), classes, origin)[0])
+
+    goal = error(float(reference_value), reference_count)
+
+    def gap(value: float) -> float:
+        return error(value, count) - goal
+
+    start = float(reference_value)
+    at_start = gap(start)
+    if at_start == 0.0:
+        return start
+    reached = [at_start]
+    step = 0.1 * abs(start) or 0.1
+    walks = [_walk(start, sign * step, at_start, gap, holds) for sign in (1.0, -1.0)]
+    while walks:
+        for walk in list(walks):
+            segment = next(walk, None)
+            if segment is None:
+                walks.remove(walk)
+                continue
+            reached.append(segment[3])
+            if segment[1] * segment[3] <= 0.0:
+                return _root(gap, *segment)
+    raise ValueError(
+        f"no value of {name} gives {num_classes} classes the mean error {goal:.4g} of {reference_num_classes} classes "
+        f"at {name}={reference_value}: it stays between {goal + min(reached):.4g} and {goal + max(reached):.4g}"
+    )
+
+
+def _walk(
+    start: float, step: float, at_start: float, gap: Callable[[float], float], holds: Callable[[float], bool]
+) -> Iterator[tuple[float, float, float, float]]:
+    """Segments (from, gap there, to, gap there) going away from ``start``: growing, halved at the end of the range."""
+    here, at_here = start, at_start
+    for _ in range(40):
+        there = here + step
+        at_there = gap(there) if holds(there) else math.nan
+        if math.isfinite(at_there):
+            yield here, at_here, there, at_there
+            here, at_here, step = there, at_there, 1.5 * step
+        else:
+            step *= 0.5
+
+
+def _root(gap: Callable[[float], float], a: float, at_a: float, b: float, at_b: float) -> float:
+    """A root of ``gap`` between ``a`` and ``b``, where it has opposite signs: regula falsi, Illinois variant."""
+    for _ in range(100):
+        if at_b == 0.0 or abs(b - a) <= 1e-13 * (abs(a) + abs(b)):
+            break
+        middle = b - at_b * (b - a) / (at_b - at_a)
+        at_middle = gap(middle)
+        if at_middle * at_b < 0.0:
+            a, at_a = b, at_b
+        else:
+            at_a *= 0.5  # the end that stays is pulled in, or convergence would be linear
+        moved, b, at_b = abs(middle - b), middle, at_middle
+        if moved <= 1e-13 * abs(b):
+            break
+    return b
+
+
+def _row_loss(loss: Loss, num_classes: int, parameters: dict[str, float]) -> RowLoss:
+    """``loss`` as a function of logits and target with one value per row."""
+    if isinstance(loss, nn.Module):
+        return _row_module(loss, num_classes, parameters)
+    function: Callable[..., Tensor] = _entry(loss).reference if isinstance(loss, str) else loss
+    if not callable(function):
+        raise TypeError(f"loss must be a name, a Module or a function, got {type(loss).__name__}")
+    options: dict[str, Any] = dict(parameters)
+    if "reduction" in inspect.signature(function).parameters:
+        options["reduction"] = "none"
+    if options.get("logit_bias") == "auto":
+        options["logit_bias"] = max(0.0, solve_logit_bias(num_classes))
+    return functools.partial(function, **options)
+
+
+def _row_module(module: nn.Module, num_classes: int, parameters: dict[str, float]) -> RowLoss:
+    row_module: Any = copy.deepcopy(module).cpu().double()
+    for name, value in parameters.items():
+        old = getattr(row_module, name)
+        setattr(row_module, name, torch.full_like(old, value) if isinstance(old, Tensor) else value)
+    if hasattr(row_module, "reduction"):
+        row_module.reduction = "none"
+    if isinstance(getattr(row_module, "logit_bias", None), str):
+        row_module.logit_bias = max(0.0, solve_logit_bias(num_classes))
+    return cast(RowLoss, row_module)
+
+
+def _entry(name: str) -> LossEntry:
+    from fused_losses._common import LOSSES  # it imports this file
+
+    stem = name.removesuffix("_loss")
+    if stem not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {name!r}")
+    return LOSSES[stem]
+
+
+def _allowed_values(loss: Loss, name: str) -> Callable[[float], bool]:
+    """Tells which values of the parameter are in its range; raises if the loss has no such real parameter."""
+    from fused_losses._common import LOSSES, positive_integer
+
+    if name == "logit_bias":
+        return math.isfinite
+    if isinstance(loss, functools.partial):
+        loss = loss.func
+    stem = loss if isinstance(loss, str) else getattr(loss, "stem", getattr(loss, "__name__", ""))
+    if isinstance(loss, str) or stem.removesuffix("_loss") in LOSSES:
+        ranges = _entry(stem).ranges
+        if name not in ranges:
+            raise ValueError(f"name must be one of {', '.join([*ranges, 'logit_bias'])}, got {name!r}")
+        if ranges[name] is positive_integer:
+            raise ValueError(f"name must be a parameter that takes real numbers, got {name!r}, which takes integers")
+        return ranges[name].holds
+    if isinstance(loss, nn.Module) and not hasattr(loss, name):
+        raise ValueError(f"name must be an attribute of {type(loss).__name__}, got {name!r}")
+    return math.isfinite
+
+
+def _as_array(z: float | Tensor | npt.NDArray[Any]) -> _Array:
+    if isinstance(z, Tensor):
+        values = z.detach().to("cpu", torch.float64).numpy()
+    elif isinstance(z, np.ndarray):
+        values = z.astype(np.float64)
+    elif isinstance(z, (int, float)) and not isinstance(z, bool):
+        values = np.array(float(z))
+    else:
+        raise TypeError(f"z must be a number, a tensor or an array, got {type(z).__name__}")
+    if not np.isfinite(values).all():
+        raise ValueError(f"z must be finite, got {values[~np.isfinite(values)].ravel()[0]}")
+    return values

@@ -114,7 +114,7 @@ def test_reduction(name, problem):
 def test_logit_bias(name, problem):
     entry = fl.LOSSES[name]
     for value, error, message in [
-        ("big", ValueError, 'logit_bias must be a number, a 0-dim tensor or "auto", got \'big\''),
+        ("big", ValueError, "logit_bias must be a number, a 0-dim tensor or \"auto\", got 'big'"),
         (math.nan, ValueError, "logit_bias must satisfy -inf < value < inf, got nan"),
         (math.inf, ValueError, "logit_bias must satisfy -inf < value < inf, got inf"),
         (True, TypeError, "logit_bias must be a number, got bool"),

@@ -1,16 +1,20 @@
-"""calibration.solve_logit_bias: published values, closed forms, an independent simulation, bad input."""
+"""calibration: published values, closed forms, independent quadratures and simulations, bad input."""
 
 from __future__ import annotations
 
+import functools
 import math
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from fused_losses import calibration
-from fused_losses.calibration import solve_logit_bias
+import fused_losses as fl
+from fused_losses import _mean_error, calibration
+from fused_losses.calibration import match_parameter, mean_target_error, plot_mean_target_error, solve_logit_bias
 
 # Monte Carlo estimates of the root of Eq. 4 at C = 0.15; 4e5 draws leave a sampling error of up to 0.006.
 MONTE_CARLO_TABLE = {
@@ -144,3 +148,212 @@ def test_bad_input_names_argument_rule_and_value(
     with pytest.raises(error) as caught:
         solve_logit_bias(*arguments)
     assert str(caught.value) == message
+
+
+def laplace_transform(s: np.ndarray, count: int) -> np.ndarray:
+    """E[exp(-s S)] of the sum S of ``count`` exponentials of standard normals; s > 0."""
+    normal = np.arange(-10.0, 10.0, 0.1)
+    weight = np.exp(-0.5 * normal**2) * 0.1 / math.sqrt(2 * math.pi)
+    return (np.exp(-np.outer(s, np.exp(normal))) @ weight) ** count
+
+
+def mean_power(power: float, num_classes: int, z: float) -> float:
+    """E[p^power], p = 1 / (1 + S e^-z): the integral of u^(power - 1) e^-u E[exp(-u e^-z S)] du over Gamma(power)."""
+    step = 0.05
+    log_u = np.arange(-80.0, 6.0, step)
+    u = np.exp(log_u)
+    terms = np.exp(power * log_u - u) * laplace_transform(u * math.exp(-z), num_classes - 1)
+    return float(terms.sum() * step / math.gamma(power))
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 4, 10, 100, 1000, 100_000])
+@pytest.mark.parametrize("z", [-4.0, 0.0, 3.0])
+def test_mean_error_is_the_integral(num_classes: int, z: float) -> None:
+    # dL/dz_k = -w (1 - p): MAE has w = 2p, GCE w = p^q, cross entropy w = 1.
+    first = mean_power(1.0, num_classes, z)
+    mae = -2.0 * (first - mean_power(2.0, num_classes, z))
+    gce = -(mean_power(0.7, num_classes, z) - mean_power(1.7, num_classes, z))
+    assert mean_target_error("mae", num_classes, z) == pytest.approx(mae, rel=1e-8)
+    assert mean_target_error(fl.GCELoss(), num_classes, z) == pytest.approx(gce, rel=1e-8)
+    assert mean_target_error("cross_entropy", num_classes, z) == pytest.approx(first - 1.0, rel=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "num_classes", "expected"),
+    [
+        ("gce", {}, 100, -0.02823),
+        ("gce", {}, 10, -0.1446),
+        ("mae", {}, 10, -0.133),
+        ("mae", {}, 100, -0.0123),
+        ("mae", {}, 1000, -0.0012),
+        ("mae", {"logit_bias": 0.5}, 10, -0.198),
+        ("mae", {"logit_bias": 3.0}, 100, -0.197),
+        ("mae", {"logit_bias": 5.2}, 1000, -0.179),
+    ],
+)
+def test_mean_errors_at_logit_zero(loss: str, options: dict[str, float], num_classes: int, expected: float) -> None:
+    digits = len(str(expected).split(".")[1])
+    assert mean_target_error(loss, num_classes, 0.0, **options) == pytest.approx(expected, abs=0.51 * 10**-digits)
+
+
+@pytest.mark.parametrize("num_classes", [2, 10, 300])
+@pytest.mark.parametrize("name", sorted(fl.LOSSES))
+def test_every_loss_agrees_with_a_simulation(name: str, num_classes: int) -> None:
+    generator = np.random.default_rng(99)
+    others = generator.standard_normal((200_000 // num_classes, num_classes - 1))
+    logits = torch.from_numpy(np.pad(others, [(0, 0), (1, 0)], constant_values=1.0)).requires_grad_()
+    target = torch.zeros(len(logits), dtype=torch.int64)
+    values = fl.LOSSES[name].reference(logits, target, reduction="none")
+    slopes = torch.autograd.grad(values.sum(), logits)[0][:, 0]
+    found = mean_target_error(name, num_classes, 1.0)
+    assert found < 0, "every loss raises the logit of the label"
+    assert abs(found - float(slopes.mean())) <= 5.0 * float(slopes.std()) / math.sqrt(len(slopes)) + 2e-3 * abs(found)
+
+
+@pytest.mark.parametrize("num_classes", [10, 1000, 100_000])
+@pytest.mark.parametrize("name", ["gce", "mae", "js"])
+def test_the_fixed_sample_is_good_to_half_a_per_cent(name: str, num_classes: int) -> None:
+    z = np.array([-2.0, 0.0, 3.0])
+    loss = functools.partial(fl.LOSSES[name].reference, reduction="none")
+    sample = _mean_error._sample_means(loss, num_classes, z)
+    assert sample.tolist() == pytest.approx(mean_target_error(name, num_classes, z).tolist(), rel=5e-3)
+    assert sample.tolist() == _mean_error._sample_means(loss, num_classes, z).tolist(), "the same rows each time"
+
+
+def test_losses_of_all_classes_are_sampled_and_others_integrated() -> None:
+    def on_log_p(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return -logits.log_softmax(1).gather(1, target[:, None])[:, 0]
+
+    def normalised(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return on_log_p(logits, target) / -logits.log_softmax(1).sum(1)
+
+    assert _mean_error.depends_on_target_only(on_log_p, 7)
+    assert not _mean_error.depends_on_target_only(normalised, 7)
+    smoothed = mean_target_error("cross_entropy", 10, 0.0, label_smoothing=0.1)
+    # (1 - s) CE + (s / K) S: its slope is p - (1 - s) - s / K.
+    assert smoothed == pytest.approx(mean_power(1.0, 10, 0.0) - 0.9 - 0.01, rel=2e-3)
+    weight = torch.tensor([3.0, 1.0, 1.0, 1.0])
+    weighted = mean_target_error(fl.MAELoss(weight=weight), 4, 0.0)
+    assert weighted == pytest.approx(3.0 * mean_target_error("mae", 4, 0.0), rel=2e-3)
+
+
+def test_mean_error_takes_numbers_tensors_and_arrays() -> None:
+    expected = [mean_target_error("mae", 10, -1.0), mean_target_error("mae", 10, 2.0)]
+    tensor = mean_target_error("mae_loss", 10, torch.tensor([[-1.0], [2.0]], dtype=torch.float16))
+    assert isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64
+    assert tensor.tolist() == [[expected[0]], [expected[1]]]
+    array = mean_target_error(fl.functional.mae_loss, 10, np.array([-1, 2]))
+    assert isinstance(array, np.ndarray) and array.tolist() == expected
+    assert mean_target_error(torch.nn.CrossEntropyLoss(), 10, 0) == mean_target_error("cross_entropy", 10, 0)
+
+
+def test_a_bias_shifts_the_curve() -> None:
+    biased = mean_target_error(fl.MAELoss(logit_bias="auto"), 100, 0.0)
+    shift = solve_logit_bias(100)
+    assert biased == pytest.approx(mean_target_error("mae", 100, shift), rel=1e-10)
+    assert biased == pytest.approx(mean_target_error("mae", 100, 0.0, logit_bias="auto"), rel=1e-10)
+    module = fl.MAELoss(logit_bias=torch.tensor(shift, dtype=torch.float64), reduction="sum")
+    assert mean_target_error(module, 100, 0.0) == pytest.approx(biased, rel=1e-10)
+    assert (module.reduction, float(module.logit_bias)) == ("sum", shift), "the Module stays as it was"
+
+
+@pytest.mark.parametrize("num_classes", [3, 4, 7, 10, 1000, 1_000_000])
+def test_the_solved_bias_gives_the_target_by_another_method(num_classes: int) -> None:
+    # Here by the distribution of the sum of exponentials, in the package by adding Gumbel noise.
+    log_sum, weight = _mean_error.log_sum_distribution(num_classes - 1)
+    assert weight.sum() == pytest.approx(1.0, abs=1e-13)
+    z = np.arange(-8.0, 8.0, 0.25) + solve_logit_bias(num_classes)
+    normal = np.exp(-0.5 * np.arange(-8.0, 8.0, 0.25) ** 2) * 0.25 / math.sqrt(2 * math.pi)
+    activation = [float(weight @ (1.0 / (1.0 + np.exp(log_sum - value)))) for value in z]
+    assert float(normal @ activation) == pytest.approx(0.15, abs=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("loss", "num_classes", "reference_num_classes", "expected"),
+    [("gce", 1000, 100, 0.4816), (fl.GCELoss(), 100, 10, 0.379), (fl.functional.gce_loss, 1000, 10, 0.261)],
+)
+def test_matched_exponents(loss: Any, num_classes: int, reference_num_classes: int, expected: float) -> None:
+    found = match_parameter(loss, "q", num_classes, reference_num_classes, 0.7)
+    assert found == pytest.approx(expected, abs=0.51 * 10 ** -len(str(expected).split(".")[1]))
+    reference = mean_target_error("gce", reference_num_classes, 0.0, q=0.7)
+    assert mean_target_error("gce", num_classes, 0.0, q=found) == pytest.approx(reference, rel=1e-10)
+    assert match_parameter(loss, "q", reference_num_classes, num_classes, found) == pytest.approx(0.7, rel=1e-8)
+
+
+def test_matching_other_parameters() -> None:
+    assert match_parameter("gce", "q", 50, 50, 0.7) == 0.7
+    # The scale of MAE multiplies its error.
+    ratio = mean_target_error("mae", 10, 0.0) / mean_target_error("mae", 100, 0.0)
+    assert match_parameter("mae", "scale", 100, 10, 2.0) == pytest.approx(2.0 * ratio, rel=1e-9)
+    # A bias shifts the curve, and cross entropy's is monotone.
+    bias = match_parameter("cross_entropy", "logit_bias", 100, 10, 0.0)
+    assert mean_target_error("cross_entropy", 100, bias) == pytest.approx(mean_target_error("cross_entropy", 10, 0.0))
+    # The ends of the range of pi are approached, never passed.
+    pi = match_parameter(fl.JSLoss(), "pi", 100, 10, 0.5)
+    assert 0.0 < pi < 0.5
+    assert mean_target_error("js", 100, 0.0, pi=pi) == pytest.approx(mean_target_error("js", 10, 0.0), rel=1e-9)
+    # What a Module or a partial sets besides stays.
+    kept = match_parameter(fl.AGCELoss(a=2.0), "q", 100, 10, 0.6)
+    assert kept == match_parameter(functools.partial(fl.functional.agce_loss, a=2.0), "q", 100, 10, 0.6)
+    assert kept != match_parameter("agce", "q", 100, 10, 0.6)
+
+
+def test_figure_of_the_paper(tmp_path: Path) -> None:
+    losses = {"MAE": "mae", "MAE*": fl.MAELoss(logit_bias="auto")}
+    figure = plot_mean_target_error(losses, [10, 100], np.linspace(-3.0, 6.0, 19))
+    curves, histogram = figure.axes
+    assert [line.get_label() for line in curves.lines][:4] == [
+        *("MAE, K = 10", "MAE, K = 100", "MAE*, K = 10", "MAE*, K = 100"),
+    ]
+    x, y = curves.lines[1].get_data()
+    assert y[list(x).index(0.0)] == pytest.approx(mean_target_error("mae", 100, 0.0), rel=1e-12)
+    areas = [bar.get_height() * bar.get_width() for bar in histogram.patches]
+    assert sum(areas) == pytest.approx(1.0)
+    assert max(histogram.patches, key=lambda bar: bar.get_height()).get_x() == pytest.approx(0.0, abs=0.3)
+    figure.savefig(tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_figure_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = plot_mean_target_error(
+        ["gce", fl.functional.mae_loss, fl.MAELoss()], 10, torch.linspace(0, 1, 3), initial_logits=np.zeros((2, 3))
+    )
+    assert len(figure.axes[0].lines) == 4, "a curve each and the zero line"
+    assert figure.axes[0].lines[0].get_xdata().tolist() == [0.0, 0.5, 1.0]
+    assert len(plot_mean_target_error("mae", 10, torch.zeros(1)).axes[0].lines) == 2
+    with pytest.raises(ValueError, match="losses and num_classes must not be empty"):
+        plot_mean_target_error([], 10)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"needs matplotlib: pip install 'fused_losses\[demo\]'"):
+        plot_mean_target_error("mae", 10)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: mean_target_error("gcee", 10, 0.0), ValueError, "loss must be one of .*gce.*, got 'gcee'"),
+        (lambda: mean_target_error(3, 10, 0.0), TypeError, "loss must be a name, a Module or a function, got int"),
+        (lambda: mean_target_error("gce", 1, 0.0), ValueError, "num_classes must be at least 2, got 1"),
+        (lambda: mean_target_error("gce", 10, math.nan), ValueError, "z must be finite, got nan"),
+        (lambda: mean_target_error("gce", 10, "0"), TypeError, "z must be a number, a tensor or an array, got str"),
+        (lambda: mean_target_error("gce", 10, 0.0, q=-1.0), ValueError, "q must satisfy 0 < value < inf, got -1.0"),
+        (lambda: mean_target_error(lambda x, y: x.sum(), 10, 0.0), ValueError, "loss must return one value per row"),
+        (lambda: match_parameter("gce", "tau", 10, 5, 0.7), ValueError, "name must be one of q, logit_bias, got 'tau'"),
+        (lambda: match_parameter("taylor_ce", "order", 10, 5, 2), ValueError, "got 'order', which takes integers"),
+        (lambda: match_parameter("gce", "q", 10, 5, "0.7"), TypeError, "reference_value must be a number, got str"),
+        (lambda: match_parameter("gce", "q", 10, 5, 0.0), ValueError, "q must satisfy 0 < value < inf, got 0.0"),
+        (
+            lambda: match_parameter(torch.nn.Identity(), "q", 10, 5, 0.7),
+            ValueError,
+            "name must be an attribute of Ident",
+        ),
+        (
+            lambda: match_parameter("gce", "q", 1000, 2, 1e-9),
+            ValueError,
+            "no value of q gives 1000 classes the mean error .* of 2 classes at q=1e-09: it stays between",
+        ),
+    ],
+)
+def test_tools_reject(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()

@@ -164,9 +164,7 @@ def test_weights_that_sum_to_zero(name, device):
     logits = torch.randn(2, 3, device=device)
     target = torch.tensor([0, 1], device=device)
     for weight in ([0.0, 0.0, 0.0], [1.0, -1.0, 5.0]):
-        loss, grad = loss_and_grad(
-            fl.LOSSES[name].function, logits, target, weight=torch.tensor(weight, device=device)
-        )
+        loss, grad = loss_and_grad(fl.LOSSES[name].function, logits, target, weight=torch.tensor(weight, device=device))
         assert torch.equal(loss, torch.zeros_like(loss)) and torch.equal(grad, torch.zeros_like(grad))
 
 
@@ -282,7 +280,9 @@ def test_every_small_number_of_classes(name, device):
         grad = assert_matches_reference(name, logits, target, reduction="none")
         if classes == 1:
             assert torch.equal(grad, torch.zeros_like(grad))
-        assert_matches_reference(name, logits[:, None].transpose(1, 2).expand(7, classes, 2), target[:, None].expand(7, 2))
+        assert_matches_reference(
+            name, logits[:, None].transpose(1, 2).expand(7, classes, 2), target[:, None].expand(7, 2)
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)

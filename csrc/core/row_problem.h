@@ -13,7 +13,12 @@ namespace fused_losses {
 
 enum class Dtype : std::uint8_t { kFloat64, kFloat32, kFloat16, kBFloat16 };
 enum class IndexType : std::uint8_t { kInt64, kInt32, kInt16, kUInt8 };
-enum class Reduction : std::uint8_t { kNone, kSum, kMean };
+// kActiveMean: over the rows whose loss is positive.
+enum class Reduction : std::uint8_t { kNone, kSum, kMean, kActiveMean };
+// Added to the number of active rows, as the authors of HEM do: no active row gives 0, not NaN.
+constexpr double kActiveGuard = 1e-6;
+// The u_j of a softmax loss (softmax_loss.h): not used, 1, the class weights (1 without), or the weighted soft target.
+enum class Spread : std::uint8_t { kNone, kOnes, kClassWeights, kSoftTarget };
 
 struct RowStride {
     std::int64_t outer = 0, inner = 0;
@@ -45,17 +50,21 @@ struct RowProblem {
     std::int64_t ignore_index = -100;
 
     // The loss
-    int loss = 0;  // index into SoftmaxLosses
+    int loss = 0;  // index into AllLosses
     double params[8] = {};
-    bool needs_sum = false;
+    Spread spread = Spread::kNone;
+    int stats_count = 0;  // numbers per row that its gradient needs: 3 or 4, or the state of a PassLoss
     double logit_bias = 0;
+    const void* margin = nullptr;  // acc [C] or one (stride 0); takes the place of params[0]
+    std::int64_t margin_stride = 0;
     const void* logit_bias_device = nullptr;  // acc, on the logits' device; read by the kernel in place of logit_bias
 
     // Outputs of forward
     void* row_values = nullptr;   // acc [rows], sample_weight * value
     void* row_weights = nullptr;  // acc [rows], the rows' shares of the denominator (CUDA)
-    void* stats = nullptr;        // acc [stats_count()][rows]: max, alpha / sum exp(z - max), beta[, gamma]
-    void* grad = nullptr;         // dtype
+    // acc [stats_count][rows]. Softmax losses: max, alpha / sum exp(z - max), beta[, gamma]
+    void* stats = nullptr;
+    void* grad = nullptr;  // dtype
     RowStride grad_stride;
     std::int64_t grad_class_stride = 1;
 
@@ -65,7 +74,6 @@ struct RowProblem {
     const void* denominator = nullptr;  // acc, one; null means 1, zero makes the gradient zero
 
     FL_HD std::int64_t rows() const { return outer * inner; }
-    FL_HD int stats_count() const { return needs_sum ? 4 : 3; }
 };
 
 }  // namespace fused_losses

@@ -10,11 +10,12 @@
 //
 //     static constexpr const char* name;      its stem in the Python registry
 //     static constexpr int num_params;        how many entries of `params` it reads
-//     static bool needs_sum(const double*)    whether eval reads sum_neg_log_p (costs a multiply-add per logit)
+//     static Spread spread(const double*)     the u_j, if eval reads sum_neg_log_p (costs a multiply-add per logit)
 //     template <class T> static AffineRow<T> eval(SoftmaxRow<T>, const T* params)
 #pragma once
 
 #include "core/host_device.h"
+#include "core/row_problem.h"
 
 namespace fused_losses {
 inline namespace FL_ISA {
@@ -24,7 +25,7 @@ constexpr int kMaxParams = 8;
 template <class T>
 struct SoftmaxRow {
     T log_p;          // log p_y
-    T sum_neg_log_p;  // sum_j u_j (-log p_j), u_j = 1, class weights, or the weighted soft target
+    T sum_neg_log_p;  // sum_j u_j (-log p_j)
     T sum_u;          // sum_j u_j
     T class_weight;   // weight[y], 1 without weights
     T num_classes;
@@ -46,7 +47,7 @@ struct OfTarget {
     static constexpr const char* name = Loss::name;
     static constexpr int num_params = Loss::num_params;
 
-    static bool needs_sum(const double*) { return false; }
+    static Spread spread(const double*) { return Spread::kNone; }
 
     template <class T>
     FL_HD static AffineRow<T> eval(const SoftmaxRow<T>& row, const T* params) {

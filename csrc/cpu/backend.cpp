@@ -109,13 +109,19 @@ void forward(RowProblem& p, const at::Tensor& loss, const at::Tensor& denominato
     if (p.reduction == Reduction::kMean)
         p.denominator = p.dtype == Dtype::kFloat64 ? static_cast<const void*>(&weight) : &weight_float;
     const Tiling tiling(p);
-    std::vector<double> sums(tiling.tiles);
+    std::vector<TileSums> sums(tiling.tiles);
     at::parallel_for(0, tiling.tiles, grain_size(p, tiling),
                      [&](std::int64_t begin, std::int64_t end) { kernels().forward(p, begin, end, sums.data()); });
     if (p.reduction == Reduction::kNone) return;
-    double total = 0;
-    for (const double sum : sums) total += sum;
-    write_scalar(loss, p.reduction == Reduction::kSum ? total : (weight == 0 ? 0.0 : total / weight));
+    TileSums total;
+    for (const TileSums& sum : sums) total.value += sum.value, total.weight += sum.weight;
+    if (p.reduction == Reduction::kActiveMean) {
+        const double active = total.weight + kActiveGuard;
+        write_scalar(loss, total.value / active);
+        if (denominator.defined()) write_scalar(denominator, active);
+        return;
+    }
+    write_scalar(loss, p.reduction == Reduction::kSum ? total.value : (weight == 0 ? 0.0 : total.value / weight));
 }
 
 void gradient(const RowProblem& p) {

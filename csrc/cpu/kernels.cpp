@@ -3,6 +3,7 @@
 #include "cpu/kernels.h"
 
 #include "cpu/lane_tile.h"
+#include "cpu/pass_tile.h"
 #include "cpu/row_tile.h"
 
 namespace fused_losses {
@@ -24,7 +25,12 @@ void for_tiles(const RowProblem& p, const Tiling& tiling, std::int64_t begin, st
 template <class Stored, class Body>
 void run(const RowProblem& p, std::int64_t begin, std::int64_t end, Body body) {
     const Tiling tiling(p);
-    if (tiling.lanes) {
+    if (is_pass_loss(p.loss)) {
+        visit_pass_loss(p.loss, [&]<class Loss>() {
+            PassTile<acc_t<Stored>, Loss> kernel(p, tiling);
+            for_tiles(p, tiling, begin, end, kernel, body);
+        });
+    } else if (tiling.lanes) {
         LaneTile<Stored> kernel(p);
         for_tiles(p, tiling, begin, end, kernel, body);
     } else {
@@ -43,11 +49,10 @@ void dispatch(const RowProblem& p, std::int64_t begin, std::int64_t end, Body bo
     }
 }
 
-void forward(const RowProblem& p, std::int64_t begin, std::int64_t end, double* tile_sums) {
+void forward(const RowProblem& p, std::int64_t begin, std::int64_t end, TileSums* tile_sums) {
     dispatch(p, begin, end, [&](auto& kernel, auto outer, auto first, int n, auto tile) {
-        double total = 0;
-        kernel.forward(outer, first, n, total);
-        tile_sums[tile] = total;
+        tile_sums[tile] = {};
+        kernel.forward(outer, first, n, tile_sums[tile]);
     });
 }
 

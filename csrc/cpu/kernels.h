@@ -32,11 +32,16 @@ struct Tiling {
 
 }  // namespace FL_ISA
 
+// What a tile adds to the loss and, where the mean is over rows with a positive loss, to its denominator.
+struct TileSums {
+    double value = 0, weight = 0;
+};
+
 enum class Isa { baseline, avx2, avx512 };
 
 struct CpuKernels {
     // Forward of tiles [begin, end): row values or per-tile sums, stats, gradient, as the problem asks.
-    void (*forward)(const RowProblem&, std::int64_t begin, std::int64_t end, double* tile_sums);
+    void (*forward)(const RowProblem&, std::int64_t begin, std::int64_t end, TileSums* tile_sums);
     // Gradient of tiles [begin, end) from the stats forward has saved.
     void (*gradient)(const RowProblem&, std::int64_t begin, std::int64_t end);
 };

@@ -1,11 +1,9 @@
-// Tiles whose vector lanes are classes: a few rows at a time, small enough that the exponentials written by the first
+// Softmax losses on tiles of a few rows, classes in vectors: small enough that the exponentials written by the first
 // pass are still in cache when the gradient pass scales them.
 #pragma once
 
-#include <type_traits>
-
+#include "cpu/row_buffer.h"
 #include "cpu/scratch.h"
-#include "cpu/tile_rows.h"
 
 namespace fused_losses {
 inline namespace FL_ISA {
@@ -13,187 +11,157 @@ inline namespace FL_ISA {
 template <class Stored>
 class RowTile {
     using A = acc_t<Stored>;
+    using V = Vec<A>;
+    using Buffer = RowBuffer<Stored>;
+    static constexpr A kMinusInfinity = -std::numeric_limits<A>::infinity();
 
 public:
     RowTile(const RowProblem& problem, std::int64_t tile_rows)
         : p(problem),
           classes(problem.num_classes),
           in_place(std::is_same_v<Stored, A> && p.grad && p.grad_class_stride == 1),
-          buffer(in_place || (reads_directly() && !p.grad) ? 0 : tile_rows * classes),
-          spread(!p.needs_sum ? 0 : (p.soft_target ? tile_rows * classes : classes)) {
-        const bool shared = p.needs_sum && !p.soft_target;
-        for (std::int64_t c = 0; c < classes && shared; ++c)
-            spread.data()[c] = p.class_weight ? as<A>(p.class_weight)[c] : A(1);
-    }
+          buffer(in_place || (Buffer::reads_directly(p) && !p.grad) ? 0 : tile_rows * classes),
+          soft_target(p.spread == Spread::kSoftTarget ? tile_rows * classes : 0) {}
 
-    void forward(std::int64_t outer, std::int64_t first, int n, double& total) {
+    void forward(std::int64_t outer, std::int64_t first, int n, TileSums& sums) {
         rows.begin(p, outer, first, n);
         for (int i = 0; i < n; ++i) {
             if (rows.ignored[i])
                 rows.clear(i);
+            else if (rows.bias != A(0))
+                reduce_row<true>(outer, first + i, i);
             else
-                reduce_row(outer, first + i, i);
+                reduce_row<false>(outer, first + i, i);
         }
-        rows.finish(p, outer, first, n, total);
-        for (int i = 0; i < n && p.grad; ++i) {
-            A* e = exponentials(outer, first + i, i);
-            store_gradient(outer, first + i, i, e);
-        }
+        rows.finish(p, outer, first, n, sums);
+        for (int i = 0; i < n && p.grad; ++i) write_gradient(outer, first + i, i);
     }
 
     void backward(std::int64_t outer, std::int64_t first, int n) {
         rows.begin(p, outer, first, n);
         rows.read_stats(p, outer, first, n);
         for (int i = 0; i < n; ++i) {
-            A* e = exponentials(outer, first + i, i);
             if (!rows.ignored[i]) {
-                const A* x = load_row(outer, first + i, e);
-                if (p.soft_target) load_soft_target(outer, first + i, i);
-                const A target_logit = p.target ? x[rows.target[i]] + rows.bias : A(0);
-                exp_sum(x, 0, classes, rows.max[i], e);
-                if (rows.bias != A(0)) e[rows.target[i]] = math::exp(target_logit - rows.max[i]);
+                A* e = exponentials(outer, first + i, i);
+                const A* x = Buffer::logits(p, outer, first + i, e);
+                if (p.spread == Spread::kSoftTarget) load_soft_target(outer, first + i, i);
+                rows.target_logit[i] = p.target ? x[rows.target[i]] + rows.bias : A(0);
+                if (rows.bias != A(0))
+                    exp_sum<true>(x, i, e);
+                else
+                    exp_sum<false>(x, i, e);
             }
-            store_gradient(outer, first + i, i, e);
+            write_gradient(outer, first + i, i);
         }
     }
 
 private:
-    bool reads_directly() const { return std::is_same_v<Stored, A> && p.logits_class_stride == 1; }
-
     // Where row i of the tile keeps its exponentials: in the gradient itself if it can, null if nobody needs them.
-    A* exponentials(std::int64_t outer, std::int64_t row, int i) {
-        if (in_place) return reinterpret_cast<A*>(gradient_row(outer, row));
+    A* exponentials(std::int64_t outer, std::int64_t row, int i) const {
+        if (in_place) return reinterpret_cast<A*>(Buffer::gradient(p, outer, row));
         return buffer.data() ? buffer.data() + i * classes : nullptr;
     }
 
-    Stored* gradient_row(std::int64_t outer, std::int64_t row) const {
-        return static_cast<Stored*>(p.grad) + p.grad_stride.at(outer, row);
-    }
-
-    template <class Source>
-    static void widen_row(const Source* source, std::int64_t stride, std::int64_t n, A* out) {
-        if (stride == 1) {
-#pragma omp simd
-            for (std::int64_t c = 0; c < n; ++c) out[c] = widen(source[c]);
-        } else {
-            for (std::int64_t c = 0; c < n; ++c) out[c] = widen(source[c * stride]);
-        }
-    }
-
-    // The row's logits as contiguous A: the caller's memory where possible, else a copy in `out`.
-    const A* load_row(std::int64_t outer, std::int64_t row, A* out) const {
-        const Stored* source = as<Stored>(p.logits) + p.logits_stride.at(outer, row);
-        if constexpr (std::is_same_v<Stored, A>)
-            if (reads_directly()) return source;
-        widen_row(source, p.logits_class_stride, classes, out);
-        return out;
-    }
-
-    A* spread_row(int i) { return spread.data() + (p.soft_target ? i * classes : 0); }
-
     void load_soft_target(std::int64_t outer, std::int64_t row, int i) {
-        A* u = spread_row(i);
+        A* u = soft_target.data() + i * classes;
         const std::int64_t offset = p.soft_target_stride.at(outer, row);
         if (p.soft_target_is_stored)
-            widen_row(as<Stored>(p.soft_target) + offset, p.soft_target_class_stride, classes, u);
+            Buffer::widen_row(as<Stored>(p.soft_target) + offset, p.soft_target_class_stride, classes, u);
         else
-            widen_row(as<A>(p.soft_target) + offset, p.soft_target_class_stride, classes, u);
-        const A smoothing = A(p.params[0]), uniform = smoothing / A(classes);
+            Buffer::widen_row(as<A>(p.soft_target) + offset, p.soft_target_class_stride, classes, u);
+        const A keep = A(1) - A(p.params[0]), uniform = A(p.params[0]) / A(classes);
         const A* weight = as<A>(p.class_weight);
-        for (std::int64_t c = 0; c < classes; ++c)
-            u[c] = (weight ? weight[c] : A(1)) * ((A(1) - smoothing) * u[c] + uniform);
+        for (std::int64_t c = 0; c < classes; ++c) u[c] = (weight ? weight[c] : A(1)) * (keep * u[c] + uniform);
     }
 
-    static A max_of(const A* x, std::int64_t begin, std::int64_t end, A start) {
-        A m = start;
-#pragma omp simd reduction(max : m)
-        for (std::int64_t c = begin; c < end; ++c) m = x[c] > m ? x[c] : m;
-        return m;
+    // u_j of SoftmaxRow in memory; null means ones.
+    const A* spread_of(int i) const {
+        if (p.spread == Spread::kSoftTarget) return soft_target.data() + i * classes;
+        return p.spread == Spread::kClassWeights ? as<A>(p.class_weight) : nullptr;
     }
 
-    // sum exp(x - m) over [begin, end); the terms go to e unless it is null.
-    static A exp_sum(const A* x, std::int64_t begin, std::int64_t end, A m, A* e) {
-        A s = A(0);
-        if (e) {
-#pragma omp simd reduction(+ : s)
-            for (std::int64_t c = begin; c < end; ++c) {
-                const A term = math::exp(x[c] - m);
-                e[c] = term;
-                s += term;
-            }
-        } else {
-#pragma omp simd reduction(+ : s)
-            for (std::int64_t c = begin; c < end; ++c) s += math::exp(x[c] - m);
-        }
-        return s;
+    // A vector of logits with the target's replaced by the biased one.
+    template <bool kBiased, class Count>
+    V biased(const A* x, std::int64_t c, Count count, int i) const {
+        const V z = load(x + c, count, kMinusInfinity);
+        if constexpr (!kBiased) return z;
+        const V offset = A(rows.target[i] - c);  // exact as far as it can matter
+        return math::select(V::iota() == offset, V(rows.target_logit[i]), z);
     }
 
+    template <bool kBiased>
     void reduce_row(std::int64_t outer, std::int64_t row, int i) {
         A* e = exponentials(outer, row, i);
-        const A* x = load_row(outer, row, e);
-        const std::int64_t y = rows.target[i];
-        const A target_logit = x[y] + rows.bias;
-        rows.target_logit[i] = target_logit;
-        if (p.needs_sum && p.soft_target) load_soft_target(outer, row, i);
-        // A biased target is taken out of the loops instead of being patched into a copy of the row.
-        const bool biased = rows.bias != A(0);
-        const std::int64_t left = biased ? y : classes, right = biased ? y + 1 : classes;
-        A m = max_of(x, 0, left, biased ? target_logit : x[0]);
-        m = max_of(x, right, classes, m);
-        rows.max[i] = m;
-        if (p.needs_sum) sum_spread(x, i, m);
-        rows.sum[i] = exp_sum(x, 0, left, m, e) + exp_sum(x, right, classes, m, e);
-        if (!biased) return;
-        const A own = math::exp(target_logit - m);
-        rows.sum[i] += own;
-        if (e) e[y] = own;
+        const A* x = Buffer::logits(p, outer, row, e);
+        rows.target_logit[i] = x[rows.target[i]] + rows.bias;
+        V top = kMinusInfinity;
+        for_vectors<A>(classes, [&](std::int64_t c, auto count) { top = max(top, biased<kBiased>(x, c, count, i)); });
+        // The maximum skips NaNs; the sum of exponentials does not.
+        rows.max[i] = top.max();
+        if (p.spread == Spread::kSoftTarget) load_soft_target(outer, row, i);
+        if (p.spread != Spread::kNone) sum_spread<kBiased>(x, i);
+        rows.sum[i] = exp_sum<kBiased>(x, i, e);
     }
 
-    void sum_spread(const A* x, int i, A m) {
-        const A* u = spread_row(i);
-        A centred = A(0), total = A(0);
-#pragma omp simd reduction(+ : centred, total)
-        for (std::int64_t c = 0; c < classes; ++c) {
+    // sum exp(x - max); the terms go to e unless it is null.
+    template <bool kBiased>
+    A exp_sum(const A* x, int i, A* e) const {
+        const V top = rows.max[i];
+        V sum = A(0);
+        for_vectors<A>(classes, [&](std::int64_t c, auto count) {
+            const V term = math::exp(biased<kBiased>(x, c, count, i) - top);
+            if (e) store(e + c, term, count);
+            sum += term;
+        });
+        return sum.sum();
+    }
+
+    template <bool kBiased>
+    void sum_spread(const A* x, int i) {
+        const A* u = spread_of(i);
+        const V top = rows.max[i];
+        V centred = A(0), total = A(0);
+        for_vectors<A>(classes, [&](std::int64_t c, auto count) {
+            const V ones = load_ones(count);
+            const V u_c = u ? load(u + c, count, A(0)) : ones;
             // A class of weight zero contributes nothing, even at -inf.
-            centred += u[c] == A(0) ? A(0) : u[c] * (x[c] - m);
-            total += u[c];
-        }
-        if (!p.soft_target) centred += u[rows.target[i]] * rows.bias;
-        rows.centred[i] = centred;
-        rows.sum_u[i] = total;
+            const V term = u_c * (biased<kBiased>(x, c, count, i) - top);
+            centred += math::select(u_c == V(A(0)), V(A(0)), term);
+            total += u_c;
+        });
+        rows.centred[i] = centred.sum();
+        rows.sum_u[i] = total.sum();
     }
 
-    // e holds exp(z - max)
-    void store_gradient(std::int64_t outer, std::int64_t row, int i, A* e) {
-        Stored* grad = gradient_row(outer, row);
-        const std::int64_t stride = p.grad_class_stride;
-        if (rows.ignored[i]) {
-            for (std::int64_t c = 0; c < classes; ++c) grad[c * stride] = narrow<Stored>(A(0));
-            return;
-        }
-        const A alpha = rows.alpha[i], gamma = rows.gamma[i];
-        if (p.needs_sum) {
-            const A* u = spread_row(i);
-#pragma omp simd
-            for (std::int64_t c = 0; c < classes; ++c) e[c] = alpha * e[c] + gamma * u[c];
-        } else {
-#pragma omp simd
-            for (std::int64_t c = 0; c < classes; ++c) e[c] *= alpha;
-        }
-        e[rows.target[i]] += rows.beta[i];
-        if (in_place) return;
-        if (stride == 1) {
-#pragma omp simd
-            for (std::int64_t c = 0; c < classes; ++c) grad[c] = narrow<Stored>(e[c]);
-        } else {
-            for (std::int64_t c = 0; c < classes; ++c) grad[c * stride] = narrow<Stored>(e[c]);
-        }
+    static V load_ones(Whole) { return A(1); }
+    static V load_ones(int count) { return math::select(V::iota() < V(A(count)), V(A(1)), V(A(0))); }
+
+    // grad = alpha e + gamma u + beta [j = y], e = exp(z - max)
+    void write_gradient(std::int64_t outer, std::int64_t row, int i) {
+        if (rows.ignored[i]) return Buffer::zero_gradient(p, outer, row);
+        A* const e = exponentials(outer, row, i);
+        const A* const u = spread_of(i);
+        const V alpha = rows.alpha[i], gamma = rows.gamma[i];
+        const bool spread = p.spread != Spread::kNone;
+        Stored* const grad = Buffer::gradient(p, outer, row);
+        for_vectors<A>(classes, [&](std::int64_t c, auto count) {
+            V g = alpha * load(e + c, count, A(0));
+            if (spread) g += gamma * (u ? load(u + c, count, A(0)) : V(A(1)));
+            Buffer::write(p, grad, c, g, count);
+        });
+        if (!p.target) return;
+        // Once more for the target: its own term, added before rounding to the stored type.
+        const std::int64_t y = rows.target[i];
+        Stored& own = grad[y * p.grad_class_stride];
+        const A rest =
+            in_place ? widen(own) : rows.alpha[i] * e[y] + (spread ? rows.gamma[i] * (u ? u[y] : A(1)) : A(0));
+        own = narrow<Stored>(rest + rows.beta[i]);
     }
 
     const RowProblem& p;
     const std::int64_t classes;
     const bool in_place;  // exponentials are written into the gradient and scaled there
-    Scratch<A> buffer, spread;
+    Scratch<A> buffer, soft_target;
     TileRows<A> rows;
 };
 

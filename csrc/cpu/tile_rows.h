@@ -8,6 +8,7 @@
 #include "core/numeric.h"
 #include "core/row_problem.h"
 #include "cpu/kernels.h"
+#include "cpu/vec.h"
 #include "losses/registry.h"
 
 namespace fused_losses {
@@ -56,7 +57,7 @@ struct alignas(64) TileRows {
     }
 
     // Turns the sums of a pass over the logits into loss and gradient coefficients.
-    void finish(const RowProblem& p, std::int64_t outer, std::int64_t first, int n, double& total) {
+    void finish(const RowProblem& p, std::int64_t outer, std::int64_t first, int n, TileSums& sums) {
         evaluate(p);
         const std::int64_t row = outer * p.inner + first;
         if (p.stats) write_stats(p, row, n);
@@ -64,7 +65,7 @@ struct alignas(64) TileRows {
         for (int i = 0; i < n; ++i) {
             const A weighted = ignored[i] ? A(0) : sample_weight[i] * value[i];
             if (values) values[row + i] = weighted;
-            total += weighted;
+            sums.value += weighted;
         }
         if (p.grad) scale_coefficients();
     }
@@ -77,7 +78,7 @@ struct alignas(64) TileRows {
             max[i] = stats[row + i];
             alpha[i] = stats[rows + row + i];
             beta[i] = stats[2 * rows + row + i];
-            gamma[i] = p.needs_sum ? stats[3 * rows + row + i] : A(0);
+            gamma[i] = p.spread != Spread::kNone ? stats[3 * rows + row + i] : A(0);
         }
         scale_coefficients();
     }
@@ -116,30 +117,27 @@ private:
     }
 
     void evaluate(const RowProblem& p) {
-        if (p.soft_target) return evaluate_as<SoftCrossEntropy>(p);
+        if (p.spread == Spread::kSoftTarget) return evaluate_as<SoftCrossEntropy>(p);
         visit_loss(SoftmaxLosses{}, p.loss, [&]<class Loss>() { evaluate_as<Loss>(p); });
     }
 
-    // Everything the loop reads is local or a member: a value reached through a capture is loaded anew for each row,
-    // which keeps the compiler from vectorising.
     template <class Loss>
     void evaluate_as(const RowProblem& p) {
-        A params[kMaxParams];
+        using V = Vec<A>;
+        V params[kMaxParams];
         for (int i = 0; i < kMaxParams; ++i) params[i] = A(p.params[i]);
-        const A num_classes = A(p.num_classes);
-        for (int b = 0; b < padded; b += kGranule)
-#pragma omp simd
-            for (int i = b; i < b + kGranule; ++i) {
-                const A log_sum = math::log(sum[i]);
-                const A log_p = (target_logit[i] - max[i]) - log_sum;
-                const A sum_neg_log_p = sum_u[i] * log_sum - centred[i];
-                const SoftmaxRow<A> row{log_p, sum_neg_log_p, sum_u[i], class_weight[i], num_classes};
-                const AffineRow<A> affine = Loss::eval(row, params);
-                value[i] = affine.value;
-                alpha[i] = affine.alpha / sum[i];
-                beta[i] = affine.beta;
-                gamma[i] = affine.gamma;
-            }
+        for (int i = 0; i < padded; i += V::size) {
+            const V total = V::load(sum + i), weighted = V::load(sum_u + i);
+            const V log_sum = math::log(total);
+            const V log_p = (V::load(target_logit + i) - V::load(max + i)) - log_sum;
+            const V sum_neg_log_p = weighted * log_sum - V::load(centred + i);
+            const SoftmaxRow<V> row{log_p, sum_neg_log_p, weighted, V::load(class_weight + i), A(p.num_classes)};
+            const AffineRow<V> affine = Loss::eval(row, params);
+            affine.value.store(value + i);
+            (affine.alpha / total).store(alpha + i);
+            affine.beta.store(beta + i);
+            affine.gamma.store(gamma + i);
+        }
     }
 
     void write_stats(const RowProblem& p, std::int64_t row, int n) const {
@@ -149,13 +147,12 @@ private:
             stats[row + i] = max[i];
             stats[rows + row + i] = alpha[i];
             stats[2 * rows + row + i] = beta[i];
-            if (p.needs_sum) stats[3 * rows + row + i] = gamma[i];
+            if (p.spread != Spread::kNone) stats[3 * rows + row + i] = gamma[i];
         }
     }
 
     // In memory, so that no fused multiply-add later keeps a product unrounded: with one class alpha + beta is 0.
     void scale_coefficients() {
-#pragma omp simd
         for (int i = 0; i < padded; ++i) alpha[i] *= scale[i], beta[i] *= scale[i], gamma[i] *= scale[i];
     }
 };

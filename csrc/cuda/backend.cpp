@@ -6,6 +6,7 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include "cuda/launch.h"
+#include "losses/registry.h"
 #include "ops/backend.h"
 
 namespace fused_losses {
@@ -13,6 +14,10 @@ namespace {
 
 void check(cudaError_t error) {
     TORCH_CHECK(error == cudaSuccess, "fused_losses: CUDA error: ", cudaGetErrorString(error));
+}
+
+void enqueue_gradient(const RowProblem& p, cudaStream_t stream) {
+    check(is_pass_loss(p.loss) ? cuda::enqueue_pass_gradient(p, stream) : cuda::enqueue_gradient(p, stream));
 }
 
 void check_classes(const RowProblem& p) {
@@ -69,14 +74,16 @@ void forward(RowProblem& problem, const at::Tensor& loss, const at::Tensor& want
     check_classes(problem);
     const CurrentDevice cuda(problem);
     RowProblem p = problem;
-    const bool reduced = p.reduction != Reduction::kNone, mean = p.reduction == Reduction::kMean;
-    const std::int64_t stats_count = p.stats_count();
+    const bool reduced = p.reduction != Reduction::kNone;
+    const bool mean = p.reduction == Reduction::kMean || p.reduction == Reduction::kActiveMean;
+    const std::int64_t stats_count = p.stats_count;
     const bool own_values = reduced && !p.row_values, own_stats = p.grad && !p.stats;
     RowScratch scratch(cuda, p, own_values + mean + (own_stats ? stats_count : 0));
     if (own_values) p.row_values = scratch.take(1);
     if (mean) p.row_weights = scratch.take(1);
     if (own_stats) p.stats = scratch.take(stats_count);
-    check(cuda::enqueue_forward(p, cuda.stream()));
+    check(is_pass_loss(p.loss) ? cuda::enqueue_pass_forward(p, cuda.stream())
+                               : cuda::enqueue_forward(p, cuda.stream()));
     at::Tensor denominator = wanted_denominator;
     if (mean && !denominator.defined()) denominator = cuda.scratch(1, loss.scalar_type());
     if (reduced) {
@@ -86,14 +93,14 @@ void forward(RowProblem& problem, const at::Tensor& loss, const at::Tensor& want
     }
     if (!p.grad) return;
     p.denominator = mean ? denominator.const_data_ptr() : nullptr;
-    check(cuda::enqueue_gradient(p, cuda.stream()));
+    enqueue_gradient(p, cuda.stream());
 }
 
 void gradient(const RowProblem& p) {
     check_classes(p);
     if (p.rows() == 0) return;
     const CurrentDevice cuda(p);
-    check(cuda::enqueue_gradient(p, cuda.stream()));
+    enqueue_gradient(p, cuda.stream());
 }
 
 }  // namespace

@@ -32,7 +32,8 @@ inline Regime regime_of(const RowProblem& p) {
 template <class Body>
 cudaError_t dispatch(const RowProblem& p, Body body) {
     const auto with = [&]<class Stored>() {
-        return p.needs_sum ? body.template operator()<Stored, true>() : body.template operator()<Stored, false>();
+        const bool spread = p.spread != Spread::kNone;
+        return spread ? body.template operator()<Stored, true>() : body.template operator()<Stored, false>();
     };
     switch (p.dtype) {
         case Dtype::kFloat64: return with.template operator()<double>();

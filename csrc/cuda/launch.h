@@ -20,6 +20,10 @@ cudaError_t enqueue_forward(const RowProblem& p, cudaStream_t stream);
 // Fills grad from stats, upstream and denominator.
 cudaError_t enqueue_gradient(const RowProblem& p, cudaStream_t stream);
 
+// The same for a loss of PassLosses.
+cudaError_t enqueue_pass_forward(const RowProblem& p, cudaStream_t stream);
+cudaError_t enqueue_pass_gradient(const RowProblem& p, cudaStream_t stream);
+
 // Doubles of scratch memory that enqueue_reduction wants for this many rows.
 std::int64_t reduction_scratch(std::int64_t rows);
 

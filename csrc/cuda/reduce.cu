@@ -56,12 +56,13 @@ __global__ void __launch_bounds__(kBlock)
 
 // One block. Nothing to average gives 0, not NaN.
 template <class In, class A>
-__global__ void __launch_bounds__(kBlock)
-    finish_reduction(const In* values, const In* weights, std::int64_t count, bool mean, A* loss, A* denominator) {
+__global__ void __launch_bounds__(kBlock) finish_reduction(const In* values, const In* weights, std::int64_t count,
+                                                           bool mean, double guard, A* loss, A* denominator) {
     const Sums sums = sum_over_block(sum_strided(values, weights, count));
     if (threadIdx.x != 0) return;
-    if (denominator) *denominator = static_cast<A>(sums.weights);
-    const double mean_value = sums.weights == 0.0 ? 0.0 : sums.values / sums.weights;
+    const double total = sums.weights + guard;
+    if (denominator) *denominator = static_cast<A>(total);
+    const double mean_value = total == 0.0 ? 0.0 : sums.values / total;
     *loss = static_cast<A>(mean ? mean_value : sums.values);
 }
 
@@ -70,13 +71,16 @@ cudaError_t reduce(const RowProblem& p, double* scratch, A* loss, A* denominator
     const A* values = static_cast<const A*>(p.row_values);
     const A* weights = static_cast<const A*>(p.row_weights);
     const bool mean = weights != nullptr;
+    const double guard = p.reduction == Reduction::kActiveMean ? kActiveGuard : 0.0;
     const std::int64_t rows = p.rows(), partials = partials_for(rows);
-    if (partials == 0) return launch(finish_reduction<A, A>, 1, stream, values, weights, rows, mean, loss, denominator);
+    if (partials == 0)
+        return launch(finish_reduction<A, A>, 1, stream, values, weights, rows, mean, guard, loss, denominator);
     const cudaError_t error =
         launch(sum_rows<A>, static_cast<unsigned>(partials), stream, values, weights, rows, scratch);
     if (error != cudaSuccess) return error;
     const double* const partial_weights = mean ? scratch + partials : nullptr;
-    return launch(finish_reduction<double, A>, 1, stream, scratch, partial_weights, partials, mean, loss, denominator);
+    return launch(finish_reduction<double, A>, 1, stream, scratch, partial_weights, partials, mean, guard, loss,
+                  denominator);
 }
 
 }  // namespace

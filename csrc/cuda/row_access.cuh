@@ -112,17 +112,18 @@ FL_DEVICE A sample_weight_of(const RowProblem& p, const Row& row) {
 
 // u_j of SoftmaxRow: 1, the class weights, or the weighted and smoothed soft target.
 template <class Stored>
-class Spread {
+class SpreadReader {
     using A = acc_t<Stored>;
 
 public:
-    FL_DEVICE Spread(const RowProblem& problem, const RowArgs<A>& args, const Row& row)
+    FL_DEVICE SpreadReader(const RowProblem& problem, const RowArgs<A>& args, const Row& row)
         : p(problem),
           offset(p.soft_target ? p.soft_target_stride.at(row.outer, row.inner) : 0),
           keep(A(1) - args.params[0]),
           uniform(args.params[0] / A(p.num_classes)) {}
 
     FL_DEVICE A operator()(int cls) const {
+        if (p.spread == Spread::kOnes) return A(1);
         const A weight = p.class_weight ? as<A>(p.class_weight)[cls] : A(1);
         if (!p.soft_target) return weight;
         const std::int64_t at = offset + cls * p.soft_target_class_stride;

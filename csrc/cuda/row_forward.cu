@@ -18,7 +18,7 @@ FL_DEVICE void write_row(const RowProblem& p, const Row& row, A value, A weight,
     stats[0] = max;
     stats[rows] = affine.alpha / sum;
     stats[2 * rows] = affine.beta;
-    if (p.needs_sum) stats[3 * rows] = affine.gamma;
+    if (p.spread != Spread::kNone) stats[3 * rows] = affine.gamma;
 }
 
 template <class A>
@@ -29,7 +29,7 @@ FL_DEVICE void write_ignored(const RowProblem& p, const Row& row) {
 // The loss is a uniform branch: kernels are compiled once per dtype, not once per loss.
 template <class A>
 FL_DEVICE AffineRow<A> evaluate(const RowArgs<A>& args, const SoftmaxRow<A>& row) {
-    if (args.problem.soft_target) return SoftCrossEntropy::eval(row, args.params);
+    if (args.problem.spread == Spread::kSoftTarget) return SoftCrossEntropy::eval(row, args.params);
     AffineRow<A> affine{};
     visit_loss(SoftmaxLosses{}, args.problem.loss, [&]<class Loss>() { affine = Loss::eval(row, args.params); });
     return affine;
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>>)
         }
         const Stored* logits = as<Stored>(p.logits) + p.logits_stride.at(row.outer, row.inner);
         const A target_logit = target.cls < 0 ? A(0) : to_acc(logits[target.cls * class_stride]) + bias;
-        const Spread<Stored> spread(p, args, row);
+        const SpreadReader<Stored> spread(p, args, row);
         auto state = SoftmaxState<A, kSpread>::empty();
         walk_classes<kThreads>(logits, classes, class_stride == 1, lane, [&]<int kCount>(Count<kCount>, int c) {
             A z[kCount], u[kCount];
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>>)
         }
         const Stored* logits = as<Stored>(p.logits) + p.logits_stride.at(row.outer, row.inner);
         const A target_logit = target.cls < 0 ? A(0) : to_acc(logits[target.cls * class_stride]) + bias;
-        const Spread<Stored> spread(p, args, row);
+        const SpreadReader<Stored> spread(p, args, row);
         auto state = SoftmaxState<A, kSpread>::empty();
         for (int c = 0; c < classes; c += kClassesAtOnce) {
             A z[kClassesAtOnce], u[kClassesAtOnce];

@@ -22,7 +22,7 @@ struct Coefficients {
         max = stats[0];
         alpha = stats[rows] * scale;
         beta = stats[2 * rows] * scale;
-        gamma = p.needs_sum ? stats[3 * rows] * scale : A(0);
+        gamma = p.spread != Spread::kNone ? stats[3 * rows] * scale : A(0);
     }
 
     FL_DEVICE A at(A z, A u, bool is_target) const {
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>>)
             continue;
         }
         const Coefficients<A> coefficients(p, row);
-        const Spread<Stored> spread(p, args, row);
+        const SpreadReader<Stored> spread(p, args, row);
         walk_classes<kThreads>(logits, classes, vectors, lane, [&]<int kCount>(Count<kCount>, int c) {
             A z[kCount];
             load(logits + c * from_stride, z);
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>>)
             continue;
         }
         const Coefficients<A> coefficients(p, row);
-        const Spread<Stored> spread(p, args, row);
+        const SpreadReader<Stored> spread(p, args, row);
         for (int c = 0; c < classes; c += kClassesAtOnce) {
             A z[kClassesAtOnce];
 #pragma unroll

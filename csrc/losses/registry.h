@@ -7,20 +7,38 @@
 #include <vector>
 
 #include "losses/cross_entropy.h"
+#include "losses/margin.h"
+#include "losses/normalized.h"
 #include "losses/target_losses.h"
+#include "losses/tempered.h"
 
 namespace fused_losses {
 inline namespace FL_ISA {
 
-using SoftmaxLosses =
-    TypeList<CrossEntropy, OfTarget<MAE>, OfTarget<GCE>, OfTarget<AGCE>, OfTarget<AUE>, OfTarget<AE>, OfTarget<RCE>,
-             OfTarget<SCE>, OfTarget<TaylorCE>, OfTarget<PHuberCE>, OfTarget<JS>, OfTarget<Focal>, OfTarget<BoundedCE>>;
+using SoftmaxLosses = TypeList<CrossEntropy, OfTarget<MAE>, OfTarget<GCE>, OfTarget<AGCE>, OfTarget<AUE>, OfTarget<AE>,
+                               OfTarget<RCE>, OfTarget<SCE>, OfTarget<TaylorCE>, OfTarget<PHuberCE>, OfTarget<JS>,
+                               OfTarget<Focal>, OfTarget<BoundedCE>, NCE, NCEMAE, NCERCE, NCEAGCE>;
+using PassLosses =
+    TypeList<OfShares<NFL>, OfShares<NGCE>, OfShares<NFLMAE>, OfShares<NFLRCE>, BiTempered, HEM, MultiMargin>;
+
+template <class... A, class... B>
+TypeList<A..., B...> concatenate(TypeList<A...>, TypeList<B...>);
+
+using AllLosses = decltype(concatenate(SoftmaxLosses{}, PassLosses{}));
+
+FL_HD bool is_pass_loss(int index) { return index >= SoftmaxLosses::size; }
 
 // Calls visitor.operator()<Loss>() for the loss at `index`.
 template <class... Losses, class Visitor>
 FL_HD void visit_loss(TypeList<Losses...>, int index, Visitor&& visitor) {
     int i = 0;
     ((i++ == index ? (visitor.template operator()<Losses>(), true) : false) || ...);
+}
+
+// The same for a loss of PassLosses; `index` counts in AllLosses.
+template <class Visitor>
+FL_HD void visit_pass_loss(int index, Visitor&& visitor) {
+    visit_loss(PassLosses{}, index - SoftmaxLosses::size, visitor);
 }
 
 template <class... Losses>
@@ -35,7 +53,7 @@ int index_of(TypeList<Losses...>, std::string_view name) {
     return found ? index : -1;
 }
 
-inline std::vector<std::string> loss_names() { return names_of(SoftmaxLosses{}); }
+inline std::vector<std::string> loss_names() { return names_of(AllLosses{}); }
 
 }  // namespace FL_ISA
 }  // namespace fused_losses

@@ -117,7 +117,7 @@ struct TaylorCE {
     FL_HD static ValueSlope<T> eval(T t, const T* params) {
         const T miss = -math::expm1(t);
         T value = T(0);
-        for (T k = params[0]; k >= T(1); k -= T(1)) value = miss * (value + T(1) / k);
+        for (int k = static_cast<int>(math::to_scalar(params[0])); k >= 1; --k) value = miss * (value + T(1) / T(k));
         return {value, math::expm1(params[0] * math::log1p(-math::exp(t)))};
     }
 };
@@ -131,7 +131,7 @@ struct PHuberCE {
     FL_HD static ValueSlope<T> eval(T t, const T* params) {
         const T tau = params[0], log_tau = math::log(tau);
         const T tau_p = math::exp(t + log_tau);
-        const bool linear = t <= -log_tau;
+        const auto linear = t <= -log_tau;
         return {math::select(linear, T(1) + log_tau - tau_p, -t), math::select(linear, -tau_p, T(-1))};
     }
 };

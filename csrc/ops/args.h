@@ -16,6 +16,7 @@ struct RowLossArgs {
     const OptionalTensor& weight;             // [C]
     const OptionalTensor& sample_weight;      // one per row: the shape of class indices
     const OptionalTensor& logit_bias_tensor;  // 0-dim; takes the place of logit_bias
+    const OptionalTensor& margin;             // [C] or 0-dim; takes the place of params[0] in margin losses
     std::string_view loss;
     at::ArrayRef<double> params;
     double logit_bias;
@@ -28,6 +29,6 @@ struct RowLossArgs {
 template <template <class...> class F>
 using WithRowLossArgs =
     F<const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-      std::string_view, at::ArrayRef<double>, double, std::int64_t, std::string_view>;
+      const OptionalTensor&, std::string_view, at::ArrayRef<double>, double, std::int64_t, std::string_view>;
 
 }  // namespace fused_losses

@@ -43,8 +43,8 @@ public:
     explicit Operator(const char* name) : handle(WithRowLossArgs<Find>::handle(name)) {}
 
     Return operator()(Extra... extra, const RowLossArgs& a) const {
-        return handle.call(extra..., a.logits, a.target, a.weight, a.sample_weight, a.logit_bias_tensor, a.loss,
-                           a.params, a.logit_bias, a.ignore_index, a.reduction);
+        return handle.call(extra..., a.logits, a.target, a.weight, a.sample_weight, a.logit_bias_tensor, a.margin,
+                           a.loss, a.params, a.logit_bias, a.ignore_index, a.reduction);
     }
 
 private:
@@ -74,9 +74,10 @@ struct Scalars : torch::CustomClassHolder {
 };
 
 // float16 cannot hold a gradient divided by the batch size before the loss scale of mixed precision has multiplied it,
-// and a CUDA forward does not know the denominator before all rows are read.
+// and a CUDA forward or a mean over active rows does not know the denominator before all rows are read.
 bool forward_writes_gradient(const RowLossArgs& args) {
-    return args.reduction != "none" && args.logits.scalar_type() != at::kHalf && args.logits.is_cpu();
+    return (args.reduction == "mean" || args.reduction == "sum") && args.logits.scalar_type() != at::kHalf &&
+           args.logits.is_cpu();
 }
 
 // Whether the tensor's numbers are there to be looked at without synchronising or tracing.
@@ -103,8 +104,12 @@ public:
         static const Operator<std::tuple<Tensor, Tensor>> with_grad("fused_losses::row_loss_with_grad");
         static const Operator<std::tuple<Tensor, Tensor, Tensor>> with_stats("fused_losses::row_loss_with_stats");
         ctx->saved_data["scalars"] = c10::IValue::make_capsule(c10::make_intrusive<Scalars>(args));
-        variable_list saved = {logits, args.target, or_undefined(args.weight), or_undefined(args.sample_weight),
-                               or_undefined(args.logit_bias_tensor)};
+        variable_list saved = {logits,
+                               args.target,
+                               or_undefined(args.weight),
+                               or_undefined(args.sample_weight),
+                               or_undefined(args.logit_bias_tensor),
+                               or_undefined(args.margin)};
         Tensor loss;
         if (forward_writes_gradient(args)) {
             Tensor grad;
@@ -124,23 +129,25 @@ public:
         const Tensor& grad_loss = grad_outputs[0];
         const variable_list saved = ctx->get_saved_variables();
         const auto scalars = c10::static_intrusive_pointer_cast<Scalars>(ctx->saved_data["scalars"].toCapsule());
-        const OptionalTensor weight = or_none(saved[2]), sample_weight = or_none(saved[3]), bias = or_none(saved[4]);
+        const OptionalTensor weight = or_none(saved[2]), sample_weight = or_none(saved[3]), bias = or_none(saved[4]),
+                             margin = or_none(saved[5]);
         const RowLossArgs args{saved[0],
                                saved[1],
                                weight,
                                sample_weight,
                                bias,
+                               margin,
                                scalars->loss,
                                scalars->params,
                                scalars->logit_bias,
                                scalars->ignore_index,
                                scalars->reduction};
-        const bool gradient_is_written = saved.size() == 6;
+        const bool gradient_is_written = saved.size() == 7;
         if (at::GradMode::is_enabled()) return {differentiable(grad_loss, args), Tensor()};
-        if (gradient_is_written) return {is_one(grad_loss) ? saved[5] : at::mul(saved[5], grad_loss), Tensor()};
+        if (gradient_is_written) return {is_one(grad_loss) ? saved[6] : at::mul(saved[6], grad_loss), Tensor()};
         static const Operator<Tensor, const Tensor&, const Tensor&, const Tensor&> recompute(
             "fused_losses::row_loss_backward");
-        return {recompute(grad_loss, saved[5], saved[6], args), Tensor()};
+        return {recompute(grad_loss, saved[6], saved[7], args), Tensor()};
     }
 
 private:
@@ -164,7 +171,7 @@ bool needs_reference(const RowLossArgs& args) {
     const auto differentiated = [](const Tensor& t) {
         return (at::GradMode::is_enabled() && t.requires_grad()) || has_tangent(t);
     };
-    for (const OptionalTensor* t : {&args.weight, &args.sample_weight, &args.logit_bias_tensor})
+    for (const OptionalTensor* t : {&args.weight, &args.sample_weight, &args.logit_bias_tensor, &args.margin})
         if (*t && differentiated(**t)) return true;
     return differentiated(args.target);
 }

@@ -100,28 +100,54 @@ inline void check_logit_bias(const RowLossArgs& args) {
                 bias.device());
 }
 
+inline bool has_margin(const RowLossArgs& args) { return args.loss == HEM::name || args.loss == MultiMargin::name; }
+
+inline void check_margin(const RowLossArgs& args) {
+    if (!args.margin) return;
+    const at::Tensor &margin = *args.margin, &logits = args.logits;
+    TORCH_CHECK_VALUE(has_margin(args), args.loss, ": margin is for margin losses only");
+    const auto& num_classes = logits.sym_size(class_dim_of(logits));
+    TORCH_CHECK(at::isFloatingType(margin.scalar_type()) && margin.device() == logits.device(), args.loss,
+                ": margin must be a floating point tensor on the device of logits (", logits.device(), "), got ",
+                margin.scalar_type(), " on ", margin.device());
+    TORCH_CHECK(margin.dim() == 0 || (margin.dim() == 1 && margin.sym_size(0) == num_classes), args.loss,
+                ": margin must be 0-dim or hold one number for each of the ", num_classes, " classes, got shape ",
+                margin.sym_sizes());
+}
+
 inline Reduction parse_reduction(const RowLossArgs& args) {
+    if (args.reduction == "active_mean" && has_margin(args)) return Reduction::kActiveMean;
     if (args.reduction == "mean") return Reduction::kMean;
     if (args.reduction == "sum") return Reduction::kSum;
-    TORCH_CHECK_VALUE(args.reduction == "none", args.loss, ": reduction must be 'none', 'mean' or 'sum', got '",
-                      args.reduction, "'");
+    TORCH_CHECK_VALUE(args.reduction == "none", args.loss, ": reduction must be ",
+                      has_margin(args) ? "'none', 'mean', 'sum' or 'active_mean'" : "'none', 'mean' or 'sum'",
+                      ", got '", args.reduction, "'");
     return Reduction::kNone;
 }
 
 inline int find_loss(const RowLossArgs& args) {
-    const int index = index_of(SoftmaxLosses{}, args.loss);
+    const int index = index_of(AllLosses{}, args.loss);
     TORCH_CHECK_VALUE(index >= 0, "loss must be one of the names in loss_names(), got '", args.loss, "'");
     int expected = 0;
-    visit_loss(SoftmaxLosses{}, index, [&]<class Loss>() { expected = Loss::num_params; });
+    visit_loss(AllLosses{}, index, [&]<class Loss>() { expected = Loss::num_params; });
     TORCH_CHECK_VALUE(static_cast<int>(args.params.size()) == expected, args.loss, ": params must hold ", expected,
                       " numbers, got ", args.params.size());
     return index;
 }
 
-inline bool loss_needs_sum(int loss, const double* params) {
-    bool needs_sum = false;
-    visit_loss(SoftmaxLosses{}, loss, [&]<class Loss>() { needs_sum = Loss::needs_sum(params); });
-    return needs_sum;
+inline Spread spread_of(int loss, const double* params, bool soft_target) {
+    if (soft_target) return Spread::kSoftTarget;
+    Spread spread = Spread::kNone;
+    if (!is_pass_loss(loss)) visit_loss(SoftmaxLosses{}, loss, [&]<class Loss>() { spread = Loss::spread(params); });
+    return spread;
+}
+
+// Numbers per row that the gradient needs.
+inline int stats_count_of(int loss, Spread spread) {
+    int count = spread == Spread::kNone ? 3 : 4;
+    if (is_pass_loss(loss))
+        visit_pass_loss(loss, [&]<class Loss>() { count = kStateSize<typename Loss::template State<float>, float>; });
+    return count;
 }
 
 inline RowLossShape check_row_loss(const RowLossArgs& args) {
@@ -131,6 +157,11 @@ inline RowLossShape check_row_loss(const RowLossArgs& args) {
     shape.soft_target = check_target(args, shape.rows);
     check_weights(args, shape.rows);
     check_logit_bias(args);
+    check_margin(args);
+    const bool normalized = args.loss.starts_with("nce") || args.loss.starts_with("nfl") || args.loss == NGCE::name;
+    const auto& num_classes = args.logits.sym_size(shape.class_dim);
+    TORCH_CHECK_VALUE(!normalized || num_classes >= 2, args.loss, ": logits must have at least two classes, got shape ",
+                      args.logits.sym_sizes());
     return shape;
 }
 

@@ -35,9 +35,10 @@ struct Meta {
         const RowLossShape shape = check_row_loss(args);
         c10::SymInt rows = 1;
         for (const auto& size : shape.rows) rows = rows * size;
-        const bool needs_sum = shape.soft_target || loss_needs_sum(loss, args.params.data());
-        const bool mean = parse_reduction(args) == Reduction::kMean;
-        return {empty_loss(args, shape), empty_acc({needs_sum ? 4 : 3, rows}, args, shape),
+        const int count = stats_count_of(loss, spread_of(loss, args.params.data(), shape.soft_target));
+        const Reduction reduction = parse_reduction(args);
+        const bool mean = reduction == Reduction::kMean || reduction == Reduction::kActiveMean;
+        return {empty_loss(args, shape), empty_acc({count, rows}, args, shape),
                 mean ? empty_acc({}, args, shape) : empty_acc({0}, args, shape)};
     }
 

@@ -27,6 +27,8 @@ struct RowDims {
 // Empty if the tensors cannot be walked together with two strides each.
 inline std::optional<RowLayout> coalesce_rows(at::IntArrayRef row_sizes, std::initializer_list<RowDims> tensors) {
     RowLayout layout;
+    for (const std::int64_t size : row_sizes)
+        if (size == 0) return RowLayout{1, 0, {}};  // nothing to reach, whatever the strides
     const auto stride = [](const RowDims& t, std::int64_t dim) {
         return t.tensor->stride(t.class_dim >= 0 && dim >= t.class_dim ? dim + 1 : dim);
     };

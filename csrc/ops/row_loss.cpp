@@ -55,10 +55,15 @@ public:
     }
 
     // Empty unless the mean divides by it.
-    at::Tensor new_denominator() const { return problem.reduction == Reduction::kMean ? empty({}) : at::Tensor(); }
+    at::Tensor new_denominator() const { return divides() ? empty({}) : at::Tensor(); }
+
+    // Whether the loss is a quotient.
+    bool divides() const {
+        return problem.reduction == Reduction::kMean || problem.reduction == Reduction::kActiveMean;
+    }
 
     at::Tensor new_stats() {
-        at::Tensor stats = empty({problem.stats_count(), problem.rows()});
+        at::Tensor stats = empty({problem.stats_count, problem.rows()});
         problem.stats = stats.mutable_data_ptr();
         return stats;
     }
@@ -76,7 +81,8 @@ private:
         problem.loss = find_loss(args);
         problem.reduction = parse_reduction(args);
         for (std::size_t i = 0; i < args.params.size(); ++i) problem.params[i] = args.params[i];
-        problem.needs_sum = shape.soft_target || loss_needs_sum(problem.loss, problem.params);
+        problem.spread = spread_of(problem.loss, problem.params, shape.soft_target);
+        problem.stats_count = stats_count_of(problem.loss, problem.spread);
         problem.ignore_index = args.ignore_index;
         problem.logit_bias = args.logit_bias;
         if (!args.logit_bias_tensor) return;
@@ -137,6 +143,9 @@ private:
         }
         if (args.weight) class_weight = args.weight->to(shape.acc).contiguous();
         problem.class_weight = pointer(class_weight);
+        if (args.margin) margin = args.margin->to(shape.acc).contiguous();
+        problem.margin = pointer(margin);
+        problem.margin_stride = margin.defined() && margin.dim() == 1 ? 1 : 0;
         problem.sample_weight = pointer(sample_weight);
         problem.upstream = pointer(upstream);
         if (!grad.defined()) return;
@@ -147,7 +156,7 @@ private:
     const RowLossArgs& args;
     const RowLossShape shape;
     const c10::DimVector sizes;
-    at::Tensor logits, target, class_weight, sample_weight, logit_bias, upstream, grad;
+    at::Tensor logits, target, class_weight, sample_weight, logit_bias, margin, upstream, grad;
 };
 
 template <Backend (*backend)()>
@@ -183,7 +192,7 @@ struct OnDevice {
             const RowLossArgs args{a...};
             RowLossCall call(args, /*with_grad=*/true, &grad_loss);
             call.problem.stats = const_cast<void*>(stats.const_data_ptr());
-            if (call.problem.reduction == Reduction::kMean) call.problem.denominator = denominator.const_data_ptr();
+            if (call.divides()) call.problem.denominator = denominator.const_data_ptr();
             backend().gradient(call.problem);
             return call.finished_grad();
         }

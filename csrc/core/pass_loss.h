@@ -1,0 +1,114 @@
+// The contract of a loss that needs more of its row than the softmax sums: a few passes over the logits, each adding up
+// some numbers per class, with a state per row in between. T is a float, a double, or a vector of them: on the CPU its
+// elements are rows, or all the same where the vector runs over classes.
+//
+//     static constexpr const char* name;
+//     static constexpr int num_params, num_sums;
+//     static constexpr bool needs_max;         whether RowInputs::max is to be found first
+//     template <class T> struct State;         numbers per row, floating point only; saved for backward as they are
+//     FL_HD static int passes(const double* params)
+//     begin(row, params) -> State
+//     term(pass, state, z, margin, is_target, params) -> Sums          what one class adds
+//     end_pass(pass, state, sums, row, params)                         sums over all classes
+//     value(state) -> T
+//     gradient(state, z, margin, is_target, params) -> T               dL/dz of one class
+#pragma once
+
+#include <array>
+#include <bit>
+
+#include "core/math.h"
+#include "core/softmax_loss.h"
+
+namespace fused_losses {
+inline namespace FL_ISA {
+
+template <class T>
+struct RowInputs {
+    T max;           // of the logits, NaN skipped
+    T target_logit;  // logit bias added
+    T margin;        // of the target's class
+    T num_classes;
+};
+
+template <class T, int n>
+struct Sums {
+    T v[n];
+};
+
+constexpr int kMaxState = 6;
+
+template <class State, class T>
+constexpr int kStateSize = sizeof(State) / sizeof(T);
+
+// ---- Losses n_y / sum_j n_j with n_j a function of log p_j ---------------------------------------------------------
+
+// n_j and W_j = -dn_j / dlog p_j
+template <class T>
+struct Share {
+    T n, w;
+};
+
+// From D = sum n_j: L = n_y / D, dL/dz_j = (W_y (p_j - [j = y]) - L (p_j sum W - W_j)) / D: affine in p with u_j = W_j.
+template <class T>
+FL_HD AffineRow<T> normalized(const Share<T>& own, T sum_n, T sum_w) {
+    const T value = own.n / sum_n;
+    return {value, (own.w - value * sum_w) / sum_n, -own.w / sum_n, value / sum_n};
+}
+
+// Adapts a loss with `share(log_p, params) -> Share` and `eval(log_p, sum_n, sum_w, params) -> AffineRow`.
+template <class Loss>
+struct OfShares {
+    static constexpr const char* name = Loss::name;
+    static constexpr int num_params = Loss::num_params, num_sums = 2;
+    static constexpr bool needs_max = true;
+
+    template <class T>
+    struct State {
+        T max, log_sum, value, alpha, beta, gamma;
+    };
+
+    FL_HD static int passes(const double*) { return 2; }
+
+    template <class T>
+    FL_HD static State<T> begin(const RowInputs<T>& row, const T*) {
+        return {row.max, T(0), T(0), T(0), T(0), T(0)};
+    }
+
+    template <class T>
+    FL_HD static Sums<T, 2> term(int pass, const State<T>& s, T z, T, math::mask_t<T>, const T* params) {
+        if (pass == 0) return {{math::exp(z - s.max), T(0)}};
+        const Share<T> share = Loss::share((z - s.max) - s.log_sum, params);
+        return {{share.n, share.w}};
+    }
+
+    template <class T>
+    FL_HD static void end_pass(int pass, State<T>& s, const Sums<T, 2>& sums, const RowInputs<T>& row,
+                               const T* params) {
+        if (pass == 0) {
+            s.log_sum = math::log(sums.v[0]);
+            return;
+        }
+        const T log_p = (row.target_logit - s.max) - s.log_sum;
+        const AffineRow<T> affine = Loss::eval(log_p, sums.v[0], sums.v[1], params);
+        s.value = affine.value;
+        s.alpha = affine.alpha;
+        s.beta = affine.beta;
+        s.gamma = affine.gamma;
+    }
+
+    template <class T>
+    FL_HD static T value(const State<T>& s) {
+        return s.value;
+    }
+
+    template <class T>
+    FL_HD static T gradient(const State<T>& s, T z, T, math::mask_t<T> is_target, const T* params) {
+        const T log_p = (z - s.max) - s.log_sum;
+        const T others = s.alpha * math::exp(log_p) + s.gamma * Loss::share(log_p, params).w;
+        return others + math::select(is_target, s.beta, T(0));
+    }
+};
+
+}  // namespace FL_ISA
+}  // namespace fused_losses

@@ -1,0 +1,202 @@
+// One register of floats or doubles of the instruction set this file is compiled for, as a type that the formulas of
+// core/ and losses/ take in place of a scalar. GNU vector extensions: no intrinsics, nothing left to the vectoriser.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "core/math.h"
+#include "core/numeric.h"
+
+namespace fused_losses {
+inline namespace FL_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class A>
+struct Native;
+template <>
+struct Native<float> {
+    typedef float Float __attribute__((vector_size(kVectorBytes)));
+    typedef std::uint32_t UInt __attribute__((vector_size(kVectorBytes)));
+    typedef std::int32_t Int __attribute__((vector_size(kVectorBytes)));
+    typedef std::uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
+};
+template <>
+struct Native<double> {
+    typedef double Float __attribute__((vector_size(kVectorBytes)));
+    typedef std::uint64_t UInt __attribute__((vector_size(kVectorBytes)));
+    typedef std::int64_t Int __attribute__((vector_size(kVectorBytes)));
+};
+
+template <class A>
+struct Mask {
+    typename Native<A>::Int m;  // all ones or all zeros
+
+    friend FL_HD Mask operator&(Mask a, Mask b) { return {a.m & b.m}; }
+    friend FL_HD Mask operator|(Mask a, Mask b) { return {a.m | b.m}; }
+    FL_HD Mask operator!() const { return {~m}; }
+};
+
+template <class A>
+struct Vec {
+    using Float = typename Native<A>::Float;
+    static constexpr int size = kVectorBytes / sizeof(A);
+
+    Float v;
+
+    Vec() = default;
+    FL_HD Vec(A s) : v(s - Float{}) {}
+    FL_HD explicit Vec(Float native) : v(native) {}
+
+    FL_HD static Vec load(const A* from) {
+        Vec x;
+        std::memcpy(&x.v, from, sizeof(x.v));
+        return x;
+    }
+    FL_HD void store(A* to) const { std::memcpy(to, &v, sizeof(v)); }
+
+    // 0, 1, 2, ...
+    FL_HD static Vec iota() {
+        Vec x;
+        for (int i = 0; i < size; ++i) x.v[i] = A(i);
+        return x;
+    }
+
+    friend FL_HD Vec operator+(Vec a, Vec b) { return Vec(a.v + b.v); }
+    friend FL_HD Vec operator-(Vec a, Vec b) { return Vec(a.v - b.v); }
+    friend FL_HD Vec operator*(Vec a, Vec b) { return Vec(a.v * b.v); }
+    friend FL_HD Vec operator/(Vec a, Vec b) { return Vec(a.v / b.v); }
+    FL_HD Vec operator-() const { return Vec(-v); }
+    FL_HD Vec& operator+=(Vec b) { return *this = *this + b; }
+    FL_HD Vec& operator*=(Vec b) { return *this = *this * b; }
+
+    friend FL_HD Mask<A> operator<(Vec a, Vec b) { return {a.v < b.v}; }
+    friend FL_HD Mask<A> operator>(Vec a, Vec b) { return {a.v > b.v}; }
+    friend FL_HD Mask<A> operator<=(Vec a, Vec b) { return {a.v <= b.v}; }
+    friend FL_HD Mask<A> operator>=(Vec a, Vec b) { return {a.v >= b.v}; }
+    friend FL_HD Mask<A> operator==(Vec a, Vec b) { return {a.v == b.v}; }
+
+    FL_HD A sum() const {
+        return fold(v, [](A a, A b) { return a + b; });
+    }
+    FL_HD A max() const {
+        return fold(v, [](A a, A b) { return b > a ? b : a; });
+    }
+
+private:
+    // By halves, so that the order does not depend on the compiler.
+    template <class Combine>
+    FL_HD static A fold(Float x, Combine combine) {
+        A lane[size];
+        std::memcpy(lane, &x, sizeof(x));
+        for (int half = size / 2; half > 0; half /= 2)
+            for (int i = 0; i < half; ++i) lane[i] = combine(lane[i], lane[i + half]);
+        return lane[0];
+    }
+};
+
+namespace math {
+
+template <class A>
+struct Traits<Vec<A>> {
+    using Scalar = A;
+    using Mask = fused_losses::Mask<A>;
+    using Bits = typename Native<A>::UInt;
+
+    FL_HD static Bits bits(Vec<A> x) { return std::bit_cast<Bits>(x.v); }
+    FL_HD static Vec<A> from_bits(Bits x) { return Vec<A>(std::bit_cast<typename Vec<A>::Float>(x)); }
+    FL_HD static Vec<A> select(Mask condition, Vec<A> a, Vec<A> b) { return Vec<A>(condition.m ? a.v : b.v); }
+    FL_HD static Bits select(Mask condition, Bits a, Bits b) { return condition.m ? a : b; }
+    FL_HD static A first(Vec<A> x) { return x.v[0]; }
+};
+
+}  // namespace math
+
+template <class A>
+FL_HD Vec<A> max(Vec<A> a, Vec<A> b) {  // NaN never becomes the maximum of a number and NaN in b
+    return math::select(b > a, b, a);
+}
+
+// ---- Memory in the dtype of the logits -----------------------------------------------------------------------------
+
+template <class Stored>
+using vec_t = Vec<acc_t<Stored>>;
+
+FL_HD Vec<float> load(const float* from) { return Vec<float>::load(from); }
+FL_HD Vec<double> load(const double* from) { return Vec<double>::load(from); }
+FL_HD void store(float* to, Vec<float> x) { x.store(to); }
+FL_HD void store(double* to, Vec<double> x) { x.store(to); }
+
+template <class Half16>
+FL_HD Vec<float> load(const Half16* from) {
+    static_assert(sizeof(Half16) == 2);
+    Native<float>::Half bits;
+    std::memcpy(&bits, from, sizeof(bits));
+    return widen_bits<Half16, Vec<float>>(__builtin_convertvector(bits, Native<float>::UInt));
+}
+
+template <class Half16>
+FL_HD void store(Half16* to, Vec<float> x) {
+    static_assert(sizeof(Half16) == 2);
+    const auto bits = __builtin_convertvector(narrow_bits<Half16>(x), Native<float>::Half);
+    std::memcpy(to, &bits, sizeof(bits));
+}
+
+// The first n elements; the others read as `fill`.
+template <class Stored>
+FL_HD vec_t<Stored> load(const Stored* from, int n, acc_t<Stored> fill) {
+    acc_t<Stored> lane[vec_t<Stored>::size];
+    for (int i = 0; i < vec_t<Stored>::size; ++i) lane[i] = i < n ? widen(from[i]) : fill;
+    return vec_t<Stored>::load(lane);
+}
+
+template <class Stored>
+FL_HD void store(Stored* to, vec_t<Stored> x, int n) {
+    acc_t<Stored> lane[vec_t<Stored>::size];
+    x.store(lane);
+    for (int i = 0; i < n; ++i) to[i] = narrow<Stored>(lane[i]);
+}
+
+// The same functions for a whole vector, so that one loop body serves both.
+struct Whole {};
+
+template <class Stored>
+FL_HD vec_t<Stored> load(const Stored* from, Whole, acc_t<Stored>) {
+    return load(from);
+}
+
+template <class Stored>
+FL_HD void store(Stored* to, vec_t<Stored> x, Whole) {
+    store(to, x);
+}
+
+// Calls body(i, count) for every vector of [0, n): count is Whole, or the number of elements in the last one.
+template <class A, class Body>
+FL_HD void for_vectors(std::int64_t n, Body body) {
+    std::int64_t i = 0;
+    for (; i + Vec<A>::size <= n; i += Vec<A>::size) body(i, Whole{});
+    if (i < n) body(i, static_cast<int>(n - i));
+}
+
+// Elements `stride` apart.
+template <class Stored>
+FL_HD vec_t<Stored> load_strided(const Stored* from, std::int64_t stride) {
+    vec_t<Stored> x;
+    for (int i = 0; i < vec_t<Stored>::size; ++i) x.v[i] = widen(from[i * stride]);
+    return x;
+}
+
+template <class Stored>
+FL_HD void store_strided(Stored* to, std::int64_t stride, vec_t<Stored> x) {
+    for (int i = 0; i < vec_t<Stored>::size; ++i) to[i * stride] = narrow<Stored>(x.v[i]);
+}
+
+}  // namespace FL_ISA
+}  // namespace fused_losses

@@ -1,0 +1,75 @@
+// What forward and gradient of a PassLoss share: the row's inputs, reductions whose result every thread of the row
+// gets, and the choice of kernel.
+#pragma once
+
+#include <limits>
+
+#include "cuda/launch.cuh"
+#include "cuda/row_access.cuh"
+#include "losses/registry.h"
+
+namespace fused_losses::cuda {
+
+// Combines the numbers of all kThreads threads of a row (one, a warp, the block) in an order that depends on kThreads
+// alone; each of them gets the result.
+template <int kThreads, class A, class Combine>
+FL_DEVICE A reduce_to_all(A x, Combine combine) {
+    if constexpr (kThreads >= 32) {
+#pragma unroll
+        for (int distance = 16; distance > 0; distance /= 2) {
+            const A other = __shfl_xor_sync(0xffffffffu, x, distance);
+            // Both lanes of a pair must combine in the same order.
+            x = (threadIdx.x & distance) ? combine(other, x) : combine(x, other);
+        }
+    }
+    if constexpr (kThreads > 32) {
+        constexpr int warps = kThreads / 32;
+        __shared__ A of_warp[warps];
+        __syncthreads();  // of_warp is free: everybody has read the previous result
+        if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = x;
+        __syncthreads();
+        x = of_warp[0];
+        for (int i = 1; i < warps; ++i) x = combine(x, of_warp[i]);
+    }
+    return x;
+}
+
+template <int kThreads, class Stored, class Body>
+FL_DEVICE void walk(const Stored* row, int classes, bool vectors, int lane, Body body) {
+    if constexpr (kThreads == 1)
+        for (int c = 0; c < classes; ++c) body(Count<1>{}, c);
+    else
+        walk_classes<kThreads>(row, classes, vectors, lane, body);
+}
+
+// The margin of a class.
+template <class A>
+FL_DEVICE A margin_of(const RowArgs<A>& args, int cls) {
+    const RowProblem& p = args.problem;
+    return p.margin ? as<A>(p.margin)[cls * p.margin_stride] : args.params[0];
+}
+
+// Calls body.operator()<Stored, Loss, kThreads>() with the number of blocks.
+template <class Body>
+cudaError_t dispatch_pass(const RowProblem& p, Body body) {
+    cudaError_t error = cudaErrorInvalidValue;
+    const auto with_loss = [&]<class Stored, class Loss>() {
+        switch (regime_of(p)) {
+            case Regime::kThread: return body.template operator()<Stored, Loss, 1>(blocks_for(p.rows(), kBlock));
+            case Regime::kWarp: return body.template operator()<Stored, Loss, 32>(blocks_for(p.rows(), kBlock / 32));
+            case Regime::kBlock: return body.template operator()<Stored, Loss, kBlock>(blocks_for(p.rows(), 1));
+        }
+        return cudaErrorInvalidValue;
+    };
+    visit_pass_loss(p.loss, [&]<class Loss>() {
+        switch (p.dtype) {
+            case Dtype::kFloat64: error = with_loss.template operator()<double, Loss>(); break;
+            case Dtype::kFloat32: error = with_loss.template operator()<float, Loss>(); break;
+            case Dtype::kFloat16: error = with_loss.template operator()<Half, Loss>(); break;
+            case Dtype::kBFloat16: error = with_loss.template operator()<BFloat16, Loss>(); break;
+        }
+    });
+    return error;
+}
+
+}  // namespace fused_losses::cuda

@@ -1,0 +1,122 @@
+// Losses of the margin errors e_j = max(0, z_j - (z_y - margin)), j != y: no softmax. They stop pushing once every
+// other logit is `margin` below the target's.
+#pragma once
+
+#include "core/pass_loss.h"
+
+namespace fused_losses {
+inline namespace FL_ISA {
+
+// Kept are the errors that are positive and at or above the threshold, the mean of all K errors (that of the target is
+// 0 and counts); without a threshold all positive ones. The value is their sum over K, or over their number. Threshold
+// and number are constants for the gradient. Rule says what the parameters mean; params[0] is the margin.
+template <class Rule>
+struct MarginLoss {
+    static constexpr const char* name = Rule::name;
+    static constexpr int num_params = Rule::num_params, num_sums = 2;
+    static constexpr bool needs_max = false;
+
+    template <class T>
+    struct State {
+        T target_logit, margin, threshold, per_error, count, value;  // dL/de of a kept error is per_error
+    };
+
+    FL_HD static int passes(const double*) { return 2; }
+
+    template <class T>
+    FL_HD static State<T> begin(const RowInputs<T>& row, const T*) {
+        return {row.target_logit, row.margin, T(0), T(0), T(0), T(0)};
+    }
+
+    // NaN stays NaN.
+    template <class T>
+    FL_HD static T error(const State<T>& s, T z, T margin, math::mask_t<T> is_target, const T* params) {
+        const T e = (z - s.target_logit) + math::select(Rule::competitors_margin(params), margin, s.margin);
+        return math::select(is_target | (e <= T(0)), T(0), e);
+    }
+
+    // 1 for a kept error, else 0.
+    template <class T>
+    FL_HD static T kept(const State<T>& s, T e) {
+        return math::select((e > T(0)) & (e >= s.threshold), T(1), T(0));
+    }
+
+    template <class T>
+    FL_HD static Sums<T, 2> term(int pass, const State<T>& s, T z, T margin, math::mask_t<T> is_target,
+                                 const T* params) {
+        const T e = error(s, z, margin, is_target, params);
+        if (pass == 0) return {{e, T(0)}};
+        const T keep = kept(s, e);
+        return {{math::select(keep > T(0), e, T(0)), keep}};
+    }
+
+    template <class T>
+    FL_HD static void end_pass(int pass, State<T>& s, const Sums<T, 2>& sums, const RowInputs<T>& row,
+                               const T* params) {
+        // A NaN or an infinite target makes all of its row NaN, where comparisons would silently drop it.
+        const T poison = T(0) * (sums.v[0] + s.target_logit);
+        if (pass == 0) {
+            s.threshold = math::select(Rule::uses_threshold(params), sums.v[0] / row.num_classes, T(0)) + poison;
+            return;
+        }
+        s.count = sums.v[1];
+        const T divisor = math::select(Rule::by_count(params), s.count + T(1e-6), row.num_classes);
+        s.per_error = T(1) / divisor + (poison + T(0) * s.threshold);
+        s.value = sums.v[0] * s.per_error;
+    }
+
+    template <class T>
+    FL_HD static T value(const State<T>& s) {
+        return s.value;
+    }
+
+    template <class T>
+    FL_HD static T gradient(const State<T>& s, T z, T margin, math::mask_t<T> is_target, const T* params) {
+        const T of_error = kept(s, error(s, z, margin, is_target, params)) * s.per_error;
+        return math::select(is_target, -s.count * s.per_error, of_error);
+    }
+};
+
+// params: margin, whether to average over the kept errors only, whether to use the threshold.
+struct MultiMarginRule {
+    static constexpr const char* name = "multi_margin";
+    static constexpr int num_params = 3;
+
+    template <class T>
+    FL_HD static math::mask_t<T> competitors_margin(const T*) {
+        return T(0) > T(1);
+    }
+    template <class T>
+    FL_HD static math::mask_t<T> by_count(const T* params) {
+        return params[1] > T(0);
+    }
+    template <class T>
+    FL_HD static math::mask_t<T> uses_threshold(const T* params) {
+        return params[2] > T(0);
+    }
+};
+
+// params: margin, margin_index (0: the margin of the target's class, 1: of the competing class).
+struct HEMRule {
+    static constexpr const char* name = "hem";
+    static constexpr int num_params = 2;
+
+    template <class T>
+    FL_HD static math::mask_t<T> competitors_margin(const T* params) {
+        return params[1] > T(0);
+    }
+    template <class T>
+    FL_HD static math::mask_t<T> by_count(const T*) {
+        return T(1) > T(0);
+    }
+    template <class T>
+    FL_HD static math::mask_t<T> uses_threshold(const T*) {
+        return T(1) > T(0);
+    }
+};
+
+using MultiMargin = MarginLoss<MultiMarginRule>;
+using HEM = MarginLoss<HEMRule>;
+
+}  // namespace FL_ISA
+}  // namespace fused_losses

@@ -1,0 +1,120 @@
+// Losses divided by their sum over all possible labels, alone and added to a loss of p_y. Such a ratio is bounded and
+// symmetric (over the labels it sums to 1). They need at least two classes.
+#pragma once
+
+#include "core/pass_loss.h"
+#include "losses/target_losses.h"
+
+namespace fused_losses {
+inline namespace FL_ISA {
+
+// alpha active + beta passive, for a class of weight `weight`.
+template <class T>
+FL_HD AffineRow<T> add(const AffineRow<T>& active, T alpha, const ValueSlope<T>& passive, T beta, T weight) {
+    const T slope = beta * passive.slope;
+    return {weight * (alpha * active.value + beta * passive.value), weight * (alpha * active.alpha - slope),
+            weight * (alpha * active.beta + slope), weight * alpha * active.gamma};
+}
+
+// log p_y / sum_j log p_j. With S = -sum_j log p_j: n_j = -log p_j, W_j = 1.
+struct NCE {
+    static constexpr const char* name = "nce";
+    static constexpr int num_params = 0;
+
+    static Spread spread(const double*) { return Spread::kOnes; }
+
+    template <class T>
+    FL_HD static AffineRow<T> eval(const SoftmaxRow<T>& row, const T*) {
+        const AffineRow<T> nce = normalized(Share<T>{-row.log_p, T(1)}, row.sum_neg_log_p, row.num_classes);
+        return add(nce, T(1), ValueSlope<T>{T(0), T(0)}, T(0), row.class_weight);
+    }
+};
+
+// params: alpha, beta, then those of Passive. alpha NCE + beta Passive.
+template <class Passive>
+struct NCEAnd {
+    static constexpr int num_params = 2 + Passive::num_params;
+
+    static Spread spread(const double*) { return Spread::kOnes; }
+
+    template <class T>
+    FL_HD static AffineRow<T> eval(const SoftmaxRow<T>& row, const T* params) {
+        const AffineRow<T> nce = normalized(Share<T>{-row.log_p, T(1)}, row.sum_neg_log_p, row.num_classes);
+        return add(nce, params[0], Passive::eval(row.log_p, params + 2), params[1], row.class_weight);
+    }
+};
+
+struct NCEMAE : NCEAnd<MAE> {
+    static constexpr const char* name = "nce_mae";
+};
+struct NCERCE : NCEAnd<RCE> {
+    static constexpr const char* name = "nce_rce";
+};
+struct NCEAGCE : NCEAnd<AGCE> {
+    static constexpr const char* name = "nce_agce";
+};
+
+// params: gamma, detach. n_j = -(1 - p_j)^gamma log p_j. With detach the factor is a constant for the gradient.
+struct NFL {
+    static constexpr const char* name = "nfl";
+    static constexpr int num_params = 2;
+
+    template <class T>
+    FL_HD static Share<T> share(T log_p, const T* params) {
+        const T gamma = params[0], miss = -math::expm1(log_p);
+        const T factor = math::pow(miss, gamma);
+        // gamma p (1 - p)^(gamma - 1) (-log p); -log p / (1 - p) -> 1 as p -> 1
+        const T ratio = math::select(miss > T(0), neg_p_log_p(math::exp(log_p), log_p) / miss, T(1));
+        const T of_factor = math::select(params[1] > T(0), T(0), factor * gamma * ratio);
+        return {math::select(miss > T(0), -factor * log_p, T(0) * log_p), factor + of_factor};
+    }
+
+    template <class T>
+    FL_HD static AffineRow<T> eval(T log_p, T sum_n, T sum_w, const T* params) {
+        return normalized(share(log_p, params), sum_n, sum_w);
+    }
+};
+
+// params: alpha, beta, gamma, detach, then those of Passive. alpha NFL + beta Passive.
+template <class Passive>
+struct NFLAnd {
+    static constexpr int num_params = 4 + Passive::num_params;
+
+    template <class T>
+    FL_HD static Share<T> share(T log_p, const T* params) {
+        return NFL::share(log_p, params + 2);
+    }
+
+    template <class T>
+    FL_HD static AffineRow<T> eval(T log_p, T sum_n, T sum_w, const T* params) {
+        const AffineRow<T> nfl = NFL::eval(log_p, sum_n, sum_w, params + 2);
+        return add(nfl, params[0], Passive::eval(log_p, params + 4), params[1], T(1));
+    }
+};
+
+struct NFLMAE : NFLAnd<MAE> {
+    static constexpr const char* name = "nfl_mae";
+};
+struct NFLRCE : NFLAnd<RCE> {
+    static constexpr const char* name = "nfl_rce";
+};
+
+// params: q. n_j = 1 - p_j^q.
+struct NGCE {
+    static constexpr const char* name = "ngce";
+    static constexpr int num_params = 1;
+
+    template <class T>
+    FL_HD static Share<T> share(T log_p, const T* params) {
+        const T q = params[0];
+        return {-math::expm1(q * log_p), q * math::exp(q * log_p)};
+    }
+
+    template <class T>
+    FL_HD static AffineRow<T> eval(T log_p, T sum_n, T sum_w, const T* params) {
+        return normalized(share(log_p, params), sum_n, sum_w);
+    }
+};
+
+}  // namespace FL_ISA
+}  // namespace fused_losses

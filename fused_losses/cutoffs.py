@@ -1,0 +1,318 @@
+"""Decision cut-offs of a binary classifier from the scores of its inliers.
+
+Scores of a validation set are cleaned class by class (rows more than some standard deviations from the mean of their
+class are left out), a distribution is fitted to each class, and the cut-off is where the two densities are equal. Class
+frequencies play no part.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fused_losses._crossings import SkewNormal, gaussian_crossing, skewnorm_crossing
+
+__all__ = [
+    "CutoffCollector",
+    "optimal_logit_cutoff_from_gaussians",
+    "optimal_prob_cutoff_from_skewnorm",
+    "z_error_inlier_mask",
+]
+
+Array = npt.NDArray[np.float64]
+_Rows = TypeVar("_Rows", Tensor, npt.NDArray[Any])
+
+# A class whose scores spread less than this counts as constant (the rule of the losses).
+_CONSTANT_STD = 1e-8
+
+
+def z_error_inlier_mask(logits: _Rows, labels: _Rows, threshold: float = 2.0) -> _Rows:
+    """Tells which rows lie within ``threshold`` standard deviations of the mean of their class.
+
+    For class ``c`` in {0, 1} with scores ``x`` (the rows with ``labels == c``): kept where
+    ``|x - mean| / std <= threshold``, with the unbiased standard deviation, in float64. A class with a standard
+    deviation below 1e-8 keeps all its rows.
+
+    Args:
+        logits: scores ``(N,)`` or ``(N, 1)``, a tensor of any device and dtype or an array.
+        labels: 0 or 1 per row, the shape of ``logits``. Rows with anything else (a soft label, NaN for a missing one)
+            belong to no class and are not kept.
+        threshold: in standard deviations, > 0. No ``|z|`` exceeds ``(n - 1) / sqrt(n)`` in a class of ``n`` rows, so 2
+            can drop nothing from fewer than 6 rows.
+
+    Returns:
+        A bool tensor or array of the shape of ``logits``, True for rows that are kept.
+
+    Raises:
+        TypeError: ``logits`` or ``labels`` is neither tensor nor array.
+        ValueError: the shapes do not fit or ``threshold`` is not positive.
+
+    Example:
+        >>> z_error_inlier_mask(np.array([2.5, 0.2, -1.1, 1.3, -2.0, 3.0]), np.array([1, 1, 0, 1, 0, 1]), 1.1)
+        array([ True, False,  True,  True,  True,  True])
+
+    Source: 2506.02154, the inlier mask of the cut-off code. Deviations: a score that is not finite drops its own row
+    and leaves its class alone (in the paper's code it drops the class); a class with one row is dropped, as there.
+    """
+    _check_threshold("threshold", threshold)
+    scores, classes = _tensors(logits, labels)
+    mask = _inliers(scores, classes, threshold).reshape(logits.shape)
+    return mask if isinstance(logits, Tensor) else mask.numpy()
+
+
+def optimal_logit_cutoff_from_gaussians(
+    logits: Tensor | npt.NDArray[Any], labels: Tensor | npt.NDArray[Any], z_threshold: float = 2.0
+) -> tuple[float, float]:
+    """The logit at which Gaussians fitted to the inliers of both classes have equal density.
+
+    With mean ``m_c`` and standard deviation ``s_c`` (population form) of the inliers of class ``c`` the cut-off solves
+    ``N(x; m_0, s_0) = N(x; m_1, s_1)``, a quadratic equation that always has real roots. Of two roots the one nearest
+    to the midpoint of the means is taken; that is the one between the means if there is one (there is at most one).
+
+    Args:
+        logits: ``(N,)`` or ``(N, 1)``, a tensor of any device and dtype or an array.
+        labels: 0 or 1 per row, the shape of ``logits``; other rows are left out.
+        z_threshold: rows further than this from the mean of their class are left out
+            (:func:`z_error_inlier_mask`), in standard deviations, > 0.
+
+    Returns:
+        The cut-off as a logit and as a probability, ``sigmoid`` of it. Predict class 1 above it (if ``m_1 > m_0``).
+
+    Raises:
+        TypeError: ``logits`` or ``labels`` is neither tensor nor array.
+        ValueError: an argument is out of range; a class has fewer than 2 inliers or constant inliers; both Gaussians
+            are the same.
+
+    Example:
+        >>> logits = np.array([-3.0, -2.0, -1.0, 1.0, 2.0, 3.0])
+        >>> optimal_logit_cutoff_from_gaussians(logits, np.array([0, 0, 0, 1, 1, 1]))
+        (0.0, 0.5)
+
+    Source: 2506.02154, cut-off from Gaussians. Deviations: the quadratic is solved without cancellation, and constant
+    or identical classes, where the paper's code fails inside numpy, raise a ValueError.
+    """
+    _check_threshold("z_threshold", z_threshold)
+    scores, classes = _tensors(logits, labels)
+    first, second = _inlier_classes(scores, classes, z_threshold, "logits")
+    cutoff = gaussian_crossing(float(first.mean()), float(first.std()), float(second.mean()), float(second.std()))
+    return cutoff, _sigmoid(cutoff)
+
+
+def optimal_prob_cutoff_from_skewnorm(
+    logits: Tensor | npt.NDArray[Any], labels: Tensor | npt.NDArray[Any], z_threshold: float = 2.0
+) -> float:
+    """The probability at which skew-normal densities fitted to the inliers of both classes are equal.
+
+    Probabilities ``sigmoid(logits)`` pile up at 0 and 1, which skew-normal distributions follow better than Gaussians.
+    They are fitted by maximum likelihood (``scipy.stats.skewnorm.fit``). Between the modes one density falls and the
+    other rises, so there is at most one crossing, and it is taken; if there is none, the crossing in [0.001, 0.999]
+    nearest to the midpoint of the modes.
+
+    Args:
+        logits: ``(N,)`` or ``(N, 1)``, a tensor of any device and dtype or an array. Logits, not probabilities.
+        labels: 0 or 1 per row, the shape of ``logits``; other rows are left out.
+        z_threshold: rows whose probability is further than this from the mean of their class are left out, in standard
+            deviations, > 0.
+
+    Returns:
+        The cut-off as a probability.
+
+    Raises:
+        ImportError: scipy is not installed (extra ``cutoffs``).
+        TypeError: ``logits`` or ``labels`` is neither tensor nor array.
+        ValueError: an argument is out of range; a class has fewer than 2 inliers or constant inliers; a fit fails; the
+            densities do not cross.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> logits = np.concatenate([rng.normal(-2, 1, 500), rng.normal(2, 1, 500)])
+        >>> 0.4 < optimal_prob_cutoff_from_skewnorm(logits, np.repeat([0, 1], 500)) < 0.6
+        True
+
+    Source: 2506.02154, cut-off from skew-normal distributions. Deviations: the paper's code hands [0.001, 0.999] to a
+    root finder, which returns any of several crossings, or an end of the interval where both densities underflow; and
+    it falls back to the midpoint of the mean probabilities where nothing crosses, which here is a ValueError.
+    """
+    _check_threshold("z_threshold", z_threshold)
+    scores, classes = _tensors(logits, labels)
+    pair = _inlier_classes(scores.sigmoid(), classes, z_threshold, "probabilities")
+    densities = [SkewNormal.fit(samples, label) for label, samples in enumerate(pair)]
+    return skewnorm_crossing(*densities)
+
+
+class CutoffCollector:
+    """Collects logits and labels of a validation set batch by batch, for cut-offs over all of it.
+
+    The rows are kept on the CPU in float64 (9 bytes each): the inlier mask needs the statistics of the whole set
+    before it can judge a row. Several tasks need a collector each.
+
+    Example:
+        >>> collector = CutoffCollector()
+        >>> collector.update(torch.tensor([-3.0, -2.0, -1.0]), torch.tensor([0, 0, 0]))
+        >>> collector.update(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1, 1, 1]))
+        >>> collector.logit_cutoff_from_gaussians()
+        (0.0, 0.5)
+    """
+
+    def __init__(self) -> None:
+        self._logits: list[Tensor] = []
+        self._labels: list[Tensor] = []
+
+    def update(self, logits: Tensor | npt.NDArray[Any], labels: Tensor | npt.NDArray[Any]) -> None:
+        """Adds a batch; waits for the device the tensors are on.
+
+        Args:
+            logits: ``(N,)`` or ``(N, 1)``.
+            labels: 0 or 1, the shape of ``logits``. Rows with another label, NaN included, are skipped.
+
+        Raises:
+            TypeError: an argument is neither tensor nor array.
+            ValueError: the shapes do not fit.
+        """
+        scores, classes = _tensors(logits, labels)
+        scores, classes = scores.cpu(), classes.cpu()
+        known = classes >= 0
+        self._logits.append(scores[known])
+        self._labels.append(classes[known])
+
+    @property
+    def logits(self) -> Tensor:
+        """What was collected, float64 ``(N,)``."""
+        return torch.cat([torch.empty(0, dtype=torch.float64), *self._logits])
+
+    @property
+    def labels(self) -> Tensor:
+        """The label of each row, int8 ``(N,)``, 0 or 1."""
+        return torch.cat([torch.empty(0, dtype=torch.int8), *self._labels])
+
+    def __len__(self) -> int:
+        """The number of rows collected."""
+        return sum(map(len, self._logits))
+
+    def inlier_mask(self, threshold: float = 2.0) -> Tensor:
+        """:func:`z_error_inlier_mask` of the rows collected."""
+        return z_error_inlier_mask(self.logits, self.labels, threshold)
+
+    def logit_cutoff_from_gaussians(self, z_threshold: float = 2.0) -> tuple[float, float]:
+        """:func:`optimal_logit_cutoff_from_gaussians` of the rows collected."""
+        return optimal_logit_cutoff_from_gaussians(self.logits, self.labels, z_threshold)
+
+    def prob_cutoff_from_skewnorm(self, z_threshold: float = 2.0) -> float:
+        """:func:`optimal_prob_cutoff_from_skewnorm` of the rows collected."""
+        return optimal_prob_cutoff_from_skewnorm(self.logits, self.labels, z_threshold)
+
+    def merge(self, other: CutoffCollector) -> CutoffCollector:
+        """A new collector with the rows of both."""
+        return _collector([self.logits, other.logits], [self.labels, other.labels])
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> CutoffCollector:
+        """A new collector with the rows of all ranks, in the order of the ranks; a collective call.
+
+        ``DistributedSampler`` repeats a few rows to fill the last batch unless told to drop them; they count twice.
+
+        Args:
+            group: process group, None for the default one.
+
+        Raises:
+            RuntimeError: ``torch.distributed`` is not initialised.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError("all_reduce needs torch.distributed.init_process_group() first")
+        parts: list[tuple[Array, npt.NDArray[np.int8]]] = [None] * dist.get_world_size(group)  # type: ignore[list-item]
+        dist.all_gather_object(parts, (self.logits.numpy(), self.labels.numpy()), group=group)
+        return _collector([torch.from_numpy(part[0]) for part in parts], [torch.from_numpy(part[1]) for part in parts])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The rows collected."""
+        return {"logits": self.logits, "labels": self.labels}
+
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        """Replaces the rows collected by those of a :meth:`state_dict`.
+
+        Raises:
+            ValueError: keys are missing or unknown, or the rows do not fit.
+        """
+        if state_dict.keys() != {"logits", "labels"}:
+            raise ValueError(f"state_dict must have the keys ['labels', 'logits'], got {sorted(state_dict)}")
+        loaded = CutoffCollector()
+        loaded.update(state_dict["logits"], state_dict["labels"])
+        self._logits, self._labels = loaded._logits, loaded._labels
+
+    def __repr__(self) -> str:
+        return f"CutoffCollector({len(self)} rows)"
+
+
+def _collector(logits: Sequence[Tensor], labels: Sequence[Tensor]) -> CutoffCollector:
+    result = CutoffCollector()
+    for part in zip(logits, labels, strict=True):
+        result.update(*part)
+    return result
+
+
+def _check_threshold(name: str, threshold: float) -> None:
+    if not 0.0 < threshold < math.inf:
+        raise ValueError(f"{name} must satisfy 0 < value < inf, got {threshold}")
+
+
+def _tensors(logits: Tensor | npt.NDArray[Any], labels: Tensor | npt.NDArray[Any]) -> tuple[Tensor, Tensor]:
+    """Scores (N,) in float64 and classes (N,) in int8 on the device of the logits: 0, 1, or -1 for no class."""
+    scores, marks = _tensor("logits", logits), _tensor("labels", labels)
+    if scores.shape != marks.shape:
+        raise ValueError(f"labels must have the shape {tuple(scores.shape)} of logits, got {tuple(marks.shape)}")
+    if scores.dim() != 1 and not (scores.dim() == 2 and scores.shape[1] == 1):
+        raise ValueError(f"logits must have shape (N,) or (N, 1), got {tuple(scores.shape)}")
+    marks = marks.to(scores.device).flatten()
+    classes = (marks == 1).to(torch.int8) - (~((marks == 0) | (marks == 1))).to(torch.int8)
+    return scores.flatten().double(), classes
+
+
+def _tensor(name: str, rows: Tensor | npt.NDArray[Any]) -> Tensor:
+    if isinstance(rows, Tensor):
+        return rows.detach()
+    if isinstance(rows, np.ndarray):
+        return torch.from_numpy(rows.copy())  # the array may be read-only or have negative strides
+    raise TypeError(f"{name} must be a tensor or an array, got {type(rows).__name__}")
+
+
+def _inliers(scores: Tensor, classes: Tensor, threshold: float) -> Tensor:
+    kept = torch.zeros_like(classes, dtype=torch.bool)
+    for label in (0, 1):
+        member = (classes == label) & scores.isfinite()
+        count = member.sum()
+        mean = torch.where(member, scores, 0.0).sum() / count
+        distance = torch.where(member, scores - mean, 0.0).abs()
+        std = (distance.square().sum() / (count - 1)).sqrt()  # NaN for one row: the comparison below drops it
+        kept |= member & ((std < _CONSTANT_STD) | (distance / std <= threshold))
+    return kept
+
+
+def _inlier_classes(scores: Tensor, classes: Tensor, threshold: float, what: str) -> tuple[Array, Array]:
+    """The inliers of class 0 and of class 1; raises if a class leaves nothing to fit."""
+    kept = _inliers(scores, classes, threshold)
+    result = []
+    for label in (0, 1):
+        member = classes == label
+        samples = scores[kept & member].cpu().numpy()
+        if len(samples) < 2:
+            raise ValueError(
+                f"class {label} must have at least 2 inliers, got {len(samples)} of {int(member.sum())} rows "
+                f"(z_threshold={threshold})"
+            )
+        if samples.std() < _CONSTANT_STD:
+            raise ValueError(
+                f"class {label} must have {what} that differ, all {len(samples)} inliers are {samples.mean():g} "
+                f"(standard deviation {samples.std():.1g})"
+            )
+        result.append(samples)
+    return result[0], result[1]
+
+
+def _sigmoid(x: float) -> float:
+    return 1.0 / (1.0 + math.exp(-x)) if x >= 0.0 else math.exp(x) / (1.0 + math.exp(x))

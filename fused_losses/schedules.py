@@ -1,0 +1,339 @@
+"""Thresholds and logit biases that change during training.
+
+The value is ``start + (end - start) * f``, where ``f`` grows from 0 to 1 with the calls of ``step``:
+
+* ``mode="linear"``: ``f = k / steps`` after ``k`` calls, 1 from ``steps`` on;
+* ``mode="cosine"``: ``f = (1 - cos(pi k / steps)) / 2``, flat at both ends;
+* ``mode="plateau"``: each time the metric given to ``step`` has not improved for more than ``patience`` calls in a row,
+  the distance to ``end`` is multiplied by ``factor``; below 0.1 % of the whole way it becomes 0.
+
+The constructor writes ``start`` into the loss Module. A float attribute becomes, once, a 0-dim float64 buffer on the
+device of the Module's other tensors: from then on it is part of ``module.state_dict()`` and moves with
+``module.to(device)``. Writing it neither recompiles nor synchronises, and a captured CUDA graph sees the new value.
+Build the schedule before ``torch.compile``, before capturing a graph and before loading a ``state_dict``.
+
+An attribute that is a tensor already is overwritten in place, also for others who hold it. If it has one value per
+class ``(C,)``, every class moves from its own start to its own end, and a single number for ``start`` or ``end`` counts
+for all classes. (One common factor could not bring different classes to a common end, which is the usual wish.)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["LogitBiasSchedule", "ThresholdSchedule", "get_sigma_threshold"]
+
+_MODES = ("linear", "cosine", "plateau")
+_SNAP = 1e-3  # what a plateau leaves of the way is dropped below this share
+
+
+def get_sigma_threshold(epoch: float, max_epochs: int, start_sigma: float = 100.0, end_sigma: float = 2.0) -> float:
+    """The threshold of an epoch when it moves linearly from ``start_sigma`` to ``end_sigma``.
+
+    ``start_sigma + (end_sigma - start_sigma) * epoch / max_epochs``: a loose threshold while the network knows nothing,
+    a tight one later.
+
+    Args:
+        epoch: epochs done, 0 for the first; fractions are fine. Clamped to [0, ``max_epochs``].
+        max_epochs: epochs until ``end_sigma`` is reached, at least 1.
+        start_sigma: threshold at epoch 0, in standard deviations, > 0. Within a class of n rows no ``|z|`` exceeds
+            ``(n - 1) / sqrt(n)``, 15.9 for 256 rows: the default 100 drops nothing for most of the training. The
+            paper's text says 10, which we recommend; its code says 100.
+        end_sigma: threshold from ``max_epochs`` on, > 0.
+
+    Returns:
+        The threshold in standard deviations.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> get_sigma_threshold(5, 10, start_sigma=10.0)
+        6.0
+
+    Source: 2506.02154, sigma annealing. Deviation: the paper's formula is not clamped, so it passes ``end_sigma``
+    after ``max_epochs``, and divides by zero for ``max_epochs=0``.
+    """
+    if not max_epochs >= 1:
+        raise ValueError(f"max_epochs must be at least 1, got {max_epochs}")
+    if math.isnan(epoch):
+        raise ValueError(f"epoch must be a number, got {epoch}")
+    for name, sigma in (("start_sigma", start_sigma), ("end_sigma", end_sigma)):
+        if not 0.0 < sigma < math.inf:
+            raise ValueError(f"{name} must satisfy 0 < value < inf, got {sigma}")
+    progress = min(max(epoch / max_epochs, 0.0), 1.0)
+    return float(end_sigma if progress == 1.0 else start_sigma + (end_sigma - start_sigma) * progress)
+
+
+class _Schedule:
+    """``start + (end - start) * fraction`` in a buffer of a Module; :meth:`step` moves ``fraction`` from 0 to 1."""
+
+    name: str  # of the Module's attribute
+    rule: str  # completes the sentence "start must ..."
+
+    def __init__(
+        self,
+        module: nn.Module,
+        start: float | Tensor | None,
+        end: float | Tensor,
+        steps: int | None,
+        *,
+        mode: str,
+        factor: float,
+        patience: int,
+        min_delta: float,
+        maximize: bool,
+    ) -> None:
+        if mode not in _MODES:
+            raise ValueError(f"mode must be one of {', '.join(_MODES)}, got {mode!r}")
+        if mode == "plateau":
+            if steps is not None:
+                raise ValueError(f"steps must be left out with mode='plateau', got {steps}")
+        elif isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps must be an integer >= 1 with mode={mode!r}, got {steps!r}")
+        if not 0.0 <= factor < 1.0:
+            raise ValueError(f"factor must satisfy 0 <= value < 1, got {factor}")
+        if patience < 0:
+            raise ValueError(f"patience must be at least 0, got {patience}")
+        if not 0.0 <= min_delta < math.inf:
+            raise ValueError(f"min_delta must satisfy 0 <= value < inf, got {min_delta}")
+        self.module = module
+        self.mode, self.steps, self.factor, self.patience = mode, steps, factor, patience
+        self.min_delta, self.maximize = min_delta, maximize
+        self.step_count, self.num_bad_steps, self.fraction = 0, 0, 0.0
+        self.best = -math.inf if maximize else math.inf
+
+        current = self._current()
+        shape = current.shape if isinstance(current, Tensor) else torch.Size()
+        self.start = self._checked("start", current if start is None else start, shape)
+        self.end = self._checked("end", end, shape)
+        if not isinstance(current, Tensor):
+            self._make_buffer()
+        self._write()
+
+    @property
+    def value(self) -> float | Tensor:
+        """What the Module has now: a float, or a float64 tensor ``(C,)`` if it has one value per class."""
+        # The end is exact; 0 * (end - start) keeps the start exact too.
+        now = self.end if self.fraction == 1.0 else self.start + (self.end - self.start) * self.fraction
+        return float(now) if now.dim() == 0 else now.clone()
+
+    def step(self, metric: float | Tensor | None = None) -> None:
+        """Moves on; call it once per epoch (or batch, if ``steps`` counts those).
+
+        Args:
+            metric: only with ``mode="plateau"`` and then required: the number watched, such as the validation loss. NaN
+                counts as no improvement. Under DistributedDataParallel pass the same number on every rank.
+
+        Raises:
+            TypeError: ``metric`` is missing with ``mode="plateau"``, or given with another mode.
+        """
+        if self.mode == "plateau":
+            if metric is None:
+                raise TypeError("step() needs a metric with mode='plateau', got None")
+            self._watch(float(metric))
+        elif metric is not None:
+            raise TypeError(f"step() takes a metric only with mode='plateau', got {metric!r} with mode={self.mode!r}")
+        self.step_count += 1
+        if self.steps is not None:
+            progress = min(self.step_count / self.steps, 1.0)
+            self.fraction = progress if self.mode == "linear" else 0.5 - 0.5 * math.cos(math.pi * progress)
+        self._write()
+
+    def _watch(self, metric: float) -> None:
+        better = metric > self.best + self.min_delta if self.maximize else metric < self.best - self.min_delta
+        if better:
+            self.best, self.num_bad_steps = metric, 0
+            return
+        self.num_bad_steps += 1
+        if self.num_bad_steps > self.patience:
+            self.num_bad_steps = 0
+            left = (1.0 - self.fraction) * self.factor
+            self.fraction = 1.0 if left < _SNAP else 1.0 - left
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on after :meth:`load_state_dict` on a schedule built with the same options."""
+        return {
+            "start": self.start.clone(),
+            "end": self.end.clone(),
+            "step_count": self.step_count,
+            "fraction": self.fraction,
+            "best": self.best,
+            "num_bad_steps": self.num_bad_steps,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` gave and writes the value into the Module.
+
+        Raises:
+            ValueError: keys are missing or unknown, or the values are for another number of classes.
+        """
+        expected = self.state_dict()
+        if state_dict.keys() != expected.keys():
+            raise ValueError(f"state_dict must have the keys {sorted(expected)}, got {sorted(state_dict)}")
+        for name in ("start", "end"):
+            if state_dict[name].shape != expected[name].shape:
+                raise ValueError(
+                    f"state_dict[{name!r}] must have shape {tuple(expected[name].shape)}, "
+                    f"got {tuple(state_dict[name].shape)}"
+                )
+        for name, value in state_dict.items():
+            setattr(
+                self, name, value.detach().to("cpu", torch.float64, copy=True) if name in ("start", "end") else value
+            )
+        self._write()
+
+    def _current(self) -> float | Tensor:
+        if not hasattr(self.module, self.name):
+            raise TypeError(f"module must have an attribute {self.name!r}, {type(self.module).__name__} has none")
+        current: Any = getattr(self.module, self.name)
+        if isinstance(current, str):  # "auto": a number is needed to start from, and C is not known here
+            return math.nan
+        if isinstance(current, bool) or not isinstance(current, (int, float, Tensor)):
+            raise TypeError(
+                f"module.{self.name} must be a number or a tensor to be scheduled, got {type(current).__name__}"
+            )
+        return current
+
+    def _checked(self, argument: str, value: float | Tensor, shape: torch.Size) -> Tensor:
+        result = torch.as_tensor(value, dtype=torch.float64).detach().to("cpu", copy=True)
+        if result.dim() > 0 and result.shape != shape:
+            raise ValueError(
+                f"{argument} must be a number or have the shape {tuple(shape)} of module.{self.name}, "
+                f"got shape {tuple(result.shape)}"
+            )
+        if not (result.isfinite() & self._holds(result)).all():
+            hint = f"; module.{self.name} is no number" if result.isnan().any() else ""
+            raise ValueError(f"{argument} must {self.rule}, got {value}{hint}")
+        return result.expand(shape).clone()
+
+    def _holds(self, value: Tensor) -> Tensor:
+        return torch.ones_like(value, dtype=torch.bool)
+
+    def _make_buffer(self) -> None:
+        tensors = [*self.module.parameters(), *self.module.buffers()]
+        device = tensors[0].device if tensors else torch.device("cpu")
+        delattr(self.module, self.name)
+        self.module.register_buffer(self.name, torch.zeros((), dtype=torch.float64, device=device))
+
+    def _write(self) -> None:
+        # Looked up at every write: module.to() may have replaced the buffer.
+        buffer: Tensor = getattr(self.module, self.name)
+        value = self.value
+        with torch.no_grad():
+            # fill_ takes the number as an argument of its kernel: no copy from the host, so no synchronisation.
+            if isinstance(value, float):
+                buffer.fill_(value)
+            else:
+                buffer.copy_(value)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(value={self.value}, fraction={self.fraction:.4g}, mode={self.mode!r})"
+
+
+class ThresholdSchedule(_Schedule):
+    """Anneals the ``threshold`` of a Z-Error loss from loose to tight.
+
+    The value moves as described at the top of this module.
+
+    Args:
+        module: the loss; its ``threshold`` is a number, a 0-dim tensor or a tensor ``(C,)``.
+        start: first value in standard deviations, > 0, a number or ``(C,)``; None keeps what the Module has.
+        end: last value, > 0. Both may also be given the other way round, tight to loose.
+        steps: calls of :meth:`step` until ``end``, at least 1; left out with ``mode="plateau"``.
+        mode: "linear", "cosine" or "plateau".
+        factor: for "plateau", what is left of the distance to ``end`` after one plateau, 0 <= factor < 1.
+        patience: for "plateau", calls without improvement that are forgiven.
+        min_delta: for "plateau", changes up to this size are no improvement.
+        maximize: for "plateau", True if a larger metric is better.
+
+    Raises:
+        TypeError: ``module`` has no ``threshold`` that can be scheduled.
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> schedule = ThresholdSchedule(loss, start=10.0, end=2.0, steps=epochs)  # doctest: +SKIP
+        >>> for epoch in range(epochs):  # doctest: +SKIP
+        ...     train_one_epoch(model, loss)
+        ...     schedule.step()
+
+    Source: 2506.02154, sigma annealing; "linear" from 100 to 2 is :func:`get_sigma_threshold`. "cosine" and "plateau"
+    are ours.
+    """
+
+    name = "threshold"
+    rule = "satisfy 0 < value < inf"
+
+    def __init__(
+        self,
+        module: nn.Module,
+        start: float | Tensor | None = 100.0,
+        end: float | Tensor = 2.0,
+        steps: int | None = None,
+        *,
+        mode: str = "linear",
+        factor: float = 0.5,
+        patience: int = 5,
+        min_delta: float = 0.0,
+        maximize: bool = False,
+    ) -> None:
+        options: dict[str, Any] = {"factor": factor, "patience": patience, "min_delta": min_delta, "maximize": maximize}
+        super().__init__(module, start, end, steps, mode=mode, **options)
+
+    def _holds(self, value: Tensor) -> Tensor:
+        return value > 0.0
+
+
+class LogitBiasSchedule(_Schedule):
+    """Moves the ``logit_bias`` of a loss during training, as a rule from Eq. 4's value to 0.
+
+    The value moves as described at the top of this module.
+
+    Args:
+        module: the loss; its ``logit_bias`` is a number or a 0-dim tensor.
+        start: first value in units of the logits, finite; None keeps what the Module has. For ``logit_bias="auto"``
+            pass ``calibration.solve_logit_bias(num_classes)``, because the Module does not know the number of classes.
+        end: last value, finite.
+        steps: calls of :meth:`step` until ``end``, at least 1; left out with ``mode="plateau"``.
+        mode: "linear", "cosine" or "plateau".
+        factor: for "plateau", what is left of the distance to ``end`` after one plateau, 0 <= factor < 1.
+        patience: for "plateau", calls without improvement that are forgiven.
+        min_delta: for "plateau", changes up to this size are no improvement.
+        maximize: for "plateau", True if a larger metric is better.
+
+    Raises:
+        TypeError: ``module`` has no ``logit_bias`` that can be scheduled.
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> loss = fl.MAELoss()
+        >>> schedule = LogitBiasSchedule(loss, start=solve_logit_bias(100), steps=90, mode="cosine")
+        >>> round(schedule.value, 2)
+        3.03
+
+    Source: 2306.05497, the losses marked "**". The paper's own schedule could not be read: the shapes and the default
+    end 0 are ours.
+    """
+
+    name = "logit_bias"
+    rule = "be finite"
+
+    def __init__(
+        self,
+        module: nn.Module,
+        start: float | Tensor | None = None,
+        end: float | Tensor = 0.0,
+        steps: int | None = None,
+        *,
+        mode: str = "linear",
+        factor: float = 0.5,
+        patience: int = 5,
+        min_delta: float = 0.0,
+        maximize: bool = False,
+    ) -> None:
+        options: dict[str, Any] = {"factor": factor, "patience": patience, "min_delta": min_delta, "maximize": maximize}
+        super().__init__(module, start, end, steps, mode=mode, **options)

@@ -1,0 +1,71 @@
+"""How sure a classifier is: scores to reject inputs of unknown classes by."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["max_logit", "max_softmax_probability"]
+
+
+def max_softmax_probability(logits: Tensor) -> Tensor:
+    """The largest softmax probability; inputs of unknown classes tend to have a low one.
+
+    Computed as ``exp(max - logsumexp)``, without forming the probabilities.
+
+    Args:
+        logits: ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``, floating point. -inf (a masked class) is fine unless all
+            classes of a row have it.
+
+    Returns:
+        ``logits`` without the class dimension, in [1/C, 1]: float32, or float64 for float64 logits. NaN where a row
+        has NaN or +inf. Differentiable.
+
+    Raises:
+        TypeError: ``logits`` is not a floating point tensor.
+        ValueError: there is no class.
+
+    Example:
+        >>> max_softmax_probability(torch.tensor([[0.0, 0.0], [0.0, 20.0]]))
+        tensor([0.5000, 1.0000])
+
+    Source: Hendrycks, Gimpel, "A Baseline for Detecting Misclassified and Out-of-Distribution Examples" (1610.02136);
+    used for HEM in 2501.12191.
+    """
+    logits, dim = _checked(logits)
+    return (logits.amax(dim) - logits.logsumexp(dim)).exp()
+
+
+def max_logit(logits: Tensor) -> Tensor:
+    """The largest logit; unlike the probability it still tells "all classes unlikely" from "two classes likely".
+
+    Args:
+        logits: ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``, floating point.
+
+    Returns:
+        ``logits`` without the class dimension: float32, or float64 for float64 logits. NaN where a row has NaN.
+        Differentiable.
+
+    Raises:
+        TypeError: ``logits`` is not a floating point tensor.
+        ValueError: there is no class.
+
+    Example:
+        >>> max_logit(torch.tensor([[1.0, 3.0], [-2.0, -5.0]]))
+        tensor([ 3., -2.])
+
+    Source: Hendrycks et al., "Scaling Out-of-Distribution Detection for Real-World Settings" (1911.11132); used for
+    HEM in 2501.12191.
+    """
+    logits, dim = _checked(logits)
+    return logits.amax(dim)
+
+
+def _checked(logits: Tensor) -> tuple[Tensor, int]:
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        kind = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+        raise TypeError(f"logits must be a floating point tensor, got {kind}")
+    dim = 0 if logits.dim() == 1 else 1
+    if logits.dim() == 0 or logits.shape[dim] == 0:
+        raise ValueError(f"logits must have at least one class, got shape {tuple(logits.shape)}")
+    return (logits if logits.dtype == torch.float64 else logits.float()), dim

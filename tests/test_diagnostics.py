@@ -1,0 +1,196 @@
+"""OutlierTracker: counts by hand and against a loop, CSV, merging, two processes, bad input."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import DEVICES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fused_losses.cutoffs import CutoffCollector
+from fused_losses.diagnostics import OutlierTracker
+
+Observation = tuple[int, bool, float]
+observations = st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.floats(-8, 8, width=16)), max_size=30)
+
+
+def record(tracker: OutlierTracker, rows: list[Observation]) -> None:
+    index, mask, score = zip(*rows, strict=True) if rows else ((), (), ())
+    tracker.update(
+        torch.tensor(index, dtype=torch.int64),
+        torch.tensor(mask, dtype=torch.bool),
+        torch.tensor(score, dtype=torch.float64),
+    )
+
+
+def same(tracker: OutlierTracker, other: OutlierTracker) -> bool:
+    return all(
+        torch.equal(a, b) for a, b in zip(tracker.state_dict().values(), other.state_dict().values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_two_epochs_by_hand(device: str) -> None:
+    tracker = OutlierTracker(5, device=device)
+    index = torch.tensor([3, 0, 1], device=device)
+    tracker.update(
+        index, torch.tensor([True, False, False], device=device), torch.tensor([0.5, 3.0, 2.0], device=device)
+    )
+    tracker.update(
+        index, torch.tensor([True, False, True], device=device), torch.tensor([1.5, 5.0, math.nan]).to(device)
+    )
+    assert tracker.times_seen.tolist() == [2, 2, 0, 2, 0]
+    assert tracker.times_flagged.tolist() == [2, 1, 0, 0, 0]
+    rate, score = tracker.flag_rate().tolist(), tracker.mean_score().tolist()
+    assert (rate[:2], rate[3]) == ([1.0, 0.5], 0.0) and math.isnan(rate[2]) and math.isnan(rate[4])
+    assert (score[:2], score[3]) == ([4.0, 2.0], 1.0) and math.isnan(score[2])
+    assert tracker.flagged(0.5).tolist() == [0, 1]
+    assert tracker.flagged(0.51).tolist() == [0]
+    assert tracker.flagged(0.0).tolist() == [0, 1, 3], "samples never seen are not flagged"
+    assert tracker.flagged(0.0, min_seen=3).tolist() == []
+
+
+@given(observations)
+@settings(deadline=None)
+def test_counts_duplicates_like_a_loop(rows: list[Observation]) -> None:
+    tracker = OutlierTracker(6)
+    record(tracker, rows)
+    for sample in range(6):
+        mine = [row for row in rows if row[0] == sample]
+        assert int(tracker.times_seen[sample]) == len(mine)
+        assert int(tracker.times_flagged[sample]) == sum(not kept for _, kept, _ in mine)
+        if mine:
+            assert float(tracker.mean_score()[sample]) == pytest.approx(
+                sum(s for _, _, s in mine) / len(mine), abs=1e-12
+            )
+            assert 0.0 <= float(tracker.flag_rate()[sample]) <= 1.0
+
+
+@given(observations, observations)
+@settings(deadline=None)
+def test_merging_is_the_same_as_one_tracker(first: list[Observation], second: list[Observation]) -> None:
+    parts = OutlierTracker(6), OutlierTracker(6)
+    whole = OutlierTracker(6)
+    for part, rows in zip(parts, (first, second), strict=True):
+        record(part, rows)
+        record(whole, rows)
+    seen = parts[0].times_seen
+    assert same(parts[0].merge(parts[1]), whole)  # scores are multiples of 2^-24 below 8: their sums are exact
+    assert torch.equal(parts[0].times_seen, seen), "merge returns a new tracker"
+
+
+def test_masks_of_any_shape_and_integer_type() -> None:
+    tracker = OutlierTracker(300)
+    index = torch.tensor([[0, 1], [255, 7]], dtype=torch.uint8)
+    tracker.update(index, torch.tensor([[True, False], [False, True]]), torch.ones(2, 2, dtype=torch.bfloat16))
+    assert tracker.flagged(1.0).tolist() == [1, 255]
+    tracker.update(torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.bool))
+    assert int(tracker.times_seen.sum()) == 4
+
+
+def test_scores_that_require_grad_are_detached() -> None:
+    tracker = OutlierTracker(2)
+    tracker.update(torch.tensor([1]), torch.tensor([False]), torch.ones(1, requires_grad=True))
+    assert not tracker.mean_score().requires_grad
+    assert tracker.mean_score()[1] == 1.0
+
+
+def test_csv(tmp_path: Path) -> None:
+    tracker = OutlierTracker(3)
+    record(tracker, [(0, False, 0.1), (0, True, 0.2), (0, True, math.inf), (2, False, math.nan)])
+    tracker.to_csv(tmp_path / "report.csv")
+    with (tmp_path / "report.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["index"] for row in rows] == ["0", "1", "2"]
+    assert (rows[0]["times_seen"], rows[0]["times_flagged"]) == ("3", "1")
+    assert float(rows[0]["flag_rate"]) == 1 / 3 and float(rows[0]["mean_score"]) == pytest.approx(0.15, rel=1e-15)
+    assert (rows[1]["times_seen"], rows[1]["flag_rate"], rows[1]["mean_score"]) == ("0", "", "")
+    assert (rows[2]["flag_rate"], rows[2]["mean_score"]) == ("1.0", "")
+
+
+def test_state_is_restored() -> None:
+    tracker, other = OutlierTracker(6), OutlierTracker(6)
+    record(tracker, [(0, False, 1.0), (5, True, 2.0)])
+    record(other, [(3, False, 9.0)])
+    saved = tracker.state_dict()
+    record(tracker, [(1, True, 0.0)])
+    other.load_state_dict(saved)
+    assert other.times_seen.tolist() == [1, 0, 0, 0, 0, 1]
+    record(other, [(1, True, 0.0)])
+    assert same(tracker, other)
+    with pytest.raises(ValueError, match="state_dict must be for num_samples=4, got counts of shape"):
+        OutlierTracker(4).load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"state_dict must have the keys \['counts', 'score_sum'\], got \[\]"):
+        tracker.load_state_dict({})
+
+
+RANKS = [[(0, False, 1.0), (1, True, 2.0), (4, False, 0.5)], [(2, True, 4.0), (3, False, 8.0), (0, True, 3.0)]]
+
+
+def _rank(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    tracker, collector = OutlierTracker(6), CutoffCollector()
+    record(tracker, RANKS[rank])
+    collector.update(torch.arange(rank + 1.0), torch.full((rank + 1,), rank))
+    for _ in range(2):  # a second call must not count anything twice
+        reduced, collected = tracker.all_reduce(), collector.all_reduce()
+    torch.save({"tracker": reduced.state_dict(), "collector": collected.state_dict()}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_see_the_sum(tmp_path: Path) -> None:
+    # Sample 0 is on both ranks, as the padding of a DistributedSampler has it.
+    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+    whole = OutlierTracker(6)
+    for rows in RANKS:
+        record(whole, rows)
+    for rank in range(2):
+        saved: dict[str, Any] = torch.load(tmp_path / f"{rank}.pt")
+        reduced = OutlierTracker(6)
+        reduced.load_state_dict(saved["tracker"])
+        assert same(reduced, whole)
+        assert reduced.flag_rate()[0] == 0.5
+        assert saved["collector"]["logits"].tolist() == [0.0, 0.0, 1.0]
+        assert saved["collector"]["labels"].tolist() == [0, 1, 1]
+
+
+ONE, KEPT = torch.tensor([1]), torch.tensor([True])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda t: OutlierTracker(0), ValueError, "num_samples must be at least 1, got 0"),
+        (lambda t: OutlierTracker(2.5), TypeError, "num_samples must be an integer, got 2.5"),
+        (lambda t: t.update(torch.tensor([1.0]), KEPT), TypeError, "index must hold integers, got torch.float32"),
+        (lambda t: t.update(KEPT, KEPT), TypeError, "index must hold integers, got torch.bool"),
+        (lambda t: t.update(ONE, torch.tensor([1.0])), TypeError, "mask must be a bool tensor .*, got torch.float32"),
+        (lambda t: t.update(ONE, KEPT, ONE), TypeError, "score must be floating point, got torch.int64"),
+        (lambda t: t.update(ONE, KEPT.expand(2)), ValueError, r"mask must have the shape \(1,\) of index, got \(2,\)"),
+        (
+            lambda t: t.update(ONE, KEPT, torch.ones(1, 1)),
+            ValueError,
+            r"score must have the shape \(1,\) .*, got \(1, 1\)",
+        ),
+        (lambda t: t.update(torch.tensor([0, 4]), KEPT.expand(2)), IndexError, r"index must be in \[0, 4\), got 4"),
+        (lambda t: t.update(torch.tensor([-1, 9]), KEPT.expand(2)), IndexError, r"index must be in \[0, 4\), got -1"),
+        (lambda t: t.flagged(1.5), ValueError, "min_rate must be between 0 and 1, got 1.5"),
+        (lambda t: t.flagged(math.nan), ValueError, "min_rate must be between 0 and 1, got nan"),
+        (lambda t: t.flagged(0.5, min_seen=0), ValueError, "min_seen must be at least 1, got 0"),
+        (lambda t: t.merge(OutlierTracker(5)), ValueError, "other must have num_samples=4, got 5"),
+        (lambda t: t.all_reduce(), RuntimeError, "all_reduce needs torch.distributed.init_process_group"),
+    ],
+)
+def test_bad_input(call: Any, error: type[Exception], message: str) -> None:
+    tracker = OutlierTracker(4)
+    with pytest.raises(error, match=message):
+        call(tracker)
+    assert int(tracker.times_seen.sum()) == 0, "a rejected batch leaves no trace"
