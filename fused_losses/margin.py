@@ -98,10 +98,12 @@ def _margin_value(rows: Rows, margin: Tensor, mean_above_zero: bool, threshold: 
     if threshold:
         counted = counted & (errors >= errors.detach().sum(dim, keepdim=True) / rows.num_classes)
     total = torch.where(counted, errors, 0.0).sum(dim)
-    value = total / (counted.sum(dim) + COUNT_GUARD if mean_above_zero else rows.num_classes)
+    number = counted.to(logits.dtype).sum(dim)
+    value = total / (number + COUNT_GUARD if mean_above_zero else rows.num_classes)
     # Comparisons hide NaN, and +inf at the target looks like a row without errors: such rows become NaN as a whole.
     spoiled = ~((logits < math.inf) & (margin < math.inf)).all(dim)
-    return torch.where(spoiled, (logits * math.nan).sum(dim), value)
+    nothing = torch.where(spoiled.unsqueeze(dim), logits, 0.0) * math.nan
+    return torch.where(spoiled, nothing.sum(dim), value)
 
 
 @loss_of_row(
