@@ -2,10 +2,8 @@
 
 from fused_losses import _ops as _ops  # first: it checks that torch is the one this was built for
 
-# isort: split
-from fused_losses import calibration, functional, reference
-from fused_losses._C import build_info, loss_names
-from fused_losses._common import LOSSES
+# The order of these is that of the registry and of csrc/losses/registry.h.
+# isort: off
 from fused_losses.cross_entropy import CrossEntropyLoss
 from fused_losses.softmax import (
     AELoss,
@@ -21,6 +19,23 @@ from fused_losses.softmax import (
     SCELoss,
     TaylorCELoss,
 )
+from fused_losses.normalized import (
+    NCEAGCELoss,
+    NCELoss,
+    NCEMAELoss,
+    NCERCELoss,
+    NFLLoss,
+    NFLMAELoss,
+    NFLRCELoss,
+    NGCELoss,
+)
+from fused_losses.bi_tempered import BiTemperedLoss
+from fused_losses.margin import HEMLoss, MultiMarginLoss
+
+# isort: on
+from fused_losses import calibration, functional, reference
+from fused_losses._C import build_info, loss_names
+from fused_losses._common import LOSSES
 
 __version__ = build_info()["version"]
 
@@ -29,12 +44,23 @@ __all__ = [
     "AELoss",
     "AGCELoss",
     "AUELoss",
+    "BiTemperedLoss",
     "BoundedCELoss",
     "CrossEntropyLoss",
     "FocalLoss",
     "GCELoss",
+    "HEMLoss",
     "JSLoss",
     "MAELoss",
+    "MultiMarginLoss",
+    "NCEAGCELoss",
+    "NCELoss",
+    "NCEMAELoss",
+    "NCERCELoss",
+    "NFLLoss",
+    "NFLMAELoss",
+    "NFLRCELoss",
+    "NGCELoss",
     "PHuberCELoss",
     "RCELoss",
     "SCELoss",

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fused_losses import _ops
+from fused_losses._parameters import one_of
+
+REDUCTIONS = ("none", "mean", "sum")
+ACTIVE_REDUCTIONS = (*REDUCTIONS, "active_mean")
+
+# In the denominator of a mean over active rows, as the reference code of 2501.12191 has it.
+ACTIVE_GUARD = 1e-6
 
 
 def class_dim(logits: Tensor) -> int:
@@ -22,26 +31,45 @@ def zero_at_zero(p: Tensor, log_term: Tensor) -> Tensor:
     return torch.where(empty, 0.0, p * torch.where(empty, 0.0, log_term))
 
 
+def focal_term(log_p: Tensor, gamma: float) -> Tensor:
+    """``-(1 - p)^gamma log p``."""
+    if gamma == 0.0:
+        return -log_p
+    # (1 - p)^gamma has an infinite slope at p = 1 for gamma < 1; its product with log p has slope 0 there.
+    certain = log_p == 0
+    miss = torch.where(certain, 1.0, -torch.expm1(log_p))
+    return torch.where(certain, -0.0 * log_p, -(miss**gamma) * log_p)
+
+
+def check_reduction(reduction: str, allowed: tuple[str, ...] = REDUCTIONS) -> None:
+    """Raises unless it is one of the allowed reductions."""
+    if reduction not in allowed:
+        raise ValueError(f"reduction must be {one_of(allowed)}, got {reduction!r}")
+
+
 def reduce_rows(values: Tensor, weights: Tensor, reduction: str) -> Tensor:
-    """``values`` already hold their weights; the mean divides by the sum of ``weights`` (0 where that is 0)."""
+    """``values`` already hold their weights; a mean divides by the sum of ``weights`` (0 where that is 0).
+
+    "active_mean" counts the weights of rows whose value is not 0 only, plus :data:`ACTIVE_GUARD`.
+    """
     if reduction == "none":
         return values
     total = values.sum()
     if reduction == "sum":
         return total
-    if reduction != "mean":
-        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
-    denominator = weights.sum()
+    active = reduction == "active_mean"
+    denominator = torch.where(values == 0.0, 0.0, weights).sum() if active else weights.sum()
     empty = denominator == 0
-    return torch.where(empty, 0.0, total / torch.where(empty, 1.0, denominator))
+    divisor = torch.where(empty, 1.0, denominator)
+    return torch.where(empty, 0.0, total / (divisor + ACTIVE_GUARD if active else divisor))
 
 
 @dataclass(frozen=True)
 class Rows:
-    """One call's rows in plain PyTorch: log-probabilities with the bias in, targets, masks and weights."""
+    """One call's rows in plain PyTorch: logits with the bias in, targets, masks and weights."""
 
-    log_probs: Tensor
-    log_p: Tensor
+    logits: Tensor
+    target: Tensor
     ignored: Tensor
     class_weight: Tensor
     sample_weight: Tensor
@@ -55,23 +83,44 @@ class Rows:
         logit_bias: float | Tensor,
         ignore_index: int,
     ) -> Rows:
-        """Computes in float32 (float64 for float64 logits). Ignored rows are replaced by zeros before anything."""
+        """Computes in float32 (float64 for float64 logits). Ignored rows become zeros with target 0 first of all."""
         logits = logits if logits.dtype == torch.float64 else logits.float()
         dim = class_dim(logits)
         target = target.long()
         ignored = target == ignore_index
-        safe_target = torch.where(ignored, 0, target)
-        index = safe_target.unsqueeze(dim)
+        target = torch.where(ignored, 0, target)
         logits = torch.where(ignored.unsqueeze(dim), 0.0, logits)
         if isinstance(logit_bias, Tensor) or logit_bias != 0.0:
-            one_hot = torch.zeros_like(logits).scatter(dim, index, 1.0)
+            one_hot = torch.zeros_like(logits).scatter(dim, target.unsqueeze(dim), 1.0)
             logits = logits + one_hot * logit_bias
-        log_probs = torch.log_softmax(logits, dim)
-        log_p = log_probs.gather(dim, index).squeeze(dim)
-        ones = torch.ones_like(log_p)
-        class_weight = ones if weight is None else weight.to(log_p.dtype)[safe_target]
-        samples = ones if sample_weight is None else sample_weight.to(log_p.dtype)
-        return Rows(log_probs, log_p, ignored, class_weight, samples)
+        ones = torch.ones(target.shape, dtype=logits.dtype, device=logits.device)
+        class_weight = ones if weight is None else weight.to(logits.dtype)[target]
+        samples = ones if sample_weight is None else sample_weight.to(logits.dtype)
+        return Rows(logits, target, ignored, class_weight, samples)
+
+    @property
+    def dim(self) -> int:
+        """The dimension of the classes."""
+        return class_dim(self.logits)
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return self.logits.shape[self.dim]
+
+    def of_target(self, per_class: Tensor) -> Tensor:
+        """The entry of each row's target, without the class dimension."""
+        return per_class.gather(self.dim, self.target.unsqueeze(self.dim)).squeeze(self.dim)
+
+    @cached_property
+    def log_probs(self) -> Tensor:
+        """Log of the softmax."""
+        return torch.log_softmax(self.logits, self.dim)
+
+    @cached_property
+    def log_p(self) -> Tensor:
+        """Log-probability of the target."""
+        return self.of_target(self.log_probs)
 
     def reduce(self, values: Tensor, reduction: str) -> Tensor:
         """Weighs ``values`` (class weights inside already) by sample and reduces them."""
@@ -81,22 +130,20 @@ class Rows:
 
 
 # Value per row, class weights included, from (rows, weight, params)
-Evaluate = Callable[[Rows, "Tensor | None", Sequence[float]], Tensor]
+Evaluate = Callable[[Rows, "Tensor | None", Sequence[Any]], Tensor]
 SoftEvaluate = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None", Sequence[float], str], Tensor]
-_evaluate: dict[str, Evaluate] = {}
-_evaluate_soft: dict[str, SoftEvaluate] = {}
 
 
-def register_special(name: str, evaluate: Evaluate, soft_target: SoftEvaluate | None = None) -> None:
-    """Registers the reference of a loss that needs more of a row than ``log p_y``."""
-    _evaluate[name] = evaluate
-    if soft_target is not None:
-        _evaluate_soft[name] = soft_target
+@dataclass(frozen=True)
+class Reference:
+    """A loss in plain PyTorch; ``soft_target`` is for targets that are probabilities."""
+
+    evaluate: Evaluate
+    reductions: tuple[str, ...] = REDUCTIONS
+    soft_target: SoftEvaluate | None = None
 
 
-def register_formula(name: str, formula: Callable[..., Tensor]) -> None:
-    """Registers the reference of a loss that is ``formula(log p_y, *params)``."""
-    register_special(name, lambda rows, weight, params: rows.class_weight * formula(rows.log_p, *params))
+REFERENCES: dict[str, Reference] = {}
 
 
 def row_loss_reference(
@@ -112,11 +159,13 @@ def row_loss_reference(
     reduction: str,
 ) -> Tensor:
     """The operator ``row_loss`` in plain PyTorch."""
-    if target.is_floating_point() and loss in _evaluate_soft:
-        return _evaluate_soft[loss](logits, target, weight, sample_weight, params, reduction)
+    reference = REFERENCES[loss]
+    check_reduction(reduction, reference.reductions)
+    if target.is_floating_point() and reference.soft_target is not None:
+        return reference.soft_target(logits, target, weight, sample_weight, params, reduction)
     bias = logit_bias if logit_bias_tensor is None else logit_bias_tensor
     rows = Rows.of(logits, target, weight, sample_weight, bias, ignore_index)
-    return rows.reduce(_evaluate[loss](rows, weight, params), reduction)
+    return rows.reduce(reference.evaluate(rows, weight, params), reduction)
 
 
 _ops.register_reference(row_loss_reference)

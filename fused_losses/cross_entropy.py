@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fused_losses import _ops
-from fused_losses._common import LOSSES, LogitBias, LossEntry, RowLossModule, closed_fraction, resolve_logit_bias
-from fused_losses._reference import Rows, class_dim, reduce_rows, register_special, zero_at_zero
+from fused_losses._common import LOSSES, LogitBias, LossEntry, RowLossModule, resolve_logit_bias
+from fused_losses._parameters import closed_fraction
+from fused_losses._reference import REFERENCES, Reference, Rows, class_dim, reduce_rows, zero_at_zero
 
 
 def _smoothed(rows: Rows, weight: Tensor | None, params: Sequence[float]) -> Tensor:
@@ -17,10 +18,10 @@ def _smoothed(rows: Rows, weight: Tensor | None, params: Sequence[float]) -> Ten
     hard = -rows.class_weight * rows.log_p
     if smoothing == 0.0:
         return hard
-    dim = class_dim(rows.log_probs)
+    dim = rows.dim
     shape = [-1 if d == dim else 1 for d in range(rows.log_probs.dim())]
     spread = rows.log_probs if weight is None else rows.log_probs * weight.to(rows.log_p.dtype).view(shape)
-    smooth = -spread.sum(dim) * (smoothing / rows.log_probs.shape[dim])
+    smooth = -spread.sum(dim) * (smoothing / rows.num_classes)
     return smooth if smoothing == 1.0 else (1.0 - smoothing) * hard + smooth
 
 
@@ -43,7 +44,7 @@ def _soft_target(
     return reduce_rows(values * samples, samples, reduction)
 
 
-register_special("cross_entropy", _smoothed, _soft_target)
+REFERENCES["cross_entropy"] = Reference(_smoothed, soft_target=_soft_target)
 
 
 def _cross_entropy(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -96,7 +97,7 @@ def _cross_entropy(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
             >>> cross_entropy(logits, torch.tensor([0]))
             tensor(0.1269, grad_fn=...)
         """
-        closed_fraction.check("label_smoothing", label_smoothing)
+        closed_fraction.pack("label_smoothing", label_smoothing)
         bias, bias_tensor = resolve_logit_bias(logit_bias, input)
         return operator(
             input,

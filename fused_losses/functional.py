@@ -1,6 +1,18 @@
 """The fused losses as functions."""
 
+from fused_losses.bi_tempered import bi_tempered_loss
 from fused_losses.cross_entropy import cross_entropy
+from fused_losses.margin import hem_loss, multi_margin_loss
+from fused_losses.normalized import (
+    nce_agce_loss,
+    nce_loss,
+    nce_mae_loss,
+    nce_rce_loss,
+    nfl_loss,
+    nfl_mae_loss,
+    nfl_rce_loss,
+    ngce_loss,
+)
 from fused_losses.softmax import (
     ae_loss,
     agce_loss,
@@ -20,12 +32,23 @@ __all__ = [
     "ae_loss",
     "agce_loss",
     "aue_loss",
+    "bi_tempered_loss",
     "bounded_ce_loss",
     "cross_entropy",
     "focal_loss",
     "gce_loss",
+    "hem_loss",
     "js_loss",
     "mae_loss",
+    "multi_margin_loss",
+    "nce_agce_loss",
+    "nce_loss",
+    "nce_mae_loss",
+    "nce_rce_loss",
+    "nfl_loss",
+    "nfl_mae_loss",
+    "nfl_rce_loss",
+    "ngce_loss",
     "phuber_ce_loss",
     "rce_loss",
     "sce_loss",

@@ -12,17 +12,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fused_losses._common import (
-    RowLossModule,
-    RowLossOptions,
-    above_one,
-    fraction,
-    loss_of_target,
-    non_negative,
-    positive,
-    positive_integer,
-)
-from fused_losses._reference import zero_at_zero
+from fused_losses._common import RowLossModule, RowLossOptions
+from fused_losses._declare import loss_of_target
+from fused_losses._parameters import above_one, fraction, non_negative, positive, positive_integer
+from fused_losses._reference import focal_term, zero_at_zero
 
 # -log of the 1e-4 that stands for log 0 in reverse cross entropy
 RCE_A = -math.log(1e-4)
@@ -266,12 +259,7 @@ def focal_loss(t: Tensor, gamma: float = 2.0) -> Tensor:
     Args:
         gamma: focusing exponent, >= 0; 0 is cross entropy.
     """
-    if gamma == 0.0:
-        return -t
-    # (1 - p)^gamma has an infinite slope at p = 1 for gamma < 1; its product with log p has slope 0 there.
-    certain = t == 0
-    miss = torch.where(certain, 1.0, -torch.expm1(t))
-    return torch.where(certain, -0.0 * t, -(miss**gamma) * t)
+    return focal_term(t, gamma)
 
 
 class FocalLoss(RowLossModule, stem="focal"):

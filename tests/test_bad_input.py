@@ -8,9 +8,17 @@ import pytest
 import torch
 
 import fused_losses as fl
+from fused_losses._parameters import OrNone, OrTensor, Range
+from fused_losses._reference import one_of
 
 NAMES = list(fl.LOSSES)
-PARAMETERS = [(name, parameter) for name, entry in fl.LOSSES.items() for parameter in entry.parameters]
+RANGES = {
+    (name, parameter): rule.range if isinstance(rule, OrNone | OrTensor) else rule
+    for name, entry in fl.LOSSES.items()
+    for parameter, rule in entry.ranges.items()
+    if isinstance(rule, Range | OrNone | OrTensor)
+}
+PARAMETERS = list(RANGES)
 INDEX_ONLY = [name for name in NAMES if name != "cross_entropy"]
 
 
@@ -23,28 +31,38 @@ def problem(device):
 def outside(name: str, parameter: str) -> list[float]:
     """Numbers around and beyond the ends of all the ranges in use, less those this parameter allows."""
     candidates = [math.nan, math.inf, -math.inf, -1.0, -1e-9, 0.0, 1.0, 1.5, 1.0 + 1e-9]
-    allowed = fl.LOSSES[name].ranges[parameter].holds
+    allowed = RANGES[name, parameter].holds
     return [value for value in candidates if not allowed(value)]
 
 
 def test_ranges_are_the_documented_ones():
     def allows(name, parameter, *values):
-        return [fl.LOSSES[name].ranges[parameter].holds(v) for v in values]
+        return [RANGES[name, parameter].holds(v) for v in values]
 
     for name, parameter in PARAMETERS:
         assert allows(name, parameter, math.nan, math.inf, -math.inf, -1.0) == [False] * 4
     for name, parameter in [
         ("mae", "scale"), ("gce", "q"), ("agce", "a"), ("agce", "q"), ("aue", "q"), ("ae", "a"), ("rce", "A"),
-        ("bounded_ce", "a"),
+        ("bounded_ce", "a"), ("ngce", "q"), ("nce_mae", "mae_scale"), ("nce_rce", "A"), ("nfl_mae", "mae_scale"),
+        ("nfl_rce", "A"), ("nce_agce", "a"), ("nce_agce", "q"), ("bi_tempered", "t2"),
     ]:  # fmt: skip
         assert allows(name, parameter, 0.0, 1e-9, 7.0) == [False, True, True]
-    for name, parameter in [("sce", "alpha"), ("sce", "beta"), ("focal", "gamma")]:
+    sums = [(name, weight) for name in NAMES for weight in ("alpha", "beta") if (name, weight) in RANGES]
+    assert len(sums) == 12
+    for name, parameter in [
+        *sums, ("focal", "gamma"), ("nfl", "gamma"), ("nfl_mae", "gamma"), ("nfl_rce", "gamma"), ("hem", "margin"),
+        ("multi_margin", "margin"),
+    ]:  # fmt: skip
         assert allows(name, parameter, 0.0, 7.0) == [True, True]
     for name, parameter in [("aue", "a"), ("phuber_ce", "tau")]:
         assert allows(name, parameter, 1.0, 1.0 + 1e-9) == [False, True]
     assert allows("js", "pi", 0.0, 0.5, 1.0) == [False, True, False]
-    assert allows("taylor_ce", "order", 0, 1, 1.5, 2, 2.0) == [False, True, False, True, True]
-    assert allows("cross_entropy", "label_smoothing", 0.0, 1.0, 1.0 + 1e-9) == [True, True, False]
+    for name, parameter in [("taylor_ce", "order"), ("bi_tempered", "num_iters")]:
+        assert allows(name, parameter, 0, 1, 1.5, 2, 2.0) == [False, True, False, True, True]
+    for name, parameter in [
+        ("cross_entropy", "label_smoothing"), ("bi_tempered", "label_smoothing"), ("bi_tempered", "t1"),
+    ]:  # fmt: skip
+        assert allows(name, parameter, 0.0, 1.0, 1.0 + 1e-9) == [True, True, False]
 
 
 @pytest.mark.parametrize("name, parameter", PARAMETERS)
@@ -67,7 +85,9 @@ def test_hyper_parameter_out_of_range(name, parameter, problem):
 @pytest.mark.parametrize("name, parameter", PARAMETERS)
 def test_hyper_parameter_is_no_number(name, parameter, problem):
     entry = fl.LOSSES[name]
-    for value in (True, "1.5", None, [1.5], torch.tensor(1.5)):
+    rule = entry.ranges[parameter]
+    none, tensor = [] if isinstance(rule, OrNone) else [None], [] if isinstance(rule, OrTensor) else [torch.tensor(1.5)]
+    for value in (True, "1.5", [1.5], *none, *tensor):
         message = f"^{parameter} must be a number, got {type(value).__name__}$"
         for made in (entry.function, entry.reference):
             with pytest.raises(TypeError, match=message):
@@ -95,14 +115,17 @@ def test_options_are_keywords(name, problem):
 @pytest.mark.parametrize("name", NAMES)
 def test_reduction(name, problem):
     entry = fl.LOSSES[name]
-    message = "reduction must be 'none', 'mean' or 'sum', got 'average'"
+    allowed = one_of(entry.reductions)
+    message = f"reduction must be {allowed}, got 'average'"
+    none = [] if name == "multi_margin" else [None]  # where it is the default
     for made in (entry.function, entry.reference):
         with pytest.raises(ValueError, match=message):
             made(*problem, reduction="average")
-        with pytest.raises(RuntimeError, match=r"type 'str' for argument 'reduction' .*\n.*\n.*Value: None"):
-            made(*problem, reduction=None)
-    for reduction in ("average", None, 1):
-        with pytest.raises(ValueError, match=rf"reduction must be 'none', 'mean' or 'sum', got {reduction!r}"):
+        for reduction in (1, *none):
+            with pytest.raises(RuntimeError, match=r"type 'str' for argument 'reduction' .*\n.*\n.*Value: "):
+                made(*problem, reduction=reduction)
+    for reduction in ("average", 1, *none):
+        with pytest.raises(ValueError, match=rf"reduction must be {allowed}, got {reduction!r}"):
             entry.module(reduction=reduction)
     module = entry.module()
     module.reduction = "average"

@@ -55,10 +55,10 @@ def check_against_float64(entry, logits, target, **options):
 @pytest.mark.parametrize("name", fl.LOSSES)
 def test_matches_float64_reference(name, shape, dtype, device):
     logits, target, weight, sample_weight = make_problem(shape, dtype, device)
-    for reduction in ("none", "mean", "sum"):
+    for reduction in fl.LOSSES[name].reductions:
         check_against_float64(fl.LOSSES[name], logits, target, reduction=reduction)
     options = {"weight": weight, "sample_weight": sample_weight, "logit_bias": 1.5}
-    for reduction in ("none", "mean"):
+    for reduction in fl.LOSSES[name].reductions:
         check_against_float64(fl.LOSSES[name], logits, target, reduction=reduction, **options)
 
 
@@ -95,6 +95,24 @@ def test_cross_entropy_is_torchs(reduction, smoothing, weighted, device):
     )
 
 
+def bi_tempered_by_hand():
+    """Defaults t1 = 0.8, t2 = 1.2: exp_t2(x) = (1 - x / 5)^-5, log_t1(x) = 5 (x^(1/5) - 1)."""
+
+    def total(x):
+        return 1 + (1 - x / 5) ** -5  # the other logit, shifted by the maximum, is 0
+
+    x = -math.log(3)
+    for _ in range(5):
+        x = -math.log(3) * total(x) ** -0.2
+    root = 5 * (total(x) ** 0.2 - 1)  # -log_t2(1 / total)
+    p = (1 + (math.log(3) + root) / 5) ** -5, (1 + root / 5) ** -5
+    return 5 * (1 - p[0] ** 0.2) - (1 - p[0] ** 1.2 - p[1] ** 1.2) / 1.2
+
+
+NCE = math.log(4) / (math.log(4) + math.log(4 / 3))
+NFL = math.sqrt(0.75) * math.log(4) / (math.sqrt(0.75) * math.log(4) + math.sqrt(0.25) * math.log(4 / 3))
+RCE = 0.75 * 4 * math.log(10)
+
 # p_y = 1/4: logits (0, log 3) and label 0.
 HAND_WORKED = {
     "cross_entropy": math.log(4),
@@ -103,13 +121,24 @@ HAND_WORKED = {
     "agce": (1.6**0.6 - 0.85**0.6) / 0.6,
     "aue": (5.25**3 - 4.5**3) / 3,
     "ae": math.exp(-0.1),
-    "rce": 0.75 * 4 * math.log(10),
-    "sce": 0.1 * math.log(4) + 0.75 * 4 * math.log(10),
+    "rce": RCE,
+    "sce": 0.1 * math.log(4) + RCE,
     "taylor_ce": 0.75 + 0.75**2 / 2,
     "phuber_ce": math.log(4),
     "js": (-0.5 * math.log(0.625) + 0.125 * math.log(0.4) + 0.375 * math.log(2)) / (0.5 * math.log(2)),
     "focal": 0.5625 * math.log(4),
     "bounded_ce": math.log(1.1 / 0.35),
+    "nce": NCE,
+    "nfl": NFL,
+    "ngce": (1 - 0.25**0.7) / (2 - 0.25**0.7 - 0.75**0.7),
+    "nce_mae": NCE + 0.75,
+    "nce_rce": NCE + RCE,
+    "nfl_mae": NFL + 0.75,
+    "nfl_rce": NFL + RCE,
+    "nce_agce": NCE + 4 * (7**1.5 - 6.25**1.5) / 1.5,
+    "bi_tempered": bi_tempered_by_hand(),
+    "hem": (math.log(3) + 0.2) / (1 + 1e-6) ** 2,  # one survivor, one active row
+    "multi_margin": (math.log(3) + 1) / 2,
 }
 
 

@@ -1,0 +1,147 @@
+"""How a loss is declared by its plain PyTorch formula: the fused function, the reference and the registry entry."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from fused_losses import _ops
+from fused_losses._common import LOSSES, LogitBias, LossEntry, RowLossFunction, resolve_logit_bias
+from fused_losses._parameters import Rule
+from fused_losses._reference import REDUCTIONS, REFERENCES, Reference, Rows
+
+Formula = Callable[..., Tensor]
+FORMULAS: dict[str, Formula] = {}  # of rows and the loss's parameters; sums of losses are built from them
+
+_OPTIONS_DOC = """
+    Args:
+        logits: ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``, any strides; float64, float32, float16 or bfloat16.
+            Channels-last and NCHW images are read in place.
+        target: class indices in ``[0, C)`` or ``ignore_index``, the shape of ``logits`` without its class
+            dimension; int64, int32, int16 or uint8.
+{own}        weight: class weights ``(C,)``; a row counts ``weight[target]``.
+        ignore_index: rows with this target have loss and gradient zero and do not count in the mean.
+        reduction: ``"none"`` (weighted loss per row), ``"sum"``, or ``"mean"``: sum of weighted losses over sum of
+            weights; 0 with zero gradient where that sum is 0 (``torch`` gives NaN).{reduction}
+        logit_bias: added to the target's logit before the softmax (2306.05497): a number, a 0-dim tensor, or
+            ``"auto"``, which solves Eq. 4 for the number of classes (:func:`fused_losses.calibration.solve_logit_bias`,
+            not below 0).
+        sample_weight: weight per row, the shape of ``target``.
+
+    Returns:
+        The loss in float32, float64 for float64 logits; a scalar unless ``reduction="none"``.
+
+    Raises:
+        ValueError: a hyper-parameter out of range, an unknown ``reduction``, mismatching batch sizes.
+        RuntimeError: shapes or dtypes that do not fit.
+        IndexError: a target out of range (on CUDA: a device assertion).
+"""
+
+_COMMON = [
+    inspect.Parameter("weight", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="Tensor | None"),
+    inspect.Parameter("ignore_index", inspect.Parameter.KEYWORD_ONLY, default=-100, annotation="int"),
+    inspect.Parameter("reduction", inspect.Parameter.KEYWORD_ONLY, default="mean", annotation="str"),
+    inspect.Parameter("logit_bias", inspect.Parameter.KEYWORD_ONLY, default=0.0, annotation="float | Tensor | str"),
+    inspect.Parameter("sample_weight", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="Tensor | None"),
+]
+
+
+class FunctionFactory(Protocol):
+    """Makes the public function of the loss ``name`` on top of the fused operator or its reference."""
+
+    def __call__(self, name: str, operator: Callable[..., Tensor]) -> RowLossFunction:
+        """Makes the function."""
+
+
+def _make_function(name: str, operator: Callable[..., Tensor]) -> RowLossFunction:
+    def function(
+        logits: Tensor,
+        target: Tensor,
+        *,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        logit_bias: LogitBias = 0.0,
+        sample_weight: Tensor | None = None,
+        **parameters: Any,
+    ) -> Tensor:
+        params = LOSSES[name].pack(parameters)
+        bias, bias_tensor = resolve_logit_bias(logit_bias, logits)
+        return operator(logits, target, weight, sample_weight, bias_tensor, name, params, bias, ignore_index, reduction)
+
+    return function
+
+
+def _describe(
+    made: RowLossFunction, formula: Formula, own: list[inspect.Parameter], reduction: tuple[Any, str]
+) -> None:
+    """Gives ``made`` the name, place and docstring of ``formula`` and the signature that users see."""
+    default_reduction, reduction_doc = reduction
+    tensors = [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation="Tensor")
+        for name in ("logits", "target")
+    ]
+    keywords = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+    common = [p.replace(default=default_reduction) if p.name == "reduction" else p for p in _COMMON]
+    summary, _, own_doc = (inspect.getdoc(formula) or "").partition("\nArgs:\n")
+    own_doc = "".join(f"        {line}\n" for line in inspect.cleandoc(own_doc).splitlines())
+    made.__name__ = made.__qualname__ = formula.__name__  # type: ignore[attr-defined]
+    made.__module__ = formula.__module__
+    made.__doc__ = summary.rstrip() + "\n" + _OPTIONS_DOC.format(own=own_doc, reduction=reduction_doc)
+    made.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [*tensors, *keywords, *common], return_annotation="Tensor"
+    )
+
+
+def loss_of_row(
+    ranges: dict[str, Rule],
+    *,
+    constants: tuple[float, ...] = (),
+    reductions: tuple[str, ...] = REDUCTIONS,
+    reduction: tuple[Any, str] = ("mean", ""),
+    make_function: FunctionFactory = _make_function,
+) -> Callable[[Formula], RowLossFunction]:
+    """Declares a loss by its formula on :class:`Rows`.
+
+    Decorates ``x_loss(rows, own parameters)``, which gives each row's value without weights and is the reference; its
+    name, defaults and docstring become those of the fused function. ``ranges`` gives what each parameter may be in the
+    order of the C++ struct, which is that of the formula too; ``constants`` are appended to them. ``reduction`` is the
+    default and what the docstring says of reductions beyond the usual three.
+    """
+
+    def decorate(formula: Formula) -> RowLossFunction:
+        name = formula.__name__.removesuffix("_loss")
+        own = [p for p in inspect.signature(formula).parameters.values() if p.name in ranges]
+        rules = tuple(ranges.values())
+
+        def evaluate(rows: Rows, weight: Tensor | None, params: Sequence[Any]) -> Tensor:
+            values = [rule.unpack(number) for rule, number in zip(rules, params, strict=False)]
+            return rows.class_weight * formula(rows, *values, *params[len(rules) :])
+
+        FORMULAS[name] = formula
+        REFERENCES[name] = Reference(evaluate, reductions)
+        function, reference = (make_function(name, op) for op in (_ops.row_loss, _ops.row_loss_reference))
+        for made in (function, reference):
+            _describe(made, formula, own, reduction)
+        defaults = {p.name: p.default for p in own}
+        LOSSES[name] = LossEntry(name, function, reference, defaults, ranges, constants, reductions)
+        return function
+
+    return decorate
+
+
+def loss_of_target(*, constants: tuple[float, ...] = (), **ranges: Rule) -> Callable[[Formula], RowLossFunction]:
+    """Declares a loss that is a function of ``t = log p_y``: ``x_loss(t, own parameters)``; see :func:`loss_of_row`."""
+
+    def decorate(formula: Formula) -> RowLossFunction:
+        @functools.wraps(formula)  # its name, docstring and signature
+        def of_row(rows: Rows, *params: Any) -> Tensor:
+            return formula(rows.log_p, *params)
+
+        return loss_of_row(ranges, constants=constants)(of_row)
+
+    return decorate

@@ -1,0 +1,137 @@
+"""What a hyper-parameter may be: checks with one kind of message, and the number that the operators get for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Rule(Protocol):
+    """The allowed values of a hyper-parameter."""
+
+    def pack(self, name: str, value: Any) -> float:
+        """The operator's number for ``value``; raises naming the argument, the rule and the value."""
+
+    def unpack(self, number: Any) -> Any:
+        """The value that ``number`` stands for."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers; ``rule`` completes the sentence "x must ..."."""
+
+    rule: str
+    holds: Callable[[Any], bool]
+
+    def pack(self, name: str, value: Any) -> float:
+        """``value`` itself. Raises a ValueError where it is out of range, a TypeError where it is no number."""
+        if value.__class__ is float and self.holds(value):  # nearly always
+            return value
+        if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        if not self.holds(value):
+            raise ValueError(f"{name} must {self.rule}, got {value}")
+        return value  # type: ignore[return-value]  # symbolic while tracing
+
+    def unpack(self, number: Any) -> Any:
+        """``number`` itself."""
+        return number
+
+
+# The bounds exclude NaN and infinities; math.isfinite would break tracing with symbolic floats.
+finite = Range("satisfy -inf < value < inf", lambda v: -math.inf < v < math.inf)
+positive = Range("satisfy 0 < value < inf", lambda v: 0.0 < v < math.inf)
+non_negative = Range("satisfy 0 <= value < inf", lambda v: 0.0 <= v < math.inf)
+above_one = Range("satisfy 1 < value < inf", lambda v: 1.0 < v < math.inf)
+fraction = Range("satisfy 0 < value < 1", lambda v: 0.0 < v < 1.0)
+closed_fraction = Range("be between 0.0 and 1.0", lambda v: 0.0 <= v <= 1.0)
+positive_integer = Range("be an integer >= 1", lambda v: 1.0 <= v < math.inf and v == int(v))
+
+
+@dataclass(frozen=True)
+class Switch:
+    """True or False; 1 or 0 to the operator."""
+
+    def pack(self, name: str, value: Any) -> float:
+        """1.0 or 0.0. Raises a TypeError unless ``value`` is a bool."""
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+        return float(value)
+
+    def unpack(self, number: Any) -> Any:
+        """True or False."""
+        return bool(number)
+
+
+switch = Switch()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of some strings; the operator gets its position."""
+
+    options: tuple[str, ...]
+
+    def pack(self, name: str, value: Any) -> float:
+        """The position of ``value`` among the options. Raises a ValueError unless it is one of them."""
+        if value not in self.options:
+            raise ValueError(f"{name} must be {one_of(self.options)}, got {value!r}")
+        return float(self.options.index(value))
+
+    def unpack(self, number: Any) -> Any:
+        """The option at that position."""
+        return self.options[int(number)]
+
+
+@dataclass(frozen=True)
+class OrNone:
+    """A range or None, for which the operator gets 0."""
+
+    range: Range
+
+    def pack(self, name: str, value: Any) -> float:
+        """``value``, or 0.0 for None. Raises as the range does."""
+        return 0.0 if value is None else self.range.pack(name, value)
+
+    def unpack(self, number: Any) -> Any:
+        """None for 0."""
+        return None if number == 0.0 else number
+
+
+@dataclass(frozen=True)
+class OrTensor:
+    """A range, or a floating point tensor, 0-dim or one entry per class, which the operator gets as it is."""
+
+    range: Range
+
+    def pack(self, name: str, value: Any) -> float:
+        """``value``, or 0.0 to hold the place of a tensor. Entries of a tensor are not read: that may synchronise."""
+        if not isinstance(value, Tensor):
+            return self.range.pack(name, value)
+        if value.dim() > 1 or not value.is_floating_point():
+            raise ValueError(
+                f"{name} must be a number or a floating point tensor, 0-dim or of shape (C,), got a tensor of shape "
+                f"{tuple(value.shape)} and dtype {value.dtype}"
+            )
+        return 0.0
+
+    def unpack(self, number: Any) -> Any:
+        """The number or the tensor itself."""
+        return number
+
+    def check_entries(self, name: str, value: float | Tensor) -> None:
+        """Raises unless every entry of a tensor is in the range. For constructors: it reads the tensor."""
+        if isinstance(value, Tensor) and not value.is_meta:
+            for entry in value.detach().flatten().tolist():
+                self.range.pack(f"every entry of {name}", entry)
+
+
+def one_of(options: tuple[str, ...]) -> str:
+    """The options as words: ``'none', 'mean' or 'sum'``."""
+    *most, last = map(repr, options)
+    return f"{', '.join(most)} or {last}"

@@ -1,0 +1,199 @@
+"""Losses of the errors beyond a margin: the high error margin loss and the multi-class margin loss.
+
+2501.12191. Each loss: the plain PyTorch formula, decorated into the fused function, then its Module. The C++ twins
+are in ``csrc/losses/margin_losses.h``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from fused_losses._common import LOSSES, LogitBias, RowLossFunction, RowLossModule, RowLossOptions, resolve_logit_bias
+from fused_losses._declare import loss_of_row
+from fused_losses._parameters import Choice, OrTensor, non_negative, switch
+from fused_losses._reference import ACTIVE_REDUCTIONS, Rows
+
+# Beside a count of classes, as the reference code of 2501.12191 has it.
+COUNT_GUARD = 1e-6
+
+_margin = OrTensor(non_negative)
+_ACTIVE_DOC = """
+            ``"active_mean"``: sum of weighted losses over 1e-6 + the sum of weights of rows whose loss is not 0."""
+
+
+def _make_function(name: str, operator: Callable[..., Tensor]) -> RowLossFunction:
+    by_switch = name == "multi_margin"
+    default = None if by_switch else "active_mean"
+
+    def function(
+        logits: Tensor,
+        target: Tensor,
+        *,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str | None = default,
+        logit_bias: LogitBias = 0.0,
+        sample_weight: Tensor | None = None,
+        **parameters: Any,
+    ) -> Tensor:
+        params = LOSSES[name].pack(parameters)
+        margin = parameters.get("margin")
+        margin_tensor = margin if isinstance(margin, Tensor) else None
+        bias, bias_tensor = resolve_logit_bias(logit_bias, logits)
+        if reduction is None and by_switch:
+            reduction = _default_reduction(parameters.get("mean_above_zero", False))
+        return operator(
+            logits,
+            target,
+            weight,
+            sample_weight,
+            bias_tensor,
+            margin_tensor,
+            name,
+            params,
+            bias,
+            ignore_index,
+            reduction,
+        )
+
+    return function
+
+
+def _default_reduction(mean_above_zero: bool) -> str:
+    return "active_mean" if mean_above_zero else "mean"
+
+
+def _per_class(rows: Rows, margin: float | Tensor, of_competitor: bool) -> Tensor:
+    """The margin in the shape of logits, or one that broadcasts with it."""
+    if not isinstance(margin, Tensor):
+        return torch.full((), margin, dtype=rows.logits.dtype, device=rows.logits.device)
+    margin = margin.to(rows.logits)
+    if margin.dim() == 0:
+        return margin
+    if margin.shape != (rows.num_classes,):
+        raise ValueError(f"margin must be 0-dim or of shape ({rows.num_classes},), got {tuple(margin.shape)}")
+    if not of_competitor:
+        return margin[rows.target].unsqueeze(rows.dim)
+    return margin.view([-1 if d == rows.dim else 1 for d in range(rows.logits.dim())])
+
+
+def _margin_value(rows: Rows, margin: Tensor, mean_above_zero: bool, threshold: bool) -> Tensor:
+    """The errors ``e_j = max(0, z_j - z_y + margin)``, ``e_y = 0``, of those that count, over C or their number.
+
+    The threshold and the number are constants for every derivative.
+    """
+    logits, dim = rows.logits, rows.dim
+    index = rows.target.unsqueeze(dim)
+    raw = logits - logits.gather(dim, index) + margin
+    is_target = torch.zeros_like(logits, dtype=torch.bool).scatter(dim, index, True)
+    # The comparison also drops a masked class, -inf, beside a target of -inf.
+    errors = torch.where((raw > 0.0) & ~is_target, raw, 0.0)
+    counted = errors > 0.0
+    if threshold:
+        counted = counted & (errors >= errors.detach().sum(dim, keepdim=True) / rows.num_classes)
+    total = torch.where(counted, errors, 0.0).sum(dim)
+    number = counted.to(logits.dtype).sum(dim)
+    value = total / (number + COUNT_GUARD if mean_above_zero else rows.num_classes)
+    # Comparisons hide NaN, and +inf at the target looks like a row without errors: such rows become NaN as a whole.
+    spoiled = ~((logits < math.inf) & (margin < math.inf)).all(dim)
+    nothing = torch.where(spoiled.unsqueeze(dim), logits, 0.0) * math.nan
+    return torch.where(spoiled, nothing.sum(dim), value)
+
+
+@loss_of_row(
+    {"margin": _margin, "margin_index": Choice(("target", "competitor"))},
+    make_function=_make_function,
+    reductions=ACTIVE_REDUCTIONS,
+    reduction=("active_mean", _ACTIVE_DOC),
+)
+def hem_loss(rows: Rows, margin: float | Tensor = 0.2, margin_index: str = "target") -> Tensor:
+    """High error margin loss: the mean of the errors that are at least the mean error. 2501.12191.
+
+    Classes whose logit comes closer to the target's than ``margin`` are errors,
+    ``e_j = max(0, z_j - z_y + margin)`` for ``j != y`` and ``e_y = 0``. Of these, the loss averages those
+    with ``e_j >= (1 / C) sum_i e_i`` and ``e_j > 0``: their sum over ``1e-6 +`` their number. No softmax; not bounded;
+    rows that satisfy every margin have loss and gradient 0, and the default reduction leaves them out. The threshold
+    and the numbers are constants for every derivative. Worked example: errors [0, 0, 0.5, 0.3] have mean 0.2, and the
+    loss is 0.4. A logit of -inf is a masked class; NaN, or +inf, anywhere in a row makes its loss and gradient NaN.
+
+    A margin per class is HEM+. The paper's text names the competitor's margin, its code weighs by the target's; only
+    the latter enlarges the margin of rare classes, so it is the default. The 1e-6 are those of the code; the target's
+    zero counts in C.
+
+    Args:
+        margin: >= 0; a number, a 0-dim tensor, or one margin per class ``(C,)``.
+        margin_index: whose margin counts where there is one per class: ``"target"`` or ``"competitor"``.
+    """
+    of_competitor = margin_index == "competitor"
+    return _margin_value(rows, _per_class(rows, margin, of_competitor), mean_above_zero=True, threshold=True)
+
+
+class HEMLoss(RowLossModule, stem="hem"):
+    """Module form of :func:`hem_loss`; ``reduction`` is ``"active_mean"`` unless given."""
+
+    margin: float | Tensor
+    margin_index: str
+
+    def __init__(
+        self, margin: float | Tensor = 0.2, margin_index: str = "target", **options: Unpack[RowLossOptions]
+    ) -> None:
+        options.setdefault("reduction", "active_mean")
+        super().__init__({"margin": margin, "margin_index": margin_index}, **options)
+        _margin.check_entries("margin", margin)
+
+
+@loss_of_row(
+    {"margin": _margin, "mean_above_zero": switch, "threshold": switch},
+    make_function=_make_function,
+    reductions=ACTIVE_REDUCTIONS,
+    reduction=(None, _ACTIVE_DOC + '\n            None: ``"active_mean"`` with ``mean_above_zero``, else ``"mean"``.'),
+)
+def multi_margin_loss(
+    rows: Rows, margin: float | Tensor = 1.0, mean_above_zero: bool = False, threshold: bool = False
+) -> Tensor:
+    """Multi-class margin loss ``(1 / C) sum_j e_j``, ``e_j = max(0, z_j - z_y + margin)`` for ``j != y``.
+
+    :class:`torch.nn.MultiMarginLoss` with ``p=1``, and with the switches the ablations of 2501.12191 between it and
+    :func:`hem_loss`, which it is with both. Non-finite logits are treated as there. Class weights multiply a row's
+    loss and count in the mean's denominator (torch multiplies only).
+
+    Args:
+        margin: >= 0; a number, a 0-dim tensor, or one margin per class ``(C,)``, of which the target's counts.
+        mean_above_zero: divide by ``1e-6 +`` the number of errors that count, not by C ("+maz").
+        threshold: count errors that are at least the mean ``(1 / C) sum_j e_j`` only ("+thres").
+    """
+    return _margin_value(rows, _per_class(rows, margin, False), mean_above_zero, threshold)
+
+
+class MultiMarginLoss(RowLossModule, stem="multi_margin"):
+    """Module form of :func:`multi_margin_loss`; its default reduction is settled when it is made."""
+
+    margin: float | Tensor
+    mean_above_zero: bool
+    threshold: bool
+
+    def __init__(
+        self,
+        margin: float | Tensor = 1.0,
+        mean_above_zero: bool = False,
+        threshold: bool = False,
+        *,
+        reduction: str | None = None,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        logit_bias: LogitBias = 0.0,
+    ) -> None:
+        super().__init__(
+            {"margin": margin, "mean_above_zero": mean_above_zero, "threshold": threshold},
+            reduction=_default_reduction(mean_above_zero) if reduction is None else reduction,
+            weight=weight,
+            ignore_index=ignore_index,
+            logit_bias=logit_bias,
+        )
+        _margin.check_entries("margin", margin)

@@ -1,0 +1,283 @@
+"""Losses divided by their sum over all labels, which makes any loss symmetric, and their sums with a passive loss.
+
+"Normalized Loss Functions for Deep Learning with Noisy Labels", 2006.13554 (Eq. 3 and 8 and section 4). Each loss: the
+plain PyTorch formula, decorated into the fused function, then its Module. The C++ twins are in
+``csrc/losses/normalized_losses.h``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from fused_losses._common import RowLossModule, RowLossOptions
+from fused_losses._declare import FORMULAS, loss_of_row
+from fused_losses._parameters import non_negative, positive, switch
+from fused_losses._reference import Rows, focal_term
+from fused_losses.softmax import RCE_A
+
+
+def _require_two_classes(rows: Rows) -> None:
+    if rows.num_classes < 2:
+        raise ValueError(f"logits must have at least two classes, got shape {list(rows.logits.shape)}")
+
+
+@loss_of_row({})
+def nce_loss(rows: Rows) -> Tensor:
+    """Normalised cross entropy: ``log p_y / sum_j log p_j``. 2006.13554 Eq. 8.
+
+    In (0, 1), and symmetric: its sum over all labels is 1, so symmetric label noise does not move its minimum. Alone
+    it underfits; the sums with a passive loss (:func:`nce_mae_loss` and the like) are made to be trained with. Needs
+    at least two classes. A class masked by a logit of -inf makes the denominator infinite and the loss 0.
+    """
+    _require_two_classes(rows)
+    return rows.log_p / rows.log_probs.sum(rows.dim)
+
+
+class NCELoss(RowLossModule, stem="nce"):
+    """Module form of :func:`nce_loss`."""
+
+    def __init__(self, **options: Unpack[RowLossOptions]) -> None:
+        super().__init__({}, **options)
+
+
+@loss_of_row({"gamma": non_negative, "detach": switch})
+def nfl_loss(rows: Rows, gamma: float = 0.5, detach: bool = True) -> Tensor:
+    """Normalised focal loss: ``n_y / sum_j n_j`` with ``n_j = -(1 - p_j)^gamma log p_j``.
+
+    In [0, 1] and symmetric, as :func:`nce_loss`, which it is for ``gamma = 0``. 2006.13554 Eq. 3 applied to the focal
+    loss. 2306.05497 Table 1 prints the factor inside the logarithm, which is no sensible loss; this follows the code.
+    Needs at least two classes.
+
+    Args:
+        gamma: focusing exponent, >= 0.
+        detach: whether ``(1 - p_j)^gamma`` is a constant in every derivative, as in the papers' code; False gives the
+            exact gradient.
+    """
+    _require_two_classes(rows)
+    log_probs = rows.log_probs
+    if detach and gamma != 0.0:
+        terms = -(-torch.expm1(log_probs.detach())).pow(gamma) * log_probs
+    else:
+        terms = focal_term(log_probs, gamma)
+    return rows.of_target(terms) / terms.sum(rows.dim)
+
+
+class NFLLoss(RowLossModule, stem="nfl"):
+    """Module form of :func:`nfl_loss`."""
+
+    gamma: float
+    detach: bool
+
+    def __init__(self, gamma: float = 0.5, detach: bool = True, **options: Unpack[RowLossOptions]) -> None:
+        super().__init__({"gamma": gamma, "detach": detach}, **options)
+
+
+@loss_of_row({"q": positive})
+def ngce_loss(rows: Rows, q: float = 0.7) -> Tensor:
+    """Normalised generalised cross entropy: ``(1 - p_y^q) / (C - sum_j p_j^q)``.
+
+    In [0, 1] and symmetric, as :func:`nce_loss`. 2006.13554 Eq. 3 applied to GCE (1805.07836). Nothing is clamped:
+    other code clamps p at 1e-7. Needs at least two classes; one masked by a logit of -inf counts in ``C``.
+
+    Args:
+        q: exponent, > 0.
+    """
+    _require_two_classes(rows)
+    missing = torch.expm1(q * rows.log_probs)  # p^q - 1; C - sum p^q as it stands would cancel
+    return rows.of_target(missing) / missing.sum(rows.dim)
+
+
+class NGCELoss(RowLossModule, stem="ngce"):
+    """Module form of :func:`ngce_loss`."""
+
+    q: float
+
+    def __init__(self, q: float = 0.7, **options: Unpack[RowLossOptions]) -> None:
+        super().__init__({"q": q}, **options)
+
+
+def _weighted(alpha: float, active: Tensor, beta: float, passive: Tensor) -> Tensor:
+    """``alpha active + beta passive``; a term of weight 0 is absent even where it is infinite."""
+    if alpha == 0.0:
+        return beta * passive
+    return alpha * active + beta * passive
+
+
+@loss_of_row({"alpha": non_negative, "beta": non_negative, "mae_scale": positive})
+def nce_mae_loss(rows: Rows, alpha: float = 1.0, beta: float = 1.0, mae_scale: float = 1.0) -> Tensor:
+    """``alpha NCE + beta MAE``, the active-passive loss NCE+MAE. 2006.13554 section 4; symmetric.
+
+    The papers' code has (alpha, beta) = (1, 10) for MNIST, (1, 1) for CIFAR-10, (10, 1) for CIFAR-100.
+
+    Args:
+        alpha: weight of normalised cross entropy, >= 0.
+        beta: weight of MAE, >= 0.
+        mae_scale: MAE is ``mae_scale (1 - p_y)``; 1 in 2006.13554, 2 in 2306.05497; > 0.
+    """
+    return _weighted(alpha, FORMULAS["nce"](rows), beta, FORMULAS["mae"](rows, mae_scale))
+
+
+class NCEMAELoss(RowLossModule, stem="nce_mae"):
+    """Module form of :func:`nce_mae_loss`."""
+
+    alpha: float
+    beta: float
+    mae_scale: float
+
+    def __init__(
+        self, alpha: float = 1.0, beta: float = 1.0, mae_scale: float = 1.0, **options: Unpack[RowLossOptions]
+    ) -> None:
+        super().__init__({"alpha": alpha, "beta": beta, "mae_scale": mae_scale}, **options)
+
+
+@loss_of_row({"alpha": non_negative, "beta": non_negative, "A": positive})
+def nce_rce_loss(rows: Rows, alpha: float = 1.0, beta: float = 1.0, A: float = RCE_A) -> Tensor:
+    """``alpha NCE + beta RCE``, the active-passive loss NCE+RCE. 2006.13554 section 4; symmetric.
+
+    The paper's code has (alpha, beta) = (1, 10) for MNIST, (1, 1) for CIFAR-10, (10, 0.1) for CIFAR-100; that of
+    2106.03110 has (1, 100), (1, 1), (10, 1).
+
+    Args:
+        alpha: weight of normalised cross entropy, >= 0.
+        beta: weight of reverse cross entropy, >= 0.
+        A: minus the log of zero in ``RCE = A (1 - p_y)``, > 0; the default is -log(1e-4) = 9.21.
+    """
+    return _weighted(alpha, FORMULAS["nce"](rows), beta, FORMULAS["rce"](rows, A))
+
+
+class NCERCELoss(RowLossModule, stem="nce_rce"):
+    """Module form of :func:`nce_rce_loss`."""
+
+    alpha: float
+    beta: float
+    A: float
+
+    def __init__(
+        self, alpha: float = 1.0, beta: float = 1.0, A: float = RCE_A, **options: Unpack[RowLossOptions]
+    ) -> None:
+        super().__init__({"alpha": alpha, "beta": beta, "A": A}, **options)
+
+
+@loss_of_row(
+    {"alpha": non_negative, "beta": non_negative, "gamma": non_negative, "detach": switch, "mae_scale": positive}
+)
+def nfl_mae_loss(
+    rows: Rows,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    gamma: float = 0.5,
+    detach: bool = True,
+    mae_scale: float = 1.0,
+) -> Tensor:
+    """``alpha NFL + beta MAE``, the active-passive loss NFL+MAE. 2006.13554 section 4; symmetric.
+
+    Args:
+        alpha: weight of the normalised focal loss, >= 0.
+        beta: weight of MAE, >= 0.
+        gamma: focusing exponent, >= 0.
+        detach: whether the focal factor is a constant in every derivative; see :func:`nfl_loss`.
+        mae_scale: MAE is ``mae_scale (1 - p_y)``; 1 in 2006.13554, 2 in 2306.05497; > 0.
+    """
+    return _weighted(alpha, FORMULAS["nfl"](rows, gamma, detach), beta, FORMULAS["mae"](rows, mae_scale))
+
+
+class NFLMAELoss(RowLossModule, stem="nfl_mae"):
+    """Module form of :func:`nfl_mae_loss`."""
+
+    alpha: float
+    beta: float
+    gamma: float
+    detach: bool
+    mae_scale: float
+
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        gamma: float = 0.5,
+        mae_scale: float = 1.0,
+        detach: bool = True,
+        **options: Unpack[RowLossOptions],
+    ) -> None:
+        super().__init__(
+            {"alpha": alpha, "beta": beta, "gamma": gamma, "mae_scale": mae_scale, "detach": detach}, **options
+        )
+
+
+@loss_of_row({"alpha": non_negative, "beta": non_negative, "gamma": non_negative, "detach": switch, "A": positive})
+def nfl_rce_loss(
+    rows: Rows,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    gamma: float = 0.5,
+    detach: bool = True,
+    A: float = RCE_A,
+) -> Tensor:
+    """``alpha NFL + beta RCE``, the active-passive loss NFL+RCE. 2006.13554 section 4; symmetric.
+
+    Args:
+        alpha: weight of the normalised focal loss, >= 0.
+        beta: weight of reverse cross entropy, >= 0.
+        gamma: focusing exponent, >= 0.
+        detach: whether the focal factor is a constant in every derivative; see :func:`nfl_loss`.
+        A: minus the log of zero in ``RCE = A (1 - p_y)``, > 0; the default is -log(1e-4) = 9.21.
+    """
+    return _weighted(alpha, FORMULAS["nfl"](rows, gamma, detach), beta, FORMULAS["rce"](rows, A))
+
+
+class NFLRCELoss(RowLossModule, stem="nfl_rce"):
+    """Module form of :func:`nfl_rce_loss`."""
+
+    alpha: float
+    beta: float
+    gamma: float
+    detach: bool
+    A: float
+
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        gamma: float = 0.5,
+        A: float = RCE_A,
+        detach: bool = True,
+        **options: Unpack[RowLossOptions],
+    ) -> None:
+        super().__init__({"alpha": alpha, "beta": beta, "gamma": gamma, "A": A, "detach": detach}, **options)
+
+
+@loss_of_row({"alpha": non_negative, "beta": non_negative, "a": positive, "q": positive})
+def nce_agce_loss(rows: Rows, alpha: float = 1.0, beta: float = 4.0, a: float = 6.0, q: float = 1.5) -> Tensor:
+    """``alpha NCE + beta AGCE``, with AGCE as in :func:`agce_loss`. 2106.03110.
+
+    The defaults are those of the paper's code for CIFAR-10; it has (alpha, beta, a, q) = (0, 1, 4, 0.2) for MNIST and
+    (10, 0.1, 1.8, 3) for CIFAR-100.
+
+    Args:
+        alpha: weight of normalised cross entropy, >= 0.
+        beta: weight of AGCE, >= 0.
+        a: offset of AGCE, > 0.
+        q: exponent of AGCE, > 0.
+    """
+    return _weighted(alpha, FORMULAS["nce"](rows), beta, FORMULAS["agce"](rows, a, q))
+
+
+class NCEAGCELoss(RowLossModule, stem="nce_agce"):
+    """Module form of :func:`nce_agce_loss`."""
+
+    alpha: float
+    beta: float
+    a: float
+    q: float
+
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        beta: float = 4.0,
+        a: float = 6.0,
+        q: float = 1.5,
+        **options: Unpack[RowLossOptions],
+    ) -> None:
+        super().__init__({"alpha": alpha, "beta": beta, "a": a, "q": q}, **options)
