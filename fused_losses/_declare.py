@@ -71,7 +71,9 @@ def _make_function(name: str, operator: Callable[..., Tensor]) -> RowLossFunctio
     ) -> Tensor:
         params = LOSSES[name].pack(parameters)
         bias, bias_tensor = resolve_logit_bias(logit_bias, logits)
-        return operator(logits, target, weight, sample_weight, bias_tensor, name, params, bias, ignore_index, reduction)
+        return operator(
+            logits, target, weight, sample_weight, bias_tensor, None, name, params, bias, ignore_index, reduction
+        )
 
     return function
 
