@@ -71,7 +71,9 @@ def _make_function(name: str, operator: Callable[..., Tensor]) -> RowLossFunctio
     ) -> Tensor:
         params = LOSSES[name].pack(parameters)
         bias, bias_tensor = resolve_logit_bias(logit_bias, logits)
-        return operator(logits, target, weight, sample_weight, bias_tensor, name, params, bias, ignore_index, reduction)
+        return operator(
+            logits, target, weight, sample_weight, bias_tensor, None, name, params, bias, ignore_index, reduction
+        )
 
     return function
 
@@ -86,12 +88,16 @@ def _describe(
         for name in ("logits", "target")
     ]
     keywords = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
-    common = [p.replace(default=default_reduction) if p.name == "reduction" else p for p in _COMMON]
+    annotation = "str" if isinstance(default_reduction, str) else "str | None"
+    common = [
+        p.replace(default=default_reduction, annotation=annotation) if p.name == "reduction" else p for p in _COMMON
+    ]
     summary, _, own_doc = (inspect.getdoc(formula) or "").partition("\nArgs:\n")
     own_doc = "".join(f"        {line}\n" for line in inspect.cleandoc(own_doc).splitlines())
     made.__name__ = made.__qualname__ = formula.__name__  # type: ignore[attr-defined]
     made.__module__ = formula.__module__
-    made.__doc__ = summary.rstrip() + "\n" + _OPTIONS_DOC.format(own=own_doc, reduction=reduction_doc)
+    options_doc = inspect.cleandoc(_OPTIONS_DOC.format(own=own_doc, reduction=reduction_doc))
+    made.__doc__ = f"{summary.rstrip()}\n\n{options_doc}\n"
     made.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [*tensors, *keywords, *common], return_annotation="Tensor"
     )

@@ -152,20 +152,22 @@ def row_loss_reference(
     weight: Tensor | None,
     sample_weight: Tensor | None,
     logit_bias_tensor: Tensor | None,
+    margin: Tensor | None,
     loss: str,
     params: Sequence[float],
     logit_bias: float,
     ignore_index: int,
     reduction: str,
 ) -> Tensor:
-    """The operator ``row_loss`` in plain PyTorch."""
+    """The operator ``row_loss`` in plain PyTorch; ``margin`` takes the place of the first of ``params``."""
     reference = REFERENCES[loss]
     check_reduction(reduction, reference.reductions)
     if target.is_floating_point() and reference.soft_target is not None:
         return reference.soft_target(logits, target, weight, sample_weight, params, reduction)
     bias = logit_bias if logit_bias_tensor is None else logit_bias_tensor
     rows = Rows.of(logits, target, weight, sample_weight, bias, ignore_index)
-    return rows.reduce(reference.evaluate(rows, weight, params), reduction)
+    values = params if margin is None else [margin, *params[1:]]
+    return rows.reduce(reference.evaluate(rows, weight, values), reduction)
 
 
 _ops.register_reference(row_loss_reference)

@@ -1,4 +1,4 @@
-"""The bi-tempered logistic loss. Its C++ twin is in ``csrc/losses/tempered_losses.h``."""
+"""The bi-tempered logistic loss. Its C++ twin is in ``csrc/losses/tempered.h``."""
 
 from __future__ import annotations
 
@@ -72,26 +72,26 @@ def _converged_normaliser(x: Tensor, t2: float, dim: int) -> Tensor:
     return root
 
 
-def _normaliser(logits: Tensor, t2: float, num_iters: int | None, dim: int) -> Tensor:
-    """Lambda, with the derivative of a root: ``dlambda/dz_j = p_j^t2 / sum_i p_i^t2``.
+def _log_probabilities(logits: Tensor, t2: float, num_iters: int | None, dim: int) -> tuple[Tensor, Tensor]:
+    """``log p_j`` and where p is 0, with ``dlambda/dz_j = p_j^t2 / sum_i p_i^t2``, the derivative of a root.
 
     The iteration itself is not differentiated. Two Newton steps from its result towards the sum that it reached (not
     towards 1) are zeros, so they keep the value to the last bit, but they are not constants: the first gives the first
     derivative, the second makes second derivatives right too.
     """
-    constant = logits.detach()
-    top = constant.amax(dim, keepdim=True)
+    top = logits.detach().amax(dim, keepdim=True)
     top = torch.where(top == math.inf, math.nan, top)  # spoils the whole row, as NaN does by itself
+    x = logits - top  # lambda is relative to the maximum from here on, lest a large one swallow its digits
+    constant = x.detach()
     if num_iters is None:
-        root = top + _converged_normaliser(constant - top, t2, dim)
+        root = _converged_normaliser(constant, t2, dim)
     else:
-        root = top + _published_normaliser(constant - top, t2, int(num_iters), dim)
+        root = _published_normaliser(constant, t2, int(num_iters), dim)
     for _ in range(2):
-        log_p, absent = _log_exp_t(logits - root, t2)
+        log_p, absent = _log_exp_t(x - root, t2)
         total = _sum_of_powers(log_p, absent, 1.0, dim)
-        reached = total.detach()
-        root = root + (total - reached) / _sum_of_powers(log_p, absent, t2, dim)
-    return root
+        root = root + (total - total.detach()) / _sum_of_powers(log_p, absent, t2, dim)
+    return _log_exp_t(x - root, t2)
 
 
 def _x_log_t(x: float, t: float) -> float:
@@ -134,7 +134,7 @@ def bi_tempered_loss(
     if t2 == 1.0:
         log_p, absent = rows.log_probs, rows.log_probs == -math.inf
     else:
-        log_p, absent = _log_exp_t(rows.logits - _normaliser(rows.logits, t2, num_iters, dim), t2)
+        log_p, absent = _log_probabilities(rows.logits, t2, num_iters, dim)
     if t1 == 1.0:
         log_t_p = torch.where(absent, -math.inf, log_p)
     else:

@@ -359,7 +359,8 @@ def _entry(name: str) -> LossEntry:
 
 def _allowed_values(loss: Loss, name: str) -> Callable[[float], bool]:
     """Tells which values of the parameter are in its range; raises if the loss has no such real parameter."""
-    from fused_losses._common import LOSSES, positive_integer
+    from fused_losses._common import LOSSES
+    from fused_losses._parameters import positive_integer
 
     if name == "logit_bias":
         return math.isfinite

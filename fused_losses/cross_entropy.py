@@ -105,6 +105,7 @@ def _cross_entropy(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
             weight,
             sample_weight,
             bias_tensor,
+            None,
             "cross_entropy",
             [label_smoothing],
             bias,

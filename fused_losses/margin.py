@@ -1,7 +1,7 @@
 """Losses of the errors beyond a margin: the high error margin loss and the multi-class margin loss.
 
 2501.12191. Each loss: the plain PyTorch formula, decorated into the fused function, then its Module. The C++ twins
-are in ``csrc/losses/margin_losses.h``.
+are in ``csrc/losses/margin.h``.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 "Normalized Loss Functions for Deep Learning with Noisy Labels", 2006.13554 (Eq. 3 and 8 and section 4). Each loss: the
 plain PyTorch formula, decorated into the fused function, then its Module. The C++ twins are in
-``csrc/losses/normalized_losses.h``.
+``csrc/losses/normalized.h``.
 """
 
 from __future__ import annotations

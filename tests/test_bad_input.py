@@ -158,7 +158,7 @@ def test_target(name, problem):
     for dtype, shown in [(torch.float32, "Float"), (torch.bool, "Bool"), (torch.int8, "Char")]:
         with pytest.raises(RuntimeError, match=rf"{name}: expected target dtype to be Long or Byte.*got {shown}"):
             function(logits, target.to(dtype))
-    with pytest.raises(RuntimeError, match="Expected floating point type for target with class prob.*got Long"):
+    with pytest.raises(RuntimeError, match=r"Expected floating point type for target with class prob.*got Long"):
         function(logits, target.unsqueeze(1).expand(4, 3))
     with pytest.raises(ValueError, match=r"Expected input batch_size \(4\) to match target batch_size \(3\)"):
         function(logits, target[:3])
@@ -168,7 +168,7 @@ def test_target(name, problem):
         function(logits.unsqueeze(2).expand(4, 3, 2), target.unsqueeze(1).expand(4, 3))
     with pytest.raises(RuntimeError, match=r"Expected target size \[\] for logits of shape \[3\], got \[4\]"):
         function(logits[0], target)
-    with pytest.raises(RuntimeError, match="target must be on the device of logits .*, got meta"):
+    with pytest.raises(RuntimeError, match=r"target must be on the device of logits .*, got meta"):
         function(logits, target.to("meta"))
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'target'"):
         function(logits)
@@ -221,16 +221,16 @@ def test_weights(name, problem):
         message = r"weight tensor should be defined either for all 3 classes or no classes but got .* of shape \["
         with pytest.raises(RuntimeError, match=message):
             function(logits, target, weight=torch.ones(shape, device=logits.device))
-    with pytest.raises(RuntimeError, match="weight must be a floating point tensor .*, got Long"):
+    with pytest.raises(RuntimeError, match=r"weight must be a floating point tensor .*, got Long"):
         function(logits, target, weight=torch.ones(3, dtype=torch.int64, device=logits.device))
-    with pytest.raises(RuntimeError, match="weight must be a floating point tensor on the device .* on meta"):
+    with pytest.raises(RuntimeError, match=r"weight must be a floating point tensor on the device .* on meta"):
         function(logits, target, weight=torch.ones(3, device="meta"))
     for shape in [(3,), (4, 1), ()]:
         with pytest.raises(RuntimeError, match=r"sample_weight must have one entry per row, shape \[4\], got \["):
             function(logits, target, sample_weight=torch.ones(shape, device=logits.device))
-    with pytest.raises(RuntimeError, match="sample_weight must be a floating point tensor .*, got Int"):
+    with pytest.raises(RuntimeError, match=r"sample_weight must be a floating point tensor .*, got Int"):
         function(logits, target, sample_weight=torch.ones(4, dtype=torch.int32, device=logits.device))
-    with pytest.raises(RuntimeError, match="type 'Optional.Tensor.' for argument 'weight'"):
+    with pytest.raises(RuntimeError, match=r"type 'Optional.Tensor.' for argument 'weight'"):
         function(logits, target, weight=[1.0, 1.0, 1.0])
     with pytest.raises(TypeError, match="buffer 'weight'"):
         fl.LOSSES[name].module(weight=[1.0, 1.0, 1.0])

@@ -28,11 +28,18 @@ struct MarginLoss {
         return {row.target_logit, row.margin, T(0), T(0), T(0), T(0)};
     }
 
-    // NaN stays NaN.
+    // NaN stays NaN and +inf becomes NaN: both spoil their row. A masked class (-inf) has no error.
     template <class T>
     FL_HD static T error(const State<T>& s, T z, T margin, math::mask_t<T> is_target, const T* params) {
+        const T infinity = T(std::numeric_limits<math::scalar_t<T>>::infinity());
         const T e = (z - s.target_logit) + math::select(Rule::competitors_margin(params), margin, s.margin);
-        return math::select(is_target | (e <= T(0)), T(0), e);
+        const T positive = math::select(is_target | (e <= T(0)) | (z == -infinity), T(0), e);
+        return math::select(z == infinity, nan<T>(), positive);
+    }
+
+    template <class T>
+    FL_HD static T nan() {
+        return T(std::numeric_limits<math::scalar_t<T>>::quiet_NaN());
     }
 
     // 1 for a kept error, else 0.
@@ -53,15 +60,16 @@ struct MarginLoss {
     template <class T>
     FL_HD static void end_pass(int pass, State<T>& s, const Sums<T, 2>& sums, const RowInputs<T>& row,
                                const T* params) {
-        // A NaN or an infinite target makes all of its row NaN, where comparisons would silently drop it.
-        const T poison = T(0) * (sums.v[0] + s.target_logit);
         if (pass == 0) {
-            s.threshold = math::select(Rule::uses_threshold(params), sums.v[0] / row.num_classes, T(0)) + poison;
+            s.threshold = math::select(Rule::uses_threshold(params), sums.v[0] / row.num_classes, T(0));
+            // Comparisons with NaN would silently drop it: a factor of every gradient carries it instead.
+            const T infinity = T(std::numeric_limits<math::scalar_t<T>>::infinity());
+            const auto finite = (sums.v[0] == sums.v[0]) & (s.target_logit < infinity) & (s.margin < infinity);
+            s.per_error = math::select(finite, T(1), nan<T>());
             return;
         }
         s.count = sums.v[1];
-        const T divisor = math::select(Rule::by_count(params), s.count + T(1e-6), row.num_classes);
-        s.per_error = T(1) / divisor + (poison + T(0) * s.threshold);
+        s.per_error = s.per_error / math::select(Rule::by_count(params), s.count + T(1e-6), row.num_classes);
         s.value = sums.v[0] * s.per_error;
     }
 

@@ -12,8 +12,10 @@ inline namespace FL_ISA {
 template <class T>
 FL_HD AffineRow<T> add(const AffineRow<T>& active, T alpha, const ValueSlope<T>& passive, T beta, T weight) {
     const T slope = beta * passive.slope;
-    return {weight * (alpha * active.value + beta * passive.value), weight * (alpha * active.alpha - slope),
-            weight * (alpha * active.beta + slope), weight * alpha * active.gamma};
+    // Without a share in the sum, what is not finite must not count either.
+    const auto times_alpha = [&](T x) { return math::select(alpha == T(0), T(0), alpha * x); };
+    return {weight * (times_alpha(active.value) + beta * passive.value), weight * (times_alpha(active.alpha) - slope),
+            weight * (times_alpha(active.beta) + slope), weight * times_alpha(active.gamma)};
 }
 
 // log p_y / sum_j log p_j. With S = -sum_j log p_j: n_j = -log p_j, W_j = 1.
