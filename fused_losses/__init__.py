@@ -21,6 +21,9 @@ from fused_losses.softmax import (
     SCELoss,
     TaylorCELoss,
 )
+from fused_losses.statistics import ClassStatistics, class_statistics
+from fused_losses.z_cross_entropy import ZErrorCrossEntropyLoss
+from fused_losses.z_error import ZErrorBCEWithLogitsLoss, ZMSELoss
 
 __version__ = build_info()["version"]
 
@@ -30,6 +33,7 @@ __all__ = [
     "AGCELoss",
     "AUELoss",
     "BoundedCELoss",
+    "ClassStatistics",
     "CrossEntropyLoss",
     "FocalLoss",
     "GCELoss",
@@ -39,8 +43,12 @@ __all__ = [
     "RCELoss",
     "SCELoss",
     "TaylorCELoss",
+    "ZErrorBCEWithLogitsLoss",
+    "ZErrorCrossEntropyLoss",
+    "ZMSELoss",
     "build_info",
     "calibration",
+    "class_statistics",
     "functional",
     "loss_names",
     "reference",
