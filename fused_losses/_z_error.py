@@ -1,4 +1,4 @@
-"""What the Z-Error losses share: options, operators (fused or plain), statistics over batches and processes, Module base."""
+"""What the Z-Error losses share: options, fused or plain operators, statistics over batches and ranks, Module base."""
 
 from __future__ import annotations
 
@@ -138,6 +138,7 @@ class ZErrorModule(nn.Module):
     mean and sum of squared deviations of every class, float64 ``(3, classes)``, empty before the first batch.
     """
 
+    threshold: Threshold
     running_moments: Tensor
 
     def __init__(
@@ -218,9 +219,9 @@ class ZErrorModule(nn.Module):
 
     def _shown(self) -> dict[str, Any]:
         """Options for ``repr``; those at their defaults are left out."""
-        threshold = self.threshold
+        threshold: Any = self.threshold
         if isinstance(threshold, Tensor):
-            threshold = threshold.item() if threshold.numel() == 1 else f"Tensor{list(threshold.shape)}"  # type: ignore[assignment]
+            threshold = threshold.item() if threshold.numel() == 1 else f"Tensor{list(threshold.shape)}"
         shown: dict[str, Any] = {"threshold": threshold}
         if self.reduction != "mean":
             shown["reduction"] = self.reduction

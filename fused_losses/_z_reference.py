@@ -153,8 +153,9 @@ def masked_loss(
     if statistic.startswith("mse"):
         values = (x - y).square()
     else:
-        factor = None if pos_weight is None else pos_weight.to(dtype)
-        values = F.binary_cross_entropy_with_logits(x, y, pos_weight=factor, reduction="none")
+        # torch's own function is not differentiable in pos_weight
+        factor = 1.0 if pos_weight is None else pos_weight.to(dtype)
+        values = -(factor * y * F.logsigmoid(x) + (1.0 - y) * F.logsigmoid(-x))
     weights = torch.ones_like(values) if sample_weight is None else sample_weight.to(dtype)
     kept = torch.where(mask, values * weights, 0.0)
     return reduce_rows(kept, torch.where(mask, weights, 0.0), reduction)

@@ -77,7 +77,9 @@ def _masked_loss(
     return ZErrorResult(loss, mask, scores) if return_mask else loss
 
 
-def _z_mse(ops: ZOps, source: Source, input: Tensor, target: Tensor, statistic: str, **options: Any) -> Any:
+def _z_mse(
+    ops: ZOps, source: Source, input: Tensor, target: Tensor, statistic: str, **options: Any
+) -> Tensor | ZErrorResult:
     word = choose("statistic", statistic, _MSE_STATISTICS)
     return _masked_loss(
         ops, source, input, target, 1, word, tail="both", min_count=2, keep_small=False, pos_weight=None, **options
@@ -95,7 +97,7 @@ def _z_bce(
     min_count: int,
     small_class: str,
     **options: Any,
-) -> Any:
+) -> Tensor | ZErrorResult:
     word, tail = choose("space", space, _BCE_SPACES), choose("sided", sided, SIDES)
     keep_small = check_small_class(min_count, small_class)
     if target.dim() == 1 and logits.dim() == 2 and logits.shape[1] == 1:
@@ -297,7 +299,7 @@ class ZMSELoss(ZErrorModule):
         self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None, *, return_mask: bool = False
     ) -> Tensor | ZErrorResult:
         """The loss of predictions ``input`` for ``target``; see :func:`z_mse_loss`."""
-        return _z_mse(  # type: ignore[no-any-return]
+        return _z_mse(
             FUSED,
             self._source(1, input.device),
             input,
@@ -353,7 +355,7 @@ class ZErrorBCEWithLogitsLoss(ZErrorModule):
         self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None, *, return_mask: bool = False
     ) -> Tensor | ZErrorResult:
         """The loss of ``logits`` for labels ``target``; see :func:`z_error_bce_with_logits`."""
-        return _z_bce(  # type: ignore[no-any-return]
+        return _z_bce(
             FUSED,
             self._source(groups_of(logits), logits.device),
             logits,
