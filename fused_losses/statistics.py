@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -97,36 +96,29 @@ class ClassStatistics:
         return self._of(all_reduce_moments(self.moments(), group))
 
 
-def _class_statistics(operator: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, int], ClassStatistics]:
-    def class_statistics(score: Tensor, target: Tensor, num_classes: int) -> ClassStatistics:
-        """Count, mean and unbiased standard deviation of ``score`` by class: one read, in float64.
+def class_statistics(score: Tensor, target: Tensor, num_classes: int) -> ClassStatistics:
+    """Count, mean and unbiased standard deviation of ``score`` by class: one read, in float64.
 
-        What Z-Error (2506.02154) compares rows with. Deterministic: the same bits for any number of threads.
+    What Z-Error (2506.02154) compares rows with. Deterministic: the same bits for any number of threads.
 
-        Args:
-            score: one number per row, the shape of ``target``; or logits ``(N, C)``, ``(N, C, d1, ...)`` whose
-                target's entry is the score. float64, float32, float16 or bfloat16, any strides.
-            target: class of every row; int64, int32, int16 or uint8. Rows outside ``[0, num_classes)``, such as an
-                ignore index, do not count, nor do rows whose score is not finite.
-            num_classes: C, at least 1.
+    Args:
+        score: one number per row, the shape of ``target``; or logits ``(N, C)``, ``(N, C, d1, ...)`` whose
+            target's entry is the score. float64, float32, float16 or bfloat16, any strides.
+        target: class of every row; int64, int32, int16 or uint8. Rows outside ``[0, num_classes)``, such as an
+            ignore index, do not count, nor do rows whose score is not finite.
+        num_classes: C, at least 1.
 
-        Returns:
-            :class:`ClassStatistics`, on the device of ``score`` and without a host synchronisation.
+    Returns:
+        :class:`ClassStatistics`, on the device of ``score`` and without a host synchronisation.
 
-        Raises:
-            ValueError: ``num_classes`` below 1, shapes that do not fit.
-            RuntimeError: dtypes that do not fit.
+    Raises:
+        ValueError: ``num_classes`` below 1, shapes that do not fit.
+        RuntimeError: dtypes that do not fit.
 
-        Example:
-            >>> class_statistics(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 1]), 2).mean
-            tensor([2., 5.], dtype=torch.float64)
-        """
-        moments = operator(score.detach(), target, num_classes, "class", -100)
-        statistics = ClassStatistics.from_moments(moments)
-        return ClassStatistics(statistics.count.long(), statistics.mean, statistics.std)
-
-    class_statistics.__qualname__ = "class_statistics"
-    return class_statistics
-
-
-class_statistics = _class_statistics(_ops.class_moments)
+    Example:
+        >>> class_statistics(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 1]), 2).mean
+        tensor([2., 5.], dtype=torch.float64)
+    """
+    moments = _ops.class_moments(score.detach(), target, num_classes, "class", -100)
+    statistics = ClassStatistics.from_moments(moments)
+    return ClassStatistics(statistics.count.long(), statistics.mean, statistics.std)

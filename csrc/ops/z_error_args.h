@@ -47,8 +47,6 @@ inline Statistic parse_statistic(std::string_view name) {
     return Statistic::kMseResidual;
 }
 
-inline bool is_binary(Statistic s) { return s == Statistic::kBceLogit || s == Statistic::kBceProb; }
-
 inline Tail parse_tail(std::string_view name) {
     if (name == "both") return Tail::kBoth;
     if (name == "low") return Tail::kLow;

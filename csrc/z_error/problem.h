@@ -40,6 +40,9 @@ enum class Statistic : std::uint8_t {
     kMseResidual,  // score: prediction - target
 };
 
+FL_HD bool is_regression(Statistic s) { return s >= Statistic::kMseTarget; }
+FL_HD bool is_binary(Statistic s) { return s == Statistic::kBceLogit || s == Statistic::kBceProb; }
+
 // Which rows are unlikely: far from the mean on both sides, or on the low or high side only. For the binary losses the
 // sides are those of label 1; label 0 is the mirror image.
 enum class Tail : std::uint8_t { kBoth, kLow, kHigh };

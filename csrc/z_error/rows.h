@@ -63,39 +63,39 @@ struct Row {
 };
 
 // -1: the row belongs to no group (ignored, missing, a label that is no class).
+FL_HD std::int64_t group_of_class(const ZProblem& p, std::int64_t target) {
+    return target == p.ignore_index || target < 0 || target >= p.num_groups ? -1 : target;
+}
+
+FL_HD std::int64_t group_of_label(const ZProblem& p, std::int64_t number, double label) {
+    const std::int64_t first = p.num_groups == 2 ? 0 : number % (p.num_groups / 2) * 2;
+    const bool positive = label == 1.0, known = positive | (label == 0.0);
+    return known ? first + positive : -1;
+}
+
 FL_HD std::int64_t group_of(const ZProblem& p, const Row& row) {
-    switch (p.statistic) {
-        case Statistic::kClassScore: {
-            const auto y = row.of<std::int64_t>(p.target);
-            return y == p.ignore_index || y < 0 || y >= p.num_groups ? -1 : y;
-        }
-        case Statistic::kBceLogit:
-        case Statistic::kBceProb: {
-            const auto label = row.of<double>(p.target);
-            const std::int64_t first = row.number % (p.num_groups / 2) * 2;
-            return label == 1.0 ? first + 1 : label == 0.0 ? first : -1;
-        }
-        default: return 0;
-    }
+    if (p.statistic == Statistic::kClassScore) return group_of_class(p, row.of<std::int64_t>(p.target));
+    if (is_regression(p.statistic)) return 0;
+    return group_of_label(p, row.number, row.of<double>(p.target));
 }
 
 // Half precision is exact in double: constant classes and ties come out as they are stored.
-FL_HD double score_of(const ZProblem& p, const Row& row, std::int64_t group) {
-    const auto input_at = [&](std::int64_t offset) { return read<double>(p.input, offset); };
-    const std::int64_t offset = p.input.stride.at(row.outer, row.inner);
-    switch (p.statistic) {
-        case Statistic::kClassScore: return input_at(p.gathers ? offset + group * p.class_stride : offset);
-        case Statistic::kBceLogit: return input_at(offset);
-        case Statistic::kBceProb: {
-            const double x = input_at(offset);
-            // An infinite logit has a finite probability but is still no number to learn from.
-            return is_finite(x) ? 1.0 / (1.0 + math::exp(-x)) : x;
-        }
-        case Statistic::kMseTarget: return row.of<double>(p.target);
-        default: break;
+FL_HD double score_from(Statistic statistic, double x, double target) {
+    switch (statistic) {
+        case Statistic::kMseTarget: return target;
+        case Statistic::kMseLoss: return (x - target) * (x - target);
+        case Statistic::kMseResidual: return x - target;
+        // An infinite logit has a finite probability but is still no number to learn from.
+        case Statistic::kBceProb: return is_finite(x) ? 1.0 / (1.0 + math::exp(-x)) : x;
+        default: return x;
     }
-    const double residual = input_at(offset) - row.of<double>(p.target);
-    return p.statistic == Statistic::kMseResidual ? residual : residual * residual;
+}
+
+FL_HD double score_of(const ZProblem& p, const Row& row, std::int64_t group) {
+    const std::int64_t offset = p.input.stride.at(row.outer, row.inner);
+    const double x = read<double>(p.input, p.gathers ? offset + group * p.class_stride : offset);
+    return is_regression(p.statistic) ? score_from(p.statistic, x, row.of<double>(p.target))
+                                      : score_from(p.statistic, x, 0.0);
 }
 
 struct Verdict {
@@ -103,30 +103,40 @@ struct Verdict {
     double z;  // standardised score; NaN without statistics
 };
 
+// What a group's statistics say about its rows.
+struct GroupRule {
+    double mean, std;  // std NaN: no statistics
+    double low, high;  // kept are rows with low <= z <= high
+    bool all;          // ... or all that are finite
+
+    FL_HD Verdict judge(double score) const {
+        const double z = (score - mean) / std;
+        const bool finite = is_finite(score);
+        return {finite && (all || (z >= low && z <= high)), finite ? z : std::numeric_limits<double>::quiet_NaN()};
+    }
+};
+
 // The rules of 2506.02154, with those rows dropped by selection that its code lets poison the sum.
-FL_HD Verdict judge(const ZProblem& p, std::int64_t group, double score) {
-    const double none = std::numeric_limits<double>::quiet_NaN();
-    if (group < 0 || !is_finite(score)) return {false, none};
+FL_HD GroupRule rule_of(const ZProblem& p, std::int64_t group) {
+    const double infinity = std::numeric_limits<double>::infinity();
     const double count = p.moments[group];
     // One row has no unbiased standard deviation.
-    if (!(count >= p.min_count && count > 1)) return {p.keep_small, none};
-    const double deviation = score - p.moments[p.num_groups + group];
-    double std = std::sqrt(p.moments[2 * p.num_groups + group] / (count - 1));
-    const bool regression = p.statistic >= Statistic::kMseTarget;
-    const bool constant = !regression && std < 1e-8;
-    if (regression) std += 1e-8;
-    const double z = deviation / (constant ? 1.0 : std);
-    if (constant) return {true, z};
+    if (!(count >= p.min_count && count > 1)) return {0, std::numeric_limits<double>::quiet_NaN(), 0, 0, p.keep_small};
+    GroupRule rule{p.moments[p.num_groups + group], std::sqrt(p.moments[2 * p.num_groups + group] / (count - 1)),
+                   -infinity, infinity, false};
+    if (is_regression(p.statistic)) {
+        rule.std += 1e-8;
+    } else if (rule.std < 1e-8) {
+        rule.std = 1;
+        rule.all = true;
+    }
     const std::int64_t which = group % p.num_thresholds;
     const double threshold =
         p.threshold.data ? read<double>(p.threshold, which * p.threshold.stride.inner) : p.thresholds[which];
-    const bool mirrored = (p.statistic == Statistic::kBceLogit || p.statistic == Statistic::kBceProb) && group % 2 == 0;
-    const double oriented = mirrored ? -z : z;
-    switch (p.tail) {
-        case Tail::kLow: return {oriented >= -threshold, z};
-        case Tail::kHigh: return {oriented <= threshold, z};
-        default: return {std::abs(z) <= threshold, z};
-    }
+    const bool mirrored = is_binary(p.statistic) && group % 2 == 0;
+    if (p.tail == Tail::kBoth || (p.tail == Tail::kLow) != mirrored) rule.low = -threshold;
+    if (p.tail == Tail::kBoth || (p.tail == Tail::kHigh) != mirrored) rule.high = threshold;
+    return rule;
 }
 
 template <class A>
@@ -134,21 +144,40 @@ struct ValueAndSlope {
     A value, slope;
 };
 
-// Loss of a kept row and its derivative in the input.
-//   squared error: (f - t)^2
+// softplus(s) = log(1 + exp(s)) and its derivative, from exp(-|s|); without branches.
+template <class A>
+FL_HD ValueAndSlope<A> softplus(A s) {
+    const bool above = s > A(0);
+    const A e = math::exp(math::select(above, -s, s));
+    return {math::select(above, s, A(0)) + math::log1p(e), math::select(above, A(1), e) / (A(1) + e)};
+}
+
+// Loss and derivative in the input of a kept row.
+//   squared error: (x - y)^2
 //   binary, label 1: pos_weight softplus(-x); label 0: softplus(x)
 template <class A>
-FL_HD ValueAndSlope<A> loss_of(const ZProblem& p, const Row& row, bool with_slope) {
-    const A x = row.of<A>(p.input), y = row.of<A>(p.target);
-    if (p.statistic >= Statistic::kMseTarget) return {(x - y) * (x - y), A(2) * (x - y)};
+FL_HD ValueAndSlope<A> squared_error(A x, A y) {
+    return {(x - y) * (x - y), A(2) * (x - y)};
+}
+
+template <class A>
+FL_HD ValueAndSlope<A> binary_loss(A x, A y, A pos_weight) {
     const bool positive = y == A(1);
-    A factor = A(1);
-    if (positive && p.pos_weight.data)
-        factor = read<A>(p.pos_weight, row.number % p.num_pos_weights * p.pos_weight.stride.inner);
-    const A s = positive ? -x : x;
-    const A e = math::exp(s > A(0) ? -s : s);  // exp(-|s|)
-    const A slope = with_slope ? factor * (s > A(0) ? A(1) : e) / (A(1) + e) : A(0);
-    return {factor * ((s > A(0) ? s : A(0)) + math::log1p(e)), positive ? -slope : slope};
+    const ValueAndSlope<A> plus = softplus(math::select(positive, -x, x));
+    const A factor = math::select(positive, pos_weight, A(1));
+    return {factor * plus.value, math::select(positive, -factor, factor) * plus.slope};
+}
+
+template <class A>
+FL_HD A pos_weight_of(const ZProblem& p, std::int64_t number) {
+    if (!p.pos_weight.data) return A(1);
+    return read<A>(p.pos_weight, p.num_pos_weights == 1 ? 0 : number % p.num_pos_weights * p.pos_weight.stride.inner);
+}
+
+template <class A>
+FL_HD ValueAndSlope<A> loss_of(const ZProblem& p, const Row& row) {
+    const A x = row.of<A>(p.input), y = row.of<A>(p.target);
+    return is_regression(p.statistic) ? squared_error(x, y) : binary_loss(x, y, pos_weight_of<A>(p, row.number));
 }
 
 // Weighted loss of a kept row, its weight: what the mean is made of. Zero for a dropped row, whatever it holds.
@@ -161,21 +190,25 @@ template <class A>
 FL_HD Share<A> share_of(const ZProblem& p, const Row& row, bool kept) {
     if (!kept) return {A(0), A(0)};
     const A weight = p.sample_weight.data ? row.of<A>(p.sample_weight) : A(1);
-    return {weight * loss_of<A>(p, row, false).value, weight};
+    return {weight * loss_of<A>(p, row).value, weight};
 }
 
-// Judges a row, writes what is asked for, and returns whether it is kept.
-FL_HD bool mask_row(const ZProblem& p, const Row& row) {
-    const std::int64_t group = group_of(p, row);
-    const double score = group < 0 ? 0.0 : score_of(p, row, group);
-    const Verdict verdict = judge(p, group, score);
+// Writes what is asked for about a row's verdict.
+FL_HD void record(const ZProblem& p, const Row& row, std::int64_t group, const Verdict& verdict) {
     p.mask[row.number] = verdict.kept;
     if (p.scores) p.scores[row.number] = verdict.z;
-    if (p.kept_target) {
-        // A target out of range stays as it is: the loss has to complain about it.
-        const auto y = row.of<std::int64_t>(p.target);
-        p.kept_target[row.number] = group >= 0 && !verdict.kept ? p.ignore_index : y;
-    }
+    if (!p.kept_target) return;
+    // A target out of range stays as it is: the loss has to complain about it.
+    const auto y = row.of<std::int64_t>(p.target);
+    p.kept_target[row.number] = group >= 0 && !verdict.kept ? p.ignore_index : y;
+}
+
+// Judges a row and returns whether it is kept.
+FL_HD bool mask_row(const ZProblem& p, const Row& row) {
+    const std::int64_t group = group_of(p, row);
+    Verdict verdict{false, std::numeric_limits<double>::quiet_NaN()};
+    if (group >= 0) verdict = rule_of(p, group).judge(score_of(p, row, group));
+    record(p, row, group, verdict);
     return verdict.kept;
 }
 
@@ -186,7 +219,7 @@ FL_HD A gradient_of(const ZProblem& p, const Row& row) {
     const A divisor = p.divisor ? *static_cast<const A*>(p.divisor) : A(1);
     if (divisor == A(0)) return A(0);
     const A weight = p.sample_weight.data ? row.of<A>(p.sample_weight) : A(1);
-    return row.of<A>(p.upstream) * weight / divisor * loss_of<A>(p, row, true).slope;
+    return row.of<A>(p.upstream) * (A(1) / divisor) * weight * loss_of<A>(p, row).slope;
 }
 
 }  // namespace z_error
