@@ -39,12 +39,10 @@ TORCH_LIBRARY(fused_losses, m) {
 
     // ---- Z-Error (2506.02154) ----
     // Rows form groups and have scores, as `statistic` says:
-    //   "class"                                 target: class indices; score: one per row, or logits whose target's
-    //   entry
-    //                                           is the score
-    //   "bce_logit", "bce_prob"                 score: logits [N] or [N, T]; target: labels 0, 1, anything else is
-    //                                           missing; group 2 task + label
-    //   "mse_target", "mse_loss", "mse_residual"  score: predictions; target: numbers; one group
+    //   "class": target holds class indices; score is one number per row, or logits whose target's entry is the score
+    //   "bce_logit", "bce_prob": score holds logits [N] or [N, T], target labels 0 and 1 (anything else is missing);
+    //   group 2 task + label
+    //   "mse_target", "mse_loss", "mse_residual": score holds predictions, target numbers; one group
     // Count, mean and sum of squared deviations of every group's finite scores, float64 [3, num_classes]; zeros for a
     // group without rows. The same bits for any number of threads.
     m.def(
