@@ -32,10 +32,23 @@ from fused_losses.normalized import (
 from fused_losses.bi_tempered import BiTemperedLoss
 from fused_losses.margin import HEMLoss, MultiMarginLoss
 
+
 # isort: on
-from fused_losses import calibration, functional, reference
+from fused_losses import calibration, cutoffs, diagnostics, functional, margins, reference, schedules, scores
 from fused_losses._C import build_info, loss_names
 from fused_losses._common import LOSSES
+from fused_losses._z_error import ZErrorResult
+from fused_losses.cutoffs import (
+    CutoffCollector,
+    optimal_logit_cutoff_from_gaussians,
+    optimal_prob_cutoff_from_skewnorm,
+    z_error_inlier_mask,
+)
+from fused_losses.margins import hem_margin, hem_plus_margins
+from fused_losses.schedules import get_sigma_threshold
+from fused_losses.statistics import ClassStatistics, class_statistics
+from fused_losses.z_cross_entropy import ZErrorCrossEntropyLoss
+from fused_losses.z_error import ZErrorBCEWithLogitsLoss, ZMSELoss
 
 __version__ = build_info()["version"]
 
@@ -46,7 +59,9 @@ __all__ = [
     "AUELoss",
     "BiTemperedLoss",
     "BoundedCELoss",
+    "ClassStatistics",
     "CrossEntropyLoss",
+    "CutoffCollector",
     "FocalLoss",
     "GCELoss",
     "HEMLoss",
@@ -65,9 +80,25 @@ __all__ = [
     "RCELoss",
     "SCELoss",
     "TaylorCELoss",
+    "ZErrorBCEWithLogitsLoss",
+    "ZErrorCrossEntropyLoss",
+    "ZErrorResult",
+    "ZMSELoss",
     "build_info",
     "calibration",
+    "class_statistics",
+    "cutoffs",
+    "diagnostics",
     "functional",
+    "get_sigma_threshold",
+    "hem_margin",
+    "hem_plus_margins",
     "loss_names",
+    "margins",
+    "optimal_logit_cutoff_from_gaussians",
+    "optimal_prob_cutoff_from_skewnorm",
     "reference",
+    "schedules",
+    "scores",
+    "z_error_inlier_mask",
 ]

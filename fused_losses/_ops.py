@@ -28,6 +28,9 @@ torch.ops.load_library(str(_FOLDER / "libfused_losses_ops.so"))  # type: ignore[
 
 row_loss: Callable[..., Tensor] = torch.ops.fused_losses.row_loss.default
 row_loss_reference: Callable[..., Tensor] = torch.ops.fused_losses.row_loss_reference.default
+class_moments: Callable[..., Tensor] = torch.ops.fused_losses.class_moments.default
+z_error_mask: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.fused_losses.z_error_mask.default
+z_error_loss: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = torch.ops.fused_losses.z_error_loss.default
 
 _library = torch.library.Library("fused_losses", "IMPL")  # type: ignore[no-untyped-call]
 
@@ -36,3 +39,8 @@ def register_reference(implementation: Callable[..., Tensor]) -> None:
     """Makes ``implementation`` the operator ``row_loss_reference`` and the batching rule of ``row_loss``."""
     for name, key in [("row_loss_reference", "CompositeImplicitAutograd"), ("row_loss", "FuncTorchBatched")]:
         _library.impl(name, implementation, key)  # type: ignore[no-untyped-call]
+
+
+def register_z_error_reference(implementation: Callable[..., Tensor]) -> None:
+    """Makes ``implementation`` the operator ``z_error_loss_reference``."""
+    _library.impl("z_error_loss_reference", implementation, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]

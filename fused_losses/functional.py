@@ -27,6 +27,8 @@ from fused_losses.softmax import (
     sce_loss,
     taylor_ce_loss,
 )
+from fused_losses.z_cross_entropy import z_error_cross_entropy
+from fused_losses.z_error import z_error_bce_with_logits, z_mse_loss
 
 __all__ = [
     "ae_loss",
@@ -53,4 +55,7 @@ __all__ = [
     "rce_loss",
     "sce_loss",
     "taylor_ce_loss",
+    "z_error_bce_with_logits",
+    "z_error_cross_entropy",
+    "z_mse_loss",
 ]

@@ -1,4 +1,4 @@
-"""Layouts, target types, non-finite and extreme values, reductions, autograd's corners, threads and instruction sets."""
+"""Layouts, target types, non-finite and extreme values, reductions."""
 
 from __future__ import annotations
 

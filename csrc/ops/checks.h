@@ -110,7 +110,7 @@ inline void check_margin(const RowLossArgs& args) {
     TORCH_CHECK(at::isFloatingType(margin.scalar_type()) && margin.device() == logits.device(), args.loss,
                 ": margin must be a floating point tensor on the device of logits (", logits.device(), "), got ",
                 margin.scalar_type(), " on ", margin.device());
-    TORCH_CHECK(margin.dim() == 0 || (margin.dim() == 1 && margin.sym_size(0) == num_classes), args.loss,
+    TORCH_CHECK_VALUE(margin.dim() == 0 || (margin.dim() == 1 && margin.sym_size(0) == num_classes), args.loss,
                 ": margin must be a number, 0-dim or of shape (", num_classes, ",), got shape ",
                 margin.sym_sizes());
 }

@@ -32,4 +32,41 @@ TORCH_LIBRARY(fused_losses, m) {
 
     // Its backward, from the logits and stats.
     def("row_loss_backward", "Tensor grad_loss, Tensor stats, Tensor denominator, ", "Tensor");
+
+    // ---- Z-Error (2506.02154) ----
+    // Rows form groups and have scores, as `statistic` says:
+    //   "class": target holds class indices; score is one number per row, or logits whose target's entry is the score
+    //   "bce_logit", "bce_prob": score holds logits [N] or [N, T], target labels 0 and 1 (anything else is missing);
+    //   group 2 task + label
+    //   "mse_target", "mse_loss", "mse_residual": score holds predictions, target numbers; one group
+    // Count, mean and sum of squared deviations of every group's finite scores, float64 [3, num_classes]; zeros for a
+    // group without rows. The same bits for any number of threads.
+    m.def(
+        "class_moments(Tensor score, Tensor target, SymInt num_classes, str statistic='class', int ignore_index=-100) "
+        "-> Tensor");
+
+    // Which rows are kept, given their groups' moments ("class" only). threshold: one number, replaced by
+    // threshold_tensor, 0-dim or one per class; tail: which scores are unlikely, "both", "low" or "high"; classes with
+    // fewer than min_count rows are dropped unless keep_small. kept_target (int64) is the target with ignore_index in
+    // dropped rows; scores are standardised, float64, empty unless asked for.
+    m.def(
+        "z_error_mask(Tensor score, Tensor target, Tensor moments, Tensor? threshold_tensor, float[] threshold, "
+        "str tail, int min_count, bool keep_small, int ignore_index, bool with_scores) "
+        "-> (Tensor mask, Tensor kept_target, Tensor scores)");
+
+    // Mask and loss of the binary and the regression form in one pass; differentiable in input. The mean divides by
+    // denominator, the sum of the kept rows' sample weights. pos_weight, threshold: one, or one per task and per label.
+    m.def(
+        "z_error_loss(Tensor input, Tensor target, Tensor moments, Tensor? pos_weight, Tensor? sample_weight, "
+        "Tensor? threshold_tensor, float[] threshold, str statistic, str tail, int min_count, bool keep_small, "
+        "bool with_scores, str reduction) -> (Tensor loss, Tensor denominator, Tensor mask, Tensor scores)");
+
+    m.def(
+        "z_error_loss_backward(Tensor grad_loss, Tensor denominator, Tensor mask, Tensor input, Tensor target, "
+        "Tensor? pos_weight, Tensor? sample_weight, str statistic, str reduction) -> Tensor");
+
+    // The loss of given kept rows by plain torch operations; implemented in Python.
+    m.def(
+        "z_error_loss_reference(Tensor input, Tensor target, Tensor mask, Tensor? pos_weight, Tensor? sample_weight, "
+        "str statistic, str reduction) -> Tensor");
 }

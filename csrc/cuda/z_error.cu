@@ -1,0 +1,244 @@
+// Z-Error operators on CUDA: statistics, mask with loss, gradient; one kernel each. No atomics but tickets: every sum
+// has an order of its own that follows from the problem's size.
+#include "cuda/z_error.h"
+
+#include <algorithm>
+
+#include "cuda/launch.cuh"
+#include "z_error/rows.h"
+
+namespace fused_losses::cuda {
+namespace {
+
+using z_error::Row;
+
+constexpr std::int64_t kTileRows = 1024;               // rows a block looks at together
+constexpr std::int64_t kSingleBlockRows = 8 * kBlock;  // up to here one block is quicker than several and a ticket
+constexpr std::int64_t kMaxLossBlocks = 1024;
+constexpr std::int64_t kMaxMomentBlocks = 4096;
+constexpr std::int64_t kMaxChunks = 256;
+
+std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// For all threads of a block, after they wrote their partial results: is this the last of `blocks` blocks to arrive?
+__device__ __forceinline__ bool arrives_last(unsigned* ticket, std::int64_t blocks) {
+    __shared__ bool last;
+    __threadfence();  // this thread's writes are visible to the device
+    __syncthreads();  // ... and those of the whole block, before the ticket is drawn
+    if (threadIdx.x == 0) last = atomicAdd(ticket, 1u) == static_cast<unsigned>(blocks - 1);
+    __syncthreads();
+    __threadfence();  // what others wrote before their ticket is read after ours
+    return last;
+}
+
+// Moments of the block's threads.
+struct SharedMoments {
+    double count[kBlock], mean[kBlock], m2[kBlock];
+
+    __device__ __forceinline__ Moments get(int i) const { return {count[i], mean[i], m2[i]}; }
+    __device__ __forceinline__ void set(int i, const Moments& m) {
+        count[i] = m.count;
+        mean[i] = m.mean;
+        m2[i] = m.m2;
+    }
+};
+
+// Who does what in a block that owns `width` groups: thread = segment * width + group. Segments are consecutive pieces
+// of the rows (or of the partial results); threads beyond the last whole segment are idle.
+struct Share {
+    int width, segments, group, segment;
+
+    __device__ __forceinline__ explicit Share(int groups)
+        : width(groups), segments(kBlock / groups), group(threadIdx.x % groups), segment(threadIdx.x / groups) {}
+
+    __device__ __forceinline__ bool idle() const { return segment >= segments; }
+
+    // Merges neighbouring segments, then pairs of those, ...: the result is in the first.
+    __device__ __forceinline__ Moments merge_segments(SharedMoments& shared, const Moments& mine) const {
+        const int me = threadIdx.x;
+        shared.set(me, mine);
+        for (int step = 1; step < segments; step *= 2) {
+            __syncthreads();
+            if (idle() || segment % (2 * step) != 0 || segment + step >= segments) continue;
+            Moments merged = shared.get(me);
+            merged.merge(shared.get(me + step * width));
+            shared.set(me, merged);
+        }
+        return shared.get(me);
+    }
+};
+
+// partials: [chunks][groups] of (count, mean, m2)
+__global__ void __launch_bounds__(kBlock)
+    class_moments(const __grid_constant__ ZProblem p, const __grid_constant__ Spread spread, double* partials,
+                  unsigned* tickets, double* out) {
+    __shared__ double scores[kTileRows];
+    __shared__ int group_in_range[kTileRows];  // -1: the row does not count here
+    __shared__ SharedMoments shared;
+    const std::int64_t range = blockIdx.x % spread.ranges, chunk = blockIdx.x / spread.ranges;
+    const std::int64_t first = range * kBlock, groups = p.num_groups;
+    const int width = static_cast<int>(groups - first < kBlock ? groups - first : kBlock);
+    const Share share(width);
+    const std::int64_t chunk_begin = chunk * spread.chunk_rows;
+    const std::int64_t chunk_end =
+        chunk_begin + spread.chunk_rows < p.rows() ? chunk_begin + spread.chunk_rows : p.rows();
+
+    ShiftedSums sums;
+    const int segment_rows = static_cast<int>((kTileRows + share.segments - 1) / share.segments);
+    for (std::int64_t tile = chunk_begin; tile < chunk_end; tile += kTileRows) {
+        const int rows = static_cast<int>(chunk_end - tile < kTileRows ? chunk_end - tile : kTileRows);
+        __syncthreads();  // the previous tile has been read
+        for (int i = threadIdx.x; i < rows; i += kBlock) {
+            const Row row(p, tile + i);
+            const std::int64_t group = z_error::group_of(p, row);
+            int local = -1;
+            if (group >= first && group < first + width) {
+                const double score = z_error::score_of(p, row, group);
+                scores[i] = score;
+                if (z_error::is_finite(score)) local = static_cast<int>(group - first);
+            }
+            group_in_range[i] = local;
+        }
+        __syncthreads();
+        if (share.idle()) continue;
+        const int begin = share.segment * segment_rows;
+        const int end = begin + segment_rows < rows ? begin + segment_rows : rows;
+        for (int i = begin; i < end; ++i)
+            if (group_in_range[i] == share.group) sums.push(scores[i]);
+    }
+    Moments result = share.merge_segments(shared, sums.moments());
+
+    if (spread.chunks > 1) {
+        if (share.segment == 0) {
+            double* const mine = partials + 3 * (chunk * groups + first + share.group);
+            mine[0] = result.count;
+            mine[1] = result.mean;
+            mine[2] = result.m2;
+        }
+        if (!arrives_last(tickets + range, spread.chunks)) return;
+        Moments total;
+        const std::int64_t segment_chunks = (spread.chunks + share.segments - 1) / share.segments;
+        const std::int64_t begin = share.segment * segment_chunks;
+        for (std::int64_t c = begin; c < begin + segment_chunks && c < spread.chunks && !share.idle(); ++c) {
+            const double* const other = partials + 3 * (c * groups + first + share.group);
+            total.merge({__ldcg(other), __ldcg(other + 1), __ldcg(other + 2)});
+        }
+        __syncthreads();  // everyone has read its result of the first merge
+        result = share.merge_segments(shared, total);
+    }
+    if (share.segment != 0) return;
+    out[first + share.group] = result.count;
+    out[groups + first + share.group] = result.mean;
+    out[2 * groups + first + share.group] = result.m2;
+}
+
+__global__ void __launch_bounds__(kBlock) mask_rows(const __grid_constant__ ZProblem p) {
+    const std::int64_t step = std::int64_t(gridDim.x) * kBlock;
+    for (std::int64_t n = std::int64_t(blockIdx.x) * kBlock + threadIdx.x; n < p.rows(); n += step)
+        z_error::mask_row(p, Row(p, n));
+}
+
+struct LossSums {
+    double value, weight;
+};
+
+// The sum over the block's threads, in thread 0.
+__device__ __forceinline__ LossSums sum_over_block(const LossSums& mine) {
+    __shared__ LossSums sums[kBlock];
+    __syncthreads();  // an earlier result has been read
+    sums[threadIdx.x] = mine;
+    for (int half = kBlock / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (threadIdx.x >= half) continue;
+        sums[threadIdx.x].value += sums[threadIdx.x + half].value;
+        sums[threadIdx.x].weight += sums[threadIdx.x + half].weight;
+    }
+    return sums[0];
+}
+
+// partials: [blocks] of (value, weight)
+template <class A>
+__global__ void __launch_bounds__(kBlock)
+    masked_loss(const __grid_constant__ ZProblem p, double* partials, unsigned* ticket) {
+    const std::int64_t step = std::int64_t(gridDim.x) * kBlock;
+    A* const row_values = static_cast<A*>(p.row_values);
+    LossSums sums{0, 0};
+    for (std::int64_t n = std::int64_t(blockIdx.x) * kBlock + threadIdx.x; n < p.rows(); n += step) {
+        const Row row(p, n);
+        const auto share = z_error::share_of<A>(p, row, z_error::mask_row(p, row));
+        if (row_values) row_values[n] = share.value;
+        sums.value += static_cast<double>(share.value);
+        sums.weight += static_cast<double>(share.weight);
+    }
+    LossSums total = sum_over_block(sums);
+    if (gridDim.x > 1) {
+        if (threadIdx.x == 0) {
+            partials[2 * blockIdx.x] = total.value;
+            partials[2 * blockIdx.x + 1] = total.weight;
+        }
+        if (!arrives_last(ticket, gridDim.x)) return;
+        sums = {0, 0};
+        for (unsigned b = threadIdx.x; b < gridDim.x; b += kBlock) {
+            sums.value += __ldcg(partials + 2 * b);
+            sums.weight += __ldcg(partials + 2 * b + 1);
+        }
+        total = sum_over_block(sums);
+    }
+    if (threadIdx.x != 0) return;
+    *static_cast<A*>(p.denominator) = static_cast<A>(total.weight);
+    if (p.reduction == Reduction::kNone) return;
+    if (p.reduction == Reduction::kMean) total.value = total.weight == 0 ? 0.0 : total.value / total.weight;
+    *static_cast<A*>(p.loss) = static_cast<A>(total.value);
+}
+
+template <class A>
+__global__ void __launch_bounds__(kBlock) gradient(const __grid_constant__ ZProblem p) {
+    const std::int64_t step = std::int64_t(gridDim.x) * kBlock;
+    for (std::int64_t n = std::int64_t(blockIdx.x) * kBlock + threadIdx.x; n < p.rows(); n += step)
+        z_error::write(p.grad, p.input.type, n, z_error::gradient_of<A>(p, Row(p, n)));
+}
+
+}  // namespace
+
+Spread spread_of_moments(const ZProblem& p) {
+    Spread s;
+    s.ranges = divide_up(p.num_groups, kBlock);
+    const std::int64_t wanted = std::clamp<std::int64_t>(kMaxMomentBlocks / s.ranges, 1, kMaxChunks);
+    const bool single = p.rows() <= 2 * kTileRows;
+    s.chunk_rows = single ? 2 * kTileRows : std::max(kTileRows, divide_up(p.rows(), wanted));
+    s.chunks = std::max<std::int64_t>(1, divide_up(p.rows(), s.chunk_rows));
+    s.partials = s.chunks > 1 ? 3 * s.chunks * p.num_groups : 0;
+    return s;
+}
+
+Spread spread_of_loss(const ZProblem& p) {
+    Spread s;
+    const bool single = p.rows() <= kSingleBlockRows;
+    s.chunks = single ? 1 : std::min(divide_up(p.rows(), kBlock), kMaxLossBlocks);
+    s.partials = single ? 0 : 2 * s.chunks;
+    return s;
+}
+
+cudaError_t enqueue_class_moments(const ZProblem& p, const Spread& spread, double* partials, unsigned* tickets,
+                                  double* moments, cudaStream_t stream) {
+    const auto blocks = static_cast<unsigned>(spread.ranges * spread.chunks);
+    return launch(class_moments, blocks, stream, p, spread, partials, tickets, moments);
+}
+
+cudaError_t enqueue_z_error_mask(const ZProblem& p, cudaStream_t stream) {
+    return launch(mask_rows, blocks_for(p.rows(), kBlock), stream, p);
+}
+
+cudaError_t enqueue_z_error_loss(const ZProblem& p, const Spread& spread, double* partials, unsigned* tickets,
+                                 cudaStream_t stream) {
+    const auto blocks = static_cast<unsigned>(spread.chunks);
+    if (p.acc_is_double) return launch(masked_loss<double>, blocks, stream, p, partials, tickets);
+    return launch(masked_loss<float>, blocks, stream, p, partials, tickets);
+}
+
+cudaError_t enqueue_z_error_gradient(const ZProblem& p, cudaStream_t stream) {
+    const unsigned blocks = blocks_for(p.rows(), kBlock);
+    return p.acc_is_double ? launch(gradient<double>, blocks, stream, p) : launch(gradient<float>, blocks, stream, p);
+}
+
+}  // namespace fused_losses::cuda

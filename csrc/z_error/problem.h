@@ -1,0 +1,94 @@
+// One call of a Z-Error operator as plain data (2506.02154): what the entry code has checked and allocated, and what
+// the CPU or CUDA driver needs. Torch-free.
+//
+// Every row (sample, pixel, or task of a sample) belongs to a group and has a score. Rows of a group are compared with
+// the group's mean and standard deviation; those far away are dropped from the loss.
+#pragma once
+
+#include <cstdint>
+
+#include "core/row_problem.h"
+
+namespace fused_losses {
+
+enum class ElementType : std::uint8_t {
+    kFloat64,
+    kFloat32,
+    kFloat16,
+    kBFloat16,
+    kInt64,
+    kInt32,
+    kInt16,
+    kInt8,
+    kUInt8,  // bool, too
+};
+
+// A tensor reached by two strides; a null pointer means "absent".
+struct Elements {
+    const void* data = nullptr;
+    ElementType type = ElementType::kFloat32;
+    RowStride stride;
+};
+
+// What a row's group and score are, and, but for kClassScore, its loss.
+enum class Statistic : std::uint8_t {
+    kClassScore,   // input: scores, or logits whose target's entry is the score; target: class
+    kBceLogit,     // input: logits; target: label 0 or 1; group: 2 task + label; score: logit
+    kBceProb,      // score: sigmoid of the logit
+    kMseTarget,    // input: predictions; target: numbers; one group; score: target
+    kMseLoss,      // score: squared error
+    kMseResidual,  // score: prediction - target
+};
+
+FL_HD bool is_regression(Statistic s) { return s >= Statistic::kMseTarget; }
+FL_HD bool is_binary(Statistic s) { return s == Statistic::kBceLogit || s == Statistic::kBceProb; }
+
+// Which rows are unlikely: far from the mean on both sides, or on the low or high side only. For the binary losses the
+// sides are those of label 1; label 0 is the mirror image.
+enum class Tail : std::uint8_t { kBoth, kLow, kHigh };
+
+// Rows are numbered in logical order as outer * inner + i; outputs are contiguous in that order. acc is double if
+// acc_is_double, else float.
+struct ZProblem {
+    Statistic statistic = Statistic::kClassScore;
+    bool acc_is_double = false;
+    int device = -1;  // index of the CUDA device
+    std::int64_t outer = 1, inner = 0, num_groups = 1;
+
+    // Inputs
+    Elements input, target;
+    bool gathers = false;  // input holds logits: the score is the target's entry
+    std::int64_t class_stride = 0;
+    std::int64_t ignore_index = -100;  // kClassScore
+    Elements sample_weight;
+    Elements pos_weight;  // binary: stride.inner apart, num_pos_weights of them, repeated over the tasks
+    std::int64_t num_pos_weights = 1;
+
+    // The rule
+    const double* moments = nullptr;  // [3][num_groups]: count, mean, m2
+    double thresholds[2] = {};
+    Elements threshold;               // takes their place: stride.inner apart
+    std::int64_t num_thresholds = 1;  // group g has threshold g % num_thresholds
+    Tail tail = Tail::kBoth;
+    double min_count = 2;
+    bool keep_small = false;
+
+    // Outputs of masking
+    bool* mask = nullptr;
+    std::int64_t* kept_target = nullptr;  // kClassScore: the target, ignore_index for dropped rows
+    double* scores = nullptr;             // standardised; NaN for a row without a group or statistics
+    // and of the loss, where Reduction::kNone fills row_values, the others loss; denominator: sum of kept weights
+    Reduction reduction = Reduction::kMean;
+    void* row_values = nullptr;   // acc
+    void* loss = nullptr;         // acc
+    void* denominator = nullptr;  // acc
+
+    // Backward: upstream * sample_weight / denominator * slope, by mask
+    Elements upstream;
+    const void* divisor = nullptr;  // acc, one; null means 1
+    void* grad = nullptr;           // type of input, contiguous
+
+    FL_HD std::int64_t rows() const { return outer * inner; }
+};
+
+}  // namespace fused_losses

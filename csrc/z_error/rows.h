@@ -1,0 +1,227 @@
+// What a row is worth to a Z-Error loss: group, score, whether it is kept, loss and slope. Shared by CPU and CUDA.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "core/math.h"
+#include "core/numeric.h"
+#include "z_error/moments.h"
+#include "z_error/problem.h"
+
+namespace fused_losses {
+inline namespace FL_ISA {
+namespace z_error {
+
+// The tensors are small beside the logits, so their types are looked up per element instead of compiling a kernel for
+// every combination; the branch is the same for all rows.
+template <class T>
+FL_HD T read(const Elements& e, std::int64_t offset) {
+    switch (e.type) {
+        case ElementType::kFloat64: return static_cast<T>(static_cast<const double*>(e.data)[offset]);
+        case ElementType::kFloat32: return static_cast<T>(static_cast<const float*>(e.data)[offset]);
+        case ElementType::kFloat16: return static_cast<T>(widen(static_cast<const Half*>(e.data)[offset]));
+        case ElementType::kBFloat16: return static_cast<T>(widen(static_cast<const BFloat16*>(e.data)[offset]));
+        case ElementType::kInt64: return static_cast<T>(static_cast<const std::int64_t*>(e.data)[offset]);
+        case ElementType::kInt32: return static_cast<T>(static_cast<const std::int32_t*>(e.data)[offset]);
+        case ElementType::kInt16: return static_cast<T>(static_cast<const std::int16_t*>(e.data)[offset]);
+        case ElementType::kInt8: return static_cast<T>(static_cast<const std::int8_t*>(e.data)[offset]);
+        case ElementType::kUInt8: return static_cast<T>(static_cast<const std::uint8_t*>(e.data)[offset]);
+    }
+    return T(0);
+}
+
+FL_HD bool is_finite(double x) { return x - x == 0.0; }
+
+// acc is double only for float64 inputs.
+template <class A>
+FL_HD void write(void* data, ElementType type, std::int64_t offset, A x) {
+    switch (type) {
+        case ElementType::kFloat64: static_cast<double*>(data)[offset] = static_cast<double>(x); break;
+        case ElementType::kFloat16: static_cast<Half*>(data)[offset] = narrow<Half>(static_cast<float>(x)); break;
+        case ElementType::kBFloat16:
+            static_cast<BFloat16*>(data)[offset] = narrow<BFloat16>(static_cast<float>(x));
+            break;
+        default: static_cast<float*>(data)[offset] = static_cast<float>(x);
+    }
+}
+
+struct Row {
+    std::int64_t number, outer, inner;
+
+    FL_HD Row(const ZProblem& p, std::int64_t n) : number(n), outer(0), inner(n) {
+        if (p.outer == 1) return;
+        outer = n / p.inner;
+        inner = n - outer * p.inner;
+    }
+
+    template <class T>
+    FL_HD T of(const Elements& e) const {
+        return read<T>(e, e.stride.at(outer, inner));
+    }
+};
+
+// -1: the row belongs to no group (ignored, missing, a label that is no class).
+FL_HD std::int64_t group_of_class(const ZProblem& p, std::int64_t target) {
+    return target == p.ignore_index || target < 0 || target >= p.num_groups ? -1 : target;
+}
+
+FL_HD std::int64_t group_of_label(const ZProblem& p, std::int64_t number, double label) {
+    const std::int64_t first = p.num_groups == 2 ? 0 : number % (p.num_groups / 2) * 2;
+    const bool positive = label == 1.0, known = positive | (label == 0.0);
+    return known ? first + positive : -1;
+}
+
+FL_HD std::int64_t group_of(const ZProblem& p, const Row& row) {
+    if (p.statistic == Statistic::kClassScore) return group_of_class(p, row.of<std::int64_t>(p.target));
+    if (is_regression(p.statistic)) return 0;
+    return group_of_label(p, row.number, row.of<double>(p.target));
+}
+
+// Half precision is exact in double: constant classes and ties come out as they are stored.
+FL_HD double score_from(Statistic statistic, double x, double target) {
+    switch (statistic) {
+        case Statistic::kMseTarget: return target;
+        case Statistic::kMseLoss: return (x - target) * (x - target);
+        case Statistic::kMseResidual: return x - target;
+        // An infinite logit has a finite probability but is still no number to learn from.
+        case Statistic::kBceProb: return is_finite(x) ? 1.0 / (1.0 + math::exp(-x)) : x;
+        default: return x;
+    }
+}
+
+FL_HD double score_of(const ZProblem& p, const Row& row, std::int64_t group) {
+    const std::int64_t offset = p.input.stride.at(row.outer, row.inner);
+    const double x = read<double>(p.input, p.gathers ? offset + group * p.class_stride : offset);
+    return is_regression(p.statistic) ? score_from(p.statistic, x, row.of<double>(p.target))
+                                      : score_from(p.statistic, x, 0.0);
+}
+
+struct Verdict {
+    bool kept;
+    double z;  // standardised score; NaN without statistics
+};
+
+// What a group's statistics say about its rows.
+struct GroupRule {
+    double mean, std;  // std NaN: no statistics
+    double low, high;  // kept are rows with low <= z <= high
+    bool all;          // ... or all that are finite
+
+    FL_HD Verdict judge(double score) const {
+        const double z = (score - mean) / std;
+        const bool finite = is_finite(score);
+        return {finite && (all || (z >= low && z <= high)), finite ? z : std::numeric_limits<double>::quiet_NaN()};
+    }
+};
+
+// The rules of 2506.02154, with those rows dropped by selection that its code lets poison the sum.
+FL_HD GroupRule rule_of(const ZProblem& p, std::int64_t group) {
+    const double infinity = std::numeric_limits<double>::infinity();
+    const double count = p.moments[group];
+    // One row has no unbiased standard deviation.
+    if (!(count >= p.min_count && count > 1)) return {0, std::numeric_limits<double>::quiet_NaN(), 0, 0, p.keep_small};
+    GroupRule rule{p.moments[p.num_groups + group], std::sqrt(p.moments[2 * p.num_groups + group] / (count - 1)),
+                   -infinity, infinity, false};
+    if (is_regression(p.statistic)) {
+        rule.std += 1e-8;
+    } else if (rule.std < 1e-8) {
+        rule.std = 1;
+        rule.all = true;
+    }
+    const std::int64_t which = group % p.num_thresholds;
+    const double threshold =
+        p.threshold.data ? read<double>(p.threshold, which * p.threshold.stride.inner) : p.thresholds[which];
+    const bool mirrored = is_binary(p.statistic) && group % 2 == 0;
+    if (p.tail == Tail::kBoth || (p.tail == Tail::kLow) != mirrored) rule.low = -threshold;
+    if (p.tail == Tail::kBoth || (p.tail == Tail::kHigh) != mirrored) rule.high = threshold;
+    return rule;
+}
+
+template <class A>
+struct ValueAndSlope {
+    A value, slope;
+};
+
+// softplus(s) = log(1 + exp(s)) and its derivative, from exp(-|s|); without branches.
+template <class A>
+FL_HD ValueAndSlope<A> softplus(A s) {
+    const bool above = s > A(0);
+    const A e = math::exp(math::select(above, -s, s));
+    return {math::select(above, s, A(0)) + math::log1p(e), math::select(above, A(1), e) / (A(1) + e)};
+}
+
+// Loss and derivative in the input of a kept row.
+//   squared error: (x - y)^2
+//   binary, label 1: pos_weight softplus(-x); label 0: softplus(x)
+template <class A>
+FL_HD ValueAndSlope<A> squared_error(A x, A y) {
+    return {(x - y) * (x - y), A(2) * (x - y)};
+}
+
+template <class A>
+FL_HD ValueAndSlope<A> binary_loss(A x, A y, A pos_weight) {
+    const bool positive = y == A(1);
+    const ValueAndSlope<A> plus = softplus(math::select(positive, -x, x));
+    const A factor = math::select(positive, pos_weight, A(1));
+    return {factor * plus.value, math::select(positive, -factor, factor) * plus.slope};
+}
+
+template <class A>
+FL_HD A pos_weight_of(const ZProblem& p, std::int64_t number) {
+    if (!p.pos_weight.data) return A(1);
+    return read<A>(p.pos_weight, p.num_pos_weights == 1 ? 0 : number % p.num_pos_weights * p.pos_weight.stride.inner);
+}
+
+template <class A>
+FL_HD ValueAndSlope<A> loss_of(const ZProblem& p, const Row& row) {
+    const A x = row.of<A>(p.input), y = row.of<A>(p.target);
+    return is_regression(p.statistic) ? squared_error(x, y) : binary_loss(x, y, pos_weight_of<A>(p, row.number));
+}
+
+// Weighted loss of a kept row, its weight: what the mean is made of. Zero for a dropped row, whatever it holds.
+template <class A>
+struct Share {
+    A value, weight;
+};
+
+template <class A>
+FL_HD Share<A> share_of(const ZProblem& p, const Row& row, bool kept) {
+    if (!kept) return {A(0), A(0)};
+    const A weight = p.sample_weight.data ? row.of<A>(p.sample_weight) : A(1);
+    return {weight * loss_of<A>(p, row).value, weight};
+}
+
+// Writes what is asked for about a row's verdict.
+FL_HD void record(const ZProblem& p, const Row& row, std::int64_t group, const Verdict& verdict) {
+    p.mask[row.number] = verdict.kept;
+    if (p.scores) p.scores[row.number] = verdict.z;
+    if (!p.kept_target) return;
+    // A target out of range stays as it is: the loss has to complain about it.
+    const auto y = row.of<std::int64_t>(p.target);
+    p.kept_target[row.number] = group >= 0 && !verdict.kept ? p.ignore_index : y;
+}
+
+// Judges a row and returns whether it is kept.
+FL_HD bool mask_row(const ZProblem& p, const Row& row) {
+    const std::int64_t group = group_of(p, row);
+    Verdict verdict{false, std::numeric_limits<double>::quiet_NaN()};
+    if (group >= 0) verdict = rule_of(p, group).judge(score_of(p, row, group));
+    record(p, row, group, verdict);
+    return verdict.kept;
+}
+
+// Derivative of the reduced loss in a row's input.
+template <class A>
+FL_HD A gradient_of(const ZProblem& p, const Row& row) {
+    if (!p.mask[row.number]) return A(0);
+    const A divisor = p.divisor ? *static_cast<const A*>(p.divisor) : A(1);
+    if (divisor == A(0)) return A(0);
+    const A weight = p.sample_weight.data ? row.of<A>(p.sample_weight) : A(1);
+    return row.of<A>(p.upstream) * (A(1) / divisor) * weight * loss_of<A>(p, row).slope;
+}
+
+}  // namespace z_error
+}  // namespace FL_ISA
+}  // namespace fused_losses

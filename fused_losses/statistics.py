@@ -1,0 +1,124 @@
+"""Mean and standard deviation of a score by class: on one batch, merged over batches, merged over processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fused_losses import _ops
+
+
+def merge_moments(parts: Tensor) -> Tensor:
+    """Moments ``(3, C)`` - count, mean, sum of squared deviations - of the union of ``parts``, ``(n, 3, C)``.
+
+    Means are taken relative to one of them: parts with equal means have exactly that mean, whatever the rounding, so a
+    constant class stays constant.
+    """
+    count, mean, m2 = parts.unbind(1)
+    total = count.sum(0)
+    at_least_one = total.clamp(min=torch.finfo(parts.dtype).tiny)
+    seen = count > 0
+    origin = torch.where(seen, mean, -torch.inf).amax(0)
+    offset = torch.where(seen, mean - origin, 0.0)
+    shift = (count * offset).sum(0) / at_least_one
+    merged = m2.sum(0) + (count * (offset - shift).square()).sum(0)
+    return torch.stack([total, torch.where(total > 0, origin + shift, 0.0), merged])
+
+
+def all_reduce_moments(moments: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Moments of the rows of all ranks of ``group``: the same bits on each of them. All ranks synchronise here."""
+    parts = [torch.empty_like(moments) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, moments.contiguous(), group=group)
+    return merge_moments(torch.stack(parts))
+
+
+@dataclass(frozen=True, eq=False)
+class ClassStatistics:
+    """Count, mean and unbiased standard deviation of a score by class, each of shape ``(C,)``.
+
+    Attributes:
+        count: rows of the class; int64 from :func:`class_statistics`.
+        mean: float64; NaN for a class without rows.
+        std: float64, the square root of ``sum (x - mean)^2 / (count - 1)``; NaN for fewer than two rows.
+
+    Example:
+        >>> first = class_statistics(torch.tensor([1.0, 3.0]), torch.tensor([0, 0]), 2)
+        >>> both = first.update(torch.tensor([5.0]), torch.tensor([0]))
+        >>> both.count.tolist(), both.mean.tolist(), both.std.tolist()
+        ([3, 0], [3.0, nan], [2.0, nan])
+    """
+
+    count: Tensor
+    mean: Tensor
+    std: Tensor
+
+    @staticmethod
+    def from_moments(moments: Tensor) -> ClassStatistics:
+        """From ``(3, C)``: count, mean, sum of squared deviations, as the operator ``class_moments`` returns them."""
+        count, mean, m2 = moments.unbind(0)
+        std = torch.where(count > 1, (m2 / (count - 1)).sqrt(), torch.nan)
+        return ClassStatistics(count, torch.where(count > 0, mean, torch.nan), std)
+
+    def moments(self) -> Tensor:
+        """Count, mean and sum of squared deviations, float64 ``(3, C)``; zeros where they are not defined."""
+        count = self.count.double()
+        mean = torch.where(count > 0, self.mean.double(), 0.0)
+        return torch.stack([count, mean, torch.where(count > 1, self.std.double().square() * (count - 1), 0.0)])
+
+    def _of(self, moments: Tensor) -> ClassStatistics:
+        made = ClassStatistics.from_moments(moments)
+        return ClassStatistics(made.count.to(self.count.dtype), made.mean, made.std)
+
+    def merge(self, other: ClassStatistics) -> ClassStatistics:
+        """Statistics of both sets of rows together, as a new object; exact up to rounding.
+
+        Raises:
+            ValueError: ``other`` has another number of classes.
+        """
+        if other.count.shape != self.count.shape:
+            raise ValueError(
+                f"other must have statistics of {self.count.numel()} classes, got shape {tuple(other.count.shape)}"
+            )
+        return self._of(merge_moments(torch.stack([self.moments(), other.moments()])))
+
+    def update(self, score: Tensor, target: Tensor) -> ClassStatistics:
+        """Statistics with further rows merged in, as a new object; arguments as for :func:`class_statistics`."""
+        return self.merge(class_statistics(score, target, self.count.numel()))
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> ClassStatistics:
+        """Statistics of the rows of all ranks, as a new object with the same bits on each of them.
+
+        Every rank of ``group`` (default: all processes) has to call this.
+        """
+        return self._of(all_reduce_moments(self.moments(), group))
+
+
+def class_statistics(score: Tensor, target: Tensor, num_classes: int) -> ClassStatistics:
+    """Count, mean and unbiased standard deviation of ``score`` by class: one read, in float64.
+
+    What Z-Error (2506.02154) compares rows with. Deterministic: the same bits for any number of threads.
+
+    Args:
+        score: one number per row, the shape of ``target``; or logits ``(N, C)``, ``(N, C, d1, ...)`` whose
+            target's entry is the score. float64, float32, float16 or bfloat16, any strides.
+        target: class of every row; int64, int32, int16 or uint8. Rows outside ``[0, num_classes)``, such as an
+            ignore index, do not count, nor do rows whose score is not finite.
+        num_classes: C, at least 1.
+
+    Returns:
+        :class:`ClassStatistics`, on the device of ``score`` and without a host synchronisation.
+
+    Raises:
+        ValueError: ``num_classes`` below 1, shapes that do not fit.
+        RuntimeError: dtypes that do not fit.
+
+    Example:
+        >>> class_statistics(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 1]), 2).mean
+        tensor([2., 5.], dtype=torch.float64)
+    """
+    moments = _ops.class_moments(score.detach(), target, num_classes, "class", -100)
+    statistics = ClassStatistics.from_moments(moments)
+    return ClassStatistics(statistics.count.long(), statistics.mean, statistics.std)

@@ -1,0 +1,306 @@
+"""Z-Error for class labels: any row loss, without the rows that are unlikely for their class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fused_losses._common import LOSSES, LogitBias, LossEntry, RowLossModule, check_logit_bias
+from fused_losses._reference import check_reduction, class_dim
+from fused_losses._z_error import (
+    FUSED,
+    PLAIN,
+    Source,
+    Threshold,
+    ZErrorModule,
+    ZErrorResult,
+    ZOps,
+    check_small_class,
+    check_threshold,
+    choose,
+    global_mean,
+    pack_threshold,
+    source_of,
+)
+from fused_losses.statistics import ClassStatistics
+from fused_losses.z_error import SIDES
+
+_STATISTICS = {"logit": "logit", "prob": "prob", "loss": "loss"}
+
+
+def resolve_base(base: str | RowLossModule, **options: Any) -> tuple[LossEntry, dict[str, Any]]:
+    """The registry entry of ``base`` and the keywords of its call.
+
+    A Module brings its own options, so other ``options`` must then be at their defaults.
+    """
+    if isinstance(base, RowLossModule):
+        for name, default in {"weight": None, "ignore_index": -100, "logit_bias": 0.0}.items():
+            given = options[name]
+            if given is not default and (isinstance(given, Tensor) or given != default):
+                raise ValueError(f"{name} must be set on the Module given as base, got {given!r} beside it")
+        own = {name: getattr(base, name) for name in ("weight", "ignore_index", "logit_bias", *base.parameter_names)}
+        return LOSSES[base.stem], own
+    if not isinstance(base, str):
+        raise TypeError(f"base must be the name of a row loss or its Module, got {type(base).__name__}")
+    stem = base.removesuffix("_loss")
+    if stem not in LOSSES:
+        raise ValueError(f"base must be one of {', '.join(LOSSES)}, or a Module, got {base!r}")
+    return LOSSES[stem], options
+
+
+def _scores(
+    ops: ZOps, statistic: str, logits: Tensor, target: Tensor, entry: LossEntry, keywords: dict[str, Any]
+) -> Tensor:
+    """What rows are judged by; logits stand for their target's entry."""
+    if statistic == "logit":
+        return logits
+    if statistic == "prob":
+        entry = LOSSES["cross_entropy"]
+        keywords = {"ignore_index": keywords["ignore_index"]}
+    else:
+        keywords = {**keywords, "weight": None}
+    loss = entry.reference if ops.reference else entry.function
+    values = loss(logits, target, reduction="none", **keywords)
+    return torch.exp(-values) if statistic == "prob" else values
+
+
+def _kept_weight(mask: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None) -> Tensor:
+    """Sum of the kept rows' weights, of this process."""
+    share = torch.ones_like(mask, dtype=torch.float64)
+    if weight is not None:
+        share = share * weight[torch.where(mask, target.long(), 0)]
+    if sample_weight is not None:
+        share = share * sample_weight
+    return torch.where(mask, share, 0.0).sum()
+
+
+def _z_cross_entropy(
+    ops: ZOps,
+    source: Source,
+    logits: Tensor,
+    target: Tensor,
+    *,
+    threshold: Threshold,
+    statistic: str,
+    base: str | RowLossModule,
+    sided: str,
+    min_count: int,
+    small_class: str,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    logit_bias: LogitBias,
+    sample_weight: Tensor | None,
+    return_mask: bool,
+) -> Tensor | ZErrorResult:
+    choose("statistic", statistic, _STATISTICS)
+    check_reduction(reduction)
+    keep_small = check_small_class(min_count, small_class)
+    tail = choose("sided", sided, {"two": "both", "lower": "high" if statistic == "loss" else "low"})
+    entry, keywords = resolve_base(base, weight=weight, ignore_index=ignore_index, logit_bias=logit_bias)
+    numbers, tensor = pack_threshold(threshold)
+    ignored = keywords["ignore_index"]
+    with torch.no_grad():
+        score = _scores(ops, statistic, logits.detach(), target, entry, keywords)
+        num_classes = logits.shape[class_dim(logits)] if logits.dim() else 1
+        moments = source.moments(lambda: ops.class_moments(score, target, num_classes, "class", ignored))
+        mask, kept_target, scores = ops.z_error_mask(
+            score, target, moments, tensor, numbers, tail, min_count, keep_small, ignored, return_mask
+        )
+    # Dropped rows are ignored rows: the base loss selects them away in value, gradient and denominator.
+    mean_over_ranks = source.group is not None and reduction == "mean"
+    function = entry.reference if ops.reference else entry.function
+    loss = function(
+        logits,
+        kept_target,
+        reduction="sum" if mean_over_ranks else reduction,
+        sample_weight=sample_weight,
+        **keywords,
+    )
+    if mean_over_ranks and source.group is not None:
+        denominator = _kept_weight(mask, target, keywords["weight"], sample_weight)
+        loss = global_mean(loss, denominator.to(loss.dtype), source.group)
+    return ZErrorResult(loss, mask, scores) if return_mask else loss
+
+
+def _z_error_cross_entropy(ops: ZOps) -> Callable[..., Any]:
+    def z_error_cross_entropy(
+        logits: Tensor,
+        target: Tensor,
+        *,
+        threshold: float | Tensor = 2.0,
+        statistic: str = "logit",
+        base: str | RowLossModule = "cross_entropy",
+        sided: str = "two",
+        min_count: int = 2,
+        small_class: str = "drop",
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        logit_bias: LogitBias = 0.0,
+        sample_weight: Tensor | None = None,
+        statistics: ClassStatistics | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        return_mask: bool = False,
+    ) -> Tensor | ZErrorResult:
+        """A row loss without the rows whose score is far from the mean of their class.
+
+        For data with wrong labels. With x the score of a row, mean and unbiased std those of the rows with its label,
+        ``z = (x - mean) / std``; rows with ``|z| <= threshold`` are kept, the others count as ignored. The mask is a
+        constant for autograd. 2506.02154 defines this for two classes and names more as an extension: the extension
+        is ours. Classes need rows: n of them never exceed |z| = (n - 1) / sqrt(n), so a threshold of 2 drops nothing
+        from classes with fewer than six; running statistics (the Module) are for batches that small.
+
+        Args:
+            logits: ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``, any strides; float64, float32, float16 or bfloat16.
+            target: class indices in ``[0, C)`` or ``ignore_index``, the shape of ``logits`` without its class
+                dimension; int64, int32, int16 or uint8.
+            threshold: number, 0-dim tensor, or tensor ``(C,)`` with one number per class; > 0.
+            statistic: the score: ``"logit"`` (the target's logit), ``"prob"`` (its softmax probability, without
+                ``logit_bias``) or ``"loss"`` (the base loss without weights).
+            base: the row loss: a name such as ``"gce"`` or ``"gce_loss"`` for its default parameters, or a Module,
+                whose parameters and options (all but ``reduction``) are used.
+            sided: ``"two"``, or ``"lower"``: drops only rows whose own class looks unlikely: low logit or probability,
+                high loss.
+            min_count: classes with fewer rows have no statistics (below 2 never).
+            small_class: ``"drop"`` drops those rows, as the paper's code a class's only row; ``"keep"`` keeps them.
+            weight: class weights ``(C,)``.
+            ignore_index: rows with this target count nowhere.
+            reduction: ``"none"`` (0 for dropped rows), ``"sum"`` or ``"mean"``: sum of weighted losses over sum of
+                weights of the kept rows; 0 with zero gradient if that is 0.
+            logit_bias: as for the base loss.
+            sample_weight: weight per row, the shape of ``target``.
+            statistics: of C classes, to be used instead of the batch's.
+            process_group: rows of all its ranks form the statistics and the mean, scaled so that
+                DistributedDataParallel's average is the gradient of one process with the whole batch.
+            return_mask: return :class:`ZErrorResult`, with mask and standardised scores.
+
+        Returns:
+            The loss in float32, float64 for float64 ``logits``; a scalar unless ``reduction="none"``.
+
+        Raises:
+            ValueError: options out of range, an unknown ``base``, shapes that do not fit.
+            RuntimeError: shapes or dtypes that do not fit.
+            IndexError: a target out of range (on CUDA: a device assertion).
+
+        Deviations from the paper's code, besides the extension: a non-finite score drops its row, never its class; a
+        dropped row cannot make loss or gradient NaN; a class whose scores have a std below 1e-8 is kept whole;
+        statistics in float64.
+
+        Example:
+            >>> logits = torch.tensor([[2.0, 0.0], [1.0, 0.0], [2.0, 0.0], [0.0, 2.0], [0.0, 1.0]])
+            >>> z_error_cross_entropy(logits, torch.tensor([0, 0, 0, 1, 1]), threshold=1.0)
+            tensor(0.1735)
+        """
+        return _z_cross_entropy(
+            ops,
+            source_of(statistics, process_group, None),
+            logits,
+            target,
+            threshold=threshold,
+            statistic=statistic,
+            base=base,
+            sided=sided,
+            min_count=min_count,
+            small_class=small_class,
+            weight=weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            logit_bias=logit_bias,
+            sample_weight=sample_weight,
+            return_mask=return_mask,
+        )
+
+    z_error_cross_entropy.__qualname__ = "z_error_cross_entropy"
+    return z_error_cross_entropy
+
+
+z_error_cross_entropy = _z_error_cross_entropy(FUSED)
+z_error_cross_entropy_reference = _z_error_cross_entropy(PLAIN)
+
+
+class ZErrorCrossEntropyLoss(ZErrorModule):
+    """Module form of :func:`z_error_cross_entropy`, with statistics over batches if wanted.
+
+    Args:
+        threshold: as for the function; a tensor becomes a buffer, numbers for all classes may also be a list.
+        statistic, base, sided, min_count, small_class, ignore_index, reduction, logit_bias, process_group: as for the
+            function; a tensor ``logit_bias`` becomes a buffer.
+        weight: as for the function; a buffer.
+        running: judge rows by statistics that remember earlier batches: a merge of rows in which older batches fade,
+            starting with the first batch, the current one included; a class keeps what it has while it is absent.
+            Frozen in eval mode, saved in ``state_dict``.
+        momentum: share of its weight that a class's memory loses with every batch that has the class, in ``[0, 1]``; 0
+            forgets nothing.
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        threshold: Threshold = 2.0,
+        statistic: str = "logit",
+        base: str | RowLossModule = "cross_entropy",
+        *,
+        sided: str = "two",
+        running: bool = False,
+        momentum: float = 0.1,
+        min_count: int = 2,
+        small_class: str = "drop",
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        logit_bias: LogitBias = 0.0,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        if isinstance(threshold, (tuple, list)):
+            check_threshold(threshold)
+            threshold = torch.tensor(threshold, dtype=torch.float64)
+        super().__init__(
+            threshold, reduction=reduction, running=running, momentum=momentum, process_group=process_group
+        )
+        choose("statistic", statistic, _STATISTICS)
+        choose("sided", sided, SIDES)
+        check_small_class(min_count, small_class)
+        check_logit_bias(logit_bias)
+        resolve_base(base, weight=weight, ignore_index=ignore_index, logit_bias=logit_bias)
+        self.statistic, self.sided, self.min_count, self.small_class = statistic, sided, min_count, small_class
+        self.base = base
+        self.ignore_index = ignore_index
+        self.register_buffer("weight", weight)
+        if isinstance(logit_bias, Tensor):
+            self.register_buffer("logit_bias", logit_bias)
+        else:
+            self.logit_bias = logit_bias
+
+    def forward(
+        self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None, *, return_mask: bool = False
+    ) -> Tensor | ZErrorResult:
+        """The loss of ``logits`` for ``target``; see :func:`z_error_cross_entropy`."""
+        num_classes = logits.shape[class_dim(logits)] if logits.dim() else 1
+        return _z_cross_entropy(
+            FUSED,
+            self._source(num_classes, logits.device),
+            logits,
+            target,
+            threshold=self.threshold,
+            statistic=self.statistic,
+            base=self.base,
+            sided=self.sided,
+            min_count=self.min_count,
+            small_class=self.small_class,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            logit_bias=self.logit_bias,
+            sample_weight=sample_weight,
+            return_mask=return_mask,
+        )
+
+    def _shown(self) -> dict[str, Any]:
+        base = self.base if isinstance(self.base, str) else type(self.base).__name__
+        return {**super()._shown(), "statistic": self.statistic, "base": base, "sided": self.sided}

@@ -1,0 +1,278 @@
+"""Z-Error losses in training: running statistics, derivatives of every kind, opcheck, torch.compile, CUDA launches."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch.library import opcheck
+from torch.nn import functional as F
+
+import fused_losses as fl
+from fused_losses import functional
+
+OPS = torch.ops.fused_losses
+
+# ---- Running statistics ----------------------------------------------------------------------------------------------
+
+
+def test_running_statistics_start_with_the_first_batch(device):
+    torch.manual_seed(0)
+    logits, target = torch.randn(64, 4, device=device), torch.randint(0, 4, (64,), device=device)
+    running, plain = fl.ZErrorCrossEntropyLoss(1.2, running=True), fl.ZErrorCrossEntropyLoss(1.2)
+    assert torch.equal(running(logits, target), plain(logits, target))
+    expected = fl.class_statistics(logits, target, 4)
+    torch.testing.assert_close(running.running_statistics.mean, expected.mean)
+    torch.testing.assert_close(running.running_statistics.std, expected.std)
+
+
+def test_running_statistics_are_a_fading_merge(device):
+    """Two batches: the first one's rows weigh 1 - momentum. Class 2 is in the first only and keeps what it has."""
+    torch.manual_seed(0)
+    first, second = torch.randn(30, 3, device=device), torch.randn(20, 3, device=device) + 1
+    y1, y2 = torch.arange(30, device=device) % 3, torch.arange(20, device=device) % 2
+    module = fl.ZErrorCrossEntropyLoss(running=True, momentum=0.25)
+    module(first, y1)
+    module(second, y2)
+    x1, x2 = (z.double().gather(1, y.unsqueeze(1)).squeeze(1) for z, y in ((first, y1), (second, y2)))
+    for c in (0, 1):
+        x = torch.cat([x1[y1 == c], x2[y2 == c]])
+        weight = torch.cat([torch.full((10,), 0.75), torch.ones(10)]).to(x)
+        mean = (weight * x).sum() / weight.sum()
+        # Each part's spread fades around its own mean; what lies between the means is added.
+        m2 = (weight * (x - mean) ** 2).sum()
+        torch.testing.assert_close(module.running_statistics.count[c], weight.sum())
+        torch.testing.assert_close(module.running_statistics.mean[c], mean)
+        torch.testing.assert_close(module.running_statistics.std[c], (m2 / (weight.sum() - 1)).sqrt())
+    torch.testing.assert_close(module.running_statistics.mean[2], x1[y1 == 2].mean())
+    torch.testing.assert_close(module.running_statistics.count[2], x1.new_tensor(10.0))
+
+
+def test_momentum_zero_forgets_nothing():
+    torch.manual_seed(0)
+    logits, target = torch.randn(300, 3), torch.randint(0, 3, (300,))
+    module = fl.ZErrorCrossEntropyLoss(running=True, momentum=0.0)
+    for part in range(0, 300, 50):
+        module(logits[part : part + 50], target[part : part + 50])
+    torch.testing.assert_close(module.running_statistics.std, fl.class_statistics(logits, target, 3).std)
+
+
+def test_running_statistics_find_what_a_small_batch_cannot():
+    """Three rows a class never exceed z = 1.155."""
+    torch.manual_seed(0)
+    small, running = fl.ZErrorCrossEntropyLoss(), fl.ZErrorCrossEntropyLoss(running=True)
+    target = torch.arange(4).repeat(3)
+    for _ in range(40):
+        running(F.one_hot(target, 4) * 4.0 + torch.randn(12, 4) * 0.3, target)
+    logits = F.one_hot(target, 4) * 4.0
+    logits[2] = torch.tensor([4.0, 0.0, -4.0, 0.0])
+    assert small(logits, target, return_mask=True).mask.all()
+    assert running(logits, target, return_mask=True).mask.logical_not().nonzero().flatten().tolist() == [2]
+
+
+def test_running_statistics_in_eval_and_state_dict(device):
+    torch.manual_seed(0)
+    logits, target = torch.randn(64, 4, device=device), torch.randint(0, 4, (64,), device=device)
+    module = fl.ZErrorCrossEntropyLoss(1.2, running=True)
+    module(logits, target)
+    module.eval()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    other = module(logits * 3, target, return_mask=True)
+    assert torch.equal(module.state_dict()["running_moments"], before["running_moments"])
+    restored = fl.ZErrorCrossEntropyLoss(1.2, running=True).to(device)
+    restored.load_state_dict(before)
+    restored.eval()
+    assert torch.equal(restored(logits * 3, target, return_mask=True).mask, other.mask)
+    assert module.half().running_moments.dtype == torch.float64
+    fresh = fl.ZErrorCrossEntropyLoss(running=True).eval()
+    assert fresh(logits, target) == 0  # nothing is known of any class
+    with pytest.raises(ValueError, match="running statistics are those of 4 classes, got a batch with 3"):
+        module.train()(logits[:, :3], target.clamp(max=2))
+    with pytest.raises(RuntimeError, match="only with running=True"):
+        _ = fl.ZMSELoss().running_statistics
+
+
+def test_running_statistics_of_the_other_losses(device):
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 80, device=device)
+    for module, target in ((fl.ZMSELoss(running=True), y), (fl.ZErrorBCEWithLogitsLoss(running=True), y > 0)):
+        for _ in range(2):
+            assert module(x, target).isfinite()
+        assert module.running_statistics.count.sum() == pytest.approx(80 * 1.9)
+
+
+# ---- Derivatives -----------------------------------------------------------------------------------------------------
+
+
+def test_gradcheck():
+    """Finite differences see the mask move with the statistics only if a row crosses the threshold: none is close."""
+    torch.manual_seed(2)
+    x = torch.randn(12, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(12, dtype=torch.float64)
+    for f in (
+        lambda x: functional.z_mse_loss(x, y, threshold=1.1),
+        lambda x: functional.z_mse_loss(x, y, threshold=1.1, statistic="residual", reduction="none"),
+        lambda x: functional.z_error_bce_with_logits(x, y > 0, threshold=1.1, pos_weight=torch.tensor(2.0).double()),
+        lambda x: functional.z_error_cross_entropy(x.view(6, 2), (y > 0)[:6].long(), threshold=0.9, base="gce"),
+    ):
+        assert torch.autograd.gradcheck(f, x)
+        assert torch.autograd.gradgradcheck(f, x)
+
+
+def test_other_inputs_are_differentiable():
+    torch.manual_seed(2)
+    x, y = torch.randn(2, 12, dtype=torch.float64)
+    w, p = torch.rand(12, dtype=torch.float64, requires_grad=True), torch.tensor([1.5], dtype=torch.float64)
+    p.requires_grad_()
+    assert torch.autograd.gradcheck(lambda w: functional.z_mse_loss(x, y, threshold=1.1, sample_weight=w), w)
+    assert torch.autograd.gradcheck(
+        lambda p: functional.z_error_bce_with_logits(x, y > 0, threshold=1.1, pos_weight=p), p
+    )
+    t = y.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda t: functional.z_mse_loss(x, t, threshold=1.1), t)
+
+
+def test_function_transforms():
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 30, dtype=torch.float64)
+    logits, target = torch.randn(30, 3, dtype=torch.float64), torch.randint(0, 3, (30,))
+    for f, z in (
+        (lambda z: functional.z_mse_loss(z, y, threshold=1.2), x),
+        (lambda z: functional.z_error_bce_with_logits(z, y > 0, threshold=1.2), x),
+        (lambda z: functional.z_error_cross_entropy(z, target, threshold=1.2), logits),
+    ):
+        leaf = z.clone().requires_grad_()
+        torch.testing.assert_close(torch.func.grad(f)(z), torch.autograd.grad(f(leaf), leaf)[0])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # no batching rule: torch loops and says so
+            torch.testing.assert_close(torch.func.vmap(f)(torch.stack([z, z * 2])), torch.stack([f(z), f(z * 2)]))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_stride_zero_and_scaled_upstream(reduction, device):
+    x = torch.randn(50, device=device, requires_grad=True)
+    loss = functional.z_error_bce_with_logits(x, x.detach() > 0, threshold=1.0, reduction=reduction)
+    (ones,) = torch.autograd.grad(loss.sum(), x, retain_graph=True)
+    (scaled,) = torch.autograd.grad(loss, x, torch.full_like(loss, 8.0))
+    torch.testing.assert_close(scaled, ones * 8)
+
+
+def test_same_bits_for_any_number_of_threads():
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 30_000)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            leaf = x.clone().requires_grad_()
+            loss = functional.z_error_bce_with_logits(leaf, y > 0, threshold=1.2)
+            results.append((loss, torch.autograd.grad(loss, leaf)[0]))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_opcheck():
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 12)
+    w, target = torch.rand(12), torch.arange(12) % 3
+    moments = OPS.class_moments(x, target, 3)
+    rule = (None, [1.1], "both", 2, False)
+    score = torch.randn(12, 3, requires_grad=True)
+    for arguments in ((x, target, moments, *rule, -100, True), (score, target, moments, *rule, -100, False)):
+        assert set(opcheck(OPS.z_error_mask.default, arguments).values()) == {"SUCCESS"}
+    for statistic, target in (("mse_loss", y), ("bce_logit", (y > 0).float())):
+        groups = 1 if statistic == "mse_loss" else 2
+        moments = OPS.class_moments(x, target, groups, statistic)
+        for reduction in ("none", "mean"):
+            arguments = (moments, None, w, None, [1.1], statistic, "both", 2, False, True, reduction)
+            leaf = x.clone().requires_grad_()
+            assert set(opcheck(OPS.z_error_loss.default, (leaf, target, *arguments)).values()) == {"SUCCESS"}
+            loss, denominator, mask, _ = OPS.z_error_loss(x, target, *arguments)
+            backward = (torch.ones_like(loss), denominator, mask, x, target, None, w, statistic, reduction)
+            assert set(opcheck(OPS.z_error_loss_backward.default, backward).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("running", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda running: fl.ZMSELoss(1.2, running=running),
+        lambda running: fl.ZErrorBCEWithLogitsLoss((1.2, 1.3), running=running),
+        lambda running: fl.ZErrorCrossEntropyLoss(torch.tensor(1.2), running=running),
+        lambda running: fl.ZErrorCrossEntropyLoss(1.2, "loss", fl.GCELoss(q=0.4), running=running),
+        lambda running: fl.ZErrorCrossEntropyLoss(1.2, "prob", "mae", running=running),
+    ],
+    ids=["mse", "bce", "logit", "loss", "prob"],
+)
+def test_compile_fullgraph(make, running):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    module, other = make(running), make(running)
+    compiled = torch.compile(other, fullgraph=True, dynamic=True, backend="aot_eager")
+    classes = isinstance(module, fl.ZErrorCrossEntropyLoss)
+    for rows in (40, 50, 60):
+        x = torch.randn(rows, 4, requires_grad=True) if classes else torch.randn(rows, requires_grad=True)
+        y = torch.randint(0, 4, (rows,)) if classes else torch.arange(rows) % 2.0
+        results = [f(x, y, return_mask=True) for f in (compiled, module)]
+        assert torch.equal(results[0].mask, results[1].mask)
+        torch.testing.assert_close(results[0].loss, results[1].loss)
+        grads = [torch.autograd.grad(result.loss, x)[0] for result in results]
+        torch.testing.assert_close(*grads)
+
+
+# ---- CUDA -----------------------------------------------------------------------------------------------------------
+
+
+def steps_on_cuda():
+    """A training step of every kind of loss, by name."""
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 5000, device="cuda")
+    logits, target = torch.randn(5000, 10, device="cuda"), torch.randint(0, 10, (5000,), device="cuda")
+    x.requires_grad_()
+    logits.requires_grad_()
+    labels = (y > 0).float()
+    running = fl.ZErrorCrossEntropyLoss(running=True)
+    return {
+        "mse": (x, lambda: functional.z_mse_loss(x, y)),
+        "bce": (x, lambda: functional.z_error_bce_with_logits(x, labels, threshold=(1.0, 2.0))),
+        "logit": (logits, lambda: functional.z_error_cross_entropy(logits, target)),
+        "loss": (logits, lambda: functional.z_error_cross_entropy(logits, target, statistic="loss", base="gce")),
+        "running": (logits, lambda: running(logits, target)),
+    }
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_no_synchronisation_and_few_launches_on_cuda():
+    upstream = torch.ones((), device="cuda")
+    for name, (leaf, loss) in steps_on_cuda().items():
+        torch.autograd.grad(loss(), leaf, upstream)
+        torch.cuda.synchronize()
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                torch.autograd.grad(loss(), leaf, upstream)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+        kernels = [event.name for event in profile.events() if "memset" not in event.name.lower()]
+        if name in ("mse", "bce"):
+            assert len(kernels) <= 3, kernels
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_graph_capture():
+    for leaf, loss in steps_on_cuda().values():
+        expected = loss()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = loss()
+        graph.replay()
+        if leaf.dim() == 1:
+            torch.testing.assert_close(captured, expected, rtol=0, atol=0)
+        assert captured.isfinite()
