@@ -360,7 +360,7 @@ def _entry(name: str) -> LossEntry:
 def _allowed_values(loss: Loss, name: str) -> Callable[[float], bool]:
     """Tells which values of the parameter are in its range; raises if the loss has no such real parameter."""
     from fused_losses._common import LOSSES
-    from fused_losses._parameters import positive_integer
+    from fused_losses._parameters import OrTensor, Range, positive_integer
 
     if name == "logit_bias":
         return math.isfinite
@@ -371,9 +371,12 @@ def _allowed_values(loss: Loss, name: str) -> Callable[[float], bool]:
         ranges = _entry(stem).ranges
         if name not in ranges:
             raise ValueError(f"name must be one of {', '.join([*ranges, 'logit_bias'])}, got {name!r}")
-        if ranges[name] is positive_integer:
-            raise ValueError(f"name must be a parameter that takes real numbers, got {name!r}, which takes integers")
-        return ranges[name].holds
+        given = ranges[name]
+        rule = given.range if isinstance(given, OrTensor) else given
+        if not isinstance(rule, Range) or rule is positive_integer:
+            kind = "integers" if rule is positive_integer else "no real numbers"
+            raise ValueError(f"name must be a parameter that takes real numbers, got {name!r}, which takes {kind}")
+        return rule.holds
     if isinstance(loss, nn.Module) and not hasattr(loss, name):
         raise ValueError(f"name must be an attribute of {type(loss).__name__}, got {name!r}")
     return math.isfinite

@@ -111,8 +111,8 @@ inline void check_margin(const RowLossArgs& args) {
                 ": margin must be a floating point tensor on the device of logits (", logits.device(), "), got ",
                 margin.scalar_type(), " on ", margin.device());
     TORCH_CHECK_VALUE(margin.dim() == 0 || (margin.dim() == 1 && margin.sym_size(0) == num_classes), args.loss,
-                ": margin must be a number, 0-dim or of shape (", num_classes, ",), got shape ",
-                margin.sym_sizes());
+                      ": margin must be a number, 0-dim or of shape (", num_classes, ",), got shape ",
+                      margin.sym_sizes());
 }
 
 inline Reduction parse_reduction(const RowLossArgs& args) {
