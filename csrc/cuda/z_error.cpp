@@ -13,10 +13,10 @@ using cuda::check_launch;
 // Room for partial results and tickets; the latter start at zero.
 class Scratch {
 public:
-    Scratch(const cuda::DeviceScope& device, const cuda::Spread& spread)
-        : numbers(device.scratch(spread.partials, at::kDouble)), counters(device.scratch(spread.tickets(), at::kInt)) {
-        if (spread.tickets() > 0)
-            check_launch(cudaMemsetAsync(tickets(), 0, sizeof(unsigned) * spread.tickets(), device.stream()));
+    Scratch(const cuda::DeviceScope& device, const cuda::WorkShares& shares)
+        : numbers(device.scratch(shares.partials, at::kDouble)), counters(device.scratch(shares.tickets(), at::kInt)) {
+        if (shares.tickets() > 0)
+            check_launch(cudaMemsetAsync(tickets(), 0, sizeof(unsigned) * shares.tickets(), device.stream()));
     }
 
     double* partials() const { return numbers.mutable_data_ptr<double>(); }
@@ -28,9 +28,9 @@ private:
 
 void moments(const ZProblem& p, double* out) {
     const cuda::DeviceScope device(p.device);
-    const cuda::Spread spread = cuda::spread_of_moments(p);
-    const Scratch scratch(device, spread);
-    check_launch(cuda::enqueue_class_moments(p, spread, scratch.partials(), scratch.tickets(), out, device.stream()));
+    const cuda::WorkShares shares = cuda::shares_of_moments(p);
+    const Scratch scratch(device, shares);
+    check_launch(cuda::enqueue_class_moments(p, shares, scratch.partials(), scratch.tickets(), out, device.stream()));
 }
 
 void mask(const ZProblem& p) {
@@ -41,9 +41,9 @@ void mask(const ZProblem& p) {
 
 void loss(const ZProblem& p) {
     const cuda::DeviceScope device(p.device);
-    const cuda::Spread spread = cuda::spread_of_loss(p);
-    const Scratch scratch(device, spread);
-    check_launch(cuda::enqueue_z_error_loss(p, spread, scratch.partials(), scratch.tickets(), device.stream()));
+    const cuda::WorkShares shares = cuda::shares_of_loss(p);
+    const Scratch scratch(device, shares);
+    check_launch(cuda::enqueue_z_error_loss(p, shares, scratch.partials(), scratch.tickets(), device.stream()));
 }
 
 void gradient(const ZProblem& p) {

@@ -70,18 +70,18 @@ struct Share {
 
 // partials: [chunks][groups] of (count, mean, m2)
 __global__ void __launch_bounds__(kBlock)
-    class_moments(const __grid_constant__ ZProblem p, const __grid_constant__ Spread spread, double* partials,
+    class_moments(const __grid_constant__ ZProblem p, const __grid_constant__ WorkShares shares, double* partials,
                   unsigned* tickets, double* out) {
     __shared__ double scores[kTileRows];
     __shared__ int group_in_range[kTileRows];  // -1: the row does not count here
     __shared__ SharedMoments shared;
-    const std::int64_t range = blockIdx.x % spread.ranges, chunk = blockIdx.x / spread.ranges;
+    const std::int64_t range = blockIdx.x % shares.ranges, chunk = blockIdx.x / shares.ranges;
     const std::int64_t first = range * kBlock, groups = p.num_groups;
     const int width = static_cast<int>(groups - first < kBlock ? groups - first : kBlock);
     const Share share(width);
-    const std::int64_t chunk_begin = chunk * spread.chunk_rows;
+    const std::int64_t chunk_begin = chunk * shares.chunk_rows;
     const std::int64_t chunk_end =
-        chunk_begin + spread.chunk_rows < p.rows() ? chunk_begin + spread.chunk_rows : p.rows();
+        chunk_begin + shares.chunk_rows < p.rows() ? chunk_begin + shares.chunk_rows : p.rows();
 
     ShiftedSums sums;
     const int segment_rows = static_cast<int>((kTileRows + share.segments - 1) / share.segments);
@@ -108,18 +108,18 @@ __global__ void __launch_bounds__(kBlock)
     }
     Moments result = share.merge_segments(shared, sums.moments());
 
-    if (spread.chunks > 1) {
+    if (shares.chunks > 1) {
         if (share.segment == 0) {
             double* const mine = partials + 3 * (chunk * groups + first + share.group);
             mine[0] = result.count;
             mine[1] = result.mean;
             mine[2] = result.m2;
         }
-        if (!arrives_last(tickets + range, spread.chunks)) return;
+        if (!arrives_last(tickets + range, shares.chunks)) return;
         Moments total;
-        const std::int64_t segment_chunks = (spread.chunks + share.segments - 1) / share.segments;
+        const std::int64_t segment_chunks = (shares.chunks + share.segments - 1) / share.segments;
         const std::int64_t begin = share.segment * segment_chunks;
-        for (std::int64_t c = begin; c < begin + segment_chunks && c < spread.chunks && !share.idle(); ++c) {
+        for (std::int64_t c = begin; c < begin + segment_chunks && c < shares.chunks && !share.idle(); ++c) {
             const double* const other = partials + 3 * (c * groups + first + share.group);
             total.merge({__ldcg(other), __ldcg(other + 1), __ldcg(other + 2)});
         }
@@ -200,8 +200,8 @@ __global__ void __launch_bounds__(kBlock) gradient(const __grid_constant__ ZProb
 
 }  // namespace
 
-Spread spread_of_moments(const ZProblem& p) {
-    Spread s;
+WorkShares shares_of_moments(const ZProblem& p) {
+    WorkShares s;
     s.ranges = divide_up(p.num_groups, kBlock);
     const std::int64_t wanted = std::clamp<std::int64_t>(kMaxMomentBlocks / s.ranges, 1, kMaxChunks);
     const bool single = p.rows() <= 2 * kTileRows;
@@ -211,27 +211,27 @@ Spread spread_of_moments(const ZProblem& p) {
     return s;
 }
 
-Spread spread_of_loss(const ZProblem& p) {
-    Spread s;
+WorkShares shares_of_loss(const ZProblem& p) {
+    WorkShares s;
     const bool single = p.rows() <= kSingleBlockRows;
     s.chunks = single ? 1 : std::min(divide_up(p.rows(), kBlock), kMaxLossBlocks);
     s.partials = single ? 0 : 2 * s.chunks;
     return s;
 }
 
-cudaError_t enqueue_class_moments(const ZProblem& p, const Spread& spread, double* partials, unsigned* tickets,
+cudaError_t enqueue_class_moments(const ZProblem& p, const WorkShares& shares, double* partials, unsigned* tickets,
                                   double* moments, cudaStream_t stream) {
-    const auto blocks = static_cast<unsigned>(spread.ranges * spread.chunks);
-    return launch(class_moments, blocks, stream, p, spread, partials, tickets, moments);
+    const auto blocks = static_cast<unsigned>(shares.ranges * shares.chunks);
+    return launch(class_moments, blocks, stream, p, shares, partials, tickets, moments);
 }
 
 cudaError_t enqueue_z_error_mask(const ZProblem& p, cudaStream_t stream) {
     return launch(mask_rows, blocks_for(p.rows(), kBlock), stream, p);
 }
 
-cudaError_t enqueue_z_error_loss(const ZProblem& p, const Spread& spread, double* partials, unsigned* tickets,
+cudaError_t enqueue_z_error_loss(const ZProblem& p, const WorkShares& shares, double* partials, unsigned* tickets,
                                  cudaStream_t stream) {
-    const auto blocks = static_cast<unsigned>(spread.chunks);
+    const auto blocks = static_cast<unsigned>(shares.chunks);
     if (p.acc_is_double) return launch(masked_loss<double>, blocks, stream, p, partials, tickets);
     return launch(masked_loss<float>, blocks, stream, p, partials, tickets);
 }

@@ -10,10 +10,10 @@
 
 namespace fused_losses::cuda {
 
-// How a reduction is spread over blocks: a function of the problem's size alone, so that results do not depend on the
+// How a reduction is shared by blocks: a function of the problem's size alone, so that results do not depend on the
 // device. Blocks leave partial results in `partials`; the one that finishes last, which it learns from a ticket,
 // combines them in order. A single block needs neither.
-struct Spread {
+struct WorkShares {
     std::int64_t ranges = 1;  // of groups, each with its own ticket
     std::int64_t chunks = 1;  // of rows
     std::int64_t chunk_rows = 0;
@@ -22,14 +22,14 @@ struct Spread {
     std::int64_t tickets() const { return chunks > 1 ? ranges : 0; }
 };
 
-Spread spread_of_moments(const ZProblem& p);
-Spread spread_of_loss(const ZProblem& p);
+WorkShares shares_of_moments(const ZProblem& p);
+WorkShares shares_of_loss(const ZProblem& p);
 
-// tickets: zeros, as many as the spread says.
-cudaError_t enqueue_class_moments(const ZProblem& p, const Spread& spread, double* partials, unsigned* tickets,
+// tickets: zeros, as many as the shares says.
+cudaError_t enqueue_class_moments(const ZProblem& p, const WorkShares& shares, double* partials, unsigned* tickets,
                                   double* moments, cudaStream_t stream);
 cudaError_t enqueue_z_error_mask(const ZProblem& p, cudaStream_t stream);
-cudaError_t enqueue_z_error_loss(const ZProblem& p, const Spread& spread, double* partials, unsigned* tickets,
+cudaError_t enqueue_z_error_loss(const ZProblem& p, const WorkShares& shares, double* partials, unsigned* tickets,
                                  cudaStream_t stream);
 cudaError_t enqueue_z_error_gradient(const ZProblem& p, cudaStream_t stream);
 

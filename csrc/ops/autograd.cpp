@@ -18,6 +18,7 @@
 
 #include "ops/args.h"
 #include "ops/checks.h"
+#include "ops/differentiation.h"
 
 namespace fused_losses {
 namespace {
@@ -158,22 +159,12 @@ private:
     }
 };
 
-bool has_tangent(const Tensor& t) { return t._fw_grad(/*level=*/0).defined(); }
-
-// Inside torch.func.grad, vmap, jvp, ...: functorch keeps this key included while its stack is not empty.
-bool in_function_transform() {
-    return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
-}
-
 // Is anything asked for but the first derivative in the logits?
 bool needs_reference(const RowLossArgs& args) {
     if (in_function_transform() || has_tangent(args.logits)) return true;
-    const auto differentiated = [](const Tensor& t) {
-        return (at::GradMode::is_enabled() && t.requires_grad()) || has_tangent(t);
-    };
     for (const OptionalTensor* t : {&args.weight, &args.sample_weight, &args.logit_bias_tensor, &args.margin})
-        if (*t && differentiated(**t)) return true;
-    return differentiated(args.target);
+        if (*t && is_differentiated(**t)) return true;
+    return is_differentiated(args.target);
 }
 
 template <class... A>

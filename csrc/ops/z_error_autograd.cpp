@@ -10,6 +10,7 @@
 
 #include <string>
 
+#include "ops/differentiation.h"
 #include "ops/z_error_args.h"
 
 namespace fused_losses {
@@ -84,17 +85,10 @@ public:
     }
 };
 
-bool has_tangent(const Tensor& t) { return t._fw_grad(/*level=*/0).defined(); }
-
 bool needs_reference(const ZErrorLossArgs& args) {
-    const auto differentiated = [](const Tensor& t) {
-        return (at::GradMode::is_enabled() && t.requires_grad()) || has_tangent(t);
-    };
-    // Inside torch.func.grad, jvp, ...: functorch keeps this key included while its stack is not empty.
-    return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
-           has_tangent(args.input) || differentiated(args.target) ||
-           (args.pos_weight && differentiated(*args.pos_weight)) ||
-           (args.sample_weight && differentiated(*args.sample_weight));
+    return in_function_transform() || has_tangent(args.input) || is_differentiated(args.target) ||
+           (args.pos_weight && is_differentiated(*args.pos_weight)) ||
+           (args.sample_weight && is_differentiated(*args.sample_weight));
 }
 
 LossAndMore z_error_loss(const Tensor& input, const Tensor& target, const Tensor& moments,
