@@ -34,7 +34,17 @@ from fused_losses.margin import HEMLoss, MultiMarginLoss
 
 
 # isort: on
-from fused_losses import calibration, cutoffs, diagnostics, functional, margins, reference, schedules, scores
+from fused_losses import (
+    calibration,
+    cutoffs,
+    diagnostics,
+    distributed,
+    functional,
+    margins,
+    reference,
+    schedules,
+    scores,
+)
 from fused_losses._C import build_info, loss_names
 from fused_losses._common import LOSSES
 from fused_losses._z_error import ZErrorResult
@@ -44,6 +54,7 @@ from fused_losses.cutoffs import (
     optimal_prob_cutoff_from_skewnorm,
     z_error_inlier_mask,
 )
+from fused_losses.distributed import GlobalMean
 from fused_losses.margins import hem_margin, hem_plus_margins
 from fused_losses.schedules import get_sigma_threshold
 from fused_losses.statistics import ClassStatistics, class_statistics
@@ -64,6 +75,7 @@ __all__ = [
     "CutoffCollector",
     "FocalLoss",
     "GCELoss",
+    "GlobalMean",
     "HEMLoss",
     "JSLoss",
     "MAELoss",
@@ -89,6 +101,7 @@ __all__ = [
     "class_statistics",
     "cutoffs",
     "diagnostics",
+    "distributed",
     "functional",
     "get_sigma_threshold",
     "hem_margin",

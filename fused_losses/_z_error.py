@@ -75,18 +75,6 @@ def source_of(
     return Source(None if statistics is None else statistics.moments(), group, update)
 
 
-def global_mean(total: Tensor, denominator: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """This rank's part of the mean over the rows of all ranks, times the number of ranks.
-
-    DistributedDataParallel averages gradients over ranks, which takes that factor back; the mean of the losses over
-    ranks is the loss of the whole batch. All ranks synchronise here.
-    """
-    everywhere = denominator.detach().clone()
-    dist.all_reduce(everywhere, group=group)
-    empty = everywhere == 0
-    return torch.where(empty, 0.0, total * (dist.get_world_size(group) / torch.where(empty, 1.0, everywhere)))
-
-
 def choose(name: str, value: str, choices: dict[str, str]) -> str:
     """The operator's word for an option; raises a ValueError that lists the choices."""
     if value not in choices:

@@ -22,10 +22,10 @@ from fused_losses._z_error import (
     check_small_class,
     check_threshold,
     choose,
-    global_mean,
     pack_threshold,
     source_of,
 )
+from fused_losses.distributed import global_mean, kept_weight
 from fused_losses.statistics import ClassStatistics
 from fused_losses.z_error import SIDES
 
@@ -66,16 +66,6 @@ def _scores(
     loss = entry.reference if ops.reference else entry.function
     values = loss(logits, target, reduction="none", **keywords)
     return torch.exp(-values) if statistic == "prob" else values
-
-
-def _kept_weight(mask: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None) -> Tensor:
-    """Sum of the kept rows' weights, of this process."""
-    share = torch.ones_like(mask, dtype=torch.float64)
-    if weight is not None:
-        share = share * weight[torch.where(mask, target.long(), 0)]
-    if sample_weight is not None:
-        share = share * sample_weight
-    return torch.where(mask, share, 0.0).sum()
 
 
 def _z_cross_entropy(
@@ -122,7 +112,7 @@ def _z_cross_entropy(
         **keywords,
     )
     if mean_over_ranks and source.group is not None:
-        denominator = _kept_weight(mask, target, keywords["weight"], sample_weight)
+        denominator = kept_weight(mask, target, keywords["weight"], sample_weight)
         loss = global_mean(loss, denominator.to(loss.dtype), source.group)
     return ZErrorResult(loss, mask, scores) if return_mask else loss
 

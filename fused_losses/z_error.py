@@ -22,11 +22,11 @@ from fused_losses._z_error import (
     ZOps,
     check_small_class,
     choose,
-    global_mean,
     pack_threshold,
     source_of,
     spread_weight,
 )
+from fused_losses.distributed import global_mean
 from fused_losses.statistics import ClassStatistics
 
 _MSE_STATISTICS = {"target": "mse_target", "loss": "mse_loss", "residual": "mse_residual"}

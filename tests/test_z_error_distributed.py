@@ -39,6 +39,10 @@ def share_of(rank, world_size):
     return owner == rank
 
 
+def over_all_ranks(loss, group):
+    return loss if group is None else fl.GlobalMean(loss, group)
+
+
 def make_losses(group):
     weight = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
     return {
@@ -48,6 +52,10 @@ def make_losses(group):
         "base": fl.ZErrorCrossEntropyLoss(1.1, base=fl.MAELoss(weight=weight), process_group=group),
         "binary": fl.ZErrorBCEWithLogitsLoss(1.1, process_group=group),
         "squares": fl.ZMSELoss(1.1, "residual", process_group=group),
+        "base hem": fl.ZErrorCrossEntropyLoss(1.1, base="hem", process_group=group),
+        "hem": over_all_ranks(fl.HEMLoss(0.1), group),
+        "weighted hem": over_all_ranks(fl.HEMLoss(0.1, weight=weight), group),
+        "mean": over_all_ranks(fl.GCELoss(weight=weight), group),
     }
 
 
