@@ -43,6 +43,7 @@ def isa_flags() -> dict[str, list[str]]:
 
 
 ISA_FLAGS = isa_flags()
+ENDS = list(dict.fromkeys([*ISA_FLAGS][:1] + [*ISA_FLAGS][-1:]))  # the oldest and the newest
 CPUINFO = Path("/proc/cpuinfo")
 CPU_FLAGS = set(CPUINFO.read_text().split()) if CPUINFO.exists() else set()
 
@@ -54,24 +55,27 @@ def runs_here(isa: str) -> bool:
 # Later flags win. Where speed is not the point, a lower -O saves most of the compile time.
 BUILD_FLAGS = {
     "optimised": [],
-    "sanitized": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1"],
+    # Redzones on the stack double the time; local arrays are left to the bounds checks of "undefined".
+    "sanitized": ["-Og", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1", "--param=asan-stack=0"],
     "pattern": ["-O1", "-ftrivial-auto-var-init=pattern"],
 }
 TEST_LEVEL = {"optimised": "-O1", "sanitized": "-O0", "pattern": "-O1"}  # of the long test sources
 # How many points, rows or cases a program tries; see the head of each source.
 ARGUMENTS = {
-    "optimised": {"math": "641", "numeric": "641", "losses": "12", "kernels": "1"},
-    "sanitized": {"math": "65537", "numeric": "65537", "losses": "2", "kernels": "12"},
-    "pattern": {"math": "65537", "numeric": "65537", "losses": "2", "kernels": "3"},
+    "optimised": {"math": "1031", "numeric": "1031", "vec": "1031", "losses": "12", "passes": "6", "kernels": "2"},
+    "sanitized": {"math": "65537", "numeric": "65537", "vec": "65537", "losses": "2", "passes": "1", "kernels": "12"},
+    "pattern": {"losses": "2", "passes": "1", "kernels": "4"},
 }
-# Longest builds first. The headers' arithmetic is the same for every instruction set but for vectorisation, so the
-# slower builds try it once.
+# Longest builds first. What is made of scalars is the same for every instruction set but for fused multiply-adds, so
+# the slower builds try it once.
 RUNS = [
     *[("optimised", "kernels", isa) for isa in reversed(ISA_FLAGS)],
-    *[("sanitized", "kernels", isa) for isa in reversed(ISA_FLAGS)],
-    *[("optimised", program, isa) for program in ("losses", "math", "numeric") for isa in ISA_FLAGS],
-    *[("sanitized", program, "baseline") for program in ("losses", "math", "numeric")],
-    *[("pattern", program, "baseline") for program in ("kernels", "losses")],
+    ("sanitized", "kernels", "baseline"),
+    ("pattern", "kernels", "baseline"),
+    *[("optimised", program, isa) for program in ("losses", "passes") for isa in ENDS],
+    *[("optimised", program, isa) for program in ("math", "numeric", "vec") for isa in ISA_FLAGS],
+    *[("sanitized", program, "baseline") for program in ("losses", "passes", "math", "numeric", "vec")],
+    *[("pattern", program, "baseline") for program in ("losses", "passes")],
 ]
 
 Result = subprocess.CompletedProcess[str]
@@ -107,11 +111,11 @@ class Workshop:
 
     def program(self, build: str, program: str, isa: str) -> Future[Path]:
         source = SOURCES / f"test_{program}.cpp"
-        level = [TEST_LEVEL[build]] if program in {"losses", "kernels"} else []
+        level = [TEST_LEVEL[build]] if program in {"losses", "passes", "kernels"} else []
         if program != "kernels":
             return self.compile(f"{program}_{build}_{isa}", [*ISA_FLAGS[isa], *BUILD_FLAGS[build], *level], [source])
         # One program for all instruction sets, linked in the order of the library.
-        isas = ["baseline"] if build == "pattern" else list(ISA_FLAGS)
+        isas = [name for name in ISA_FLAGS if (build, program, name) in RUNS]
         have = [f"-DFL_HAVE_{name.upper()}" for name in isas if name != "baseline"]
         objects = {name: self.kernels_object(build, name) for name in reversed(isas)}
         flags = [*ISA_FLAGS["baseline"], *BUILD_FLAGS[build], *level, *have]

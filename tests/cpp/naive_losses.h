@@ -8,18 +8,19 @@
 #include <vector>
 
 #include "check.h"
+#include "naive_rows.h"
 
 namespace fused_losses_test {
 
-using Real = long double;
 using Params = std::vector<double>;
 
 struct NaiveLoss {
     const char* name;
     std::vector<Params> params;  // the sets to test
-    // phi(p_y) and w = -dphi/dt, t = log p_y. Null for cross entropy, which looks at the whole row.
+    // phi(p_y) and w = -dphi/dt, t = log p_y. Null for losses that look at the whole row.
     Real (*value)(Real p, Real t, const double* a);
     Real (*w)(Real p, Real t, const double* a);
+    NaiveResult (*row)(const NaiveRow&, const double* a) = nullptr;  // class weights left out, but for cross entropy
 };
 
 inline Real taylor(Real p, int order) {
@@ -44,9 +45,50 @@ inline Real focal_w(Real p, Real t, Real gamma) {
     return std::pow(1 - p, gamma) + (p == 0 ? 0 : gamma * p * std::pow(1 - p, gamma - 1) * -t);
 }
 
+inline Real agce(Real p, const double* a) {
+    return (std::pow(Real(a[0]) + 1, Real(a[1])) - std::pow(a[0] + p, Real(a[1]))) / a[1];
+}
+
+inline Real agce_w(Real p, const double* a) { return p * std::pow(a[0] + p, Real(a[1]) - 1); }
+
+// value = phi(p_y), grad_j = w (p_j - [j = y])
+inline NaiveResult of_target(const NaiveRow& row, Real value, Real w) {
+    NaiveResult result{value, std::fabs(w)};
+    const std::vector<Real> log_p = log_softmax(row);
+    for (int j = 0; j < row.classes(); ++j) result.grad.push_back(w * (std::exp(log_p[j]) - (j == row.y)));
+    return result;
+}
+
+// alpha active + beta passive. Without a share in the sum an active loss that is not finite does not count.
+inline NaiveResult sum_of(const double* shares, NaiveResult active, const NaiveResult& passive) {
+    for (Real& g : active.grad) g = shares[0] == 0 ? 0 : g;
+    if (shares[0] == 0) active.value = active.magnitude = 0;
+    active.scale(shares[0]);
+    active.add(shares[1], passive);
+    return active;
+}
+
+inline NaiveResult scaled_mae(const NaiveRow& row, Real scale) {
+    const Real p = std::exp(log_softmax(row)[row.y]);
+    return of_target(row, scale * (1 - p), scale * p);
+}
+
+inline NaiveResult nce_mae(const NaiveRow& row, const double* a) {
+    return sum_of(a, naive_nce(row, a), scaled_mae(row, a[2]));
+}
+
+inline NaiveResult nfl_mae(const NaiveRow& row, const double* a) {
+    return sum_of(a, naive_nfl(row, a + 2), scaled_mae(row, a[4]));
+}
+
+inline NaiveResult nce_agce(const NaiveRow& row, const double* a) {
+    const Real p = std::exp(log_softmax(row)[row.y]);
+    return sum_of(a, naive_nce(row, a), of_target(row, agce(p, a + 2), agce_w(p, a + 2)));
+}
+
 inline const std::vector<NaiveLoss>& naive_losses() {
     static const std::vector<NaiveLoss> losses = {
-        {"cross_entropy", {{0.0}, {0.1}, {0.5}, {1.0}}, nullptr, nullptr},
+        {"cross_entropy", {{0.0}, {0.1}, {0.5}, {1.0}}, nullptr, nullptr, naive_cross_entropy},
         {"mae",
          {{2.0}, {1.0}},
          [](Real p, Real, const double* a) { return a[0] * (1 - p); },
@@ -57,10 +99,8 @@ inline const std::vector<NaiveLoss>& naive_losses() {
          [](Real p, Real, const double* a) { return std::pow(p, Real(a[0])); }},
         {"agce",
          {{0.6, 0.6}, {4.0, 0.2}, {6.0, 1.5}, {1.8, 3.0}, {0.1, 1e-3}},
-         [](Real p, Real, const double* a) {
-             return (std::pow(Real(a[0]) + 1, Real(a[1])) - std::pow(a[0] + p, Real(a[1]))) / a[1];
-         },
-         [](Real p, Real, const double* a) { return p * std::pow(a[0] + p, Real(a[1]) - 1); }},
+         [](Real p, Real, const double* a) { return agce(p, a); },
+         [](Real p, Real, const double* a) { return agce_w(p, a); }},
         {"aue",
          {{5.5, 3.0}, {3.0, 0.1}, {1.5, 0.9}, {1.01, 0.5}},
          [](Real p, Real, const double* a) {
@@ -99,6 +139,29 @@ inline const std::vector<NaiveLoss>& naive_losses() {
          {{0.1}, {2.0}},
          [](Real p, Real, const double* a) { return std::log((1 + Real(a[0])) / (p + a[0])); },
          [](Real p, Real, const double* a) { return p / (p + a[0]); }},
+        {"nce", {{}}, nullptr, nullptr, naive_nce},
+        {"nce_mae", {{1, 1, 1}, {10, 0.5, 2}, {0, 1, 2}}, nullptr, nullptr, nce_mae},
+        {"nce_rce", {{1, 1, 9.210340371976182}, {10, 0.1, 4}, {0, 1, 4}}, nullptr, nullptr, nce_mae},
+        {"nce_agce", {{1, 4, 6, 1.5}, {10, 0.1, 1.8, 3}, {0, 1, 4, 0.2}}, nullptr, nullptr, nce_agce},
+        {"nfl", {{0.5, 1}, {0.5, 0}, {0, 0}, {2, 0}, {2, 1}}, nullptr, nullptr, naive_nfl},
+        {"ngce", {{0.7}, {0.1}, {1.5}}, nullptr, nullptr, naive_ngce},
+        {"nfl_mae", {{1, 1, 0.5, 1, 1}, {10, 0.5, 1, 0, 2}, {0, 1, 0.5, 0, 2}}, nullptr, nullptr, nfl_mae},
+        {"nfl_rce", {{1, 1, 0.5, 1, 9.210340371976182}, {10, 0.1, 1, 0, 4}}, nullptr, nullptr, nfl_mae},
+        {"bi_tempered",
+         {{0.8, 1.2, 0, 5},
+          {0.8, 1.2, 0, 0},
+          {0.5, 2, 0.1, 5},
+          {0.2, 4, 0.1, 0},
+          {0.7, 1, 0, 5},
+          {1, 1, 0.1, 0},
+          {0.5, 0.7, 0, 5},
+          {0.5, 0.7, 0.1, 0},
+          {0, 0.5, 0.2, 5}},
+         nullptr,
+         nullptr,
+         naive_bi_tempered},
+        {"hem", {{0.25, 0}, {1, 1}, {0, 0}}, nullptr, nullptr, naive_hem},
+        {"multi_margin", {{1, 0, 0}, {0.25, 1, 0}, {0.25, 0, 1}, {1, 1, 1}}, nullptr, nullptr, naive_multi_margin},
     };
     return losses;
 }
@@ -111,6 +174,13 @@ inline const NaiveLoss& naive_loss(std::string_view name) {
     std::exit(1);
 }
 
+// Normalised over the labels: not defined for a single class.
+inline bool needs_two_classes(std::string_view name) {
+    return name.substr(0, 3) == "nce" || name.substr(0, 3) == "nfl" || name == "ngce";
+}
+
+inline bool is_margin_loss(std::string_view name) { return name == "hem" || name == "multi_margin"; }
+
 // How much larger than the rounding of p_y that of the float formula may be: js divides by about pi, aue by a - p.
 inline double condition(const NaiveLoss& loss, const double* params) {
     if (loss.name == std::string_view("js")) return 1 / params[0];
@@ -118,53 +188,14 @@ inline double condition(const NaiveLoss& loss, const double* params) {
     return 1;
 }
 
-// One row: logits with the bias already on the target's, label y, class weights (or empty), soft target (or empty).
-struct NaiveRow {
-    std::vector<Real> logits;
-    int y = 0;
-    std::vector<double> weight, soft;
-};
-
-struct NaiveResult {
-    Real value = 0;
-    Real magnitude = 0;  // of the terms that make up a gradient entry, for a tolerance
-    std::vector<Real> grad;
-};
-
 inline NaiveResult naive_row(const NaiveLoss& loss, const double* params, const NaiveRow& row) {
-    const int classes = static_cast<int>(row.logits.size());
-    Real max = row.logits[0], sum = 0;
-    for (const Real z : row.logits) max = std::fmax(max, z);
-    std::vector<Real> p(classes), log_p(classes);
-    for (const Real z : row.logits) sum += std::exp(z - max);
-    for (int j = 0; j < classes; ++j) log_p[j] = row.logits[j] - max - std::log(sum), p[j] = std::exp(log_p[j]);
-    const auto weight = [&](int j) { return row.weight.empty() ? 1.0 : row.weight[j]; };
-
-    NaiveResult result;
-    result.grad.resize(classes);
-    if (loss.value && row.soft.empty()) {
-        result.value = weight(row.y) * loss.value(p[row.y], log_p[row.y], params);
-        const Real w = weight(row.y) * loss.w(p[row.y], log_p[row.y], params);
-        for (int j = 0; j < classes; ++j) result.grad[j] = w * (p[j] - (j == row.y));
-        result.magnitude = std::fabs(w);
-        return result;
-    }
-    // Cross entropy against the distribution q, which a hard label makes one-hot: torch weighs the label's term by
-    // the label's weight and the smoothing by each class's.
-    const Real s = params[0];
-    Real total = 0;
-    std::vector<Real> u(classes);
-    for (int j = 0; j < classes; ++j) {
-        const Real q = row.soft.empty() ? Real(j == row.y) : Real(row.soft[j]);
-        u[j] = weight(j) * ((1 - s) * q + s / classes);
-        total += u[j];
-        if (u[j] != 0) result.value -= u[j] * log_p[j];
-    }
-    for (int j = 0; j < classes; ++j) {
-        result.grad[j] = total * p[j] - u[j];
-        result.magnitude = std::fmax(result.magnitude, std::fabs(u[j]));
-    }
-    result.magnitude += std::fabs(total);
+    if (loss.row == naive_cross_entropy || !row.soft.empty()) return naive_cross_entropy(row, params);
+    const auto of_p = [&] {
+        const Real t = log_softmax(row)[row.y], p = std::exp(t);
+        return of_target(row, loss.value(p, t, params), loss.w(p, t, params));
+    };
+    NaiveResult result = loss.row ? loss.row(row, params) : of_p();
+    result.scale(row.weight_of(row.y));
     return result;
 }
 

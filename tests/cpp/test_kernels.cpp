@@ -24,8 +24,10 @@ struct Draw {
 };
 
 // A loss and a set of its parameters; cross entropy, which has most options, more often than the others.
-Draw draw_loss(Random& random) {
-    const int loss = random.one_in(4) ? 0 : random.below(SoftmaxLosses::size);
+Draw draw_loss(Random& random, std::int64_t classes) {
+    int loss = 0;
+    do loss = random.one_in(4) ? 0 : random.below(AllLosses::size);
+    while (classes < 2 && needs_two_classes(loss_names()[loss]));
     const std::vector<Params>& sets = naive_loss(loss_names()[loss]).params;
     return {loss, sets[random.below(int(sets.size()))]};
 }
@@ -70,7 +72,7 @@ void test_shapes(int thinning) {
                 if (classes >= 1000 && rows > 16 && rows != 65) continue;
                 for (int kind = 0; kind < kKinds; ++kind) {
                     const Shape shape = make_shape(Kind(kind), rows, classes, random);
-                    const Draw draw = draw_loss(random);
+                    const Draw draw = draw_loss(random, classes);
                     if (random.one_in(thinning)) test_case(dtype, shape, draw, random);
                 }
             }
@@ -78,13 +80,16 @@ void test_shapes(int thinning) {
     }
 }
 
-// Every loss and parameter set, in both kinds of tile.
+// Every loss and parameter set, in both kinds of tile; those with margins more often, as there are more ways to give
+// one.
 void test_losses(int thinning) {
     Random random(5);
     for (const Dtype dtype : kDtypes) {
-        for (int loss = 0; loss < SoftmaxLosses::size; ++loss) {
+        for (int loss = 0; loss < AllLosses::size; ++loss) {
             for (const Params& params : naive_loss(loss_names()[loss]).params) {
-                for (const int classes : {10, 100}) {
+                const int repeats = is_margin_loss(loss_names()[loss]) ? 8 : 1;
+                for (int i = 0; i < 2 * repeats; ++i) {
+                    const int classes = i % 2 ? 100 : 10;
                     if (!random.one_in(thinning)) continue;
                     test_case(dtype, {Kind::kRows, 1, 33, classes}, {loss, params}, random);
                     test_case(dtype, {Kind::kPixels, 2, 33, classes}, {loss, params}, random);
@@ -98,14 +103,16 @@ void test_losses(int thinning) {
 void test_many_classes() {
     Random random(6);
     const auto classes = static_cast<std::int64_t>(Tiling::kMaxLaneClasses) + 9;
-    for (const Dtype dtype : kDtypes) test_case(dtype, {Kind::kPixels, 2, 3, classes}, draw_loss(random), random);
+    for (const Dtype dtype : kDtypes)
+        for (int i = 0; i < 3; ++i)
+            test_case(dtype, {Kind::kPixels, 2, 3, classes}, draw_loss(random, classes), random);
 }
 
 void test_isolation() {
     Random random(7);
-    for (int i = 0; i < 100; ++i) {
+    for (int i = 0; i < 300; ++i) {
         const Shape shape = make_shape(Kind(random.below(kKinds)), 1 + random.below(70), 2 + random.below(60), random);
-        test_case(kDtypes[random.below(4)], shape, draw_loss(random), random, true);
+        test_case(kDtypes[random.below(4)], shape, draw_loss(random, shape.classes), random, true);
     }
 }
 
@@ -113,6 +120,8 @@ bool choose_kernels(const std::string& isa) {
     if (isa == "baseline") kernels = cpu_kernels<Isa::baseline>();
 #ifdef FL_HAVE_AVX2
     if (isa == "avx2") kernels = cpu_kernels<Isa::avx2>();
+#endif
+#ifdef FL_HAVE_AVX512
     if (isa == "avx512") kernels = cpu_kernels<Isa::avx512>();
 #endif
     return kernels.forward != nullptr;

@@ -1,5 +1,5 @@
-// The losses of losses/registry.h: values and slopes against naive_losses.h, gradients against finite differences of
-// the values, float against double, and the limits in which one loss becomes another.
+// The softmax losses of losses/registry.h: values and slopes against naive_losses.h, gradients against finite
+// differences of the values, float against double, and the limits in which one loss becomes another.
 #include <algorithm>
 #include <string>
 
@@ -32,13 +32,15 @@ std::string describe(const char* name, const Params& params) {
     return text + ")";
 }
 
-// A row of random logits with what goes with it. u is what sum_neg_log_p weighs: the class weights, or the soft
+// A row of random logits with what goes with it. u is what sum_neg_log_p weighs: the class weights, ones, or the soft
 // target smoothed and weighted.
 struct RandomRow {
     std::vector<double> z, weight, soft, u;
     int y;
 
-    RandomRow(Random& random, int classes, bool weighted, bool with_soft, double smoothing) : y(random.below(classes)) {
+    RandomRow(Random& random, int classes, bool weighted, Spread u_is, double smoothing = 0)
+        : y(random.below(classes)) {
+        const bool with_soft = u_is == Spread::kSoftTarget;
         const double spread = random.one_in(2) ? 1 : 4;
         double total = 0;
         for (int j = 0; j < classes; ++j) {
@@ -49,7 +51,8 @@ struct RandomRow {
         }
         for (int j = 0; j < classes; ++j) {
             soft[j] /= total;
-            u.push_back(weight[j] * (with_soft ? (1 - smoothing) * soft[j] + smoothing / classes : 1));
+            const double share = with_soft ? (1 - smoothing) * soft[j] + smoothing / classes : 1;
+            u.push_back(u_is == Spread::kOnes ? 1 : weight[j] * share);
         }
         if (!with_soft) soft.clear();
     }
@@ -107,7 +110,7 @@ void test_gradients(int repeats) {
         const double kink = naive.name == std::string_view("phuber_ce") ? -std::log(params[0]) : 1.0;
         for (const int classes : {2, 3, 10, 1000}) {
             for (int i = 0; i < repeats; ++i) {
-                const RandomRow row(random, classes, i % 2 == 1, false, 0);
+                const RandomRow row(random, classes, i % 2 == 1, Loss::spread(params.data()));
                 test_gradient(describe(Loss::name, params), row, row.naive(naive, params.data()), kink,
                               [&](const SoftmaxRow<double>& r) { return Loss::eval(r, params.data()); });
             }
@@ -116,7 +119,7 @@ void test_gradients(int repeats) {
     for (const double smoothing : {0.0, 0.1, 1.0}) {
         for (const int classes : {2, 3, 10, 1000}) {
             for (int i = 0; i < repeats; ++i) {
-                const RandomRow row(random, classes, i % 2 == 1, true, smoothing);
+                const RandomRow row(random, classes, i % 2 == 1, Spread::kSoftTarget, smoothing);
                 test_gradient("soft cross entropy", row, row.naive(naive_loss("cross_entropy"), &smoothing), 1.0,
                               [&](const SoftmaxRow<double>& r) { return SoftCrossEntropy::eval(r, &smoothing); });
             }
@@ -128,7 +131,7 @@ template <class Loss, class T>
 AffineRow<T> eval_at(double t, const Params& params) {
     T narrowed[kMaxParams] = {};
     std::copy(params.begin(), params.end(), narrowed);
-    return Loss::eval(SoftmaxRow<T>{T(t), T(-3 * t), T(10), T(1), T(10)}, narrowed);
+    return Loss::eval(SoftmaxRow<T>{T(t), T(25 - 3 * t), T(10), T(1), T(10)}, narrowed);
 }
 
 // log p_y from 0 to far beyond the underflow of p_y, and on to -inf, which a masked target has.
@@ -198,20 +201,25 @@ void test_limits() {
     test_limit<OfTarget<TaylorCE>, Mae>("taylor_ce, order 1: mae", {1}, {1}, 1e-13);
     test_limit<OfTarget<PHuberCE>, CrossEntropy>("phuber_ce, tau -> inf: cross entropy", {1e12}, {0}, 1e-13);
     test_limit<OfTarget<JS>, CrossEntropy>("js, pi -> 0: cross entropy", {1e-9}, {0}, 1e-4);
+    test_limit<NCEMAE, NCE>("nce_mae(1, 0): nce", {1, 0, 1}, {}, 1e-13);
+    test_limit<NCEMAE, Mae>("nce_mae(0, 1): mae", {0, 1, 2}, {2}, 1e-13);
+    test_limit<NCERCE, NCEMAE>("nce_rce: nce_mae", {1, 0.5, 4}, {1, 0.5, 4}, 0);
+    test_limit<NCEAGCE, NCEMAE>("nce_agce, q = 1: nce_mae", {1, 4, 6, 1}, {1, 4, 1}, 1e-13);
     test_limit<OfTarget<Focal>, CrossEntropy>("focal, gamma = 0: cross entropy", {0}, {0}, 1e-13);
 }
 
-// "needs_sum" decides which numbers a kernel computes; what it leaves out must not matter.
-void test_needs_sum() {
+// The spread decides which numbers a kernel computes; what it leaves out must not matter.
+void test_spread() {
     for_each_loss([]<class Loss>(const NaiveLoss&, const Params& params) {
-        const bool needed = Loss::needs_sum(params.data());
+        const bool needed = Loss::spread(params.data()) != Spread::kNone;
         const auto at = [&](double sum_neg_log_p, double sum_u) {
             return Loss::eval(SoftmaxRow<double>{-1.5, sum_neg_log_p, sum_u, 0.7, 10.0}, params.data());
         };
-        const AffineRow<double> one = at(40, 10), other = at(0, 0);
+        const AffineRow<double> one = at(40, 10), other = at(50, 20);
         const bool differs = one.value != other.value || one.alpha != other.alpha || one.gamma != other.gamma;
-        check(differs == needed, "%s: needs_sum is %d", describe(Loss::name, params).c_str(), needed);
-        check(needed || one.gamma == 0, "%s: gamma without needs_sum", describe(Loss::name, params).c_str());
+        const bool no_share = Loss::name != CrossEntropy::name && params.size() > 0 && params[0] == 0;  // of NCE
+        check(differs == (needed && !no_share), "%s: spread is %d", describe(Loss::name, params).c_str(), needed);
+        check(needed || one.gamma == 0, "%s: gamma without spread", describe(Loss::name, params).c_str());
     });
 }
 
@@ -220,8 +228,8 @@ void test_names() {
     check(names.size() == naive_losses().size(), "naive_losses.h has %zu losses, the registry %zu",
           naive_losses().size(), names.size());
     for (std::size_t i = 0; i < names.size(); ++i)
-        check(index_of(SoftmaxLosses{}, names[i]) == int(i), "%s is found at its place", names[i].c_str());
-    check(index_of(SoftmaxLosses{}, "no_such_loss") == -1, "an unknown loss has no index");
+        check(index_of(AllLosses{}, names[i]) == int(i), "%s is found at its place", names[i].c_str());
+    check(index_of(AllLosses{}, "no_such_loss") == -1, "an unknown loss has no index");
 }
 
 }  // namespace
@@ -229,7 +237,7 @@ void test_names() {
 int main(int argc, char** argv) {
     const int repeats = argc > 1 ? std::max(1, std::atoi(argv[1])) : 12;
     test_names();
-    test_needs_sum();
+    test_spread();
     test_gradients(repeats);
     test_float();
     test_masked_target<float>();

@@ -1,5 +1,5 @@
-// core/math.h against the standard library in the next larger type: float through all bit patterns with a stride
-// (first argument), double at random and special points.
+// core/math.h, on scalars and on vectors, against the standard library in the next larger type: float through all bit
+// patterns with a stride (first argument), double at random and special points.
 #include "core/math.h"
 
 #include <algorithm>
@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cpu/vec.h"
 
 namespace {
 
@@ -53,38 +54,48 @@ template <class T>
 struct Function {
     const char* name;
     double bound;  // in ulp
-    void (*ours)(const T* x, T* y, int n);
-    wider_t<T> (*exact)(wider_t<T>);
     bool of_exp;
+    void (*scalars)(const T* x, T* y, int n);
+    void (*vectors)(const T* x, T* y, int n);
+    wider_t<T> (*exact)(wider_t<T>);
 };
 
-// Loops, so that what is measured is the vectorised code.
-#define FL_TEST_LOOP(FUNCTION)                                                                                    \
+constexpr int kBatch = 4096;  // whole vectors
+
+// Loops, so that what is measured of scalars is the code the compiler vectorises.
+#define FL_TEST_LOOPS(FUNCTION)                                                                                   \
     [](const T* x, T* y, int n) { _Pragma("omp simd") for (int i = 0; i < n; ++i) y[i] = math::FUNCTION(x[i]); }, \
+        [](const T* x, T* y, int n) {                                                                             \
+            for (int i = 0; i < n; i += Vec<T>::size) math::FUNCTION(Vec<T>::load(x + i)).store(y + i);           \
+        },                                                                                                        \
         [](wider_t<T> x) { return std::FUNCTION(x); }
 
 template <class T>
 const std::vector<Function<T>>& functions() {
     static const std::vector<Function<T>> all = {
-        {"exp", 2, FL_TEST_LOOP(exp), true},
+        {"exp", 2, true, FL_TEST_LOOPS(exp)},
         // exp(x) - 1 with x just above 0.34 is a quarter of exp(x): four times its error.
-        {"expm1", 4, FL_TEST_LOOP(expm1), true},
-        {"log", 2, FL_TEST_LOOP(log), false},
-        {"log1p", 2, FL_TEST_LOOP(log1p), false}};
+        {"expm1", 4, true, FL_TEST_LOOPS(expm1)},
+        {"log", 2, false, FL_TEST_LOOPS(log)},
+        {"log1p", 2, false, FL_TEST_LOOPS(log1p)}};
     return all;
 }
 
 // Feeds batches of points to every function. `next` fills a batch and returns how many points it holds.
 template <class T, class Next>
 void compare(const char* type, Next next) {
-    constexpr int kBatch = 4096;
-    std::vector<T> x(kBatch), y(kBatch);
+    std::vector<T> x(kBatch), y(kBatch), of_vectors(kBatch);
     std::vector<Worst> worst(functions<T>().size());
     while (const int n = next(x.data(), kBatch)) {
         for (std::size_t f = 0; f < worst.size(); ++f) {
             const Function<T>& function = functions<T>()[f];
-            function.ours(x.data(), y.data(), n);
-            for (int i = 0; i < n; ++i) worst[f].see(ulps<T>(y[i], function.exact(x[i]), function.of_exp), x[i]);
+            function.scalars(x.data(), y.data(), n);
+            function.vectors(x.data(), of_vectors.data(), n);
+            for (int i = 0; i < n; ++i) {
+                const wider_t<T> exact = function.exact(x[i]);
+                worst[f].see(ulps<T>(y[i], exact, function.of_exp), x[i]);
+                worst[f].see(ulps<T>(of_vectors[i], exact, function.of_exp), x[i]);
+            }
         }
     }
     for (std::size_t f = 0; f < worst.size(); ++f) {
@@ -165,6 +176,14 @@ void test_pow(const char* type, int points) {
     check(math::pow(inf, T(2)) == inf && math::pow(inf, T(-2)) == T(0), "pow(inf, b) (%s)", type);
     check(math::pow(T(1), T(7)) == T(1) && std::isnan(math::pow(L::quiet_NaN(), T(2))), "pow(1, b), pow(NaN, b) (%s)",
           type);
+    // The elements of a vector are on their own.
+    for (int k = 0; k < Vec<T>::size; ++k) {
+        Vec<T> a = T(1), b = T(0);
+        a.v[k] = T(0), b.v[k] = T(-1);
+        const Vec<T> y = math::pow(a, b);
+        for (int i = 0; i < Vec<T>::size; ++i)
+            check(y.v[i] == (i == k ? inf : T(1)), "pow of a vector, element %d (%s)", i, type);
+    }
     Random random(2);
     Worst worst;
     for (int i = 0; i < points; ++i) {
@@ -175,7 +194,9 @@ void test_pow(const char* type, int points) {
         const wider_t<T> exponent = a == 0 ? wider_t<T>(0) : std::fabs(b * std::log(wider_t<T>(a)));
         // log and product are off by 1.3 * 2^-digits of the exponent; an ulp is as small as half of 2^-digits.
         const double bound = 2 + 2.6 * static_cast<double>(exponent);
-        const double error = ulps<T>(math::pow(a, b), exact, true);
+        const Vec<T> powers = math::pow(Vec<T>(a), Vec<T>(b));
+        const double error =
+            std::max(ulps<T>(math::pow(a, b), exact, true), ulps<T>(powers.v[i % Vec<T>::size], exact, true));
         worst.see(error / bound, a);
         check(error < bound, "pow(%.17g, %.17g) (%s) is off by %.3f ulp, bound %.3f", double(a), double(b), type, error,
               bound);

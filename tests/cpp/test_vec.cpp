@@ -1,0 +1,188 @@
+// cpu/vec.h: memory accesses of every kind, reductions and masks; and core/numeric.h on vectors, which must convert
+// float16 and bfloat16 to the same bits as on scalars.
+#include "cpu/vec.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#include "check.h"
+
+namespace {
+
+using namespace fused_losses;
+using fused_losses_test::check;
+using fused_losses_test::Random;
+
+template <class T>
+bool same_bits(T a, T b) {
+    return std::memcmp(&a, &b, sizeof(T)) == 0;
+}
+
+template <class Stored>
+const char* name_of() {
+    if (std::is_same_v<Stored, double>) return "double";
+    if (std::is_same_v<Stored, float>) return "float";
+    return std::is_same_v<Stored, Half> ? "Half" : "BFloat16";
+}
+
+// Element i of an array: a number that every format holds.
+template <class Stored>
+Stored element(int i) {
+    return narrow<Stored>(acc_t<Stored>(i + 1));
+}
+
+// Loads read the elements they are asked for and no others, stores write them and no others: the memory ends with the
+// last one, and every element not to be written keeps its number.
+template <class Stored>
+void test_memory() {
+    using A = acc_t<Stored>;
+    using V = Vec<A>;
+    const char* const name = name_of<Stored>();
+    for (const int stride : {1, 2, 7}) {
+        for (int n = 0; n <= V::size; ++n) {
+            std::vector<Stored> from(n == 0 ? 0 : (n - 1) * stride + 1), to(from.size());
+            for (std::size_t i = 0; i < from.size(); ++i)
+                from[i] = element<Stored>(int(i)), to[i] = narrow<Stored>(A(0));
+            const bool whole = n == V::size;
+            if (!whole && stride != 1) continue;
+            const V x = !whole ? load(from.data(), n, A(-5))
+                               : (stride == 1 ? load(from.data(), Whole{}, A(-5)) : load_strided(from.data(), stride));
+            for (int i = 0; i < V::size; ++i)
+                check(x.v[i] == (i < n ? A(i * stride + 1) : A(-5)), "load of %d %s, stride %d: element %d is %g", n,
+                      name, stride, i, double(x.v[i]));
+            if (!whole)
+                store(to.data(), x, n);
+            else if (stride == 1)
+                store(to.data(), x, Whole{});
+            else
+                store_strided(to.data(), stride, x);
+            for (int i = 0; i < int(to.size()); ++i)
+                check(widen(to[i]) == (i % stride == 0 ? widen(from[i]) : A(0)),
+                      "store of %d %s, stride %d: element %d is %g", n, name, stride, i, double(widen(to[i])));
+        }
+    }
+}
+
+template <class Stored>
+void test_for_vectors() {
+    using A = acc_t<Stored>;
+    for (int n = 0; n <= 3 * Vec<A>::size + 1; ++n) {
+        std::vector<Stored> from(n), to(n);
+        for (int i = 0; i < n; ++i) from[i] = element<Stored>(i);
+        for_vectors<A>(n, [&](std::int64_t i, auto count) {
+            store(to.data() + i, load(from.data() + i, count, A(0)) + Vec<A>(A(1)), count);
+        });
+        for (int i = 0; i < n; ++i)
+            check(widen(to[i]) == A(i + 2), "for_vectors over %d %s: element %d", n, name_of<Stored>(), i);
+    }
+}
+
+template <class A>
+void test_operations() {
+    using V = Vec<A>;
+    const A nan = std::numeric_limits<A>::quiet_NaN(), inf = std::numeric_limits<A>::infinity();
+    Random random(1);
+    for (int repeat = 0; repeat < 200; ++repeat) {
+        V a, b;
+        A total = 0, top = -inf;
+        for (int i = 0; i < V::size; ++i) {
+            a.v[i] = A(random.below(41) - 20), b.v[i] = random.one_in(4) ? a.v[i] : A(random.below(41) - 20);
+            total += a.v[i], top = std::max(top, a.v[i]);
+        }
+        check(a.sum() == total && a.max() == top && math::to_scalar(a) == a.v[0], "sum and max of a vector");
+        const V larger = max(a, b), chosen = math::select((a < b) | (a == b), a, b);
+        const V both = math::select((a <= b) & !(a >= b), V(A(1)), V(A(0)));
+        V moved = a;
+        moved += b;
+        moved *= V(A(2));
+        for (int i = 0; i < V::size; ++i) {
+            const A x = a.v[i], y = b.v[i];
+            check(larger.v[i] == std::max(x, y) && chosen.v[i] == std::min(x, y) && both.v[i] == A(x < y),
+                  "comparisons of %g and %g", double(x), double(y));
+            check(moved.v[i] == (x + y) * 2 && (a - b).v[i] == x - y && (-a).v[i] == -x && (a * b).v[i] == x * y &&
+                      (a / V(A(4))).v[i] == x / 4,
+                  "arithmetic on %g and %g", double(x), double(y));
+        }
+    }
+    const V numbers = V::iota();
+    for (int i = 0; i < V::size; ++i) check(numbers.v[i] == A(i), "iota");
+    for (int i = 0; i < V::size; ++i) {
+        V x = A(1), low = -inf;
+        x.v[i] = nan, low.v[i] = A(3);
+        check(std::isnan(x.sum()) && low.max() == A(3), "element %d of a reduction", i);
+        check(max(V(A(1)), x).v[i] == A(1), "NaN is no maximum");
+        check(!std::isnan(x.max()) || i == 0, "NaN is skipped behind a number");
+    }
+    check(same_bits(V(A(-0.0)).v[0], A(-0.0)) && V(inf).v[V::size - 1] == inf, "all elements of one number");
+}
+
+// Vectors of random neighbours, so that no element's conversion can depend on the others.
+template <class Stored>
+void test_widen() {
+    constexpr int kCount = 0x10000;
+    std::vector<Stored> stored(kCount);
+    for (int i = 0; i < kCount; ++i) stored[i].bits = static_cast<std::uint16_t>(i);
+    Random random(2);
+    for (int i = kCount - 1; i > 0; --i) std::swap(stored[i], stored[random.below(i + 1)]);
+    constexpr int kSize = Vec<float>::size;
+    for (int i = 0; i < kCount; i += kSize) {
+        const Vec<float> wide = load(stored.data() + i);
+        Stored back[kSize];
+        store(back, wide);
+        for (int k = 0; k < kSize; ++k) {
+            const Stored x = stored[i + k];
+            check(same_bits(wide.v[k], widen(x)), "vector widen(%s 0x%04x)", name_of<Stored>(), unsigned(x.bits));
+            check(back[k].bits == narrow<Stored>(widen(x)).bits, "vector narrow(widen(%s 0x%04x)) = 0x%04x",
+                  name_of<Stored>(), unsigned(x.bits), unsigned(back[k].bits));
+        }
+    }
+}
+
+// Floats through all bit patterns with a stride, and beside the points where the formats round.
+template <class Stored>
+void test_narrow(std::uint64_t stride) {
+    constexpr int kSize = Vec<float>::size;
+    Random random(3);
+    for (std::uint64_t bits = 0; bits < (std::uint64_t(1) << 32);) {
+        float x[kSize];
+        for (int k = 0; k < kSize; ++k, bits += stride) {
+            const auto pattern = static_cast<std::uint32_t>(bits);
+            const std::uint32_t beside = std::is_same_v<Stored, Half> ? 0x1000u : 0x8000u;  // half an ulp
+            x[k] = std::bit_cast<float>(k % 2 ? (pattern & ~(2 * beside - 1)) + beside + unsigned(random.below(3)) - 1
+                                              : pattern);
+        }
+        Stored got[kSize];
+        store(got, Vec<float>::load(x));
+        for (int k = 0; k < kSize; ++k)
+            check(got[k].bits == narrow<Stored>(x[k]).bits, "vector narrow<%s>(%.9g) = 0x%04x, not 0x%04x",
+                  name_of<Stored>(), double(x[k]), unsigned(got[k].bits), unsigned(narrow<Stored>(x[k]).bits));
+    }
+}
+
+template <class Stored>
+void test_dtype() {
+    test_memory<Stored>();
+    test_for_vectors<Stored>();
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    const auto stride = static_cast<std::uint64_t>(argc > 1 ? std::max(1, std::atoi(argv[1])) : 257);
+    test_dtype<double>();
+    test_dtype<float>();
+    test_dtype<Half>();
+    test_dtype<BFloat16>();
+    test_operations<float>();
+    test_operations<double>();
+    test_widen<Half>();
+    test_widen<BFloat16>();
+    test_narrow<Half>(stride);
+    test_narrow<BFloat16>(stride);
+    return fused_losses_test::report("vec.h");
+}
