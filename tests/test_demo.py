@@ -15,7 +15,11 @@ import torch
 import fused_losses as fl
 from fused_losses import __main__ as command
 from fused_losses import demo
+from fused_losses._demo_data import Detection
+from fused_losses._demo_losses import Z_SETTINGS, LossChoice, anneal_threshold, parse_losses
+from fused_losses._demo_report import Result, save_numbers
 from fused_losses.calibration import solve_logit_bias
+from fused_losses.diagnostics import OutlierTracker
 
 SHORT = ["--epochs", "2", "--seeds", "1", "--batch-size", "256"]
 
@@ -57,9 +61,91 @@ def test_a_folder_gets_the_default_names(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("stem", fl.LOSSES)
+def test_losses_that_drop_rows_report_the_wrong_labels_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = ["--losses", "ce,hem,z_ce,z_ce_default"]
+    assert demo.main([*losses, "--epochs", "12", "--seeds", "2", "--out", str(tmp_path)]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "OutlierTracker" in printed and "Z-CE default" in printed and "threshold=1.0" in printed
+    assert "not for wrong labels" in printed and "about 36% of the labels are wrong" in printed
+    numbers = json.loads((tmp_path / "fused_losses_demo.json").read_text())["losses"]
+    assert ["wrong_labels_found" in loss for loss in numbers] == [False, False, True, True]
+    tuned, default = (loss["wrong_labels_found"] for loss in numbers[2:])
+    assert len(tuned) == len(default) == 2
+    assert all(found["precision"] > 0.8 and found["recall"] > 0.5 for found in tuned)
+    assert all(found["recall"] < 0.2 for found in default)
+    assert numbers[2]["threshold"] == 1.0 and numbers[2]["running"] is True
+
+
+def test_one_loss_is_not_compared_and_nothing_flagged_has_no_precision(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert demo.main(["--losses", "z_ce_default", *SHORT, "--epochs", "1", "--out", str(tmp_path)]) == 0
+    assert "ends highest" not in capsys.readouterr().out
+    (loss,) = json.loads((tmp_path / "fused_losses_demo.json").read_text())["losses"]
+    assert loss["wrong_labels_found"] == [{"precision": None, "recall": 0.0, "f1": 0.0}]
+
+
+@pytest.mark.parametrize("stem", Z_SETTINGS)
+def test_the_tracker_sees_wrong_labels_dropped_more_often(stem: str) -> None:
+    (choice,) = parse_losses(stem)
+    data = demo.load_data()
+    recipe = demo.Recipe(noise=0.3, epochs=15, batch_size=128)
+    target, _ = demo.plant_wrong_labels(data, recipe.noise, seed=5)
+    tracker = OutlierTracker(len(target))
+    demo.train_one(choice.module(), data, recipe, seed=5, on_epoch=lambda: None, tracker=tracker)
+    assert tracker.times_seen.tolist() == [15] * len(target)
+    wrong = target != data.train_target
+    rate = tracker.flag_rate()
+    assert rate[wrong].mean() > 2.0 * rate[~wrong].mean()
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 1), (9, 3), (60, 10)])
+def test_the_threshold_comes_down_in_the_first_epochs(epochs: int, steps: int) -> None:
+    loss = parse_losses("z_ce")[0].module()
+    schedule = anneal_threshold(loss, epochs)
+    assert schedule is not None and float(loss.threshold) == 10.0
+    values = []
+    for _ in range(steps + 1):
+        schedule.step()
+        values.append(float(loss.threshold))
+    assert values[-2:] == [1.0, 1.0] and all(value > 1.0 for value in values[:-2])
+    assert anneal_threshold(fl.MAELoss(), epochs) is None
+    with pytest.raises(TypeError, match="must have a number as threshold, got Tensor"):
+        anneal_threshold(loss, epochs)
+
+
+def test_flags_are_compared_with_the_wrong_rows() -> None:
+    wrong = torch.tensor([True, True, False, False, True])
+    found = demo.compare_flags(torch.tensor([0, 2]), wrong)
+    assert found == pytest.approx((1 / 2, 1 / 3, 2 / 5))
+    nothing = demo.compare_flags(torch.tensor([], dtype=torch.int64), wrong)
+    assert math.isnan(nothing.precision) and nothing.recall == nothing.f1 == 0.0
+    assert demo.mean_and_std([nothing.precision, 1.0]) == "-"
+    assert demo.mean_and_std([1.0, 2.0], digits=1) == "1.5 +- 0.7"
+
+
+def test_saved_numbers_are_strict_json(tmp_path: Path) -> None:
+    result = Result(parse_losses("z_ce")[0], [[0.5]], 1.0, 2.0, [Detection(math.nan, 0.0, 0.0)])
+    save_numbers([result], {}, tmp_path / "numbers.json")
+
+    def no_constant(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    assert json.loads((tmp_path / "numbers.json").read_text(), parse_constant=no_constant)["losses"]
+
+
+def test_training_gives_threads_back() -> None:
+    before = torch.get_num_threads()
+    with demo.one_thread():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("stem", [*fl.LOSSES, *Z_SETTINGS])
 def test_every_registered_loss_can_be_trained_and_timed(stem: str) -> None:
-    (choice,) = demo._parse_losses(stem)
+    (choice,) = parse_losses(stem)
     data = demo.load_data(torch.device("cpu"))
     recipe = demo.Recipe(noise=0.4, epochs=1, batch_size=256)
     (accuracy,) = demo.train_one(choice.module(), data, recipe, seed=0, on_epoch=lambda: None)
@@ -69,7 +155,7 @@ def test_every_registered_loss_can_be_trained_and_timed(stem: str) -> None:
 
 
 def test_clean_labels_are_learned_and_a_seed_repeats() -> None:
-    (choice,) = demo._parse_losses("ce")
+    (choice,) = parse_losses("ce")
     data = demo.load_data(torch.device("cpu"))
     recipe = demo.Recipe(noise=0.0, epochs=5, batch_size=128)
     state = torch.get_rng_state()
@@ -111,16 +197,18 @@ def test_data_is_scaled_and_split_without_overlap() -> None:
         ("cross_entropy, mae_loss", [("CE", "cross_entropy", False), ("MAE", "mae", False)]),
         ("MAELoss*", [("MAE*", "mae", True)]),
         ("gce,gce,gce*", [("GCE", "gce", False), ("GCE*", "gce", True)]),
+        ("z_ce,Z-CE,ZErrorCrossEntropyLoss,z_error_cross_entropy", [("Z-CE", "z_ce", False)]),
+        ("z_ce_default*", [("Z-CE default*", "z_ce_default", True)]),
     ],
 )
 def test_names_of_losses(text: str, expected: list[tuple[str, str, bool]]) -> None:
-    assert demo._parse_losses(text) == [demo.LossChoice(*fields) for fields in expected]
+    assert parse_losses(text) == [LossChoice(*fields) for fields in expected]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--losses", "mse"], "unknown loss 'mse'; known: ce, "),
+        (["--losses", "mse"], "unknown loss 'mse'; known: ce, z_ce, "),
         (["--losses", "mae,nonsense*"], "unknown loss 'nonsense'; known: ce, "),
         (["--losses", ","], "name at least one loss"),
         (["--noise", "1.5"], "must be a number from 0 to 1, got '1.5'"),

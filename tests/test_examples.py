@@ -1,0 +1,115 @@
+"""The examples: they run, and what they say about the losses holds."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import statistics
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+for needed in ("rich", "sklearn"):
+    pytest.importorskip(needed)
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+find_wrong_labels = load("find_wrong_labels")
+unit_errors = load("unit_errors")
+
+
+def test_every_example_is_tested_and_helps(capsys: pytest.CaptureFixture[str]) -> None:
+    modules = {path.stem: globals()[path.stem] for path in EXAMPLES.glob("*.py")}
+    assert len(modules) == 2
+    for name, module in modules.items():
+        with pytest.raises(SystemExit) as caught:
+            module.main(["--help"])
+        assert caught.value.code == 0
+        printed = capsys.readouterr().out
+        assert "--quick" in printed and f"python examples/{name}.py" in printed
+
+
+def test_find_wrong_labels_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    out = tmp_path / "new folder"
+    assert find_wrong_labels.main(["--quick", "--out", str(out)]) == 0
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), state)
+    printed = capsys.readouterr().out
+    assert "precision" in printed and "recall" in printed and str(out) in printed
+    assert sorted(path.name for path in out.iterdir()) == ["noise_0.2_threshold_1.csv", "noise_0.2_threshold_2.csv"]
+    with (out / "noise_0.2_threshold_1.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 1257
+    assert {row["times_seen"] for row in rows} == {"10"}  # 15 epochs less the 5 in which the threshold comes down
+
+
+@pytest.mark.parametrize("noise", [0.1, 0.4])
+def test_wrong_labels_are_dropped_more_often_than_right_ones(noise: float) -> None:
+    outcome = find_wrong_labels.train(noise, threshold=1.0, epochs=15, seed=7)
+    assert float(outcome.wrong.double().mean()) == pytest.approx(0.9 * noise, abs=0.04)
+    assert outcome.drop_rate(wrong=True) > 0.5 > 0.1 > outcome.drop_rate(wrong=False)
+    found = find_wrong_labels.compare_flags(outcome.tracker.flagged(0.5), outcome.wrong)
+    assert found.precision > min(0.9, 4.0 * noise)
+    assert found.recall > 0.8
+
+
+def test_a_large_threshold_finds_few_of_many_and_is_more_precise_on_few() -> None:
+    many, few = (find_wrong_labels.train(noise, threshold=2.0, epochs=15, seed=7) for noise in (0.4, 0.05))
+    assert many.drop_rate(wrong=True) < 0.05
+    assert few.drop_rate(wrong=True) > 0.7
+    tight = find_wrong_labels.train(0.05, threshold=1.0, epochs=15, seed=7)
+    assert few.drop_rate(wrong=False) < tight.drop_rate(wrong=False)
+
+
+def mean_of(field: str, loss: str, error: str, share: float) -> float:
+    return statistics.fmean(getattr(unit_errors.train(loss, error, share, seed), field) for seed in (5, 6, 7))
+
+
+def test_unit_errors_prints_every_loss_and_error(capsys: pytest.CaptureFixture[str]) -> None:
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    assert unit_errors.main(["--quick"]) == 0
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), state)
+    printed = capsys.readouterr().out
+    assert [word for word in (*unit_errors.LOSSES, *unit_errors.ERRORS) if word not in printed] == []
+
+
+def test_a_moved_decimal_point_hurts_squared_error_most_and_absolute_error_least() -> None:
+    mse, target, loss, absolute = (mean_of("test_error", name, "x10", 0.1) for name in unit_errors.LOSSES)
+    assert absolute < target < loss < mse
+    assert target < 0.7 * mse
+
+
+def test_the_statistic_of_the_targets_cannot_see_errors_within_their_range() -> None:
+    assert mean_of("spoilt_dropped", "ZMSE target", "/10", 0.1) == 0.0
+    spoilt = mean_of("spoilt_dropped", "ZMSE loss", "/10", 0.1)
+    good = mean_of("good_dropped", "ZMSE loss", "/10", 0.1)
+    assert spoilt > 0.2 > 0.05 > good
+    errors = {name: mean_of("test_error", name, "/10", 0.1) for name in ("MSE", "ZMSE target", "ZMSE loss")}
+    assert errors["ZMSE loss"] < errors["MSE"] and errors["ZMSE loss"] < errors["ZMSE target"]
+
+
+@pytest.mark.parametrize("name", ["ZMSE target", "ZMSE loss"])
+def test_masking_beats_squared_error_under_converted_units(name: str) -> None:
+    assert mean_of("test_error", name, "x1.8+32", 0.2) < mean_of("test_error", "MSE", "x1.8+32", 0.2)
+    assert mean_of("spoilt_dropped", name, "x1.8+32", 0.2) > mean_of("good_dropped", name, "x1.8+32", 0.2)
+
+
+def test_unit_errors_are_what_they_are_called() -> None:
+    target = torch.tensor([25.0, 100.0])
+    spoilt = {name: error(target).tolist() for name, error in unit_errors.ERRORS.items()}
+    assert spoilt == {"none": [25.0, 100.0], "x1.8+32": [77.0, 212.0], "x10": [250.0, 1000.0], "/10": [2.5, 10.0]}
