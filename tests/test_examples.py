@@ -75,6 +75,12 @@ def test_a_large_threshold_finds_few_of_many_and_is_more_precise_on_few() -> Non
     assert few.drop_rate(wrong=False) < tight.drop_rate(wrong=False)
 
 
+def test_the_rival_flags_as_many_rows_as_are_wrong() -> None:
+    precision, recall, f1 = find_wrong_labels.rank_by_loss(0.2, epochs=5, seed=7)
+    assert precision == recall == pytest.approx(f1)
+    assert 0.8 < f1 <= 1.0
+
+
 def mean_of(field: str, loss: str, error: str, share: float) -> float:
     return statistics.fmean(getattr(unit_errors.train(loss, error, share, seed), field) for seed in (5, 6, 7))
 
