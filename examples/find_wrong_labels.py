@@ -105,7 +105,7 @@ def rank_by_loss(noise: float, epochs: int, seed: int) -> tuple[float, ...]:
             rows = order[start : start + BATCH_SIZE]
             optimizer.zero_grad(set_to_none=True)
             values = fl.functional.cross_entropy(model(data.train_inputs[rows]), target[rows], reduction="none")
-            values.mean().backward()
+            torch.autograd.backward(values.mean())
             optimizer.step()
             total[rows] += values.detach()
     return compare_flags(total.topk(int(wrong.sum())).indices, wrong)
@@ -144,8 +144,8 @@ CONCLUSION = (
     "20 % for 2, 50 % for 1. Well below that the larger threshold has the better precision, because some right labels "
     "are on digits that are hard to read; near it it misses many, above it it finds next to nothing and the network "
     "learns the wrong labels. One in ten of the labels redrawn at random stays right. The settings were chosen on this "
-    "data set. ranking: for comparison, the rows with the highest loss in a short training with plain cross entropy, as "
-    "many as labels are wrong; it has to be told that number, the Z-Error loss only a bound on it."
+    "data set. ranking: for comparison, the rows with the highest loss in a short training with plain cross entropy, "
+    "as many as labels are wrong; it has to be told that number, the Z-Error loss only a bound on it."
 )
 
 
