@@ -1,0 +1,72 @@
+"""Modules over the whole registry: copies, pickles, repr, autocast; offsets beyond 2^31."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import fused_losses as fl
+
+NAMES = list(fl.LOSSES)
+
+
+def make_module(name):
+    return fl.LOSSES[name].module(weight=torch.tensor([1.0, 2.0, 0.5]), logit_bias=torch.tensor(0.7), ignore_index=-1)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+@pytest.mark.parametrize("name", NAMES)
+def test_duplicates_compute_the_same_and_share_nothing(name, duplicate):
+    logits, target = torch.randn(9, 3), torch.tensor([0, 1, 2, -1, 0, 1, 2, 0, 1])
+    module = make_module(name)
+    expected = module(logits, target)
+    other = duplicate(module)
+    assert torch.equal(other(logits, target), expected) and repr(other) == repr(module)
+    module.weight.zero_()
+    assert torch.equal(other(logits, target), expected)
+    fresh = make_module(name)
+    fresh.load_state_dict(module.state_dict())
+    assert torch.equal(fresh.weight, torch.zeros(3)) and fresh.logit_bias == module.logit_bias
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_repr_names_the_parameters(name):
+    entry = fl.LOSSES[name]
+    text = repr(entry.module())
+    assert text.startswith(f"{entry.module.__name__}(")
+    assert all(f"{parameter}=" in text for parameter in entry.parameters)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_takes_half_logits_as_they_are(name, device):
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(6, 5, device=device), torch.randn(8, 6, device=device)
+    target = torch.arange(8, device=device) % 5
+    with torch.autocast(device, dtype=torch.bfloat16):
+        logits = layer(x)
+        logits.retain_grad()
+        loss = fl.LOSSES[name].module()(logits, target)
+    assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    loss.backward()
+    outside = logits.detach().requires_grad_()
+    fl.LOSSES[name].module()(outside, target).backward()
+    assert logits.grad.dtype == torch.bfloat16 and torch.equal(logits.grad, outside.grad)
+    assert layer.weight.grad.dtype == torch.float32 and layer.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_beyond_32_bit_offsets(name, classes):
+    # Four gigabytes of address space, of which only the pages of two rows are ever touched.
+    apart = 2**31 + 64
+    logits = torch.empty(apart + classes, dtype=torch.bfloat16).as_strided((2, classes), (apart, 1))
+    rows = torch.randn(2, classes).bfloat16()
+    logits.copy_(rows)
+    target = torch.tensor([1, 3])
+    far, near = logits.requires_grad_(), rows.requires_grad_()
+    loss, expected = (fl.LOSSES[name].function(x, target, reduction="sum") for x in (far, near))
+    assert torch.equal(loss, expected)
+    assert torch.equal(*(torch.autograd.grad(value, x)[0] for value, x in ((loss, far), (expected, near))))
