@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypedDict
 
@@ -47,13 +47,14 @@ class LossEntry:
     """A loss in the registry :data:`LOSSES`.
 
     ``name`` is the stem ("gce"), ``function`` the fused function, ``reference`` the same in plain PyTorch,
-    ``parameters`` the own hyper-parameters with their defaults, ``ranges`` what each may be, ``reductions`` the
-    allowed ones and ``module`` the Module class.
+    ``arguments`` what both hand to their operator, as a tuple; ``parameters`` the own hyper-parameters with their
+    defaults, ``ranges`` what each may be, ``reductions`` the allowed ones and ``module`` the Module class.
     """
 
     name: str
     function: RowLossFunction
     reference: RowLossFunction
+    arguments: Callable[..., Any]
     parameters: dict[str, Any]
     ranges: Mapping[str, Rule]
     constants: tuple[float, ...] = ()

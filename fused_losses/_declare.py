@@ -50,6 +50,11 @@ _COMMON = [
 ]
 
 
+def as_tuple(*arguments: Any) -> Any:
+    """Stands in for an operator where its arguments are wanted."""
+    return arguments
+
+
 class FunctionFactory(Protocol):
     """Makes the public function of the loss ``name`` on top of the fused operator or its reference."""
 
@@ -131,10 +136,11 @@ def loss_of_row(
         FORMULAS[name] = formula
         REFERENCES[name] = Reference(evaluate, reductions)
         function, reference = (make_function(name, op) for op in (_ops.row_loss, _ops.row_loss_reference))
+        arguments = make_function(name, as_tuple)
         for made in (function, reference):
             _describe(made, formula, own, reduction)
         defaults = {p.name: p.default for p in own}
-        LOSSES[name] = LossEntry(name, function, reference, defaults, ranges, constants, reductions)
+        LOSSES[name] = LossEntry(name, function, reference, arguments, defaults, ranges, constants, reductions)
         return function
 
     return decorate

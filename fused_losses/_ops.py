@@ -30,6 +30,7 @@ row_loss: Callable[..., Tensor] = torch.ops.fused_losses.row_loss.default
 row_loss_reference: Callable[..., Tensor] = torch.ops.fused_losses.row_loss_reference.default
 class_moments: Callable[..., Tensor] = torch.ops.fused_losses.class_moments.default
 z_error_mask: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.fused_losses.z_error_mask.default
+z_error_row_loss: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.fused_losses.z_error_row_loss.default
 z_error_loss: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = torch.ops.fused_losses.z_error_loss.default
 
 _library = torch.library.Library("fused_losses", "IMPL")  # type: ignore[no-untyped-call]

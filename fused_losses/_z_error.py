@@ -35,16 +35,18 @@ class ZErrorResult(NamedTuple):
 
 @dataclass(frozen=True)
 class ZOps:
-    """The operators a Z-Error function is made of; ``reference`` says which kind of base loss goes with them."""
+    """The operators a Z-Error function is made of."""
 
+    row_loss: Callable[..., Tensor]
     class_moments: Callable[..., Tensor]
-    z_error_mask: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    z_error_row_loss: Callable[..., tuple[Tensor, Tensor, Tensor]]
     z_error_loss: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
-    reference: bool
 
 
-FUSED = ZOps(_ops.class_moments, _ops.z_error_mask, _ops.z_error_loss, reference=False)
-PLAIN = ZOps(_z_reference.class_moments, _z_reference.z_error_mask, _z_reference.z_error_loss, reference=True)
+FUSED = ZOps(_ops.row_loss, _ops.class_moments, _ops.z_error_row_loss, _ops.z_error_loss)
+PLAIN = ZOps(
+    _ops.row_loss_reference, _z_reference.class_moments, _z_reference.z_error_row_loss, _z_reference.z_error_loss
+)
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,14 @@ class Source:
     group: dist.ProcessGroup | None = None
     update: Callable[[Tensor], Tensor] | None = None
 
-    def moments(self, of_batch: Callable[[], Tensor]) -> Tensor:
-        """Moments ``(3, groups)`` to judge the rows by."""
+    def moments(self, groups: int, of_batch: Callable[[], Tensor]) -> Tensor | None:
+        """Moments ``(3, groups)`` to judge the rows by; None for those of the batch as it is."""
         if self.given is not None:
+            if self.given.shape[1] != groups:
+                raise ValueError(f"statistics must be those of {groups} classes, got {self.given.shape[1]}")
             return self.given
+        if self.group is None and self.update is None:
+            return None
         moments = of_batch()
         if self.group is not None:
             moments = all_reduce_moments(moments, self.group)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from fused_losses._reference import class_dim, reduce_rows
 
 def _groups(target: Tensor, num_groups: int, statistic: str, ignore_index: int) -> Tensor:
     """Every row's group; -1: none."""
-    if statistic == "class":
+    if statistic.startswith("class"):
         group = target.long()
         valid = (group != ignore_index) & (group >= 0) & (group < num_groups)
         return torch.where(valid, group, -1)
@@ -26,9 +27,11 @@ def _groups(target: Tensor, num_groups: int, statistic: str, ignore_index: int) 
 
 def _scores(score: Tensor, target: Tensor, group: Tensor, statistic: str) -> Tensor:
     x = score.detach().double()
-    if statistic == "class" and score.dim() == target.dim() + 1:
+    if statistic.startswith("class") and score.dim() == target.dim() + 1:
         dim = class_dim(score)
         return x.gather(dim, group.clamp(min=0).unsqueeze(dim)).squeeze(dim)
+    if statistic == "class_prob":
+        return torch.exp(-x)
     if statistic == "bce_prob":
         return torch.where(x.isfinite(), torch.sigmoid(x), torch.nan)
     if statistic == "mse_target":
@@ -101,19 +104,60 @@ def z_error_mask(
     keep_small: bool,
     ignore_index: int,
     with_scores: bool,
+    statistic: str = "class",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator ``z_error_mask`` in plain PyTorch."""
     group = _groups(target, moments.shape[1], "class", ignore_index)
-    x = _scores(score, target, group, "class")
+    x = _scores(score, target, group, statistic)
     limit = _threshold(threshold, threshold_tensor, score)
     mask, z = _judge(group, x, moments, limit, "class", tail, min_count, keep_small)
     return mask, torch.where((group >= 0) & ~mask, ignore_index, target.long()), z
 
 
+def class_score(
+    row_loss: Callable[..., Tensor], statistic: str, arguments: tuple[Any, ...], num_classes: int
+) -> tuple[Tensor, Tensor, int, str, int]:
+    """What rows are judged by, as arguments of ``class_moments``; ``arguments``: those of ``row_loss``."""
+    logits, target, _, _, bias_tensor, margin, loss, params, logit_bias, ignore_index, _ = arguments
+    with torch.no_grad():
+        score, word = logits.detach(), "class"
+        if statistic == "prob":
+            word = "class_prob"
+            score = row_loss(score, target, None, None, None, None, "cross_entropy", [0.0], 0.0, ignore_index, "none")
+        elif statistic == "loss":
+            score = row_loss(
+                score, target, None, None, bias_tensor, margin, loss, params, logit_bias, ignore_index, "none"
+            )
+    return score, target, num_classes, word, ignore_index
+
+
+def z_error_row_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator ``z_error_row_loss`` in plain PyTorch."""
+    of_row_loss = arguments[:11]
+    moments, threshold_tensor, threshold, statistic, tail, min_count, keep_small, with_scores = arguments[11:]
+    logits, ignore_index = of_row_loss[0], of_row_loss[9]
+    judged = class_score(_ops.row_loss_reference, statistic, of_row_loss, logits.shape[class_dim(logits)])
+    with torch.no_grad():
+        mask, kept_target, scores = z_error_mask(
+            judged[0],
+            judged[1],
+            class_moments(*judged) if moments is None else moments,
+            threshold_tensor,
+            threshold,
+            tail,
+            min_count,
+            keep_small,
+            ignore_index,
+            with_scores,
+            judged[3],
+        )
+    return _ops.row_loss_reference(logits, kept_target, *of_row_loss[2:]), mask, scores
+
+
 def z_error_loss(
     input: Tensor,
     target: Tensor,
-    moments: Tensor,
+    moments: Tensor | None,
     pos_weight: Tensor | None,
     sample_weight: Tensor | None,
     threshold_tensor: Tensor | None,
@@ -126,7 +170,11 @@ def z_error_loss(
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator ``z_error_loss`` in plain PyTorch."""
-    group = _groups(target, moments.shape[1], statistic, -100)
+    tasks = input.shape[1] if input.dim() == 2 else 1
+    groups = 2 * tasks if statistic.startswith("bce") else 1
+    if moments is None:
+        moments = class_moments(input, target, groups, statistic)
+    group = _groups(target, groups, statistic, -100)
     score = _scores(input, target, group, statistic)
     limit = _threshold(threshold, threshold_tensor, input)
     mask, z = _judge(group, score, moments, limit, statistic, tail, min_count, keep_small)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fused_losses import _ops
 from fused_losses._common import LOSSES, LogitBias, LossEntry, RowLossModule, resolve_logit_bias
+from fused_losses._declare import as_tuple
 from fused_losses._parameters import closed_fraction
 from fused_losses._reference import REFERENCES, Reference, Rows, class_dim, reduce_rows, zero_at_zero
 
@@ -123,6 +124,7 @@ LOSSES["cross_entropy"] = LossEntry(
     "cross_entropy",
     cross_entropy,
     _cross_entropy_reference,
+    _cross_entropy(as_tuple),
     {"label_smoothing": 0.0},
     {"label_smoothing": closed_fraction},
 )

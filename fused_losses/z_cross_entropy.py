@@ -25,11 +25,12 @@ from fused_losses._z_error import (
     pack_threshold,
     source_of,
 )
+from fused_losses._z_reference import class_score
 from fused_losses.distributed import global_mean, kept_weight
 from fused_losses.statistics import ClassStatistics
 from fused_losses.z_error import SIDES
 
-_STATISTICS = {"logit": "logit", "prob": "prob", "loss": "loss"}
+_STATISTICS = {name: name for name in ("logit", "prob", "loss")}
 
 
 def resolve_base(base: str | RowLossModule, **options: Any) -> tuple[LossEntry, dict[str, Any]]:
@@ -50,22 +51,6 @@ def resolve_base(base: str | RowLossModule, **options: Any) -> tuple[LossEntry, 
     if stem not in LOSSES:
         raise ValueError(f"base must be one of {', '.join(LOSSES)}, or a Module, got {base!r}")
     return LOSSES[stem], options
-
-
-def _scores(
-    ops: ZOps, statistic: str, logits: Tensor, target: Tensor, entry: LossEntry, keywords: dict[str, Any]
-) -> Tensor:
-    """What rows are judged by; logits stand for their target's entry."""
-    if statistic == "logit":
-        return logits
-    if statistic == "prob":
-        entry = LOSSES["cross_entropy"]
-        keywords = {"ignore_index": keywords["ignore_index"]}
-    else:
-        keywords = {**keywords, "weight": None}
-    loss = entry.reference if ops.reference else entry.function
-    values = loss(logits, target, reduction="none", **keywords)
-    return torch.exp(-values) if statistic == "prob" else values
 
 
 def _z_cross_entropy(
@@ -93,23 +78,16 @@ def _z_cross_entropy(
     tail = choose("sided", sided, {"two": "both", "lower": "high" if statistic == "loss" else "low"})
     entry, keywords = resolve_base(base, weight=weight, ignore_index=ignore_index, logit_bias=logit_bias)
     numbers, tensor = pack_threshold(threshold)
-    ignored = keywords["ignore_index"]
-    with torch.no_grad():
-        score = _scores(ops, statistic, logits.detach(), target, entry, keywords)
-        num_classes = logits.shape[class_dim(logits)] if logits.dim() else 1
-        moments = source.moments(lambda: ops.class_moments(score, target, num_classes, "class", ignored))
-        mask, kept_target, scores = ops.z_error_mask(
-            score, target, moments, tensor, numbers, tail, min_count, keep_small, ignored, return_mask
-        )
-    # Dropped rows are ignored rows: the base loss selects them away in value, gradient and denominator.
     mean_over_ranks = source.group is not None and reduction == "mean"
-    function = entry.reference if ops.reference else entry.function
-    loss = function(
-        logits,
-        kept_target,
-        reduction="sum" if mean_over_ranks else reduction,
-        sample_weight=sample_weight,
-        **keywords,
+    arguments = entry.arguments(
+        logits, target, reduction="sum" if mean_over_ranks else reduction, sample_weight=sample_weight, **keywords
+    )
+    num_classes = logits.shape[class_dim(logits)] if logits.dim() else 1
+    moments = source.moments(
+        num_classes, lambda: ops.class_moments(*class_score(ops.row_loss, statistic, arguments, num_classes))
+    )
+    loss, mask, scores = ops.z_error_row_loss(
+        *arguments, moments, tensor, numbers, statistic, tail, min_count, keep_small, return_mask
     )
     if mean_over_ranks and source.group is not None:
         denominator = kept_weight(mask, target, keywords["weight"], sample_weight)

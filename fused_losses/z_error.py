@@ -55,7 +55,9 @@ def _masked_loss(
     check_reduction(reduction)
     numbers, tensor = pack_threshold(threshold)
     constant_input, constant_target = input.detach(), target.detach()
-    moments = source.moments(lambda: ops.class_moments(constant_input, constant_target, groups, statistic, -100))
+    moments = source.moments(
+        groups, lambda: ops.class_moments(constant_input, constant_target, groups, statistic, -100)
+    )
     mean_over_ranks = source.group is not None and reduction == "mean"
     loss, denominator, mask, scores = ops.z_error_loss(
         input,

@@ -217,6 +217,46 @@ def test_every_row_loss_is_a_base(name, device):
             assert torch.equal(*grads) and (grads[0][~result.mask] == 0).all()
 
 
+@pytest.mark.parametrize("statistic", ["logit", "prob", "loss"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("name", ["cross_entropy", "gce", "hem", "bi_tempered"])
+def test_same_result_with_and_without_gradients(name, reduction, weighted, statistic, device):
+    """Masked rows first or rows first: the two orders of work, and plain PyTorch, agree."""
+    torch.manual_seed(0)
+    logits = (torch.randn(3000, 7, device=device) * 2).requires_grad_()
+    target, samples = torch.randint(0, 7, (3000,), device=device), torch.rand(3000, device=device)
+    logits.data[5], target[6], samples[7] = math.nan, -100, 0.0
+    options = {"sample_weight": samples, "weight": torch.rand(7, device=device)} if weighted else {}
+    options |= {"base": name, "statistic": statistic, "threshold": 1.3, "reduction": reduction, "return_mask": True}
+    plain = reference.z_error_cross_entropy(logits, target, **options)
+    with torch.no_grad():
+        constant = functional.z_error_cross_entropy(logits, target, **options)
+    result = functional.z_error_cross_entropy(logits, target, **options)
+    assert 0.05 < (~result.mask).float().mean() < 0.5 and not result.mask[5:7].any()
+    for other in (constant, result):
+        assert torch.equal(other.mask, plain.mask)
+        torch.testing.assert_close(other.scores, plain.scores, rtol=1e-4, atol=1e-4, equal_nan=True)
+        torch.testing.assert_close(other.loss, plain.loss, rtol=1e-5, atol=1e-6)
+    mine, theirs = (torch.autograd.grad(r.loss.sum(), logits)[0] for r in (result, plain))
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_second_derivatives(dtype, device):
+    """Of float16, whose backward recomputes, and of float64, whose forward writes the gradient."""
+    torch.manual_seed(0)
+    logits = torch.randn(40, 3, device=device).to(dtype).requires_grad_()
+    target = torch.randint(0, 3, (40,), device=device)
+    seconds = []
+    for module in (functional, reference):
+        loss = module.z_error_cross_entropy(logits, target, base="gce", threshold=1.0, reduction="sum")
+        (first,) = torch.autograd.grad(loss, logits, create_graph=True)
+        seconds.append(torch.autograd.grad(first.square().sum(), logits)[0])
+    assert seconds[0].abs().max() > 0
+    torch.testing.assert_close(*seconds)
+
+
 def test_options_of_a_module_as_base(device):
     torch.manual_seed(0)
     logits, target = torch.randn(60, 4, device=device), torch.randint(0, 4, (60,), device=device)
@@ -226,7 +266,7 @@ def test_options_of_a_module_as_base(device):
     assert not result.mask[target == 2].any() and result.scores[target == 2].isnan().all()
     kept = torch.where(result.mask, target, 2)
     expected = functional.gce_loss(logits, kept, q=0.5, weight=weight, ignore_index=2, logit_bias=1.0)
-    assert torch.equal(result.loss, expected)
+    torch.testing.assert_close(result.loss, expected, rtol=1e-6, atol=0)
     with pytest.raises(ValueError, match="weight must be set on the Module given as base"):
         fl.ZErrorCrossEntropyLoss(base=base, weight=weight)
     with pytest.raises(ValueError, match="ignore_index must be set on the Module given as base, got 1"):

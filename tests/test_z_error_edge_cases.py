@@ -226,7 +226,7 @@ X, T = torch.randn(6), torch.tensor([0, 1, 0, 1, 0, 1])
         (
             lambda: functional.z_error_cross_entropy(X.view(3, 2), T[:3], statistics=fl.class_statistics(X, T, 3)),
             ValueError,
-            "num_classes must be that of the logits, 2, got 3",
+            "statistics must be those of 2 classes, got 3",
         ),
     ],
 )

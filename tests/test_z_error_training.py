@@ -183,6 +183,11 @@ def test_opcheck():
     score = torch.randn(12, 3, requires_grad=True)
     for arguments in ((x, target, moments, *rule, -100, True), (score, target, moments, *rule, -100, False)):
         assert set(opcheck(OPS.z_error_mask.default, arguments).values()) == {"SUCCESS"}
+    for class_score, statistic in ((x, "class_prob"), (score.detach(), "class")):
+        for given, reduction in ((moments, "none"), (None, "mean")):
+            rows = (x, class_score, target, 3, given, w[:3], w)
+            arguments = (*rows, None, [1.1], "both", 2, False, -100, True, statistic)
+            assert set(opcheck(OPS.z_error_class_loss.default, (*arguments, reduction)).values()) == {"SUCCESS"}
     for statistic, target in (("mse_loss", y), ("bce_logit", (y > 0).float())):
         groups = 1 if statistic == "mse_loss" else 2
         moments = OPS.class_moments(x, target, groups, statistic)
@@ -240,6 +245,8 @@ def steps_on_cuda():
         "bce": (x, lambda: functional.z_error_bce_with_logits(x, labels, threshold=(1.0, 2.0))),
         "logit": (logits, lambda: functional.z_error_cross_entropy(logits, target)),
         "loss": (logits, lambda: functional.z_error_cross_entropy(logits, target, statistic="loss", base="gce")),
+        "prob": (logits, lambda: functional.z_error_cross_entropy(logits, target, statistic="prob")),
+        "hem": (logits, lambda: functional.z_error_cross_entropy(logits, target, statistic="loss", base="hem")),
         "running": (logits, lambda: running(logits, target)),
     }
 
@@ -259,7 +266,7 @@ def test_no_synchronisation_and_few_launches_on_cuda():
             torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
         kernels = [event.name for event in profile.events() if "memset" not in event.name.lower()]
-        if name in ("mse", "bce"):
+        if name != "running":
             assert len(kernels) <= 3, kernels
 
 

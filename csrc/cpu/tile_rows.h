@@ -70,7 +70,7 @@ struct alignas(64) TileRows {
         if (p.grad) scale_coefficients();
     }
 
-    // Backward: what write_stats has saved.
+    // Backward: what write_stats has saved, except of rows that have become ignored since.
     void read_stats(const RowProblem& p, std::int64_t outer, std::int64_t first, int n) {
         const A* stats = as<A>(p.stats);
         const std::int64_t rows = p.rows(), row = outer * p.inner + first;
@@ -79,6 +79,7 @@ struct alignas(64) TileRows {
             alpha[i] = stats[rows + row + i];
             beta[i] = stats[2 * rows + row + i];
             gamma[i] = p.spread != Spread::kNone ? stats[3 * rows + row + i] : A(0);
+            if (ignored[i]) max[i] = alpha[i] = beta[i] = gamma[i] = A(0);
         }
         scale_coefficients();
     }

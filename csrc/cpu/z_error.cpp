@@ -59,7 +59,7 @@ struct ScoreBlock {
     double score[kBlockRows];
 
     void fill(const ZProblem& p, std::int64_t begin, int rows) {
-        if (p.statistic == Statistic::kClassScore) {
+        if (is_class(p.statistic)) {
             for (int r = 0; r < rows; ++r) {
                 const Row row(p, begin + r);
                 group[r] = z_error::group_of(p, row);
@@ -151,7 +151,16 @@ struct RowBlock {
     A input[kBlockRows], target[kBlockRows], weight[kBlockRows], pos_weight[kBlockRows];
     A value[kBlockRows], slope[kBlockRows];
 
-    // Loss and slope of all rows, dropped ones included.
+    // Weighted losses of class rows, and their weights, the latter of kept rows.
+    void fill_classes(const ZProblem& p, std::int64_t begin, int rows) {
+        load(p, p.values, begin, rows, value);
+        load(p, p.sample_weight, begin, rows, weight);
+        if (!p.class_weight.data) return;
+        for (int r = 0; r < rows; ++r)
+            if (p.mask[begin + r]) weight[r] *= z_error::class_weight_of<A>(p, Row(p, begin + r));
+    }
+
+    // Weighted loss and slope of all rows, dropped ones included.
     void fill(const ZProblem& p, std::int64_t begin, int rows) {
         load(p, p.input, begin, rows, input);
         load(p, p.target, begin, rows, target);
@@ -162,10 +171,11 @@ struct RowBlock {
                 value[r] = computed.value;
                 slope[r] = computed.slope;
             }
-            return;
+        } else {
+            for (int r = 0; r < rows; ++r) pos_weight[r] = z_error::pos_weight_of<A>(p, begin + r);
+            binary_losses(rows, input, target, pos_weight, value, slope);
         }
-        for (int r = 0; r < rows; ++r) pos_weight[r] = z_error::pos_weight_of<A>(p, begin + r);
-        binary_losses(rows, input, target, pos_weight, value, slope);
+        for (int r = 0; r < rows; ++r) value[r] *= weight[r];
     }
 };
 
@@ -183,10 +193,10 @@ void loss_as(const ZProblem& p) {
         for (std::int64_t first = begin; first < end; first += kBlockRows) {
             const int rows = static_cast<int>(std::min<std::int64_t>(kBlockRows, end - first));
             mask_block(p, rules, first, rows);
-            block.fill(p, first, rows);
+            is_class(p.statistic) ? block.fill_classes(p, first, rows) : block.fill(p, first, rows);
             for (int r = 0; r < rows; ++r) {
                 const bool kept = p.mask[first + r];
-                const A value = kept ? block.weight[r] * block.value[r] : A(0);
+                const A value = kept ? block.value[r] : A(0);
                 if (row_values) row_values[first + r] = value;
                 local.value += static_cast<double>(value);
                 local.weight += kept ? static_cast<double>(block.weight[r]) : 0.0;
@@ -223,7 +233,10 @@ void gradient_as(const ZProblem& p) {
     });
 }
 
-void loss(const ZProblem& p) { p.acc_is_double ? loss_as<double>(p) : loss_as<float>(p); }
+void loss(const ZProblem& p) {
+    if (p.own_moments) moments(p, p.own_moments);
+    p.acc_is_double ? loss_as<double>(p) : loss_as<float>(p);
+}
 
 void gradient(const ZProblem& p) { p.acc_is_double ? gradient_as<double>(p) : gradient_as<float>(p); }
 

@@ -56,4 +56,28 @@ cudaError_t launch(void (*kernel)(Params...), unsigned blocks, cudaStream_t stre
     return cudaGetLastError();
 }
 
+// For kernels whose blocks wait for each other (grid.cuh), so that all of them must be resident: as many as fit,
+// `wanted` at most.
+template <class... Params, class... Args>
+cudaError_t launch_cooperative(void (*kernel)(Params...), std::int64_t wanted, cudaStream_t stream,
+                               const Args&... args) {
+    if (wanted == 1) return launch(kernel, 1, stream, args...);
+    int device = 0, multiprocessors = 0, per_multiprocessor = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (error == cudaSuccess)
+        error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, kBlock, 0);
+    if (error != cudaSuccess) return error;
+    cudaLaunchAttribute cooperative;
+    cooperative.id = cudaLaunchAttributeCooperative;
+    cooperative.val.cooperative = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = static_cast<unsigned>(std::min(wanted, std::int64_t(multiprocessors) * per_multiprocessor));
+    config.blockDim = kBlock;
+    config.stream = stream;
+    config.attrs = &cooperative;
+    config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
 }  // namespace fused_losses::cuda

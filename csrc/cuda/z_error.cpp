@@ -2,6 +2,9 @@
 // kernel has run: whoever gets it next uses it later in the same stream.
 #include "cuda/z_error.h"
 
+#include <algorithm>
+#include <vector>
+
 #include "cuda/current_device.h"
 #include "z_error/driver.h"
 
@@ -10,17 +13,32 @@ namespace {
 
 using cuda::check_launch;
 
-// Room for partial results and tickets; the latter start at zero.
+// Memory for partial results and counters, handed out to the phases of one launch; the counters are zeros.
 class Scratch {
 public:
-    Scratch(const cuda::DeviceScope& device, const cuda::WorkShares& shares)
-        : numbers(device.scratch(shares.partials, at::kDouble)), counters(device.scratch(shares.tickets(), at::kInt)) {
-        if (shares.tickets() > 0)
-            check_launch(cudaMemsetAsync(tickets(), 0, sizeof(unsigned) * shares.tickets(), device.stream()));
+    Scratch(const cuda::DeviceScope& device, const std::vector<cuda::WorkShares*>& phases) {
+        std::int64_t partial_count = 0, ticket_count = 0, blocks = 1;
+        for (const cuda::WorkShares* shares : phases) {
+            partial_count += shares->partial_count();
+            ticket_count += shares->ticket_count();
+            blocks = std::max(blocks, shares->count());
+        }
+        if (blocks > 1 && phases.size() > 1) ++ticket_count;  // the barrier between phases
+        numbers = device.scratch(partial_count, at::kDouble);
+        counters = device.scratch(ticket_count, at::kInt);
+        barrier = reinterpret_cast<unsigned*>(counters.mutable_data_ptr<int>());
+        if (ticket_count > 0)
+            check_launch(cudaMemsetAsync(barrier, 0, sizeof(unsigned) * ticket_count, device.stream()));
+        double* partials = numbers.mutable_data_ptr<double>();
+        for (cuda::WorkShares* shares : phases) {
+            shares->partials = partials;
+            shares->tickets = barrier;
+            partials += shares->partial_count();
+            barrier += shares->ticket_count();
+        }
     }
 
-    double* partials() const { return numbers.mutable_data_ptr<double>(); }
-    unsigned* tickets() const { return reinterpret_cast<unsigned*>(counters.mutable_data_ptr<int>()); }
+    unsigned* barrier;  // a counter for the barrier between phases
 
 private:
     at::Tensor numbers, counters;
@@ -28,9 +46,9 @@ private:
 
 void moments(const ZProblem& p, double* out) {
     const cuda::DeviceScope device(p.device);
-    const cuda::WorkShares shares = cuda::shares_of_moments(p);
-    const Scratch scratch(device, shares);
-    check_launch(cuda::enqueue_class_moments(p, shares, scratch.partials(), scratch.tickets(), out, device.stream()));
+    cuda::WorkShares shares = cuda::shares_of_moments(p);
+    const Scratch scratch(device, {&shares});
+    check_launch(cuda::enqueue_class_moments(p, shares, out, device.stream()));
 }
 
 void mask(const ZProblem& p) {
@@ -41,9 +59,11 @@ void mask(const ZProblem& p) {
 
 void loss(const ZProblem& p) {
     const cuda::DeviceScope device(p.device);
-    const cuda::WorkShares shares = cuda::shares_of_loss(p);
-    const Scratch scratch(device, shares);
-    check_launch(cuda::enqueue_z_error_loss(p, shares, scratch.partials(), scratch.tickets(), device.stream()));
+    cuda::WorkShares shares = cuda::shares_of_loss(p), moments = cuda::shares_of_moments(p);
+    std::vector<cuda::WorkShares*> phases{&shares};
+    if (p.own_moments) phases.push_back(&moments);
+    const Scratch scratch(device, phases);
+    check_launch(cuda::enqueue_z_error_loss(p, moments, shares, scratch.barrier, device.stream()));
 }
 
 void gradient(const ZProblem& p) {

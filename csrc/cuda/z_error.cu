@@ -1,10 +1,11 @@
-// Z-Error operators on CUDA: statistics, mask with loss, gradient; one kernel each. No atomics but tickets: every sum
-// has an order of its own that follows from the problem's size.
+// Z-Error operators on CUDA: statistics; mask with loss, after the statistics where they are those of the same rows;
+// gradient. One kernel each. No atomics but tickets: every sum has an order of its own that follows from the problem's
+// size.
 #include "cuda/z_error.h"
 
 #include <algorithm>
 
-#include "cuda/launch.cuh"
+#include "cuda/grid.cuh"
 #include "z_error/rows.h"
 
 namespace fused_losses::cuda {
@@ -19,17 +20,6 @@ constexpr std::int64_t kMaxMomentBlocks = 4096;
 constexpr std::int64_t kMaxChunks = 256;
 
 std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
-// For all threads of a block, after they wrote their partial results: is this the last of `blocks` blocks to arrive?
-__device__ __forceinline__ bool arrives_last(unsigned* ticket, std::int64_t blocks) {
-    __shared__ bool last;
-    __threadfence();  // this thread's writes are visible to the device
-    __syncthreads();  // ... and those of the whole block, before the ticket is drawn
-    if (threadIdx.x == 0) last = atomicAdd(ticket, 1u) == static_cast<unsigned>(blocks - 1);
-    __syncthreads();
-    __threadfence();  // what others wrote before their ticket is read after ours
-    return last;
-}
 
 // Moments of the block's threads.
 struct SharedMoments {
@@ -68,14 +58,36 @@ struct Share {
     }
 };
 
-// partials: [chunks][groups] of (count, mean, m2)
-__global__ void __launch_bounds__(kBlock)
-    class_moments(const __grid_constant__ ZProblem p, const __grid_constant__ WorkShares shares, double* partials,
-                  unsigned* tickets, double* out) {
-    __shared__ double scores[kTileRows];
-    __shared__ int group_in_range[kTileRows];  // -1: the row does not count here
-    __shared__ SharedMoments shared;
-    const std::int64_t range = blockIdx.x % shares.ranges, chunk = blockIdx.x / shares.ranges;
+// Scores of a tile of rows, and where they belong.
+struct ScoreTile {
+    double score[kTileRows];
+    int group_in_range[kTileRows];  // -1: the row does not count here
+
+    __device__ __forceinline__ void fill(const ZProblem& p, std::int64_t begin, int rows, std::int64_t first,
+                                         int width) {
+        for (int i = threadIdx.x; i < rows; i += kBlock) {
+            const Row row(p, begin + i);
+            const std::int64_t group = z_error::group_of(p, row);
+            int local = -1;
+            if (group >= first && group < first + width) {
+                score[i] = z_error::score_of(p, row, group);
+                if (z_error::is_finite(score[i])) local = static_cast<int>(group - first);
+            }
+            group_in_range[i] = local;
+        }
+    }
+};
+
+struct MomentsMemory {
+    ScoreTile tile;
+    SharedMoments moments;
+};
+
+// One share of the moments: a range of groups in a chunk of rows. Partial results: [chunks][groups] of
+// (count, mean, m2); the block that finishes a range last merges them in order.
+__device__ __forceinline__ void moments_of_share(const ZProblem& p, const WorkShares& shares, std::int64_t item,
+                                                 MomentsMemory& shared, double* out) {
+    const std::int64_t range = item % shares.ranges, chunk = item / shares.ranges;
     const std::int64_t first = range * kBlock, groups = p.num_groups;
     const int width = static_cast<int>(groups - first < kBlock ? groups - first : kBlock);
     const Share share(width);
@@ -85,51 +97,52 @@ __global__ void __launch_bounds__(kBlock)
 
     ShiftedSums sums;
     const int segment_rows = static_cast<int>((kTileRows + share.segments - 1) / share.segments);
-    for (std::int64_t tile = chunk_begin; tile < chunk_end; tile += kTileRows) {
-        const int rows = static_cast<int>(chunk_end - tile < kTileRows ? chunk_end - tile : kTileRows);
+    for (std::int64_t begin = chunk_begin; begin < chunk_end; begin += kTileRows) {
+        const int rows = static_cast<int>(chunk_end - begin < kTileRows ? chunk_end - begin : kTileRows);
         __syncthreads();  // the previous tile has been read
-        for (int i = threadIdx.x; i < rows; i += kBlock) {
-            const Row row(p, tile + i);
-            const std::int64_t group = z_error::group_of(p, row);
-            int local = -1;
-            if (group >= first && group < first + width) {
-                const double score = z_error::score_of(p, row, group);
-                scores[i] = score;
-                if (z_error::is_finite(score)) local = static_cast<int>(group - first);
-            }
-            group_in_range[i] = local;
-        }
+        shared.tile.fill(p, begin, rows, first, width);
         __syncthreads();
         if (share.idle()) continue;
-        const int begin = share.segment * segment_rows;
-        const int end = begin + segment_rows < rows ? begin + segment_rows : rows;
-        for (int i = begin; i < end; ++i)
-            if (group_in_range[i] == share.group) sums.push(scores[i]);
+        const int segment = share.segment * segment_rows;
+        const int end = segment + segment_rows < rows ? segment + segment_rows : rows;
+        for (int i = segment; i < end; ++i)
+            if (shared.tile.group_in_range[i] == share.group) sums.push(shared.tile.score[i]);
     }
-    Moments result = share.merge_segments(shared, sums.moments());
+    __syncthreads();  // the moments of an earlier share have been read
+    Moments result = share.merge_segments(shared.moments, sums.moments());
 
     if (shares.chunks > 1) {
         if (share.segment == 0) {
-            double* const mine = partials + 3 * (chunk * groups + first + share.group);
+            double* const mine = shares.partials + 3 * (chunk * groups + first + share.group);
             mine[0] = result.count;
             mine[1] = result.mean;
             mine[2] = result.m2;
         }
-        if (!arrives_last(tickets + range, shares.chunks)) return;
+        if (!arrives_last(shares.tickets + range, shares.chunks)) return;
         Moments total;
         const std::int64_t segment_chunks = (shares.chunks + share.segments - 1) / share.segments;
         const std::int64_t begin = share.segment * segment_chunks;
         for (std::int64_t c = begin; c < begin + segment_chunks && c < shares.chunks && !share.idle(); ++c) {
-            const double* const other = partials + 3 * (c * groups + first + share.group);
+            const double* const other = shares.partials + 3 * (c * groups + first + share.group);
             total.merge({__ldcg(other), __ldcg(other + 1), __ldcg(other + 2)});
         }
-        __syncthreads();  // everyone has read its result of the first merge
-        result = share.merge_segments(shared, total);
+        result = share.merge_segments(shared.moments, total);
     }
     if (share.segment != 0) return;
     out[first + share.group] = result.count;
     out[groups + first + share.group] = result.mean;
     out[2 * groups + first + share.group] = result.m2;
+}
+
+__device__ __forceinline__ void compute_moments(const ZProblem& p, const WorkShares& shares, double* out) {
+    __shared__ MomentsMemory shared;
+    for (std::int64_t item = blockIdx.x; item < shares.count(); item += gridDim.x)
+        moments_of_share(p, shares, item, shared, out);
+}
+
+__global__ void __launch_bounds__(kBlock)
+    class_moments(const __grid_constant__ ZProblem p, const __grid_constant__ WorkShares shares, double* out) {
+    compute_moments(p, shares, out);
 }
 
 __global__ void __launch_bounds__(kBlock) mask_rows(const __grid_constant__ ZProblem p) {
@@ -156,33 +169,47 @@ __device__ __forceinline__ LossSums sum_over_block(const LossSums& mine) {
     return sums[0];
 }
 
-// partials: [blocks] of (value, weight)
+// One share of the rows, of which neighbouring threads take neighbours.
 template <class A>
-__global__ void __launch_bounds__(kBlock)
-    masked_loss(const __grid_constant__ ZProblem p, double* partials, unsigned* ticket) {
-    const std::int64_t step = std::int64_t(gridDim.x) * kBlock;
+__device__ __forceinline__ LossSums loss_of_share(const ZProblem& p, std::int64_t chunk, std::int64_t chunks) {
     A* const row_values = static_cast<A*>(p.row_values);
     LossSums sums{0, 0};
-    for (std::int64_t n = std::int64_t(blockIdx.x) * kBlock + threadIdx.x; n < p.rows(); n += step) {
+    for (std::int64_t n = chunk * kBlock + threadIdx.x; n < p.rows(); n += chunks * kBlock) {
         const Row row(p, n);
         const auto share = z_error::share_of<A>(p, row, z_error::mask_row(p, row));
         if (row_values) row_values[n] = share.value;
         sums.value += static_cast<double>(share.value);
         sums.weight += static_cast<double>(share.weight);
     }
-    LossSums total = sum_over_block(sums);
-    if (gridDim.x > 1) {
-        if (threadIdx.x == 0) {
-            partials[2 * blockIdx.x] = total.value;
-            partials[2 * blockIdx.x + 1] = total.weight;
-        }
-        if (!arrives_last(ticket, gridDim.x)) return;
-        sums = {0, 0};
-        for (unsigned b = threadIdx.x; b < gridDim.x; b += kBlock) {
-            sums.value += __ldcg(partials + 2 * b);
-            sums.weight += __ldcg(partials + 2 * b + 1);
+    return sum_over_block(sums);
+}
+
+// Partial results: [chunks] of (value, weight).
+template <class A>
+__global__ void __launch_bounds__(kBlock)
+    masked_loss(const __grid_constant__ ZProblem p, const __grid_constant__ WorkShares moments,
+                const __grid_constant__ WorkShares shares, unsigned* moments_known) {
+    if (p.own_moments) {
+        compute_moments(p, moments, p.own_moments);
+        wait_for_grid(moments_known);
+    }
+    LossSums total{0, 0};
+    for (std::int64_t chunk = blockIdx.x; chunk < shares.chunks; chunk += gridDim.x) {
+        total = loss_of_share<A>(p, chunk, shares.chunks);
+        if (shares.chunks == 1 || threadIdx.x != 0) continue;
+        shares.partials[2 * chunk] = total.value;
+        shares.partials[2 * chunk + 1] = total.weight;
+    }
+    if (shares.chunks > 1) {
+        if (!arrives_last(shares.tickets, gridDim.x)) return;
+        LossSums sums{0, 0};
+        for (std::int64_t chunk = threadIdx.x; chunk < shares.chunks; chunk += kBlock) {
+            sums.value += __ldcg(shares.partials + 2 * chunk);
+            sums.weight += __ldcg(shares.partials + 2 * chunk + 1);
         }
         total = sum_over_block(sums);
+    } else if (blockIdx.x != 0) {
+        return;
     }
     if (threadIdx.x != 0) return;
     *static_cast<A*>(p.denominator) = static_cast<A>(total.weight);
@@ -207,7 +234,7 @@ WorkShares shares_of_moments(const ZProblem& p) {
     const bool single = p.rows() <= 2 * kTileRows;
     s.chunk_rows = single ? 2 * kTileRows : std::max(kTileRows, divide_up(p.rows(), wanted));
     s.chunks = std::max<std::int64_t>(1, divide_up(p.rows(), s.chunk_rows));
-    s.partials = s.chunks > 1 ? 3 * s.chunks * p.num_groups : 0;
+    s.numbers_per_chunk = 3 * p.num_groups;
     return s;
 }
 
@@ -215,25 +242,24 @@ WorkShares shares_of_loss(const ZProblem& p) {
     WorkShares s;
     const bool single = p.rows() <= kSingleBlockRows;
     s.chunks = single ? 1 : std::min(divide_up(p.rows(), kBlock), kMaxLossBlocks);
-    s.partials = single ? 0 : 2 * s.chunks;
+    s.numbers_per_chunk = 2;
     return s;
 }
 
-cudaError_t enqueue_class_moments(const ZProblem& p, const WorkShares& shares, double* partials, unsigned* tickets,
-                                  double* moments, cudaStream_t stream) {
-    const auto blocks = static_cast<unsigned>(shares.ranges * shares.chunks);
-    return launch(class_moments, blocks, stream, p, shares, partials, tickets, moments);
+cudaError_t enqueue_class_moments(const ZProblem& p, const WorkShares& shares, double* moments, cudaStream_t stream) {
+    return launch(class_moments, static_cast<unsigned>(shares.count()), stream, p, shares, moments);
 }
 
 cudaError_t enqueue_z_error_mask(const ZProblem& p, cudaStream_t stream) {
     return launch(mask_rows, blocks_for(p.rows(), kBlock), stream, p);
 }
 
-cudaError_t enqueue_z_error_loss(const ZProblem& p, const WorkShares& shares, double* partials, unsigned* tickets,
-                                 cudaStream_t stream) {
-    const auto blocks = static_cast<unsigned>(shares.chunks);
-    if (p.acc_is_double) return launch(masked_loss<double>, blocks, stream, p, partials, tickets);
-    return launch(masked_loss<float>, blocks, stream, p, partials, tickets);
+cudaError_t enqueue_z_error_loss(const ZProblem& p, const WorkShares& moments, const WorkShares& loss,
+                                 unsigned* moments_known, cudaStream_t stream) {
+    const auto kernel = p.acc_is_double ? &masked_loss<double> : &masked_loss<float>;
+    if (!p.own_moments)
+        return launch(kernel, static_cast<unsigned>(loss.count()), stream, p, moments, loss, moments_known);
+    return launch_cooperative(kernel, std::max(moments.count(), loss.count()), stream, p, moments, loss, moments_known);
 }
 
 cudaError_t enqueue_z_error_gradient(const ZProblem& p, cudaStream_t stream) {

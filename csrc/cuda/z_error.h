@@ -17,20 +17,23 @@ struct WorkShares {
     std::int64_t ranges = 1;  // of groups, each with its own ticket
     std::int64_t chunks = 1;  // of rows
     std::int64_t chunk_rows = 0;
-    std::int64_t partials = 0;  // doubles
+    std::int64_t numbers_per_chunk = 0;
+    double* partials = nullptr;   // partial_count() of them
+    unsigned* tickets = nullptr;  // ticket_count() zeros
 
-    std::int64_t tickets() const { return chunks > 1 ? ranges : 0; }
+    FL_HD std::int64_t count() const { return ranges * chunks; }
+    std::int64_t partial_count() const { return chunks > 1 ? chunks * numbers_per_chunk : 0; }
+    std::int64_t ticket_count() const { return chunks > 1 ? ranges : 0; }
 };
 
 WorkShares shares_of_moments(const ZProblem& p);
 WorkShares shares_of_loss(const ZProblem& p);
 
-// tickets: zeros, as many as the shares says.
-cudaError_t enqueue_class_moments(const ZProblem& p, const WorkShares& shares, double* partials, unsigned* tickets,
-                                  double* moments, cudaStream_t stream);
+cudaError_t enqueue_class_moments(const ZProblem& p, const WorkShares& shares, double* moments, cudaStream_t stream);
 cudaError_t enqueue_z_error_mask(const ZProblem& p, cudaStream_t stream);
-cudaError_t enqueue_z_error_loss(const ZProblem& p, const WorkShares& shares, double* partials, unsigned* tickets,
-                                 cudaStream_t stream);
+// `moments` and the counter `moments_known`, a zero, are used where p.own_moments is not null.
+cudaError_t enqueue_z_error_loss(const ZProblem& p, const WorkShares& moments, const WorkShares& loss,
+                                 unsigned* moments_known, cudaStream_t stream);
 cudaError_t enqueue_z_error_gradient(const ZProblem& p, cudaStream_t stream);
 
 }  // namespace fused_losses::cuda

@@ -16,47 +16,14 @@
 #include <string>
 #include <vector>
 
-#include "ops/args.h"
 #include "ops/checks.h"
-#include "ops/differentiation.h"
+#include "ops/row_loss_autograd.h"
 
 namespace fused_losses {
 namespace {
 
-using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-// An operator whose parameters are Extra... followed by those of RowLossArgs.
-template <class Return, class... Extra>
-class Operator {
-    template <class... A>
-    using Handle = c10::TypedOperatorHandle<Return(Extra..., A...)>;
-
-    template <class... A>
-    struct Find {
-        static auto handle(const char* name) {
-            return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Return(Extra..., A...)>();
-        }
-    };
-
-public:
-    explicit Operator(const char* name) : handle(WithRowLossArgs<Find>::handle(name)) {}
-
-    Return operator()(Extra... extra, const RowLossArgs& a) const {
-        return handle.call(extra..., a.logits, a.target, a.weight, a.sample_weight, a.logit_bias_tensor, a.margin,
-                           a.loss, a.params, a.logit_bias, a.ignore_index, a.reduction);
-    }
-
-private:
-    WithRowLossArgs<Handle> handle;
-};
-
-Tensor reference(const RowLossArgs& args) {
-    static const Operator<Tensor> op("fused_losses::row_loss_reference");
-    check_row_loss(args);
-    return op(args);
-}
 
 // What backward needs beyond tensors.
 struct Scalars : torch::CustomClassHolder {
@@ -74,13 +41,6 @@ struct Scalars : torch::CustomClassHolder {
     const std::string reduction;
 };
 
-// float16 cannot hold a gradient divided by the batch size before the loss scale of mixed precision has multiplied it,
-// and a CUDA forward or a mean over active rows does not know the denominator before all rows are read.
-bool forward_writes_gradient(const RowLossArgs& args) {
-    return (args.reduction == "mean" || args.reduction == "sum") && args.logits.scalar_type() != at::kHalf &&
-           args.logits.is_cpu();
-}
-
 // Whether the tensor's numbers are there to be looked at without synchronising or tracing.
 bool is_plain_cpu(const Tensor& t) {
     const auto wrapped = c10::DispatchKeySet(
@@ -97,81 +57,39 @@ Tensor or_undefined(const OptionalTensor& t) { return t ? *t : Tensor(); }
 
 OptionalTensor or_none(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
+// Under create_graph the gradient must itself be differentiable, in the logits and in grad_loss.
+Tensor differentiable_gradient(const Tensor& grad_loss, const RowLossArgs& args) {
+    return torch::autograd::grad({row_loss_by_reference(args)}, {args.logits}, {grad_loss}, /*retain_graph=*/true,
+                                 /*create_graph=*/true)[0];
+}
+
 class RowLossFunction : public torch::autograd::Function<RowLossFunction> {
 public:
-    // `logits` is args.logits: apply() looks for differentiable inputs among its own arguments.
-    static Tensor forward(AutogradContext* ctx, const Tensor& logits, const RowLossArgs& args) {
+    // The logits are args.logits: apply() looks for differentiable inputs among its own arguments.
+    static Tensor forward(AutogradContext* ctx, const Tensor& /*logits*/, const RowLossArgs& args) {
         at::AutoDispatchBelowADInplaceOrView below_autograd;
         static const Operator<std::tuple<Tensor, Tensor>> with_grad("fused_losses::row_loss_with_grad");
-        static const Operator<std::tuple<Tensor, Tensor, Tensor>> with_stats("fused_losses::row_loss_with_stats");
-        ctx->saved_data["scalars"] = c10::IValue::make_capsule(c10::make_intrusive<Scalars>(args));
-        variable_list saved = {logits,
-                               args.target,
-                               or_undefined(args.weight),
-                               or_undefined(args.sample_weight),
-                               or_undefined(args.logit_bias_tensor),
-                               or_undefined(args.margin)};
-        Tensor loss;
+        static const RowLossWithStats with_stats("fused_losses::row_loss_with_stats");
         if (forward_writes_gradient(args)) {
-            Tensor grad;
-            std::tie(loss, grad) = with_grad(args);
-            saved.push_back(std::move(grad));
-        } else {
-            Tensor stats, denominator;
-            std::tie(loss, stats, denominator) = with_stats(args);
-            saved.push_back(std::move(stats));
-            saved.push_back(std::move(denominator));
+            auto [loss, grad] = with_grad(args);
+            save_row_loss(ctx, args, args.target, {grad});
+            return loss;
         }
-        ctx->save_for_backward(std::move(saved));
+        auto [loss, stats, denominator] = with_stats(args);
+        save_row_loss(ctx, args, args.target, {stats, denominator});
         return loss;
     }
 
     static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
-        const Tensor& grad_loss = grad_outputs[0];
-        const variable_list saved = ctx->get_saved_variables();
-        const auto scalars = c10::static_intrusive_pointer_cast<Scalars>(ctx->saved_data["scalars"].toCapsule());
-        const OptionalTensor weight = or_none(saved[2]), sample_weight = or_none(saved[3]), bias = or_none(saved[4]),
-                             margin = or_none(saved[5]);
-        const RowLossArgs args{saved[0],
-                               saved[1],
-                               weight,
-                               sample_weight,
-                               bias,
-                               margin,
-                               scalars->loss,
-                               scalars->params,
-                               scalars->logit_bias,
-                               scalars->ignore_index,
-                               scalars->reduction};
-        const bool gradient_is_written = saved.size() == 7;
-        if (at::GradMode::is_enabled()) return {differentiable(grad_loss, args), Tensor()};
-        if (gradient_is_written) return {is_one(grad_loss) ? saved[6] : at::mul(saved[6], grad_loss), Tensor()};
-        static const Operator<Tensor, const Tensor&, const Tensor&, const Tensor&> recompute(
-            "fused_losses::row_loss_backward");
-        return {recompute(grad_loss, saved[6], saved[7], args), Tensor()};
-    }
-
-private:
-    // Under create_graph the gradient must itself be differentiable, in the logits and in grad_loss.
-    static Tensor differentiable(const Tensor& grad_loss, const RowLossArgs& args) {
-        return torch::autograd::grad({reference(args)}, {args.logits}, {grad_loss}, /*retain_graph=*/true,
-                                     /*create_graph=*/true)[0];
+        return {row_loss_gradient(ctx, grad_outputs[0]), Tensor()};
     }
 };
-
-// Is anything asked for but the first derivative in the logits?
-bool needs_reference(const RowLossArgs& args) {
-    if (in_function_transform() || has_tangent(args.logits)) return true;
-    for (const OptionalTensor* t : {&args.weight, &args.sample_weight, &args.logit_bias_tensor, &args.margin})
-        if (*t && is_differentiated(**t)) return true;
-    return is_differentiated(args.target);
-}
 
 template <class... A>
 struct Autograd {
     static Tensor row_loss(A... a) {
         const RowLossArgs args{a...};
-        if (needs_reference(args)) return reference(args);
+        if (needs_reference(args)) return row_loss_by_reference(args);
         if (at::GradMode::is_enabled() && args.logits.requires_grad()) return RowLossFunction::apply(args.logits, args);
         at::AutoDispatchBelowADInplaceOrView below_autograd;
         static const Operator<Tensor> op("fused_losses::row_loss");
@@ -180,6 +98,48 @@ struct Autograd {
 };
 
 }  // namespace
+
+Tensor row_loss_by_reference(const RowLossArgs& args) {
+    static const Operator<Tensor> op("fused_losses::row_loss_reference");
+    check_row_loss(args);
+    return op(args);
+}
+
+void save_row_loss(AutogradContext* ctx, const RowLossArgs& args, const Tensor& target, variable_list more) {
+    variable_list saved = {args.logits,
+                           target,
+                           or_undefined(args.weight),
+                           or_undefined(args.sample_weight),
+                           or_undefined(args.logit_bias_tensor),
+                           or_undefined(args.margin)};
+    for (Tensor& tensor : more) saved.push_back(std::move(tensor));
+    ctx->save_for_backward(std::move(saved));
+    ctx->saved_data["scalars"] = c10::IValue::make_capsule(c10::make_intrusive<Scalars>(args));
+}
+
+Tensor row_loss_gradient(AutogradContext* ctx, const Tensor& grad_loss) {
+    const variable_list saved = ctx->get_saved_variables();
+    const auto scalars = c10::static_intrusive_pointer_cast<Scalars>(ctx->saved_data["scalars"].toCapsule());
+    const OptionalTensor weight = or_none(saved[2]), sample_weight = or_none(saved[3]), bias = or_none(saved[4]),
+                         margin = or_none(saved[5]);
+    const RowLossArgs args{saved[0],
+                           saved[1],
+                           weight,
+                           sample_weight,
+                           bias,
+                           margin,
+                           scalars->loss,
+                           scalars->params,
+                           scalars->logit_bias,
+                           scalars->ignore_index,
+                           scalars->reduction};
+    if (at::GradMode::is_enabled()) return differentiable_gradient(grad_loss, args);
+    const bool gradient_is_written = saved.size() == 7;
+    if (gradient_is_written) return is_one(grad_loss) ? saved[6] : at::mul(saved[6], grad_loss);
+    static const Operator<Tensor, const Tensor&, const Tensor&, const Tensor&> recompute(
+        "fused_losses::row_loss_backward");
+    return recompute(grad_loss, saved[6], saved[7], args);
+}
 
 TORCH_LIBRARY_IMPL(fused_losses, Autograd, m) {
     m.impl("row_loss", &WithRowLossArgs<Autograd>::row_loss);

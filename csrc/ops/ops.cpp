@@ -36,6 +36,7 @@ TORCH_LIBRARY(fused_losses, m) {
     // ---- Z-Error (2506.02154) ----
     // Rows form groups and have scores, as `statistic` says:
     //   "class": target holds class indices; score is one number per row, or logits whose target's entry is the score
+    //   "class_prob": the same, but the scores are exp(-score)
     //   "bce_logit", "bce_prob": score holds logits [N] or [N, T], target labels 0 and 1 (anything else is missing);
     //   group 2 task + label
     //   "mse_target", "mse_loss", "mse_residual": score holds predictions, target numbers; one group
@@ -45,19 +46,36 @@ TORCH_LIBRARY(fused_losses, m) {
         "class_moments(Tensor score, Tensor target, SymInt num_classes, str statistic='class', int ignore_index=-100) "
         "-> Tensor");
 
-    // Which rows are kept, given their groups' moments ("class" only). threshold: one number, replaced by
+    // Which rows are kept, given their groups' moments (classes only). threshold: one number, replaced by
     // threshold_tensor, 0-dim or one per class; tail: which scores are unlikely, "both", "low" or "high"; classes with
     // fewer than min_count rows are dropped unless keep_small. kept_target (int64) is the target with ignore_index in
     // dropped rows; scores are standardised, float64, empty unless asked for.
     m.def(
         "z_error_mask(Tensor score, Tensor target, Tensor moments, Tensor? threshold_tensor, float[] threshold, "
-        "str tail, int min_count, bool keep_small, int ignore_index, bool with_scores) "
+        "str tail, int min_count, bool keep_small, int ignore_index, bool with_scores, str statistic='class') "
         "-> (Tensor mask, Tensor kept_target, Tensor scores)");
 
-    // Mask and loss of the binary and the regression form in one pass; differentiable in input. The mean divides by
-    // denominator, the sum of the kept rows' sample weights. pos_weight, threshold: one, or one per task and per label.
+    // Any row loss without unlikely rows; differentiable in logits. `statistic` is what rows are judged by: "logit"
+    // (the target's), "prob" or "loss", the latter without weights; their moments are those of these rows where absent.
+    m.def(("z_error_row_loss(" + row_loss_arguments +
+           ", Tensor? moments, Tensor? threshold_tensor, float[] threshold, "
+           "str statistic, str tail, int min_count, bool keep_small, bool with_scores) "
+           "-> (Tensor loss, Tensor mask, Tensor scores)")
+              .c_str());
+
+    // Its second half, given the rows' losses, weights included: mask and reduction in one pass, after the statistics
+    // where moments are absent.
     m.def(
-        "z_error_loss(Tensor input, Tensor target, Tensor moments, Tensor? pos_weight, Tensor? sample_weight, "
+        "z_error_class_loss(Tensor values, Tensor score, Tensor target, SymInt num_classes, Tensor? moments, "
+        "Tensor? weight, Tensor? sample_weight, Tensor? threshold_tensor, float[] threshold, str tail, int min_count, "
+        "bool keep_small, int ignore_index, bool with_scores, str statistic, str reduction) "
+        "-> (Tensor loss, Tensor denominator, Tensor mask, Tensor kept_target, Tensor scores)");
+
+    // Mask and loss of the binary and the regression form in one pass; differentiable in input. The rows are judged by
+    // `moments`, or by their own where those are absent. The mean divides by denominator, the sum of the kept rows'
+    // sample weights. pos_weight, threshold: one, or one per task and per label.
+    m.def(
+        "z_error_loss(Tensor input, Tensor target, Tensor? moments, Tensor? pos_weight, Tensor? sample_weight, "
         "Tensor? threshold_tensor, float[] threshold, str statistic, str tail, int min_count, bool keep_small, "
         "bool with_scores, str reduction) -> (Tensor loss, Tensor denominator, Tensor mask, Tensor scores)");
 

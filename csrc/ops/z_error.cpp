@@ -38,8 +38,9 @@ class Call {
 public:
     // class_dim: of the logits that `input` may hold, else -1.
     Call(Statistic statistic, const Tensor& in, std::int64_t class_dim, const Tensor& labels,
-         const OptionalTensor& weight = std::nullopt, const Tensor& upstream_of_rows = {})
-        : sizes(labels.sizes()), input(in), target(labels), upstream(upstream_of_rows) {
+         const OptionalTensor& weight = std::nullopt, const Tensor& upstream_of_rows = {},
+         const Tensor& values_of_rows = {})
+        : sizes(labels.sizes()), input(in), target(labels), upstream(upstream_of_rows), values(values_of_rows) {
         if (weight) sample_weight = *weight;
         p.statistic = statistic;
         p.acc_is_double = acc_of(input) == at::kDouble;
@@ -53,10 +54,15 @@ public:
         return at::empty(size, at::TensorOptions().device(input.device()).dtype(dtype));
     }
 
-    void follow(const ZErrorRule& rule) {
-        moments = rule.moments.contiguous();
-        p.moments = moments.const_data_ptr<double>();
-        p.num_groups = moments.size(1);
+    void follow(const ZErrorRule& rule, std::int64_t groups) {
+        p.num_groups = groups;
+        if (rule.moments) {
+            moments = rule.moments->contiguous();
+            p.moments = moments.const_data_ptr<double>();
+        } else {
+            moments = empty({3, groups}, at::kDouble);
+            p.moments = p.own_moments = moments.mutable_data_ptr<double>();
+        }
         p.tail = parse_tail(rule.tail);
         p.min_count = static_cast<double>(rule.min_count);
         p.keep_small = rule.keep_small;
@@ -78,6 +84,10 @@ public:
         p.pos_weight = vector_of(*pos_weight);
     }
 
+    void weigh_classes(const OptionalTensor& weight) {
+        if (weight) p.class_weight = vector_of(*weight);
+    }
+
     Tensor new_mask() {
         const Tensor mask = empty(sizes, at::kBool);
         p.mask = mask.mutable_data_ptr<bool>();
@@ -91,6 +101,22 @@ public:
         return scores;
     }
 
+    Tensor new_kept_target() {
+        const Tensor kept_target = empty(sizes, at::kLong);
+        p.kept_target = kept_target.mutable_data_ptr<std::int64_t>();
+        return kept_target;
+    }
+
+    // The loss and what its mean is divided by.
+    std::tuple<Tensor, Tensor> new_loss(std::string_view reduction, at::ScalarType acc) {
+        p.reduction = parse_z_reduction(reduction);
+        const bool none = p.reduction == Reduction::kNone;
+        const Tensor loss = empty(none ? at::IntArrayRef(sizes) : at::IntArrayRef(), acc), denominator = empty({}, acc);
+        (none ? p.row_values : p.loss) = loss.mutable_data_ptr();
+        p.denominator = denominator.mutable_data_ptr();
+        return {loss, denominator};
+    }
+
     ZProblem p;
     const at::DimVector sizes;
 
@@ -100,7 +126,8 @@ private:
         const auto layout = coalesce_rows(sizes, {of_target,
                                                   {&input, class_dim},
                                                   sample_weight.defined() ? RowDims{&sample_weight, -1} : of_target,
-                                                  upstream.defined() ? RowDims{&upstream, -1} : of_target});
+                                                  upstream.defined() ? RowDims{&upstream, -1} : of_target,
+                                                  values.defined() ? RowDims{&values, -1} : of_target});
         if (!layout) return false;
         p.outer = layout->outer;
         p.inner = layout->inner;
@@ -111,6 +138,7 @@ private:
         p.input = elements(input, 1);
         p.sample_weight = elements(sample_weight, 2);
         p.upstream = elements(upstream, 3);
+        p.values = elements(values, 4);
         return true;
     }
 
@@ -119,12 +147,13 @@ private:
         target = target.contiguous();
         if (sample_weight.defined()) sample_weight = sample_weight.contiguous();
         if (upstream.defined()) upstream = upstream.contiguous();
+        if (values.defined()) values = values.contiguous();
         if (lay_out(class_dim)) return;
         input = input.contiguous();
         TORCH_INTERNAL_ASSERT(lay_out(class_dim));
     }
 
-    Tensor input, target, sample_weight, upstream, moments, threshold;
+    Tensor input, target, sample_weight, upstream, values, moments, threshold;
 };
 
 Statistic check_moments(const Tensor& score, const Tensor& target, const c10::SymInt& groups,
@@ -132,7 +161,7 @@ Statistic check_moments(const Tensor& score, const Tensor& target, const c10::Sy
     const Statistic statistic = parse_statistic(statistic_name);
     TORCH_CHECK_VALUE(groups >= 1, "num_classes must be at least 1, got ", groups);
     *class_dim = -1;
-    if (statistic == Statistic::kClassScore) {
+    if (is_class(statistic)) {
         *class_dim = check_scores(score, target, groups);
     } else {
         check_pairs(score, target, statistic);
@@ -144,6 +173,7 @@ Statistic check_moments(const Tensor& score, const Tensor& target, const c10::Sy
 
 using MaskAndMore = std::tuple<Tensor, Tensor, Tensor>;
 using LossAndMore = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using ClassLossAndMore = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <ZErrorDriver (*driver)()>
 struct OnDevice {
@@ -162,20 +192,45 @@ struct OnDevice {
     static MaskAndMore z_error_mask(const Tensor& score, const Tensor& target, const Tensor& moments,
                                     const OptionalTensor& threshold_tensor, at::ArrayRef<double> threshold,
                                     std::string_view tail, std::int64_t min_count, bool keep_small,
-                                    std::int64_t ignore_index, bool with_scores) {
-        const ZErrorRule rule{moments, threshold_tensor, threshold, tail, min_count, keep_small};
+                                    std::int64_t ignore_index, bool with_scores, std::string_view statistic) {
+        const OptionalTensor given(moments);
+        const ZErrorRule rule{given, threshold_tensor, threshold, tail, min_count, keep_small};
+        const Statistic kind = check_class_statistic(statistic);
         check_rule(rule, score, moments.sym_size(-1), /*binary=*/false);
-        Call call(Statistic::kClassScore, score, check_scores(score, target, moments.sym_size(1)), target);
-        call.follow(rule);
+        Call call(kind, score, check_scores(score, target, moments.sym_size(1)), target);
+        call.follow(rule, moments.size(1));
         call.p.ignore_index = ignore_index;
-        const Tensor mask = call.new_mask(), kept_target = call.empty(call.sizes, at::kLong);
-        call.p.kept_target = kept_target.mutable_data_ptr<std::int64_t>();
+        const Tensor mask = call.new_mask(), kept_target = call.new_kept_target();
         const Tensor scores = call.new_scores(with_scores);
         driver().mask(call.p);
         return {mask, kept_target, scores};
     }
 
-    static LossAndMore z_error_loss(const Tensor& input, const Tensor& target, const Tensor& moments,
+    static ClassLossAndMore z_error_class_loss(const Tensor& values, const Tensor& score, const Tensor& target,
+                                               std::int64_t num_classes, const OptionalTensor& moments,
+                                               const OptionalTensor& weight, const OptionalTensor& sample_weight,
+                                               const OptionalTensor& threshold_tensor, at::ArrayRef<double> threshold,
+                                               std::string_view tail, std::int64_t min_count, bool keep_small,
+                                               std::int64_t ignore_index, bool with_scores, std::string_view statistic,
+                                               std::string_view reduction) {
+        const ZErrorRule rule{moments, threshold_tensor, threshold, tail, min_count, keep_small};
+        const Statistic kind = check_class_statistic(statistic);
+        const std::int64_t class_dim = check_scores(score, target, num_classes);
+        check_rule(rule, score, num_classes, /*binary=*/false);
+        check_class_loss(values, score, target, weight, sample_weight, num_classes);
+        Call call(kind, score, class_dim, target, sample_weight, /*upstream=*/{}, values);
+        call.p.acc_is_double = acc_of(values) == at::kDouble;
+        call.follow(rule, num_classes);
+        call.weigh_classes(weight);
+        call.p.ignore_index = ignore_index;
+        const auto [loss, denominator] = call.new_loss(reduction, acc_of(values));
+        const Tensor mask = call.new_mask(), kept_target = call.new_kept_target();
+        const Tensor scores = call.new_scores(with_scores);
+        driver().loss(call.p);
+        return {loss, denominator, mask, kept_target, scores};
+    }
+
+    static LossAndMore z_error_loss(const Tensor& input, const Tensor& target, const OptionalTensor& moments,
                                     const OptionalTensor& pos_weight, const OptionalTensor& sample_weight,
                                     const OptionalTensor& threshold_tensor, at::ArrayRef<double> threshold,
                                     std::string_view statistic, std::string_view tail, std::int64_t min_count,
@@ -184,17 +239,13 @@ struct OnDevice {
         check_loss(args);
         const Statistic kind = parse_statistic(statistic);
         const ZErrorRule rule{moments, threshold_tensor, threshold, tail, min_count, keep_small};
-        check_rule(rule, input, groups_of(input, kind), is_binary(kind));
+        const c10::SymInt groups = groups_of(input, kind);
+        check_rule(rule, input, groups, is_binary(kind));
         Call call(kind, input, -1, target, sample_weight);
-        call.follow(rule);
+        call.follow(rule, groups.expect_int());
         call.weigh_positives(pos_weight);
-        call.p.reduction = parse_z_reduction(reduction);
-        const bool none = call.p.reduction == Reduction::kNone;
-        const Tensor loss = call.empty(none ? at::IntArrayRef(call.sizes) : at::IntArrayRef(), acc_of(input));
-        const Tensor denominator = call.empty({}, acc_of(input)), mask = call.new_mask();
-        const Tensor scores = call.new_scores(with_scores);
-        (none ? call.p.row_values : call.p.loss) = loss.mutable_data_ptr();
-        call.p.denominator = denominator.mutable_data_ptr();
+        const auto [loss, denominator] = call.new_loss(reduction, acc_of(input));
+        const Tensor mask = call.new_mask(), scores = call.new_scores(with_scores);
         driver().loss(call.p);
         return {loss, denominator, mask, scores};
     }
@@ -234,8 +285,10 @@ struct Meta {
     static MaskAndMore z_error_mask(const Tensor& score, const Tensor& target, const Tensor& moments,
                                     const OptionalTensor& threshold_tensor, at::ArrayRef<double> threshold,
                                     std::string_view tail, std::int64_t min_count, bool keep_small, std::int64_t,
-                                    bool with_scores) {
-        check_rule({moments, threshold_tensor, threshold, tail, min_count, keep_small}, score, moments.sym_size(-1),
+                                    bool with_scores, std::string_view statistic) {
+        const OptionalTensor given(moments);
+        check_class_statistic(statistic);
+        check_rule({given, threshold_tensor, threshold, tail, min_count, keep_small}, score, moments.sym_size(-1),
                    /*binary=*/false);
         check_scores(score, target, moments.sym_size(1));
         parse_tail(tail);
@@ -243,7 +296,26 @@ struct Meta {
         return {empty(sizes, target, at::kBool), empty(sizes, target, at::kLong), new_scores(target, with_scores)};
     }
 
-    static LossAndMore z_error_loss(const Tensor& input, const Tensor& target, const Tensor& moments,
+    static ClassLossAndMore z_error_class_loss(const Tensor& values, const Tensor& score, const Tensor& target,
+                                               c10::SymInt num_classes, const OptionalTensor& moments,
+                                               const OptionalTensor& weight, const OptionalTensor& sample_weight,
+                                               const OptionalTensor& threshold_tensor, at::ArrayRef<double> threshold,
+                                               std::string_view tail, std::int64_t min_count, bool keep_small,
+                                               std::int64_t, bool with_scores, std::string_view statistic,
+                                               std::string_view reduction) {
+        check_class_statistic(statistic);
+        check_scores(score, target, num_classes);
+        check_rule({moments, threshold_tensor, threshold, tail, min_count, keep_small}, score, num_classes,
+                   /*binary=*/false);
+        check_class_loss(values, score, target, weight, sample_weight, num_classes);
+        parse_tail(tail);
+        const auto sizes = target.sym_sizes();
+        const bool none = parse_z_reduction(reduction) == Reduction::kNone;
+        return {empty(none ? sizes : c10::SymIntArrayRef(), values, acc_of(values)), empty({}, values, acc_of(values)),
+                empty(sizes, target, at::kBool), empty(sizes, target, at::kLong), new_scores(target, with_scores)};
+    }
+
+    static LossAndMore z_error_loss(const Tensor& input, const Tensor& target, const OptionalTensor& moments,
                                     const OptionalTensor& pos_weight, const OptionalTensor& sample_weight,
                                     const OptionalTensor& threshold_tensor, at::ArrayRef<double> threshold,
                                     std::string_view statistic, std::string_view tail, std::int64_t min_count,
@@ -275,6 +347,7 @@ template <class Ops>
 void implement(torch::Library& m) {
     m.impl("class_moments", &Ops::class_moments);
     m.impl("z_error_mask", &Ops::z_error_mask);
+    m.impl("z_error_class_loss", &Ops::z_error_class_loss);
     m.impl("z_error_loss", &Ops::z_error_loss);
     m.impl("z_error_loss_backward", &Ops::z_error_loss_backward);
 }

@@ -15,7 +15,7 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 // When is a row unlikely?
 struct ZErrorRule {
-    const at::Tensor& moments;               // float64 [3, groups]
+    const OptionalTensor& moments;           // float64 [3, groups]; absent: those of the rows at hand
     const OptionalTensor& threshold_tensor;  // takes the place of threshold
     at::ArrayRef<double> threshold;          // one, one per group, or (binary) one per label
     std::string_view tail;
@@ -38,12 +38,13 @@ inline at::ScalarType acc_of(const at::Tensor& input) {
 
 inline Statistic parse_statistic(std::string_view name) {
     if (name == "class") return Statistic::kClassScore;
+    if (name == "class_prob") return Statistic::kClassProb;
     if (name == "bce_logit") return Statistic::kBceLogit;
     if (name == "bce_prob") return Statistic::kBceProb;
     if (name == "mse_target") return Statistic::kMseTarget;
     if (name == "mse_loss") return Statistic::kMseLoss;
-    TORCH_CHECK_VALUE(name == "mse_residual", "statistic must be 'class', 'bce_logit', 'bce_prob', 'mse_target', ",
-                      "'mse_loss' or 'mse_residual', got '", name, "'");
+    TORCH_CHECK_VALUE(name == "mse_residual", "statistic must be 'class', 'class_prob', 'bce_logit', 'bce_prob', ",
+                      "'mse_target', 'mse_loss' or 'mse_residual', got '", name, "'");
     return Statistic::kMseResidual;
 }
 
@@ -96,6 +97,31 @@ inline std::int64_t check_scores(const at::Tensor& score, const at::Tensor& targ
     return class_dim;
 }
 
+// values: the rows' losses; weight: of classes.
+inline void check_class_loss(const at::Tensor& values, const at::Tensor& score, const at::Tensor& target,
+                             const OptionalTensor& weight, const OptionalTensor& sample_weight,
+                             const c10::SymInt& num_classes) {
+    const auto of_rows = [&](const char* name, const at::Tensor& t) {
+        check_floating(name, t);
+        check_same_device(name, t, score);
+        TORCH_CHECK_VALUE(t.sym_sizes() == target.sym_sizes(), name, " must have one entry per row, shape ",
+                          target.sym_sizes(), ", got ", t.sym_sizes());
+    };
+    of_rows("values", values);
+    if (sample_weight) of_rows("sample_weight", *sample_weight);
+    if (!weight) return;
+    check_floating("weight", *weight);
+    check_same_device("weight", *weight, score);
+    TORCH_CHECK_VALUE(weight->dim() == 1 && weight->sym_size(0) == num_classes, "weight must have shape (", num_classes,
+                      ",), got ", weight->sym_sizes());
+}
+
+inline Statistic check_class_statistic(std::string_view name) {
+    const Statistic statistic = parse_statistic(name);
+    TORCH_CHECK_VALUE(is_class(statistic), "statistic must be 'class' or 'class_prob', got '", name, "'");
+    return statistic;
+}
+
 inline void check_pairs(const at::Tensor& input, const at::Tensor& target, Statistic statistic) {
     check_floating("input", input);
     check_same_device("target", target, input);
@@ -116,10 +142,13 @@ inline c10::SymInt groups_of(const at::Tensor& input, Statistic statistic) {
 }
 
 inline void check_rule(const ZErrorRule& rule, const at::Tensor& input, const c10::SymInt& groups, bool binary) {
-    TORCH_CHECK(rule.moments.scalar_type() == at::kDouble, "moments must be float64, got ", rule.moments.scalar_type());
-    TORCH_CHECK_VALUE(rule.moments.dim() == 2 && rule.moments.sym_size(0) == 3 && rule.moments.sym_size(1) == groups,
-                      "moments must have shape (3, ", groups, "), got ", rule.moments.sym_sizes());
-    check_same_device("moments", rule.moments, input);
+    if (rule.moments) {
+        const at::Tensor& moments = *rule.moments;
+        TORCH_CHECK(moments.scalar_type() == at::kDouble, "moments must be float64, got ", moments.scalar_type());
+        TORCH_CHECK_VALUE(moments.dim() == 2 && moments.sym_size(0) == 3 && moments.sym_size(1) == groups,
+                          "moments must have shape (3, ", groups, "), got ", moments.sym_sizes());
+        check_same_device("moments", moments, input);
+    }
     const auto fits = [&](const c10::SymInt& n) { return n == 1 || n == groups || (binary && n == 2); };
     if (!rule.threshold_tensor) {
         TORCH_CHECK_VALUE(rule.threshold.size() == 1 || (binary && rule.threshold.size() == 2),
@@ -139,7 +168,7 @@ inline void check_rule(const ZErrorRule& rule, const at::Tensor& input, const c1
 
 inline void check_loss(const ZErrorLossArgs& args) {
     const Statistic statistic = parse_statistic(args.statistic);
-    TORCH_CHECK_VALUE(statistic != Statistic::kClassScore, "statistic 'class' has no loss of its own");
+    TORCH_CHECK_VALUE(!is_class(statistic), "statistic '", args.statistic, "' has no loss of its own");
     check_pairs(args.input, args.target, statistic);
     if (args.sample_weight) {
         check_floating("sample_weight", *args.sample_weight);

@@ -36,9 +36,9 @@ Tensor reference(const ZErrorLossArgs& a, const Tensor& mask) {
 // Reads statistics, judges rows and sums up, without derivatives.
 LossAndMore evaluate(const ZErrorLossArgs& a, const ZErrorRule& rule, bool with_scores) {
     static const auto op =
-        find<LossAndMore(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                         const OptionalTensor&, at::ArrayRef<double>, std::string_view, std::string_view, std::int64_t,
-                         bool, bool, std::string_view)>("fused_losses::z_error_loss");
+        find<LossAndMore(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                         const OptionalTensor&, const OptionalTensor&, at::ArrayRef<double>, std::string_view,
+                         std::string_view, std::int64_t, bool, bool, std::string_view)>("fused_losses::z_error_loss");
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return op.call(a.input, a.target, rule.moments, a.pos_weight, a.sample_weight, rule.threshold_tensor,
                    rule.threshold, a.statistic, rule.tail, rule.min_count, rule.keep_small, with_scores, a.reduction);
@@ -91,7 +91,7 @@ bool needs_reference(const ZErrorLossArgs& args) {
            (args.sample_weight && is_differentiated(*args.sample_weight));
 }
 
-LossAndMore z_error_loss(const Tensor& input, const Tensor& target, const Tensor& moments,
+LossAndMore z_error_loss(const Tensor& input, const Tensor& target, const OptionalTensor& moments,
                          const OptionalTensor& pos_weight, const OptionalTensor& sample_weight,
                          const OptionalTensor& threshold_tensor, at::ArrayRef<double> threshold,
                          std::string_view statistic, std::string_view tail, std::int64_t min_count, bool keep_small,
@@ -112,6 +112,7 @@ LossAndMore z_error_loss(const Tensor& input, const Tensor& target, const Tensor
 TORCH_LIBRARY_IMPL(fused_losses, Autograd, m) {
     m.impl("class_moments", torch::CppFunction::makeFallthrough());
     m.impl("z_error_mask", torch::CppFunction::makeFallthrough());
+    m.impl("z_error_class_loss", torch::autograd::autogradNotImplementedFallback());
     m.impl("z_error_loss", &z_error_loss);
     m.impl("z_error_loss_backward", torch::autograd::autogradNotImplementedFallback());
 }

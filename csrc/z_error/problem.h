@@ -30,9 +30,10 @@ struct Elements {
     RowStride stride;
 };
 
-// What a row's group and score are, and, but for kClassScore, its loss.
+// What a row's group and score are, and, but for the classes, its loss.
 enum class Statistic : std::uint8_t {
     kClassScore,   // input: scores, or logits whose target's entry is the score; target: class
+    kClassProb,    // input: minus logarithms of probabilities, which are the scores; target: class
     kBceLogit,     // input: logits; target: label 0 or 1; group: 2 task + label; score: logit
     kBceProb,      // score: sigmoid of the logit
     kMseTarget,    // input: predictions; target: numbers; one group; score: target
@@ -40,6 +41,7 @@ enum class Statistic : std::uint8_t {
     kMseResidual,  // score: prediction - target
 };
 
+FL_HD bool is_class(Statistic s) { return s <= Statistic::kClassProb; }
 FL_HD bool is_regression(Statistic s) { return s >= Statistic::kMseTarget; }
 FL_HD bool is_binary(Statistic s) { return s == Statistic::kBceLogit || s == Statistic::kBceProb; }
 
@@ -59,13 +61,16 @@ struct ZProblem {
     Elements input, target;
     bool gathers = false;  // input holds logits: the score is the target's entry
     std::int64_t class_stride = 0;
-    std::int64_t ignore_index = -100;  // kClassScore
+    std::int64_t ignore_index = -100;  // classes
     Elements sample_weight;
-    Elements pos_weight;  // binary: stride.inner apart, num_pos_weights of them, repeated over the tasks
+    Elements values;        // classes: the rows' losses, weights included
+    Elements class_weight;  // stride.inner apart
+    Elements pos_weight;    // binary: stride.inner apart, num_pos_weights of them, repeated over the tasks
     std::int64_t num_pos_weights = 1;
 
     // The rule
     const double* moments = nullptr;  // [3][num_groups]: count, mean, m2
+    double* own_moments = nullptr;    // where not null, `moments` points here and the loss computes them first
     double thresholds[2] = {};
     Elements threshold;               // takes their place: stride.inner apart
     std::int64_t num_thresholds = 1;  // group g has threshold g % num_thresholds
@@ -75,7 +80,7 @@ struct ZProblem {
 
     // Outputs of masking
     bool* mask = nullptr;
-    std::int64_t* kept_target = nullptr;  // kClassScore: the target, ignore_index for dropped rows
+    std::int64_t* kept_target = nullptr;  // classes: the target, ignore_index for dropped rows
     double* scores = nullptr;             // standardised; NaN for a row without a group or statistics
     // and of the loss, where Reduction::kNone fills row_values, the others loss; denominator: sum of kept weights
     Reduction reduction = Reduction::kMean;

@@ -74,7 +74,7 @@ FL_HD std::int64_t group_of_label(const ZProblem& p, std::int64_t number, double
 }
 
 FL_HD std::int64_t group_of(const ZProblem& p, const Row& row) {
-    if (p.statistic == Statistic::kClassScore) return group_of_class(p, row.of<std::int64_t>(p.target));
+    if (is_class(p.statistic)) return group_of_class(p, row.of<std::int64_t>(p.target));
     if (is_regression(p.statistic)) return 0;
     return group_of_label(p, row.number, row.of<double>(p.target));
 }
@@ -86,6 +86,7 @@ FL_HD double score_from(Statistic statistic, double x, double target) {
         case Statistic::kMseLoss: return (x - target) * (x - target);
         case Statistic::kMseResidual: return x - target;
         // An infinite logit has a finite probability but is still no number to learn from.
+        case Statistic::kClassProb: return math::exp(-x);
         case Statistic::kBceProb: return is_finite(x) ? 1.0 / (1.0 + math::exp(-x)) : x;
         default: return x;
     }
@@ -187,9 +188,16 @@ struct Share {
 };
 
 template <class A>
+FL_HD A class_weight_of(const ZProblem& p, const Row& row) {
+    return p.class_weight.data ? read<A>(p.class_weight, row.of<std::int64_t>(p.target) * p.class_weight.stride.inner)
+                               : A(1);
+}
+
+template <class A>
 FL_HD Share<A> share_of(const ZProblem& p, const Row& row, bool kept) {
     if (!kept) return {A(0), A(0)};
     const A weight = p.sample_weight.data ? row.of<A>(p.sample_weight) : A(1);
+    if (is_class(p.statistic)) return {row.of<A>(p.values), weight * class_weight_of<A>(p, row)};
     return {weight * loss_of<A>(p, row).value, weight};
 }
 

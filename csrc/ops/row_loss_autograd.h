@@ -1,0 +1,70 @@
+// What autograd of row losses is made of: calls of their operators, what backward keeps, the gradient from it.
+#pragma once
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <string>
+#include <vector>
+
+#include "ops/args.h"
+#include "ops/differentiation.h"
+
+namespace fused_losses {
+
+using at::Tensor;
+
+// An operator whose parameters are Extra... followed by those of RowLossArgs.
+template <class Return, class... Extra>
+class Operator {
+    template <class... A>
+    using Handle = c10::TypedOperatorHandle<Return(Extra..., A...)>;
+
+    template <class... A>
+    struct Find {
+        static auto handle(const char* name) {
+            return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Return(Extra..., A...)>();
+        }
+    };
+
+public:
+    explicit Operator(const char* name) : handle(WithRowLossArgs<Find>::handle(name)) {}
+
+    Return operator()(Extra... extra, const RowLossArgs& a) const {
+        return handle.call(extra..., a.logits, a.target, a.weight, a.sample_weight, a.logit_bias_tensor, a.margin,
+                           a.loss, a.params, a.logit_bias, a.ignore_index, a.reduction);
+    }
+
+private:
+    WithRowLossArgs<Handle> handle;
+};
+
+using RowLossWithStats = Operator<std::tuple<Tensor, Tensor, Tensor>>;
+
+// The value by plain differentiable operations.
+Tensor row_loss_by_reference(const RowLossArgs& args);
+
+// float16 cannot hold a gradient divided by the batch size before the loss scale of mixed precision has multiplied it,
+// and a CUDA forward or a mean over active rows does not know the denominator before all rows are read.
+inline bool forward_writes_gradient(const RowLossArgs& args) {
+    return (args.reduction == "mean" || args.reduction == "sum") && args.logits.scalar_type() != at::kHalf &&
+           args.logits.is_cpu();
+}
+
+// Is anything asked for but the first derivative in the logits?
+inline bool needs_reference(const RowLossArgs& args) {
+    if (in_function_transform() || has_tangent(args.logits)) return true;
+    for (const OptionalTensor* t : {&args.weight, &args.sample_weight, &args.logit_bias_tensor, &args.margin})
+        if (*t && is_differentiated(**t)) return true;
+    return is_differentiated(args.target);
+}
+
+// Saves what backward needs. Either `more` is the gradient for an upstream gradient of 1, or stats and denominator. The
+// rows are those of `target`, which may differ from args.target.
+void save_row_loss(torch::autograd::AutogradContext* ctx, const RowLossArgs& args, const Tensor& target,
+                   torch::autograd::variable_list more);
+
+// The gradient in the logits from what was saved.
+Tensor row_loss_gradient(torch::autograd::AutogradContext* ctx, const Tensor& grad_loss);
+
+}  // namespace fused_losses
