@@ -1,0 +1,181 @@
+"""A job: one input, several providers and modes that take turns. And the lists of jobs that make a suite."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from benchmarks.calls import Buffers, Call, Copy
+from benchmarks.cases import CLASS_COUNTS, FLAT_LOSSES, ROW_LOSSES, Case, LossFunction
+from benchmarks.measure import Timed, Timing, host_microseconds, launches, peak_extra_bytes, time_calls
+from benchmarks.providers import PROVIDERS, check, exact, first_rows
+from benchmarks.results import Row
+from benchmarks.traffic import moved_bytes
+
+# Value and gradient are checked on as many rows as have this many logits: all rows but for the largest shapes.
+CHECKED_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}
+MEMORY_MODES = ("fwd", "fwd_bwd", "fwd_bwd_scaled")
+
+
+@dataclass(frozen=True)
+class Job:
+    """``seconds`` is the time for each provider and mode."""
+
+    case: Case
+    providers: tuple[str, ...]
+    modes: tuple[str, ...] = ("fwd_bwd",)
+    threads: int = 1
+    seconds: float = 0.2
+    timer: str = "wall"
+
+    @property
+    def key(self) -> str:
+        """Tells jobs of a suite apart."""
+        return f"{self.case.id} on {self.case.device}, {self.threads} threads, {self.timer}"
+
+
+def run_job(job: Job) -> Iterator[Row]:
+    """Checks every provider, then times them all in turns. Raises ``WrongResult`` before any time is taken."""
+    case = job.case
+    torch.set_num_threads(job.threads)
+    logits, target = case.inputs()
+    some = first_rows(case, logits, target, CHECKED_LOGITS[case.device])
+    want = exact(case, *some)
+    functions: dict[str, LossFunction] = {}
+    first: dict[str, float] = {}
+    for name in job.providers:
+        function = PROVIDERS[name].make(case)
+        if function is not None:
+            began = time.perf_counter()
+            check(name, case, function, *some, want)
+            functions[name], first[name] = function, time.perf_counter() - began
+    del want
+    buffers = Buffers.of(case, logits, target)
+    calls: dict[tuple[str, str], Timed] = {
+        (name, mode): Call(function, mode, buffers, PROVIDERS[name].overwrites_logits)
+        for name, function in functions.items()
+        for mode in job.modes
+    }
+    times = time_calls({("copy", ""): Copy(buffers), **calls}, job.seconds, job.timer, job.threads)
+    copy_us = times.pop(("copy", "")).median
+    for (name, mode), timing in times.items():
+        row = _row(job, name, mode, timing, copy_us, calls[name, mode])
+        yield replace(row, checked_rows=some[0].shape[0], first_s=first[name])
+
+
+def _row(job: Job, provider: str, mode: str, timing: Timing, copy_us: float, call: Timed) -> Row:
+    case = job.case
+    on_gpu = case.device == "cuda"
+    return Row(
+        loss=case.loss,
+        provider=provider,
+        mode=mode,
+        shape=case.shape,
+        dtype=case.dtype,
+        device=case.device,
+        layout=case.layout,
+        threads=job.threads,
+        timer=job.timer,
+        time_us=timing.median,
+        low_us=timing.low,
+        high_us=timing.high,
+        samples=timing.samples,
+        copy_us=copy_us,
+        floor_bytes=case.floor_bytes(mode),
+        moved_bytes=_moved_bytes(provider, mode, call, case),
+        checked_rows=0,
+        first_s=0.0,
+        peak_bytes=peak_extra_bytes(call, case.device) if mode in MEMORY_MODES else None,
+        launches=launches(call) if on_gpu else None,
+        host_us=host_microseconds(call) if on_gpu else None,
+    )
+
+
+def _moved_bytes(provider: str, mode: str, call: Timed, case: Case) -> int | None:
+    described = PROVIDERS[provider].copies
+    if described is not None:
+        copies = described.get(mode)
+        return None if copies is None else int(copies * case.logits_bytes)
+    prepared = call.prepare(0)
+    return moved_bytes(lambda: call.run(0, prepared), fused_unit=provider == "fused" and not mode.endswith("scaled"))
+
+
+PLAIN = ("reference", "snippet", "torch")
+MAIN_MODES = ("fwd", "fwd_train", "fwd_bwd", "fwd_bwd_scaled")
+HEADLINE = ("cross_entropy", "mae_auto", "hem", "nce_mae")
+PIXELS = (4, 150, 256, 256)
+SWEPT_CLASSES = (2, 10, 100, 1000, 10_000, 100_000, 1_000_000)
+
+
+def sweep(device: str, dtype: str, logits: int, seconds: float, timer: str) -> Iterator[Job]:
+    """Every loss from 2 to a million classes with about the same number of logits; plain PyTorch for some."""
+    for num_classes in SWEPT_CLASSES:
+        shape = (max(4, logits // num_classes), num_classes)
+        for loss in ROW_LOSSES:
+            peers = PLAIN if loss in HEADLINE else ()
+            yield Job(Case(loss, shape, dtype, device), ("fused", *peers), seconds=seconds, timer=timer)
+
+
+def cpu_summary() -> Iterator[Job]:
+    """What `make bench` measures: within five minutes on two cores, most of it on one thread."""
+    both = ("fused", "torch")
+    for threads in (1, 2):
+        for shape in ((32, 10), (256, 10), (4096, 1000), (65536, 10), (2048, 10_000)):
+            yield Job(Case("cross_entropy", shape), both, MAIN_MODES, threads)
+        for layout in ("contiguous", "channels_last"):
+            yield Job(Case("cross_entropy", PIXELS, layout=layout), both, ("fwd", "fwd_bwd"), threads)
+    for shape in ((4096, 1000), (65536, 10)):
+        for loss in ROW_LOSSES:
+            compiled = ("compile",) if loss in HEADLINE else ()
+            yield Job(Case(loss, shape), ("fused", *PLAIN, *compiled))
+        for loss in ("cross_entropy", "mae_auto"):
+            yield Job(Case(loss, shape, "bfloat16"), ("fused", "reference", "torch", "autocast"))
+    for loss in ROW_LOSSES:
+        yield Job(Case(loss, (256, 10)), ("fused", *PLAIN), seconds=0.05)
+    for loss in FLAT_LOSSES:
+        yield Job(Case(loss, (65536,)), ("fused", "reference"))
+    yield from sweep("cpu", "float32", 1 << 21, 0.05, "wall")
+
+
+def cpu_full() -> Iterator[Job]:
+    """Every loss at every number of classes and dtype, with the compiler; an hour and more."""
+    for num_classes in CLASS_COUNTS:
+        shape = (max(8, (1 << 22) // num_classes), num_classes)
+        for dtype in ("float32", "bfloat16", "float16"):
+            for loss in ROW_LOSSES:
+                providers = ("fused", *PLAIN, "autocast", "compile")
+                yield Job(Case(loss, shape, dtype), providers, MAIN_MODES, seconds=0.5)
+    yield from cpu_summary()
+
+
+def cuda() -> Iterator[Job]:
+    """Targets first; device time where the GPU is busy, wall time for small batches."""
+    peers = (*PLAIN, "autocast", "compile", "liger", "quack")
+    modes = ("fwd", "bwd", "fwd_bwd", "fwd_bwd_scaled")
+
+    def job(loss: str, shape: tuple[int, ...], providers: tuple[str, ...], *modes: str, dtype: str = "bfloat16") -> Job:
+        return Job(Case(loss, shape, dtype, "cuda"), ("fused", *providers), modes or ("fwd_bwd",), 1, 0.05, "device")
+
+    for num_classes in CLASS_COUNTS:
+        shape = ((1 << 26) // num_classes, num_classes)
+        yield job("cross_entropy", shape, peers, *modes)
+    for shape in ((65536, 1000), (65536, 1001), (65536, 10)):
+        yield job("cross_entropy", shape, peers, *modes, dtype="float32")
+        for loss in ROW_LOSSES:
+            yield job(loss, shape, (*PLAIN, "compile") if loss in HEADLINE else PLAIN)
+    for shape in ((8, 150, 512, 512), (8, 19, 512, 1024)):
+        for layout in ("contiguous", "channels_last"):
+            case = Case("cross_entropy", shape, "bfloat16", "cuda", layout)
+            yield Job(case, ("fused", "torch", "autocast"), ("fwd", "fwd_bwd"), 1, 0.05, "device")
+    for loss in ROW_LOSSES:
+        yield Job(Case(loss, (256, 10), "float32", "cuda"), ("fused", *PLAIN), timer="wall")
+    for loss in FLAT_LOSSES:
+        yield job(loss, (65536,), ("reference",), dtype="float32")
+    yield job("z_error_cross_entropy", (65536, 10), ("reference",), dtype="float32")
+    yield from sweep("cuda", "bfloat16", 1 << 27, 0.02, "device")
+
+
+SUITES = {"summary": cpu_summary, "full": cpu_full, "cuda": cuda}

@@ -1,0 +1,180 @@
+"""Timing of calls that take turns, and what else is known of a call: memory, launches, host time.
+
+Everything that is compared runs in one loop, one call after the other, so that whatever slows the machine slows all.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+WARM_UP_SHARE = 0.2  # of the time given to a measurement
+MIN_ROUNDS, MAX_ROUNDS = 5, 300
+SAMPLE_SECONDS = 3e-4  # shorter calls are timed in bundles of about this
+MAX_BUNDLE = 64
+SPIN_CYCLES = 2_000_000  # about a millisecond of GPU time: longer than Python takes to enqueue a forward and backward
+
+
+class Timed(Protocol):
+    """What can be timed: see :class:`benchmarks.calls.Call`."""
+
+    def prepare(self, i: int) -> Any: ...
+
+    def run(self, i: int, prepared: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds: median and quartiles over ``samples`` samples."""
+
+    median: float
+    low: float
+    high: float
+    samples: int
+
+    @staticmethod
+    def of(seconds: list[float]) -> Timing:
+        low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+        return Timing(median * 1e6, low * 1e6, high * 1e6, len(seconds))
+
+
+def _wall_sample(call: Timed, start: int, bundle: int, synchronize: Callable[[], None]) -> float:
+    prepared = [call.prepare(start + k) for k in range(bundle)]
+    synchronize()
+    begin = time.perf_counter()
+    for k in range(bundle):
+        call.run(start + k, prepared[k])
+    synchronize()
+    return (time.perf_counter() - begin) / bundle
+
+
+def _device_sample(call: Timed, start: int) -> float:
+    """GPU time of one call. A spinning kernel lets the CPU enqueue it first: no gap between launches is in it."""
+    prepared = call.prepare(start)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(SPIN_CYCLES)
+    begin.record()
+    result = call.run(start, prepared)
+    end.record()
+    end.synchronize()
+    del result
+    return float(begin.elapsed_time(end)) / 1e3
+
+
+def time_calls(
+    calls: Mapping[str, Timed], seconds: float, timer: str = "wall", threads: int | None = None
+) -> dict[str, Timing]:
+    """Times all ``calls`` in turns for about ``seconds`` each.
+
+    ``timer`` "wall" is elapsed time (on CUDA with the wait for the result), "device" is GPU time.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    bundles: dict[str, int] = {}
+    once: dict[str, float] = {}
+    for name, call in calls.items():  # warm-up by time; its last calls say how many fit in a sample
+        began, number = time.perf_counter(), 0
+        while number < 2 or time.perf_counter() - began < WARM_UP_SHARE * seconds:
+            once[name] = _wall_sample(call, number, 1, synchronize)
+            number += 1
+        fitting = int(SAMPLE_SECONDS / max(once[name], 1e-7))
+        bundles[name] = min(MAX_BUNDLE, max(1, fitting)) if timer == "wall" else 1
+    round_seconds = sum(once[name] * bundles[name] for name in calls)
+    rounds = int(seconds * len(calls) / max(round_seconds, 1e-6))
+    rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, rounds))
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    number = 0
+    with _no_collection():
+        for _ in range(rounds):
+            for name, call in calls.items():
+                if timer == "device":
+                    samples[name].append(_device_sample(call, number))
+                else:
+                    samples[name].append(_wall_sample(call, number, bundles[name], synchronize))
+                number += bundles[name]
+    return {name: Timing.of(values) for name, values in samples.items()}
+
+
+@contextmanager
+def _no_collection() -> Any:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def peak_extra_bytes(call: Timed, device: str) -> int:
+    """Largest sum of tensors alive during the call beyond those before it, results included.
+
+    CUDA: the caching allocator's count. CPU: the sum of allocations and releases that torch's profiler records; scratch
+    that a kernel keeps on its stack or takes from malloc itself is not in it.
+    """
+    prepared = call.prepare(0)
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = call.run(0, prepared)
+        torch.cuda.synchronize()
+        del result
+        return int(torch.cuda.max_memory_allocated() - before)
+    with quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = call.run(0, prepared)
+    del result
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak
+
+
+def launches(call: Timed) -> int:
+    """Kernels, copies and memory sets that one call puts on the GPU."""
+    prepared = call.prepare(0)
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        call.run(0, prepared)
+        torch.cuda.synchronize()
+    return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profiler.events() or [])
+
+
+def host_microseconds(call: Timed, repeats: int = 30) -> float:
+    """Median time that Python is busy with one call on a GPU that has other work."""
+    samples = []
+    for i in range(repeats):
+        prepared = call.prepare(i)
+        torch.cuda.synchronize()
+        torch.cuda._sleep(SPIN_CYCLES)
+        begin = time.perf_counter()
+        result = call.run(i, prepared)
+        samples.append(time.perf_counter() - begin)
+        torch.cuda.synchronize()
+        del result
+    return statistics.median(samples) * 1e6
+
+
+@contextmanager
+def quiet_stderr() -> Any:
+    """Swallows what C++ code prints to stderr: the profiler announces itself there."""
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
