@@ -37,7 +37,7 @@ def losses(results: Results, options: argparse.Namespace) -> None:
     jobs = [job for job in SUITES[options.suite]() if matches(job, options.only)]
     measured = {(row.setting, row.provider) for row in results.rows}
     for number, job in enumerate(jobs, 1):
-        before = len(results.rows)
+        before, began = len(results.rows), time.perf_counter()
         for row in run_job(job) if not _is_measured(job, measured) else ():
             if (row.setting, row.provider) not in measured:
                 measured.add((row.setting, row.provider))
@@ -45,6 +45,7 @@ def losses(results: Results, options: argparse.Namespace) -> None:
                 show(row, len(jobs), number)
         if len(results.rows) > before:
             results.save(options.out)
+            print(f"[{number:3}/{len(jobs)}] {time.perf_counter() - began:.1f} s", flush=True)
         if options.suite == "cuda":
             torch.cuda.empty_cache()
 

@@ -45,7 +45,7 @@ class Buffers:
         return Buffers(
             leaves=[logits.detach().clone().requires_grad_() for _ in range(count)],
             targets=[target.clone() for _ in range(count)],
-            copies=[torch.empty_like(logits) for _ in range(count)],
+            copies=[logits.clone() for _ in range(count)],  # pages that exist
             upstream=torch.tensor(UPSTREAM, dtype=value_dtype, device=case.device),
         )
 
@@ -101,6 +101,13 @@ class Copy:
 
 def environment_threads() -> dict[str, str]:
     """What the environment says about threads and allocators."""
-    names = ("OMP_NUM_THREADS", "OMP_PROC_BIND", "OMP_PLACES", "LD_PRELOAD", "GLIBC_TUNABLES", "PYTORCH_CUDA_ALLOC_CONF")
+    names = (
+        "OMP_NUM_THREADS",
+        "OMP_PROC_BIND",
+        "OMP_PLACES",
+        "LD_PRELOAD",
+        "GLIBC_TUNABLES",
+        "PYTORCH_CUDA_ALLOC_CONF",
+    )
     found = {name: os.environ[name] for name in names if name in os.environ}
     return found | {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}

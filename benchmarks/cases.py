@@ -48,7 +48,7 @@ FLAT_LOSSES = tuple(name for name, loss in LOSSES.items() if loss.kind != "rows"
 
 # fwd: without gradient. fwd_train: a forward that a backward will follow. "scaled": the upstream gradient is not 1.
 MODES = ("fwd", "fwd_train", "bwd", "bwd_scaled", "fwd_bwd", "fwd_bwd_scaled")
-UPSTREAM = 0.37
+UPSTREAM = 0.375
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.cases import Case, LossFunction
-from benchmarks.measure import peak_extra_bytes, time_calls
+from benchmarks.measure import Timed, peak_extra_bytes, time_calls
 from benchmarks.models import resnet50, small_cnn
 from benchmarks.providers import PROVIDERS
 
@@ -74,13 +73,13 @@ def measure_steps(
 ) -> list[dict[str, Any]]:
     """One row for every loss and provider."""
     torch.manual_seed(0)
-    model = make_model(num_classes).to(device, memory_format=torch.channels_last)
+    model = make_model(num_classes).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     target = torch.randint(num_classes, (batch,), device=device)
     dtype = "bfloat16" if device == "cuda" else "float32"
     logits = (3 * torch.randn(batch, num_classes, device=device)).to(getattr(torch, dtype)).requires_grad_()
-    calls: dict[tuple[str, str, str], Step | LossOnly] = {}
+    calls: dict[tuple[str, str, str], Timed] = {}
     for name in LOSSES:
         case = Case(name, (batch, num_classes), dtype, device)
         fused = PROVIDERS["fused"].make(case)

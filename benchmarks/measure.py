@@ -9,10 +9,10 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -30,6 +30,9 @@ class Timed(Protocol):
     def prepare(self, i: int) -> Any: ...
 
     def run(self, i: int, prepared: Any) -> Any: ...
+
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,8 @@ def _device_sample(call: Timed, start: int) -> float:
 
 
 def time_calls(
-    calls: Mapping[str, Timed], seconds: float, timer: str = "wall", threads: int | None = None
-) -> dict[str, Timing]:
+    calls: Mapping[Key, Timed], seconds: float, timer: str = "wall", threads: int | None = None
+) -> dict[Key, Timing]:
     """Times all ``calls`` in turns for about ``seconds`` each.
 
     ``timer`` "wall" is elapsed time (on CUDA with the wait for the result), "device" is GPU time.
@@ -80,8 +83,8 @@ def time_calls(
     if threads is not None:
         torch.set_num_threads(threads)
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    bundles: dict[str, int] = {}
-    once: dict[str, float] = {}
+    bundles: dict[Key, int] = {}
+    once: dict[Key, float] = {}
     for name, call in calls.items():  # warm-up by time; its last calls say how many fit in a sample
         began, number = time.perf_counter(), 0
         while number < 2 or time.perf_counter() - began < WARM_UP_SHARE * seconds:
@@ -92,7 +95,7 @@ def time_calls(
     round_seconds = sum(once[name] * bundles[name] for name in calls)
     rounds = int(seconds * len(calls) / max(round_seconds, 1e-6))
     rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, rounds))
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[Key, list[float]] = {name: [] for name in calls}
     number = 0
     with _no_collection():
         for _ in range(rounds):
@@ -149,7 +152,7 @@ def launches(call: Timed) -> int:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         call.run(0, prepared)
         torch.cuda.synchronize()
-    return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profiler.events() or [])
+    return sum(str(e.device_type).endswith("CUDA") for e in profiler.events() or [])
 
 
 def host_microseconds(call: Timed, repeats: int = 30) -> float:
