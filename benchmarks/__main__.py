@@ -38,7 +38,12 @@ def losses(results: Results, options: argparse.Namespace) -> None:
     measured = {(row.setting, row.provider) for row in results.rows}
     for number, job in enumerate(jobs, 1):
         before, began = len(results.rows), time.perf_counter()
-        for row in run_job(job) if not _is_measured(job, measured) else ():
+
+        def reject(provider: str, reason: str, job: Job = job) -> None:
+            results.rejected.append({"case": job.key, "provider": provider, "reason": reason})
+            print(f"REJECTED: {reason}", flush=True)
+
+        for row in run_job(job, reject) if not _is_measured(job, measured) else ():
             if (row.setting, row.provider) not in measured:
                 measured.add((row.setting, row.provider))
                 results.rows.append(row)
@@ -103,6 +108,8 @@ def main() -> None:
     results.machine["seconds"] = round(time.perf_counter() - began)
     results.save(options.out)
     print(f"{len(results.rows)} rows in {results.machine['seconds']} s: {options.out}")
+    if any(entry["provider"] == "fused" for entry in results.rejected):
+        raise SystemExit("fused_losses failed the check against float64, see above")
 
 
 if __name__ == "__main__":

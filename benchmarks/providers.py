@@ -141,23 +141,24 @@ def first_rows(case: Case, logits: Tensor, target: Tensor, limit: int) -> tuple[
     return logits[:rows].detach().clone(), target[:rows]
 
 
-def upstream_of(case: Case, value: Tensor) -> Tensor:
-    """An upstream gradient that is not 1; for float16 with a loss scale, without which small gradients would vanish."""
-    return torch.full_like(value, UPSTREAM * (LOSS_SCALE if case.dtype == "float16" else 1))
+def value_and_gradient(
+    case: Case, function: LossFunction, logits: Tensor, target: Tensor, upstream: float = UPSTREAM
+) -> tuple[Tensor, Tensor]:
+    """Value, and gradient for an ``upstream`` gradient.
 
-
-def value_and_gradient(case: Case, function: LossFunction, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Of ``function`` for the upstream gradient above."""
+    That of float16 cases is multiplied by a loss scale, without which small gradients would vanish.
+    """
     leaf = logits.detach().clone().requires_grad_()
     value = function(leaf, target)
-    (grad,) = torch.autograd.grad(value, leaf, upstream_of(case, value))
+    scale = LOSS_SCALE if case.dtype == "float16" else 1
+    (grad,) = torch.autograd.grad(value, leaf, torch.full_like(value, upstream * scale))
     return value.detach(), grad
 
 
-def exact(case: Case, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def exact(case: Case, logits: Tensor, target: Tensor, upstream: float = UPSTREAM) -> tuple[Tensor, Tensor]:
     """Value and gradient of the reference in float64."""
     target = target.double() if target.is_floating_point() else target
-    return value_and_gradient(case, _reference(case), logits.double(), target)
+    return value_and_gradient(case, _reference(case), logits.double(), target, upstream)
 
 
 def check(

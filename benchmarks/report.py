@@ -148,11 +148,12 @@ def accuracy(rows: list[dict[str, Any]]) -> str:
     lines = []
     for (name, dtype), providers in cases.items():
         line = [name, dtype]
-        for what in ("value_error", "gradient_error"):
+        for what in ("value_error", "gradient_error", "scaled_gradient_error"):
             line += [_error(providers[p][what]) if p in providers else "" for p in ("fused", "plain", "reference")]
         lines.append(line)
-    head = ("loss", "dtype", "value: ours", "plain", "reference", "gradient: ours", "plain", "reference")
-    return table(head, lines)
+    names = ("ours", "plain", "reference")
+    kinds = ("value", "gradient", "gradient, upstream not 1")
+    return table(("loss", "dtype", *(f"{kind}: {name}" for kind in kinds for name in names)), lines)
 
 
 def _error(value: float | None) -> str:
@@ -172,6 +173,9 @@ def report(results: list[Results], folder: Path) -> str:
         for path in plots.draw(result, device, folder):
             text += f"\n![{path.stem.replace('_', ' ')}]({path.name})\n"
         text += "\n### Where we lose\n\n" + losing_cases(index)
+        if result.rejected:
+            text += "\n### Not timed: another result than float64 gives\n\n"
+            text += "".join(f"- {entry['reason']}\n" for entry in result.rejected)
         text += "\n### Cross entropy against F.cross_entropy\n\n" + against_torch(index, device)
         shapes = dict.fromkeys((r.shape, r.dtype) for r in result.rows if r.provider == "reference")
         for shape, dtype in shapes:

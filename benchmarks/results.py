@@ -75,12 +75,16 @@ class Row:
 
 @dataclass
 class Results:
-    """A result file. ``accuracy`` and ``end_to_end`` are rows of :mod:`benchmarks.accuracy`, `.end_to_end`."""
+    """A result file. ``accuracy`` and ``end_to_end`` are rows of :mod:`benchmarks.accuracy`, `.end_to_end`.
+
+    ``rejected`` says which providers were not timed because they failed the check against float64.
+    """
 
     machine: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
     accuracy: list[dict[str, Any]] = field(default_factory=list)
     end_to_end: list[dict[str, Any]] = field(default_factory=list)
+    rejected: list[dict[str, Any]] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
         """JSON with one row to a line, so that versions of it can be compared."""
@@ -93,6 +97,7 @@ class Results:
             "rows": lines([asdict(row) for row in self.rows]),
             "accuracy": lines(self.accuracy),
             "end_to_end": lines(self.end_to_end),
+            "rejected": lines(self.rejected),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{\n" + ",\n".join(f' "{name}": {text}' for name, text in parts.items()) + "\n}\n")
@@ -103,7 +108,7 @@ class Results:
         try:
             found = json.loads(path.read_text())
             rows = [Row(**{**row, "shape": tuple(row["shape"])}) for row in found["rows"]]
-            return Results(found["machine"], rows, found["accuracy"], found["end_to_end"])
+            return Results(found["machine"], rows, found["accuracy"], found["end_to_end"], found["rejected"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SystemExit(f"{path} is not a result file of `python -m benchmarks`: {error!r}") from error
 

@@ -7,6 +7,7 @@ They are opponents, not references: class weights, ignored rows and masked class
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -38,14 +39,42 @@ def gce(logits: Tensor, target: Tensor) -> Tensor:
     return ((1.0 - _p_target(logits, target) ** 0.7) / 0.7).mean()
 
 
+def aue(logits: Tensor, target: Tensor) -> Tensor:
+    a, q = 5.5, 3.0
+    return (((a - _p_target(logits, target)) ** q - (a - 1.0) ** q) / q).mean()
+
+
+def ae(logits: Tensor, target: Tensor) -> Tensor:
+    return torch.exp(-_p_target(logits, target) / 2.5).mean()
+
+
+def rce(logits: Tensor, target: Tensor) -> Tensor:
+    return RCE_A * (1.0 - _p_target(logits, target)).mean()
+
+
+def taylor_ce(logits: Tensor, target: Tensor) -> Tensor:
+    miss = 1.0 - _p_target(logits, target)
+    return (miss + 0.5 * miss**2).mean()
+
+
+def phuber_ce(logits: Tensor, target: Tensor) -> Tensor:
+    tau = 10.0
+    log_p = F.log_softmax(logits, 1).gather(1, target.unsqueeze(1))
+    p = log_p.exp()
+    return torch.where(p <= 1.0 / tau, math.log(tau) + 1.0 - tau * p, -log_p).mean()
+
+
+def bounded_ce(logits: Tensor, target: Tensor) -> Tensor:
+    return torch.log(1.1 / (_p_target(logits, target) + 0.1)).mean()
+
+
 def agce(logits: Tensor, target: Tensor) -> Tensor:
     a, q = 0.6, 0.6
     return (((a + 1.0) ** q - (a + _p_target(logits, target)) ** q) / q).mean()
 
 
 def sce(logits: Tensor, target: Tensor) -> Tensor:
-    passive = RCE_A * (1.0 - _p_target(logits, target)).mean()
-    return 0.1 * F.cross_entropy(logits, target) + passive
+    return 0.1 * F.cross_entropy(logits, target) + rce(logits, target)
 
 
 def focal(logits: Tensor, target: Tensor) -> Tensor:
@@ -63,6 +92,10 @@ def nce_mae(logits: Tensor, target: Tensor) -> Tensor:
     return nce(logits, target) + 0.5 * mae(logits, target)
 
 
+def nce_rce(logits: Tensor, target: Tensor) -> Tensor:
+    return nce(logits, target) + rce(logits, target)
+
+
 def hem(logits: Tensor, target: Tensor) -> Tensor:
     index = target.unsqueeze(1)
     errors = (logits - logits.gather(1, index) + 0.2).clamp_min(0.0).scatter(1, index, 0.0)
@@ -71,4 +104,22 @@ def hem(logits: Tensor, target: Tensor) -> Tensor:
     return rows.sum() / ((rows > 0.0).sum() + 1e-6)
 
 
-SNIPPETS = {f.__name__: f for f in (mae, mae_auto, gce, agce, sce, focal, nce, nce_mae, hem)}
+_ALL = (
+    mae,
+    mae_auto,
+    gce,
+    aue,
+    ae,
+    rce,
+    taylor_ce,
+    phuber_ce,
+    bounded_ce,
+    agce,
+    sce,
+    focal,
+    nce,
+    nce_mae,
+    nce_rce,
+    hem,
+)
+SNIPPETS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {function.__name__: function for function in _ALL}

@@ -221,7 +221,8 @@ def judge_accuracy(results: Results) -> list[tuple[str, str, Verdict]]:
     for (name, dtype), providers in by_case.items():
         plain = providers.get("plain", providers["reference"])
         ours = providers["fused"]
-        gradients.append((_ratio(ours["gradient_error"], plain["gradient_error"]), f"{name} {dtype}"))
+        for what, upstream in (("gradient_error", "upstream 1"), ("scaled_gradient_error", "upstream not 1")):
+            gradients.append((_ratio(ours[what], plain[what]), f"{name} {dtype}, {upstream}"))
         if dtype == "bfloat16" and name == "cross_entropy":
             values.append((_ratio(plain["value_error"], ours["value_error"]), f"{name} {dtype}"))
     verdicts = []
