@@ -219,7 +219,7 @@ def judge_accuracy(results: Results) -> list[tuple[str, str, Verdict]]:
         by_case.setdefault((row["loss"], row["dtype"]), {})[row["provider"]] = row
     gradients, values = [], []
     for (name, dtype), providers in by_case.items():
-        plain = providers.get("plain", providers["reference"])
+        plain = providers.get("plain") or providers["reference"]
         ours = providers["fused"]
         for what, upstream in (("gradient_error", "upstream 1"), ("scaled_gradient_error", "upstream not 1")):
             gradients.append((_ratio(ours[what], plain[what]), f"{name} {dtype}, {upstream}"))
