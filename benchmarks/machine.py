@@ -62,6 +62,7 @@ def describe(device: str) -> dict[str, Any]:
         "allocator": _allocator(),
         "environment": environment_threads(),
         "rotation_mb": rotation_bytes(device) >> 20,
+        "torch_has_linear_cross_entropy": hasattr(torch.nn.functional, "linear_cross_entropy"),
         "commit": _output("git", "describe", "--always", "--dirty"),
         "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
     }

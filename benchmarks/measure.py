@@ -17,11 +17,12 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-WARM_UP_SHARE = 0.2  # of the time given to a measurement
+WARM_UP_SHARE, WARM_UP_SECONDS = 0.2, 0.01  # of the time given to a measurement, and at least so long
 MIN_ROUNDS, MAX_ROUNDS = 5, 300
 SAMPLE_SECONDS = 3e-4  # shorter calls are timed in bundles of about this
 MAX_BUNDLE = 64
-SPIN_CYCLES = 2_000_000  # about a millisecond of GPU time: longer than Python takes to enqueue a forward and backward
+# Longer than Python takes to enqueue a forward and backward.
+SPIN_CYCLES, SPIN_SECONDS = 2_000_000, 1e-3
 
 
 class Timed(Protocol):
@@ -87,12 +88,13 @@ def time_calls(
     once: dict[Key, float] = {}
     for name, call in calls.items():  # warm-up by time; its last calls say how many fit in a sample
         began, number = time.perf_counter(), 0
-        while number < 2 or time.perf_counter() - began < WARM_UP_SHARE * seconds:
+        while number < 1 or time.perf_counter() - began < max(WARM_UP_SHARE * seconds, WARM_UP_SECONDS):
             once[name] = _wall_sample(call, number, 1, synchronize)
             number += 1
         fitting = int(SAMPLE_SECONDS / max(once[name], 1e-7))
         bundles[name] = min(MAX_BUNDLE, max(1, fitting)) if timer == "wall" else 1
-    round_seconds = sum(once[name] * bundles[name] for name in calls)
+    spin = SPIN_SECONDS if timer == "device" else 0.0
+    round_seconds = sum(once[name] * bundles[name] + spin for name in calls)
     rounds = int(seconds * len(calls) / max(round_seconds, 1e-6))
     rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, rounds))
     samples: dict[Key, list[float]] = {name: [] for name in calls}

@@ -160,6 +160,16 @@ def _error(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.1e}"
 
 
+def first_losses(rows: list[Row]) -> str:
+    """How long the first call of each provider took: what timing leaves out."""
+    lines = []
+    for name in PROVIDERS:
+        seconds = sorted(row.first_s for row in rows if row.provider == name)
+        if seconds:
+            lines.append([name, f"{seconds[len(seconds) // 2]:.3f}", f"{seconds[-1]:.3f}"])
+    return table(("provider", "median, s", "largest, s"), lines)
+
+
 def report(results: list[Results], folder: Path) -> str:
     """The whole text; draws the pictures into ``folder``."""
     text = "# Measurements\n\nMade by `python -m benchmarks.report`; medians, calls take turns, buffers rotate.\n"
@@ -180,6 +190,12 @@ def report(results: list[Results], folder: Path) -> str:
         shapes = dict.fromkeys((r.shape, r.dtype) for r in result.rows if r.provider == "reference")
         for shape, dtype in shapes:
             text += loss_table(index, shape, dtype, device)
+        text += "\n### Time to the first loss and gradient, compilation included\n\n" + first_losses(result.rows)
+        if machine.get("torch_has_linear_cross_entropy"):
+            text += (
+                "\nThis torch has `F.linear_cross_entropy`, which takes the features and weights of the last layer and "
+                "never holds all logits: another computation, not timed here.\n"
+            )
         if result.end_to_end:
             text += "\n### Share of the loss in a training step\n\n" + end_to_end(result.end_to_end)
         if result.accuracy:
