@@ -105,6 +105,7 @@ def main() -> None:
         losses(results, options)
     if "end_to_end" in parts and not results.end_to_end:
         results.end_to_end = end_to_end.measure(device)
+    results.machine["load_after"] = round(os.getloadavg()[0], 2)
     results.machine["seconds"] = round(time.perf_counter() - began)
     results.save(options.out)
     print(f"{len(results.rows)} rows in {results.machine['seconds']} s: {options.out}")

@@ -69,7 +69,9 @@ def copy_share(index: Index, title: str, path: Path) -> bool:
             panel.plot(*own, **OWN_PLAIN)
         panel.plot([r.num_classes for r in swept[name]], [100 * r.share_of_copy for r in swept[name]], **OURS)
         panel.set_title(name, fontsize=9, pad=3)
+        panel.axhline(100.0, color="black", linewidth=0.8)
         _class_axis(panel)
+    panels[0].set_ylim(0.0, 1.05 * max(100.0, *(100 * r.share_of_copy for rows in swept.values() for r in rows)))
     for panel in panels[len(names) :]:
         panel.axis("off")
     for column in range(COLUMNS):  # the last panel of every column has the tick labels
@@ -81,6 +83,7 @@ def copy_share(index: Index, title: str, path: Path) -> bool:
         Line2D([], [], **OURS, label="fused_losses"),
         Line2D([], [], **OWN_PLAIN, label="the same loss, fastest plain PyTorch\n(measured for some)"),
         Line2D([], [], **TORCH_CE, label="F.cross_entropy, in every panel"),
+        Line2D([], [], color="black", linewidth=0.8, label="100 %: a copy of the logits"),
     ]
     panels[-1].legend(handles=legend, loc="center", fontsize=8, frameon=False)
     figure.supylabel("useful bytes per second, % of copy_ (forward + backward)", fontsize=10)
@@ -100,7 +103,6 @@ def _class_axis(panel: Any) -> None:
     panel.set_xticks([10, 1000, 100_000], ["10", "1k", "100k"], fontsize=8)
     panel.xaxis.set_minor_locator(FixedLocator([2, 100, 10_000, 1_000_000]))
     panel.xaxis.set_minor_formatter(NullFormatter())
-    panel.set_ylim(bottom=0)
     panel.tick_params(axis="y", labelsize=8)
     panel.grid(True, color="0.9", linewidth=0.6)
 
