@@ -101,7 +101,7 @@ def loss_table(index: Index, shape: tuple[int, ...], dtype: str, device: str) ->
 
 
 def _compared(rows: list[Row]) -> list[tuple[tuple[int, ...], str]]:
-    """Shapes and dtypes at which most losses were measured beside plain PyTorch: the sweep over classes is a picture."""
+    """Shapes and dtypes at which most losses have plain PyTorch beside them; the sweep over classes is a picture."""
 
     def losses(provider: str) -> Counter[tuple[tuple[int, ...], str]]:
         keys = {(r.shape, r.dtype, r.loss) for r in rows if r.provider == provider and r.mode == "fwd_bwd"}
