@@ -12,9 +12,10 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # idle compiler pro
 import torch
 
 from benchmarks import accuracy, end_to_end
-from benchmarks.jobs import SUITES, Job, run_job
+from benchmarks.jobs import Job, run_job
 from benchmarks.machine import describe
 from benchmarks.results import Results, Row
+from benchmarks.suites import SUITES
 
 PARTS = ("losses", "end_to_end", "accuracy")
 

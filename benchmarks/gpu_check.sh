@@ -5,7 +5,7 @@
 #
 #   build      compiles in place for this GPU's architecture (needs cmake >= 3.24, nvcc, pybind11; ninja is used if found)
 #   smoke      every loss on the GPU against the CPU over dtypes and layouts, and under CUDA graph capture
-#   test       tests/, one file at a time
+#   test       tests/, one file at a time, and every benchmark once
 #   sanitizer  compute-sanitizer over a short smoke run, if the tool exists
 #   bench      python -m benchmarks: losses against copy_, PyTorch and others; continues where a run was cut off
 #
@@ -72,6 +72,7 @@ tests() {
     for file in tests/test_*.py; do
         step "test.$(basename "$file" .py)" "$PYTHON" -m pytest -q -p no:cacheprovider "$file"
     done
+    step test.benchmarks "$PYTHON" -m pytest -q -p no:cacheprovider benchmarks --benchmark-disable
 }
 
 sanitizer() {

@@ -15,9 +15,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullFormatter
 
 from benchmarks.cases import LOSSES, shape_name
-from benchmarks.jobs import SWEPT_CLASSES
 from benchmarks.providers import PLAIN
 from benchmarks.results import Results, Row
+from benchmarks.suites import SWEPT_CLASSES
 from benchmarks.targets import Index
 
 OURS: dict[str, Any] = {"color": "black", "marker": "o", "linestyle": "-", "linewidth": 1.6, "markersize": 4}

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from benchmarks.cases import CLASS_COUNTS, shape_name
-from benchmarks.jobs import PIXELS
 from benchmarks.providers import PLAIN
 from benchmarks.results import Results, Row
+from benchmarks.suites import PIXELS
 
 TRAINING = ("fwd_bwd", "fwd_bwd_scaled")
 LARGE = 2_500_000  # bytes of logits; below it a call is not about bandwidth

@@ -18,9 +18,10 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.calls import Buffers, Call
 from benchmarks.cases import CLASS_COUNTS, LOSSES, MODES, Case, LossFunction
-from benchmarks.jobs import CHECKED_LOGITS, PIXELS
+from benchmarks.jobs import CHECKED_LOGITS
 from benchmarks.measure import peak_extra_bytes
 from benchmarks.providers import PROVIDERS, check, exact, first_rows
+from benchmarks.suites import PIXELS
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 

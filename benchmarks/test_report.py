@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from benchmarks import report
 from benchmarks.calls import Buffers, Call
 from benchmarks.cases import LOSSES, Case
-from benchmarks.jobs import SUITES, SWEPT_CLASSES, Job, run_job
+from benchmarks.jobs import Job, run_job
 from benchmarks.measure import peak_extra_bytes, time_calls
 from benchmarks.models import parameter_count, resnet50
 from benchmarks.providers import WrongResult, check, exact
 from benchmarks.results import Results, Row
+from benchmarks.suites import SUITES, SWEPT_CLASSES
 from benchmarks.targets import GOALS, Goal, Index, copies, judge, judge_accuracy, speed_up
 from benchmarks.traffic import moved_bytes
 
