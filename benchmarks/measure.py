@@ -18,7 +18,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 WARM_UP_SHARE, WARM_UP_SECONDS = 0.2, 0.01  # of the time given to a measurement, and at least so long
-MIN_ROUNDS, MAX_ROUNDS = 5, 300
+MIN_ROUNDS, MAX_ROUNDS = 7, 300
 SAMPLE_SECONDS = 3e-4  # shorter calls are timed in bundles of about this
 MAX_BUNDLE = 64
 # Longer than Python takes to enqueue a forward and backward.
@@ -112,7 +112,6 @@ def time_calls(
 
 @contextmanager
 def _no_collection() -> Any:
-    gc.collect()
     gc.disable()
     try:
         yield

@@ -167,7 +167,8 @@ def speed_up(index: Index, shapes: list[tuple[int, ...]], title: str, path: Path
     axis.set_ylim(-0.6, len(names) - 0.4)
     axis.set_xlabel(
         "time over that of fused_losses, forward + backward (1: as fast)\n"
-        "* against fused_losses.reference, which minds weights and ignored rows; the others against a few lines without"
+        "* plain PyTorch is fused_losses.reference, with weights and ignored rows;\n"
+        "otherwise torch's function or a few lines without them, whichever is fastest"
     )
     axis.set_title(f"Speed-up over the fastest plain PyTorch\n{title}", fontsize=11)
     axis.legend(loc="lower right", fontsize=8)

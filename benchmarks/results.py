@@ -14,7 +14,8 @@ from benchmarks.cases import shape_name
 class Row:
     """One provider's call in one mode. Times are microseconds: median and quartiles.
 
-    ``copy_us`` is ``copy_`` of the same logits, timed in the same loop. ``floor_bytes`` must move at least,
+    ``copy_us`` is ``copy_`` of the same logits, ``ce_us`` our
+    cross entropy's forward and backward on them, both timed in the same loop. ``floor_bytes`` must move at least,
     ``moved_bytes`` do by the count of operators, or the authors' description (None: unknown). ``checked_rows``: on how
     many rows value and gradient were compared with float64. ``first_s``: the first call, compilation included.
     """
@@ -37,6 +38,7 @@ class Row:
     moved_bytes: int | None
     checked_rows: int
     first_s: float
+    ce_us: float | None = None
     peak_bytes: int | None = None
     launches: int | None = None
     host_us: float | None = None

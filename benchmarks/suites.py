@@ -44,7 +44,7 @@ def cpu_summary() -> Iterator[Job]:
             yield Job(Case(loss, shape, "bfloat16"), ("fused", "reference", "torch", "autocast"))
     for loss in FLAT_LOSSES:
         yield Job(Case(loss, (65536,)), ("fused", "reference"))
-    yield from sweep("cpu", "float32", 1 << 20, 0.03, "wall")
+    yield from sweep("cpu", "float32", 1 << 20, 0.05, "wall")
 
 
 def cpu_full() -> Iterator[Job]:

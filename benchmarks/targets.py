@@ -32,10 +32,6 @@ class Index:
         found = [peer for name, peer in self.peers(row).items() if name in providers]
         return min(found, key=lambda peer: peer.time_us, default=None)
 
-    def cross_entropy(self, row: Row) -> Row | None:
-        """Our cross entropy in the setting of ``row``."""
-        return self._by_setting.get(("cross_entropy", *row.setting[1:]), {}).get("fused")
-
 
 Measure = Callable[[Index, Row], "float | None"]
 
@@ -71,9 +67,8 @@ def launches(index: Index, row: Row) -> float | None:
 
 
 def over_cross_entropy(index: Index, row: Row) -> float | None:
-    """Our time over that of our cross entropy."""
-    base = index.cross_entropy(row)
-    return None if base is None else row.time_us / base.time_us
+    """Our time over that of our cross entropy in the same loop."""
+    return None if row.ce_us is None or row.mode != "fwd_bwd" else row.time_us / row.ce_us
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ def row(loss: str = "cross_entropy", provider: str = "fused", time_us: float = 1
         "moved_bytes": None,
         "checked_rows": 4096,
         "first_s": 0.0,
+        "ce_us": 80.0,
         "peak_bytes": 4 * 4096 * 1000,
     }
     return Row(**{**fields, **changes})
@@ -191,6 +192,7 @@ def test_job_gives_a_row_per_provider_and_mode() -> None:
     rows = list(run_job(job, lambda name, reason: rejected.append(name)))
     assert [(r.provider, r.mode) for r in rows] == [(p, m) for p in ("fused", "snippet") for m in job.modes]
     for found in rows:
+        assert found.ce_us is not None and found.ce_us > 0
         assert 0 < found.low_us <= found.time_us <= found.high_us and found.checked_rows == 64
     assert not rejected
 
