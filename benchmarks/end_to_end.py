@@ -69,7 +69,13 @@ def plain(case: Case) -> LossFunction:
 
 
 def measure_steps(
-    make_model: Callable[[int], nn.Module], batch: int, size: int, num_classes: int, device: str, seconds: float
+    make_model: Callable[[int], nn.Module],
+    batch: int,
+    size: int,
+    num_classes: int,
+    device: str,
+    seconds: float,
+    timer: str,
 ) -> list[dict[str, Any]]:
     """One row for every loss and provider."""
     torch.manual_seed(0)
@@ -87,7 +93,7 @@ def measure_steps(
         for provider, loss in (("plain", plain(case)), ("fused", fused)):
             calls[name, provider, "step"] = Step(model, optimizer, images, target, loss)
             calls[name, provider, "loss"] = LossOnly(logits, target, loss)
-    times = time_calls(calls, seconds)
+    times = time_calls(calls, seconds, timer)
     rows = []
     for name, provider, what in calls:
         if what == "step":
@@ -115,13 +121,13 @@ def measure_steps(
     return rows
 
 
-def measure(device: str) -> list[dict[str, Any]]:
+def measure(device: str, timer: str) -> list[dict[str, Any]]:
     """The CPU's small network at 10 and 1000 classes; on a GPU ResNet-50 at batches of 256 to 1024."""
     if device == "cpu":
         torch.set_num_threads(1)
-        return [row for classes in (10, 1000) for row in measure_steps(small_cnn, 256, 32, classes, device, 1.0)]
+        return [row for classes in (10, 1000) for row in measure_steps(small_cnn, 256, 32, classes, device, 1.0, timer)]
     rows = []
     for batch in (256, 512, 1024):
-        rows += measure_steps(resnet50, batch, 224, 1000, device, 2.0)
+        rows += measure_steps(resnet50, batch, 224, 1000, device, 2.0, timer)
         torch.cuda.empty_cache()
     return rows

@@ -51,14 +51,16 @@ class Timing:
         return Timing(median * 1e6, low * 1e6, high * 1e6, len(seconds))
 
 
-def _wall_sample(call: Timed, start: int, bundle: int, synchronize: Callable[[], None]) -> float:
+def _host_sample(
+    call: Timed, start: int, bundle: int, synchronize: Callable[[], None], clock: Callable[[], float]
+) -> float:
     prepared = [call.prepare(start + k) for k in range(bundle)]
     synchronize()
-    begin = time.perf_counter()
+    begin = clock()
     for k in range(bundle):
         call.run(start + k, prepared[k])
     synchronize()
-    return (time.perf_counter() - begin) / bundle
+    return (clock() - begin) / bundle
 
 
 def _device_sample(call: Timed, start: int) -> float:
@@ -79,20 +81,22 @@ def time_calls(
 ) -> dict[Key, Timing]:
     """Times all ``calls`` in turns for about ``seconds`` each.
 
-    ``timer`` "wall" is elapsed time (on CUDA with the wait for the result), "device" is GPU time.
+    ``timer`` "wall" is elapsed time (on CUDA with the wait for the result), "device" is GPU time, "cpu" the processor
+    time of this process: for one thread on a machine with other work, whose time slices are not in it.
     """
     if threads is not None:
         torch.set_num_threads(threads)
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    clock = time.process_time if timer == "cpu" else time.perf_counter
     bundles: dict[Key, int] = {}
     once: dict[Key, float] = {}
     for name, call in calls.items():  # warm-up by time; its last calls say how many fit in a sample
         began, number = time.perf_counter(), 0
         while number < 1 or time.perf_counter() - began < max(WARM_UP_SHARE * seconds, WARM_UP_SECONDS):
-            once[name] = _wall_sample(call, number, 1, synchronize)
+            once[name] = _host_sample(call, number, 1, synchronize, clock)
             number += 1
         fitting = int(SAMPLE_SECONDS / max(once[name], 1e-7))
-        bundles[name] = min(MAX_BUNDLE, max(1, fitting)) if timer == "wall" else 1
+        bundles[name] = min(MAX_BUNDLE, max(1, fitting)) if timer != "device" else 1
     spin = SPIN_SECONDS if timer == "device" else 0.0
     round_seconds = sum(once[name] * bundles[name] + spin for name in calls)
     rounds = int(seconds * len(calls) / max(round_seconds, 1e-6))
@@ -105,7 +109,7 @@ def time_calls(
                 if timer == "device":
                     samples[name].append(_device_sample(call, number))
                 else:
-                    samples[name].append(_wall_sample(call, number, bundles[name], synchronize))
+                    samples[name].append(_host_sample(call, number, bundles[name], synchronize, clock))
                 number += bundles[name]
     return {name: Timing.of(values) for name, values in samples.items()}
 

@@ -192,6 +192,9 @@ def report(results: list[Results], folder: Path) -> str:
         index = Index(result.rows)
         text += f"\n## {machine.get('gpu') or machine['processor']}\n\n"
         text += table(("", ""), ((k, f"`{v}`" if isinstance(v, dict) else v) for k, v in machine.items()))
+        if any(row.timer == "cpu" for row in result.rows):
+            text += "\nThe machine had other work: one thread's times are processor time. Elapsed times of two threads "
+            text += "are a rough guide at best.\n"
         for path in plots.draw(result, device, folder):
             text += f"\n![{path.stem.replace('_', ' ')}]({path.name})\n"
         text += "\n### Where we lose\n\n" + losing_cases(index)
