@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import report
+from benchmarks.__main__ import clocked
 from benchmarks.calls import Buffers, Call
 from benchmarks.cases import LOSSES, Case
 from benchmarks.jobs import Job, run_job
@@ -215,6 +216,16 @@ class Sleep:
 def test_times_are_times() -> None:
     times = time_calls({"short": Sleep(0.001), "long": Sleep(0.004)}, 0.02)
     assert 1000 <= times["short"].median < 4000 <= times["long"].median
+
+
+def test_processor_time_leaves_out_waiting() -> None:
+    assert time_calls({"sleep": Sleep(0.004)}, 0.02, "cpu")["sleep"].median < 1000
+
+
+@pytest.mark.parametrize(("threads", "timer"), [(1, "cpu"), (2, "wall")])
+def test_processor_time_is_for_one_thread(threads: int, timer: str) -> None:
+    job = Job(Case("mae", (64, 12)), ("fused",), threads=threads)
+    assert clocked(job, "cpu").timer == timer and clocked(job, "wall").timer == "wall"
 
 
 def test_memory_and_traffic_of_known_calls() -> None:
