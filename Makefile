@@ -7,6 +7,8 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+BENCH_ARGS ?=
+BENCH_OUT ?= benchmarks/results/cpu
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
@@ -18,12 +20,20 @@ TORCH_DONE := $(VENV)/.done-$(subst /,_,$(subst =,-,$(TORCH)))
 BUILD_DONE := $(VENV)/.done-build
 DEV_DONE := $(VENV)/.done-dev
 
-.PHONY: build test demo lint format wheel clean distclean
+.PHONY: build test demo bench lint format wheel clean distclean
 
 build: $(BUILD_DONE)
 
+# The benchmarks once each, on small inputs, for their checks; left out when PYTEST_ARGS asks for certain tests.
 test: $(BUILD_DONE)
 	@$(PY) -m pytest $(PYTEST_ARGS)
+	@$(if $(PYTEST_ARGS),,$(PY) -m pytest benchmarks --benchmark-disable --quiet)
+
+# Five minutes of measurements; results.json, report.md and pictures go to benchmarks/results/cpu. See BENCH_ARGS=--help.
+bench: export OMP_PROC_BIND ?= true
+bench: $(BUILD_DONE)
+	$(PY) -m benchmarks --suite summary --out $(BENCH_OUT)/results.json $(BENCH_ARGS)
+	$(PY) -m benchmarks.report $(BENCH_OUT)/results.json
 
 demo: $(BUILD_DONE)
 	@$(PY) -m fused_losses demo $(DEMO_ARGS)

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Builds, tests and measures fused_losses on the GPU at hand. Run from the repository root:
 #
-#   benchmarks/gpu_check.sh [build] [smoke] [test] [sanitizer] [bandwidth]      (default: all, in this order)
+#   benchmarks/gpu_check.sh [build] [smoke] [test] [sanitizer] [bench]          (default: all, in this order)
 #
 #   build      compiles in place for this GPU's architecture (needs cmake >= 3.24, nvcc, pybind11; ninja is used if found)
 #   smoke      every loss on the GPU against the CPU over dtypes and layouts, and under CUDA graph capture
-#   test       tests/, one file at a time
+#   test       tests/, one file at a time, and every benchmark once
 #   sanitizer  compute-sanitizer over a short smoke run, if the tool exists
-#   bandwidth  time of losses relative to copy_ of the logits
+#   bench      python -m benchmarks: losses against copy_, PyTorch and others; continues where a run was cut off
 #
 # Each step stays below ten minutes (STEP_TIMEOUT seconds). What has passed for the same sources is skipped when the script
 # is run again; FORCE=1 repeats it. Results go to $OUT, by default benchmarks/results/<gpu name>. PYTHON chooses the
@@ -72,6 +72,7 @@ tests() {
     for file in tests/test_*.py; do
         step "test.$(basename "$file" .py)" "$PYTHON" -m pytest -q -p no:cacheprovider "$file"
     done
+    step test.benchmarks "$PYTHON" -m pytest -q -p no:cacheprovider benchmarks --benchmark-disable
 }
 
 sanitizer() {
@@ -86,17 +87,24 @@ sanitizer() {
     done
 }
 
+bench() {
+    local file="$OUT/results.json"
+    step bench.losses "$PYTHON" -m benchmarks --suite cuda --resume --parts losses --out "$file" &&
+        step bench.rest "$PYTHON" -m benchmarks --suite cuda --resume --parts accuracy,end_to_end --out "$file" &&
+        step bench.report "$PYTHON" -m benchmarks.report "$file" --out "$OUT"
+}
+
 stages=("$@")
-[ $# -gt 0 ] || stages=(build smoke test sanitizer bandwidth)
+[ $# -gt 0 ] || stages=(build smoke test sanitizer bench)
 for stage in "${stages[@]}"; do
     case $stage in
         build) build || break ;;
         smoke) step smoke "$PYTHON" benchmarks/gpu_smoke.py ;;
         test) tests ;;
         sanitizer) sanitizer ;;
-        bandwidth) step bandwidth "$PYTHON" benchmarks/copy_bandwidth.py --out "$OUT/copy_bandwidth.json" ;;
+        bench) bench ;;
         *)
-            echo "gpu_check.sh: unknown stage '$stage' (build, smoke, test, sanitizer, bandwidth)" >&2
+            echo "gpu_check.sh: unknown stage '$stage' (build, smoke, test, sanitizer, bench)" >&2
             exit 2
             ;;
     esac

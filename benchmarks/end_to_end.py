@@ -1,0 +1,133 @@
+"""What share of a training step the loss is: a small convolutional network on the CPU, a ResNet-50 on a GPU.
+
+Steps (forward, loss, backward, SGD) with plain PyTorch's loss and with ours take turns; the loss alone (its forward
+and backward on logits of the same shape) is timed in the same loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.cases import Case, LossFunction
+from benchmarks.measure import Timed, peak_extra_bytes, time_calls
+from benchmarks.models import resnet50, small_cnn
+from benchmarks.providers import PROVIDERS
+
+LOSSES = ("cross_entropy", "mae_auto", "hem")
+
+
+@dataclass
+class Step:
+    """One training step."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    images: Tensor
+    target: Tensor
+    loss: LossFunction
+
+    def prepare(self, i: int) -> None:
+        return None
+
+    def run(self, i: int, prepared: None) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.images.is_cuda):
+            loss = self.loss(self.model(self.images), self.target)
+        loss.backward()
+        self.optimizer.step()
+
+
+@dataclass
+class LossOnly:
+    """The loss and its gradient in the logits."""
+
+    logits: Tensor
+    target: Tensor
+    loss: LossFunction
+
+    def prepare(self, i: int) -> None:
+        return None
+
+    def run(self, i: int, prepared: None) -> Any:
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.logits.is_cuda):
+            loss = self.loss(self.logits, self.target)
+        return torch.autograd.grad(loss, self.logits)
+
+
+def plain(case: Case) -> LossFunction:
+    """The shortest spelling in PyTorch."""
+    for name in ("torch", "snippet", "reference"):
+        function = PROVIDERS[name].make(case)
+        if function is not None:
+            return function
+    raise AssertionError("every loss has a reference")
+
+
+def measure_steps(
+    make_model: Callable[[int], nn.Module],
+    batch: int,
+    size: int,
+    num_classes: int,
+    device: str,
+    seconds: float,
+    timer: str,
+) -> list[dict[str, Any]]:
+    """One row for every loss and provider."""
+    torch.manual_seed(0)
+    model = make_model(num_classes).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    target = torch.randint(num_classes, (batch,), device=device)
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    logits = (3 * torch.randn(batch, num_classes, device=device)).to(getattr(torch, dtype)).requires_grad_()
+    calls: dict[tuple[str, str, str], Timed] = {}
+    for name in LOSSES:
+        case = Case(name, (batch, num_classes), dtype, device)
+        fused = PROVIDERS["fused"].make(case)
+        assert fused is not None
+        for provider, loss in (("plain", plain(case)), ("fused", fused)):
+            calls[name, provider, "step"] = Step(model, optimizer, images, target, loss)
+            calls[name, provider, "loss"] = LossOnly(logits, target, loss)
+    times = time_calls(calls, seconds, timer)
+    rows = []
+    for name, provider, what in calls:
+        if what == "step":
+            step, alone = times[name, provider, "step"], times[name, provider, "loss"]
+            rows.append(
+                {
+                    "model": make_model.__name__,
+                    "batch": batch,
+                    "classes": num_classes,
+                    "dtype": dtype,
+                    "device": device,
+                    "threads": torch.get_num_threads(),
+                    "loss": name,
+                    "provider": provider,
+                    "step_us": step.median,
+                    "step_low_us": step.low,
+                    "step_high_us": step.high,
+                    "loss_us": alone.median,
+                    "loss_share": alone.median / step.median,
+                    "images_per_s": 1e6 * batch / step.median,
+                    "loss_peak_bytes": peak_extra_bytes(calls[name, provider, "loss"], device),
+                    "step_peak_bytes": peak_extra_bytes(calls[name, provider, "step"], device),
+                }
+            )
+    return rows
+
+
+def measure(device: str, timer: str) -> list[dict[str, Any]]:
+    """The CPU's small network at 10 and 1000 classes; on a GPU ResNet-50 at batches of 256 to 1024."""
+    if device == "cpu":
+        torch.set_num_threads(1)
+        return [row for classes in (10, 1000) for row in measure_steps(small_cnn, 256, 32, classes, device, 1.0, timer)]
+    rows = []
+    for batch in (256, 512, 1024):
+        rows += measure_steps(resnet50, batch, 224, 1000, device, 2.0, timer)
+        torch.cuda.empty_cache()
+    return rows

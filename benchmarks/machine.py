@@ -1,0 +1,73 @@
+"""Where and with what a result was measured."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fused_losses as fl
+from benchmarks.calls import environment_threads, rotation_bytes
+
+PACKAGES = ("torch", "triton", "liger_kernel", "quack-kernels", "numpy")
+
+
+def _output(*command: str) -> str:
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return "unknown"
+    return result.stdout.strip() if result.returncode == 0 else "unknown"
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _allocator() -> str:
+    set_by = [name for name in environment_threads() if name == "LD_PRELOAD" or name.startswith(("MALLOC_", "GLIBC_"))]
+    return "default (glibc malloc)" if not set_by else f"set by {', '.join(set_by)}, see environment"
+
+
+def describe(device: str) -> dict[str, Any]:
+    """Machine, versions, allocator, environment, commit, command; and how busy the machine was with other work."""
+    about: dict[str, Any] = {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "load_before": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "packages": _versions(),
+        "build": fl.build_info(),
+        "allocator": _allocator(),
+        "environment": environment_threads(),
+        "rotation_mb": rotation_bytes(device) >> 20,
+        "torch_has_linear_cross_entropy": hasattr(torch.nn.functional, "linear_cross_entropy"),
+        "commit": _output("git", "describe", "--always", "--dirty"),
+        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+    }
+    if device == "cuda":
+        about["gpu"] = torch.cuda.get_device_name()
+        about["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
+        about["cuda"] = torch.version.cuda
+    return about

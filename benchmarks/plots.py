@@ -1,0 +1,248 @@
+"""The report's pictures. Black, grey, markers and hatches tell things apart: they survive a greyscale print."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, NullFormatter
+
+from benchmarks.cases import LOSSES, shape_name
+from benchmarks.providers import PLAIN
+from benchmarks.results import Results, Row
+from benchmarks.suites import SWEPT_CLASSES
+from benchmarks.targets import Index
+
+OURS: dict[str, Any] = {"color": "black", "marker": "o", "linestyle": "-", "linewidth": 1.6, "markersize": 4}
+OWN_PLAIN: dict[str, Any] = {"color": "0.45", "marker": "s", "linestyle": "--", "linewidth": 1.0, "markersize": 3.5}
+TORCH_CE: dict[str, Any] = {"color": "0.65", "marker": "^", "linestyle": ":", "linewidth": 1.2, "markersize": 3.5}
+COLUMNS = 4
+
+
+def _swept(index: Index) -> dict[str, list[Row]]:
+    """Our rows of the sweep over the number of classes, by loss: those with the same number of logits."""
+    found: dict[str, list[Row]] = {}
+    rows = [r for r in index.rows if r.provider == "fused" and r.mode == "fwd_bwd" and len(r.shape) == 2]
+    million = [r for r in rows if r.num_classes == SWEPT_CLASSES[-1]]
+    if not million:
+        return {}
+    size = million[0].floor_bytes
+    for row in rows:
+        same_size = 0.4 < row.floor_bytes / size < 2.5 and row.dtype == million[0].dtype
+        if row.num_classes in SWEPT_CLASSES and same_size and row.threads == 1:
+            found.setdefault(row.loss, []).append(row)
+    return {name: _one_per_class(rows, size) for name, rows in found.items()}
+
+
+def _one_per_class(rows: list[Row], size: int) -> list[Row]:
+    """Where other parts of a suite have the same number of classes, the row closest in size."""
+    best: dict[int, Row] = {}
+    for row in rows:
+        kept = best.get(row.num_classes)
+        if kept is None or abs(row.floor_bytes - size) < abs(kept.floor_bytes - size):
+            best[row.num_classes] = row
+    return [best[c] for c in sorted(best)]
+
+
+def copy_share(index: Index, title: str, path: Path) -> bool:
+    """Share of the copy's bandwidth against the number of classes, a panel for every loss."""
+    swept = _swept(index)
+    if not swept:
+        return False
+    names = [name for name in LOSSES if name in swept]
+    lines = -(-(len(names) + 1) // COLUMNS)
+    figure, axes = plt.subplots(lines, COLUMNS, figsize=(11, 1.75 * lines), sharex=True, sharey=True, squeeze=False)
+    panels = list(axes.flat)
+    baseline = _peer_line(index, swept.get("cross_entropy", []), ("torch",))
+    for panel, name in zip(panels, names, strict=False):
+        if baseline[0]:
+            panel.plot(*baseline, **TORCH_CE)
+        own = _peer_line(index, swept[name], ("reference", "snippet") if name == "cross_entropy" else PLAIN)
+        if own[0]:
+            panel.plot(*own, **OWN_PLAIN)
+        panel.plot([r.num_classes for r in swept[name]], [100 * r.share_of_copy for r in swept[name]], **OURS)
+        panel.set_title(name, fontsize=9, pad=3)
+        panel.axhline(100.0, color="black", linewidth=0.8)
+        _class_axis(panel)
+    panels[0].set_ylim(0.0, 1.05 * max(100.0, *(100 * r.share_of_copy for rows in swept.values() for r in rows)))
+    for panel in panels[len(names) :]:
+        panel.axis("off")
+    for column in range(COLUMNS):  # the last panel of every column has the tick labels
+        last = max((i for i in range(column, len(names), COLUMNS)), default=None)
+        if last is not None:
+            panels[last].tick_params(labelbottom=True)
+            panels[last].set_xlabel("classes", fontsize=8)
+    legend = [
+        Line2D([], [], **OURS, label="fused_losses"),
+        Line2D([], [], **OWN_PLAIN, label="the same loss, fastest plain PyTorch\n(measured for some)"),
+        Line2D([], [], **TORCH_CE, label="F.cross_entropy, in every panel"),
+        Line2D([], [], color="black", linewidth=0.8, label="100 %: a copy of the logits"),
+    ]
+    panels[-1].legend(handles=legend, loc="center", fontsize=8, frameon=False)
+    figure.supylabel("useful bytes per second, % of copy_ (forward + backward)", fontsize=10)
+    figure.suptitle(f"Share of copy bandwidth by number of classes\n{title}", fontsize=11)
+    _save(figure, path)
+    return True
+
+
+def _peer_line(index: Index, rows: list[Row], providers: tuple[str, ...]) -> tuple[list[int], list[float]]:
+    found = [(row.num_classes, index.fastest(row, providers)) for row in rows]
+    return [c for c, peer in found if peer], [100 * peer.share_of_copy for _, peer in found if peer]
+
+
+def _class_axis(panel: Any) -> None:
+    panel.set_xscale("log")
+    panel.xaxis.set_major_locator(FixedLocator([10, 1000, 100_000]))
+    panel.set_xticks([10, 1000, 100_000], ["10", "1k", "100k"], fontsize=8)
+    panel.xaxis.set_minor_locator(FixedLocator([2, 100, 10_000, 1_000_000]))
+    panel.xaxis.set_minor_formatter(NullFormatter())
+    panel.tick_params(axis="y", labelsize=8)
+    panel.grid(True, color="0.9", linewidth=0.6)
+
+
+def _at(index: Index, shape: tuple[int, ...]) -> list[Row]:
+    """Our float rows of training steps at a shape, on one thread, in the order of the registry."""
+    rows = [
+        r
+        for r in index.rows
+        if (r.provider, r.mode, r.shape, r.threads) == ("fused", "fwd_bwd", shape, 1) and r.layout == "contiguous"
+    ]
+    dtypes = {r.dtype for r in rows}
+    dtype = "float32" if "float32" in dtypes else min(dtypes, default="float32")
+    by_loss = {r.loss: r for r in rows if r.dtype == dtype}
+    return [by_loss[name] for name in LOSSES if name in by_loss]
+
+
+def _bars(
+    index: Index,
+    shapes: list[tuple[int, ...]],
+    value: Callable[[Row, Row], float | None],
+    providers: tuple[str, ...],
+) -> tuple[list[str], list[list[float]]]:
+    """Names of losses, and for each shape their values (NaN: not measured), sorted by the first shape's."""
+    columns: list[dict[str, float]] = []
+    for shape in shapes:
+        column = {}
+        for row in _at(index, shape):
+            peer = index.fastest(row, providers)
+            found = None if peer is None else value(row, peer)
+            if found is not None:
+                column[row.loss] = found
+        columns.append(column)
+    names = sorted({n for column in columns for n in column}, key=lambda n: max(c.get(n, 0.0) for c in columns))
+    return names, [[column.get(name, float("nan")) for name in names] for column in columns]
+
+
+def speed_up(index: Index, shapes: list[tuple[int, ...]], title: str, path: Path) -> bool:
+    """Bars: fastest plain PyTorch over ours for every loss; diamonds: the compiler."""
+    names, values = _bars(index, shapes, lambda row, peer: peer.time_us / row.time_us, PLAIN)
+    if not names:
+        return False
+    _, compiled = _bars_like(index, shapes, names)
+    figure, axis = plt.subplots(figsize=(8.5, 0.36 * len(names) + 1.8))
+    height = 0.8 / len(shapes)
+    styles: list[dict[str, Any]] = [{"color": "0.25"}, {"color": "0.8", "hatch": "////", "edgecolor": "0.3"}]
+    for k, shape in enumerate(shapes):
+        places = [i + 0.4 - (k + 0.5) * height for i in range(len(names))]
+        style = styles[k % len(styles)]
+        axis.barh(places, values[k], height, label=f"plain PyTorch, {shape_name(shape)}", **style)
+        for place, number in zip(places, values[k], strict=True):
+            if number == number:
+                axis.annotate(
+                    f"{number:.1f}", (number, place), (3, 0), textcoords="offset points", va="center", fontsize=7
+                )
+        label = "torch.compile of the reference" if k == 0 else None
+        axis.plot(compiled[k], places, "D", color="white", markeredgecolor="black", markersize=5, label=label)
+    axis.axvline(1.0, color="black", linewidth=1.0, linestyle="--")
+    spelled = {row.loss for row in index.rows if row.provider in ("snippet", "torch")}
+    labels = [name if name in spelled else f"{name} *" for name in names]
+    axis.set_yticks(range(len(names)), labels, fontsize=9)
+    axis.set_ylim(-0.6, len(names) - 0.4)
+    axis.set_xlabel(
+        "time over that of fused_losses, forward + backward (1: as fast)\n"
+        "* plain PyTorch is fused_losses.reference, with weights and ignored rows;\n"
+        "otherwise torch's function or a few lines without them, whichever is fastest"
+    )
+    axis.set_title(f"Speed-up over the fastest plain PyTorch\n{title}", fontsize=11)
+    axis.legend(loc="lower right", fontsize=8)
+    axis.grid(True, axis="x", color="0.9", linewidth=0.6)
+    axis.set_axisbelow(True)
+    _save(figure, path)
+    return True
+
+
+def _bars_like(index: Index, shapes: list[tuple[int, ...]], names: list[str]) -> tuple[list[str], list[list[float]]]:
+    found, values = _bars(index, shapes, lambda row, peer: peer.time_us / row.time_us, ("compile",))
+    by_name = [dict(zip(found, column, strict=True)) for column in values]
+    return names, [[column.get(name, float("nan")) for name in names] for column in by_name]
+
+
+def memory(index: Index, shape: tuple[int, ...], title: str, path: Path) -> bool:
+    """Extra memory of a forward and backward, in units of the logits, gradient included."""
+    rows = [row for row in _at(index, shape) if row.peak_bytes is not None]
+    pairs = [(row, index.fastest(row, PLAIN)) for row in rows]
+    bars = [(r, p) for r, p in pairs if p is not None and p.peak_bytes is not None]
+    if not bars:
+        return False
+    bars.sort(key=lambda pair: pair[1].peak_bytes or 0)
+    figure, axis = plt.subplots(figsize=(8.5, 0.3 * len(bars) + 1.8))
+    plain_style: dict[str, Any] = {"color": "0.85", "hatch": "////", "edgecolor": "0.3"}
+    for k, (label, style) in enumerate((("fused_losses", {"color": "0.1"}), ("fastest plain PyTorch", plain_style))):
+        sizes = [2 * (pair[k].peak_bytes or 0) / pair[k].floor_bytes for pair in bars]
+        axis.barh([i + 0.2 - 0.4 * k for i in range(len(bars))], sizes, 0.4, label=label, **style)
+    axis.axvline(1.0, color="black", linewidth=1.0, linestyle="--", label="the gradient alone")
+    axis.set_yticks(range(len(bars)), [row.loss for row, _ in bars], fontsize=9)
+    axis.set_ylim(-0.6, len(bars) - 0.4)
+    axis.set_xlabel("peak extra memory of forward + backward, in sizes of the logits")
+    axis.set_title(f"Extra memory at {shape_name(shape)}\n{title}", fontsize=11)
+    axis.legend(loc="lower right", fontsize=8)
+    axis.grid(True, axis="x", color="0.9", linewidth=0.6)
+    axis.set_axisbelow(True)
+    _save(figure, path)
+    return True
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def bar_shapes(index: Index) -> list[tuple[int, ...]]:
+    """The two shapes at which most losses were compared with plain PyTorch, the one with more classes first."""
+    counts: dict[tuple[int, ...], int] = {}
+    for row in index.rows:
+        if (
+            row.provider == "reference"
+            and row.mode == "fwd_bwd"
+            and len(row.shape) == 2
+            and row.floor_bytes > 5_000_000
+        ):
+            counts[row.shape] = counts.get(row.shape, 0) + 1
+    best = sorted(counts, key=lambda shape: (-counts[shape], -shape[1]))[:2]
+    return sorted(best, key=lambda shape: -shape[1])
+
+
+def draw(results: Results, device: str, folder: Path) -> list[Path]:
+    """Writes the pictures that the rows of ``device`` suffice for and returns their paths."""
+    index = Index(row for row in results.rows if row.device == device)
+    machine = results.machine
+    where = machine.get("gpu") or f"{machine['processor']}, 1 thread"
+    shapes = bar_shapes(index)
+    made = []
+    for name, draws in {
+        "copy_share": lambda path: copy_share(index, where, path),
+        "speed_up": lambda path: speed_up(index, shapes, where, path),
+        "memory": lambda path: bool(shapes) and memory(index, shapes[0], where, path),
+    }.items():
+        path = folder / f"{name}.png"
+        if draws(path):
+            made.append(path)
+    return made

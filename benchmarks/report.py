@@ -1,0 +1,264 @@
+"""Makes a report of result files: Markdown with the targets, tables, and pictures beside it.
+
+python -m benchmarks.report benchmarks/results/cpu/results.json [more ...] [--out FOLDER]
+python -m benchmarks.report --compare OLD.json NEW.json        (exit status 1 if something became slower)
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import plots
+from benchmarks.cases import LOSSES, shape_name
+from benchmarks.providers import PLAIN, PROVIDERS
+from benchmarks.results import Results, Row
+from benchmarks.targets import GOALS, Index, judge, judge_accuracy
+
+REGRESSION = 1.10
+
+
+def table(head: Iterable[str], lines: Iterable[Iterable[object]]) -> str:
+    """A Markdown table."""
+    head = list(head)
+    rows = [head, ["---"] * len(head), *([str(cell) for cell in line] for line in lines)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def targets(results: list[Results]) -> str:
+    """T1 to T12 with the verdict on each device, and the worst case where one fails."""
+    index = Index(row for result in results for row in result.rows)
+    lines, failures = [], []
+    for goal in GOALS:
+        verdicts = {device: judge(goal, index, device) for device in ("cpu", "cuda")}
+        cells = ["-" if goal.device not in (None, d) else verdicts[d].text for d in ("cpu", "cuda")]
+        lines.append([goal.target, goal.claim, goal.asked, *cells])
+        failures += [
+            f"{goal.target} {device}: {goal.claim}: {v.worst}"
+            for device, v in verdicts.items()
+            if v.passed is False and not goal.mean
+        ]
+    by_device = {"cpu": "not measured", "cuda": "not measured"}
+    accuracy: dict[tuple[str, str], dict[str, str]] = {}
+    for result in results:
+        if result.accuracy:
+            device = result.accuracy[0]["device"]
+            for claim, asked, verdict in judge_accuracy(result):
+                accuracy.setdefault((claim, asked), dict(by_device))[device] = verdict.text
+                if verdict.passed is False:
+                    failures.append(f"T12 {device}: {claim}: {verdict.worst}")
+    lines += [["T12", *claim, cells["cpu"], cells["cuda"]] for claim, cells in accuracy.items()]
+    if not accuracy:
+        lines.append(["T12", "largest error against float64", "", *by_device.values()])
+    text = table(("", "claim", "asked", "CPU", "GPU"), lines)
+    text += "\nThe number is the worst case, for means the mean. "
+    text += "Targets without a device are meant for GPUs; the CPU is held to them all the same.\n"
+    if failures:
+        text += "\nWorst cases of what failed:\n\n" + "".join(f"- {failure}\n" for failure in failures)
+    return text
+
+
+def losing_cases(index: Index) -> str:
+    """Every setting in which another provider of the same loss was faster."""
+    lines = []
+    for row in index.rows:
+        if row.provider == "fused":
+            for name, peer in index.peers(row).items():
+                if peer.time_us < row.time_us:
+                    band = "" if peer.high_us < row.low_us else "within the noise"
+                    lines.append((row.time_us / peer.time_us, row.name, name, band))
+    if not lines:
+        return "In no measured case was another provider faster.\n"
+    lines.sort(reverse=True)
+    return table(("case", "faster", "our time over its", ""), ((c, p, f"{r:.2f}", b) for r, c, p, b in lines))
+
+
+def loss_table(index: Index, shape: tuple[int, ...], dtype: str, device: str) -> str:
+    """One line for every loss at a shape: times, ratios, memory."""
+
+    def ours(row: Row) -> bool:
+        where = (row.shape, row.dtype, row.device, row.layout) == (shape, dtype, device, "contiguous")
+        return row.provider == "fused" and where and row.mode == "fwd_bwd" and row.threads == 1
+
+    lines = []
+    for row in sorted(filter(ours, index.rows), key=lambda row: list(LOSSES).index(row.loss)):
+        peers = index.peers(row)
+        plain = index.fastest(row, PLAIN)
+        line = [row.loss, f"{row.time_us:.0f}", f"{row.low_us:.0f}-{row.high_us:.0f}", f"{row.copies:.2f}"]
+        line += [f"{row.gb_per_s:.1f}", "" if plain is None else f"{plain.provider} {plain.time_us / row.time_us:.1f}"]
+        others = [f"{name} {peers[name].time_us / row.time_us:.1f}" for name in PROVIDERS if name in peers]
+        line += [", ".join(other for other in others if plain is None or not other.startswith(plain.provider))]
+        line += [_sizes(row), "" if plain is None else _sizes(plain), "" if plain is None else _moved(plain)]
+        lines.append(line)
+    if not lines:
+        return ""
+    head = ["loss", "us", "quartiles", "copies", "GB/s", "fastest plain PyTorch over ours", "others over ours"]
+    head += ["extra memory", "plain's", "plain moves"]
+    return f"\n### {shape_name(shape)}, {dtype}\n\n" + table(head, lines)
+
+
+def _compared(rows: list[Row]) -> list[tuple[tuple[int, ...], str]]:
+    """Shapes and dtypes at which most losses have plain PyTorch beside them; the sweep over classes is a picture."""
+
+    def losses(provider: str) -> Counter[tuple[tuple[int, ...], str]]:
+        keys = {(r.shape, r.dtype, r.loss) for r in rows if r.provider == provider and r.mode == "fwd_bwd"}
+        return Counter((shape, dtype) for shape, dtype, _ in sorted(keys))
+
+    ours = losses("fused")
+    return [key for key, count in losses("reference").items() if 2 * count > ours[key]]
+
+
+def _sizes(row: Row) -> str:
+    return "" if row.peak_bytes is None else f"{2 * row.peak_bytes / row.floor_bytes:.1f}"
+
+
+def _moved(row: Row) -> str:
+    return "" if row.moved_bytes is None else f"{2 * row.moved_bytes / row.floor_bytes:.0f}"
+
+
+def against_torch(index: Index, device: str) -> str:
+    """Cross entropy against F.cross_entropy in every mode."""
+    lines = []
+    for row in index.rows:
+        peer = index.peers(row).get("torch") if row.provider == "fused" and row.loss == "cross_entropy" else None
+        if peer is not None and row.device == device:
+            layout = " channels_last" if row.layout == "channels_last" else ""
+            line = [f"{shape_name(row.shape)}{layout}", row.dtype, row.threads, row.mode, f"{row.time_us:.1f}"]
+            lines.append([*line, f"{peer.time_us:.1f}", f"{peer.time_us / row.time_us:.2f}", f"{row.copies:.2f}"])
+    head = ("logits", "dtype", "threads", "mode", "ours, us", "torch, us", "torch over ours", "ours in copies")
+    return table(head, lines) if lines else ""
+
+
+def end_to_end(rows: list[dict[str, Any]]) -> str:
+    """Training steps with plain PyTorch's loss and ours."""
+    plain = {(r["model"], r["batch"], r["classes"], r["loss"]): r for r in rows if r["provider"] == "plain"}
+    lines = []
+    for row in rows:
+        if row["provider"] == "fused":
+            base = plain[row["model"], row["batch"], row["classes"], row["loss"]]
+            line = [row["model"], f"{row['batch']} x {row['classes']}", row["loss"]]
+            line += [f"{r['step_us'] / 1e3:.1f}" for r in (base, row)] + [
+                f"{r['images_per_s']:.0f}" for r in (base, row)
+            ]
+            line += [f"{r['loss_us']:.0f} us = {r['loss_share']:.2%}" for r in (base, row)]
+            line += [f"{r['step_peak_bytes'] / 1e6:.1f}" for r in (base, row)]
+            lines.append(line)
+    head = ["model", "batch x classes", "loss"]
+    for what in ("step, ms", "images/s", "loss alone, share of the step", "peak extra memory of a step, MB"):
+        head += [f"{what}: plain", "fused"]
+    return table(head, lines)
+
+
+def accuracy(rows: list[dict[str, Any]]) -> str:
+    """Errors of value and gradient: ours, plain PyTorch's and the reference's."""
+    cases: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        cases.setdefault((row["loss"], row["dtype"]), {})[row["provider"]] = row
+    lines = []
+    for (name, dtype), providers in cases.items():
+        line = [name, dtype]
+        for what in ("value_error", "gradient_error", "scaled_gradient_error"):
+            line += [_error(providers[p][what]) if p in providers else "" for p in ("fused", "plain", "reference")]
+        lines.append(line)
+    names = ("ours", "plain", "reference")
+    kinds = ("value", "gradient", "gradient, upstream not 1")
+    return table(("loss", "dtype", *(f"{kind}: {name}" for kind in kinds for name in names)), lines)
+
+
+def _error(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.1e}"
+
+
+def first_losses(rows: list[Row]) -> str:
+    """How long the first call of each provider took: what timing leaves out."""
+    lines = []
+    for name in PROVIDERS:
+        seconds = sorted(row.first_s for row in rows if row.provider == name)
+        if seconds:
+            lines.append([name, f"{seconds[len(seconds) // 2]:.3f}", f"{seconds[-1]:.3f}"])
+    return table(("provider", "median, s", "largest, s"), lines)
+
+
+def report(results: list[Results], folder: Path) -> str:
+    """The whole text; draws the pictures into ``folder``."""
+    text = "# Measurements\n\nMade by `python -m benchmarks.report`; medians, calls take turns, buffers rotate.\n"
+    text += "\n## Targets\n\n" + targets(results)
+    for result in results:
+        device = "cuda" if "gpu" in result.machine else "cpu"
+        machine = result.machine
+        index = Index(result.rows)
+        text += f"\n## {machine.get('gpu') or machine['processor']}\n\n"
+        text += table(("", ""), ((k, f"`{v}`" if isinstance(v, dict) else v) for k, v in machine.items()))
+        if any(row.timer == "cpu" for row in result.rows):
+            text += "\nThe machine had other work: one thread's times are processor time. Elapsed times of two threads "
+            text += "are a rough guide at best.\n"
+        for path in plots.draw(result, device, folder):
+            text += f"\n![{path.stem.replace('_', ' ')}]({path.name})\n"
+        text += "\n### Where we lose\n\n" + losing_cases(index)
+        if result.rejected:
+            text += "\n### Not timed: another result than float64 gives\n\n"
+            text += "".join(f"- {entry['reason']}\n" for entry in result.rejected)
+        text += "\n### Cross entropy against F.cross_entropy\n\n" + against_torch(index, device)
+        for shape, dtype in _compared(result.rows):
+            text += loss_table(index, shape, dtype, device)
+        text += "\n### Time to the first loss and gradient, compilation included\n\n" + first_losses(result.rows)
+        if machine.get("torch_has_linear_cross_entropy"):
+            text += (
+                "\nThis torch has `F.linear_cross_entropy`, which takes the features and weights of the last layer and "
+                "never holds all logits: another computation, not timed here.\n"
+            )
+        if result.end_to_end:
+            text += "\n### Share of the loss in a training step\n\n" + end_to_end(result.end_to_end)
+        if result.accuracy:
+            text += "\n### Largest relative errors against float64\n\n" + accuracy(result.accuracy)
+    return text
+
+
+def compare(old: Results, new: Results) -> tuple[str, bool]:
+    """Our times in two files; True if any is over 10 % slower by more than the noise."""
+    before = {(row.setting, row.provider): row for row in old.rows}
+    lines, regressed = [], False
+    for row in new.rows:
+        past = before.get((row.setting, row.provider))
+        if past is None or row.provider != "fused":
+            continue
+        ratio = row.time_us / past.time_us
+        apart = row.low_us > past.high_us if ratio > 1 else row.high_us < past.low_us
+        if max(ratio, 1 / ratio) > REGRESSION:
+            verdict = ("**slower**" if ratio > 1 else "faster") if apart else "within the noise"
+            regressed |= ratio > 1 and apart
+            bands = [f"{r.time_us:.1f} ({r.low_us:.1f}-{r.high_us:.1f})" for r in (past, row)]
+            lines.append((ratio, [row.name, *bands, f"{ratio:.2f}", verdict]))
+    lines.sort(key=lambda line: -line[0])
+    common = sum((row.setting, row.provider) in before for row in new.rows if row.provider == "fused")
+    text = f"{common} of our cases are in both files; those that differ by more than {REGRESSION - 1:.0%}:\n\n"
+    head = ("case", "old, us (quartiles)", "new, us (quartiles)", "new over old", "")
+    return text + table(head, (line for _, line in lines)), regressed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Reports on result files.")
+    parser.add_argument("results", nargs="*", type=Path, help="JSON files of `python -m benchmarks`")
+    parser.add_argument("--out", type=Path, help="folder for report.md and pictures (default: that of the first file)")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="list what became slower")
+    options = parser.parse_args()
+    if options.compare:
+        text, regressed = compare(*(Results.load(path) for path in options.compare))
+        print(text)
+        raise SystemExit(int(regressed))
+    if not options.results:
+        parser.error("give result files, or --compare OLD NEW")
+    results = [Results.load(path) for path in options.results]
+    folder = options.out or options.results[0].parent
+    folder.mkdir(parents=True, exist_ok=True)
+    text = report(results, folder)
+    (folder / "report.md").write_text(text)
+    print(targets(results))
+    print(f"written: {folder / 'report.md'}")
+
+
+if __name__ == "__main__":
+    main()

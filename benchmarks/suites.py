@@ -1,0 +1,88 @@
+"""The lists of jobs that ``python -m benchmarks`` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from benchmarks.cases import CLASS_COUNTS, FLAT_LOSSES, ROW_LOSSES, Case
+from benchmarks.jobs import Job
+from benchmarks.providers import PLAIN
+
+MAIN_MODES = ("fwd", "fwd_train", "fwd_bwd", "fwd_bwd_scaled")
+HEADLINE = ("cross_entropy", "mae_auto", "hem", "nce_mae")
+COMPARED = ((4096, 1000), (65536, 10), (256, 10))
+PIXELS = (4, 150, 256, 256)
+SWEPT_CLASSES = (2, 10, 100, 1000, 10_000, 100_000, 1_000_000)
+
+
+def sweep(device: str, dtype: str, logits: int, seconds: float, timer: str) -> Iterator[Job]:
+    """Every loss from 2 to a million classes with about the same number of logits; plain PyTorch for some."""
+    for num_classes in SWEPT_CLASSES:
+        shape = (max(2, logits // num_classes), num_classes)
+        for loss in ROW_LOSSES:
+            peers = PLAIN if loss in HEADLINE else ()
+            yield Job(Case(loss, shape, dtype, device), ("fused", *peers), seconds=seconds, timer=timer)
+
+
+def cpu_summary() -> Iterator[Job]:
+    """What `make bench` measures: within five minutes on two cores, most of it on one thread."""
+    both = ("fused", "torch")
+    for threads in (1, 2):
+        for shape in ((32, 10), (256, 10), (4096, 1000), (65536, 10), (2048, 10_000)):
+            if threads == 1 and shape in COMPARED:
+                continue  # below, with more providers
+            yield Job(Case("cross_entropy", shape), both, MAIN_MODES, threads)
+        for layout in ("contiguous", "channels_last"):
+            yield Job(Case("cross_entropy", PIXELS, layout=layout), both, ("fwd_bwd",), threads)
+    for shape in COMPARED:
+        for loss in ROW_LOSSES:
+            compiled = ("compile",) if loss in HEADLINE and shape != (256, 10) else ()
+            modes = MAIN_MODES if loss == "cross_entropy" else ("fwd_bwd",)
+            yield Job(Case(loss, shape), ("fused", *PLAIN, *compiled), modes, seconds=0.1)
+    for shape in ((4096, 1000), (65536, 10)):
+        for loss in ("cross_entropy", "mae_auto"):
+            yield Job(Case(loss, shape, "bfloat16"), ("fused", "reference", "torch", "autocast"))
+    for loss in FLAT_LOSSES:
+        yield Job(Case(loss, (65536,)), ("fused", "reference"))
+    yield from sweep("cpu", "float32", 1 << 20, 0.05, "wall")
+
+
+def cpu_full() -> Iterator[Job]:
+    """Every loss at every number of classes and dtype, with the compiler; an hour and more."""
+    yield from cpu_summary()
+    for num_classes in CLASS_COUNTS:
+        shape = (max(8, (1 << 22) // num_classes), num_classes)
+        for dtype in ("float32", "bfloat16", "float16"):
+            for loss in ROW_LOSSES:
+                providers = ("fused", *PLAIN, "autocast", "compile")
+                yield Job(Case(loss, shape, dtype), providers, MAIN_MODES, seconds=0.5)
+
+
+def cuda() -> Iterator[Job]:
+    """Targets first; device time where the GPU is busy, wall time for small batches."""
+    peers = (*PLAIN, "autocast", "compile", "liger", "quack")
+    modes = ("fwd", "bwd", "fwd_bwd", "fwd_bwd_scaled")
+
+    def job(loss: str, shape: tuple[int, ...], providers: tuple[str, ...], *modes: str, dtype: str = "bfloat16") -> Job:
+        return Job(Case(loss, shape, dtype, "cuda"), ("fused", *providers), modes or ("fwd_bwd",), 1, 0.05, "device")
+
+    for num_classes in CLASS_COUNTS:
+        shape = ((1 << 26) // num_classes, num_classes)
+        yield job("cross_entropy", shape, peers, *modes)
+    for shape in ((65536, 1000), (65536, 1001), (65536, 10)):
+        yield job("cross_entropy", shape, peers, *modes, dtype="float32")
+        for loss in ROW_LOSSES:
+            yield job(loss, shape, (*PLAIN, "compile") if loss in HEADLINE else PLAIN)
+    for pixels in ((8, 150, 512, 512), (8, 19, 512, 1024)):
+        for layout in ("contiguous", "channels_last"):
+            case = Case("cross_entropy", pixels, "bfloat16", "cuda", layout)
+            yield Job(case, ("fused", "torch", "autocast"), ("fwd", "fwd_bwd"), 1, 0.05, "device")
+    for loss in ROW_LOSSES:
+        yield Job(Case(loss, (256, 10), "float32", "cuda"), ("fused", *PLAIN), timer="wall")
+    for loss in FLAT_LOSSES:
+        yield job(loss, (65536,), ("reference",), dtype="float32")
+    yield job("z_error_cross_entropy", (65536, 10), ("reference",), dtype="float32")
+    yield from sweep("cuda", "bfloat16", 1 << 27, 0.02, "device")
+
+
+SUITES = {"summary": cpu_summary, "full": cpu_full, "cuda": cuda}
