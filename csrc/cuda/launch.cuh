@@ -50,10 +50,14 @@ inline unsigned blocks_for(std::int64_t rows, std::int64_t rows_per_block) {
     return static_cast<unsigned>(std::min((rows + rows_per_block - 1) / rows_per_block, largest_grid));
 }
 
+// Plain C++, without <<<>>>: tests/cpp/cuda_emulation runs the kernels on the host.
 template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), unsigned blocks, cudaStream_t stream, const Args&... args) {
-    kernel<<<blocks, kBlock, 0, stream>>>(args...);
-    return cudaGetLastError();
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(kBlock);
+    config.stream = stream;
+    return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
 // For kernels whose blocks wait for each other (grid.cuh), so that all of them must be resident: as many as fit,

@@ -1,0 +1,98 @@
+// The CUDA kernels of the row losses and of their reduction, run on the host by cuda_emulation, against naive_losses.h:
+// every loss and parameter set in every regime, and layouts, dtypes and odd numbers of classes with options drawn at
+// random. First argument: one case in so many; second: the seed of the order in which threads run.
+#include <cstdlib>
+
+#include "cuda_case.h"
+
+namespace {
+
+using namespace fused_losses_test;
+
+void test_case(Dtype dtype, const Shape& shape, int loss, const Params& params, Random& random, bool isolation) {
+    const std::string name = describe(shape, dtype, loss);
+    visit_dtype(dtype, [&]<class Stored>() {
+        CudaCase<Stored> problem(shape, loss, params, random);
+        isolation ? problem.test_isolation(name) : problem.test(name);
+    });
+}
+
+// A thread, a warp and a block work on a row; pixels side by side are read by neighbouring threads.
+void test_losses(int thinning) {
+    Random random(15);
+    const Shape shapes[] = {{Kind::kRows, 1, 37, 11},
+                            {Kind::kRows, 1, 11, 65},
+                            {Kind::kPaddedRows, 1, 2, 1030},
+                            {Kind::kPixels, 2, 33, 21}};
+    for (int loss = 0; loss < AllLosses::size; ++loss)
+        for (const Params& params : naive_loss(loss_names()[loss]).params)
+            for (const Dtype dtype : kDtypes)
+                for (const Shape& shape : shapes)
+                    if (random.one_in(thinning)) test_case(dtype, shape, loss, params, random, false);
+}
+
+int any_loss(Random& random, std::int64_t classes) {
+    int loss = 0;
+    do loss = random.one_in(4) ? 0 : random.below(AllLosses::size);
+    while (classes < 2 && needs_two_classes(loss_names()[loss]));
+    return loss;
+}
+
+void test_shapes(int thinning) {
+    Random random(16);
+    for (const Dtype dtype : kDtypes)
+        for (const int classes : {1, 2, 5, 8, 16, 17, 31, 33, 100, 129, 1001, 1024, 1027, 2049})
+            for (const int rows : {0, 1, 9, 300})
+                for (int kind = 0; kind < kKinds; ++kind) {
+                    if (rows * classes > 10000 || !random.one_in(thinning)) continue;
+                    const int loss = any_loss(random, classes);
+                    const std::vector<Params>& sets = naive_loss(loss_names()[loss]).params;
+                    const bool images = kind >= int(Kind::kPixels) || random.one_in(4);
+                    const Shape shape{Kind(kind), images && rows > 1 ? 2 : 1, rows, classes};
+                    test_case(dtype, shape, loss, sets[random.below(int(sets.size()))], random, random.one_in(5));
+                }
+}
+
+// One block, several, and more rows than all blocks have threads.
+void test_reduction(int thinning) {
+    Random random(17);
+    for (const std::int64_t rows : {0, 1, 255, 2048, 2049, 70001, 3000000}) {
+        if (rows > 100000 && thinning > 8) continue;
+        Guarded<float> values(layout_of(Kind::kRows, 1, rows, 1)), weights(values.layout);
+        Guarded<double> scratch(layout_of(Kind::kRows, 1, fused_losses::cuda::reduction_scratch(rows), 1));
+        double value = 0, weight = 0, size = 0;
+        for (std::int64_t i = 0; i < rows; ++i) {
+            value += values.at(0, i) = float(random.bell());
+            weight += weights.at(0, i) = float(random.uniform(0, 2));
+            size += std::fabs(double(values.at(0, i)));
+        }
+        RowProblem p;
+        p.inner = rows;
+        p.row_values = values.data();
+        p.row_weights = weights.data();
+        float loss[2], denominator[2];
+        for (int run = 0; run < 2; ++run) {
+            shuffle_launches(false);
+            fused_losses::cuda::enqueue_reduction(p, scratch.data(), &loss[run], &denominator[run], nullptr);
+        }
+        const double mean = weight == 0 ? 0 : value / weight;
+        check(std::fabs(double(loss[0]) - mean) <= 1e-7 * size / (weight + 1e-30), "mean of %lld rows: %.9g, not %.9g",
+              (long long)rows, double(loss[0]), mean);
+        check(std::fabs(double(denominator[0]) - weight) <= 1e-7 * weight, "weight of %lld rows: %.9g, not %.9g",
+              (long long)rows, double(denominator[0]), weight);
+        check(loss[0] == loss[1] && denominator[0] == denominator[1],
+              "%lld rows: another order of threads gives other bits", (long long)rows);
+        check(scratch.only_elements_written(), "%lld rows: wrote outside the scratch", (long long)rows);
+    }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    const int thinning = argc > 1 ? std::max(1, std::atoi(argv[1])) : 1;
+    cuda_emulation::random.seed(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1);
+    test_losses(thinning);
+    test_shapes(thinning);
+    test_reduction(thinning);
+    return report("CUDA row kernels");
+}
