@@ -13,13 +13,40 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
-// `extern __shared__ T name[]` wants a definition: see dynamic_shared.h.
 #define __shared__ thread_local
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+// Dynamic shared memory is what headers declare in this namespace, not in a function of a kernel:
+//     extern __shared__ uint4 dynamic_shared[];
+namespace fused_losses::cuda {
+inline constexpr std::size_t kMostDynamicShared = 64 * 1024;
+inline thread_local uint4 dynamic_shared[kMostDynamicShared / sizeof(uint4)];
+}  // namespace fused_losses::cuda
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorCooperativeLaunchTooLarge = 720 };
 using cudaStream_t = void*;
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+// A device with room for so many blocks at the same time.
+namespace cuda_emulation {
+inline int multiprocessors = 3, blocks_per_multiprocessor = 2;
+}
+
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+
+inline cudaError_t cudaGetDevice(int* device) {
+    *device = 0;
+    return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+    *value = cuda_emulation::multiprocessors;
+    return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, std::size_t) {
+    *blocks = cuda_emulation::blocks_per_multiprocessor;
+    return cudaSuccess;
+}
 
 enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative = 2 };
 
@@ -46,19 +73,11 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     bool cooperative = false;
     for (unsigned i = 0; i < config->numAttrs; ++i)
         if (config->attrs[i].id == cudaLaunchAttributeCooperative) cooperative |= config->attrs[i].val.cooperative != 0;
+    const unsigned resident = cuda_emulation::multiprocessors * cuda_emulation::blocks_per_multiprocessor;
+    if (cooperative && config->gridDim.x > resident) return cudaErrorCooperativeLaunchTooLarge;
+    if (config->dynamicSmemBytes > fused_losses::cuda::kMostDynamicShared) return cudaErrorInvalidValue;
     [&](Params... converted) {
         cuda_emulation::launch(config->gridDim, config->blockDim, cooperative, [&] { kernel(converted...); });
     }(std::forward<Args>(args)...);
-    return cudaSuccess;
-}
-
-// The arguments come as pointers to values of exactly the parameters' types.
-template <class... Params>
-cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(Params...), dim3 grid, dim3 block, void** args, std::size_t = 0,
-                                        cudaStream_t = nullptr) {
-    const auto call = [&]<std::size_t... i>(std::index_sequence<i...>) {
-        kernel(*static_cast<std::remove_reference_t<Params>*>(args[i])...);
-    };
-    cuda_emulation::launch(grid, block, true, [&] { call(std::index_sequence_for<Params...>{}); });
     return cudaSuccess;
 }

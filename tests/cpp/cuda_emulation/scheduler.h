@@ -60,7 +60,7 @@ inline unsigned largest_grid = ~0u;        // a launch that asks for more blocks
 inline constexpr int kYieldOneIn = 2;      // how often an atomic function lets others go first
 inline constexpr int kSwitchOneIn = 32;    // how often another block takes over
 inline constexpr int kReorderOneIn = 256;  // how often a warp or a thread is given another priority
-inline constexpr long kEndlessNaps = 2'000'000;
+inline constexpr long kEndlessNaps = 300'000;
 
 inline bool one_in(unsigned n) { return random() % n == 0; }
 
