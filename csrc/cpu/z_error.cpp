@@ -155,6 +155,7 @@ struct RowBlock {
     void fill_classes(const ZProblem& p, std::int64_t begin, int rows) {
         load(p, p.values, begin, rows, value);
         load(p, p.sample_weight, begin, rows, weight);
+        for (int r = 0; r < rows; ++r) value[r] *= weight[r];
         if (!p.class_weight.data) return;
         for (int r = 0; r < rows; ++r)
             if (p.mask[begin + r]) weight[r] *= z_error::class_weight_of<A>(p, Row(p, begin + r));

@@ -63,8 +63,8 @@ TORCH_LIBRARY(fused_losses, m) {
            "-> (Tensor loss, Tensor mask, Tensor scores)")
               .c_str());
 
-    // Its second half, given the rows' losses, weights included: mask and reduction in one pass, after the statistics
-    // where moments are absent.
+    // Its second half, given the rows' losses, class weights included: mask and reduction in one pass, after the
+    // statistics where moments are absent.
     m.def(
         "z_error_class_loss(Tensor values, Tensor score, Tensor target, SymInt num_classes, Tensor? moments, "
         "Tensor? weight, Tensor? sample_weight, Tensor? threshold_tensor, float[] threshold, str tail, int min_count, "

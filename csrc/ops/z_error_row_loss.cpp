@@ -52,9 +52,9 @@ Score score_of(const RowLossArgs& a, std::string_view statistic) {
             "class"};
 }
 
-// Are the rows' losses, weights included, what score_of() would compute?
+// Are the rows' losses, class weights included, what score_of() would compute?
 bool values_are_scores(const RowLossArgs& a, std::string_view statistic) {
-    if (statistic == "logit" || a.weight || a.sample_weight) return false;
+    if (statistic == "logit" || a.weight) return false;
     const bool plain = a.loss == CrossEntropy::name && a.params[0] == 0 && a.logit_bias == 0 && !a.logit_bias_tensor;
     return statistic == "loss" || plain;
 }
@@ -82,8 +82,9 @@ ClassLoss class_loss(const RowLossArgs& a, const Judgement& judgement, const Ten
     return {loss, denominator, mask, kept_target, scores};
 }
 
-RowLossArgs unreduced(const RowLossArgs& a) {
-    return {a.logits, a.target,     a.weight,       a.sample_weight, a.logit_bias_tensor, a.margin, a.loss,
+// One loss per row, without the weight of its sample.
+RowLossArgs of_rows(const RowLossArgs& a) {
+    return {a.logits, a.target,     a.weight,       kAbsent, a.logit_bias_tensor, a.margin, a.loss,
             a.params, a.logit_bias, a.ignore_index, "none"};
 }
 
@@ -94,7 +95,7 @@ public:
                                  const Judgement& judgement) {
         at::AutoDispatchBelowADInplaceOrView below_autograd;
         static const RowLossWithStats with_stats("fused_losses::row_loss_with_stats");
-        const auto [values, stats, unused] = with_stats(unreduced(args));
+        const auto [values, stats, unused] = with_stats(of_rows(args));
         const ClassLoss result = class_loss(args, judgement, values);
         save_row_loss(ctx, args, result.kept_target, {stats, result.denominator});
         ctx->mark_non_differentiable({result.mask, result.scores});
@@ -156,7 +157,7 @@ struct Composite {
             const variable_list out = ZErrorRowLoss::apply(args.logits, args, judgement);
             return {out[0], out[1], out[2]};
         }
-        const ClassLoss result = class_loss(args, judgement, row_values(unreduced(args)));
+        const ClassLoss result = class_loss(args, judgement, row_values(of_rows(args)));
         return {result.loss, result.mask, result.scores};
     }
 };

@@ -63,7 +63,7 @@ struct ZProblem {
     std::int64_t class_stride = 0;
     std::int64_t ignore_index = -100;  // classes
     Elements sample_weight;
-    Elements values;        // classes: the rows' losses, weights included
+    Elements values;        // classes: the rows' losses, class weights included
     Elements class_weight;  // stride.inner apart
     Elements pos_weight;    // binary: stride.inner apart, num_pos_weights of them, repeated over the tasks
     std::int64_t num_pos_weights = 1;

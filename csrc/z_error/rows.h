@@ -197,7 +197,7 @@ template <class A>
 FL_HD Share<A> share_of(const ZProblem& p, const Row& row, bool kept) {
     if (!kept) return {A(0), A(0)};
     const A weight = p.sample_weight.data ? row.of<A>(p.sample_weight) : A(1);
-    if (is_class(p.statistic)) return {row.of<A>(p.values), weight * class_weight_of<A>(p, row)};
+    if (is_class(p.statistic)) return {weight * row.of<A>(p.values), weight * class_weight_of<A>(p, row)};
     return {weight * loss_of<A>(p, row).value, weight};
 }
 
