@@ -4,8 +4,9 @@
 
 #include <limits>
 
-#include "cuda/launch.cuh"
-#include "cuda/row_access.cuh"
+#include "cuda/loss_output.cuh"
+#include "cuda/row_gradient.cuh"
+#include "cuda/staged_tile.cuh"
 #include "losses/registry.h"
 
 namespace fused_losses::cuda {
@@ -34,14 +35,6 @@ FL_DEVICE A reduce_to_all(A x, Combine combine) {
     return x;
 }
 
-template <int kThreads, class Stored, class Body>
-FL_DEVICE void walk(const Stored* row, int classes, bool vectors, int lane, Body body) {
-    if constexpr (kThreads == 1)
-        for (int c = 0; c < classes; ++c) body(Count<1>{}, c);
-    else
-        walk_classes<kThreads>(row, classes, vectors, lane, body);
-}
-
 // The margin of a class.
 template <class A>
 FL_DEVICE A margin_of(const RowArgs<A>& args, int cls) {
@@ -49,20 +42,46 @@ FL_DEVICE A margin_of(const RowArgs<A>& args, int cls) {
     return p.margin ? as<A>(p.margin)[cls * p.margin_stride] : args.params[0];
 }
 
-// Calls body.operator()<Stored, Loss, kThreads>() with the number of blocks.
+// dL/dz of a row's classes, from one state to the other's row or in place; times scale.
+template <class Stored, class Loss, int kThreads, class State>
+FL_DEVICE void write_pass_gradient(const RowArgs<acc_t<Stored>>& args, const Stored* from, std::int64_t from_stride,
+                                   Stored* to, std::int64_t to_stride, int target, const State& state,
+                                   acc_t<Stored> scale, int lane) {
+    using A = acc_t<Stored>;
+    const bool vectors = from_stride == 1 && to_stride == 1 && misalignment(from) == misalignment(to);
+    const A bias = bias_of(args);
+    walk<kThreads>(from, static_cast<int>(args.problem.num_classes), vectors, lane,
+                   [&]<int kCount>(Count<kCount>, int c) {
+                       A z[kCount];
+                       load(from + c * from_stride, z);
+#pragma unroll
+                       for (int k = 0; k < kCount; ++k) {
+                           const bool own = c + k == target;
+                           const A biased = own ? z[k] + bias : z[k];
+                           z[k] = scale * Loss::gradient(state, biased, margin_of(args, c + k), own, args.params);
+                       }
+                       store(to + c * to_stride, z);
+                   });
+}
+
+// Calls body.operator()<Stored, Loss, kThreads>() with the number of blocks; kThreads = 0: staged.
 template <class Body>
 cudaError_t dispatch_pass(const RowProblem& p, Body body) {
     cudaError_t error = cudaErrorInvalidValue;
     const auto with_loss = [&]<class Stored, class Loss>() {
         // Doubles are for checking, not for speed: one kernel serves all shapes and saves build time.
-        if constexpr (std::is_same_v<Stored, double>)
+        if constexpr (std::is_same_v<Stored, double>) {
             return body.template operator()<Stored, Loss, 32>(blocks_for(p.rows(), kBlock / 32));
-        switch (regime_of(p)) {
-            case Regime::kThread: return body.template operator()<Stored, Loss, 1>(blocks_for(p.rows(), kBlock));
-            case Regime::kWarp: return body.template operator()<Stored, Loss, 32>(blocks_for(p.rows(), kBlock / 32));
-            case Regime::kBlock: return body.template operator()<Stored, Loss, kBlock>(blocks_for(p.rows(), 1));
+        } else {
+            switch (regime_of(p)) {
+                case Regime::kStaged: return body.template operator()<Stored, Loss, 0>(blocks_for(p.rows(), kBlock));
+                case Regime::kThread: return body.template operator()<Stored, Loss, 1>(blocks_for(p.rows(), kBlock));
+                case Regime::kWarp:
+                    return body.template operator()<Stored, Loss, 32>(blocks_for(p.rows(), kBlock / 32));
+                case Regime::kBlock: return body.template operator()<Stored, Loss, kBlock>(blocks_for(p.rows(), 1));
+            }
+            return cudaErrorInvalidValue;
         }
-        return cudaErrorInvalidValue;
     };
     visit_pass_loss(p.loss, [&]<class Loss>() {
         switch (p.dtype) {

@@ -37,13 +37,16 @@ struct SoftmaxState {
         const A pivot = pivot_of(top);
         move_to(top, pivot);
 #pragma unroll
-        for (int k = 0; k < kCount; ++k) {
-            sum += math::exp(z[k] - pivot);
-            if constexpr (kSpread) {
-                // A class of weight zero contributes nothing, even at -inf.
-                centred += u[k] == A(0) ? A(0) : u[k] * (z[k] - pivot);
-                sum_u += u[k];
-            }
+        for (int k = 0; k < kCount; ++k) add(z[k] - pivot, u[k], math::exp(z[k] - pivot));
+    }
+
+    // One class, by its distance from the pivot.
+    FL_DEVICE void add(A distance, A u, A exponential) {
+        sum += exponential;
+        if constexpr (kSpread) {
+            // A class of weight zero contributes nothing, even at -inf.
+            centred += u == A(0) ? A(0) : u * distance;
+            sum_u += u;
         }
     }
 
@@ -68,6 +71,18 @@ struct SoftmaxState {
         return other;
     }
 
+    FL_DEVICE SoftmaxState from_first_lane() const {
+        constexpr unsigned all = 0xffffffffu;
+        SoftmaxState other = *this;
+        other.max = __shfl_sync(all, max, 0);
+        other.sum = __shfl_sync(all, sum, 0);
+        if constexpr (kSpread) {
+            other.centred = __shfl_sync(all, centred, 0);
+            other.sum_u = __shfl_sync(all, sum_u, 0);
+        }
+        return other;
+    }
+
     // Lane 0 of each group of `kWidth` lanes ends with the sums of its group. Called by whole warps.
     template <int kWidth>
     FL_DEVICE void reduce_lanes() {
@@ -76,22 +91,27 @@ struct SoftmaxState {
     }
 };
 
-// Leaves the sums of all kThreads threads that share a row (a warp, or the whole block) in the first of them.
+// Combines the sums of all kThreads threads that share a row (a warp, or the whole block); each of them gets the
+// result.
 template <int kThreads, class State>
 FL_DEVICE void reduce_group(State& state) {
     static_assert(kThreads == 32 || kThreads % 32 == 0);
     state.template reduce_lanes<32>();
-    if constexpr (kThreads > 32) {
+    if constexpr (kThreads == 32) {
+        state = state.from_first_lane();
+    } else {
         constexpr int warps = kThreads / 32;
-        __shared__ State of_warp[warps];
+        __shared__ State of_warp[warps], of_block;
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
         if (lane == 0) of_warp[warp] = state;
         __syncthreads();
         if (warp == 0) {
             state = of_warp[lane % warps];
             state.template reduce_lanes<warps>();
+            if (lane == 0) of_block = state;
         }
-        __syncthreads();  // of_warp is free for the block's next row
+        __syncthreads();  // the next row writes of_block after one more barrier
+        state = of_block;
     }
 }
 

@@ -53,39 +53,6 @@ void test_shapes(int thinning) {
                 }
 }
 
-// One block, several, and more rows than all blocks have threads.
-void test_reduction(int thinning) {
-    Random random(17);
-    for (const std::int64_t rows : {0, 1, 255, 2048, 2049, 70001, 3000000}) {
-        if (rows > 100000 && thinning > 8) continue;
-        Guarded<float> values(layout_of(Kind::kRows, 1, rows, 1)), weights(values.layout);
-        Guarded<double> scratch(layout_of(Kind::kRows, 1, fused_losses::cuda::reduction_scratch(rows), 1));
-        double value = 0, weight = 0, size = 0;
-        for (std::int64_t i = 0; i < rows; ++i) {
-            value += values.at(0, i) = float(random.bell());
-            weight += weights.at(0, i) = float(random.uniform(0, 2));
-            size += std::fabs(double(values.at(0, i)));
-        }
-        RowProblem p;
-        p.inner = rows;
-        p.row_values = values.data();
-        p.row_weights = weights.data();
-        float loss[2], denominator[2];
-        for (int run = 0; run < 2; ++run) {
-            shuffle_launches(false);
-            fused_losses::cuda::enqueue_reduction(p, scratch.data(), &loss[run], &denominator[run], nullptr);
-        }
-        const double mean = weight == 0 ? 0 : value / weight;
-        check(std::fabs(double(loss[0]) - mean) <= 1e-7 * size / (weight + 1e-30), "mean of %lld rows: %.9g, not %.9g",
-              (long long)rows, double(loss[0]), mean);
-        check(std::fabs(double(denominator[0]) - weight) <= 1e-7 * weight, "weight of %lld rows: %.9g, not %.9g",
-              (long long)rows, double(denominator[0]), weight);
-        check(loss[0] == loss[1] && denominator[0] == denominator[1],
-              "%lld rows: another order of threads gives other bits", (long long)rows);
-        check(scratch.only_elements_written(), "%lld rows: wrote outside the scratch", (long long)rows);
-    }
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -93,6 +60,5 @@ int main(int argc, char** argv) {
     cuda_emulation::random.seed(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1);
     test_losses(thinning);
     test_shapes(thinning);
-    test_reduction(thinning);
     return report("CUDA row kernels");
 }
