@@ -1,6 +1,6 @@
 // The CUDA kernels of the row losses and of their reduction, run on the host by cuda_emulation, against naive_losses.h:
 // every loss and parameter set in every regime, and layouts, dtypes and odd numbers of classes with options drawn at
-// random. First argument: one case in so many; second: the seed of the order in which threads run.
+// random. First argument: one case in so many; the others: seeds of their choice and of the order in which threads run.
 #include <cstdlib>
 
 #include "cuda_case.h"
@@ -18,8 +18,7 @@ void test_case(Dtype dtype, const Shape& shape, int loss, const Params& params, 
 }
 
 // A thread, a warp and a block work on a row; pixels side by side are read by neighbouring threads.
-void test_losses(int thinning) {
-    Random random(15);
+void test_losses(int thinning, Random& random) {
     const Shape shapes[] = {{Kind::kRows, 1, 37, 11},
                             {Kind::kRows, 1, 11, 65},
                             {Kind::kPaddedRows, 1, 2, 1030},
@@ -38,8 +37,7 @@ int any_loss(Random& random, std::int64_t classes) {
     return loss;
 }
 
-void test_shapes(int thinning) {
-    Random random(16);
+void test_shapes(int thinning, Random& random) {
     for (const Dtype dtype : kDtypes)
         for (const int classes : {1, 2, 5, 8, 16, 17, 31, 33, 100, 129, 1001, 1024, 1027, 2049})
             for (const int rows : {0, 1, 9, 300})
@@ -57,8 +55,11 @@ void test_shapes(int thinning) {
 
 int main(int argc, char** argv) {
     const int thinning = argc > 1 ? std::max(1, std::atoi(argv[1])) : 1;
-    cuda_emulation::random.seed(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1);
-    test_losses(thinning);
-    test_shapes(thinning);
+    for (int k = 2; k < argc; ++k) {
+        Random random(std::strtoull(argv[k], nullptr, 10));
+        cuda_emulation::random.seed(random.bits());
+        test_losses(thinning, random);
+        test_shapes(thinning, random);
+    }
     return report("CUDA row kernels");
 }

@@ -58,7 +58,7 @@ inline std::mt19937_64 random{1};
 inline unsigned resident = 1;              // blocks that run at the same time
 inline unsigned largest_grid = ~0u;        // a launch that asks for more blocks gets these: for loops over the grid
 inline constexpr int kYieldOneIn = 2;      // how often an atomic function lets others go first
-inline constexpr int kSwitchOneIn = 32;    // how often another block takes over
+inline constexpr int kLongestStay = 14;    // another block takes over after 2^0 to 2^13 turns of threads
 inline constexpr int kReorderOneIn = 256;  // how often a warp or a thread is given another priority
 inline constexpr long kEndlessNaps = 300'000;
 
@@ -96,6 +96,7 @@ inline Thread* current = nullptr;
 inline Block* current_block = nullptr;
 inline std::function<void()> kernel;
 inline long naps = 0;  // since something else happened
+inline long stay = 0;  // turns until another block takes over
 
 // ---- Messages ------------------------------------------------------------------------------------------------------
 
@@ -171,12 +172,16 @@ inline void yield() {
     pause();
 }
 
+// At an atomic function, where blocks may learn of each other: perhaps lets others go first, of another block even.
 inline void maybe_yield() {
-    if (one_in(kYieldOneIn)) yield();
+    if (!one_in(kYieldOneIn)) return;
+    if (one_in(2)) stay = 0;
+    yield();
 }
 
 inline void nap() {
     if (++naps > kEndlessNaps) die("threads wait for ever in loops that call __nanosleep");
+    stay = 0;
     yield();
 }
 
@@ -317,9 +322,10 @@ inline Thread* next_thread(Block& block) {
     return thread;
 }
 
-// The block that runs next: mostly the same again, as the change costs a copy of the shared memory.
+// The block that runs next: for a while the same again, then any other that can go on.
 inline Block* next_block(std::vector<Block>& blocks) {
-    if (current_block && !current_block->ready.empty() && !one_in(kSwitchOneIn)) return current_block;
+    if (current_block && !current_block->ready.empty() && stay-- > 0) return current_block;
+    stay = 1l << random() % kLongestStay;
     const std::size_t first = random() % blocks.size();
     for (std::size_t i = 0; i < blocks.size(); ++i) {
         Block& block = blocks[(first + i) % blocks.size()];
