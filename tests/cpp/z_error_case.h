@@ -184,7 +184,7 @@ private:
         const Real sample = p.sample_weight.data ? sample_weight.get(n) : 1.0;
         row.weight = sample;
         if (is_class(statistic)) {
-            row.value = values.get(n);
+            row.value = sample * values.get(n);
             if (p.class_weight.data) row.weight *= class_weight.get(row.group);
         } else if (is_binary(statistic)) {
             const double factor = p.pos_weight.data && y == 1 ? pos_weight.get(n % p.num_pos_weights) : 1.0;
