@@ -18,9 +18,11 @@ constexpr int kMinBlocks = sizeof(A) == 8 ? 2 : (kHeavy ? 3 : 4);
 
 // Who works on a row. Every kernel is right for any shape and strides; the choice is about speed.
 // kStaged: a thread, on rows that the block has brought to shared memory.
-enum class Regime { kStaged, kThread, kWarp, kBlock };
+// kLanes: a part of a warp, so that a warp has enough to read at a time.
+enum class Regime { kStaged, kThread, kLanes, kWarp, kBlock };
 
 constexpr int kStagedClasses = 32;
+constexpr int kLanes = 8;
 
 // Whether the rows follow each other without gaps.
 inline bool is_dense(const RowProblem& p, const RowStride& stride, std::int64_t class_stride) {
@@ -28,7 +30,7 @@ inline bool is_dense(const RowProblem& p, const RowStride& stride, std::int64_t 
 }
 
 inline Regime regime_of(const RowProblem& p) {
-    constexpr std::int64_t few_classes = 16, warp_classes = 1024;
+    constexpr std::int64_t few_classes = 16, lanes_classes = 256, warp_classes = 1024;
     const bool dense = is_dense(p, p.logits_stride, p.logits_class_stride) &&
                        (!p.grad || is_dense(p, p.grad_stride, p.grad_class_stride));
     if (dense && p.num_classes <= kStagedClasses && p.dtype != Dtype::kFloat64) return Regime::kStaged;
@@ -36,6 +38,7 @@ inline Regime regime_of(const RowProblem& p) {
     // NCHW: neighbouring threads read neighbouring pixels, if there are enough of them to fill the device.
     const bool pixels_adjacent = std::abs(p.logits_stride.inner) < std::abs(p.logits_class_stride);
     if (pixels_adjacent && p.inner > 1 && p.rows() >= p.num_classes) return Regime::kThread;
+    if (p.num_classes <= lanes_classes && p.dtype != Dtype::kFloat64) return Regime::kLanes;
     return p.num_classes <= warp_classes ? Regime::kWarp : Regime::kBlock;
 }
 

@@ -76,6 +76,7 @@ cudaError_t dispatch_pass(const RowProblem& p, Body body) {
             switch (regime_of(p)) {
                 case Regime::kStaged: return body.template operator()<Stored, Loss, 0>(blocks_for(p.rows(), kBlock));
                 case Regime::kThread: return body.template operator()<Stored, Loss, 1>(blocks_for(p.rows(), kBlock));
+                case Regime::kLanes:
                 case Regime::kWarp:
                     return body.template operator()<Stored, Loss, 32>(blocks_for(p.rows(), kBlock / 32));
                 case Regime::kBlock: return body.template operator()<Stored, Loss, kBlock>(blocks_for(p.rows(), 1));

@@ -169,14 +169,13 @@ FL_DEVICE int misalignment(const Stored* pointer) {  // in elements
 template <int kThreads, class Stored, class Body>
 FL_DEVICE void walk_classes(const Stored* row, int classes, bool vectors, int lane, Body body) {
     constexpr int n = kVector<Stored>;
-    static_assert(2 * (n - 1) < kThreads, "head and tail need a thread for every class");
     if (!vectors) {
         for (int c = lane; c < classes; c += kThreads) body(Count<1>{}, c);
         return;
     }
     const int head = min(classes, (n - misalignment(row)) % n);
     const int tail = (classes - head) % n;
-    if (lane < head + tail) body(Count<1>{}, lane < head ? lane : classes - tail + (lane - head));
+    for (int i = lane; i < head + tail; i += kThreads) body(Count<1>{}, i < head ? i : classes - tail + (i - head));
     for (int c = head + lane * n; c < classes - tail; c += kThreads * n) body(Count<n>{}, c);
 }
 

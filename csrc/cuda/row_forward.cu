@@ -71,7 +71,7 @@ struct RowEnd {
     }
 };
 
-// kThreads threads per row: a warp or the whole block.
+// kThreads threads per row: some lanes, a warp or the whole block.
 template <class Stored, int kThreads, bool kSpread>
 __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, kSpread>)
     forward_by_group(const __grid_constant__ RowArgs<acc_t<Stored>> args) {
@@ -231,6 +231,11 @@ cudaError_t enqueue_forward(const RowProblem& p, const LossOutput& out, cudaStre
                 break;
             case Regime::kThread:
                 return launch(forward_by_thread<Stored, kSpread>, blocks_for(p.rows(), kBlock), stream, args);
+            case Regime::kLanes:
+                if constexpr (!std::is_same_v<Stored, double>)
+                    return launch(forward_by_group<Stored, kLanes, kSpread>, blocks_for(p.rows(), kBlock / kLanes),
+                                  stream, args);
+                break;
             case Regime::kWarp:
                 return launch(forward_by_group<Stored, 32, kSpread>, blocks_for(p.rows(), kBlock / 32), stream, args);
             case Regime::kBlock:

@@ -17,7 +17,7 @@ FL_DEVICE Coefficients<A> saved_coefficients(const RowProblem& p, const Row& row
     return coefficients;
 }
 
-// kThreads threads per row: one, a warp or the whole block.
+// kThreads threads per row: one, some lanes, a warp or the whole block.
 template <class Stored, int kThreads, bool kSpread>
 __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>>)
     gradient(const __grid_constant__ RowArgs<acc_t<Stored>> args) {
@@ -83,6 +83,11 @@ cudaError_t enqueue_gradient(const RowProblem& p, cudaStream_t stream) {
                 break;
             case Regime::kThread:
                 return launch(gradient<Stored, 1, kSpread>, blocks_for(p.rows(), kBlock), stream, args);
+            case Regime::kLanes:
+                if constexpr (!std::is_same_v<Stored, double>)
+                    return launch(gradient<Stored, kLanes, kSpread>, blocks_for(p.rows(), kBlock / kLanes), stream,
+                                  args);
+                break;
             case Regime::kWarp:
                 return launch(gradient<Stored, 32, kSpread>, blocks_for(p.rows(), kBlock / 32), stream, args);
             case Regime::kBlock:
