@@ -63,8 +63,8 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>>)
 
 cudaError_t enqueue_pass_gradient(const RowProblem& p, cudaStream_t stream) {
     if (p.rows() == 0) return cudaSuccess;
-    return dispatch_pass(p, [&]<class Stored, class Loss, int kThreads>(unsigned blocks) {
-        return launch(gradient<Stored, Loss, kThreads>, blocks, stream, RowArgs<acc_t<Stored>>(p));
+    return dispatch_pass(p, [&]<class Stored, class Loss, int kThreads>(const RowProblem& q) {
+        return launch(gradient<Stored, Loss, kThreads>, pass_blocks<kThreads>(q), stream, RowArgs<acc_t<Stored>>(q));
     });
 }
 
