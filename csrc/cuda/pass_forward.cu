@@ -141,8 +141,8 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, Loss::needs_
 
 cudaError_t enqueue_pass_forward(const RowProblem& p, const LossOutput& out, cudaStream_t stream) {
     if (p.rows() == 0 && !out.loss) return cudaSuccess;
-    return dispatch_pass(p, [&]<class Stored, class Loss, int kThreads>(unsigned blocks) {
-        const RowArgs<acc_t<Stored>> args(p, out);
+    return dispatch_pass(p, [&]<class Stored, class Loss, int kThreads>(const RowProblem& q, unsigned blocks) {
+        const RowArgs<acc_t<Stored>> args(q, out);
         if constexpr (kThreads == 0)
             return launch(forward_staged<Stored, Loss>, blocks, stream, args);
         else

@@ -70,8 +70,8 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>>)
 
 cudaError_t enqueue_pass_gradient(const RowProblem& p, cudaStream_t stream) {
     if (p.rows() == 0) return cudaSuccess;
-    return dispatch_pass(p, [&]<class Stored, class Loss, int kThreads>(unsigned blocks) {
-        const RowArgs<acc_t<Stored>> args(p);
+    return dispatch_pass(p, [&]<class Stored, class Loss, int kThreads>(const RowProblem& q, unsigned blocks) {
+        const RowArgs<acc_t<Stored>> args(q);
         if constexpr (kThreads == 0)
             return launch(gradient_staged<Stored, Loss>, blocks, stream, args);
         else

@@ -2,6 +2,8 @@
 // gets, and the choice of kernel.
 #pragma once
 
+#include <algorithm>
+#include <iterator>
 #include <limits>
 
 #include "cuda/loss_output.cuh"
@@ -64,27 +66,51 @@ FL_DEVICE void write_pass_gradient(const RowArgs<acc_t<Stored>>& args, const Sto
                    });
 }
 
-// Calls body.operator()<Stored, Loss, kThreads>() with the number of blocks; kThreads = 0: staged.
+// The loss whose kernels run another: one that equals it with other parameters. Saves instantiations.
+template <class Loss>
+struct RunAs {
+    using type = Loss;
+    static void convert(double*) {}
+};
+template <>
+struct RunAs<OfShares<NFLRCE>> {  // its passive loss has MAE's formula
+    using type = OfShares<NFLMAE>;
+    static void convert(double*) {}
+};
+template <>
+struct RunAs<OfShares<NFL>> {
+    using type = OfShares<NFLMAE>;
+    static void convert(double* params) {  // gamma, detach -> alpha, beta, gamma, detach, scale
+        const double converted[] = {1, 0, params[0], params[1], 0};
+        std::copy(std::begin(converted), std::end(converted), params);
+    }
+};
+
+// Calls body.operator()<Stored, Loss, kThreads>(problem, blocks) with the kernel's loss and its parameters; kThreads =
+// 0: staged.
 template <class Body>
-cudaError_t dispatch_pass(const RowProblem& p, Body body) {
+cudaError_t dispatch_pass(const RowProblem& given, Body body) {
     cudaError_t error = cudaErrorInvalidValue;
+    RowProblem p = given;
     const auto with_loss = [&]<class Stored, class Loss>() {
         // Doubles are for checking, not for speed: one kernel serves all shapes and saves build time.
         if constexpr (std::is_same_v<Stored, double>) {
-            return body.template operator()<Stored, Loss, 32>(blocks_for(p.rows(), kBlock / 32));
+            return body.template operator()<Stored, Loss, 32>(p, blocks_for(p.rows(), kBlock / 32));
         } else {
             switch (regime_of(p)) {
-                case Regime::kStaged: return body.template operator()<Stored, Loss, 0>(blocks_for(p.rows(), kBlock));
-                case Regime::kThread: return body.template operator()<Stored, Loss, 1>(blocks_for(p.rows(), kBlock));
+                case Regime::kStaged: return body.template operator()<Stored, Loss, 0>(p, blocks_for(p.rows(), kBlock));
+                case Regime::kThread: return body.template operator()<Stored, Loss, 1>(p, blocks_for(p.rows(), kBlock));
                 case Regime::kLanes:
                 case Regime::kWarp:
-                    return body.template operator()<Stored, Loss, 32>(blocks_for(p.rows(), kBlock / 32));
-                case Regime::kBlock: return body.template operator()<Stored, Loss, kBlock>(blocks_for(p.rows(), 1));
+                    return body.template operator()<Stored, Loss, 32>(p, blocks_for(p.rows(), kBlock / 32));
+                case Regime::kBlock: return body.template operator()<Stored, Loss, kBlock>(p, blocks_for(p.rows(), 1));
             }
             return cudaErrorInvalidValue;
         }
     };
-    visit_pass_loss(p.loss, [&]<class Loss>() {
+    visit_pass_loss(p.loss, [&]<class Given>() {
+        using Loss = typename RunAs<Given>::type;
+        RunAs<Given>::convert(p.params);
         switch (p.dtype) {
             case Dtype::kFloat64: error = with_loss.template operator()<double, Loss>(); break;
             case Dtype::kFloat32: error = with_loss.template operator()<float, Loss>(); break;
