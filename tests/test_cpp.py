@@ -1,4 +1,5 @@
-"""Compiles and runs the C++ tests in tests/cpp: the torch-free headers and the CPU kernels of every instruction set.
+"""Compiles and runs the C++ tests in tests/cpp: the torch-free headers, the CPU kernels of every instruction set, and
+the CUDA kernels, which tests/cpp/cuda_emulation runs on the host (neither a GPU nor the CUDA toolkit is needed).
 
 Each program runs in up to three builds: ``optimised`` has the flags of CMakeLists.txt; ``sanitized`` looks for accesses
 out of bounds and undefined behaviour; ``pattern`` fills automatic variables and malloc's memory with a pattern, besides
@@ -59,6 +60,14 @@ BUILD_FLAGS = {
     "sanitized": ["-Og", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1", "--param=asan-stack=0"],
     "pattern": ["-O1", "-ftrivial-auto-var-init=pattern"],
 }
+# The CUDA kernels, run by tests/cpp/cuda_emulation, in two builds that stand for all three.
+CUDA_SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+CUDA_FLAGS = {
+    "optimised": BUILD_FLAGS["pattern"],
+    "sanitized": BUILD_FLAGS["sanitized"],
+}
+CUDA_INCLUDES = [f"-I{SOURCES / 'cuda_emulation'}", f"-I{SOURCES}", "-Wno-unknown-pragmas"]
+CUDA_PROGRAMS = ("cuda_rows", "cuda_z_error", "cuda_emulation")
 TEST_LEVEL = {"optimised": "-O1", "sanitized": "-O0", "pattern": "-O1"}  # of the long test sources
 # How many points, rows or cases a program tries; see the head of each source.
 ARGUMENTS = {
@@ -66,6 +75,8 @@ ARGUMENTS = {
     "sanitized": {"math": "65537", "numeric": "65537", "vec": "65537", "losses": "2", "passes": "1", "kernels": "12"},
     "pattern": {"losses": "2", "passes": "1", "kernels": "4"},
 }
+ARGUMENTS["optimised"] |= {"cuda_rows": "8 1 2 3", "cuda_z_error": "50 1 2 3", "cuda_emulation": ""}
+ARGUMENTS["sanitized"] |= {"cuda_rows": "40 4 5", "cuda_z_error": "30 4", "cuda_emulation": ""}
 # Longest builds first. What is made of scalars is the same for every instruction set but for fused multiply-adds, so
 # the slower builds try it once.
 RUNS = [
@@ -76,6 +87,7 @@ RUNS = [
     *[("optimised", program, isa) for program in ("math", "numeric", "vec") for isa in ISA_FLAGS],
     *[("sanitized", program, "baseline") for program in ("losses", "passes", "math", "numeric", "vec")],
     *[("pattern", program, "baseline") for program in ("losses", "passes")],
+    *[(build, program, "baseline") for build in CUDA_FLAGS for program in CUDA_PROGRAMS],
 ]
 
 Result = subprocess.CompletedProcess[str]
@@ -109,7 +121,15 @@ class Workshop:
         flags = [*ISA_FLAGS[isa], *BUILD_FLAGS[build], "-c"]
         return self.compile(f"kernels_{build}_{isa}.o", flags, [ROOT / "csrc" / "cpu" / "kernels.cpp"])
 
+    def cuda_program(self, build: str, program: str) -> Future[Path]:
+        flags = [*CUDA_FLAGS[build], *CUDA_INCLUDES]
+        kernels = [self.compile(f"{s.stem}_{build}.o", [*flags, "-xc++", "-c"], [s]) for s in CUDA_SOURCES]
+        main = self.compile(f"{program}_{build}.o", [*flags, "-c"], [SOURCES / f"test_{program}.cpp"])
+        return self.compile(f"{program}_{build}", flags, [main, *kernels])
+
     def program(self, build: str, program: str, isa: str) -> Future[Path]:
+        if program in CUDA_PROGRAMS:
+            return self.cuda_program(build, program)
         source = SOURCES / f"test_{program}.cpp"
         level = [TEST_LEVEL[build]] if program in {"losses", "passes", "kernels"} else []
         if program != "kernels":
@@ -129,7 +149,7 @@ class Workshop:
         environment = {**os.environ, "MALLOC_PERTURB_": "255"} if build == "pattern" else None
 
         def run() -> Result:
-            command = [str(executable.result()), *arguments, ARGUMENTS[build][program]]
+            command = [str(executable.result()), *arguments, *ARGUMENTS[build][program].split()]
             with self.turns:
                 return subprocess.run(command, env=environment, capture_output=True, text=True)
 

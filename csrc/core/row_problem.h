@@ -60,8 +60,7 @@ struct RowProblem {
     const void* logit_bias_device = nullptr;  // acc, on the logits' device; read by the kernel in place of logit_bias
 
     // Outputs of forward
-    void* row_values = nullptr;   // acc [rows], sample_weight * value
-    void* row_weights = nullptr;  // acc [rows], the rows' shares of the denominator (CUDA)
+    void* row_values = nullptr;  // acc [rows], sample_weight * value
     // acc [stats_count][rows]. Softmax losses: max, alpha / sum exp(z - max), beta[, gamma]
     void* stats = nullptr;
     void* grad = nullptr;  // dtype
@@ -72,6 +71,11 @@ struct RowProblem {
     const void* upstream = nullptr;  // acc, one per row or a single one (stride 0); null means 1
     RowStride upstream_stride;
     const void* denominator = nullptr;  // acc, one; null means 1, zero makes the gradient zero
+
+    // CUDA forward writes the gradient before the denominator is known: it takes this one, or *denominator if this is
+    // 0.
+    double assumed_denominator = 0;
+    bool grad_is_written = false;  // backward: grad is what forward wrote, right for that denominator and upstream 1
 
     FL_HD std::int64_t rows() const { return outer * inner; }
 };

@@ -4,11 +4,15 @@
 #include "cuda/launch.h"
 #include "losses/registry.h"
 
+#include <map>
+#include <mutex>
+
 namespace fused_losses {
 namespace {
 
 using cuda::check_launch;
 using cuda::DeviceScope;
+using cuda::LossOutput;
 
 void enqueue_gradient(const RowProblem& p, cudaStream_t stream) {
     check_launch(is_pass_loss(p.loss) ? cuda::enqueue_pass_gradient(p, stream) : cuda::enqueue_gradient(p, stream));
@@ -19,59 +23,95 @@ void check_classes(const RowProblem& p) {
                 " classes on CUDA, got ", p.num_classes);
 }
 
-// Hands out pieces of one allocation of acc numbers, `rows` at a time.
-class RowScratch {
-public:
-    RowScratch(const DeviceScope& device, const RowProblem& p, std::int64_t arrays)
-        : tensor(device.scratch(arrays * p.rows(), p.dtype == Dtype::kFloat64 ? at::kDouble : at::kFloat)),
-          bytes(p.rows() * tensor.element_size()),
-          next(static_cast<char*>(tensor.mutable_data_ptr())) {}
+// The smallest of its kind: a stream's launches follow each other, and each leaves the ticket as it found it. Graphs
+// may run in several streams at once, so that what is captured gets a ticket of its own.
+at::Tensor ticket_of(const DeviceScope& device) {
+    const cudaStream_t stream = device.stream();
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    const bool known = cudaStreamIsCapturing(stream, &status) == cudaSuccess;
+    const auto fresh = [&] {
+        at::Tensor ticket = device.scratch(1, at::kInt);
+        check_launch(cudaMemsetAsync(ticket.mutable_data_ptr(), 0, sizeof(unsigned), stream));
+        return ticket;
+    };
+    if (!known || status != cudaStreamCaptureStatusNone) return fresh();
+    static std::mutex mutex;
+    static auto& of_stream = *new std::map<std::pair<int, cudaStream_t>, at::Tensor>;  // outlives the CUDA context
+    const std::lock_guard lock(mutex);
+    at::Tensor& ticket = of_stream[{device.index(), stream}];
+    if (!ticket.defined()) ticket = fresh();
+    return ticket;
+}
 
-    void* take(std::int64_t arrays) {
-        char* const taken = next;
-        next += arrays * bytes;
-        return taken;
+// The sums over all rows, with the memory they need. Scratch memory goes back to torch's allocator with this object,
+// before the kernels have run: whoever gets it next uses it later in the same stream.
+class Sums {
+public:
+    explicit Sums(const DeviceScope& device)
+        : partials(device.scratch(cuda::kPartials, at::kDouble)), ticket(ticket_of(device)) {
+        to.partials = partials.mutable_data_ptr<double>();
+        to.ticket = reinterpret_cast<unsigned*>(ticket.mutable_data_ptr<int>());
     }
 
+    LossOutput to;
+
 private:
-    at::Tensor tensor;
-    std::int64_t bytes;
-    char* next;
+    at::Tensor partials, ticket;
 };
 
-// Scratch memory goes back to torch's allocator when a function here returns, before the kernels have run:
-// whoever gets it next uses it later in the same stream.
+// From here on a launch that counts the weights first is lost in the time that the logits take.
+constexpr std::int64_t kCountFirstBytes = std::int64_t(256) << 20;
+
+std::int64_t logits_bytes(const RowProblem& p) {
+    const int size = p.dtype == Dtype::kFloat64 ? 8 : p.dtype == Dtype::kFloat32 ? 4 : 2;
+    return p.rows() * p.num_classes * size;
+}
+
+bool is_mean(const RowProblem& p) { return p.reduction == Reduction::kMean || p.reduction == Reduction::kActiveMean; }
+
+// What the gradient that forward writes is divided by: the number of rows, right if none is ignored, or 0 for the sum
+// of weights, counted first.
+double assumed_denominator(const RowProblem& p) {
+    const bool assumes =
+        p.reduction == Reduction::kMean && !p.class_weight && !p.sample_weight && logits_bytes(p) < kCountFirstBytes;
+    return assumes ? static_cast<double>(p.rows()) : 0.0;
+}
+
 void forward(RowProblem& problem, const at::Tensor& loss, const at::Tensor& wanted_denominator) {
     check_classes(problem);
     const DeviceScope device(problem.device);
-    RowProblem p = problem;
-    const bool reduced = p.reduction != Reduction::kNone;
-    const bool mean = p.reduction == Reduction::kMean || p.reduction == Reduction::kActiveMean;
-    const std::int64_t stats_count = p.stats_count;
-    const bool own_values = reduced && !p.row_values, own_stats = p.grad && !p.stats;
-    RowScratch scratch(device, p, own_values + mean + (own_stats ? stats_count : 0));
-    if (own_values) p.row_values = scratch.take(1);
-    if (mean) p.row_weights = scratch.take(1);
-    if (own_stats) p.stats = scratch.take(stats_count);
-    check_launch(is_pass_loss(p.loss) ? cuda::enqueue_pass_forward(p, device.stream())
-                                      : cuda::enqueue_forward(p, device.stream()));
+    RowProblem& p = problem;
+    const auto enqueue = is_pass_loss(p.loss) ? &cuda::enqueue_pass_forward : &cuda::enqueue_forward;
+    if (p.reduction == Reduction::kNone) return check_launch(enqueue(p, {}, device.stream()));
+    Sums sums(device);
     at::Tensor denominator = wanted_denominator;
-    if (mean && !denominator.defined()) denominator = device.scratch(1, loss.scalar_type());
-    if (reduced) {
-        const at::Tensor partials = device.scratch(cuda::reduction_scratch(p.rows()), at::kDouble);
-        check_launch(cuda::enqueue_reduction(p, static_cast<double*>(partials.mutable_data_ptr()),
-                                             loss.mutable_data_ptr(), mean ? denominator.mutable_data_ptr() : nullptr,
-                                             device.stream()));
+    if (is_mean(p) && !denominator.defined()) denominator = device.scratch(1, loss.scalar_type());
+    sums.to.loss = loss.mutable_data_ptr();
+    if (is_mean(p)) sums.to.denominator = denominator.mutable_data_ptr();
+    if (!p.grad) return check_launch(enqueue(p, sums.to, device.stream()));
+    // Nobody can put a wrong gradient right later without stats.
+    p.assumed_denominator = p.stats ? assumed_denominator(p) : 0.0;
+    if (p.reduction == Reduction::kMean && p.assumed_denominator == 0) {
+        check_launch(cuda::enqueue_denominator(p, sums.to, device.stream()));
+        p.denominator = sums.to.denominator;
     }
-    if (!p.grad) return;
-    p.denominator = mean ? denominator.const_data_ptr() : nullptr;
+    if (p.reduction != Reduction::kActiveMean) return check_launch(enqueue(p, sums.to, device.stream()));
+    // The number of active rows is known only after all of them.
+    const at::Tensor stats = device.scratch(p.stats_count * p.rows(), loss.scalar_type());
+    RowProblem first = p;
+    first.grad = nullptr;
+    if (!p.stats) p.stats = first.stats = stats.mutable_data_ptr();
+    check_launch(enqueue(first, sums.to, device.stream()));
+    p.denominator = sums.to.denominator;
     enqueue_gradient(p, device.stream());
 }
 
-void gradient(const RowProblem& p) {
-    check_classes(p);
-    if (p.rows() == 0) return;
-    const DeviceScope device(p.device);
+void gradient(const RowProblem& problem) {
+    check_classes(problem);
+    if (problem.rows() == 0) return;
+    const DeviceScope device(problem.device);
+    RowProblem p = problem;
+    if (p.grad_is_written) p.assumed_denominator = assumed_denominator(p);
     enqueue_gradient(p, device.stream());
 }
 

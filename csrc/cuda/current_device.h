@@ -27,6 +27,8 @@ public:
         return static_cast<cudaStream_t>(impl.getStream(device).native_handle());
     }
 
+    int index() const { return device.index(); }
+
     at::Tensor scratch(std::int64_t size, at::ScalarType dtype) const {
         return at::empty({size}, at::TensorOptions().device(device).dtype(dtype));
     }

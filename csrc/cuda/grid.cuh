@@ -1,23 +1,27 @@
-// Blocks that work together on one result. Counters start at zero and are used once per launch.
+// Blocks that work together on one result.
 #pragma once
 
 #include "cuda/launch.cuh"
+#include "cuda/row_access.cuh"
 
 namespace fused_losses::cuda {
 
 // For all threads of a block, after they wrote their partial results: is this the last of `blocks` blocks to arrive?
-__device__ __forceinline__ bool arrives_last(unsigned* ticket, std::int64_t blocks) {
+// The ticket starts at zero, and is zero again once all have arrived.
+FL_DEVICE bool arrives_last(unsigned* ticket, std::int64_t blocks) {
     __shared__ bool last;
+    const auto highest = static_cast<unsigned>(blocks - 1);
     __threadfence();  // this thread's writes are visible to the device
     __syncthreads();  // ... and those of the whole block, before the ticket is drawn
-    if (threadIdx.x == 0) last = atomicAdd(ticket, 1u) == static_cast<unsigned>(blocks - 1);
+    if (threadIdx.x == 0) last = atomicInc(ticket, highest) == highest;
     __syncthreads();
     __threadfence();  // what others wrote before their ticket is read after ours
     return last;
 }
 
-// Every thread of the grid waits for all others; for kernels launched by launch_cooperative().
-__device__ __forceinline__ void wait_for_grid(unsigned* arrived) {
+// Every thread of the grid waits for all others; for kernels launched by launch_cooperative(). The counter starts at
+// zero and is used once.
+FL_DEVICE void wait_for_grid(unsigned* arrived) {
     __threadfence();
     __syncthreads();
     if (gridDim.x > 1 && threadIdx.x == 0) {
@@ -27,5 +31,53 @@ __device__ __forceinline__ void wait_for_grid(unsigned* arrived) {
     __syncthreads();
     __threadfence();
 }
+
+struct LossSums {
+    double value, weight;
+
+    FL_DEVICE void add(const LossSums& other) {
+        value += other.value;
+        weight += other.weight;
+    }
+};
+
+// The sum over the block's threads, in thread 0.
+FL_DEVICE LossSums sum_over_block(const LossSums& mine) {
+    __shared__ LossSums sums[kBlock];
+    __syncthreads();  // an earlier result has been read
+    sums[threadIdx.x] = mine;
+    const int me = threadIdx.x;
+    for (int half = kBlock / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (me < half) sums[me].add(sums[me + half]);
+    }
+    return sums[0];
+}
+
+// For all threads of a block, once `partials` [count] of all blocks are there: their sum, in thread 0.
+FL_DEVICE LossSums sum_of_partials(const double* partials, std::int64_t count) {
+    LossSums sums{0, 0};
+    for (std::int64_t i = threadIdx.x; i < count; i += kBlock)
+        sums.add({__ldcg(partials + 2 * i), __ldcg(partials + 2 * i + 1)});
+    return sum_over_block(sums);
+}
+
+// For all threads of the grid: adds up what they bring, without atomics but a ticket, so that the order of additions
+// follows from the size of the grid. Returns whether this thread is the one that has the sum.
+FL_DEVICE bool sum_over_grid(LossSums& sums, double* partials, unsigned* ticket) {
+    sums = sum_over_block(sums);
+    if (gridDim.x > 1) {
+        if (threadIdx.x == 0) {
+            partials[2 * std::int64_t(blockIdx.x)] = sums.value;
+            partials[2 * std::int64_t(blockIdx.x) + 1] = sums.weight;
+        }
+        if (!arrives_last(ticket, gridDim.x)) return false;
+        sums = sum_of_partials(partials, gridDim.x);
+    }
+    return threadIdx.x == 0;
+}
+
+// Nothing to average gives 0, not NaN.
+FL_DEVICE double mean_of(double value, double weight) { return weight == 0 ? 0.0 : value / weight; }
 
 }  // namespace fused_losses::cuda

@@ -13,18 +13,32 @@ constexpr int kBlock = 256;  // threads per block of every kernel
 
 // Blocks that must fit on a multiprocessor: lets row kernels use 64 registers a thread (128 for doubles).
 // Left alone, the compiler spills some of them for an occupancy that these kernels do not need.
-template <class A>
-constexpr int kMinBlocks = sizeof(A) == 8 ? 2 : 4;
+template <class A, bool kHeavy = false>
+constexpr int kMinBlocks = sizeof(A) == 8 ? 2 : (kHeavy ? 3 : 4);
 
 // Who works on a row. Every kernel is right for any shape and strides; the choice is about speed.
-enum class Regime { kThread, kWarp, kBlock };
+// kStaged: a thread, on rows that the block has brought to shared memory.
+// kLanes: a part of a warp, so that a warp has enough to read at a time.
+enum class Regime { kStaged, kThread, kLanes, kWarp, kBlock };
+
+constexpr int kStagedClasses = 32;
+constexpr int kLanes = 8;
+
+// Whether the rows follow each other without gaps.
+inline bool is_dense(const RowProblem& p, const RowStride& stride, std::int64_t class_stride) {
+    return class_stride == 1 && p.outer == 1 && (stride.inner == p.num_classes || p.inner <= 1);
+}
 
 inline Regime regime_of(const RowProblem& p) {
-    constexpr std::int64_t few_classes = 16, warp_classes = 1024;
+    constexpr std::int64_t few_classes = 16, lanes_classes = 256, warp_classes = 1024;
+    const bool dense = is_dense(p, p.logits_stride, p.logits_class_stride) &&
+                       (!p.grad || is_dense(p, p.grad_stride, p.grad_class_stride));
+    if (dense && p.num_classes <= kStagedClasses && p.dtype != Dtype::kFloat64) return Regime::kStaged;
     if (p.num_classes <= few_classes) return Regime::kThread;
     // NCHW: neighbouring threads read neighbouring pixels, if there are enough of them to fill the device.
     const bool pixels_adjacent = std::abs(p.logits_stride.inner) < std::abs(p.logits_class_stride);
     if (pixels_adjacent && p.inner > 1 && p.rows() >= p.num_classes) return Regime::kThread;
+    if (p.num_classes <= lanes_classes && p.dtype != Dtype::kFloat64) return Regime::kLanes;
     return p.num_classes <= warp_classes ? Regime::kWarp : Regime::kBlock;
 }
 
@@ -44,16 +58,20 @@ cudaError_t dispatch(const RowProblem& p, Body body) {
     return cudaErrorInvalidValue;
 }
 
-// Blocks for `rows` rows at `rows_per_block`; kernels loop over what exceeds the largest grid.
+// Blocks for `rows` rows at `rows_per_block`, one at least: sums over no rows have to be written, too.
 inline unsigned blocks_for(std::int64_t rows, std::int64_t rows_per_block) {
-    constexpr std::int64_t largest_grid = 0x7fffffff;
-    return static_cast<unsigned>(std::min((rows + rows_per_block - 1) / rows_per_block, largest_grid));
+    const std::int64_t wanted = (rows + rows_per_block - 1) / rows_per_block;
+    return static_cast<unsigned>(std::clamp<std::int64_t>(wanted, 1, kMaxBlocks));
 }
 
+// Plain C++, without <<<>>>: tests/cpp/cuda_emulation runs the kernels on the host.
 template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), unsigned blocks, cudaStream_t stream, const Args&... args) {
-    kernel<<<blocks, kBlock, 0, stream>>>(args...);
-    return cudaGetLastError();
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(kBlock);
+    config.stream = stream;
+    return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
 // For kernels whose blocks wait for each other (grid.cuh), so that all of them must be resident: as many as fit,

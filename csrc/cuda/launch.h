@@ -14,22 +14,29 @@ namespace fused_losses::cuda {
 // Class indices are 32 bits wide in the kernels (offsets are not); the limit leaves room for loop steps.
 constexpr std::int64_t kMaxClasses = std::int64_t(1) << 30;
 
-// Fills row_values, row_weights and stats, as far as they are not null.
-cudaError_t enqueue_forward(const RowProblem& p, cudaStream_t stream);
+// The largest grid; kernels loop over what exceeds it. A constant, so that sums do not depend on the device.
+constexpr unsigned kMaxBlocks = 4096;
+constexpr std::int64_t kPartials = 2 * std::int64_t(kMaxBlocks);
 
-// Fills grad from stats, upstream and denominator.
+// Where forward leaves its sums over all rows. The order of additions depends on the problem's size only.
+struct LossOutput {
+    void* loss = nullptr;         // acc; null: no sums are wanted
+    void* denominator = nullptr;  // acc; null: not wanted
+    double* partials = nullptr;   // kPartials of scratch memory
+    unsigned* ticket = nullptr;   // a zero, before and after
+};
+
+// Fills row_values, stats, grad (for an upstream gradient of 1) and `out`, as far as they are not null.
+cudaError_t enqueue_forward(const RowProblem& p, const LossOutput& out, cudaStream_t stream);
+
+// out.denominator = the sum of the weights of all rows, from the targets alone.
+cudaError_t enqueue_denominator(const RowProblem& p, const LossOutput& out, cudaStream_t stream);
+
+// Fills grad from stats, upstream and denominator, unless forward has already written just that.
 cudaError_t enqueue_gradient(const RowProblem& p, cudaStream_t stream);
 
 // The same for a loss of PassLosses.
-cudaError_t enqueue_pass_forward(const RowProblem& p, cudaStream_t stream);
+cudaError_t enqueue_pass_forward(const RowProblem& p, const LossOutput& out, cudaStream_t stream);
 cudaError_t enqueue_pass_gradient(const RowProblem& p, cudaStream_t stream);
-
-// Doubles of scratch memory that enqueue_reduction wants for this many rows.
-std::int64_t reduction_scratch(std::int64_t rows);
-
-// loss = sum of row_values. With row_weights: denominator = their sum and loss is divided by it (0 where that
-// is 0). loss and denominator are acc scalars on the device. The order of additions depends on the number of
-// rows only.
-cudaError_t enqueue_reduction(const RowProblem& p, double* scratch, void* loss, void* denominator, cudaStream_t stream);
 
 }  // namespace fused_losses::cuda

@@ -15,6 +15,7 @@
 #include "core/numeric.h"
 #include "core/row_problem.h"
 #include "core/softmax_loss.h"
+#include "cuda/launch.h"
 
 namespace fused_losses::cuda {
 
@@ -29,10 +30,12 @@ FL_DEVICE const A* as(const void* pointer) {
 template <class A>
 struct RowArgs {
     RowProblem problem;
+    LossOutput out;
     A params[kMaxParams];
     A bias;
 
-    explicit RowArgs(const RowProblem& p) : problem(p), bias(static_cast<A>(p.logit_bias)) {
+    explicit RowArgs(const RowProblem& p, const LossOutput& output = {})
+        : problem(p), out(output), bias(static_cast<A>(p.logit_bias)) {
         for (int i = 0; i < kMaxParams; ++i) params[i] = static_cast<A>(p.params[i]);
     }
 };
@@ -54,8 +57,7 @@ FL_DEVICE Stored to_stored(acc_t<Stored> x) {
     return narrow<Stored>(x);
 }
 
-// ---- One row
-// -------------------------------------------------------------------------------------------------------
+// ---- One row -------------------------------------------------------------------------------------------------------
 
 struct Row {
     std::int64_t number, outer, inner;
@@ -110,6 +112,15 @@ FL_DEVICE A sample_weight_of(const RowProblem& p, const Row& row) {
     return p.sample_weight ? as<A>(p.sample_weight)[p.sample_weight_stride.at(row.outer, row.inner)] : A(1);
 }
 
+// What backward multiplies a row's gradient by.
+template <class A>
+FL_DEVICE A scale_of(const RowProblem& p, const Row& row) {
+    const A denominator = p.denominator ? *as<A>(p.denominator) : A(1);
+    const A share = denominator == A(0) ? A(0) : A(1) / denominator;
+    const A upstream = p.upstream ? as<A>(p.upstream)[p.upstream_stride.at(row.outer, row.inner)] : A(1);
+    return upstream * sample_weight_of<A>(p, row) * share;
+}
+
 // u_j of SoftmaxRow: 1, the class weights, or the weighted and smoothed soft target.
 template <class Stored>
 class SpreadReader {
@@ -137,8 +148,7 @@ private:
     const A keep, uniform;
 };
 
-// ---- The classes of a row, shared by kThreads threads
-// ---------------------------------------------------------------
+// ---- The classes of a row, shared by kThreads threads --------------------------------------------------------------
 
 constexpr int kClassesAtOnce = 8;  // loads in flight where a thread walks over a row alone
 
@@ -159,14 +169,13 @@ FL_DEVICE int misalignment(const Stored* pointer) {  // in elements
 template <int kThreads, class Stored, class Body>
 FL_DEVICE void walk_classes(const Stored* row, int classes, bool vectors, int lane, Body body) {
     constexpr int n = kVector<Stored>;
-    static_assert(2 * (n - 1) < kThreads, "head and tail need a thread for every class");
     if (!vectors) {
         for (int c = lane; c < classes; c += kThreads) body(Count<1>{}, c);
         return;
     }
     const int head = min(classes, (n - misalignment(row)) % n);
     const int tail = (classes - head) % n;
-    if (lane < head + tail) body(Count<1>{}, lane < head ? lane : classes - tail + (lane - head));
+    for (int i = lane; i < head + tail; i += kThreads) body(Count<1>{}, i < head ? i : classes - tail + (i - head));
     for (int c = head + lane * n; c < classes - tail; c += kThreads * n) body(Count<n>{}, c);
 }
 

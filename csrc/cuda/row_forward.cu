@@ -1,30 +1,14 @@
-// Forward of row losses: one read of the logits gives each row's value, its share of the denominator and its
-// stats.
-#include "cuda/launch.cuh"
+// Forward of softmax losses: one read of the logits gives each row's value, its share of the denominator and its stats,
+// and the sums over all rows; on demand the gradient, for which the row is found in cache.
+#include "cuda/grid.cuh"
+#include "cuda/loss_output.cuh"
+#include "cuda/row_gradient.cuh"
 #include "cuda/softmax_state.cuh"
+#include "cuda/staged_tile.cuh"
 #include "losses/registry.h"
 
 namespace fused_losses::cuda {
 namespace {
-
-template <class A>
-FL_DEVICE void write_row(const RowProblem& p, const Row& row, A value, A weight, A max, A sum,
-                         const AffineRow<A>& affine) {
-    if (p.row_values) static_cast<A*>(p.row_values)[row.number] = value;
-    if (p.row_weights) static_cast<A*>(p.row_weights)[row.number] = weight;
-    if (!p.stats) return;
-    const std::int64_t rows = p.rows();
-    A* stats = static_cast<A*>(p.stats) + row.number;
-    stats[0] = max;
-    stats[rows] = affine.alpha / sum;
-    stats[2 * rows] = affine.beta;
-    if (p.spread != Spread::kNone) stats[3 * rows] = affine.gamma;
-}
-
-template <class A>
-FL_DEVICE void write_ignored(const RowProblem& p, const Row& row) {
-    write_row(p, row, A(0), A(0), A(0), A(1), AffineRow<A>{A(0), A(0), A(0), A(0)});
-}
 
 // The loss is a uniform branch: kernels are compiled once per dtype, not once per loss.
 template <class A>
@@ -35,26 +19,61 @@ FL_DEVICE AffineRow<A> evaluate(const RowArgs<A>& args, const SoftmaxRow<A>& row
     return affine;
 }
 
-// What one thread of a row does once the sums over its classes are known.
-template <class A, bool kSpread>
-FL_DEVICE void finish_row(const RowArgs<A>& args, const Row& row, const Target& target, A target_logit,
-                          const SoftmaxState<A, kSpread>& state) {
-    const RowProblem& p = args.problem;
-    const A log_sum = math::log(state.sum);
-    SoftmaxRow<A> softmax;
-    softmax.log_p = (target_logit - state.max) - log_sum;
-    softmax.sum_neg_log_p = kSpread ? state.sum_u * log_sum - state.centred : A(0);
-    softmax.sum_u = kSpread ? state.sum_u : A(0);
-    softmax.class_weight = class_weight_of<A>(p, target);
-    softmax.num_classes = A(p.num_classes);
-    const AffineRow<A> affine = evaluate(args, softmax);
-    const A sample_weight = sample_weight_of<A>(p, row);
-    write_row(p, row, sample_weight * affine.value, softmax.class_weight * sample_weight, state.max, state.sum, affine);
+template <class A>
+FL_DEVICE void write_stats(const RowProblem& p, const Row& row, const Coefficients<A>& c) {
+    if (!p.stats) return;
+    const std::int64_t rows = p.rows();
+    A* stats = static_cast<A*>(p.stats) + row.number;
+    stats[0] = c.max;
+    stats[rows] = c.alpha;
+    stats[2 * rows] = c.beta;
+    if (p.spread != Spread::kNone) stats[3 * rows] = c.gamma;
 }
 
-// kThreads threads per row: a warp or the whole block.
+// What forward knows of its row, and what comes out of it.
+template <class A>
+struct RowEnd {
+    const RowArgs<A>& args;
+    const A share;  // 1 / denominator of the gradient that forward writes
+    LossSums sums{0, 0};
+
+    FL_DEVICE explicit RowEnd(const RowArgs<A>& a) : args(a), share(written_share<A>(a.problem)) {}
+
+    FL_DEVICE void ignore(const Row& row, bool records) {
+        if (!records) return;
+        if (args.problem.row_values) static_cast<A*>(args.problem.row_values)[row.number] = A(0);
+        write_stats(args.problem, row, Coefficients<A>{A(0), A(0), A(0), A(0)});
+    }
+
+    // From the sums over the classes to the gradient's coefficients, which every thread of the row gets; one `records`.
+    template <bool kSpread>
+    FL_DEVICE Coefficients<A> finish(const Row& row, const Target& target, A target_logit,
+                                     const SoftmaxState<A, kSpread>& state, bool records) {
+        const RowProblem& p = args.problem;
+        const A log_sum = math::log(state.sum);
+        SoftmaxRow<A> softmax;
+        softmax.log_p = (target_logit - state.max) - log_sum;
+        softmax.sum_neg_log_p = kSpread ? state.sum_u * log_sum - state.centred : A(0);
+        softmax.sum_u = kSpread ? state.sum_u : A(0);
+        softmax.class_weight = class_weight_of<A>(p, target);
+        softmax.num_classes = A(p.num_classes);
+        const AffineRow<A> affine = evaluate(args, softmax);
+        const A sample_weight = sample_weight_of<A>(p, row);
+        Coefficients<A> coefficients{state.max, affine.alpha / state.sum, affine.beta, affine.gamma};
+        if (records) {
+            const A value = sample_weight * affine.value;
+            if (p.row_values) static_cast<A*>(p.row_values)[row.number] = value;
+            write_stats(p, row, coefficients);
+            sums.add({static_cast<double>(value), static_cast<double>(softmax.class_weight * sample_weight)});
+        }
+        coefficients.scale(sample_weight * share);
+        return coefficients;
+    }
+};
+
+// kThreads threads per row: some lanes, a warp or the whole block.
 template <class Stored, int kThreads, bool kSpread>
-__global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>>)
+__global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, kSpread>)
     forward_by_group(const __grid_constant__ RowArgs<acc_t<Stored>> args) {
     using A = acc_t<Stored>;
     const RowProblem& p = args.problem;
@@ -63,15 +82,17 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>>)
     const int classes = static_cast<int>(p.num_classes);
     const std::int64_t class_stride = p.logits_class_stride, rows = p.rows();
     const A bias = bias_of(args);
+    RowEnd<A> end(args);
     const std::int64_t step = std::int64_t(gridDim.x) * group_count;
     for (std::int64_t number = std::int64_t(blockIdx.x) * group_count + group; number < rows; number += step) {
         const Row row = row_at(p, number);
         const Target target = target_of(p, row);
         if (target.ignored) {  // for the whole group
-            if (lane == 0) write_ignored<A>(p, row);
+            end.ignore(row, lane == 0);
+            if (p.grad) write_zeros<kThreads, Stored>(p, row, lane);
             continue;
         }
-        const Stored* logits = as<Stored>(p.logits) + p.logits_stride.at(row.outer, row.inner);
+        const Stored* logits = logits_of<Stored>(p, row);
         const A target_logit = target.cls < 0 ? A(0) : to_acc(logits[target.cls * class_stride]) + bias;
         const SpreadReader<Stored> spread(p, args, row);
         auto state = SoftmaxState<A, kSpread>::empty();
@@ -86,28 +107,32 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>>)
             state.push(z, u);
         });
         reduce_group<kThreads>(state);
-        if (lane == 0) finish_row(args, row, target, target_logit, state);
+        const auto coefficients = end.finish(row, target, target_logit, state, lane == 0);
+        if (p.grad) write_gradient<kThreads, Stored, kSpread>(args, row, target, coefficients, lane);
     }
+    write_loss(args, end.sums);
 }
 
-// One thread per row: few classes, or pixels of which neighbouring threads read neighbours.
+// One thread per row: pixels of which neighbouring threads read neighbours, or few classes.
 template <class Stored, bool kSpread>
-__global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>>)
+__global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, kSpread>)
     forward_by_thread(const __grid_constant__ RowArgs<acc_t<Stored>> args) {
     using A = acc_t<Stored>;
     const RowProblem& p = args.problem;
     const int classes = static_cast<int>(p.num_classes);
     const std::int64_t class_stride = p.logits_class_stride, rows = p.rows();
     const A bias = bias_of(args);
+    RowEnd<A> end(args);
     const std::int64_t step = std::int64_t(gridDim.x) * kBlock;
     for (std::int64_t number = std::int64_t(blockIdx.x) * kBlock + threadIdx.x; number < rows; number += step) {
         const Row row = row_at(p, number);
         const Target target = target_of(p, row);
         if (target.ignored) {
-            write_ignored<A>(p, row);
+            end.ignore(row, true);
+            if (p.grad) write_zeros<1, Stored>(p, row, 0);
             continue;
         }
-        const Stored* logits = as<Stored>(p.logits) + p.logits_stride.at(row.outer, row.inner);
+        const Stored* logits = logits_of<Stored>(p, row);
         const A target_logit = target.cls < 0 ? A(0) : to_acc(logits[target.cls * class_stride]) + bias;
         const SpreadReader<Stored> spread(p, args, row);
         auto state = SoftmaxState<A, kSpread>::empty();
@@ -122,19 +147,95 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>>)
             }
             state.push(z, u);
         }
-        finish_row(args, row, target, target_logit, state);
+        const auto coefficients = end.finish(row, target, target_logit, state, true);
+        if (p.grad) write_gradient<1, Stored, kSpread>(args, row, target, coefficients, 0);
     }
+    write_loss(args, end.sums);
+}
+
+// One thread per row in shared memory: x holds its logits, then their exponentials, then the gradient.
+template <class Stored, bool kSpread>
+FL_DEVICE void staged_row(const RowArgs<acc_t<Stored>>& args, const Row& row, acc_t<Stored>* x,
+                          RowEnd<acc_t<Stored>>& end) {
+    using A = acc_t<Stored>;
+    const RowProblem& p = args.problem;
+    const int classes = static_cast<int>(p.num_classes);
+    const Target target = target_of(p, row);
+    if (target.ignored) {
+        end.ignore(row, true);
+        for (int c = 0; c < classes; ++c) x[c] = A(0);
+        return;
+    }
+    if (target.cls >= 0) x[target.cls] += bias_of(args);
+    const A target_logit = target.cls < 0 ? A(0) : x[target.cls];
+    using State = SoftmaxState<A, kSpread>;
+    auto state = State::empty();
+    for (int c = 0; c < classes; ++c) state.max = State::larger(state.max, x[c]);
+    const A pivot = State::pivot_of(state.max);
+    const SpreadReader<Stored> spread(p, args, row);
+    for (int c = 0; c < classes; ++c) {
+        const A distance = x[c] - pivot;
+        x[c] = math::exp(distance);
+        state.add(distance, kSpread ? spread(c) : A(0), x[c]);
+    }
+    const auto coefficients = end.finish(row, target, target_logit, state, true);
+    for (int c = 0; c < classes; ++c)
+        x[c] = coefficients.of_exponential(x[c], kSpread ? spread(c) : A(0), c == target.cls);
+}
+
+template <class Stored, bool kSpread>
+__global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, kSpread>)
+    forward_staged(const __grid_constant__ RowArgs<acc_t<Stored>> args) {
+    using A = acc_t<Stored>;
+    __shared__ A memory[StagedTile<Stored>::kSize];
+    const RowProblem& p = args.problem;
+    const StagedTile<Stored> tile(memory, static_cast<int>(p.num_classes));
+    RowEnd<A> end(args);
+    for_each_tile(p, [&](std::int64_t first, int rows) {
+        const int me = threadIdx.x;
+        tile.read(as<Stored>(p.logits) + first * p.num_classes, rows);
+        __syncthreads();
+        if (me < rows) staged_row<Stored, kSpread>(args, row_at(p, first + me), tile.row(me), end);
+        if (!p.grad) return;
+        __syncthreads();
+        tile.write(static_cast<Stored*>(p.grad) + first * p.num_classes, rows);
+    });
+    write_loss(args, end.sums);
+}
+
+template <class A>
+__global__ void __launch_bounds__(kBlock) sum_weights(const __grid_constant__ RowArgs<A> args) {
+    const RowProblem& p = args.problem;
+    LossSums sums{0, 0};
+    const std::int64_t step = std::int64_t(gridDim.x) * kBlock, rows = p.rows();
+    for (std::int64_t number = std::int64_t(blockIdx.x) * kBlock + threadIdx.x; number < rows; number += step) {
+        const Row row = row_at(p, number);
+        const Target target = target_of(p, row);
+        const A weight = class_weight_of<A>(p, target) * sample_weight_of<A>(p, row);
+        if (!target.ignored) sums.weight += static_cast<double>(weight);
+    }
+    if (sum_over_grid(sums, args.out.partials, args.out.ticket))
+        *static_cast<A*>(args.out.denominator) = static_cast<A>(sums.weight);
 }
 
 }  // namespace
 
-cudaError_t enqueue_forward(const RowProblem& p, cudaStream_t stream) {
-    if (p.rows() == 0) return cudaSuccess;
+cudaError_t enqueue_forward(const RowProblem& p, const LossOutput& out, cudaStream_t stream) {
+    if (p.rows() == 0 && !out.loss) return cudaSuccess;
     return dispatch(p, [&]<class Stored, bool kSpread>() {
-        const RowArgs<acc_t<Stored>> args(p);
+        const RowArgs<acc_t<Stored>> args(p, out);
         switch (regime_of(p)) {
+            case Regime::kStaged:
+                if constexpr (!std::is_same_v<Stored, double>)
+                    return launch(forward_staged<Stored, kSpread>, blocks_for(p.rows(), kBlock), stream, args);
+                break;
             case Regime::kThread:
                 return launch(forward_by_thread<Stored, kSpread>, blocks_for(p.rows(), kBlock), stream, args);
+            case Regime::kLanes:
+                if constexpr (!std::is_same_v<Stored, double>)
+                    return launch(forward_by_group<Stored, kLanes, kSpread>, blocks_for(p.rows(), kBlock / kLanes),
+                                  stream, args);
+                break;
             case Regime::kWarp:
                 return launch(forward_by_group<Stored, 32, kSpread>, blocks_for(p.rows(), kBlock / 32), stream, args);
             case Regime::kBlock:
@@ -142,6 +243,12 @@ cudaError_t enqueue_forward(const RowProblem& p, cudaStream_t stream) {
         }
         return cudaErrorInvalidValue;
     });
+}
+
+cudaError_t enqueue_denominator(const RowProblem& p, const LossOutput& out, cudaStream_t stream) {
+    const unsigned blocks = blocks_for(p.rows(), 4 * kBlock);
+    if (p.dtype == Dtype::kFloat64) return launch(sum_weights<double>, blocks, stream, RowArgs<double>(p, out));
+    return launch(sum_weights<float>, blocks, stream, RowArgs<float>(p, out));
 }
 
 }  // namespace fused_losses::cuda

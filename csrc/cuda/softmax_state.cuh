@@ -8,6 +8,13 @@
 
 namespace fused_losses::cuda {
 
+// The lanes that share a row with this one.
+template <int kWidth>
+FL_DEVICE unsigned lanes_of_group() {
+    if constexpr (kWidth == 32) return 0xffffffffu;
+    return ((1u << kWidth % 32) - 1) << (threadIdx.x % 32 / kWidth * kWidth);
+}
+
 // Of the logits z seen so far: max, sum = sum exp(z - max) and, with kSpread, centred = sum u (z - pivot),
 // sum_u = sum u. The pivot is max, or 0 as long as max is -inf: -inf - -inf must not turn a row with masked
 // classes into NaN. NaN never becomes max, but makes sum NaN; so does +inf.
@@ -37,13 +44,16 @@ struct SoftmaxState {
         const A pivot = pivot_of(top);
         move_to(top, pivot);
 #pragma unroll
-        for (int k = 0; k < kCount; ++k) {
-            sum += math::exp(z[k] - pivot);
-            if constexpr (kSpread) {
-                // A class of weight zero contributes nothing, even at -inf.
-                centred += u[k] == A(0) ? A(0) : u[k] * (z[k] - pivot);
-                sum_u += u[k];
-            }
+        for (int k = 0; k < kCount; ++k) add(z[k] - pivot, u[k], math::exp(z[k] - pivot));
+    }
+
+    // One class, by its distance from the pivot.
+    FL_DEVICE void add(A distance, A u, A exponential) {
+        sum += exponential;
+        if constexpr (kSpread) {
+            // A class of weight zero contributes nothing, even at -inf.
+            centred += u == A(0) ? A(0) : u * distance;
+            sum_u += u;
         }
     }
 
@@ -56,42 +66,56 @@ struct SoftmaxState {
         if constexpr (kSpread) centred += other.centred, sum_u += other.sum_u;
     }
 
-    FL_DEVICE SoftmaxState from_lane_below(int distance, int width) const {
-        constexpr unsigned all = 0xffffffffu;
+    // The state of another lane: shuffle(x) fetches one number.
+    template <class Shuffle>
+    FL_DEVICE SoftmaxState fetched(Shuffle shuffle) const {
         SoftmaxState other = *this;
-        other.max = __shfl_down_sync(all, max, distance, width);
-        other.sum = __shfl_down_sync(all, sum, distance, width);
+        other.max = shuffle(max);
+        other.sum = shuffle(sum);
         if constexpr (kSpread) {
-            other.centred = __shfl_down_sync(all, centred, distance, width);
-            other.sum_u = __shfl_down_sync(all, sum_u, distance, width);
+            other.centred = shuffle(centred);
+            other.sum_u = shuffle(sum_u);
         }
         return other;
     }
 
-    // Lane 0 of each group of `kWidth` lanes ends with the sums of its group. Called by whole warps.
+    // Lane 0 of each group of `kWidth` lanes ends with the sums of its group. Called by whole groups.
     template <int kWidth>
     FL_DEVICE void reduce_lanes() {
+        const unsigned mask = lanes_of_group<kWidth>();
 #pragma unroll
-        for (int distance = kWidth / 2; distance > 0; distance /= 2) merge(from_lane_below(distance, kWidth));
+        for (int distance = kWidth / 2; distance > 0; distance /= 2)
+            merge(fetched([&](A x) { return __shfl_down_sync(mask, x, distance, kWidth); }));
+    }
+
+    template <int kWidth>
+    FL_DEVICE void take_from_first_lane() {
+        const unsigned mask = lanes_of_group<kWidth>();
+        *this = fetched([&](A x) { return __shfl_sync(mask, x, 0, kWidth); });
     }
 };
 
-// Leaves the sums of all kThreads threads that share a row (a warp, or the whole block) in the first of them.
+// Combines the sums of all kThreads threads that share a row (lanes of a warp, or the whole block); each of them gets
+// the result.
 template <int kThreads, class State>
 FL_DEVICE void reduce_group(State& state) {
-    static_assert(kThreads == 32 || kThreads % 32 == 0);
-    state.template reduce_lanes<32>();
-    if constexpr (kThreads > 32) {
+    if constexpr (kThreads <= 32) {
+        state.template reduce_lanes<kThreads>();
+        state.template take_from_first_lane<kThreads>();
+    } else {
+        state.template reduce_lanes<32>();
         constexpr int warps = kThreads / 32;
-        __shared__ State of_warp[warps];
+        __shared__ State of_warp[warps], of_block;
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
         if (lane == 0) of_warp[warp] = state;
         __syncthreads();
         if (warp == 0) {
             state = of_warp[lane % warps];
             state.template reduce_lanes<warps>();
+            if (lane == 0) of_block = state;
         }
-        __syncthreads();  // of_warp is free for the block's next row
+        __syncthreads();  // the next row writes of_block after one more barrier
+        state = of_block;
     }
 }
 

@@ -151,24 +151,6 @@ __global__ void __launch_bounds__(kBlock) mask_rows(const __grid_constant__ ZPro
         z_error::mask_row(p, Row(p, n));
 }
 
-struct LossSums {
-    double value, weight;
-};
-
-// The sum over the block's threads, in thread 0.
-__device__ __forceinline__ LossSums sum_over_block(const LossSums& mine) {
-    __shared__ LossSums sums[kBlock];
-    __syncthreads();  // an earlier result has been read
-    sums[threadIdx.x] = mine;
-    for (int half = kBlock / 2; half > 0; half /= 2) {
-        __syncthreads();
-        if (threadIdx.x >= half) continue;
-        sums[threadIdx.x].value += sums[threadIdx.x + half].value;
-        sums[threadIdx.x].weight += sums[threadIdx.x + half].weight;
-    }
-    return sums[0];
-}
-
 // One share of the rows, of which neighbouring threads take neighbours.
 template <class A>
 __device__ __forceinline__ LossSums loss_of_share(const ZProblem& p, std::int64_t chunk, std::int64_t chunks) {
@@ -202,20 +184,15 @@ __global__ void __launch_bounds__(kBlock)
     }
     if (shares.chunks > 1) {
         if (!arrives_last(shares.tickets, gridDim.x)) return;
-        LossSums sums{0, 0};
-        for (std::int64_t chunk = threadIdx.x; chunk < shares.chunks; chunk += kBlock) {
-            sums.value += __ldcg(shares.partials + 2 * chunk);
-            sums.weight += __ldcg(shares.partials + 2 * chunk + 1);
-        }
-        total = sum_over_block(sums);
+        total = sum_of_partials(shares.partials, shares.chunks);
     } else if (blockIdx.x != 0) {
         return;
     }
     if (threadIdx.x != 0) return;
     *static_cast<A*>(p.denominator) = static_cast<A>(total.weight);
     if (p.reduction == Reduction::kNone) return;
-    if (p.reduction == Reduction::kMean) total.value = total.weight == 0 ? 0.0 : total.value / total.weight;
-    *static_cast<A*>(p.loss) = static_cast<A>(total.value);
+    const bool mean = p.reduction == Reduction::kMean;
+    *static_cast<A*>(p.loss) = static_cast<A>(mean ? mean_of(total.value, total.weight) : total.value);
 }
 
 template <class A>

@@ -1,9 +1,9 @@
 // Autograd of row_loss.
 //
 // The first derivative in the logits is fused. Under "mean" and "sum" the forward writes the gradient for an upstream
-// gradient of 1 and backward scales it; otherwise the forward saves a few numbers per row and backward recomputes.
-// Every other kind of derivative is rare and goes through row_loss_reference, whose plain operations torch
-// differentiates.
+// gradient of 1 and backward scales it (CPU) or completes it where that was not right (CUDA); otherwise the forward
+// saves a few numbers per row and backward recomputes. Every other kind of derivative is rare and goes through
+// row_loss_reference, whose plain operations torch differentiates.
 #include <ATen/Functions.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -41,17 +41,20 @@ struct Scalars : torch::CustomClassHolder {
     const std::string reduction;
 };
 
-// Whether the tensor's numbers are there to be looked at without synchronising or tracing.
-bool is_plain_cpu(const Tensor& t) {
+// Whether the tensor's memory is there, not traced or wrapped.
+bool is_plain(const Tensor& t) {
     const auto wrapped = c10::DispatchKeySet(
         {c10::DispatchKey::Python, c10::DispatchKey::Functionalize, c10::DispatchKey::FuncTorchBatched});
-    return t.is_cpu() && !t.key_set().has_any(wrapped) && !c10::impl::TorchDispatchModeTLS::any_modes_set();
+    return !t.key_set().has_any(wrapped) && !c10::impl::TorchDispatchModeTLS::any_modes_set();
 }
 
 bool is_one(const Tensor& t) {
-    if (!is_plain_cpu(t)) return false;
+    if (!t.is_cpu() || !is_plain(t)) return false;
     return t.scalar_type() == at::kDouble ? *t.const_data_ptr<double>() == 1.0 : *t.const_data_ptr<float>() == 1.0f;
 }
+
+// Of the gradient that a CUDA forward has written, in AutogradContext::saved_data.
+constexpr const char* kGradient = "gradient";
 
 Tensor or_undefined(const OptionalTensor& t) { return t ? *t : Tensor(); }
 
@@ -73,6 +76,14 @@ public:
         if (forward_writes_gradient(args)) {
             auto [loss, grad] = with_grad(args);
             save_row_loss(ctx, args, args.target, {grad});
+            return loss;
+        }
+        if (forward_may_write_gradient(args) && args.logits.is_cuda() && is_plain(args.logits)) {
+            static const Operator<std::tuple<Tensor, Tensor, Tensor, Tensor>> with_both(
+                "fused_losses::row_loss_with_stats_and_grad");
+            auto [loss, stats, denominator, grad] = with_both(args);
+            save_row_loss(ctx, args, args.target, {stats, denominator});
+            ctx->saved_data[kGradient] = grad;
             return loss;
         }
         auto [loss, stats, denominator] = with_stats(args);
@@ -136,6 +147,15 @@ Tensor row_loss_gradient(AutogradContext* ctx, const Tensor& grad_loss) {
     if (at::GradMode::is_enabled()) return differentiable_gradient(grad_loss, args);
     const bool gradient_is_written = saved.size() == 7;
     if (gradient_is_written) return is_one(grad_loss) ? saved[6] : at::mul(saved[6], grad_loss);
+    // The first backward completes the gradient in place and gives it away; later ones compute a new one.
+    if (const auto written = ctx->saved_data.find(kGradient); written != ctx->saved_data.end()) {
+        static const Operator<void, const Tensor&, const Tensor&, const Tensor&, const Tensor&> complete(
+            "fused_losses::row_loss_backward_");
+        const Tensor grad = written->second.toTensor();
+        ctx->saved_data.erase(written);
+        complete(grad_loss, saved[6], saved[7], grad, args);
+        return grad;
+    }
     static const Operator<Tensor, const Tensor&, const Tensor&, const Tensor&> recompute(
         "fused_losses::row_loss_backward");
     return recompute(grad_loss, saved[6], saved[7], args);
@@ -143,7 +163,8 @@ Tensor row_loss_gradient(AutogradContext* ctx, const Tensor& grad_loss) {
 
 TORCH_LIBRARY_IMPL(fused_losses, Autograd, m) {
     m.impl("row_loss", &WithRowLossArgs<Autograd>::row_loss);
-    for (const char* internal : {"row_loss_with_grad", "row_loss_with_stats", "row_loss_backward"})
+    for (const char* internal : {"row_loss_with_grad", "row_loss_with_stats", "row_loss_backward",
+                                 "row_loss_with_stats_and_grad", "row_loss_backward_"})
         m.impl(internal, torch::autograd::autogradNotImplementedFallback());
 }
 

@@ -33,6 +33,11 @@ TORCH_LIBRARY(fused_losses, m) {
     // Its backward, from the logits and stats.
     def("row_loss_backward", "Tensor grad_loss, Tensor stats, Tensor denominator, ", "Tensor");
 
+    // The two of them on CUDA, without tracing: forward writes the gradient for upstream gradient 1, and for the
+    // denominator that it expects; backward completes it, at no cost where both are right.
+    def("row_loss_with_stats_and_grad", "", "(Tensor loss, Tensor stats, Tensor denominator, Tensor grad_logits)");
+    def("row_loss_backward_", "Tensor grad_loss, Tensor stats, Tensor denominator, Tensor(a!) grad_logits, ", "()");
+
     // ---- Z-Error (2506.02154) ----
     // Rows form groups and have scores, as `statistic` says:
     //   "class": target holds class indices; score is one number per row, or logits whose target's entry is the score

@@ -31,7 +31,9 @@ IndexType index_type_of(const at::Tensor& t) {
 // A RowProblem together with the tensors that keep its memory alive.
 class RowLossCall {
 public:
-    RowLossCall(const RowLossArgs& arguments, bool with_grad, const at::Tensor* grad_loss = nullptr)
+    // given_grad: the gradient of an earlier call for the same rows.
+    RowLossCall(const RowLossArgs& arguments, bool with_grad, const at::Tensor* grad_loss = nullptr,
+                const at::Tensor* given_grad = nullptr)
         : args(arguments), shape(check_row_loss(arguments)), sizes(C10_AS_INTARRAYREF_SLOW(shape.rows)) {
         describe_loss();
         logits = args.logits;
@@ -39,9 +41,10 @@ public:
         if (shape.soft_target && target.scalar_type() != logits.scalar_type()) target = target.to(shape.acc);
         if (args.sample_weight) sample_weight = args.sample_weight->to(shape.acc);
         if (grad_loss) upstream = grad_loss->to(shape.acc).expand(sizes);
-        if (with_grad) grad = at::empty_like(logits);
+        if (with_grad) grad = given_grad ? *given_grad : at::empty_like(logits);
         if (!lay_out()) make_contiguous();
         point();
+        problem.grad_is_written = given_grad && grad.is_same(*given_grad);
     }
 
     at::Tensor empty(at::IntArrayRef size) const { return at::empty(size, args.logits.options().dtype(shape.acc)); }
@@ -196,6 +199,24 @@ struct OnDevice {
             backend().gradient(call.problem);
             return call.finished_grad();
         }
+
+        static std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> row_loss_with_stats_and_grad(A... a) {
+            const RowLossArgs args{a...};
+            RowLossCall call(args, /*with_grad=*/true);
+            const at::Tensor loss = call.new_loss(), stats = call.new_stats(), denominator = call.new_denominator();
+            backend().forward(call.problem, loss, denominator);
+            return {loss, stats, denominator.defined() ? denominator : call.empty({0}), call.finished_grad()};
+        }
+
+        static void row_loss_backward_(const at::Tensor& grad_loss, const at::Tensor& stats,
+                                       const at::Tensor& denominator, const at::Tensor& grad_logits, A... a) {
+            const RowLossArgs args{a...};
+            RowLossCall call(args, /*with_grad=*/true, &grad_loss, &grad_logits);
+            call.problem.stats = const_cast<void*>(stats.const_data_ptr());
+            if (call.divides()) call.problem.denominator = denominator.const_data_ptr();
+            backend().gradient(call.problem);
+            if (!call.problem.grad_is_written) grad_logits.copy_(call.finished_grad());
+        }
     };
 };
 
@@ -212,7 +233,12 @@ void implement(torch::Library& m) {
 TORCH_LIBRARY_IMPL(fused_losses, CPU, m) { implement<WithRowLossArgs<OnDevice<cpu_backend>::Ops>>(m); }
 
 #ifdef FL_WITH_CUDA
-TORCH_LIBRARY_IMPL(fused_losses, CUDA, m) { implement<WithRowLossArgs<OnDevice<cuda_backend>::Ops>>(m); }
+TORCH_LIBRARY_IMPL(fused_losses, CUDA, m) {
+    using Ops = WithRowLossArgs<OnDevice<cuda_backend>::Ops>;
+    implement<Ops>(m);
+    m.impl("row_loss_with_stats_and_grad", &Ops::row_loss_with_stats_and_grad);
+    m.impl("row_loss_backward_", &Ops::row_loss_backward_);
+}
 #endif
 
 }  // namespace fused_losses

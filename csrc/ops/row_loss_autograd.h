@@ -45,10 +45,14 @@ using RowLossWithStats = Operator<std::tuple<Tensor, Tensor, Tensor>>;
 Tensor row_loss_by_reference(const RowLossArgs& args);
 
 // float16 cannot hold a gradient divided by the batch size before the loss scale of mixed precision has multiplied it,
-// and a CUDA forward or a mean over active rows does not know the denominator before all rows are read.
+// and a mean over active rows does not know the denominator before all rows are read.
+inline bool forward_may_write_gradient(const RowLossArgs& args) {
+    return (args.reduction == "mean" || args.reduction == "sum") && args.logits.scalar_type() != at::kHalf;
+}
+
+// Whether what forward writes is the gradient for an upstream gradient of 1. On CUDA it may turn out not to be.
 inline bool forward_writes_gradient(const RowLossArgs& args) {
-    return (args.reduction == "mean" || args.reduction == "sum") && args.logits.scalar_type() != at::kHalf &&
-           args.logits.is_cpu();
+    return forward_may_write_gradient(args) && args.logits.is_cpu();
 }
 
 // Is anything asked for but the first derivative in the logits?

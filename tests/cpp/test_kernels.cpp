@@ -32,30 +32,13 @@ Draw draw_loss(Random& random, std::int64_t classes) {
     return {loss, sets[random.below(int(sets.size()))]};
 }
 
-std::string describe(const Shape& s, Dtype dtype, int loss) {
-    static const char* const dtypes[] = {"double", "float", "half", "bfloat16"};
-    static const char* const kinds[] = {"rows", "padded rows", "every other", "pixels", "strided pixels"};
-    return loss_names()[loss] + " " + dtypes[int(dtype)] + " " + kinds[int(s.kind)] + " [" + std::to_string(s.outer) +
-           ", " + std::to_string(s.inner) + ", " + std::to_string(s.classes) + "]";
-}
-
-template <class Stored>
-void test_case(const Shape& shape, const Draw& draw, Random& random, bool isolation) {
-    const std::string name = describe(shape, Precision<Stored>::dtype, draw.loss);
-    Case<Stored> problem(shape, draw.loss, draw.params, random);
-    isolation ? problem.test_isolation(name) : problem.test(name);
-}
-
 void test_case(Dtype dtype, const Shape& shape, const Draw& draw, Random& random, bool isolation = false) {
-    switch (dtype) {
-        case Dtype::kFloat64: return test_case<double>(shape, draw, random, isolation);
-        case Dtype::kFloat32: return test_case<float>(shape, draw, random, isolation);
-        case Dtype::kFloat16: return test_case<Half>(shape, draw, random, isolation);
-        case Dtype::kBFloat16: return test_case<BFloat16>(shape, draw, random, isolation);
-    }
+    const std::string name = describe(shape, dtype, draw.loss);
+    visit_dtype(dtype, [&]<class Stored>() {
+        Case<Stored> problem(shape, draw.loss, draw.params, random);
+        isolation ? problem.test_isolation(name) : problem.test(name);
+    });
 }
-
-constexpr Dtype kDtypes[] = {Dtype::kFloat64, Dtype::kFloat32, Dtype::kFloat16, Dtype::kBFloat16};
 
 // Layouts whose classes are apart come as images of pixels and, one pixel an image, as rows.
 Shape make_shape(Kind kind, int rows, int classes, Random& random) {

@@ -1,0 +1,36 @@
+// The end of every forward: the sums over all rows.
+#pragma once
+
+#include "cuda/grid.cuh"
+
+namespace fused_losses::cuda {
+
+// 1 / denominator of the gradient that forward writes.
+template <class A>
+FL_DEVICE A written_share(const RowProblem& p) {
+    const A known = p.denominator ? *as<A>(p.denominator) : A(1);
+    const A denominator = p.assumed_denominator != 0 ? static_cast<A>(p.assumed_denominator) : known;
+    return denominator == A(0) ? A(0) : A(1) / denominator;
+}
+
+// For all threads of the grid, with the sums over their rows.
+template <class A>
+FL_DEVICE void write_loss(const RowArgs<A>& args, LossSums sums) {
+    const LossOutput& out = args.out;
+    if (!out.loss || !sum_over_grid(sums, out.partials, out.ticket)) return;
+    const Reduction reduction = args.problem.reduction;
+    if (reduction == Reduction::kActiveMean) sums.weight += kActiveGuard;
+    if (out.denominator) *static_cast<A*>(out.denominator) = static_cast<A>(sums.weight);
+    *static_cast<A*>(out.loss) =
+        static_cast<A>(reduction == Reduction::kSum ? sums.value : mean_of(sums.value, sums.weight));
+}
+
+// Does `grad` hold what backward is asked for?
+template <class A>
+FL_DEVICE bool is_already_written(const RowProblem& p) {
+    if (!p.grad_is_written || (p.upstream && *as<A>(p.upstream) != A(1))) return false;
+    const A denominator = p.denominator ? *as<A>(p.denominator) : A(1);
+    return p.assumed_denominator == 0 || denominator == static_cast<A>(p.assumed_denominator);
+}
+
+}  // namespace fused_losses::cuda

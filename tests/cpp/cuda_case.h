@@ -1,0 +1,176 @@
+// A random problem for the CUDA kernels, run by cuda_emulation and compared with naive_losses.h.
+#pragma once
+
+#include "cuda/launch.h"
+#include "cuda_emulation/scheduler.h"
+#include "expected_rows.h"
+
+#include <utility>
+
+namespace fused_losses_test {
+
+// How the next launches run: their results must not depend on it.
+inline void shuffle_launches(bool any_grid) {
+    cuda_emulation::resident = cuda_emulation::one_in(2) ? 1 : 1 + cuda_emulation::random() % 3;
+    cuda_emulation::largest_grid = any_grid && cuda_emulation::one_in(2) ? 1 + cuda_emulation::random() % 2 : ~0u;
+}
+
+template <class Stored>
+class CudaCase : ExpectedRows<Stored> {
+    using Base = ExpectedRows<Stored>;
+    using Base::any_layout, Base::for_rows, Base::ignored, Base::inputs, Base::set_strides, Base::target_of;
+    using Base::class_weight, Base::logits, Base::random, Base::soft, Base::p, Base::name;
+    using Base::compute_expected, Base::expected_of, Base::sample_weight_of, Base::may_be_zero;
+    using typename Base::A, typename Base::P, typename Base::Inputs, typename Base::RowResult;
+
+public:
+    using Base::Base;
+
+    void test(const std::string& what) {
+        name = what + (soft ? " soft" : "");
+        const Layout grad_layout = any_grad_layout();
+        const Inputs before = inputs();
+        compute_expected();
+        Result once(grad_layout, p), again(grad_layout, p);
+        run(once);
+        run(again);
+        check(once == again, "%s: another order of threads gives other bits", name.c_str());
+        check(before == inputs(), "%s: an input was written to", name.c_str());
+        for_rows([&](std::int64_t o, std::int64_t i) {
+            Base::compare_value(o, i, once.values.at(o, i));
+            Base::compare_gradient(once.grad, "backward", o, i);
+        });
+        compare_reduction(once);
+        test_gradient_of_forward(grad_layout);
+    }
+
+    void test_isolation(const std::string& what) {
+        name = what;
+        Base::template check_isolation<Result>(any_grad_layout(), [&](Result& r) { run(r); });
+    }
+
+private:
+    struct Result : RowResult {
+        Guarded<A> scalars;
+        Guarded<double> scratch;
+        unsigned ticket = 0;
+
+        Result(const Layout& grad, const RowProblem& p)
+            : RowResult(grad, p),
+              scalars(layout_of(Kind::kRows, 1, 3, 1)),
+              scratch(layout_of(Kind::kRows, 1, cuda::kPartials, 1)) {}
+
+        cuda::LossOutput output(bool mean) {
+            return {&scalars.at(0, 0), mean ? &scalars.at(0, 1) : nullptr, scratch.data(), &ticket};
+        }
+        bool operator==(const Result& other) const {
+            return RowResult::operator==(other) && scalars == other.scalars && ticket == other.ticket;
+        }
+        bool only_elements_written() const {
+            return RowResult::only_elements_written() && scalars.only_elements_written() &&
+                   scratch.only_elements_written();
+        }
+    };
+
+    // The logits' own in half of the cases, so that rows can be read and written by vectors.
+    Layout any_grad_layout() { return random.one_in(2) ? logits.layout : any_layout(); }
+
+    bool has_mean() const { return p.reduction == Reduction::kMean || p.reduction == Reduction::kActiveMean; }
+
+    // Another grid adds in another order, and so gives another loss.
+    cudaError_t forward(const RowProblem& q, Result& result, bool any_grid) {
+        shuffle_launches(any_grid);
+        const cuda::LossOutput out =
+            q.reduction == Reduction::kNone ? cuda::LossOutput{} : result.output(has_mean());
+        return is_pass_loss(q.loss) ? cuda::enqueue_pass_forward(q, out, nullptr)
+                                    : cuda::enqueue_forward(q, out, nullptr);
+    }
+
+    cudaError_t gradient(const RowProblem& q) {
+        shuffle_launches(true);
+        return is_pass_loss(q.loss) ? cuda::enqueue_pass_gradient(q, nullptr) : cuda::enqueue_gradient(q, nullptr);
+    }
+
+    RowProblem with_outputs(Result& result) {
+        RowProblem q = p;
+        q.row_values = result.values.data();
+        q.stats = result.stats.data();
+        q.grad = result.grad.data();
+        set_strides(result.grad_layout, q.grad_stride, q.grad_class_stride);
+        return q;
+    }
+
+    // Forward with its sums, then the gradient, into a fresh result.
+    void run(Result& result) {
+        RowProblem q = with_outputs(result);
+        void* const grad = std::exchange(q.grad, nullptr);
+        check(forward(q, result, false) == cudaSuccess, "%s: forward was not launched", name.c_str());
+        const RowResult after_forward = result;
+        q.grad = grad;
+        check(gradient(q) == cudaSuccess, "%s: gradient was not launched", name.c_str());
+        check(result.values == after_forward.values && result.stats == after_forward.stats,
+              "%s: gradient changed what forward saved", name.c_str());
+        shuffle_launches(false);
+        cuda::LossOutput out = result.output(true);
+        out.denominator = &result.scalars.at(0, 2);
+        check(cuda::enqueue_denominator(p, out, nullptr) == cudaSuccess, "%s: no sum of weights", name.c_str());
+        check(result.ticket == 0, "%s: the ticket is not what it was", name.c_str());
+        check(result.only_elements_written(), "%s: a kernel wrote outside its outputs", name.c_str());
+    }
+
+    // Forward writes the gradient for an upstream gradient of 1; backward leaves it or puts it right.
+    void test_gradient_of_forward(const Layout& grad_layout) {
+        const void* const upstream = std::exchange(p.upstream, nullptr);
+        Result result(grad_layout, p);
+        RowProblem q = with_outputs(result);
+        check(forward(q, result, true) == cudaSuccess, "%s: forward with gradient was not launched", name.c_str());
+        check(result.only_elements_written(), "%s: forward wrote outside its outputs", name.c_str());
+        for_rows([&](std::int64_t o, std::int64_t i) {
+            Base::compare_value(o, i, result.values.at(o, i));
+            Base::compare_gradient(result.grad, "forward", o, i);
+        });
+        const Result written = result;
+        q.grad_is_written = true;
+        q.stats = nullptr;  // must not be read
+        check(gradient(q) == cudaSuccess && result == written, "%s: backward touched a finished gradient",
+              name.c_str());
+        q.stats = result.stats.data();
+        q.assumed_denominator = 12345;
+        check(gradient(q) == cudaSuccess, "%s: backward was not launched", name.c_str());
+        for_rows([&](std::int64_t o, std::int64_t i) { Base::compare_gradient(result.grad, "completed", o, i); });
+        p.upstream = upstream;
+    }
+
+    // A row's share of the denominator.
+    double weight_of(std::int64_t o, std::int64_t i, bool active) {
+        if (ignored(o, i)) return 0;
+        const double of_class = p.class_weight && !soft ? double(class_weight.at(0, 0, target_of(o, i))) : 1.0;
+        return active && !(expected_of(o, i).value > 0) ? 0.0 : sample_weight_of(o, i) * of_class;
+    }
+
+    void compare_reduction(Result& result) {
+        const bool guarded = p.reduction == Reduction::kActiveMean, active = guarded && is_pass_loss(p.loss);
+        double value = 0, weight = guarded ? kActiveGuard : 0, size = 0, unsure = 0, all = 0;
+        for_rows([&](std::int64_t o, std::int64_t i) {
+            value += double(result.values.at(o, i));
+            size += std::fabs(double(result.values.at(o, i)));
+            weight += weight_of(o, i, active);
+            all += weight_of(o, i, false);
+            if (active && may_be_zero(expected_of(o, i))) unsure += weight_of(o, i, false);
+        });
+        const double counted = double(result.scalars.at(0, 2));
+        check(std::fabs(counted - all) <= 1e-6 * all, "%s: weights %.9g, not %.9g", name.c_str(), counted, all);
+        if (p.reduction == Reduction::kNone) return;
+        if (has_mean()) {
+            const double denominator = double(result.scalars.at(0, 1));
+            check(std::fabs(denominator - weight) <= 1e-6 * weight + unsure, "%s: denominator %.9g, not %.9g",
+                  name.c_str(), denominator, weight);
+            weight = denominator;
+        }
+        const double divisor = !has_mean() ? 1.0 : (weight == 0 ? HUGE_VAL : weight);
+        const double got = double(result.scalars.at(0, 0)), want = value / divisor;
+        check(std::fabs(got - want) <= 1e-6 * size / divisor, "%s: loss %.9g, not %.9g", name.c_str(), got, want);
+    }
+};
+
+}  // namespace fused_losses_test

@@ -1,0 +1,376 @@
+// Runs the threads of a CUDA launch on the host, one at a time: each is a fiber that gives way where it has to wait for
+// others, in an order drawn from a seed. What is left out of a kernel, a barrier above all, then shows in its results.
+//
+// - Shared memory is thread_local memory of the program's one OS thread: its contents are exchanged when another block
+//   takes over, and are 0xff bytes, a NaN in every format, when a block begins.
+// - Blocks begin in random order, `resident` of them at a time; all of them in a cooperative launch.
+// - A launch that cannot go on, because threads wait for some that never come, or come to another place, aborts with a
+//   list of who waits where. So does one that spins for ever.
+//
+// Not emulated, so errors in it are not found: the memory model (every write is seen at once by all: no missing fence
+// shows), caches and alignment of accesses (but the sanitizers see those of vectors), lanes in lockstep, clusters and
+// distributed shared memory, asynchronous copies and TMA, tensor cores, textures, PTX, streams (a launch has ended when
+// it returns), fast approximate mathematics, out-of-bounds accesses within the static shared memory other than those
+// -fsanitize=bounds knows, limits of registers and of the grid. A spin loop must call __nanosleep or an atomic
+// function. The program must be linked dynamically, without other thread_local variables (clang: -shared-libsan).
+#pragma once
+
+#include <link.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <source_location>
+#include <string>
+#include <vector>
+
+struct uint3 {
+    unsigned x, y, z;
+};
+
+struct dim3 {
+    unsigned x, y, z;
+
+    constexpr dim3(unsigned size_x = 1, unsigned size_y = 1, unsigned size_z = 1) : x(size_x), y(size_y), z(size_z) {}
+};
+
+// As kernels see them.
+inline uint3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;
+inline constexpr int warpSize = 32;
+
+namespace cuda_emulation {
+
+using Location = std::source_location;
+
+// What tests choose.
+inline std::mt19937_64 random{1};
+inline unsigned resident = 1;              // blocks that run at the same time
+inline unsigned largest_grid = ~0u;        // a launch that asks for more blocks gets these: for loops over the grid
+inline constexpr int kYieldOneIn = 2;      // how often an atomic function lets others go first
+inline constexpr int kLongestStay = 14;    // another block takes over after 2^0 to 2^13 turns of threads
+inline constexpr int kReorderOneIn = 256;  // how often a warp or a thread is given another priority
+inline constexpr long kEndlessNaps = 300'000;
+
+inline bool one_in(unsigned n) { return random() % n == 0; }
+
+enum class State : std::uint8_t { kReady, kAtBarrier, kInWarp, kFinished };
+
+struct Thread {
+    ucontext_t context;
+    uint3 index;
+    int number, priority;
+    State state;
+    // Where and for whom it waits, what it brings, and what all lanes of the mask brought
+    const char* function;
+    Location where;
+    unsigned mask;
+    std::uint64_t brought, received[32];
+};
+
+// Who runs first: whoever comes; warps, or threads, by their priority, so that some run far ahead of others.
+enum class Order { kAny, kByWarp, kByThread };
+
+struct Block {
+    uint3 index;
+    Order order;
+    int lowest_priority = 0;
+    unsigned running = 0, at_barrier = 0;  // threads that have not finished; those of them that wait for all
+    std::vector<Thread> threads;
+    std::vector<Thread*> ready;
+    std::vector<unsigned char> shared;  // contents while another block runs
+};
+
+inline ucontext_t scheduler;
+inline Thread* current = nullptr;
+inline Block* current_block = nullptr;
+inline std::function<void()> kernel;
+inline long naps = 0;  // since something else happened
+inline long stay = 0;  // turns until another block takes over
+
+// ---- Messages ------------------------------------------------------------------------------------------------------
+
+inline std::string describe(const Thread& thread) {
+    if (thread.state == State::kFinished) return "have finished";
+    if (thread.state == State::kReady) return "are ready to run";
+    const std::string file = thread.where.file_name();
+    std::string text = std::string("wait in ") + thread.function + " at " + file.substr(file.rfind('/') + 1) + ":" +
+                       std::to_string(thread.where.line());
+    char mask[32];
+    std::snprintf(mask, sizeof mask, ", mask 0x%08x", thread.mask);
+    return thread.state == State::kInWarp ? text + mask : text;
+}
+
+[[noreturn]] inline void die(const std::string& what) {
+    std::fprintf(stderr, "CUDA emulation: %s\n", what.c_str());
+    if (current_block) {
+        std::fprintf(stderr, "block %u of %u:\n", current_block->index.x, gridDim.x);
+        std::map<std::string, std::vector<int>> groups;
+        for (const Thread& thread : current_block->threads) groups[describe(thread)].push_back(thread.number);
+        for (const auto& [text, members] : groups)
+            std::fprintf(stderr, "  %zu threads %s, first %d, last %d\n", members.size(), text.c_str(), members.front(),
+                         members.back());
+    }
+    std::abort();
+}
+
+// ---- Shared memory -------------------------------------------------------------------------------------------------
+
+struct Span {
+    void* data = nullptr;
+    std::size_t size = 0;
+};
+
+// The thread_local variables of the program itself, which come first in the list of loaded objects.
+inline Span shared_memory() {
+    Span found;
+    dl_iterate_phdr(
+        [](dl_phdr_info* info, std::size_t, void* result) {
+            for (int i = 0; i < info->dlpi_phnum; ++i)
+                if (info->dlpi_phdr[i].p_type == PT_TLS)
+                    *static_cast<Span*>(result) = {info->dlpi_tls_data, info->dlpi_phdr[i].p_memsz};
+            return 1;
+        },
+        &found);
+    return found;
+}
+
+inline void take_over(Block* next) {
+    if (next == current_block) return;
+    static const Span shared = shared_memory();
+    const auto* bytes = static_cast<const unsigned char*>(shared.data);
+    if (current_block) current_block->shared.assign(bytes, bytes + shared.size);
+    if (next->shared.empty()) next->shared.assign(shared.size, 0xff);
+    if (shared.size > 0) std::memcpy(shared.data, next->shared.data(), shared.size);
+    current_block = next;
+    blockIdx = next->index;
+}
+
+// ---- Waiting -------------------------------------------------------------------------------------------------------
+
+inline void make_ready(Thread& thread) {
+    thread.state = State::kReady;
+    current_block->ready.push_back(&thread);
+}
+
+inline void pause() { swapcontext(&current->context, &scheduler); }
+
+// Lets others go first.
+inline void yield() {
+    current->priority = --current_block->lowest_priority;
+    make_ready(*current);
+    pause();
+}
+
+// At an atomic function, where blocks may learn of each other: perhaps lets others go first, of another block even.
+inline void maybe_yield() {
+    if (!one_in(kYieldOneIn)) return;
+    if (one_in(2)) stay = 0;
+    yield();
+}
+
+inline void nap() {
+    if (++naps > kEndlessNaps) die("threads wait for ever in loops that call __nanosleep");
+    stay = 0;
+    yield();
+}
+
+inline void wait(State state, const char* function, unsigned mask, std::uint64_t brought, const Location& where) {
+    naps = 0;
+    current->state = state;
+    current->function = function;
+    current->where = where;
+    current->mask = mask;
+    current->brought = brought;
+}
+
+inline bool same_place(const Thread& a, const Thread& b) {
+    return std::strcmp(a.function, b.function) == 0 && a.where.line() == b.where.line() &&
+           a.where.column() == b.where.column() && std::strcmp(a.where.file_name(), b.where.file_name()) == 0;
+}
+
+// Opens the barrier if every thread that has not finished is there; each receives the number that brought non-zero.
+inline void open_barrier() {
+    Block& block = *current_block;
+    if (block.at_barrier < block.running) return;
+    const Thread* first = nullptr;
+    std::uint64_t count = 0;
+    for (const Thread& thread : block.threads) {
+        if (thread.state == State::kFinished) continue;
+        if (!first) first = &thread;
+        if (!same_place(*first, thread)) die("threads of a block meet at different barriers");
+        count += thread.brought != 0;
+    }
+    for (Thread& thread : block.threads) {
+        if (thread.state != State::kAtBarrier) continue;
+        thread.received[0] = count;
+        make_ready(thread);
+    }
+    block.at_barrier = 0;
+}
+
+inline unsigned wait_for_block(const char* function, bool predicate, const Location& where) {
+    wait(State::kAtBarrier, function, 0, predicate, where);
+    ++current_block->at_barrier;
+    open_barrier();
+    pause();
+    return static_cast<unsigned>(current->received[0]);
+}
+
+inline int lane() { return current->number % 32; }
+
+// Waits for the lanes of `mask` and returns what each of them brought.
+inline const std::uint64_t* exchange(const char* function, unsigned mask, std::uint64_t mine, const Location& where) {
+    Thread* const warp = current - lane();
+    wait(State::kInWarp, function, mask, mine, where);
+    if (!(mask >> lane() & 1)) die(std::string(function) + ": the mask lacks a lane that takes part");
+    const auto lanes = std::min<std::size_t>(32, &current_block->threads.back() - warp + 1);
+    if (lanes < 32 && mask >> lanes) die(std::string(function) + ": the mask has lanes that the block has not");
+    bool complete = true;
+    for (std::size_t i = 0; i < lanes && complete; ++i)
+        if (mask >> i & 1)
+            complete = warp[i].state == State::kInWarp && warp[i].mask == mask && same_place(warp[i], *current);
+    for (std::size_t to = 0; to < lanes && complete; ++to) {
+        if (!(mask >> to & 1)) continue;
+        for (std::size_t from = 0; from < lanes; ++from) warp[to].received[from] = warp[from].brought;
+        make_ready(warp[to]);
+    }
+    pause();
+    return current->received;
+}
+
+// ---- Launches ------------------------------------------------------------------------------------------------------
+
+constexpr std::size_t kStackSize = 64 * 1024, kPage = 4096;
+
+// Stack of one of the threads that can exist at the same time; the page below it is out of bounds.
+inline char* stack_of(std::size_t slot) {
+    static std::vector<char*> stacks;
+    while (stacks.size() <= slot) {
+        void* const memory = mmap(nullptr, kPage + kStackSize, PROT_READ | PROT_WRITE,
+                                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (memory == MAP_FAILED || mprotect(memory, kPage, PROT_NONE) != 0) die("no memory for a thread's stack");
+        stacks.push_back(static_cast<char*>(memory) + kPage);
+    }
+    return stacks[slot];
+}
+
+inline void run_thread() {
+    kernel();
+    naps = 0;
+    current->state = State::kFinished;
+    --current_block->running;
+    open_barrier();
+    pause();
+}
+
+inline void begin(Block& block, unsigned number, std::size_t slot) {
+    const unsigned count = blockDim.x * blockDim.y * blockDim.z;
+    block = Block{};
+    block.index = {number % gridDim.x, number / gridDim.x % gridDim.y, number / gridDim.x / gridDim.y};
+    block.order = Order(random() % 3);
+    block.running = count;
+    block.threads.resize(count);
+    std::vector<int> priority_of_warp(count / 32 + 1);
+    for (int& priority : priority_of_warp) priority = int(random() % 1000);
+    for (unsigned i = 0; i < count; ++i) {
+        Thread& thread = block.threads[i];
+        thread.number = int(i);
+        thread.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
+        thread.priority = block.order == Order::kByWarp ? priority_of_warp[i / 32] : int(random() % 1000);
+        thread.state = State::kReady;
+        getcontext(&thread.context);
+        thread.context.uc_stack.ss_sp = stack_of(slot * count + i);
+        thread.context.uc_stack.ss_size = kStackSize;
+        thread.context.uc_link = nullptr;
+        makecontext(&thread.context, run_thread, 0);
+        block.ready.push_back(&thread);
+    }
+}
+
+// Gives a random thread, or its warp, another priority.
+inline void reorder(Block& block) {
+    const std::size_t which = random() % block.threads.size();
+    const int priority = int(random() % 1000);
+    for (Thread& thread : block.threads) {
+        const bool chosen =
+            block.order == Order::kByWarp ? thread.number / 32 == int(which / 32) : thread.number == int(which);
+        if (chosen) thread.priority = priority;
+    }
+}
+
+inline Thread* next_thread(Block& block) {
+    std::size_t at = random() % block.ready.size();
+    if (block.order != Order::kAny) {
+        if (one_in(kReorderOneIn)) reorder(block);
+        for (std::size_t i = 0; i < block.ready.size(); ++i)
+            if (block.ready[i]->priority > block.ready[at]->priority) at = i;
+    }
+    std::swap(block.ready[at], block.ready.back());
+    Thread* const thread = block.ready.back();
+    block.ready.pop_back();
+    return thread;
+}
+
+// The block that runs next: for a while the same again, then any other that can go on.
+inline Block* next_block(std::vector<Block>& blocks) {
+    if (current_block && !current_block->ready.empty() && stay-- > 0) return current_block;
+    stay = 1l << random() % kLongestStay;
+    const std::size_t first = random() % blocks.size();
+    for (std::size_t i = 0; i < blocks.size(); ++i) {
+        Block& block = blocks[(first + i) % blocks.size()];
+        if (!block.ready.empty()) return &block;
+    }
+    return nullptr;
+}
+
+// Runs `body` as every thread of a grid.
+inline void launch(dim3 grid, dim3 block_size, bool cooperative, const std::function<void()>& body) {
+    if (current) die("a launch within a launch");
+    gridDim = dim3(std::min(grid.x, largest_grid), grid.y, grid.z);
+    blockDim = block_size;
+    kernel = body;
+    std::vector<unsigned> numbers(std::size_t(gridDim.x) * gridDim.y * gridDim.z);
+    if (numbers.empty() || block_size.x * block_size.y * block_size.z > 1024) die("a grid without blocks or too large");
+    std::iota(numbers.begin(), numbers.end(), 0u);
+    std::shuffle(numbers.begin(), numbers.end(), random);
+    const std::size_t at_once = cooperative ? numbers.size() : std::min<std::size_t>(resident, numbers.size());
+    std::vector<Block> blocks(at_once);
+    for (std::size_t slot = 0; slot < at_once; ++slot) {
+        begin(blocks[slot], numbers.back(), slot);
+        numbers.pop_back();
+    }
+    for (std::size_t alive = at_once; alive > 0;) {
+        Block* const next = next_block(blocks);
+        if (!next) {
+            for (Block& block : blocks)
+                if (block.running > 0) current_block = &block;
+            die("no thread can go on");
+        }
+        take_over(next);
+        current = next_thread(*next);
+        threadIdx = current->index;
+        swapcontext(&scheduler, &current->context);
+        if (next->running > 0) continue;
+        current_block = nullptr;  // its shared memory is worth nothing
+        if (numbers.empty()) {
+            --alive;
+        } else {
+            begin(*next, numbers.back(), std::size_t(next - blocks.data()));
+            numbers.pop_back();
+        }
+    }
+    current = nullptr;
+}
+
+}  // namespace cuda_emulation

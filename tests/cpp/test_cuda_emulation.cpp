@@ -1,0 +1,218 @@
+// The host emulation of CUDA launches itself: what it promises kernels, and that it stops those that go wrong. And the
+// pieces of the CUDA sources that plan launches: regimes, grids and the walk over a row by aligned vectors.
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <string>
+
+#include "check.h"
+#include "cuda/grid.cuh"
+#include "cuda/row_access.cuh"
+#include "guarded.h"
+#include "losses/registry.h"
+
+namespace fused_losses::cuda {
+extern __shared__ uint4 dynamic_shared[];
+}
+
+namespace {
+
+using namespace fused_losses;
+using namespace fused_losses::cuda;
+using namespace fused_losses_test;
+
+constexpr unsigned kAll = 0xffffffffu;
+
+// ---- What kernels may rely on --------------------------------------------------------------------------------------
+
+__global__ void use_warps(int* wrong) {
+    const int lane = threadIdx.x % 32;
+    const auto expect = [&](bool ok) { *wrong += !ok; };
+    expect(__shfl_down_sync(kAll, lane, 3) == (lane + 3 < 32 ? lane + 3 : lane));
+    expect(__shfl_down_sync(kAll, lane, 1, 8) == (lane % 8 < 7 ? lane + 1 : lane));
+    expect(__shfl_up_sync(kAll, lane, 5) == (lane >= 5 ? lane - 5 : lane));
+    expect(__shfl_xor_sync(kAll, 0.5 * lane, 16) == 0.5 * (lane ^ 16));
+    expect(__shfl_sync(kAll, lane, 7) == 7);
+    expect(__shfl_sync(kAll, lane, 2, 4) == lane / 4 * 4 + 2);
+    expect(__ballot_sync(kAll, lane % 2) == 0xaaaaaaaau);
+    expect(__any_sync(kAll, lane == 9) && !__all_sync(kAll, lane == 9) && __all_sync(kAll, 1));
+    expect(__match_any_sync(kAll, lane / 8) == 0xffu << lane / 8 * 8);
+    expect(__reduce_add_sync(kAll, lane) == 496 && __reduce_max_sync(kAll, lane) == 31);
+    if (lane < 5) expect(__shfl_sync(0x1fu, 10 * lane, 4) == 40);  // a part of the warp
+    __syncwarp();
+    int all = 1;
+    __match_all_sync(kAll, lane / 8, &all);
+    expect(!all);
+}
+
+__global__ void use_block(int* wrong, unsigned* total) {
+    __shared__ int turned[kBlock];
+    const int me = threadIdx.x;
+    *wrong += turned[me] != -1 || dynamic_shared[me].w != ~0u;  // 0xff at first
+    __syncthreads();
+    turned[kBlock - 1 - me] = me;
+    dynamic_shared[me].x = me;
+    __syncthreads();
+    *wrong += turned[me] != kBlock - 1 - me || dynamic_shared[kBlock - 1 - me].x != unsigned(kBlock - 1 - me);
+    *wrong += __syncthreads_count(me < 100) != 100 || !__syncthreads_or(me == 3) || __syncthreads_and(me == 3);
+    if (me >= 64) return;  // who has finished is not waited for
+    atomicAdd(total, 1u);
+    __syncthreads();
+    *wrong += *total < 64;
+}
+
+// Blocks add up numbers, the last one sums them.
+__global__ void use_tickets(unsigned* ticket, int* of_block, int* sum) {
+    if (threadIdx.x == 17) of_block[blockIdx.x] = 1 + blockIdx.x;
+    if (!arrives_last(ticket, gridDim.x) || threadIdx.x != 0) return;
+    for (unsigned b = 0; b < gridDim.x; ++b) *sum += __ldcg(of_block + b);
+}
+
+// Each block reads what another wrote before the barrier, and has its own shared memory.
+__global__ void use_grid(unsigned* arrived, int* of_block, int* wrong) {
+    __shared__ int mine;
+    if (threadIdx.x == 99) of_block[blockIdx.x] = mine = 7 * blockIdx.x;
+    wait_for_grid(arrived);
+    const unsigned other = (blockIdx.x + 1) % gridDim.x;
+    *wrong += of_block[other] != int(7 * other) || mine != int(7 * blockIdx.x);
+}
+
+void test_promises() {
+    int wrong = 0;
+    for (int run = 0; run < 20; ++run) {
+        cuda_emulation::resident = 1 + run % 4;
+        const unsigned blocks = 1 + run % 6;
+        launch(use_warps, blocks, nullptr, &wrong);
+        check(wrong == 0, "functions of warps: %d wrong results", wrong);
+        unsigned total = 0;
+        cudaLaunchConfig_t config = {};
+        config.gridDim = blocks, config.blockDim = kBlock, config.dynamicSmemBytes = kBlock * sizeof(uint4);
+        cudaLaunchKernelEx(&config, use_block, &wrong, &total);
+        check(wrong == 0 && total == 64 * blocks, "functions of blocks: %d wrong results", wrong);
+        unsigned ticket = 0;
+        int sum = 0, numbers[6], *of_block = numbers;
+        launch(use_tickets, blocks, nullptr, &ticket, of_block, &sum);
+        check(sum == int(blocks * (blocks + 1) / 2), "tickets: sum %d of %u blocks", sum, blocks);
+        unsigned arrived = 0;
+        launch_cooperative(use_grid, 100, nullptr, &arrived, of_block, &wrong);
+        check(wrong == 0 && arrived == 6, "grid barrier: %d wrong results, %u blocks", wrong, arrived);
+    }
+}
+
+// ---- What is stopped -----------------------------------------------------------------------------------------------
+
+__global__ void diverged_shuffle(int*) {
+    if (threadIdx.x % 32 != 4) __shfl_down_sync(kAll, 1, 1);
+}
+__global__ void foreign_lane(int*) { __shfl_sync(threadIdx.x % 32 < 16 ? 0xffffu : 0xffff0000u, 1, 3); }
+__global__ void two_barriers(int*) {
+    if (threadIdx.x < 32)
+        __syncthreads();
+    else
+        __syncthreads();
+}
+__global__ void barrier_or_shuffle(int*) {
+    if (threadIdx.x < 7)
+        __syncthreads();
+    else
+        __shfl_xor_sync(kAll, 1, 1);
+}
+__global__ void endless(int* wrong) {
+    while (atomicAdd(wrong, 0) == 0) __nanosleep(1);
+}
+
+// The launch ends its process with a message that holds `text`.
+void expect_death(void (*kernel)(int*), const std::string& text) {
+    int ends[2];
+    if (!check(pipe(ends) == 0, "no pipe")) return;
+    std::fflush(nullptr);
+    const pid_t child = fork();
+    if (child == 0) {
+        dup2(ends[1], STDERR_FILENO);
+        signal(SIGABRT, SIG_DFL);
+        int wrong = 0;
+        launch(kernel, 2, nullptr, &wrong);
+        _exit(0);
+    }
+    close(ends[1]);
+    std::string message;
+    char part[4096];
+    for (ssize_t size; (size = read(ends[0], part, sizeof part)) > 0;) message.append(part, std::size_t(size));
+    close(ends[0]);
+    int status = 0;
+    waitpid(child, &status, 0);
+    check(!WIFEXITED(status) || WEXITSTATUS(status) != 0, "a launch that should die ended well: %s", text.c_str());
+    check(message.find(text) != std::string::npos, "not the message '%s': %s", text.c_str(), message.c_str());
+}
+
+void test_deaths() {
+    expect_death(diverged_shuffle, "no thread can go on");
+    expect_death(foreign_lane, "reads from a lane that is not in the mask");
+    expect_death(two_barriers, "threads of a block meet at different barriers");
+    expect_death(barrier_or_shuffle, "wait in __syncthreads at test_cuda_emulation.cpp");
+    expect_death(endless, "wait for ever");
+}
+
+// ---- Planning of launches ------------------------------------------------------------------------------------------
+
+// Every class is visited by one thread, once, and vectors are aligned.
+template <int kThreads, class Stored>
+void test_walk() {
+    std::vector<uint4> memory(400);
+    constexpr int n = kVector<Stored>;
+    for (int shift = 0; shift < n; ++shift) {
+        for (const int classes : {1, 2, n - 1, n, n + 1, 2 * n - 1, 2 * n + 3, 100, 101, 333}) {
+            const Stored* const row = reinterpret_cast<const Stored*>(memory.data()) + shift;
+            for (const bool vectors : {false, true}) {
+                std::vector<int> visits(classes + 1);
+                int singles = 0;
+                bool aligned = true;
+                for (int lane = 0; lane < kThreads; ++lane)
+                    walk_classes<kThreads>(row, classes, vectors, lane, [&]<int kCount>(Count<kCount>, int c) {
+                        for (int k = 0; k < kCount; ++k) ++visits[std::min(c + k, classes)];
+                        aligned &= kCount == 1 || misalignment(row + c) == 0;
+                        singles += kCount == 1;
+                    });
+                bool once = visits[classes] == 0;
+                for (int c = 0; c < classes; ++c) once &= visits[c] == 1;
+                check(once, "%d threads, %d classes, shift %d: not every class once", kThreads, classes, shift);
+                check(aligned, "%d threads, %d classes, shift %d: a vector is not aligned", kThreads, classes, shift);
+                check(!vectors || singles <= 2 * (n - 1), "%d threads, %d classes, shift %d: %d classes one by one",
+                      kThreads, classes, shift, singles);
+            }
+        }
+    }
+}
+
+void test_planning() {
+    RowProblem p;
+    const auto regime = [&](std::int64_t outer, std::int64_t inner, std::int64_t classes, bool pixels) {
+        p.outer = outer, p.inner = inner, p.num_classes = classes;
+        p.logits_class_stride = pixels ? inner : 1;
+        p.logits_stride = {inner * classes, pixels ? 1 : classes};
+        return regime_of(p);
+    };
+    check(regime(1, 100000, 10, false) == Regime::kThread, "few classes: a thread for each row");
+    check(regime(1, 4096, 1000, false) == Regime::kWarp, "1000 classes: a warp for each row");
+    check(regime(1, 64, 21841, false) == Regime::kBlock, "21841 classes: a block for each row");
+    check(regime(8, 512 * 512, 150, true) == Regime::kThread, "pixels: a thread for each");
+    check(regime(2, 1, 150, true) == Regime::kWarp, "one pixel an image: as rows");
+    check(regime(1, 7, 150, true) == Regime::kWarp, "fewer pixels than classes: as rows");
+    check(blocks_for(0, 8) == 0 && blocks_for(1, 8) == 1 && blocks_for(8, 8) == 1 && blocks_for(9, 8) == 2,
+          "blocks for few rows");
+    check(blocks_for(std::int64_t(1) << 40, 8) == 0x7fffffff, "more rows than the largest grid");
+    test_walk<32, double>();
+    test_walk<32, float>();
+    test_walk<32, Half>();
+    test_walk<kBlock, BFloat16>();
+}
+
+}  // namespace
+
+int main() {
+    test_promises();
+    test_deaths();
+    test_planning();
+    return report("CUDA emulation");
+}

@@ -1,0 +1,65 @@
+// The CUDA kernels of the row losses and of their reduction, run on the host by cuda_emulation, against naive_losses.h:
+// every loss and parameter set in every regime, and layouts, dtypes and odd numbers of classes with options drawn at
+// random. First argument: one case in so many; the others: seeds of their choice and of the order in which threads run.
+#include <cstdlib>
+
+#include "cuda_case.h"
+
+namespace {
+
+using namespace fused_losses_test;
+
+void test_case(Dtype dtype, const Shape& shape, int loss, const Params& params, Random& random, bool isolation) {
+    const std::string name = describe(shape, dtype, loss);
+    visit_dtype(dtype, [&]<class Stored>() {
+        CudaCase<Stored> problem(shape, loss, params, random);
+        isolation ? problem.test_isolation(name) : problem.test(name);
+    });
+}
+
+// A thread, a warp and a block work on a row; pixels side by side are read by neighbouring threads.
+void test_losses(int thinning, Random& random) {
+    const Shape shapes[] = {{Kind::kRows, 1, 37, 11},
+                            {Kind::kRows, 1, 11, 65},
+                            {Kind::kPaddedRows, 1, 2, 1030},
+                            {Kind::kPixels, 2, 33, 21}};
+    for (int loss = 0; loss < AllLosses::size; ++loss)
+        for (const Params& params : naive_loss(loss_names()[loss]).params)
+            for (const Dtype dtype : kDtypes)
+                for (const Shape& shape : shapes)
+                    if (random.one_in(thinning)) test_case(dtype, shape, loss, params, random, false);
+}
+
+int any_loss(Random& random, std::int64_t classes) {
+    int loss = 0;
+    do loss = random.one_in(4) ? 0 : random.below(AllLosses::size);
+    while (classes < 2 && needs_two_classes(loss_names()[loss]));
+    return loss;
+}
+
+void test_shapes(int thinning, Random& random) {
+    for (const Dtype dtype : kDtypes)
+        for (const int classes : {1, 2, 5, 8, 16, 17, 31, 33, 100, 129, 1001, 1024, 1027, 2049})
+            for (const int rows : {0, 1, 9, 300})
+                for (int kind = 0; kind < kKinds; ++kind) {
+                    if (rows * classes > 10000 || !random.one_in(thinning)) continue;
+                    const int loss = any_loss(random, classes);
+                    const std::vector<Params>& sets = naive_loss(loss_names()[loss]).params;
+                    const bool images = kind >= int(Kind::kPixels) || random.one_in(4);
+                    const Shape shape{Kind(kind), images && rows > 1 ? 2 : 1, rows, classes};
+                    test_case(dtype, shape, loss, sets[random.below(int(sets.size()))], random, random.one_in(5));
+                }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    const int thinning = argc > 1 ? std::max(1, std::atoi(argv[1])) : 1;
+    for (int k = 2; k < argc; ++k) {
+        Random random(std::strtoull(argv[k], nullptr, 10));
+        cuda_emulation::random.seed(random.bits());
+        test_losses(thinning, random);
+        test_shapes(thinning, random);
+    }
+    return report("CUDA row kernels");
+}
