@@ -70,3 +70,20 @@ def test_rows_beyond_32_bit_offsets(name, classes):
     loss, expected = (fl.LOSSES[name].function(x, target, reduction="sum") for x in (far, near))
     assert torch.equal(loss, expected)
     assert torch.equal(*(torch.autograd.grad(value, x)[0] for value, x in ((loss, far), (expected, near))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["cross_entropy", "hem", "nfl"])
+def test_every_backward_of_a_kept_graph_has_a_gradient_of_its_own(name, dtype, device):
+    torch.manual_seed(0)
+    logits = torch.randn(50, 7, device=device).to(dtype).requires_grad_()
+    target = torch.randint(0, 7, (50,), device=device)
+    loss = fl.LOSSES[name].function(logits, target, reduction="mean")
+    plain = fl.LOSSES[name].reference(logits, target, reduction="mean")
+    grads = []
+    for upstream in (0.5, 1.0, 3.0):
+        above = torch.tensor(upstream, device=device)
+        grads.append(torch.autograd.grad(loss, logits, above, retain_graph=True)[0])
+    for upstream, grad in zip((0.5, 1.0, 3.0), grads, strict=True):
+        (expected,) = torch.autograd.grad(plain * upstream, logits, retain_graph=True)
+        torch.testing.assert_close(grad, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-7)

@@ -112,7 +112,7 @@ void forward(RowProblem& p, const at::Tensor& loss, const at::Tensor& denominato
     std::vector<TileSums> sums(tiling.tiles);
     at::parallel_for(0, tiling.tiles, grain_size(p, tiling),
                      [&](std::int64_t begin, std::int64_t end) { kernels().forward(p, begin, end, sums.data()); });
-    if (p.reduction == Reduction::kNone) return;
+    if (!loss.defined() || p.reduction == Reduction::kNone) return;
     TileSums total;
     for (const TileSums& sum : sums) total.value += sum.value, total.weight += sum.weight;
     if (p.reduction == Reduction::kActiveMean) {

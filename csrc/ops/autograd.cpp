@@ -7,7 +7,6 @@
 #include <ATen/Functions.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -41,13 +40,6 @@ struct Scalars : torch::CustomClassHolder {
     const std::string reduction;
 };
 
-// Whether the tensor's memory is there, not traced or wrapped.
-bool is_plain(const Tensor& t) {
-    const auto wrapped = c10::DispatchKeySet(
-        {c10::DispatchKey::Python, c10::DispatchKey::Functionalize, c10::DispatchKey::FuncTorchBatched});
-    return !t.key_set().has_any(wrapped) && !c10::impl::TorchDispatchModeTLS::any_modes_set();
-}
-
 bool is_one(const Tensor& t) {
     if (!t.is_cpu() || !is_plain(t)) return false;
     return t.scalar_type() == at::kDouble ? *t.const_data_ptr<double>() == 1.0 : *t.const_data_ptr<float>() == 1.0f;
@@ -75,10 +67,11 @@ public:
         static const RowLossWithStats with_stats("fused_losses::row_loss_with_stats");
         if (forward_writes_gradient(args)) {
             auto [loss, grad] = with_grad(args);
-            save_row_loss(ctx, args, args.target, {grad});
+            save_row_loss(ctx, args, args.target, {});
+            ctx->saved_data[kGradient] = grad;
             return loss;
         }
-        if (forward_may_write_gradient(args) && args.logits.is_cuda() && is_plain(args.logits)) {
+        if (forward_may_write_gradient(args) && args.logits.is_cuda()) {
             static const Operator<std::tuple<Tensor, Tensor, Tensor, Tensor>> with_both(
                 "fused_losses::row_loss_with_stats_and_grad");
             auto [loss, stats, denominator, grad] = with_both(args);
@@ -145,20 +138,25 @@ Tensor row_loss_gradient(AutogradContext* ctx, const Tensor& grad_loss) {
                            scalars->ignore_index,
                            scalars->reduction};
     if (at::GradMode::is_enabled()) return differentiable_gradient(grad_loss, args);
-    const bool gradient_is_written = saved.size() == 7;
-    if (gradient_is_written) return is_one(grad_loss) ? saved[6] : at::mul(saved[6], grad_loss);
+    const bool has_stats = saved.size() > 6;
+    const Tensor stats = has_stats ? saved[6] : at::empty({0}, grad_loss.options());
+    const Tensor denominator = has_stats ? saved[7] : stats;
     // The first backward completes the gradient in place and gives it away; later ones compute a new one.
     if (const auto written = ctx->saved_data.find(kGradient); written != ctx->saved_data.end()) {
-        static const Operator<void, const Tensor&, const Tensor&, const Tensor&, const Tensor&> complete(
-            "fused_losses::row_loss_backward_");
         const Tensor grad = written->second.toTensor();
         ctx->saved_data.erase(written);
-        complete(grad_loss, saved[6], saved[7], grad, args);
-        return grad;
+        if (grad.is_cuda()) {
+            static const Operator<void, const Tensor&, const Tensor&, const Tensor&, const Tensor&> complete(
+                "fused_losses::row_loss_backward_");
+            complete(grad_loss, stats, denominator, grad, args);
+            return grad;
+        }
+        if (is_one(grad_loss)) return grad;
+        if (grad.scalar_type() != at::kBFloat16) return grad.mul_(grad_loss);  // it would be rounded twice
     }
     static const Operator<Tensor, const Tensor&, const Tensor&, const Tensor&> recompute(
         "fused_losses::row_loss_backward");
-    return recompute(grad_loss, saved[6], saved[7], args);
+    return recompute(grad_loss, stats, denominator, args);
 }
 
 TORCH_LIBRARY_IMPL(fused_losses, Autograd, m) {

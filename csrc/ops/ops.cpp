@@ -30,7 +30,7 @@ TORCH_LIBRARY(fused_losses, m) {
     // means) or empty.
     def("row_loss_with_stats", "", "(Tensor loss, Tensor stats, Tensor denominator)");
 
-    // Its backward, from the logits and stats.
+    // Its backward, from the logits and stats. On the CPU both may be empty: then it starts from the logits alone.
     def("row_loss_backward", "Tensor grad_loss, Tensor stats, Tensor denominator, ", "Tensor");
 
     // The two of them on CUDA, without tracing: forward writes the gradient for upstream gradient 1, and for the

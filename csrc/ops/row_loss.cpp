@@ -195,8 +195,11 @@ struct OnDevice {
             const RowLossArgs args{a...};
             RowLossCall call(args, /*with_grad=*/true, &grad_loss);
             call.problem.stats = const_cast<void*>(stats.const_data_ptr());
-            if (call.divides()) call.problem.denominator = denominator.const_data_ptr();
-            backend().gradient(call.problem);
+            if (call.divides() && denominator.numel() > 0) call.problem.denominator = denominator.const_data_ptr();
+            if (!call.problem.stats && call.problem.rows() > 0)
+                backend().forward(call.problem, {}, {});  // it kept nothing (CPU) and is run again
+            else
+                backend().gradient(call.problem);
             return call.finished_grad();
         }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <string>
@@ -44,10 +45,19 @@ using RowLossWithStats = Operator<std::tuple<Tensor, Tensor, Tensor>>;
 // The value by plain differentiable operations.
 Tensor row_loss_by_reference(const RowLossArgs& args);
 
+// Whether the tensor's memory is there, not traced or wrapped.
+inline bool is_plain(const Tensor& t) {
+    const auto wrapped = c10::DispatchKeySet(
+        {c10::DispatchKey::Python, c10::DispatchKey::Functionalize, c10::DispatchKey::FuncTorchBatched});
+    return !t.key_set().has_any(wrapped) && !c10::impl::TorchDispatchModeTLS::any_modes_set();
+}
+
 // float16 cannot hold a gradient divided by the batch size before the loss scale of mixed precision has multiplied it,
-// and a mean over active rows does not know the denominator before all rows are read.
+// and a mean over active rows does not know the denominator before all rows are read. A traced backward must not depend
+// on whether it is the first.
 inline bool forward_may_write_gradient(const RowLossArgs& args) {
-    return (args.reduction == "mean" || args.reduction == "sum") && args.logits.scalar_type() != at::kHalf;
+    return (args.reduction == "mean" || args.reduction == "sum") && args.logits.scalar_type() != at::kHalf &&
+           is_plain(args.logits);
 }
 
 // Whether what forward writes is the gradient for an upstream gradient of 1. On CUDA it may turn out not to be.
@@ -63,8 +73,8 @@ inline bool needs_reference(const RowLossArgs& args) {
     return is_differentiated(args.target);
 }
 
-// Saves what backward needs. Either `more` is the gradient for an upstream gradient of 1, or stats and denominator. The
-// rows are those of `target`, which may differ from args.target.
+// Saves what backward needs; `more`: stats and denominator, or nothing. The rows are those of `target`, which may
+// differ from args.target.
 void save_row_loss(torch::autograd::AutogradContext* ctx, const RowLossArgs& args, const Tensor& target,
                    torch::autograd::variable_list more);
 
