@@ -8,11 +8,13 @@
 // so forward and backward, on the CPU and on CUDA, need one `eval` per row and one loop over the classes that knows no
 // loss. A loss is a struct with
 //
-//     static constexpr const char* name;      its stem in the Python registry
-//     static constexpr int num_params;        how many entries of `params` it reads
-//     static Spread spread(const double*)     the u_j, if eval reads sum_neg_log_p (costs a multiply-add per logit)
+//     static constexpr const char* name;               its stem in the Python registry
+//     static constexpr int num_params;                 how many entries of `params` it reads
+//     static constexpr Spread spread(const double*)    the u_j, if eval reads sum_neg_log_p (a multiply-add per logit)
 //     template <class T> static AffineRow<T> eval(SoftmaxRow<T>, const T* params)
 #pragma once
+
+#include <type_traits>
 
 #include "core/host_device.h"
 #include "core/row_problem.h"
@@ -47,7 +49,7 @@ struct OfTarget {
     static constexpr const char* name = Loss::name;
     static constexpr int num_params = Loss::num_params;
 
-    static Spread spread(const double*) { return Spread::kNone; }
+    static constexpr Spread spread(const double*) { return Spread::kNone; }
 
     template <class T>
     FL_HD static AffineRow<T> eval(const SoftmaxRow<T>& row, const T* params) {
@@ -56,6 +58,16 @@ struct OfTarget {
         return {row.class_weight * phi.value, -slope, slope, T(0)};
     }
 };
+
+// Whether the loss may come with (kSpread) or without u_j, as far as that does not depend on its parameters.
+template <class Loss>
+concept FixedSpread = requires { typename std::integral_constant<Spread, Loss::spread(nullptr)>; };
+
+template <class Loss, bool kSpread>
+constexpr bool may_have_spread() {
+    if constexpr (FixedSpread<Loss>) return (Loss::spread(nullptr) != Spread::kNone) == kSpread;
+    return true;
+}
 
 template <class... Losses>
 struct TypeList {

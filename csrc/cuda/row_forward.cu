@@ -11,11 +11,14 @@ namespace fused_losses::cuda {
 namespace {
 
 // The loss is a uniform branch: kernels are compiled once per dtype, not once per loss.
-template <class A>
+template <bool kSpread, class A>
 FL_DEVICE AffineRow<A> evaluate(const RowArgs<A>& args, const SoftmaxRow<A>& row) {
-    if (args.problem.spread == Spread::kSoftTarget) return SoftCrossEntropy::eval(row, args.params);
+    if constexpr (kSpread)
+        if (args.problem.spread == Spread::kSoftTarget) return SoftCrossEntropy::eval(row, args.params);
     AffineRow<A> affine{};
-    visit_loss(SoftmaxLosses{}, args.problem.loss, [&]<class Loss>() { affine = Loss::eval(row, args.params); });
+    visit_loss(SoftmaxLosses{}, args.problem.loss, [&]<class Loss>() {
+        if constexpr (may_have_spread<Loss, kSpread>()) affine = Loss::eval(row, args.params);
+    });
     return affine;
 }
 
@@ -57,7 +60,7 @@ struct RowEnd {
         softmax.sum_u = kSpread ? state.sum_u : A(0);
         softmax.class_weight = class_weight_of<A>(p, target);
         softmax.num_classes = A(p.num_classes);
-        const AffineRow<A> affine = evaluate(args, softmax);
+        const AffineRow<A> affine = evaluate<kSpread>(args, softmax);
         const A sample_weight = sample_weight_of<A>(p, row);
         Coefficients<A> coefficients{state.max, affine.alpha / state.sum, affine.beta, affine.gamma};
         if (records) {

@@ -12,7 +12,9 @@ struct CrossEntropy {
     static constexpr const char* name = "cross_entropy";
     static constexpr int num_params = 1;
 
-    static Spread spread(const double* params) { return params[0] == 0.0 ? Spread::kNone : Spread::kClassWeights; }
+    static constexpr Spread spread(const double* params) {
+        return params[0] == 0.0 ? Spread::kNone : Spread::kClassWeights;
+    }
 
     template <class T>
     FL_HD static AffineRow<T> eval(const SoftmaxRow<T>& row, const T* params) {

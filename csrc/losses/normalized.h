@@ -23,7 +23,7 @@ struct NCE {
     static constexpr const char* name = "nce";
     static constexpr int num_params = 0;
 
-    static Spread spread(const double*) { return Spread::kOnes; }
+    static constexpr Spread spread(const double*) { return Spread::kOnes; }
 
     template <class T>
     FL_HD static AffineRow<T> eval(const SoftmaxRow<T>& row, const T*) {
@@ -37,7 +37,7 @@ template <class Passive>
 struct NCEAnd {
     static constexpr int num_params = 2 + Passive::num_params;
 
-    static Spread spread(const double*) { return Spread::kOnes; }
+    static constexpr Spread spread(const double*) { return Spread::kOnes; }
 
     template <class T>
     FL_HD static AffineRow<T> eval(const SoftmaxRow<T>& row, const T* params) {

@@ -80,8 +80,7 @@ private:
     // Another grid adds in another order, and so gives another loss.
     cudaError_t forward(const RowProblem& q, Result& result, bool any_grid) {
         shuffle_launches(any_grid);
-        const cuda::LossOutput out =
-            q.reduction == Reduction::kNone ? cuda::LossOutput{} : result.output(has_mean());
+        const cuda::LossOutput out = q.reduction == Reduction::kNone ? cuda::LossOutput{} : result.output(has_mean());
         return is_pass_loss(q.loss) ? cuda::enqueue_pass_forward(q, out, nullptr)
                                     : cuda::enqueue_forward(q, out, nullptr);
     }
