@@ -81,7 +81,7 @@ sanitizer() {
         echo "== sanitizer: skipped, compute-sanitizer is not on PATH"
         return 0
     fi
-    for tool in memcheck racecheck synccheck; do  # PyTorch's caching allocator would hide overruns between its blocks
+    for tool in memcheck racecheck synccheck initcheck; do  # PyTorch's caching allocator would hide overruns between its blocks
         step "sanitizer.$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
             compute-sanitizer --tool "$tool" --error-exitcode 1 "$PYTHON" benchmarks/gpu_smoke.py --quick
     done
