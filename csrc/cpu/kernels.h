@@ -13,6 +13,7 @@ inline namespace FL_ISA {
 // each tile's partial sum is added in tile order: the same bits for any number of threads.
 struct Tiling {
     static constexpr int kLanes = 64;
+    static constexpr int kFewClasses = 32;
     static constexpr std::int64_t kMaxLaneClasses = 8192;   // a lane tile of floats then fills 2 MiB
     static constexpr std::int64_t kRowTileElements = 4096;  // 16 KiB of floats: exponentials stay in L1
 
@@ -20,7 +21,7 @@ struct Tiling {
     std::int64_t tile_rows, tiles_per_outer, tiles;
 
     explicit Tiling(const RowProblem& p) {
-        const bool few = p.num_classes <= 32;
+        const bool few = p.num_classes <= kFewClasses;
         const bool pixels = p.logits_class_stride != 1 && p.inner > 1 && p.num_classes <= kMaxLaneClasses;
         lanes = few || pixels;
         const std::int64_t fitting = kRowTileElements / std::max<std::int64_t>(p.num_classes, 1);

@@ -99,7 +99,7 @@ private:
         const V top = V::load(rows.max + b);
         V sum = A(0);
         for (std::int64_t c = 0; c < classes; ++c) {
-            const V e = math::exp(V::load(x + c * kWidth) - top);
+            const V e = math::exp_not_positive(V::load(x + c * kWidth) - top);
             e.store(x + c * kWidth);
             sum += e;
         }
@@ -117,8 +117,15 @@ private:
             g.store(x + c * kWidth);
         }
         const int count = std::min(kWidth, n - b);
-        for (int i = 0; i < count && p.target; ++i) x[rows.target[b + i] * kWidth + i] += rows.beta[b + i];
         Block::store_gradient(p, outer, first + b, count, x);
+        // The target's own term, added before rounding to the stored type: here and not in the block, where a vector
+        // read right after a single number was written waits for the write.
+        Stored* const grad = static_cast<Stored*>(p.grad) + p.grad_stride.at(outer, first + b);
+        for (int i = 0; i < count && p.target; ++i) {
+            const std::int64_t y = rows.target[b + i];
+            grad[i * p.grad_stride.inner + y * p.grad_class_stride] =
+                narrow<Stored>(x[y * kWidth + i] + rows.beta[b + i]);
+        }
     }
 
     const RowProblem& p;

@@ -56,7 +56,7 @@ public:
     // Writes the scratch as the gradient of the loaded rows.
     void store_gradient(std::int64_t outer, std::int64_t first, int at, int count) {
         for (int i = 0; i < count && lanes && rows.any_ignored; ++i)
-            for (std::int64_t c = 0; c < p.num_classes && rows.ignored[at + i]; ++c) x()[c * V::size + i] = A(0);
+            for (std::int64_t c = 0; c < p.num_classes && rows.ignored(at + i); ++c) x()[c * V::size + i] = A(0);
         with_stored<A>(p, [&]<class Stored>() {
             if (lanes) return LaneBlock<Stored>::store_gradient(p, outer, first + at, count, x());
             Stored* const grad = RowBuffer<Stored>::gradient(p, outer, first + at);
@@ -79,7 +79,7 @@ public:
         values.store(lane);
         A* const out = static_cast<A*>(p.row_values);
         for (int i = 0; i < count; ++i) {
-            const bool ignored = rows.ignored[at + i];
+            const bool ignored = rows.ignored(at + i);
             const A weighted = ignored ? A(0) : rows.sample_weight[at + i] * rows.class_weight[at + i] * lane[i];
             if (out) out[outer * p.inner + first + at + i] = weighted;
             sums.value += weighted;

@@ -44,7 +44,7 @@ private:
         view.rows.begin(p, outer, first, n);
         const int step = view.lanes ? V::size : 1;
         for (int at = 0; at < n; at += step) {
-            if (!view.lanes && view.rows.ignored[at]) {
+            if (!view.lanes && view.rows.ignored(at)) {
                 view.skip(outer, first + at, states);
                 continue;
             }
