@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
 #include "ops/backend.h"
 
@@ -140,6 +141,7 @@ void write_scalar(const at::Tensor& out, double value) {
 
 void forward(RowProblem& p, const at::Tensor& loss, const at::Tensor& denominator) {
     const double weight = check_targets(p);
+    prefer_huge_pages(p);
     const float weight_float = static_cast<float>(weight);
     if (denominator.defined()) write_scalar(denominator, weight);
     if (p.reduction == Reduction::kMean)
@@ -161,6 +163,7 @@ void forward(RowProblem& p, const at::Tensor& loss, const at::Tensor& denominato
 }
 
 void gradient(const RowProblem& p) {
+    prefer_huge_pages(p);
     const Tiling tiling(p);
     at::parallel_for(0, tiling.tiles, grain_size(p, tiling),
                      [&](std::int64_t begin, std::int64_t end) { kernels().gradient(p, begin, end); });

@@ -31,7 +31,7 @@ void run(const RowProblem& p, std::int64_t begin, std::int64_t end, Body body) {
             for_tiles(p, tiling, begin, end, kernel, body);
         });
     } else if (tiling.lanes) {
-        LaneTile<Stored> kernel(p);
+        LaneTile<Stored> kernel(p, tiling.tile_rows);
         for_tiles(p, tiling, begin, end, kernel, body);
     } else {
         RowTile<Stored> kernel(p, tiling.tile_rows);

@@ -46,9 +46,9 @@ public:
                 if (p.spread == Spread::kSoftTarget) load_soft_target(outer, first + i, i);
                 rows.target_logit[i] = p.target ? x[rows.target[i]] + rows.bias : A(0);
                 if (rows.bias != A(0))
-                    exp_sum<true>(x, i, e);
+                    exp_sum<true>(x, i, e, outer, first + i + 1);
                 else
-                    exp_sum<false>(x, i, e);
+                    exp_sum<false>(x, i, e, outer, first + i + 1);
             }
             write_gradient(outer, first + i, i);
         }
@@ -101,15 +101,20 @@ private:
         rows.max[i] = max(max(top[0], top[1]), max(top[2], top[3])).max();
         if (p.spread == Spread::kSoftTarget) load_soft_target(outer, row, i);
         if (p.spread != Spread::kNone) sum_spread<kBiased>(x, i);
-        rows.sum[i] = exp_sum<kBiased>(x, i, e);
+        rows.sum[i] = exp_sum<kBiased>(x, i, e, outer, row + 1);
     }
 
-    // sum exp(x - max); the terms go to e unless it is null.
+    // sum exp(x - max); the terms go to e unless it is null. Computing them takes longer than their memory: time to
+    // fetch the next row's (a prefetch may point anywhere).
     template <bool kBiased>
-    A exp_sum(const A* x, int i, A* e) const {
+    A exp_sum(const A* x, int i, A* e, std::int64_t outer, std::int64_t next_row) const {
+        const Stored* const next_logits = as<Stored>(p.logits) + p.logits_stride.at(outer, next_row);
+        Stored* const next_grad = p.grad ? Buffer::gradient(p, outer, next_row) : nullptr;
         const V top = rows.max[i];
         V sum = A(0);
         for_vectors<A>(classes, [&](std::int64_t c, auto count) {
+            __builtin_prefetch(next_logits + c, /*for writing=*/0);
+            if (next_grad) __builtin_prefetch(next_grad + c, /*for writing=*/1);
             const V term = math::exp_not_positive(biased<kBiased>(x, c, count, i) - top);
             if (e) store(e + c, term, count);
             sum += term;

@@ -22,7 +22,7 @@ const A* as(const void* pointer) {
 template <class A>
 struct alignas(64) TileRows {
     using V = Vec<A>;
-    static constexpr int kMax = Tiling::kLanes;
+    static constexpr int kMax = Tiling::kPixels;
     static constexpr int kGranule = 16;  // rows are padded to a multiple, whole vectors on every instruction set
 
     // Arrays first: each starts at a whole vector.

@@ -11,6 +11,7 @@
 #pragma GCC diagnostic pop
 #endif
 
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -75,9 +76,12 @@ struct Vec {
 
     // 0, 1, 2, ...
     FL_HD static Vec iota() {
-        Vec x;
-        for (int i = 0; i < size; ++i) x.v[i] = A(i);
-        return x;
+        alignas(kVectorBytes) static constexpr auto numbers = [] {
+            std::array<A, size> n{};
+            for (int i = 0; i < size; ++i) n[i] = A(i);
+            return n;
+        }();
+        return load(numbers.data());
     }
 
     friend FL_HD Vec operator+(Vec a, Vec b) { return Vec(a.v + b.v); }
@@ -103,20 +107,28 @@ struct Vec {
 
 private:
     // By halves, so that the order does not depend on the compiler.
-    template <class Combine>
+    template <class Combine, int half = size / 2>
     FL_HD static A fold(Float x, Combine combine) {
-        for (int half = size / 2; half > 0; half /= 2) {
-            typename Native<A>::Int partner;
-            for (int i = 0; i < size; ++i) partner[i] = i ^ half;
-            x = combine(x, permute(x, partner));
-        }
-        return x[0];
+        if constexpr (half == 0)
+            return x[0];
+        else
+            return fold<Combine, half / 2>(combine(x, swap<half>(x)), combine);
     }
 
-    FL_HD static Float permute(Float x, typename Native<A>::Int index) {
+    // Element i comes from i ^ distance.
+    template <int distance>
+    FL_HD static Float swap(Float x) {
+        using Index = std::conditional_t<sizeof(A) == 4, std::int32_t, std::int64_t>;
+        alignas(kVectorBytes) static constexpr auto partner = [] {
+            std::array<Index, size> n{};
+            for (int i = 0; i < size; ++i) n[i] = i ^ distance;
+            return n;
+        }();
+        typename Native<A>::Int index;
+        std::memcpy(&index, partner.data(), sizeof(index));
 #if defined(__clang__)
         Float y;
-        for (int i = 0; i < size; ++i) y[i] = x[index[i]];
+        for (int i = 0; i < size; ++i) y[i] = x[partner[i]];
         return y;
 #else
         return __builtin_shuffle(x, index);
@@ -165,9 +177,14 @@ FL_HD Vec<float> load(const Half16* from) {
 }
 
 template <class Half16>
-FL_HD void store(Half16* to, Vec<float> x) {
+FL_HD Native<float>::Half narrowed(Vec<float> x) {
     static_assert(sizeof(Half16) == 2);
-    const auto bits = __builtin_convertvector(narrow_bits<Half16>(x), Native<float>::Half);
+    return __builtin_convertvector(narrow_bits<Half16>(x), Native<float>::Half);
+}
+
+template <class Half16>
+FL_HD void store(Half16* to, Vec<float> x) {
+    const auto bits = narrowed<Half16>(x);
     std::memcpy(to, &bits, sizeof(bits));
 }
 
@@ -209,6 +226,34 @@ FL_HD void store(Stored* to, vec_t<Stored> x, int n) {
     acc_t<Stored> lane[vec_t<Stored>::size];
     x.store(lane);
     for (int i = 0; i < n; ++i) to[i] = narrow<Stored>(lane[i]);
+}
+
+// A store that goes past the caches. `to` is aligned to its size; other threads may read it after stream_fence().
+template <class Stored>
+FL_HD void stream(Stored* to, vec_t<Stored> x) {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<Stored, double>)
+        _mm512_stream_pd(to, x.v);
+    else if constexpr (std::is_same_v<Stored, float>)
+        _mm512_stream_ps(to, x.v);
+    else
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(to), std::bit_cast<__m256i>(narrowed<Stored>(x)));
+#elif defined(__AVX__)
+    if constexpr (std::is_same_v<Stored, double>)
+        _mm256_stream_pd(to, x.v);
+    else if constexpr (std::is_same_v<Stored, float>)
+        _mm256_stream_ps(to, x.v);
+    else
+        _mm_stream_si128(reinterpret_cast<__m128i*>(to), std::bit_cast<__m128i>(narrowed<Stored>(x)));
+#else
+    store(to, x);
+#endif
+}
+
+FL_HD void stream_fence() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
 }
 
 // The same functions for a whole vector, so that one loop body serves both.
