@@ -76,6 +76,10 @@ struct Traits {
         return condition ? a : b;
     }
     FL_HD static T first(T x) { return x; }
+#ifndef __CUDA_ARCH__
+    FL_HD static T rsqrt(T x) { return T(1) / std::sqrt(x); }
+    FL_HD static T reciprocal(T x) { return T(1) / x; }
+#endif
 };
 
 template <class T>
@@ -134,14 +138,40 @@ FL_HD T exp(T x) {
 #endif
 }
 
+// expm1(x) where exp(x) is known.
 template <class T>
-FL_HD T expm1(T x) {
+FL_HD T expm1_of(T x, T exp_x) {
 #ifdef __CUDA_ARCH__
     return ::expm1(x);
 #else
     using S = scalar_t<T>;
     const T near_zero = x * x * exp_tail(x) + x;
-    return select(x * x < T(S(0.1156)), near_zero, exp(x) - T(S(1)));
+    return select(x * x < T(S(0.1156)), near_zero, exp_x - T(S(1)));
+#endif
+}
+
+template <class T>
+FL_HD T expm1(T x) {
+    return expm1_of(x, exp(x));
+}
+
+// 1 / x for x at least the smallest normal number and below the inverse of that; NaN stays NaN.
+template <class T>
+FL_HD T reciprocal(T x) {
+#ifdef __CUDA_ARCH__
+    return T(1) / x;
+#else
+    return Traits<T>::reciprocal(x);
+#endif
+}
+
+// 1 / sqrt(x), x > 0.
+template <class T>
+FL_HD T rsqrt(T x) {
+#ifdef __CUDA_ARCH__
+    return ::rsqrt(x);
+#else
+    return Traits<T>::rsqrt(x);
 #endif
 }
 
@@ -192,6 +222,18 @@ FL_HD T log1p(T x) {
     const auto exact = (u == T(S(0))) | (u == T(std::numeric_limits<S>::infinity()));
     return log(u) + select(exact, T(S(0)), lost / u);
 #endif
+}
+
+// n >= 1, the same for all elements.
+template <class T>
+FL_HD T integer_power(T a, int n) {
+    while (n % 2 == 0) a *= a, n /= 2;
+    T product = a;
+    while (n /= 2) {
+        a *= a;
+        if (n % 2) product *= a;
+    }
+    return product;
 }
 
 // a >= 0; pow(0, 0) = 1.

@@ -149,6 +149,28 @@ struct Traits<Vec<A>> {
     FL_HD static Vec<A> select(Mask condition, Vec<A> a, Vec<A> b) { return Vec<A>(condition.m ? a.v : b.v); }
     FL_HD static Bits select(Mask condition, Bits a, Bits b) { return condition.m ? a : b; }
     FL_HD static A first(Vec<A> x) { return x.v[0]; }
+
+    // An estimate of 14 bits and a step of Newton's method take a quarter of the time of a division.
+    FL_HD static Vec<A> reciprocal(Vec<A> x) {
+#if defined(__AVX512F__)
+        if constexpr (sizeof(A) == 4) {
+            const Vec<A> y(_mm512_rcp14_ps(x.v));
+            return y + y * (Vec<A>(A(1)) - x * y);
+        }
+#endif
+        return Vec<A>(A(1)) / x;
+    }
+
+    FL_HD static Vec<A> rsqrt(Vec<A> x) {
+#if defined(__AVX512F__)
+        if constexpr (sizeof(A) == 4) {
+            const Vec<A> y(_mm512_rsqrt14_ps(x.v));
+            return y + y * (Vec<A>(A(0.5)) - Vec<A>(A(0.5)) * x * y * y);
+        }
+#endif
+        for (int i = 0; i < Vec<A>::size; ++i) x.v[i] = std::sqrt(x.v[i]);
+        return Vec<A>(A(1)) / x;
+    }
 };
 
 }  // namespace math
