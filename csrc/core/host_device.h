@@ -1,6 +1,9 @@
 // What lets one header serve g++ (CPU kernels, one copy per instruction set) and nvcc (CUDA kernels).
 #pragma once
 
+// For a lambda, behind its parameters.
+#define FL_INLINE __attribute__((always_inline))
+
 #ifdef __CUDACC__
 #define FL_HD __host__ __device__ __forceinline__
 #else

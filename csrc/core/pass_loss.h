@@ -12,6 +12,13 @@
 //     end_pass(pass, state, sums, row, params)                         sums over all classes
 //     value(state) -> T
 //     gradient(state, z, margin, is_target, params) -> T               dL/dz of one class
+//
+// Where there is room for some numbers per class, passes need not start from the logits again:
+//
+//     static constexpr int num_kept;                                    how many numbers
+//     FL_HD static bool keeps(int pass, int passes)                     whether this pass writes some
+//     term_keeping(pass, state, z, margin, is_target, params, T* kept)  as term, reads and writes what is kept
+//     gradient_of_kept(state, kept, is_target, params) -> T             after all passes
 #pragma once
 
 #include <array>
@@ -60,7 +67,7 @@ FL_HD AffineRow<T> normalized(const Share<T>& own, T sum_n, T sum_w) {
 template <class Loss>
 struct OfShares {
     static constexpr const char* name = Loss::name;
-    static constexpr int num_params = Loss::num_params, num_sums = 2;
+    static constexpr int num_params = Loss::num_params, num_sums = 2, num_kept = 2;
     static constexpr bool needs_max = true;
 
     template <class T>
@@ -69,6 +76,7 @@ struct OfShares {
     };
 
     FL_HD static int passes(const double*) { return 2; }
+    FL_HD static bool keeps(int, int) { return true; }
 
     template <class T>
     FL_HD static State<T> begin(const RowInputs<T>& row, const T*) {
@@ -76,9 +84,23 @@ struct OfShares {
     }
 
     template <class T>
-    FL_HD static Sums<T, 2> term(int pass, const State<T>& s, T z, T, math::mask_t<T>, const T* params) {
-        if (pass == 0) return {{math::exp(z - s.max), T(0)}};
-        const Share<T> share = Loss::share((z - s.max) - s.log_sum, params);
+    FL_HD static Sums<T, 2> term(int pass, const State<T>& s, T z, T margin, math::mask_t<T> is_target,
+                                 const T* params) {
+        T kept[] = {pass == 0 ? T(0) : math::exp_not_positive(z - s.max), T(0)};
+        return term_keeping(pass, s, z, margin, is_target, params, kept);
+    }
+
+    // Kept: exp(z - max), then W.
+    template <class T>
+    FL_HD static Sums<T, 2> term_keeping(int pass, const State<T>& s, T z, T, math::mask_t<T>, const T* params,
+                                         T* kept) {
+        if (pass == 0) {
+            kept[0] = math::exp_not_positive(z - s.max);
+            return {{kept[0], T(0)}};
+        }
+        const Share<T> share =
+            Loss::share((z - s.max) - s.log_sum, kept[0] * math::exp_not_positive(-s.log_sum), params);
+        kept[1] = share.w;
         return {{share.n, share.w}};
     }
 
@@ -105,8 +127,14 @@ struct OfShares {
     template <class T>
     FL_HD static T gradient(const State<T>& s, T z, T, math::mask_t<T> is_target, const T* params) {
         const T log_p = (z - s.max) - s.log_sum;
-        const T others = s.alpha * math::exp(log_p) + s.gamma * Loss::share(log_p, params).w;
-        return others + math::select(is_target, s.beta, T(0));
+        const T p = math::exp_not_positive(log_p);
+        return s.alpha * p + s.gamma * Loss::share(log_p, p, params).w + math::select(is_target, s.beta, T(0));
+    }
+
+    template <class T>
+    FL_HD static T gradient_of_kept(const State<T>& s, const T* kept, math::mask_t<T> is_target, const T*) {
+        const T p = kept[0] * math::exp_not_positive(-s.log_sum);
+        return s.alpha * p + s.gamma * kept[1] + math::select(is_target, s.beta, T(0));
     }
 };
 

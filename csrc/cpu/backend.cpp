@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
 #include "ops/backend.h"
 
@@ -31,27 +32,63 @@ struct TargetSummary {
     double weight = 0;
     std::int64_t bad_row = std::numeric_limits<std::int64_t>::max();
     std::int64_t bad_target = 0;
+
+    bool is_bad() const { return bad_row != std::numeric_limits<std::int64_t>::max(); }
 };
 
-template <class Index, class A>
-TargetSummary summarize(const RowProblem& p, std::int64_t begin, std::int64_t end) {
-    const auto* targets = static_cast<const Index*>(p.target);
-    const auto* weights = static_cast<const A*>(p.class_weight);
-    const auto* samples = static_cast<const A*>(p.sample_weight);
-    TargetSummary summary;
-    for (std::int64_t row = begin; row < end; ++row) {
-        const std::int64_t o = row / p.inner, i = row % p.inner;
-        const std::int64_t y = targets ? std::int64_t(targets[p.target_stride.at(o, i)]) : 0;
-        if (targets && y == p.ignore_index) continue;
-        if (y < 0 || y >= p.num_classes) {
-            summary.bad_row = row;
-            summary.bad_target = y;
-            return summary;
-        }
-        const double weight = weights && targets ? double(weights[y]) : 1.0;
-        summary.weight += samples ? weight * double(samples[p.sample_weight_stride.at(o, i)]) : weight;
+// Rows [begin, end) of image `outer` without weights: a loop without branches.
+template <class Index>
+TargetSummary count(const RowProblem& p, std::int64_t outer, std::int64_t begin, std::int64_t end) {
+    const Index* const targets = static_cast<const Index*>(p.target) + p.target_stride.at(outer, 0);
+    const std::int64_t stride = p.target_stride.inner, ignore_index = p.ignore_index;
+    const auto num_classes = static_cast<std::uint64_t>(p.num_classes);
+    std::int64_t counted = 0, bad = 0;
+    for (std::int64_t i = begin; i < end; ++i) {
+        const std::int64_t y = targets[i * stride];
+        const std::int64_t counts = y != ignore_index;
+        counted += counts;
+        bad += counts & (static_cast<std::uint64_t>(y) >= num_classes);
+    }
+    TargetSummary summary{double(counted)};
+    for (std::int64_t i = begin; i < end && bad; ++i) {
+        const std::int64_t y = targets[i * stride];
+        if (y == ignore_index || static_cast<std::uint64_t>(y) < num_classes) continue;
+        summary.bad_row = outer * p.inner + i;
+        summary.bad_target = y;
+        break;
     }
     return summary;
+}
+
+template <class Index, class A>
+TargetSummary weigh(const RowProblem& p, std::int64_t outer, std::int64_t begin, std::int64_t end) {
+    TargetSummary summary = p.target ? count<Index>(p, outer, begin, end) : TargetSummary{double(end - begin)};
+    const auto* weights = p.target ? static_cast<const A*>(p.class_weight) : nullptr;
+    const auto* samples = static_cast<const A*>(p.sample_weight);
+    if (summary.is_bad() || (!weights && !samples)) return summary;
+    summary.weight = 0;
+    for (std::int64_t i = begin; i < end; ++i) {
+        const std::int64_t y =
+            p.target ? static_cast<const Index*>(p.target)[p.target_stride.at(outer, i)] : std::int64_t(0);
+        if (p.target && y == p.ignore_index) continue;
+        const double weight = weights ? double(weights[y]) : 1.0;
+        summary.weight += samples ? weight * double(samples[p.sample_weight_stride.at(outer, i)]) : weight;
+    }
+    return summary;
+}
+
+// Rows [begin, end) in the order of their numbers.
+template <class Index, class A>
+TargetSummary summarize(const RowProblem& p, std::int64_t begin, std::int64_t end) {
+    TargetSummary total;
+    while (begin < end && !total.is_bad()) {
+        const std::int64_t outer = begin / p.inner, i = begin % p.inner;
+        const std::int64_t n = std::min(end - begin, p.inner - i);
+        const TargetSummary part = weigh<Index, A>(p, outer, i, i + n);
+        total = {total.weight + part.weight, part.bad_row, part.bad_target};
+        begin += n;
+    }
+    return total;
 }
 
 template <class Index>
@@ -81,8 +118,8 @@ double check_targets(const RowProblem& p) {
     });
     double weight = 0;
     for (const TargetSummary& s : summaries) {
-        TORCH_CHECK_INDEX(s.bad_row == std::numeric_limits<std::int64_t>::max(), "target must be in [0, ",
-                          p.num_classes, ") or equal ignore_index=", p.ignore_index, ": Target ", s.bad_target,
+        TORCH_CHECK_INDEX(!s.is_bad(), "target must be in [0, ", p.num_classes,
+                          ") or equal ignore_index=", p.ignore_index, ": Target ", s.bad_target,
                           " is out of bounds (row ", s.bad_row, ")");
         weight += s.weight;
     }
@@ -104,6 +141,7 @@ void write_scalar(const at::Tensor& out, double value) {
 
 void forward(RowProblem& p, const at::Tensor& loss, const at::Tensor& denominator) {
     const double weight = check_targets(p);
+    prefer_huge_pages(p);
     const float weight_float = static_cast<float>(weight);
     if (denominator.defined()) write_scalar(denominator, weight);
     if (p.reduction == Reduction::kMean)
@@ -125,6 +163,7 @@ void forward(RowProblem& p, const at::Tensor& loss, const at::Tensor& denominato
 }
 
 void gradient(const RowProblem& p) {
+    prefer_huge_pages(p);
     const Tiling tiling(p);
     at::parallel_for(0, tiling.tiles, grain_size(p, tiling),
                      [&](std::int64_t begin, std::int64_t end) { kernels().gradient(p, begin, end); });

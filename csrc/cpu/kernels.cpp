@@ -22,16 +22,23 @@ void for_tiles(const RowProblem& p, const Tiling& tiling, std::int64_t begin, st
     }
 }
 
+template <class Body>
+void with_bool(bool condition, Body body) {
+    condition ? body(std::true_type{}) : body(std::false_type{});
+}
+
 template <class Stored, class Body>
 void run(const RowProblem& p, std::int64_t begin, std::int64_t end, Body body) {
     const Tiling tiling(p);
     if (is_pass_loss(p.loss)) {
         visit_pass_loss(p.loss, [&]<class Loss>() {
-            PassTile<acc_t<Stored>, Loss> kernel(p, tiling);
-            for_tiles(p, tiling, begin, end, kernel, body);
+            with_bool(tiling.lanes, [&](auto lanes) {
+                PassTile<acc_t<Stored>, Loss, lanes> kernel(p);
+                for_tiles(p, tiling, begin, end, kernel, body);
+            });
         });
     } else if (tiling.lanes) {
-        LaneTile<Stored> kernel(p);
+        LaneTile<Stored> kernel(p, tiling.tile_rows);
         for_tiles(p, tiling, begin, end, kernel, body);
     } else {
         RowTile<Stored> kernel(p, tiling.tile_rows);

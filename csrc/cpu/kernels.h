@@ -12,19 +12,23 @@ inline namespace FL_ISA {
 // How rows are cut into units of parallel work. It depends on the problem alone, never on the number of threads, and
 // each tile's partial sum is added in tile order: the same bits for any number of threads.
 struct Tiling {
-    static constexpr int kLanes = 64;
-    static constexpr std::int64_t kMaxLaneClasses = 8192;   // a lane tile of floats then fills 2 MiB
+    static constexpr int kFewClasses = 32;
+    static constexpr int kFewRows = 64;                     // rows of few classes: stay in L1
+    static constexpr int kPixels = 256;                     // runs of memory long enough for the prefetchers
+    static constexpr std::int64_t kMaxTileClasses = 512;    // more: smaller tiles, so that they stay in L2
+    static constexpr std::int64_t kMaxLaneClasses = 8192;   // a tile of kFewRows rows then fills 2 MiB
     static constexpr std::int64_t kRowTileElements = 4096;  // 16 KiB of floats: exponentials stay in L1
 
     bool lanes;  // vector lanes are rows (few classes, or classes far apart), else lanes are classes
     std::int64_t tile_rows, tiles_per_outer, tiles;
 
     explicit Tiling(const RowProblem& p) {
-        const bool few = p.num_classes <= 32;
+        const bool few = p.num_classes <= kFewClasses;
         const bool pixels = p.logits_class_stride != 1 && p.inner > 1 && p.num_classes <= kMaxLaneClasses;
         lanes = few || pixels;
         const std::int64_t fitting = kRowTileElements / std::max<std::int64_t>(p.num_classes, 1);
-        tile_rows = lanes ? kLanes : std::clamp<std::int64_t>(fitting, 1, 16);
+        const bool large = pixels && p.num_classes <= kMaxTileClasses;
+        tile_rows = lanes ? (large ? kPixels : kFewRows) : std::clamp<std::int64_t>(fitting, 1, 16);
         tiles_per_outer = (p.inner + tile_rows - 1) / tile_rows;
         tiles = p.outer * tiles_per_outer;
     }

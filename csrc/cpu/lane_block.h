@@ -1,9 +1,10 @@
-// A block of rows as [classes][vector of rows]: every reduction over the classes is vertical. Loading transposes rows
-// whose classes are contiguous; NCHW pixels come as they are.
+// A block of rows as [classes][vector of rows]: every reduction over the classes is vertical. Rows whose classes are
+// contiguous are transposed; NCHW pixels come as they are.
 #pragma once
 
+#include "cpu/row_buffer.h"
 #include "cpu/tile_rows.h"
-#include "cpu/vec.h"
+#include "cpu/transpose.h"
 
 namespace fused_losses {
 inline namespace FL_ISA {
@@ -20,45 +21,103 @@ public:
     template <class Source>
     static void load_classes(const Source* source, std::int64_t row_stride, std::int64_t class_stride,
                              std::int64_t classes, int n, A* block) {
-        for (std::int64_t c = 0; c < classes; ++c) {
-            const Source* from = source + c * class_stride;
-            if (n < kWidth) {
-                for (int i = 0; i < kWidth; ++i) block[c * kWidth + i] = i < n ? widen(from[i * row_stride]) : A(0);
-            } else {
-                (row_stride == 1 ? load(from) : load_strided(from, row_stride)).store(block + c * kWidth);
-            }
-        }
+        if constexpr (std::is_same_v<A, float>)
+            if (class_stride == 1 && classes <= Tiling::kFewClasses)
+                return load_rows(source, row_stride, static_cast<int>(classes), n, block);
+        for (std::int64_t c = 0; c < classes; ++c)
+            load_class(source + c * class_stride, row_stride, n, block + c * kWidth, 0);
     }
 
-    // The logits of rows [row, row + n), of which `rows` knows the targets at b: bias added, ignored rows zero so that
-    // they stay finite. Leaves the targets' logits in rows.
+    // One class of n rows, spread over blocks `block_size` apart.
+    template <class Source>
+    static void load_class(const Source* from, std::int64_t row_stride, int n, A* out, std::int64_t block_size) {
+        for (; n >= kWidth; n -= kWidth, from += kWidth * row_stride, out += block_size)
+            (row_stride == 1 ? load(from) : load_strided(from, row_stride)).store(out);
+        for (int i = 0; i < kWidth && n > 0; ++i) out[i] = i < n ? widen(from[i * row_stride]) : A(0);
+    }
+
     static void load_logits(const RowProblem& p, std::int64_t outer, std::int64_t row, TileRows<A>& rows, int b, int n,
                             A* block) {
         const Stored* source = as<Stored>(p.logits) + p.logits_stride.at(outer, row);
         load_classes(source, p.logits_stride.inner, p.logits_class_stride, p.num_classes, n, block);
+        settle(p, rows, b, n, block);
+    }
+
+    // For logits of n rows, of which `rows` knows the targets at b: adds the bias, makes ignored rows zero so that they
+    // stay finite, leaves the targets' logits in rows.
+    static void settle(const RowProblem& p, TileRows<A>& rows, int b, int n, A* block) {
         for (int i = 0; i < n && rows.any_ignored; ++i)
-            for (std::int64_t c = 0; c < p.num_classes && rows.ignored[b + i]; ++c) block[c * kWidth + i] = A(0);
-        for (int i = 0; i < kWidth; ++i) {
-            A& own = block[rows.target[b + i] * kWidth + i];
-            own += i < n ? rows.bias : A(0);
-            rows.target_logit[b + i] = own;
-        }
+            for (std::int64_t c = 0; c < p.num_classes && rows.ignored(b + i); ++c) block[c * kWidth + i] = A(0);
+        for (int i = 0; i < n && rows.bias != A(0); ++i) block[rows.target[b + i] * kWidth + i] += rows.bias;
+        for (int i = 0; i < kWidth; ++i) rows.target_logit[b + i] = block[rows.target[b + i] * kWidth + i];
     }
 
     static void store_gradient(const RowProblem& p, std::int64_t outer, std::int64_t row, int n, const A* block) {
         Stored* const grad = static_cast<Stored*>(p.grad) + p.grad_stride.at(outer, row);
         const std::int64_t row_stride = p.grad_stride.inner;
-        for (std::int64_t c = 0; c < p.num_classes; ++c) {
-            Stored* to = grad + c * p.grad_class_stride;
-            const A* from = block + c * kWidth;
-            if (n < kWidth) {
-                for (int i = 0; i < n; ++i) to[i * row_stride] = narrow<Stored>(from[i]);
-            } else if (row_stride == 1) {
-                store(to, V::load(from));
-            } else {
-                store_strided(to, row_stride, V::load(from));
-            }
-        }
+        if constexpr (std::is_same_v<A, float>)
+            if (p.grad_class_stride == 1 && p.num_classes <= Tiling::kFewClasses)
+                return store_rows(grad, row_stride, static_cast<int>(p.num_classes), n, block);
+        for (std::int64_t c = 0; c < p.num_classes; ++c)
+            store_class(grad + c * p.grad_class_stride, row_stride, n, block + c * kWidth, 0);
+    }
+
+    // One class of n rows, spread over blocks `block_size` apart.
+    static void store_class(Stored* to, std::int64_t row_stride, int n, const A* from, std::int64_t block_size) {
+        for (; n >= kWidth; n -= kWidth, to += kWidth * row_stride, from += block_size)
+            row_stride == 1 ? store(to, V::load(from)) : store_strided(to, row_stride, V::load(from));
+        for (int i = 0; i < n; ++i) to[i * row_stride] = narrow<Stored>(from[i]);
+    }
+
+    // The same with contiguous rows, past the caches: large gradients would only read what they overwrite.
+    static void stream_class(Stored* to, int n, const A* from, std::int64_t block_size) {
+        const bool aligned = reinterpret_cast<std::uintptr_t>(to) % (kWidth * sizeof(Stored)) == 0;
+        for (; n >= kWidth && aligned; n -= kWidth, to += kWidth, from += block_size) stream(to, V::load(from));
+        store_class(to, 1, n, from, block_size);
+    }
+
+private:
+    // Rows on their way to or from a transposition that cannot take them where they are: float16 and bfloat16, fewer
+    // than kWidth rows, fewer than four classes (which it reads and writes past the last row).
+    struct alignas(64) Staged {
+        A rows[kWidth * Tiling::kFewClasses + 4];
+    };
+
+    template <class T>
+    static bool is_staged(int classes, int n) {
+        return !std::is_same_v<T, A> || n < kWidth || classes < 4;
+    }
+
+    template <class Source>
+    static void load_rows(const Source* source, std::int64_t row_stride, int classes, int n, A* block) {
+        if constexpr (std::is_same_v<Source, A>)
+            if (!is_staged<Source>(classes, n)) return rows_to_columns(source, row_stride, classes, block);
+        Staged staged;
+        for_runs(row_stride, classes, n, [&](std::int64_t from, std::int64_t to, std::int64_t length) {
+            RowBuffer<Stored>::widen_row(source + from, 1, length, staged.rows + to);
+        });
+        for (int i = n * classes; i < kWidth * classes + 4; ++i) staged.rows[i] = A(0);
+        rows_to_columns(staged.rows, classes, classes, block);
+    }
+
+    static void store_rows(Stored* grad, std::int64_t row_stride, int classes, int n, const A* block) {
+        if constexpr (std::is_same_v<Stored, A>)
+            if (!is_staged<Stored>(classes, n)) return columns_to_rows(block, row_stride, classes, grad);
+        Staged staged;
+        columns_to_rows(block, classes, classes, staged.rows);
+        for_runs(row_stride, classes, n, [&](std::int64_t to, std::int64_t from, std::int64_t length) {
+            for_vectors<A>(length, [&](std::int64_t i, auto count) {
+                store(grad + to + i, load(staged.rows + from + i, count, A(0)), count);
+            });
+        });
+    }
+
+    // Calls body(offset in memory, offset among the staged rows, length): row by row, or all at once if there are no
+    // gaps.
+    template <class Body>
+    static void for_runs(std::int64_t row_stride, int classes, int n, Body body) {
+        if (row_stride == classes) return body(0, 0, std::int64_t(n) * classes);
+        for (int i = 0; i < n; ++i) body(i * row_stride, std::int64_t(i) * classes, classes);
     }
 };
 

@@ -12,47 +12,72 @@ class LaneTile {
     using A = acc_t<Stored>;
     using V = Vec<A>;
     using Block = LaneBlock<Stored>;
+    static constexpr std::int64_t kStreamedBytes = 8 << 20;
     static constexpr int kWidth = V::size;
-    static constexpr int kBlocks = Tiling::kLanes / kWidth;
 
 public:
-    explicit LaneTile(const RowProblem& problem)
+    LaneTile(const RowProblem& problem, std::int64_t tile_rows)
         : p(problem),
           classes(problem.num_classes),
           block_size(problem.num_classes * kWidth),
-          x_store(block_size * (problem.grad ? kBlocks : 1)),
-          u_store(p.spread == Spread::kSoftTarget ? block_size * (problem.grad ? kBlocks : 1) : 0) {}
+          by_class(problem.logits_class_stride != 1),
+          streams(problem.grad && problem.grad_stride.inner == 1 &&
+                  p.rows() * classes * std::int64_t(sizeof(Stored)) >= kStreamedBytes),
+          x_store(problem.num_classes * tile_rows),
+          u_store(p.spread == Spread::kSoftTarget ? problem.num_classes * tile_rows : 0) {}
+
+    ~LaneTile() {
+        if (streams) stream_fence();
+    }
 
     void forward(std::int64_t outer, std::int64_t first, int n, TileSums& sums) {
         rows.begin(p, outer, first, n);
-        for (int b = 0; b < n; b += kWidth) {
+        load_logits(outer, first, n);
+        for_blocks(n, [&](int b, int count) {
             A *x = x_of(b), *u = u_of(b);
-            Block::load_logits(p, outer, first + b, rows, b, std::min(kWidth, n - b), x);
-            if (u) load_soft_target(outer, first + b, std::min(kWidth, n - b), u);
+            if (u) load_soft_target(outer, first + b, count, u);
             find_max(x, b);
             if (p.spread != Spread::kNone) sum_spread(x, u, b);
-            exponentials(x, b);
-        }
+            exponentials(x, b, outer, first + n);
+        });
         rows.finish(p, outer, first, n, sums);
-        for (int b = 0; b < n && p.grad; b += kWidth) write_gradient(outer, first, b, n);
+        if (p.grad) write_gradient(outer, first, n);
     }
 
     void backward(std::int64_t outer, std::int64_t first, int n) {
         rows.begin(p, outer, first, n);
         rows.read_stats(p, outer, first, n);
-        for (int b = 0; b < n; b += kWidth) {
-            A *x = x_of(b), *u = u_of(b);
-            Block::load_logits(p, outer, first + b, rows, b, std::min(kWidth, n - b), x);
-            if (u) load_soft_target(outer, first + b, std::min(kWidth, n - b), u);
-            exponentials(x, b);
-            write_gradient(outer, first, b, n);
-        }
+        load_logits(outer, first, n);
+        for_blocks(n, [&](int b, int count) {
+            if (u_of(b)) load_soft_target(outer, first + b, count, u_of(b));
+            exponentials(x_of(b), b, outer, first + n);
+        });
+        write_gradient(outer, first, n);
     }
 
 private:
-    // The gradient needs the exponentials of the whole tile; the value alone one block at a time.
-    A* x_of(int b) const { return x_store.data() + (p.grad ? b / kWidth * block_size : 0); }
-    A* u_of(int b) const { return u_store.data() ? u_store.data() + (p.grad ? b / kWidth * block_size : 0) : nullptr; }
+    A* x_of(int b) const { return x_store.data() + b / kWidth * block_size; }
+    A* u_of(int b) const { return u_store.data() ? u_store.data() + b / kWidth * block_size : nullptr; }
+
+    // Calls body(b, count) for the rows [b, b + count) of each block.
+    template <class Body>
+    static void for_blocks(int n, Body body) {
+        for (int b = 0; b < n; b += kWidth) body(b, std::min(kWidth, n - b));
+    }
+
+    // Of pixels the whole tile class by class: runs of memory instead of single vectors far apart.
+    void load_logits(std::int64_t outer, std::int64_t first, int n) {
+        const Stored* const source = as<Stored>(p.logits) + p.logits_stride.at(outer, first);
+        const std::int64_t row_stride = p.logits_stride.inner;
+        for (std::int64_t c = 0; c < classes && by_class; ++c)
+            Block::load_class(source + c * p.logits_class_stride, row_stride, n, x_of(0) + c * kWidth, block_size);
+        for_blocks(n, [&](int b, int count) {
+            if (by_class)
+                Block::settle(p, rows, b, count, x_of(b));
+            else
+                Block::load_logits(p, outer, first + b, rows, b, count, x_of(b));
+        });
+    }
 
     void load_soft_target(std::int64_t outer, std::int64_t row, int n, A* u) const {
         const std::int64_t offset = p.soft_target_stride.at(outer, row);
@@ -95,34 +120,56 @@ private:
         total.store(rows.sum_u + b);
     }
 
-    void exponentials(A* x, int b) {
+    // Computing takes longer than the memory of rows does: time to fetch those of the next tile, of which block b is as
+    // long as this one (a prefetch may point anywhere). For pixels it does not pay.
+    void exponentials(A* x, int b, std::int64_t outer, std::int64_t next) {
+        const Stored* const next_logits = as<Stored>(p.logits) + p.logits_stride.at(outer, next + b);
+        Stored* const next_grad = static_cast<Stored*>(p.grad) + (p.grad ? p.grad_stride.at(outer, next + b) : 0);
+        const bool fetch = !by_class, fetch_grad = fetch && p.grad;
         const V top = V::load(rows.max + b);
         V sum = A(0);
         for (std::int64_t c = 0; c < classes; ++c) {
-            const V e = math::exp(V::load(x + c * kWidth) - top);
+            if (fetch) __builtin_prefetch(next_logits + c * kWidth, /*for writing=*/0);
+            if (fetch_grad) __builtin_prefetch(next_grad + c * kWidth, /*for writing=*/1);
+            const V e = math::exp_not_positive(V::load(x + c * kWidth) - top);
             e.store(x + c * kWidth);
             sum += e;
         }
         sum.store(rows.sum + b);
     }
 
-    // x holds exp(z - max)
-    void write_gradient(std::int64_t outer, std::int64_t first, int b, int n) const {
-        A* const x = x_of(b);
-        const A* const u = u_of(b);
+    // The blocks hold exp(z - max)
+    void write_gradient(std::int64_t outer, std::int64_t first, int n) const {
+        for_blocks(n, [&](int b, int) { scale(x_of(b), u_of(b), b); });
+        // For all blocks at once: a vector read right after a single number was written would wait for the write.
+        for (int i = 0; i < n && p.target; ++i) x_of(i)[rows.target[i] * kWidth + i % kWidth] += rows.beta[i];
+        if (!by_class) {
+            for_blocks(n, [&](int b, int count) { Block::store_gradient(p, outer, first + b, count, x_of(b)); });
+            return;
+        }
+        Stored* const grad = static_cast<Stored*>(p.grad) + p.grad_stride.at(outer, first);
+        for (std::int64_t c = 0; c < classes; ++c) {
+            Stored* const to = grad + c * p.grad_class_stride;
+            if (streams)
+                Block::stream_class(to, n, x_of(0) + c * kWidth, block_size);
+            else
+                Block::store_class(to, p.grad_stride.inner, n, x_of(0) + c * kWidth, block_size);
+        }
+    }
+
+    void scale(A* x, const A* u, int b) const {
         const V alpha = V::load(rows.alpha + b), gamma = V::load(rows.gamma + b);
         for (std::int64_t c = 0; c < classes; ++c) {
             V g = alpha * V::load(x + c * kWidth);
             if (p.spread != Spread::kNone) g += gamma * spread(u, c);
             g.store(x + c * kWidth);
         }
-        const int count = std::min(kWidth, n - b);
-        for (int i = 0; i < count && p.target; ++i) x[rows.target[b + i] * kWidth + i] += rows.beta[b + i];
-        Block::store_gradient(p, outer, first + b, count, x);
     }
 
     const RowProblem& p;
     const std::int64_t classes, block_size;
+    const bool by_class;  // pixels: the classes of a row are far apart
+    const bool streams;   // gradient rows are contiguous and many
     Scratch<A> x_store, u_store;  // per block [classes][kWidth]: logits, then exponentials, then gradient; u_j
     TileRows<A> rows;
 };

@@ -24,16 +24,16 @@ void with_stored(const RowProblem& p, Body body) {
 
 // One view of the logits at a time, in scratch as whole vectors: [classes][vector of rows] for a block of rows, or one
 // row padded to whole vectors of classes.
-template <class A>
+template <class A, bool lanes>
 class PassRows {
 public:
     using V = Vec<A>;
 
-    PassRows(const RowProblem& problem, bool by_lanes)
+    explicit PassRows(const RowProblem& problem)
         : p(problem),
-          lanes(by_lanes),
-          vectors(lanes ? p.num_classes : (p.num_classes + V::size - 1) / V::size),
-          store(vectors * V::size) {}
+          whole(lanes ? p.num_classes : p.num_classes / V::size),
+          tail(lanes ? 0 : static_cast<int>(p.num_classes % V::size)),
+          store((whole + (tail > 0)) * V::size) {}
 
     // Loads rows [at, at + count) of the tile; a single one unless rows are lanes.
     void load(std::int64_t outer, std::int64_t first, int at, int count) {
@@ -46,7 +46,7 @@ public:
             for (int i = 0; i < V::size; ++i) target.v[i] = A(rows.target[at + i]);
             return;
         }
-        for (std::int64_t c = p.num_classes; c < vectors * V::size; ++c) x()[c] = A(0);
+        for (int i = tail; i < V::size && tail > 0; ++i) x()[whole * V::size + i] = A(0);
         A& own = x()[rows.target[at]];
         own += rows.bias;
         rows.target_logit[at] = own;
@@ -56,12 +56,11 @@ public:
     // Writes the scratch as the gradient of the loaded rows.
     void store_gradient(std::int64_t outer, std::int64_t first, int at, int count) {
         for (int i = 0; i < count && lanes && rows.any_ignored; ++i)
-            for (std::int64_t c = 0; c < p.num_classes && rows.ignored[at + i]; ++c) x()[c * V::size + i] = A(0);
+            for (std::int64_t c = 0; c < p.num_classes && rows.ignored(at + i); ++c) x()[c * V::size + i] = A(0);
         with_stored<A>(p, [&]<class Stored>() {
             if (lanes) return LaneBlock<Stored>::store_gradient(p, outer, first + at, count, x());
-            Stored* const grad = RowBuffer<Stored>::gradient(p, outer, first + at);
-            for_vectors<A>(p.num_classes,
-                           [&](std::int64_t c, auto n) { RowBuffer<Stored>::write(p, grad, c, V::load(x() + c), n); });
+            RowBuffer<Stored>::narrow_row(x(), p.grad_class_stride, p.num_classes,
+                                          RowBuffer<Stored>::gradient(p, outer, first + at));
         });
     }
 
@@ -79,7 +78,7 @@ public:
         values.store(lane);
         A* const out = static_cast<A*>(p.row_values);
         for (int i = 0; i < count; ++i) {
-            const bool ignored = rows.ignored[at + i];
+            const bool ignored = rows.ignored(at + i);
             const A weighted = ignored ? A(0) : rows.sample_weight[at + i] * rows.class_weight[at + i] * lane[i];
             if (out) out[outer * p.inner + first + at + i] = weighted;
             sums.value += weighted;
@@ -117,22 +116,38 @@ public:
         if (!p.margin) return otherwise;
         const A* const margin = as<A>(p.margin);
         if (lanes || p.margin_stride == 0) return margin[lanes ? k * p.margin_stride : 0];
-        return fused_losses::load(margin + k * V::size, static_cast<int>(valid(k)), A(0));
+        return fused_losses::load(margin + k * V::size, k < whole ? V::size : tail, A(0));
+    }
+
+    // Calls body(k, is_target, add) for every vector k of the scratch; sum = add(sum, x) leaves out what is no class.
+    template <class Body>
+    FL_HD void for_each(Body body) const {
+        V number = lanes ? V(A(0)) : V::iota();  // of each element's class
+        for (std::int64_t k = 0; k < whole; ++k) {
+            body(k, number == target, [](V sum, V x) { return sum + x; });
+            number += A(lanes ? 1 : V::size);
+        }
+        if (tail == 0) return;
+        const Mask<A> is_class = V::iota() < V(A(tail));
+        body(whole, number == target, [=](V sum, V x) { return sum + math::select(is_class, x, V(A(0))); });
+    }
+
+    // NaN skipped.
+    V find_max() const {
+        V top = -std::numeric_limits<A>::infinity();
+        for (std::int64_t k = 0; k < whole; ++k) top = max(top, V::load(x() + k * V::size));
+        if (tail > 0)
+            top = max(top, fused_losses::load(x() + whole * V::size, tail, -std::numeric_limits<A>::infinity()));
+        return lanes ? top : V(top.max());
     }
 
     A* x() const { return store.data(); }
+    std::int64_t size() const { return (whole + (tail > 0)) * V::size; }
     V total(V partial) const { return lanes ? partial : V(partial.sum()); }
-    V highest(V partial) const { return lanes ? partial : V(partial.max()); }
-    Mask<A> is_target(std::int64_t k) const {
-        return lanes ? target == V(A(k)) : V::iota() + V(A(k * V::size)) == target;
-    }
-    std::int64_t valid(std::int64_t k) const { return std::min<std::int64_t>(V::size, p.num_classes - k * V::size); }
-    // Elements of vector k that are classes.
-    Mask<A> is_class(std::int64_t k) const { return lanes ? V(A(0)) < V(A(1)) : V::iota() < V(A(valid(k))); }
 
     const RowProblem& p;
-    const bool lanes;
-    const std::int64_t vectors;
+    const std::int64_t whole;  // vectors, and elements of the last one if it is not full
+    const int tail;
     TileRows<A> rows;
 
 private:

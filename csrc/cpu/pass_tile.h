@@ -6,7 +6,7 @@
 namespace fused_losses {
 inline namespace FL_ISA {
 
-template <class A, class Loss>
+template <class A, class Loss, bool lanes>
 class PassTile {
     using V = Vec<A>;
     using State = typename Loss::template State<V>;
@@ -14,8 +14,11 @@ class PassTile {
     static_assert(kStates <= kMaxState);
 
 public:
-    PassTile(const RowProblem& problem, const Tiling& tiling)
-        : p(problem), passes(Loss::passes(problem.params)), view(problem, tiling.lanes) {
+    explicit PassTile(const RowProblem& problem)
+        : p(problem),
+          passes(Loss::passes(problem.params)),
+          view(problem),
+          kept(problem.grad ? Loss::num_kept * view.size() : 0) {
         for (int i = 0; i < kMaxParams; ++i) params[i] = A(p.params[i]);
     }
 
@@ -25,7 +28,7 @@ public:
             view.finish(outer, first, at, count, Loss::value(state), sums);
             const auto numbers = std::bit_cast<std::array<V, kStates>>(state);
             if (p.stats) view.save(numbers.data(), kStates, outer * p.inner + first + at, count);
-            if (p.grad) write_gradient(state, outer, first, at, count);
+            if (p.grad) write_gradient<true>(state, outer, first, at, count);
         });
     }
 
@@ -33,7 +36,7 @@ public:
         each_view(outer, first, n, 0, [&](int at, int count) {
             std::array<V, kStates> numbers;
             view.restore(numbers.data(), kStates, outer * p.inner + first + at, count);
-            write_gradient(std::bit_cast<State>(numbers), outer, first, at, count);
+            write_gradient<false>(std::bit_cast<State>(numbers), outer, first, at, count);
         });
     }
 
@@ -42,9 +45,9 @@ private:
     template <class Body>
     void each_view(std::int64_t outer, std::int64_t first, int n, int states, Body body) {
         view.rows.begin(p, outer, first, n);
-        const int step = view.lanes ? V::size : 1;
+        const int step = lanes ? V::size : 1;
         for (int at = 0; at < n; at += step) {
-            if (!view.lanes && view.rows.ignored[at]) {
+            if (!lanes && view.rows.ignored(at)) {
                 view.skip(outer, first + at, states);
                 continue;
             }
@@ -56,46 +59,68 @@ private:
 
     State run(int at) const {
         RowInputs<V> row{V(A(0)), view.per_row(view.rows.target_logit, at), view.margin_of(at), V(A(p.num_classes))};
-        if constexpr (Loss::needs_max) row.max = find_max();
-        State state = Loss::begin(row, params);
+        if constexpr (Loss::needs_max) row.max = view.find_max();
+        State state = Loss::begin(row, params.data());
         for (int pass = 0; pass < passes; ++pass) {
-            Sums<V, Loss::num_sums> sums;
-            for (V& sum : sums.v) sum = A(0);
-            for (std::int64_t k = 0; k < view.vectors; ++k) {
-                const V z = V::load(view.x() + k * V::size);
-                const auto term = Loss::term(pass, state, z, view.margin_at(k, row.margin), view.is_target(k), params);
-                const auto is_class = view.is_class(k);
-                for (int i = 0; i < Loss::num_sums; ++i) sums.v[i] += math::select(is_class, term.v[i], V(A(0)));
-            }
+            const bool keeps = p.grad && Loss::keeps(pass, passes);
+            auto sums = keeps ? sum_classes<true>(pass, state, row) : sum_classes<false>(pass, state, row);
             for (V& sum : sums.v) sum = view.total(sum);
-            Loss::end_pass(pass, state, sums, row, params);
+            Loss::end_pass(pass, state, sums, row, params.data());
         }
         return state;
     }
 
-    V find_max() const {
-        const V least = -std::numeric_limits<A>::infinity();
-        V top = least;
-        for (std::int64_t k = 0; k < view.vectors; ++k)
-            top = max(top, math::select(view.is_class(k), V::load(view.x() + k * V::size), least));
-        return view.highest(top);
+    // What a pass adds up. By value is what it reads in the loop: no number that is kept there can change it, so what
+    // depends on it alone is computed once.
+    template <bool keeps>
+    Sums<V, Loss::num_sums> sum_classes(int pass, const State state, const RowInputs<V> row) const {
+        const std::array<V, kMaxParams> own = params;
+        Sums<V, Loss::num_sums> sums;
+        for (V& sum : sums.v) sum = A(0);
+        view.for_each([&](std::int64_t k, Mask<A> is_target, auto add) FL_INLINE {
+            const V z = V::load(view.x() + k * V::size), margin = view.margin_at(k, row.margin);
+            const auto term = [&]() FL_INLINE {
+                if constexpr (!keeps) return Loss::term(pass, state, z, margin, is_target, own.data());
+                auto numbers = kept_at(k);
+                const auto added = Loss::term_keeping(pass, state, z, margin, is_target, own.data(), numbers.data());
+                for (int i = 0; i < Loss::num_kept; ++i) numbers[i].store(kept_of(k, i));
+                return added;
+            }();
+            for (int i = 0; i < Loss::num_sums; ++i) sums.v[i] = add(sums.v[i], term.v[i]);
+        });
+        return sums;
     }
 
-    void write_gradient(const State& state, std::int64_t outer, std::int64_t first, int at, int count) {
+    A* kept_of(std::int64_t k, int i) const { return kept.data() + (k * Loss::num_kept + i) * V::size; }
+
+    std::array<V, Loss::num_kept> kept_at(std::int64_t k) const {
+        std::array<V, Loss::num_kept> numbers;
+        for (int i = 0; i < Loss::num_kept; ++i) numbers[i] = V::load(kept_of(k, i));
+        return numbers;
+    }
+
+    template <bool of_kept>
+    void write_gradient(const State state, std::int64_t outer, std::int64_t first, int at, int count) {
         const V scale = view.per_row(view.rows.scale, at) * view.per_row(view.rows.class_weight, at);
         const V margin = view.margin_of(at);
-        for (std::int64_t k = 0; k < view.vectors; ++k) {
+        const std::array<V, kMaxParams> own = params;
+        view.for_each([&](std::int64_t k, Mask<A> is_target, auto) FL_INLINE {
             A* const x = view.x() + k * V::size;
-            const V of_class = view.margin_at(k, margin);
-            (scale * Loss::gradient(state, V::load(x), of_class, view.is_target(k), params)).store(x);
-        }
+            V g;
+            if constexpr (of_kept)
+                g = Loss::gradient_of_kept(state, kept_at(k).data(), is_target, own.data());
+            else
+                g = Loss::gradient(state, V::load(x), view.margin_at(k, margin), is_target, own.data());
+            (scale * g).store(x);
+        });
         view.store_gradient(outer, first, at, count);
     }
 
     const RowProblem& p;
     const int passes;
-    V params[kMaxParams];
-    PassRows<A> view;
+    std::array<V, kMaxParams> params;
+    PassRows<A, lanes> view;
+    Scratch<A> kept;  // per vector of the view
 };
 
 }  // namespace FL_ISA

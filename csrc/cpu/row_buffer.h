@@ -22,6 +22,14 @@ struct RowBuffer {
         for_vectors<A>(n, [=](std::int64_t c, auto count) { store(out + c, load(source + c, count, A(0)), count); });
     }
 
+    static void narrow_row(const A* x, std::int64_t stride, std::int64_t n, Stored* out) {
+        if (stride != 1) {
+            for (std::int64_t c = 0; c < n; ++c) out[c * stride] = narrow<Stored>(x[c]);
+            return;
+        }
+        for_vectors<A>(n, [=](std::int64_t c, auto count) { store(out + c, load(x + c, count, A(0)), count); });
+    }
+
     static bool reads_directly(const RowProblem& p) { return std::is_same_v<Stored, A> && p.logits_class_stride == 1; }
 
     // The row's logits as contiguous A: the caller's memory where possible, else a copy in `out`.

@@ -26,9 +26,8 @@ public:
     void forward(std::int64_t outer, std::int64_t first, int n, TileSums& sums) {
         rows.begin(p, outer, first, n);
         for (int i = 0; i < n; ++i) {
-            if (rows.ignored[i])
-                rows.clear(i);
-            else if (rows.bias != A(0))
+            if (rows.ignored(i)) continue;
+            if (rows.bias != A(0))
                 reduce_row<true>(outer, first + i, i);
             else
                 reduce_row<false>(outer, first + i, i);
@@ -41,15 +40,15 @@ public:
         rows.begin(p, outer, first, n);
         rows.read_stats(p, outer, first, n);
         for (int i = 0; i < n; ++i) {
-            if (!rows.ignored[i]) {
+            if (!rows.ignored(i)) {
                 A* e = exponentials(outer, first + i, i);
                 const A* x = Buffer::logits(p, outer, first + i, e);
                 if (p.spread == Spread::kSoftTarget) load_soft_target(outer, first + i, i);
                 rows.target_logit[i] = p.target ? x[rows.target[i]] + rows.bias : A(0);
                 if (rows.bias != A(0))
-                    exp_sum<true>(x, i, e);
+                    exp_sum<true>(x, i, e, outer, first + i + 1);
                 else
-                    exp_sum<false>(x, i, e);
+                    exp_sum<false>(x, i, e, outer, first + i + 1);
             }
             write_gradient(outer, first + i, i);
         }
@@ -94,22 +93,29 @@ private:
         A* e = exponentials(outer, row, i);
         const A* x = Buffer::logits(p, outer, row, e);
         rows.target_logit[i] = x[rows.target[i]] + rows.bias;
-        V top = kMinusInfinity;
-        for_vectors<A>(classes, [&](std::int64_t c, auto count) { top = max(top, biased<kBiased>(x, c, count, i)); });
+        V top[4] = {kMinusInfinity, kMinusInfinity, kMinusInfinity, kMinusInfinity};
+        for_vectors_ahead<A, 4>(classes, [&](std::int64_t c, auto count, auto k) {
+            top[k] = max(top[k], biased<kBiased>(x, c, count, i));
+        });
         // The maximum skips NaNs; the sum of exponentials does not.
-        rows.max[i] = top.max();
+        rows.max[i] = max(max(top[0], top[1]), max(top[2], top[3])).max();
         if (p.spread == Spread::kSoftTarget) load_soft_target(outer, row, i);
         if (p.spread != Spread::kNone) sum_spread<kBiased>(x, i);
-        rows.sum[i] = exp_sum<kBiased>(x, i, e);
+        rows.sum[i] = exp_sum<kBiased>(x, i, e, outer, row + 1);
     }
 
-    // sum exp(x - max); the terms go to e unless it is null.
+    // sum exp(x - max); the terms go to e unless it is null. Computing them takes longer than their memory: time to
+    // fetch the next row's (a prefetch may point anywhere).
     template <bool kBiased>
-    A exp_sum(const A* x, int i, A* e) const {
+    A exp_sum(const A* x, int i, A* e, std::int64_t outer, std::int64_t next_row) const {
+        const Stored* const next_logits = as<Stored>(p.logits) + p.logits_stride.at(outer, next_row);
+        Stored* const next_grad = p.grad ? Buffer::gradient(p, outer, next_row) : nullptr;
         const V top = rows.max[i];
         V sum = A(0);
         for_vectors<A>(classes, [&](std::int64_t c, auto count) {
-            const V term = math::exp(biased<kBiased>(x, c, count, i) - top);
+            __builtin_prefetch(next_logits + c, /*for writing=*/0);
+            if (next_grad) __builtin_prefetch(next_grad + c, /*for writing=*/1);
+            const V term = math::exp_not_positive(biased<kBiased>(x, c, count, i) - top);
             if (e) store(e + c, term, count);
             sum += term;
         });
@@ -138,7 +144,7 @@ private:
 
     // grad = alpha e + gamma u + beta [j = y], e = exp(z - max)
     void write_gradient(std::int64_t outer, std::int64_t row, int i) {
-        if (rows.ignored[i]) return Buffer::zero_gradient(p, outer, row);
+        if (rows.ignored(i)) return Buffer::zero_gradient(p, outer, row);
         A* const e = exponentials(outer, row, i);
         const A* const u = spread_of(i);
         const V alpha = rows.alpha[i], gamma = rows.gamma[i];

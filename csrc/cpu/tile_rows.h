@@ -21,7 +21,8 @@ const A* as(const void* pointer) {
 
 template <class A>
 struct alignas(64) TileRows {
-    static constexpr int kMax = Tiling::kLanes;
+    using V = Vec<A>;
+    static constexpr int kMax = Tiling::kPixels;
     static constexpr int kGranule = 16;  // rows are padded to a multiple, whole vectors on every instruction set
 
     // Arrays first: each starts at a whole vector.
@@ -31,29 +32,34 @@ struct alignas(64) TileRows {
     A max[kMax], sum[kMax], target_logit[kMax], centred[kMax], sum_u[kMax];
     // Set by finish or read_stats: grad_j = alpha exp(z_j - max) + beta [j = y] + gamma u_j, scale included
     A value[kMax], alpha[kMax], beta[kMax], gamma[kMax];
-    bool ignored[kMax];
+    A counted[kMax];  // 1, or 0 for ignored rows and behind the last row
     bool any_ignored;
     int padded;  // rows rounded up to whole vectors
     A bias;      // added to the target's logit
+
+    bool ignored(int i) const { return counted[i] == A(0); }
 
     // Reads targets and weights of rows [first, first + n) of image `outer`; clears what follows, up to whole vectors.
     void begin(const RowProblem& p, std::int64_t outer, std::int64_t first, int n) {
         padded = (n + kGranule - 1) / kGranule * kGranule;
         bias = p.logit_bias_device ? *as<A>(p.logit_bias_device) : A(p.logit_bias);
         read_targets(p, outer, first, n);
+        for (int i = n; i < padded; ++i) target[i] = 0, counted[i] = A(0);
+        read(as<A>(p.sample_weight), p.sample_weight_stride, outer, first, n, sample_weight);
+        read(as<A>(p.upstream), p.upstream_stride, outer, first, n, scale);
         const A denominator = p.denominator ? *as<A>(p.denominator) : A(1);
         const A share = denominator == A(0) ? A(0) : A(1) / denominator;
-        for (int i = 0; i < n; ++i) {
-            const A* weights = as<A>(p.class_weight);
-            const A* samples = as<A>(p.sample_weight);
-            const A* upstream = as<A>(p.upstream);
-            class_weight[i] = weights && p.target && !ignored[i] ? weights[target[i]] : A(1);
-            sample_weight[i] = samples ? samples[p.sample_weight_stride.at(outer, first + i)] : A(1);
-            const A from_above = upstream ? upstream[p.upstream_stride.at(outer, first + i)] : A(1);
-            scale[i] = ignored[i] ? A(0) : from_above * sample_weight[i] * share;
-            centred[i] = sum_u[i] = A(0);  // losses read them even where no pass fills them
-        }
-        for (int i = n; i < padded; ++i) clear(i);
+        for_padded([&](int i) {
+            unless_ignored(i, V::load(scale + i) * V::load(sample_weight + i) * V(share)).store(scale + i);
+            V(A(1)).store(class_weight + i);
+        });
+        const A* const weights = p.target ? as<A>(p.class_weight) : nullptr;
+        for (int i = 0; i < n && weights; ++i) class_weight[i] = ignored(i) ? A(1) : weights[target[i]];
+        // Rows without a pass over their logits, and losses that read what no pass has filled.
+        for_padded([&](int i) {
+            for (A* zero : {centred, sum_u, max, target_logit}) V(A(0)).store(zero + i);
+            V(A(1)).store(sum + i);
+        });
     }
 
     // Turns the sums of a pass over the logits into loss and gradient coefficients.
@@ -62,11 +68,9 @@ struct alignas(64) TileRows {
         const std::int64_t row = outer * p.inner + first;
         if (p.stats) write_stats(p, row, n);
         A* values = static_cast<A*>(p.row_values);
-        for (int i = 0; i < n; ++i) {
-            const A weighted = ignored[i] ? A(0) : sample_weight[i] * value[i];
-            if (values) values[row + i] = weighted;
-            sums.value += weighted;
-        }
+        for_padded([&](int i) { unless_ignored(i, V::load(sample_weight + i) * V::load(value + i)).store(value + i); });
+        for (int i = 0; i < n && values; ++i) values[row + i] = value[i];
+        sums.value += sum_of_values();
         if (p.grad) scale_coefficients();
     }
 
@@ -74,6 +78,7 @@ struct alignas(64) TileRows {
     void read_stats(const RowProblem& p, std::int64_t outer, std::int64_t first, int n) {
         const A* stats = as<A>(p.stats);
         const std::int64_t rows = p.rows(), row = outer * p.inner + first;
+        for (int i = n; i < padded; ++i) alpha[i] = beta[i] = gamma[i] = A(0);
         for (int i = 0; i < n; ++i) {
             max[i] = stats[row + i];
             alpha[i] = stats[rows + row + i];
@@ -84,19 +89,35 @@ struct alignas(64) TileRows {
         scale_coefficients();
     }
 
-    void clear(int i) {
-        target[i] = 0;
-        ignored[i] = true;
-        class_weight[i] = sum[i] = A(1);
-        sample_weight[i] = scale[i] = max[i] = target_logit[i] = centred[i] = sum_u[i] = A(0);
-        alpha[i] = beta[i] = gamma[i] = A(0);
+private:
+    // Calls body with the first row of each vector.
+    template <class Body>
+    void for_padded(Body body) const {
+        for (int i = 0; i < padded; i += V::size) body(i);
     }
 
-private:
+    V unless_ignored(int i, V x) const { return math::select(V::load(counted + i) == V(A(0)), V(A(0)), x); }
+
+    // One number per row, up to whole vectors: 1 where the pointer is null and behind the last row.
+    void read(const A* source, RowStride stride, std::int64_t outer, std::int64_t first, int n, A* out) const {
+        for (int i = 0; i < padded; ++i) out[i] = A(1);
+        for (int i = 0; i < n && source; ++i) out[i] = source[stride.at(outer, first + i)];
+    }
+
+    // In double, each of kGranule columns on its own: a vector at a time, in an order that no instruction set changes.
+    double sum_of_values() const {
+        double column[kGranule] = {};
+        for (int i = 0; i < padded; i += kGranule)
+            for (int k = 0; k < kGranule; ++k) column[k] += double(value[i + k]);
+        double sum = 0;
+        for (const double c : column) sum += c;
+        return sum;
+    }
+
     void read_targets(const RowProblem& p, std::int64_t outer, std::int64_t first, int n) {
         any_ignored = false;
         if (!p.target) {
-            for (int i = 0; i < n; ++i) target[i] = 0, ignored[i] = false;
+            for (int i = 0; i < n; ++i) target[i] = 0, counted[i] = A(1);
             return;
         }
         switch (p.index_type) {
@@ -109,12 +130,20 @@ private:
 
     template <class Index>
     void copy_targets(const RowProblem& p, std::int64_t outer, std::int64_t first, int n) {
+        const Index* const source = as<Index>(p.target) + p.target_stride.at(outer, first);
+        if (p.target_stride.inner == 1)
+            for (int i = 0; i < n; ++i) target[i] = source[i];
+        else
+            for (int i = 0; i < n; ++i) target[i] = source[i * p.target_stride.inner];
+        const std::int64_t ignore_index = p.ignore_index;
+        std::int64_t found = 0;
         for (int i = 0; i < n; ++i) {
-            const std::int64_t y = as<Index>(p.target)[p.target_stride.at(outer, first + i)];
-            ignored[i] = y == p.ignore_index;
-            any_ignored |= ignored[i];
-            target[i] = ignored[i] ? 0 : y;
+            const std::int64_t y = target[i], is_ignored = y == ignore_index;
+            counted[i] = A(1 - is_ignored);
+            found |= is_ignored;
+            target[i] = is_ignored ? 0 : y;
         }
+        any_ignored = found;
     }
 
     void evaluate(const RowProblem& p) {
@@ -124,10 +153,9 @@ private:
 
     template <class Loss>
     void evaluate_as(const RowProblem& p) {
-        using V = Vec<A>;
         V params[kMaxParams];
         for (int i = 0; i < kMaxParams; ++i) params[i] = A(p.params[i]);
-        for (int i = 0; i < padded; i += V::size) {
+        for_padded([&](int i) {
             const V total = V::load(sum + i), weighted = V::load(sum_u + i);
             const V log_sum = math::log(total);
             const V log_p = (V::load(target_logit + i) - V::load(max + i)) - log_sum;
@@ -138,7 +166,7 @@ private:
             (affine.alpha / total).store(alpha + i);
             affine.beta.store(beta + i);
             affine.gamma.store(gamma + i);
-        }
+        });
     }
 
     void write_stats(const RowProblem& p, std::int64_t row, int n) const {

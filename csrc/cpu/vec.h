@@ -1,9 +1,21 @@
 // One register of floats or doubles of the instruction set this file is compiled for, as a type that the formulas of
-// core/ and losses/ take in place of a scalar. GNU vector extensions: no intrinsics, nothing left to the vectoriser.
+// core/ and losses/ take in place of a scalar. GNU vector extensions, nothing left to the vectoriser; intrinsics only
+// where they say what the extensions cannot: the first elements of a vector, and transposition (cpu/transpose.h).
 #pragma once
 
+#if defined(__x86_64__)
+#pragma GCC diagnostic push  // GCC 12's own undefined operands, bug 105593
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
+#include <array>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "core/math.h"
 #include "core/numeric.h"
@@ -64,9 +76,12 @@ struct Vec {
 
     // 0, 1, 2, ...
     FL_HD static Vec iota() {
-        Vec x;
-        for (int i = 0; i < size; ++i) x.v[i] = A(i);
-        return x;
+        alignas(kVectorBytes) static constexpr auto numbers = [] {
+            std::array<A, size> n{};
+            for (int i = 0; i < size; ++i) n[i] = A(i);
+            return n;
+        }();
+        return load(numbers.data());
     }
 
     friend FL_HD Vec operator+(Vec a, Vec b) { return Vec(a.v + b.v); }
@@ -84,21 +99,40 @@ struct Vec {
     friend FL_HD Mask<A> operator==(Vec a, Vec b) { return {a.v == b.v}; }
 
     FL_HD A sum() const {
-        return fold(v, [](A a, A b) { return a + b; });
+        return fold(v, [](Float a, Float b) { return a + b; });
     }
     FL_HD A max() const {
-        return fold(v, [](A a, A b) { return b > a ? b : a; });
+        return fold(v, [](Float a, Float b) { return b > a ? b : a; });
     }
 
 private:
     // By halves, so that the order does not depend on the compiler.
-    template <class Combine>
+    template <class Combine, int half = size / 2>
     FL_HD static A fold(Float x, Combine combine) {
-        A lane[size];
-        std::memcpy(lane, &x, sizeof(x));
-        for (int half = size / 2; half > 0; half /= 2)
-            for (int i = 0; i < half; ++i) lane[i] = combine(lane[i], lane[i + half]);
-        return lane[0];
+        if constexpr (half == 0)
+            return x[0];
+        else
+            return fold<Combine, half / 2>(combine(x, swap<half>(x)), combine);
+    }
+
+    // Element i comes from i ^ distance.
+    template <int distance>
+    FL_HD static Float swap(Float x) {
+        using Index = std::conditional_t<sizeof(A) == 4, std::int32_t, std::int64_t>;
+        alignas(kVectorBytes) static constexpr auto partner = [] {
+            std::array<Index, size> n{};
+            for (int i = 0; i < size; ++i) n[i] = i ^ distance;
+            return n;
+        }();
+        typename Native<A>::Int index;
+        std::memcpy(&index, partner.data(), sizeof(index));
+#if defined(__clang__)
+        Float y;
+        for (int i = 0; i < size; ++i) y[i] = x[partner[i]];
+        return y;
+#else
+        return __builtin_shuffle(x, index);
+#endif
     }
 };
 
@@ -115,6 +149,28 @@ struct Traits<Vec<A>> {
     FL_HD static Vec<A> select(Mask condition, Vec<A> a, Vec<A> b) { return Vec<A>(condition.m ? a.v : b.v); }
     FL_HD static Bits select(Mask condition, Bits a, Bits b) { return condition.m ? a : b; }
     FL_HD static A first(Vec<A> x) { return x.v[0]; }
+
+    // An estimate of 14 bits and a step of Newton's method take a quarter of the time of a division.
+    FL_HD static Vec<A> reciprocal(Vec<A> x) {
+#if defined(__AVX512F__)
+        if constexpr (sizeof(A) == 4) {
+            const Vec<A> y(_mm512_rcp14_ps(x.v));
+            return y + y * (Vec<A>(A(1)) - x * y);
+        }
+#endif
+        return Vec<A>(A(1)) / x;
+    }
+
+    FL_HD static Vec<A> rsqrt(Vec<A> x) {
+#if defined(__AVX512F__)
+        if constexpr (sizeof(A) == 4) {
+            const Vec<A> y(_mm512_rsqrt14_ps(x.v));
+            return y + y * (Vec<A>(A(0.5)) - Vec<A>(A(0.5)) * x * y * y);
+        }
+#endif
+        for (int i = 0; i < Vec<A>::size; ++i) x.v[i] = std::sqrt(x.v[i]);
+        return Vec<A>(A(1)) / x;
+    }
 };
 
 }  // namespace math
@@ -143,15 +199,35 @@ FL_HD Vec<float> load(const Half16* from) {
 }
 
 template <class Half16>
-FL_HD void store(Half16* to, Vec<float> x) {
+FL_HD Native<float>::Half narrowed(Vec<float> x) {
     static_assert(sizeof(Half16) == 2);
-    const auto bits = __builtin_convertvector(narrow_bits<Half16>(x), Native<float>::Half);
+    return __builtin_convertvector(narrow_bits<Half16>(x), Native<float>::Half);
+}
+
+template <class Half16>
+FL_HD void store(Half16* to, Vec<float> x) {
+    const auto bits = narrowed<Half16>(x);
     std::memcpy(to, &bits, sizeof(bits));
 }
 
-// The first n elements; the others read as `fill`.
+#if defined(__AVX512F__)
+FL_HD __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+#endif
+
+// The first n elements; the others read as `fill`. No other memory is touched.
 template <class Stored>
 FL_HD vec_t<Stored> load(const Stored* from, int n, acc_t<Stored> fill) {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<Stored, double>) {
+        return Vec<double>(_mm512_mask_loadu_pd(_mm512_set1_pd(fill), static_cast<__mmask8>(first_lanes(n)), from));
+    } else if constexpr (std::is_same_v<Stored, float>) {
+        return Vec<float>(_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first_lanes(n), from));
+    } else {
+        const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), from));
+        const Vec<float> x = widen_bits<Stored, Vec<float>>(std::bit_cast<Native<float>::UInt>(bits));
+        return Vec<float>(_mm512_mask_mov_ps(_mm512_set1_ps(fill), first_lanes(n), x.v));
+    }
+#endif
     acc_t<Stored> lane[vec_t<Stored>::size];
     for (int i = 0; i < vec_t<Stored>::size; ++i) lane[i] = i < n ? widen(from[i]) : fill;
     return vec_t<Stored>::load(lane);
@@ -159,9 +235,47 @@ FL_HD vec_t<Stored> load(const Stored* from, int n, acc_t<Stored> fill) {
 
 template <class Stored>
 FL_HD void store(Stored* to, vec_t<Stored> x, int n) {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<Stored, double>) {
+        return _mm512_mask_storeu_pd(to, static_cast<__mmask8>(first_lanes(n)), x.v);
+    } else if constexpr (std::is_same_v<Stored, float>) {
+        return _mm512_mask_storeu_ps(to, first_lanes(n), x.v);
+    } else {
+        const __m512i bits = std::bit_cast<__m512i>(narrow_bits<Stored>(x));
+        return _mm256_mask_storeu_epi16(to, first_lanes(n), _mm512_cvtepi32_epi16(bits));
+    }
+#endif
     acc_t<Stored> lane[vec_t<Stored>::size];
     x.store(lane);
     for (int i = 0; i < n; ++i) to[i] = narrow<Stored>(lane[i]);
+}
+
+// A store that goes past the caches. `to` is aligned to its size; other threads may read it after stream_fence().
+template <class Stored>
+FL_HD void stream(Stored* to, vec_t<Stored> x) {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<Stored, double>)
+        _mm512_stream_pd(to, x.v);
+    else if constexpr (std::is_same_v<Stored, float>)
+        _mm512_stream_ps(to, x.v);
+    else
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(to), std::bit_cast<__m256i>(narrowed<Stored>(x)));
+#elif defined(__AVX__)
+    if constexpr (std::is_same_v<Stored, double>)
+        _mm256_stream_pd(to, x.v);
+    else if constexpr (std::is_same_v<Stored, float>)
+        _mm256_stream_ps(to, x.v);
+    else
+        _mm_stream_si128(reinterpret_cast<__m128i*>(to), std::bit_cast<__m128i>(narrowed<Stored>(x)));
+#else
+    store(to, x);
+#endif
+}
+
+FL_HD void stream_fence() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
 }
 
 // The same functions for a whole vector, so that one loop body serves both.
@@ -183,6 +297,20 @@ FL_HD void for_vectors(std::int64_t n, Body body) {
     std::int64_t i = 0;
     for (; i + Vec<A>::size <= n; i += Vec<A>::size) body(i, Whole{});
     if (i < n) body(i, static_cast<int>(n - i));
+}
+
+// The same with kAhead accumulators, so that successive vectors do not wait for each other: body(i, count, k), where
+// integral_constant k in [0, kAhead) says which of them this vector goes to.
+template <class A, int kAhead, class Body>
+FL_HD void for_vectors_ahead(std::int64_t n, Body body) {
+    constexpr int size = Vec<A>::size;
+    std::int64_t i = 0;
+    for (; i + kAhead * size <= n; i += kAhead * size)
+        [&]<int... k>(std::integer_sequence<int, k...>) {
+            (body(i + k * size, Whole{}, std::integral_constant<int, k>{}), ...);
+        }(std::make_integer_sequence<int, kAhead>{});
+    constexpr std::integral_constant<int, 0> first;
+    for_vectors<A>(n - i, [&](std::int64_t rest, auto count) { body(i + rest, count, first); });
 }
 
 // Elements `stride` apart.

@@ -13,7 +13,7 @@ inline namespace FL_ISA {
 template <class Rule>
 struct MarginLoss {
     static constexpr const char* name = Rule::name;
-    static constexpr int num_params = Rule::num_params, num_sums = 2;
+    static constexpr int num_params = Rule::num_params, num_sums = 2, num_kept = 1;
     static constexpr bool needs_max = false;
 
     template <class T>
@@ -22,6 +22,7 @@ struct MarginLoss {
     };
 
     FL_HD static int passes(const double*) { return 2; }
+    FL_HD static bool keeps(int, int) { return true; }
 
     template <class T>
     FL_HD static State<T> begin(const RowInputs<T>& row, const T*) {
@@ -51,10 +52,20 @@ struct MarginLoss {
     template <class T>
     FL_HD static Sums<T, 2> term(int pass, const State<T>& s, T z, T margin, math::mask_t<T> is_target,
                                  const T* params) {
-        const T e = error(s, z, margin, is_target, params);
-        if (pass == 0) return {{e, T(0)}};
-        const T keep = kept(s, e);
-        return {{math::select(keep > T(0), e, T(0)), keep}};
+        T e = error(s, z, margin, is_target, params);
+        return term_keeping(pass, s, z, margin, is_target, params, &e);
+    }
+
+    // Kept: the error.
+    template <class T>
+    FL_HD static Sums<T, 2> term_keeping(int pass, const State<T>& s, T z, T margin, math::mask_t<T> is_target,
+                                         const T* params, T* e) {
+        if (pass == 0) {
+            *e = error(s, z, margin, is_target, params);
+            return {{*e, T(0)}};
+        }
+        const T keep = kept(s, *e);
+        return {{math::select(keep > T(0), *e, T(0)), keep}};
     }
 
     template <class T>
@@ -80,8 +91,13 @@ struct MarginLoss {
 
     template <class T>
     FL_HD static T gradient(const State<T>& s, T z, T margin, math::mask_t<T> is_target, const T* params) {
-        const T of_error = kept(s, error(s, z, margin, is_target, params)) * s.per_error;
-        return math::select(is_target, -s.count * s.per_error, of_error);
+        const T e = error(s, z, margin, is_target, params);
+        return gradient_of_kept(s, &e, is_target, params);
+    }
+
+    template <class T>
+    FL_HD static T gradient_of_kept(const State<T>& s, const T* e, math::mask_t<T> is_target, const T*) {
+        return math::select(is_target, -s.count * s.per_error, kept(s, *e) * s.per_error);
     }
 };
 

@@ -62,18 +62,25 @@ struct NFL {
     static constexpr int num_params = 2;
 
     template <class T>
-    FL_HD static Share<T> share(T log_p, const T* params) {
-        const T gamma = params[0], miss = -math::expm1(log_p);
-        const T factor = math::pow(miss, gamma);
-        // gamma p (1 - p)^(gamma - 1) (-log p); -log p / (1 - p) -> 1 as p -> 1
-        const T ratio = math::select(miss > T(0), neg_p_log_p(math::exp(log_p), log_p) / miss, T(1));
-        const T of_factor = math::select(params[1] > T(0), T(0), factor * gamma * ratio);
-        return {math::select(miss > T(0), -factor * log_p, T(0) * log_p), factor + of_factor};
+    FL_HD static Share<T> share(T log_p, T p, const T* params) {
+        const T gamma = params[0], miss = -math::expm1_of(log_p, p), p_log_p = neg_p_log_p(p, log_p);
+        const auto misses = miss > T(0);
+        T factor, other;  // (1 - p)^gamma and, but for gamma, its derivative: p (1 - p)^(gamma - 1) (-log p)
+        if (math::to_scalar(gamma) == math::scalar_t<T>(0.5)) {  // the default: no power, no division
+            const T root = math::rsqrt(miss);
+            factor = math::select(misses, miss * root, miss);
+            other = math::select(misses, p_log_p * root, miss);
+        } else {
+            factor = math::pow(miss, gamma);
+            other = factor * math::select(misses, p_log_p / miss, T(1));  // -log p / (1 - p) -> 1 as p -> 1
+        }
+        const T of_factor = math::select(params[1] > T(0), T(0), gamma * other);
+        return {math::select(misses, -factor * log_p, T(0) * log_p), factor + of_factor};
     }
 
     template <class T>
     FL_HD static AffineRow<T> eval(T log_p, T sum_n, T sum_w, const T* params) {
-        return normalized(share(log_p, params), sum_n, sum_w);
+        return normalized(share(log_p, math::exp(log_p), params), sum_n, sum_w);
     }
 };
 
@@ -83,8 +90,8 @@ struct NFLAnd {
     static constexpr int num_params = 4 + Passive::num_params;
 
     template <class T>
-    FL_HD static Share<T> share(T log_p, const T* params) {
-        return NFL::share(log_p, params + 2);
+    FL_HD static Share<T> share(T log_p, T p, const T* params) {
+        return NFL::share(log_p, p, params + 2);
     }
 
     template <class T>
@@ -107,14 +114,14 @@ struct NGCE {
     static constexpr int num_params = 1;
 
     template <class T>
-    FL_HD static Share<T> share(T log_p, const T* params) {
-        const T q = params[0];
-        return {-math::expm1(q * log_p), q * math::exp(q * log_p)};
+    FL_HD static Share<T> share(T log_p, T, const T* params) {
+        const T q = params[0], power = math::exp(q * log_p);
+        return {-math::expm1_of(q * log_p, power), q * power};
     }
 
     template <class T>
     FL_HD static AffineRow<T> eval(T log_p, T sum_n, T sum_w, const T* params) {
-        return normalized(share(log_p, params), sum_n, sum_w);
+        return normalized(share(log_p, math::exp(log_p), params), sum_n, sum_w);
     }
 };
 

@@ -13,7 +13,7 @@ inline namespace FL_ISA {
 //   dL/dz_j = d_j - s_j sum_i d_i,  d_j = (p_j - y_j) p_j^(t2-t1),  s_j = p_j^t2 / sum_i p_i^t2
 struct BiTempered {
     static constexpr const char* name = "bi_tempered";
-    static constexpr int num_params = 4, num_sums = 5;
+    static constexpr int num_params = 4, num_sums = 5, num_kept = 3;
     static constexpr bool needs_max = true;
     static constexpr int newton_steps = 10;
 
@@ -43,6 +43,7 @@ struct BiTempered {
     }
 
     FL_HD static int passes(const double* params) { return root_passes(params[1], params[3]) + 1; }
+    FL_HD static bool keeps(int pass, int passes) { return pass == passes - 1; }
 
     template <class T>
     FL_HD static State<T> begin(const RowInputs<T>& row, const T*) {
@@ -71,34 +72,84 @@ struct BiTempered {
         return math::expm1((T(1) - t) * log_x) / (T(1) - t);
     }
 
+    // p = exp_t2(x), x <= 0, as something to take powers of. With n = 1 / (t2 - 1) it is (1 - x / n)^-n, so where n and
+    // n t1 are whole numbers, as for the defaults, all powers that occur are products: no log, no exp.
     template <class T>
-    FL_HD static T exp_t(T x, T t) {
-        return power(log_exp(x, t), T(1));
+    struct Power {
+        T x;  // 1 / (1 - x / n) if n > 0, else log p
+        int n;
+
+        FL_HD T operator()(T exponent) const {
+            if (n == 0) return power(x, exponent);
+            return math::integer_power(x, nearest(math::scalar_t<T>(n) * math::to_scalar(exponent)));
+        }
+    };
+
+    template <class S>
+    FL_HD static int nearest(S x) {
+        return static_cast<int>(x + S(0.5));
+    }
+
+    // n as above, 0 where it does not apply. Float t1 and t2 are off by their rounding.
+    template <class S>
+    FL_HD static int whole(S t1, S t2) {
+        const S n = S(1) / (t2 - S(1));
+        if (!(n > S(0.5) && n < S(16))) return 0;
+        const S of_n = n - S(nearest(n)), of_t1 = n * t1 - S(nearest(n * t1)), tolerance = S(1e-4);
+        return of_n * of_n + of_t1 * of_t1 < tolerance * tolerance ? nearest(n) : 0;
     }
 
     template <class T>
-    FL_HD static Sums<T, 5> term(int pass, const State<T>& s, T z, T, math::mask_t<T>, const T* params) {
+    FL_HD static Power<T> probability(T x, const T* params) {
+        const T t2 = params[1];
+        const int n = whole(math::to_scalar(params[0]), math::to_scalar(t2));
+        if (n == 0) return {log_exp(x, t2), 0};
+        const T inside = T(1) + (T(1) - t2) * x;
+        return {math::select(inside > T(1e30), T(0), math::reciprocal(inside)), n};  // 0 at -inf
+    }
+
+    template <class T>
+    FL_HD static Sums<T, 5> term(int pass, const State<T>& s, T z, T margin, math::mask_t<T> is_target,
+                                 const T* params) {
+        T kept[num_kept];
+        return term_keeping(pass, s, z, margin, is_target, params, kept);
+    }
+
+    // Kept by the last pass: the powers of which the gradient consists.
+    template <class T>
+    FL_HD static Sums<T, 5> term_keeping(int pass, const State<T>& s, T z, T, math::mask_t<T>, const T* params,
+                                         T* kept) {
         const T t1 = params[0], t2 = params[1], x = z - s.max, none = T(0);
         const auto scalar_t2 = math::to_scalar(t2), num_iters = math::to_scalar(params[3]);
         if (pass == root_passes(scalar_t2, num_iters)) {
-            const T log_p = log_exp(x - s.root, t2);
-            Sums<T, 5> sums{{power(log_p, T(2) - t1), power(log_p, t2), power(log_p, T(1) + t2 - t1), none, none}};
+            const Power<T> p = probability(x - s.root, params);
+            keep(p, t1, t2, kept);
+            Sums<T, 5> sums{{p(T(2) - t1), kept[1], kept[0], none, none}};
             if (math::to_scalar(params[2]) == math::scalar_t<T>(0)) return sums;
-            sums.v[3] = power(log_p, t2 - t1);
-            sums.v[4] = log_t(log_p, t1);
+            sums.v[3] = kept[2];
+            sums.v[4] = log_t(log_exp(x - s.root, t2), t1);
             return sums;
         }
         switch (method(scalar_t2, num_iters)) {
             case Method::kExact: return {{math::exp(x), none, none, none, none}};
             case Method::kNewton: {
-                const T log_p = log_exp(x - s.root, t2);
-                return {{power(log_p, T(1)), power(log_p, t2), none, none, none}};
+                const Power<T> p = probability(x - s.root, params);
+                return {{p(T(1)), p(t2), none, none, none}};
             }
-            case Method::kFixedPoint: return {{exp_t(pass == 0 ? x : x * s.lower, t2), none, none, none, none}};
+            case Method::kFixedPoint:
+                return {{probability(pass == 0 ? x : x * s.lower, params)(T(1)), none, none, none, none}};
             default: break;
         }
         if (pass == 0) return {{math::select(x > T(-1) / (T(1) - t2), T(1), T(0)), none, none, none, none}};
-        return {{exp_t(x - (s.lower + s.upper) * T(0.5), t2), none, none, none, none}};
+        const T middle = (s.lower + s.upper) * T(0.5);
+        return {{probability(x - middle, params)(T(1)), none, none, none, none}};
+    }
+
+    template <class T>
+    FL_HD static void keep(const Power<T>& p, T t1, T t2, T* kept) {
+        kept[0] = p(T(1) + t2 - t1);
+        kept[1] = p(t2);
+        kept[2] = p(t2 - t1);
     }
 
     template <class T>
@@ -117,11 +168,15 @@ struct BiTempered {
 
     template <class T>
     FL_HD static T gradient(const State<T>& s, T z, T, math::mask_t<T> is_target, const T* params) {
-        const T t1 = params[0], t2 = params[1];
-        const T log_p = log_exp((z - s.max) - s.root, t2);
+        T kept[num_kept];
+        keep(probability((z - s.max) - s.root, params), params[0], params[1], kept);
+        return gradient_of_kept(s, kept, is_target, params);
+    }
+
+    template <class T>
+    FL_HD static T gradient_of_kept(const State<T>& s, const T* kept, math::mask_t<T> is_target, const T* params) {
         const T label = math::select(is_target, T(1) - params[2], s.lower);  // finish has put s/(K-1) there
-        const T d = power(log_p, T(1) + t2 - t1) - share(label, power(log_p, t2 - t1));
-        return d - power(log_p, t2) * s.ratio;
+        return (kept[0] - share(label, kept[2])) - kept[1] * s.ratio;
     }
 
 private:
