@@ -84,7 +84,7 @@ struct alignas(64) TileRows {
             alpha[i] = stats[rows + row + i];
             beta[i] = stats[2 * rows + row + i];
             gamma[i] = p.spread != Spread::kNone ? stats[3 * rows + row + i] : A(0);
-            if (ignored[i]) max[i] = alpha[i] = beta[i] = gamma[i] = A(0);
+            if (ignored(i)) max[i] = alpha[i] = beta[i] = gamma[i] = A(0);
         }
         scale_coefficients();
     }
