@@ -193,15 +193,23 @@ void test_planning() {
         p.logits_stride = {inner * classes, pixels ? 1 : classes};
         return regime_of(p);
     };
-    check(regime(1, 100000, 10, false) == Regime::kThread, "few classes: a thread for each row");
+    check(regime(1, 100000, 10, false) == Regime::kStaged, "few classes: rows brought to shared memory");
+    check(regime(2, 100000, 10, false) == Regime::kThread,
+          "few classes in several runs of rows: a thread for each row");
+    check(regime(1, 4096, 100, false) == Regime::kLanes, "100 classes: a part of a warp for each row");
     check(regime(1, 4096, 1000, false) == Regime::kWarp, "1000 classes: a warp for each row");
     check(regime(1, 64, 21841, false) == Regime::kBlock, "21841 classes: a block for each row");
     check(regime(8, 512 * 512, 150, true) == Regime::kThread, "pixels: a thread for each");
-    check(regime(2, 1, 150, true) == Regime::kWarp, "one pixel an image: as rows");
-    check(regime(1, 7, 150, true) == Regime::kWarp, "fewer pixels than classes: as rows");
-    check(blocks_for(0, 8) == 0 && blocks_for(1, 8) == 1 && blocks_for(8, 8) == 1 && blocks_for(9, 8) == 2,
+    check(regime(2, 1, 150, true) == Regime::kLanes, "one pixel an image: as rows");
+    check(regime(1, 7, 150, true) == Regime::kLanes, "fewer pixels than classes: as rows");
+    p.dtype = Dtype::kFloat64;
+    check(regime(1, 100000, 10, false) == Regime::kThread, "doubles do not fit into the shared memory");
+    check(regime(1, 4096, 100, false) == Regime::kWarp, "doubles: no kernels for parts of warps");
+    check(blocks_for(0, 8) == 1 && blocks_for(1, 8) == 1 && blocks_for(8, 8) == 1 && blocks_for(9, 8) == 2,
           "blocks for few rows");
-    check(blocks_for(std::int64_t(1) << 40, 8) == 0x7fffffff, "more rows than the largest grid");
+    check(blocks_for(std::int64_t(1) << 40, 8) == kMaxBlocks, "more rows than the largest grid");
+    test_walk<kLanes, float>();
+    test_walk<kLanes, Half>();
     test_walk<32, double>();
     test_walk<32, float>();
     test_walk<32, Half>();
