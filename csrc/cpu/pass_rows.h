@@ -38,6 +38,7 @@ public:
     // Loads rows [at, at + count) of the tile; a single one unless rows are lanes.
     void load(std::int64_t outer, std::int64_t first, int at, int count) {
         with_stored<A>(p, [&]<class Stored>() {
+            look_ahead<Stored>(outer, first + at + count);
             if (lanes) return LaneBlock<Stored>::load_logits(p, outer, first + at, rows, at, count, x());
             const Stored* source = as<Stored>(p.logits) + p.logits_stride.at(outer, first + at);
             RowBuffer<Stored>::widen_row(source, p.logits_class_stride, p.num_classes, x());
@@ -119,6 +120,12 @@ public:
         return fused_losses::load(margin + k * V::size, k < whole ? V::size : tail, A(0));
     }
 
+    // Fetches the part of the next rows' memory that vector k has in these rows'.
+    FL_HD void prefetch(std::int64_t k) const {
+        if (next_logits) __builtin_prefetch(next_logits + k * vector_bytes, /*for writing=*/0);
+        if (next_grad) __builtin_prefetch(next_grad + k * vector_bytes, /*for writing=*/1);
+    }
+
     // Calls body(k, is_target, add) for every vector k of the scratch; sum = add(sum, x) leaves out what is no class.
     template <class Body>
     FL_HD void for_each(Body body) const {
@@ -151,7 +158,19 @@ public:
     TileRows<A> rows;
 
 private:
+    template <class Stored>
+    void look_ahead(std::int64_t outer, std::int64_t next) {
+        vector_bytes = V::size * sizeof(Stored);
+        next_logits = next_grad = nullptr;
+        if (p.logits_class_stride == 1)
+            next_logits = reinterpret_cast<const char*>(as<Stored>(p.logits) + p.logits_stride.at(outer, next));
+        if (p.grad && p.grad_class_stride == 1)
+            next_grad = reinterpret_cast<const char*>(RowBuffer<Stored>::gradient(p, outer, next));
+    }
+
     Scratch<A> store;
+    const char *next_logits, *next_grad;
+    std::int64_t vector_bytes;
     V target;  // class numbers
 };
 

@@ -78,6 +78,7 @@ private:
         Sums<V, Loss::num_sums> sums;
         for (V& sum : sums.v) sum = A(0);
         view.for_each([&](std::int64_t k, Mask<A> is_target, auto add) FL_INLINE {
+            if (pass == 0) view.prefetch(k);
             const V z = V::load(view.x() + k * V::size), margin = view.margin_at(k, row.margin);
             const auto term = [&]() FL_INLINE {
                 if constexpr (!keeps) return Loss::term(pass, state, z, margin, is_target, own.data());
