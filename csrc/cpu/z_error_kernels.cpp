@@ -172,6 +172,25 @@ void mask(const ZProblem& p, const ZErrorRules& rules, std::int64_t begin, std::
 
 // ---- Loss and gradient ---------------------------------------------------------------------------------------------
 
+// 1 for the rows of a block that are kept, 0 for others and for those beyond the last.
+template <class A>
+struct KeptBlock {
+    using V = Vec<A>;
+    alignas(64) A kept[kBlockRows];
+
+    void fill(const ZProblem& p, std::int64_t begin, int rows) {
+        const bool* const mask = p.mask + begin;
+        for (int r = 0; r < rows; ++r) kept[r] = static_cast<A>(mask[r]);
+        for (int r = rows; r < kBlockRows; ++r) kept[r] = A(0);
+    }
+
+    // Zeros for dropped rows. By selection: x may be NaN there.
+    void clear_dropped(int rows, A* x) const {
+        for_whole_vectors<A>(
+            rows, [&](int i) { math::select(V::load(kept + i) > V(A(0)), V::load(x + i), V(A(0))).store(x + i); });
+    }
+};
+
 template <class A>
 struct RowBlock {
     using V = Vec<A>;
@@ -253,20 +272,18 @@ template <class A>
 ZErrorSums loss_as(const ZProblem& p, const ZErrorRules& rules, std::int64_t begin, std::int64_t end) {
     A* const row_values = static_cast<A*>(p.row_values);
     RowBlock<A> block;
-    alignas(64) A value[kBlockRows], weight[kBlockRows];
+    KeptBlock<A> kept;
+    alignas(64) A value[kBlockRows];
     LaneSum values, weights;
     judge_rows(p, rules, begin, end, [&](std::int64_t first, int rows) {
         block.values(p, first, rows, value);
-        for (int r = 0; r < rows; ++r) {
-            const bool kept = p.mask[first + r];
-            value[r] = kept ? value[r] : A(0);
-            weight[r] = kept ? block.weight[r] : A(0);
-        }
-        if (row_values) std::memcpy(row_values + first, value, rows * sizeof(A));
         const int padded = (rows + LaneSum::kLanes - 1) / LaneSum::kLanes * LaneSum::kLanes;
-        for (int r = rows; r < padded; ++r) value[r] = weight[r] = A(0);
+        kept.fill(p, first, rows);
+        kept.clear_dropped(padded, value);
+        kept.clear_dropped(padded, block.weight);
+        if (row_values) std::memcpy(row_values + first, value, rows * sizeof(A));
         values.add(value, padded);
-        weights.add(weight, padded);
+        weights.add(block.weight, padded);
     });
     return {values.total(), weights.total()};
 }
@@ -276,13 +293,15 @@ void gradient_as(const ZProblem& p, std::int64_t begin, std::int64_t end) {
     const A divisor = p.divisor ? *static_cast<const A*>(p.divisor) : A(1);
     const A share = divisor == A(0) ? A(0) : A(1) / divisor;
     RowBlock<A> block;
+    KeptBlock<A> kept;
     alignas(64) A grad[kBlockRows];
     for_blocks(kBlockRows, begin, end, [&](std::int64_t first, std::int64_t, int rows) {
         block.fill(p, first, rows);
         load(p, p.upstream, first, rows, grad);
         is_binary(p.statistic) ? block.template gradients<true>(rows, share, grad)
                                : block.template gradients<false>(rows, share, grad);
-        for (int r = 0; r < rows; ++r) grad[r] = p.mask[first + r] ? grad[r] : A(0);
+        kept.fill(p, first, rows);
+        kept.clear_dropped(rows, grad);
         store(p.grad, p.input.type, first, rows, grad);
     });
 }
