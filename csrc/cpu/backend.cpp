@@ -1,11 +1,10 @@
 // CPU backend of row losses: picks the kernels for this processor and spreads tiles over threads.
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 
 #include <limits>
-#include <string>
 #include <vector>
 
+#include "cpu/choose_isa.h"
 #include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
 #include "ops/backend.h"
@@ -14,16 +13,7 @@ namespace fused_losses {
 namespace {
 
 const CpuKernels& kernels() {
-    static const CpuKernels chosen = [] {
-        [[maybe_unused]] const std::string capability = at::get_cpu_capability();  // ATEN_CPU_CAPABILITY overrides
-#ifdef FL_HAVE_AVX512
-        if (capability == "AVX512") return cpu_kernels<Isa::avx512>();
-#endif
-#ifdef FL_HAVE_AVX2
-        if (capability == "AVX2" || capability == "AVX512") return cpu_kernels<Isa::avx2>();
-#endif
-        return cpu_kernels<Isa::baseline>();
-    }();
+    static const CpuKernels chosen = for_this_processor([]<Isa isa>() { return cpu_kernels<isa>(); });
     return chosen;
 }
 

@@ -1,4 +1,5 @@
-// Count, mean and sum of squared deviations of numbers, in double. One struct for CPU and CUDA.
+// Count, mean and sum of squared deviations of numbers, in double. One struct for CPU and CUDA. Not in FL_ISA: kernels
+// of all instruction sets hand it to one driver, and its functions are always inline.
 #pragma once
 
 #include <cstdint>
@@ -6,7 +7,6 @@
 #include "core/host_device.h"
 
 namespace fused_losses {
-inline namespace FL_ISA {
 
 struct Moments {
     double count = 0, mean = 0, m2 = 0;
@@ -48,5 +48,4 @@ struct ShiftedSums {
     }
 };
 
-}  // namespace FL_ISA
 }  // namespace fused_losses

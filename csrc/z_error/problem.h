@@ -49,6 +49,15 @@ FL_HD bool is_binary(Statistic s) { return s == Statistic::kBceLogit || s == Sta
 // sides are those of label 1; label 0 is the mirror image.
 enum class Tail : std::uint8_t { kBoth, kLow, kHigh };
 
+// What a group's statistics say about its rows.
+template <class T, class Mask>
+struct Rule {
+    T mean, std;  // std NaN: no statistics
+    T low, high;  // kept are rows with low <= (score - mean) / std <= high
+    Mask all;     // ... or all whose score is finite
+};
+using GroupRule = Rule<double, bool>;
+
 // Rows are numbered in logical order as outer * inner + i; outputs are contiguous in that order. acc is double if
 // acc_is_double, else float.
 struct ZProblem {

@@ -32,7 +32,10 @@ FL_HD T read(const Elements& e, std::int64_t offset) {
     return T(0);
 }
 
-FL_HD bool is_finite(double x) { return x - x == 0.0; }
+template <class T>
+FL_HD math::mask_t<T> is_finite(T x) {
+    return x - x == T(0.0);
+}
 
 // acc is double only for float64 inputs.
 template <class A>
@@ -80,14 +83,16 @@ FL_HD std::int64_t group_of(const ZProblem& p, const Row& row) {
 }
 
 // Half precision is exact in double: constant classes and ties come out as they are stored.
-FL_HD double score_from(Statistic statistic, double x, double target) {
+// T is double or a vector of them.
+template <class T>
+FL_HD T score_from(Statistic statistic, T x, T target) {
     switch (statistic) {
         case Statistic::kMseTarget: return target;
         case Statistic::kMseLoss: return (x - target) * (x - target);
         case Statistic::kMseResidual: return x - target;
         // An infinite logit has a finite probability but is still no number to learn from.
         case Statistic::kClassProb: return math::exp(-x);
-        case Statistic::kBceProb: return is_finite(x) ? 1.0 / (1.0 + math::exp(-x)) : x;
+        case Statistic::kBceProb: return math::select(is_finite(x), T(1.0) / (T(1.0) + math::exp(-x)), x);
         default: return x;
     }
 }
@@ -99,23 +104,24 @@ FL_HD double score_of(const ZProblem& p, const Row& row, std::int64_t group) {
                                       : score_from(p.statistic, x, 0.0);
 }
 
+template <class T>
 struct Verdict {
-    bool kept;
-    double z;  // standardised score; NaN without statistics
+    math::mask_t<T> kept;
+    T z;  // standardised score; NaN without statistics
 };
 
-// What a group's statistics say about its rows.
-struct GroupRule {
-    double mean, std;  // std NaN: no statistics
-    double low, high;  // kept are rows with low <= z <= high
-    bool all;          // ... or all that are finite
+// T is double, or a vector of them for rows of several groups.
+template <class T>
+using RuleOf = Rule<T, math::mask_t<T>>;
 
-    FL_HD Verdict judge(double score) const {
-        const double z = (score - mean) / std;
-        const bool finite = is_finite(score);
-        return {finite && (all || (z >= low && z <= high)), finite ? z : std::numeric_limits<double>::quiet_NaN()};
-    }
-};
+template <class T>
+FL_HD Verdict<T> judge(const RuleOf<T>& rule, T score) {
+    using Mask = math::mask_t<T>;
+    const T z = (score - rule.mean) / rule.std;
+    const Mask finite = is_finite(score), near = (z >= rule.low) & (z <= rule.high);
+    const Mask kept = finite & (rule.all | near);
+    return {kept, math::select(finite, z, T(std::numeric_limits<double>::quiet_NaN()))};
+}
 
 // The rules of 2506.02154, with those rows dropped by selection that its code lets poison the sum.
 FL_HD GroupRule rule_of(const ZProblem& p, std::int64_t group) {
@@ -148,7 +154,7 @@ struct ValueAndSlope {
 // softplus(s) = log(1 + exp(s)) and its derivative, from exp(-|s|); without branches.
 template <class A>
 FL_HD ValueAndSlope<A> softplus(A s) {
-    const bool above = s > A(0);
+    const math::mask_t<A> above = s > A(0);
     const A e = math::exp(math::select(above, -s, s));
     return {math::select(above, s, A(0)) + math::log1p(e), math::select(above, A(1), e) / (A(1) + e)};
 }
@@ -163,7 +169,7 @@ FL_HD ValueAndSlope<A> squared_error(A x, A y) {
 
 template <class A>
 FL_HD ValueAndSlope<A> binary_loss(A x, A y, A pos_weight) {
-    const bool positive = y == A(1);
+    const math::mask_t<A> positive = y == A(1);
     const ValueAndSlope<A> plus = softplus(math::select(positive, -x, x));
     const A factor = math::select(positive, pos_weight, A(1));
     return {factor * plus.value, math::select(positive, -factor, factor) * plus.slope};
@@ -201,22 +207,24 @@ FL_HD Share<A> share_of(const ZProblem& p, const Row& row, bool kept) {
     return {weight * loss_of<A>(p, row).value, weight};
 }
 
-// Writes what is asked for about a row's verdict.
-FL_HD void record(const ZProblem& p, const Row& row, std::int64_t group, const Verdict& verdict) {
-    p.mask[row.number] = verdict.kept;
-    if (p.scores) p.scores[row.number] = verdict.z;
-    if (!p.kept_target) return;
-    // A target out of range stays as it is: the loss has to complain about it.
-    const auto y = row.of<std::int64_t>(p.target);
-    p.kept_target[row.number] = group >= 0 && !verdict.kept ? p.ignore_index : y;
+FL_HD void record(const ZProblem& p, std::int64_t number, const Verdict<double>& verdict) {
+    p.mask[number] = verdict.kept;
+    if (p.scores) p.scores[number] = verdict.z;
+}
+
+// A target out of range stays as it is: the loss has to complain about it.
+FL_HD std::int64_t kept_target_of(const ZProblem& p, std::int64_t target, std::int64_t group, bool kept) {
+    return group >= 0 && !kept ? p.ignore_index : target;
 }
 
 // Judges a row and returns whether it is kept.
 FL_HD bool mask_row(const ZProblem& p, const Row& row) {
     const std::int64_t group = group_of(p, row);
-    Verdict verdict{false, std::numeric_limits<double>::quiet_NaN()};
-    if (group >= 0) verdict = rule_of(p, group).judge(score_of(p, row, group));
-    record(p, row, group, verdict);
+    Verdict<double> verdict{false, std::numeric_limits<double>::quiet_NaN()};
+    if (group >= 0) verdict = judge<double>(rule_of(p, group), score_of(p, row, group));
+    record(p, row.number, verdict);
+    if (p.kept_target)
+        p.kept_target[row.number] = kept_target_of(p, row.of<std::int64_t>(p.target), group, verdict.kept);
     return verdict.kept;
 }
 

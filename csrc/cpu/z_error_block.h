@@ -1,0 +1,154 @@
+// Blocks of rows as arrays of numbers, whatever the tensors' types and strides.
+#pragma once
+
+#include "cpu/vec.h"
+#include "z_error/rows.h"
+
+namespace fused_losses {
+inline namespace FL_ISA {
+namespace z_error {
+
+constexpr int kBlockRows = 128;  // whole vectors of any instruction set
+
+template <class Body>
+FL_HD void visit_type(ElementType type, Body body) {
+    switch (type) {
+        case ElementType::kFloat64: return body.template operator()<double>();
+        case ElementType::kFloat32: return body.template operator()<float>();
+        case ElementType::kFloat16: return body.template operator()<Half>();
+        case ElementType::kBFloat16: return body.template operator()<BFloat16>();
+        case ElementType::kInt64: return body.template operator()<std::int64_t>();
+        case ElementType::kInt32: return body.template operator()<std::int32_t>();
+        case ElementType::kInt16: return body.template operator()<std::int16_t>();
+        case ElementType::kInt8: return body.template operator()<std::int8_t>();
+        case ElementType::kUInt8: return body.template operator()<std::uint8_t>();
+    }
+}
+
+template <class T, class Stored>
+FL_HD T number(Stored x) {
+    if constexpr (std::is_class_v<Stored>)
+        return static_cast<T>(widen(x));
+    else
+        return static_cast<T>(x);
+}
+
+// Calls body(r, row, n) for runs of n rows, of `rows` from number `begin`, with one outer index; `row` is the first.
+template <class Body>
+FL_HD void for_runs(const ZProblem& p, std::int64_t begin, int rows, Body body) {
+    Row row(p, begin);
+    for (int r = 0; r < rows;) {
+        const int n = static_cast<int>(p.outer == 1 || p.inner - row.inner > rows - r ? rows - r : p.inner - row.inner);
+        body(r, row, n);
+        r += n;
+        row.number += n;
+        row.inner = 0;
+        ++row.outer;
+    }
+}
+
+// Ones for an absent tensor.
+template <class T>
+void load(const ZProblem& p, const Elements& e, std::int64_t begin, int rows, T* __restrict out) {
+    if (!e.data) {
+        for (int r = 0; r < rows; ++r) out[r] = T(1);
+        return;
+    }
+    visit_type(e.type, [&]<class Stored>() {
+        for_runs(p, begin, rows, [&](int first, const Row& row, int n) {
+            const std::int64_t stride = e.stride.inner;
+            const Stored* const from = static_cast<const Stored*>(e.data) + e.stride.at(row.outer, row.inner);
+            T* const to = out + first;
+            if (stride == 1) {
+                for (int r = 0; r < n; ++r) to[r] = number<T>(from[r]);
+            } else if (stride == 0) {
+                for (int r = 0; r < n; ++r) to[r] = number<T>(*from);
+            } else {
+                for (int r = 0; r < n; ++r) to[r] = number<T>(from[r * stride]);
+            }
+        });
+    });
+}
+
+// acc is double only for float64 tensors.
+template <class A>
+void store(void* data, ElementType type, std::int64_t begin, int rows, const A* __restrict from) {
+    switch (type) {
+        case ElementType::kFloat16:
+        case ElementType::kBFloat16:
+            for (int r = 0; r < rows; ++r) write(data, type, begin + r, from[r]);
+            return;
+        default: std::memcpy(static_cast<A*>(data) + begin, from, rows * sizeof(A));
+    }
+}
+
+// Calls body(i) for the first elements of the vectors that cover `rows` rows.
+template <class A, class Body>
+FL_HD void for_whole_vectors(int rows, Body body) {
+    for (int i = 0; i < rows; i += Vec<A>::size) body(i);
+}
+
+// Rows that are classes: targets, groups and scores.
+struct ClassBlock {
+    alignas(64) std::int64_t target[kBlockRows];
+    alignas(64) std::int64_t group[kBlockRows];
+    alignas(64) double score[kBlockRows];
+
+    void fill(const ZProblem& p, std::int64_t begin, int rows) {
+        load(p, p.target, begin, rows, target);
+        for (int r = 0; r < rows; ++r) group[r] = group_of_class(p, target[r]);
+        p.gathers ? gather(p, begin, rows) : load(p, p.input, begin, rows, score);
+        if (p.statistic != Statistic::kClassProb) return;
+        for (int r = rows; r < kBlockRows; ++r) score[r] = 0;
+        for_whole_vectors<double>(rows, [&](int i) {
+            const auto x = Vec<double>::load(score + i);
+            score_from(Statistic::kClassProb, x, x).store(score + i);
+        });
+    }
+
+private:
+    // The targets' logits.
+    void gather(const ZProblem& p, std::int64_t begin, int rows) {
+        visit_type(p.input.type, [&]<class Stored>() {
+            for_runs(p, begin, rows, [&](int first, const Row& row, int n) {
+                const Stored* const from =
+                    static_cast<const Stored*>(p.input.data) + p.input.stride.at(row.outer, row.inner);
+                for (int r = 0; r < n; ++r) {
+                    const std::int64_t y = group[first + r];
+                    score[first + r] =
+                        y < 0 ? 0.0 : number<double>(from[r * p.input.stride.inner + y * p.class_stride]);
+                }
+            });
+        });
+    }
+};
+
+// Rows of the binary and regression losses: scores and labels.
+struct ScoreBlock {
+    using D = Vec<double>;
+    using Mask = math::mask_t<D>;
+    alignas(64) double score[kBlockRows];
+    alignas(64) double target[kBlockRows];
+
+    // Lanes beyond the last row hold NaN, which is no label and no score.
+    void fill(const ZProblem& p, std::int64_t begin, int rows) {
+        load(p, p.input, begin, rows, score);
+        load(p, p.target, begin, rows, target);
+        for (int r = rows; r < kBlockRows && r % D::size != 0; ++r)
+            score[r] = target[r] = std::numeric_limits<double>::quiet_NaN();
+        if (p.statistic == Statistic::kBceLogit) return;
+        for_whole_vectors<double>(
+            rows, [&](int i) { score_from(p.statistic, D::load(score + i), D::load(target + i)).store(score + i); });
+    }
+
+    // Which rows of vector i have a label. Regression has one group, label 0, that everybody belongs to.
+    template <bool kBinary>
+    FL_HD Mask has_label(int i, int label) const {
+        if constexpr (!kBinary) return D(0.0) == D(0.0);
+        return D::load(target + i) == D(double(label));
+    }
+};
+
+}  // namespace z_error
+}  // namespace FL_ISA
+}  // namespace fused_losses

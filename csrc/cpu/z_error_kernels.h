@@ -1,0 +1,63 @@
+// The boundary between the CPU driver of Z-Error and its kernels, which are compiled once per instruction set.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cpu/kernels.h"
+#include "z_error/moments.h"
+#include "z_error/problem.h"
+
+namespace fused_losses {
+inline namespace FL_ISA {
+
+// Binary and regression losses: rows are cut into runs of `width`, a multiple of the number of tasks. A place in a run
+// is a column: the rows of a column have one task, so that vector lanes are columns, however many tasks there are.
+struct Columns {
+    static constexpr std::int64_t kWidth = 128;  // at least half of it, unless tasks are more
+
+    std::int64_t tasks, width, padded;  // padded to whole vectors of any instruction set
+    int labels;                         // group = task * labels + label
+
+    explicit Columns(const ZProblem& p)
+        : tasks(is_binary(p.statistic) ? p.num_groups / 2 : 1),
+          width(tasks * std::max<std::int64_t>(1, kWidth / tasks)),
+          padded((width + 15) / 16 * 16),
+          labels(is_binary(p.statistic) ? 2 : 1) {}
+};
+
+}  // namespace FL_ISA
+
+// How rows are judged. Classes: the rule of every group, or null where they are more than the rows. Otherwise: the
+// rules by label and column, in numbers: [labels][kNumbers][padded] of mean, std, low, high, and 1 or 0 for all.
+struct ZErrorRules {
+    static constexpr int kNumbers = 5;
+    const GroupRule* of_group = nullptr;
+    const double* of_column = nullptr;
+};
+
+struct ZErrorSums {
+    double value = 0, weight = 0;
+};
+
+// Rows [begin, end) begin at a column 0, but for the gradient.
+struct ZErrorKernels {
+    void (*moments)(const ZProblem&, std::int64_t begin, std::int64_t end, Moments* of_group);
+    // Of all rows of classes, merged one by one into [3][num_groups] zeros: work in proportion to the rows.
+    void (*sparse_moments)(const ZProblem&, double* moments);
+    void (*mask)(const ZProblem&, const ZErrorRules&, std::int64_t begin, std::int64_t end);
+    // The mask and what the rows add to the loss.
+    ZErrorSums (*loss)(const ZProblem&, const ZErrorRules&, std::int64_t begin, std::int64_t end);
+    void (*gradient)(const ZProblem&, std::int64_t begin, std::int64_t end);
+};
+
+template <Isa>
+ZErrorKernels z_error_kernels();
+template <>
+ZErrorKernels z_error_kernels<Isa::baseline>();
+template <>
+ZErrorKernels z_error_kernels<Isa::avx2>();
+template <>
+ZErrorKernels z_error_kernels<Isa::avx512>();
+
+}  // namespace fused_losses
