@@ -245,3 +245,52 @@ def test_repr():
     assert repr(fl.ZMSELoss(1.5)) == "ZMSELoss(threshold=1.5, statistic='target')"
     shown = repr(fl.ZErrorCrossEntropyLoss(torch.tensor(2.0), base="gce", running=True))
     assert "threshold=2.0, running=True, momentum=0.1, statistic='logit', base='gce', sided='two'" in shown
+
+
+# ---- Sizes: several pieces of work, tasks that fill vectors and that do not, strides ---------------------------------
+
+
+@pytest.mark.parametrize(
+    "shape", [(20_001,), (20_001, 1), (7001, 3), (301, 64), (140, 129), (67, 300), (3, 5000)], ids=str
+)
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("function", ["z_error_bce_with_logits", "z_mse_loss"])
+def test_sizes(function, layout, shape, device):
+    torch.manual_seed(0)
+    x, target = 3 * torch.randn(shape, dtype=torch.float64), torch.randint(0, 2, shape).double()
+    options = {"sample_weight": torch.rand(shape, dtype=torch.float64), "return_mask": True, "threshold": 1.1}
+    if function == "z_error_bce_with_logits":
+        target.view(-1)[::7] = math.nan
+        options["pos_weight"] = torch.rand(shape[1] if len(shape) == 2 else 1, dtype=torch.float64)
+    else:
+        target, options["statistic"] = torch.randn(shape, dtype=torch.float64), "residual"
+    if layout == "columns":
+        x = x.t().contiguous().t()
+    options = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+    results = []
+    for module in (functional, reference):
+        leaf = x.to(device).requires_grad_()
+        result = getattr(module, function)(leaf, target.to(device), **options)
+        (grad,) = torch.autograd.grad(result.loss, leaf)
+        results.append((*result, grad))
+    assert 0 < results[1][1].double().mean() < 1
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(50_000,), (9000, 5), (300, 400)], ids=str)
+@pytest.mark.parametrize("function", ["z_error_bce_with_logits", "z_mse_loss"])
+def test_same_bits_for_any_number_of_threads(function, shape):
+    torch.manual_seed(0)
+    x, target = torch.randn(shape).requires_grad_(), torch.randint(0, 2, shape).float()
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            result = getattr(functional, function)(x, target, threshold=1.1, return_mask=True)
+            results.append((*result, *torch.autograd.grad(result.loss, x)))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

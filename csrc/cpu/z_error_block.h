@@ -1,6 +1,10 @@
 // Blocks of rows as arrays of numbers, whatever the tensors' types and strides.
 #pragma once
 
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
 #include "cpu/vec.h"
 #include "z_error/rows.h"
 
