@@ -83,6 +83,18 @@ def test_image_layouts(name, layout, dtype, device):
         assert torch.equal(logits, before)
 
 
+# Gradients of more than 8 MiB: images whose rows are whole vectors in memory, and some whose rows are not; a number of
+# pixels that ends in the middle of a tile. More classes than a tile of 256 pixels takes.
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 21, 320, 336), (2, 21, 321, 335), (1, 600, 81, 96)], ids=str)
+def test_large_images(shape, dtype, device):
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(shape, generator=generator)).to(device, dtype)
+    target = torch.randint(shape[1], (shape[0], *shape[2:]), generator=generator).to(device)
+    target[0, 5] = -100
+    assert_matches_reference("cross_entropy", logits, target, reduction="sum")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_row_layouts(name, device):
     logits, target, _, _ = make_problem((12, 9), torch.float32, device)

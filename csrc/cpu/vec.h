@@ -76,7 +76,7 @@ struct Vec {
 
     // 0, 1, 2, ...
     FL_HD static Vec iota() {
-        alignas(kVectorBytes) static constexpr auto numbers = [] {
+        constexpr auto numbers = [] {
             std::array<A, size> n{};
             for (int i = 0; i < size; ++i) n[i] = A(i);
             return n;
@@ -119,7 +119,7 @@ private:
     template <int distance>
     FL_HD static Float swap(Float x) {
         using Index = std::conditional_t<sizeof(A) == 4, std::int32_t, std::int64_t>;
-        alignas(kVectorBytes) static constexpr auto partner = [] {
+        constexpr auto partner = [] {
             std::array<Index, size> n{};
             for (int i = 0; i < size; ++i) n[i] = i ^ distance;
             return n;

@@ -204,6 +204,26 @@ void test_pow(const char* type, int points) {
     std::printf("pow %s: %.3f of its bound at a = %.9g\n", type, worst.ulps, worst.at);
 }
 
+// Estimates with a step of Newton's method on some instruction sets, and powers as products.
+template <class T>
+void test_products(const char* type, int points) {
+    Random random(3);
+    Worst inverse, root, power;
+    for (int i = 0; i < points; ++i) {
+        const T a = T(std::ldexp(random.uniform(1, 2), random.below(200) - 100));
+        const int n = 1 + random.below(32);
+        const T base = T(random.uniform(0.1, 1));
+        const int lane = i % Vec<T>::size;
+        inverse.see(ulps<T>(math::reciprocal(Vec<T>(a)).v[lane], 1 / wider_t<T>(a), false), a);
+        root.see(ulps<T>(math::rsqrt(Vec<T>(a)).v[lane], 1 / std::sqrt(wider_t<T>(a)), false), a);
+        root.see(ulps<T>(math::rsqrt(a), 1 / std::sqrt(wider_t<T>(a)), false), a);
+        const T powers = math::integer_power(Vec<T>(base), n).v[lane];
+        power.see(ulps<T>(powers, std::pow(wider_t<T>(base), wider_t<T>(n)), false) / n, base);
+    }
+    std::printf("%s: 1/x %.3f ulp, 1/sqrt(x) %.3f ulp, x^n %.3f n ulp\n", type, inverse.ulps, root.ulps, power.ulps);
+    check(inverse.ulps < 2 && root.ulps < 3 && power.ulps < 1, "1/x, 1/sqrt(x) or x^n of %s", type);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -216,5 +236,7 @@ int main(int argc, char** argv) {
     test_random<double>("double", points);
     test_pow<float>("float", points);
     test_pow<double>("double", points);
+    test_products<float>("float", points / 4);
+    test_products<double>("double", points / 4);
     return fused_losses_test::report("math.h");
 }

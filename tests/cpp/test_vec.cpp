@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cpu/transpose.h"
 
 namespace {
 
@@ -164,10 +165,65 @@ void test_narrow(std::uint64_t stride) {
     }
 }
 
+// One vector of rows of every small width, close together and with gaps: all columns arrive, and back in memory no gap
+// is touched. Only rows of fewer than four columns may be read and written up to the fourth.
+void test_transposition() {
+    constexpr int kSize = Vec<float>::size;
+    for (int columns = 1; columns <= 33; ++columns) {
+        for (const int stride : {columns, columns + 3}) {
+            const int margin = columns < 4 ? 4 - columns : 0;
+            std::vector<float> rows((kSize - 1) * stride + columns + margin, -1.0f), back(rows.size(), -2.0f);
+            for (int r = 0; r < kSize; ++r)
+                for (int c = 0; c < columns; ++c) rows[r * stride + c] = float(100 * r + c);
+            std::vector<float> transposed(columns * kSize);
+            rows_to_columns(rows.data(), stride, columns, transposed.data());
+            columns_to_rows(transposed.data(), stride, columns, back.data());
+            for (int r = 0; r < kSize; ++r) {
+                for (int c = 0; c < columns; ++c)
+                    check(transposed[c * kSize + r] == float(100 * r + c) && back[r * stride + c] == float(100 * r + c),
+                          "transposition of %d columns, stride %d: row %d, column %d", columns, stride, r, c);
+                for (int c = std::max(columns, 4); c < stride && r + 1 < kSize; ++c)
+                    check(back[r * stride + c] == -2.0f, "transposition of %d columns wrote into a gap", columns);
+            }
+        }
+    }
+}
+
+// A store past the caches is a store.
+template <class Stored>
+void test_stream() {
+    using V = Vec<acc_t<Stored>>;
+    alignas(64) Stored to[2 * V::size];
+    for (Stored& x : to) x = narrow<Stored>(acc_t<Stored>(-1));
+    stream(to, V::iota());
+    stream_fence();
+    for (int i = 0; i < 2 * V::size; ++i)
+        check(widen(to[i]) == (i < V::size ? acc_t<Stored>(i) : acc_t<Stored>(-1)), "stream of %s: element %d",
+              name_of<Stored>(), i);
+}
+
+// With several accumulators every vector is visited once, in order, by one that exists.
+void test_for_vectors_ahead() {
+    using V = Vec<float>;
+    for (int n = 0; n <= 9 * V::size + 1; ++n) {
+        int next = 0;
+        for_vectors_ahead<float, 4>(n, [&](std::int64_t i, auto count, auto k) {
+            static_assert(decltype(k)::value >= 0 && decltype(k)::value < 4);
+            check(i == next, "for_vectors_ahead over %d: %d instead of %d", n, int(i), next);
+            if constexpr (std::is_same_v<decltype(count), Whole>)
+                next += V::size;
+            else
+                next += count;
+        });
+        check(next == n, "for_vectors_ahead over %d ends at %d", n, next);
+    }
+}
+
 template <class Stored>
 void test_dtype() {
     test_memory<Stored>();
     test_for_vectors<Stored>();
+    test_stream<Stored>();
 }
 
 }  // namespace
@@ -178,6 +234,8 @@ int main(int argc, char** argv) {
     test_dtype<float>();
     test_dtype<Half>();
     test_dtype<BFloat16>();
+    test_for_vectors_ahead();
+    test_transposition();
     test_operations<float>();
     test_operations<double>();
     test_widen<Half>();
