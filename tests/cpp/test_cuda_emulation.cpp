@@ -49,7 +49,8 @@ __global__ void use_warps(int* wrong) {
 __global__ void use_block(int* wrong, unsigned* total) {
     __shared__ int turned[kBlock];
     const int me = threadIdx.x;
-    *wrong += turned[me] != -1 || dynamic_shared[me].w != ~0u;  // 0xff at first
+    const int at_first = turned[me];  // the same bytes everywhere
+    *wrong += (at_first != -1 && at_first != 0) || dynamic_shared[me].w != unsigned(at_first);
     __syncthreads();
     turned[kBlock - 1 - me] = me;
     dynamic_shared[me].x = me;

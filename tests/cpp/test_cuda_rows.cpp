@@ -30,11 +30,20 @@ void test_losses(int thinning, Random& random) {
                     if (random.one_in(thinning)) test_case(dtype, shape, loss, params, random, false);
 }
 
-int any_loss(Random& random, std::int64_t classes) {
+void test_any_loss(Dtype dtype, const Shape& shape, Random& random, bool isolation) {
     int loss = 0;
     do loss = random.one_in(4) ? 0 : random.below(AllLosses::size);
-    while (classes < 2 && needs_two_classes(loss_names()[loss]));
-    return loss;
+    while (shape.classes < 2 && needs_two_classes(loss_names()[loss]));
+    const std::vector<Params>& sets = naive_loss(loss_names()[loss]).params;
+    test_case(dtype, shape, loss, sets[random.below(int(sets.size()))], random, isolation);
+}
+
+// Several blocks, or several tiles of one, in every regime: none of these is left out.
+void test_many_rows(Random& random) {
+    const Shape shapes[] = {{Kind::kRows, 1, 700, 3},  {Kind::kRows, 1, 700, 32}, {Kind::kPixels, 2, 400, 20},
+                            {Kind::kRows, 1, 150, 40}, {Kind::kRows, 1, 40, 300}, {Kind::kRows, 1, 5, 1100}};
+    for (const Dtype dtype : kDtypes)
+        for (const Shape& shape : shapes) test_any_loss(dtype, shape, random, false);
 }
 
 void test_shapes(int thinning, Random& random) {
@@ -43,11 +52,9 @@ void test_shapes(int thinning, Random& random) {
             for (const int rows : {0, 1, 9, 300})
                 for (int kind = 0; kind < kKinds; ++kind) {
                     if (rows * classes > 10000 || !random.one_in(thinning)) continue;
-                    const int loss = any_loss(random, classes);
-                    const std::vector<Params>& sets = naive_loss(loss_names()[loss]).params;
                     const bool images = kind >= int(Kind::kPixels) || random.one_in(4);
                     const Shape shape{Kind(kind), images && rows > 1 ? 2 : 1, rows, classes};
-                    test_case(dtype, shape, loss, sets[random.below(int(sets.size()))], random, random.one_in(5));
+                    test_any_loss(dtype, shape, random, random.one_in(5));
                 }
 }
 
@@ -60,6 +67,7 @@ int main(int argc, char** argv) {
         cuda_emulation::random.seed(random.bits());
         test_losses(thinning, random);
         test_shapes(thinning, random);
+        test_many_rows(random);
     }
     return report("CUDA row kernels");
 }

@@ -2,7 +2,7 @@
 // others, in an order drawn from a seed. What is left out of a kernel, a barrier above all, then shows in its results.
 //
 // - Shared memory is thread_local memory of the program's one OS thread: its contents are exchanged when another block
-//   takes over, and are 0xff bytes, a NaN in every format, when a block begins.
+//   takes over. A block begins with 0xff bytes, a NaN in every format, or sometimes with zeros, which are `false`, too.
 // - Blocks begin in random order, `resident` of them at a time; all of them in a cooperative launch.
 // - A launch that cannot go on, because threads wait for some that never come, or come to another place, aborts with a
 //   list of who waits where. So does one that spins for ever.
@@ -60,7 +60,7 @@ inline unsigned largest_grid = ~0u;        // a launch that asks for more blocks
 inline constexpr int kYieldOneIn = 2;      // how often an atomic function lets others go first
 inline constexpr int kLongestStay = 14;    // another block takes over after 2^0 to 2^13 turns of threads
 inline constexpr int kReorderOneIn = 256;  // how often a warp or a thread is given another priority
-inline constexpr long kEndlessNaps = 300'000;
+inline constexpr long kEndlessNaps = 100'000;
 
 inline bool one_in(unsigned n) { return random() % n == 0; }
 
@@ -150,8 +150,10 @@ inline void take_over(Block* next) {
     static const Span shared = shared_memory();
     const auto* bytes = static_cast<const unsigned char*>(shared.data);
     if (current_block) current_block->shared.assign(bytes, bytes + shared.size);
-    if (next->shared.empty()) next->shared.assign(shared.size, 0xff);
-    if (shared.size > 0) std::memcpy(shared.data, next->shared.data(), shared.size);
+    if (!next->shared.empty())
+        std::memcpy(shared.data, next->shared.data(), shared.size);
+    else if (shared.size > 0)
+        std::memset(shared.data, one_in(3) ? 0 : 0xff, shared.size);
     current_block = next;
     blockIdx = next->index;
 }
