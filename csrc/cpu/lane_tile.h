@@ -168,8 +168,8 @@ private:
 
     const RowProblem& p;
     const std::int64_t classes, block_size;
-    const bool by_class;  // pixels: the classes of a row are far apart
-    const bool streams;   // gradient rows are contiguous and many
+    const bool by_class;          // pixels: the classes of a row are far apart
+    const bool streams;           // gradient rows are contiguous and many
     Scratch<A> x_store, u_store;  // per block [classes][kWidth]: logits, then exponentials, then gradient; u_j
     TileRows<A> rows;
 };
