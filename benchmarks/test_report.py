@@ -246,7 +246,7 @@ def test_fused_step_moves_little_more_than_the_floor() -> None:
     case = Case("mae", (512, 100))
     buffers = Buffers.of(case, *case.inputs(), count=2)
     call = Call(LOSSES["mae"].fused, "fwd_bwd", buffers)
-    moved = moved_bytes(lambda: call.run(0, call.prepare(0)), fused_unit=True)
+    moved = moved_bytes(lambda: call.run(0, call.prepare(0)), at_once=True)
     assert case.floor_bytes("fwd_bwd") <= moved <= 1.05 * case.floor_bytes("fwd_bwd")
 
 

@@ -31,19 +31,28 @@ def _size(tensor: Tensor) -> int:
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the bytes of the operators called inside; views are free."""
+    """Counts the bytes of the operators called inside; views are free.
 
-    def __init__(self, skip: tuple[str, ...] = ()) -> None:
+    While a dispatch mode is active our forward saves statistics and our backward reads the logits a second time. With
+    ``at_once`` they are counted as they work without it: forward writes the gradient while it has the logits at hand.
+    """
+
+    def __init__(self, at_once: bool = False) -> None:
         super().__init__()
         self.bytes = 0
-        self.skip = (*skip, *_NO_TRAFFIC)
+        self.at_once = at_once
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func._schema.name.split("::")[1]
-        if func.is_view or name in self.skip:
+        if func.is_view or name in _NO_TRAFFIC:
             return result
         written = sum(map(_size, _tensors(result)))
+        if self.at_once and name == "row_loss_backward":
+            self.bytes += written
+            return result
+        if self.at_once and name == "row_loss_with_stats":
+            written = _size(result[0])
         inputs = list(_tensors([*args, *(kwargs or {}).values()]))
         if name in _WRITE_ONLY:
             read = 0
@@ -55,12 +64,8 @@ class Traffic(TorchDispatchMode):
         return result
 
 
-def moved_bytes(call: Callable[[], Any], fused_unit: bool = False) -> int:
-    """Bytes of one ``call``.
-
-    ``fused_unit``: our backward skips the multiplication by an upstream gradient of 1, but cannot look at it while a
-    dispatch mode is active, so that multiplication is left out here.
-    """
-    with Traffic(skip=("mul",) if fused_unit else ()) as traffic:
+def moved_bytes(call: Callable[[], Any], at_once: bool = False) -> int:
+    """Bytes of one ``call``; for ``at_once`` see :class:`Traffic`."""
+    with Traffic(at_once) as traffic:
         call()
     return traffic.bytes
