@@ -220,15 +220,20 @@ def test_every_row_loss_is_a_base(name, device):
 @pytest.mark.parametrize("statistic", ["logit", "prob", "loss"])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-@pytest.mark.parametrize("name", ["cross_entropy", "gce", "hem", "bi_tempered"])
+@pytest.mark.parametrize("name", ["cross_entropy", "smoothed", "gce", "hem", "bi_tempered"])
 def test_same_result_with_and_without_gradients(name, reduction, weighted, statistic, device):
     """Masked rows first or rows first: the two orders of work, and plain PyTorch, agree."""
     torch.manual_seed(0)
     logits = (torch.randn(3000, 7, device=device) * 2).requires_grad_()
     target, samples = torch.randint(0, 7, (3000,), device=device), torch.rand(3000, device=device)
     logits.data[5], target[6], samples[7] = math.nan, -100, 0.0
-    options = {"sample_weight": samples, "weight": torch.rand(7, device=device)} if weighted else {}
-    options |= {"base": name, "statistic": statistic, "threshold": 1.3, "reduction": reduction, "return_mask": True}
+    base, weight = name, torch.rand(7, device=device) if weighted else None
+    if name == "smoothed":
+        base = fl.CrossEntropyLoss(weight, label_smoothing=0.2, logit_bias=torch.tensor(0.7, device=device))
+    options = {"sample_weight": samples} if weighted else {}
+    if name != "smoothed":
+        options["weight"] = weight
+    options |= {"base": base, "statistic": statistic, "threshold": 1.3, "reduction": reduction, "return_mask": True}
     plain = reference.z_error_cross_entropy(logits, target, **options)
     with torch.no_grad():
         constant = functional.z_error_cross_entropy(logits, target, **options)

@@ -183,11 +183,12 @@ def test_opcheck():
     score = torch.randn(12, 3, requires_grad=True)
     for arguments in ((x, target, moments, *rule, -100, True), (score, target, moments, *rule, -100, False)):
         assert set(opcheck(OPS.z_error_mask.default, arguments).values()) == {"SUCCESS"}
-    for class_score, statistic in ((x, "class_prob"), (score.detach(), "class")):
+    for class_score, statistic in ((x, "class_prob"), (score.detach(), "class"), (score.detach(), "class_softmax")):
         for given, reduction in ((moments, "none"), (None, "mean")):
-            rows = (x, class_score, target, 3, given, w[:3], w)
-            arguments = (*rows, None, [1.1], "both", 2, False, -100, True, statistic)
-            assert set(opcheck(OPS.z_error_class_loss.default, (*arguments, reduction)).values()) == {"SUCCESS"}
+            rows = (x, class_score, target, 3, given, w[:3], w, None)
+            how = (statistic, 0.0, 0.0, given is None, reduction)
+            arguments = (*rows, None, [1.1], "both", 2, False, -100, True, *how)
+            assert set(opcheck(OPS.z_error_class_loss.default, arguments).values()) == {"SUCCESS"}
     for statistic, target in (("mse_loss", y), ("bce_logit", (y > 0).float())):
         groups = 1 if statistic == "mse_loss" else 2
         moments = OPS.class_moments(x, target, groups, statistic)
@@ -240,6 +241,12 @@ def steps_on_cuda():
     logits.requires_grad_()
     labels = (y > 0).float()
     running = fl.ZErrorCrossEntropyLoss(running=True)
+    weight = torch.rand(10, device="cuda")
+
+    def over(base, statistic):
+        module = fl.ZErrorCrossEntropyLoss(statistic=statistic, base=base)
+        return logits, lambda: module(logits, target)
+
     return {
         "mse": (x, lambda: functional.z_mse_loss(x, y)),
         "bce": (x, lambda: functional.z_error_bce_with_logits(x, labels, threshold=(1.0, 2.0))),
@@ -247,6 +254,9 @@ def steps_on_cuda():
         "loss": (logits, lambda: functional.z_error_cross_entropy(logits, target, statistic="loss", base="gce")),
         "prob": (logits, lambda: functional.z_error_cross_entropy(logits, target, statistic="prob")),
         "hem": (logits, lambda: functional.z_error_cross_entropy(logits, target, statistic="loss", base="hem")),
+        "prob over another": over(fl.NCEMAELoss(weight=weight), "prob"),
+        "weighted": over(fl.HEMLoss(0.1, weight=weight), "loss"),
+        "weighted and smoothed": over(fl.CrossEntropyLoss(weight, label_smoothing=0.1), "loss"),
         "running": (logits, lambda: running(logits, target)),
     }
 

@@ -137,6 +137,6 @@ void gradient(const ZProblem& p) {
 
 }  // namespace
 
-ZErrorDriver cpu_z_error() { return {&moments, &mask, &loss, &gradient}; }
+ZErrorDriver cpu_z_error() { return {&moments, &mask, &loss, &gradient, /*has_entropy=*/false}; }
 
 }  // namespace fused_losses

@@ -234,10 +234,15 @@ struct RowBlock {
         }
         load(p, p.values, begin, rows, out);
         load(p, p.sample_weight, begin, rows, weight);
-        for (int r = 0; r < rows; ++r) out[r] *= weight[r];
-        if (!p.class_weight.data) return;
-        for (int r = 0; r < rows; ++r)
-            if (p.mask[begin + r]) weight[r] *= class_weight_of<A>(p, Row(p, begin + r));
+        if (!p.row_weights) weigh(rows, out);
+        if (p.class_weight.data)
+            for (int r = 0; r < rows; ++r)
+                if (p.mask[begin + r]) weight[r] *= class_weight_of<A>(p, Row(p, begin + r));
+        if (p.row_weights) weigh(rows, out);
+    }
+
+    void weigh(int rows, A* values) const {
+        for (int r = 0; r < rows; ++r) values[r] *= weight[r];
     }
 
     template <bool kBinary>
@@ -271,6 +276,7 @@ struct LaneSum {
 template <class A>
 ZErrorSums loss_as(const ZProblem& p, const ZErrorRules& rules, std::int64_t begin, std::int64_t end) {
     A* const row_values = static_cast<A*>(p.row_values);
+    A* const row_weights = static_cast<A*>(p.row_weights);
     RowBlock<A> block;
     KeptBlock<A> kept;
     alignas(64) A value[kBlockRows];
@@ -282,6 +288,7 @@ ZErrorSums loss_as(const ZProblem& p, const ZErrorRules& rules, std::int64_t beg
         kept.clear_dropped(padded, value);
         kept.clear_dropped(padded, block.weight);
         if (row_values) std::memcpy(row_values + first, value, rows * sizeof(A));
+        if (row_weights) std::memcpy(row_weights + first, block.weight, rows * sizeof(A));
         values.add(value, padded);
         weights.add(block.weight, padded);
     });

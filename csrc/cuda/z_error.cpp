@@ -16,29 +16,28 @@ using cuda::check_launch;
 // Memory for partial results and counters, handed out to the phases of one launch; the counters are zeros.
 class Scratch {
 public:
-    Scratch(const cuda::DeviceScope& device, const std::vector<cuda::WorkShares*>& phases) {
-        std::int64_t partial_count = 0, ticket_count = 0, blocks = 1;
+    Scratch(const cuda::DeviceScope& device, const std::vector<cuda::WorkShares*>& phases, int barrier_count = 0) {
+        std::int64_t partial_count = 0, ticket_count = barrier_count;
         for (const cuda::WorkShares* shares : phases) {
             partial_count += shares->partial_count();
             ticket_count += shares->ticket_count();
-            blocks = std::max(blocks, shares->count());
         }
-        if (blocks > 1 && phases.size() > 1) ++ticket_count;  // the barrier between phases
         numbers = device.scratch(partial_count, at::kDouble);
         counters = device.scratch(ticket_count, at::kInt);
-        barrier = reinterpret_cast<unsigned*>(counters.mutable_data_ptr<int>());
+        barriers = reinterpret_cast<unsigned*>(counters.mutable_data_ptr<int>());
         if (ticket_count > 0)
-            check_launch(cudaMemsetAsync(barrier, 0, sizeof(unsigned) * ticket_count, device.stream()));
+            check_launch(cudaMemsetAsync(barriers, 0, sizeof(unsigned) * ticket_count, device.stream()));
+        unsigned* tickets = barriers + barrier_count;
         double* partials = numbers.mutable_data_ptr<double>();
         for (cuda::WorkShares* shares : phases) {
             shares->partials = partials;
-            shares->tickets = barrier;
+            shares->tickets = tickets;
             partials += shares->partial_count();
-            barrier += shares->ticket_count();
+            tickets += shares->ticket_count();
         }
     }
 
-    unsigned* barrier;  // a counter for the barrier between phases
+    unsigned* barriers;  // between the phases
 
 private:
     at::Tensor numbers, counters;
@@ -62,8 +61,8 @@ void loss(const ZProblem& p) {
     cuda::WorkShares shares = cuda::shares_of_loss(p), moments = cuda::shares_of_moments(p);
     std::vector<cuda::WorkShares*> phases{&shares};
     if (p.own_moments) phases.push_back(&moments);
-    const Scratch scratch(device, phases);
-    check_launch(cuda::enqueue_z_error_loss(p, moments, shares, scratch.barrier, device.stream()));
+    const Scratch scratch(device, phases, cuda::blocks_of_loss(p, moments, shares) > 1 ? cuda::kLossBarriers : 0);
+    check_launch(cuda::enqueue_z_error_loss(p, moments, shares, scratch.barriers, device.stream()));
 }
 
 void gradient(const ZProblem& p) {
@@ -74,6 +73,6 @@ void gradient(const ZProblem& p) {
 
 }  // namespace
 
-ZErrorDriver cuda_z_error() { return {&moments, &mask, &loss, &gradient}; }
+ZErrorDriver cuda_z_error() { return {&moments, &mask, &loss, &gradient, /*has_entropy=*/true}; }
 
 }  // namespace fused_losses

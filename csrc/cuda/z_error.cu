@@ -6,6 +6,8 @@
 #include <algorithm>
 
 #include "cuda/grid.cuh"
+#include "cuda/softmax_state.cuh"
+#include "losses/cross_entropy.h"
 #include "z_error/rows.h"
 
 namespace fused_losses::cuda {
@@ -18,6 +20,8 @@ constexpr std::int64_t kSingleBlockRows = 8 * kBlock;  // up to here one block i
 constexpr std::int64_t kMaxLossBlocks = 1024;
 constexpr std::int64_t kMaxMomentBlocks = 4096;
 constexpr std::int64_t kMaxChunks = 256;
+
+constexpr int kWarps = kBlock / 32;
 
 std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -145,21 +149,70 @@ __global__ void __launch_bounds__(kBlock)
     compute_moments(p, shares, out);
 }
 
-__global__ void __launch_bounds__(kBlock) mask_rows(const __grid_constant__ ZProblem p) {
+__global__ void __launch_bounds__(kBlock, kMinBlocks<double>) mask_rows(const __grid_constant__ ZProblem p) {
     const std::int64_t step = std::int64_t(gridDim.x) * kBlock;
     for (std::int64_t n = std::int64_t(blockIdx.x) * kBlock + threadIdx.x; n < p.rows(); n += step)
         z_error::mask_row(p, Row(p, n));
+}
+
+// Cross entropies of the rows that belong to a group, one after the other by warps.
+template <class Stored>
+__device__ __forceinline__ void entropies_as(const ZProblem& p) {
+    using A = acc_t<Stored>;
+    const EntropyScores& e = p.entropy;
+    const int classes = static_cast<int>(p.num_groups), lane = threadIdx.x % 32;
+    const A params[] = {static_cast<A>(e.label_smoothing)};
+    const A bias = e.logit_bias_device ? *as<A>(e.logit_bias_device) : static_cast<A>(e.logit_bias);
+    const std::int64_t step = std::int64_t(gridDim.x) * kWarps;
+    for (std::int64_t n = std::int64_t(blockIdx.x) * kWarps + threadIdx.x / 32; n < p.rows(); n += step) {
+        const Row row(p, n);
+        const std::int64_t group = z_error::group_of(p, row);
+        if (group < 0) continue;
+        const Stored* const logits = as<Stored>(e.logits.data) + e.logits.stride.at(row.outer, row.inner);
+        auto state = SoftmaxState<A, true>::empty();
+        walk_classes<32>(logits, classes, e.class_stride == 1, lane, [&]<int kCount>(Count<kCount>, int c) {
+            A z[kCount], ones[kCount];
+            load(logits + c * e.class_stride, z);
+#pragma unroll
+            for (int k = 0; k < kCount; ++k) {
+                if (c + k == group) z[k] += bias;
+                ones[k] = A(1);
+            }
+            state.push(z, ones);
+        });
+        reduce_group<32>(state);
+        if (lane != 0) continue;
+        const A log_sum = math::log(state.sum), own = to_acc(logits[group * e.class_stride]) + bias;
+        const SoftmaxRow<A> softmax{(own - state.max) - log_sum, state.sum_u * log_sum - state.centred, state.sum_u,
+                                    A(1), A(classes)};
+        static_cast<A*>(e.scores)[n] = CrossEntropy::eval(softmax, params).value;
+    }
+}
+
+template <class A>
+__device__ __forceinline__ void compute_entropies(const ZProblem& p) {
+    if constexpr (std::is_same_v<A, double>) {
+        entropies_as<double>(p);
+    } else {
+        switch (p.entropy.logits.type) {
+            case ElementType::kFloat16: return entropies_as<Half>(p);
+            case ElementType::kBFloat16: return entropies_as<BFloat16>(p);
+            default: return entropies_as<float>(p);
+        }
+    }
 }
 
 // One share of the rows, of which neighbouring threads take neighbours.
 template <class A>
 __device__ __forceinline__ LossSums loss_of_share(const ZProblem& p, std::int64_t chunk, std::int64_t chunks) {
     A* const row_values = static_cast<A*>(p.row_values);
+    A* const row_weights = static_cast<A*>(p.row_weights);
     LossSums sums{0, 0};
     for (std::int64_t n = chunk * kBlock + threadIdx.x; n < p.rows(); n += chunks * kBlock) {
         const Row row(p, n);
         const auto share = z_error::share_of<A>(p, row, z_error::mask_row(p, row));
         if (row_values) row_values[n] = share.value;
+        if (row_weights) row_weights[n] = share.weight;
         sums.value += static_cast<double>(share.value);
         sums.weight += static_cast<double>(share.weight);
     }
@@ -167,13 +220,17 @@ __device__ __forceinline__ LossSums loss_of_share(const ZProblem& p, std::int64_
 }
 
 // Partial results: [chunks] of (value, weight).
-template <class A>
-__global__ void __launch_bounds__(kBlock)
+template <class A, bool kEntropies>
+__global__ void __launch_bounds__(kBlock, kMinBlocks<double>)
     masked_loss(const __grid_constant__ ZProblem p, const __grid_constant__ WorkShares moments,
-                const __grid_constant__ WorkShares shares, unsigned* moments_known) {
+                const __grid_constant__ WorkShares shares, unsigned* barriers) {
+    if constexpr (kEntropies) {
+        compute_entropies<A>(p);
+        wait_for_grid(barriers);
+    }
     if (p.own_moments) {
         compute_moments(p, moments, p.own_moments);
-        wait_for_grid(moments_known);
+        wait_for_grid(barriers + 1);
     }
     LossSums total{0, 0};
     for (std::int64_t chunk = blockIdx.x; chunk < shares.chunks; chunk += gridDim.x) {
@@ -231,12 +288,22 @@ cudaError_t enqueue_z_error_mask(const ZProblem& p, cudaStream_t stream) {
     return launch(mask_rows, blocks_for(p.rows(), kBlock), stream, p);
 }
 
+std::int64_t blocks_of_loss(const ZProblem& p, const WorkShares& moments, const WorkShares& loss) {
+    const std::int64_t blocks = p.own_moments ? std::max(moments.count(), loss.count()) : loss.count();
+    return p.entropy.logits.data ? std::max(blocks, divide_up(p.rows(), kWarps)) : blocks;
+}
+
 cudaError_t enqueue_z_error_loss(const ZProblem& p, const WorkShares& moments, const WorkShares& loss,
-                                 unsigned* moments_known, cudaStream_t stream) {
-    const auto kernel = p.acc_is_double ? &masked_loss<double> : &masked_loss<float>;
-    if (!p.own_moments)
-        return launch(kernel, static_cast<unsigned>(loss.count()), stream, p, moments, loss, moments_known);
-    return launch_cooperative(kernel, std::max(moments.count(), loss.count()), stream, p, moments, loss, moments_known);
+                                 unsigned* barriers, cudaStream_t stream) {
+    const bool entropies = p.entropy.logits.data;
+    const std::int64_t blocks = blocks_of_loss(p, moments, loss);
+    const auto run = [&](auto kernel) {
+        if (!entropies && !p.own_moments)
+            return launch(kernel, static_cast<unsigned>(blocks), stream, p, moments, loss, barriers);
+        return launch_cooperative(kernel, blocks, stream, p, moments, loss, barriers);
+    };
+    if (p.acc_is_double) return entropies ? run(&masked_loss<double, true>) : run(&masked_loss<double, false>);
+    return entropies ? run(&masked_loss<float, true>) : run(&masked_loss<float, false>);
 }
 
 cudaError_t enqueue_z_error_gradient(const ZProblem& p, cudaStream_t stream) {

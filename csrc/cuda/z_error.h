@@ -31,9 +31,13 @@ WorkShares shares_of_loss(const ZProblem& p);
 
 cudaError_t enqueue_class_moments(const ZProblem& p, const WorkShares& shares, double* moments, cudaStream_t stream);
 cudaError_t enqueue_z_error_mask(const ZProblem& p, cudaStream_t stream);
-// `moments` and the counter `moments_known`, a zero, are used where p.own_moments is not null.
+// Scores first where p.entropy has logits, then `moments` where p.own_moments is not null. barriers: kLossBarriers
+// zeros unless it runs in one block.
+constexpr int kLossBarriers = 2;
+// Blocks that it is launched with, or fewer, if more than one.
+std::int64_t blocks_of_loss(const ZProblem& p, const WorkShares& moments, const WorkShares& loss);
 cudaError_t enqueue_z_error_loss(const ZProblem& p, const WorkShares& moments, const WorkShares& loss,
-                                 unsigned* moments_known, cudaStream_t stream);
+                                 unsigned* barriers, cudaStream_t stream);
 cudaError_t enqueue_z_error_gradient(const ZProblem& p, cudaStream_t stream);
 
 }  // namespace fused_losses::cuda

@@ -68,13 +68,16 @@ TORCH_LIBRARY(fused_losses, m) {
            "-> (Tensor loss, Tensor mask, Tensor scores)")
               .c_str());
 
-    // Its second half, given the rows' losses, class weights included: mask and reduction in one pass, after the
-    // statistics where moments are absent.
+    // Its second half, given the rows' losses: mask and reduction in one pass, after the statistics where moments are
+    // absent. Where values are `unweighted`, the class weights are still to be multiplied into them, and row_weight is
+    // what each row is multiplied by, else empty. More statistics: "class_cross_entropy" and "class_softmax", the cross
+    // entropy, without class weights, of the logits in score, and exp(-it); with label smoothing and bias.
     m.def(
         "z_error_class_loss(Tensor values, Tensor score, Tensor target, SymInt num_classes, Tensor? moments, "
-        "Tensor? weight, Tensor? sample_weight, Tensor? threshold_tensor, float[] threshold, str tail, int min_count, "
-        "bool keep_small, int ignore_index, bool with_scores, str statistic, str reduction) "
-        "-> (Tensor loss, Tensor denominator, Tensor mask, Tensor kept_target, Tensor scores)");
+        "Tensor? weight, Tensor? sample_weight, Tensor? logit_bias_tensor, Tensor? threshold_tensor, "
+        "float[] threshold, str tail, int min_count, bool keep_small, int ignore_index, bool with_scores, "
+        "str statistic, float label_smoothing, float logit_bias, bool unweighted, str reduction) "
+        "-> (Tensor loss, Tensor denominator, Tensor mask, Tensor kept_target, Tensor scores, Tensor row_weight)");
 
     // Mask and loss of the binary and the regression form in one pass; differentiable in input. The rows are judged by
     // `moments`, or by their own where those are absent. The mean divides by denominator, the sum of the kept rows'

@@ -1,44 +1,18 @@
-// What autograd of row losses is made of: calls of their operators, what backward keeps, the gradient from it.
+// What autograd of row losses is made of: what backward keeps, the gradient from it.
 #pragma once
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <string>
 #include <vector>
 
-#include "ops/args.h"
 #include "ops/differentiation.h"
+#include "ops/row_loss_operator.h"
 
 namespace fused_losses {
 
 using at::Tensor;
-
-// An operator whose parameters are Extra... followed by those of RowLossArgs.
-template <class Return, class... Extra>
-class Operator {
-    template <class... A>
-    using Handle = c10::TypedOperatorHandle<Return(Extra..., A...)>;
-
-    template <class... A>
-    struct Find {
-        static auto handle(const char* name) {
-            return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Return(Extra..., A...)>();
-        }
-    };
-
-public:
-    explicit Operator(const char* name) : handle(WithRowLossArgs<Find>::handle(name)) {}
-
-    Return operator()(Extra... extra, const RowLossArgs& a) const {
-        return handle.call(extra..., a.logits, a.target, a.weight, a.sample_weight, a.logit_bias_tensor, a.margin,
-                           a.loss, a.params, a.logit_bias, a.ignore_index, a.reduction);
-    }
-
-private:
-    WithRowLossArgs<Handle> handle;
-};
 
 using RowLossWithStats = Operator<std::tuple<Tensor, Tensor, Tensor>>;
 

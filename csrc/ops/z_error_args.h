@@ -116,6 +116,30 @@ inline void check_class_loss(const at::Tensor& values, const at::Tensor& score, 
                       ",), got ", weight->sym_sizes());
 }
 
+// What rows are judged by in z_error_class_loss.
+struct ClassScore {
+    Statistic statistic;
+    bool entropy;  // of logits, with this smoothing and bias
+    double label_smoothing, logit_bias;
+    const OptionalTensor& logit_bias_tensor;
+};
+
+inline ClassScore check_class_score(const at::Tensor& values, const at::Tensor& score, std::int64_t class_dim,
+                                    std::string_view name, double label_smoothing, double logit_bias,
+                                    const OptionalTensor& logit_bias_tensor) {
+    const bool entropy = name == "class_cross_entropy" || name == "class_softmax";
+    TORCH_CHECK_VALUE(entropy || name == "class" || name == "class_prob",
+                      "statistic must be 'class', 'class_prob', 'class_cross_entropy' or 'class_softmax', got '", name,
+                      "'");
+    TORCH_CHECK_VALUE(!entropy || class_dim >= 0, "score must hold logits for statistic '", name, "', got shape ",
+                      score.sym_sizes());
+    TORCH_CHECK(!entropy || acc_of(values) == acc_of(score), "values must be float64 for float64 logits in score, and ",
+                "only then, got ", values.scalar_type(), " and ", score.scalar_type());
+    const bool prob = name == "class_prob" || name == "class_softmax";
+    return {prob ? Statistic::kClassProb : Statistic::kClassScore, entropy, label_smoothing, logit_bias,
+            logit_bias_tensor};
+}
+
 inline Statistic check_class_statistic(std::string_view name) {
     const Statistic statistic = parse_statistic(name);
     TORCH_CHECK_VALUE(is_class(statistic), "statistic must be 'class' or 'class_prob', got '", name, "'");

@@ -29,16 +29,102 @@ struct Judgement {
     bool with_scores;
 };
 
-// Numbers that rows are judged by, or logits that hold them, in the words of z_error_class_loss.
-struct Score {
-    Tensor numbers;
-    std::string_view statistic;
-};
-
 Tensor row_values(const RowLossArgs& args) {
     static const Operator<Tensor> op("fused_losses::row_loss");
     return op(args);
 }
+
+// How the second half of the work, z_error_class_loss, judges rows by the losses that the first half has computed, and
+// where those do not say it, by the logits. The class weights do not count; most losses are multiplied by them
+// afterwards.
+struct Plan {
+    std::string_view statistic;
+    bool by_values = false, unweighted = false;
+    double label_smoothing = 0, logit_bias = 0;
+    const OptionalTensor& logit_bias_tensor = kAbsent;
+};
+
+Plan plan_of(const RowLossArgs& a, std::string_view statistic) {
+    const bool entropy = a.loss == CrossEntropy::name, smooth = entropy && a.params[0] != 0;
+    if (statistic == "logit") return {"class"};
+    if (statistic == "prob") {
+        const bool plain = entropy && !smooth && a.logit_bias == 0 && !a.logit_bias_tensor && !a.weight;
+        return {plain ? "class_prob" : "class_softmax", plain};
+    }
+    TORCH_CHECK_VALUE(statistic == "loss", "statistic must be 'logit', 'prob' or 'loss', got '", statistic, "'");
+    // The sum over all classes, each with its weight, is no multiple of the sum without.
+    if (smooth && a.weight)
+        return {"class_cross_entropy", false, false, a.params[0], a.logit_bias, a.logit_bias_tensor};
+    return {"class", true, a.weight.has_value()};
+}
+
+// The first half: one loss per row, without the weight of its sample.
+RowLossArgs of_rows(const RowLossArgs& a, const Plan& plan) {
+    return {a.logits,
+            a.target,
+            plan.unweighted ? kAbsent : a.weight,
+            kAbsent,
+            a.logit_bias_tensor,
+            a.margin,
+            a.loss,
+            a.params,
+            a.logit_bias,
+            a.ignore_index,
+            "none"};
+}
+
+struct ClassLoss {
+    Tensor loss, denominator, mask, kept_target, scores, row_weight;
+};
+
+ClassLoss class_loss(const RowLossArgs& a, const Judgement& judgement, const Plan& plan, const Tensor& values) {
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("fused_losses::z_error_class_loss", "")
+                               .typed<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
+                                   const Tensor&, const Tensor&, const Tensor&, c10::SymInt, const OptionalTensor&,
+                                   const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                                   const OptionalTensor&, at::ArrayRef<double>, std::string_view, std::int64_t, bool,
+                                   std::int64_t, bool, std::string_view, double, double, bool, std::string_view)>();
+    const ZErrorRule& rule = judgement.rule;
+    auto [loss, denominator, mask, kept_target, scores, row_weight] =
+        op.call(values, plan.by_values ? values : a.logits, a.target, a.logits.sym_size(class_dim_of(a.logits)),
+                rule.moments, a.weight, a.sample_weight, plan.logit_bias_tensor, rule.threshold_tensor, rule.threshold,
+                rule.tail, rule.min_count, rule.keep_small, a.ignore_index, judgement.with_scores, plan.statistic,
+                plan.label_smoothing, plan.logit_bias, plan.unweighted, a.reduction);
+    return {loss, denominator, mask, kept_target, scores, row_weight};
+}
+
+class ZErrorRowLoss : public torch::autograd::Function<ZErrorRowLoss> {
+public:
+    // The logits are args.logits: apply() looks for differentiable inputs among its own arguments.
+    static variable_list forward(AutogradContext* ctx, const Tensor& /*logits*/, const RowLossArgs& args,
+                                 const Judgement& judgement) {
+        at::AutoDispatchBelowADInplaceOrView below_autograd;
+        static const RowLossWithStats with_stats("fused_losses::row_loss_with_stats");
+        const Plan plan = plan_of(args, judgement.statistic);
+        const RowLossArgs rows = of_rows(args, plan);
+        const auto [values, stats, unused] = with_stats(rows);
+        const ClassLoss result = class_loss(args, judgement, plan, values);
+        const OptionalTensor row_weight(result.row_weight);
+        save_row_loss(ctx,
+                      {args.logits, args.target, rows.weight, plan.unweighted ? row_weight : args.sample_weight,
+                       args.logit_bias_tensor, args.margin, args.loss, args.params, args.logit_bias, args.ignore_index,
+                       args.reduction},
+                      result.kept_target, {stats, result.denominator});
+        ctx->mark_non_differentiable({result.mask, result.scores});
+        return {result.loss, result.mask, result.scores};
+    }
+
+    static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+        return {row_loss_gradient(ctx, grad_outputs[0]), Tensor(), Tensor()};
+    }
+};
+
+// Numbers that rows are judged by, or logits that hold them, in the words of z_error_mask.
+struct Score {
+    Tensor numbers;
+    std::string_view statistic;
+};
 
 Score score_of(const RowLossArgs& a, std::string_view statistic) {
     if (statistic == "logit") return {a.logits, "class"};
@@ -51,61 +137,6 @@ Score score_of(const RowLossArgs& a, std::string_view statistic) {
                         a.logit_bias, a.ignore_index, "none"}),
             "class"};
 }
-
-// Are the rows' losses, class weights included, what score_of() would compute?
-bool values_are_scores(const RowLossArgs& a, std::string_view statistic) {
-    if (statistic == "logit" || a.weight) return false;
-    const bool plain = a.loss == CrossEntropy::name && a.params[0] == 0 && a.logit_bias == 0 && !a.logit_bias_tensor;
-    return statistic == "loss" || plain;
-}
-
-struct ClassLoss {
-    Tensor loss, denominator, mask, kept_target, scores;
-};
-
-ClassLoss class_loss(const RowLossArgs& a, const Judgement& judgement, const Tensor& values) {
-    static const auto op =
-        c10::Dispatcher::singleton()
-            .findSchemaOrThrow("fused_losses::z_error_class_loss", "")
-            .typed<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
-                const Tensor&, const Tensor&, const Tensor&, c10::SymInt, const OptionalTensor&, const OptionalTensor&,
-                const OptionalTensor&, const OptionalTensor&, at::ArrayRef<double>, std::string_view, std::int64_t,
-                bool, std::int64_t, bool, std::string_view, std::string_view)>();
-    const std::string_view statistic = judgement.statistic;
-    const Score score = values_are_scores(a, statistic) ? Score{values, statistic == "prob" ? "class_prob" : "class"}
-                                                        : score_of(a, statistic);
-    const ZErrorRule& rule = judgement.rule;
-    auto [loss, denominator, mask, kept_target, scores] =
-        op.call(values, score.numbers, a.target, a.logits.sym_size(class_dim_of(a.logits)), rule.moments, a.weight,
-                a.sample_weight, rule.threshold_tensor, rule.threshold, rule.tail, rule.min_count, rule.keep_small,
-                a.ignore_index, judgement.with_scores, score.statistic, a.reduction);
-    return {loss, denominator, mask, kept_target, scores};
-}
-
-// One loss per row, without the weight of its sample.
-RowLossArgs of_rows(const RowLossArgs& a) {
-    return {a.logits, a.target,     a.weight,       kAbsent, a.logit_bias_tensor, a.margin, a.loss,
-            a.params, a.logit_bias, a.ignore_index, "none"};
-}
-
-class ZErrorRowLoss : public torch::autograd::Function<ZErrorRowLoss> {
-public:
-    // The logits are args.logits: apply() looks for differentiable inputs among its own arguments.
-    static variable_list forward(AutogradContext* ctx, const Tensor& /*logits*/, const RowLossArgs& args,
-                                 const Judgement& judgement) {
-        at::AutoDispatchBelowADInplaceOrView below_autograd;
-        static const RowLossWithStats with_stats("fused_losses::row_loss_with_stats");
-        const auto [values, stats, unused] = with_stats(of_rows(args));
-        const ClassLoss result = class_loss(args, judgement, values);
-        save_row_loss(ctx, args, result.kept_target, {stats, result.denominator});
-        ctx->mark_non_differentiable({result.mask, result.scores});
-        return {result.loss, result.mask, result.scores};
-    }
-
-    static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
-        return {row_loss_gradient(ctx, grad_outputs[0]), Tensor(), Tensor()};
-    }
-};
 
 // The row loss of the rows that a mask keeps; the mask is a constant.
 Result masked_first(const RowLossArgs& a, const Judgement& judgement) {
@@ -157,7 +188,8 @@ struct Composite {
             const variable_list out = ZErrorRowLoss::apply(args.logits, args, judgement);
             return {out[0], out[1], out[2]};
         }
-        const ClassLoss result = class_loss(args, judgement, row_values(of_rows(args)));
+        const Plan plan = plan_of(args, judgement.statistic);
+        const ClassLoss result = class_loss(args, judgement, plan, row_values(of_rows(args, plan)));
         return {result.loss, result.mask, result.scores};
     }
 };

@@ -14,6 +14,8 @@ struct ZErrorDriver {
     void (*loss)(const ZProblem& p);
     // Fills grad.
     void (*gradient)(const ZProblem& p);
+    // Whether `loss` computes ZProblem::entropy.
+    bool has_entropy;
 };
 
 ZErrorDriver cpu_z_error();

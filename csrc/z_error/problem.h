@@ -58,6 +58,15 @@ struct Rule {
 };
 using GroupRule = Rule<double, bool>;
 
+// Scores that the loss computes first: the rows' cross entropies without class weights.
+struct EntropyScores {
+    Elements logits;  // absent: the scores are given
+    std::int64_t class_stride = 0;
+    double label_smoothing = 0, logit_bias = 0;
+    const void* logit_bias_device = nullptr;  // acc; takes the place of logit_bias
+    void* scores = nullptr;                   // acc, one per row; ZProblem::input points here
+};
+
 // Rows are numbered in logical order as outer * inner + i; outputs are contiguous in that order. acc is double if
 // acc_is_double, else float.
 struct ZProblem {
@@ -72,10 +81,11 @@ struct ZProblem {
     std::int64_t class_stride = 0;
     std::int64_t ignore_index = -100;  // classes
     Elements sample_weight;
-    Elements values;        // classes: the rows' losses, class weights included
+    Elements values;        // classes: the rows' losses, class weights included unless row_weights is given
     Elements class_weight;  // stride.inner apart
     Elements pos_weight;    // binary: stride.inner apart, num_pos_weights of them, repeated over the tasks
     std::int64_t num_pos_weights = 1;
+    EntropyScores entropy;  // classes; for drivers that say so
 
     // The rule
     const double* moments = nullptr;  // [3][num_groups]: count, mean, m2
@@ -94,6 +104,7 @@ struct ZProblem {
     // and of the loss, where Reduction::kNone fills row_values, the others loss; denominator: sum of kept weights
     Reduction reduction = Reduction::kMean;
     void* row_values = nullptr;   // acc
+    void* row_weights = nullptr;  // acc; classes: each row's share of the denominator
     void* loss = nullptr;         // acc
     void* denominator = nullptr;  // acc
 

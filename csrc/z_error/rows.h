@@ -203,7 +203,10 @@ template <class A>
 FL_HD Share<A> share_of(const ZProblem& p, const Row& row, bool kept) {
     if (!kept) return {A(0), A(0)};
     const A weight = p.sample_weight.data ? row.of<A>(p.sample_weight) : A(1);
-    if (is_class(p.statistic)) return {weight * row.of<A>(p.values), weight * class_weight_of<A>(p, row)};
+    if (is_class(p.statistic)) {
+        const A weight_of_class = weight * class_weight_of<A>(p, row);
+        return {(p.row_weights ? weight_of_class : weight) * row.of<A>(p.values), weight_of_class};
+    }
     return {weight * loss_of<A>(p, row).value, weight};
 }
 

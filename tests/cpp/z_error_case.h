@@ -10,33 +10,14 @@
 #include "cuda/z_error.h"
 #include "cuda_emulation/scheduler.h"
 #include "guarded.h"
+#include "z_error_formulas.h"
 
 namespace fused_losses_test {
 
-using Real = long double;
-
-inline constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-
-// What the formulas say about a row.
-struct ZRow {
-    std::int64_t group = -1;
-    double score = kNaN;
-    Real value = 0, weight = 0, slope = 0;  // if it is kept
-};
-
-struct ZMoments {
-    Real count = 0, mean = 0, m2 = 0;
-};
-
-// Not a number, or infinite, where that is what comes out.
-inline bool near(Real got, Real want, Real tolerance) {
-    return std::isnan(want) ? std::isnan(got) : got == want || std::fabs(got - want) <= tolerance;
-}
-
-inline Real log1pexp(Real x) { return std::fmax(x, Real(0)) + std::log1p(std::exp(-std::fabs(x))); }
-
 template <class A>
 class ZCase {
+    static constexpr ElementType acc_type = std::is_same_v<A, double> ? ElementType::kFloat64 : ElementType::kFloat32;
+
 public:
     ZCase(Random& r, const std::string& what)
         : random(r),
@@ -45,12 +26,14 @@ public:
           statistic(Statistic(r.below(7))),
           tasks(is_binary(statistic) ? 1 + r.below(3) : 1),
           groups(is_class(statistic) ? classes_of(r) : (is_binary(statistic) ? 2 * tasks : 1)),
-          gathers(statistic == Statistic::kClassScore && groups < 40 && r.one_in(2)),
+          entropy(is_class(statistic) && groups <= 100 && rows <= 2050 && r.one_in(2)),
+          gathers(statistic == Statistic::kClassScore && groups < 40 && !entropy && r.one_in(2)),
           outer(r.one_in(3) && rows % 2 == 0 && rows > 0 ? 2 : 1),
           input(input_type(r), input_stride(), rows * input_width()),
           target(target_type(r), {rows / outer * 2, 2}, 2 * rows),
+          computed_scores(acc_type, {rows / outer, 1}, rows),
           sample_weight(ElementType::kFloat32, {rows / outer, 1}, rows),
-          values(std::is_same_v<A, double> ? ElementType::kFloat64 : ElementType::kFloat32, {rows / outer, 1}, rows),
+          values(acc_type, {rows / outer, 1}, rows),
           class_weight(ElementType::kFloat32, {0, 1}, groups),
           pos_weight(ElementType::kFloat32, {0, 1}, tasks),
           threshold(ElementType::kFloat32, {0, 1}, 2),
@@ -60,6 +43,7 @@ public:
         p.outer = outer, p.inner = rows / outer, p.num_groups = groups;
         p.input = input.elements, p.target = target.elements;
         p.gathers = gathers, p.class_stride = 1;
+        if (entropy) score_by_entropy();
         p.ignore_index = r.one_in(2) ? 0 : -100;
         p.tail = Tail(r.below(3));
         p.min_count = r.one_in(2) ? 2 : 5;
@@ -77,6 +61,7 @@ public:
     }
 
     void test() {
+        if (entropy) compute_scores();
         compute_naive();
         test_moments();
         Result given(*this), own(*this), masked(*this);
@@ -108,8 +93,21 @@ private:
             return is_binary(statistic) && r.one_in(3) ? ElementType::kUInt8 : ElementType(r.below(2));
         return ElementType(int(ElementType::kInt64) + r.below(3));
     }
-    std::int64_t input_width() const { return gathers ? groups + 3 : 1; }
+    std::int64_t input_width() const { return gathers || entropy ? groups + 3 : 1; }
     RowStride input_stride() const { return {rows / outer * input_width(), input_width()}; }
+
+    void score_by_entropy() {
+        p.entropy = {input.elements, 1, random.one_in(2) ? 0.0 : 0.2, random.uniform(0, 2)};
+        if (random.one_in(2)) p.entropy.logit_bias_device = &bias_on_device;
+        p.entropy.scores = computed_scores.bytes.data();
+        p.input = computed_scores.elements;
+    }
+
+    // Other launches expect them in place.
+    void compute_scores() {
+        Result result(*this);
+        run_loss(result, true);
+    }
 
     template <class Body>
     void for_rows(Body body) {
@@ -125,7 +123,7 @@ private:
         for_rows([&](std::int64_t n, std::int64_t o, std::int64_t i) {
             for (int c = 0; c < input_width(); ++c) {
                 const double x = constant ? 1.25 : offset + random.bell();
-                const bool bad = random.one_in(40);
+                const bool bad = random.one_in(entropy ? int(40 * groups) : 40);
                 input.set(input.elements.stride.at(o, i) + c, bad ? (random.one_in(2) ? kNaN : HUGE_VAL) : x);
             }
             double y = 0;
@@ -143,6 +141,7 @@ private:
     }
 
     double stored_threshold(std::int64_t group) {
+        if (group < 0) return kNaN;
         const std::int64_t which = group % p.num_thresholds;
         return p.threshold.data ? threshold.get(which) : p.thresholds[which];
     }
@@ -171,7 +170,8 @@ private:
         else
             row.group = 0;
         if (row.group < 0) return row;
-        const double x = input.get(input.elements.stride.at(o, i) + (gathers ? row.group : 0));
+        const double x = entropy ? entropy_of(n, o, i, row.group)
+                                 : input.get(input.elements.stride.at(o, i) + (gathers ? row.group : 0));
         const double sigmoid = 1 / (1 + std::exp(-x));
         switch (statistic) {
             case Statistic::kClassProb: row.score = std::exp(-x); break;
@@ -186,6 +186,7 @@ private:
         if (is_class(statistic)) {
             row.value = sample * values.get(n);
             if (p.class_weight.data) row.weight *= class_weight.get(row.group);
+            if (weighs) row.value = row.weight * values.get(n);
         } else if (is_binary(statistic)) {
             const double factor = p.pos_weight.data && y == 1 ? pos_weight.get(n % p.num_pos_weights) : 1.0;
             row.value = sample * factor * log1pexp(y == 1 ? -Real(x) : Real(x));
@@ -195,6 +196,21 @@ private:
             row.slope = 2 * sample * (Real(x) - y);
         }
         return row;
+    }
+
+    // The score that the kernel has computed, compared with the cross entropy.
+    double entropy_of(std::int64_t n, std::int64_t o, std::int64_t i, std::int64_t own) {
+        const EntropyScores& e = p.entropy;
+        const auto logit = [&](std::int64_t c) {
+            const Real bias = e.logit_bias_device ? Real(bias_on_device) : Real(A(e.logit_bias));
+            return Real(input.get(input.elements.stride.at(o, i) + c)) + (c == own ? bias : 0);
+        };
+        const Real want = cross_entropy(logit, groups, own, e.label_smoothing);
+        const double got = computed_scores.get(n);
+        check(std::isfinite(got) == std::isfinite(want) &&
+                  (!std::isfinite(want) || near(got, want, (std::is_same_v<A, double> ? 1e-13 : 1e-5) * (10 + want))),
+              "%s: row %lld: cross entropy %.9g, not %.9Lg", name.c_str(), (long long)n, got, want);
+        return got;
     }
 
     // Scratch of a launch; partial results begin as NaN.
@@ -213,7 +229,7 @@ private:
         Guarded<std::uint8_t> mask;
         Guarded<double> scores, moments;
         Guarded<std::int64_t> kept;
-        Guarded<A> row_values, loss, denominator;
+        Guarded<A> row_values, row_weights, loss, denominator;
 
         explicit Result(const ZCase& c)
             : mask(layout_of(Kind::kRows, 1, c.rows, 1)),
@@ -221,13 +237,15 @@ private:
               moments(layout_of(Kind::kRows, 1, 3 * c.groups, 1)),
               kept(mask.layout),
               row_values(mask.layout),
+              row_weights(mask.layout),
               loss(layout_of(Kind::kRows, 1, 1, 1)),
               denominator(loss.layout) {}
 
         bool operator==(const Result&) const = default;
         bool only_elements_written() const {
             return mask.only_elements_written() && scores.only_elements_written() && moments.only_elements_written() &&
-                   kept.only_elements_written() && row_values.only_elements_written() && loss.only_elements_written() &&
+                   kept.only_elements_written() && row_values.only_elements_written() &&
+                   row_weights.only_elements_written() && loss.only_elements_written() &&
                    denominator.only_elements_written();
         }
     };
@@ -243,6 +261,7 @@ private:
         q.scores = result.scores.data();
         if (is_class(statistic)) q.kept_target = result.kept.data();
         if (!is_class(statistic) && p.reduction == Reduction::kNone) q.row_values = result.row_values.data();
+        if (weighs) q.row_weights = result.row_weights.data();
         q.loss = result.loss.data(), q.denominator = result.denominator.data();
         q.moments = result.moments.data();
         return q;
@@ -271,8 +290,8 @@ private:
         if (with_moments) q.own_moments = result.moments.data();
         cuda::WorkShares moment_shares = cuda::shares_of_moments(q), shares = cuda::shares_of_loss(q);
         Scratch moment_scratch(moment_shares), scratch(shares);
-        unsigned barrier = 0;
-        check(cuda::enqueue_z_error_loss(q, moment_shares, shares, &barrier, nullptr) == cudaSuccess &&
+        unsigned barriers[cuda::kLossBarriers] = {};
+        check(cuda::enqueue_z_error_loss(q, moment_shares, shares, barriers, nullptr) == cudaSuccess &&
                   result.only_elements_written() && scratch.partials.only_elements_written(),
               "%s: the loss was not launched or wrote outside its outputs", name.c_str());
     }
@@ -295,29 +314,11 @@ private:
         }
     }
 
-    // Kept: 1, dropped: 0, too near the threshold to say: -1.
-    int verdict(const ZRow& row, double& z) {
-        z = kNaN;
-        if (row.group < 0 || !std::isfinite(row.score)) return 0;
-        const ZMoments& m = moments[row.group];
-        if (m.count < p.min_count || m.count < 2) return p.keep_small;
-        Real std = std::sqrt(m.m2 / (m.count - 1));
-        const bool constant = !is_regression(statistic) && std < 1e-8L;
-        std = is_regression(statistic) ? std + 1e-8L : (constant ? 1 : std);
-        z = double((row.score - m.mean) / std);
-        if (constant) return 1;
-        const double limit = stored_threshold(row.group);
-        if (std::fabs(std::fabs(z) - limit) < 1e-6) return -1;
-        const bool mirrored = is_binary(statistic) && row.group % 2 == 0;
-        const double lower_side = mirrored ? -z : z;
-        if (p.tail == Tail::kBoth) return std::fabs(z) < limit;
-        return p.tail == Tail::kLow ? lower_side > -limit : lower_side < limit;
-    }
-
     void compare_mask(Result& result) {
         for_rows([&](std::int64_t n, std::int64_t o, std::int64_t i) {
             double z = kNaN;
-            const int want = verdict(naive[n], z), got = result.mask.at(0, n);
+            const int want = verdict(p, moments, naive[n], stored_threshold(naive[n].group), z),
+                      got = result.mask.at(0, n);
             check(want < 0 ? got <= 1 : got == want, "%s: row %lld kept: %d, not %d (z = %g)", name.c_str(),
                   (long long)n, got, want, z);
             const double score = result.scores.at(0, n);
@@ -335,6 +336,9 @@ private:
         Real value = 0, weight = 0, size = 0;
         for_rows([&](std::int64_t n, std::int64_t, std::int64_t) {
             const bool kept = result.mask.at(0, n);
+            if (weighs)
+                check(near(result.row_weights.at(0, n), kept ? naive[n].weight : 0, 1e-6), "%s: row %lld: weight %.9g",
+                      name.c_str(), (long long)n, double(result.row_weights.at(0, n)));
             if (kept) value += naive[n].value, weight += naive[n].weight, size += std::fabs(naive[n].value);
             if (is_class(statistic) || p.reduction != Reduction::kNone) return;
             const Real want = kept ? naive[n].value : 0;
@@ -379,9 +383,10 @@ private:
     const Statistic statistic;
     const int tasks;
     const std::int64_t groups;
-    const bool gathers;
+    const bool entropy, gathers, weighs = is_class(statistic) && random.one_in(2);
     const std::int64_t outer;
-    Column input, target, sample_weight, values, class_weight, pos_weight, threshold, upstream;
+    const A bias_on_device = A(0.75);
+    Column input, target, computed_scores, sample_weight, values, class_weight, pos_weight, threshold, upstream;
     ZProblem p;
     std::vector<ZRow> naive;
     std::vector<ZMoments> moments;
