@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.library import opcheck
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_losses as fl
 from fused_losses import functional
@@ -230,6 +231,39 @@ def test_compile_fullgraph(make, running):
 
 
 # ---- CUDA -----------------------------------------------------------------------------------------------------------
+
+
+class Operators(TorchDispatchMode):
+    """Names of this package's operators that ran, each of which is one launch on CUDA."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "fused_losses":
+            self.names.append(function.__name__.split(".")[0])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("statistic", ["logit", "prob", "loss"])
+@pytest.mark.parametrize(
+    "base",
+    [
+        fl.CrossEntropyLoss(),
+        fl.CrossEntropyLoss(torch.rand(3), label_smoothing=0.1, logit_bias=1.0),
+        fl.NCEMAELoss(weight=torch.rand(3)),
+        fl.HEMLoss(0.1, weight=torch.rand(3)),
+        fl.BiTemperedLoss(),
+    ],
+    ids=["plain", "smoothed", "nce_mae", "hem", "bi_tempered"],
+)
+def test_three_operators_with_the_gradient(base, statistic):
+    logits, target = torch.randn(60, 3, requires_grad=True), torch.arange(60) % 3
+    module = fl.ZErrorCrossEntropyLoss(1.2, statistic, base)
+    with Operators() as operators:
+        torch.autograd.grad(module(logits, target), logits)
+    assert operators.names == ["row_loss_with_stats", "z_error_class_loss", "row_loss_backward"]
 
 
 def steps_on_cuda():
