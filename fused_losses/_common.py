@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypedDict
 
 from torch import Tensor, nn
 
+from fused_losses import _ops
 from fused_losses._parameters import Rule, finite
 from fused_losses._reference import REDUCTIONS, check_reduction, class_dim
 from fused_losses.calibration import solve_logit_bias
@@ -127,6 +128,7 @@ class RowLossModule(nn.Module):
 
     stem: str
     weight: Tensor | None
+    parameter_names: tuple[str, ...] = ()
 
     def __init_subclass__(cls, stem: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -145,15 +147,15 @@ class RowLossModule(nn.Module):
     ) -> None:
         super().__init__()
         entry = LOSSES[self.stem]
-        entry.pack(parameters)
+        self._params: list[float] | None = entry.pack(parameters)
         check_reduction(reduction, entry.reductions)
         check_logit_bias(logit_bias)
-        self.parameter_names = tuple(parameters)
         for name, value in parameters.items():
             if isinstance(value, Tensor):
                 self.register_buffer(name, value)
             else:
                 setattr(self, name, value)
+        self.parameter_names = tuple(parameters)
         self.register_buffer("weight", weight)
         self.ignore_index = ignore_index
         self.reduction = reduction
@@ -162,17 +164,38 @@ class RowLossModule(nn.Module):
         else:
             self.logit_bias = logit_bias
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Notices that a hyper-parameter has a new value, so that calls need not look."""
+        super().__setattr__(name, value)
+        if name in self.parameter_names:
+            self._params = None
+
+    def _pack(self) -> list[float]:
+        params = LOSSES[self.stem].pack({name: getattr(self, name) for name in self.parameter_names})
+        self._params = params
+        return params
+
+    def _tensor(self, name: str) -> Any:
+        # Module's own look-up takes as long as a small loss.
+        buffers = self._buffers
+        return buffers[name] if name in buffers else getattr(self, name)
+
     def forward(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """Computes the loss of ``logits`` for ``target``; ``sample_weight`` is one weight per row."""
-        return LOSSES[self.stem].function(
+        bias, bias_tensor = resolve_logit_bias(self._tensor("logit_bias"), logits)
+        margin = self._tensor("margin") if "margin" in self.parameter_names else None
+        return _ops.row_loss(
             logits,
             target,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            logit_bias=self.logit_bias,
-            sample_weight=sample_weight,
-            **{name: getattr(self, name) for name in self.parameter_names},
+            self._tensor("weight"),
+            sample_weight,
+            bias_tensor,
+            margin if isinstance(margin, Tensor) else None,
+            self.stem,
+            self._params or self._pack(),
+            bias,
+            self.ignore_index,
+            self.reduction,
         )
 
     def extra_repr(self) -> str:
