@@ -1,0 +1,165 @@
+"""What only a GPU shows: captured graphs, streams, several devices, offsets beyond 32 bits, determinism."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import fused_losses as fl
+from fused_losses import functional
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+NAMES = list(fl.LOSSES)
+Step = Callable[[], tuple[Tensor, ...]]
+
+
+def problem(rows: int, classes: int, dtype: torch.dtype = torch.float32, device: str = "cuda") -> tuple[Tensor, Tensor]:
+    logits = (torch.randn(rows, classes, device=device) * 3).to(dtype).requires_grad_()
+    return logits, torch.randint(0, classes, (rows,), device=device)
+
+
+def loss_and_gradient(loss: Callable[..., Tensor], logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    value = loss(logits, target)
+    return value, torch.autograd.grad(value.sum(), logits)[0]
+
+
+def capture(step: Step) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
+    """A graph of one call of ``step`` and the tensors that a replay writes."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    return graph, results
+
+
+@pytest.mark.parametrize("classes", [10, 100, 1001, 30_000])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_captured_step_sees_new_logits_targets_and_bias(name: str, classes: int) -> None:
+    torch.manual_seed(0)
+    logits, target = problem(70, classes)
+    loss = fl.LOSSES[name].module(logit_bias=torch.zeros(())).cuda()
+    graph, results = capture(lambda: loss_and_gradient(loss, logits, target))
+    for bias in (0.0, 1.5):
+        with torch.no_grad():
+            logits.copy_(torch.randn_like(logits))
+            target.copy_(torch.randint_like(target, classes))
+            loss.logit_bias.fill_(bias)
+        graph.replay()
+        replayed = [result.clone() for result in results]
+        for one, other in zip(replayed, loss_and_gradient(loss, logits, target), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("statistic", ["logit", "prob", "loss"])
+@pytest.mark.parametrize("rows", [500, 20_000])
+def test_a_captured_step_sees_a_new_threshold(rows: int, statistic: str) -> None:
+    torch.manual_seed(0)
+    logits, target = problem(rows, 10)
+    loss = fl.ZErrorCrossEntropyLoss(torch.tensor(3.0), statistic, "gce").cuda()
+    graph, results = capture(lambda: loss_and_gradient(loss, logits, target))
+    kept = []
+    for threshold in (3.0, 0.5):
+        loss.threshold.fill_(threshold)
+        graph.replay()
+        replayed = [result.clone() for result in results]
+        for one, other in zip(replayed, loss_and_gradient(loss, logits, target), strict=True):
+            assert torch.equal(one, other)
+        kept.append(int((replayed[1] != 0).any(1).sum()))
+    assert kept[1] < kept[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_streams_do_not_disturb_each_other(name: str) -> None:
+    torch.manual_seed(0)
+    loss = fl.LOSSES[name].module()
+    problems = [problem(4096, 100) for _ in range(4)]
+    expected = [loss_and_gradient(loss, *one) for one in problems]
+    torch.cuda.synchronize()
+    streams, results = [torch.cuda.Stream() for _ in problems], []
+    for _ in range(5):
+        for stream, one in zip(streams, problems, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(loss_and_gradient(loss, *one))
+    torch.cuda.synchronize()
+    for i, got in enumerate(results):
+        assert all(map(torch.equal, got, expected[i % len(problems)]))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("name", NAMES)
+def test_the_device_is_that_of_the_logits(name: str) -> None:
+    torch.manual_seed(0)
+    loss = fl.LOSSES[name].module()
+    logits, target = problem(300, 50)
+    elsewhere = logits.detach().to("cuda:1").requires_grad_()
+    with torch.cuda.device(0):
+        got = loss_and_gradient(loss, elsewhere, target.to("cuda:1"))
+    assert {result.device.index for result in got} == {1} and torch.cuda.current_device() == 0
+    for one, other in zip(got, loss_and_gradient(loss, logits, target), strict=True):
+        assert torch.equal(one.cpu(), other.cpu())
+
+
+@pytest.mark.parametrize("layout", ["rows", "images"])
+@pytest.mark.parametrize("name", ["cross_entropy", "nce_agce", "hem", "bi_tempered"])
+def test_more_than_2_to_the_31_logits(name: str, layout: str) -> None:
+    """The last rows of a large problem are those of a small one."""
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GiB of GPU memory")
+    torch.manual_seed(0)
+    shape = (2**31 // 1000 + 100, 1000) if layout == "rows" else (2**31 // (1000 * 2500) + 2, 1000, 50, 50)
+    logits = torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_()
+    assert logits.numel() > 2**31
+    target = torch.randint(0, 1000, shape[:1] + shape[2:], device="cuda")
+    loss = fl.LOSSES[name].module(reduction="none")
+    last, last_target = logits[-1:].clone().requires_grad_(), target[-1:].clone()
+    expected = loss_and_gradient(loss, last, last_target)
+    value, gradient = loss_and_gradient(loss, logits.requires_grad_(), target)
+    torch.testing.assert_close(value[-1:], expected[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient[-1:], expected[1], rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_deterministic(name: str, dtype: torch.dtype) -> None:
+    """Under torch's deterministic algorithms, which also fill fresh memory with NaN: the same bits every time."""
+    torch.manual_seed(0)
+    loss = fl.LOSSES[name].module()
+    problems = [problem(rows, classes, dtype) for rows, classes in ((5000, 10), (3000, 100), (700, 1001), (40, 20_000))]
+    torch.use_deterministic_algorithms(True)
+    try:
+        for one in problems:
+            first, second = loss_and_gradient(loss, *one), loss_and_gradient(loss, *one)
+            assert all(map(torch.equal, first, second)) and all(result.isfinite().all() for result in first)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_class_statistics_are_deterministic() -> None:
+    moments = torch.ops.fused_losses.class_moments
+    torch.manual_seed(0)
+    for classes in (1, 10, 1000, 100_000):
+        score, target = torch.randn(200_000, device="cuda"), torch.randint(0, classes, (200_000,), device="cuda")
+        first, second = (moments(score, target, classes) for _ in range(2))
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first.cpu(), moments(score.cpu(), target.cpu(), classes), rtol=1e-11, atol=1e-11)
+
+
+def test_functions_follow_the_current_stream() -> None:
+    """What is enqueued after a slow kernel in the same stream waits for it."""
+    stream = torch.cuda.Stream()
+    logits, target = torch.zeros(1000, 10, device="cuda"), torch.zeros(1000, dtype=torch.long, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        logits.fill_(1.0)[:, 0] = 5.0
+        loss = functional.cross_entropy(logits, target)
+    stream.synchronize()
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, target))
