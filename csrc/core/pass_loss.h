@@ -72,7 +72,7 @@ struct OfShares {
 
     template <class T>
     struct State {
-        T max, log_sum, value, alpha, beta, gamma;
+        T max, log_sum, value, alpha, gamma, own;
     };
 
     FL_HD static int passes(const double*) { return 2; }
@@ -115,8 +115,8 @@ struct OfShares {
         const AffineRow<T> affine = Loss::eval(log_p, sums.v[0], sums.v[1], params);
         s.value = affine.value;
         s.alpha = affine.alpha;
-        s.beta = affine.beta;
         s.gamma = affine.gamma;
+        s.own = own_gradient(affine, log_p, Loss::share(log_p, math::exp(log_p), params).w);
     }
 
     template <class T>
@@ -128,13 +128,13 @@ struct OfShares {
     FL_HD static T gradient(const State<T>& s, T z, T, math::mask_t<T> is_target, const T* params) {
         const T log_p = (z - s.max) - s.log_sum;
         const T p = math::exp_not_positive(log_p);
-        return s.alpha * p + s.gamma * Loss::share(log_p, p, params).w + math::select(is_target, s.beta, T(0));
+        return math::select(is_target, s.own, s.alpha * p + s.gamma * Loss::share(log_p, p, params).w);
     }
 
     template <class T>
     FL_HD static T gradient_of_kept(const State<T>& s, const T* kept, math::mask_t<T> is_target, const T*) {
         const T p = kept[0] * math::exp_not_positive(-s.log_sum);
-        return s.alpha * p + s.gamma * kept[1] + math::select(is_target, s.beta, T(0));
+        return math::select(is_target, s.own, s.alpha * p + s.gamma * kept[1]);
     }
 };
 

@@ -142,7 +142,7 @@ private:
     static V load_ones(Whole) { return A(1); }
     static V load_ones(int count) { return math::select(V::iota() < V(A(count)), V(A(1)), V(A(0))); }
 
-    // grad = alpha e + gamma u + beta [j = y], e = exp(z - max)
+    // grad = alpha e + gamma u, e = exp(z - max)
     void write_gradient(std::int64_t outer, std::int64_t row, int i) {
         if (rows.ignored(i)) return Buffer::zero_gradient(p, outer, row);
         A* const e = exponentials(outer, row, i);
@@ -155,13 +155,7 @@ private:
             if (spread) g += gamma * (u ? load(u + c, count, A(0)) : V(A(1)));
             Buffer::write(p, grad, c, g, count);
         });
-        if (!p.target) return;
-        // Once more for the target: its own term, added before rounding to the stored type.
-        const std::int64_t y = rows.target[i];
-        Stored& own = grad[y * p.grad_class_stride];
-        const A rest =
-            in_place ? widen(own) : rows.alpha[i] * e[y] + (spread ? rows.gamma[i] * (u ? u[y] : A(1)) : A(0));
-        own = narrow<Stored>(rest + rows.beta[i]);
+        if (p.target) grad[rows.target[i] * p.grad_class_stride] = narrow<Stored>(rows.own[i]);
     }
 
     const RowProblem& p;

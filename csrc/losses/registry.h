@@ -41,6 +41,15 @@ FL_HD void visit_pass_loss(int index, Visitor&& visitor) {
     visit_loss(PassLosses{}, index - SoftmaxLosses::size, visitor);
 }
 
+// Calls body.operator()<Loss>() with Loss, or with one that computes the same for these parameters alone, but faster.
+template <class Loss, class Body>
+void visit_variant(const double* params, Body body) {
+    if constexpr (requires { Loss::visit_variant(params, body); })
+        Loss::visit_variant(params, body);
+    else
+        body.template operator()<Loss>();
+}
+
 template <class... Losses>
 std::vector<std::string> names_of(TypeList<Losses...>) {
     return {Losses::name...};
