@@ -149,7 +149,7 @@ public:
     }
 
     A* x() const { return store.data(); }
-    std::int64_t size() const { return (whole + (tail > 0)) * V::size; }
+    std::int64_t vectors() const { return whole + (tail > 0); }
     V total(V partial) const { return lanes ? partial : V(partial.sum()); }
 
     const RowProblem& p;

@@ -10,6 +10,7 @@ template <class A, class Loss, bool lanes>
 class PassTile {
     using V = Vec<A>;
     using State = typename Loss::template State<V>;
+    using AllSums = Sums<V, Loss::num_sums>;
     static constexpr int kStates = kStateSize<State, V>;
     static_assert(kStates <= kMaxState);
 
@@ -18,7 +19,7 @@ public:
         : p(problem),
           passes(Loss::passes(problem.params)),
           view(problem),
-          kept(problem.grad ? Loss::num_kept * view.size() : 0) {
+          kept(problem.grad ? Loss::num_kept * view.vectors() : 0) {
         for (int i = 0; i < kMaxParams; ++i) params[i] = A(p.params[i]);
     }
 
@@ -61,44 +62,42 @@ private:
         RowInputs<V> row{V(A(0)), view.per_row(view.rows.target_logit, at), view.margin_of(at), V(A(p.num_classes))};
         if constexpr (Loss::needs_max) row.max = view.find_max();
         State state = Loss::begin(row, params.data());
-        for (int pass = 0; pass < passes; ++pass) {
-            const bool keeps = p.grad && Loss::keeps(pass, passes);
-            auto sums = keeps ? sum_classes<true>(pass, state, row) : sum_classes<false>(pass, state, row);
-            for (V& sum : sums.v) sum = view.total(sum);
-            Loss::end_pass(pass, state, sums, row, params.data());
-        }
+        for (int pass = 0; pass + 1 < passes; ++pass) add_up<false>(pass, state, row);
+        add_up<true>(passes - 1, state, row);
         return state;
     }
 
-    // What a pass adds up. By value is what it reads in the loop: no number that is kept there can change it, so what
-    // depends on it alone is computed once.
-    template <bool keeps>
-    Sums<V, Loss::num_sums> sum_classes(int pass, const State state, const RowInputs<V> row) const {
+    template <bool last>
+    void add_up(int pass, State& state, const RowInputs<V>& row) const {
+        const bool keeps = p.grad;
+        const AllSums partial =
+            keeps ? sum_classes<last, true>(pass, state, row) : sum_classes<last, false>(pass, state, row);
+        AllSums sums;
+        for (int i = 0; i < Loss::num_sums; ++i) sums.v[i] = view.total(partial.v[i]);
+        Loss::end_pass(pass, state, sums, row, params.data());
+    }
+
+    // What a pass adds up. By value, and with sums of its own, is what the loop works with: no number that is kept there
+    // can change it, so it stays in registers and what depends on it alone is computed once.
+    template <bool last, bool keeps>
+    AllSums sum_classes(int pass, const State state, const RowInputs<V> row) const {
+        constexpr int used = last ? Loss::num_sums : Loss::num_early_sums;
         const std::array<V, kMaxParams> own = params;
-        Sums<V, Loss::num_sums> sums;
-        for (V& sum : sums.v) sum = A(0);
+        V sums[used];
+        for (V& sum : sums) sum = A(0);
         view.for_each([&](std::int64_t k, Mask<A> is_target, auto add) FL_INLINE {
             if (pass == 0) view.prefetch(k);
             const V z = V::load(view.x() + k * V::size), margin = view.margin_at(k, row.margin);
-            const auto term = [&]() FL_INLINE {
-                if constexpr (!keeps) return Loss::term(pass, state, z, margin, is_target, own.data());
-                auto numbers = kept_at(k);
-                const auto added = Loss::term_keeping(pass, state, z, margin, is_target, own.data(), numbers.data());
-                for (int i = 0; i < Loss::num_kept; ++i) numbers[i].store(kept_of(k, i));
-                return added;
-            }();
-            for (int i = 0; i < Loss::num_sums; ++i) sums.v[i] = add(sums.v[i], term.v[i]);
+            const auto term = Loss::template term_keeping<last>(pass, state, z, margin, is_target, own.data(),
+                                                                keeps ? kept_of(k) : nullptr);
+            for (int i = 0; i < used; ++i) sums[i] = add(sums[i], term.v[i]);
         });
-        return sums;
+        AllSums result;
+        for (int i = 0; i < Loss::num_sums; ++i) result.v[i] = i < used ? sums[i] : V(A(0));
+        return result;
     }
 
-    A* kept_of(std::int64_t k, int i) const { return kept.data() + (k * Loss::num_kept + i) * V::size; }
-
-    std::array<V, Loss::num_kept> kept_at(std::int64_t k) const {
-        std::array<V, Loss::num_kept> numbers;
-        for (int i = 0; i < Loss::num_kept; ++i) numbers[i] = V::load(kept_of(k, i));
-        return numbers;
-    }
+    V* kept_of(std::int64_t k) const { return kept.data() + k * Loss::num_kept; }
 
     template <bool of_kept>
     void write_gradient(const State state, std::int64_t outer, std::int64_t first, int at, int count) {
@@ -109,7 +108,7 @@ private:
             A* const x = view.x() + k * V::size;
             V g;
             if constexpr (of_kept)
-                g = Loss::gradient_of_kept(state, kept_at(k).data(), is_target, own.data());
+                g = Loss::gradient_of_kept(state, kept_of(k), is_target, own.data());
             else
                 g = Loss::gradient(state, V::load(x), view.margin_at(k, margin), is_target, own.data());
             (scale * g).store(x);
@@ -121,7 +120,7 @@ private:
     const int passes;
     std::array<V, kMaxParams> params;
     PassRows<A, lanes> view;
-    Scratch<A> kept;  // per vector of the view
+    Scratch<V> kept;  // per vector of the view
 };
 
 }  // namespace FL_ISA

@@ -13,7 +13,7 @@ inline namespace FL_ISA {
 template <class Rule>
 struct MarginLoss {
     static constexpr const char* name = Rule::name;
-    static constexpr int num_params = Rule::num_params, num_sums = 2, num_kept = 1;
+    static constexpr int num_params = Rule::num_params, num_sums = 2, num_early_sums = 1, num_kept = 1;
     static constexpr bool needs_max = false;
 
     template <class T>
@@ -22,7 +22,6 @@ struct MarginLoss {
     };
 
     FL_HD static int passes(const double*) { return 2; }
-    FL_HD static bool keeps(int, int) { return true; }
 
     template <class T>
     FL_HD static State<T> begin(const RowInputs<T>& row, const T*) {
@@ -45,27 +44,26 @@ struct MarginLoss {
 
     // 1 for a kept error, else 0.
     template <class T>
-    FL_HD static T kept(const State<T>& s, T e) {
+    FL_HD static T is_kept(const State<T>& s, T e) {
         return math::select((e > T(0)) & (e >= s.threshold), T(1), T(0));
     }
 
     template <class T>
     FL_HD static Sums<T, 2> term(int pass, const State<T>& s, T z, T margin, math::mask_t<T> is_target,
                                  const T* params) {
-        T e = error(s, z, margin, is_target, params);
-        return term_keeping(pass, s, z, margin, is_target, params, &e);
+        return pass == 1 ? term_keeping<true>(pass, s, z, margin, is_target, params, static_cast<T*>(nullptr))
+                         : term_keeping<false>(pass, s, z, margin, is_target, params, static_cast<T*>(nullptr));
     }
 
     // Kept: the error.
-    template <class T>
-    FL_HD static Sums<T, 2> term_keeping(int pass, const State<T>& s, T z, T margin, math::mask_t<T> is_target,
-                                         const T* params, T* e) {
-        if (pass == 0) {
-            *e = error(s, z, margin, is_target, params);
-            return {{*e, T(0)}};
-        }
-        const T keep = kept(s, *e);
-        return {{math::select(keep > T(0), *e, T(0)), keep}};
+    template <bool last, class T>
+    FL_HD static Sums<T, 2> term_keeping(int, const State<T>& s, T z, T margin, math::mask_t<T> is_target,
+                                         const T* params, T* kept) {
+        const T e = last && kept ? *kept : error(s, z, margin, is_target, params);
+        if (!last && kept) *kept = e;
+        if (!last) return {{e, T(0)}};
+        const T counts = is_kept(s, e);
+        return {{math::select(counts > T(0), e, T(0)), counts}};
     }
 
     template <class T>
@@ -97,7 +95,7 @@ struct MarginLoss {
 
     template <class T>
     FL_HD static T gradient_of_kept(const State<T>& s, const T* e, math::mask_t<T> is_target, const T*) {
-        return math::select(is_target, -s.count * s.per_error, kept(s, *e) * s.per_error);
+        return math::select(is_target, -s.count * s.per_error, is_kept(s, *e) * s.per_error);
     }
 };
 

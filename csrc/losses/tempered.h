@@ -14,11 +14,12 @@ inline namespace FL_ISA {
 // The labels are y_y = 1 - s, else s/(K-1).
 //
 // With n = 1 / (t2 - 1), exp_t2(x) is (1 - x / n)^-n, so where n is a whole number b is a quotient and p a product: no
-// log, no exp. kN is that n where it is known to the compiler; 0: it is not, or there is none.
-template <int kN>
+// log, no exp. The same holds for a where (1 - t1) n is whole. kN and kOfLog are these numbers where the compiler knows
+// them, else 0.
+template <int kN, int kOfLog = 0>
 struct BiTemperedOf {
     static constexpr const char* name = "bi_tempered";
-    static constexpr int num_params = 4, num_sums = 4, num_kept = 3;
+    static constexpr int num_params = 4, num_sums = 4, num_early_sums = 2, num_kept = 3;
     static constexpr bool needs_max = true;
     static constexpr int newton_steps = 10;
 
@@ -34,7 +35,9 @@ struct BiTemperedOf {
             case 1: return body.template operator()<BiTemperedOf<1>>();
             case 2: return body.template operator()<BiTemperedOf<2>>();
             case 4: return body.template operator()<BiTemperedOf<4>>();
-            case 5: return body.template operator()<BiTemperedOf<5>>();
+            case 5:
+                if (whole(5 * (1 - params[0])) == 1) return body.template operator()<BiTemperedOf<5, 1>>();  // default
+                return body.template operator()<BiTemperedOf<5>>();
             default: return body.template operator()<BiTemperedOf<0>>();
         }
     }
@@ -60,7 +63,6 @@ struct BiTemperedOf {
     }
 
     FL_HD static int passes(const double* params) { return root_passes(params[1], params[3]) + 1; }
-    FL_HD static bool keeps(int pass, int passes) { return pass == passes - 1; }
 
     template <class T>
     FL_HD static State<T> begin(const RowInputs<T>& row, const T*) {
@@ -68,12 +70,12 @@ struct BiTemperedOf {
         return {row.max + T(0) * row.max, T(0), T(1), T(0), T(0), T(0)};
     }
 
-    // 1 - t1, t2 - 1 and n. Float temperatures are off by their rounding, of which p takes the n-th power: whole numbers
-    // tell the exact ones.
+    // 1 - t1 and t2 - 1 as numbers and in units of 1/n (0 where they are no whole number of them). Float temperatures are
+    // off by their rounding, of which p takes the n-th power: whole numbers tell the exact ones.
     template <class T>
     struct Excess {
         T of_log, of_exp;
-        int n;
+        int n, n_of_log;
     };
 
     template <class S>
@@ -93,8 +95,8 @@ struct BiTemperedOf {
     FL_HD static Excess<T> excess(const T* params) {
         using S = math::scalar_t<T>;
         const S of_log = S(1) - math::to_scalar(params[0]), of_exp = math::to_scalar(params[1]) - S(1);
-        const int n = kN > 0 ? kN : whole(S(1) / of_exp), power = whole(S(n) * of_log);
-        return {power > 0 ? T(S(power) / S(n)) : T(of_log), n > 0 ? T(S(1) / S(n)) : T(of_exp), n};
+        const int n = kN > 0 ? kN : whole(S(1) / of_exp), n_of_log = kOfLog > 0 ? kOfLog : whole(S(n) * of_log);
+        return {n_of_log > 0 ? T(S(n_of_log) / S(n)) : T(of_log), n > 0 ? T(S(1) / S(n)) : T(of_exp), n, n_of_log};
     }
 
     // log exp_t(x), exp_t(x) = [1 - excess x]_+^(-1/excess), excess = t - 1; -inf where exp_t is 0
@@ -138,9 +140,8 @@ struct BiTemperedOf {
         using S = math::scalar_t<T>;
         const Excess<T> t = excess(params);
         if (t.n > 0) {
-            const T b = quotient(x, t.of_exp), of_log = t.of_log * T(S(t.n));
-            const int power = whole(math::to_scalar(of_log));
-            const T a = power > 0 ? math::integer_power(b, power) : math::pow(b, of_log);
+            const T b = quotient(x, t.of_exp);
+            const T a = t.n_of_log > 0 ? math::integer_power(b, t.n_of_log) : math::pow(b, t.of_log * T(S(t.n)));
             return {math::integer_power(b, t.n), a, b};
         }
         const T log_p = log_exp(x, t.of_exp);
@@ -153,25 +154,26 @@ struct BiTemperedOf {
     template <class T>
     FL_HD static Sums<T, 4> term(int pass, const State<T>& s, T z, T margin, math::mask_t<T> is_target,
                                  const T* params) {
-        T kept[num_kept];
-        return term_keeping(pass, s, z, margin, is_target, params, kept);
+        const bool last = pass == root_passes(math::to_scalar(params[1]), math::to_scalar(params[3]));
+        return last ? term_keeping<true>(pass, s, z, margin, is_target, params, static_cast<T*>(nullptr))
+                    : term_keeping<false>(pass, s, z, margin, is_target, params, static_cast<T*>(nullptr));
     }
 
     // Kept by the last pass: the powers of which the gradient consists.
-    template <class T>
+    template <bool last, class T>
     FL_HD static Sums<T, 4> term_keeping(int pass, const State<T>& s, T z, T, math::mask_t<T> is_target,
                                          const T* params, T* kept) {
         const T x = z - s.max, none = T(0);
-        const auto t2 = math::to_scalar(params[1]), num_iters = math::to_scalar(params[3]);
-        if (pass == root_passes(t2, num_iters)) {
+        if constexpr (last) {
             const Powers<T> of = powers(x - s.root, params);
-            kept[0] = of.p, kept[1] = of.a, kept[2] = of.b;
+            if (kept) kept[0] = of.p, kept[1] = of.a, kept[2] = of.b;
             Sums<T, 4> sums{{of.p * of.a, of.p * of.b, (of.p - label(s, is_target, params)) * (of.a * of.b), none}};
             if (math::to_scalar(params[2]) == math::scalar_t<T>(0)) return sums;
             const Excess<T> t = excess(params);
             sums.v[3] = log_t(log_exp(x - s.root, t.of_exp), t.of_log);
             return sums;
         }
+        const auto t2 = math::to_scalar(params[1]), num_iters = math::to_scalar(params[3]);
         switch (method(t2, num_iters)) {
             case Method::kExact: return {{math::exp(x), none, none, none}};
             case Method::kNewton: {
