@@ -33,7 +33,7 @@ void run(const RowProblem& p, std::int64_t begin, std::int64_t end, Body body) {
     if (is_pass_loss(p.loss)) {
         const auto with_loss = [&]<class Loss>() {
             with_bool(tiling.lanes, [&](auto lanes) {
-                PassTile<acc_t<Stored>, Loss, lanes> kernel(p);
+                PassTile<acc_t<Stored>, Loss, lanes> kernel(p, tiling.tile_rows);
                 for_tiles(p, tiling, begin, end, kernel, body);
             });
         };
