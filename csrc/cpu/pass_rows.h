@@ -35,7 +35,13 @@ public:
           block(lanes ? V::size : static_cast<int>(std::min<std::int64_t>(tile_rows, V::size))),
           whole(lanes ? p.num_classes : p.num_classes / V::size),
           tail(lanes ? 0 : static_cast<int>(p.num_classes % V::size)),
-          store(parts_of(block) * vectors() * V::size) {}
+          store(parts_of(block) * vectors() * V::size) {
+        with_stored<A>(p, [&]<class Stored>() { streams = !lanes && RowBuffer<Stored>::streams(p); });
+    }
+
+    ~PassRows() {
+        if (streams) stream_fence();
+    }
 
     // Loads rows [at, at + count) of the tile, at most `block`.
     void load(std::int64_t outer, std::int64_t first, int at, int count) {
@@ -74,8 +80,9 @@ public:
             const std::int64_t row = first + first_row;
             if (lanes) return LaneBlock<Stored>::store_gradient(p, outer, row, row_count, x(0));
             for (int i = 0; i < row_count; ++i)
-                RowBuffer<Stored>::narrow_row(x(i), p.grad_class_stride, p.num_classes,
-                                              RowBuffer<Stored>::gradient(p, outer, row + i));
+                RowBuffer<Stored>::write_row(
+                    p, RowBuffer<Stored>::gradient(p, outer, row + i), streams,
+                    [&](std::int64_t c, auto count) { return fused_losses::load(x(i) + c, count, A(0)); });
         });
     }
 
@@ -148,7 +155,7 @@ public:
             step = V::size * sizeof(Stored);
             if (p.logits_class_stride == 1)
                 logits = reinterpret_cast<const char*>(as<Stored>(p.logits) + p.logits_stride.at(outer, next + part));
-            if (p.grad && p.grad_class_stride == 1)
+            if (p.grad && p.grad_class_stride == 1 && !streams)
                 grad = reinterpret_cast<const char*>(RowBuffer<Stored>::gradient(p, outer, next + part));
         });
         for_each(part, [&](std::int64_t k, Mask<A> is_target, auto add) FL_INLINE {
@@ -194,6 +201,7 @@ public:
 
 private:
     Scratch<A> store;
+    bool streams;
     std::int64_t outer, next;  // the row behind them
     V target;                  // class numbers
 };

@@ -19,9 +19,14 @@ public:
     RowTile(const RowProblem& problem, std::int64_t tile_rows)
         : p(problem),
           classes(problem.num_classes),
-          in_place(std::is_same_v<Stored, A> && p.grad && p.grad_class_stride == 1),
+          streams(Buffer::streams(p)),
+          in_place(std::is_same_v<Stored, A> && p.grad && p.grad_class_stride == 1 && !streams),
           buffer(in_place || (Buffer::reads_directly(p) && !p.grad) ? 0 : tile_rows * classes),
           soft_target(p.spread == Spread::kSoftTarget ? tile_rows * classes : 0) {}
+
+    ~RowTile() {
+        if (streams) stream_fence();
+    }
 
     void forward(std::int64_t outer, std::int64_t first, int n, TileSums& sums) {
         rows.begin(p, outer, first, n);
@@ -109,7 +114,7 @@ private:
     template <bool kBiased>
     A exp_sum(const A* x, int i, A* e, std::int64_t outer, std::int64_t next_row) const {
         const Stored* const next_logits = as<Stored>(p.logits) + p.logits_stride.at(outer, next_row);
-        Stored* const next_grad = p.grad ? Buffer::gradient(p, outer, next_row) : nullptr;
+        Stored* const next_grad = p.grad && !streams ? Buffer::gradient(p, outer, next_row) : nullptr;
         const V top = rows.max[i];
         V sum = A(0);
         for_vectors<A>(classes, [&](std::int64_t c, auto count) {
@@ -150,16 +155,17 @@ private:
         const V alpha = rows.alpha[i], gamma = rows.gamma[i];
         const bool spread = p.spread != Spread::kNone;
         Stored* const grad = Buffer::gradient(p, outer, row);
-        for_vectors<A>(classes, [&](std::int64_t c, auto count) {
+        Buffer::write_row(p, grad, streams, [&](std::int64_t c, auto count) {
             V g = alpha * load(e + c, count, A(0));
             if (spread) g += gamma * (u ? load(u + c, count, A(0)) : V(A(1)));
-            Buffer::write(p, grad, c, g, count);
+            return g;
         });
         if (p.target) grad[rows.target[i] * p.grad_class_stride] = narrow<Stored>(rows.own[i]);
     }
 
     const RowProblem& p;
     const std::int64_t classes;
+    const bool streams;
     const bool in_place;  // exponentials are written into the gradient and scaled there
     Scratch<A> buffer, soft_target;
     TileRows<A> rows;

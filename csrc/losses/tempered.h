@@ -14,12 +14,13 @@ inline namespace FL_ISA {
 // The labels are y_y = 1 - s, else s/(K-1).
 //
 // With n = 1 / (t2 - 1), exp_t2(x) is (1 - x / n)^-n, so where n is a whole number b is a quotient and p a product: no
-// log, no exp. The same holds for a where (1 - t1) n is whole. kN and kOfLog are these numbers where the compiler knows
-// them, else 0.
-template <int kN, int kOfLog = 0>
+// log, no exp. The same holds for a where (1 - t1) n is whole. kN is n where the compiler knows it, else 0; kDefaults:
+// the parameters have their defaults t1 = 0.8, t2 = 1.2, s = 0 (and some number of iterations).
+template <int kN, bool kDefaults = false>
 struct BiTemperedOf {
     static constexpr const char* name = "bi_tempered";
-    static constexpr int num_params = 4, num_sums = 4, num_early_sums = 2, num_kept = 3;
+    static constexpr int num_params = 4, num_sums = 4, num_kept = 3;
+    static constexpr int num_early_sums = kDefaults ? 1 : 2;  // two for Newton's method
     static constexpr bool needs_max = true;
     static constexpr int newton_steps = 10;
 
@@ -36,7 +37,8 @@ struct BiTemperedOf {
             case 2: return body.template operator()<BiTemperedOf<2>>();
             case 4: return body.template operator()<BiTemperedOf<4>>();
             case 5:
-                if (whole(5 * (1 - params[0])) == 1) return body.template operator()<BiTemperedOf<5, 1>>();  // default
+                if (whole(5 * (1 - params[0])) == 1 && params[2] == 0 && params[3] > 0)
+                    return body.template operator()<BiTemperedOf<5, true>>();
                 return body.template operator()<BiTemperedOf<5>>();
             default: return body.template operator()<BiTemperedOf<0>>();
         }
@@ -46,6 +48,7 @@ struct BiTemperedOf {
 
     template <class S>
     FL_HD static Method method(S t2, S num_iters) {
+        if (kDefaults) return Method::kFixedPoint;
         if (t2 == S(1)) return Method::kExact;
         if (num_iters == S(0)) return Method::kNewton;
         return t2 > S(1) ? Method::kFixedPoint : Method::kBisection;
@@ -95,7 +98,7 @@ struct BiTemperedOf {
     FL_HD static Excess<T> excess(const T* params) {
         using S = math::scalar_t<T>;
         const S of_log = S(1) - math::to_scalar(params[0]), of_exp = math::to_scalar(params[1]) - S(1);
-        const int n = kN > 0 ? kN : whole(S(1) / of_exp), n_of_log = kOfLog > 0 ? kOfLog : whole(S(n) * of_log);
+        const int n = kN > 0 ? kN : whole(S(1) / of_exp), n_of_log = kDefaults ? 1 : whole(S(n) * of_log);
         return {n_of_log > 0 ? T(S(n_of_log) / S(n)) : T(of_log), n > 0 ? T(S(1) / S(n)) : T(of_exp), n, n_of_log};
     }
 
@@ -168,7 +171,7 @@ struct BiTemperedOf {
             const Powers<T> of = powers(x - s.root, params);
             if (kept) kept[0] = of.p, kept[1] = of.a, kept[2] = of.b;
             Sums<T, 4> sums{{of.p * of.a, of.p * of.b, (of.p - label(s, is_target, params)) * (of.a * of.b), none}};
-            if (math::to_scalar(params[2]) == math::scalar_t<T>(0)) return sums;
+            if (kDefaults || math::to_scalar(params[2]) == math::scalar_t<T>(0)) return sums;
             const Excess<T> t = excess(params);
             sums.v[3] = log_t(log_exp(x - s.root, t.of_exp), t.of_log);
             return sums;
@@ -227,7 +230,7 @@ private:
     // Once the root is found.
     template <class T>
     FL_HD static T label(const State<T>& s, math::mask_t<T> is_target, const T* params) {
-        return math::select(is_target, T(1) - params[2], s.lower);
+        return kDefaults ? math::select(is_target, T(1), T(0)) : math::select(is_target, T(1) - params[2], s.lower);
     }
 
     // `lower` and `upper` bracket the root for the bisection. For the fixed point, which scales x, `lower` is the scale.
