@@ -210,7 +210,7 @@ void test_limits() {
     test_same<OfShares<NFLMAE>, Nfl>("nfl_mae(1, 0): nfl", {1, 0, 0.5, 0, 1}, {0.5, 0}, 1e-13);
     test_same<OfShares<NFLRCE>, OfShares<NFLMAE>>("nfl_rce: nfl_mae", {2, 3, 0.5, 1, 4}, {2, 3, 0.5, 1, 4}, 0);
     test_same<Nfl, Nfl>("nfl, gamma = 0: nothing to detach", {0, 0}, {0, 1}, 1e-14);
-    test_same<OfShares<NGCE>, Nfl>("ngce, q -> 0: nfl, gamma = 0", {1e-9}, {0, 0}, 1e-6);
+    test_same<NGCE, Nfl>("ngce, q -> 0: nfl, gamma = 0", {1e-9}, {0, 0}, 1e-6);
     test_same<HEM, MultiMargin>("multi_margin, both options: hem", {0.5, 0}, {0.5, 1, 1}, 0);
     test_same<HEM, HEM>("hem, one margin: either index", {0.5, 0}, {0.5, 1}, 0);
     const auto tempered = [](const char* what, const Params& a, const Params& b, double tolerance) {
