@@ -13,8 +13,8 @@
 //     value(state) -> T
 //     gradient(state, z, margin, is_target, params) -> T               dL/dz of one class
 //
-// Where the pass is known to be the last or not while compiling, and there may be room for some numbers per class, so that
-// passes need not start from the logits again:
+// Where the pass is known to be the last or not while compiling, and there may be room for some numbers per class, so
+// that passes need not start from the logits again:
 //
 //     static constexpr int num_early_sums;             passes but the last add to the first so many sums only
 //     static constexpr int num_kept;                   how many numbers per class

@@ -23,8 +23,8 @@ void with_stored(const RowProblem& p, Body body) {
 }
 
 // A block of rows at a time, its logits in scratch as whole vectors: [classes][vector of rows], which is one part, or a
-// part of its own for each row, padded to whole vectors of classes. Numbers per row are a vector with an element for each
-// row of the block either way.
+// part of its own for each row, padded to whole vectors of classes. Numbers per row are a vector with an element for
+// each row of the block either way.
 template <class A, bool lanes>
 class PassRows {
 public:

@@ -79,8 +79,8 @@ private:
         return std::bit_cast<State>(numbers);
     }
 
-    // What a pass adds up in one part. By value, and with sums of its own, is what the loop works with: no number that is
-    // kept there can change it, so it stays in registers and what depends on it alone is computed once.
+    // What a pass adds up in one part. By value, and with sums of its own, is what the loop works with: no number that
+    // is kept there can change it, so it stays in registers and what depends on it alone is computed once.
     template <bool last, bool keeps>
     AllSums sum_classes(int pass, int part, const State state, const RowInputs<V>& row) const {
         constexpr int used = last ? Loss::num_sums : Loss::num_early_sums;
@@ -104,9 +104,7 @@ private:
         return result;
     }
 
-    V* kept_of(int part, std::int64_t k) const {
-        return kept.data() + (part * view.vectors() + k) * Loss::num_kept;
-    }
+    V* kept_of(int part, std::int64_t k) const { return kept.data() + (part * view.vectors() + k) * Loss::num_kept; }
 
     template <bool of_kept>
     void write_gradient(const State& state, std::int64_t outer, std::int64_t first) {

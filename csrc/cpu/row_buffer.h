@@ -42,8 +42,8 @@ struct RowBuffer {
         for (std::int64_t c = 0; c < p.num_classes; ++c) grad[c * p.grad_class_stride] = narrow<Stored>(A(0));
     }
 
-    // Whether gradients are so large that stores past the caches, which need not read what they overwrite, take less time
-    // (a seventh for 80 MB; for 16 MB it was no gain). They need stream_fence() in the end.
+    // Whether gradients are so large that stores past the caches, which need not read what they overwrite, take less
+    // time (a seventh for 80 MB; for 16 MB it was no gain). They need stream_fence() in the end.
     static bool streams(const RowProblem& p) {
         constexpr std::int64_t kStreamedBytes = 64 << 20;
         return p.grad && p.grad_class_stride == 1 &&

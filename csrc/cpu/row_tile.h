@@ -13,6 +13,7 @@ class RowTile {
     using A = acc_t<Stored>;
     using V = Vec<A>;
     using Buffer = RowBuffer<Stored>;
+    static constexpr double kCertain = 1.0 + 1.0 / 64;  // sum exp(z - max) of a row that is
     static constexpr A kMinusInfinity = -std::numeric_limits<A>::infinity();
 
 public:
@@ -51,9 +52,9 @@ public:
                 if (p.spread == Spread::kSoftTarget) load_soft_target(outer, first + i, i);
                 rows.target_logit[i] = p.target ? x[rows.target[i]] + rows.bias : A(0);
                 if (rows.bias != A(0))
-                    exp_sum<true>(x, i, e, outer, first + i + 1);
+                    exp_sum<true, false>(x, i, e, outer, first + i + 1);
                 else
-                    exp_sum<false>(x, i, e, outer, first + i + 1);
+                    exp_sum<false, false>(x, i, e, outer, first + i + 1);
             }
             write_gradient(outer, first + i, i);
         }
@@ -105,26 +106,43 @@ private:
         // The maximum skips NaNs; the sum of exponentials does not.
         rows.max[i] = max(max(top[0], top[1]), max(top[2], top[3])).max();
         if (p.spread == Spread::kSoftTarget) load_soft_target(outer, row, i);
-        if (p.spread != Spread::kNone) sum_spread<kBiased>(x, i);
-        rows.sum[i] = exp_sum<kBiased>(x, i, e, outer, row + 1);
+        if (p.spread == Spread::kNone || spread_of(i)) {
+            if (p.spread != Spread::kNone) sum_spread<kBiased>(x, i);
+            exp_sum<kBiased, false>(x, i, e, outer, row + 1);
+        } else {
+            exp_sum<kBiased, true>(x, i, e, outer, row + 1);
+        }
+        if (e && rows.sum[i] < A(kCertain)) rows.lost[i] = sum_below_one(e) - (rows.sum[i] - A(1));
     }
 
-    // sum exp(x - max); the terms go to e unless it is null. Computing them takes longer than their memory: time to
-    // fetch the next row's (a prefetch may point anywhere).
-    template <bool kBiased>
-    A exp_sum(const A* x, int i, A* e, std::int64_t outer, std::int64_t next_row) const {
+    // Of a row that is nearly certain of one class, whose exponential is 1: 1 - p depends on all digits of the others.
+    A sum_below_one(const A* e) const {
+        V sum = A(0);
+        for_vectors<A>(classes, [&](std::int64_t c, auto count) {
+            const V term = load(e + c, count, A(0));
+            sum += math::select(term < V(A(1)), term, V(A(0)));
+        });
+        return sum.sum();
+    }
+
+    // sum exp(x - max), and with u = 1 the sum of x - max; the exponentials go to e unless it is null. Computing them
+    // takes longer than their memory: time to fetch the next row's (a prefetch may point anywhere).
+    template <bool kBiased, bool kOnes>
+    void exp_sum(const A* x, int i, A* e, std::int64_t outer, std::int64_t next_row) {
         const Stored* const next_logits = as<Stored>(p.logits) + p.logits_stride.at(outer, next_row);
         Stored* const next_grad = p.grad && !streams ? Buffer::gradient(p, outer, next_row) : nullptr;
         const V top = rows.max[i];
-        V sum = A(0);
+        V sum = A(0), centred = A(0);
         for_vectors<A>(classes, [&](std::int64_t c, auto count) {
             __builtin_prefetch(next_logits + c, /*for writing=*/0);
             if (next_grad) __builtin_prefetch(next_grad + c, /*for writing=*/1);
-            const V term = math::exp_not_positive(biased<kBiased>(x, c, count, i) - top);
+            const V below = biased<kBiased>(x, c, count, i) - top, term = math::exp_not_positive(below);
             if (e) store(e + c, term, count);
             sum += term;
+            if constexpr (kOnes) centred += first_of(below, count);
         });
-        return sum.sum();
+        rows.sum[i] = sum.sum();
+        if constexpr (kOnes) rows.centred[i] = centred.sum(), rows.sum_u[i] = A(classes);
     }
 
     template <bool kBiased>
@@ -133,8 +151,7 @@ private:
         const V top = rows.max[i];
         V centred = A(0), total = A(0);
         for_vectors<A>(classes, [&](std::int64_t c, auto count) {
-            const V ones = load_ones(count);
-            const V u_c = u ? load(u + c, count, A(0)) : ones;
+            const V u_c = load(u + c, count, A(0));
             // A class of weight zero contributes nothing, even at -inf.
             const V term = u_c * (biased<kBiased>(x, c, count, i) - top);
             centred += math::select(u_c == V(A(0)), V(A(0)), term);
@@ -144,8 +161,9 @@ private:
         rows.sum_u[i] = total.sum();
     }
 
-    static V load_ones(Whole) { return A(1); }
-    static V load_ones(int count) { return math::select(V::iota() < V(A(count)), V(A(1)), V(A(0))); }
+    // Zeros behind the first `count` elements.
+    static V first_of(V x, Whole) { return x; }
+    static V first_of(V x, int count) { return math::select(V::iota() < V(A(count)), x, V(A(0))); }
 
     // grad = alpha e + gamma u, e = exp(z - max)
     void write_gradient(std::int64_t outer, std::int64_t row, int i) {

@@ -28,8 +28,8 @@ struct alignas(64) TileRows {
     // Arrays first: each starts at a whole vector.
     std::int64_t target[kMax];  // 0 where there is none
     A class_weight[kMax], sample_weight[kMax], scale[kMax];
-    // Set by the pass over the logits: max, sum exp(z - max), z_y, sum u (z - max), sum u
-    A max[kMax], sum[kMax], target_logit[kMax], centred[kMax], sum_u[kMax];
+    // Set by the pass over the logits: max, sum exp(z - max) and what its rounding lost, z_y, sum u (z - max), sum u
+    A max[kMax], sum[kMax], lost[kMax], target_logit[kMax], centred[kMax], sum_u[kMax];
     // Set by finish or read_stats, scale included: grad_j = alpha exp(z_j - max) + gamma u_j, for the target `own`
     A value[kMax], alpha[kMax], gamma[kMax], own[kMax];
     A counted[kMax];  // 1, or 0 for ignored rows and behind the last row
@@ -57,7 +57,7 @@ struct alignas(64) TileRows {
         for (int i = 0; i < n && weights; ++i) class_weight[i] = ignored(i) ? A(1) : weights[target[i]];
         // Rows without a pass over their logits, and losses that read what no pass has filled.
         for_padded([&](int i) {
-            for (A* zero : {centred, sum_u, max, target_logit}) V(A(0)).store(zero + i);
+            for (A* zero : {lost, centred, sum_u, max, target_logit}) V(A(0)).store(zero + i);
             V(A(1)).store(sum + i);
         });
     }
@@ -157,7 +157,7 @@ private:
         for (int i = 0; i < kMaxParams; ++i) params[i] = A(p.params[i]);
         for_padded([&](int i) {
             const V total = V::load(sum + i), weighted = V::load(sum_u + i);
-            const V log_sum = math::log(total);
+            const V log_sum = math::log(total) + V::load(lost + i) / total;
             const V log_p = (V::load(target_logit + i) - V::load(max + i)) - log_sum;
             const V sum_neg_log_p = weighted * log_sum - V::load(centred + i);
             const V weight = V::load(class_weight + i);

@@ -18,8 +18,7 @@ inline namespace FL_ISA {
 using SoftmaxLosses = TypeList<CrossEntropy, OfTarget<MAE>, OfTarget<GCE>, OfTarget<AGCE>, OfTarget<AUE>, OfTarget<AE>,
                                OfTarget<RCE>, OfTarget<SCE>, OfTarget<TaylorCE>, OfTarget<PHuberCE>, OfTarget<JS>,
                                OfTarget<Focal>, OfTarget<BoundedCE>, NCE, NCEMAE, NCERCE, NCEAGCE>;
-using PassLosses =
-    TypeList<OfShares<NFL>, NGCE, OfShares<NFLMAE>, OfShares<NFLRCE>, BiTempered, HEM, MultiMargin>;
+using PassLosses = TypeList<OfShares<NFL>, NGCE, OfShares<NFLMAE>, OfShares<NFLRCE>, BiTempered, HEM, MultiMargin>;
 
 template <class... A, class... B>
 TypeList<A..., B...> concatenate(TypeList<A...>, TypeList<B...>);

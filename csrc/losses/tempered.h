@@ -33,9 +33,7 @@ struct BiTemperedOf {
     template <class Body>
     static void visit_variant(const double* params, Body body) {
         switch (whole(1 / (params[1] - 1))) {
-            case 1: return body.template operator()<BiTemperedOf<1>>();
             case 2: return body.template operator()<BiTemperedOf<2>>();
-            case 4: return body.template operator()<BiTemperedOf<4>>();
             case 5:
                 if (whole(5 * (1 - params[0])) == 1 && params[2] == 0 && params[3] > 0)
                     return body.template operator()<BiTemperedOf<5, true>>();
@@ -73,8 +71,8 @@ struct BiTemperedOf {
         return {row.max + T(0) * row.max, T(0), T(1), T(0), T(0), T(0)};
     }
 
-    // 1 - t1 and t2 - 1 as numbers and in units of 1/n (0 where they are no whole number of them). Float temperatures are
-    // off by their rounding, of which p takes the n-th power: whole numbers tell the exact ones.
+    // 1 - t1 and t2 - 1 as numbers and in units of 1/n (0 where they are no whole number of them). Float temperatures
+    // are off by their rounding, of which p takes the n-th power: whole numbers tell the exact ones.
     template <class T>
     struct Excess {
         T of_log, of_exp;
@@ -233,15 +231,17 @@ private:
         return kDefaults ? math::select(is_target, T(1), T(0)) : math::select(is_target, T(1) - params[2], s.lower);
     }
 
-    // `lower` and `upper` bracket the root for the bisection. For the fixed point, which scales x, `lower` is the scale.
-    // In the end `lower` is what end_pass puts there.
+    // `lower` and `upper` bracket the root for the bisection. For the fixed point, which scales x, `lower` is the
+    // scale. In the end `lower` is what end_pass puts there.
     template <class T>
     FL_HD static void refine_root(int pass, State<T>& s, const Sums<T, 4>& sums, Method method, T of_exp) {
         const T sum = sums.v[0], log_sum = math::log(sum);
         switch (method) {
             case Method::kExact: s.root = log_sum; return;
             // Newton on log_t2(sum exp_t2(x - root)) = 0 from the left of the root: never overshoots.
-            case Method::kNewton: s.root += sum * math::exp(of_exp * log_sum) * log_t(log_sum, -of_exp) / sums.v[1]; return;
+            case Method::kNewton:
+                s.root += sum * math::exp(of_exp * log_sum) * log_t(log_sum, -of_exp) / sums.v[1];
+                return;
             case Method::kFixedPoint:
                 s.lower = math::exp(-of_exp * log_sum);
                 s.root = log_t(log_sum, of_exp);
