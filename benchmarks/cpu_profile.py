@@ -4,7 +4,8 @@
 
 Two views of forward + backward in float32. By size: a plain copy that moves the same bytes, the step on logits in
 memory, and the step on so few rows that they stay in cache, for as many rows; what the cache does not explain is
-memory. By function, where ``perf`` is installed: shares of samples. What the compiler has inlined counts for its caller.
+memory. By function, where ``perf`` is installed: shares of samples. What the compiler has inlined
+counts for its caller.
 """
 
 from __future__ import annotations

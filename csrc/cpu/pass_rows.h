@@ -81,7 +81,7 @@ public:
             if (lanes) return LaneBlock<Stored>::store_gradient(p, outer, row, row_count, x(0));
             for (int i = 0; i < row_count; ++i)
                 RowBuffer<Stored>::write_row(
-                    p, RowBuffer<Stored>::gradient(p, outer, row + i), streams,
+                    p, RowBuffer<Stored>::gradient(p, outer, row + i), streams, /*unordered=*/false,
                     [&](std::int64_t c, auto count) { return fused_losses::load(x(i) + c, count, A(0)); });
         });
     }

@@ -50,12 +50,15 @@ struct RowBuffer {
                p.rows() * p.num_classes * std::int64_t(sizeof(Stored)) >= kStreamedBytes;
     }
 
-    // The gradient of a row, value(c, count) being that of the classes from c on.
+    // The gradient of a row, value(c, count) being that of the classes from c on; `unordered`: in the order of pairs
+    // (cpu/vec.h).
     template <class Value>
-    static void write_row(const RowProblem& p, Stored* grad, bool streams, Value value) {
+    static void write_row(const RowProblem& p, Stored* grad, bool streams, bool unordered, Value value) {
         const auto write = [&](std::int64_t c, auto count) { store(grad + c, value(c, count), count); };
         const std::int64_t classes = p.num_classes;
         if (p.grad_class_stride != 1) return write_strided(p, grad, value);
+        if constexpr (sizeof(Stored) == 2)
+            if (unordered) return write_pairs(grad, classes, value);
         if (!streams) return for_vectors<A>(classes, write);
         constexpr int size = Vec<A>::size;
         const auto misaligned = reinterpret_cast<std::uintptr_t>(grad) / sizeof(Stored) % size;
@@ -67,6 +70,16 @@ struct RowBuffer {
     }
 
 private:
+    template <class Value>
+    static void write_pairs(Stored* grad, std::int64_t classes, Value value) {
+        constexpr int size = Vec<A>::size;
+        std::int64_t c = 0;
+        for (; c + 2 * size <= classes; c += 2 * size)
+            Pair<Stored>{value(c, Whole{}), value(c + size, Whole{})}.store(grad + c);
+        for_vectors<A>(classes - c,
+                       [&](std::int64_t rest, auto count) { store(grad + c + rest, value(c + rest, count), count); });
+    }
+
     template <class Value>
     static void write_strided(const RowProblem& p, Stored* grad, Value value) {
         for_vectors<A>(p.num_classes, [&](std::int64_t c, auto count) {

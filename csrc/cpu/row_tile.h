@@ -13,6 +13,7 @@ class RowTile {
     using A = acc_t<Stored>;
     using V = Vec<A>;
     using Buffer = RowBuffer<Stored>;
+    static constexpr std::integral_constant<int, 0> first_chain{};
     static constexpr double kCertain = 1.0 + 1.0 / 64;  // sum exp(z - max) of a row that is
     static constexpr A kMinusInfinity = -std::numeric_limits<A>::infinity();
 
@@ -48,13 +49,12 @@ public:
         for (int i = 0; i < n; ++i) {
             if (!rows.ignored(i)) {
                 A* e = exponentials(outer, first + i, i);
-                const A* x = Buffer::logits(p, outer, first + i, e);
                 if (p.spread == Spread::kSoftTarget) load_soft_target(outer, first + i, i);
-                rows.target_logit[i] = p.target ? x[rows.target[i]] + rows.bias : A(0);
+                const A* const x = ordered_logits(outer, first + i, i, e);
                 if (rows.bias != A(0))
-                    exp_sum<true, false>(x, i, e, outer, first + i + 1);
+                    exp_sum<true, false>(x, i, e, outer, first + i);
                 else
-                    exp_sum<false, false>(x, i, e, outer, first + i + 1);
+                    exp_sum<false, false>(x, i, e, outer, first + i);
             }
             write_gradient(outer, first + i, i);
         }
@@ -94,25 +94,75 @@ private:
         return math::select(V::iota() == offset, V(rows.target_logit[i]), z);
     }
 
+    // Whether nothing tells the classes of a row apart, so that they may be taken as pairs (cpu/vec.h). Then there is
+    // no copy of the logits, and the exponentials are in the order of pairs.
+    bool unordered(int i) const {
+        const bool contiguous = p.logits_class_stride == 1 && p.grad_class_stride == 1;
+        return sizeof(Stored) == 2 && contiguous && rows.bias == A(0) && !spread_of(i);
+    }
+
+    // Calls body(logits, c, count, k) for every vector of the row; what it writes goes to places from c on. k is an
+    // integral_constant, 0 or 1, the one not waiting for the other.
+    template <bool kBiased, class Body>
+    void for_logits(const A* x, std::int64_t outer, std::int64_t row, int i, Body body) const {
+        if constexpr (sizeof(Stored) == 2) {
+            const Stored* const stored = as<Stored>(p.logits) + p.logits_stride.at(outer, row);
+            if (!x) return for_pairs(stored, body);
+        }
+        for_vectors<A>(
+            classes, [&](std::int64_t c, auto count) { body(biased<kBiased>(x, c, count, i), c, count, first_chain); });
+    }
+
+    template <class Body>
+    void for_pairs(const Stored* logits, Body body) const {
+        std::int64_t c = 0;
+        for (; c + 2 * V::size <= classes; c += 2 * V::size) {
+            const auto pair = Pair<Stored>::load(logits + c);
+            body(pair.even, c, Whole{}, std::integral_constant<int, 0>{});
+            body(pair.odd, c + V::size, Whole{}, std::integral_constant<int, 1>{});
+        }
+        for_vectors<A>(classes - c, [&](std::int64_t rest, auto count) {
+            body(load(logits + c + rest, count, kMinusInfinity), c + rest, count, first_chain);
+        });
+    }
+
+    // The row's logits in order as far as anybody needs that, else null.
+    const A* ordered_logits(std::int64_t outer, std::int64_t row, int i, A* e) {
+        if (unordered(i)) {
+            rows.target_logit[i] = widen((as<Stored>(p.logits) + p.logits_stride.at(outer, row))[rows.target[i]]);
+            return nullptr;
+        }
+        const A* const x = Buffer::logits(p, outer, row, e);
+        rows.target_logit[i] = p.target ? x[rows.target[i]] + rows.bias : A(0);
+        return x;
+    }
+
     template <bool kBiased>
     void reduce_row(std::int64_t outer, std::int64_t row, int i) {
-        A* e = exponentials(outer, row, i);
-        const A* x = Buffer::logits(p, outer, row, e);
-        rows.target_logit[i] = x[rows.target[i]] + rows.bias;
-        V top[4] = {kMinusInfinity, kMinusInfinity, kMinusInfinity, kMinusInfinity};
-        for_vectors_ahead<A, 4>(classes, [&](std::int64_t c, auto count, auto k) {
-            top[k] = max(top[k], biased<kBiased>(x, c, count, i));
-        });
-        // The maximum skips NaNs; the sum of exponentials does not.
-        rows.max[i] = max(max(top[0], top[1]), max(top[2], top[3])).max();
+        A* const e = exponentials(outer, row, i);
+        const A* const x = ordered_logits(outer, row, i, e);
+        rows.max[i] = find_max<kBiased>(x, outer, row, i);
         if (p.spread == Spread::kSoftTarget) load_soft_target(outer, row, i);
         if (p.spread == Spread::kNone || spread_of(i)) {
             if (p.spread != Spread::kNone) sum_spread<kBiased>(x, i);
-            exp_sum<kBiased, false>(x, i, e, outer, row + 1);
+            exp_sum<kBiased, false>(x, i, e, outer, row);
         } else {
-            exp_sum<kBiased, true>(x, i, e, outer, row + 1);
+            exp_sum<kBiased, true>(x, i, e, outer, row);
         }
         if (e && rows.sum[i] < A(kCertain)) rows.lost[i] = sum_below_one(e) - (rows.sum[i] - A(1));
+    }
+
+    // The maximum skips NaNs; the sum of exponentials does not.
+    template <bool kBiased>
+    A find_max(const A* x, std::int64_t outer, std::int64_t row, int i) const {
+        V top[4] = {kMinusInfinity, kMinusInfinity, kMinusInfinity, kMinusInfinity};
+        const auto add = [&](V z, auto chain) { top[chain] = max(top[chain], z); };
+        if (x)
+            for_vectors_ahead<A, 4>(
+                classes, [&](std::int64_t c, auto count, auto k) { add(biased<kBiased>(x, c, count, i), k); });
+        else
+            for_logits<kBiased>(x, outer, row, i, [&](V z, std::int64_t, auto, auto k) { add(z, k); });
+        return max(max(top[0], top[1]), max(top[2], top[3])).max();
     }
 
     // Of a row that is nearly certain of one class, whose exponential is 1: 1 - p depends on all digits of the others.
@@ -128,15 +178,15 @@ private:
     // sum exp(x - max), and with u = 1 the sum of x - max; the exponentials go to e unless it is null. Computing them
     // takes longer than their memory: time to fetch the next row's (a prefetch may point anywhere).
     template <bool kBiased, bool kOnes>
-    void exp_sum(const A* x, int i, A* e, std::int64_t outer, std::int64_t next_row) {
-        const Stored* const next_logits = as<Stored>(p.logits) + p.logits_stride.at(outer, next_row);
-        Stored* const next_grad = p.grad && !streams ? Buffer::gradient(p, outer, next_row) : nullptr;
+    void exp_sum(const A* x, int i, A* e, std::int64_t outer, std::int64_t row) {
+        const Stored* const next_logits = as<Stored>(p.logits) + p.logits_stride.at(outer, row + 1);
+        Stored* const next_grad = p.grad && !streams ? Buffer::gradient(p, outer, row + 1) : nullptr;
         const V top = rows.max[i];
         V sum = A(0), centred = A(0);
-        for_vectors<A>(classes, [&](std::int64_t c, auto count) {
+        for_logits<kBiased>(x, outer, row, i, [&](V z, std::int64_t c, auto count, auto) {
             __builtin_prefetch(next_logits + c, /*for writing=*/0);
             if (next_grad) __builtin_prefetch(next_grad + c, /*for writing=*/1);
-            const V below = biased<kBiased>(x, c, count, i) - top, term = math::exp_not_positive(below);
+            const V below = z - top, term = math::exp_not_positive(below);
             if (e) store(e + c, term, count);
             sum += term;
             if constexpr (kOnes) centred += first_of(below, count);
@@ -173,7 +223,7 @@ private:
         const V alpha = rows.alpha[i], gamma = rows.gamma[i];
         const bool spread = p.spread != Spread::kNone;
         Stored* const grad = Buffer::gradient(p, outer, row);
-        Buffer::write_row(p, grad, streams, [&](std::int64_t c, auto count) {
+        Buffer::write_row(p, grad, streams, unordered(i), [&](std::int64_t c, auto count) {
             V g = alpha * load(e + c, count, A(0));
             if (spread) g += gamma * (u ? load(u + c, count, A(0)) : V(A(1)));
             return g;
