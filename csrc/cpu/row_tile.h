@@ -149,7 +149,8 @@ private:
         } else {
             exp_sum<kBiased, true>(x, i, e, outer, row);
         }
-        if (e && rows.sum[i] < A(kCertain)) rows.lost[i] = sum_below_one(e) - (rows.sum[i] - A(1));
+        if (rows.sum[i] < A(kCertain))
+            rows.lost[i] = sum_below_one<kBiased>(x, i, e, outer, row) - (rows.sum[i] - A(1));
     }
 
     // The maximum skips NaNs; the sum of exponentials does not.
@@ -166,12 +167,16 @@ private:
     }
 
     // Of a row that is nearly certain of one class, whose exponential is 1: 1 - p depends on all digits of the others.
-    A sum_below_one(const A* e) const {
+    template <bool kBiased>
+    A sum_below_one(const A* x, int i, const A* e, std::int64_t outer, std::int64_t row) const {
         V sum = A(0);
-        for_vectors<A>(classes, [&](std::int64_t c, auto count) {
-            const V term = load(e + c, count, A(0));
-            sum += math::select(term < V(A(1)), term, V(A(0)));
-        });
+        const auto add = [&](V term) { sum += math::select(term < V(A(1)), term, V(A(0))); };
+        if (e)
+            for_vectors<A>(classes, [&](std::int64_t c, auto count) { add(load(e + c, count, A(0))); });
+        else
+            for_logits<kBiased>(x, outer, row, i, [&](V z, std::int64_t, auto, auto) {
+                add(math::exp_not_positive(z - V(rows.max[i])));
+            });
         return sum.sum();
     }
 
