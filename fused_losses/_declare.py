@@ -23,7 +23,8 @@ _OPTIONS_DOC = """
             Channels-last and NCHW images are read in place.
         target: class indices in ``[0, C)`` or ``ignore_index``, the shape of ``logits`` without its class
             dimension; int64, int32, int16 or uint8.
-{own}        weight: class weights ``(C,)``; a row counts ``weight[target]``.
+{own}        weight: class weights ``(C,)``; a row counts ``weight[target]``. As in ``torch`` a weight of 0
+            is a factor: it does not hide a row that is not finite, ``ignore_index`` does.
         ignore_index: rows with this target have loss and gradient zero and do not count in the mean.
         reduction: ``"none"`` (weighted loss per row), ``"sum"``, or ``"mean"``: sum of weighted losses over sum of
             weights; 0 with zero gradient where that sum is 0 (``torch`` gives NaN).{reduction}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import GRAD_FLOOR, GRAD_TOLERANCE, LOSS_TOLERANCE
 from test_values import make_problem
 
@@ -179,6 +181,34 @@ def test_weights_that_sum_to_zero(name, device):
             fl.LOSSES[name].function, logits, target, weight=torch.tensor(weight, device=device), reduction="mean"
         )
         assert torch.equal(loss, torch.zeros_like(loss)) and torch.equal(grad, torch.zeros_like(grad))
+
+
+ZERO_WEIGHTS = [{"weight": torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0])}, {"sample_weight": torch.tensor([0.0, 1.0, 1.0])}]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("filling", [math.inf, math.nan])
+def test_weight_zero_does_not_hide_a_row_that_is_not_finite(name, filling, device):
+    target = torch.tensor([1, 2, 3], device=device)
+    for place, weights, reduction in itertools.product((1, 2), ZERO_WEIGHTS, REDUCTIONS):
+        logits = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).to(device)
+        logits[0, place] = filling
+        options = {key: value.to(device) for key, value in weights.items()}
+        for function in (fl.LOSSES[name].function, fl.LOSSES[name].reference):
+            loss, grad = loss_and_grad(function, logits, target, reduction=reduction, **options)
+            assert loss[0].isnan() and loss[1:].isfinite().all() if reduction == "none" else loss.isnan()
+            assert grad[0].isnan().any() and grad[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("filling", [math.inf, -math.inf, math.nan])
+def test_class_of_weight_zero_as_in_torch(smoothing, filling, device):
+    weight, target = torch.tensor([1.0, 0.0, 1.0], device=device), torch.tensor([1, 2], device=device)
+    logits = torch.randn(2, 3, device=device)
+    logits[0, 1] = filling
+    options = {"weight": weight, "label_smoothing": smoothing, "reduction": "none"}
+    ours = loss_and_grad(fl.functional.cross_entropy, logits, target, **options)[0]
+    assert torch.equal(ours.isnan(), F.cross_entropy(logits, target, **options).isnan())
 
 
 @pytest.mark.parametrize("name", NAMES)

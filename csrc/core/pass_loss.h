@@ -13,12 +13,13 @@
 //     value(state) -> T
 //     gradient(state, z, margin, is_target, params) -> T               dL/dz of one class
 //
-// Where there is room for some numbers per class, passes need not start from the logits again:
+// Where the pass is known to be the last or not while compiling, and there may be room for some numbers per class, so
+// that passes need not start from the logits again:
 //
-//     static constexpr int num_kept;                                    how many numbers
-//     FL_HD static bool keeps(int pass, int passes)                     whether this pass writes some
-//     term_keeping(pass, state, z, margin, is_target, params, T* kept)  as term, reads and writes what is kept
-//     gradient_of_kept(state, kept, is_target, params) -> T             after all passes
+//     static constexpr int num_early_sums;             passes but the last add to the first so many sums only
+//     static constexpr int num_kept;                   how many numbers per class
+//     term_keeping<last>(pass, state, z, margin, is_target, params, T* kept)    as term; without room kept is null
+//     gradient_of_kept(state, kept, is_target, params) -> T                     after all passes
 #pragma once
 
 #include <array>
@@ -63,20 +64,19 @@ FL_HD AffineRow<T> normalized(const Share<T>& own, T sum_n, T sum_w) {
     return {value, (own.w - value * sum_w) / sum_n, -own.w / sum_n, value / sum_n};
 }
 
-// Adapts a loss with `share(log_p, params) -> Share` and `eval(log_p, sum_n, sum_w, params) -> AffineRow`.
+// Adapts a loss with `share(log_p, p, params) -> Share` and `eval(log_p, sum_n, sum_w, params) -> AffineRow`.
 template <class Loss>
 struct OfShares {
     static constexpr const char* name = Loss::name;
-    static constexpr int num_params = Loss::num_params, num_sums = 2, num_kept = 2;
+    static constexpr int num_params = Loss::num_params, num_sums = 2, num_early_sums = 1, num_kept = 2;
     static constexpr bool needs_max = true;
 
     template <class T>
     struct State {
-        T max, log_sum, value, alpha, beta, gamma;
+        T max, log_sum, value, alpha, gamma, own;
     };
 
     FL_HD static int passes(const double*) { return 2; }
-    FL_HD static bool keeps(int, int) { return true; }
 
     template <class T>
     FL_HD static State<T> begin(const RowInputs<T>& row, const T*) {
@@ -86,21 +86,19 @@ struct OfShares {
     template <class T>
     FL_HD static Sums<T, 2> term(int pass, const State<T>& s, T z, T margin, math::mask_t<T> is_target,
                                  const T* params) {
-        T kept[] = {pass == 0 ? T(0) : math::exp_not_positive(z - s.max), T(0)};
-        return term_keeping(pass, s, z, margin, is_target, params, kept);
+        return pass == 1 ? term_keeping<true>(pass, s, z, margin, is_target, params, static_cast<T*>(nullptr))
+                         : term_keeping<false>(pass, s, z, margin, is_target, params, static_cast<T*>(nullptr));
     }
 
-    // Kept: exp(z - max), then W.
-    template <class T>
-    FL_HD static Sums<T, 2> term_keeping(int pass, const State<T>& s, T z, T, math::mask_t<T>, const T* params,
-                                         T* kept) {
-        if (pass == 0) {
-            kept[0] = math::exp_not_positive(z - s.max);
-            return {{kept[0], T(0)}};
-        }
-        const Share<T> share =
-            Loss::share((z - s.max) - s.log_sum, kept[0] * math::exp_not_positive(-s.log_sum), params);
-        kept[1] = share.w;
+    // Kept: exp(z - max), in the end p; W.
+    template <bool last, class T>
+    FL_HD static Sums<T, 2> term_keeping(int, const State<T>& s, T z, T, math::mask_t<T>, const T* params, T* kept) {
+        const T e = last && kept ? kept[0] : math::exp_not_positive(z - s.max);
+        if (kept) kept[0] = e;
+        if (!last) return {{e, T(0)}};
+        const T p = e * math::exp_not_positive(-s.log_sum);
+        const Share<T> share = Loss::share((z - s.max) - s.log_sum, p, params);
+        if (kept) kept[0] = p, kept[1] = share.w;
         return {{share.n, share.w}};
     }
 
@@ -115,8 +113,8 @@ struct OfShares {
         const AffineRow<T> affine = Loss::eval(log_p, sums.v[0], sums.v[1], params);
         s.value = affine.value;
         s.alpha = affine.alpha;
-        s.beta = affine.beta;
         s.gamma = affine.gamma;
+        s.own = own_gradient(affine, log_p, Loss::share(log_p, math::exp(log_p), params).w);
     }
 
     template <class T>
@@ -126,15 +124,14 @@ struct OfShares {
 
     template <class T>
     FL_HD static T gradient(const State<T>& s, T z, T, math::mask_t<T> is_target, const T* params) {
-        const T log_p = (z - s.max) - s.log_sum;
-        const T p = math::exp_not_positive(log_p);
-        return s.alpha * p + s.gamma * Loss::share(log_p, p, params).w + math::select(is_target, s.beta, T(0));
+        const T log_p = (z - s.max) - s.log_sum, p = math::exp_not_positive(log_p);
+        const T kept[] = {p, Loss::share(log_p, p, params).w};
+        return gradient_of_kept(s, kept, is_target, params);
     }
 
     template <class T>
     FL_HD static T gradient_of_kept(const State<T>& s, const T* kept, math::mask_t<T> is_target, const T*) {
-        const T p = kept[0] * math::exp_not_positive(-s.log_sum);
-        return s.alpha * p + s.gamma * kept[1] + math::select(is_target, s.beta, T(0));
+        return math::select(is_target, s.own, s.alpha * kept[0] + s.gamma * kept[1]);
     }
 };
 

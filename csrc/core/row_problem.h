@@ -61,7 +61,7 @@ struct RowProblem {
 
     // Outputs of forward
     void* row_values = nullptr;  // acc [rows], sample_weight * value
-    // acc [stats_count][rows]. Softmax losses: max, alpha / sum exp(z - max), beta[, gamma]
+    // acc [stats_count][rows]. Softmax losses: max, alpha / sum exp(z - max), beta (on the CPU dL/dz_y)[, gamma]
     void* stats = nullptr;
     void* grad = nullptr;  // dtype
     RowStride grad_stride;

@@ -17,6 +17,7 @@
 #include <type_traits>
 
 #include "core/host_device.h"
+#include "core/math.h"
 #include "core/row_problem.h"
 
 namespace fused_losses {
@@ -37,6 +38,12 @@ template <class T>
 struct AffineRow {
     T value, alpha, beta, gamma;
 };
+
+// dL/dz_y. In a row that is nearly certain, alpha p_y and beta cancel: alpha (p_y - 1) is exact.
+template <class T>
+FL_HD T own_gradient(const AffineRow<T>& affine, T log_p, T own_u) {
+    return (affine.alpha + affine.beta + affine.gamma * own_u) + affine.alpha * math::expm1(log_p);
+}
 
 template <class T>
 struct ValueSlope {

@@ -31,12 +31,13 @@ template <class Stored, class Body>
 void run(const RowProblem& p, std::int64_t begin, std::int64_t end, Body body) {
     const Tiling tiling(p);
     if (is_pass_loss(p.loss)) {
-        visit_pass_loss(p.loss, [&]<class Loss>() {
+        const auto with_loss = [&]<class Loss>() {
             with_bool(tiling.lanes, [&](auto lanes) {
-                PassTile<acc_t<Stored>, Loss, lanes> kernel(p);
+                PassTile<acc_t<Stored>, Loss, lanes> kernel(p, tiling.tile_rows);
                 for_tiles(p, tiling, begin, end, kernel, body);
             });
-        });
+        };
+        visit_pass_loss(p.loss, [&]<class Loss>() { visit_variant<Loss>(p.params, with_loss); });
     } else if (tiling.lanes) {
         LaneTile<Stored> kernel(p, tiling.tile_rows);
         for_tiles(p, tiling, begin, end, kernel, body);

@@ -142,7 +142,7 @@ private:
     void write_gradient(std::int64_t outer, std::int64_t first, int n) const {
         for_blocks(n, [&](int b, int) { scale(x_of(b), u_of(b), b); });
         // For all blocks at once: a vector read right after a single number was written would wait for the write.
-        for (int i = 0; i < n && p.target; ++i) x_of(i)[rows.target[i] * kWidth + i % kWidth] += rows.beta[i];
+        for (int i = 0; i < n && p.target; ++i) x_of(i)[rows.target[i] * kWidth + i % kWidth] = rows.own[i];
         if (!by_class) {
             for_blocks(n, [&](int b, int count) { Block::store_gradient(p, outer, first + b, count, x_of(b)); });
             return;

@@ -10,118 +10,131 @@ template <class A, class Loss, bool lanes>
 class PassTile {
     using V = Vec<A>;
     using State = typename Loss::template State<V>;
+    using AllSums = Sums<V, Loss::num_sums>;
     static constexpr int kStates = kStateSize<State, V>;
     static_assert(kStates <= kMaxState);
 
 public:
-    explicit PassTile(const RowProblem& problem)
+    PassTile(const RowProblem& problem, std::int64_t tile_rows)
         : p(problem),
           passes(Loss::passes(problem.params)),
-          view(problem),
-          kept(problem.grad ? Loss::num_kept * view.size() : 0) {
+          view(problem, tile_rows),
+          kept(problem.grad ? view.parts_of(view.block) * view.vectors() * Loss::num_kept : 0) {
         for (int i = 0; i < kMaxParams; ++i) params[i] = A(p.params[i]);
     }
 
     void forward(std::int64_t outer, std::int64_t first, int n, TileSums& sums) {
-        each_view(outer, first, n, p.stats ? kStates : 0, [&](int at, int count) {
-            const State state = run(at);
-            view.finish(outer, first, at, count, Loss::value(state), sums);
+        for_blocks(outer, first, n, [&](std::int64_t row) {
+            const State state = run();
+            view.finish(row, Loss::value(state), sums);
             const auto numbers = std::bit_cast<std::array<V, kStates>>(state);
-            if (p.stats) view.save(numbers.data(), kStates, outer * p.inner + first + at, count);
-            if (p.grad) write_gradient<true>(state, outer, first, at, count);
+            if (p.stats) view.save(numbers.data(), kStates, row);
+            if (p.grad) write_gradient<true>(state, outer, first);
         });
     }
 
     void backward(std::int64_t outer, std::int64_t first, int n) {
-        each_view(outer, first, n, 0, [&](int at, int count) {
+        for_blocks(outer, first, n, [&](std::int64_t row) {
             std::array<V, kStates> numbers;
-            view.restore(numbers.data(), kStates, outer * p.inner + first + at, count);
-            write_gradient<false>(std::bit_cast<State>(numbers), outer, first, at, count);
+            view.restore(numbers.data(), kStates, row);
+            write_gradient<false>(std::bit_cast<State>(numbers), outer, first);
         });
     }
 
 private:
-    // Calls body(at, count) with the rows [at, at + count) of the tile loaded.
+    // Calls body(number of its first row) for each block of rows, loaded.
     template <class Body>
-    void each_view(std::int64_t outer, std::int64_t first, int n, int states, Body body) {
+    void for_blocks(std::int64_t outer, std::int64_t first, int n, Body body) {
         view.rows.begin(p, outer, first, n);
-        const int step = lanes ? V::size : 1;
-        for (int at = 0; at < n; at += step) {
-            if (!lanes && view.rows.ignored(at)) {
-                view.skip(outer, first + at, states);
-                continue;
-            }
-            const int count = std::min(step, n - at);
-            view.load(outer, first, at, count);
-            body(at, count);
+        for (int at = 0; at < n; at += view.block) {
+            view.load(outer, first, at, std::min(view.block, n - at));
+            body(outer * p.inner + first + at);
         }
     }
 
-    State run(int at) const {
-        RowInputs<V> row{V(A(0)), view.per_row(view.rows.target_logit, at), view.margin_of(at), V(A(p.num_classes))};
+    State run() const {
+        RowInputs<V> row{V(A(0)), view.per_row(view.rows.target_logit), view.margins(), V(A(p.num_classes))};
         if constexpr (Loss::needs_max) row.max = view.find_max();
         State state = Loss::begin(row, params.data());
-        for (int pass = 0; pass < passes; ++pass) {
-            const bool keeps = p.grad && Loss::keeps(pass, passes);
-            auto sums = keeps ? sum_classes<true>(pass, state, row) : sum_classes<false>(pass, state, row);
-            for (V& sum : sums.v) sum = view.total(sum);
-            Loss::end_pass(pass, state, sums, row, params.data());
-        }
+        for (int pass = 0; pass + 1 < passes; ++pass) add_up<false>(pass, state, row);
+        add_up<true>(passes - 1, state, row);
         return state;
     }
 
-    // What a pass adds up. By value is what it reads in the loop: no number that is kept there can change it, so what
-    // depends on it alone is computed once.
-    template <bool keeps>
-    Sums<V, Loss::num_sums> sum_classes(int pass, const State state, const RowInputs<V> row) const {
-        const std::array<V, kMaxParams> own = params;
-        Sums<V, Loss::num_sums> sums;
+    template <bool last>
+    void add_up(int pass, State& state, const RowInputs<V>& row) const {
+        AllSums sums;
         for (V& sum : sums.v) sum = A(0);
-        view.for_each([&](std::int64_t k, Mask<A> is_target, auto add) FL_INLINE {
-            if (pass == 0) view.prefetch(k);
-            const V z = V::load(view.x() + k * V::size), margin = view.margin_at(k, row.margin);
-            const auto term = [&]() FL_INLINE {
-                if constexpr (!keeps) return Loss::term(pass, state, z, margin, is_target, own.data());
-                auto numbers = kept_at(k);
-                const auto added = Loss::term_keeping(pass, state, z, margin, is_target, own.data(), numbers.data());
-                for (int i = 0; i < Loss::num_kept; ++i) numbers[i].store(kept_of(k, i));
-                return added;
-            }();
-            for (int i = 0; i < Loss::num_sums; ++i) sums.v[i] = add(sums.v[i], term.v[i]);
+        view.for_parts([&](int part) {
+            const AllSums partial = p.grad ? sum_classes<last, true>(pass, part, in_part(state, part), row)
+                                           : sum_classes<last, false>(pass, part, in_part(state, part), row);
+            for (int i = 0; i < Loss::num_sums; ++i) view.put(sums.v[i], part, view.total(partial.v[i]));
         });
-        return sums;
+        Loss::end_pass(pass, state, sums, row, params.data());
     }
 
-    A* kept_of(std::int64_t k, int i) const { return kept.data() + (k * Loss::num_kept + i) * V::size; }
+    static State in_part(const State& state, int part) {
+        auto numbers = std::bit_cast<std::array<V, kStates>>(state);
+        for (V& number : numbers) number = PassRows<A, lanes>::in_part(number, part);
+        return std::bit_cast<State>(numbers);
+    }
 
-    std::array<V, Loss::num_kept> kept_at(std::int64_t k) const {
-        std::array<V, Loss::num_kept> numbers;
-        for (int i = 0; i < Loss::num_kept; ++i) numbers[i] = V::load(kept_of(k, i));
-        return numbers;
+    // What a pass adds up in one part. By value, and with sums of its own, is what the loop works with: no number that
+    // is kept there can change it, so it stays in registers and what depends on it alone is computed once.
+    template <bool last, bool keeps>
+    AllSums sum_classes(int pass, int part, const State state, const RowInputs<V>& row) const {
+        constexpr int used = last ? Loss::num_sums : Loss::num_early_sums;
+        const std::array<V, kMaxParams> own = params;
+        const V row_margin = view.in_part(row.margin, part);
+        const A* const x = view.x(part);
+        V sums[used];
+        for (V& sum : sums) sum = A(0);
+        const auto add_class = [&](std::int64_t k, Mask<A> is_target, auto add) FL_INLINE {
+            const V z = V::load(x + k * V::size), margin = view.margin_at(k, row_margin);
+            const auto term = Loss::template term_keeping<last>(pass, state, z, margin, is_target, own.data(),
+                                                                keeps ? kept_of(part, k) : nullptr);
+            for (int i = 0; i < used; ++i) sums[i] = add(sums[i], term.v[i]);
+        };
+        if (last)
+            view.for_each_fetching(part, add_class);
+        else
+            view.for_each(part, add_class);
+        AllSums result;
+        for (int i = 0; i < Loss::num_sums; ++i) result.v[i] = i < used ? sums[i] : V(A(0));
+        return result;
+    }
+
+    V* kept_of(int part, std::int64_t k) const { return kept.data() + (part * view.vectors() + k) * Loss::num_kept; }
+
+    template <bool of_kept>
+    void write_gradient(const State& state, std::int64_t outer, std::int64_t first) {
+        const V scale = view.per_row(view.rows.scale) * view.per_row(view.rows.class_weight), margin = view.margins();
+        view.for_parts([&](int part) {
+            write_part<of_kept>(part, in_part(state, part), view.in_part(scale, part), view.in_part(margin, part));
+        });
+        view.store_gradient(outer, first);
     }
 
     template <bool of_kept>
-    void write_gradient(const State state, std::int64_t outer, std::int64_t first, int at, int count) {
-        const V scale = view.per_row(view.rows.scale, at) * view.per_row(view.rows.class_weight, at);
-        const V margin = view.margin_of(at);
+    void write_part(int part, const State state, V scale, V row_margin) {
         const std::array<V, kMaxParams> own = params;
-        view.for_each([&](std::int64_t k, Mask<A> is_target, auto) FL_INLINE {
-            A* const x = view.x() + k * V::size;
+        A* const x = view.x(part);
+        view.for_each(part, [&](std::int64_t k, Mask<A> is_target, auto) FL_INLINE {
+            A* const z = x + k * V::size;
             V g;
             if constexpr (of_kept)
-                g = Loss::gradient_of_kept(state, kept_at(k).data(), is_target, own.data());
+                g = Loss::gradient_of_kept(state, kept_of(part, k), is_target, own.data());
             else
-                g = Loss::gradient(state, V::load(x), view.margin_at(k, margin), is_target, own.data());
-            (scale * g).store(x);
+                g = Loss::gradient(state, V::load(z), view.margin_at(k, row_margin), is_target, own.data());
+            (scale * g).store(z);
         });
-        view.store_gradient(outer, first, at, count);
     }
 
     const RowProblem& p;
     const int passes;
     std::array<V, kMaxParams> params;
     PassRows<A, lanes> view;
-    Scratch<A> kept;  // per vector of the view
+    Scratch<V> kept;  // per vector of the view
 };
 
 }  // namespace FL_ISA

@@ -13,15 +13,22 @@ class RowTile {
     using A = acc_t<Stored>;
     using V = Vec<A>;
     using Buffer = RowBuffer<Stored>;
+    static constexpr std::integral_constant<int, 0> first_chain{};
+    static constexpr double kCertain = 1.0 + 1.0 / 64;  // sum exp(z - max) of a row that is
     static constexpr A kMinusInfinity = -std::numeric_limits<A>::infinity();
 
 public:
     RowTile(const RowProblem& problem, std::int64_t tile_rows)
         : p(problem),
           classes(problem.num_classes),
-          in_place(std::is_same_v<Stored, A> && p.grad && p.grad_class_stride == 1),
+          streams(Buffer::streams(p)),
+          in_place(std::is_same_v<Stored, A> && p.grad && p.grad_class_stride == 1 && !streams),
           buffer(in_place || (Buffer::reads_directly(p) && !p.grad) ? 0 : tile_rows * classes),
           soft_target(p.spread == Spread::kSoftTarget ? tile_rows * classes : 0) {}
+
+    ~RowTile() {
+        if (streams) stream_fence();
+    }
 
     void forward(std::int64_t outer, std::int64_t first, int n, TileSums& sums) {
         rows.begin(p, outer, first, n);
@@ -42,13 +49,12 @@ public:
         for (int i = 0; i < n; ++i) {
             if (!rows.ignored(i)) {
                 A* e = exponentials(outer, first + i, i);
-                const A* x = Buffer::logits(p, outer, first + i, e);
                 if (p.spread == Spread::kSoftTarget) load_soft_target(outer, first + i, i);
-                rows.target_logit[i] = p.target ? x[rows.target[i]] + rows.bias : A(0);
+                const A* const x = ordered_logits(outer, first + i, i, e);
                 if (rows.bias != A(0))
-                    exp_sum<true>(x, i, e, outer, first + i + 1);
+                    exp_sum<true, false>(x, i, e, outer, first + i);
                 else
-                    exp_sum<false>(x, i, e, outer, first + i + 1);
+                    exp_sum<false, false>(x, i, e, outer, first + i);
             }
             write_gradient(outer, first + i, i);
         }
@@ -88,38 +94,110 @@ private:
         return math::select(V::iota() == offset, V(rows.target_logit[i]), z);
     }
 
-    template <bool kBiased>
-    void reduce_row(std::int64_t outer, std::int64_t row, int i) {
-        A* e = exponentials(outer, row, i);
-        const A* x = Buffer::logits(p, outer, row, e);
-        rows.target_logit[i] = x[rows.target[i]] + rows.bias;
-        V top[4] = {kMinusInfinity, kMinusInfinity, kMinusInfinity, kMinusInfinity};
-        for_vectors_ahead<A, 4>(classes, [&](std::int64_t c, auto count, auto k) {
-            top[k] = max(top[k], biased<kBiased>(x, c, count, i));
-        });
-        // The maximum skips NaNs; the sum of exponentials does not.
-        rows.max[i] = max(max(top[0], top[1]), max(top[2], top[3])).max();
-        if (p.spread == Spread::kSoftTarget) load_soft_target(outer, row, i);
-        if (p.spread != Spread::kNone) sum_spread<kBiased>(x, i);
-        rows.sum[i] = exp_sum<kBiased>(x, i, e, outer, row + 1);
+    // Whether nothing tells the classes of a row apart, so that they may be taken as pairs (cpu/vec.h). Then there is
+    // no copy of the logits, and the exponentials are in the order of pairs.
+    bool unordered(int i) const {
+        const bool contiguous = p.logits_class_stride == 1 && p.grad_class_stride == 1;
+        return sizeof(Stored) == 2 && contiguous && rows.bias == A(0) && !spread_of(i);
     }
 
-    // sum exp(x - max); the terms go to e unless it is null. Computing them takes longer than their memory: time to
-    // fetch the next row's (a prefetch may point anywhere).
+    // Calls body(logits, c, count, k) for every vector of the row; what it writes goes to places from c on. k is an
+    // integral_constant, 0 or 1, the one not waiting for the other.
+    template <bool kBiased, class Body>
+    void for_logits(const A* x, std::int64_t outer, std::int64_t row, int i, Body body) const {
+        if constexpr (sizeof(Stored) == 2) {
+            const Stored* const stored = as<Stored>(p.logits) + p.logits_stride.at(outer, row);
+            if (!x) return for_pairs(stored, body);
+        }
+        for_vectors<A>(
+            classes, [&](std::int64_t c, auto count) { body(biased<kBiased>(x, c, count, i), c, count, first_chain); });
+    }
+
+    template <class Body>
+    void for_pairs(const Stored* logits, Body body) const {
+        std::int64_t c = 0;
+        for (; c + 2 * V::size <= classes; c += 2 * V::size) {
+            const auto pair = Pair<Stored>::load(logits + c);
+            body(pair.even, c, Whole{}, std::integral_constant<int, 0>{});
+            body(pair.odd, c + V::size, Whole{}, std::integral_constant<int, 1>{});
+        }
+        for_vectors<A>(classes - c, [&](std::int64_t rest, auto count) {
+            body(load(logits + c + rest, count, kMinusInfinity), c + rest, count, first_chain);
+        });
+    }
+
+    // The row's logits in order as far as anybody needs that, else null.
+    const A* ordered_logits(std::int64_t outer, std::int64_t row, int i, A* e) {
+        if (unordered(i)) {
+            rows.target_logit[i] = widen((as<Stored>(p.logits) + p.logits_stride.at(outer, row))[rows.target[i]]);
+            return nullptr;
+        }
+        const A* const x = Buffer::logits(p, outer, row, e);
+        rows.target_logit[i] = p.target ? x[rows.target[i]] + rows.bias : A(0);
+        return x;
+    }
+
     template <bool kBiased>
-    A exp_sum(const A* x, int i, A* e, std::int64_t outer, std::int64_t next_row) const {
-        const Stored* const next_logits = as<Stored>(p.logits) + p.logits_stride.at(outer, next_row);
-        Stored* const next_grad = p.grad ? Buffer::gradient(p, outer, next_row) : nullptr;
-        const V top = rows.max[i];
+    void reduce_row(std::int64_t outer, std::int64_t row, int i) {
+        A* const e = exponentials(outer, row, i);
+        const A* const x = ordered_logits(outer, row, i, e);
+        rows.max[i] = find_max<kBiased>(x, outer, row, i);
+        if (p.spread == Spread::kSoftTarget) load_soft_target(outer, row, i);
+        if (p.spread == Spread::kNone || spread_of(i)) {
+            if (p.spread != Spread::kNone) sum_spread<kBiased>(x, i);
+            exp_sum<kBiased, false>(x, i, e, outer, row);
+        } else {
+            exp_sum<kBiased, true>(x, i, e, outer, row);
+        }
+        if (rows.sum[i] < A(kCertain))
+            rows.lost[i] = sum_below_one<kBiased>(x, i, e, outer, row) - (rows.sum[i] - A(1));
+    }
+
+    // The maximum skips NaNs; the sum of exponentials does not.
+    template <bool kBiased>
+    A find_max(const A* x, std::int64_t outer, std::int64_t row, int i) const {
+        V top[4] = {kMinusInfinity, kMinusInfinity, kMinusInfinity, kMinusInfinity};
+        const auto add = [&](V z, auto chain) { top[chain] = max(top[chain], z); };
+        if (x)
+            for_vectors_ahead<A, 4>(
+                classes, [&](std::int64_t c, auto count, auto k) { add(biased<kBiased>(x, c, count, i), k); });
+        else
+            for_logits<kBiased>(x, outer, row, i, [&](V z, std::int64_t, auto, auto k) { add(z, k); });
+        return max(max(top[0], top[1]), max(top[2], top[3])).max();
+    }
+
+    // Of a row that is nearly certain of one class, whose exponential is 1: 1 - p depends on all digits of the others.
+    template <bool kBiased>
+    A sum_below_one(const A* x, int i, const A* e, std::int64_t outer, std::int64_t row) const {
         V sum = A(0);
-        for_vectors<A>(classes, [&](std::int64_t c, auto count) {
+        const auto add = [&](V term) { sum += math::select(term < V(A(1)), term, V(A(0))); };
+        if (e)
+            for_vectors<A>(classes, [&](std::int64_t c, auto count) { add(load(e + c, count, A(0))); });
+        else
+            for_logits<kBiased>(x, outer, row, i, [&](V z, std::int64_t, auto, auto) {
+                add(math::exp_not_positive(z - V(rows.max[i])));
+            });
+        return sum.sum();
+    }
+
+    // sum exp(x - max), and with u = 1 the sum of x - max; the exponentials go to e unless it is null. Computing them
+    // takes longer than their memory: time to fetch the next row's (a prefetch may point anywhere).
+    template <bool kBiased, bool kOnes>
+    void exp_sum(const A* x, int i, A* e, std::int64_t outer, std::int64_t row) {
+        const Stored* const next_logits = as<Stored>(p.logits) + p.logits_stride.at(outer, row + 1);
+        Stored* const next_grad = p.grad && !streams ? Buffer::gradient(p, outer, row + 1) : nullptr;
+        const V top = rows.max[i];
+        V sum = A(0), centred = A(0);
+        for_logits<kBiased>(x, outer, row, i, [&](V z, std::int64_t c, auto count, auto) {
             __builtin_prefetch(next_logits + c, /*for writing=*/0);
             if (next_grad) __builtin_prefetch(next_grad + c, /*for writing=*/1);
-            const V term = math::exp_not_positive(biased<kBiased>(x, c, count, i) - top);
+            const V below = z - top, term = math::exp_not_positive(below);
             if (e) store(e + c, term, count);
             sum += term;
+            if constexpr (kOnes) centred += first_of(below, count);
         });
-        return sum.sum();
+        rows.sum[i] = sum.sum();
+        if constexpr (kOnes) rows.centred[i] = centred.sum(), rows.sum_u[i] = A(classes);
     }
 
     template <bool kBiased>
@@ -128,8 +206,7 @@ private:
         const V top = rows.max[i];
         V centred = A(0), total = A(0);
         for_vectors<A>(classes, [&](std::int64_t c, auto count) {
-            const V ones = load_ones(count);
-            const V u_c = u ? load(u + c, count, A(0)) : ones;
+            const V u_c = load(u + c, count, A(0));
             // A class of weight zero contributes nothing, even at -inf.
             const V term = u_c * (biased<kBiased>(x, c, count, i) - top);
             centred += math::select(u_c == V(A(0)), V(A(0)), term);
@@ -139,10 +216,11 @@ private:
         rows.sum_u[i] = total.sum();
     }
 
-    static V load_ones(Whole) { return A(1); }
-    static V load_ones(int count) { return math::select(V::iota() < V(A(count)), V(A(1)), V(A(0))); }
+    // Zeros behind the first `count` elements.
+    static V first_of(V x, Whole) { return x; }
+    static V first_of(V x, int count) { return math::select(V::iota() < V(A(count)), x, V(A(0))); }
 
-    // grad = alpha e + gamma u + beta [j = y], e = exp(z - max)
+    // grad = alpha e + gamma u, e = exp(z - max)
     void write_gradient(std::int64_t outer, std::int64_t row, int i) {
         if (rows.ignored(i)) return Buffer::zero_gradient(p, outer, row);
         A* const e = exponentials(outer, row, i);
@@ -150,22 +228,17 @@ private:
         const V alpha = rows.alpha[i], gamma = rows.gamma[i];
         const bool spread = p.spread != Spread::kNone;
         Stored* const grad = Buffer::gradient(p, outer, row);
-        for_vectors<A>(classes, [&](std::int64_t c, auto count) {
+        Buffer::write_row(p, grad, streams, unordered(i), [&](std::int64_t c, auto count) {
             V g = alpha * load(e + c, count, A(0));
             if (spread) g += gamma * (u ? load(u + c, count, A(0)) : V(A(1)));
-            Buffer::write(p, grad, c, g, count);
+            return g;
         });
-        if (!p.target) return;
-        // Once more for the target: its own term, added before rounding to the stored type.
-        const std::int64_t y = rows.target[i];
-        Stored& own = grad[y * p.grad_class_stride];
-        const A rest =
-            in_place ? widen(own) : rows.alpha[i] * e[y] + (spread ? rows.gamma[i] * (u ? u[y] : A(1)) : A(0));
-        own = narrow<Stored>(rest + rows.beta[i]);
+        if (p.target) grad[rows.target[i] * p.grad_class_stride] = narrow<Stored>(rows.own[i]);
     }
 
     const RowProblem& p;
     const std::int64_t classes;
+    const bool streams;
     const bool in_place;  // exponentials are written into the gradient and scaled there
     Scratch<A> buffer, soft_target;
     TileRows<A> rows;

@@ -28,10 +28,10 @@ struct alignas(64) TileRows {
     // Arrays first: each starts at a whole vector.
     std::int64_t target[kMax];  // 0 where there is none
     A class_weight[kMax], sample_weight[kMax], scale[kMax];
-    // Set by the pass over the logits: max, sum exp(z - max), z_y, sum u (z - max), sum u
-    A max[kMax], sum[kMax], target_logit[kMax], centred[kMax], sum_u[kMax];
-    // Set by finish or read_stats: grad_j = alpha exp(z_j - max) + beta [j = y] + gamma u_j, scale included
-    A value[kMax], alpha[kMax], beta[kMax], gamma[kMax];
+    // Set by the pass over the logits: max, sum exp(z - max) and what its rounding lost, z_y, sum u (z - max), sum u
+    A max[kMax], sum[kMax], lost[kMax], target_logit[kMax], centred[kMax], sum_u[kMax];
+    // Set by finish or read_stats, scale included: grad_j = alpha exp(z_j - max) + gamma u_j, for the target `own`
+    A value[kMax], alpha[kMax], gamma[kMax], own[kMax];
     A counted[kMax];  // 1, or 0 for ignored rows and behind the last row
     bool any_ignored;
     int padded;  // rows rounded up to whole vectors
@@ -57,7 +57,7 @@ struct alignas(64) TileRows {
         for (int i = 0; i < n && weights; ++i) class_weight[i] = ignored(i) ? A(1) : weights[target[i]];
         // Rows without a pass over their logits, and losses that read what no pass has filled.
         for_padded([&](int i) {
-            for (A* zero : {centred, sum_u, max, target_logit}) V(A(0)).store(zero + i);
+            for (A* zero : {lost, centred, sum_u, max, target_logit}) V(A(0)).store(zero + i);
             V(A(1)).store(sum + i);
         });
     }
@@ -78,13 +78,13 @@ struct alignas(64) TileRows {
     void read_stats(const RowProblem& p, std::int64_t outer, std::int64_t first, int n) {
         const A* stats = as<A>(p.stats);
         const std::int64_t rows = p.rows(), row = outer * p.inner + first;
-        for (int i = n; i < padded; ++i) alpha[i] = beta[i] = gamma[i] = A(0);
+        for (int i = n; i < padded; ++i) alpha[i] = gamma[i] = own[i] = A(0);
         for (int i = 0; i < n; ++i) {
             max[i] = stats[row + i];
             alpha[i] = stats[rows + row + i];
-            beta[i] = stats[2 * rows + row + i];
+            own[i] = stats[2 * rows + row + i];
             gamma[i] = p.spread != Spread::kNone ? stats[3 * rows + row + i] : A(0);
-            if (ignored(i)) max[i] = alpha[i] = beta[i] = gamma[i] = A(0);
+            if (ignored(i)) max[i] = alpha[i] = gamma[i] = own[i] = A(0);
         }
         scale_coefficients();
     }
@@ -157,15 +157,16 @@ private:
         for (int i = 0; i < kMaxParams; ++i) params[i] = A(p.params[i]);
         for_padded([&](int i) {
             const V total = V::load(sum + i), weighted = V::load(sum_u + i);
-            const V log_sum = math::log(total);
+            const V log_sum = math::log(total) + V::load(lost + i) / total;
             const V log_p = (V::load(target_logit + i) - V::load(max + i)) - log_sum;
             const V sum_neg_log_p = weighted * log_sum - V::load(centred + i);
-            const SoftmaxRow<V> row{log_p, sum_neg_log_p, weighted, V::load(class_weight + i), A(p.num_classes)};
+            const V weight = V::load(class_weight + i);
+            const SoftmaxRow<V> row{log_p, sum_neg_log_p, weighted, weight, A(p.num_classes)};
             const AffineRow<V> affine = Loss::eval(row, params);
             affine.value.store(value + i);
             (affine.alpha / total).store(alpha + i);
-            affine.beta.store(beta + i);
             affine.gamma.store(gamma + i);
+            own_gradient(affine, log_p, p.spread == Spread::kOnes ? V(A(1)) : weight).store(own + i);
         });
     }
 
@@ -175,14 +176,13 @@ private:
         for (int i = 0; i < n; ++i) {
             stats[row + i] = max[i];
             stats[rows + row + i] = alpha[i];
-            stats[2 * rows + row + i] = beta[i];
+            stats[2 * rows + row + i] = own[i];
             if (p.spread != Spread::kNone) stats[3 * rows + row + i] = gamma[i];
         }
     }
 
-    // In memory, so that no fused multiply-add later keeps a product unrounded: with one class alpha + beta is 0.
     void scale_coefficients() {
-        for (int i = 0; i < padded; ++i) alpha[i] *= scale[i], beta[i] *= scale[i], gamma[i] *= scale[i];
+        for (int i = 0; i < padded; ++i) alpha[i] *= scale[i], gamma[i] *= scale[i], own[i] *= scale[i];
     }
 };
 

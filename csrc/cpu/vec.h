@@ -210,6 +210,24 @@ FL_HD void store(Half16* to, Vec<float> x) {
     std::memcpy(to, &bits, sizeof(bits));
 }
 
+// As many numbers of 16 bits as fill a register: those in even and those in odd places. Apart they take half the work
+// of two vectors in order.
+template <class Half16>
+struct Pair {
+    Vec<float> even, odd;
+
+    FL_HD static Pair load(const Half16* from) {
+        Native<float>::UInt bits;
+        std::memcpy(&bits, from, sizeof(bits));
+        return {widen_bits<Half16, Vec<float>>(bits & 0xffffu), widen_bits<Half16, Vec<float>>(bits >> 16)};
+    }
+
+    FL_HD void store(Half16* to) const {
+        const Native<float>::UInt bits = narrow_bits<Half16>(even) | narrow_bits<Half16>(odd) << 16;
+        std::memcpy(to, &bits, sizeof(bits));
+    }
+};
+
 #if defined(__AVX512F__)
 FL_HD __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 #endif

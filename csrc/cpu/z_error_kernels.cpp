@@ -246,10 +246,10 @@ struct RowBlock {
     }
 
     template <bool kBinary>
-    void gradients(int rows, A share, A* upstream_to_gradient) const {
+    void gradients(int rows, A divisor, A* upstream_to_gradient) const {
         for_whole_vectors<A>(rows, [&](int i) {
             const V upstream = V::load(upstream_to_gradient + i);
-            (upstream * V(share) * V::load(weight + i) * loss<kBinary>(i).slope).store(upstream_to_gradient + i);
+            (upstream * V::load(weight + i) * loss<kBinary>(i).slope / V(divisor)).store(upstream_to_gradient + i);
         });
     }
 };
@@ -298,15 +298,15 @@ ZErrorSums loss_as(const ZProblem& p, const ZErrorRules& rules, std::int64_t beg
 template <class A>
 void gradient_as(const ZProblem& p, std::int64_t begin, std::int64_t end) {
     const A divisor = p.divisor ? *static_cast<const A*>(p.divisor) : A(1);
-    const A share = divisor == A(0) ? A(0) : A(1) / divisor;
+    const A safe = divisor == A(0) ? std::numeric_limits<A>::infinity() : divisor;  // nothing left: no gradient
     RowBlock<A> block;
     KeptBlock<A> kept;
     alignas(64) A grad[kBlockRows];
     for_blocks(kBlockRows, begin, end, [&](std::int64_t first, std::int64_t, int rows) {
         block.fill(p, first, rows);
         load(p, p.upstream, first, rows, grad);
-        is_binary(p.statistic) ? block.template gradients<true>(rows, share, grad)
-                               : block.template gradients<false>(rows, share, grad);
+        is_binary(p.statistic) ? block.template gradients<true>(rows, safe, grad)
+                               : block.template gradients<false>(rows, safe, grad);
         kept.fill(p, first, rows);
         kept.clear_dropped(rows, grad);
         store(p.grad, p.input.type, first, rows, grad);

@@ -18,10 +18,9 @@ struct CrossEntropy {
 
     template <class T>
     FL_HD static AffineRow<T> eval(const SoftmaxRow<T>& row, const T* params) {
-        const T hard = (T(1) - params[0]) * row.class_weight;
-        const T spread = params[0] / row.num_classes;
+        const T own = T(1) - params[0], hard = own * row.class_weight, spread = params[0] / row.num_classes;
         // Without smoothing the sum is not computed; s = 1 must not read an infinite -log p_y.
-        const T hard_value = math::select(hard == T(0), T(0), -hard * row.log_p);
+        const T hard_value = math::select(own == T(0), T(0), -hard * row.log_p);
         const T smooth_value = math::select(spread == T(0), T(0), spread * row.sum_neg_log_p);
         return {hard_value + smooth_value, hard + spread * row.sum_u, -hard, -spread};
     }

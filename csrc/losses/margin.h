@@ -13,7 +13,7 @@ inline namespace FL_ISA {
 template <class Rule>
 struct MarginLoss {
     static constexpr const char* name = Rule::name;
-    static constexpr int num_params = Rule::num_params, num_sums = 2, num_kept = 1;
+    static constexpr int num_params = Rule::num_params, num_sums = 2, num_early_sums = 1, num_kept = 1;
     static constexpr bool needs_max = false;
 
     template <class T>
@@ -21,8 +21,11 @@ struct MarginLoss {
         T target_logit, margin, threshold, per_error, count, value;  // dL/de of a kept error is per_error
     };
 
-    FL_HD static int passes(const double*) { return 2; }
-    FL_HD static bool keeps(int, int) { return true; }
+    // The threshold is the first pass's.
+    template <class T>
+    FL_HD static int passes(const T* params) {
+        return Rule::has_threshold(params) ? 2 : 1;
+    }
 
     template <class T>
     FL_HD static State<T> begin(const RowInputs<T>& row, const T*) {
@@ -45,42 +48,43 @@ struct MarginLoss {
 
     // 1 for a kept error, else 0.
     template <class T>
-    FL_HD static T kept(const State<T>& s, T e) {
+    FL_HD static T is_kept(const State<T>& s, T e) {
         return math::select((e > T(0)) & (e >= s.threshold), T(1), T(0));
     }
 
     template <class T>
     FL_HD static Sums<T, 2> term(int pass, const State<T>& s, T z, T margin, math::mask_t<T> is_target,
                                  const T* params) {
-        T e = error(s, z, margin, is_target, params);
-        return term_keeping(pass, s, z, margin, is_target, params, &e);
+        const bool last = pass == passes(params) - 1;
+        return last ? term_keeping<true>(pass, s, z, margin, is_target, params, static_cast<T*>(nullptr))
+                    : term_keeping<false>(pass, s, z, margin, is_target, params, static_cast<T*>(nullptr));
     }
 
     // Kept: the error.
-    template <class T>
-    FL_HD static Sums<T, 2> term_keeping(int pass, const State<T>& s, T z, T margin, math::mask_t<T> is_target,
-                                         const T* params, T* e) {
-        if (pass == 0) {
-            *e = error(s, z, margin, is_target, params);
-            return {{*e, T(0)}};
-        }
-        const T keep = kept(s, *e);
-        return {{math::select(keep > T(0), *e, T(0)), keep}};
+    template <bool last, class T>
+    FL_HD static Sums<T, 2> term_keeping(int, const State<T>& s, T z, T margin, math::mask_t<T> is_target,
+                                         const T* params, T* kept) {
+        const bool again = last && Rule::has_threshold(params);
+        const T e = again && kept ? *kept : error(s, z, margin, is_target, params);
+        if (!again && kept) *kept = e;
+        if (!last) return {{e, T(0)}};
+        const T counts = is_kept(s, e);
+        return {{math::select(e < s.threshold, T(0), e), counts}};  // no comparison drops NaN
     }
 
     template <class T>
     FL_HD static void end_pass(int pass, State<T>& s, const Sums<T, 2>& sums, const RowInputs<T>& row,
                                const T* params) {
-        if (pass == 0) {
-            s.threshold = math::select(Rule::uses_threshold(params), sums.v[0] / row.num_classes, T(0));
-            // Comparisons with NaN would silently drop it: a factor of every gradient carries it instead.
-            const T infinity = T(std::numeric_limits<math::scalar_t<T>>::infinity());
-            const auto finite = (sums.v[0] == sums.v[0]) & (s.target_logit < infinity) & (s.margin < infinity);
-            s.per_error = math::select(finite, T(1), nan<T>());
+        if (pass == 0 && Rule::has_threshold(params)) {
+            s.threshold = sums.v[0] / row.num_classes;
             return;
         }
         s.count = sums.v[1];
-        s.per_error = s.per_error / math::select(Rule::by_count(params), s.count + T(1e-6), row.num_classes);
+        // Comparisons with NaN would silently drop it: a factor of every gradient carries it instead.
+        const T infinity = T(std::numeric_limits<math::scalar_t<T>>::infinity());
+        const auto finite = (sums.v[0] == sums.v[0]) & (s.target_logit < infinity) & (s.margin < infinity);
+        const T divisor = math::select(Rule::by_count(params), s.count + T(1e-6), row.num_classes);
+        s.per_error = math::select(finite, T(1), nan<T>()) / divisor;
         s.value = sums.v[0] * s.per_error;
     }
 
@@ -97,7 +101,7 @@ struct MarginLoss {
 
     template <class T>
     FL_HD static T gradient_of_kept(const State<T>& s, const T* e, math::mask_t<T> is_target, const T*) {
-        return math::select(is_target, -s.count * s.per_error, kept(s, *e) * s.per_error);
+        return math::select(is_target, -s.count * s.per_error, is_kept(s, *e) * s.per_error);
     }
 };
 
@@ -115,8 +119,8 @@ struct MultiMarginRule {
         return params[1] > T(0);
     }
     template <class T>
-    FL_HD static math::mask_t<T> uses_threshold(const T* params) {
-        return params[2] > T(0);
+    FL_HD static bool has_threshold(const T* params) {
+        return math::to_scalar(params[2]) > math::scalar_t<T>(0);
     }
 };
 
@@ -134,8 +138,8 @@ struct HEMRule {
         return T(1) > T(0);
     }
     template <class T>
-    FL_HD static math::mask_t<T> uses_threshold(const T*) {
-        return T(1) > T(0);
+    FL_HD static bool has_threshold(const T*) {
+        return true;
     }
 };
 

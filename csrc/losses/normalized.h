@@ -108,20 +108,66 @@ struct NFLRCE : NFLAnd<RCE> {
     static constexpr const char* name = "nfl_rce";
 };
 
-// params: q. n_j = 1 - p_j^q.
+// params: q. n_j = 1 - p_j^q, W_j = q p_j^q. With f_j = e^(q (z_j - max)), p_j^q is f_j e^(-q lse): one pass suffices.
 struct NGCE {
     static constexpr const char* name = "ngce";
-    static constexpr int num_params = 1;
+    static constexpr int num_params = 1, num_sums = 3, num_early_sums = 0, num_kept = 2;
+    static constexpr bool needs_max = true;
 
     template <class T>
-    FL_HD static Share<T> share(T log_p, T, const T* params) {
-        const T q = params[0], power = math::exp(q * log_p);
-        return {-math::expm1_of(q * log_p, power), q * power};
+    struct State {
+        T max, value, alpha, gamma, own;  // alpha of exp(z - max), gamma of f
+    };
+
+    FL_HD static int passes(const double*) { return 1; }
+
+    template <class T>
+    FL_HD static State<T> begin(const RowInputs<T>& row, const T*) {
+        return {row.max, T(0), T(0), T(0), T(0)};
     }
 
     template <class T>
-    FL_HD static AffineRow<T> eval(T log_p, T sum_n, T sum_w, const T* params) {
-        return normalized(share(log_p, math::exp(log_p), params), sum_n, sum_w);
+    FL_HD static Sums<T, 3> term(int pass, const State<T>& s, T z, T margin, math::mask_t<T> is_target,
+                                 const T* params) {
+        return term_keeping<true>(pass, s, z, margin, is_target, params, static_cast<T*>(nullptr));
+    }
+
+    // Kept: exp(z - max), f.
+    template <bool last, class T>
+    FL_HD static Sums<T, 3> term_keeping(int, const State<T>& s, T z, T, math::mask_t<T>, const T* params, T* kept) {
+        const T x = z - s.max, e = math::exp_not_positive(x), f = math::exp_not_positive(params[0] * x);
+        if (kept) kept[0] = e, kept[1] = f;
+        return {{e, f, T(1) - f}};  // where all f are near 1, the sum of 1 - f is not K - sum f
+    }
+
+    template <class T>
+    FL_HD static void end_pass(int, State<T>& s, const Sums<T, 3>& sums, const RowInputs<T>& row, const T* params) {
+        const T q = params[0], log_sum = math::log(sums.v[0]), power = -q * log_sum;
+        const T log_p = (row.target_logit - s.max) - log_sum, own = math::exp(q * log_p);
+        // 1 - p^q = (1 - e^power) + e^power (1 - f)
+        const T scale = math::exp(power), sum_n = scale * sums.v[2] - row.num_classes * math::expm1_of(power, scale);
+        const Share<T> share{-math::expm1_of(q * log_p, own), q * own};
+        const AffineRow<T> affine = normalized(share, sum_n, q * scale * sums.v[1]);
+        s.value = affine.value;
+        s.alpha = affine.alpha / sums.v[0];
+        s.gamma = affine.gamma * q * scale;
+        s.own = own_gradient(affine, log_p, share.w);
+    }
+
+    template <class T>
+    FL_HD static T value(const State<T>& s) {
+        return s.value;
+    }
+
+    template <class T>
+    FL_HD static T gradient(const State<T>& s, T z, T, math::mask_t<T> is_target, const T* params) {
+        const T x = z - s.max, kept[] = {math::exp_not_positive(x), math::exp_not_positive(params[0] * x)};
+        return gradient_of_kept(s, kept, is_target, params);
+    }
+
+    template <class T>
+    FL_HD static T gradient_of_kept(const State<T>& s, const T* kept, math::mask_t<T> is_target, const T*) {
+        return math::select(is_target, s.own, s.alpha * kept[0] + s.gamma * kept[1]);
     }
 };
 

@@ -18,8 +18,7 @@ inline namespace FL_ISA {
 using SoftmaxLosses = TypeList<CrossEntropy, OfTarget<MAE>, OfTarget<GCE>, OfTarget<AGCE>, OfTarget<AUE>, OfTarget<AE>,
                                OfTarget<RCE>, OfTarget<SCE>, OfTarget<TaylorCE>, OfTarget<PHuberCE>, OfTarget<JS>,
                                OfTarget<Focal>, OfTarget<BoundedCE>, NCE, NCEMAE, NCERCE, NCEAGCE>;
-using PassLosses =
-    TypeList<OfShares<NFL>, OfShares<NGCE>, OfShares<NFLMAE>, OfShares<NFLRCE>, BiTempered, HEM, MultiMargin>;
+using PassLosses = TypeList<OfShares<NFL>, NGCE, OfShares<NFLMAE>, OfShares<NFLRCE>, BiTempered, HEM, MultiMargin>;
 
 template <class... A, class... B>
 TypeList<A..., B...> concatenate(TypeList<A...>, TypeList<B...>);
@@ -39,6 +38,15 @@ FL_HD void visit_loss(TypeList<Losses...>, int index, Visitor&& visitor) {
 template <class Visitor>
 FL_HD void visit_pass_loss(int index, Visitor&& visitor) {
     visit_loss(PassLosses{}, index - SoftmaxLosses::size, visitor);
+}
+
+// Calls body.operator()<Loss>() with Loss, or with one that computes the same for these parameters alone, but faster.
+template <class Loss, class Body>
+void visit_variant(const double* params, Body body) {
+    if constexpr (requires { Loss::visit_variant(params, body); })
+        Loss::visit_variant(params, body);
+    else
+        body.template operator()<Loss>();
 }
 
 template <class... Losses>

@@ -8,24 +8,45 @@ inline namespace FL_ISA {
 
 // params: t1, t2, label smoothing s, num_iters (0: Newton's method, to rounding).
 //
-// p_j = exp_t2(z_j - lambda) sums to 1. Every power of p goes through log p. The labels are y_y = 1 - s, else s/(K-1):
+// p_j = exp_t2(z_j - lambda) sums to 1. Every power of p is a product of p, a = p^(1-t1) and b = p^(t2-1):
 //   L = sum_j y_j (log_t1 y_j - log_t1 p_j) - (y_j^(2-t1) - p_j^(2-t1)) / (2-t1)
 //   dL/dz_j = d_j - s_j sum_i d_i,  d_j = (p_j - y_j) p_j^(t2-t1),  s_j = p_j^t2 / sum_i p_i^t2
-struct BiTempered {
+// The labels are y_y = 1 - s, else s/(K-1).
+//
+// With n = 1 / (t2 - 1), exp_t2(x) is (1 - x / n)^-n, so where n is a whole number b is a quotient and p a product: no
+// log, no exp. The same holds for a where (1 - t1) n is whole. kN is n where the compiler knows it, else 0; kDefaults:
+// the parameters have their defaults t1 = 0.8, t2 = 1.2, s = 0 (and some number of iterations).
+template <int kN, bool kDefaults = false>
+struct BiTemperedOf {
     static constexpr const char* name = "bi_tempered";
-    static constexpr int num_params = 4, num_sums = 5, num_kept = 3;
+    static constexpr int num_params = 4, num_sums = 4, num_kept = 3;
+    static constexpr int num_early_sums = kDefaults ? 1 : 2;  // two for Newton's method
     static constexpr bool needs_max = true;
     static constexpr int newton_steps = 10;
 
     template <class T>
     struct State {
-        T max, root, lower, upper, ratio, value;  // lambda = max + root; the fixed point keeps its scale in `lower`
+        T max, root, lower, upper, ratio, value;  // lambda = max + root; see refine_root for the others
     };
+
+    // Calls body.operator()<Loss>() with the loss that knows the n of common temperatures.
+    template <class Body>
+    static void visit_variant(const double* params, Body body) {
+        switch (whole(1 / (params[1] - 1))) {
+            case 2: return body.template operator()<BiTemperedOf<2>>();
+            case 5:
+                if (whole(5 * (1 - params[0])) == 1 && params[2] == 0 && params[3] > 0)
+                    return body.template operator()<BiTemperedOf<5, true>>();
+                return body.template operator()<BiTemperedOf<5>>();
+            default: return body.template operator()<BiTemperedOf<0>>();
+        }
+    }
 
     enum class Method { kExact, kNewton, kFixedPoint, kBisection };
 
     template <class S>
     FL_HD static Method method(S t2, S num_iters) {
+        if (kDefaults) return Method::kFixedPoint;
         if (t2 == S(1)) return Method::kExact;
         if (num_iters == S(0)) return Method::kNewton;
         return t2 > S(1) ? Method::kFixedPoint : Method::kBisection;
@@ -43,46 +64,19 @@ struct BiTempered {
     }
 
     FL_HD static int passes(const double* params) { return root_passes(params[1], params[3]) + 1; }
-    FL_HD static bool keeps(int pass, int passes) { return pass == passes - 1; }
 
     template <class T>
     FL_HD static State<T> begin(const RowInputs<T>& row, const T*) {
-        // An infinite maximum spoils the whole row, as NaN does by itself.
-        return {row.max + T(0) * row.max, T(0), T(0), T(0), T(0), T(0)};
+        // An infinite maximum spoils the whole row, as NaN does by itself. The fixed point starts with a scale of 1.
+        return {row.max + T(0) * row.max, T(0), T(1), T(0), T(0), T(0)};
     }
 
-    // log exp_t(x), exp_t(x) = [1 + (1-t) x]_+^(1/(1-t)); -inf where exp_t is 0
+    // 1 - t1 and t2 - 1 as numbers and in units of 1/n (0 where they are no whole number of them). Float temperatures
+    // are off by their rounding, of which p takes the n-th power: whole numbers tell the exact ones.
     template <class T>
-    FL_HD static T log_exp(T x, T t) {
-        if (math::to_scalar(t) == math::scalar_t<T>(1)) return x;
-        const T inside = (T(1) - t) * x;
-        return math::log1p(math::select(inside < T(-1), T(-1), inside)) / (T(1) - t);
-    }
-
-    // p^exponent; a class of probability 0 takes no part, whatever the exponent.
-    template <class T>
-    FL_HD static T power(T log_p, T exponent) {
-        const T infinity = T(std::numeric_limits<math::scalar_t<T>>::infinity());
-        return math::select(log_p == -infinity, T(0), math::exp(exponent * log_p));
-    }
-
-    template <class T>
-    FL_HD static T log_t(T log_x, T t) {
-        if (math::to_scalar(t) == math::scalar_t<T>(1)) return log_x;
-        return math::expm1((T(1) - t) * log_x) / (T(1) - t);
-    }
-
-    // p = exp_t2(x), x <= 0, as something to take powers of. With n = 1 / (t2 - 1) it is (1 - x / n)^-n, so where n and
-    // n t1 are whole numbers, as for the defaults, all powers that occur are products: no log, no exp.
-    template <class T>
-    struct Power {
-        T x;  // 1 / (1 - x / n) if n > 0, else log p
-        int n;
-
-        FL_HD T operator()(T exponent) const {
-            if (n == 0) return power(x, exponent);
-            return math::integer_power(x, nearest(math::scalar_t<T>(n) * math::to_scalar(exponent)));
-        }
+    struct Excess {
+        T of_log, of_exp;
+        int n, n_of_log;
     };
 
     template <class S>
@@ -90,75 +84,119 @@ struct BiTempered {
         return static_cast<int>(x + S(0.5));
     }
 
-    // n as above, 0 where it does not apply. Float t1 and t2 are off by their rounding.
+    // x if it is a whole number in [1, 16) but for rounding, else 0.
     template <class S>
-    FL_HD static int whole(S t1, S t2) {
-        const S n = S(1) / (t2 - S(1));
-        if (!(n > S(0.5) && n < S(16))) return 0;
-        const S of_n = n - S(nearest(n)), of_t1 = n * t1 - S(nearest(n * t1)), tolerance = S(1e-4);
-        return of_n * of_n + of_t1 * of_t1 < tolerance * tolerance ? nearest(n) : 0;
+    FL_HD static int whole(S x) {
+        if (!(x > S(0.5) && x < S(16))) return 0;
+        const S off = x - S(nearest(x)), tolerance = S(16) * x * std::numeric_limits<S>::epsilon();
+        return off * off <= tolerance * tolerance ? nearest(x) : 0;
     }
 
     template <class T>
-    FL_HD static Power<T> probability(T x, const T* params) {
-        const T t2 = params[1];
-        const int n = whole(math::to_scalar(params[0]), math::to_scalar(t2));
-        if (n == 0) return {log_exp(x, t2), 0};
-        const T inside = T(1) + (T(1) - t2) * x;
-        return {math::select(inside > T(1e30), T(0), math::reciprocal(inside)), n};  // 0 at -inf
+    FL_HD static Excess<T> excess(const T* params) {
+        using S = math::scalar_t<T>;
+        const S of_log = S(1) - math::to_scalar(params[0]), of_exp = math::to_scalar(params[1]) - S(1);
+        const int n = kN > 0 ? kN : whole(S(1) / of_exp), n_of_log = kDefaults ? 1 : whole(S(n) * of_log);
+        return {n_of_log > 0 ? T(S(n_of_log) / S(n)) : T(of_log), n > 0 ? T(S(1) / S(n)) : T(of_exp), n, n_of_log};
+    }
+
+    // log exp_t(x), exp_t(x) = [1 - excess x]_+^(-1/excess), excess = t - 1; -inf where exp_t is 0
+    template <class T>
+    FL_HD static T log_exp(T x, T excess) {
+        if (math::to_scalar(excess) == math::scalar_t<T>(0)) return x;
+        const T inside = -excess * x;
+        return math::log1p(math::select(inside < T(-1), T(-1), inside)) / -excess;
+    }
+
+    // log_t, excess = 1 - t
+    template <class T>
+    FL_HD static T log_t(T log_x, T excess) {
+        if (math::to_scalar(excess) == math::scalar_t<T>(0)) return log_x;
+        return math::expm1(excess * log_x) / excess;
+    }
+
+    // b = exp_t2(x)^(t2-1) for whole n, x <= 0: 0 at -inf.
+    template <class T>
+    FL_HD static T quotient(T x, T of_exp) {
+        const T inside = T(1) - of_exp * x;
+        return math::select(inside > T(1e30), T(0), math::reciprocal(inside));
+    }
+
+    // exp_t2(scale x)
+    template <class T>
+    FL_HD static T probability(T x, T scale, const T* params) {
+        const Excess<T> t = excess(params);
+        if (t.n > 0) return math::integer_power(quotient(x, scale * t.of_exp), t.n);
+        return math::exp(log_exp(scale * x, t.of_exp));
     }
 
     template <class T>
-    FL_HD static Sums<T, 5> term(int pass, const State<T>& s, T z, T margin, math::mask_t<T> is_target,
+    struct Powers {
+        T p, a, b;
+    };
+
+    // A class of probability 0 takes no part: all three are 0.
+    template <class T>
+    FL_HD static Powers<T> powers(T x, const T* params) {
+        using S = math::scalar_t<T>;
+        const Excess<T> t = excess(params);
+        if (t.n > 0) {
+            const T b = quotient(x, t.of_exp);
+            const T a = t.n_of_log > 0 ? math::integer_power(b, t.n_of_log) : math::pow(b, t.of_log * T(S(t.n)));
+            return {math::integer_power(b, t.n), a, b};
+        }
+        const T log_p = log_exp(x, t.of_exp);
+        const auto absent = log_p == T(-std::numeric_limits<S>::infinity());
+        const auto unless_absent = [&](T power) { return math::select(absent, T(0), power); };
+        return {math::exp(log_p), unless_absent(math::exp(t.of_log * log_p)),
+                unless_absent(math::exp(t.of_exp * log_p))};
+    }
+
+    template <class T>
+    FL_HD static Sums<T, 4> term(int pass, const State<T>& s, T z, T margin, math::mask_t<T> is_target,
                                  const T* params) {
-        T kept[num_kept];
-        return term_keeping(pass, s, z, margin, is_target, params, kept);
+        const bool last = pass == root_passes(math::to_scalar(params[1]), math::to_scalar(params[3]));
+        return last ? term_keeping<true>(pass, s, z, margin, is_target, params, static_cast<T*>(nullptr))
+                    : term_keeping<false>(pass, s, z, margin, is_target, params, static_cast<T*>(nullptr));
     }
 
     // Kept by the last pass: the powers of which the gradient consists.
-    template <class T>
-    FL_HD static Sums<T, 5> term_keeping(int pass, const State<T>& s, T z, T, math::mask_t<T>, const T* params,
-                                         T* kept) {
-        const T t1 = params[0], t2 = params[1], x = z - s.max, none = T(0);
-        const auto scalar_t2 = math::to_scalar(t2), num_iters = math::to_scalar(params[3]);
-        if (pass == root_passes(scalar_t2, num_iters)) {
-            const Power<T> p = probability(x - s.root, params);
-            keep(p, t1, t2, kept);
-            Sums<T, 5> sums{{p(T(2) - t1), kept[1], kept[0], none, none}};
-            if (math::to_scalar(params[2]) == math::scalar_t<T>(0)) return sums;
-            sums.v[3] = kept[2];
-            sums.v[4] = log_t(log_exp(x - s.root, t2), t1);
+    template <bool last, class T>
+    FL_HD static Sums<T, 4> term_keeping(int pass, const State<T>& s, T z, T, math::mask_t<T> is_target,
+                                         const T* params, T* kept) {
+        const T x = z - s.max, none = T(0);
+        if constexpr (last) {
+            const Powers<T> of = powers(x - s.root, params);
+            if (kept) kept[0] = of.p, kept[1] = of.a, kept[2] = of.b;
+            Sums<T, 4> sums{{of.p * of.a, of.p * of.b, (of.p - label(s, is_target, params)) * (of.a * of.b), none}};
+            if (kDefaults || math::to_scalar(params[2]) == math::scalar_t<T>(0)) return sums;
+            const Excess<T> t = excess(params);
+            sums.v[3] = log_t(log_exp(x - s.root, t.of_exp), t.of_log);
             return sums;
         }
-        switch (method(scalar_t2, num_iters)) {
-            case Method::kExact: return {{math::exp(x), none, none, none, none}};
+        const auto t2 = math::to_scalar(params[1]), num_iters = math::to_scalar(params[3]);
+        switch (method(t2, num_iters)) {
+            case Method::kExact: return {{math::exp(x), none, none, none}};
             case Method::kNewton: {
-                const Power<T> p = probability(x - s.root, params);
-                return {{p(T(1)), p(t2), none, none, none}};
+                const Powers<T> of = powers(x - s.root, params);
+                return {{of.p, of.p * of.b, none, none}};
             }
-            case Method::kFixedPoint:
-                return {{probability(pass == 0 ? x : x * s.lower, params)(T(1)), none, none, none, none}};
+            case Method::kFixedPoint: return {{probability(x, s.lower, params), none, none, none}};
             default: break;
         }
-        if (pass == 0) return {{math::select(x > T(-1) / (T(1) - t2), T(1), T(0)), none, none, none, none}};
+        if (pass == 0) return {{math::select(x > T(-1) / (T(1) - params[1]), T(1), T(0)), none, none, none}};
         const T middle = (s.lower + s.upper) * T(0.5);
-        return {{probability(x - middle, params)(T(1)), none, none, none, none}};
+        return {{probability(x - middle, T(1), params), none, none, none}};
     }
 
     template <class T>
-    FL_HD static void keep(const Power<T>& p, T t1, T t2, T* kept) {
-        kept[0] = p(T(1) + t2 - t1);
-        kept[1] = p(t2);
-        kept[2] = p(t2 - t1);
-    }
-
-    template <class T>
-    FL_HD static void end_pass(int pass, State<T>& s, const Sums<T, 5>& sums, const RowInputs<T>& row,
+    FL_HD static void end_pass(int pass, State<T>& s, const Sums<T, 4>& sums, const RowInputs<T>& row,
                                const T* params) {
         const auto t2 = math::to_scalar(params[1]), num_iters = math::to_scalar(params[3]);
         const int last = root_passes(t2, num_iters);
         if (pass == last) return finish(s, sums, row, params);
-        refine_root(pass == last - 1, pass, s, sums, method(t2, num_iters), params[1]);
+        refine_root(pass, s, sums, method(t2, num_iters), excess(params).of_exp);
+        if (pass == last - 1) s.lower = spread(row, params);
     }
 
     template <class T>
@@ -168,66 +206,77 @@ struct BiTempered {
 
     template <class T>
     FL_HD static T gradient(const State<T>& s, T z, T, math::mask_t<T> is_target, const T* params) {
-        T kept[num_kept];
-        keep(probability((z - s.max) - s.root, params), params[0], params[1], kept);
+        const Powers<T> of = powers((z - s.max) - s.root, params);
+        const T kept[] = {of.p, of.a, of.b};
         return gradient_of_kept(s, kept, is_target, params);
     }
 
     template <class T>
     FL_HD static T gradient_of_kept(const State<T>& s, const T* kept, math::mask_t<T> is_target, const T* params) {
-        const T label = math::select(is_target, T(1) - params[2], s.lower);  // finish has put s/(K-1) there
-        return (kept[0] - share(label, kept[2])) - kept[1] * s.ratio;
+        const T p = kept[0], a = kept[1], b = kept[2];
+        return b * ((p - label(s, is_target, params)) * a - p * s.ratio);
     }
 
 private:
-    // label * x, where a label of 0 hides an infinite x
+    // What label smoothing gives to each other class.
     template <class T>
-    FL_HD static T share(T label, T x) {
-        return math::select(label == T(0), T(0), label * x);
+    FL_HD static T spread(const RowInputs<T>& row, const T* params) {
+        const T others = row.num_classes - T(1);
+        return math::select(others > T(0), params[2] / others, T(0));
     }
 
+    // Once the root is found.
     template <class T>
-    FL_HD static void refine_root(bool final, int pass, State<T>& s, const Sums<T, 5>& sums, Method method, T t2) {
+    FL_HD static T label(const State<T>& s, math::mask_t<T> is_target, const T* params) {
+        return kDefaults ? math::select(is_target, T(1), T(0)) : math::select(is_target, T(1) - params[2], s.lower);
+    }
+
+    // `lower` and `upper` bracket the root for the bisection. For the fixed point, which scales x, `lower` is the
+    // scale. In the end `lower` is what end_pass puts there.
+    template <class T>
+    FL_HD static void refine_root(int pass, State<T>& s, const Sums<T, 4>& sums, Method method, T of_exp) {
         const T sum = sums.v[0], log_sum = math::log(sum);
         switch (method) {
             case Method::kExact: s.root = log_sum; return;
             // Newton on log_t2(sum exp_t2(x - root)) = 0 from the left of the root: never overshoots.
-            case Method::kNewton: s.root += math::exp(t2 * log_sum) * log_t(log_sum, t2) / sums.v[1]; return;
+            case Method::kNewton:
+                s.root += sum * math::exp(of_exp * log_sum) * log_t(log_sum, -of_exp) / sums.v[1];
+                return;
             case Method::kFixedPoint:
-                s.lower = math::exp((T(1) - t2) * log_sum);
-                if (final) s.root = -log_t(-log_sum, t2);
+                s.lower = math::exp(-of_exp * log_sum);
+                s.root = log_t(log_sum, of_exp);
                 return;
             case Method::kBisection: break;
         }
         const T middle = (s.lower + s.upper) * T(0.5);
         const auto below = sum < T(1);
-        s.upper = pass == 0 ? -log_t(-log_sum, t2) : math::select(below, middle, s.upper);
+        s.upper = pass == 0 ? log_t(log_sum, of_exp) : math::select(below, middle, s.upper);
         s.lower = pass == 0 ? T(0) : math::select(below, s.lower, middle);
         s.root = (s.lower + s.upper) * T(0.5);
     }
 
     template <class T>
-    FL_HD static void finish(State<T>& s, const Sums<T, 5>& sums, const RowInputs<T>& row, const T* params) {
-        const T t1 = params[0], t2 = params[1], smoothing = params[2];
-        const T own = T(1) - smoothing, others = row.num_classes - T(1);
-        const T spread = math::select(others > T(0), smoothing / others, T(0));
-        const T log_p = log_exp((row.target_logit - s.max) - s.root, t2), log_t_p = log_t(log_p, t1);
-        const T of_target = share(own - spread, power(log_p, t2 - t1));
-        s.ratio = (sums.v[2] - spread * sums.v[3] - of_target) / sums.v[1];
-        const T exponent = T(2) - t1;
-        const T of_labels = entropy(own, t1) + others * entropy(spread, t1);
-        const T of_others = math::select(spread == T(0), T(0), spread * (sums.v[4] - log_t_p));
-        s.value = of_labels + sums.v[0] / exponent - share(own, log_t_p) - of_others;
-        s.lower = spread;
+    FL_HD static void finish(State<T>& s, const Sums<T, 4>& sums, const RowInputs<T>& row, const T* params) {
+        const Excess<T> t = excess(params);
+        const T own = T(1) - params[2], other = s.lower, others = row.num_classes - T(1);
+        const T log_t_p = log_t(log_exp((row.target_logit - s.max) - s.root, t.of_exp), t.of_log);
+        const T of_own = math::select(own == T(0), T(0), own * log_t_p);  // a label of 0 hides an infinite logarithm
+        const T of_others = math::select(other == T(0), T(0), other * (sums.v[3] - log_t_p));
+        const T of_labels = entropy(own, t.of_log) + others * entropy(other, t.of_log);
+        s.ratio = sums.v[2] / sums.v[1];
+        s.value = of_labels + sums.v[0] / (T(1) + t.of_log) - of_own - of_others;
     }
 
-    // y log_t y - y^(2-t) / (2-t), 0 at y = 0
+    // y log_t y - y^(2-t) / (2-t), 0 at y = 0; excess = 1 - t
     template <class T>
-    FL_HD static T entropy(T y, T t) {
-        const T log_y = math::log(y);
-        return math::select(y > T(0), y * log_t(log_y, t) - math::exp((T(2) - t) * log_y) / (T(2) - t), T(0));
+    FL_HD static T entropy(T y, T excess) {
+        const T log_y = math::log(y), power = T(1) + excess;
+        return math::select(y > T(0), y * log_t(log_y, excess) - math::exp(power * log_y) / power, T(0));
     }
 };
+
+// Any temperatures.
+using BiTempered = BiTemperedOf<0>;
 
 }  // namespace FL_ISA
 }  // namespace fused_losses

@@ -156,7 +156,8 @@ template <class A>
 FL_HD ValueAndSlope<A> softplus(A s) {
     const math::mask_t<A> above = s > A(0);
     const A e = math::exp(math::select(above, -s, s));
-    return {math::select(above, s, A(0)) + math::log1p(e), math::select(above, A(1), e) / (A(1) + e)};
+    const A small = e / (A(1) + e);  // at most 1/2, so that 1 - small is rounded once
+    return {math::select(above, s, A(0)) + math::log1p(e), math::select(above, A(1) - small, small)};
 }
 
 // Loss and derivative in the input of a kept row.
@@ -238,7 +239,7 @@ FL_HD A gradient_of(const ZProblem& p, const Row& row) {
     const A divisor = p.divisor ? *static_cast<const A*>(p.divisor) : A(1);
     if (divisor == A(0)) return A(0);
     const A weight = p.sample_weight.data ? row.of<A>(p.sample_weight) : A(1);
-    return row.of<A>(p.upstream) * (A(1) / divisor) * weight * loss_of<A>(p, row).slope;
+    return row.of<A>(p.upstream) * weight * loss_of<A>(p, row).slope / divisor;
 }
 
 }  // namespace z_error

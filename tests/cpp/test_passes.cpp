@@ -96,7 +96,7 @@ bool is_derivative(std::string_view name, const Params& params) {
 template <class Loss>
 bool is_smooth(const StateOf<Loss>& state, const Row& row, const Row& other, const Params& params) {
     if constexpr (std::is_same_v<Loss, BiTempered>) {
-        const auto p = [&](double z) { return std::exp(Loss::log_exp(z - state.max - state.root, params[1])); };
+        const auto p = [&](double z) { return std::exp(Loss::log_exp(z - state.max - state.root, params[1] - 1)); };
         return params[1] >= 1 || std::all_of(row.z.begin(), row.z.end(), [&](double z) { return p(z) > 0.01; });
     }
     if (!is_margin_loss(Loss::name)) return true;
@@ -210,7 +210,7 @@ void test_limits() {
     test_same<OfShares<NFLMAE>, Nfl>("nfl_mae(1, 0): nfl", {1, 0, 0.5, 0, 1}, {0.5, 0}, 1e-13);
     test_same<OfShares<NFLRCE>, OfShares<NFLMAE>>("nfl_rce: nfl_mae", {2, 3, 0.5, 1, 4}, {2, 3, 0.5, 1, 4}, 0);
     test_same<Nfl, Nfl>("nfl, gamma = 0: nothing to detach", {0, 0}, {0, 1}, 1e-14);
-    test_same<OfShares<NGCE>, Nfl>("ngce, q -> 0: nfl, gamma = 0", {1e-9}, {0, 0}, 1e-6);
+    test_same<NGCE, Nfl>("ngce, q -> 0: nfl, gamma = 0", {1e-9}, {0, 0}, 1e-6);
     test_same<HEM, MultiMargin>("multi_margin, both options: hem", {0.5, 0}, {0.5, 1, 1}, 0);
     test_same<HEM, HEM>("hem, one margin: either index", {0.5, 0}, {0.5, 1}, 0);
     const auto tempered = [](const char* what, const Params& a, const Params& b, double tolerance) {
@@ -248,7 +248,7 @@ void test_normaliser() {
                 const Params params = {0.5, t2, 0, 0};
                 const StateOf<BiTempered> state = run<BiTempered>(row, params);
                 double sum = 0;
-                for (const double z : row.z) sum += std::exp(BiTempered::log_exp(z - state.max - state.root, t2));
+                for (const double z : row.z) sum += std::exp(BiTempered::log_exp(z - state.max - state.root, t2 - 1));
                 check(std::fabs(sum - 1) <= 1e-12 * (1 + t2),
                       "bi_tempered(t2 = %g), %d classes of spread %g: p sums to 1 + %g", t2, classes, spread, sum - 1);
             }
