@@ -86,7 +86,7 @@ def by_size(loss: str, rows: int, classes: int) -> str:
     copy, whole = lower_quartiles([copy_of(case, inputs), step_of(case, inputs)], 1)
     of_cached, of_call = lower_quartiles([step_of(cached, inputs_of(cached)), step_of(single, inputs_of(single))], 20)
     arithmetic = min((of_cached - of_call) * rows / cached_rows, whole - of_call)  # on a busy machine it may seem more
-    memory = whole - arithmetic - of_call
+    memory = max(0.0, whole - arithmetic - of_call)
     cells = [loss, shape_name(case.shape), f"{whole:.0f}", f"{whole / copy:.2f}"]
     cells += [f"{100 * part / whole:.0f} %" for part in (of_call, arithmetic, memory)]
     return "| " + " | ".join(cells) + " |"
