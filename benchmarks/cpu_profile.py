@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import re
 import shutil
 import subprocess
@@ -33,8 +34,9 @@ CASES += [("nce_mae", 4096, 1000), ("nfl", 4096, 1000), ("hem", 4096, 1000)]
 CASES += [("bi_tempered", 4096, 1000), ("bi_tempered", 65536, 10)]
 ROTATION_BYTES = 256 << 20
 CACHED_ELEMENTS = 128 * 1000  # logits and gradient fill 1 MB
-ROUNDS = 15
-SHOWN = 0.03  # of the samples
+ROUNDS = 21
+PERF_SECONDS = 4
+SHOWN = 3.0  # percent of the samples
 
 
 def step_of(case: Case, inputs: list[tuple[Tensor, Tensor]]) -> Callable[[int], None]:
@@ -64,16 +66,16 @@ def copy_of(case: Case, inputs: list[tuple[Tensor, Tensor]]) -> Callable[[int], 
     return copy
 
 
-def medians(calls: list[Callable[[int], None]], bundle: int) -> list[float]:
-    """Microseconds per call; the calls take turns."""
+def lower_quartiles(calls: list[Callable[[int], None]], bundle: int) -> list[float]:
+    """Microseconds of CPU time per call; the calls take turns. What is slower was disturbed by other work."""
     times: list[list[float]] = [[] for _ in calls]
     for i in range(ROUNDS):
         for call, found in zip(calls, times, strict=True):
-            began = time.perf_counter()
+            began = time.process_time()
             for k in range(bundle):
                 call(i * bundle + k)
-            found.append((time.perf_counter() - began) / bundle)
-    return [sorted(found)[ROUNDS // 2] * 1e6 for found in times]
+            found.append((time.process_time() - began) / bundle)
+    return [sorted(found)[ROUNDS // 4] * 1e6 for found in times]
 
 
 def by_size(loss: str, rows: int, classes: int) -> str:
@@ -81,9 +83,9 @@ def by_size(loss: str, rows: int, classes: int) -> str:
     cached_rows = CACHED_ELEMENTS // classes
     cached, single = Case(loss, (cached_rows, classes)), Case(loss, (1, classes))
     inputs = inputs_of(case)
-    copy, whole = medians([copy_of(case, inputs), step_of(case, inputs)], 1)
-    of_cached, of_call = medians([step_of(cached, inputs_of(cached)), step_of(single, inputs_of(single))], 20)
-    arithmetic = (of_cached - of_call) * rows / cached_rows
+    copy, whole = lower_quartiles([copy_of(case, inputs), step_of(case, inputs)], 1)
+    of_cached, of_call = lower_quartiles([step_of(cached, inputs_of(cached)), step_of(single, inputs_of(single))], 20)
+    arithmetic = min((of_cached - of_call) * rows / cached_rows, whole - of_call)  # on a busy machine it may seem more
     memory = max(0.0, whole - arithmetic - of_call)
     cells = [loss, shape_name(case.shape), f"{whole:.0f}", f"{whole / copy:.2f}"]
     cells += [f"{100 * part / whole:.0f} %" for part in (of_call, arithmetic, memory)]
@@ -94,14 +96,19 @@ def by_function(loss: str, rows: int, classes: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         data = str(Path(folder) / "perf.data")
         spin = [sys.executable, "-m", "benchmarks.cpu_profile", "--spin", f"{loss},{rows},{classes}"]
-        record = ["perf", "record", "-F", "4000", "-D", "8000", "-e", "cpu-clock", "-o", data, "--", *spin]
-        subprocess.run(record, check=True, capture_output=True)
+        with subprocess.Popen(spin, stdout=subprocess.PIPE) as spinning:
+            assert spinning.stdout is not None
+            spinning.stdout.readline()  # it is ready
+            record = ["perf", "record", "-F", "4000", "-e", "cpu-clock", "-o", data, "-p", str(spinning.pid), "--"]
+            subprocess.run([*record, "sleep", str(PERF_SECONDS)], check=True, capture_output=True)
+            spinning.terminate()
         command = ["perf", "report", "-i", data, "--stdio", "--no-children", "-F", "overhead,dso,symbol"]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    shares: collections.Counter[str] = collections.Counter()
+    shares: dict[str, float] = collections.defaultdict(float)
     for overhead, library, symbol in re.findall(r"^ +([\d.]+)% +(\S+) +\[.\] (.*)$", text, re.MULTILINE):
-        shares[short(library, symbol)] += float(overhead) / 100  # type: ignore[assignment]
-    shown = [f"{name} {100 * share:.0f} %" for name, share in shares.most_common() if share >= SHOWN]
+        shares[short(library, symbol)] += float(overhead)
+    found = sorted(shares.items(), key=lambda item: -item[1])
+    shown = [f"{name} {share:.0f} %" for name, share in found if share >= SHOWN]
     return f"| {loss} | {rows}x{classes} | {', '.join(shown)} |"
 
 
@@ -113,17 +120,19 @@ def short(library: str, symbol: str) -> str:
         symbol, changed = re.subn(r"\([^()]*\)( const)?", "", symbol)
         if not changed:
             break
+    symbol = re.sub(r"::\{lambda.*", "", symbol)
     kernel = re.search(r"(RowTile|LaneTile|PassTile|PassRows|TileRows)\b.*::(\w+(<[\w, ]*>)?)(\[.*\])?$", symbol)
     return kernel[2] if kernel else re.sub(r"<.*", "", symbol).split("::")[-1] or symbol
 
 
-def spin(loss: str, rows: int, classes: int, seconds: float = 14.0) -> None:
+def spin(loss: str, rows: int, classes: int) -> None:
+    """Steps until the process is ended."""
     case = Case(loss, (rows, classes))
     step = step_of(case, inputs_of(case))
-    end, i = time.monotonic() + seconds, 0
-    while time.monotonic() < end:
+    step(0)
+    print("ready", flush=True)
+    for i in itertools.count():
         step(i)
-        i += 1
 
 
 def main() -> None:
