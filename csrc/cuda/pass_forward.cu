@@ -1,46 +1,49 @@
 // Forward of losses of several passes (core/pass_loss.h): each row's value, its share of the denominator and its state,
-// the sums over all rows, on demand the gradient. Passes after the first find the row in cache or shared memory.
+// the sums over all rows, on demand the gradient. Passes after the first find the row in shared memory or in cache.
 #include "cuda/pass_row.cuh"
+#include "cuda/pixel_tile.cuh"
+#include "cuda/residence.cuh"
 
 namespace fused_losses::cuda {
 namespace {
 
-// Of one class row: logits with `stride` between classes.
-template <class Stored, class Loss, int kThreads>
-FL_DEVICE typename Loss::template State<acc_t<Stored>> run_passes(const RowArgs<acc_t<Stored>>& args,
-                                                                  const Stored* logits, std::int64_t stride, int target,
-                                                                  int lane) {
+// Of one row, by all threads that share it; target_logit includes the bias.
+template <class Loss, class Stored, class Team>
+FL_DEVICE typename Loss::template State<acc_t<Stored>> run_passes(const RowArgs<acc_t<Stored>>& args, Team& team,
+                                                                  const RowSlice<Stored>& slice, int target,
+                                                                  acc_t<Stored> target_logit) {
     using A = acc_t<Stored>;
-    const int classes = static_cast<int>(args.problem.num_classes);
-    RowInputs<A> row{A(0), to_acc(logits[target * stride]) + bias_of(args), margin_of(args, target), A(classes)};
+    RowInputs<A> row{A(0), target_logit, margin_of(args, target), A(args.problem.num_classes)};
     // body(z, class) for the classes of this thread
     const auto each_class = [&](auto body) {
-        walk<kThreads>(logits, classes, stride == 1, lane, [&]<int kCount>(Count<kCount>, int c) {
+        team.walk(slice.logits, slice.count, slice.stride == 1, [&]<int kCount>(Count<kCount>, int c) {
             A z[kCount];
-            load(logits + c * stride, z);
+            load(slice.logits + c * slice.stride, z);
+            const int cls = slice.first + c;
 #pragma unroll
-            for (int k = 0; k < kCount; ++k) body(c + k == target ? row.target_logit : z[k], c + k);
+            for (int k = 0; k < kCount; ++k) body(cls + k == target ? row.target_logit : z[k], cls + k);
         });
     };
     if constexpr (Loss::needs_max) {
-        const auto larger = [](A a, A b) { return b > a ? b : a; };
-        A top = -std::numeric_limits<A>::infinity();
-        each_class([&](A z, int) { top = larger(top, z); });
-        row.max = reduce_to_all<kThreads>(top, larger);
+        Numbers<A, 1> top{{-std::numeric_limits<A>::infinity()}};
+        each_class([&](A z, int) { top.v[0] = Larger{}(top.v[0], z); });
+        team.reduce(top, Larger{});
+        row.max = top.v[0];
     }
     auto state = Loss::begin(row, args.params);
     const int passes = Loss::passes(args.problem.params);
     for (int pass = 0; pass < passes; ++pass) {
-        Sums<A, Loss::num_sums> sums{};
+        Numbers<A, Loss::num_sums> sums{};
         each_class([&](A z, int cls) {
             const auto term = Loss::term(pass, state, z, margin_of(args, cls), cls == target, args.params);
 #pragma unroll
             for (int i = 0; i < Loss::num_sums; ++i) sums.v[i] += term.v[i];
         });
+        team.reduce(sums, Plus{});
+        Sums<A, Loss::num_sums> all;
 #pragma unroll
-        for (int i = 0; i < Loss::num_sums; ++i)
-            sums.v[i] = reduce_to_all<kThreads>(sums.v[i], [](A a, A b) { return a + b; });
-        Loss::end_pass(pass, state, sums, row, args.params);
+        for (int i = 0; i < Loss::num_sums; ++i) all.v[i] = sums.v[i];
+        Loss::end_pass(pass, state, all, row, args.params);
     }
     return state;
 }
@@ -82,26 +85,54 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, Loss::needs_
     forward(const __grid_constant__ RowArgs<acc_t<Stored>> args) {
     using A = acc_t<Stored>;
     const RowProblem& p = args.problem;
-    constexpr int group_count = kBlock / kThreads;
-    const int group = threadIdx.x / kThreads, lane = threadIdx.x % kThreads;
+    Group<kThreads> group;
     RowEnd<A, Loss> end(args);
-    const std::int64_t rows = p.rows(), step = std::int64_t(gridDim.x) * group_count;
-    for (std::int64_t number = std::int64_t(blockIdx.x) * group_count + group; number < rows; number += step) {
-        const Row row = row_at(p, number);
-        const Target target = target_of(p, row);
+    RowReader<Stored, kThreads>(args, group).for_each([&](const Row& row, const Target& target,
+                                                          const RowSlice<Stored>& slice) {
         if (target.ignored) {  // for the whole group
-            if (lane == 0) end.record(row, A(0), A(0), {});
-            if (p.grad) write_zeros<kThreads, Stored>(p, row, lane);
-            continue;
+            if (group.records()) end.record(row, A(0), A(0), {});
+            if (p.grad) write_zeros(p, group, row, slice);
+            return;
         }
-        const Stored* const logits = logits_of<Stored>(p, row);
-        const auto state = run_passes<Stored, Loss, kThreads>(args, logits, p.logits_class_stride, target.cls, lane);
-        const A scale = end.finish(row, target, state, lane == 0);
+        const A target_logit = logit_of(p, row, slice, target.cls) + bias_of(args);
+        const auto state = run_passes<Loss>(args, group, slice, target.cls, target_logit);
+        const A scale = end.finish(row, target, state, group.records());
         if (p.grad)
-            write_pass_gradient<Stored, Loss, kThreads>(args, logits, p.logits_class_stride,
-                                                        gradient_row<Stored>(p, row), p.grad_class_stride, target.cls,
-                                                        state, scale, lane);
-    }
+            write_pass_gradient<Loss>(args, group, slice, gradient_row<Stored>(p, row), p.grad_class_stride,
+                                      target.cls, state, scale);
+    });
+    group.part_company();
+    write_loss(args, end.sums);
+}
+
+template <class Stored, class Loss>
+__global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, Loss::needs_max>)
+    forward_by_thread(const __grid_constant__ RowArgs<acc_t<Stored>> args) {
+    using A = acc_t<Stored>;
+    const RowProblem& p = args.problem;
+    RowEnd<A, Loss> end(args);
+    PixelTiles<Stored>(args).for_each([&](const Column& column, const Row& row, const Target& target,
+                                          const RowSlice<Stored>& slice, bool exists) {
+        // Threads that share pixels meet in run_passes, even those of pixels that are ignored.
+        if (target.ignored && column.parts == 1) {
+            if (!exists) return;
+            end.record(row, A(0), A(0), {});
+            if (p.grad) write_zeros(p, column, row, slice);
+            return;
+        }
+        const A target_logit = to_acc(slice.logits[target.cls * slice.stride]) + bias_of(args);
+        const auto state = run_passes<Loss>(args, column, slice, target.cls, target_logit);
+        if (!exists) return;
+        if (target.ignored) {
+            if (column.records()) end.record(row, A(0), A(0), {});
+            if (p.grad) write_zeros(p, column, row, slice);
+            return;
+        }
+        const A scale = end.finish(row, target, state, column.records());
+        if (p.grad)
+            write_pass_gradient<Loss>(args, column, slice, gradient_row<Stored>(p, row), p.grad_class_stride,
+                                      target.cls, state, scale);
+    });
     write_loss(args, end.sums);
 }
 
@@ -125,9 +156,11 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, Loss::needs_
                 end.record(row, A(0), A(0), {});
                 for (int c = 0; c < p.num_classes; ++c) x[c] = A(0);
             } else {
-                const auto state = run_passes<A, Loss, 1>(args, x, 1, target.cls, 0);
+                const Alone alone;
+                const RowSlice<A> slice = tile.slice(me);
+                const auto state = run_passes<Loss>(args, alone, slice, target.cls, x[target.cls] + bias_of(args));
                 const A scale = end.finish(row, target, state, true);
-                if (p.grad) write_pass_gradient<A, Loss, 1>(args, x, 1, x, 1, target.cls, state, scale, 0);
+                if (p.grad) write_pass_gradient<Loss>(args, alone, slice, x, 1, target.cls, state, scale);
             }
         }
         if (!p.grad) return;
@@ -141,12 +174,14 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, Loss::needs_
 
 cudaError_t enqueue_pass_forward(const RowProblem& p, const LossOutput& out, cudaStream_t stream) {
     if (p.rows() == 0 && !out.loss) return cudaSuccess;
-    return dispatch_pass(p, [&]<class Stored, class Loss, int kThreads>(const RowProblem& q, unsigned blocks) {
-        const RowArgs<acc_t<Stored>> args(q, out);
+    return dispatch_pass(p, [&]<class Stored, class Loss, int kThreads>(const RowProblem& q) {
+        RowArgs<acc_t<Stored>> args(q, out);
         if constexpr (kThreads == 0)
-            return launch(forward_staged<Stored, Loss>, blocks, stream, args);
+            return launch(forward_staged<Stored, Loss>, blocks_for(q.rows(), kBlock), stream, args);
+        else if constexpr (kThreads == 1)
+            return launch_pixels<Stored>(forward_by_thread<Stored, Loss>, args, stream);
         else
-            return launch(forward<Stored, Loss, kThreads>, blocks, stream, args);
+            return launch_rows<kThreads, Stored>(forward<Stored, Loss, kThreads>, args, stream);
     });
 }
 

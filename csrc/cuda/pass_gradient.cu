@@ -21,20 +21,19 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>>)
     using State = typename Loss::template State<A>;
     const RowProblem& p = args.problem;
     if (is_already_written<A>(p)) return;
-    constexpr int group_count = kBlock / kThreads;
-    const int group = threadIdx.x / kThreads, lane = threadIdx.x % kThreads;
-    const std::int64_t rows = p.rows(), step = std::int64_t(gridDim.x) * group_count;
-    for (std::int64_t number = std::int64_t(blockIdx.x) * group_count + group; number < rows; number += step) {
+    const TeamOf<kThreads> team;
+    const std::int64_t rows = p.rows(), step = team.count();
+    for (std::int64_t number = team.number(); number < rows; number += step) {
         const Row row = row_at(p, number);
         const Target target = target_of(p, row);
+        const RowSlice<Stored> whole = whole_row<Stored>(p, row);
         if (target.ignored) {  // for the whole group
-            write_zeros<kThreads, Stored>(p, row, lane);
+            write_zeros(p, team, row, whole);
             continue;
         }
         const A scale = scale_of<A>(p, row) * class_weight_of<A>(p, target);
-        write_pass_gradient<Stored, Loss, kThreads>(args, logits_of<Stored>(p, row), p.logits_class_stride,
-                                                    gradient_row<Stored>(p, row), p.grad_class_stride, target.cls,
-                                                    saved_state<A, State>(p, number), scale, lane);
+        write_pass_gradient<Loss>(args, team, whole, gradient_row<Stored>(p, row), p.grad_class_stride, target.cls,
+                                  saved_state<A, State>(p, number), scale);
     }
 }
 
@@ -58,8 +57,9 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>>)
             if (target.ignored)
                 for (int c = 0; c < p.num_classes; ++c) x[c] = A(0);
             else
-                write_pass_gradient<A, Loss, 1>(args, x, 1, x, 1, target.cls, saved_state<A, State>(p, row.number),
-                                                scale_of<A>(p, row) * class_weight_of<A>(p, target), 0);
+                write_pass_gradient<Loss>(args, Alone{}, tile.slice(me), x, 1, target.cls,
+                                          saved_state<A, State>(p, row.number),
+                                          scale_of<A>(p, row) * class_weight_of<A>(p, target));
         }
         __syncthreads();
         tile.write(static_cast<Stored*>(p.grad) + first * p.num_classes, rows);
@@ -70,8 +70,9 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>>)
 
 cudaError_t enqueue_pass_gradient(const RowProblem& p, cudaStream_t stream) {
     if (p.rows() == 0) return cudaSuccess;
-    return dispatch_pass(p, [&]<class Stored, class Loss, int kThreads>(const RowProblem& q, unsigned blocks) {
+    return dispatch_pass(p, [&]<class Stored, class Loss, int kThreads>(const RowProblem& q) {
         const RowArgs<acc_t<Stored>> args(q);
+        const unsigned blocks = blocks_for(q.rows(), kBlock / std::max(kThreads, 1));
         if constexpr (kThreads == 0)
             return launch(gradient_staged<Stored, Loss>, blocks, stream, args);
         else

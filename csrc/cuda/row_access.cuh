@@ -26,11 +26,19 @@ FL_DEVICE const A* as(const void* pointer) {
     return static_cast<const A*>(pointer);
 }
 
+// How shared memory holds rows while they are worked on (residence.cuh plans it): a buffer or two for each group of
+// threads, or a tile of pixels. All zeros: rows are read where they lie, as often as they are needed.
+struct Residence {
+    int capacity = 0, buffers = 0;  // elements per buffer, of the row's part that a block of a cluster has
+    int pixels = 0, pitch = 0;      // elements from one class to the next
+};
+
 // Kernel argument. Arithmetic on doubles is slow on most GPUs, so the host converts the parameters.
 template <class A>
 struct RowArgs {
     RowProblem problem;
     LossOutput out;
+    Residence residence;
     A params[kMaxParams];
     A bias;
 
@@ -163,20 +171,23 @@ FL_DEVICE int misalignment(const Stored* pointer) {  // in elements
     return static_cast<int>(reinterpret_cast<std::uintptr_t>(pointer) % 16 / sizeof(Stored));
 }
 
-// Calls body(Count<n>, c) so that every class is covered once by [c, c + n). With `vectors` n is a full
-// 16-byte access wherever row + c is aligned; the few classes before the first and after the last boundary
-// are taken one by one.
+// Calls body(Count<n>, i) so that all elements are covered once by [i, i + n), shared by `threads` threads. n is a full
+// 16-byte access wherever x + i is aligned; the few elements before the first and after the last boundary are taken one
+// by one.
+template <class Stored, class Body>
+FL_DEVICE void walk_vectors(const Stored* x, int count, int lane, int threads, Body body) {
+    constexpr int n = kVector<Stored>;
+    const int head = min(count, (n - misalignment(x)) % n);
+    const int tail = (count - head) % n;
+    for (int i = lane; i < head + tail; i += threads) body(Count<1>{}, i < head ? i : count - tail + (i - head));
+    for (int i = head + lane * n; i < count - tail; i += threads * n) body(Count<n>{}, i);
+}
+
+// The same for the classes of a row; one by one without `vectors`.
 template <int kThreads, class Stored, class Body>
 FL_DEVICE void walk_classes(const Stored* row, int classes, bool vectors, int lane, Body body) {
-    constexpr int n = kVector<Stored>;
-    if (!vectors) {
-        for (int c = lane; c < classes; c += kThreads) body(Count<1>{}, c);
-        return;
-    }
-    const int head = min(classes, (n - misalignment(row)) % n);
-    const int tail = (classes - head) % n;
-    for (int i = lane; i < head + tail; i += kThreads) body(Count<1>{}, i < head ? i : classes - tail + (i - head));
-    for (int c = head + lane * n; c < classes - tail; c += kThreads * n) body(Count<n>{}, c);
+    if (vectors) return walk_vectors(row, classes, lane, kThreads, body);
+    for (int c = lane; c < classes; c += kThreads) body(Count<1>{}, c);
 }
 
 template <int kCount, class Stored>

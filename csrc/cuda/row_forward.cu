@@ -1,7 +1,9 @@
 // Forward of softmax losses: one read of the logits gives each row's value, its share of the denominator and its stats,
-// and the sums over all rows; on demand the gradient, for which the row is found in cache.
+// and the sums over all rows; on demand the gradient, for which the row is found in shared memory or in cache.
 #include "cuda/grid.cuh"
 #include "cuda/loss_output.cuh"
+#include "cuda/pixel_tile.cuh"
+#include "cuda/residence.cuh"
 #include "cuda/row_gradient.cuh"
 #include "cuda/softmax_state.cuh"
 #include "cuda/staged_tile.cuh"
@@ -74,85 +76,79 @@ struct RowEnd {
     }
 };
 
-// kThreads threads per row: some lanes, a warp or the whole block.
+// kThreads threads per row: some lanes, a warp, or the blocks of a cluster.
 template <class Stored, int kThreads, bool kSpread>
 __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, kSpread>)
     forward_by_group(const __grid_constant__ RowArgs<acc_t<Stored>> args) {
     using A = acc_t<Stored>;
     const RowProblem& p = args.problem;
-    constexpr int group_count = kBlock / kThreads;
-    const int group = threadIdx.x / kThreads, lane = threadIdx.x % kThreads;
-    const int classes = static_cast<int>(p.num_classes);
-    const std::int64_t class_stride = p.logits_class_stride, rows = p.rows();
-    const A bias = bias_of(args);
+    Group<kThreads> group;
     RowEnd<A> end(args);
-    const std::int64_t step = std::int64_t(gridDim.x) * group_count;
-    for (std::int64_t number = std::int64_t(blockIdx.x) * group_count + group; number < rows; number += step) {
-        const Row row = row_at(p, number);
-        const Target target = target_of(p, row);
+    RowReader<Stored, kThreads>(args, group).for_each([&](const Row& row, const Target& target,
+                                                          const RowSlice<Stored>& slice) {
         if (target.ignored) {  // for the whole group
-            end.ignore(row, lane == 0);
-            if (p.grad) write_zeros<kThreads, Stored>(p, row, lane);
-            continue;
+            end.ignore(row, group.records());
+            if (p.grad) write_zeros(p, group, row, slice);
+            return;
         }
-        const Stored* logits = logits_of<Stored>(p, row);
-        const A target_logit = target.cls < 0 ? A(0) : to_acc(logits[target.cls * class_stride]) + bias;
+        const A bias = bias_of(args);
+        const A target_logit = target.cls < 0 ? A(0) : logit_of(p, row, slice, target.cls) + bias;
         const SpreadReader<Stored> spread(p, args, row);
         auto state = SoftmaxState<A, kSpread>::empty();
-        walk_classes<kThreads>(logits, classes, class_stride == 1, lane, [&]<int kCount>(Count<kCount>, int c) {
+        group.walk(slice.logits, slice.count, slice.stride == 1, [&]<int kCount>(Count<kCount>, int c) {
             A z[kCount], u[kCount];
-            load(logits + c * class_stride, z);
+            load(slice.logits + c * slice.stride, z);
 #pragma unroll
             for (int k = 0; k < kCount; ++k) {
-                if (c + k == target.cls) z[k] += bias;
-                u[k] = kSpread ? spread(c + k) : A(0);
+                const int cls = slice.first + c + k;
+                if (cls == target.cls) z[k] += bias;
+                u[k] = kSpread ? spread(cls) : A(0);
             }
             state.push(z, u);
         });
-        reduce_group<kThreads>(state);
-        const auto coefficients = end.finish(row, target, target_logit, state, lane == 0);
-        if (p.grad) write_gradient<kThreads, Stored, kSpread>(args, row, target, coefficients, lane);
-    }
+        reduce_team(group, state);
+        const auto coefficients = end.finish(row, target, target_logit, state, group.records());
+        if (p.grad) write_gradient<kSpread>(args, group, row, slice, target.cls, coefficients);
+    });
+    group.part_company();
     write_loss(args, end.sums);
 }
 
-// One thread per row: pixels of which neighbouring threads read neighbours, or few classes.
+// One thread per row, or a few: pixels of which neighbouring threads read neighbours, or few classes.
 template <class Stored, bool kSpread>
 __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, kSpread>)
     forward_by_thread(const __grid_constant__ RowArgs<acc_t<Stored>> args) {
     using A = acc_t<Stored>;
     const RowProblem& p = args.problem;
-    const int classes = static_cast<int>(p.num_classes);
-    const std::int64_t class_stride = p.logits_class_stride, rows = p.rows();
-    const A bias = bias_of(args);
     RowEnd<A> end(args);
-    const std::int64_t step = std::int64_t(gridDim.x) * kBlock;
-    for (std::int64_t number = std::int64_t(blockIdx.x) * kBlock + threadIdx.x; number < rows; number += step) {
-        const Row row = row_at(p, number);
-        const Target target = target_of(p, row);
-        if (target.ignored) {
-            end.ignore(row, true);
-            if (p.grad) write_zeros<1, Stored>(p, row, 0);
-            continue;
-        }
-        const Stored* logits = logits_of<Stored>(p, row);
-        const A target_logit = target.cls < 0 ? A(0) : to_acc(logits[target.cls * class_stride]) + bias;
+    PixelTiles<Stored>(args).for_each([&](const Column& column, const Row& row, const Target& target,
+                                          const RowSlice<Stored>& slice, bool exists) {
+        const A bias = bias_of(args);
         const SpreadReader<Stored> spread(p, args, row);
         auto state = SoftmaxState<A, kSpread>::empty();
-        for (int c = 0; c < classes; c += kClassesAtOnce) {
+        const int classes = target.ignored ? 0 : slice.count;
+        for (int c = column.part * kClassesAtOnce; c < classes; c += column.parts * kClassesAtOnce) {
             A z[kClassesAtOnce], u[kClassesAtOnce];
 #pragma unroll
             for (int k = 0; k < kClassesAtOnce; ++k) {  // beyond the last class: masked, of weight zero
                 const bool valid = c + k < classes;
-                z[k] = valid ? to_acc(logits[(c + k) * class_stride]) : -std::numeric_limits<A>::infinity();
+                z[k] = valid ? to_acc(slice.logits[(c + k) * slice.stride]) : -std::numeric_limits<A>::infinity();
                 if (c + k == target.cls) z[k] += bias;
                 u[k] = kSpread && valid ? spread(c + k) : A(0);
             }
             state.push(z, u);
         }
-        const auto coefficients = end.finish(row, target, target_logit, state, true);
-        if (p.grad) write_gradient<1, Stored, kSpread>(args, row, target, coefficients, 0);
-    }
+        reduce_team(column, state);
+        if (!exists) return;
+        if (target.ignored) {
+            end.ignore(row, column.records());
+            if (p.grad) write_zeros(p, column, row, slice);
+            return;
+        }
+        const A target_logit = target.cls < 0 ? A(0) : to_acc(slice.logits[target.cls * slice.stride]) + bias;
+        const auto coefficients = end.finish(row, target, target_logit, state, column.records());
+        if (p.grad) write_gradient<kSpread>(args, column, row, slice, target.cls, coefficients);
+    });
     write_loss(args, end.sums);
 }
 
@@ -226,23 +222,22 @@ __global__ void __launch_bounds__(kBlock) sum_weights(const __grid_constant__ Ro
 cudaError_t enqueue_forward(const RowProblem& p, const LossOutput& out, cudaStream_t stream) {
     if (p.rows() == 0 && !out.loss) return cudaSuccess;
     return dispatch(p, [&]<class Stored, bool kSpread>() {
-        const RowArgs<acc_t<Stored>> args(p, out);
+        RowArgs<acc_t<Stored>> args(p, out);
         switch (regime_of(p)) {
             case Regime::kStaged:
                 if constexpr (!std::is_same_v<Stored, double>)
                     return launch(forward_staged<Stored, kSpread>, blocks_for(p.rows(), kBlock), stream, args);
                 break;
             case Regime::kThread:
-                return launch(forward_by_thread<Stored, kSpread>, blocks_for(p.rows(), kBlock), stream, args);
+                return launch_pixels<Stored>(forward_by_thread<Stored, kSpread>, args, stream);
             case Regime::kLanes:
                 if constexpr (!std::is_same_v<Stored, double>)
-                    return launch(forward_by_group<Stored, kLanes, kSpread>, blocks_for(p.rows(), kBlock / kLanes),
-                                  stream, args);
+                    return launch_rows<kLanes, Stored>(forward_by_group<Stored, kLanes, kSpread>, args, stream);
                 break;
             case Regime::kWarp:
-                return launch(forward_by_group<Stored, 32, kSpread>, blocks_for(p.rows(), kBlock / 32), stream, args);
+                return launch_rows<32, Stored>(forward_by_group<Stored, 32, kSpread>, args, stream);
             case Regime::kBlock:
-                return launch(forward_by_group<Stored, kBlock, kSpread>, blocks_for(p.rows(), 1), stream, args);
+                return launch_rows<kBlock, Stored>(forward_by_group<Stored, kBlock, kSpread>, args, stream);
         }
         return cudaErrorInvalidValue;
     });

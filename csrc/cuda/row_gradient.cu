@@ -24,16 +24,16 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>>)
     using A = acc_t<Stored>;
     const RowProblem& p = args.problem;
     if (is_already_written<A>(p)) return;
-    constexpr int group_count = kBlock / kThreads;
-    const int group = threadIdx.x / kThreads, lane = threadIdx.x % kThreads;
-    const std::int64_t rows = p.rows(), step = std::int64_t(gridDim.x) * group_count;
-    for (std::int64_t number = std::int64_t(blockIdx.x) * group_count + group; number < rows; number += step) {
+    const TeamOf<kThreads> team;
+    const std::int64_t rows = p.rows(), step = team.count();
+    for (std::int64_t number = team.number(); number < rows; number += step) {
         const Row row = row_at(p, number);
         const Target target = target_of(p, row);
+        const RowSlice<Stored> whole = whole_row<Stored>(p, row);
         if (target.ignored)  // for the whole group
-            write_zeros<kThreads, Stored>(p, row, lane);
+            write_zeros(p, team, row, whole);
         else
-            write_gradient<kThreads, Stored, kSpread>(args, row, target, saved_coefficients<A>(p, row), lane);
+            write_gradient<kSpread>(args, team, row, whole, target.cls, saved_coefficients<A>(p, row));
     }
 }
 

@@ -1,19 +1,12 @@
-// One-pass ("online") softmax sums and their deterministic combination over a warp or a block.
+// One-pass ("online") softmax sums and their deterministic combination over the threads of a row.
 #pragma once
 
 #include <limits>
 
 #include "core/math.h"
-#include "cuda/row_access.cuh"
+#include "cuda/team.cuh"
 
 namespace fused_losses::cuda {
-
-// The lanes that share a row with this one.
-template <int kWidth>
-FL_DEVICE unsigned lanes_of_group() {
-    if constexpr (kWidth == 32) return 0xffffffffu;
-    return ((1u << kWidth % 32) - 1) << (threadIdx.x % 32 / kWidth * kWidth);
-}
 
 // Of the logits z seen so far: max, sum = sum exp(z - max) and, with kSpread, centred = sum u (z - pivot),
 // sum_u = sum u. The pivot is max, or 0 as long as max is -inf: -inf - -inf must not turn a row with masked
@@ -95,10 +88,9 @@ struct SoftmaxState {
     }
 };
 
-// Combines the sums of all kThreads threads that share a row (lanes of a warp, or the whole block); each of them gets
-// the result.
+// Combines the sums of all threads that share a row; each of them gets the result.
 template <int kThreads, class State>
-FL_DEVICE void reduce_group(State& state) {
+FL_DEVICE void reduce_team(Group<kThreads>& group, State& state) {
     if constexpr (kThreads <= 32) {
         state.template reduce_lanes<kThreads>();
         state.template take_from_first_lane<kThreads>();
@@ -116,7 +108,14 @@ FL_DEVICE void reduce_group(State& state) {
         }
         __syncthreads();  // the next row writes of_block after one more barrier
         state = of_block;
+        group.turn ^= 1;
+        combine_over_cluster(state, group.turn, [](State& mine, const State& other) { mine.merge(other); });
     }
+}
+
+template <class State>
+FL_DEVICE void reduce_team(const Column& column, State& state) {
+    column.merge_parts(state, [](State& mine, const State& other) { mine.merge(other); });
 }
 
 }  // namespace fused_losses::cuda

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cuda/launch.cuh"
-#include "cuda/row_access.cuh"
+#include "cuda/resident_row.cuh"
 
 namespace fused_losses::cuda {
 
@@ -19,6 +19,7 @@ public:
         : x(memory), classes(num_classes), pitch(num_classes | 1) {}
 
     FL_DEVICE A* row(int i) const { return x + i * pitch; }
+    FL_DEVICE RowSlice<A> slice(int i) const { return {row(i), 1, 0, classes}; }
 
     FL_DEVICE void read(const Stored* from, int rows) const {
         walk_classes<kBlock>(from, rows * classes, true, threadIdx.x, [&]<int kCount>(Count<kCount>, int e) {

@@ -12,10 +12,6 @@
 #include "guarded.h"
 #include "losses/registry.h"
 
-namespace fused_losses::cuda {
-extern __shared__ uint4 dynamic_shared[];
-}
-
 namespace {
 
 using namespace fused_losses;

@@ -1,0 +1,142 @@
+// Rows that stay in shared memory while their passes run and their gradient is written, so that they are read from
+// device memory once; the next row is copied meanwhile where there is room for two.
+#pragma once
+
+#include <cuda_pipeline.h>
+
+#include "cuda/team.cuh"
+
+namespace fused_losses::cuda {
+
+extern __shared__ uint4 dynamic_shared[];
+
+// Copies 16 bytes to shared memory while the thread goes on. Both addresses are aligned.
+FL_DEVICE void begin_copy(void* to, const void* from) { __pipeline_memcpy_async(to, from, 16); }
+// Waits for all copies that this thread has begun; others see them after a barrier.
+FL_DEVICE void end_copies() {
+    __pipeline_commit();
+    __pipeline_wait_prior(0);
+}
+
+// The classes [first, first + count) of a row, where the threads that share them find them.
+template <class Stored>
+struct RowSlice {
+    const Stored* logits;  // of class `first`
+    std::int64_t stride;   // between classes
+    int first, count;
+};
+
+template <class Stored>
+FL_DEVICE const Stored* logits_of(const RowProblem& p, const Row& row) {
+    return as<Stored>(p.logits) + p.logits_stride.at(row.outer, row.inner);
+}
+
+template <class Stored>
+FL_DEVICE Stored* gradient_row(const RowProblem& p, const Row& row) {
+    return static_cast<Stored*>(p.grad) + p.grad_stride.at(row.outer, row.inner);
+}
+
+// A whole row where it lies.
+template <class Stored>
+FL_DEVICE RowSlice<Stored> whole_row(const RowProblem& p, const Row& row) {
+    return {logits_of<Stored>(p, row), p.logits_class_stride, 0, static_cast<int>(p.num_classes)};
+}
+
+// Any logit of the row, from the slice if it is there.
+template <class Stored>
+FL_DEVICE acc_t<Stored> logit_of(const RowProblem& p, const Row& row, const RowSlice<Stored>& slice, int cls) {
+    const bool here = static_cast<unsigned>(cls - slice.first) < static_cast<unsigned>(slice.count);
+    return to_acc(here ? slice.logits[(cls - slice.first) * slice.stride]
+                       : logits_of<Stored>(p, row)[cls * p.logits_class_stride]);
+}
+
+// The group's rows, one after the other.
+template <class Stored, int kThreads>
+class RowReader {
+    using A = acc_t<Stored>;
+
+public:
+    FL_DEVICE RowReader(const RowArgs<A>& args, const Group<kThreads>& g)
+        : p(args.problem), capacity(args.residence.capacity), buffers(args.residence.buffers), group(g) {
+        const int of_block = kThreads == kBlock ? 0 : threadIdx.x / kThreads;
+        memory = reinterpret_cast<Stored*>(dynamic_shared) + of_block * buffers * capacity;
+    }
+
+    // Calls body(row, target, slice) for each row, by all threads of the group.
+    template <class Body>
+    FL_DEVICE void for_each(Body body) {
+        const std::int64_t rows = p.rows(), step = group.count();
+        std::int64_t number = group.number();
+        if (is_to_copy(number)) begin(number);
+        while (number < rows) {
+            const std::int64_t next = number + step;
+            const bool continues = is_to_copy(next);  // asked now: the answer comes while this row's copy arrives
+            const Row row = row_at(p, number);
+            const RowSlice<Stored> slice = slice_of(row, end());
+            if (buffers > 1 && continues) begin(next);
+            body(row, target_of(p, row), slice);
+            if (buffers == 1 && is_resident()) {
+                group.sync();  // everybody is done with the buffer
+                if (continues) begin(next);
+            }
+            number = next;
+        }
+    }
+
+private:
+    // Parts of a warp are too few threads for begin().
+    FL_DEVICE bool is_resident() const { return kThreads >= 32 && capacity > 0; }
+
+    FL_DEVICE bool is_to_copy(std::int64_t number) const {
+        return is_resident() && number < p.rows() && !target_of(p, row_at(p, number)).ignored;
+    }
+
+    // Blocks of a cluster share the row at 16-byte boundaries, whatever its alignment.
+    FL_DEVICE RowSlice<Stored> slice_of(const Row& row, Stored* buffer) const {
+        RowSlice<Stored> slice = whole_row<Stored>(p, row);
+        if (!is_resident()) return slice;
+        const int start = misalignment(slice.logits), rank = kThreads == kBlock ? cluster_rank() : 0;
+        slice.first = max(0, rank * capacity - start);
+        slice.count = max(0, min(slice.count, (rank + 1) * capacity - start) - slice.first);
+        // Aligned as in the row, so that vectors are vectors in both places.
+        slice.logits = buffer + (slice.first == 0 ? start : 0);
+        return slice;
+    }
+
+    // Begins to copy a row. The few classes before its first and after its last 16-byte boundary, one per thread at
+    // most, go through registers, so that nobody waits for them here either.
+    FL_DEVICE void begin(std::int64_t number) {
+        const Row row = row_at(p, number);
+        const RowSlice<Stored> slice = slice_of(row, memory + turn);
+        const Stored* const from = logits_of<Stored>(p, row) + slice.first;
+        Stored* const to = const_cast<Stored*>(slice.logits);
+        walk_classes<kThreads>(from, slice.count, true, group.lane, [&]<int kCount>(Count<kCount>, int c) {
+            if constexpr (kCount == 1)
+                edge = from[c], edge_to = to + c;
+            else
+                begin_copy(to + c, from + c);
+        });
+    }
+
+    // Where the row is that was begun last, for the whole group.
+    FL_DEVICE Stored* end() {
+        if (!is_resident()) return nullptr;
+        if (edge_to) *edge_to = edge;
+        edge_to = nullptr;
+        end_copies();
+        group.sync();
+        Stored* const here = memory + turn;
+        if (buffers > 1) turn = capacity - turn;
+        return here;
+    }
+
+    const RowProblem& p;
+    const int capacity, buffers;
+    const Group<kThreads>& group;
+    Stored* memory;
+    int turn = 0;  // where the next row goes
+    Stored edge;
+    Stored* edge_to = nullptr;
+};
+
+}  // namespace fused_losses::cuda
