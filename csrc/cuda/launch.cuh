@@ -43,6 +43,9 @@ inline Regime regime_of(const RowProblem& p) {
     return p.num_classes <= warp_classes ? Regime::kWarp : Regime::kBlock;
 }
 
+// Threads of a Group (team.cuh).
+inline int threads_of(Regime regime) { return regime == Regime::kBlock ? kBlock : 32; }
+
 // Calls body.operator()<Stored, kSpread>() for the problem's dtype; kSpread says that u_j is needed.
 template <class Body>
 cudaError_t dispatch(const RowProblem& p, Body body) {

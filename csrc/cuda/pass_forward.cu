@@ -16,7 +16,7 @@ FL_DEVICE typename Loss::template State<acc_t<Stored>> run_passes(const RowArgs<
     RowInputs<A> row{A(0), target_logit, margin_of(args, target), A(args.problem.num_classes)};
     // body(z, class) for the classes of this thread
     const auto each_class = [&](auto body) {
-        team.walk(slice.logits, slice.count, slice.stride == 1, [&]<int kCount>(Count<kCount>, int c) {
+        team.template walk<kBytesAtOnce<Loss>>(slice.logits, slice.count, slice.stride == 1, [&]<int kCount>(Count<kCount>, int c) {
             A z[kCount];
             load(slice.logits + c * slice.stride, z);
             const int cls = slice.first + c;
@@ -80,14 +80,14 @@ struct RowEnd {
     }
 };
 
-template <class Stored, class Loss, int kThreads>
+template <class Stored, class Loss>
 __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, Loss::needs_max>)
     forward(const __grid_constant__ RowArgs<acc_t<Stored>> args) {
     using A = acc_t<Stored>;
     const RowProblem& p = args.problem;
-    Group<kThreads> group;
+    Group group(args.residence);
     RowEnd<A, Loss> end(args);
-    RowReader<Stored, kThreads>(args, group).for_each([&](const Row& row, const Target& target,
+    RowReader<Stored, Group>(args, group).for_each([&](const Row& row, const Target& target,
                                                           const RowSlice<Stored>& slice) {
         if (target.ignored) {  // for the whole group
             if (group.records()) end.record(row, A(0), A(0), {});
@@ -136,36 +136,35 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, Loss::needs_
     write_loss(args, end.sums);
 }
 
-template <class Stored, class Loss>
-__global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, Loss::needs_max>)
-    forward_staged(const __grid_constant__ RowArgs<acc_t<Stored>> args) {
-    using A = acc_t<Stored>;
-    __shared__ A memory[StagedTile<Stored>::kSize];
+template <class Loss>
+__global__ void __launch_bounds__(kBlock, kMinBlocks<float, Loss::needs_max>)
+    forward_staged(const __grid_constant__ RowArgs<float> args) {
+    __shared__ float memory[StagedTile::kSize];
     const RowProblem& p = args.problem;
-    const StagedTile<Stored> tile(memory, static_cast<int>(p.num_classes));
-    RowEnd<A, Loss> end(args);
-    for_each_tile(p, [&](std::int64_t first, int rows) {
+    const StagedTile tile(memory, p);
+    RowEnd<float, Loss> end(args);
+    tile.for_each([&](std::int64_t first, int rows) {
         const int me = threadIdx.x;
-        tile.read(as<Stored>(p.logits) + first * p.num_classes, rows);
+        tile.read_logits(first, rows);
         __syncthreads();
         if (me < rows) {
             const Row row = row_at(p, first + me);
             const Target target = target_of(p, row);
-            A* const x = tile.row(me);
+            const RowSlice<float> slice = tile.slice(me);
+            float* const x = tile.row(me);
             if (target.ignored) {
-                end.record(row, A(0), A(0), {});
-                for (int c = 0; c < p.num_classes; ++c) x[c] = A(0);
+                end.record(row, 0.0f, 0.0f, {});
+                for (int c = 0; c < p.num_classes; ++c) x[c] = 0;
             } else {
                 const Alone alone;
-                const RowSlice<A> slice = tile.slice(me);
                 const auto state = run_passes<Loss>(args, alone, slice, target.cls, x[target.cls] + bias_of(args));
-                const A scale = end.finish(row, target, state, true);
+                const float scale = end.finish(row, target, state, true);
                 if (p.grad) write_pass_gradient<Loss>(args, alone, slice, x, 1, target.cls, state, scale);
             }
         }
         if (!p.grad) return;
         __syncthreads();
-        tile.write(static_cast<Stored*>(p.grad) + first * p.num_classes, rows);
+        tile.write_gradient(first, rows);
     });
     write_loss(args, end.sums);
 }
@@ -174,14 +173,15 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, Loss::needs_
 
 cudaError_t enqueue_pass_forward(const RowProblem& p, const LossOutput& out, cudaStream_t stream) {
     if (p.rows() == 0 && !out.loss) return cudaSuccess;
-    return dispatch_pass(p, [&]<class Stored, class Loss, int kThreads>(const RowProblem& q) {
+    return dispatch_pass(p, [&]<class Stored, class Loss>(const RowProblem& q) {
         RowArgs<acc_t<Stored>> args(q, out);
-        if constexpr (kThreads == 0)
-            return launch(forward_staged<Stored, Loss>, blocks_for(q.rows(), kBlock), stream, args);
-        else if constexpr (kThreads == 1)
-            return launch_pixels<Stored>(forward_by_thread<Stored, Loss>, args, stream);
-        else
-            return launch_rows<kThreads, Stored>(forward<Stored, Loss, kThreads>, args, stream);
+        const Regime regime = pass_regime<Stored>(q);
+        if constexpr (!std::is_same_v<Stored, double>) {
+            if (regime == Regime::kStaged)
+                return launch(forward_staged<Loss>, blocks_for(q.rows(), kBlock), stream, args);
+            if (regime == Regime::kThread) return launch_pixels<Stored>(forward_by_thread<Stored, Loss>, args, stream);
+        }
+        return launch_rows<Stored>(forward<Stored, Loss>, threads_of(regime), args, stream);
     });
 }
 

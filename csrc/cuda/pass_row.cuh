@@ -19,6 +19,12 @@ FL_DEVICE A margin_of(const RowArgs<A>& args, int cls) {
     return p.margin ? as<A>(p.margin)[cls * p.margin_stride] : args.params[0];
 }
 
+// What a thread works on at once: less for a long formula, whose registers and code grow with the number of classes.
+template <class Loss>
+constexpr int kBytesAtOnce = 16;
+template <>
+constexpr int kBytesAtOnce<BiTempered> = 8;
+
 // dL/dz of the slice's classes, times scale, to the row `to` or in place.
 template <class Loss, class Stored, class Team, class State>
 FL_DEVICE void write_pass_gradient(const RowArgs<acc_t<Stored>>& args, const Team& team, const RowSlice<Stored>& slice,
@@ -28,7 +34,7 @@ FL_DEVICE void write_pass_gradient(const RowArgs<acc_t<Stored>>& args, const Tea
     to += slice.first * to_stride;
     const bool vectors = slice.stride == 1 && to_stride == 1 && misalignment(slice.logits) == misalignment(to);
     const A bias = bias_of(args);
-    team.walk(slice.logits, slice.count, vectors, [&]<int kCount>(Count<kCount>, int c) {
+    team.template walk<kBytesAtOnce<Loss>>(slice.logits, slice.count, vectors, [&]<int kCount>(Count<kCount>, int c) {
         A z[kCount];
         load(slice.logits + c * slice.stride, z);
 #pragma unroll
@@ -39,6 +45,14 @@ FL_DEVICE void write_pass_gradient(const RowArgs<acc_t<Stored>>& args, const Tea
         }
         store(to + c * to_stride, z);
     });
+}
+
+// How a row of doubles, which are for checking and not for speed, is worked on: a single kernel serves all shapes and
+// saves build time.
+template <class Stored>
+Regime pass_regime(const RowProblem& p) {
+    const Regime regime = regime_of(p);
+    return std::is_same_v<Stored, double> && regime != Regime::kBlock ? Regime::kWarp : regime;
 }
 
 // The loss whose kernels run another: one that equals it with other parameters. Saves instantiations.
@@ -61,35 +75,19 @@ struct RunAs<OfShares<NFL>> {
     }
 };
 
-// Calls body.operator()<Stored, Loss, kThreads>(problem) with the kernel's loss and its parameters; kThreads = 0:
-// staged.
+// Calls body.operator()<Stored, Loss>(problem) with the kernel's loss and its parameters.
 template <class Body>
 cudaError_t dispatch_pass(const RowProblem& given, Body body) {
     cudaError_t error = cudaErrorInvalidValue;
     RowProblem p = given;
-    const auto with_loss = [&]<class Stored, class Loss>() {
-        // Doubles are for checking, not for speed: one kernel serves all shapes and saves build time.
-        if constexpr (std::is_same_v<Stored, double>) {
-            return body.template operator()<Stored, Loss, 32>(p);
-        } else {
-            switch (regime_of(p)) {
-                case Regime::kStaged: return body.template operator()<Stored, Loss, 0>(p);
-                case Regime::kThread: return body.template operator()<Stored, Loss, 1>(p);
-                case Regime::kLanes:
-                case Regime::kWarp: return body.template operator()<Stored, Loss, 32>(p);
-                case Regime::kBlock: return body.template operator()<Stored, Loss, kBlock>(p);
-            }
-            return cudaErrorInvalidValue;
-        }
-    };
     visit_pass_loss(p.loss, [&]<class Given>() {
         using Loss = typename RunAs<Given>::type;
         RunAs<Given>::convert(p.params);
         switch (p.dtype) {
-            case Dtype::kFloat64: error = with_loss.template operator()<double, Loss>(); break;
-            case Dtype::kFloat32: error = with_loss.template operator()<float, Loss>(); break;
-            case Dtype::kFloat16: error = with_loss.template operator()<Half, Loss>(); break;
-            case Dtype::kBFloat16: error = with_loss.template operator()<BFloat16, Loss>(); break;
+            case Dtype::kFloat64: error = body.template operator()<double, Loss>(p); break;
+            case Dtype::kFloat32: error = body.template operator()<float, Loss>(p); break;
+            case Dtype::kFloat16: error = body.template operator()<Half, Loss>(p); break;
+            case Dtype::kBFloat16: error = body.template operator()<BFloat16, Loss>(p); break;
         }
     });
     return error;

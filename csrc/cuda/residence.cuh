@@ -74,7 +74,7 @@ inline RowPlan plan_rows(const Room& room, std::int64_t classes, int element, in
         if (blocks <= most) continue;
         most = blocks;
         const int buffers = room.useful_with(2 * bytes) == blocks ? 2 : 1;
-        best = {{static_cast<int>(capacity), buffers, 0, 0}, cluster, buffers * bytes};
+        best = {{0, static_cast<int>(capacity), buffers, 0, 0}, cluster, buffers * bytes};
         if (blocks == room.enough()) break;
     }
     return best;
@@ -99,7 +99,7 @@ inline RowPlan plan_pixels(const Room& room, const RowProblem& p, int element) {
         const int blocks = room.useful_with((bytes + 15) / 16 * 16);
         if (blocks <= most) continue;
         most = blocks;
-        best = {{0, 0, pixels, pitch}, 1, (bytes + 15) / 16 * 16};
+        best = {{0, 0, 0, pixels, pitch}, 1, (bytes + 15) / 16 * 16};
     }
     return best;
 }
@@ -142,19 +142,20 @@ cudaError_t launch_resident(void (*kernel)(Params...), const Room& room, const R
     return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
-// Launches a kernel whose groups of kThreads threads read rows by RowReader.
-template <int kThreads, class Stored, class A>
-cudaError_t launch_rows(void (*kernel)(RowArgs<A>), RowArgs<A>& args, cudaStream_t stream) {
+// Launches a kernel that reads rows by RowReader, each by so many threads.
+template <class Stored, class A>
+cudaError_t launch_rows(void (*kernel)(RowArgs<A>), int threads, RowArgs<A>& args, cudaStream_t stream) {
     const RowProblem& p = args.problem;
-    constexpr int groups = kBlock / kThreads;
+    const int groups = kBlock / threads;
     RowPlan plan;
     Room room;
-    if (kThreads >= 32 && p.logits_class_stride == 1) {
+    if (threads >= 32 && p.logits_class_stride == 1) {
         if (const cudaError_t error = find_room(kernel, room); error != cudaSuccess) return error;
         plan = plan_rows(room, p.num_classes, sizeof(Stored), groups);
     }
-    if (plan.bytes == 0) return launch(kernel, blocks_for(p.rows(), groups), stream, args);
     args.residence = plan.residence;
+    args.residence.threads = threads;
+    if (plan.bytes == 0) return launch(kernel, blocks_for(p.rows(), groups), stream, args);
     return launch_resident(kernel, room, plan, (p.rows() + groups - 1) / groups * plan.cluster, stream, args);
 }
 

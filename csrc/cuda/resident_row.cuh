@@ -50,17 +50,18 @@ FL_DEVICE acc_t<Stored> logit_of(const RowProblem& p, const Row& row, const RowS
                        : logits_of<Stored>(p, row)[cls * p.logits_class_stride]);
 }
 
-// The group's rows, one after the other.
-template <class Stored, int kThreads>
+// A team's rows, one after the other. Teams that hold rows have more threads than a row has classes beside vectors.
+template <class Stored, class Team>
 class RowReader {
     using A = acc_t<Stored>;
 
 public:
-    FL_DEVICE RowReader(const RowArgs<A>& args, const Group<kThreads>& g)
-        : p(args.problem), capacity(args.residence.capacity), buffers(args.residence.buffers), group(g) {
-        const int of_block = kThreads == kBlock ? 0 : threadIdx.x / kThreads;
-        memory = reinterpret_cast<Stored*>(dynamic_shared) + of_block * buffers * capacity;
-    }
+    FL_DEVICE RowReader(const RowArgs<A>& args, const Team& team)
+        : p(args.problem),
+          capacity(args.residence.capacity),
+          buffers(args.residence.buffers),
+          group(team),
+          place((threadIdx.x - team.lane) / args.residence.threads * buffers * capacity) {}
 
     // Calls body(row, target, slice) for each row, by all threads of the group.
     template <class Body>
@@ -72,7 +73,7 @@ public:
             const std::int64_t next = number + step;
             const bool continues = is_to_copy(next);  // asked now: the answer comes while this row's copy arrives
             const Row row = row_at(p, number);
-            const RowSlice<Stored> slice = slice_of(row, end());
+            const RowSlice<Stored> slice = slice_of(row, arrived());
             if (buffers > 1 && continues) begin(next);
             body(row, target_of(p, row), slice);
             if (buffers == 1 && is_resident()) {
@@ -84,22 +85,21 @@ public:
     }
 
 private:
-    // Parts of a warp are too few threads for begin().
-    FL_DEVICE bool is_resident() const { return kThreads >= 32 && capacity > 0; }
+    FL_DEVICE bool is_resident() const { return Team::holds_rows && capacity > 0; }
 
     FL_DEVICE bool is_to_copy(std::int64_t number) const {
         return is_resident() && number < p.rows() && !target_of(p, row_at(p, number)).ignored;
     }
 
     // Blocks of a cluster share the row at 16-byte boundaries, whatever its alignment.
-    FL_DEVICE RowSlice<Stored> slice_of(const Row& row, Stored* buffer) const {
+    FL_DEVICE RowSlice<Stored> slice_of(const Row& row, int at) const {
         RowSlice<Stored> slice = whole_row<Stored>(p, row);
         if (!is_resident()) return slice;
-        const int start = misalignment(slice.logits), rank = kThreads == kBlock ? cluster_rank() : 0;
+        const int start = misalignment(slice.logits), rank = cluster_rank();
         slice.first = max(0, rank * capacity - start);
         slice.count = max(0, min(slice.count, (rank + 1) * capacity - start) - slice.first);
         // Aligned as in the row, so that vectors are vectors in both places.
-        slice.logits = buffer + (slice.first == 0 ? start : 0);
+        slice.logits = memory() + at + (slice.first == 0 ? start : 0);
         return slice;
     }
 
@@ -107,36 +107,38 @@ private:
     // most, go through registers, so that nobody waits for them here either.
     FL_DEVICE void begin(std::int64_t number) {
         const Row row = row_at(p, number);
-        const RowSlice<Stored> slice = slice_of(row, memory + turn);
+        const RowSlice<Stored> slice = slice_of(row, place);
         const Stored* const from = logits_of<Stored>(p, row) + slice.first;
         Stored* const to = const_cast<Stored*>(slice.logits);
-        walk_classes<kThreads>(from, slice.count, true, group.lane, [&]<int kCount>(Count<kCount>, int c) {
+        group.walk(from, slice.count, true, [&]<int kCount>(Count<kCount>, int c) {
             if constexpr (kCount == 1)
-                edge = from[c], edge_to = to + c;
+                edge = from[c], edge_place = static_cast<int>(to + c - memory());
             else
                 begin_copy(to + c, from + c);
         });
     }
 
-    // Where the row is that was begun last, for the whole group.
-    FL_DEVICE Stored* end() {
-        if (!is_resident()) return nullptr;
-        if (edge_to) *edge_to = edge;
-        edge_to = nullptr;
+    // Waits for the row that was begun last; for the whole group. Returns where it is and turns to the other buffer.
+    FL_DEVICE int arrived() {
+        if (!is_resident()) return 0;
+        if (edge_place >= 0) memory()[edge_place] = edge;
+        edge_place = -1;
         end_copies();
         group.sync();
-        Stored* const here = memory + turn;
-        if (buffers > 1) turn = capacity - turn;
+        const int here = place;
+        if (buffers > 1) place += second ? -capacity : capacity, second = !second;
         return here;
     }
 
+    static FL_DEVICE Stored* memory() { return reinterpret_cast<Stored*>(dynamic_shared); }
+
     const RowProblem& p;
     const int capacity, buffers;
-    const Group<kThreads>& group;
-    Stored* memory;
-    int turn = 0;  // where the next row goes
+    const Team& group;
+    int place;  // in memory(), of the buffer for the next row
+    bool second = false;
     Stored edge;
-    Stored* edge_to = nullptr;
+    int edge_place = -1;
 };
 
 }  // namespace fused_losses::cuda

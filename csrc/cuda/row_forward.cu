@@ -76,26 +76,26 @@ struct RowEnd {
     }
 };
 
-// kThreads threads per row: some lanes, a warp, or the blocks of a cluster.
-template <class Stored, int kThreads, bool kSpread>
+// A row for some lanes, a warp, or the blocks of a cluster.
+template <class Stored, class Team, bool kSpread>
 __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, kSpread>)
     forward_by_group(const __grid_constant__ RowArgs<acc_t<Stored>> args) {
     using A = acc_t<Stored>;
     const RowProblem& p = args.problem;
-    Group<kThreads> group;
+    Team team(args.residence);
     RowEnd<A> end(args);
-    RowReader<Stored, kThreads>(args, group).for_each([&](const Row& row, const Target& target,
+    RowReader<Stored, Team>(args, team).for_each([&](const Row& row, const Target& target,
                                                           const RowSlice<Stored>& slice) {
         if (target.ignored) {  // for the whole group
-            end.ignore(row, group.records());
-            if (p.grad) write_zeros(p, group, row, slice);
+            end.ignore(row, team.records());
+            if (p.grad) write_zeros(p, team, row, slice);
             return;
         }
         const A bias = bias_of(args);
         const A target_logit = target.cls < 0 ? A(0) : logit_of(p, row, slice, target.cls) + bias;
-        const SpreadReader<Stored> spread(p, args, row);
+        const SpreadReader<A> spread(p, args, row);
         auto state = SoftmaxState<A, kSpread>::empty();
-        group.walk(slice.logits, slice.count, slice.stride == 1, [&]<int kCount>(Count<kCount>, int c) {
+        team.walk(slice.logits, slice.count, slice.stride == 1, [&]<int kCount>(Count<kCount>, int c) {
             A z[kCount], u[kCount];
             load(slice.logits + c * slice.stride, z);
 #pragma unroll
@@ -106,11 +106,11 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, kSpread>)
             }
             state.push(z, u);
         });
-        reduce_team(group, state);
-        const auto coefficients = end.finish(row, target, target_logit, state, group.records());
-        if (p.grad) write_gradient<kSpread>(args, group, row, slice, target.cls, coefficients);
+        reduce_team(team, state);
+        const auto coefficients = end.finish(row, target, target_logit, state, team.records());
+        if (p.grad) write_gradient<kSpread>(args, team, row, slice, target.cls, coefficients);
     });
-    group.part_company();
+    team.part_company();
     write_loss(args, end.sums);
 }
 
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, kSpread>)
     PixelTiles<Stored>(args).for_each([&](const Column& column, const Row& row, const Target& target,
                                           const RowSlice<Stored>& slice, bool exists) {
         const A bias = bias_of(args);
-        const SpreadReader<Stored> spread(p, args, row);
+        const SpreadReader<A> spread(p, args, row);
         auto state = SoftmaxState<A, kSpread>::empty();
         const int classes = target.ignored ? 0 : slice.count;
         for (int c = column.part * kClassesAtOnce; c < classes; c += column.parts * kClassesAtOnce) {
@@ -153,10 +153,9 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, kSpread>)
 }
 
 // One thread per row in shared memory: x holds its logits, then their exponentials, then the gradient.
-template <class Stored, bool kSpread>
-FL_DEVICE void staged_row(const RowArgs<acc_t<Stored>>& args, const Row& row, acc_t<Stored>* x,
-                          RowEnd<acc_t<Stored>>& end) {
-    using A = acc_t<Stored>;
+template <bool kSpread>
+FL_DEVICE void staged_row(const RowArgs<float>& args, const Row& row, float* x, RowEnd<float>& end) {
+    using A = float;
     const RowProblem& p = args.problem;
     const int classes = static_cast<int>(p.num_classes);
     const Target target = target_of(p, row);
@@ -171,7 +170,7 @@ FL_DEVICE void staged_row(const RowArgs<acc_t<Stored>>& args, const Row& row, ac
     auto state = State::empty();
     for (int c = 0; c < classes; ++c) state.max = State::larger(state.max, x[c]);
     const A pivot = State::pivot_of(state.max);
-    const SpreadReader<Stored> spread(p, args, row);
+    const SpreadReader<A> spread(p, args, row);
     for (int c = 0; c < classes; ++c) {
         const A distance = x[c] - pivot;
         x[c] = math::exp(distance);
@@ -182,22 +181,21 @@ FL_DEVICE void staged_row(const RowArgs<acc_t<Stored>>& args, const Row& row, ac
         x[c] = coefficients.of_exponential(x[c], kSpread ? spread(c) : A(0), c == target.cls);
 }
 
-template <class Stored, bool kSpread>
-__global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, kSpread>)
-    forward_staged(const __grid_constant__ RowArgs<acc_t<Stored>> args) {
-    using A = acc_t<Stored>;
-    __shared__ A memory[StagedTile<Stored>::kSize];
+template <bool kSpread>
+__global__ void __launch_bounds__(kBlock, kMinBlocks<float, kSpread>)
+    forward_staged(const __grid_constant__ RowArgs<float> args) {
+    __shared__ float memory[StagedTile::kSize];
     const RowProblem& p = args.problem;
-    const StagedTile<Stored> tile(memory, static_cast<int>(p.num_classes));
-    RowEnd<A> end(args);
-    for_each_tile(p, [&](std::int64_t first, int rows) {
+    const StagedTile tile(memory, p);
+    RowEnd<float> end(args);
+    tile.for_each([&](std::int64_t first, int rows) {
         const int me = threadIdx.x;
-        tile.read(as<Stored>(p.logits) + first * p.num_classes, rows);
+        tile.read_logits(first, rows);
         __syncthreads();
-        if (me < rows) staged_row<Stored, kSpread>(args, row_at(p, first + me), tile.row(me), end);
+        if (me < rows) staged_row<kSpread>(args, row_at(p, first + me), tile.row(me), end);
         if (!p.grad) return;
         __syncthreads();
-        tile.write(static_cast<Stored*>(p.grad) + first * p.num_classes, rows);
+        tile.write_gradient(first, rows);
     });
     write_loss(args, end.sums);
 }
@@ -226,18 +224,18 @@ cudaError_t enqueue_forward(const RowProblem& p, const LossOutput& out, cudaStre
         switch (regime_of(p)) {
             case Regime::kStaged:
                 if constexpr (!std::is_same_v<Stored, double>)
-                    return launch(forward_staged<Stored, kSpread>, blocks_for(p.rows(), kBlock), stream, args);
+                    return launch(forward_staged<kSpread>, blocks_for(p.rows(), kBlock), stream, args);
                 break;
             case Regime::kThread:
                 return launch_pixels<Stored>(forward_by_thread<Stored, kSpread>, args, stream);
             case Regime::kLanes:
                 if constexpr (!std::is_same_v<Stored, double>)
-                    return launch_rows<kLanes, Stored>(forward_by_group<Stored, kLanes, kSpread>, args, stream);
+                    return launch_rows<Stored>(forward_by_group<Stored, Lanes, kSpread>, kLanes, args, stream);
                 break;
             case Regime::kWarp:
-                return launch_rows<32, Stored>(forward_by_group<Stored, 32, kSpread>, args, stream);
+                return launch_rows<Stored>(forward_by_group<Stored, Group, kSpread>, 32, args, stream);
             case Regime::kBlock:
-                return launch_rows<kBlock, Stored>(forward_by_group<Stored, kBlock, kSpread>, args, stream);
+                return launch_rows<Stored>(forward_by_group<Stored, Group, kSpread>, kBlock, args, stream);
         }
         return cudaErrorInvalidValue;
     });

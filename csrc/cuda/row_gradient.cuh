@@ -37,10 +37,8 @@ FL_DEVICE void write_zeros(const RowProblem& p, const Team& team, const Row& row
     });
 }
 
-template <class Stored, bool kSpread>
+template <class A, bool kSpread>
 struct SoftmaxGradient {
-    using A = acc_t<Stored>;
-
     FL_DEVICE SoftmaxGradient(const RowArgs<A>& args, const Row& row, int own, const Coefficients<A>& c)
         : spread(args.problem, args, row), bias(bias_of(args)), target(own), coefficients(c) {}
 
@@ -49,40 +47,21 @@ struct SoftmaxGradient {
         return coefficients.at(own ? z + bias : z, kSpread ? spread(c) : A(0), own);
     }
 
-    const SpreadReader<Stored> spread;
+    const SpreadReader<A> spread;
     const A bias;
     const int target;
     const Coefficients<A>& coefficients;
 };
 
-// By a part of a warp, a warp, or the blocks of a cluster.
-template <bool kSpread, class Stored, int kThreads>
-FL_DEVICE void write_gradient(const RowArgs<acc_t<Stored>>& args, const Group<kThreads>& group, const Row& row,
-                              const RowSlice<Stored>& slice, int target,
-                              const Coefficients<acc_t<Stored>>& coefficients) {
-    using A = acc_t<Stored>;
-    const std::int64_t from = slice.stride, to = args.problem.grad_class_stride;
-    Stored* const grad = gradient_row<Stored>(args.problem, row) + slice.first * to;
-    const bool vectors = from == 1 && to == 1 && misalignment(slice.logits) == misalignment(grad);
-    const SoftmaxGradient<Stored, kSpread> gradient(args, row, target, coefficients);
-    group.walk(slice.logits, slice.count, vectors, [&]<int kCount>(Count<kCount>, int c) {
-        A z[kCount];
-        load(slice.logits + c * from, z);
-#pragma unroll
-        for (int k = 0; k < kCount; ++k) z[k] = gradient(z[k], slice.first + c + k);
-        store(grad + c * to, z);
-    });
-}
-
-// By a thread, or a few that share a pixel.
+// Some classes at a time: by a thread, or by a few that share a pixel.
 template <bool kSpread, class Stored, class Team>
-FL_DEVICE void write_gradient(const RowArgs<acc_t<Stored>>& args, const Team& team, const Row& row,
-                              const RowSlice<Stored>& slice, int target,
-                              const Coefficients<acc_t<Stored>>& coefficients) {
+FL_DEVICE void write_column_gradient(const RowArgs<acc_t<Stored>>& args, const Team& team, const Row& row,
+                                     const RowSlice<Stored>& slice, int target,
+                                     const Coefficients<acc_t<Stored>>& coefficients) {
     using A = acc_t<Stored>;
     Stored* const grad = gradient_row<Stored>(args.problem, row);
     const std::int64_t from = slice.stride, to = args.problem.grad_class_stride;
-    const SoftmaxGradient<Stored, kSpread> gradient(args, row, target, coefficients);
+    const SoftmaxGradient<A, kSpread> gradient(args, row, target, coefficients);
     for (int c = team.part * kClassesAtOnce; c < slice.count; c += team.parts * kClassesAtOnce) {
         A z[kClassesAtOnce];
 #pragma unroll
@@ -91,6 +70,25 @@ FL_DEVICE void write_gradient(const RowArgs<acc_t<Stored>>& args, const Team& te
         for (int k = 0; k < kClassesAtOnce; ++k)
             if (c + k < slice.count) grad[(c + k) * to] = to_stored<Stored>(gradient(z[k], c + k));
     }
+}
+
+template <bool kSpread, class Stored, class Team>
+FL_DEVICE void write_gradient(const RowArgs<acc_t<Stored>>& args, const Team& team, const Row& row,
+                              const RowSlice<Stored>& slice, int target,
+                              const Coefficients<acc_t<Stored>>& coefficients) {
+    if constexpr (Team::is_column) return write_column_gradient<kSpread>(args, team, row, slice, target, coefficients);
+    using A = acc_t<Stored>;
+    const std::int64_t from = slice.stride, to = args.problem.grad_class_stride;
+    Stored* const grad = gradient_row<Stored>(args.problem, row) + slice.first * to;
+    const bool vectors = from == 1 && to == 1 && misalignment(slice.logits) == misalignment(grad);
+    const SoftmaxGradient<A, kSpread> gradient(args, row, target, coefficients);
+    team.walk(slice.logits, slice.count, vectors, [&]<int kCount>(Count<kCount>, int c) {
+        A z[kCount];
+        load(slice.logits + c * from, z);
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) z[k] = gradient(z[k], slice.first + c + k);
+        store(grad + c * to, z);
+    });
 }
 
 }  // namespace fused_losses::cuda

@@ -8,6 +8,13 @@
 
 namespace fused_losses::cuda {
 
+// The lanes that share a row with this one.
+template <int kWidth>
+FL_DEVICE unsigned lanes_of_group() {
+    if constexpr (kWidth == 32) return 0xffffffffu;
+    return ((1u << kWidth % 32) - 1) << (threadIdx.x % 32 / kWidth * kWidth);
+}
+
 // Of the logits z seen so far: max, sum = sum exp(z - max) and, with kSpread, centred = sum u (z - pivot),
 // sum_u = sum u. The pivot is max, or 0 as long as max is -inf: -inf - -inf must not turn a row with masked
 // classes into NaN. NaN never becomes max, but makes sum NaN; so does +inf.
@@ -89,28 +96,30 @@ struct SoftmaxState {
 };
 
 // Combines the sums of all threads that share a row; each of them gets the result.
-template <int kThreads, class State>
-FL_DEVICE void reduce_team(Group<kThreads>& group, State& state) {
-    if constexpr (kThreads <= 32) {
-        state.template reduce_lanes<kThreads>();
-        state.template take_from_first_lane<kThreads>();
-    } else {
-        state.template reduce_lanes<32>();
-        constexpr int warps = kThreads / 32;
-        __shared__ State of_warp[warps], of_block;
-        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-        if (lane == 0) of_warp[warp] = state;
-        __syncthreads();
-        if (warp == 0) {
-            state = of_warp[lane % warps];
-            state.template reduce_lanes<warps>();
-            if (lane == 0) of_block = state;
-        }
-        __syncthreads();  // the next row writes of_block after one more barrier
-        state = of_block;
-        group.turn ^= 1;
-        combine_over_cluster(state, group.turn, [](State& mine, const State& other) { mine.merge(other); });
+template <class State>
+FL_DEVICE void reduce_team(const Lanes&, State& state) {
+    state.template reduce_lanes<kLanes>();
+    state.template take_from_first_lane<kLanes>();
+}
+
+template <class State>
+FL_DEVICE void reduce_team(Group& group, State& state) {
+    state.template reduce_lanes<32>();
+    if (group.threads < kBlock) return state.template take_from_first_lane<32>();
+    constexpr int warps = kBlock / 32;
+    __shared__ State of_warp[warps], of_block;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (lane == 0) of_warp[warp] = state;
+    __syncthreads();
+    if (warp == 0) {
+        state = of_warp[lane % warps];
+        state.template reduce_lanes<warps>();
+        if (lane == 0) of_block = state;
     }
+    __syncthreads();  // the next row writes of_block after one more barrier
+    state = of_block;
+    group.turn ^= 1;
+    combine_over_cluster(state, group.turn, [](State& mine, const State& other) { mine.merge(other); });
 }
 
 template <class State>

@@ -1,8 +1,9 @@
 // The threads that share a row. Every kind of team offers
 //
-//     walk(row, count, vectors, body)   body(Count<n>, c) so that each class of [0, count) is one thread's
-//     reduce(numbers, combine)          over all threads, in an order that depends on the team's size alone; all get it
-//     records()                         whether this thread is the one that writes what there is one of per row
+//     walk<kBytes>(row, count, vectors, body)   body(Count<n>, c) so that each class of [0, count) is one thread's
+//     reduce(numbers, combine)                  over all threads, in an order that depends on the team's size alone; all
+//                                               of them get the result
+//     records()                                 whether this thread writes what there is one of per row
 #pragma once
 
 #include "cuda/cluster.cuh"
@@ -10,13 +11,6 @@
 #include "cuda/row_access.cuh"
 
 namespace fused_losses::cuda {
-
-// The lanes that share a row with this one.
-template <int kWidth>
-FL_DEVICE unsigned lanes_of_group() {
-    if constexpr (kWidth == 32) return 0xffffffffu;
-    return ((1u << kWidth % 32) - 1) << (threadIdx.x % 32 / kWidth * kWidth);
-}
 
 struct Plus {
     template <class A>
@@ -46,9 +40,12 @@ struct Numbers {
 
 // A thread that has its row for itself.
 struct Alone {
+    static constexpr bool is_column = true;
     static constexpr int part = 0, parts = 1;
 
-    template <class Stored, class Body>
+    FL_DEVICE explicit Alone(const Residence& = {}) {}
+
+    template <int kBytes = 16, class Stored, class Body>
     FL_DEVICE void walk(const Stored*, int count, bool, Body body) const {
         for (int c = 0; c < count; ++c) body(Count<1>{}, c);
     }
@@ -62,12 +59,13 @@ struct Alone {
 
 // Threads of a block that are `pixels` apart share a pixel; neighbours have neighbouring pixels.
 struct Column {
+    static constexpr bool is_column = true;
     int pixels, pixel, part, parts;
 
     FL_DEVICE explicit Column(int count)
         : pixels(count), pixel(threadIdx.x % count), part(threadIdx.x / count), parts(kBlock / count) {}
 
-    template <class Stored, class Body>
+    template <int kBytes = 16, class Stored, class Body>
     FL_DEVICE void walk(const Stored*, int count, bool, Body body) const {
         for (int c = part; c < count; c += parts) body(Count<1>{}, c);
     }
@@ -92,41 +90,51 @@ struct Column {
     FL_DEVICE bool records() const { return part == 0; }
 };
 
-// Some lanes of a warp, a warp or a block; or all blocks of a cluster.
-template <int kThreads>
+// kLanes lanes of a warp.
+struct Lanes {
+    static constexpr bool is_column = false, holds_rows = false;
+    const int lane = threadIdx.x % kLanes;
+
+    FL_DEVICE explicit Lanes(const Residence&) {}
+
+    template <int kBytes = 16, class Stored, class Body>
+    FL_DEVICE void walk(const Stored* row, int count, bool vectors, Body body) const {
+        walk_classes<kBytes>(row, count, vectors, lane, kLanes, body);
+    }
+
+    FL_DEVICE std::int64_t count() const { return std::int64_t(gridDim.x) * (kBlock / kLanes); }
+    FL_DEVICE std::int64_t number() const { return std::int64_t(blockIdx.x) * (kBlock / kLanes) + threadIdx.x / kLanes; }
+    FL_DEVICE bool records() const { return lane == 0; }
+    FL_DEVICE void sync() const {}
+    FL_DEVICE void part_company() const {}
+};
+
+// A warp, a block, or all blocks of a cluster. Decided at run time: half as many kernels to compile.
 struct Group {
-    int lane = threadIdx.x % kThreads;
+    static constexpr bool is_column = false, holds_rows = true;
+    const int threads, lane;  // in this block
     int turn = 0;
 
-    template <class Stored, class Body>
+    FL_DEVICE explicit Group(const Residence& plan) : threads(plan.threads), lane(threadIdx.x % plan.threads) {}
+
+    template <int kBytes = 16, class Stored, class Body>
     FL_DEVICE void walk(const Stored* row, int count, bool vectors, Body body) const {
-        walk_classes<kThreads>(row, count, vectors, lane, body);
+        walk_classes<kBytes>(row, count, vectors, lane, threads, body);
     }
 
-    FL_DEVICE static constexpr bool may_be_cluster() { return kThreads == kBlock; }
-
-    // Of all groups of the grid, and this one among them.
-    FL_DEVICE std::int64_t count() const {
-        return may_be_cluster() ? std::int64_t(gridDim.x) / cluster_size() : std::int64_t(gridDim.x) * (kBlock / kThreads);
-    }
+    // Of all groups of the grid, and this one among them. Only blocks form clusters.
+    FL_DEVICE std::int64_t count() const { return std::int64_t(gridDim.x / cluster_size()) * (kBlock / threads); }
     FL_DEVICE std::int64_t number() const {
-        if (may_be_cluster()) return blockIdx.x / cluster_size();
-        return std::int64_t(blockIdx.x) * (kBlock / kThreads) + threadIdx.x / kThreads;
+        return std::int64_t(blockIdx.x / cluster_size()) * (kBlock / threads) + threadIdx.x / threads;
     }
 
-    FL_DEVICE bool records() const { return lane == 0 && (!may_be_cluster() || cluster_rank() == 0); }
+    FL_DEVICE bool records() const { return lane == 0 && cluster_rank() == 0; }
 
     // What the group's threads in this block have written to shared memory is there for all of them.
-    FL_DEVICE void sync() const {
-        if constexpr (kThreads > 32)
-            __syncthreads();
-        else
-            __syncwarp(lanes_of_group<kThreads>());
-    }
+    FL_DEVICE void sync() const { threads == kBlock ? __syncthreads() : __syncwarp(); }
 
     template <class A, int n, class Combine>
     FL_DEVICE void reduce(Numbers<A, n>& x, Combine combine) {
-        static_assert(kThreads >= 32);
 #pragma unroll
         for (int distance = 16; distance > 0; distance /= 2) {
 #pragma unroll
@@ -136,27 +144,23 @@ struct Group {
                 x.v[i] = (threadIdx.x & distance) ? combine(other, x.v[i]) : combine(x.v[i], other);
             }
         }
-        if constexpr (kThreads > 32) {
-            constexpr int warps = kThreads / 32;
-            __shared__ Numbers<A, n> of_warp[2][warps];
-            turn ^= 1;  // who is late reads one half while others write to the other
-            if (threadIdx.x % 32 == 0) of_warp[turn][threadIdx.x / 32] = x;
-            __syncthreads();
-            x = of_warp[turn][0];
-            for (int i = 1; i < warps; ++i) x.take(of_warp[turn][i], combine);
-            combine_over_cluster(x, turn, [&](Numbers<A, n>& mine, const Numbers<A, n>& other) {
-                mine.take(other, combine);
-            });
-        }
+        if (threads < kBlock) return;
+        constexpr int warps = kBlock / 32;
+        __shared__ Numbers<A, n> of_warp[2][warps];
+        turn ^= 1;  // who is late reads one half while others write to the other
+        if (threadIdx.x % 32 == 0) of_warp[turn][threadIdx.x / 32] = x;
+        __syncthreads();
+        x = of_warp[turn][0];
+        for (int i = 1; i < warps; ++i) x.take(of_warp[turn][i], combine);
+        combine_over_cluster(x, turn, [&](Numbers<A, n>& mine, const Numbers<A, n>& other) {
+            mine.take(other, combine);
+        });
     }
 
     // For all threads, at the end: nobody may read the shared memory of a block that has finished.
     FL_DEVICE void part_company() const {
-        if (may_be_cluster() && cluster_size() > 1) sync_cluster();
+        if (cluster_size() > 1) sync_cluster();
     }
 };
-
-template <int kThreads>
-using TeamOf = std::conditional_t<kThreads == 1, Alone, Group<kThreads>>;
 
 }  // namespace fused_losses::cuda

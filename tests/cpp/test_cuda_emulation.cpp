@@ -166,7 +166,7 @@ void test_walk() {
                 int singles = 0;
                 bool aligned = true;
                 for (int lane = 0; lane < kThreads; ++lane)
-                    walk_classes<kThreads>(row, classes, vectors, lane, [&]<int kCount>(Count<kCount>, int c) {
+                    walk_classes(row, classes, vectors, lane, kThreads, [&]<int kCount>(Count<kCount>, int c) {
                         for (int k = 0; k < kCount; ++k) ++visits[std::min(c + k, classes)];
                         aligned &= kCount == 1 || misalignment(row + c) == 0;
                         singles += kCount == 1;
