@@ -65,21 +65,29 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<float>)
     });
 }
 
-}  // namespace
-
-cudaError_t enqueue_pass_gradient(const RowProblem& p, cudaStream_t stream) {
-    if (p.rows() == 0) return cudaSuccess;
-    return dispatch_pass(p, [&]<class Stored, class Loss>(const RowProblem& q) {
-        RowArgs<acc_t<Stored>> args(q);
-        const Regime regime = pass_regime<Stored>(q);
+template <class Given>
+cudaError_t enqueue_gradient_of(const RowProblem& given, cudaStream_t stream) {
+    return dispatch_pass<Given>(given, [&]<class Stored>(const RowProblem& p) {
+        using Loss = typename RunAs<Given>::type;
+        RowArgs<acc_t<Stored>> args(p);
+        const Regime regime = pass_regime<Stored>(p);
         if constexpr (!std::is_same_v<Stored, double>) {
-            const unsigned blocks = blocks_for(q.rows(), kBlock);
+            const unsigned blocks = blocks_for(p.rows(), kBlock);
             if (regime == Regime::kStaged) return launch(gradient_staged<Loss>, blocks, stream, args);
             if (regime == Regime::kThread) return launch(gradient<Stored, Loss, Alone>, blocks, stream, args);
         }
         args.residence.threads = threads_of(regime);
-        return launch(gradient<Stored, Loss, Group>, blocks_for(q.rows(), kBlock / threads_of(regime)), stream, args);
+        return launch(gradient<Stored, Loss, Group>, blocks_for(p.rows(), kBlock / threads_of(regime)), stream, args);
     });
+}
+
+}  // namespace
+
+cudaError_t enqueue_pass_gradient(const RowProblem& p, cudaStream_t stream) {
+    if (p.rows() == 0) return cudaSuccess;
+    cudaError_t error = cudaErrorInvalidValue;
+    visit_pass_loss(p.loss, [&]<class Loss>() { error = enqueue_gradient_of<Loss>(p, stream); });
+    return error;
 }
 
 }  // namespace fused_losses::cuda

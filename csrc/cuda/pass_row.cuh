@@ -75,22 +75,18 @@ struct RunAs<OfShares<NFL>> {
     }
 };
 
-// Calls body.operator()<Stored, Loss>(problem) with the kernel's loss and its parameters.
-template <class Body>
+// Calls body.operator()<Stored>(problem) for the problem's dtype, with the parameters of the loss that Given runs as.
+template <class Given, class Body>
 cudaError_t dispatch_pass(const RowProblem& given, Body body) {
-    cudaError_t error = cudaErrorInvalidValue;
     RowProblem p = given;
-    visit_pass_loss(p.loss, [&]<class Given>() {
-        using Loss = typename RunAs<Given>::type;
-        RunAs<Given>::convert(p.params);
-        switch (p.dtype) {
-            case Dtype::kFloat64: error = body.template operator()<double, Loss>(p); break;
-            case Dtype::kFloat32: error = body.template operator()<float, Loss>(p); break;
-            case Dtype::kFloat16: error = body.template operator()<Half, Loss>(p); break;
-            case Dtype::kBFloat16: error = body.template operator()<BFloat16, Loss>(p); break;
-        }
-    });
-    return error;
+    RunAs<Given>::convert(p.params);
+    switch (p.dtype) {
+        case Dtype::kFloat64: return body.template operator()<double>(p);
+        case Dtype::kFloat32: return body.template operator()<float>(p);
+        case Dtype::kFloat16: return body.template operator()<Half>(p);
+        case Dtype::kBFloat16: return body.template operator()<BFloat16>(p);
+    }
+    return cudaErrorInvalidValue;
 }
 
 }  // namespace fused_losses::cuda

@@ -1,6 +1,6 @@
-// Rows whose classes are far apart, such as the pixels of NCHW: neighbouring threads have neighbouring rows. With a tile
-// [classes][pixels] of them in shared memory they are read from device memory once, by 16 bytes, and several threads may
-// share a pixel.
+// Rows whose classes are far apart, such as the pixels of NCHW: neighbouring threads have neighbouring rows. With a
+// tile [classes][pixels] of them in shared memory they are read from device memory once, by 16 bytes, and several
+// threads may share a pixel.
 #pragma once
 
 #include "cuda/resident_row.cuh"
@@ -51,7 +51,7 @@ private:
         for (int c = threadIdx.x / per_class; c < classes; c += kBlock / per_class) {
             const Stored* const x = from + c * p.logits_class_stride;
             Stored* const y = to + c * pitch;
-            walk_vectors(x, count, lane, per_class, [&]<int kCount>(Count<kCount>, int i) {
+            walk_vectors(x, count, true, lane, per_class, [&]<int kCount>(Count<kCount>, int i) {
                 if constexpr (kCount == 1)
                     y[i] = x[i];
                 else

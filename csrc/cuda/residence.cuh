@@ -42,8 +42,7 @@ cudaError_t find_room(Kernel* kernel, Room& room) {
     ask(&reserved, cudaDevAttrReservedSharedMemoryPerBlock);
     ask(&clusters, cudaDevAttrClusterLaunch);
     if (error == cudaSuccess) error = cudaFuncGetAttributes(&function, kernel);
-    if (error == cudaSuccess)
-        error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&room.blocks, kernel, kBlock, 0);
+    if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&room.blocks, kernel, kBlock, 0);
     const int fixed = static_cast<int>(function.sharedSizeBytes);
     room.per_block = optin - fixed;
     room.fixed = fixed + reserved;
@@ -138,7 +137,8 @@ cudaError_t launch_resident(void (*kernel)(Params...), const Room& room, const R
         resident = std::int64_t(std::max(clusters, 1)) * plan.cluster;
     }
     const std::int64_t most = kMaxBlocks / plan.cluster * plan.cluster;
-    config.gridDim = dim3(static_cast<unsigned>(std::clamp<std::int64_t>(wanted, plan.cluster, std::min(resident, most))));
+    config.gridDim =
+        dim3(static_cast<unsigned>(std::clamp<std::int64_t>(wanted, plan.cluster, std::min(resident, most))));
     return cudaLaunchKernelEx(&config, kernel, args...);
 }
 

@@ -159,7 +159,7 @@ private:
     const A keep, uniform;
 };
 
-// ---- The classes of a row, shared by kThreads threads --------------------------------------------------------------
+// ---- The classes of a row, shared by some threads ------------------------------------------------------------------
 
 constexpr int kClassesAtOnce = 8;  // loads in flight where a thread walks over a row alone
 
@@ -174,23 +174,17 @@ FL_DEVICE int misalignment(const Stored* pointer) {  // in elements
     return static_cast<int>(reinterpret_cast<std::uintptr_t>(pointer) % 16 / sizeof(Stored));
 }
 
-// Calls body(Count<n>, i) so that all elements are covered once by [i, i + n), shared by `threads` threads. n is a full
-// access of kBytes wherever x + i is aligned; the few elements before the first and after the last boundary are taken
-// one by one.
+// Calls body(Count<n>, i) so that all elements are covered once by [i, i + n), shared by `threads` threads. With
+// `vectors` n is a full access of kBytes wherever x + i is aligned; the few elements before the first and after the last
+// boundary are taken one by one, as all are without.
 template <int kBytes = 16, class Stored, class Body>
-FL_DEVICE void walk_vectors(const Stored* x, int count, int lane, int threads, Body body) {
+FL_DEVICE void walk_vectors(const Stored* x, int count, bool vectors, int lane, int threads, Body body) {
     constexpr int n = kBytes / sizeof(Stored);
-    const int head = min(count, (n - misalignment(x) % n) % n);
+    const int head = n > 1 && vectors ? min(count, (n - misalignment(x) % n) % n) : count;
     const int tail = (count - head) % n;
     for (int i = lane; i < head + tail; i += threads) body(Count<1>{}, i < head ? i : count - tail + (i - head));
-    for (int i = head + lane * n; i < count - tail; i += threads * n) body(Count<n>{}, i);
-}
-
-// The same for the classes of a row; one by one without `vectors`.
-template <int kBytes = 16, class Stored, class Body>
-FL_DEVICE void walk_classes(const Stored* row, int classes, bool vectors, int lane, int threads, Body body) {
-    if (vectors) return walk_vectors<kBytes>(row, classes, lane, threads, body);
-    for (int c = lane; c < classes; c += threads) body(Count<1>{}, c);
+    if constexpr (n > 1)
+        for (int i = head + lane * n; i < count - tail; i += threads * n) body(Count<n>{}, i);
 }
 
 // What one access moves.

@@ -84,32 +84,32 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, kSpread>)
     const RowProblem& p = args.problem;
     Team team(args.residence);
     RowEnd<A> end(args);
-    RowReader<Stored, Team>(args, team).for_each([&](const Row& row, const Target& target,
-                                                          const RowSlice<Stored>& slice) {
-        if (target.ignored) {  // for the whole group
-            end.ignore(row, team.records());
-            if (p.grad) write_zeros(p, team, row, slice);
-            return;
-        }
-        const A bias = bias_of(args);
-        const A target_logit = target.cls < 0 ? A(0) : logit_of(p, row, slice, target.cls) + bias;
-        const SpreadReader<A> spread(p, args, row);
-        auto state = SoftmaxState<A, kSpread>::empty();
-        team.walk(slice.logits, slice.count, slice.stride == 1, [&]<int kCount>(Count<kCount>, int c) {
-            A z[kCount], u[kCount];
-            load(slice.logits + c * slice.stride, z);
-#pragma unroll
-            for (int k = 0; k < kCount; ++k) {
-                const int cls = slice.first + c + k;
-                if (cls == target.cls) z[k] += bias;
-                u[k] = kSpread ? spread(cls) : A(0);
+    RowReader<Stored, Team>(args, team)
+        .for_each([&](const Row& row, const Target& target, const RowSlice<Stored>& slice) {
+            if (target.ignored) {  // for the whole group
+                end.ignore(row, team.records());
+                if (p.grad) write_zeros(p, team, row, slice);
+                return;
             }
-            state.push(z, u);
+            const A bias = bias_of(args);
+            const A target_logit = target.cls < 0 ? A(0) : logit_of(p, row, slice, target.cls) + bias;
+            const SpreadReader<A> spread(p, args, row);
+            auto state = SoftmaxState<A, kSpread>::empty();
+            team.walk(slice.logits, slice.count, slice.stride == 1, [&]<int kCount>(Count<kCount>, int c) {
+                A z[kCount], u[kCount];
+                load(slice.logits + c * slice.stride, z);
+#pragma unroll
+                for (int k = 0; k < kCount; ++k) {
+                    const int cls = slice.first + c + k;
+                    if (cls == target.cls) z[k] += bias;
+                    u[k] = kSpread ? spread(cls) : A(0);
+                }
+                state.push(z, u);
+            });
+            reduce_team(team, state);
+            const auto coefficients = end.finish(row, target, target_logit, state, team.records());
+            if (p.grad) write_gradient<kSpread>(args, team, row, slice, target.cls, coefficients);
         });
-        reduce_team(team, state);
-        const auto coefficients = end.finish(row, target, target_logit, state, team.records());
-        if (p.grad) write_gradient<kSpread>(args, team, row, slice, target.cls, coefficients);
-    });
     team.part_company();
     write_loss(args, end.sums);
 }
@@ -121,34 +121,34 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, kSpread>)
     using A = acc_t<Stored>;
     const RowProblem& p = args.problem;
     RowEnd<A> end(args);
-    PixelTiles<Stored>(args).for_each([&](const Column& column, const Row& row, const Target& target,
-                                          const RowSlice<Stored>& slice, bool exists) {
-        const A bias = bias_of(args);
-        const SpreadReader<A> spread(p, args, row);
-        auto state = SoftmaxState<A, kSpread>::empty();
-        const int classes = target.ignored ? 0 : slice.count;
-        for (int c = column.part * kClassesAtOnce; c < classes; c += column.parts * kClassesAtOnce) {
-            A z[kClassesAtOnce], u[kClassesAtOnce];
+    PixelTiles<Stored>(args).for_each(
+        [&](const Column& column, const Row& row, const Target& target, const RowSlice<Stored>& slice, bool exists) {
+            const A bias = bias_of(args);
+            const SpreadReader<A> spread(p, args, row);
+            auto state = SoftmaxState<A, kSpread>::empty();
+            const int classes = target.ignored ? 0 : slice.count;
+            for (int c = column.part * kClassesAtOnce; c < classes; c += column.parts * kClassesAtOnce) {
+                A z[kClassesAtOnce], u[kClassesAtOnce];
 #pragma unroll
-            for (int k = 0; k < kClassesAtOnce; ++k) {  // beyond the last class: masked, of weight zero
-                const bool valid = c + k < classes;
-                z[k] = valid ? to_acc(slice.logits[(c + k) * slice.stride]) : -std::numeric_limits<A>::infinity();
-                if (c + k == target.cls) z[k] += bias;
-                u[k] = kSpread && valid ? spread(c + k) : A(0);
+                for (int k = 0; k < kClassesAtOnce; ++k) {  // beyond the last class: masked, of weight zero
+                    const bool valid = c + k < classes;
+                    z[k] = valid ? to_acc(slice.logits[(c + k) * slice.stride]) : -std::numeric_limits<A>::infinity();
+                    if (c + k == target.cls) z[k] += bias;
+                    u[k] = kSpread && valid ? spread(c + k) : A(0);
+                }
+                state.push(z, u);
             }
-            state.push(z, u);
-        }
-        reduce_team(column, state);
-        if (!exists) return;
-        if (target.ignored) {
-            end.ignore(row, column.records());
-            if (p.grad) write_zeros(p, column, row, slice);
-            return;
-        }
-        const A target_logit = target.cls < 0 ? A(0) : to_acc(slice.logits[target.cls * slice.stride]) + bias;
-        const auto coefficients = end.finish(row, target, target_logit, state, column.records());
-        if (p.grad) write_gradient<kSpread>(args, column, row, slice, target.cls, coefficients);
-    });
+            reduce_team(column, state);
+            if (!exists) return;
+            if (target.ignored) {
+                end.ignore(row, column.records());
+                if (p.grad) write_zeros(p, column, row, slice);
+                return;
+            }
+            const A target_logit = target.cls < 0 ? A(0) : to_acc(slice.logits[target.cls * slice.stride]) + bias;
+            const auto coefficients = end.finish(row, target, target_logit, state, column.records());
+            if (p.grad) write_gradient<kSpread>(args, column, row, slice, target.cls, coefficients);
+        });
     write_loss(args, end.sums);
 }
 
@@ -226,14 +226,12 @@ cudaError_t enqueue_forward(const RowProblem& p, const LossOutput& out, cudaStre
                 if constexpr (!std::is_same_v<Stored, double>)
                     return launch(forward_staged<kSpread>, blocks_for(p.rows(), kBlock), stream, args);
                 break;
-            case Regime::kThread:
-                return launch_pixels<Stored>(forward_by_thread<Stored, kSpread>, args, stream);
+            case Regime::kThread: return launch_pixels<Stored>(forward_by_thread<Stored, kSpread>, args, stream);
             case Regime::kLanes:
                 if constexpr (!std::is_same_v<Stored, double>)
                     return launch_rows<Stored>(forward_by_group<Stored, Lanes, kSpread>, kLanes, args, stream);
                 break;
-            case Regime::kWarp:
-                return launch_rows<Stored>(forward_by_group<Stored, Group, kSpread>, 32, args, stream);
+            case Regime::kWarp: return launch_rows<Stored>(forward_by_group<Stored, Group, kSpread>, 32, args, stream);
             case Regime::kBlock:
                 return launch_rows<Stored>(forward_by_group<Stored, Group, kSpread>, kBlock, args, stream);
         }

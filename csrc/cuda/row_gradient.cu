@@ -81,8 +81,7 @@ cudaError_t enqueue_gradient(const RowProblem& p, cudaStream_t stream) {
         };
         switch (regime_of(p)) {
             case Regime::kStaged:
-                if constexpr (!std::is_same_v<Stored, double>)
-                    return with_threads(gradient_staged<kSpread>, 1);
+                if constexpr (!std::is_same_v<Stored, double>) return with_threads(gradient_staged<kSpread>, 1);
                 break;
             case Regime::kThread: return with_threads(gradient<Stored, Alone, kSpread>, 1);
             case Regime::kLanes:

@@ -65,7 +65,8 @@ FL_DEVICE void write_column_gradient(const RowArgs<acc_t<Stored>>& args, const T
     for (int c = team.part * kClassesAtOnce; c < slice.count; c += team.parts * kClassesAtOnce) {
         A z[kClassesAtOnce];
 #pragma unroll
-        for (int k = 0; k < kClassesAtOnce; ++k) z[k] = c + k < slice.count ? to_acc(slice.logits[(c + k) * from]) : A(0);
+        for (int k = 0; k < kClassesAtOnce; ++k)
+            z[k] = c + k < slice.count ? to_acc(slice.logits[(c + k) * from]) : A(0);
 #pragma unroll
         for (int k = 0; k < kClassesAtOnce; ++k)
             if (c + k < slice.count) grad[(c + k) * to] = to_stored<Stored>(gradient(z[k], c + k));

@@ -49,7 +49,7 @@ private:
 
     template <class Stored>
     FL_DEVICE void read(const Stored* from, int rows) const {
-        walk_vectors(from, rows * classes, threadIdx.x, kBlock, [&]<int kCount>(Count<kCount>, int e) {
+        walk_vectors(from, rows * classes, true, threadIdx.x, kBlock, [&]<int kCount>(Count<kCount>, int e) {
             float values[kCount];
             load(from + e, values);
             each<kCount>(e, [&](int k, float& place) { place = values[k]; });
@@ -58,7 +58,7 @@ private:
 
     template <class Stored>
     FL_DEVICE void write(Stored* to, int rows) const {
-        walk_vectors(to, rows * classes, threadIdx.x, kBlock, [&]<int kCount>(Count<kCount>, int e) {
+        walk_vectors(to, rows * classes, true, threadIdx.x, kBlock, [&]<int kCount>(Count<kCount>, int e) {
             float values[kCount];
             each<kCount>(e, [&](int k, float& place) { values[k] = place; });
             store(to + e, values);

@@ -1,7 +1,8 @@
 // The threads that share a row. Every kind of team offers
 //
 //     walk<kBytes>(row, count, vectors, body)   body(Count<n>, c) so that each class of [0, count) is one thread's
-//     reduce(numbers, combine)                  over all threads, in an order that depends on the team's size alone; all
+//     reduce(numbers, combine)                  over all threads, in an order that depends on the team's size alone;
+//     all
 //                                               of them get the result
 //     records()                                 whether this thread writes what there is one of per row
 #pragma once
@@ -99,11 +100,13 @@ struct Lanes {
 
     template <int kBytes = 16, class Stored, class Body>
     FL_DEVICE void walk(const Stored* row, int count, bool vectors, Body body) const {
-        walk_classes<kBytes>(row, count, vectors, lane, kLanes, body);
+        walk_vectors<kBytes>(row, count, vectors, lane, kLanes, body);
     }
 
     FL_DEVICE std::int64_t count() const { return std::int64_t(gridDim.x) * (kBlock / kLanes); }
-    FL_DEVICE std::int64_t number() const { return std::int64_t(blockIdx.x) * (kBlock / kLanes) + threadIdx.x / kLanes; }
+    FL_DEVICE std::int64_t number() const {
+        return std::int64_t(blockIdx.x) * (kBlock / kLanes) + threadIdx.x / kLanes;
+    }
     FL_DEVICE bool records() const { return lane == 0; }
     FL_DEVICE void sync() const {}
     FL_DEVICE void part_company() const {}
@@ -119,7 +122,7 @@ struct Group {
 
     template <int kBytes = 16, class Stored, class Body>
     FL_DEVICE void walk(const Stored* row, int count, bool vectors, Body body) const {
-        walk_classes<kBytes>(row, count, vectors, lane, threads, body);
+        walk_vectors<kBytes>(row, count, vectors, lane, threads, body);
     }
 
     // Of all groups of the grid, and this one among them. Only blocks form clusters.
@@ -152,9 +155,8 @@ struct Group {
         __syncthreads();
         x = of_warp[turn][0];
         for (int i = 1; i < warps; ++i) x.take(of_warp[turn][i], combine);
-        combine_over_cluster(x, turn, [&](Numbers<A, n>& mine, const Numbers<A, n>& other) {
-            mine.take(other, combine);
-        });
+        combine_over_cluster(x, turn,
+                             [&](Numbers<A, n>& mine, const Numbers<A, n>& other) { mine.take(other, combine); });
     }
 
     // For all threads, at the end: nobody may read the shared memory of a block that has finished.

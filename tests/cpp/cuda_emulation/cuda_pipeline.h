@@ -1,5 +1,5 @@
-// Stands in for the CUDA toolkit's header of this name. A copy that a thread has begun is done at once or when the thread
-// waits for it, by chance: whoever reads too early, or what is overwritten too early, shows.
+// Stands in for the CUDA toolkit's header of this name. A copy that a thread has begun is done at once or when the
+// thread waits for it, by chance: whoever reads too early, or what is overwritten too early, shows.
 #pragma once
 
 #include "scheduler.h"

@@ -30,8 +30,9 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 // A device with room for so many blocks at the same time.
 namespace cuda_emulation {
 inline int multiprocessors = 3, blocks_per_multiprocessor = 2;
-inline int shared_per_block = int(fused_losses::cuda::kMostDynamicShared), shared_per_multiprocessor = 2 * shared_per_block;
-inline int clusters = 1;         // whether it can launch them
+inline int shared_per_block = int(fused_losses::cuda::kMostDynamicShared),
+           shared_per_multiprocessor = 2 * shared_per_block;
+inline int clusters = 1;        // whether it can launch them
 inline unsigned clustered = 0;  // how many launches had clusters
 }  // namespace cuda_emulation
 

@@ -25,7 +25,8 @@ struct alignas(16) double2 {
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
-// ---- Barriers, fences and clusters -------------------------------------------------------------------------------------------
+// ---- Barriers, fences and clusters
+// -------------------------------------------------------------------------------------------
 
 namespace cuda_emulation {
 

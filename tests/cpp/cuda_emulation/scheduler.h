@@ -8,11 +8,12 @@
 //   list of who waits where. So does one that spins for ever.
 //
 // Not emulated, so errors in it are not found: the memory model (every write is seen at once by all: no missing fence
-// shows), caches and alignment of accesses (but the sanitizers see those of vectors), lanes in lockstep, clusters of more
-// than one dimension, asynchronous copies in groups and TMA, tensor cores, textures, PTX, streams (a launch has ended
-// when it returns), fast approximate mathematics, out-of-bounds accesses within the static shared memory other than those
-// -fsanitize=bounds knows, limits of registers and of the grid. A spin loop must call __nanosleep or an atomic
-// function. The program must be linked dynamically, without other thread_local variables (clang: -shared-libsan).
+// shows), caches and alignment of accesses (but the sanitizers see those of vectors), lanes in lockstep, clusters of
+// more than one dimension, asynchronous copies in groups and TMA, tensor cores, textures, PTX, streams (a launch has
+// ended when it returns), fast approximate mathematics, out-of-bounds accesses within the static shared memory other
+// than those -fsanitize=bounds knows, limits of registers and of the grid. A spin loop must call __nanosleep or an
+// atomic function. The program must be linked dynamically, without other thread_local variables (clang:
+// -shared-libsan).
 #pragma once
 
 #include <link.h>
@@ -272,11 +273,12 @@ inline void wait_for_cluster(const char* function, const Location& where) {
     each_thread([&](Block&, Thread& thread) {
         complete &= thread.state == State::kAtCluster || thread.state == State::kFinished;
     });
-    if (complete) each_thread([&](Block& block, Thread& thread) {
-        if (thread.state != State::kAtCluster) return;
-        thread.state = State::kReady;
-        block.ready.push_back(&thread);
-    });
+    if (complete)
+        each_thread([&](Block& block, Thread& thread) {
+            if (thread.state != State::kAtCluster) return;
+            thread.state = State::kReady;
+            block.ready.push_back(&thread);
+        });
     pause();
 }
 
