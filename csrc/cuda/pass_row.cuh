@@ -23,7 +23,7 @@ FL_DEVICE A margin_of(const RowArgs<A>& args, int cls) {
 template <class Loss>
 constexpr int kBytesAtOnce = 16;
 template <>
-constexpr int kBytesAtOnce<BiTempered> = 8;
+constexpr int kBytesAtOnce<BiTempered> = 4;
 
 // dL/dz of the slice's classes, times scale, to the row `to` or in place.
 template <class Loss, class Stored, class Team, class State>

@@ -57,11 +57,7 @@ class RowReader {
 
 public:
     FL_DEVICE RowReader(const RowArgs<A>& args, const Team& team)
-        : p(args.problem),
-          capacity(args.residence.capacity),
-          buffers(args.residence.buffers),
-          group(team),
-          place((threadIdx.x - team.lane) / args.residence.threads * buffers * capacity) {}
+        : p(args.problem), capacity(args.residence.capacity), buffers(args.residence.buffers), group(team) {}
 
     // Calls body(row, target, slice) for each row, by all threads of the group.
     template <class Body>
@@ -107,7 +103,7 @@ private:
     // most, go through registers, so that nobody waits for them here either.
     FL_DEVICE void begin(std::int64_t number) {
         const Row row = row_at(p, number);
-        const RowSlice<Stored> slice = slice_of(row, place);
+        const RowSlice<Stored> slice = slice_of(row, place());
         const Stored* const from = logits_of<Stored>(p, row) + slice.first;
         Stored* const to = const_cast<Stored*>(slice.logits);
         group.walk(from, slice.count, true, [&]<int kCount>(Count<kCount>, int c) {
@@ -125,18 +121,20 @@ private:
         edge_place = -1;
         end_copies();
         group.sync();
-        const int here = place;
-        if (buffers > 1) place += second ? -capacity : capacity, second = !second;
+        const int here = place();
+        if (buffers > 1) turn ^= 1;
         return here;
     }
+
+    // In memory(), of the group's buffer for the next row.
+    FL_DEVICE int place() const { return (static_cast<int>(threadIdx.x) / group.threads * buffers + turn) * capacity; }
 
     static FL_DEVICE Stored* memory() { return reinterpret_cast<Stored*>(dynamic_shared); }
 
     const RowProblem& p;
     const int capacity, buffers;
     const Team& group;
-    int place;  // in memory(), of the buffer for the next row
-    bool second = false;
+    int turn = 0;
     Stored edge;
     int edge_place = -1;
 };

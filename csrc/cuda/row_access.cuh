@@ -175,8 +175,8 @@ FL_DEVICE int misalignment(const Stored* pointer) {  // in elements
 }
 
 // Calls body(Count<n>, i) so that all elements are covered once by [i, i + n), shared by `threads` threads. With
-// `vectors` n is a full access of kBytes wherever x + i is aligned; the few elements before the first and after the last
-// boundary are taken one by one, as all are without.
+// `vectors` n is a full access of kBytes wherever x + i is aligned; the few elements before the first and after the
+// last boundary are taken one by one, as all are without.
 template <int kBytes = 16, class Stored, class Body>
 FL_DEVICE void walk_vectors(const Stored* x, int count, bool vectors, int lane, int threads, Body body) {
     constexpr int n = kBytes / sizeof(Stored);
@@ -189,7 +189,7 @@ FL_DEVICE void walk_vectors(const Stored* x, int count, bool vectors, int lane, 
 
 // What one access moves.
 template <int kBytes>
-using Bytes = std::conditional_t<kBytes == 16, uint4, uint2>;
+using Bytes = std::conditional_t<kBytes == 16, uint4, unsigned>;
 
 template <int kCount, class Stored>
 FL_DEVICE void load(const Stored* from, acc_t<Stored> (&to)[kCount]) {

@@ -94,6 +94,7 @@ struct Column {
 // kLanes lanes of a warp.
 struct Lanes {
     static constexpr bool is_column = false, holds_rows = false;
+    static constexpr int threads = kLanes;
     const int lane = threadIdx.x % kLanes;
 
     FL_DEVICE explicit Lanes(const Residence&) {}

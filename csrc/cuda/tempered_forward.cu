@@ -1,4 +1,5 @@
-// Forward of the bi-tempered loss, whose kernels take as long to compile as those of all other losses of several passes.
+// Forward of the bi-tempered loss, whose kernels take as long to compile as those of all other losses of several
+// passes.
 #include "cuda/pass_forward.cuh"
 
 namespace fused_losses::cuda {
