@@ -46,18 +46,9 @@ public:
 private:
     // The pitch leaves every class as misaligned as it is in the image.
     FL_DEVICE void copy(const Stored* from, Stored* to, int count) const {
-        const int per_class = column.pixels / kVector<Stored>, classes = static_cast<int>(p.num_classes);
-        const int lane = threadIdx.x % per_class;
-        for (int c = threadIdx.x / per_class; c < classes; c += kBlock / per_class) {
-            const Stored* const x = from + c * p.logits_class_stride;
-            Stored* const y = to + c * pitch;
-            walk_vectors(x, count, true, lane, per_class, [&]<int kCount>(Count<kCount>, int i) {
-                if constexpr (kCount == 1)
-                    y[i] = x[i];
-                else
-                    begin_copy(y + i, x + i);
-            });
-        }
+        const int threads = column.pixels / kVector<Stored>, classes = static_cast<int>(p.num_classes);
+        for (int c = threadIdx.x / threads; c < classes; c += kBlock / threads)
+            begin_copy(p, from + c * p.logits_class_stride, to + c * pitch, count, threadIdx.x % threads, threads);
         end_copies();
         __syncthreads();
     }

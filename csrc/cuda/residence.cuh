@@ -81,9 +81,13 @@ inline RowPlan plan_rows(const Room& room, std::int64_t classes, int element, in
 
 // ---- Pixels --------------------------------------------------------------------------------------------------------
 
-// From one class of a tile to the next, in elements: at least the pixels, and as misaligned as the classes in memory.
-inline int pitch_of(int pixels, std::int64_t class_stride, int vector) {
-    return pixels + static_cast<int>((class_stride % vector + vector) % vector);
+// From one class of a tile to the next, in elements: room for the pixels and, unless all classes begin at 16-byte
+// boundaries, for what else is in their first and last 16 bytes; classes are as misaligned in the tile as in memory.
+inline int pitch_of(const RowProblem& p, int pixels, int element) {
+    const int vector = 16 / element, misaligned = static_cast<int>(p.logits_class_stride % vector);
+    const bool aligned = misaligned == 0 && p.logits_stride.outer % vector == 0 &&
+                         reinterpret_cast<std::uintptr_t>(p.logits) % 16 == 0;
+    return aligned ? pixels : pixels + vector + misaligned;
 }
 
 inline RowPlan plan_pixels(const Room& room, const RowProblem& p, int element) {
@@ -93,8 +97,8 @@ inline RowPlan plan_pixels(const Room& room, const RowProblem& p, int element) {
     int most = 0;
     for (int pixels = kBlock; pixels >= fewest; pixels /= 2) {
         if (pixels > fewest && pixels / 2 >= p.inner) continue;  // half of them are enough for an image
-        const int pitch = pitch_of(pixels, p.logits_class_stride, vector);
-        const std::int64_t bytes = ((p.num_classes - 1) * pitch + pixels + vector) * element;
+        const int pitch = pitch_of(p, pixels, element);
+        const std::int64_t bytes = ((p.num_classes - 1) * pitch + pixels + 2 * vector) * element;
         const int blocks = room.useful_with((bytes + 15) / 16 * 16);
         if (blocks <= most) continue;
         most = blocks;

@@ -10,8 +10,27 @@ namespace fused_losses::cuda {
 
 extern __shared__ uint4 dynamic_shared[];
 
-// Copies 16 bytes to shared memory while the thread goes on. Both addresses are aligned.
-FL_DEVICE void begin_copy(void* to, const void* from) { __pipeline_memcpy_async(to, from, 16); }
+// Begins to copy `count` logits to shared memory, by `threads` threads that go on meanwhile. Both places are misaligned
+// alike. Only whole pieces of 16 bytes are copied, with what else is in the first and the last of them, whatever the
+// alignment; but nothing from outside the tensor, to whose ends single elements go.
+template <class Stored>
+FL_DEVICE void begin_copy(const RowProblem& p, const Stored* from, Stored* to, int count, int lane, int threads) {
+    constexpr int n = kVector<Stored>;
+    const Stored* const begin = as<Stored>(p.logits);
+    const Stored* const end =
+        begin + p.logits_stride.at(p.outer - 1, p.inner - 1) + (p.num_classes - 1) * p.logits_class_stride + 1;
+    const int before = misalignment(from);
+    for (int i = lane * n; i < before + count; i += threads * n) {
+        const Stored* const x = from - before + i;
+        Stored* const y = to - before + i;
+        if (x >= begin && x + n <= end)
+            __pipeline_memcpy_async(y, x, 16);
+        else
+            for (int k = 0; k < n; ++k)
+                if (x + k >= begin && x + k < end) y[k] = x[k];
+    }
+}
+
 // Waits for all copies that this thread has begun; others see them after a barrier.
 FL_DEVICE void end_copies() {
     __pipeline_commit();
@@ -50,7 +69,7 @@ FL_DEVICE acc_t<Stored> logit_of(const RowProblem& p, const Row& row, const RowS
                        : logits_of<Stored>(p, row)[cls * p.logits_class_stride]);
 }
 
-// A team's rows, one after the other. Teams that hold rows have more threads than a row has classes beside vectors.
+// A team's rows, one after the other.
 template <class Stored, class Team>
 class RowReader {
     using A = acc_t<Stored>;
@@ -99,26 +118,16 @@ private:
         return slice;
     }
 
-    // Begins to copy a row. The few classes before its first and after its last 16-byte boundary, one per thread at
-    // most, go through registers, so that nobody waits for them here either.
-    FL_DEVICE void begin(std::int64_t number) {
+    FL_DEVICE void begin(std::int64_t number) const {
         const Row row = row_at(p, number);
         const RowSlice<Stored> slice = slice_of(row, place());
-        const Stored* const from = logits_of<Stored>(p, row) + slice.first;
-        Stored* const to = const_cast<Stored*>(slice.logits);
-        group.walk(from, slice.count, true, [&]<int kCount>(Count<kCount>, int c) {
-            if constexpr (kCount == 1)
-                edge = from[c], edge_place = static_cast<int>(to + c - memory());
-            else
-                begin_copy(to + c, from + c);
-        });
+        begin_copy(p, logits_of<Stored>(p, row) + slice.first, const_cast<Stored*>(slice.logits), slice.count, group.lane,
+                   group.threads);
     }
 
     // Waits for the row that was begun last; for the whole group. Returns where it is and turns to the other buffer.
     FL_DEVICE int arrived() {
         if (!is_resident()) return 0;
-        if (edge_place >= 0) memory()[edge_place] = edge;
-        edge_place = -1;
         end_copies();
         group.sync();
         const int here = place();
@@ -135,8 +144,6 @@ private:
     const int capacity, buffers;
     const Team& group;
     int turn = 0;
-    Stored edge;
-    int edge_place = -1;
 };
 
 }  // namespace fused_losses::cuda
