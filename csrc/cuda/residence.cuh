@@ -85,8 +85,8 @@ inline RowPlan plan_rows(const Room& room, std::int64_t classes, int element, in
 // boundaries, for what else is in their first and last 16 bytes; classes are as misaligned in the tile as in memory.
 inline int pitch_of(const RowProblem& p, int pixels, int element) {
     const int vector = 16 / element, misaligned = static_cast<int>(p.logits_class_stride % vector);
-    const bool aligned = misaligned == 0 && p.logits_stride.outer % vector == 0 &&
-                         reinterpret_cast<std::uintptr_t>(p.logits) % 16 == 0;
+    const bool aligned =
+        misaligned == 0 && p.logits_stride.outer % vector == 0 && reinterpret_cast<std::uintptr_t>(p.logits) % 16 == 0;
     return aligned ? pixels : pixels + vector + misaligned;
 }
 

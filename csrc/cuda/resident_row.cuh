@@ -121,8 +121,8 @@ private:
     FL_DEVICE void begin(std::int64_t number) const {
         const Row row = row_at(p, number);
         const RowSlice<Stored> slice = slice_of(row, place());
-        begin_copy(p, logits_of<Stored>(p, row) + slice.first, const_cast<Stored*>(slice.logits), slice.count, group.lane,
-                   group.threads);
+        begin_copy(p, logits_of<Stored>(p, row) + slice.first, const_cast<Stored*>(slice.logits), slice.count,
+                   group.lane, group.threads);
     }
 
     // Waits for the row that was begun last; for the whole group. Returns where it is and turns to the other buffer.

@@ -179,7 +179,7 @@ FL_DEVICE int misalignment(const Stored* pointer) {  // in elements
 // last boundary are taken one by one, as all are without.
 template <int kBytes = 16, class Stored, class Body>
 FL_DEVICE void walk_vectors(const Stored* x, int count, bool vectors, int lane, int threads, Body body) {
-    constexpr int n = kBytes / sizeof(Stored);
+    constexpr int n = kBytes < sizeof(Stored) ? 1 : kBytes / sizeof(Stored);
     const int head = n > 1 && vectors ? min(count, (n - misalignment(x) % n) % n) : count;
     const int tail = (count - head) % n;
     for (int i = lane; i < head + tail; i += threads) body(Count<1>{}, i < head ? i : count - tail + (i - head));
