@@ -28,6 +28,7 @@ struct Room {
     int useful_with(std::int64_t bytes) const { return std::min(enough(), blocks_with(bytes)); }
 };
 
+// Also lets the kernel ask for all of it.
 template <class Kernel>
 cudaError_t find_room(Kernel* kernel, Room& room) {
     int device = 0, optin = 0, reserved = 0, clusters = 0;
@@ -47,7 +48,9 @@ cudaError_t find_room(Kernel* kernel, Room& room) {
     room.per_block = optin - fixed;
     room.fixed = fixed + reserved;
     room.clusters = clusters != 0 && function.ptxVersion >= 90;  // compiled for less, a kernel knows no clusters
-    return error;
+    if (error != cudaSuccess) return error;
+    // All there is, not what one launch needs: other threads may be launching the kernel, too.
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room.per_block);
 }
 
 // ---- Rows ----------------------------------------------------------------------------------------------------------
@@ -115,35 +118,44 @@ inline bool has_pixels(const RowProblem& p) {
 
 // ---- Launches ------------------------------------------------------------------------------------------------------
 
+// A launch of `blocks` blocks with the plan's memory and clusters. Not to be copied: it points into itself.
+struct PlannedLaunch {
+    cudaLaunchAttribute cluster = {};
+    cudaLaunchConfig_t config = {};
+
+    PlannedLaunch(const RowPlan& plan, std::int64_t blocks, cudaStream_t stream) {
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim.x = static_cast<unsigned>(plan.cluster);
+        cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+        config.gridDim = dim3(static_cast<unsigned>(blocks));
+        config.blockDim = dim3(kBlock);
+        config.dynamicSmemBytes = static_cast<std::size_t>(plan.bytes);
+        config.stream = stream;
+        config.attrs = &cluster;
+        config.numAttrs = plan.cluster > 1 ? 1 : 0;
+    }
+    PlannedLaunch(const PlannedLaunch&) = delete;
+};
+
+// How many clusters of the plan can run at the same time; 0 where the device, or a part of it, cannot place one.
+template <class Kernel>
+int resident_clusters(Kernel* kernel, const RowPlan& plan) {
+    const PlannedLaunch launch(plan, plan.cluster, nullptr);
+    int clusters = 0;
+    if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) == cudaSuccess) return clusters;
+    cudaGetLastError();  // an answer, not a failure
+    return 0;
+}
+
 // As many blocks as are resident at the same time, `wanted` at most: each works on many rows.
 template <class... Params, class... Args>
 cudaError_t launch_resident(void (*kernel)(Params...), const Room& room, const RowPlan& plan, std::int64_t wanted,
                             cudaStream_t stream, const Args&... args) {
-    // Always the same, whatever this launch needs: other threads may be launching the kernel, too.
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room.per_block);
-    if (error != cudaSuccess) return error;
-    cudaLaunchAttribute cluster;
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = static_cast<unsigned>(plan.cluster);
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(plan.cluster));
-    config.blockDim = dim3(kBlock);
-    config.dynamicSmemBytes = static_cast<std::size_t>(plan.bytes);
-    config.stream = stream;
-    std::int64_t resident = std::int64_t(room.multiprocessors) * room.blocks_with(plan.bytes);
-    if (plan.cluster > 1) {
-        config.attrs = &cluster;
-        config.numAttrs = 1;
-        int clusters = 0;
-        error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
-        if (error != cudaSuccess) return error;
-        resident = std::int64_t(std::max(clusters, 1)) * plan.cluster;
-    }
-    const std::int64_t most = kMaxBlocks / plan.cluster * plan.cluster;
-    config.gridDim =
-        dim3(static_cast<unsigned>(std::clamp<std::int64_t>(wanted, plan.cluster, std::min(resident, most))));
-    return cudaLaunchKernelEx(&config, kernel, args...);
+    const std::int64_t resident = plan.cluster > 1 ? std::int64_t(resident_clusters(kernel, plan)) * plan.cluster
+                                                   : std::int64_t(room.multiprocessors) * room.blocks_with(plan.bytes);
+    const std::int64_t most = std::min<std::int64_t>(resident, kMaxBlocks / plan.cluster * plan.cluster);
+    const PlannedLaunch launch(plan, std::clamp<std::int64_t>(wanted, plan.cluster, most), stream);
+    return cudaLaunchKernelEx(&launch.config, kernel, args...);
 }
 
 // Launches a kernel that reads rows by RowReader, each by so many threads.
@@ -156,6 +168,10 @@ cudaError_t launch_rows(void (*kernel)(RowArgs<A>), int threads, RowArgs<A>& arg
     if (threads >= 32 && p.logits_class_stride == 1) {
         if (const cudaError_t error = find_room(kernel, room); error != cudaSuccess) return error;
         plan = plan_rows(room, p.num_classes, sizeof(Stored), groups);
+        if (plan.cluster > 1 && resident_clusters(kernel, plan) == 0) {
+            room.clusters = false;
+            plan = plan_rows(room, p.num_classes, sizeof(Stored), groups);
+        }
     }
     args.residence = plan.residence;
     args.residence.threads = threads;
