@@ -76,6 +76,44 @@ __global__ void use_grid(unsigned* arrived, int* of_block, int* wrong) {
     *wrong += of_block[other] != int(7 * other) || mine != int(7 * blockIdx.x);
 }
 
+// Blocks of a cluster copy numbers to shared memory and read those of each other.
+__global__ void use_cluster(const uint4* numbers, int* wrong) {
+    const int me = threadIdx.x, size = cluster_size();
+    __pipeline_memcpy_async(dynamic_shared + me, numbers + kBlock * blockIdx.x + me, sizeof(uint4));
+    end_copies();
+    sync_cluster();
+    for (int rank = 0; rank < size; ++rank) {
+        const unsigned block = blockIdx.x / size * size + rank;
+        *wrong += of_rank(dynamic_shared[kBlock - 1 - me], rank).y != kBlock * block + kBlock - 1 - me;
+    }
+    *wrong += cluster_rank() != int(blockIdx.x % size);
+    sync_cluster();
+}
+
+// Whoever leaves the last barrier out reads from a block that may have finished.
+__global__ void leave_cluster(int* wrong) {
+    __shared__ int mine;
+    mine = threadIdx.x;
+    sync_cluster();
+    for (int rank = 0; rank < cluster_size(); ++rank) {
+        *wrong += of_rank(mine, rank) < 0;
+        __syncwarp();
+    }
+}
+
+void test_clusters() {
+    std::vector<uint4> numbers(kBlock * 12);
+    for (unsigned i = 0; i < numbers.size(); ++i) numbers[i] = {0, i, 0, 0};
+    int wrong = 0;
+    for (const int cluster : {1, 2, 4}) {
+        const RowPlan plan{{}, cluster, kBlock * sizeof(uint4)};
+        const PlannedLaunch launch(plan, 12, nullptr);
+        const uint4* const from = numbers.data();
+        check(cudaLaunchKernelEx(&launch.config, use_cluster, from, &wrong) == cudaSuccess && wrong == 0,
+              "clusters of %d: %d wrong results", cluster, wrong);
+    }
+}
+
 void test_promises() {
     int wrong = 0;
     for (int run = 0; run < 20; ++run) {
@@ -121,7 +159,9 @@ __global__ void endless(int* wrong) {
 }
 
 // The launch ends its process with a message that holds `text`.
-void expect_death(void (*kernel)(int*), const std::string& text) {
+void expect_death(
+    void (*kernel)(int*), const std::string& text,
+    void (*run)(void (*)(int*), int*) = [](void (*k)(int*), int* wrong) { launch(k, 2, nullptr, wrong); }) {
     int ends[2];
     if (!check(pipe(ends) == 0, "no pipe")) return;
     std::fflush(nullptr);
@@ -130,7 +170,7 @@ void expect_death(void (*kernel)(int*), const std::string& text) {
         dup2(ends[1], STDERR_FILENO);
         signal(SIGABRT, SIG_DFL);
         int wrong = 0;
-        launch(kernel, 2, nullptr, &wrong);
+        run(kernel, &wrong);
         _exit(0);
     }
     close(ends[1]);
@@ -144,7 +184,13 @@ void expect_death(void (*kernel)(int*), const std::string& text) {
     check(message.find(text) != std::string::npos, "not the message '%s': %s", text.c_str(), message.c_str());
 }
 
+void launch_clusters(void (*kernel)(int*), int* wrong) {
+    const PlannedLaunch launch({{}, 4, 0}, 8, nullptr);
+    cudaLaunchKernelEx(&launch.config, kernel, wrong);
+}
+
 void test_deaths() {
+    expect_death(leave_cluster, "has not begun or has finished", launch_clusters);
     expect_death(diverged_shuffle, "no thread can go on");
     expect_death(foreign_lane, "reads from a lane that is not in the mask");
     expect_death(two_barriers, "threads of a block meet at different barriers");
@@ -294,6 +340,7 @@ void test_pixel_plans() {
 
 int main() {
     test_promises();
+    test_clusters();
     test_deaths();
     test_planning();
     test_row_plans();

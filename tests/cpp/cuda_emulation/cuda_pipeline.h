@@ -4,6 +4,15 @@
 
 #include "scheduler.h"
 
+namespace cuda_emulation {
+
+inline void do_copies(Thread& thread) {
+    for (const Copy& copy : thread.copies) std::memcpy(copy.to, copy.bytes.data(), copy.bytes.size());
+    thread.copies.clear();
+}
+
+}  // namespace cuda_emulation
+
 inline void __pipeline_memcpy_async(void* to, const void* from, std::size_t size) {
     using namespace cuda_emulation;
     const auto aligned = [&](const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % size == 0; };

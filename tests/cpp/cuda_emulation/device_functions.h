@@ -1,6 +1,7 @@
 // Functions and types of device code, on top of scheduler.h. Extend it as kernels need more.
 #pragma once
 
+#include "clusters.h"
 #include "scheduler.h"
 
 using std::max, std::min;
