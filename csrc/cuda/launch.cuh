@@ -22,6 +22,7 @@ constexpr int kMinBlocks = sizeof(A) == 8 ? 2 : (kHeavy ? 3 : 4);
 enum class Regime { kStaged, kThread, kLanes, kWarp, kBlock };
 
 constexpr int kStagedClasses = 32;
+constexpr int kFewClasses = 16;
 constexpr int kLanes = 8;
 
 // Whether the rows follow each other without gaps.
@@ -30,17 +31,20 @@ inline bool is_dense(const RowProblem& p, const RowStride& stride, std::int64_t 
 }
 
 inline Regime regime_of(const RowProblem& p) {
-    constexpr std::int64_t few_classes = 16, lanes_classes = 256, warp_classes = 1024;
+    constexpr std::int64_t lanes_classes = 256, warp_classes = 1024;
     const bool dense = is_dense(p, p.logits_stride, p.logits_class_stride) &&
                        (!p.grad || is_dense(p, p.grad_stride, p.grad_class_stride));
     if (dense && p.num_classes <= kStagedClasses && p.dtype != Dtype::kFloat64) return Regime::kStaged;
-    if (p.num_classes <= few_classes) return Regime::kThread;
+    if (p.num_classes <= kFewClasses) return Regime::kThread;
     // NCHW: neighbouring threads read neighbouring pixels, if there are enough of them to fill the device.
     const bool pixels_adjacent = std::abs(p.logits_stride.inner) < std::abs(p.logits_class_stride);
     if (pixels_adjacent && p.inner > 1 && p.rows() >= p.num_classes) return Regime::kThread;
     if (p.num_classes <= lanes_classes && p.dtype != Dtype::kFloat64) return Regime::kLanes;
     return p.num_classes <= warp_classes ? Regime::kWarp : Regime::kBlock;
 }
+
+// Threads of a Group (team.cuh).
+inline int threads_of(Regime regime) { return regime == Regime::kBlock ? kBlock : 32; }
 
 // Calls body.operator()<Stored, kSpread>() for the problem's dtype; kSpread says that u_j is needed.
 template <class Body>

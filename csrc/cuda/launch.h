@@ -14,11 +14,12 @@ namespace fused_losses::cuda {
 // Class indices are 32 bits wide in the kernels (offsets are not); the limit leaves room for loop steps.
 constexpr std::int64_t kMaxClasses = std::int64_t(1) << 30;
 
-// The largest grid; kernels loop over what exceeds it. A constant, so that sums do not depend on the device.
+// The largest grid; kernels loop over what exceeds it.
 constexpr unsigned kMaxBlocks = 4096;
 constexpr std::int64_t kPartials = 2 * std::int64_t(kMaxBlocks);
 
-// Where forward leaves its sums over all rows. The order of additions depends on the problem's size only.
+// Where forward leaves its sums over all rows. The order of additions depends on the problem's size and, where blocks
+// hold rows in shared memory, on how many of them the device runs at the same time.
 struct LossOutput {
     void* loss = nullptr;         // acc; null: no sums are wanted
     void* denominator = nullptr;  // acc; null: not wanted

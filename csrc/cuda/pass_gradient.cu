@@ -14,55 +14,70 @@ FL_DEVICE State saved_state(const RowProblem& p, std::int64_t row) {
     return state;
 }
 
-template <class Stored, class Loss, int kThreads>
+template <class Stored, class Loss, class Team>
 __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>>)
     gradient(const __grid_constant__ RowArgs<acc_t<Stored>> args) {
     using A = acc_t<Stored>;
     using State = typename Loss::template State<A>;
     const RowProblem& p = args.problem;
     if (is_already_written<A>(p)) return;
-    constexpr int group_count = kBlock / kThreads;
-    const int group = threadIdx.x / kThreads, lane = threadIdx.x % kThreads;
-    const std::int64_t rows = p.rows(), step = std::int64_t(gridDim.x) * group_count;
-    for (std::int64_t number = std::int64_t(blockIdx.x) * group_count + group; number < rows; number += step) {
+    const Team team(args.residence);
+    const std::int64_t rows = p.rows(), step = team.count();
+    for (std::int64_t number = team.number(); number < rows; number += step) {
         const Row row = row_at(p, number);
         const Target target = target_of(p, row);
+        const RowSlice<Stored> whole = whole_row<Stored>(p, row);
         if (target.ignored) {  // for the whole group
-            write_zeros<kThreads, Stored>(p, row, lane);
+            write_zeros(p, team, row, whole);
             continue;
         }
         const A scale = scale_of<A>(p, row) * class_weight_of<A>(p, target);
-        write_pass_gradient<Stored, Loss, kThreads>(args, logits_of<Stored>(p, row), p.logits_class_stride,
-                                                    gradient_row<Stored>(p, row), p.grad_class_stride, target.cls,
-                                                    saved_state<A, State>(p, number), scale, lane);
+        write_pass_gradient<Loss>(args, team, whole, gradient_row<Stored>(p, row), p.grad_class_stride, target.cls,
+                                  saved_state<A, State>(p, number), scale);
     }
 }
 
-template <class Stored, class Loss>
-__global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>>)
-    gradient_staged(const __grid_constant__ RowArgs<acc_t<Stored>> args) {
-    using A = acc_t<Stored>;
-    using State = typename Loss::template State<A>;
-    __shared__ A memory[StagedTile<Stored>::kSize];
+template <class Loss>
+__global__ void __launch_bounds__(kBlock, kMinBlocks<float>)
+    gradient_staged(const __grid_constant__ RowArgs<float> args) {
+    using State = typename Loss::template State<float>;
+    __shared__ float memory[StagedTile::kSize];
     const RowProblem& p = args.problem;
-    if (is_already_written<A>(p)) return;
-    const StagedTile<Stored> tile(memory, static_cast<int>(p.num_classes));
-    for_each_tile(p, [&](std::int64_t first, int rows) {
+    if (is_already_written<float>(p)) return;
+    const StagedTile tile(memory, p);
+    tile.for_each([&](std::int64_t first, int rows) {
         const int me = threadIdx.x;
-        tile.read(as<Stored>(p.logits) + first * p.num_classes, rows);
+        tile.read_logits(first, rows);
         __syncthreads();
         if (me < rows) {
             const Row row = row_at(p, first + me);
             const Target target = target_of(p, row);
-            A* const x = tile.row(me);
+            float* const x = tile.row(me);
             if (target.ignored)
-                for (int c = 0; c < p.num_classes; ++c) x[c] = A(0);
+                for (int c = 0; c < p.num_classes; ++c) x[c] = 0;
             else
-                write_pass_gradient<A, Loss, 1>(args, x, 1, x, 1, target.cls, saved_state<A, State>(p, row.number),
-                                                scale_of<A>(p, row) * class_weight_of<A>(p, target), 0);
+                write_pass_gradient<Loss>(args, Alone(), tile.slice(me), x, 1, target.cls,
+                                          saved_state<float, State>(p, row.number),
+                                          scale_of<float>(p, row) * class_weight_of<float>(p, target));
         }
         __syncthreads();
-        tile.write(static_cast<Stored*>(p.grad) + first * p.num_classes, rows);
+        tile.write_gradient(first, rows);
+    });
+}
+
+template <class Given>
+cudaError_t enqueue_gradient_of(const RowProblem& given, cudaStream_t stream) {
+    return dispatch_pass<Given>(given, [&]<class Stored>(const RowProblem& p) {
+        using Loss = typename RunAs<Given>::type;
+        RowArgs<acc_t<Stored>> args(p);
+        const Regime regime = pass_regime<Stored>(p);
+        if constexpr (!std::is_same_v<Stored, double>) {
+            const unsigned blocks = blocks_for(p.rows(), kBlock);
+            if (regime == Regime::kStaged) return launch(gradient_staged<Loss>, blocks, stream, args);
+            if (regime == Regime::kThread) return launch(gradient<Stored, Loss, Alone>, blocks, stream, args);
+        }
+        args.residence.threads = threads_of(regime);
+        return launch(gradient<Stored, Loss, Group>, blocks_for(p.rows(), kBlock / threads_of(regime)), stream, args);
     });
 }
 
@@ -70,13 +85,9 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>>)
 
 cudaError_t enqueue_pass_gradient(const RowProblem& p, cudaStream_t stream) {
     if (p.rows() == 0) return cudaSuccess;
-    return dispatch_pass(p, [&]<class Stored, class Loss, int kThreads>(const RowProblem& q, unsigned blocks) {
-        const RowArgs<acc_t<Stored>> args(q);
-        if constexpr (kThreads == 0)
-            return launch(gradient_staged<Stored, Loss>, blocks, stream, args);
-        else
-            return launch(gradient<Stored, Loss, kThreads>, blocks, stream, args);
-    });
+    cudaError_t error = cudaErrorInvalidValue;
+    visit_pass_loss(p.loss, [&]<class Loss>() { error = enqueue_gradient_of<Loss>(p, stream); });
+    return error;
 }
 
 }  // namespace fused_losses::cuda

@@ -1,5 +1,4 @@
-// What forward and gradient of a PassLoss share: the row's inputs, reductions whose result every thread of the row
-// gets, and the choice of kernel.
+// What forward and gradient of a PassLoss share: the gradient of a row, and the choice of kernel.
 #pragma once
 
 #include <algorithm>
@@ -13,30 +12,6 @@
 
 namespace fused_losses::cuda {
 
-// Combines the numbers of all kThreads threads of a row (one, a warp, the block) in an order that depends on kThreads
-// alone; each of them gets the result.
-template <int kThreads, class A, class Combine>
-FL_DEVICE A reduce_to_all(A x, Combine combine) {
-    if constexpr (kThreads >= 32) {
-#pragma unroll
-        for (int distance = 16; distance > 0; distance /= 2) {
-            const A other = __shfl_xor_sync(0xffffffffu, x, distance);
-            // Both lanes of a pair must combine in the same order.
-            x = (threadIdx.x & distance) ? combine(other, x) : combine(x, other);
-        }
-    }
-    if constexpr (kThreads > 32) {
-        constexpr int warps = kThreads / 32;
-        __shared__ A of_warp[warps];
-        __syncthreads();  // of_warp is free: everybody has read the previous result
-        if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = x;
-        __syncthreads();
-        x = of_warp[0];
-        for (int i = 1; i < warps; ++i) x = combine(x, of_warp[i]);
-    }
-    return x;
-}
-
 // The margin of a class.
 template <class A>
 FL_DEVICE A margin_of(const RowArgs<A>& args, int cls) {
@@ -44,26 +19,40 @@ FL_DEVICE A margin_of(const RowArgs<A>& args, int cls) {
     return p.margin ? as<A>(p.margin)[cls * p.margin_stride] : args.params[0];
 }
 
-// dL/dz of a row's classes, from one state to the other's row or in place; times scale.
-template <class Stored, class Loss, int kThreads, class State>
-FL_DEVICE void write_pass_gradient(const RowArgs<acc_t<Stored>>& args, const Stored* from, std::int64_t from_stride,
+// What a thread works on at once: less for a long formula, whose registers and code grow with the number of classes.
+template <class Loss>
+constexpr int kBytesAtOnce = 16;
+template <>
+constexpr int kBytesAtOnce<BiTempered> = 4;
+
+// dL/dz of the slice's classes, times scale, to the row `to` or in place.
+template <class Loss, class Stored, class Team, class State>
+FL_DEVICE void write_pass_gradient(const RowArgs<acc_t<Stored>>& args, const Team& team, const RowSlice<Stored>& slice,
                                    Stored* to, std::int64_t to_stride, int target, const State& state,
-                                   acc_t<Stored> scale, int lane) {
+                                   acc_t<Stored> scale) {
     using A = acc_t<Stored>;
-    const bool vectors = from_stride == 1 && to_stride == 1 && misalignment(from) == misalignment(to);
+    to += slice.first * to_stride;
+    const bool vectors = slice.stride == 1 && to_stride == 1 && misalignment(slice.logits) == misalignment(to);
     const A bias = bias_of(args);
-    walk<kThreads>(from, static_cast<int>(args.problem.num_classes), vectors, lane,
-                   [&]<int kCount>(Count<kCount>, int c) {
-                       A z[kCount];
-                       load(from + c * from_stride, z);
+    team.template walk<kBytesAtOnce<Loss>>(slice.logits, slice.count, vectors, [&]<int kCount>(Count<kCount>, int c) {
+        A z[kCount];
+        load(slice.logits + c * slice.stride, z);
 #pragma unroll
-                       for (int k = 0; k < kCount; ++k) {
-                           const bool own = c + k == target;
-                           const A biased = own ? z[k] + bias : z[k];
-                           z[k] = scale * Loss::gradient(state, biased, margin_of(args, c + k), own, args.params);
-                       }
-                       store(to + c * to_stride, z);
-                   });
+        for (int k = 0; k < kCount; ++k) {
+            const int cls = slice.first + c + k;
+            const bool own = cls == target;
+            z[k] = scale * Loss::gradient(state, own ? z[k] + bias : z[k], margin_of(args, cls), own, args.params);
+        }
+        store(to + c * to_stride, z);
+    });
+}
+
+// How a row of doubles, which are for checking and not for speed, is worked on: a single kernel serves all shapes and
+// saves build time.
+template <class Stored>
+Regime pass_regime(const RowProblem& p) {
+    const Regime regime = regime_of(p);
+    return std::is_same_v<Stored, double> && regime != Regime::kBlock ? Regime::kWarp : regime;
 }
 
 // The loss whose kernels run another: one that equals it with other parameters. Saves instantiations.
@@ -86,39 +75,18 @@ struct RunAs<OfShares<NFL>> {
     }
 };
 
-// Calls body.operator()<Stored, Loss, kThreads>(problem, blocks) with the kernel's loss and its parameters; kThreads =
-// 0: staged.
-template <class Body>
+// Calls body.operator()<Stored>(problem) for the problem's dtype, with the parameters of the loss that Given runs as.
+template <class Given, class Body>
 cudaError_t dispatch_pass(const RowProblem& given, Body body) {
-    cudaError_t error = cudaErrorInvalidValue;
     RowProblem p = given;
-    const auto with_loss = [&]<class Stored, class Loss>() {
-        // Doubles are for checking, not for speed: one kernel serves all shapes and saves build time.
-        if constexpr (std::is_same_v<Stored, double>) {
-            return body.template operator()<Stored, Loss, 32>(p, blocks_for(p.rows(), kBlock / 32));
-        } else {
-            switch (regime_of(p)) {
-                case Regime::kStaged: return body.template operator()<Stored, Loss, 0>(p, blocks_for(p.rows(), kBlock));
-                case Regime::kThread: return body.template operator()<Stored, Loss, 1>(p, blocks_for(p.rows(), kBlock));
-                case Regime::kLanes:
-                case Regime::kWarp:
-                    return body.template operator()<Stored, Loss, 32>(p, blocks_for(p.rows(), kBlock / 32));
-                case Regime::kBlock: return body.template operator()<Stored, Loss, kBlock>(p, blocks_for(p.rows(), 1));
-            }
-            return cudaErrorInvalidValue;
-        }
-    };
-    visit_pass_loss(p.loss, [&]<class Given>() {
-        using Loss = typename RunAs<Given>::type;
-        RunAs<Given>::convert(p.params);
-        switch (p.dtype) {
-            case Dtype::kFloat64: error = with_loss.template operator()<double, Loss>(); break;
-            case Dtype::kFloat32: error = with_loss.template operator()<float, Loss>(); break;
-            case Dtype::kFloat16: error = with_loss.template operator()<Half, Loss>(); break;
-            case Dtype::kBFloat16: error = with_loss.template operator()<BFloat16, Loss>(); break;
-        }
-    });
-    return error;
+    RunAs<Given>::convert(p.params);
+    switch (p.dtype) {
+        case Dtype::kFloat64: return body.template operator()<double>(p);
+        case Dtype::kFloat32: return body.template operator()<float>(p);
+        case Dtype::kFloat16: return body.template operator()<Half>(p);
+        case Dtype::kBFloat16: return body.template operator()<BFloat16>(p);
+    }
+    return cudaErrorInvalidValue;
 }
 
 }  // namespace fused_losses::cuda

@@ -26,11 +26,20 @@ FL_DEVICE const A* as(const void* pointer) {
     return static_cast<const A*>(pointer);
 }
 
+// How shared memory holds rows while they are worked on (residence.cuh plans it): a buffer or two for each group of
+// threads, or a tile of pixels. All zeros: rows are read where they lie, as often as they are needed.
+struct Residence {
+    int threads = 0;                // of a group: a warp or a block
+    int capacity = 0, buffers = 0;  // elements per buffer, of the row's part that a block of a cluster has
+    int pixels = 0, pitch = 0;      // elements from one class to the next
+};
+
 // Kernel argument. Arithmetic on doubles is slow on most GPUs, so the host converts the parameters.
 template <class A>
 struct RowArgs {
     RowProblem problem;
     LossOutput out;
+    Residence residence;
     A params[kMaxParams];
     A bias;
 
@@ -122,10 +131,8 @@ FL_DEVICE A scale_of(const RowProblem& p, const Row& row) {
 }
 
 // u_j of SoftmaxRow: 1, the class weights, or the weighted and smoothed soft target.
-template <class Stored>
+template <class A>
 class SpreadReader {
-    using A = acc_t<Stored>;
-
 public:
     FL_DEVICE SpreadReader(const RowProblem& problem, const RowArgs<A>& args, const Row& row)
         : p(problem),
@@ -137,18 +144,22 @@ public:
         if (p.spread == Spread::kOnes) return A(1);
         const A weight = p.class_weight ? as<A>(p.class_weight)[cls] : A(1);
         if (!p.soft_target) return weight;
-        const std::int64_t at = offset + cls * p.soft_target_class_stride;
-        const A y = p.soft_target_is_stored ? to_acc(as<Stored>(p.soft_target)[at]) : as<A>(p.soft_target)[at];
-        return weight * (keep * y + uniform);
+        return weight * (keep * label(offset + cls * p.soft_target_class_stride) + uniform);
     }
 
 private:
+    FL_DEVICE A label(std::int64_t at) const {
+        if (p.soft_target_is_stored && p.dtype == Dtype::kFloat16) return to_acc(as<Half>(p.soft_target)[at]);
+        if (p.soft_target_is_stored && p.dtype == Dtype::kBFloat16) return to_acc(as<BFloat16>(p.soft_target)[at]);
+        return as<A>(p.soft_target)[at];
+    }
+
     const RowProblem& p;
     const std::int64_t offset;
     const A keep, uniform;
 };
 
-// ---- The classes of a row, shared by kThreads threads --------------------------------------------------------------
+// ---- The classes of a row, shared by some threads ------------------------------------------------------------------
 
 constexpr int kClassesAtOnce = 8;  // loads in flight where a thread walks over a row alone
 
@@ -163,30 +174,31 @@ FL_DEVICE int misalignment(const Stored* pointer) {  // in elements
     return static_cast<int>(reinterpret_cast<std::uintptr_t>(pointer) % 16 / sizeof(Stored));
 }
 
-// Calls body(Count<n>, c) so that every class is covered once by [c, c + n). With `vectors` n is a full
-// 16-byte access wherever row + c is aligned; the few classes before the first and after the last boundary
-// are taken one by one.
-template <int kThreads, class Stored, class Body>
-FL_DEVICE void walk_classes(const Stored* row, int classes, bool vectors, int lane, Body body) {
-    constexpr int n = kVector<Stored>;
-    if (!vectors) {
-        for (int c = lane; c < classes; c += kThreads) body(Count<1>{}, c);
-        return;
-    }
-    const int head = min(classes, (n - misalignment(row)) % n);
-    const int tail = (classes - head) % n;
-    for (int i = lane; i < head + tail; i += kThreads) body(Count<1>{}, i < head ? i : classes - tail + (i - head));
-    for (int c = head + lane * n; c < classes - tail; c += kThreads * n) body(Count<n>{}, c);
+// Calls body(Count<n>, i) so that all elements are covered once by [i, i + n), shared by `threads` threads. With
+// `vectors` n is a full access of kBytes wherever x + i is aligned; the few elements before the first and after the
+// last boundary are taken one by one, as all are without.
+template <int kBytes = 16, class Stored, class Body>
+FL_DEVICE void walk_vectors(const Stored* x, int count, bool vectors, int lane, int threads, Body body) {
+    constexpr int n = kBytes < sizeof(Stored) ? 1 : kBytes / sizeof(Stored);
+    const int head = n > 1 && vectors ? min(count, (n - misalignment(x) % n) % n) : count;
+    const int tail = (count - head) % n;
+    for (int i = lane; i < head + tail; i += threads) body(Count<1>{}, i < head ? i : count - tail + (i - head));
+    if constexpr (n > 1)
+        for (int i = head + lane * n; i < count - tail; i += threads * n) body(Count<n>{}, i);
 }
+
+// What one access moves.
+template <int kBytes>
+using Bytes = std::conditional_t<kBytes == 16, uint4, unsigned>;
 
 template <int kCount, class Stored>
 FL_DEVICE void load(const Stored* from, acc_t<Stored> (&to)[kCount]) {
     if constexpr (kCount == 1) {
         to[0] = to_acc(*from);
     } else {
-        static_assert(kCount == kVector<Stored>);
-        const uint4 bytes = *reinterpret_cast<const uint4*>(from);
         Stored x[kCount];
+        const auto bytes = *reinterpret_cast<const Bytes<sizeof(x)>*>(from);
+        static_assert(sizeof(bytes) == sizeof(x));
         std::memcpy(x, &bytes, sizeof(bytes));
 #pragma unroll
         for (int k = 0; k < kCount; ++k) to[k] = to_acc(x[k]);
@@ -198,13 +210,13 @@ FL_DEVICE void store(Stored* to, const acc_t<Stored> (&from)[kCount]) {
     if constexpr (kCount == 1) {
         *to = to_stored<Stored>(from[0]);
     } else {
-        static_assert(kCount == kVector<Stored>);
         Stored x[kCount];
 #pragma unroll
         for (int k = 0; k < kCount; ++k) x[k] = to_stored<Stored>(from[k]);
-        uint4 bytes;
+        Bytes<sizeof(x)> bytes;
+        static_assert(sizeof(bytes) == sizeof(x));
         std::memcpy(&bytes, x, sizeof(bytes));
-        *reinterpret_cast<uint4*>(to) = bytes;
+        *reinterpret_cast<Bytes<sizeof(x)>*>(to) = bytes;
     }
 }
 

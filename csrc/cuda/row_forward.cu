@@ -1,7 +1,9 @@
 // Forward of softmax losses: one read of the logits gives each row's value, its share of the denominator and its stats,
-// and the sums over all rows; on demand the gradient, for which the row is found in cache.
+// and the sums over all rows; on demand the gradient, for which the row is found in shared memory or in cache.
 #include "cuda/grid.cuh"
 #include "cuda/loss_output.cuh"
+#include "cuda/pixel_tile.cuh"
+#include "cuda/residence.cuh"
 #include "cuda/row_gradient.cuh"
 #include "cuda/softmax_state.cuh"
 #include "cuda/staged_tile.cuh"
@@ -74,93 +76,86 @@ struct RowEnd {
     }
 };
 
-// kThreads threads per row: some lanes, a warp or the whole block.
-template <class Stored, int kThreads, bool kSpread>
+// A row for some lanes, a warp, or the blocks of a cluster.
+template <class Stored, class Team, bool kSpread>
 __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, kSpread>)
     forward_by_group(const __grid_constant__ RowArgs<acc_t<Stored>> args) {
     using A = acc_t<Stored>;
     const RowProblem& p = args.problem;
-    constexpr int group_count = kBlock / kThreads;
-    const int group = threadIdx.x / kThreads, lane = threadIdx.x % kThreads;
-    const int classes = static_cast<int>(p.num_classes);
-    const std::int64_t class_stride = p.logits_class_stride, rows = p.rows();
-    const A bias = bias_of(args);
+    Team team(args.residence);
     RowEnd<A> end(args);
-    const std::int64_t step = std::int64_t(gridDim.x) * group_count;
-    for (std::int64_t number = std::int64_t(blockIdx.x) * group_count + group; number < rows; number += step) {
-        const Row row = row_at(p, number);
-        const Target target = target_of(p, row);
-        if (target.ignored) {  // for the whole group
-            end.ignore(row, lane == 0);
-            if (p.grad) write_zeros<kThreads, Stored>(p, row, lane);
-            continue;
-        }
-        const Stored* logits = logits_of<Stored>(p, row);
-        const A target_logit = target.cls < 0 ? A(0) : to_acc(logits[target.cls * class_stride]) + bias;
-        const SpreadReader<Stored> spread(p, args, row);
-        auto state = SoftmaxState<A, kSpread>::empty();
-        walk_classes<kThreads>(logits, classes, class_stride == 1, lane, [&]<int kCount>(Count<kCount>, int c) {
-            A z[kCount], u[kCount];
-            load(logits + c * class_stride, z);
-#pragma unroll
-            for (int k = 0; k < kCount; ++k) {
-                if (c + k == target.cls) z[k] += bias;
-                u[k] = kSpread ? spread(c + k) : A(0);
+    RowReader<Stored, Team>(args, team)
+        .for_each([&](const Row& row, const Target& target, const RowSlice<Stored>& slice) {
+            if (target.ignored) {  // for the whole group
+                end.ignore(row, team.records());
+                if (p.grad) write_zeros(p, team, row, slice);
+                return;
             }
-            state.push(z, u);
+            const A bias = bias_of(args);
+            const A target_logit = target.cls < 0 ? A(0) : logit_of(p, row, slice, target.cls) + bias;
+            const SpreadReader<A> spread(p, args, row);
+            auto state = SoftmaxState<A, kSpread>::empty();
+            team.walk(slice.logits, slice.count, slice.stride == 1, [&]<int kCount>(Count<kCount>, int c) {
+                A z[kCount], u[kCount];
+                load(slice.logits + c * slice.stride, z);
+#pragma unroll
+                for (int k = 0; k < kCount; ++k) {
+                    const int cls = slice.first + c + k;
+                    if (cls == target.cls) z[k] += bias;
+                    u[k] = kSpread ? spread(cls) : A(0);
+                }
+                state.push(z, u);
+            });
+            reduce_team(team, state);
+            const auto coefficients = end.finish(row, target, target_logit, state, team.records());
+            if (p.grad) write_gradient<kSpread>(args, team, row, slice, target.cls, coefficients);
         });
-        reduce_group<kThreads>(state);
-        const auto coefficients = end.finish(row, target, target_logit, state, lane == 0);
-        if (p.grad) write_gradient<kThreads, Stored, kSpread>(args, row, target, coefficients, lane);
-    }
+    team.part_company();
     write_loss(args, end.sums);
 }
 
-// One thread per row: pixels of which neighbouring threads read neighbours, or few classes.
+// One thread per row, or a few: pixels of which neighbouring threads read neighbours, or few classes.
 template <class Stored, bool kSpread>
 __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, kSpread>)
     forward_by_thread(const __grid_constant__ RowArgs<acc_t<Stored>> args) {
     using A = acc_t<Stored>;
     const RowProblem& p = args.problem;
-    const int classes = static_cast<int>(p.num_classes);
-    const std::int64_t class_stride = p.logits_class_stride, rows = p.rows();
-    const A bias = bias_of(args);
     RowEnd<A> end(args);
-    const std::int64_t step = std::int64_t(gridDim.x) * kBlock;
-    for (std::int64_t number = std::int64_t(blockIdx.x) * kBlock + threadIdx.x; number < rows; number += step) {
-        const Row row = row_at(p, number);
-        const Target target = target_of(p, row);
-        if (target.ignored) {
-            end.ignore(row, true);
-            if (p.grad) write_zeros<1, Stored>(p, row, 0);
-            continue;
-        }
-        const Stored* logits = logits_of<Stored>(p, row);
-        const A target_logit = target.cls < 0 ? A(0) : to_acc(logits[target.cls * class_stride]) + bias;
-        const SpreadReader<Stored> spread(p, args, row);
-        auto state = SoftmaxState<A, kSpread>::empty();
-        for (int c = 0; c < classes; c += kClassesAtOnce) {
-            A z[kClassesAtOnce], u[kClassesAtOnce];
+    PixelTiles<Stored>(args).for_each(
+        [&](const Column& column, const Row& row, const Target& target, const RowSlice<Stored>& slice, bool exists) {
+            const A bias = bias_of(args);
+            const SpreadReader<A> spread(p, args, row);
+            auto state = SoftmaxState<A, kSpread>::empty();
+            const int classes = target.ignored ? 0 : slice.count;
+            for (int c = column.part * kClassesAtOnce; c < classes; c += column.parts * kClassesAtOnce) {
+                A z[kClassesAtOnce], u[kClassesAtOnce];
 #pragma unroll
-            for (int k = 0; k < kClassesAtOnce; ++k) {  // beyond the last class: masked, of weight zero
-                const bool valid = c + k < classes;
-                z[k] = valid ? to_acc(logits[(c + k) * class_stride]) : -std::numeric_limits<A>::infinity();
-                if (c + k == target.cls) z[k] += bias;
-                u[k] = kSpread && valid ? spread(c + k) : A(0);
+                for (int k = 0; k < kClassesAtOnce; ++k) {  // beyond the last class: masked, of weight zero
+                    const bool valid = c + k < classes;
+                    z[k] = valid ? to_acc(slice.logits[(c + k) * slice.stride]) : -std::numeric_limits<A>::infinity();
+                    if (c + k == target.cls) z[k] += bias;
+                    u[k] = kSpread && valid ? spread(c + k) : A(0);
+                }
+                state.push(z, u);
             }
-            state.push(z, u);
-        }
-        const auto coefficients = end.finish(row, target, target_logit, state, true);
-        if (p.grad) write_gradient<1, Stored, kSpread>(args, row, target, coefficients, 0);
-    }
+            reduce_team(column, state);
+            if (!exists) return;
+            if (target.ignored) {
+                end.ignore(row, column.records());
+                if (p.grad) write_zeros(p, column, row, slice);
+                return;
+            }
+            const A target_logit = target.cls < 0 ? A(0) : to_acc(slice.logits[target.cls * slice.stride]) + bias;
+            const auto coefficients = end.finish(row, target, target_logit, state, column.records());
+            if (p.grad) write_gradient<kSpread>(args, column, row, slice, target.cls, coefficients);
+        });
     write_loss(args, end.sums);
 }
 
 // One thread per row in shared memory: x holds its logits, then their exponentials, then the gradient.
-template <class Stored, bool kSpread>
-FL_DEVICE void staged_row(const RowArgs<acc_t<Stored>>& args, const Row& row, acc_t<Stored>* x,
-                          RowEnd<acc_t<Stored>>& end) {
-    using A = acc_t<Stored>;
+template <bool kSpread>
+FL_DEVICE void staged_row(const RowArgs<float>& args, const Row& row, float* x, RowEnd<float>& end) {
+    using A = float;
     const RowProblem& p = args.problem;
     const int classes = static_cast<int>(p.num_classes);
     const Target target = target_of(p, row);
@@ -175,7 +170,7 @@ FL_DEVICE void staged_row(const RowArgs<acc_t<Stored>>& args, const Row& row, ac
     auto state = State::empty();
     for (int c = 0; c < classes; ++c) state.max = State::larger(state.max, x[c]);
     const A pivot = State::pivot_of(state.max);
-    const SpreadReader<Stored> spread(p, args, row);
+    const SpreadReader<A> spread(p, args, row);
     for (int c = 0; c < classes; ++c) {
         const A distance = x[c] - pivot;
         x[c] = math::exp(distance);
@@ -186,22 +181,21 @@ FL_DEVICE void staged_row(const RowArgs<acc_t<Stored>>& args, const Row& row, ac
         x[c] = coefficients.of_exponential(x[c], kSpread ? spread(c) : A(0), c == target.cls);
 }
 
-template <class Stored, bool kSpread>
-__global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, kSpread>)
-    forward_staged(const __grid_constant__ RowArgs<acc_t<Stored>> args) {
-    using A = acc_t<Stored>;
-    __shared__ A memory[StagedTile<Stored>::kSize];
+template <bool kSpread>
+__global__ void __launch_bounds__(kBlock, kMinBlocks<float, kSpread>)
+    forward_staged(const __grid_constant__ RowArgs<float> args) {
+    __shared__ float memory[StagedTile::kSize];
     const RowProblem& p = args.problem;
-    const StagedTile<Stored> tile(memory, static_cast<int>(p.num_classes));
-    RowEnd<A> end(args);
-    for_each_tile(p, [&](std::int64_t first, int rows) {
+    const StagedTile tile(memory, p);
+    RowEnd<float> end(args);
+    tile.for_each([&](std::int64_t first, int rows) {
         const int me = threadIdx.x;
-        tile.read(as<Stored>(p.logits) + first * p.num_classes, rows);
+        tile.read_logits(first, rows);
         __syncthreads();
-        if (me < rows) staged_row<Stored, kSpread>(args, row_at(p, first + me), tile.row(me), end);
+        if (me < rows) staged_row<kSpread>(args, row_at(p, first + me), tile.row(me), end);
         if (!p.grad) return;
         __syncthreads();
-        tile.write(static_cast<Stored*>(p.grad) + first * p.num_classes, rows);
+        tile.write_gradient(first, rows);
     });
     write_loss(args, end.sums);
 }
@@ -226,23 +220,20 @@ __global__ void __launch_bounds__(kBlock) sum_weights(const __grid_constant__ Ro
 cudaError_t enqueue_forward(const RowProblem& p, const LossOutput& out, cudaStream_t stream) {
     if (p.rows() == 0 && !out.loss) return cudaSuccess;
     return dispatch(p, [&]<class Stored, bool kSpread>() {
-        const RowArgs<acc_t<Stored>> args(p, out);
+        RowArgs<acc_t<Stored>> args(p, out);
         switch (regime_of(p)) {
             case Regime::kStaged:
                 if constexpr (!std::is_same_v<Stored, double>)
-                    return launch(forward_staged<Stored, kSpread>, blocks_for(p.rows(), kBlock), stream, args);
+                    return launch(forward_staged<kSpread>, blocks_for(p.rows(), kBlock), stream, args);
                 break;
-            case Regime::kThread:
-                return launch(forward_by_thread<Stored, kSpread>, blocks_for(p.rows(), kBlock), stream, args);
+            case Regime::kThread: return launch_pixels<Stored>(forward_by_thread<Stored, kSpread>, args, stream);
             case Regime::kLanes:
                 if constexpr (!std::is_same_v<Stored, double>)
-                    return launch(forward_by_group<Stored, kLanes, kSpread>, blocks_for(p.rows(), kBlock / kLanes),
-                                  stream, args);
+                    return launch_rows<Stored>(forward_by_group<Stored, Lanes, kSpread>, kLanes, args, stream);
                 break;
-            case Regime::kWarp:
-                return launch(forward_by_group<Stored, 32, kSpread>, blocks_for(p.rows(), kBlock / 32), stream, args);
+            case Regime::kWarp: return launch_rows<Stored>(forward_by_group<Stored, Group, kSpread>, 32, args, stream);
             case Regime::kBlock:
-                return launch(forward_by_group<Stored, kBlock, kSpread>, blocks_for(p.rows(), 1), stream, args);
+                return launch_rows<Stored>(forward_by_group<Stored, Group, kSpread>, kBlock, args, stream);
         }
         return cudaErrorInvalidValue;
     });

@@ -17,56 +17,55 @@ FL_DEVICE Coefficients<A> saved_coefficients(const RowProblem& p, const Row& row
     return coefficients;
 }
 
-// kThreads threads per row: one, some lanes, a warp or the whole block.
-template <class Stored, int kThreads, bool kSpread>
+// A row for one thread, some lanes, a warp or a block.
+template <class Stored, class Team, bool kSpread>
 __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>>)
     gradient(const __grid_constant__ RowArgs<acc_t<Stored>> args) {
     using A = acc_t<Stored>;
     const RowProblem& p = args.problem;
     if (is_already_written<A>(p)) return;
-    constexpr int group_count = kBlock / kThreads;
-    const int group = threadIdx.x / kThreads, lane = threadIdx.x % kThreads;
-    const std::int64_t rows = p.rows(), step = std::int64_t(gridDim.x) * group_count;
-    for (std::int64_t number = std::int64_t(blockIdx.x) * group_count + group; number < rows; number += step) {
+    const Team team(args.residence);
+    const std::int64_t rows = p.rows(), step = team.count();
+    for (std::int64_t number = team.number(); number < rows; number += step) {
         const Row row = row_at(p, number);
         const Target target = target_of(p, row);
+        const RowSlice<Stored> whole = whole_row<Stored>(p, row);
         if (target.ignored)  // for the whole group
-            write_zeros<kThreads, Stored>(p, row, lane);
+            write_zeros(p, team, row, whole);
         else
-            write_gradient<kThreads, Stored, kSpread>(args, row, target, saved_coefficients<A>(p, row), lane);
+            write_gradient<kSpread>(args, team, row, whole, target.cls, saved_coefficients<A>(p, row));
     }
 }
 
-template <class Stored, bool kSpread>
-FL_DEVICE void staged_row(const RowArgs<acc_t<Stored>>& args, const Row& row, acc_t<Stored>* x) {
-    using A = acc_t<Stored>;
+template <bool kSpread>
+FL_DEVICE void staged_row(const RowArgs<float>& args, const Row& row, float* x) {
     const RowProblem& p = args.problem;
     const int classes = static_cast<int>(p.num_classes);
     const Target target = target_of(p, row);
     if (target.ignored) {
-        for (int c = 0; c < classes; ++c) x[c] = A(0);
+        for (int c = 0; c < classes; ++c) x[c] = 0;
         return;
     }
     if (target.cls >= 0) x[target.cls] += bias_of(args);
-    const Coefficients<A> coefficients = saved_coefficients<A>(p, row);
-    const SpreadReader<Stored> spread(p, args, row);
-    for (int c = 0; c < classes; ++c) x[c] = coefficients.at(x[c], kSpread ? spread(c) : A(0), c == target.cls);
+    const Coefficients<float> coefficients = saved_coefficients<float>(p, row);
+    const SpreadReader<float> spread(p, args, row);
+    for (int c = 0; c < classes; ++c) x[c] = coefficients.at(x[c], kSpread ? spread(c) : 0.0f, c == target.cls);
 }
 
-template <class Stored, bool kSpread>
-__global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>>)
-    gradient_staged(const __grid_constant__ RowArgs<acc_t<Stored>> args) {
-    __shared__ acc_t<Stored> memory[StagedTile<Stored>::kSize];
+template <bool kSpread>
+__global__ void __launch_bounds__(kBlock, kMinBlocks<float>)
+    gradient_staged(const __grid_constant__ RowArgs<float> args) {
+    __shared__ float memory[StagedTile::kSize];
     const RowProblem& p = args.problem;
-    if (is_already_written<acc_t<Stored>>(p)) return;
-    const StagedTile<Stored> tile(memory, static_cast<int>(p.num_classes));
-    for_each_tile(p, [&](std::int64_t first, int rows) {
+    if (is_already_written<float>(p)) return;
+    const StagedTile tile(memory, p);
+    tile.for_each([&](std::int64_t first, int rows) {
         const int me = threadIdx.x;
-        tile.read(as<Stored>(p.logits) + first * p.num_classes, rows);
+        tile.read_logits(first, rows);
         __syncthreads();
-        if (me < rows) staged_row<Stored, kSpread>(args, row_at(p, first + me), tile.row(me));
+        if (me < rows) staged_row<kSpread>(args, row_at(p, first + me), tile.row(me));
         __syncthreads();
-        tile.write(static_cast<Stored*>(p.grad) + first * p.num_classes, rows);
+        tile.write_gradient(first, rows);
     });
 }
 
@@ -75,23 +74,22 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>>)
 cudaError_t enqueue_gradient(const RowProblem& p, cudaStream_t stream) {
     if (p.rows() == 0) return cudaSuccess;
     return dispatch(p, [&]<class Stored, bool kSpread>() {
-        const RowArgs<acc_t<Stored>> args(p);
+        RowArgs<acc_t<Stored>> args(p);
+        const auto with_threads = [&](void (*kernel)(RowArgs<acc_t<Stored>>), int threads) {
+            args.residence.threads = threads;
+            return launch(kernel, blocks_for(p.rows(), kBlock / threads), stream, args);
+        };
         switch (regime_of(p)) {
             case Regime::kStaged:
-                if constexpr (!std::is_same_v<Stored, double>)
-                    return launch(gradient_staged<Stored, kSpread>, blocks_for(p.rows(), kBlock), stream, args);
+                if constexpr (!std::is_same_v<Stored, double>) return with_threads(gradient_staged<kSpread>, 1);
                 break;
-            case Regime::kThread:
-                return launch(gradient<Stored, 1, kSpread>, blocks_for(p.rows(), kBlock), stream, args);
+            case Regime::kThread: return with_threads(gradient<Stored, Alone, kSpread>, 1);
             case Regime::kLanes:
                 if constexpr (!std::is_same_v<Stored, double>)
-                    return launch(gradient<Stored, kLanes, kSpread>, blocks_for(p.rows(), kBlock / kLanes), stream,
-                                  args);
+                    return with_threads(gradient<Stored, Lanes, kSpread>, kLanes);
                 break;
-            case Regime::kWarp:
-                return launch(gradient<Stored, 32, kSpread>, blocks_for(p.rows(), kBlock / 32), stream, args);
-            case Regime::kBlock:
-                return launch(gradient<Stored, kBlock, kSpread>, blocks_for(p.rows(), 1), stream, args);
+            case Regime::kWarp: return with_threads(gradient<Stored, Group, kSpread>, 32);
+            case Regime::kBlock: return with_threads(gradient<Stored, Group, kSpread>, kBlock);
         }
         return cudaErrorInvalidValue;
     });

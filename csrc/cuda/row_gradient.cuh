@@ -4,7 +4,7 @@
 
 #include "core/math.h"
 #include "cuda/launch.cuh"
-#include "cuda/row_access.cuh"
+#include "cuda/resident_row.cuh"
 
 namespace fused_losses::cuda {
 
@@ -26,70 +26,70 @@ struct Coefficients {
     FL_DEVICE A at(A z, A u, bool is_target) const { return of_exponential(math::exp(z - max), u, is_target); }
 };
 
-// The classes of a row are those of kThreads threads: one, a warp or the block.
-template <int kThreads, class Stored, class Body>
-FL_DEVICE void walk(const Stored* row, int classes, bool vectors, int lane, Body body) {
-    if constexpr (kThreads == 1)
-        for (int c = 0; c < classes; ++c) body(Count<1>{}, c);
-    else
-        walk_classes<kThreads>(row, classes, vectors, lane, body);
-}
-
-template <class Stored>
-FL_DEVICE const Stored* logits_of(const RowProblem& p, const Row& row) {
-    return as<Stored>(p.logits) + p.logits_stride.at(row.outer, row.inner);
-}
-
-template <class Stored>
-FL_DEVICE Stored* gradient_row(const RowProblem& p, const Row& row) {
-    return static_cast<Stored*>(p.grad) + p.grad_stride.at(row.outer, row.inner);
-}
-
-// Ignored rows: their logits are not read, they may be NaN.
-template <int kThreads, class Stored>
-FL_DEVICE void write_zeros(const RowProblem& p, const Row& row, int lane) {
-    Stored* const grad = gradient_row<Stored>(p, row);
+// Ignored rows: their logits are not used, they may be NaN. The classes are those of the team's slice.
+template <class Stored, class Team>
+FL_DEVICE void write_zeros(const RowProblem& p, const Team& team, const Row& row, const RowSlice<Stored>& slice) {
     const std::int64_t stride = p.grad_class_stride;
-    walk<kThreads>(grad, static_cast<int>(p.num_classes), stride == 1, lane, [&]<int kCount>(Count<kCount>, int c) {
+    Stored* const grad = gradient_row<Stored>(p, row) + slice.first * stride;
+    team.walk(grad, slice.count, stride == 1, [&]<int kCount>(Count<kCount>, int c) {
         const acc_t<Stored> zeros[kCount] = {};
         store(grad + c * stride, zeros);
     });
 }
 
-template <int kThreads, class Stored, bool kSpread>
-FL_DEVICE void write_gradient(const RowArgs<acc_t<Stored>>& args, const Row& row, const Target& target,
-                              const Coefficients<acc_t<Stored>>& coefficients, int lane) {
-    using A = acc_t<Stored>;
-    const RowProblem& p = args.problem;
-    const Stored* const logits = logits_of<Stored>(p, row);
-    Stored* const grad = gradient_row<Stored>(p, row);
-    const std::int64_t from = p.logits_class_stride, to = p.grad_class_stride;
-    const bool vectors = from == 1 && to == 1 && misalignment(logits) == misalignment(grad);
-    const A bias = bias_of(args);
-    const SpreadReader<Stored> spread(p, args, row);
-    const int classes = static_cast<int>(p.num_classes);
-    const auto at = [&](A z, int c) {
-        const bool own = c == target.cls;
+template <class A, bool kSpread>
+struct SoftmaxGradient {
+    FL_DEVICE SoftmaxGradient(const RowArgs<A>& args, const Row& row, int own, const Coefficients<A>& c)
+        : spread(args.problem, args, row), bias(bias_of(args)), target(own), coefficients(c) {}
+
+    FL_DEVICE A operator()(A z, int c) const {
+        const bool own = c == target;
         return coefficients.at(own ? z + bias : z, kSpread ? spread(c) : A(0), own);
-    };
-    if constexpr (kThreads == 1) {
-        for (int c = 0; c < classes; c += kClassesAtOnce) {
-            A z[kClassesAtOnce];
-#pragma unroll
-            for (int k = 0; k < kClassesAtOnce; ++k) z[k] = c + k < classes ? to_acc(logits[(c + k) * from]) : A(0);
-#pragma unroll
-            for (int k = 0; k < kClassesAtOnce; ++k)
-                if (c + k < classes) grad[(c + k) * to] = to_stored<Stored>(at(z[k], c + k));
-        }
-    } else {
-        walk_classes<kThreads>(logits, classes, vectors, lane, [&]<int kCount>(Count<kCount>, int c) {
-            A z[kCount];
-            load(logits + c * from, z);
-#pragma unroll
-            for (int k = 0; k < kCount; ++k) z[k] = at(z[k], c + k);
-            store(grad + c * to, z);
-        });
     }
+
+    const SpreadReader<A> spread;
+    const A bias;
+    const int target;
+    const Coefficients<A>& coefficients;
+};
+
+// Some classes at a time: by a thread, or by a few that share a pixel.
+template <bool kSpread, class Stored, class Team>
+FL_DEVICE void write_column_gradient(const RowArgs<acc_t<Stored>>& args, const Team& team, const Row& row,
+                                     const RowSlice<Stored>& slice, int target,
+                                     const Coefficients<acc_t<Stored>>& coefficients) {
+    using A = acc_t<Stored>;
+    Stored* const grad = gradient_row<Stored>(args.problem, row);
+    const std::int64_t from = slice.stride, to = args.problem.grad_class_stride;
+    const SoftmaxGradient<A, kSpread> gradient(args, row, target, coefficients);
+    for (int c = team.part * kClassesAtOnce; c < slice.count; c += team.parts * kClassesAtOnce) {
+        A z[kClassesAtOnce];
+#pragma unroll
+        for (int k = 0; k < kClassesAtOnce; ++k)
+            z[k] = c + k < slice.count ? to_acc(slice.logits[(c + k) * from]) : A(0);
+#pragma unroll
+        for (int k = 0; k < kClassesAtOnce; ++k)
+            if (c + k < slice.count) grad[(c + k) * to] = to_stored<Stored>(gradient(z[k], c + k));
+    }
+}
+
+template <bool kSpread, class Stored, class Team>
+FL_DEVICE void write_gradient(const RowArgs<acc_t<Stored>>& args, const Team& team, const Row& row,
+                              const RowSlice<Stored>& slice, int target,
+                              const Coefficients<acc_t<Stored>>& coefficients) {
+    if constexpr (Team::is_column) return write_column_gradient<kSpread>(args, team, row, slice, target, coefficients);
+    using A = acc_t<Stored>;
+    const std::int64_t from = slice.stride, to = args.problem.grad_class_stride;
+    Stored* const grad = gradient_row<Stored>(args.problem, row) + slice.first * to;
+    const bool vectors = from == 1 && to == 1 && misalignment(slice.logits) == misalignment(grad);
+    const SoftmaxGradient<A, kSpread> gradient(args, row, target, coefficients);
+    team.walk(slice.logits, slice.count, vectors, [&]<int kCount>(Count<kCount>, int c) {
+        A z[kCount];
+        load(slice.logits + c * from, z);
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) z[k] = gradient(z[k], slice.first + c + k);
+        store(grad + c * to, z);
+    });
 }
 
 }  // namespace fused_losses::cuda

@@ -1,10 +1,10 @@
-// One-pass ("online") softmax sums and their deterministic combination over a warp or a block.
+// One-pass ("online") softmax sums and their deterministic combination over the threads of a row.
 #pragma once
 
 #include <limits>
 
 #include "core/math.h"
-#include "cuda/row_access.cuh"
+#include "cuda/team.cuh"
 
 namespace fused_losses::cuda {
 
@@ -95,28 +95,36 @@ struct SoftmaxState {
     }
 };
 
-// Combines the sums of all kThreads threads that share a row (lanes of a warp, or the whole block); each of them gets
-// the result.
-template <int kThreads, class State>
-FL_DEVICE void reduce_group(State& state) {
-    if constexpr (kThreads <= 32) {
-        state.template reduce_lanes<kThreads>();
-        state.template take_from_first_lane<kThreads>();
-    } else {
-        state.template reduce_lanes<32>();
-        constexpr int warps = kThreads / 32;
-        __shared__ State of_warp[warps], of_block;
-        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-        if (lane == 0) of_warp[warp] = state;
-        __syncthreads();
-        if (warp == 0) {
-            state = of_warp[lane % warps];
-            state.template reduce_lanes<warps>();
-            if (lane == 0) of_block = state;
-        }
-        __syncthreads();  // the next row writes of_block after one more barrier
-        state = of_block;
+// Combines the sums of all threads that share a row; each of them gets the result.
+template <class State>
+FL_DEVICE void reduce_team(const Lanes&, State& state) {
+    state.template reduce_lanes<kLanes>();
+    state.template take_from_first_lane<kLanes>();
+}
+
+template <class State>
+FL_DEVICE void reduce_team(Group& group, State& state) {
+    state.template reduce_lanes<32>();
+    if (group.threads < kBlock) return state.template take_from_first_lane<32>();
+    constexpr int warps = kBlock / 32;
+    __shared__ State of_warp[warps], of_block;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (lane == 0) of_warp[warp] = state;
+    __syncthreads();
+    if (warp == 0) {
+        state = of_warp[lane % warps];
+        state.template reduce_lanes<warps>();
+        if (lane == 0) of_block = state;
     }
+    __syncthreads();  // the next row writes of_block after one more barrier
+    state = of_block;
+    group.turn ^= 1;
+    combine_over_cluster(state, group.turn, [](State& mine, const State& other) { mine.merge(other); });
+}
+
+template <class State>
+FL_DEVICE void reduce_team(const Column& column, State& state) {
+    column.merge_parts(state, [](State& mine, const State& other) { mine.merge(other); });
 }
 
 }  // namespace fused_losses::cuda

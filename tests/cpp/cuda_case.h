@@ -15,6 +15,15 @@ inline void shuffle_launches(bool any_grid) {
     cuda_emulation::largest_grid = any_grid && cuda_emulation::one_in(2) ? 1 + cuda_emulation::random() % 2 : ~0u;
 }
 
+// How much of a row fits into shared memory, and whether blocks can share one. Sums over all rows depend on it.
+inline void choose_device() {
+    const int sizes[] = {65536, 65536, 8192, 2048, 512};
+    cuda_emulation::shared_per_block = sizes[cuda_emulation::random() % 5];
+    cuda_emulation::shared_per_multiprocessor = cuda_emulation::shared_per_block * (1 + cuda_emulation::random() % 2);
+    cuda_emulation::clusters = !cuda_emulation::one_in(3);
+    cuda_emulation::multiprocessors = 3 + cuda_emulation::random() % 2;  // of two blocks: room for eight in a cluster?
+}
+
 template <class Stored>
 class CudaCase : ExpectedRows<Stored> {
     using Base = ExpectedRows<Stored>;
@@ -28,6 +37,7 @@ public:
 
     void test(const std::string& what) {
         name = what + (soft ? " soft" : "");
+        choose_device();
         const Layout grad_layout = any_grad_layout();
         const Inputs before = inputs();
         compute_expected();
@@ -46,6 +56,7 @@ public:
 
     void test_isolation(const std::string& what) {
         name = what;
+        choose_device();
         Base::template check_isolation<Result>(any_grad_layout(), [&](Result& r) { run(r); });
     }
 

@@ -8,13 +8,10 @@
 
 #include "check.h"
 #include "cuda/grid.cuh"
-#include "cuda/row_access.cuh"
+#include "cuda/residence.cuh"
+#include "cuda/resident_row.cuh"
 #include "guarded.h"
 #include "losses/registry.h"
-
-namespace fused_losses::cuda {
-extern __shared__ uint4 dynamic_shared[];
-}
 
 namespace {
 
@@ -79,6 +76,44 @@ __global__ void use_grid(unsigned* arrived, int* of_block, int* wrong) {
     *wrong += of_block[other] != int(7 * other) || mine != int(7 * blockIdx.x);
 }
 
+// Blocks of a cluster copy numbers to shared memory and read those of each other.
+__global__ void use_cluster(const uint4* numbers, int* wrong) {
+    const int me = threadIdx.x, size = cluster_size();
+    __pipeline_memcpy_async(dynamic_shared + me, numbers + kBlock * blockIdx.x + me, sizeof(uint4));
+    end_copies();
+    sync_cluster();
+    for (int rank = 0; rank < size; ++rank) {
+        const unsigned block = blockIdx.x / size * size + rank;
+        *wrong += of_rank(dynamic_shared[kBlock - 1 - me], rank).y != kBlock * block + kBlock - 1 - me;
+    }
+    *wrong += cluster_rank() != int(blockIdx.x % size);
+    sync_cluster();
+}
+
+// Whoever leaves the last barrier out reads from a block that may have finished.
+__global__ void leave_cluster(int* wrong) {
+    __shared__ int mine;
+    mine = threadIdx.x;
+    sync_cluster();
+    for (int rank = 0; rank < cluster_size(); ++rank) {
+        *wrong += of_rank(mine, rank) < 0;
+        __syncwarp();
+    }
+}
+
+void test_clusters() {
+    std::vector<uint4> numbers(kBlock * 12);
+    for (unsigned i = 0; i < numbers.size(); ++i) numbers[i] = {0, i, 0, 0};
+    int wrong = 0;
+    for (const int cluster : {1, 2, 4}) {
+        const RowPlan plan{{}, cluster, kBlock * sizeof(uint4)};
+        const PlannedLaunch launch(plan, 12, nullptr);
+        const uint4* const from = numbers.data();
+        check(cudaLaunchKernelEx(&launch.config, use_cluster, from, &wrong) == cudaSuccess && wrong == 0,
+              "clusters of %d: %d wrong results", cluster, wrong);
+    }
+}
+
 void test_promises() {
     int wrong = 0;
     for (int run = 0; run < 20; ++run) {
@@ -124,7 +159,9 @@ __global__ void endless(int* wrong) {
 }
 
 // The launch ends its process with a message that holds `text`.
-void expect_death(void (*kernel)(int*), const std::string& text) {
+void expect_death(
+    void (*kernel)(int*), const std::string& text,
+    void (*run)(void (*)(int*), int*) = [](void (*k)(int*), int* wrong) { launch(k, 2, nullptr, wrong); }) {
     int ends[2];
     if (!check(pipe(ends) == 0, "no pipe")) return;
     std::fflush(nullptr);
@@ -133,7 +170,7 @@ void expect_death(void (*kernel)(int*), const std::string& text) {
         dup2(ends[1], STDERR_FILENO);
         signal(SIGABRT, SIG_DFL);
         int wrong = 0;
-        launch(kernel, 2, nullptr, &wrong);
+        run(kernel, &wrong);
         _exit(0);
     }
     close(ends[1]);
@@ -147,7 +184,13 @@ void expect_death(void (*kernel)(int*), const std::string& text) {
     check(message.find(text) != std::string::npos, "not the message '%s': %s", text.c_str(), message.c_str());
 }
 
+void launch_clusters(void (*kernel)(int*), int* wrong) {
+    const PlannedLaunch launch({{}, 4, 0}, 8, nullptr);
+    cudaLaunchKernelEx(&launch.config, kernel, wrong);
+}
+
 void test_deaths() {
+    expect_death(leave_cluster, "has not begun or has finished", launch_clusters);
     expect_death(diverged_shuffle, "no thread can go on");
     expect_death(foreign_lane, "reads from a lane that is not in the mask");
     expect_death(two_barriers, "threads of a block meet at different barriers");
@@ -170,7 +213,7 @@ void test_walk() {
                 int singles = 0;
                 bool aligned = true;
                 for (int lane = 0; lane < kThreads; ++lane)
-                    walk_classes<kThreads>(row, classes, vectors, lane, [&]<int kCount>(Count<kCount>, int c) {
+                    walk_vectors(row, classes, vectors, lane, kThreads, [&]<int kCount>(Count<kCount>, int c) {
                         for (int k = 0; k < kCount; ++k) ++visits[std::min(c + k, classes)];
                         aligned &= kCount == 1 || misalignment(row + c) == 0;
                         singles += kCount == 1;
@@ -217,11 +260,90 @@ void test_planning() {
     test_walk<kBlock, BFloat16>();
 }
 
+// An H100, or an A100 without clusters; a kernel of 64 registers and 4 KiB of static shared memory.
+Room room_of(bool h100) {
+    return h100 ? Room{132, 4, 227 * 1024 - 4096, 228 * 1024, 5120, true}
+                : Room{108, 4, 163 * 1024 - 4096, 164 * 1024, 5120, false};
+}
+
+// The parts of the blocks of a cluster cover a row from any alignment on, and fit into their buffers.
+void test_row_plan(const Room& room, std::int64_t classes, int element, int groups, int blocks, int buffers,
+                   int cluster) {
+    const RowPlan plan = plan_rows(room, classes, element, groups);
+    const auto& held = plan.residence;
+    check(plan.cluster == cluster && held.buffers == buffers && room.blocks_with(plan.bytes) >= blocks,
+          "%lld classes: cluster %d, %d buffers, %d blocks", (long long)classes, plan.cluster, held.buffers,
+          room.blocks_with(plan.bytes));
+    if (plan.bytes == 0) return;
+    const int vector = 16 / element;
+    check(plan.bytes == std::int64_t(held.buffers) * held.capacity * element * groups && plan.bytes <= room.per_block,
+          "%lld classes: %lld bytes", (long long)classes, (long long)plan.bytes);
+    check(held.capacity % vector == 0 && std::int64_t(held.capacity) * cluster >= classes + vector - 1,
+          "%lld classes: %d in a buffer", (long long)classes, held.capacity);
+}
+
+void test_row_plans() {
+    const Room h100 = room_of(true), a100 = room_of(false);
+    test_row_plan(h100, 1000, 2, 8, 3, 2, 1);
+    test_row_plan(h100, 1000, 4, 8, 3, 2, 1);
+    test_row_plan(h100, 2049, 4, 1, 4, 2, 1);
+    test_row_plan(h100, 10000, 2, 1, 3, 2, 1);
+    test_row_plan(h100, 21841, 2, 1, 3, 1, 1);
+    test_row_plan(h100, 50257, 2, 1, 3, 1, 2);
+    test_row_plan(h100, 128256, 2, 1, 3, 1, 4);
+    test_row_plan(h100, 128256, 4, 1, 3, 1, 8);
+    test_row_plan(h100, 400000, 4, 1, 1, 1, 8);
+    test_row_plan(h100, 1000000, 4, 1, 0, 0, 1);  // too large for eight blocks
+    test_row_plan(a100, 21841, 2, 1, 3, 1, 1);
+    test_row_plan(a100, 50257, 2, 1, 1, 1, 1);
+    test_row_plan(a100, 128256, 2, 1, 0, 0, 1);
+    for (int classes = 1; classes < 3000; classes += 17)
+        for (const int element : {2, 4, 8}) test_row_plan(h100, classes, element, 1, 4, 2, 1);
+}
+
+// A tile's classes do not overlap, end within its memory, and are as misaligned there as in the image.
+void test_pixel_plan(const Room& room, std::int64_t classes, std::int64_t inner, int element, int pixels, int blocks) {
+    RowProblem p;
+    p.outer = 2, p.inner = inner, p.num_classes = classes;
+    p.logits_class_stride = inner, p.logits_stride = {inner * classes, 1};
+    const RowPlan plan = plan_pixels(room, p, element);
+    const auto& held = plan.residence;
+    check(held.pixels == pixels && room.blocks_with(plan.bytes) >= blocks,
+          "%lld classes, %lld pixels: %d at a time, %d "
+          "blocks",
+          (long long)classes, (long long)inner, held.pixels, room.blocks_with(plan.bytes));
+    if (plan.bytes == 0) return;
+    const int vector = 16 / element;
+    check(held.pitch >= held.pixels && (inner - held.pitch) % vector == 0, "pitch %d for %d of %lld pixels", held.pitch,
+          held.pixels, (long long)inner);
+    check(
+        (vector - 1 + (classes - 1) * held.pitch + held.pixels) * element <= plan.bytes && plan.bytes <= room.per_block,
+        "%lld bytes for %lld classes", (long long)plan.bytes, (long long)classes);
+}
+
+void test_pixel_plans() {
+    const Room h100 = room_of(true), a100 = room_of(false);
+    test_pixel_plan(h100, 19, 512 * 1024, 4, 256, 3);
+    test_pixel_plan(h100, 150, 512 * 512, 2, 128, 3);
+    test_pixel_plan(h100, 150, 512 * 512, 4, 64, 3);
+    test_pixel_plan(h100, 150, 511 * 511, 2, 128, 3);
+    test_pixel_plan(a100, 150, 512 * 512, 2, 128, 3);
+    test_pixel_plan(h100, 150, 49, 2, 64, 3);
+    test_pixel_plan(h100, 1000, 512 * 512, 4, 32, 1);
+    test_pixel_plan(h100, 5000, 512 * 512, 4, 0, 0);
+    for (const int element : {2, 4, 8})
+        for (int inner = 16; inner < 80; ++inner)
+            test_pixel_plan(h100, 20, inner, element, inner > 64 ? 128 : inner > 32 ? 64 : 32, 3);
+}
+
 }  // namespace
 
 int main() {
     test_promises();
+    test_clusters();
     test_deaths();
     test_planning();
+    test_row_plans();
+    test_pixel_plans();
     return report("CUDA emulation");
 }

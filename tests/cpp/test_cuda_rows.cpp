@@ -69,5 +69,6 @@ int main(int argc, char** argv) {
         test_shapes(thinning, random);
         test_many_rows(random);
     }
+    check(cuda_emulation::clustered > 0, "no launch had clusters");
     return report("CUDA row kernels");
 }

@@ -30,17 +30,48 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 // A device with room for so many blocks at the same time.
 namespace cuda_emulation {
 inline int multiprocessors = 3, blocks_per_multiprocessor = 2;
-}
+inline int shared_per_block = int(fused_losses::cuda::kMostDynamicShared),
+           shared_per_multiprocessor = 2 * shared_per_block;
+inline int clusters = 1;        // whether it can launch them
+inline unsigned clustered = 0;  // how many launches had clusters
+}  // namespace cuda_emulation
 
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaDeviceAttr {
+    cudaDevAttrMultiProcessorCount = 16,
+    cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
+    cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+    cudaDevAttrReservedSharedMemoryPerBlock = 111,
+    cudaDevAttrClusterLaunch = 120
+};
+
+struct cudaFuncAttributes {
+    std::size_t sharedSizeBytes;
+    int ptxVersion;
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
 inline cudaError_t cudaGetDevice(int* device) {
     *device = 0;
     return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-    *value = cuda_emulation::multiprocessors;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+    switch (attribute) {
+        case cudaDevAttrMultiProcessorCount: *value = cuda_emulation::multiprocessors; break;
+        case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = cuda_emulation::shared_per_multiprocessor; break;
+        case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = cuda_emulation::shared_per_block; break;
+        case cudaDevAttrReservedSharedMemoryPerBlock: *value = 0; break;
+        case cudaDevAttrClusterLaunch: *value = cuda_emulation::clusters; break;
+    }
     return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
+    *attributes = {0, 90};
+    return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int value) {
+    return value <= cuda_emulation::shared_per_block ? cudaSuccess : cudaErrorInvalidValue;
 }
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, std::size_t) {
@@ -48,10 +79,13 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, i
     return cudaSuccess;
 }
 
-enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative = 2 };
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative = 2, cudaLaunchAttributeClusterDimension = 4 };
 
 union cudaLaunchAttributeValue {
     int cooperative;
+    struct {
+        unsigned x, y, z;
+    } clusterDim;
 };
 
 struct cudaLaunchAttribute {
@@ -67,17 +101,30 @@ struct cudaLaunchConfig_t {
     unsigned numAttrs;
 };
 
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* count, Kernel*, const cudaLaunchConfig_t* config) {
+    const int resident = cuda_emulation::multiprocessors * cuda_emulation::blocks_per_multiprocessor;
+    *count = resident / int(config->attrs[0].val.clusterDim.x);
+    return cudaSuccess;
+}
+
 // The kernel has run when this returns.
 template <class... Params, class... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args&&... args) {
     bool cooperative = false;
-    for (unsigned i = 0; i < config->numAttrs; ++i)
-        if (config->attrs[i].id == cudaLaunchAttributeCooperative) cooperative |= config->attrs[i].val.cooperative != 0;
+    unsigned cluster = 1;
+    for (unsigned i = 0; i < config->numAttrs; ++i) {
+        const cudaLaunchAttribute& attribute = config->attrs[i];
+        if (attribute.id == cudaLaunchAttributeCooperative) cooperative |= attribute.val.cooperative != 0;
+        if (attribute.id == cudaLaunchAttributeClusterDimension) cluster = attribute.val.clusterDim.x;
+    }
+    cuda_emulation::clustered += cluster > 1;
     const unsigned resident = cuda_emulation::multiprocessors * cuda_emulation::blocks_per_multiprocessor;
     if (cooperative && config->gridDim.x > resident) return cudaErrorCooperativeLaunchTooLarge;
-    if (config->dynamicSmemBytes > fused_losses::cuda::kMostDynamicShared) return cudaErrorInvalidValue;
+    if (config->dynamicSmemBytes > std::size_t(cuda_emulation::shared_per_block)) return cudaErrorInvalidValue;
+    if (cluster > 8 || config->gridDim.x % cluster != 0) return cudaErrorInvalidValue;
     [&](Params... converted) {
-        cuda_emulation::launch(config->gridDim, config->blockDim, cooperative, [&] { kernel(converted...); });
+        cuda_emulation::launch(config->gridDim, config->blockDim, cluster, cooperative, [&] { kernel(converted...); });
     }(std::forward<Args>(args)...);
     return cudaSuccess;
 }

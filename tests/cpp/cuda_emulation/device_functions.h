@@ -1,6 +1,7 @@
 // Functions and types of device code, on top of scheduler.h. Extend it as kernels need more.
 #pragma once
 
+#include "clusters.h"
 #include "scheduler.h"
 
 using std::max, std::min;
@@ -25,7 +26,8 @@ struct alignas(16) double2 {
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
-// ---- Barriers and fences -------------------------------------------------------------------------------------------
+// ---- Barriers, fences and clusters
+// -------------------------------------------------------------------------------------------
 
 namespace cuda_emulation {
 
@@ -64,6 +66,16 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, FL_WHERE) {
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 inline void __threadfence_system() {}
+
+inline unsigned __clusterSizeInBlocks() { return cuda_emulation::cluster_size; }
+inline unsigned __clusterRelativeBlockRank() { return blockIdx.x % cuda_emulation::cluster_size; }
+inline void __cluster_barrier_arrive() {}
+inline void __cluster_barrier_wait(FL_WHERE) { cuda_emulation::wait_for_cluster("__cluster_barrier_wait", where); }
+// To be used before the thread gives way: until then the blocks stay where they are.
+inline void* __cluster_map_shared_rank(const void* mine, unsigned rank) {
+    return cuda_emulation::of_block(const_cast<void*>(mine), rank);
+}
+
 inline void __nanosleep(unsigned) { cuda_emulation::nap(); }
 
 // ---- Warps ---------------------------------------------------------------------------------------------------------

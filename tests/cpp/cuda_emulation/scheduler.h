@@ -3,16 +3,17 @@
 //
 // - Shared memory is thread_local memory of the program's one OS thread: its contents are exchanged when another block
 //   takes over. A block begins with 0xff bytes, a NaN in every format, or sometimes with zeros, which are `false`, too.
-// - Blocks begin in random order, `resident` of them at a time; all of them in a cooperative launch.
+// - Blocks begin in random order, `resident` of them at a time; all of them in a cooperative launch or one of clusters.
 // - A launch that cannot go on, because threads wait for some that never come, or come to another place, aborts with a
 //   list of who waits where. So does one that spins for ever.
 //
 // Not emulated, so errors in it are not found: the memory model (every write is seen at once by all: no missing fence
-// shows), caches and alignment of accesses (but the sanitizers see those of vectors), lanes in lockstep, clusters and
-// distributed shared memory, asynchronous copies and TMA, tensor cores, textures, PTX, streams (a launch has ended when
-// it returns), fast approximate mathematics, out-of-bounds accesses within the static shared memory other than those
-// -fsanitize=bounds knows, limits of registers and of the grid. A spin loop must call __nanosleep or an atomic
-// function. The program must be linked dynamically, without other thread_local variables (clang: -shared-libsan).
+// shows), caches and alignment of accesses (but the sanitizers see those of vectors), lanes in lockstep, clusters of
+// more than one dimension, asynchronous copies in groups and TMA, tensor cores, textures, PTX, streams (a launch has
+// ended when it returns), fast approximate mathematics, out-of-bounds accesses within the static shared memory other
+// than those -fsanitize=bounds knows, limits of registers and of the grid. A spin loop must call __nanosleep or an
+// atomic function. The program must be linked dynamically, without other thread_local variables (clang:
+// -shared-libsan).
 #pragma once
 
 #include <link.h>
@@ -64,7 +65,13 @@ inline constexpr long kEndlessNaps = 100'000;
 
 inline bool one_in(unsigned n) { return random() % n == 0; }
 
-enum class State : std::uint8_t { kReady, kAtBarrier, kInWarp, kFinished };
+enum class State : std::uint8_t { kReady, kAtBarrier, kInWarp, kAtCluster, kFinished };
+
+// An asynchronous copy that has not been done yet; what was at its source when it began.
+struct Copy {
+    void* to;
+    std::vector<unsigned char> bytes;
+};
 
 struct Thread {
     ucontext_t context;
@@ -76,6 +83,7 @@ struct Thread {
     Location where;
     unsigned mask;
     std::uint64_t brought, received[32];
+    std::vector<Copy> copies;
 };
 
 // Who runs first: whoever comes; warps, or threads, by their priority, so that some run far ahead of others.
@@ -94,6 +102,8 @@ struct Block {
 inline ucontext_t scheduler;
 inline Thread* current = nullptr;
 inline Block* current_block = nullptr;
+inline std::vector<Block> blocks;  // those that run at the same time
+inline unsigned cluster_size = 1;  // consecutive blocks
 inline std::function<void()> kernel;
 inline long naps = 0;  // since something else happened
 inline long stay = 0;  // turns until another block takes over
@@ -325,7 +335,7 @@ inline Thread* next_thread(Block& block) {
 }
 
 // The block that runs next: for a while the same again, then any other that can go on.
-inline Block* next_block(std::vector<Block>& blocks) {
+inline Block* next_block() {
     if (current_block && !current_block->ready.empty() && stay-- > 0) return current_block;
     stay = 1l << random() % kLongestStay;
     const std::size_t first = random() % blocks.size();
@@ -336,24 +346,26 @@ inline Block* next_block(std::vector<Block>& blocks) {
     return nullptr;
 }
 
-// Runs `body` as every thread of a grid.
-inline void launch(dim3 grid, dim3 block_size, bool cooperative, const std::function<void()>& body) {
+// Runs `body` as every thread of a grid. Blocks are of a cluster by their x.
+inline void launch(dim3 grid, dim3 block_size, unsigned cluster, bool cooperative, const std::function<void()>& body) {
     if (current) die("a launch within a launch");
-    gridDim = dim3(std::min(grid.x, largest_grid), grid.y, grid.z);
+    gridDim = dim3(std::max(std::min(grid.x, largest_grid) / cluster, 1u) * cluster, grid.y, grid.z);
     blockDim = block_size;
+    cluster_size = cluster;
     kernel = body;
     std::vector<unsigned> numbers(std::size_t(gridDim.x) * gridDim.y * gridDim.z);
     if (numbers.empty() || block_size.x * block_size.y * block_size.z > 1024) die("a grid without blocks or too large");
     std::iota(numbers.begin(), numbers.end(), 0u);
     std::shuffle(numbers.begin(), numbers.end(), random);
-    const std::size_t at_once = cooperative ? numbers.size() : std::min<std::size_t>(resident, numbers.size());
-    std::vector<Block> blocks(at_once);
+    const std::size_t most = cooperative || cluster > 1 ? numbers.size() : resident;
+    const std::size_t at_once = std::min(most, numbers.size());
+    blocks.resize(at_once);
     for (std::size_t slot = 0; slot < at_once; ++slot) {
         begin(blocks[slot], numbers.back(), slot);
         numbers.pop_back();
     }
     for (std::size_t alive = at_once; alive > 0;) {
-        Block* const next = next_block(blocks);
+        Block* const next = next_block();
         if (!next) {
             for (Block& block : blocks)
                 if (block.running > 0) current_block = &block;
