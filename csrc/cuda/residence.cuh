@@ -4,6 +4,9 @@
 
 #include <algorithm>
 #include <bit>
+#include <map>
+#include <mutex>
+#include <utility>
 
 #include "cuda/launch.cuh"
 #include "cuda/row_access.cuh"
@@ -30,10 +33,10 @@ struct Room {
 
 // Also lets the kernel ask for all of it.
 template <class Kernel>
-cudaError_t find_room(Kernel* kernel, Room& room) {
-    int device = 0, optin = 0, reserved = 0, clusters = 0;
+cudaError_t ask_for_room(Kernel* kernel, int device, Room& room) {
+    int optin = 0, reserved = 0, clusters = 0;
     cudaFuncAttributes function = {};
-    cudaError_t error = cudaGetDevice(&device);
+    cudaError_t error = cudaSuccess;
     const auto ask = [&](int* value, cudaDeviceAttr attribute) {
         if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, device);
     };
@@ -51,6 +54,24 @@ cudaError_t find_room(Kernel* kernel, Room& room) {
     if (error != cudaSuccess) return error;
     // All there is, not what one launch needs: other threads may be launching the kernel, too.
     return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room.per_block);
+}
+
+// Remembers the answer: a small kernel takes less time than so many questions.
+template <class Kernel>
+cudaError_t find_room(Kernel* kernel, Room& room) {
+    int device = 0;
+    if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+    static std::mutex mutex;
+    static std::map<std::pair<Kernel*, int>, Room> known;
+    const std::lock_guard lock(mutex);
+    const auto found = known.find({kernel, device});
+    if (found != known.end()) {
+        room = found->second;
+        return cudaSuccess;
+    }
+    const cudaError_t error = ask_for_room(kernel, device, room);
+    if (error == cudaSuccess) known[{kernel, device}] = room;
+    return error;
 }
 
 // ---- Rows ----------------------------------------------------------------------------------------------------------

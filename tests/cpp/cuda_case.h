@@ -21,6 +21,7 @@ inline void choose_device() {
     cuda_emulation::shared_per_block = sizes[cuda_emulation::random() % 5];
     cuda_emulation::shared_per_multiprocessor = cuda_emulation::shared_per_block * (1 + cuda_emulation::random() % 2);
     cuda_emulation::clusters = !cuda_emulation::one_in(3);
+    ++cuda_emulation::device;  // what kernels found on the last one is remembered
     cuda_emulation::multiprocessors = 3 + cuda_emulation::random() % 2;  // of two blocks: room for eight in a cluster?
 }
 

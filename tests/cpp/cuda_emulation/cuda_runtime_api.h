@@ -29,7 +29,7 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 // A device with room for so many blocks at the same time.
 namespace cuda_emulation {
-inline int multiprocessors = 3, blocks_per_multiprocessor = 2;
+inline int device = 0, multiprocessors = 3, blocks_per_multiprocessor = 2;
 inline int shared_per_block = int(fused_losses::cuda::kMostDynamicShared),
            shared_per_multiprocessor = 2 * shared_per_block;
 inline int clusters = 1;        // whether it can launch them
@@ -51,7 +51,7 @@ struct cudaFuncAttributes {
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
 inline cudaError_t cudaGetDevice(int* device) {
-    *device = 0;
+    *device = cuda_emulation::device;
     return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
