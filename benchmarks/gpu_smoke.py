@@ -19,6 +19,8 @@ GPU = "cuda"
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Below: one thread per row (10), a warp (100, 1001), a block (5003), odd counts with misaligned rows.
 CLASS_COUNTS = (10, 100, 1001, 5003)
+# Shared by the blocks of a cluster, where the device has such; the last has rows that no cluster holds.
+LARGE_CLASS_COUNTS = (50_257, 150_001, 1_000_003)
 # Relative to the largest entry; the gradient is rounded once to the dtype of the logits.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 3e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
@@ -40,7 +42,7 @@ def make_logits(layout: str, num_classes: int, dtype: torch.dtype) -> Tensor:
         return (3 * torch.randn(*shape, dtype=torch.float64)).to(dtype)
 
     if layout == "rows":
-        return randn(67, num_classes)
+        return randn(67 if num_classes <= max(CLASS_COUNTS) else 5, num_classes)
     if layout == "rows in a wider matrix":
         return randn(67, num_classes + 3)[:, 1:-2]
     if layout == "transposed":
@@ -146,12 +148,14 @@ def main() -> None:
     torch.manual_seed(0)
     functions = loss_functions()
     if quick:
-        functions = {name: functions[name] for name in ("cross_entropy", "mae")}
+        functions = {name: functions[name] for name in ("cross_entropy", "mae", "hem", "nfl")}
     class_counts = (10, 101, 1031) if quick else CLASS_COUNTS
     dtypes = (torch.float32, torch.bfloat16) if quick else DTYPES
+    problems = [*itertools.product(LAYOUTS, class_counts, dtypes)]
+    problems += itertools.product(["rows"], LARGE_CLASS_COUNTS[: 1 if quick else None], (torch.float32, torch.bfloat16))
     checked = 0
     for name, function in functions.items():
-        for layout, num_classes, dtype in itertools.product(LAYOUTS, class_counts, dtypes):
+        for layout, num_classes, dtype in problems:
             for case in cases(name, layout, num_classes, dtype):
                 compare(name, function, case, f"{layout}, {num_classes} classes, {dtype}")
                 checked += 1

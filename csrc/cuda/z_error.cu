@@ -170,7 +170,7 @@ __device__ __forceinline__ void entropies_as(const ZProblem& p) {
         if (group < 0) continue;
         const Stored* const logits = as<Stored>(e.logits.data) + e.logits.stride.at(row.outer, row.inner);
         auto state = SoftmaxState<A, true>::empty();
-        walk_classes<32>(logits, classes, e.class_stride == 1, lane, [&]<int kCount>(Count<kCount>, int c) {
+        walk_vectors(logits, classes, e.class_stride == 1, lane, 32, [&]<int kCount>(Count<kCount>, int c) {
             A z[kCount], ones[kCount];
             load(logits + c * e.class_stride, z);
 #pragma unroll
@@ -180,7 +180,7 @@ __device__ __forceinline__ void entropies_as(const ZProblem& p) {
             }
             state.push(z, ones);
         });
-        reduce_group<32>(state);
+        state.template reduce_lanes<32>();
         if (lane != 0) continue;
         const A log_sum = math::log(state.sum), own = to_acc(logits[group * e.class_stride]) + bias;
         const SoftmaxRow<A> softmax{(own - state.max) - log_sum, state.sum_u * log_sum - state.centred, state.sum_u,
