@@ -43,11 +43,13 @@ struct RowBuffer {
     }
 
     // Whether gradients are so large that stores past the caches, which need not read what they overwrite, take less
-    // time (a seventh for 80 MB; for 16 MB it was no gain). They need stream_fence() in the end.
+    // time (a seventh for 80 MB; for 16 MB it was no gain). Rows have to be long, because the cache lines that they
+    // share with their neighbours take longer: with rows of 600 bytes all took twice the time. They need
+    // stream_fence() in the end.
     static bool streams(const RowProblem& p) {
-        constexpr std::int64_t kStreamedBytes = 64 << 20;
-        return p.grad && p.grad_class_stride == 1 &&
-               p.rows() * p.num_classes * std::int64_t(sizeof(Stored)) >= kStreamedBytes;
+        constexpr std::int64_t kStreamedBytes = 64 << 20, kStreamedRow = 16 << 10;
+        const std::int64_t row = p.num_classes * std::int64_t(sizeof(Stored));
+        return p.grad && p.grad_class_stride == 1 && row >= kStreamedRow && p.rows() * row >= kStreamedBytes;
     }
 
     // The gradient of a row, value(c, count) being that of the classes from c on; `unordered`: in the order of pairs
