@@ -40,6 +40,9 @@ struct FloatFormat<float> {
     // (e^r - 1 - r) / r^2 for |r| <= log(2) / 2, highest power first: minimax, relative error of e^r 3.1e-9.
     static constexpr float exp_tail[] = {1.38145986467e-3f, 8.36871687973e-3f, 4.16683880453e-2f, 1.66665206317e-1f,
                                          4.99999934478e-1f};
+    static constexpr float ln2 = 0.69314718f;
+    static constexpr float coarse_exp_tail[] = {8.31471526e-3f, 4.18902520e-2f, 1.66670898e-1f,
+                                                4.99992319e-1f};  // 1.1e-7
 };
 
 template <>
@@ -99,13 +102,41 @@ FL_HD scalar_t<T> to_scalar(T x) {
     return Traits<T>::first(x);
 }
 
-template <class T>
-FL_HD T exp_tail(T r) {
-    using S = scalar_t<T>;
-    T p = T(FloatFormat<S>::exp_tail[0]);
-    for (std::size_t i = 1; i < std::size(FloatFormat<S>::exp_tail); ++i) p = p * r + T(FloatFormat<S>::exp_tail[i]);
+template <std::size_t n, class S, class T>
+FL_HD T polynomial(const S (&coefficients)[n], T r) {
+    T p = T(coefficients[0]);
+    for (std::size_t i = 1; i < n; ++i) p = p * r + T(coefficients[i]);
     return p;
 }
+
+template <class T>
+FL_HD T exp_tail(T r) {
+    return polynomial(FloatFormat<scalar_t<T>>::exp_tail, r);
+}
+
+// x = n log 2 + r with |r| <= log(2) / 2, as it is needed for 2^n e^r.
+template <class T>
+struct ReducedExponent {
+    T n;
+    typename Traits<T>::Bits shifted;  // the low bits are n + bias, the exponent field of 2^n
+
+    FL_HD explicit ReducedExponent(T x) {
+        using F = FloatFormat<scalar_t<T>>;
+        constexpr auto magic = F::round_magic + scalar_t<T>(F::exponent_bias);
+        const T sum = x * T(scalar_t<T>(1.4426950408889634)) + T(magic);
+        n = sum - T(magic);
+        shifted = Traits<T>::bits(sum);
+    }
+
+    // 2^n (1 + r + r^2 tail), 0 for x below the smallest that has a normal result. NaN passes through r.
+    FL_HD T exp(T x, T r, T tail) const {
+        using S = scalar_t<T>;
+        using F = FloatFormat<S>;
+        const T mantissa = (tail * r + T(S(1))) * r + T(S(1));
+        const T y = mantissa * Traits<T>::from_bits(shifted << F::mantissa_bits);
+        return select(x < T(F::exp_min), T(S(0)), y);
+    }
+};
 
 // exp of numbers that are not positive (or NaN), as those of a softmax: without the test for overflow.
 template <class T>
@@ -113,17 +144,23 @@ FL_HD T exp_not_positive(T x) {
 #ifdef __CUDA_ARCH__
     return ::exp(x);
 #else
-    using S = scalar_t<T>;
-    using F = FloatFormat<S>;
-    // x = n log 2 + r with |r| <= log(2) / 2. The low bits of `shifted` are n + bias, the exponent field of 2^n. A NaN
-    // passes through r; the select below leaves it alone.
-    constexpr S magic = F::round_magic + S(F::exponent_bias);
-    const T shifted = x * T(S(1.4426950408889634)) + T(magic);
-    const T n = shifted - T(magic);
-    const T r = (x - n * T(F::ln2_hi)) - n * T(F::ln2_lo);
-    const T mantissa = (exp_tail(r) * r + T(S(1))) * r + T(S(1));
-    const T y = mantissa * Traits<T>::from_bits(Traits<T>::bits(shifted) << F::mantissa_bits);
-    return select(x < T(F::exp_min), T(S(0)), y);
+    using F = FloatFormat<scalar_t<T>>;
+    const ReducedExponent<T> reduced(x);
+    const T r = (x - reduced.n * T(F::ln2_hi)) - reduced.n * T(F::ln2_lo);
+    return reduced.exp(x, r, exp_tail(r));
+#endif
+}
+
+// The same to 3 + |x| ulp: enough where the logits and the gradient are numbers of 16 bits.
+template <class T>
+FL_HD T coarse_exp_not_positive(T x) {
+#ifdef __CUDA_ARCH__
+    return ::exp(x);
+#else
+    using F = FloatFormat<scalar_t<T>>;
+    const ReducedExponent<T> reduced(x);
+    const T r = x - reduced.n * T(F::ln2);
+    return reduced.exp(x, r, polynomial(F::coarse_exp_tail, r));
 #endif
 }
 

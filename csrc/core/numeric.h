@@ -89,6 +89,15 @@ FL_HD bits_t<T> narrow_bits(T x) {
     return Convert<Stored, T>::narrow(x);
 }
 
+// exp of numbers that are not positive, with the digits that logits of type Stored have use for.
+template <class Stored, class T>
+FL_HD T exp_not_positive(T x) {
+    if constexpr (sizeof(Stored) == 2)
+        return math::coarse_exp_not_positive(x);
+    else
+        return math::exp_not_positive(x);
+}
+
 FL_HD float widen(float x) { return x; }
 FL_HD double widen(double x) { return x; }
 FL_HD float widen(Half x) { return widen_bits<Half, float>(x.bits); }

@@ -131,7 +131,7 @@ private:
         for (std::int64_t c = 0; c < classes; ++c) {
             if (fetch) __builtin_prefetch(next_logits + c * kWidth, /*for writing=*/0);
             if (fetch_grad) __builtin_prefetch(next_grad + c * kWidth, /*for writing=*/1);
-            const V e = math::exp_not_positive(V::load(x + c * kWidth) - top);
+            const V e = exp_not_positive<Stored>(V::load(x + c * kWidth) - top);
             e.store(x + c * kWidth);
             sum += e;
         }

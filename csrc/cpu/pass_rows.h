@@ -22,9 +22,9 @@ void with_stored(const RowProblem& p, Body body) {
     }
 }
 
-// A block of rows at a time, its logits in scratch as whole vectors: [classes][vector of rows], which is one part, or a
-// part of its own for each row, padded to whole vectors of classes. Numbers per row are a vector with an element for
-// each row of the block either way.
+// A block of rows at a time: one part, its logits in scratch as [classes][vector of rows], or a part for each row, read
+// and written where the caller has it if possible, else in scratch too. Numbers per row are a vector with an element
+// for each row of the block either way.
 template <class A, bool lanes>
 class PassRows {
 public:
@@ -35,33 +35,36 @@ public:
           block(lanes ? V::size : static_cast<int>(std::min<std::int64_t>(tile_rows, V::size))),
           whole(lanes ? p.num_classes : p.num_classes / V::size),
           tail(lanes ? 0 : static_cast<int>(p.num_classes % V::size)),
-          store(parts_of(block) * vectors() * V::size) {
-        with_stored<A>(p, [&]<class Stored>() { streams = !lanes && RowBuffer<Stored>::streams(p); });
+          scratch(parts_of(block) * vectors() * V::size) {
+        with_stored<A>(p, [&]<class Stored>() {
+            constexpr bool as_stored = !lanes && std::is_same_v<Stored, A>;
+            streams = !lanes && RowBuffer<Stored>::streams(p);
+            reads_directly = as_stored && p.logits_class_stride == 1;
+            writes_directly = as_stored && p.grad_class_stride == 1 && !streams;
+        });
     }
 
     ~PassRows() {
         if (streams) stream_fence();
     }
 
-    // Loads rows [at, at + count) of the tile, at most `block`.
+    // Takes rows [at, at + count) of the tile, at most `block`.
     void load(std::int64_t outer, std::int64_t first, int at, int count) {
-        with_stored<A>(p, [&]<class Stored>() {
-            if (lanes) return LaneBlock<Stored>::load_logits(p, outer, first + at, rows, at, count, x(0));
-            for (int i = 0; i < count; ++i) {
-                if (rows.ignored(at + i)) continue;
-                const Stored* source = as<Stored>(p.logits) + p.logits_stride.at(outer, first + at + i);
-                RowBuffer<Stored>::widen_row(source, p.logits_class_stride, p.num_classes, x(i));
-                for (int k = tail; k < V::size && tail > 0; ++k) x(i)[whole * V::size + k] = A(0);
-                A& own = x(i)[rows.target[at + i]];
-                own += rows.bias;
-                rows.target_logit[at + i] = own;
-            }
-        });
-        for (int i = 0; i < V::size; ++i) target.v[i] = A(rows.target[at + i]);
         first_row = at;
         row_count = count;
         next = first + at + count;
         this->outer = outer;
+        with_stored<A>(p, [&]<class Stored>() {
+            if (lanes) {
+                logits[0] = gradient[0] = scratch_of(0);
+                return LaneBlock<Stored>::load_logits(p, outer, first + at, rows, at, count, scratch_of(0));
+            }
+            for (int i = 0; i < count; ++i) {
+                if (p.grad) gradient[i] = gradient_place<Stored>(first + at + i, i);
+                if (!rows.ignored(at + i)) load_row<Stored>(first + at + i, i);
+            }
+        });
+        for (int i = 0; i < V::size; ++i) target.v[i] = A(rows.target[at + i]);
     }
 
     // Calls body(part) for the parts that are to be computed.
@@ -71,18 +74,19 @@ public:
             if (lanes || !rows.ignored(first_row + part)) body(part);
     }
 
-    // Writes the scratch as the gradient of the loaded rows; ignored ones get zeros.
-    void store_gradient(std::int64_t outer, std::int64_t first) {
+    // Once `gradient` has those of all parts: ignored rows get zeros, what is in scratch goes to the caller.
+    void finish_gradient(std::int64_t first) {
         for (int i = 0; i < row_count && rows.any_ignored; ++i)
             for (std::int64_t c = 0; c < p.num_classes && rows.ignored(first_row + i); ++c)
-                (lanes ? x(0)[c * V::size + i] : x(i)[c]) = A(0);
+                (lanes ? gradient[0][c * V::size + i] : gradient[i][c]) = A(0);
+        if (writes_directly) return;
         with_stored<A>(p, [&]<class Stored>() {
             const std::int64_t row = first + first_row;
-            if (lanes) return LaneBlock<Stored>::store_gradient(p, outer, row, row_count, x(0));
+            if (lanes) return LaneBlock<Stored>::store_gradient(p, outer, row, row_count, gradient[0]);
             for (int i = 0; i < row_count; ++i)
                 RowBuffer<Stored>::write_row(
                     p, RowBuffer<Stored>::gradient(p, outer, row + i), streams, /*unordered=*/false,
-                    [&](std::int64_t c, auto count) { return fused_losses::load(x(i) + c, count, A(0)); });
+                    [&](std::int64_t c, auto count) { return fused_losses::load(gradient[i] + c, count, A(0)); });
         });
     }
 
@@ -124,44 +128,52 @@ public:
         return V::load(margins);
     }
 
-    // The margin of the classes in vector k.
-    V margin_at(std::int64_t k, V otherwise) const {
-        if (!p.margin) return otherwise;
-        const A* const margin = as<A>(p.margin);
-        if (lanes || p.margin_stride == 0) return margin[lanes ? k * p.margin_stride : 0];
-        return fused_losses::load(margin + k * V::size, k < whole ? V::size : tail, A(0));
-    }
+    // The margins of classes, a vector at a time; without any per class `of_row`.
+    struct ClassMargins {
+        const A* per_class;
+        std::int64_t stride;
+        V of_row;
 
-    // Calls body(k, is_target, add) for every vector k of a part; sum = add(sum, x) leaves out what is no class.
+        template <class Count>
+        FL_HD V at(std::int64_t k, Count count) const {
+            if (!per_class) return of_row;
+            if (lanes || stride == 0) return per_class[lanes ? k * stride : 0];
+            return fused_losses::load(per_class + k * V::size, count, A(0));
+        }
+    };
+
+    ClassMargins class_margins(V of_row) const { return {as<A>(p.margin), p.margin_stride, of_row}; }
+
+    // Calls body(k, count, is_target, add) for every vector k of a part, the last of which may have but `count`
+    // elements; sum = add(sum, x) leaves out the others.
     template <class Body>
     FL_HD void for_each(int part, Body body) const {
         const V own = in_part(target, part);
         V number = lanes ? V(A(0)) : V::iota();  // of each element's class
-        for (std::int64_t k = 0; k < whole; ++k) {
-            body(k, number == own, [](V sum, V x) { return sum + x; });
+        for (std::int64_t k = 0, n = whole; k < n; ++k) {
+            body(k, Whole{}, number == own, [](V sum, V x) { return sum + x; });
             number += A(lanes ? 1 : V::size);
         }
         if (tail == 0) return;
         const Mask<A> is_class = V::iota() < V(A(tail));
-        body(whole, number == own, [=](V sum, V x) { return sum + math::select(is_class, x, V(A(0))); });
+        body(whole, tail, number == own, [=](V sum, V x) { return sum + math::select(is_class, x, V(A(0))); });
     }
 
     // The same; while this part is computed, its counterpart in the next block is fetched.
     template <class Body>
     FL_HD void for_each_fetching(int part, Body body) const {
-        const char *logits = nullptr, *grad = nullptr;
+        const char *next_logits = nullptr, *next_grad = nullptr;
         std::int64_t step = 0;
         with_stored<A>(p, [&]<class Stored>() {
             step = V::size * sizeof(Stored);
-            if (p.logits_class_stride == 1)
-                logits = reinterpret_cast<const char*>(as<Stored>(p.logits) + p.logits_stride.at(outer, next + part));
+            if (p.logits_class_stride == 1) next_logits = reinterpret_cast<const char*>(row_of<Stored>(next + part));
             if (p.grad && p.grad_class_stride == 1 && !streams)
-                grad = reinterpret_cast<const char*>(RowBuffer<Stored>::gradient(p, outer, next + part));
+                next_grad = reinterpret_cast<const char*>(RowBuffer<Stored>::gradient(p, outer, next + part));
         });
-        for_each(part, [&](std::int64_t k, Mask<A> is_target, auto add) FL_INLINE {
-            if (logits) __builtin_prefetch(logits + k * step, /*for writing=*/0);
-            if (grad) __builtin_prefetch(grad + k * step, /*for writing=*/1);
-            body(k, is_target, add);
+        for_each(part, [&](std::int64_t k, auto count, Mask<A> is_target, auto add) FL_INLINE {
+            if (next_logits) __builtin_prefetch(next_logits + k * step, /*for writing=*/0);
+            if (next_grad) __builtin_prefetch(next_grad + k * step, /*for writing=*/1);
+            body(k, count, is_target, add);
         });
     }
 
@@ -170,10 +182,13 @@ public:
         constexpr A lowest = -std::numeric_limits<A>::infinity();
         V all = A(0);
         for_parts([&](int part) {
-            V top = lowest;
-            for (std::int64_t k = 0; k < whole; ++k) top = max(top, V::load(x(part) + k * V::size));
-            if (tail > 0) top = max(top, fused_losses::load(x(part) + whole * V::size, tail, lowest));
-            put(all, part, lanes ? top : V(top.max()));
+            V top[4] = {lowest, lowest, lowest, lowest};
+            const std::int64_t numbers = lanes ? whole * V::size : p.num_classes;
+            for_vectors_ahead<A, 4>(numbers, [&](std::int64_t i, auto count, auto chain) {
+                top[chain] = max(top[chain], fused_losses::load(logits[part] + i, count, lowest));
+            });
+            const V highest = max(max(top[0], top[1]), max(top[2], top[3]));
+            put(all, part, lanes ? highest : V(highest.max()));
         });
         return all;
     }
@@ -187,7 +202,6 @@ public:
             numbers.v[part] = of_part.v[0];
     }
 
-    A* x(int part) const { return store.data() + part * vectors() * V::size; }
     V total(V partial) const { return lanes ? partial : V(partial.sum()); }
     std::int64_t vectors() const { return whole + (tail > 0); }  // of a part
     static int parts_of(int rows) { return lanes ? 1 : rows; }
@@ -197,11 +211,43 @@ public:
     const std::int64_t whole;  // vectors, and elements of the last one if it is not full
     const int tail;
     TileRows<A> rows;
-    int first_row, row_count;  // of the tile that are loaded
+    int first_row, row_count;  // of the tile that are taken
+    const A* logits[V::size];  // of each part
+    A* gradient[V::size];      // of each part: where to write it; may be where its logits are
 
 private:
-    Scratch<A> store;
-    bool streams;
+    template <class Stored>
+    const Stored* row_of(std::int64_t row) const {
+        return as<Stored>(p.logits) + p.logits_stride.at(outer, row);
+    }
+
+    template <class Stored>
+    A* gradient_place(std::int64_t row, int part) const {
+        if constexpr (std::is_same_v<Stored, A>)
+            if (writes_directly) return RowBuffer<Stored>::gradient(p, outer, row);
+        return scratch_of(part);
+    }
+
+    template <class Stored>
+    void load_row(std::int64_t row, int part) {
+        const std::int64_t own = rows.target[first_row + part];
+        if constexpr (std::is_same_v<Stored, A>)
+            if (reads_directly && rows.bias == A(0)) {
+                logits[part] = row_of<Stored>(row);
+                rows.target_logit[first_row + part] = logits[part][own];
+                return;
+            }
+        A* const copy = scratch_of(part);
+        RowBuffer<Stored>::widen_row(row_of<Stored>(row), p.logits_class_stride, p.num_classes, copy);
+        copy[own] += rows.bias;
+        logits[part] = copy;
+        rows.target_logit[first_row + part] = copy[own];
+    }
+
+    A* scratch_of(int part) const { return scratch.data() + part * vectors() * V::size; }
+
+    Scratch<A> scratch;
+    bool streams, reads_directly, writes_directly;
     std::int64_t outer, next;  // the row behind them
     V target;                  // class numbers
 };

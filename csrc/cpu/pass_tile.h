@@ -29,7 +29,7 @@ public:
             view.finish(row, Loss::value(state), sums);
             const auto numbers = std::bit_cast<std::array<V, kStates>>(state);
             if (p.stats) view.save(numbers.data(), kStates, row);
-            if (p.grad) write_gradient<true>(state, outer, first);
+            if (p.grad) write_gradient<true>(state, first);
         });
     }
 
@@ -37,7 +37,7 @@ public:
         for_blocks(outer, first, n, [&](std::int64_t row) {
             std::array<V, kStates> numbers;
             view.restore(numbers.data(), kStates, row);
-            write_gradient<false>(std::bit_cast<State>(numbers), outer, first);
+            write_gradient<false>(std::bit_cast<State>(numbers), first);
         });
     }
 
@@ -85,14 +85,16 @@ private:
     AllSums sum_classes(int pass, int part, const State state, const RowInputs<V>& row) const {
         constexpr int used = last ? Loss::num_sums : Loss::num_early_sums;
         const std::array<V, kMaxParams> own = params;
-        const V row_margin = view.in_part(row.margin, part);
-        const A* const x = view.x(part);
+        const auto margins = view.class_margins(view.in_part(row.margin, part));
+        const A* const logits = view.logits[part];
         V sums[used];
         for (V& sum : sums) sum = A(0);
-        const auto add_class = [&](std::int64_t k, Mask<A> is_target, auto add) FL_INLINE {
-            const V z = V::load(x + k * V::size), margin = view.margin_at(k, row_margin);
-            const auto term = Loss::template term_keeping<last>(pass, state, z, margin, is_target, own.data(),
-                                                                keeps ? kept_of(part, k) : nullptr);
+        V* const room = keeps ? kept_of(part) : nullptr;
+        const auto add_class = [&](std::int64_t k, auto count, Mask<A> is_target, auto add) FL_INLINE {
+            const V z = load(logits + k * V::size, count, A(0));
+            const auto term =
+                Loss::template term_keeping<last>(pass, state, z, margins.at(k, count), is_target, own.data(),
+                                                  keeps ? room + k * Loss::num_kept : nullptr);
             for (int i = 0; i < used; ++i) sums[i] = add(sums[i], term.v[i]);
         };
         if (last)
@@ -104,29 +106,32 @@ private:
         return result;
     }
 
-    V* kept_of(int part, std::int64_t k) const { return kept.data() + (part * view.vectors() + k) * Loss::num_kept; }
+    V* kept_of(int part) const { return kept.data() + part * view.vectors() * Loss::num_kept; }
 
     template <bool of_kept>
-    void write_gradient(const State& state, std::int64_t outer, std::int64_t first) {
+    void write_gradient(const State& state, std::int64_t first) {
         const V scale = view.per_row(view.rows.scale) * view.per_row(view.rows.class_weight), margin = view.margins();
         view.for_parts([&](int part) {
             write_part<of_kept>(part, in_part(state, part), view.in_part(scale, part), view.in_part(margin, part));
         });
-        view.store_gradient(outer, first);
+        view.finish_gradient(first);
     }
 
     template <bool of_kept>
     void write_part(int part, const State state, V scale, V row_margin) {
         const std::array<V, kMaxParams> own = params;
-        A* const x = view.x(part);
-        view.for_each(part, [&](std::int64_t k, Mask<A> is_target, auto) FL_INLINE {
-            A* const z = x + k * V::size;
+        const auto margins = view.class_margins(row_margin);
+        const A* const logits = view.logits[part];
+        A* const gradient = view.gradient[part];
+        const V* const room = kept_of(part);
+        view.for_each(part, [&](std::int64_t k, auto count, Mask<A> is_target, auto) FL_INLINE {
             V g;
             if constexpr (of_kept)
-                g = Loss::gradient_of_kept(state, kept_of(part, k), is_target, own.data());
+                g = Loss::gradient_of_kept(state, room + k * Loss::num_kept, is_target, own.data());
             else
-                g = Loss::gradient(state, V::load(z), view.margin_at(k, row_margin), is_target, own.data());
-            (scale * g).store(z);
+                g = Loss::gradient(state, load(logits + k * V::size, count, A(0)), margins.at(k, count), is_target,
+                                   own.data());
+            store(gradient + k * V::size, scale * g, count);
         });
     }
 

@@ -153,16 +153,21 @@ private:
             rows.lost[i] = sum_below_one<kBiased>(x, i, e, outer, row) - (rows.sum[i] - A(1));
     }
 
-    // The maximum skips NaNs; the sum of exponentials does not.
+    // The maximum skips NaNs; the sum of exponentials does not. The logits are in cache by now: time to fetch the
+    // gradient's memory, unless the exponentials go there.
     template <bool kBiased>
     A find_max(const A* x, std::int64_t outer, std::int64_t row, int i) const {
+        Stored* const grad = p.grad && !streams && !in_place ? Buffer::gradient(p, outer, row) : nullptr;
         V top[4] = {kMinusInfinity, kMinusInfinity, kMinusInfinity, kMinusInfinity};
-        const auto add = [&](V z, auto chain) { top[chain] = max(top[chain], z); };
+        const auto add = [&](V z, std::int64_t c, auto chain) {
+            if (grad) __builtin_prefetch(grad + c, /*for writing=*/1);
+            top[chain] = max(top[chain], z);
+        };
         if (x)
             for_vectors_ahead<A, 4>(
-                classes, [&](std::int64_t c, auto count, auto k) { add(biased<kBiased>(x, c, count, i), k); });
+                classes, [&](std::int64_t c, auto count, auto k) { add(biased<kBiased>(x, c, count, i), c, k); });
         else
-            for_logits<kBiased>(x, outer, row, i, [&](V z, std::int64_t, auto, auto k) { add(z, k); });
+            for_logits<kBiased>(x, outer, row, i, [&](V z, std::int64_t c, auto, auto k) { add(z, c, k); });
         return max(max(top[0], top[1]), max(top[2], top[3])).max();
     }
 
@@ -175,7 +180,7 @@ private:
             for_vectors<A>(classes, [&](std::int64_t c, auto count) { add(load(e + c, count, A(0))); });
         else
             for_logits<kBiased>(x, outer, row, i, [&](V z, std::int64_t, auto, auto) {
-                add(math::exp_not_positive(z - V(rows.max[i])));
+                add(exp_not_positive<Stored>(z - V(rows.max[i])));
             });
         return sum.sum();
     }
@@ -185,13 +190,13 @@ private:
     template <bool kBiased, bool kOnes>
     void exp_sum(const A* x, int i, A* e, std::int64_t outer, std::int64_t row) {
         const Stored* const next_logits = as<Stored>(p.logits) + p.logits_stride.at(outer, row + 1);
-        Stored* const next_grad = p.grad && !streams ? Buffer::gradient(p, outer, row + 1) : nullptr;
+        Stored* const next_grad = in_place ? Buffer::gradient(p, outer, row + 1) : nullptr;
         const V top = rows.max[i];
         V sum = A(0), centred = A(0);
         for_logits<kBiased>(x, outer, row, i, [&](V z, std::int64_t c, auto count, auto) {
             __builtin_prefetch(next_logits + c, /*for writing=*/0);
             if (next_grad) __builtin_prefetch(next_grad + c, /*for writing=*/1);
-            const V below = z - top, term = math::exp_not_positive(below);
+            const V below = z - top, term = exp_not_positive<Stored>(below);
             if (e) store(e + c, term, count);
             sum += term;
             if constexpr (kOnes) centred += first_of(below, count);

@@ -19,8 +19,9 @@ inline namespace FL_ISA {
 template <int kN, bool kDefaults = false>
 struct BiTemperedOf {
     static constexpr const char* name = "bi_tempered";
-    static constexpr int num_params = 4, num_sums = 4, num_kept = 3;
+    static constexpr int num_params = 4, num_sums = 4;
     static constexpr int num_early_sums = kDefaults ? 1 : 2;  // two for Newton's method
+    static constexpr int num_kept = kDefaults ? 1 : 3;
     static constexpr bool needs_max = true;
     static constexpr int newton_steps = 10;
 
@@ -160,14 +161,29 @@ struct BiTemperedOf {
                     : term_keeping<false>(pass, s, z, margin, is_target, params, static_cast<T*>(nullptr));
     }
 
-    // Kept by the last pass: the powers of which the gradient consists.
+    // The powers of which the gradient consists, and what is kept of them by the last pass: with default parameters b,
+    // of which the others are quickly made.
+    template <class T>
+    FL_HD static void keep(const Powers<T>& of, T* kept) {
+        kept[0] = of.b;
+        if constexpr (!kDefaults) kept[1] = of.a, kept[2] = of.p;
+    }
+
+    template <class T>
+    FL_HD static Powers<T> powers_of_kept(const T* kept) {
+        if constexpr (kDefaults)
+            return {math::integer_power(kept[0], kN), kept[0], kept[0]};
+        else
+            return {kept[2], kept[1], kept[0]};
+    }
+
     template <bool last, class T>
     FL_HD static Sums<T, 4> term_keeping(int pass, const State<T>& s, T z, T, math::mask_t<T> is_target,
                                          const T* params, T* kept) {
         const T x = z - s.max, none = T(0);
         if constexpr (last) {
             const Powers<T> of = powers(x - s.root, params);
-            if (kept) kept[0] = of.p, kept[1] = of.a, kept[2] = of.b;
+            if (kept) keep(of, kept);
             Sums<T, 4> sums{{of.p * of.a, of.p * of.b, (of.p - label(s, is_target, params)) * (of.a * of.b), none}};
             if (kDefaults || math::to_scalar(params[2]) == math::scalar_t<T>(0)) return sums;
             const Excess<T> t = excess(params);
@@ -206,18 +222,21 @@ struct BiTemperedOf {
 
     template <class T>
     FL_HD static T gradient(const State<T>& s, T z, T, math::mask_t<T> is_target, const T* params) {
-        const Powers<T> of = powers((z - s.max) - s.root, params);
-        const T kept[] = {of.p, of.a, of.b};
-        return gradient_of_kept(s, kept, is_target, params);
+        return gradient_of_powers(s, powers((z - s.max) - s.root, params), is_target, params);
     }
 
     template <class T>
     FL_HD static T gradient_of_kept(const State<T>& s, const T* kept, math::mask_t<T> is_target, const T* params) {
-        const T p = kept[0], a = kept[1], b = kept[2];
-        return b * ((p - label(s, is_target, params)) * a - p * s.ratio);
+        return gradient_of_powers(s, powers_of_kept(kept), is_target, params);
     }
 
 private:
+    template <class T>
+    FL_HD static T gradient_of_powers(const State<T>& s, const Powers<T>& of, math::mask_t<T> is_target,
+                                      const T* params) {
+        return of.b * ((of.p - label(s, is_target, params)) * of.a - of.p * s.ratio);
+    }
+
     // What label smoothing gives to each other class.
     template <class T>
     FL_HD static T spread(const RowInputs<T>& row, const T* params) {

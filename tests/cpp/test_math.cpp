@@ -167,6 +167,26 @@ void test_edges(const char* type) {
     check(math::exp(-L::infinity()) == T(0) && math::expm1(-L::infinity()) == T(-1), "exp(-inf) (%s)", type);
 }
 
+// Off by what x loses in a single reduction.
+void test_coarse_exp(int points) {
+    Random random(3);
+    Worst worst;
+    for (int i = 0; i < points; ++i) {
+        const float x = random.one_in(2) ? float(-random.uniform(0, 90)) : -std::fabs(random_point<float>(random));
+        if (std::isnan(x)) continue;
+        const double exact = std::exp(double(x)), bound = 3 + std::min(std::fabs(double(x)), 88.0);
+        const Vec<float> y = math::coarse_exp_not_positive(Vec<float>(x));
+        worst.see(std::max(ulps<float>(math::coarse_exp_not_positive(x), exact, true),
+                           ulps<float>(y.v[i % Vec<float>::size], exact, true)) /
+                      bound,
+                  x);
+    }
+    std::printf("coarse exp: %.3f of its bound at %.9g\n", worst.ulps, worst.at);
+    check(worst.ulps < 1, "coarse exp is off by %.3f times its bound at %.9g", worst.ulps, worst.at);
+    check(math::coarse_exp_not_positive(0.0f) == 1 && math::coarse_exp_not_positive(-HUGE_VALF) == 0, "coarse edges");
+    check(std::isnan(math::coarse_exp_not_positive(std::numeric_limits<float>::quiet_NaN())), "coarse exp of NaN");
+}
+
 template <class T>
 void test_pow(const char* type, int points) {
     using L = std::numeric_limits<T>;
@@ -234,6 +254,7 @@ int main(int argc, char** argv) {
     test_float(static_cast<std::uint64_t>(stride));
     test_random<float>("float", points);
     test_random<double>("double", points);
+    test_coarse_exp(points);
     test_pow<float>("float", points);
     test_pow<double>("double", points);
     test_products<float>("float", points / 4);
