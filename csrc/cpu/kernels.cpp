@@ -5,6 +5,7 @@
 #include "cpu/lane_tile.h"
 #include "cpu/pass_tile.h"
 #include "cpu/row_tile.h"
+#include "cpu/target_summary.h"
 
 namespace fused_losses {
 inline namespace FL_ISA {
@@ -79,7 +80,7 @@ void gradient(const RowProblem& p, std::int64_t begin, std::int64_t end) {
 
 template <>
 CpuKernels cpu_kernels<Isa::FL_ISA>() {
-    return {&forward, &gradient};
+    return {&summarize_targets, &forward, &gradient};
 }
 
 }  // namespace fused_losses

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include "core/row_problem.h"
 
@@ -41,9 +42,20 @@ struct TileSums {
     double value = 0, weight = 0;
 };
 
+// What a chunk of targets says: the sum of its rows' weights and the first row that is out of range.
+struct TargetSummary {
+    double weight = 0;
+    std::int64_t bad_row = std::numeric_limits<std::int64_t>::max();
+    std::int64_t bad_target = 0;
+
+    bool is_bad() const { return bad_row != std::numeric_limits<std::int64_t>::max(); }
+};
+
 enum class Isa { baseline, avx2, avx512 };
 
 struct CpuKernels {
+    // Looks at the targets of rows [begin, end).
+    TargetSummary (*summarize)(const RowProblem&, std::int64_t begin, std::int64_t end);
     // Forward of tiles [begin, end): row values or per-tile sums, stats, gradient, as the problem asks.
     void (*forward)(const RowProblem&, std::int64_t begin, std::int64_t end, TileSums* tile_sums);
     // Gradient of tiles [begin, end) from the stats forward has saved.

@@ -149,8 +149,10 @@ private:
         } else {
             exp_sum<kBiased, true>(x, i, e, outer, row);
         }
-        if (rows.sum[i] < A(kCertain))
+        if (rows.sum[i] < A(kCertain)) {
             rows.lost[i] = sum_below_one<kBiased>(x, i, e, outer, row) - (rows.sum[i] - A(1));
+            rows.any_lost = true;
+        }
     }
 
     // The maximum skips NaNs; the sum of exponentials does not. The logits are in cache by now: time to fetch the

@@ -32,16 +32,17 @@ struct alignas(64) TileRows {
     A max[kMax], sum[kMax], lost[kMax], target_logit[kMax], centred[kMax], sum_u[kMax];
     // Set by finish or read_stats, scale included: grad_j = alpha exp(z_j - max) + gamma u_j, for the target `own`
     A value[kMax], alpha[kMax], gamma[kMax], own[kMax];
-    A counted[kMax];  // 1, or 0 for ignored rows and behind the last row
-    bool any_ignored;
-    int padded;  // rows rounded up to whole vectors
-    A bias;      // added to the target's logit
+    A counted[kMax];             // 1, or 0 for ignored rows and behind the last row
+    bool any_ignored, any_lost;  // any_lost: whether `lost` is more than zeros
+    int padded;                  // rows rounded up to whole vectors
+    A bias;                      // added to the target's logit
 
     bool ignored(int i) const { return counted[i] == A(0); }
 
     // Reads targets and weights of rows [first, first + n) of image `outer`; clears what follows, up to whole vectors.
     void begin(const RowProblem& p, std::int64_t outer, std::int64_t first, int n) {
         padded = (n + kGranule - 1) / kGranule * kGranule;
+        any_lost = false;
         bias = p.logit_bias_device ? *as<A>(p.logit_bias_device) : A(p.logit_bias);
         read_targets(p, outer, first, n);
         for (int i = n; i < padded; ++i) target[i] = 0, counted[i] = A(0);
@@ -157,7 +158,8 @@ private:
         for (int i = 0; i < kMaxParams; ++i) params[i] = A(p.params[i]);
         for_padded([&](int i) {
             const V total = V::load(sum + i), weighted = V::load(sum_u + i);
-            const V log_sum = math::log(total) + V::load(lost + i) / total;
+            V log_sum = math::log(total);
+            if (any_lost) log_sum += V::load(lost + i) / total;
             const V log_p = (V::load(target_logit + i) - V::load(max + i)) - log_sum;
             const V sum_neg_log_p = weighted * log_sum - V::load(centred + i);
             const V weight = V::load(class_weight + i);

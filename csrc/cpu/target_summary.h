@@ -1,0 +1,108 @@
+// A look at the targets before anything is computed: are they all classes, and what do their rows weigh together?
+#pragma once
+
+#include "core/row_problem.h"
+#include "cpu/kernels.h"
+#include "cpu/tile_rows.h"
+
+namespace fused_losses {
+inline namespace FL_ISA {
+
+template <class Index, class A>
+class TargetSummaries {
+public:
+    explicit TargetSummaries(const RowProblem& problem) : p(problem) {}
+
+    // Rows [begin, end) in the order of their numbers.
+    TargetSummary rows(std::int64_t begin, std::int64_t end) const {
+        TargetSummary total;
+        while (begin < end && !total.is_bad()) {
+            const std::int64_t outer = begin / p.inner, i = begin % p.inner;
+            const std::int64_t n = std::min(end - begin, p.inner - i);
+            const TargetSummary part = rows_of(outer, i, n);
+            total = {total.weight + part.weight, part.bad_row, part.bad_target};
+            begin += n;
+        }
+        return total;
+    }
+
+private:
+    // Rows [first, first + n) of image `outer`.
+    TargetSummary rows_of(std::int64_t outer, std::int64_t first, std::int64_t n) const {
+        TargetSummary summary{double(n)};
+        if (p.target) {
+            const Index* const targets = as<Index>(p.target) + p.target_stride.at(outer, first);
+            const std::int64_t stride = p.target_stride.inner;
+            const Found found =
+                stride == 1 ? look(targets, std::integral_constant<int, 1>{}, n) : look(targets, stride, n);
+            summary.weight = double(found.counted);
+            if (found.bad > 0) name_first_bad(summary, targets, outer * p.inner + first, n);
+        }
+        if (!summary.is_bad() && ((p.target && p.class_weight) || p.sample_weight))
+            summary.weight = weigh(outer, first, n);
+        return summary;
+    }
+
+    struct Found {
+        std::int64_t counted = 0, bad = 0;
+    };
+
+    // Without branches, and of contiguous targets in vectors.
+    template <class Stride>
+    Found look(const Index* targets, Stride stride, std::int64_t n) const {
+        const std::int64_t ignore_index = p.ignore_index;
+        const auto num_classes = static_cast<std::uint64_t>(p.num_classes);
+        Found found;
+        for (std::int64_t i = 0; i < n; ++i) {
+            const std::int64_t y = targets[i * stride];
+            const std::int64_t counts = y != ignore_index;
+            found.counted += counts;
+            found.bad += counts & (static_cast<std::uint64_t>(y) >= num_classes);
+        }
+        return found;
+    }
+
+    void name_first_bad(TargetSummary& summary, const Index* targets, std::int64_t row, std::int64_t n) const {
+        for (std::int64_t i = 0; i < n; ++i) {
+            const std::int64_t y = targets[i * p.target_stride.inner];
+            if (y == p.ignore_index || static_cast<std::uint64_t>(y) < static_cast<std::uint64_t>(p.num_classes))
+                continue;
+            summary.bad_row = row + i;
+            summary.bad_target = y;
+            return;
+        }
+    }
+
+    double weigh(std::int64_t outer, std::int64_t first, std::int64_t n) const {
+        const A* const weights = p.target ? as<A>(p.class_weight) : nullptr;
+        const A* const samples = as<A>(p.sample_weight);
+        double sum = 0;
+        for (std::int64_t i = first; i < first + n; ++i) {
+            const std::int64_t y = p.target ? as<Index>(p.target)[p.target_stride.at(outer, i)] : std::int64_t(0);
+            if (p.target && y == p.ignore_index) continue;
+            const double weight = weights ? double(weights[y]) : 1.0;
+            sum += samples ? weight * double(samples[p.sample_weight_stride.at(outer, i)]) : weight;
+        }
+        return sum;
+    }
+
+    const RowProblem& p;
+};
+
+template <class Index>
+TargetSummary summarize_as(const RowProblem& p, std::int64_t begin, std::int64_t end) {
+    return p.dtype == Dtype::kFloat64 ? TargetSummaries<Index, double>(p).rows(begin, end)
+                                      : TargetSummaries<Index, float>(p).rows(begin, end);
+}
+
+inline TargetSummary summarize_targets(const RowProblem& p, std::int64_t begin, std::int64_t end) {
+    switch (p.index_type) {
+        case IndexType::kInt32: return summarize_as<std::int32_t>(p, begin, end);
+        case IndexType::kInt16: return summarize_as<std::int16_t>(p, begin, end);
+        case IndexType::kUInt8: return summarize_as<std::uint8_t>(p, begin, end);
+        default: return summarize_as<std::int64_t>(p, begin, end);
+    }
+}
+
+}  // namespace FL_ISA
+}  // namespace fused_losses
