@@ -142,7 +142,7 @@ private:
     void write_gradient(std::int64_t outer, std::int64_t first, int n) const {
         for_blocks(n, [&](int b, int) { scale(x_of(b), u_of(b), b); });
         // For all blocks at once: a vector read right after a single number was written would wait for the write.
-        for (int i = 0; i < n && p.target; ++i) x_of(i)[rows.target[i] * kWidth + i % kWidth] = rows.own[i];
+        if (p.target) for_blocks(n, [&](int b, int) { write_own(x_of(b), b); });
         if (!by_class) {
             for_blocks(n, [&](int b, int count) { Block::store_gradient(p, outer, first + b, count, x_of(b)); });
             return;
@@ -159,11 +159,17 @@ private:
 
     void scale(A* x, const A* u, int b) const {
         const V alpha = V::load(rows.alpha + b), gamma = V::load(rows.gamma + b);
-        for (std::int64_t c = 0; c < classes; ++c) {
+        const bool with_spread = p.spread != Spread::kNone;
+        for (std::int64_t c = 0, n = classes; c < n; ++c) {
             V g = alpha * V::load(x + c * kWidth);
-            if (p.spread != Spread::kNone) g += gamma * spread(u, c);
+            if (with_spread) g += gamma * spread(u, c);
             g.store(x + c * kWidth);
         }
+    }
+
+    // Behind the last row targets are 0, and nobody reads the result.
+    void write_own(A* x, int b) const {
+        for (int i = 0; i < kWidth; ++i) x[rows.target[b + i] * kWidth + i] = rows.own[b + i];
     }
 
     const RowProblem& p;
