@@ -1,12 +1,15 @@
 """Timing of calls that take turns, and what else is known of a call: memory, launches, host time.
 
 Everything that is compared runs in one loop, one call after the other, so that whatever slows the machine slows all.
+The order is drawn anew for every round: a call that leaves the caches full of unwritten memory slows the one behind it
+(measured: by an eighth), which must not always be the same.
 """
 
 from __future__ import annotations
 
 import gc
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -103,9 +106,11 @@ def time_calls(
     rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, rounds))
     samples: dict[Key, list[float]] = {name: [] for name in calls}
     number = 0
+    turns, shuffle = list(calls.items()), random.Random(0).shuffle
     with _no_collection():
         for _ in range(rounds):
-            for name, call in calls.items():
+            shuffle(turns)
+            for name, call in turns:
                 if timer == "device":
                     samples[name].append(_device_sample(call, number))
                 else:
