@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, true>)
 }
 
 template <class Stored, class Loss>
-__global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, Loss::needs_max>)
+__global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, true>)
     forward_by_thread(const __grid_constant__ RowArgs<acc_t<Stored>> args) {
     using A = acc_t<Stored>;
     const RowProblem& p = args.problem;
