@@ -1,10 +1,12 @@
 """Registers, spills and shared memory of every CUDA kernel, as nvcc reports them; needs no GPU.
 
-    python benchmarks/resource_report.py [--arch 90] [--json report.json] [--source row_forward.cu ...] [--no-spills]
+    python benchmarks/resource_report.py [--arch 90] [--json report.json] [--markdown report.md]
+                                         [--source row_forward.cu ...] [--no-spills]
 
 Compiles csrc/cuda/*.cu with ``-Xptxas -v``, two at a time, and prints one line per kernel, those with most registers
 first. "blocks" is how many blocks of 256 threads the registers of one multiprocessor (65536) are enough for. With
-``--no-spills`` the exit status is 1 if a kernel keeps registers in local memory.
+``--no-spills`` the exit status is 1 if a kernel keeps registers in local memory. The report of all kernels for sm_90 is
+kept in ``benchmarks/results/cuda_resources.md``.
 """
 
 from __future__ import annotations
@@ -113,11 +115,32 @@ def table(kernels: list[Kernel]) -> str:
     return "\n".join(lines)
 
 
+def markdown(kernels: list[Kernel]) -> str:
+    """The table as a page of its own; kernels in the order of their sources and names."""
+    spilling = sum(k.spill_stores > 0 for k in kernels)
+    lines = [
+        f"# CUDA kernels for {kernels[0].arch}",
+        "",
+        "Written by `python benchmarks/resource_report.py --markdown benchmarks/results/cuda_resources.md`. Bytes,",
+        f"but for registers and blocks of {BLOCK_THREADS} threads per multiprocessor. Dynamic shared memory is extra.",
+        "",
+        f"{len(kernels)} kernels, {spilling} with spills (stores and loads).",
+        "",
+        "| source | kernel | registers | blocks | spills | stack | shared |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for k in sorted(kernels, key=lambda k: (k.source, k.name)):
+        numbers = [k.registers, k.blocks, k.spill_stores + k.spill_loads, k.stack, k.shared]
+        lines.append(f"| {k.source} | `{k.name}` | {' | '.join(map(str, numbers))} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="90", help="compute capability without the dot (default: 90)")
     parser.add_argument("--source", nargs="+", help="files of csrc/cuda (default: all)")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--markdown", type=Path, help="also write the table to this file")
     parser.add_argument("--no-spills", action="store_true", help="fail if a kernel spills")
     args = parser.parse_args()
     if shutil.which("nvcc") is None:
@@ -130,6 +153,8 @@ def main() -> int:
     print(table(kernels))
     if args.json:
         args.json.write_text(json.dumps([{**asdict(k), "blocks": k.blocks} for k in kernels], indent=1) + "\n")
+    if args.markdown:
+        args.markdown.write_text(markdown(kernels))
     return int(args.no_spills and any(k.spill_stores > 0 for k in kernels))
 
 

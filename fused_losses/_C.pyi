@@ -4,7 +4,7 @@ class BuildInfo(TypedDict):
     version: str  # of fused_losses
     torch: str  # full version string of the torch it was compiled against
     cuda: str | None  # toolkit version; None in a CPU-only build
-    cuda_architectures: list[str]  # in CMake's notation, for instance ["80-real", "90-real", "100"]
+    cuda_architectures: list[str]  # in CMake's notation, for instance ["80-real", "90", "100-real"]
     compiler: str
     isa: list[str]  # CPU kernels that exist, chosen among at run time
     build_type: str

@@ -6,6 +6,7 @@
 #include "cpu/pass_tile.h"
 #include "cpu/row_tile.h"
 #include "cpu/target_summary.h"
+#include "losses/run_as.h"
 
 namespace fused_losses {
 inline namespace FL_ISA {
@@ -23,28 +24,32 @@ void for_tiles(const RowProblem& p, const Tiling& tiling, std::int64_t begin, st
     }
 }
 
+template <class A, class Loss, bool lanes, class Body>
+void run_pass_tiles(const RowProblem& p, const Tiling& tiling, std::int64_t begin, std::int64_t end, Body body) {
+    PassTile<A, Loss, lanes> kernel(p, tiling.tile_rows);
+    for_tiles(p, tiling, begin, end, kernel, body);
+}
+
 template <class Body>
-void with_bool(bool condition, Body body) {
-    condition ? body(std::true_type{}) : body(std::false_type{});
+void run_pass_loss(const RowProblem& given, std::int64_t begin, std::int64_t end, Body body) {
+    const Tiling tiling(given);
+    visit_pass_loss(given.loss, [&]<class Given>() {
+        RowProblem p = given;
+        RunAs<Given>::convert(p.params);
+        using Loss = typename RunAs<Given>::type;
+        // Doubles are for checking, not for speed: one kernel serves all shapes and parameters, which saves build time.
+        if (p.dtype == Dtype::kFloat64) return run_pass_tiles<double, Loss, false>(p, tiling, begin, end, body);
+        visit_variant<Loss>(p.params, [&]<class Variant>() {
+            tiling.lanes ? run_pass_tiles<float, Variant, true>(p, tiling, begin, end, body)
+                         : run_pass_tiles<float, Variant, false>(p, tiling, begin, end, body);
+        });
+    });
 }
 
 template <class Stored, class Body>
-void run(const RowProblem& p, std::int64_t begin, std::int64_t end, Body body) {
+void run_softmax_loss(const RowProblem& p, std::int64_t begin, std::int64_t end, Body body) {
     const Tiling tiling(p);
-    if (is_pass_loss(p.loss)) {
-        const auto with_loss = [&]<class Loss>() {
-            with_bool(tiling.lanes, [&](auto lanes) {
-                PassTile<acc_t<Stored>, Loss, lanes> kernel(p, tiling.tile_rows);
-                for_tiles(p, tiling, begin, end, kernel, body);
-            });
-        };
-        visit_pass_loss(p.loss, [&]<class Loss>() {
-            if constexpr (std::is_same_v<acc_t<Stored>, double>)  // for checking, not for speed: saves build time
-                with_loss.template operator()<Loss>();
-            else
-                visit_variant<Loss>(p.params, with_loss);
-        });
-    } else if (tiling.lanes) {
+    if (tiling.lanes) {
         LaneTile<Stored> kernel(p, tiling.tile_rows);
         for_tiles(p, tiling, begin, end, kernel, body);
     } else {
@@ -55,11 +60,12 @@ void run(const RowProblem& p, std::int64_t begin, std::int64_t end, Body body) {
 
 template <class Body>
 void dispatch(const RowProblem& p, std::int64_t begin, std::int64_t end, Body body) {
+    if (is_pass_loss(p.loss)) return run_pass_loss(p, begin, end, body);
     switch (p.dtype) {
-        case Dtype::kFloat64: return run<double>(p, begin, end, body);
-        case Dtype::kFloat32: return run<float>(p, begin, end, body);
-        case Dtype::kFloat16: return run<Half>(p, begin, end, body);
-        case Dtype::kBFloat16: return run<BFloat16>(p, begin, end, body);
+        case Dtype::kFloat64: return run_softmax_loss<double>(p, begin, end, body);
+        case Dtype::kFloat32: return run_softmax_loss<float>(p, begin, end, body);
+        case Dtype::kFloat16: return run_softmax_loss<Half>(p, begin, end, body);
+        case Dtype::kBFloat16: return run_softmax_loss<BFloat16>(p, begin, end, body);
     }
 }
 

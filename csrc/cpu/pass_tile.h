@@ -56,13 +56,16 @@ private:
         RowInputs<V> row{V(A(0)), view.per_row(view.rows.target_logit), view.margins(), V(A(p.num_classes))};
         if constexpr (Loss::needs_max) row.max = view.find_max();
         State state = Loss::begin(row, params.data());
-        for (int pass = 0; pass + 1 < passes; ++pass) add_up<false>(pass, state, row);
-        add_up<true>(passes - 1, state, row);
+        for (int pass = 0; pass < passes; ++pass) {
+            const bool last = pass + 1 == passes;
+            const AllSums sums = last ? add_up<true>(pass, state, row) : add_up<false>(pass, state, row);
+            Loss::end_pass(pass, state, sums, row, params.data());
+        }
         return state;
     }
 
     template <bool last>
-    void add_up(int pass, State& state, const RowInputs<V>& row) const {
+    AllSums add_up(int pass, const State& state, const RowInputs<V>& row) const {
         AllSums sums;
         for (V& sum : sums.v) sum = A(0);
         view.for_parts([&](int part) {
@@ -70,7 +73,7 @@ private:
                                            : sum_classes<last, false>(pass, part, in_part(state, part), row);
             for (int i = 0; i < Loss::num_sums; ++i) view.put(sums.v[i], part, view.total(partial.v[i]));
         });
-        Loss::end_pass(pass, state, sums, row, params.data());
+        return sums;
     }
 
     static State in_part(const State& state, int part) {

@@ -7,20 +7,16 @@
 #include <map>
 #include <mutex>
 
-namespace fused_losses {
+namespace fused_losses::cuda {
 namespace {
 
-using cuda::check_launch;
-using cuda::DeviceScope;
-using cuda::LossOutput;
-
-void enqueue_gradient(const RowProblem& p, cudaStream_t stream) {
-    check_launch(is_pass_loss(p.loss) ? cuda::enqueue_pass_gradient(p, stream) : cuda::enqueue_gradient(p, stream));
+void launch_gradient(const RowProblem& p, cudaStream_t stream) {
+    check_launch(is_pass_loss(p.loss) ? enqueue_pass_gradient(p, stream) : enqueue_gradient(p, stream));
 }
 
 void check_classes(const RowProblem& p) {
-    TORCH_CHECK(p.num_classes <= cuda::kMaxClasses, "logits must have at most ", cuda::kMaxClasses,
-                " classes on CUDA, got ", p.num_classes);
+    TORCH_CHECK(p.num_classes <= kMaxClasses, "logits must have at most ", kMaxClasses, " classes on CUDA, got ",
+                p.num_classes);
 }
 
 // The smallest of its kind: a stream's launches follow each other, and each leaves the ticket as it found it. Graphs
@@ -48,7 +44,7 @@ at::Tensor ticket_of(const DeviceScope& device) {
 class Sums {
 public:
     explicit Sums(const DeviceScope& device)
-        : partials(device.scratch(cuda::kPartials, at::kDouble)), ticket(ticket_of(device)) {
+        : partials(device.scratch(kPartials, at::kDouble)), ticket(ticket_of(device)) {
         to.partials = partials.mutable_data_ptr<double>();
         to.ticket = reinterpret_cast<unsigned*>(ticket.mutable_data_ptr<int>());
     }
@@ -81,7 +77,7 @@ void forward(RowProblem& problem, const at::Tensor& loss, const at::Tensor& want
     check_classes(problem);
     const DeviceScope device(problem.device);
     RowProblem& p = problem;
-    const auto enqueue = is_pass_loss(p.loss) ? &cuda::enqueue_pass_forward : &cuda::enqueue_forward;
+    const auto enqueue = is_pass_loss(p.loss) ? &enqueue_pass_forward : &enqueue_forward;
     if (p.reduction == Reduction::kNone) return check_launch(enqueue(p, {}, device.stream()));
     Sums sums(device);
     at::Tensor denominator = wanted_denominator;
@@ -92,7 +88,7 @@ void forward(RowProblem& problem, const at::Tensor& loss, const at::Tensor& want
     // Nobody can put a wrong gradient right later without stats.
     p.assumed_denominator = p.stats ? assumed_denominator(p) : 0.0;
     if (p.reduction == Reduction::kMean && p.assumed_denominator == 0) {
-        check_launch(cuda::enqueue_denominator(p, sums.to, device.stream()));
+        check_launch(enqueue_denominator(p, sums.to, device.stream()));
         p.denominator = sums.to.denominator;
     }
     if (p.reduction != Reduction::kActiveMean) return check_launch(enqueue(p, sums.to, device.stream()));
@@ -103,7 +99,7 @@ void forward(RowProblem& problem, const at::Tensor& loss, const at::Tensor& want
     if (!p.stats) p.stats = first.stats = stats.mutable_data_ptr();
     check_launch(enqueue(first, sums.to, device.stream()));
     p.denominator = sums.to.denominator;
-    enqueue_gradient(p, device.stream());
+    launch_gradient(p, device.stream());
 }
 
 void gradient(const RowProblem& problem) {
@@ -112,11 +108,14 @@ void gradient(const RowProblem& problem) {
     const DeviceScope device(problem.device);
     RowProblem p = problem;
     if (p.grad_is_written) p.assumed_denominator = assumed_denominator(p);
-    enqueue_gradient(p, device.stream());
+    launch_gradient(p, device.stream());
 }
 
 }  // namespace
+}  // namespace fused_losses::cuda
 
-Backend cuda_backend() { return {&forward, &gradient}; }
+namespace fused_losses {
+
+Backend cuda_backend() { return {&cuda::forward, &cuda::gradient}; }
 
 }  // namespace fused_losses

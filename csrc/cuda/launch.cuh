@@ -16,6 +16,10 @@ constexpr int kBlock = 256;  // threads per block of every kernel
 template <class A, bool kHeavy = false>
 constexpr int kMinBlocks = sizeof(A) == 8 ? 2 : (kHeavy ? 3 : 4);
 
+// Doubles are for checking, not for speed: one kernel serves all shapes and losses, which saves build time.
+template <class Stored>
+constexpr bool kIsForChecking = std::is_same_v<Stored, double>;
+
 // Who works on a row. Every kernel is right for any shape and strides; the choice is about speed.
 // kStaged: a thread, on rows that the block has brought to shared memory.
 // kLanes: a part of a warp, so that a warp has enough to read at a time.
@@ -32,26 +36,29 @@ inline bool is_dense(const RowProblem& p, const RowStride& stride, std::int64_t 
 
 inline Regime regime_of(const RowProblem& p) {
     constexpr std::int64_t lanes_classes = 256, warp_classes = 1024;
+    const Regime long_row = p.num_classes <= warp_classes ? Regime::kWarp : Regime::kBlock;
+    if (p.dtype == Dtype::kFloat64) return long_row;  // kIsForChecking
     const bool dense = is_dense(p, p.logits_stride, p.logits_class_stride) &&
                        (!p.grad || is_dense(p, p.grad_stride, p.grad_class_stride));
-    if (dense && p.num_classes <= kStagedClasses && p.dtype != Dtype::kFloat64) return Regime::kStaged;
+    if (dense && p.num_classes <= kStagedClasses) return Regime::kStaged;
     if (p.num_classes <= kFewClasses) return Regime::kThread;
     // NCHW: neighbouring threads read neighbouring pixels, if there are enough of them to fill the device.
     const bool pixels_adjacent = std::abs(p.logits_stride.inner) < std::abs(p.logits_class_stride);
     if (pixels_adjacent && p.inner > 1 && p.rows() >= p.num_classes) return Regime::kThread;
-    if (p.num_classes <= lanes_classes && p.dtype != Dtype::kFloat64) return Regime::kLanes;
-    return p.num_classes <= warp_classes ? Regime::kWarp : Regime::kBlock;
+    return p.num_classes <= lanes_classes ? Regime::kLanes : long_row;
 }
 
 // Threads of a Group (team.cuh).
 inline int threads_of(Regime regime) { return regime == Regime::kBlock ? kBlock : 32; }
 
-// Calls body.operator()<Stored, kSpread>() for the problem's dtype; kSpread says that u_j is needed.
+// Calls body.operator()<Stored, kSpread>() for the problem's dtype; kSpread says that u_j may be needed.
 template <class Body>
 cudaError_t dispatch(const RowProblem& p, Body body) {
     const auto with = [&]<class Stored>() {
-        const bool spread = p.spread != Spread::kNone;
-        return spread ? body.template operator()<Stored, true>() : body.template operator()<Stored, false>();
+        [[maybe_unused]] const bool spread = p.spread != Spread::kNone;
+        if constexpr (!kIsForChecking<Stored>)
+            if (!spread) return body.template operator()<Stored, false>();
+        return body.template operator()<Stored, true>();
     };
     switch (p.dtype) {
         case Dtype::kFloat64: return with.template operator()<double>();

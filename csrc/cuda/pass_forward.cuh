@@ -17,15 +17,14 @@ FL_DEVICE typename Loss::template State<acc_t<Stored>> run_passes(const RowArgs<
     RowInputs<A> row{A(0), target_logit, margin_of(args, target), A(args.problem.num_classes)};
     // body(z, class) for the classes of this thread
     const auto each_class = [&](auto body) {
-        team.template walk<kBytesAtOnce<Loss>>(slice.logits, slice.count, slice.stride == 1,
-                                               [&]<int kCount>(Count<kCount>, int c) {
-                                                   A z[kCount];
-                                                   load(slice.logits + c * slice.stride, z);
-                                                   const int cls = slice.first + c;
+        team.template walk<kBytesAtOnce<Loss, Stored>>(
+            slice.logits, slice.count, slice.stride == 1, [&]<int kCount>(Count<kCount>, int c) {
+                A z[kCount];
+                load(slice.logits + c * slice.stride, z);
+                const int cls = slice.first + c;
 #pragma unroll
-                                                   for (int k = 0; k < kCount; ++k)
-                                                       body(cls + k == target ? row.target_logit : z[k], cls + k);
-                                               });
+                for (int k = 0; k < kCount; ++k) body(cls + k == target ? row.target_logit : z[k], cls + k);
+            });
     };
     if constexpr (Loss::needs_max) {
         Numbers<A, 1> top{{-std::numeric_limits<A>::infinity()}};
@@ -109,7 +108,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, true>)
 }
 
 template <class Stored, class Loss>
-__global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, Loss::needs_max>)
+__global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, true>)
     forward_by_thread(const __grid_constant__ RowArgs<acc_t<Stored>> args) {
     using A = acc_t<Stored>;
     const RowProblem& p = args.problem;
@@ -175,10 +174,10 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<float, Loss::needs_max>)
 template <class Given>
 cudaError_t enqueue_forward_of(const RowProblem& given, const LossOutput& out, cudaStream_t stream) {
     return dispatch_pass<Given>(given, [&]<class Stored>(const RowProblem& p) {
-        using Loss = typename RunAs<Given>::type;
+        using Loss = typename KernelsOf<Given>::type;
         RowArgs<acc_t<Stored>> args(p, out);
-        const Regime regime = pass_regime<Stored>(p);
-        if constexpr (!std::is_same_v<Stored, double>) {
+        const Regime regime = regime_of(p);
+        if constexpr (!kIsForChecking<Stored>) {
             if (regime == Regime::kStaged)
                 return launch(forward_staged<Loss>, blocks_for(p.rows(), kBlock), stream, args);
             if (regime == Regime::kThread) return launch_pixels<Stored>(forward_by_thread<Stored, Loss>, args, stream);

@@ -68,10 +68,10 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<float>)
 template <class Given>
 cudaError_t enqueue_gradient_of(const RowProblem& given, cudaStream_t stream) {
     return dispatch_pass<Given>(given, [&]<class Stored>(const RowProblem& p) {
-        using Loss = typename RunAs<Given>::type;
+        using Loss = typename KernelsOf<Given>::type;
         RowArgs<acc_t<Stored>> args(p);
-        const Regime regime = pass_regime<Stored>(p);
-        if constexpr (!std::is_same_v<Stored, double>) {
+        const Regime regime = regime_of(p);
+        if constexpr (!kIsForChecking<Stored>) {
             const unsigned blocks = blocks_for(p.rows(), kBlock);
             if (regime == Regime::kStaged) return launch(gradient_staged<Loss>, blocks, stream, args);
             if (regime == Regime::kThread) return launch(gradient<Stored, Loss, Alone>, blocks, stream, args);

@@ -8,7 +8,7 @@
 #include "cuda/loss_output.cuh"
 #include "cuda/row_gradient.cuh"
 #include "cuda/staged_tile.cuh"
-#include "losses/registry.h"
+#include "losses/run_as.h"
 
 namespace fused_losses::cuda {
 
@@ -20,10 +20,21 @@ FL_DEVICE A margin_of(const RowArgs<A>& args, int cls) {
 }
 
 // What a thread works on at once: less for a long formula, whose registers and code grow with the number of classes.
-template <class Loss>
-constexpr int kBytesAtOnce = 16;
-template <>
-constexpr int kBytesAtOnce<BiTempered> = 4;
+template <class Loss, class Stored>
+constexpr int kBytesAtOnce = kIsForChecking<Stored> ? sizeof(Stored) : 16;
+template <class Stored>
+constexpr int kBytesAtOnce<OfShares<NFLMAE>, Stored> = 8;
+template <class Stored>
+constexpr int kBytesAtOnce<BiTempered, Stored> = 4;
+
+// HEM and MultiMargin in one. params: margin, whether to average over the kept errors only, whether to use the
+// threshold, margin_index.
+struct AnyMarginRule : MultiMarginRule {
+    template <class T>
+    FL_HD static math::mask_t<T> competitors_margin(const T* params) {
+        return params[3] > T(0);
+    }
+};
 
 // dL/dz of the slice's classes, times scale, to the row `to` or in place.
 template <class Loss, class Stored, class Team, class State>
@@ -34,52 +45,43 @@ FL_DEVICE void write_pass_gradient(const RowArgs<acc_t<Stored>>& args, const Tea
     to += slice.first * to_stride;
     const bool vectors = slice.stride == 1 && to_stride == 1 && misalignment(slice.logits) == misalignment(to);
     const A bias = bias_of(args);
-    team.template walk<kBytesAtOnce<Loss>>(slice.logits, slice.count, vectors, [&]<int kCount>(Count<kCount>, int c) {
-        A z[kCount];
-        load(slice.logits + c * slice.stride, z);
+    team.template walk<kBytesAtOnce<Loss, Stored>>(
+        slice.logits, slice.count, vectors, [&]<int kCount>(Count<kCount>, int c) {
+            A z[kCount];
+            load(slice.logits + c * slice.stride, z);
 #pragma unroll
-        for (int k = 0; k < kCount; ++k) {
-            const int cls = slice.first + c + k;
-            const bool own = cls == target;
-            z[k] = scale * Loss::gradient(state, own ? z[k] + bias : z[k], margin_of(args, cls), own, args.params);
-        }
-        store(to + c * to_stride, z);
-    });
+            for (int k = 0; k < kCount; ++k) {
+                const int cls = slice.first + c + k;
+                const bool own = cls == target;
+                z[k] = scale * Loss::gradient(state, own ? z[k] + bias : z[k], margin_of(args, cls), own, args.params);
+            }
+            store(to + c * to_stride, z);
+        });
 }
 
-// How a row of doubles, which are for checking and not for speed, is worked on: a single kernel serves all shapes and
-// saves build time.
-template <class Stored>
-Regime pass_regime(const RowProblem& p) {
-    const Regime regime = regime_of(p);
-    return std::is_same_v<Stored, double> && regime != Regime::kBlock ? Regime::kWarp : regime;
-}
-
-// The loss whose kernels run another: one that equals it with other parameters. Saves instantiations.
+// The loss whose kernels run another one: these two share theirs here.
 template <class Loss>
-struct RunAs {
-    using type = Loss;
-    static void convert(double*) {}
-};
+struct KernelsOf : RunAs<Loss> {};
 template <>
-struct RunAs<OfShares<NFLRCE>> {  // its passive loss has MAE's formula
-    using type = OfShares<NFLMAE>;
-    static void convert(double*) {}
-};
-template <>
-struct RunAs<OfShares<NFL>> {
-    using type = OfShares<NFLMAE>;
-    static void convert(double* params) {  // gamma, detach -> alpha, beta, gamma, detach, scale
-        const double converted[] = {1, 0, params[0], params[1], 0};
+struct KernelsOf<HEM> {
+    using type = MarginLoss<AnyMarginRule>;
+    static void convert(double* params) {  // margin, margin_index
+        const double converted[] = {params[0], 1, 1, params[1]};
         std::copy(std::begin(converted), std::end(converted), params);
     }
 };
+template <>
+struct KernelsOf<MultiMargin> {
+    using type = MarginLoss<AnyMarginRule>;
+    static void convert(double* params) { params[3] = 0; }
+};
 
-// Calls body.operator()<Stored>(problem) for the problem's dtype, with the parameters of the loss that Given runs as.
+// Calls body.operator()<Stored>(problem) for the problem's dtype, with the parameters of the loss whose kernels Given
+// runs.
 template <class Given, class Body>
 cudaError_t dispatch_pass(const RowProblem& given, Body body) {
     RowProblem p = given;
-    RunAs<Given>::convert(p.params);
+    KernelsOf<Given>::convert(p.params);
     switch (p.dtype) {
         case Dtype::kFloat64: return body.template operator()<double>(p);
         case Dtype::kFloat32: return body.template operator()<float>(p);

@@ -141,7 +141,7 @@ public:
           uniform(args.params[0] / A(p.num_classes)) {}
 
     FL_DEVICE A operator()(int cls) const {
-        if (p.spread == Spread::kOnes) return A(1);
+        if (p.spread <= Spread::kOnes) return A(1);  // without u_j, any number will do
         const A weight = p.class_weight ? as<A>(p.class_weight)[cls] : A(1);
         if (!p.soft_target) return weight;
         return weight * (keep * label(offset + cls * p.soft_target_class_stride) + uniform);
@@ -189,7 +189,7 @@ FL_DEVICE void walk_vectors(const Stored* x, int count, bool vectors, int lane, 
 
 // What one access moves.
 template <int kBytes>
-using Bytes = std::conditional_t<kBytes == 16, uint4, unsigned>;
+using Bytes = std::conditional_t<kBytes == 16, uint4, std::conditional_t<kBytes == 8, uint2, unsigned>>;
 
 template <int kCount, class Stored>
 FL_DEVICE void load(const Stored* from, acc_t<Stored> (&to)[kCount]) {

@@ -12,14 +12,14 @@
 namespace fused_losses::cuda {
 namespace {
 
-// The loss is a uniform branch: kernels are compiled once per dtype, not once per loss.
+// The loss is a uniform branch, once a row: all losses are compiled once, not once per kernel.
 template <bool kSpread, class A>
-FL_DEVICE AffineRow<A> evaluate(const RowArgs<A>& args, const SoftmaxRow<A>& row) {
+__device__ __noinline__ AffineRow<A> evaluate(const RowProblem& p, const A* params, const SoftmaxRow<A>& row) {
     if constexpr (kSpread)
-        if (args.problem.spread == Spread::kSoftTarget) return SoftCrossEntropy::eval(row, args.params);
+        if (p.spread == Spread::kSoftTarget) return SoftCrossEntropy::eval(row, params);
     AffineRow<A> affine{};
-    visit_loss(SoftmaxLosses{}, args.problem.loss, [&]<class Loss>() {
-        if constexpr (may_have_spread<Loss, kSpread>()) affine = Loss::eval(row, args.params);
+    visit_loss(SoftmaxLosses{}, p.loss, [&]<class Loss>() {
+        if constexpr (kIsForChecking<A> || may_have_spread<Loss, kSpread>()) affine = Loss::eval(row, params);
     });
     return affine;
 }
@@ -62,7 +62,7 @@ struct RowEnd {
         softmax.sum_u = kSpread ? state.sum_u : A(0);
         softmax.class_weight = class_weight_of<A>(p, target);
         softmax.num_classes = A(p.num_classes);
-        const AffineRow<A> affine = evaluate<kSpread>(args, softmax);
+        const AffineRow<A> affine = evaluate<kSpread>(p, args.params, softmax);
         const A sample_weight = sample_weight_of<A>(p, row);
         Coefficients<A> coefficients{state.max, affine.alpha / state.sum, affine.beta, affine.gamma};
         if (records) {
@@ -223,12 +223,15 @@ cudaError_t enqueue_forward(const RowProblem& p, const LossOutput& out, cudaStre
         RowArgs<acc_t<Stored>> args(p, out);
         switch (regime_of(p)) {
             case Regime::kStaged:
-                if constexpr (!std::is_same_v<Stored, double>)
+                if constexpr (!kIsForChecking<Stored>)
                     return launch(forward_staged<kSpread>, blocks_for(p.rows(), kBlock), stream, args);
                 break;
-            case Regime::kThread: return launch_pixels<Stored>(forward_by_thread<Stored, kSpread>, args, stream);
+            case Regime::kThread:
+                if constexpr (!kIsForChecking<Stored>)
+                    return launch_pixels<Stored>(forward_by_thread<Stored, kSpread>, args, stream);
+                break;
             case Regime::kLanes:
-                if constexpr (!std::is_same_v<Stored, double>)
+                if constexpr (!kIsForChecking<Stored>)
                     return launch_rows<Stored>(forward_by_group<Stored, Lanes, kSpread>, kLanes, args, stream);
                 break;
             case Regime::kWarp: return launch_rows<Stored>(forward_by_group<Stored, Group, kSpread>, 32, args, stream);

@@ -81,12 +81,13 @@ cudaError_t enqueue_gradient(const RowProblem& p, cudaStream_t stream) {
         };
         switch (regime_of(p)) {
             case Regime::kStaged:
-                if constexpr (!std::is_same_v<Stored, double>) return with_threads(gradient_staged<kSpread>, 1);
+                if constexpr (!kIsForChecking<Stored>) return with_threads(gradient_staged<kSpread>, 1);
                 break;
-            case Regime::kThread: return with_threads(gradient<Stored, Alone, kSpread>, 1);
+            case Regime::kThread:
+                if constexpr (!kIsForChecking<Stored>) return with_threads(gradient<Stored, Alone, kSpread>, 1);
+                break;
             case Regime::kLanes:
-                if constexpr (!std::is_same_v<Stored, double>)
-                    return with_threads(gradient<Stored, Lanes, kSpread>, kLanes);
+                if constexpr (!kIsForChecking<Stored>) return with_threads(gradient<Stored, Lanes, kSpread>, kLanes);
                 break;
             case Regime::kWarp: return with_threads(gradient<Stored, Group, kSpread>, 32);
             case Regime::kBlock: return with_threads(gradient<Stored, Group, kSpread>, kBlock);

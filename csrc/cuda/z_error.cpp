@@ -8,17 +8,15 @@
 #include "cuda/current_device.h"
 #include "z_error/driver.h"
 
-namespace fused_losses {
+namespace fused_losses::cuda {
 namespace {
-
-using cuda::check_launch;
 
 // Memory for partial results and counters, handed out to the phases of one launch; the counters are zeros.
 class Scratch {
 public:
-    Scratch(const cuda::DeviceScope& device, const std::vector<cuda::WorkShares*>& phases, int barrier_count = 0) {
+    Scratch(const DeviceScope& device, const std::vector<WorkShares*>& phases, int barrier_count = 0) {
         std::int64_t partial_count = 0, ticket_count = barrier_count;
-        for (const cuda::WorkShares* shares : phases) {
+        for (const WorkShares* shares : phases) {
             partial_count += shares->partial_count();
             ticket_count += shares->ticket_count();
         }
@@ -29,7 +27,7 @@ public:
             check_launch(cudaMemsetAsync(barriers, 0, sizeof(unsigned) * ticket_count, device.stream()));
         unsigned* tickets = barriers + barrier_count;
         double* partials = numbers.mutable_data_ptr<double>();
-        for (cuda::WorkShares* shares : phases) {
+        for (WorkShares* shares : phases) {
             shares->partials = partials;
             shares->tickets = tickets;
             partials += shares->partial_count();
@@ -44,35 +42,40 @@ private:
 };
 
 void moments(const ZProblem& p, double* out) {
-    const cuda::DeviceScope device(p.device);
-    cuda::WorkShares shares = cuda::shares_of_moments(p);
+    const DeviceScope device(p.device);
+    WorkShares shares = shares_of_moments(p);
     const Scratch scratch(device, {&shares});
-    check_launch(cuda::enqueue_class_moments(p, shares, out, device.stream()));
+    check_launch(enqueue_class_moments(p, shares, out, device.stream()));
 }
 
 void mask(const ZProblem& p) {
     if (p.rows() == 0) return;
-    const cuda::DeviceScope device(p.device);
-    check_launch(cuda::enqueue_z_error_mask(p, device.stream()));
+    const DeviceScope device(p.device);
+    check_launch(enqueue_z_error_mask(p, device.stream()));
 }
 
 void loss(const ZProblem& p) {
-    const cuda::DeviceScope device(p.device);
-    cuda::WorkShares shares = cuda::shares_of_loss(p), moments = cuda::shares_of_moments(p);
-    std::vector<cuda::WorkShares*> phases{&shares};
+    const DeviceScope device(p.device);
+    WorkShares shares = shares_of_loss(p), moments = shares_of_moments(p);
+    std::vector<WorkShares*> phases{&shares};
     if (p.own_moments) phases.push_back(&moments);
-    const Scratch scratch(device, phases, cuda::blocks_of_loss(p, moments, shares) > 1 ? cuda::kLossBarriers : 0);
-    check_launch(cuda::enqueue_z_error_loss(p, moments, shares, scratch.barriers, device.stream()));
+    const Scratch scratch(device, phases, blocks_of_loss(p, moments, shares) > 1 ? kLossBarriers : 0);
+    check_launch(enqueue_z_error_loss(p, moments, shares, scratch.barriers, device.stream()));
 }
 
 void gradient(const ZProblem& p) {
     if (p.rows() == 0) return;
-    const cuda::DeviceScope device(p.device);
-    check_launch(cuda::enqueue_z_error_gradient(p, device.stream()));
+    const DeviceScope device(p.device);
+    check_launch(enqueue_z_error_gradient(p, device.stream()));
 }
 
 }  // namespace
+}  // namespace fused_losses::cuda
 
-ZErrorDriver cuda_z_error() { return {&moments, &mask, &loss, &gradient, /*has_entropy=*/true}; }
+namespace fused_losses {
+
+ZErrorDriver cuda_z_error() {
+    return {&cuda::moments, &cuda::mask, &cuda::loss, &cuda::gradient, /*has_entropy=*/true};
+}
 
 }  // namespace fused_losses

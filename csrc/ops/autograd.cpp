@@ -4,8 +4,8 @@
 // gradient of 1 and backward scales it (CPU) or completes it where that was not right (CUDA); otherwise the forward
 // saves a few numbers per row and backward recomputes. Every other kind of derivative is rare and goes through
 // row_loss_reference, whose plain operations torch differentiates.
-#include <ATen/Functions.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>

@@ -1,5 +1,6 @@
 // Shapes and dtypes without data, symbolic sizes included: what torch.compile, torch.export and the meta device see.
-#include <ATen/Functions.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include "ops/checks.h"

@@ -1,6 +1,7 @@
 // CPU and CUDA entry of the row-loss operators: checks, allocates, describes the call as a RowProblem, hands it to the
 // device's backend. Nothing here differs between devices.
-#include <ATen/Functions.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include "ops/backend.h"

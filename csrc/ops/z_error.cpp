@@ -1,6 +1,6 @@
 // CPU, CUDA and Meta entries of the Z-Error operators: check, allocate, describe the call as a ZProblem, hand it to the
 // device's driver. Nothing here differs between devices.
-#include <ATen/Functions.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "losses/cross_entropy.h"

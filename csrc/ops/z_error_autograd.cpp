@@ -1,6 +1,5 @@
 // Autograd of the Z-Error operators. Statistics and masks are constants. The loss has a fused first derivative in its
 // input; every other derivative goes through z_error_loss_reference, which torch differentiates, with the mask given.
-#include <ATen/Functions.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/autograd.h>

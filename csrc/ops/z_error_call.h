@@ -1,7 +1,7 @@
 // What a Z-Error operator says to its driver: inputs, outputs and their memory.
 #pragma once
 
-#include <ATen/Functions.h>
+#include <ATen/ops/empty.h>
 
 #include "ops/row_layout.h"
 #include "ops/z_error_args.h"

@@ -11,6 +11,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __noinline__ [[gnu::noinline]]
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __shared__ thread_local

@@ -1,0 +1,33 @@
+// Losses that equal another one with other parameters. Their kernels are compiled once.
+#pragma once
+
+#include <algorithm>
+#include <iterator>
+
+#include "losses/registry.h"
+
+namespace fused_losses {
+inline namespace FL_ISA {
+
+// The loss that runs in place of Loss, and how its parameters follow.
+template <class Loss>
+struct RunAs {
+    using type = Loss;
+    static void convert(double*) {}
+};
+template <>
+struct RunAs<OfShares<NFLRCE>> {  // its passive loss has MAE's formula
+    using type = OfShares<NFLMAE>;
+    static void convert(double*) {}
+};
+template <>
+struct RunAs<OfShares<NFL>> {
+    using type = OfShares<NFLMAE>;
+    static void convert(double* params) {  // gamma, detach -> alpha, beta, gamma, detach, scale
+        const double converted[] = {1, 0, params[0], params[1], 0};
+        std::copy(std::begin(converted), std::end(converted), params);
+    }
+};
+
+}  // namespace FL_ISA
+}  // namespace fused_losses
