@@ -12,9 +12,9 @@
 namespace fused_losses::cuda {
 namespace {
 
-// The loss is a uniform branch, once a row: all losses are compiled once, not once per kernel.
+// The loss is a uniform branch, once a row: kernels are compiled once per dtype, not once per loss.
 template <bool kSpread, class A>
-__device__ __noinline__ AffineRow<A> evaluate(const RowProblem& p, const A* params, const SoftmaxRow<A>& row) {
+FL_DEVICE AffineRow<A> evaluate(const RowProblem& p, const A* params, const SoftmaxRow<A>& row) {
     if constexpr (kSpread)
         if (p.spread == Spread::kSoftTarget) return SoftCrossEntropy::eval(row, params);
     AffineRow<A> affine{};

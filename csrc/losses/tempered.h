@@ -14,13 +14,13 @@ inline namespace FL_ISA {
 // The labels are y_y = 1 - s, else s/(K-1).
 //
 // With n = 1 / (t2 - 1), exp_t2(x) is (1 - x / n)^-n, so where n is a whole number b is a quotient and p a product: no
-// log, no exp. The same holds for a where (1 - t1) n is whole. kN is n where the compiler knows it, else 0; kDefaults:
-// the parameters have their defaults t1 = 0.8, t2 = 1.2, s = 0 (and some number of iterations).
+// log, no exp. The same holds for a where (1 - t1) n is whole. kN is n where the compiler knows it and the root is
+// found in some number of iterations, else 0; kDefaults: besides, t1 = 0.8, t2 = 1.2 and s = 0, the defaults.
 template <int kN, bool kDefaults = false>
 struct BiTemperedOf {
     static constexpr const char* name = "bi_tempered";
     static constexpr int num_params = 4, num_sums = 4;
-    static constexpr int num_early_sums = kDefaults ? 1 : 2;  // two for Newton's method
+    static constexpr int num_early_sums = kN > 0 ? 1 : 2;  // two for Newton's method
     static constexpr int num_kept = kDefaults ? 1 : 3;
     static constexpr bool needs_max = true;
     static constexpr int newton_steps = 10;
@@ -33,10 +33,11 @@ struct BiTemperedOf {
     // Calls body.operator()<Loss>() with the loss that knows the n of common temperatures.
     template <class Body>
     static void visit_variant(const double* params, Body body) {
-        switch (whole(1 / (params[1] - 1))) {
+        const bool iterates = params[3] > 0;
+        switch (iterates ? whole(1 / (params[1] - 1)) : 0) {
             case 2: return body.template operator()<BiTemperedOf<2>>();
             case 5:
-                if (whole(5 * (1 - params[0])) == 1 && params[2] == 0 && params[3] > 0)
+                if (whole(5 * (1 - params[0])) == 1 && params[2] == 0)
                     return body.template operator()<BiTemperedOf<5, true>>();
                 return body.template operator()<BiTemperedOf<5>>();
             default: return body.template operator()<BiTemperedOf<0>>();
@@ -47,7 +48,7 @@ struct BiTemperedOf {
 
     template <class S>
     FL_HD static Method method(S t2, S num_iters) {
-        if (kDefaults) return Method::kFixedPoint;
+        if (kN > 0) return Method::kFixedPoint;
         if (t2 == S(1)) return Method::kExact;
         if (num_iters == S(0)) return Method::kNewton;
         return t2 > S(1) ? Method::kFixedPoint : Method::kBisection;
