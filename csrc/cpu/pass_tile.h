@@ -127,7 +127,7 @@ private:
         const A* const logits = view.logits[part];
         A* const gradient = view.gradient[part];
         const V* const room = kept_of(part);
-        view.for_each(part, [&](std::int64_t k, auto count, Mask<A> is_target, auto) FL_INLINE {
+        const auto write = [&](std::int64_t k, auto count, Mask<A> is_target, auto) FL_INLINE {
             V g;
             if constexpr (of_kept)
                 g = Loss::gradient_of_kept(state, room + k * Loss::num_kept, is_target, own.data());
@@ -135,7 +135,11 @@ private:
                 g = Loss::gradient(state, load(logits + k * V::size, count, A(0)), margins.at(k, count), is_target,
                                    own.data());
             store(gradient + k * V::size, scale * g, count);
-        });
+        };
+        if constexpr (of_kept)
+            view.for_each(part, write);
+        else
+            view.for_each_fetching(part, write);
     }
 
     const RowProblem& p;
