@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import report
-from benchmarks.__main__ import clocked
+from benchmarks import __main__, report
+from benchmarks.__main__ import clocked, quietest
 from benchmarks.calls import Buffers, Call
 from benchmarks.cases import LOSSES, Case
 from benchmarks.jobs import Job, run_job
@@ -226,6 +226,21 @@ def test_processor_time_leaves_out_waiting() -> None:
 def test_processor_time_is_for_one_thread(threads: int, timer: str) -> None:
     job = Job(Case("mae", (64, 12)), ("fused",), threads=threads)
     assert clocked(job, "cpu").timer == timer and clocked(job, "wall").timer == "wall"
+
+
+def test_the_run_with_the_fastest_copy_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = iter([[row(time_us=90, copy_us=60)], [row(time_us=100, copy_us=50)], []])
+    told: list[str] = []
+
+    def run(job: Job, reject: Any) -> Any:
+        reject("reference", "why")
+        return next(runs)
+
+    monkeypatch.setattr(__main__, "run_job", run)
+    job = Job(Case("cross_entropy", (4, 3)), ("fused",))
+    found = quietest(job, lambda provider, reason: told.append(provider), tries=3)
+    assert [(r.time_us, r.copy_us) for r in found] == [(100, 50)]
+    assert told == ["reference"]  # once, not with every run
 
 
 def test_memory_and_traffic_of_known_calls() -> None:
