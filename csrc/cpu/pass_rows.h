@@ -22,17 +22,22 @@ void with_stored(const RowProblem& p, Body body) {
     }
 }
 
-// A block of rows at a time: one part, its logits in scratch as [classes][vector of rows], or a part for each row, read
-// and written where the caller has it if possible, else in scratch too. Numbers per row are a vector with an element
-// for each row of the block either way.
+// A block of rows at a time, in parts whose classes are added up each on its own. In lanes a part is a vector of rows,
+// its logits in scratch as [classes][vector of rows]; else it is a row, read and written where the caller has it if
+// possible, else in scratch too. Numbers per row are vectors either way: one for each group of rows, which is a part in
+// lanes and the whole block else. Lanes work on some groups at a time, so that what follows a sum over the few classes
+// of one need not be waited for.
 template <class A, bool lanes>
 class PassRows {
 public:
     using V = Vec<A>;
+    static constexpr int kGroups = lanes ? Tiling::kFewRows / V::size : 1;
+    static constexpr int kMaxParts = lanes ? kGroups : V::size;
+    using PerGroup = std::array<V, kGroups>;
 
     PassRows(const RowProblem& problem, std::int64_t tile_rows)
         : p(problem),
-          block(lanes ? V::size : static_cast<int>(std::min<std::int64_t>(tile_rows, V::size))),
+          block(std::min(static_cast<int>(tile_rows), V::size * (p.num_classes > Tiling::kFewClasses ? 1 : kGroups))),
           whole(lanes ? p.num_classes : p.num_classes / V::size),
           tail(lanes ? 0 : static_cast<int>(p.num_classes % V::size)),
           scratch(parts_of(block) * vectors() * V::size) {
@@ -55,16 +60,19 @@ public:
         next = first + at + count;
         this->outer = outer;
         with_stored<A>(p, [&]<class Stored>() {
-            if (lanes) {
-                logits[0] = gradient[0] = scratch_of(0);
-                return LaneBlock<Stored>::load_logits(p, outer, first + at, rows, at, count, scratch_of(0));
+            for (int part = 0; lanes && part < parts_of(count); ++part) {
+                const int from = at + part * V::size;
+                logits[part] = gradient[part] = scratch_of(part);
+                LaneBlock<Stored>::load_logits(p, outer, first + from, rows, from, rows_in(part), scratch_of(part));
             }
-            for (int i = 0; i < count; ++i) {
+            for (int i = 0; !lanes && i < count; ++i) {
                 if (p.grad) gradient[i] = gradient_place<Stored>(first + at + i, i);
                 if (!rows.ignored(at + i)) load_row<Stored>(first + at + i, i);
             }
         });
-        for (int i = 0; i < V::size; ++i) target.v[i] = A(rows.target[at + i]);
+        for_groups([&](int group) {
+            for (int i = 0; i < V::size; ++i) target[group].v[i] = A(rows.target[first_in(group) + i]);
+        });
     }
 
     // Calls body(part) for the parts that are to be computed.
@@ -74,29 +82,37 @@ public:
             if (lanes || !rows.ignored(first_row + part)) body(part);
     }
 
+    // Calls body(group) for those that have rows.
+    template <class Body>
+    FL_HD void for_groups(Body body) const {
+        for (int group = 0; group < kGroups && group * V::size < row_count; ++group) body(group);
+    }
+
     // Once `gradient` has those of all parts: ignored rows get zeros, what is in scratch goes to the caller.
     void finish_gradient(std::int64_t first) {
         for (int i = 0; i < row_count && rows.any_ignored; ++i)
             for (std::int64_t c = 0; c < p.num_classes && rows.ignored(first_row + i); ++c)
-                (lanes ? gradient[0][c * V::size + i] : gradient[i][c]) = A(0);
+                (lanes ? gradient[i / V::size][c * V::size + i % V::size] : gradient[i][c]) = A(0);
         if (writes_directly) return;
         with_stored<A>(p, [&]<class Stored>() {
             const std::int64_t row = first + first_row;
-            if (lanes) return LaneBlock<Stored>::store_gradient(p, outer, row, row_count, gradient[0]);
-            for (int i = 0; i < row_count; ++i)
+            for (int part = 0; lanes && part < parts_of(row_count); ++part)
+                LaneBlock<Stored>::store_gradient(p, outer, row + part * V::size, rows_in(part), gradient[part]);
+            for (int i = 0; !lanes && i < row_count; ++i)
                 RowBuffer<Stored>::write_row(
                     p, RowBuffer<Stored>::gradient(p, outer, row + i), streams, /*unordered=*/false,
                     [&](std::int64_t c, auto count) { return fused_losses::load(gradient[i] + c, count, A(0)); });
         });
     }
 
-    // Weighs values, writes them and adds them up. Rows whose loss is positive make the denominator of kActiveMean.
-    void finish(std::int64_t row, V values, TileSums& sums) {
+    // Weighs values of a group, writes them and adds them up. Rows whose loss is positive make the denominator of
+    // kActiveMean. Its rows are numbered from `row` on, as all below.
+    void finish(int group, std::int64_t row, V values, TileSums& sums) {
         A lane[V::size];
         values.store(lane);
         A* const out = static_cast<A*>(p.row_values);
-        for (int i = 0; i < row_count; ++i) {
-            const int at = first_row + i;
+        for (int i = 0; i < rows_in(group); ++i) {
+            const int at = first_in(group) + i;
             const bool ignored = rows.ignored(at);
             const A weighted = ignored ? A(0) : rows.sample_weight[at] * rows.class_weight[at] * lane[i];
             if (out) out[row + i] = weighted;
@@ -106,25 +122,27 @@ public:
         }
     }
 
-    void save(const V* state, int states, std::int64_t row) const {
+    void save(int group, std::int64_t row, const V* state, int states) const {
         A* const stats = static_cast<A*>(p.stats);
-        const Mask<A> ignored = per_row(rows.counted) == V(A(0));
+        const Mask<A> ignored = per_row(group, rows.counted) == V(A(0));
         for (int k = 0; k < states; ++k)
-            fused_losses::store(stats + k * p.rows() + row, math::select(ignored, V(A(0)), state[k]), row_count);
+            fused_losses::store(stats + k * p.rows() + row, math::select(ignored, V(A(0)), state[k]), rows_in(group));
     }
 
-    void restore(V* state, int states, std::int64_t row) const {
+    void restore(int group, std::int64_t row, V* state, int states) const {
         const A* const stats = as<A>(p.stats);
-        for (int k = 0; k < states; ++k) state[k] = fused_losses::load(stats + k * p.rows() + row, row_count, A(0));
+        for (int k = 0; k < states; ++k)
+            state[k] = fused_losses::load(stats + k * p.rows() + row, rows_in(group), A(0));
     }
 
-    V per_row(const A* numbers) const { return V::load(numbers + first_row); }
+    V per_row(int group, const A* numbers) const { return V::load(numbers + first_in(group)); }
 
     // The margin of each row's target.
-    V margins() const {
+    V margins(int group) const {
         if (!p.margin) return A(p.params[0]);
         A margins[V::size];
-        for (int i = 0; i < V::size; ++i) margins[i] = as<A>(p.margin)[rows.target[first_row + i] * p.margin_stride];
+        const std::int64_t* const targets = rows.target + first_in(group);
+        for (int i = 0; i < V::size; ++i) margins[i] = as<A>(p.margin)[targets[i] * p.margin_stride];
         return V::load(margins);
     }
 
@@ -148,7 +166,7 @@ public:
     // elements; sum = add(sum, x) leaves out the others.
     template <class Body>
     FL_HD void for_each(int part, Body body) const {
-        const V own = in_part(target, part);
+        const V own = in_part(target[group_of(part)], part);
         V number = lanes ? V(A(0)) : V::iota();  // of each element's class
         for (std::int64_t k = 0, n = whole; k < n; ++k) {
             body(k, Whole{}, number == own, [](V sum, V x) { return sum + x; });
@@ -166,9 +184,10 @@ public:
         std::int64_t step = 0;
         with_stored<A>(p, [&]<class Stored>() {
             step = V::size * sizeof(Stored);
-            if (p.logits_class_stride == 1) next_logits = reinterpret_cast<const char*>(row_of<Stored>(next + part));
+            const std::int64_t row = next + (lanes ? part * V::size : part);
+            if (p.logits_class_stride == 1) next_logits = reinterpret_cast<const char*>(row_of<Stored>(row));
             if (p.grad && p.grad_class_stride == 1 && !streams)
-                next_grad = reinterpret_cast<const char*>(RowBuffer<Stored>::gradient(p, outer, next + part));
+                next_grad = reinterpret_cast<const char*>(RowBuffer<Stored>::gradient(p, outer, row));
         });
         for_each(part, [&](std::int64_t k, auto count, Mask<A> is_target, auto add) FL_INLINE {
             if (next_logits) __builtin_prefetch(next_logits + k * step, /*for writing=*/0);
@@ -178,9 +197,10 @@ public:
     }
 
     // NaN skipped.
-    V find_max() const {
+    PerGroup find_max() const {
         constexpr A lowest = -std::numeric_limits<A>::infinity();
-        V all = A(0);
+        PerGroup all;
+        all.fill(V(A(0)));
         for_parts([&](int part) {
             V top[4] = {lowest, lowest, lowest, lowest};
             const std::int64_t numbers = lanes ? whole * V::size : p.num_classes;
@@ -188,7 +208,7 @@ public:
                 top[chain] = max(top[chain], fused_losses::load(logits[part] + i, count, lowest));
             });
             const V highest = max(max(top[0], top[1]), max(top[2], top[3]));
-            put(all, part, lanes ? highest : V(highest.max()));
+            put(all[group_of(part)], part, lanes ? highest : V(highest.max()));
         });
         return all;
     }
@@ -202,20 +222,24 @@ public:
             numbers.v[part] = of_part.v[0];
     }
 
+    FL_HD static int group_of(int part) { return lanes ? part : 0; }
     V total(V partial) const { return lanes ? partial : V(partial.sum()); }
     std::int64_t vectors() const { return whole + (tail > 0); }  // of a part
-    static int parts_of(int rows) { return lanes ? 1 : rows; }
+    static int parts_of(int rows) { return lanes ? (rows + V::size - 1) / V::size : rows; }
 
     const RowProblem& p;
     const int block;
     const std::int64_t whole;  // vectors, and elements of the last one if it is not full
     const int tail;
     TileRows<A> rows;
-    int first_row, row_count;  // of the tile that are taken
-    const A* logits[V::size];  // of each part
-    A* gradient[V::size];      // of each part: where to write it; may be where its logits are
+    int first_row, row_count;    // of the tile that are taken
+    const A* logits[kMaxParts];  // of each part
+    A* gradient[kMaxParts];      // of each part: where to write it; may be where its logits are
 
 private:
+    int first_in(int group) const { return first_row + group * V::size; }
+    int rows_in(int group) const { return std::min(V::size, row_count - group * V::size); }
+
     template <class Stored>
     const Stored* row_of(std::int64_t row) const {
         return as<Stored>(p.logits) + p.logits_stride.at(outer, row);
@@ -249,7 +273,7 @@ private:
     Scratch<A> scratch;
     bool streams, reads_directly, writes_directly;
     std::int64_t outer, next;  // the row behind them
-    V target;                  // class numbers
+    PerGroup target;           // class numbers
 };
 
 }  // namespace FL_ISA

@@ -9,7 +9,10 @@ inline namespace FL_ISA {
 template <class A, class Loss, bool lanes>
 class PassTile {
     using V = Vec<A>;
+    using View = PassRows<A, lanes>;
     using State = typename Loss::template State<V>;
+    using States = std::array<State, View::kGroups>;
+    using Inputs = std::array<RowInputs<V>, View::kGroups>;
     using AllSums = Sums<V, Loss::num_sums>;
     static constexpr int kStates = kStateSize<State, V>;
     static_assert(kStates <= kMaxState);
@@ -25,19 +28,26 @@ public:
 
     void forward(std::int64_t outer, std::int64_t first, int n, TileSums& sums) {
         for_blocks(outer, first, n, [&](std::int64_t row) {
-            const State state = run();
-            view.finish(row, Loss::value(state), sums);
-            const auto numbers = std::bit_cast<std::array<V, kStates>>(state);
-            if (p.stats) view.save(numbers.data(), kStates, row);
-            if (p.grad) write_gradient<true>(state, first);
+            const States states = run();
+            view.for_groups([&](int group) {
+                const std::int64_t from = row + group * V::size;
+                view.finish(group, from, Loss::value(states[group]), sums);
+                const auto numbers = std::bit_cast<std::array<V, kStates>>(states[group]);
+                if (p.stats) view.save(group, from, numbers.data(), kStates);
+            });
+            if (p.grad) write_gradient<true>(states, first);
         });
     }
 
     void backward(std::int64_t outer, std::int64_t first, int n) {
         for_blocks(outer, first, n, [&](std::int64_t row) {
-            std::array<V, kStates> numbers;
-            view.restore(numbers.data(), kStates, row);
-            write_gradient<false>(std::bit_cast<State>(numbers), first);
+            States states;
+            view.for_groups([&](int group) {
+                std::array<V, kStates> numbers;
+                view.restore(group, row + group * V::size, numbers.data(), kStates);
+                states[group] = std::bit_cast<State>(numbers);
+            });
+            write_gradient<false>(states, first);
         });
     }
 
@@ -52,33 +62,40 @@ private:
         }
     }
 
-    State run() const {
-        RowInputs<V> row{V(A(0)), view.per_row(view.rows.target_logit), view.margins(), V(A(p.num_classes))};
-        if constexpr (Loss::needs_max) row.max = view.find_max();
-        State state = Loss::begin(row, params.data());
-        for (int pass = 0; pass < passes; ++pass) {
-            const bool last = pass + 1 == passes;
-            const AllSums sums = last ? add_up<true>(pass, state, row) : add_up<false>(pass, state, row);
-            Loss::end_pass(pass, state, sums, row, params.data());
-        }
-        return state;
+    States run() const {
+        const V classes = A(p.num_classes);
+        typename View::PerGroup top = {};
+        if constexpr (Loss::needs_max) top = view.find_max();
+        States states;
+        Inputs rows;
+        view.for_groups([&](int group) {
+            rows[group] = {top[group], view.per_row(group, view.rows.target_logit), view.margins(group), classes};
+            states[group] = Loss::begin(rows[group], params.data());
+        });
+        for (int pass = 0; pass < passes; ++pass)
+            pass + 1 == passes ? run_pass<true>(pass, states, rows) : run_pass<false>(pass, states, rows);
+        return states;
     }
 
     template <bool last>
-    AllSums add_up(int pass, const State& state, const RowInputs<V>& row) const {
-        AllSums sums;
-        for (V& sum : sums.v) sum = A(0);
+    void run_pass(int pass, States& states, const Inputs& rows) const {
+        std::array<AllSums, View::kGroups> sums;
+        for (AllSums& of_group : sums)
+            for (V& sum : of_group.v) sum = A(0);
         view.for_parts([&](int part) {
-            const AllSums partial = p.grad ? sum_classes<last, true>(pass, part, in_part(state, part), row)
-                                           : sum_classes<last, false>(pass, part, in_part(state, part), row);
-            for (int i = 0; i < Loss::num_sums; ++i) view.put(sums.v[i], part, view.total(partial.v[i]));
+            const int group = View::group_of(part);
+            const State state = in_part(states[group], part);
+            const AllSums partial = p.grad ? sum_classes<last, true>(pass, part, state, rows[group])
+                                           : sum_classes<last, false>(pass, part, state, rows[group]);
+            for (int i = 0; i < Loss::num_sums; ++i) view.put(sums[group].v[i], part, view.total(partial.v[i]));
         });
-        return sums;
+        view.for_groups(
+            [&](int group) { Loss::end_pass(pass, states[group], sums[group], rows[group], params.data()); });
     }
 
     static State in_part(const State& state, int part) {
         auto numbers = std::bit_cast<std::array<V, kStates>>(state);
-        for (V& number : numbers) number = PassRows<A, lanes>::in_part(number, part);
+        for (V& number : numbers) number = View::in_part(number, part);
         return std::bit_cast<State>(numbers);
     }
 
@@ -112,10 +129,16 @@ private:
     V* kept_of(int part) const { return kept.data() + part * view.vectors() * Loss::num_kept; }
 
     template <bool of_kept>
-    void write_gradient(const State& state, std::int64_t first) {
-        const V scale = view.per_row(view.rows.scale) * view.per_row(view.rows.class_weight), margin = view.margins();
+    void write_gradient(const States& states, std::int64_t first) {
+        typename View::PerGroup scale, margin;
+        view.for_groups([&](int group) {
+            scale[group] = view.per_row(group, view.rows.scale) * view.per_row(group, view.rows.class_weight);
+            margin[group] = view.margins(group);
+        });
         view.for_parts([&](int part) {
-            write_part<of_kept>(part, in_part(state, part), view.in_part(scale, part), view.in_part(margin, part));
+            const int group = View::group_of(part);
+            write_part<of_kept>(part, in_part(states[group], part), view.in_part(scale[group], part),
+                                view.in_part(margin[group], part));
         });
         view.finish_gradient(first);
     }
@@ -145,7 +168,7 @@ private:
     const RowProblem& p;
     const int passes;
     std::array<V, kMaxParams> params;
-    PassRows<A, lanes> view;
+    View view;
     Scratch<V> kept;  // per vector of the view
 };
 

@@ -212,8 +212,9 @@ struct BiTemperedOf {
         const auto t2 = math::to_scalar(params[1]), num_iters = math::to_scalar(params[3]);
         const int last = root_passes(t2, num_iters);
         if (pass == last) return finish(s, sums, row, params);
-        refine_root(pass, s, sums, method(t2, num_iters), excess(params).of_exp);
-        if (pass == last - 1) s.lower = spread(row, params);
+        const bool is_found = pass == last - 1;
+        refine_root(pass, s, sums, method(t2, num_iters), excess(params).of_exp, is_found);
+        if (is_found) s.lower = spread(row, params);
     }
 
     template <class T>
@@ -252,9 +253,9 @@ private:
     }
 
     // `lower` and `upper` bracket the root for the bisection. For the fixed point, which scales x, `lower` is the
-    // scale. In the end `lower` is what end_pass puts there.
+    // scale, and the root waits for the last step. In the end `lower` is what end_pass puts there.
     template <class T>
-    FL_HD static void refine_root(int pass, State<T>& s, const Sums<T, 4>& sums, Method method, T of_exp) {
+    FL_HD static void refine_root(int pass, State<T>& s, const Sums<T, 4>& sums, Method method, T of_exp, bool last) {
         const T sum = sums.v[0], log_sum = math::log(sum);
         switch (method) {
             case Method::kExact: s.root = log_sum; return;
@@ -263,8 +264,10 @@ private:
                 s.root += sum * math::exp(of_exp * log_sum) * log_t(log_sum, -of_exp) / sums.v[1];
                 return;
             case Method::kFixedPoint:
-                s.lower = math::exp(-of_exp * log_sum);
-                s.root = log_t(log_sum, of_exp);
+                if (last)
+                    s.root = log_t(log_sum, of_exp);
+                else
+                    s.lower = math::exp(-of_exp * log_sum);
                 return;
             case Method::kBisection: break;
         }
@@ -278,13 +281,18 @@ private:
     template <class T>
     FL_HD static void finish(State<T>& s, const Sums<T, 4>& sums, const RowInputs<T>& row, const T* params) {
         const Excess<T> t = excess(params);
-        const T own = T(1) - params[2], other = s.lower, others = row.num_classes - T(1);
+        const T power = T(1) + t.of_log;
         const T log_t_p = log_t(log_exp((row.target_logit - s.max) - s.root, t.of_exp), t.of_log);
+        s.ratio = sums.v[2] / sums.v[1];
+        if constexpr (kDefaults) {  // labels 1 and 0
+            s.value = (sums.v[0] - T(1)) / power - log_t_p;
+            return;
+        }
+        const T own = T(1) - params[2], other = s.lower, others = row.num_classes - T(1);
         const T of_own = math::select(own == T(0), T(0), own * log_t_p);  // a label of 0 hides an infinite logarithm
         const T of_others = math::select(other == T(0), T(0), other * (sums.v[3] - log_t_p));
         const T of_labels = entropy(own, t.of_log) + others * entropy(other, t.of_log);
-        s.ratio = sums.v[2] / sums.v[1];
-        s.value = of_labels + sums.v[0] / (T(1) + t.of_log) - of_own - of_others;
+        s.value = of_labels + sums.v[0] / power - of_own - of_others;
     }
 
     // y log_t y - y^(2-t) / (2-t), 0 at y = 0; excess = 1 - t
