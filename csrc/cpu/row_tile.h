@@ -13,7 +13,8 @@ class RowTile {
     using A = acc_t<Stored>;
     using V = Vec<A>;
     using Buffer = RowBuffer<Stored>;
-    static constexpr std::integral_constant<int, 0> first_chain{};
+    static constexpr std::integral_constant<int, 0> kFirst{};
+    static constexpr std::integral_constant<int, 1> kSecond{};
     static constexpr double kCertain = 1.0 + 1.0 / 64;  // sum exp(z - max) of a row that is
     static constexpr A kMinusInfinity = -std::numeric_limits<A>::infinity();
 
@@ -101,16 +102,16 @@ private:
         return sizeof(Stored) == 2 && contiguous && rows.bias == A(0) && !spread_of(i);
     }
 
-    // Calls body(logits, c, count, k) for every vector of the row; what it writes goes to places from c on. k is an
-    // integral_constant, 0 or 1, the one not waiting for the other.
+    // Calls body(logits, c, count, half) for every vector of the row; what it writes goes to places from c on. half is
+    // 1 for the second one of a pair, else 0.
     template <bool kBiased, class Body>
     void for_logits(const A* x, std::int64_t outer, std::int64_t row, int i, Body body) const {
         if constexpr (sizeof(Stored) == 2) {
             const Stored* const stored = as<Stored>(p.logits) + p.logits_stride.at(outer, row);
             if (!x) return for_pairs(stored, body);
         }
-        for_vectors<A>(
-            classes, [&](std::int64_t c, auto count) { body(biased<kBiased>(x, c, count, i), c, count, first_chain); });
+        for_vectors<A>(classes,
+                       [&](std::int64_t c, auto count) { body(biased<kBiased>(x, c, count, i), c, count, kFirst); });
     }
 
     template <class Body>
@@ -118,11 +119,11 @@ private:
         std::int64_t c = 0;
         for (; c + 2 * V::size <= classes; c += 2 * V::size) {
             const auto pair = Pair<Stored>::load(logits + c);
-            body(pair.even, c, Whole{}, std::integral_constant<int, 0>{});
-            body(pair.odd, c + V::size, Whole{}, std::integral_constant<int, 1>{});
+            body(pair.first, c, Whole{}, kFirst);
+            body(pair.second, c + V::size, Whole{}, kSecond);
         }
         for_vectors<A>(classes - c, [&](std::int64_t rest, auto count) {
-            body(load(logits + c + rest, count, kMinusInfinity), c + rest, count, first_chain);
+            body(load(logits + c + rest, count, kMinusInfinity), c + rest, count, kFirst);
         });
     }
 
@@ -155,21 +156,15 @@ private:
         }
     }
 
-    // The maximum skips NaNs; the sum of exponentials does not. The logits are in cache by now: time to fetch the
-    // gradient's memory, unless the exponentials go there.
+    // The maximum may skip NaNs; the sum of exponentials does not.
     template <bool kBiased>
     A find_max(const A* x, std::int64_t outer, std::int64_t row, int i) const {
-        Stored* const grad = p.grad && !streams && !in_place ? Buffer::gradient(p, outer, row) : nullptr;
+        if constexpr (sizeof(Stored) == 2)
+            if (!x) return max_of(as<Stored>(p.logits) + p.logits_stride.at(outer, row), classes);
         V top[4] = {kMinusInfinity, kMinusInfinity, kMinusInfinity, kMinusInfinity};
-        const auto add = [&](V z, std::int64_t c, auto chain) {
-            if (grad) __builtin_prefetch(grad + c, /*for writing=*/1);
-            top[chain] = max(top[chain], z);
-        };
-        if (x)
-            for_vectors_ahead<A, 4>(
-                classes, [&](std::int64_t c, auto count, auto k) { add(biased<kBiased>(x, c, count, i), c, k); });
-        else
-            for_logits<kBiased>(x, outer, row, i, [&](V z, std::int64_t c, auto, auto k) { add(z, c, k); });
+        for_vectors_ahead<A, 4>(classes, [&](std::int64_t c, auto count, auto chain) {
+            top[chain] = max(top[chain], biased<kBiased>(x, c, count, i));
+        });
         return max(max(top[0], top[1]), max(top[2], top[3])).max();
     }
 
@@ -188,16 +183,17 @@ private:
     }
 
     // sum exp(x - max), and with u = 1 the sum of x - max; the exponentials go to e unless it is null. Computing them
-    // takes longer than their memory: time to fetch the next row's (a prefetch may point anywhere).
+    // takes longer than their memory: time to fetch the next row's, and that of the gradient unless it is written past
+    // the caches (a prefetch may point anywhere).
     template <bool kBiased, bool kOnes>
     void exp_sum(const A* x, int i, A* e, std::int64_t outer, std::int64_t row) {
         const Stored* const next_logits = as<Stored>(p.logits) + p.logits_stride.at(outer, row + 1);
-        Stored* const next_grad = in_place ? Buffer::gradient(p, outer, row + 1) : nullptr;
+        Stored* const grad = p.grad && !streams ? Buffer::gradient(p, outer, row + in_place) : nullptr;
         const V top = rows.max[i];
         V sum = A(0), centred = A(0);
-        for_logits<kBiased>(x, outer, row, i, [&](V z, std::int64_t c, auto count, auto) {
-            __builtin_prefetch(next_logits + c, /*for writing=*/0);
-            if (next_grad) __builtin_prefetch(next_grad + c, /*for writing=*/1);
+        for_logits<kBiased>(x, outer, row, i, [&](V z, std::int64_t c, auto count, auto half) {
+            if (half == 0) __builtin_prefetch(next_logits + c, /*for writing=*/0);
+            if (half == 0 && grad) __builtin_prefetch(grad + c, /*for writing=*/1);
             const V below = z - top, term = exp_not_positive<Stored>(below);
             if (e) store(e + c, term, count);
             sum += term;

@@ -11,6 +11,7 @@
 #pragma GCC diagnostic pop
 #endif
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstring>
@@ -193,6 +194,13 @@ FL_HD void store(double* to, Vec<double> x) { x.store(to); }
 template <class Half16>
 FL_HD Vec<float> load(const Half16* from) {
     static_assert(sizeof(Half16) == 2);
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<Half16, Half>)
+        return Vec<float>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#elif defined(__F16C__)
+    if constexpr (std::is_same_v<Half16, Half>)
+        return Vec<float>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#endif
     Native<float>::Half bits;
     std::memcpy(&bits, from, sizeof(bits));
     return widen_bits<Half16, Vec<float>>(__builtin_convertvector(bits, Native<float>::UInt));
@@ -201,6 +209,13 @@ FL_HD Vec<float> load(const Half16* from) {
 template <class Half16>
 FL_HD Native<float>::Half narrowed(Vec<float> x) {
     static_assert(sizeof(Half16) == 2);
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<Half16, Half>)
+        return std::bit_cast<Native<float>::Half>(_mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+    if constexpr (std::is_same_v<Half16, Half>)
+        return std::bit_cast<Native<float>::Half>(_mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
+#endif
     return __builtin_convertvector(narrow_bits<Half16>(x), Native<float>::Half);
 }
 
@@ -210,23 +225,63 @@ FL_HD void store(Half16* to, Vec<float> x) {
     std::memcpy(to, &bits, sizeof(bits));
 }
 
-// As many numbers of 16 bits as fill a register: those in even and those in odd places. Apart they take half the work
-// of two vectors in order.
+// As many numbers of 16 bits as fill a register, in the order that takes the least work: bfloat16 in even places first,
+// then those in odd ones.
 template <class Half16>
 struct Pair {
-    Vec<float> even, odd;
+    Vec<float> first, second;
 
     FL_HD static Pair load(const Half16* from) {
-        Native<float>::UInt bits;
-        std::memcpy(&bits, from, sizeof(bits));
-        return {widen_bits<Half16, Vec<float>>(bits & 0xffffu), widen_bits<Half16, Vec<float>>(bits >> 16)};
+        if constexpr (std::is_same_v<Half16, BFloat16>) {
+            Native<float>::UInt bits;
+            std::memcpy(&bits, from, sizeof(bits));
+            return {widened_high_half(bits << 16), widened_high_half(bits & 0xffff0000u)};
+        } else {
+            return {fused_losses::load(from), fused_losses::load(from + Vec<float>::size)};
+        }
     }
 
+    // Rounds bfloat16 to nearest, halves away from zero: one operation where halves to even take four, for an error as
+    // small. A NaN stays one unless all bits of its payload are set, which arithmetic never does by itself.
     FL_HD void store(Half16* to) const {
-        const Native<float>::UInt bits = narrow_bits<Half16>(even) | narrow_bits<Half16>(odd) << 16;
-        std::memcpy(to, &bits, sizeof(bits));
+        if constexpr (std::is_same_v<Half16, BFloat16>) {
+            const auto rounded = [](Vec<float> x) FL_INLINE { return Traits::bits(x) + 0x8000u; };
+            const Native<float>::UInt bits = rounded(first) >> 16 | (rounded(second) & 0xffff0000u);
+            std::memcpy(to, &bits, sizeof(bits));
+        } else {
+            fused_losses::store(to, first);
+            fused_losses::store(to + Vec<float>::size, second);
+        }
     }
+
+private:
+    using Traits = math::Traits<Vec<float>>;
+
+    FL_HD static Vec<float> widened_high_half(Native<float>::UInt bits) { return Traits::from_bits(bits); }
 };
+
+// The largest of n numbers of 16 bits, at least Shorts::size of them, none of which is converted: as integers they are
+// in order once the negative ones' magnitude is inverted. Any number may come out if there is a NaN.
+typedef std::int16_t Shorts __attribute__((vector_size(kVectorBytes)));
+constexpr std::int64_t kShorts = sizeof(Shorts) / sizeof(std::int16_t);
+
+FL_HD Shorts ordered(Shorts bits) { return bits ^ ((bits >> 15) & std::int16_t(0x7fff)); }  // its own inverse
+
+template <class Half16>
+FL_HD float max_of(const Half16* x, std::int64_t n) {
+    Shorts top = Shorts{} + std::int16_t(-0x8000);
+    for (std::int64_t i = 0; i < n; i += kShorts) {
+        Shorts bits;
+        std::memcpy(&bits, x + std::min(i, n - kShorts), sizeof(bits));  // the last may overlap its predecessor
+        const Shorts keys = ordered(bits);
+        top = keys > top ? keys : top;
+    }
+    const Shorts bits = ordered(top);
+    Half16 lane[kShorts];
+    std::memcpy(lane, &bits, sizeof(bits));
+    const auto pair = Pair<Half16>::load(lane);
+    return max(pair.first, pair.second).max();
+}
 
 #if defined(__AVX512F__)
 FL_HD __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
