@@ -20,6 +20,11 @@
 //     static constexpr int num_kept;                   how many numbers per class
 //     term_keeping<last>(pass, state, z, margin, is_target, params, T* kept)    as term; without room kept is null
 //     gradient_of_kept(state, kept, is_target, params) -> T                     after all passes
+//
+// Where state and a bit per class say all about the gradient, so that it can be written without the logits:
+//
+//     bit(sums) -> mask                                of what the class has added in the last pass
+//     gradient_of_bit(state, bit, is_target) -> T
 #pragma once
 
 #include <array>
@@ -45,6 +50,10 @@ struct Sums {
 };
 
 constexpr int kMaxState = 6;
+
+template <class Loss>
+constexpr bool kHasBits =
+    requires(typename Loss::template State<float> state) { Loss::gradient_of_bit(state, true, true); };
 
 template <class State, class T>
 constexpr int kStateSize = sizeof(State) / sizeof(T);

@@ -1,6 +1,8 @@
 // CPU backend of row losses: picks the kernels for this processor and spreads tiles over threads.
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 
+#include <utility>
 #include <vector>
 
 #include "cpu/choose_isa.h"
@@ -49,34 +51,70 @@ void write_scalar(const at::Tensor& out, double value) {
         *out.mutable_data_ptr<float>() = static_cast<float>(value);
 }
 
-void forward(RowProblem& p, const at::Tensor& loss, const at::Tensor& denominator) {
-    const double weight = check_targets(p);
-    prefer_huge_pages(p);
-    const float weight_float = static_cast<float>(weight);
-    if (denominator.defined()) write_scalar(denominator, weight);
-    if (p.reduction == Reduction::kMean)
-        p.denominator = p.dtype == Dtype::kFloat64 ? static_cast<const void*>(&weight) : &weight_float;
+TileSums run_tiles(const RowProblem& p) {
     const Tiling tiling(p);
     std::vector<TileSums> sums(tiling.tiles);
     at::parallel_for(0, tiling.tiles, grain_size(p, tiling),
                      [&](std::int64_t begin, std::int64_t end) { kernels().forward(p, begin, end, sums.data()); });
-    if (!loss.defined() || p.reduction == Reduction::kNone) return;
     TileSums total;
     for (const TileSums& sum : sums) total.value += sum.value, total.weight += sum.weight;
-    if (p.reduction == Reduction::kActiveMean) {
-        const double active = total.weight + kActiveGuard;
-        write_scalar(loss, total.value / active);
-        if (denominator.defined()) write_scalar(denominator, active);
-        return;
-    }
-    write_scalar(loss, p.reduction == Reduction::kSum ? total.value : (weight == 0 ? 0.0 : total.value / weight));
+    return total;
 }
+
+// A number in the type that kernels read.
+class Scalar {
+public:
+    explicit Scalar(double x) : as_double(x), as_float(static_cast<float>(x)) {}
+
+    const void* pointer(const RowProblem& p) const {
+        return p.dtype == Dtype::kFloat64 ? static_cast<const void*>(&as_double) : &as_float;
+    }
+
+private:
+    const double as_double;
+    const float as_float;
+};
 
 void gradient(const RowProblem& p) {
     prefer_huge_pages(p);
     const Tiling tiling(p);
     at::parallel_for(0, tiling.tiles, grain_size(p, tiling),
                      [&](std::int64_t begin, std::int64_t end) { kernels().gradient(p, begin, end); });
+}
+
+// The mean over active rows divides by what is known after all of them: a second run writes the gradient. It needs no
+// logits where forward leaves a bit per class.
+TileSums run_tiles_then_gradient(RowProblem p) {
+    void* const grad = std::exchange(p.grad, nullptr);
+    const auto acc = p.dtype == Dtype::kFloat64 ? at::kDouble : at::kFloat;
+    const at::Tensor stats = at::empty({p.stats_count, p.rows()}, acc);
+    const at::Tensor bits = at::empty({Tiling(p).lanes ? 0 : p.rows() * p.words()}, at::kInt);
+    p.stats = stats.mutable_data_ptr();
+    p.bits = bits.numel() > 0 ? reinterpret_cast<std::uint32_t*>(bits.mutable_data_ptr<std::int32_t>()) : nullptr;
+    const TileSums total = run_tiles(p);
+    const Scalar active(total.weight + kActiveGuard);
+    p.grad = grad;
+    p.denominator = active.pointer(p);
+    gradient(p);
+    return total;
+}
+
+void forward(RowProblem& p, const at::Tensor& loss, const at::Tensor& denominator) {
+    const double weight = check_targets(p);
+    prefer_huge_pages(p);
+    if (denominator.defined()) write_scalar(denominator, weight);
+    const Scalar divisor(weight);
+    if (p.reduction == Reduction::kMean) p.denominator = divisor.pointer(p);
+    const bool active_mean = p.reduction == Reduction::kActiveMean;
+    const TileSums total = active_mean && p.grad ? run_tiles_then_gradient(p) : run_tiles(p);
+    if (!loss.defined() || p.reduction == Reduction::kNone) return;
+    if (active_mean) {
+        const double active = total.weight + kActiveGuard;
+        write_scalar(loss, total.value / active);
+        if (denominator.defined()) write_scalar(denominator, active);
+        return;
+    }
+    write_scalar(loss, p.reduction == Reduction::kSum ? total.value : (weight == 0 ? 0.0 : total.value / weight));
 }
 
 }  // namespace

@@ -53,8 +53,9 @@ public:
         if (streams) stream_fence();
     }
 
-    // Takes rows [at, at + count) of the tile, at most `block`.
-    void load(std::int64_t outer, std::int64_t first, int at, int count) {
+    // Takes rows [at, at + count) of the tile, at most `block`, with their logits or without.
+    void take(std::int64_t outer, std::int64_t first, int at, int count, bool with_logits) {
+        reads = with_logits;
         first_row = at;
         row_count = count;
         next = first + at + count;
@@ -63,16 +64,22 @@ public:
             for (int part = 0; lanes && part < parts_of(count); ++part) {
                 const int from = at + part * V::size;
                 logits[part] = gradient[part] = scratch_of(part);
+                if (!reads) continue;
                 LaneBlock<Stored>::load_logits(p, outer, first + from, rows, from, rows_in(part), scratch_of(part));
             }
             for (int i = 0; !lanes && i < count; ++i) {
                 if (p.grad) gradient[i] = gradient_place<Stored>(first + at + i, i);
-                if (!rows.ignored(at + i)) load_row<Stored>(first + at + i, i);
+                if (reads && !rows.ignored(at + i)) load_row<Stored>(first + at + i, i);
             }
         });
         for_groups([&](int group) {
             for (int i = 0; i < V::size; ++i) target[group].v[i] = A(rows.target[first_in(group) + i]);
         });
+    }
+
+    // The words of RowProblem::bits of a part that is a row.
+    std::uint32_t* bits_of(int part) const {
+        return p.bits ? p.bits + (outer * p.inner + next - row_count + part) * p.words() : nullptr;
     }
 
     // Calls body(part) for the parts that are to be computed.
@@ -185,7 +192,7 @@ public:
         with_stored<A>(p, [&]<class Stored>() {
             step = V::size * sizeof(Stored);
             const std::int64_t row = next + (lanes ? part * V::size : part);
-            if (p.logits_class_stride == 1) next_logits = reinterpret_cast<const char*>(row_of<Stored>(row));
+            if (reads && p.logits_class_stride == 1) next_logits = reinterpret_cast<const char*>(row_of<Stored>(row));
             if (p.grad && p.grad_class_stride == 1 && !streams)
                 next_grad = reinterpret_cast<const char*>(RowBuffer<Stored>::gradient(p, outer, row));
         });
@@ -271,7 +278,7 @@ private:
     A* scratch_of(int part) const { return scratch.data() + part * vectors() * V::size; }
 
     Scratch<A> scratch;
-    bool streams, reads_directly, writes_directly;
+    bool streams, reads_directly, writes_directly, reads;
     std::int64_t outer, next;  // the row behind them
     PerGroup target;           // class numbers
 };

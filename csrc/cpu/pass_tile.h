@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/pass_rows.h"
+#include "cpu/row_bits.h"
 
 namespace fused_losses {
 inline namespace FL_ISA {
@@ -27,7 +28,7 @@ public:
     }
 
     void forward(std::int64_t outer, std::int64_t first, int n, TileSums& sums) {
-        for_blocks(outer, first, n, [&](std::int64_t row) {
+        for_blocks(outer, first, n, /*with_logits=*/true, [&](std::int64_t row) {
             const States states = run();
             view.for_groups([&](int group) {
                 const std::int64_t from = row + group * V::size;
@@ -35,29 +36,35 @@ public:
                 const auto numbers = std::bit_cast<std::array<V, kStates>>(states[group]);
                 if (p.stats) view.save(group, from, numbers.data(), kStates);
             });
-            if (p.grad) write_gradient<true>(states, first);
+            if (p.grad) write_gradient<Source::kKept>(states, first);
         });
     }
 
     void backward(std::int64_t outer, std::int64_t first, int n) {
-        for_blocks(outer, first, n, [&](std::int64_t row) {
+        const bool from_bits = has_bits && p.bits;
+        for_blocks(outer, first, n, /*with_logits=*/!from_bits, [&](std::int64_t row) {
             States states;
             view.for_groups([&](int group) {
                 std::array<V, kStates> numbers;
                 view.restore(group, row + group * V::size, numbers.data(), kStates);
                 states[group] = std::bit_cast<State>(numbers);
             });
-            write_gradient<false>(states, first);
+            if constexpr (has_bits)
+                if (from_bits) return write_gradient<Source::kBits>(states, first);
+            write_gradient<Source::kLogits>(states, first);
         });
     }
 
 private:
-    // Calls body(number of its first row) for each block of rows, loaded.
+    static constexpr bool has_bits = kHasBits<Loss> && !lanes;  // of RowProblem
+    enum class Source { kLogits, kKept, kBits };                // of a gradient
+
+    // Calls body(number of its first row) for each block of rows.
     template <class Body>
-    void for_blocks(std::int64_t outer, std::int64_t first, int n, Body body) {
+    void for_blocks(std::int64_t outer, std::int64_t first, int n, bool with_logits, Body body) {
         view.rows.begin(p, outer, first, n);
         for (int at = 0; at < n; at += view.block) {
-            view.load(outer, first, at, std::min(view.block, n - at));
+            view.take(outer, first, at, std::min(view.block, n - at), with_logits);
             body(outer * p.inner + first + at);
         }
     }
@@ -110,17 +117,23 @@ private:
         V sums[used];
         for (V& sum : sums) sum = A(0);
         V* const room = keeps ? kept_of(part) : nullptr;
+        constexpr bool makes_bits = has_bits && last && !keeps;
+        BitWriter<A> bits(makes_bits ? view.bits_of(part) : nullptr);
+        const bool writes_bits = makes_bits && p.bits;
         const auto add_class = [&](std::int64_t k, auto count, Mask<A> is_target, auto add) FL_INLINE {
             const V z = load(logits + k * V::size, count, A(0));
             const auto term =
                 Loss::template term_keeping<last>(pass, state, z, margins.at(k, count), is_target, own.data(),
                                                   keeps ? room + k * Loss::num_kept : nullptr);
             for (int i = 0; i < used; ++i) sums[i] = add(sums[i], term.v[i]);
+            if constexpr (makes_bits)
+                if (writes_bits) bits.add(Loss::bit(term));
         };
         if (last)
             view.for_each_fetching(part, add_class);
         else
             view.for_each(part, add_class);
+        if (writes_bits) bits.finish();
         AllSums result;
         for (int i = 0; i < Loss::num_sums; ++i) result.v[i] = i < used ? sums[i] : V(A(0));
         return result;
@@ -128,7 +141,7 @@ private:
 
     V* kept_of(int part) const { return kept.data() + part * view.vectors() * Loss::num_kept; }
 
-    template <bool of_kept>
+    template <Source source>
     void write_gradient(const States& states, std::int64_t first) {
         typename View::PerGroup scale, margin;
         view.for_groups([&](int group) {
@@ -137,29 +150,32 @@ private:
         });
         view.for_parts([&](int part) {
             const int group = View::group_of(part);
-            write_part<of_kept>(part, in_part(states[group], part), view.in_part(scale[group], part),
-                                view.in_part(margin[group], part));
+            write_part<source>(part, in_part(states[group], part), view.in_part(scale[group], part),
+                               view.in_part(margin[group], part));
         });
         view.finish_gradient(first);
     }
 
-    template <bool of_kept>
+    template <Source source>
     void write_part(int part, const State state, V scale, V row_margin) {
         const std::array<V, kMaxParams> own = params;
         const auto margins = view.class_margins(row_margin);
         const A* const logits = view.logits[part];
         A* const gradient = view.gradient[part];
         const V* const room = kept_of(part);
+        const std::uint32_t* const bits = view.bits_of(part);
         const auto write = [&](std::int64_t k, auto count, Mask<A> is_target, auto) FL_INLINE {
             V g;
-            if constexpr (of_kept)
+            if constexpr (source == Source::kBits)
+                g = Loss::gradient_of_bit(state, bits_of_vector<A>(bits, k), is_target);
+            else if constexpr (source == Source::kKept)
                 g = Loss::gradient_of_kept(state, room + k * Loss::num_kept, is_target, own.data());
             else
                 g = Loss::gradient(state, load(logits + k * V::size, count, A(0)), margins.at(k, count), is_target,
                                    own.data());
             store(gradient + k * V::size, scale * g, count);
         };
-        if constexpr (of_kept)
+        if constexpr (source == Source::kKept)
             view.for_each(part, write);
         else
             view.for_each_fetching(part, write);

@@ -4,7 +4,7 @@
 #include <type_traits>
 
 #include "cpu/tile_rows.h"
-#include "cpu/vec.h"
+#include "cpu/memory.h"
 
 namespace fused_losses {
 inline namespace FL_ISA {
@@ -53,7 +53,7 @@ struct RowBuffer {
     }
 
     // The gradient of a row, value(c, count) being that of the classes from c on; `unordered`: in the order of pairs
-    // (cpu/vec.h).
+    // (cpu/memory.h).
     template <class Value>
     static void write_row(const RowProblem& p, Stored* grad, bool streams, bool unordered, Value value) {
         const auto write = [&](std::int64_t c, auto count) { store(grad + c, value(c, count), count); };

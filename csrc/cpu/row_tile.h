@@ -95,7 +95,7 @@ private:
         return math::select(V::iota() == offset, V(rows.target_logit[i]), z);
     }
 
-    // Whether nothing tells the classes of a row apart, so that they may be taken as pairs (cpu/vec.h). Then there is
+    // Whether nothing tells the classes of a row apart, so that they may be taken as pairs (cpu/memory.h). Then there is
     // no copy of the logits, and the exponentials are in the order of pairs.
     bool unordered(int i) const {
         const bool contiguous = p.logits_class_stride == 1 && p.grad_class_stride == 1;

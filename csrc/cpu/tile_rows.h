@@ -8,7 +8,7 @@
 #include "core/numeric.h"
 #include "core/row_problem.h"
 #include "cpu/kernels.h"
-#include "cpu/vec.h"
+#include "cpu/memory.h"
 #include "losses/registry.h"
 
 namespace fused_losses {

@@ -2,7 +2,7 @@
 // time, so that every access is one of 16 bytes and all that moves between lanes are loads and stores.
 #pragma once
 
-#include "cpu/vec.h"
+#include "cpu/memory.h"
 
 namespace fused_losses {
 inline namespace FL_ISA {

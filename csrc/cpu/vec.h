@@ -11,7 +11,6 @@
 #pragma GCC diagnostic pop
 #endif
 
-#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstring>
@@ -176,227 +175,41 @@ struct Traits<Vec<A>> {
 
 }  // namespace math
 
+// One bit per element, the first the lowest, and back.
+template <class A>
+FL_HD std::uint32_t to_bits(Mask<A> mask) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(A) == 4)
+        return _mm512_movepi32_mask(std::bit_cast<__m512i>(mask.m));
+    else
+        return _mm512_movepi64_mask(std::bit_cast<__m512i>(mask.m));
+#elif defined(__AVX__)
+    if constexpr (sizeof(A) == 4)
+        return _mm256_movemask_ps(std::bit_cast<__m256>(mask.m));
+    else
+        return _mm256_movemask_pd(std::bit_cast<__m256d>(mask.m));
+#else
+    std::uint32_t bits = 0;
+    for (int i = 0; i < Vec<A>::size; ++i) bits |= (mask.m[i] & 1u) << i;
+    return bits;
+#endif
+}
+
+template <class A>
+FL_HD Mask<A> from_bits(std::uint32_t bits) {
+    constexpr auto bit = [] {
+        std::array<A, Vec<A>::size> n{};
+        for (int i = 0; i < Vec<A>::size; ++i)
+            n[i] = std::bit_cast<A>(static_cast<typename math::FloatFormat<A>::UInt>(1) << i);
+        return n;
+    }();
+    const auto own = math::Traits<Vec<A>>::bits(Vec<A>::load(bit.data()));
+    return {(own & bits) != 0};
+}
+
 template <class A>
 FL_HD Vec<A> max(Vec<A> a, Vec<A> b) {  // NaN never becomes the maximum of a number and NaN in b
     return math::select(b > a, b, a);
-}
-
-// ---- Memory in the dtype of the logits -----------------------------------------------------------------------------
-
-template <class Stored>
-using vec_t = Vec<acc_t<Stored>>;
-
-FL_HD Vec<float> load(const float* from) { return Vec<float>::load(from); }
-FL_HD Vec<double> load(const double* from) { return Vec<double>::load(from); }
-FL_HD void store(float* to, Vec<float> x) { x.store(to); }
-FL_HD void store(double* to, Vec<double> x) { x.store(to); }
-
-template <class Half16>
-FL_HD Vec<float> load(const Half16* from) {
-    static_assert(sizeof(Half16) == 2);
-#if defined(__AVX512F__)
-    if constexpr (std::is_same_v<Half16, Half>)
-        return Vec<float>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
-#elif defined(__F16C__)
-    if constexpr (std::is_same_v<Half16, Half>)
-        return Vec<float>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
-#endif
-    Native<float>::Half bits;
-    std::memcpy(&bits, from, sizeof(bits));
-    return widen_bits<Half16, Vec<float>>(__builtin_convertvector(bits, Native<float>::UInt));
-}
-
-template <class Half16>
-FL_HD Native<float>::Half narrowed(Vec<float> x) {
-    static_assert(sizeof(Half16) == 2);
-#if defined(__AVX512F__)
-    if constexpr (std::is_same_v<Half16, Half>)
-        return std::bit_cast<Native<float>::Half>(_mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__F16C__)
-    if constexpr (std::is_same_v<Half16, Half>)
-        return std::bit_cast<Native<float>::Half>(_mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
-#endif
-    return __builtin_convertvector(narrow_bits<Half16>(x), Native<float>::Half);
-}
-
-template <class Half16>
-FL_HD void store(Half16* to, Vec<float> x) {
-    const auto bits = narrowed<Half16>(x);
-    std::memcpy(to, &bits, sizeof(bits));
-}
-
-// As many numbers of 16 bits as fill a register, in the order that takes the least work: bfloat16 in even places first,
-// then those in odd ones.
-template <class Half16>
-struct Pair {
-    Vec<float> first, second;
-
-    FL_HD static Pair load(const Half16* from) {
-        if constexpr (std::is_same_v<Half16, BFloat16>) {
-            Native<float>::UInt bits;
-            std::memcpy(&bits, from, sizeof(bits));
-            return {widened_high_half(bits << 16), widened_high_half(bits & 0xffff0000u)};
-        } else {
-            return {fused_losses::load(from), fused_losses::load(from + Vec<float>::size)};
-        }
-    }
-
-    // Rounds bfloat16 to nearest, halves away from zero: one operation where halves to even take four, for an error as
-    // small. A NaN stays one unless all bits of its payload are set, which arithmetic never does by itself.
-    FL_HD void store(Half16* to) const {
-        if constexpr (std::is_same_v<Half16, BFloat16>) {
-            const auto rounded = [](Vec<float> x) FL_INLINE { return Traits::bits(x) + 0x8000u; };
-            const Native<float>::UInt bits = rounded(first) >> 16 | (rounded(second) & 0xffff0000u);
-            std::memcpy(to, &bits, sizeof(bits));
-        } else {
-            fused_losses::store(to, first);
-            fused_losses::store(to + Vec<float>::size, second);
-        }
-    }
-
-private:
-    using Traits = math::Traits<Vec<float>>;
-
-    FL_HD static Vec<float> widened_high_half(Native<float>::UInt bits) { return Traits::from_bits(bits); }
-};
-
-// The largest of n numbers of 16 bits, at least Shorts::size of them, none of which is converted: as integers they are
-// in order once the negative ones' magnitude is inverted. Any number may come out if there is a NaN.
-typedef std::int16_t Shorts __attribute__((vector_size(kVectorBytes)));
-constexpr std::int64_t kShorts = sizeof(Shorts) / sizeof(std::int16_t);
-
-FL_HD Shorts ordered(Shorts bits) { return bits ^ ((bits >> 15) & std::int16_t(0x7fff)); }  // its own inverse
-
-template <class Half16>
-FL_HD float max_of(const Half16* x, std::int64_t n) {
-    Shorts top = Shorts{} + std::int16_t(-0x8000);
-    for (std::int64_t i = 0; i < n; i += kShorts) {
-        Shorts bits;
-        std::memcpy(&bits, x + std::min(i, n - kShorts), sizeof(bits));  // the last may overlap its predecessor
-        const Shorts keys = ordered(bits);
-        top = keys > top ? keys : top;
-    }
-    const Shorts bits = ordered(top);
-    Half16 lane[kShorts];
-    std::memcpy(lane, &bits, sizeof(bits));
-    const auto pair = Pair<Half16>::load(lane);
-    return max(pair.first, pair.second).max();
-}
-
-#if defined(__AVX512F__)
-FL_HD __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
-#endif
-
-// The first n elements; the others read as `fill`. No other memory is touched.
-template <class Stored>
-FL_HD vec_t<Stored> load(const Stored* from, int n, acc_t<Stored> fill) {
-#if defined(__AVX512F__)
-    if constexpr (std::is_same_v<Stored, double>) {
-        return Vec<double>(_mm512_mask_loadu_pd(_mm512_set1_pd(fill), static_cast<__mmask8>(first_lanes(n)), from));
-    } else if constexpr (std::is_same_v<Stored, float>) {
-        return Vec<float>(_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first_lanes(n), from));
-    } else {
-        const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), from));
-        const Vec<float> x = widen_bits<Stored, Vec<float>>(std::bit_cast<Native<float>::UInt>(bits));
-        return Vec<float>(_mm512_mask_mov_ps(_mm512_set1_ps(fill), first_lanes(n), x.v));
-    }
-#endif
-    acc_t<Stored> lane[vec_t<Stored>::size];
-    for (int i = 0; i < vec_t<Stored>::size; ++i) lane[i] = i < n ? widen(from[i]) : fill;
-    return vec_t<Stored>::load(lane);
-}
-
-template <class Stored>
-FL_HD void store(Stored* to, vec_t<Stored> x, int n) {
-#if defined(__AVX512F__)
-    if constexpr (std::is_same_v<Stored, double>) {
-        return _mm512_mask_storeu_pd(to, static_cast<__mmask8>(first_lanes(n)), x.v);
-    } else if constexpr (std::is_same_v<Stored, float>) {
-        return _mm512_mask_storeu_ps(to, first_lanes(n), x.v);
-    } else {
-        const __m512i bits = std::bit_cast<__m512i>(narrow_bits<Stored>(x));
-        return _mm256_mask_storeu_epi16(to, first_lanes(n), _mm512_cvtepi32_epi16(bits));
-    }
-#endif
-    acc_t<Stored> lane[vec_t<Stored>::size];
-    x.store(lane);
-    for (int i = 0; i < n; ++i) to[i] = narrow<Stored>(lane[i]);
-}
-
-// A store that goes past the caches. `to` is aligned to its size; other threads may read it after stream_fence().
-template <class Stored>
-FL_HD void stream(Stored* to, vec_t<Stored> x) {
-#if defined(__AVX512F__)
-    if constexpr (std::is_same_v<Stored, double>)
-        _mm512_stream_pd(to, x.v);
-    else if constexpr (std::is_same_v<Stored, float>)
-        _mm512_stream_ps(to, x.v);
-    else
-        _mm256_stream_si256(reinterpret_cast<__m256i*>(to), std::bit_cast<__m256i>(narrowed<Stored>(x)));
-#elif defined(__AVX__)
-    if constexpr (std::is_same_v<Stored, double>)
-        _mm256_stream_pd(to, x.v);
-    else if constexpr (std::is_same_v<Stored, float>)
-        _mm256_stream_ps(to, x.v);
-    else
-        _mm_stream_si128(reinterpret_cast<__m128i*>(to), std::bit_cast<__m128i>(narrowed<Stored>(x)));
-#else
-    store(to, x);
-#endif
-}
-
-FL_HD void stream_fence() {
-#if defined(__x86_64__)
-    _mm_sfence();
-#endif
-}
-
-// The same functions for a whole vector, so that one loop body serves both.
-struct Whole {};
-
-template <class Stored>
-FL_HD vec_t<Stored> load(const Stored* from, Whole, acc_t<Stored>) {
-    return load(from);
-}
-
-template <class Stored>
-FL_HD void store(Stored* to, vec_t<Stored> x, Whole) {
-    store(to, x);
-}
-
-// Calls body(i, count) for every vector of [0, n): count is Whole, or the number of elements in the last one.
-template <class A, class Body>
-FL_HD void for_vectors(std::int64_t n, Body body) {
-    std::int64_t i = 0;
-    for (; i + Vec<A>::size <= n; i += Vec<A>::size) body(i, Whole{});
-    if (i < n) body(i, static_cast<int>(n - i));
-}
-
-// The same with kAhead accumulators, so that successive vectors do not wait for each other: body(i, count, k), where
-// integral_constant k in [0, kAhead) says which of them this vector goes to.
-template <class A, int kAhead, class Body>
-FL_HD void for_vectors_ahead(std::int64_t n, Body body) {
-    constexpr int size = Vec<A>::size;
-    std::int64_t i = 0;
-    for (; i + kAhead * size <= n; i += kAhead * size)
-        [&]<int... k>(std::integer_sequence<int, k...>) {
-            (body(i + k * size, Whole{}, std::integral_constant<int, k>{}), ...);
-        }(std::make_integer_sequence<int, kAhead>{});
-    constexpr std::integral_constant<int, 0> first;
-    for_vectors<A>(n - i, [&](std::int64_t rest, auto count) { body(i + rest, count, first); });
-}
-
-// Elements `stride` apart.
-template <class Stored>
-FL_HD vec_t<Stored> load_strided(const Stored* from, std::int64_t stride) {
-    vec_t<Stored> x;
-    for (int i = 0; i < vec_t<Stored>::size; ++i) x.v[i] = widen(from[i * stride]);
-    return x;
-}
-
-template <class Stored>
-FL_HD void store_strided(Stored* to, std::int64_t stride, vec_t<Stored> x) {
-    for (int i = 0; i < vec_t<Stored>::size; ++i) to[i * stride] = narrow<Stored>(x.v[i]);
 }
 
 }  // namespace FL_ISA

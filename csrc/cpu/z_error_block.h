@@ -5,7 +5,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "cpu/vec.h"
+#include "cpu/memory.h"
 #include "z_error/rows.h"
 
 namespace fused_losses {

@@ -46,10 +46,9 @@ struct MarginLoss {
         return T(std::numeric_limits<math::scalar_t<T>>::quiet_NaN());
     }
 
-    // 1 for a kept error, else 0.
     template <class T>
-    FL_HD static T is_kept(const State<T>& s, T e) {
-        return math::select((e > T(0)) & (e >= s.threshold), T(1), T(0));
+    FL_HD static math::mask_t<T> is_kept(const State<T>& s, T e) {
+        return (e > T(0)) & (e >= s.threshold);
     }
 
     template <class T>
@@ -68,7 +67,7 @@ struct MarginLoss {
         const T e = again && kept ? *kept : error(s, z, margin, is_target, params);
         if (!again && kept) *kept = e;
         if (!last) return {{e, T(0)}};
-        const T counts = is_kept(s, e);
+        const T counts = math::select(is_kept(s, e), T(1), T(0));
         return {{math::select(e < s.threshold, T(0), e), counts}};  // no comparison drops NaN
     }
 
@@ -101,7 +100,18 @@ struct MarginLoss {
 
     template <class T>
     FL_HD static T gradient_of_kept(const State<T>& s, const T* e, math::mask_t<T> is_target, const T*) {
-        return math::select(is_target, -s.count * s.per_error, is_kept(s, *e) * s.per_error);
+        return gradient_of_bit(s, is_kept(s, *e), is_target);
+    }
+
+    // Whether the error was kept.
+    template <class T>
+    FL_HD static math::mask_t<T> bit(const Sums<T, 2>& sums) {
+        return sums.v[1] > T(0);
+    }
+
+    template <class T>
+    FL_HD static T gradient_of_bit(const State<T>& s, math::mask_t<T> kept, math::mask_t<T> is_target) {
+        return math::select(is_target, -s.count * s.per_error, math::select(kept, s.per_error, T(0) * s.per_error));
     }
 };
 

@@ -27,11 +27,12 @@ inline bool is_plain(const Tensor& t) {
 }
 
 // float16 cannot hold a gradient divided by the batch size before the loss scale of mixed precision has multiplied it,
-// and a mean over active rows does not know the denominator before all rows are read. A traced backward must not depend
-// on whether it is the first.
+// and a mean over active rows does not know the denominator before all rows are read: then only the CPU, which goes
+// over them again, writes it. A traced backward must not depend on whether it is the first.
 inline bool forward_may_write_gradient(const RowLossArgs& args) {
-    return (args.reduction == "mean" || args.reduction == "sum") && args.logits.scalar_type() != at::kHalf &&
-           is_plain(args.logits);
+    const bool knows_upstream = args.reduction == "mean" || args.reduction == "sum" ||
+                                (args.reduction == "active_mean" && args.logits.is_cpu());
+    return knows_upstream && args.logits.scalar_type() != at::kHalf && is_plain(args.logits);
 }
 
 // Whether what forward writes is the gradient for an upstream gradient of 1. On CUDA it may turn out not to be.

@@ -1,6 +1,6 @@
-// cpu/vec.h: memory accesses of every kind, reductions and masks; and core/numeric.h on vectors, which must convert
-// float16 and bfloat16 to the same bits as on scalars.
-#include "cpu/vec.h"
+// cpu/vec.h and cpu/memory.h: memory accesses of every kind, reductions and masks; and core/numeric.h on vectors, which
+// must convert float16 and bfloat16 to the same bits as on scalars, but for those of NaNs.
+#include "cpu/memory.h"
 
 #include <algorithm>
 #include <cmath>
@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cpu/row_bits.h"
 #include "cpu/transpose.h"
 
 namespace {
@@ -22,6 +23,15 @@ using fused_losses_test::Random;
 template <class T>
 bool same_bits(T a, T b) {
     return std::memcmp(&a, &b, sizeof(T)) == 0;
+}
+
+// Of two numbers that were converted: instructions and integer arithmetic may keep another payload of a NaN.
+template <class Stored>
+bool same_or_nan(Stored a, Stored b) {
+    if constexpr (std::is_same_v<Stored, float>)
+        return std::isnan(a) ? std::isnan(b) : same_bits(a, b);
+    else
+        return std::isnan(widen(a)) ? std::isnan(widen(b)) : a.bits == b.bits;
 }
 
 template <class Stored>
@@ -137,8 +147,8 @@ void test_widen() {
         store(back, wide);
         for (int k = 0; k < kSize; ++k) {
             const Stored x = stored[i + k];
-            check(same_bits(wide.v[k], widen(x)), "vector widen(%s 0x%04x)", name_of<Stored>(), unsigned(x.bits));
-            check(back[k].bits == narrow<Stored>(widen(x)).bits, "vector narrow(widen(%s 0x%04x)) = 0x%04x",
+            check(same_or_nan(wide.v[k], widen(x)), "vector widen(%s 0x%04x)", name_of<Stored>(), unsigned(x.bits));
+            check(same_or_nan(back[k], narrow<Stored>(widen(x))), "vector narrow(widen(%s 0x%04x)) = 0x%04x",
                   name_of<Stored>(), unsigned(x.bits), unsigned(back[k].bits));
         }
     }
@@ -160,8 +170,79 @@ void test_narrow(std::uint64_t stride) {
         Stored got[kSize];
         store(got, Vec<float>::load(x));
         for (int k = 0; k < kSize; ++k)
-            check(got[k].bits == narrow<Stored>(x[k]).bits, "vector narrow<%s>(%.9g) = 0x%04x, not 0x%04x",
+            check(same_or_nan(got[k], narrow<Stored>(x[k])), "vector narrow<%s>(%.9g) = 0x%04x, not 0x%04x",
                   name_of<Stored>(), double(x[k]), unsigned(got[k].bits), unsigned(narrow<Stored>(x[k]).bits));
+    }
+}
+
+// Pairs keep their order between load and store; what they round is off by half of the last place at most.
+template <class Stored>
+void test_pairs() {
+    constexpr int kSize = 2 * Vec<float>::size;
+    using Limits = std::numeric_limits<float>;
+    Random random(5);
+    for (int repeat = 0; repeat < 2000; ++repeat) {
+        Stored from[kSize], to[kSize];
+        for (Stored& x : from) x.bits = static_cast<std::uint16_t>(random.below(0x10000));
+        auto pair = Pair<Stored>::load(from);
+        pair.store(to);
+        for (int i = 0; i < kSize; ++i)
+            check(same_or_nan(to[i], from[i]), "pair of %s 0x%04x", name_of<Stored>(), unsigned(from[i].bits));
+        const auto scale = float(random.uniform(0.5, 1));
+        pair.first *= Vec<float>(scale), pair.second *= Vec<float>(scale);
+        pair.store(to);
+        for (int i = 0; i < kSize; ++i) {
+            const float exact = widen(from[i]) * scale;
+            const Stored nearest = narrow<Stored>(exact);
+            const bool as_near = std::fabs(widen(to[i]) - exact) <= std::fabs(widen(nearest) - exact);
+            check(as_near || same_or_nan(to[i], nearest), "%g from a pair of %s, not %g", double(widen(to[i])),
+                  name_of<Stored>(), double(exact));
+        }
+    }
+    for (const float special : {Limits::quiet_NaN(), Limits::infinity(), -Limits::infinity(), Limits::max(), -0.0f}) {
+        Stored to[kSize];
+        Pair<Stored>{Vec<float>(special), Vec<float>(special)}.store(to);
+        for (const Stored x : to)
+            check(same_or_nan(x, narrow<Stored>(special)), "%s of %g in a pair", name_of<Stored>(), double(special));
+    }
+}
+
+template <class Stored>
+void test_max_of() {
+    Random random(6);
+    for (int n = kShorts; n <= 3 * kShorts + 1; ++n)
+        for (int repeat = 0; repeat < 50; ++repeat) {
+            std::vector<Stored> x(n);
+            float top = -std::numeric_limits<float>::infinity();
+            for (Stored& each : x) {
+                do each.bits = static_cast<std::uint16_t>(random.below(0x10000) | (repeat % 2 ? 0x8000 : 0));
+                while (std::isnan(widen(each)));
+                top = std::max(top, widen(each));
+            }
+            check(max_of(x.data(), n) == top, "largest of %d %s: %g, not %g", n, name_of<Stored>(),
+                  double(max_of(x.data(), n)), double(top));
+        }
+}
+
+template <class A>
+void test_bits() {
+    using V = Vec<A>;
+    Random random(7);
+    for (int vectors = 1; vectors <= 40; ++vectors) {
+        std::vector<std::uint32_t> words((vectors * V::size + 31) / 32);
+        std::vector<bool> want(vectors * V::size);
+        BitWriter<A> writer(words.data());
+        for (int k = 0; k < vectors; ++k) {
+            V x;
+            for (int i = 0; i < V::size; ++i) x.v[i] = A(want[k * V::size + i] = random.one_in(2));
+            writer.add(x > V(A(0)));
+        }
+        writer.finish();
+        for (int k = 0; k < vectors; ++k) {
+            const V got = math::select(bits_of_vector<A>(words.data(), k), V(A(1)), V(A(0)));
+            for (int i = 0; i < V::size; ++i)
+                check(got.v[i] == A(want[k * V::size + i]), "bit %d of %d vectors", k * V::size + i, vectors);
+        }
     }
 }
 
@@ -242,5 +323,11 @@ int main(int argc, char** argv) {
     test_widen<BFloat16>();
     test_narrow<Half>(stride);
     test_narrow<BFloat16>(stride);
+    test_pairs<Half>();
+    test_pairs<BFloat16>();
+    test_max_of<Half>();
+    test_max_of<BFloat16>();
+    test_bits<float>();
+    test_bits<double>();
     return fused_losses_test::report("vec.h");
 }
