@@ -13,16 +13,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import __main__, report
-from benchmarks.__main__ import clocked, quietest
+from benchmarks import jobs as jobs_module
+from benchmarks import report
+from benchmarks.__main__ import adjusted
 from benchmarks.calls import Buffers, Call
-from benchmarks.cases import LOSSES, Case
+from benchmarks.cases import LOSSES, ROW_LOSSES, Case
 from benchmarks.jobs import Job, run_job
-from benchmarks.measure import peak_extra_bytes, time_calls
+from benchmarks.measure import Timing, peak_extra_bytes, time_calls
 from benchmarks.models import parameter_count, resnet50
-from benchmarks.providers import WrongResult, check, exact
-from benchmarks.results import Results, Row
-from benchmarks.suites import SUITES, SWEPT_CLASSES
+from benchmarks.providers import PROVIDERS, Provider, WrongResult, check, exact
+from benchmarks.results import Results, Row, merged
+from benchmarks.suites import HEADLINE, LARGE, SUITES, SWEPT_CLASSES
 from benchmarks.targets import GOALS, Goal, Index, copies, judge, judge_accuracy, speed_up
 from benchmarks.traffic import moved_bytes
 
@@ -133,12 +134,50 @@ def test_bfloat16_loss_is_judged() -> None:
 def test_compare_flags_what_is_slower_beyond_the_noise() -> None:
     old = Results(MACHINE, [row(), row("hem"), row("mae"), row("gce"), row("js")])
     new = Results(MACHINE, [row(time_us=130.0), row("hem", time_us=108.0), row("mae", time_us=50.0)])
+    new.rows = [dataclasses.replace(r, suite="another") for r in new.rows]
     new.rows += [row("gce", time_us=120.0, low_us=90.0), row("ae", time_us=1e6)]
     text, regressed = report.compare(old, new)
     verdicts = {line.split()[1]: line.split("|")[-2].strip() for line in text.splitlines() if "float32" in line}
     assert verdicts == {"cross_entropy": "**slower**", "gce": "within the noise", "mae": "faster"}
     assert regressed and "4 of our cases" in text
     assert not report.compare(old, old)[1]
+
+
+def test_two_suites_make_one_report(tmp_path: Path) -> None:
+    summary = [row(suite="summary", time_us=100.0), row(suite="summary", provider="reference", time_us=600.0)]
+    compiled = [row(suite="compile", time_us=200.0), row(suite="compile", provider="compile", time_us=500.0)]
+    compiled += [row("hem", suite="compile"), row("hem", "compile", 900.0, suite="compile")]
+    compiled += [row("mae", suite="compile", shape=(256, 10), threads=2)]
+    rejected = {"case": "mae-256x10-float32 on cpu, 2 threads, wall", "provider": "compile", "reason": "compile fails"}
+    files = [Results({**MACHINE, "command": "a"}, summary), Results({**MACHINE, "command": "b"}, compiled)]
+    files[1].rejected.append(rejected)
+    (one,) = merged(files)
+    assert one.rows == summary + compiled and one.rejected == [rejected]
+    assert one.machine == {**MACHINE, "command": "a; b"}
+    goal = Goal("T5", "", lambda r: True, speed_up("compile"), 1.0)
+    verdict = judge(goal, Index(one.rows), "cpu")
+    assert (verdict.value, verdict.cases) == (2.5, 2)  # not 5: our 100 us took no turns with the compiler
+    text = report.report(files, tmp_path)
+    assert text.count("\n## a processor") == 1
+    table = text[text.index("### torch.compile of the reference over ours") :].splitlines()
+    assert [line for line in table if line.startswith(("| loss", "| cross", "| hem", "| mae", "| geo"))][:5] == [
+        "| loss | 4096x1000 | 256x10, 2 threads |",
+        "| cross_entropy | 2.50 |  |",
+        "| mae |  | failed |",
+        "| hem | 9.00 |  |",
+        "| geometric mean | 4.74 | failed |",
+    ]
+
+
+def test_the_last_file_counts_for_what_several_measured() -> None:
+    old = Results(MACHINE, [row(time_us=100.0), row(provider="torch", time_us=400.0), row("hem")])
+    new = Results(MACHINE, [row(time_us=80.0)])
+    (one,) = merged([old, new])
+    assert [(r.loss, r.provider, r.time_us) for r in one.rows] == [
+        ("cross_entropy", "fused", 80.0),
+        ("hem", "fused", 100.0),
+    ]
+    assert len(merged([old, Results({**MACHINE, "processor": "another"}, [row()])])) == 2
 
 
 def test_losing_cases_are_listed_and_winning_ones_are_not() -> None:
@@ -225,22 +264,73 @@ def test_processor_time_leaves_out_waiting() -> None:
 @pytest.mark.parametrize(("threads", "timer"), [(1, "cpu"), (2, "wall")])
 def test_processor_time_is_for_one_thread(threads: int, timer: str) -> None:
     job = Job(Case("mae", (64, 12)), ("fused",), threads=threads)
-    assert clocked(job, "cpu").timer == timer and clocked(job, "wall").timer == "wall"
+    assert adjusted(job, "cpu", 1).timer == timer and adjusted(job, "wall", 1).timer == "wall"
 
 
-def test_the_run_with_the_fastest_copy_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = iter([[row(time_us=90, copy_us=60)], [row(time_us=100, copy_us=50)], []])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_try_with_the_fastest_copy_is_kept(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = iter([(60.0, 90.0), (50.0, 100.0), (70.0, 80.0)])
+
+    def times(calls: Any, *_: Any) -> Any:
+        copy, others = next(tries)
+        return {key: Timing(copy if key[0] == "copy" else others, 1.0, 999.0, 9) for key in calls}
+
+    monkeypatch.setattr(jobs_module, "time_calls", times)
+    job = adjusted(Job(Case("cross_entropy", (4, 3)), ("fused",), threads=threads), "wall", tries=3)
+    (found,) = run_job(job, lambda provider, reason: None)
+    assert (found.copy_us, found.time_us, found.ce_us, found.tries) == (50.0, 100.0, 100.0, 3)
+    assert next(tries, None) is None
+
+
+def test_the_number_of_tries_is_told() -> None:
+    assert report.how_often([row()]) == "Every job was timed once.\n"
+    assert "timed 3 times" in report.how_often([row(tries=3), row(tries=3)])
+    assert "timed 1 to 3 times" in report.how_often([row(tries=3), row()])
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda x, t: 1 / 0, "compile fails on mae-64x12-float32: ZeroDivisionError: division by zero"),
+        (lambda x, t: 1.01 * LOSSES["mae"].fused(x, t), "compile computes another loss of mae-64x12"),
+    ],
+)
+def test_a_failing_peer_is_told_and_the_others_timed(
+    function: Any, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PROVIDERS, "compile", Provider("compile", lambda case: function, copies={}))
     told: list[str] = []
+    job = Job(Case("mae", (64, 12)), ("fused", "compile"), seconds=0.001)
+    rows = list(run_job(job, lambda provider, reason: told.append(reason)))
+    assert [r.provider for r in rows] == ["fused"]
+    assert len(told) == 1 and told[0].startswith(reason)
 
-    def run(job: Job, reject: Any) -> Any:
-        reject("reference", "why")
-        return next(runs)
 
-    monkeypatch.setattr(__main__, "run_job", run)
-    job = Job(Case("cross_entropy", (4, 3)), ("fused",))
-    found = quietest(job, lambda provider, reason: told.append(provider), tries=3)
-    assert [(r.time_us, r.copy_us) for r in found] == [(100, 50)]
-    assert told == ["reference"]  # once, not with every run
+def test_our_own_failure_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PROVIDERS, "fused", Provider("fused", lambda case: lambda x, t: 1 / 0))  # type: ignore[arg-type, return-value]
+    with pytest.raises(ZeroDivisionError):
+        list(run_job(Job(Case("mae", (64, 12)), ("fused",)), lambda provider, reason: None))
+
+
+def test_compiled_code_is_checked_at_the_shape_that_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+
+    def function(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        shapes.append(tuple(logits.shape))
+        return F.cross_entropy(logits, target)
+
+    monkeypatch.setitem(PROVIDERS, "compile", Provider("compile", lambda case: function, copies={}))
+    monkeypatch.setitem(jobs_module.CHECKED_LOGITS, "cpu", 100)
+    case = Case("cross_entropy", (64, 10))
+    rows = list(run_job(Job(case, ("fused", "compile"), seconds=0.001), lambda provider, reason: None))
+    assert set(shapes) == {case.shape} and {r.checked_rows for r in rows} == {64}
+
+
+def test_the_suite_of_the_compiler_has_every_loss_at_every_shape() -> None:
+    jobs = list(SUITES["compile"]())
+    for shape in ((4096, 1000), (65536, 10), (256, 10), *LARGE):
+        assert {j.case.loss for j in jobs if j.case.shape == shape and j.threads == 1} == set(ROW_LOSSES)
+        assert {j.case.loss for j in jobs if j.case.shape == shape and j.threads == 2} == set(HEADLINE)
 
 
 def test_memory_and_traffic_of_known_calls() -> None:
