@@ -23,6 +23,7 @@ import collections
 import functools
 import math
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -67,19 +68,24 @@ def buffers_of(case: Case, count: int | None) -> Buffers:
 
 
 def shortest(calls: Iterable[Timed], bundle: int) -> list[float]:
-    """Microseconds of CPU time per call; the calls take turns. What is slower was disturbed by other work."""
-    calls = list(calls)
-    times: list[list[float]] = [[] for _ in calls]
-    began, number = time.perf_counter(), 0
-    while number < MIN_ROUNDS or (number < MAX_ROUNDS and time.perf_counter() - began < SECONDS):
-        for call, found in zip(calls, times, strict=True):
-            prepared = [call.prepare(number * bundle + k) for k in range(bundle)]
+    """Microseconds of CPU time per call; the calls take turns. What is slower was disturbed by other work.
+
+    Every call has the next inputs, cold ones, and the order is drawn anew: what ran before leaves the caches full.
+    """
+    times: list[tuple[Timed, list[float]]] = [(call, []) for call in calls]
+    turns, shuffle = list(times), random.Random(0).shuffle
+    began, rounds, number = time.perf_counter(), 0, 0
+    while rounds < MIN_ROUNDS or (rounds < MAX_ROUNDS and time.perf_counter() - began < SECONDS):
+        shuffle(turns)
+        for call, found in turns:
+            prepared = [call.prepare(number + k) for k in range(bundle)]
             start = time.process_time()
             for k in range(bundle):
-                call.run(number * bundle + k, prepared[k])
+                call.run(number + k, prepared[k])
             found.append((time.process_time() - start) / bundle)
-        number += 1
-    return [min(found) * 1e6 for found in times]
+            number += bundle
+        rounds += 1
+    return [min(found) * 1e6 for _, found in times]
 
 
 def with_rows(case: Case, rows: int) -> Case:
