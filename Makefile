@@ -20,7 +20,7 @@ TORCH_DONE := $(VENV)/.done-$(subst /,_,$(subst =,-,$(TORCH)))
 BUILD_DONE := $(VENV)/.done-build
 DEV_DONE := $(VENV)/.done-dev
 
-.PHONY: build test demo bench lint format wheel clean distclean
+.PHONY: build test demo bench bench-compile lint format wheel clean distclean
 
 build: $(BUILD_DONE)
 
@@ -30,10 +30,16 @@ test: $(BUILD_DONE)
 	@$(if $(PYTEST_ARGS),,$(PY) -m pytest benchmarks --benchmark-disable --quiet)
 
 # Five minutes of measurements; results.json, report.md and pictures go to benchmarks/results/cpu. See BENCH_ARGS=--help.
-bench: export OMP_PROC_BIND ?= true
+bench bench-compile: export OMP_PROC_BIND ?= true
 bench: $(BUILD_DONE)
 	$(PY) -m benchmarks --suite summary --out $(BENCH_OUT)/results.json $(BENCH_ARGS)
-	$(PY) -m benchmarks.report $(BENCH_OUT)/results.json
+	$(PY) -m benchmarks.report $(BENCH_OUT)/results.json $(wildcard $(BENCH_OUT)/compile.json)
+
+# Half an hour against torch.compile: compile.json beside the results, one report of both. BENCH_ARGS="--minutes 20" cuts
+# it short, with --resume the rest follows.
+bench-compile: $(BUILD_DONE)
+	$(PY) -m benchmarks --suite compile --out $(BENCH_OUT)/compile.json $(BENCH_ARGS)
+	$(PY) -m benchmarks.report $(wildcard $(BENCH_OUT)/results.json) $(BENCH_OUT)/compile.json
 
 demo: $(BUILD_DONE)
 	@$(PY) -m fused_losses demo $(DEMO_ARGS)

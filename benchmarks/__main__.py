@@ -6,7 +6,6 @@ import argparse
 import math
 import os
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +16,10 @@ import torch
 from benchmarks import accuracy, end_to_end
 from benchmarks.jobs import Job, run_job
 from benchmarks.machine import describe
-from benchmarks.results import Results, Row
+from benchmarks.results import SAME_MACHINE, Results, Row
 from benchmarks.suites import SUITES
 
+OUT = "benchmarks/results/<device>/results.json, of the suite compile compile.json"
 PARTS = ("losses", "end_to_end", "accuracy")
 
 
@@ -37,29 +37,32 @@ def matches(job: Job, only: str) -> bool:
     return not only or any(word in job.key for word in only.split(","))
 
 
-def clocked(job: Job, timer: str) -> Job:
-    """Jobs on one thread of the CPU take the clock that was asked for."""
-    return replace(job, timer=timer) if job.case.device == "cpu" and job.threads == 1 else job
-
-
-def quietest(job: Job, reject: Callable[[str, str], None], tries: int) -> list[Row]:
-    """The rows of that run of the job in which the copy, which is no part of the comparison, took least time."""
-    found = [list(run_job(job, reject))]
-    found += [list(run_job(job, lambda provider, reason: None)) for _ in range(tries - 1)]
-    return min(found, key=lambda rows: rows[0].copy_us if rows else math.inf)
+def adjusted(job: Job, timer: str, tries: int) -> Job:
+    """The job as often as was asked for, and if it is on one thread of the CPU with the clock that was asked for."""
+    one_thread = job.case.device == "cpu" and job.threads == 1
+    return replace(job, tries=tries, timer=timer if one_thread else job.timer)
 
 
 def losses(results: Results, options: argparse.Namespace) -> None:
-    jobs = [clocked(job, options.timer) for job in SUITES[options.suite]() if matches(job, options.only)]
+    jobs = [job for job in SUITES[options.suite]() if matches(job, options.only)]
+    jobs = [adjusted(job, options.timer, options.tries) for job in jobs]
+    stop_at = time.perf_counter() + 60 * options.minutes
     measured = {(row.setting, row.provider) for row in results.rows}
     for number, job in enumerate(jobs, 1):
+        if _is_measured(job, options.suite, measured):
+            continue
+        if time.perf_counter() > stop_at:
+            print(f"--minutes {options.minutes:g} are over, {len(jobs) - number + 1} jobs are left", flush=True)
+            break
         before, began = len(results.rows), time.perf_counter()
 
         def reject(provider: str, reason: str, job: Job = job) -> None:
-            results.rejected.append({"case": job.key, "provider": provider, "reason": reason})
+            entry = {"case": job.key, "provider": provider, "reason": reason}
+            if entry not in results.rejected:  # a resumed run may try once more
+                results.rejected.append(entry)
             print(f"REJECTED: {reason}", flush=True)
 
-        for row in quietest(job, reject, options.tries) if not _is_measured(job, measured) else ():
+        for row in (replace(row, suite=options.suite) for row in run_job(job, reject)):
             if (row.setting, row.provider) not in measured:
                 measured.add((row.setting, row.provider))
                 results.rows.append(row)
@@ -71,13 +74,9 @@ def losses(results: Results, options: argparse.Namespace) -> None:
             torch.cuda.empty_cache()
 
 
-def _is_measured(job: Job, measured: set[tuple[tuple[object, ...], str]]) -> bool:
+def _is_measured(job: Job, suite: str, measured: set[tuple[tuple[object, ...], str]]) -> bool:
     """Whether ours is there in every mode: peers may be missing because they do not offer the loss."""
-    case = job.case
-    settings = [
-        (case.loss, mode, case.shape, case.dtype, case.device, case.layout, job.threads, job.timer)
-        for mode in job.modes
-    ]
+    settings = [(suite, mode, job.case, job.threads, job.timer) for mode in job.modes]
     return all((setting, "fused") in measured for setting in settings)
 
 
@@ -85,8 +84,9 @@ def resumed(path: Path, machine: dict[str, object]) -> Results:
     """The results in ``path`` if the same build on the same machine left them, else none."""
     if path.exists():
         found = Results.load(path)
-        names = ("processor", "gpu", "packages", "build", "commit", "environment")
-        if all(found.machine.get(name) == machine.get(name) for name in names):
+        if all(found.machine.get(name) == machine.get(name) for name in (*SAME_MACHINE, "commit")):
+            if machine["command"] not in found.machine["command"].split("; "):
+                found.machine["command"] += f"; {machine['command']}"
             return found
     return Results(machine)
 
@@ -94,23 +94,26 @@ def resumed(path: Path, machine: dict[str, object]) -> Results:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measures fused_losses and its peers.")
     parser.add_argument("--suite", choices=SUITES, help="default: cuda where there is a GPU, else summary")
-    parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/<device>/results.json)")
+    parser.add_argument("--out", type=Path, help=f"JSON file (default: {OUT})")
     parser.add_argument("--resume", action="store_true", help="keep what --out holds if build and machine are the same")
     parser.add_argument("--only", default="", help="words, separated by commas: jobs whose name contains one of them")
-    parser.add_argument("--parts", default=",".join(PARTS), help="default: %(default)s")
+    parser.add_argument("--parts", help=f"default: {','.join(PARTS)}; of the suite compile losses")
     parser.add_argument(
         "--timer",
         choices=("wall", "cpu"),
         default="wall",
         help="cpu: processor time for what runs on one thread, where other work shares the machine",
     )
-    parser.add_argument("--tries", type=int, default=1, help="runs of each job; kept is that with the fastest copy")
+    parser.add_argument("--tries", type=int, default=1, help="timings of each job; kept is that with the fastest copy")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no job later; --resume does the rest")
     options = parser.parse_args()
     if options.tries < 1:
         parser.error(f"--tries must be at least 1, got {options.tries}")
     options.suite = options.suite or ("cuda" if torch.cuda.is_available() else "summary")
     device = "cuda" if options.suite == "cuda" else "cpu"
-    options.out = options.out or Path(f"benchmarks/results/{device}/results.json")
+    name = "compile" if options.suite == "compile" else "results"
+    options.out = options.out or Path(f"benchmarks/results/{device}/{name}.json")
+    options.parts = options.parts or ("losses" if options.suite == "compile" else ",".join(PARTS))
     unknown = set(options.parts.split(",")) - set(PARTS)
     if unknown:
         parser.error(f"--parts must be of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
@@ -131,7 +134,7 @@ def main() -> None:
     if "end_to_end" in parts and not results.end_to_end:
         results.end_to_end = end_to_end.measure(device, options.timer)
     results.machine["load_after"] = round(os.getloadavg()[0], 2)
-    results.machine["seconds"] = round(time.perf_counter() - began)
+    results.machine["seconds"] = results.machine.get("seconds", 0) + round(time.perf_counter() - began)
     results.save(options.out)
     print(f"{len(results.rows)} rows in {results.machine['seconds']} s: {options.out}")
     if any(entry["provider"] == "fused" for entry in results.rejected):

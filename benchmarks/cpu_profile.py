@@ -1,115 +1,167 @@
 """What a training step of a loss on one CPU core is spent on.
 
-    python -m benchmarks.cpu_profile --out benchmarks/results/cpu/profile.md
+    python -m benchmarks.cpu_profile --out benchmarks/results/cpu/profile.md        (about four minutes)
 
-Two views of forward + backward in float32. By size: a plain copy that moves the same bytes, the step on logits in
-memory, and the step on so few rows that they stay in cache, for as many rows; what the cache does not explain is
-memory. By function, where ``perf`` is installed: shares of samples. What the compiler has inlined
-counts for its caller.
+Two views of forward + backward in float32. By size: a plain copy of the logits, which moves the same bytes, cross
+entropy's step and the step, in turns on buffers that rotate through more memory than the last cache holds; the step is
+divided into
+
+- call: what is left of the step on one row (pixel) without the work on it;
+- arithmetic: the step on so few rows that logits and gradient stay in cache, call taken off, for as many rows;
+- memory: the rest. Besides transfers that is page faults of a fresh gradient (a copy writes into pages that exist) and,
+  for pixels, what strides between classes cost; the few pixels in cache have the layout, but a smaller stride.
+
+Cross entropy at every shape of the summary, every other loss at two. By function, where ``perf`` is installed: shares
+of samples, for cross entropy and whatever takes over 15 % more or less than it. What the compiler has inlined counts
+for its caller.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
-import itertools
+import functools
+import math
+import os
+import random
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from benchmarks.cases import Case, shape_name
+from benchmarks.calls import Buffers, Call, Copy
+from benchmarks.cases import LOSSES, ROW_LOSSES, Case, shape_name
 from benchmarks.machine import describe
+from benchmarks.measure import Timed
 from benchmarks.providers import PROVIDERS
+from benchmarks.suites import PIXELS, PIXELS_LAST
 
-CASES = [("cross_entropy", 4096, 1000), ("cross_entropy", 65536, 10)]
-CASES += [("nce_mae", 4096, 1000), ("nfl", 4096, 1000), ("hem", 4096, 1000)]
-CASES += [("bi_tempered", 4096, 1000), ("bi_tempered", 65536, 10)]
-ROTATION_BYTES = 256 << 20
+SHAPES = ((4096, 1000), (65536, 10))  # of every loss
+CASES = [Case("cross_entropy", shape) for shape in ((32, 10), (256, 10), *SHAPES, (2048, 10_000), PIXELS)]
+CASES += [Case("cross_entropy", PIXELS_LAST, layout="channels_last")]
+CASES += [Case(loss, shape) for shape in SHAPES for loss in ROW_LOSSES if loss != "cross_entropy"]
 CACHED_ELEMENTS = 64 * 1000  # logits and gradient fill 0.5 MB
-ROUNDS = 61
-PERF_SECONDS = 4
+CACHED_PIXELS = (16, 16)  # a multiple of what kernels take at once
+MIN_ROUNDS, MAX_ROUNDS, SECONDS = 9, 200, 0.6
+BUNDLED_BYTES, BUNDLE = 1 << 20, 20  # smaller inputs are timed so many calls at a time
+LIKE_CROSS_ENTROPY = 0.15
+PERF_SECONDS = 2
 SHOWN = 3.0  # percent of the samples
 
 
-def step_of(case: Case, inputs: list[tuple[Tensor, Tensor]]) -> Callable[[int], None]:
+def step_of(case: Case, count: int | None = None) -> Call:
+    """The step on ``count`` inputs, or on as many as defeat the cache."""
     function = PROVIDERS["fused"].make(case)
     assert function is not None
-
-    def step(i: int) -> None:
-        logits, target = inputs[i % len(inputs)]
-        torch.autograd.grad(function(logits, target), logits)
-
-    return step
+    return Call(function, "fwd_bwd", buffers_of(case if case.by_class else replace(case, loss="cross_entropy"), count))
 
 
-def inputs_of(case: Case) -> list[tuple[Tensor, Tensor]]:
-    """As many as defeat the cache."""
-    many = max(1, ROTATION_BYTES // (2 * case.logits_bytes)) if case.logits_bytes > 4 * CACHED_ELEMENTS else 1
-    made = [case.inputs(seed) for seed in range(many)]
-    return [(logits.requires_grad_(), target) for logits, target in made]
+@functools.lru_cache(maxsize=3)  # the next loss has the same three inputs
+def buffers_of(case: Case, count: int | None) -> Buffers:
+    return Buffers.of(case, *case.inputs(), count=count)
 
 
-def copy_of(case: Case, inputs: list[tuple[Tensor, Tensor]]) -> Callable[[int], None]:
-    out = [torch.empty(case.shape) for _ in inputs]
+def shortest(calls: Iterable[Timed], bundle: int) -> list[float]:
+    """Microseconds of CPU time per call; the calls take turns. What is slower was disturbed by other work.
 
-    def copy(i: int) -> None:
-        out[i % len(out)].copy_(inputs[i % len(inputs)][0].detach())
-
-    return copy
-
-
-def shortest(calls: list[Callable[[int], None]], bundle: int) -> list[float]:
-    """Microseconds of CPU time per call; the calls take turns. What is slower was disturbed by other work."""
-    times: list[list[float]] = [[] for _ in calls]
-    for i in range(ROUNDS):
-        for call, found in zip(calls, times, strict=True):
-            began = time.process_time()
+    Every call has the next inputs, cold ones, and the order is drawn anew: what ran before leaves the caches full.
+    """
+    times: list[tuple[Timed, list[float]]] = [(call, []) for call in calls]
+    turns, shuffle = list(times), random.Random(0).shuffle
+    began, rounds, number = time.perf_counter(), 0, 0
+    while rounds < MIN_ROUNDS or (rounds < MAX_ROUNDS and time.perf_counter() - began < SECONDS):
+        shuffle(turns)
+        for call, found in turns:
+            prepared = [call.prepare(number + k) for k in range(bundle)]
+            start = time.process_time()
             for k in range(bundle):
-                call(i * bundle + k)
-            found.append((time.process_time() - began) / bundle)
-    return [min(found) * 1e6 for found in times]
+                call.run(number + k, prepared[k])
+            found.append((time.process_time() - start) / bundle)
+            number += bundle
+        rounds += 1
+    return [min(found) * 1e6 for _, found in times]
 
 
-def by_size(loss: str, rows: int, classes: int) -> str:
-    case = Case(loss, (rows, classes))
-    cached_rows = CACHED_ELEMENTS // classes
-    cached, single = Case(loss, (cached_rows, classes)), Case(loss, (1, classes))
-    inputs = inputs_of(case)
-    copy, whole = shortest([copy_of(case, inputs), step_of(case, inputs)], 1)
-    of_cached, of_call = shortest([step_of(cached, inputs_of(cached)), step_of(single, inputs_of(single))], 20)
-    arithmetic = min((of_cached - of_call) * rows / cached_rows, whole - of_call)  # on a busy machine it may seem more
-    memory = max(0.0, whole - arithmetic - of_call)
-    cells = [loss, shape_name(case.shape), f"{whole:.0f}", f"{whole / copy:.2f}"]
-    cells += [f"{100 * part / whole:.0f} %" for part in (of_call, arithmetic, memory)]
-    return "| " + " | ".join(cells) + " |"
+def with_rows(case: Case, rows: int) -> Case:
+    """The case with that many rows or, in its layout, pixels: one or :data:`CACHED_PIXELS`."""
+    if len(case.shape) == 2:
+        return replace(case, shape=(rows, case.shape[1]))
+    return replace(case, shape=(1, case.shape[1], *((1, 1) if rows == 1 else CACHED_PIXELS)))
 
 
-def by_function(loss: str, rows: int, classes: int) -> str:
+def row_count(case: Case) -> int:
+    return math.prod(case.shape) // case.shape[1]
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Microseconds of a step, of a copy of its logits, of cross entropy's step on them, and of the step's parts."""
+
+    case: Case
+    whole: float
+    copy: float
+    cross_entropy: float
+    call: float
+    arithmetic: float
+
+    @property
+    def memory(self) -> float:
+        return self.whole - self.call - self.arithmetic
+
+    @property
+    def line(self) -> str:
+        parts = (self.call, self.arithmetic, self.memory)
+        shares = [f"{100 * part / self.whole:.0f} %" for part in parts]
+        ratios = [f"{self.whole / other:.2f}" for other in (self.copy, self.cross_entropy)]
+        return cells(self.case, f"{self.whole:.0f}", *ratios, *shares)
+
+    @property
+    def unlike_cross_entropy(self) -> bool:
+        return abs(self.whole / self.cross_entropy - 1.0) > LIKE_CROSS_ENTROPY
+
+
+def cells(case: Case, *others: str) -> str:
+    layout = " channels_last" if case.layout == "channels_last" else ""
+    return "| " + " | ".join([case.loss, f"{shape_name(case.shape)}{layout}", *others]) + " |"
+
+
+def by_size(case: Case) -> Shares:
+    step = step_of(case)
+    own = Call(LOSSES["cross_entropy"].fused, "fwd_bwd", step.buffers)
+    bundle = BUNDLE if case.logits_bytes < BUNDLED_BYTES else 1
+    whole, copy, cross_entropy = shortest([step, Copy(step.buffers), own], bundle)
+    cached = with_rows(case, min(row_count(case), max(2, CACHED_ELEMENTS // case.shape[1])))
+    few, one = shortest([step_of(cached, 1), step_of(with_rows(case, 1), 1)], BUNDLE)
+    a_row = max(0.0, few - one) / (row_count(cached) - 1)
+    call = min(whole, max(0.0, one - a_row))
+    arithmetic = min(a_row * row_count(case), whole - call)  # on a busy machine it may seem more
+    return Shares(case, whole, copy, cross_entropy, call, arithmetic)
+
+
+def by_function(case: Case) -> str:
+    step = step_of(case)
     with tempfile.TemporaryDirectory() as folder:
         data = str(Path(folder) / "perf.data")
-        spin = [sys.executable, "-m", "benchmarks.cpu_profile", "--spin", f"{loss},{rows},{classes}"]
-        with subprocess.Popen(spin, stdout=subprocess.PIPE) as spinning:
-            assert spinning.stdout is not None
-            spinning.stdout.readline()  # it is ready
-            record = ["perf", "record", "-F", "4000", "-e", "cpu-clock", "-o", data, "-p", str(spinning.pid), "--"]
-            subprocess.run([*record, "sleep", str(PERF_SECONDS)], check=True, capture_output=True)
-            spinning.terminate()
+        record = ["perf", "record", "-F", "4000", "-e", "cpu-clock", "-o", data, "-p", str(os.getpid()), "--"]
+        with subprocess.Popen([*record, "sleep", str(PERF_SECONDS)], stderr=subprocess.DEVNULL) as perf:
+            number = 0
+            while perf.poll() is None:
+                for _ in range(BUNDLE if case.logits_bytes < BUNDLED_BYTES else 1):
+                    step.run(number, step.prepare(number))
+                    number += 1
         command = ["perf", "report", "-i", data, "--stdio", "--no-children", "-F", "overhead,dso,symbol"]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     shares: dict[str, float] = collections.defaultdict(float)
     for overhead, library, symbol in re.findall(r"^ +([\d.]+)% +(\S+) +\[.\] (.*)$", text, re.MULTILINE):
         shares[short(library, symbol)] += float(overhead)
     found = sorted(shares.items(), key=lambda item: -item[1])
-    shown = [f"{name} {share:.0f} %" for name, share in found if share >= SHOWN]
-    return f"| {loss} | {rows}x{classes} | {', '.join(shown)} |"
+    return cells(case, ", ".join(f"{name} {share:.0f} %" for name, share in found if share >= SHOWN))
 
 
 def short(library: str, symbol: str) -> str:
@@ -125,32 +177,23 @@ def short(library: str, symbol: str) -> str:
     return kernel[2] if kernel else re.sub(r"<.*", "", symbol).split("::")[-1] or symbol
 
 
-def spin(loss: str, rows: int, classes: int) -> None:
-    """Steps until the process is ended."""
-    case = Case(loss, (rows, classes))
-    step = step_of(case, inputs_of(case))
-    step(0)
-    print("ready", flush=True)
-    for i in itertools.count():
-        step(i)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="Markdown file; default: standard output")
-    parser.add_argument("--spin", help=argparse.SUPPRESS)
+    parser.add_argument("--only", default="", help="words, separated by commas: cases whose name contains one of them")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.spin:
-        loss, rows, classes = options.spin.split(",")
-        return spin(loss, int(rows), int(classes))
     about = describe("cpu")
     lines = ["# Where the time goes on one core", "", "Made by `python -m benchmarks.cpu_profile`, which explains it."]
     lines += [f"{about['processor']}, {about['isa']}, load before {about['load_before']}, float32.", ""]
-    lines += ["| loss | logits | us | times a copy | call | arithmetic | memory |", "|---|---|---|---|---|---|---|"]
-    lines += [by_size(*case) for case in CASES]
+    head = ["loss", "logits", "us", "times a copy", "times cross entropy", "call", "arithmetic", "memory"]
+    lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    found = [by_size(case) for case in CASES if any(word in case.id for word in options.only.split(","))]
+    lines += [shares.line for shares in found]
     if shutil.which("perf"):
-        lines += ["", "| loss | logits | share of samples |", "|---|---|---|", *[by_function(*case) for case in CASES]]
+        unlike = [s.case for s in found if s.case.loss == "cross_entropy" or s.unlike_cross_entropy]
+        lines += ["", f"The losses without a line take within {LIKE_CROSS_ENTROPY:.0%} of cross entropy's time.", ""]
+        lines += ["| loss | logits | share of samples |", "|---|---|---|", *map(by_function, unlike)]
     text = "\n".join(lines) + "\n"
     if options.out:
         options.out.write_text(text)

@@ -108,7 +108,7 @@ def _class_axis(panel: Any) -> None:
 
 
 def _at(index: Index, shape: tuple[int, ...]) -> list[Row]:
-    """Our float rows of training steps at a shape, on one thread, in the order of the registry."""
+    """Our float rows of training steps at a shape, on one thread, in the order of the registry; suites may repeat."""
     rows = [
         r
         for r in index.rows
@@ -116,8 +116,7 @@ def _at(index: Index, shape: tuple[int, ...]) -> list[Row]:
     ]
     dtypes = {r.dtype for r in rows}
     dtype = "float32" if "float32" in dtypes else min(dtypes, default="float32")
-    by_loss = {r.loss: r for r in rows if r.dtype == dtype}
-    return [by_loss[name] for name in LOSSES if name in by_loss]
+    return sorted((r for r in rows if r.dtype == dtype), key=lambda r: list(LOSSES).index(r.loss))
 
 
 def _bars(
@@ -188,7 +187,7 @@ def memory(index: Index, shape: tuple[int, ...], title: str, path: Path) -> bool
     """Extra memory of a forward and backward, in units of the logits, gradient included."""
     rows = [row for row in _at(index, shape) if row.peak_bytes is not None]
     pairs = [(row, index.fastest(row, PLAIN)) for row in rows]
-    bars = [(r, p) for r, p in pairs if p is not None and p.peak_bytes is not None]
+    bars = list({r.loss: (r, p) for r, p in pairs if p is not None and p.peak_bytes is not None}.values())
     if not bars:
         return False
     bars.sort(key=lambda pair: pair[1].peak_bytes or 0)
@@ -230,8 +229,8 @@ def bar_shapes(index: Index) -> list[tuple[int, ...]]:
     return sorted(best, key=lambda shape: -shape[1])
 
 
-def draw(results: Results, device: str, folder: Path) -> list[Path]:
-    """Writes the pictures that the rows of ``device`` suffice for and returns their paths."""
+def draw(results: Results, device: str, folder: Path, suffix: str = "") -> list[Path]:
+    """Writes the pictures that the rows of ``device`` suffice for and returns their paths; names end in ``suffix``."""
     index = Index(row for row in results.rows if row.device == device)
     machine = results.machine
     where = machine.get("gpu") or f"{machine['processor']}, 1 thread"
@@ -242,7 +241,7 @@ def draw(results: Results, device: str, folder: Path) -> list[Path]:
         "speed_up": lambda path: speed_up(index, shapes, where, path),
         "memory": lambda path: bool(shapes) and memory(index, shapes[0], where, path),
     }.items():
-        path = folder / f"{name}.png"
+        path = folder / f"{name}{suffix}.png"
         if draws(path):
             made.append(path)
     return made

@@ -1,12 +1,13 @@
 """Makes a report of result files: Markdown with the targets, tables, and pictures beside it.
 
-python -m benchmarks.report benchmarks/results/cpu/results.json [more ...] [--out FOLDER]
+python -m benchmarks.report benchmarks/results/cpu/results.json [more ...] [--out FOLDER]     (e.g. of two suites)
 python -m benchmarks.report --compare OLD.json NEW.json        (exit status 1 if something became slower)
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,9 +15,10 @@ from typing import Any
 
 from benchmarks import plots
 from benchmarks.cases import LOSSES, shape_name
+from benchmarks.jobs import Job
 from benchmarks.providers import PLAIN, PROVIDERS
-from benchmarks.results import Results, Row
-from benchmarks.targets import GOALS, Index, judge, judge_accuracy
+from benchmarks.results import Results, Row, merged
+from benchmarks.targets import GOALS, TRAINING, Index, judge, judge_accuracy
 
 REGRESSION = 1.10
 
@@ -83,8 +85,13 @@ def loss_table(index: Index, shape: tuple[int, ...], dtype: str, device: str) ->
         where = (row.shape, row.dtype, row.device, row.layout) == (shape, dtype, device, "contiguous")
         return row.provider == "fused" and where and row.mode == "fwd_bwd" and row.threads == 1
 
+    measured: dict[str, Row] = {}
+    for row in filter(ours, index.rows):  # of several suites the one with most to compare
+        best = measured.get(row.loss)
+        if best is None or len(index.peers(row)) > len(index.peers(best)):
+            measured[row.loss] = row
     lines = []
-    for row in sorted(filter(ours, index.rows), key=lambda row: list(LOSSES).index(row.loss)):
+    for row in sorted(measured.values(), key=lambda row: list(LOSSES).index(row.loss)):
         peers = index.peers(row)
         plain = index.fastest(row, PLAIN)
         line = [row.loss, f"{row.time_us:.0f}", f"{row.low_us:.0f}-{row.high_us:.0f}", f"{row.copies:.2f}"]
@@ -130,6 +137,50 @@ def against_torch(index: Index, device: str) -> str:
             lines.append([*line, f"{peer.time_us:.1f}", f"{peer.time_us / row.time_us:.2f}", f"{row.copies:.2f}"])
     head = ("logits", "dtype", "threads", "mode", "ours, us", "torch, us", "torch over ours", "ours in copies")
     return table(head, lines) if lines else ""
+
+
+def against_compiler(index: Index, rejected: list[dict[str, Any]]) -> str:
+    """How much faster than torch.compile of the reference: a line for every loss, a column for every input."""
+    failed = {entry["case"] for entry in rejected if entry["provider"] == "compile"}
+    cells: dict[tuple[str, str], dict[str, float]] = {}  # by loss and column, then by mode
+    for row in index.rows:
+        if row.provider == "fused" and row.mode in TRAINING:
+            peer = index.peers(row).get("compile")
+            at = (row.loss, _input_name(row))
+            if peer is not None:
+                modes = cells.setdefault(at, {})
+                modes[row.mode] = min(peer.time_us / row.time_us, modes.get(row.mode, math.inf))
+            elif Job(row.case, (), threads=row.threads, timer=row.timer).key in failed:
+                cells.setdefault(at, {})
+    if not cells:
+        return ""
+    columns = list(dict.fromkeys(column for _, column in cells))
+    names = [name for name in LOSSES if any(loss == name for loss, _ in cells)]
+    lines = [[name, *(_modes_cell(cells.get((name, column))) for column in columns)] for name in names]
+    means = []
+    for column in columns:
+        modes_of = [modes for (_, c), modes in cells.items() if c == column]
+        mean = {mode: _geometric_mean([modes[mode] for modes in modes_of if mode in modes]) for mode in TRAINING}
+        means.append(_modes_cell({mode: value for mode, value in mean.items() if value > 0}))
+    text = table(("loss", *columns), [*lines, ["geometric mean", *means]])
+    return text + "\nForward + backward, for an upstream gradient of 1 / another. Failed: see what was not timed.\n"
+
+
+def _input_name(row: Row) -> str:
+    details = [row.layout] * (row.layout != "contiguous") + [row.dtype] * (row.dtype != "float32")
+    details += [f"{row.threads} threads"] * (row.threads != 1)
+    return ", ".join([shape_name(row.shape), *details])
+
+
+def _modes_cell(modes: dict[str, float] | None) -> str:
+    """``5.10 / 4.32``; None: not measured, without numbers: failed."""
+    if modes is None:
+        return ""
+    return " / ".join(f"{modes[mode]:.2f}" for mode in TRAINING if mode in modes) or "failed"
+
+
+def _geometric_mean(numbers: list[float]) -> float:
+    return math.exp(sum(map(math.log, numbers)) / len(numbers)) if numbers else 0.0
 
 
 def end_to_end(rows: list[dict[str, Any]]) -> str:
@@ -182,11 +233,21 @@ def first_losses(rows: list[Row]) -> str:
     return table(("provider", "median, s", "largest, s"), lines)
 
 
+def how_often(rows: list[Row]) -> str:
+    """What `--tries` was."""
+    tries = sorted({row.tries for row in rows})
+    if tries in ([], [1]):
+        return "Every job was timed once.\n"
+    number = f"{tries[0]}" if len(tries) == 1 else f"{tries[0]} to {tries[-1]}"
+    return f"Jobs were timed {number} times (`--tries`); shown is the run in which the plain copy took least time.\n"
+
+
 def report(results: list[Results], folder: Path) -> str:
-    """The whole text; draws the pictures into ``folder``."""
+    """The whole text, with one part for all files of a machine and build; draws the pictures into ``folder``."""
+    results = merged(results)
     text = "# Measurements\n\nMade by `python -m benchmarks.report`; medians, calls take turns, buffers rotate.\n"
     text += "\n## Targets\n\n" + targets(results)
-    for result in results:
+    for number, result in enumerate(results, 1):
         device = "cuda" if "gpu" in result.machine else "cpu"
         machine = result.machine
         index = Index(result.rows)
@@ -195,13 +256,17 @@ def report(results: list[Results], folder: Path) -> str:
         if any(row.timer == "cpu" for row in result.rows):
             text += "\nThe machine had other work: one thread's times are processor time. Elapsed times of two threads "
             text += "are a rough guide at best.\n"
-        for path in plots.draw(result, device, folder):
+        text += "\n" + how_often(result.rows)
+        for path in plots.draw(result, device, folder, "" if number == 1 else f"_{number}"):
             text += f"\n![{path.stem.replace('_', ' ')}]({path.name})\n"
         text += "\n### Where we lose\n\n" + losing_cases(index)
         if result.rejected:
-            text += "\n### Not timed: another result than float64 gives\n\n"
+            text += "\n### Not timed: failed, or another result than float64 gives\n\n"
             text += "".join(f"- {entry['reason']}\n" for entry in result.rejected)
         text += "\n### Cross entropy against F.cross_entropy\n\n" + against_torch(index, device)
+        compiled = against_compiler(index, result.rejected)
+        if compiled:
+            text += "\n### torch.compile of the reference over ours\n\n" + compiled
         for shape, dtype in _compared(result.rows):
             text += loss_table(index, shape, dtype, device)
         text += "\n### Time to the first loss and gradient, compilation included\n\n" + first_losses(result.rows)
@@ -219,10 +284,14 @@ def report(results: list[Results], folder: Path) -> str:
 
 def compare(old: Results, new: Results) -> tuple[str, bool]:
     """Our times in two files; True if any is over 10 % slower by more than the noise."""
-    before = {(row.setting, row.provider): row for row in old.rows}
+
+    def key(row: Row) -> tuple[object, ...]:
+        return (row.case, row.mode, row.threads, row.timer, row.provider)  # in whichever suite
+
+    before = {key(row): row for row in old.rows}
     lines, regressed = [], False
     for row in new.rows:
-        past = before.get((row.setting, row.provider))
+        past = before.get(key(row))
         if past is None or row.provider != "fused":
             continue
         ratio = row.time_us / past.time_us
@@ -233,7 +302,7 @@ def compare(old: Results, new: Results) -> tuple[str, bool]:
             bands = [f"{r.time_us:.1f} ({r.low_us:.1f}-{r.high_us:.1f})" for r in (past, row)]
             lines.append((ratio, [row.name, *bands, f"{ratio:.2f}", verdict]))
     lines.sort(key=lambda line: -line[0])
-    common = sum((row.setting, row.provider) in before for row in new.rows if row.provider == "fused")
+    common = sum(key(row) in before for row in new.rows if row.provider == "fused")
     text = f"{common} of our cases are in both files; those that differ by more than {REGRESSION - 1:.0%}:\n\n"
     head = ("case", "old, us (quartiles)", "new, us (quartiles)", "new over old", "")
     return text + table(head, (line for _, line in lines)), regressed
@@ -251,7 +320,7 @@ def main() -> None:
         raise SystemExit(int(regressed))
     if not options.results:
         parser.error("give result files, or --compare OLD NEW")
-    results = [Results.load(path) for path in options.results]
+    results = merged(Results.load(path) for path in options.results)
     folder = options.out or options.results[0].parent
     folder.mkdir(parents=True, exist_ok=True)
     text = report(results, folder)

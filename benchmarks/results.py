@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import shape_name
+from benchmarks.cases import Case, shape_name
+
+# What is the same in two result files of one machine and build.
+SAME_MACHINE = ("processor", "gpu", "packages", "build", "environment")
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,7 @@ class Row:
     cross entropy's forward and backward on them, both timed in the same loop. ``floor_bytes`` must move at least,
     ``moved_bytes`` do by the count of operators, or the authors' description (None: unknown). ``checked_rows``: on how
     many rows value and gradient were compared with float64. ``first_s``: the first call, compilation included.
+    ``tries``: how often the job was timed; the run in which the copy took least time is kept.
     """
 
     loss: str
@@ -42,11 +47,17 @@ class Row:
     peak_bytes: int | None = None
     launches: int | None = None
     host_us: float | None = None
+    suite: str = ""
+    tries: int = 1
 
     @property
     def setting(self) -> tuple[Any, ...]:
-        """What two providers must share to be compared."""
-        return (self.loss, self.mode, self.shape, self.dtype, self.device, self.layout, self.threads, self.timer)
+        """What two providers must share to be compared: the suite, too, as only then they took turns."""
+        return (self.suite, self.mode, self.case, self.threads, self.timer)
+
+    @property
+    def case(self) -> Case:
+        return Case(self.loss, self.shape, self.dtype, self.device, self.layout)
 
     @property
     def num_classes(self) -> int:
@@ -113,6 +124,38 @@ class Results:
             return Results(found["machine"], rows, found["accuracy"], found["end_to_end"], found["rejected"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SystemExit(f"{path} is not a result file of `python -m benchmarks`: {error!r}") from error
+
+
+def merged(results: Iterable[Results]) -> list[Results]:
+    """One for every machine and build; of what several files measured in the same suite the last file counts."""
+    groups: list[list[Results]] = []
+    for result in results:
+        for group in groups:
+            if all(group[0].machine.get(name) == result.machine.get(name) for name in SAME_MACHINE):
+                group.append(result)
+                break
+        else:
+            groups.append([result])
+    return [group[0] if len(group) == 1 else _one(group) for group in groups]
+
+
+def _one(group: list[Results]) -> Results:
+    settings: dict[tuple[Any, ...], list[Row]] = {}
+    one = Results({})
+    for result in group:
+        found: dict[tuple[Any, ...], list[Row]] = {}
+        for row in result.rows:
+            found.setdefault(row.setting, []).append(row)
+        settings |= found  # whole settings: rows of different runs are not compared
+        one.accuracy = result.accuracy or one.accuracy
+        one.end_to_end = result.end_to_end or one.end_to_end
+        one.rejected += [entry for entry in result.rejected if entry not in one.rejected]
+    one.rows = [row for rows in settings.values() for row in rows]
+    for name in {name: None for result in group for name in result.machine}:
+        values = [result.machine[name] for result in group if name in result.machine]
+        alike = all(value == values[0] for value in values)
+        one.machine[name] = values[0] if alike else "; ".join(map(str, values))
+    return one
 
 
 def _rounded(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,30 +1,20 @@
-"""The counting, judging and comparing of measurements, on rows and calls whose answers are known."""
+"""The judging, merging and comparing of measurements, on rows whose answers are known."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import pytest
-import torch
-import torch.nn.functional as F
 
-from benchmarks import __main__, report
-from benchmarks.__main__ import clocked, quietest
-from benchmarks.calls import Buffers, Call
-from benchmarks.cases import LOSSES, Case
-from benchmarks.jobs import Job, run_job
-from benchmarks.measure import peak_extra_bytes, time_calls
-from benchmarks.models import parameter_count, resnet50
-from benchmarks.providers import WrongResult, check, exact
-from benchmarks.results import Results, Row
-from benchmarks.suites import SUITES, SWEPT_CLASSES
+from benchmarks import report
+from benchmarks.cases import LOSSES
+from benchmarks.results import Results, Row, merged
+from benchmarks.suites import SWEPT_CLASSES
 from benchmarks.targets import GOALS, Goal, Index, copies, judge, judge_accuracy, speed_up
-from benchmarks.traffic import moved_bytes
 
 
 def row(loss: str = "cross_entropy", provider: str = "fused", time_us: float = 100.0, **changes: Any) -> Row:
@@ -133,12 +123,50 @@ def test_bfloat16_loss_is_judged() -> None:
 def test_compare_flags_what_is_slower_beyond_the_noise() -> None:
     old = Results(MACHINE, [row(), row("hem"), row("mae"), row("gce"), row("js")])
     new = Results(MACHINE, [row(time_us=130.0), row("hem", time_us=108.0), row("mae", time_us=50.0)])
+    new.rows = [dataclasses.replace(r, suite="another") for r in new.rows]
     new.rows += [row("gce", time_us=120.0, low_us=90.0), row("ae", time_us=1e6)]
     text, regressed = report.compare(old, new)
     verdicts = {line.split()[1]: line.split("|")[-2].strip() for line in text.splitlines() if "float32" in line}
     assert verdicts == {"cross_entropy": "**slower**", "gce": "within the noise", "mae": "faster"}
     assert regressed and "4 of our cases" in text
     assert not report.compare(old, old)[1]
+
+
+def test_two_suites_make_one_report(tmp_path: Path) -> None:
+    summary = [row(suite="summary", time_us=100.0), row(suite="summary", provider="reference", time_us=600.0)]
+    compiled = [row(suite="compile", time_us=200.0), row(suite="compile", provider="compile", time_us=500.0)]
+    compiled += [row("hem", suite="compile"), row("hem", "compile", 900.0, suite="compile")]
+    compiled += [row("mae", suite="compile", shape=(256, 10), threads=2)]
+    rejected = {"case": "mae-256x10-float32 on cpu, 2 threads, wall", "provider": "compile", "reason": "compile fails"}
+    files = [Results({**MACHINE, "command": "a"}, summary), Results({**MACHINE, "command": "b"}, compiled)]
+    files[1].rejected.append(rejected)
+    (one,) = merged(files)
+    assert one.rows == summary + compiled and one.rejected == [rejected]
+    assert one.machine == {**MACHINE, "command": "a; b"}
+    goal = Goal("T5", "", lambda r: True, speed_up("compile"), 1.0)
+    verdict = judge(goal, Index(one.rows), "cpu")
+    assert (verdict.value, verdict.cases) == (2.5, 2)  # not 5: our 100 us took no turns with the compiler
+    text = report.report(files, tmp_path)
+    assert text.count("\n## a processor") == 1
+    table = text[text.index("### torch.compile of the reference over ours") :].splitlines()
+    assert [line for line in table if line.startswith(("| loss", "| cross", "| hem", "| mae", "| geo"))][:5] == [
+        "| loss | 4096x1000 | 256x10, 2 threads |",
+        "| cross_entropy | 2.50 |  |",
+        "| mae |  | failed |",
+        "| hem | 9.00 |  |",
+        "| geometric mean | 4.74 | failed |",
+    ]
+
+
+def test_the_last_file_counts_for_what_several_measured() -> None:
+    old = Results(MACHINE, [row(time_us=100.0), row(provider="torch", time_us=400.0), row("hem")])
+    new = Results(MACHINE, [row(time_us=80.0)])
+    (one,) = merged([old, new])
+    assert [(r.loss, r.provider, r.time_us) for r in one.rows] == [
+        ("cross_entropy", "fused", 80.0),
+        ("hem", "fused", 100.0),
+    ]
+    assert len(merged([old, Results({**MACHINE, "processor": "another"}, [row()])])) == 2
 
 
 def test_losing_cases_are_listed_and_winning_ones_are_not() -> None:
@@ -176,105 +204,7 @@ def test_report_writes_tables_and_pictures(tmp_path: Path) -> None:
         assert image.std() > 0.05  # something is drawn
 
 
-def test_wrong_result_is_an_error() -> None:
-    case = Case("cross_entropy", (16, 5))
-    logits, target = case.inputs()
-    want = exact(case, logits, target)
-    check("torch", case, F.cross_entropy, logits, target, want)
-    with pytest.raises(WrongResult, match="torch computes another loss of cross_entropy-16x5-float32"):
-        check("torch", case, lambda x, t: 1.01 * F.cross_entropy(x, t), logits, target, want)
-    with pytest.raises(WrongResult, match="another gradient"):
-        check("torch", case, lambda x, t: F.cross_entropy(x.detach() + 0 * x, t), logits, target, want)
-
-
-def test_job_gives_a_row_per_provider_and_mode() -> None:
-    rejected: list[str] = []
-    job = Job(Case("mae_auto", (64, 12)), ("fused", "snippet", "torch"), ("fwd", "bwd_scaled"), seconds=0.001)
-    rows = list(run_job(job, lambda name, reason: rejected.append(name)))
-    assert [(r.provider, r.mode) for r in rows] == [(p, m) for p in ("fused", "snippet") for m in job.modes]
-    for found in rows:
-        assert found.ce_us is not None and found.ce_us > 0
-        assert 0 < found.low_us <= found.time_us <= found.high_us and found.checked_rows == 64
-    assert not rejected
-
-
-class Sleep:
-    """A call that takes a known time."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-
-    def prepare(self, i: int) -> None:
-        return None
-
-    def run(self, i: int, prepared: None) -> None:
-        import time
-
-        time.sleep(self.seconds)
-
-
-def test_times_are_times() -> None:
-    times = time_calls({"short": Sleep(0.001), "long": Sleep(0.004)}, 0.02)
-    assert 1000 <= times["short"].median < 4000 <= times["long"].median
-
-
-def test_processor_time_leaves_out_waiting() -> None:
-    assert time_calls({"sleep": Sleep(0.004)}, 0.02, "cpu")["sleep"].median < 1000
-
-
-@pytest.mark.parametrize(("threads", "timer"), [(1, "cpu"), (2, "wall")])
-def test_processor_time_is_for_one_thread(threads: int, timer: str) -> None:
-    job = Job(Case("mae", (64, 12)), ("fused",), threads=threads)
-    assert clocked(job, "cpu").timer == timer and clocked(job, "wall").timer == "wall"
-
-
-def test_the_run_with_the_fastest_copy_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = iter([[row(time_us=90, copy_us=60)], [row(time_us=100, copy_us=50)], []])
-    told: list[str] = []
-
-    def run(job: Job, reject: Any) -> Any:
-        reject("reference", "why")
-        return next(runs)
-
-    monkeypatch.setattr(__main__, "run_job", run)
-    job = Job(Case("cross_entropy", (4, 3)), ("fused",))
-    found = quietest(job, lambda provider, reason: told.append(provider), tries=3)
-    assert [(r.time_us, r.copy_us) for r in found] == [(100, 50)]
-    assert told == ["reference"]  # once, not with every run
-
-
-def test_memory_and_traffic_of_known_calls() -> None:
-    case = Case("cross_entropy", (512, 100))
-    logits, target = case.inputs()
-    size = case.logits_bytes
-    buffers = Buffers.of(case, logits, target, count=2)
-    for count, function in ((1, lambda x, t: (x * 2.0).sum()), (2, lambda x, t: (x * 2.0 + 1.0).sum())):
-        peak = peak_extra_bytes(Call(function, "fwd", buffers), "cpu")
-        assert count * size <= peak <= count * size + 64  # and scalars
-    assert moved_bytes(lambda: logits * 2.0) == 2 * size
-    assert moved_bytes(lambda: logits.view(-1)[::2].t()) == 0
-    assert moved_bytes(lambda: logits + logits[:, :1].expand_as(logits)) == 2 * size + 512 * 4
-    assert moved_bytes(lambda: logits.gather(1, target.unsqueeze(1))) == 512 * (8 + 4 + 4)
-
-
-def test_fused_step_moves_little_more_than_the_floor() -> None:
-    case = Case("mae", (512, 100))
-    buffers = Buffers.of(case, *case.inputs(), count=2)
-    call = Call(LOSSES["mae"].fused, "fwd_bwd", buffers)
-    moved = moved_bytes(lambda: call.run(0, call.prepare(0)), at_once=True)
-    assert case.floor_bytes("fwd_bwd") <= moved <= 1.05 * case.floor_bytes("fwd_bwd")
-
-
-@pytest.mark.parametrize("suite", SUITES)
-def test_suites_name_every_loss_and_no_job_twice(suite: str) -> None:
-    jobs = list(SUITES[suite]())
-    assert {job.case.loss for job in jobs} == set(LOSSES)
-    for job in jobs:
-        assert job.providers[0] == "fused" and math.prod(job.case.shape) > 0
-    keys = [(job.key, mode) for job in jobs for mode in job.modes]
-    assert len(set(keys)) == len(keys)
-
-
-def test_resnet50_has_the_published_size() -> None:
-    with torch.device("meta"):
-        assert parameter_count(resnet50(1000)) == 25_557_032
+def test_the_number_of_tries_is_told() -> None:
+    assert report.how_often([row()]) == "Every job was timed once.\n"
+    assert "timed 3 times" in report.how_often([row(tries=3), row(tries=3)])
+    assert "timed 1 to 3 times" in report.how_often([row(tries=3), row()])
