@@ -12,6 +12,7 @@
 namespace fused_losses {
 
 enum class Dtype : std::uint8_t { kFloat64, kFloat32, kFloat16, kBFloat16 };
+FL_HD int bytes_of(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : (dtype == Dtype::kFloat32 ? 4 : 2); }
 enum class IndexType : std::uint8_t { kInt64, kInt32, kInt16, kUInt8 };
 // kActiveMean: over the rows whose loss is positive.
 enum class Reduction : std::uint8_t { kNone, kSum, kMean, kActiveMean };

@@ -1,7 +1,7 @@
 // CPU backend of row losses: picks the kernels for this processor and spreads tiles over threads.
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -86,11 +86,12 @@ void gradient(const RowProblem& p) {
 // logits where forward leaves a bit per class.
 TileSums run_tiles_then_gradient(RowProblem p) {
     void* const grad = std::exchange(p.grad, nullptr);
-    const auto acc = p.dtype == Dtype::kFloat64 ? at::kDouble : at::kFloat;
-    const at::Tensor stats = at::empty({p.stats_count, p.rows()}, acc);
-    const at::Tensor bits = at::empty({Tiling(p).lanes ? 0 : p.rows() * p.words()}, at::kInt);
-    p.stats = stats.mutable_data_ptr();
-    p.bits = bits.numel() > 0 ? reinterpret_cast<std::uint32_t*>(bits.mutable_data_ptr<std::int32_t>()) : nullptr;
+    const std::int64_t stats_bytes = p.stats_count * p.rows() * (p.dtype == Dtype::kFloat64 ? 8 : 4);
+    const std::int64_t bits_bytes = Tiling(p).lanes ? 0 : p.rows() * p.words() * 4;
+    // Not tensors: what small things they leave behind the gradient can keep its memory from being used again.
+    const auto scratch = std::make_unique_for_overwrite<char[]>(stats_bytes + bits_bytes);
+    p.stats = scratch.get();
+    p.bits = bits_bytes > 0 ? reinterpret_cast<std::uint32_t*>(scratch.get() + stats_bytes) : nullptr;
     const TileSums total = run_tiles(p);
     const Scalar active(total.weight + kActiveGuard);
     p.grad = grad;

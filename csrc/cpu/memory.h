@@ -176,6 +176,54 @@ FL_HD void stream_fence() {
 #endif
 }
 
+// One cache line, to which `to` is aligned.
+constexpr std::int64_t kLine = 64;
+
+FL_HD void stream_line(void* to, const void* from) {
+    constexpr int step = std::min<int>(kVectorBytes, kLine);
+    for (int i = 0; i < kLine; i += step) {
+        [[maybe_unused]] char* const t = static_cast<char*>(to) + i;
+        [[maybe_unused]] const char* const f = static_cast<const char*>(from) + i;
+#if defined(__AVX512F__)
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(t), _mm512_loadu_si512(f));
+#elif defined(__AVX__)
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(t), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(f)));
+#elif defined(__SSE2__)
+        _mm_stream_si128(reinterpret_cast<__m128i*>(t), _mm_loadu_si128(reinterpret_cast<const __m128i*>(f)));
+#else
+        std::memcpy(t, f, step);
+#endif
+    }
+}
+
+// Whole cache lines on their way to memory past the caches, one at a time, so that they can go while something else is
+// computed.
+struct Lines {
+    char* to = nullptr;
+    const char* from = nullptr;
+    std::int64_t count = 0;
+
+    FL_HD void send_one() {
+        if (count == 0) return;
+        stream_line(to, from);
+        to += kLine, from += kLine, --count;
+    }
+    FL_HD void send_all() {
+        while (count > 0) send_one();
+    }
+};
+
+// Copies the elements that share a cache line of `to` with others; the rest is for the lines to send.
+template <class Stored>
+FL_HD Lines begin_stream(Stored* to, const Stored* from, std::int64_t n) {
+    constexpr std::int64_t elements = kLine / sizeof(Stored);
+    const auto misaligned = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(to) % kLine / sizeof(Stored));
+    const std::int64_t head = std::min(n, (elements - misaligned) % elements), lines = (n - head) / elements;
+    for (std::int64_t i = 0; i < head; ++i) to[i] = from[i];
+    for (std::int64_t i = head + lines * elements; i < n; ++i) to[i] = from[i];
+    return {reinterpret_cast<char*>(to + head), reinterpret_cast<const char*>(from + head), lines};
+}
+
 // The same functions for a whole vector, so that one loop body serves both.
 struct Whole {};
 

@@ -1,9 +1,8 @@
 // What tiles of a PassLoss need and what does not depend on the loss: compiled once per arithmetic type.
 #pragma once
 
+#include "cpu/gradient_rows.h"
 #include "cpu/lane_block.h"
-#include "cpu/row_buffer.h"
-#include "cpu/scratch.h"
 
 namespace fused_losses {
 inline namespace FL_ISA {
@@ -40,17 +39,13 @@ public:
           block(std::min(static_cast<int>(tile_rows), V::size * (p.num_classes > Tiling::kFewClasses ? 1 : kGroups))),
           whole(lanes ? p.num_classes : p.num_classes / V::size),
           tail(lanes ? 0 : static_cast<int>(p.num_classes % V::size)),
-          scratch(parts_of(block) * vectors() * V::size) {
+          scratch(parts_of(block) * vectors() * V::size),
+          gradient_rows(problem, lanes ? 0 : block, bytes_of(problem.dtype)) {
         with_stored<A>(p, [&]<class Stored>() {
             constexpr bool as_stored = !lanes && std::is_same_v<Stored, A>;
-            streams = !lanes && RowBuffer<Stored>::streams(p);
             reads_directly = as_stored && p.logits_class_stride == 1;
-            writes_directly = as_stored && p.grad_class_stride == 1 && !streams;
+            writes_directly = as_stored && p.grad_class_stride == 1;
         });
-    }
-
-    ~PassRows() {
-        if (streams) stream_fence();
     }
 
     // Takes rows [at, at + count) of the tile, at most `block`, with their logits or without.
@@ -100,15 +95,16 @@ public:
         for (int i = 0; i < row_count && rows.any_ignored; ++i)
             for (std::int64_t c = 0; c < p.num_classes && rows.ignored(first_row + i); ++c)
                 (lanes ? gradient[i / V::size][c * V::size + i % V::size] : gradient[i][c]) = A(0);
-        if (writes_directly) return;
         with_stored<A>(p, [&]<class Stored>() {
             const std::int64_t row = first + first_row;
             for (int part = 0; lanes && part < parts_of(row_count); ++part)
                 LaneBlock<Stored>::store_gradient(p, outer, row + part * V::size, rows_in(part), gradient[part]);
-            for (int i = 0; !lanes && i < row_count; ++i)
+            if (lanes) return;
+            for (int i = 0; !writes_directly && i < row_count; ++i)
                 RowBuffer<Stored>::write_row(
-                    p, RowBuffer<Stored>::gradient(p, outer, row + i), streams, /*unordered=*/false,
+                    p, gradient_rows.row<Stored>(outer, row + i, i), /*unordered=*/false,
                     [&](std::int64_t c, auto count) { return fused_losses::load(gradient[i] + c, count, A(0)); });
+            gradient_rows.finish<Stored>(outer, row, row_count);
         });
     }
 
@@ -184,23 +180,27 @@ public:
         body(whole, tail, number == own, [=](V sum, V x) { return sum + math::select(is_class, x, V(A(0))); });
     }
 
-    // The same; while this part is computed, its counterpart in the next block is fetched.
+    // The same; while this part is computed, its counterpart in the next block is fetched and the gradient of the
+    // previous one leaves.
     template <class Body>
-    FL_HD void for_each_fetching(int part, Body body) const {
+    FL_HD void for_each_fetching(int part, Body body) {
         const char *next_logits = nullptr, *next_grad = nullptr;
         std::int64_t step = 0;
         with_stored<A>(p, [&]<class Stored>() {
             step = V::size * sizeof(Stored);
             const std::int64_t row = next + (lanes ? part * V::size : part);
             if (reads && p.logits_class_stride == 1) next_logits = reinterpret_cast<const char*>(row_of<Stored>(row));
-            if (p.grad && p.grad_class_stride == 1 && !streams)
-                next_grad = reinterpret_cast<const char*>(RowBuffer<Stored>::gradient(p, outer, row));
+            if (p.grad_class_stride == 1)
+                next_grad = reinterpret_cast<const char*>(gradient_rows.to_fetch<Stored>(outer, row));
         });
+        Lines lines = gradient_rows.lines;  // a copy can stay in registers
         for_each(part, [&](std::int64_t k, auto count, Mask<A> is_target, auto add) FL_INLINE {
+            lines.send_one();
             if (next_logits) __builtin_prefetch(next_logits + k * step, /*for writing=*/0);
             if (next_grad) __builtin_prefetch(next_grad + k * step, /*for writing=*/1);
             body(k, count, is_target, add);
         });
+        gradient_rows.lines = lines;
     }
 
     // NaN skipped.
@@ -255,7 +255,7 @@ private:
     template <class Stored>
     A* gradient_place(std::int64_t row, int part) const {
         if constexpr (std::is_same_v<Stored, A>)
-            if (writes_directly) return RowBuffer<Stored>::gradient(p, outer, row);
+            if (writes_directly) return gradient_rows.row<Stored>(outer, row, part);
         return scratch_of(part);
     }
 
@@ -278,7 +278,8 @@ private:
     A* scratch_of(int part) const { return scratch.data() + part * vectors() * V::size; }
 
     Scratch<A> scratch;
-    bool streams, reads_directly, writes_directly, reads;
+    GradientRows gradient_rows;
+    bool reads_directly, writes_directly, reads;
     std::int64_t outer, next;  // the row behind them
     PerGroup target;           // class numbers
 };

@@ -69,7 +69,7 @@ private:
         }
     }
 
-    States run() const {
+    States run() {
         const V classes = A(p.num_classes);
         typename View::PerGroup top = {};
         if constexpr (Loss::needs_max) top = view.find_max();
@@ -85,7 +85,7 @@ private:
     }
 
     template <bool last>
-    void run_pass(int pass, States& states, const Inputs& rows) const {
+    void run_pass(int pass, States& states, const Inputs& rows) {
         std::array<AllSums, View::kGroups> sums;
         for (AllSums& of_group : sums)
             for (V& sum : of_group.v) sum = A(0);
@@ -109,7 +109,7 @@ private:
     // What a pass adds up in one part. By value, and with sums of its own, is what the loop works with: no number that
     // is kept there can change it, so it stays in registers and what depends on it alone is computed once.
     template <bool last, bool keeps>
-    AllSums sum_classes(int pass, int part, const State state, const RowInputs<V>& row) const {
+    AllSums sum_classes(int pass, int part, const State state, const RowInputs<V>& row) {
         constexpr int used = last ? Loss::num_sums : Loss::num_early_sums;
         const std::array<V, kMaxParams> own = params;
         const auto margins = view.class_margins(view.in_part(row.margin, part));

@@ -3,8 +3,8 @@
 
 #include <type_traits>
 
-#include "cpu/tile_rows.h"
 #include "cpu/memory.h"
+#include "cpu/tile_rows.h"
 
 namespace fused_losses {
 inline namespace FL_ISA {
@@ -33,42 +33,20 @@ struct RowBuffer {
         return out;
     }
 
-    static Stored* gradient(const RowProblem& p, std::int64_t outer, std::int64_t row) {
-        return static_cast<Stored*>(p.grad) + p.grad_stride.at(outer, row);
-    }
-
-    static void zero_gradient(const RowProblem& p, std::int64_t outer, std::int64_t row) {
-        Stored* const grad = gradient(p, outer, row);
+    static void zero_gradient(const RowProblem& p, Stored* grad) {
         for (std::int64_t c = 0; c < p.num_classes; ++c) grad[c * p.grad_class_stride] = narrow<Stored>(A(0));
-    }
-
-    // Whether gradients are so large that stores past the caches, which need not read what they overwrite, take less
-    // time (a seventh for 80 MB; for 16 MB it was no gain). Rows have to be long, because the cache lines that they
-    // share with their neighbours take longer: with rows of 600 bytes all took twice the time. They need
-    // stream_fence() in the end.
-    static bool streams(const RowProblem& p) {
-        constexpr std::int64_t kStreamedBytes = 64 << 20, kStreamedRow = 16 << 10;
-        const std::int64_t row = p.num_classes * std::int64_t(sizeof(Stored));
-        return p.grad && p.grad_class_stride == 1 && row >= kStreamedRow && p.rows() * row >= kStreamedBytes;
     }
 
     // The gradient of a row, value(c, count) being that of the classes from c on; `unordered`: in the order of pairs
     // (cpu/memory.h).
     template <class Value>
-    static void write_row(const RowProblem& p, Stored* grad, bool streams, bool unordered, Value value) {
+    static void write_row(const RowProblem& p, Stored* grad, bool unordered, Value value) {
         const auto write = [&](std::int64_t c, auto count) { store(grad + c, value(c, count), count); };
         const std::int64_t classes = p.num_classes;
         if (p.grad_class_stride != 1) return write_strided(p, grad, value);
         if constexpr (sizeof(Stored) == 2)
             if (unordered) return write_pairs(grad, classes, value);
-        if (!streams) return for_vectors<A>(classes, write);
-        constexpr int size = Vec<A>::size;
-        const auto misaligned = reinterpret_cast<std::uintptr_t>(grad) / sizeof(Stored) % size;
-        const std::int64_t head = std::min<std::int64_t>((size - misaligned) % size, classes);
-        std::int64_t c = head;
-        if (head > 0) write(0, static_cast<int>(head));
-        for (; c + size <= classes; c += size) stream(grad + c, value(c, Whole{}));
-        if (c < classes) write(c, static_cast<int>(classes - c));
+        for_vectors<A>(classes, write);
     }
 
 private:

@@ -2,8 +2,7 @@
 // pass are still in cache when the gradient pass scales them.
 #pragma once
 
-#include "cpu/row_buffer.h"
-#include "cpu/scratch.h"
+#include "cpu/gradient_rows.h"
 
 namespace fused_losses {
 inline namespace FL_ISA {
@@ -22,14 +21,10 @@ public:
     RowTile(const RowProblem& problem, std::int64_t tile_rows)
         : p(problem),
           classes(problem.num_classes),
-          streams(Buffer::streams(p)),
-          in_place(std::is_same_v<Stored, A> && p.grad && p.grad_class_stride == 1 && !streams),
+          in_place(std::is_same_v<Stored, A> && p.grad && p.grad_class_stride == 1),
+          gradient(problem, tile_rows, sizeof(Stored)),
           buffer(in_place || (Buffer::reads_directly(p) && !p.grad) ? 0 : tile_rows * classes),
           soft_target(p.spread == Spread::kSoftTarget ? tile_rows * classes : 0) {}
-
-    ~RowTile() {
-        if (streams) stream_fence();
-    }
 
     void forward(std::int64_t outer, std::int64_t first, int n, TileSums& sums) {
         rows.begin(p, outer, first, n);
@@ -41,7 +36,9 @@ public:
                 reduce_row<false>(outer, first + i, i);
         }
         rows.finish(p, outer, first, n, sums);
-        for (int i = 0; i < n && p.grad; ++i) write_gradient(outer, first + i, i);
+        if (!p.grad) return;
+        for (int i = 0; i < n; ++i) write_gradient(outer, first + i, i);
+        gradient.finish<Stored>(outer, first, n);
     }
 
     void backward(std::int64_t outer, std::int64_t first, int n) {
@@ -59,12 +56,13 @@ public:
             }
             write_gradient(outer, first + i, i);
         }
+        gradient.finish<Stored>(outer, first, n);
     }
 
 private:
     // Where row i of the tile keeps its exponentials: in the gradient itself if it can, null if nobody needs them.
     A* exponentials(std::int64_t outer, std::int64_t row, int i) const {
-        if (in_place) return reinterpret_cast<A*>(Buffer::gradient(p, outer, row));
+        if (in_place) return gradient.row<A>(outer, row, i);
         return buffer.data() ? buffer.data() + i * classes : nullptr;
     }
 
@@ -95,8 +93,8 @@ private:
         return math::select(V::iota() == offset, V(rows.target_logit[i]), z);
     }
 
-    // Whether nothing tells the classes of a row apart, so that they may be taken as pairs (cpu/memory.h). Then there is
-    // no copy of the logits, and the exponentials are in the order of pairs.
+    // Whether nothing tells the classes of a row apart, so that they may be taken as pairs (cpu/memory.h). Then there
+    // is no copy of the logits, and the exponentials are in the order of pairs.
     bool unordered(int i) const {
         const bool contiguous = p.logits_class_stride == 1 && p.grad_class_stride == 1;
         return sizeof(Stored) == 2 && contiguous && rows.bias == A(0) && !spread_of(i);
@@ -183,15 +181,17 @@ private:
     }
 
     // sum exp(x - max), and with u = 1 the sum of x - max; the exponentials go to e unless it is null. Computing them
-    // takes longer than their memory: time to fetch the next row's, and that of the gradient unless it is written past
-    // the caches (a prefetch may point anywhere).
+    // takes longer than their memory: time to fetch the next row's, and the gradient's, in place the next row's (a
+    // prefetch may point anywhere).
     template <bool kBiased, bool kOnes>
     void exp_sum(const A* x, int i, A* e, std::int64_t outer, std::int64_t row) {
         const Stored* const next_logits = as<Stored>(p.logits) + p.logits_stride.at(outer, row + 1);
-        Stored* const grad = p.grad && !streams ? Buffer::gradient(p, outer, row + in_place) : nullptr;
+        const Stored* const grad = gradient.to_fetch<Stored>(outer, row + in_place);
         const V top = rows.max[i];
         V sum = A(0), centred = A(0);
+        Lines lines = gradient.lines;  // a copy can stay in registers
         for_logits<kBiased>(x, outer, row, i, [&](V z, std::int64_t c, auto count, auto half) {
+            lines.send_one();
             if (half == 0) __builtin_prefetch(next_logits + c, /*for writing=*/0);
             if (half == 0 && grad) __builtin_prefetch(grad + c, /*for writing=*/1);
             const V below = z - top, term = exp_not_positive<Stored>(below);
@@ -199,6 +199,7 @@ private:
             sum += term;
             if constexpr (kOnes) centred += first_of(below, count);
         });
+        gradient.lines = lines;
         rows.sum[i] = sum.sum();
         if constexpr (kOnes) rows.centred[i] = centred.sum(), rows.sum_u[i] = A(classes);
     }
@@ -225,13 +226,13 @@ private:
 
     // grad = alpha e + gamma u, e = exp(z - max)
     void write_gradient(std::int64_t outer, std::int64_t row, int i) {
-        if (rows.ignored(i)) return Buffer::zero_gradient(p, outer, row);
+        Stored* const grad = gradient.row<Stored>(outer, row, i);
+        if (rows.ignored(i)) return Buffer::zero_gradient(p, grad);
         A* const e = exponentials(outer, row, i);
         const A* const u = spread_of(i);
         const V alpha = rows.alpha[i], gamma = rows.gamma[i];
         const bool spread = p.spread != Spread::kNone;
-        Stored* const grad = Buffer::gradient(p, outer, row);
-        Buffer::write_row(p, grad, streams, unordered(i), [&](std::int64_t c, auto count) {
+        Buffer::write_row(p, grad, unordered(i), [&](std::int64_t c, auto count) {
             V g = alpha * load(e + c, count, A(0));
             if (spread) g += gamma * (u ? load(u + c, count, A(0)) : V(A(1)));
             return g;
@@ -241,8 +242,8 @@ private:
 
     const RowProblem& p;
     const std::int64_t classes;
-    const bool streams;
     const bool in_place;  // exponentials are written into the gradient and scaled there
+    GradientRows gradient;
     Scratch<A> buffer, soft_target;
     TileRows<A> rows;
 };

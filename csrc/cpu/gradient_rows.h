@@ -1,0 +1,69 @@
+// Where a tile's gradient rows are written: to the caller's memory; or, if there is so much of it that stores past the
+// caches pay, to scratch, from where whole cache lines go out while the next tile is computed.
+#pragma once
+
+#include "cpu/row_buffer.h"
+#include "cpu/scratch.h"
+
+namespace fused_losses {
+inline namespace FL_ISA {
+
+class GradientRows {
+    // Ordinary stores read what they overwrite. Less than this may be found in a cache by what backward does next.
+    static constexpr std::int64_t kStreamedBytes = 8 << 20;
+
+public:
+    // Tiles of so many rows, 0 if nothing is to go past the caches, whose elements take so many bytes.
+    GradientRows(const RowProblem& problem, std::int64_t tile_rows, std::int64_t element)
+        : p(problem),
+          row_bytes(p.num_classes * element),
+          streams(p.grad && tile_rows > 0 && p.grad_class_stride == 1 && p.grad_stride.inner == p.num_classes &&
+                  p.rows() * row_bytes >= kStreamedBytes),
+          tile_bytes(tile_rows * row_bytes),
+          scratch(streams ? 2 * tile_bytes : 0) {}
+
+    ~GradientRows() {
+        lines.send_all();
+        if (streams) stream_fence();
+    }
+
+    // Of row `number` of image `outer`, the tile's i-th.
+    template <class Stored>
+    Stored* row(std::int64_t outer, std::int64_t number, int i) const {
+        if (!streams) return in_memory<Stored>(outer, number);
+        return reinterpret_cast<Stored*>(scratch.data() + turn * tile_bytes + i * row_bytes);
+    }
+
+    // Memory worth fetching before the row is written; null if there is none.
+    template <class Stored>
+    const Stored* to_fetch(std::int64_t outer, std::int64_t number) const {
+        return p.grad && !streams ? in_memory<Stored>(outer, number) : nullptr;
+    }
+
+    // The tile's rows [first, first + n) are complete.
+    template <class Stored>
+    void finish(std::int64_t outer, std::int64_t first, int n) {
+        if (!streams) return;
+        lines.send_all();
+        lines = begin_stream(in_memory<Stored>(outer, first), row<Stored>(outer, first, 0), n * p.num_classes);
+        turn = 1 - turn;
+    }
+
+    Lines lines;  // of the previous tile
+
+private:
+    template <class Stored>
+    Stored* in_memory(std::int64_t outer, std::int64_t number) const {
+        return static_cast<Stored*>(p.grad) + p.grad_stride.at(outer, number);
+    }
+
+    const RowProblem& p;
+    const std::int64_t row_bytes;
+    const bool streams;
+    const std::int64_t tile_bytes;
+    const Scratch<char> scratch;  // of two tiles
+    int turn = 0;
+};
+
+}  // namespace FL_ISA
+}  // namespace fused_losses
