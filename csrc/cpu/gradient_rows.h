@@ -9,8 +9,9 @@ namespace fused_losses {
 inline namespace FL_ISA {
 
 class GradientRows {
-    // Ordinary stores read what they overwrite. Less than this may be found in a cache by what backward does next.
-    static constexpr std::int64_t kStreamedBytes = 8 << 20;
+    // Ordinary stores read what they overwrite; but less than this, or shorter rows, took no longer: allocators hand
+    // out memory again that is still in a cache, or that the kernel has just cleared.
+    static constexpr std::int64_t kStreamedBytes = 64 << 20, kStreamedRow = 16 << 10;
 
 public:
     // Tiles of so many rows, 0 if nothing is to go past the caches, whose elements take so many bytes.
@@ -18,7 +19,7 @@ public:
         : p(problem),
           row_bytes(p.num_classes * element),
           streams(p.grad && tile_rows > 0 && p.grad_class_stride == 1 && p.grad_stride.inner == p.num_classes &&
-                  p.rows() * row_bytes >= kStreamedBytes),
+                  row_bytes >= kStreamedRow && p.rows() * row_bytes >= kStreamedBytes),
           tile_bytes(tile_rows * row_bytes),
           scratch(streams ? 2 * tile_bytes : 0) {}
 

@@ -184,20 +184,25 @@ public:
     // previous one leaves.
     template <class Body>
     FL_HD void for_each_fetching(int part, Body body) {
-        const char *next_logits = nullptr, *next_grad = nullptr;
-        std::int64_t step = 0;
+        // Where there is nothing to fetch, the same line again and again: cheaper than to ask each time.
+        const char *next_logits = static_cast<const char*>(p.logits), *next_grad = next_logits;
+        std::int64_t logits_step = 0, grad_step = 0;
         with_stored<A>(p, [&]<class Stored>() {
-            step = V::size * sizeof(Stored);
             const std::int64_t row = next + (lanes ? part * V::size : part);
-            if (reads && p.logits_class_stride == 1) next_logits = reinterpret_cast<const char*>(row_of<Stored>(row));
-            if (p.grad_class_stride == 1)
-                next_grad = reinterpret_cast<const char*>(gradient_rows.to_fetch<Stored>(outer, row));
+            if (reads && p.logits_class_stride == 1) {
+                next_logits = reinterpret_cast<const char*>(row_of<Stored>(row));
+                logits_step = V::size * sizeof(Stored);
+            }
+            const Stored* const grad = p.grad_class_stride == 1 ? gradient_rows.to_fetch<Stored>(outer, row) : nullptr;
+            if (!grad) return;
+            next_grad = reinterpret_cast<const char*>(grad);
+            grad_step = V::size * sizeof(Stored);
         });
         Lines lines = gradient_rows.lines;  // a copy can stay in registers
         for_each(part, [&](std::int64_t k, auto count, Mask<A> is_target, auto add) FL_INLINE {
             lines.send_one();
-            if (next_logits) __builtin_prefetch(next_logits + k * step, /*for writing=*/0);
-            if (next_grad) __builtin_prefetch(next_grad + k * step, /*for writing=*/1);
+            __builtin_prefetch(next_logits + k * logits_step, /*for writing=*/0);
+            __builtin_prefetch(next_grad + k * grad_step, /*for writing=*/1);
             body(k, count, is_target, add);
         });
         gradient_rows.lines = lines;

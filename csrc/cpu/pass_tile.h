@@ -23,7 +23,7 @@ public:
         : p(problem),
           passes(Loss::passes(problem.params)),
           view(problem, tile_rows),
-          kept(problem.grad ? view.parts_of(view.block) * view.vectors() * Loss::num_kept : 0) {
+          kept(problem.grad || problem.bits ? view.parts_of(view.block) * view.vectors() * Loss::num_kept : 0) {
         for (int i = 0; i < kMaxParams; ++i) params[i] = A(p.params[i]);
     }
 
@@ -92,8 +92,8 @@ private:
         view.for_parts([&](int part) {
             const int group = View::group_of(part);
             const State state = in_part(states[group], part);
-            const AllSums partial = p.grad ? sum_classes<last, true>(pass, part, state, rows[group])
-                                           : sum_classes<last, false>(pass, part, state, rows[group]);
+            const AllSums partial = p.grad || p.bits ? sum_classes<last, true>(pass, part, state, rows[group])
+                                                     : sum_classes<last, false>(pass, part, state, rows[group]);
             for (int i = 0; i < Loss::num_sums; ++i) view.put(sums[group].v[i], part, view.total(partial.v[i]));
         });
         view.for_groups(
@@ -117,7 +117,8 @@ private:
         V sums[used];
         for (V& sum : sums) sum = A(0);
         V* const room = keeps ? kept_of(part) : nullptr;
-        constexpr bool makes_bits = has_bits && last && !keeps;
+        if (keeps && !room) __builtin_unreachable();  // the loop need not ask
+        constexpr bool makes_bits = has_bits && last && keeps;
         BitWriter<A> bits(makes_bits ? view.bits_of(part) : nullptr);
         const bool writes_bits = makes_bits && p.bits;
         const auto add_class = [&](std::int64_t k, auto count, Mask<A> is_target, auto add) FL_INLINE {

@@ -15,8 +15,8 @@ class BitWriter {
 public:
     FL_HD explicit BitWriter(std::uint32_t* words) : to(words) {}
 
-    FL_HD void add(Mask<A> bits) {
-        word |= to_bits(bits) << (vectors * Vec<A>::size);
+    FL_HD void add(Vec<A> nonzero) {
+        word |= nonzero_bits(nonzero) << (vectors * Vec<A>::size);
         if (++vectors == kVectorsPerWord<A>) flush();
     }
 

@@ -160,7 +160,9 @@ private:
         if constexpr (sizeof(Stored) == 2)
             if (!x) return max_of(as<Stored>(p.logits) + p.logits_stride.at(outer, row), classes);
         V top[4] = {kMinusInfinity, kMinusInfinity, kMinusInfinity, kMinusInfinity};
+        const Stored* const next_logits = as<Stored>(p.logits) + p.logits_stride.at(outer, row + 1);
         for_vectors_ahead<A, 4>(classes, [&](std::int64_t c, auto count, auto chain) {
+            if (chain == 0) __builtin_prefetch(next_logits + c / 4, /*for writing=*/0);  // exp_sum fetches the rest
             top[chain] = max(top[chain], biased<kBiased>(x, c, count, i));
         });
         return max(max(top[0], top[1]), max(top[2], top[3])).max();
@@ -192,7 +194,7 @@ private:
         Lines lines = gradient.lines;  // a copy can stay in registers
         for_logits<kBiased>(x, outer, row, i, [&](V z, std::int64_t c, auto count, auto half) {
             lines.send_one();
-            if (half == 0) __builtin_prefetch(next_logits + c, /*for writing=*/0);
+            if (half == 0) __builtin_prefetch(next_logits + classes / 4 + c, /*for writing=*/0);
             if (half == 0 && grad) __builtin_prefetch(grad + c, /*for writing=*/1);
             const V below = z - top, term = exp_not_positive<Stored>(below);
             if (e) store(e + c, term, count);

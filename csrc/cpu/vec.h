@@ -175,22 +175,23 @@ struct Traits<Vec<A>> {
 
 }  // namespace math
 
-// One bit per element, the first the lowest, and back.
+// One bit per element, the first the lowest: whether it is not 0. No element is -0.
 template <class A>
-FL_HD std::uint32_t to_bits(Mask<A> mask) {
+FL_HD std::uint32_t nonzero_bits(Vec<A> x) {
 #if defined(__AVX512F__)
+    const auto bits = std::bit_cast<__m512i>(x.v);
     if constexpr (sizeof(A) == 4)
-        return _mm512_movepi32_mask(std::bit_cast<__m512i>(mask.m));
+        return _mm512_test_epi32_mask(bits, bits);
     else
-        return _mm512_movepi64_mask(std::bit_cast<__m512i>(mask.m));
+        return _mm512_test_epi64_mask(bits, bits);
 #elif defined(__AVX__)
     if constexpr (sizeof(A) == 4)
-        return _mm256_movemask_ps(std::bit_cast<__m256>(mask.m));
+        return _mm256_movemask_ps(_mm256_cmp_ps(x.v, _mm256_setzero_ps(), _CMP_NEQ_UQ));
     else
-        return _mm256_movemask_pd(std::bit_cast<__m256d>(mask.m));
+        return _mm256_movemask_pd(_mm256_cmp_pd(x.v, _mm256_setzero_pd(), _CMP_NEQ_UQ));
 #else
     std::uint32_t bits = 0;
-    for (int i = 0; i < Vec<A>::size; ++i) bits |= (mask.m[i] & 1u) << i;
+    for (int i = 0; i < Vec<A>::size; ++i) bits |= std::uint32_t(x.v[i] != A(0)) << i;
     return bits;
 #endif
 }

@@ -18,8 +18,18 @@ struct MarginLoss {
 
     template <class T>
     struct State {
-        T target_logit, margin, threshold, per_error, count, value;  // dL/de of a kept error is per_error
+        T target_logit, margin, below, per_error, count, value;  // errors above `below` are kept, dL/de is per_error
     };
+
+    // Calls body.operator()<Loss>() with the loss that knows whether there is a threshold.
+    template <class Body>
+        requires requires { typename Rule::template Knowing<true>; }
+    static void visit_variant(const double* params, Body body) {
+        if (Rule::has_threshold(params))
+            body.template operator()<MarginLoss<typename Rule::template Knowing<true>>>();
+        else
+            body.template operator()<MarginLoss<typename Rule::template Knowing<false>>>();
+    }
 
     // The threshold is the first pass's.
     template <class T>
@@ -32,13 +42,14 @@ struct MarginLoss {
         return {row.target_logit, row.margin, T(0), T(0), T(0), T(0)};
     }
 
-    // NaN stays NaN and +inf becomes NaN: both spoil their row. A masked class (-inf) has no error.
+    // NaN stays NaN and +inf becomes NaN (as 0 * inf): both spoil their row. A masked class (-inf) has no error.
     template <class T>
     FL_HD static T error(const State<T>& s, T z, T margin, math::mask_t<T> is_target, const T* params) {
         const T infinity = T(std::numeric_limits<math::scalar_t<T>>::infinity());
         const T e = (z - s.target_logit) + math::select(Rule::competitors_margin(params), margin, s.margin);
-        const T positive = math::select(is_target | (e <= T(0)) | (z == -infinity), T(0), e);
-        return math::select(z == infinity, nan<T>(), positive);
+        const T positive = math::select(e < T(0), T(0), e);
+        const T or_masked = math::select(z == -infinity, T(0), T(0) * z + positive);
+        return math::select(is_target, T(0), or_masked);
     }
 
     template <class T>
@@ -46,9 +57,16 @@ struct MarginLoss {
         return T(std::numeric_limits<math::scalar_t<T>>::quiet_NaN());
     }
 
+    // NaN is not, so that it spoils the sum.
     template <class T>
-    FL_HD static math::mask_t<T> is_kept(const State<T>& s, T e) {
-        return (e > T(0)) & (e >= s.threshold);
+    FL_HD static math::mask_t<T> is_dropped(const State<T>& s, T e) {
+        return e <= s.below;
+    }
+
+    // The largest number below x >= 0, but not below 0.
+    template <class T>
+    FL_HD static T just_below(T x) {
+        return math::select(x > T(0), math::Traits<T>::from_bits(math::Traits<T>::bits(x) - 1), x);
     }
 
     template <class T>
@@ -67,15 +85,15 @@ struct MarginLoss {
         const T e = again && kept ? *kept : error(s, z, margin, is_target, params);
         if (!again && kept) *kept = e;
         if (!last) return {{e, T(0)}};
-        const T counts = math::select(is_kept(s, e), T(1), T(0));
-        return {{math::select(e < s.threshold, T(0), e), counts}};  // no comparison drops NaN
+        const auto dropped = is_dropped(s, e);
+        return {{math::select(dropped, T(0), e), math::select(dropped, T(0), T(1))}};
     }
 
     template <class T>
     FL_HD static void end_pass(int pass, State<T>& s, const Sums<T, 2>& sums, const RowInputs<T>& row,
                                const T* params) {
         if (pass == 0 && Rule::has_threshold(params)) {
-            s.threshold = sums.v[0] / row.num_classes;
+            s.below = just_below(sums.v[0] / row.num_classes);
             return;
         }
         s.count = sums.v[1];
@@ -100,13 +118,13 @@ struct MarginLoss {
 
     template <class T>
     FL_HD static T gradient_of_kept(const State<T>& s, const T* e, math::mask_t<T> is_target, const T*) {
-        return gradient_of_bit(s, is_kept(s, *e), is_target);
+        return gradient_of_bit(s, !is_dropped(s, *e), is_target);
     }
 
     // Whether the error was kept.
     template <class T>
-    FL_HD static math::mask_t<T> bit(const Sums<T, 2>& sums) {
-        return sums.v[1] > T(0);
+    FL_HD static T bit(const Sums<T, 2>& sums) {
+        return sums.v[1];
     }
 
     template <class T>
@@ -150,6 +168,25 @@ struct HEMRule {
     template <class T>
     FL_HD static bool has_threshold(const T*) {
         return true;
+    }
+};
+
+// Both in one. params: those of multi_margin, margin_index.
+struct AnyMarginRule : MultiMarginRule {
+    template <bool kThreshold>
+    struct Knowing;
+
+    template <class T>
+    FL_HD static math::mask_t<T> competitors_margin(const T* params) {
+        return params[3] > T(0);
+    }
+};
+
+template <bool kThreshold>
+struct AnyMarginRule::Knowing : AnyMarginRule {
+    template <class T>
+    FL_HD static bool has_threshold(const T*) {
+        return kThreshold;
     }
 };
 

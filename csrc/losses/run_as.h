@@ -29,5 +29,19 @@ struct RunAs<OfShares<NFL>> {
     }
 };
 
+template <>
+struct RunAs<HEM> {
+    using type = MarginLoss<AnyMarginRule>;
+    static void convert(double* params) {  // margin, margin_index
+        const double converted[] = {params[0], 1, 1, params[1]};
+        std::copy(std::begin(converted), std::end(converted), params);
+    }
+};
+template <>
+struct RunAs<MultiMargin> {
+    using type = MarginLoss<AnyMarginRule>;
+    static void convert(double* params) { params[3] = 0; }
+};
+
 }  // namespace FL_ISA
 }  // namespace fused_losses
