@@ -1,10 +1,9 @@
 // The threads that share a row. Every kind of team offers
 //
-//     walk<kBytes>(row, count, vectors, body)   body(Count<n>, c) so that each class of [0, count) is one thread's
-//     reduce(numbers, combine)                  over all threads, in an order that depends on the team's size alone;
-//     all
-//                                               of them get the result
-//     records()                                 whether this thread writes what there is one of per row
+//     walk<kBytes>(row, count, vectors, body, from)   as walk_vectors(): each class of [0, count) is one thread's
+//     reduce(numbers, combine)                        over all threads, in an order that depends on the team's size
+//                                                     alone; all of them get the result
+//     records()                                       whether this thread writes what there is one of per row
 #pragma once
 
 #include "cuda/cluster.cuh"
@@ -47,7 +46,7 @@ struct Alone {
     FL_DEVICE explicit Alone(const Residence& = {}) {}
 
     template <int kBytes = 16, class Stored, class Body>
-    FL_DEVICE void walk(const Stored*, int count, bool, Body body) const {
+    FL_DEVICE void walk(const Stored*, int count, bool, Body body, const Stored* = nullptr) const {
         for (int c = 0; c < count; ++c) body(Count<1>{}, c);
     }
     template <class T, class Combine>
@@ -67,7 +66,7 @@ struct Column {
         : pixels(count), pixel(threadIdx.x % count), part(threadIdx.x / count), parts(kBlock / count) {}
 
     template <int kBytes = 16, class Stored, class Body>
-    FL_DEVICE void walk(const Stored*, int count, bool, Body body) const {
+    FL_DEVICE void walk(const Stored*, int count, bool, Body body, const Stored* = nullptr) const {
         for (int c = part; c < count; c += parts) body(Count<1>{}, c);
     }
 
@@ -100,8 +99,8 @@ struct Lanes {
     FL_DEVICE explicit Lanes(const Residence&) {}
 
     template <int kBytes = 16, class Stored, class Body>
-    FL_DEVICE void walk(const Stored* row, int count, bool vectors, Body body) const {
-        walk_vectors<kBytes>(row, count, vectors, lane, kLanes, body);
+    FL_DEVICE void walk(const Stored* row, int count, bool vectors, Body body, const Stored* from = nullptr) const {
+        walk_vectors<kBytes>(row, count, vectors, lane, kLanes, body, from);
     }
 
     FL_DEVICE std::int64_t count() const { return std::int64_t(gridDim.x) * (kBlock / kLanes); }
@@ -122,8 +121,8 @@ struct Group {
     FL_DEVICE explicit Group(const Residence& plan) : threads(plan.threads), lane(threadIdx.x % plan.threads) {}
 
     template <int kBytes = 16, class Stored, class Body>
-    FL_DEVICE void walk(const Stored* row, int count, bool vectors, Body body) const {
-        walk_vectors<kBytes>(row, count, vectors, lane, threads, body);
+    FL_DEVICE void walk(const Stored* row, int count, bool vectors, Body body, const Stored* from = nullptr) const {
+        walk_vectors<kBytes>(row, count, vectors, lane, threads, body, from);
     }
 
     // Of all groups of the grid, and this one among them. Only blocks form clusters.

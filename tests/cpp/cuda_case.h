@@ -36,10 +36,31 @@ class CudaCase : ExpectedRows<Stored> {
 public:
     using Base::Base;
 
-    void test(const std::string& what) {
+    void test(const std::string& what) { test(what, any_grad_layout()); }
+
+    // Rows of the gradient begin `offset` elements further from a 16-byte boundary than those of the logits, which have
+    // no gaps: written by vectors all the same.
+    void test_offset(const std::string& what, int offset) {
+        Layout layout = logits.layout;
+        layout.begin = offset;
+        const long before = cuda_emulation::funnel_shifts;
+        test(what + ", gradient off by " + std::to_string(offset), layout);
+        bool some = false;  // row that is not ignored
+        for_rows([&](std::int64_t o, std::int64_t i) { some |= !ignored(o, i); });
+        const bool shifted = cuda_emulation::funnel_shifts > before;
+        if (!is_pass_loss(p.loss)) check(shifted == (offset > 0 && some), "%s: not by vectors", name.c_str());
+    }
+
+    void test_isolation(const std::string& what) {
+        name = what;
+        choose_device();
+        Base::template check_isolation<Result>(any_grad_layout(), [&](Result& r) { run(r); });
+    }
+
+private:
+    void test(const std::string& what, const Layout& grad_layout) {
         name = what + (soft ? " soft" : "");
         choose_device();
-        const Layout grad_layout = any_grad_layout();
         const Inputs before = inputs();
         compute_expected();
         Result once(grad_layout, p), again(grad_layout, p);
@@ -55,13 +76,6 @@ public:
         test_gradient_of_forward(grad_layout);
     }
 
-    void test_isolation(const std::string& what) {
-        name = what;
-        choose_device();
-        Base::template check_isolation<Result>(any_grad_layout(), [&](Result& r) { run(r); });
-    }
-
-private:
     struct Result : RowResult {
         Guarded<A> scalars;
         Guarded<double> scratch;
@@ -106,7 +120,7 @@ private:
         RowProblem q = p;
         q.row_values = result.values.data();
         q.stats = result.stats.data();
-        q.grad = result.grad.data();
+        q.grad = result.grad.data() + result.grad_layout.begin;
         set_strides(result.grad_layout, q.grad_stride, q.grad_class_stride);
         return q;
     }

@@ -229,6 +229,42 @@ void test_walk() {
     }
 }
 
+// A gradient that begins elsewhere than its logits: full vectors of it but for a few elements at the ends, and every
+// vector of the logits out of two that lie within the row.
+template <class Stored>
+void test_walk_of_two() {
+    constexpr int n = kVector<Stored>, threads = 32;
+    std::vector<uint4> memory(100), other(100);
+    auto* const bytes = reinterpret_cast<unsigned char*>(other.data());
+    for (std::size_t i = 0; i < other.size() * 16; ++i) bytes[i] = (unsigned char)(3 * i % 61);  // finite as numbers
+    for (int at = 0; at < n * n; ++at) {
+        const Stored* const to = reinterpret_cast<const Stored*>(memory.data()) + at / n;
+        const Stored* const from = reinterpret_cast<const Stored*>(other.data()) + at % n;
+        for (const int count : {1, n, 2 * n - 1, 2 * n, 3 * n - 1, 3 * n, 4 * n, 5 * n + 1, 100, 333}) {
+            std::vector<int> visits(count);
+            int singles = 0;
+            bool aligned = true, within = true, right = true;
+            const auto body = [&]<int kCount>(Count<kCount>, int i) {
+                for (int k = 0; k < kCount; ++k) ++visits[i + k];
+                singles += kCount == 1;
+                if constexpr (kCount > 1) {
+                    const int before = misalignment(from + i);
+                    aligned &= misalignment(to + i) == 0;
+                    within &= before == 0 || (i >= before && i - before + 2 * n <= count);
+                    acc_t<Stored> z[kCount], single[1];
+                    load_across(from + i, z);
+                    for (int k = 0; k < kCount; ++k) load(from + i + k, single), right &= z[k] == single[0];
+                }
+            };
+            for (int lane = 0; lane < threads; ++lane) walk_vectors(to, count, true, lane, threads, body, from);
+            check(std::count(visits.begin(), visits.end(), 1) == count, "%d of %d: not every class once", at, count);
+            check(aligned && within && right, "%d of %d: aligned %d, within the row %d, right %d", at, count, aligned,
+                  within, right);
+            check(singles <= (at / n == at % n ? 2 * (n - 1) : 3 * n), "%d of %d: %d singles", at, count, singles);
+        }
+    }
+}
+
 void test_planning() {
     RowProblem p;
     const auto regime = [&](std::int64_t outer, std::int64_t inner, std::int64_t classes, bool pixels) {
@@ -258,6 +294,10 @@ void test_planning() {
     test_walk<32, float>();
     test_walk<32, Half>();
     test_walk<kBlock, BFloat16>();
+    test_walk_of_two<double>();
+    test_walk_of_two<float>();
+    test_walk_of_two<Half>();
+    test_walk_of_two<BFloat16>();
 }
 
 // An H100, or an A100 without clusters; a kernel of 64 registers and 4 KiB of static shared memory.

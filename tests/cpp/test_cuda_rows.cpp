@@ -46,6 +46,23 @@ void test_many_rows(Random& random) {
         for (const Shape& shape : shapes) test_any_loss(dtype, shape, random, false);
 }
 
+// As of logits[:, :C] of a wider tensor: the gradient has no gaps.
+void test_offsets(Random& random) {
+    const Shape shapes[] = {{Kind::kRows, 1, 3, 70}, {Kind::kRows, 1, 3, 300}, {Kind::kRows, 1, 2, 1100}};
+    for (const Dtype dtype : kDtypes)
+        visit_dtype(dtype, [&]<class Stored>() {
+            for (int offset = 0; offset < int(16 / sizeof(Stored)); ++offset)
+                for (const bool passes : {false, true}) {
+                    const Shape& shape = shapes[random.below(3)];
+                    const int begin = passes ? SoftmaxLosses::size : 0, end = passes ? AllLosses::size : begin;
+                    const int loss = begin + random.below(std::max(1, end - begin));
+                    const std::vector<Params>& sets = naive_loss(loss_names()[loss]).params;
+                    CudaCase<Stored> problem(shape, loss, sets[random.below(int(sets.size()))], random);
+                    problem.test_offset(describe(shape, dtype, loss), offset);
+                }
+        });
+}
+
 void test_shapes(int thinning, Random& random) {
     for (const Dtype dtype : kDtypes)
         for (const int classes : {1, 2, 5, 8, 16, 17, 31, 33, 100, 129, 1001, 1024, 1027, 2049})
@@ -68,6 +85,7 @@ int main(int argc, char** argv) {
         test_losses(thinning, random);
         test_shapes(thinning, random);
         test_many_rows(random);
+        test_offsets(random);
     }
     check(cuda_emulation::clustered > 0, "no launch had clusters");
     return report("CUDA row kernels");
