@@ -8,10 +8,13 @@
 #include <mutex>
 #include <utility>
 
+#include "cuda/cluster.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/row_access.cuh"
 
 namespace fused_losses::cuda {
+
+constexpr int kEnoughBlocks = 3;  // on a multiprocessor, to copy, compute and write at the same time; more is no gain
 
 // What a kernel finds on its device. Memory in bytes, without the kernel's static shared memory.
 struct Room {
@@ -19,17 +22,68 @@ struct Room {
     int blocks = 1;                         // that fit on a multiprocessor by their registers
     int per_block = 0;                      // shared memory that a block may ask for
     int per_multiprocessor = 0, fixed = 0;  // what all blocks share, and what each takes without asking
-    bool clusters = false;
+    // [s][b]: how many clusters of 2^(s+1) blocks, up to kMaxCluster, run at the same time where b + 1 of these blocks
+    // fit on a multiprocessor.
+    int clusters[4][kEnoughBlocks] = {};
 
     // Blocks on a multiprocessor that ask for so much.
     int blocks_with(std::int64_t bytes) const {
         if (bytes > per_block) return 0;
         return static_cast<int>(std::min<std::int64_t>(blocks, per_multiprocessor / (bytes + fixed)));
     }
-    // Enough of them to copy, compute and write at the same time; more is no gain.
-    int enough() const { return std::min(blocks, 3); }
+    int enough() const { return std::min(blocks, kEnoughBlocks); }
     int useful_with(std::int64_t bytes) const { return std::min(enough(), blocks_with(bytes)); }
+
+    // Blocks on the whole device at the same time, so many of them on a multiprocessor.
+    std::int64_t on_device(int cluster, int on_multiprocessor) const {
+        if (cluster == 1 || on_multiprocessor == 0) return std::int64_t(multiprocessors) * on_multiprocessor;
+        const int size = std::countr_zero(static_cast<unsigned>(cluster)) - 1;
+        return std::int64_t(cluster) * clusters[size][std::min(on_multiprocessor, kEnoughBlocks) - 1];
+    }
 };
+
+// A launch of `blocks` blocks in clusters, each with so much dynamic shared memory. Not to be copied: it points into
+// itself.
+struct ClusterLaunch {
+    cudaLaunchAttribute cluster = {};
+    cudaLaunchConfig_t config = {};
+
+    ClusterLaunch(int size, std::int64_t bytes, std::int64_t blocks, cudaStream_t stream) {
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim.x = static_cast<unsigned>(size);
+        cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+        config.gridDim = dim3(static_cast<unsigned>(blocks));
+        config.blockDim = dim3(kBlock);
+        config.dynamicSmemBytes = static_cast<std::size_t>(bytes);
+        config.stream = stream;
+        config.attrs = &cluster;
+        config.numAttrs = size > 1 ? 1 : 0;
+    }
+    ClusterLaunch(const ClusterLaunch&) = delete;
+};
+
+// How many clusters can run at the same time; 0 where the device, or a part of it, cannot place one.
+template <class Kernel>
+int resident_clusters(Kernel* kernel, int size, std::int64_t bytes) {
+    const ClusterLaunch launch(size, bytes, size, nullptr);
+    int clusters = 0;
+    if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) == cudaSuccess) return clusters;
+    cudaGetLastError();  // an answer, not a failure
+    return 0;
+}
+
+// More than 8 blocks only with the kernel's leave, and not on every device.
+template <class Kernel>
+void ask_for_clusters(Kernel* kernel, Room& room) {
+    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess)
+        cudaGetLastError();  // then there are none of 16
+    for (int size = 2; size <= kMaxCluster; size *= 2)
+        for (int blocks = 1; blocks <= room.enough(); ++blocks) {
+            const int share = room.per_multiprocessor / blocks / 1024 * 1024;  // more than the unit of allocation
+            room.clusters[std::countr_zero(static_cast<unsigned>(size)) - 1][blocks - 1] =
+                resident_clusters(kernel, size, std::clamp(share - room.fixed, 0, room.per_block));
+        }
+}
 
 // Also lets the kernel ask for all of it.
 template <class Kernel>
@@ -50,10 +104,12 @@ cudaError_t ask_for_room(Kernel* kernel, int device, Room& room) {
     const int fixed = static_cast<int>(function.sharedSizeBytes);
     room.per_block = optin - fixed;
     room.fixed = fixed + reserved;
-    room.clusters = clusters != 0 && function.ptxVersion >= 90;  // compiled for less, a kernel knows no clusters
-    if (error != cudaSuccess) return error;
     // All there is, not what one launch needs: other threads may be launching the kernel, too.
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room.per_block);
+    if (error == cudaSuccess)
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room.per_block);
+    // Compiled for less, a kernel knows no clusters.
+    if (error == cudaSuccess && clusters != 0 && function.ptxVersion >= 90) ask_for_clusters(kernel, room);
+    return error;
 }
 
 // Remembers the answer: a small kernel takes less time than so many questions.
@@ -76,8 +132,6 @@ cudaError_t find_room(Kernel* kernel, Room& room) {
 
 // ---- Rows ----------------------------------------------------------------------------------------------------------
 
-constexpr int kMaxCluster = 8;  // what every device with clusters can launch
-
 struct RowPlan {
     Residence residence;
     int cluster = 1;
@@ -88,14 +142,14 @@ struct RowPlan {
 inline RowPlan plan_rows(const Room& room, std::int64_t classes, int element, int groups) {
     const std::int64_t vector = 16 / element;
     RowPlan best;
-    int most = 0;
-    for (int cluster = 1; cluster <= (room.clusters && groups == 1 ? kMaxCluster : 1); cluster *= 2) {
+    std::int64_t most = 0;
+    for (int cluster = 1; cluster <= (groups == 1 ? kMaxCluster : 1); cluster *= 2) {
         // Room for a row that begins just before a 16-byte boundary.
         const std::int64_t vectors = (classes + 2 * (vector - 1)) / vector;
         const std::int64_t capacity = (vectors + cluster - 1) / cluster * vector, bytes = capacity * element * groups;
         const int blocks = room.useful_with(bytes);
-        if (blocks <= most) continue;
-        most = blocks;
+        if (room.on_device(cluster, blocks) <= most) continue;
+        most = room.on_device(cluster, blocks);
         const int buffers = room.useful_with(2 * bytes) == blocks ? 2 : 1;
         best = {{0, static_cast<int>(capacity), buffers, 0, 0}, cluster, buffers * bytes};
         if (blocks == room.enough()) break;
@@ -139,43 +193,14 @@ inline bool has_pixels(const RowProblem& p) {
 
 // ---- Launches ------------------------------------------------------------------------------------------------------
 
-// A launch of `blocks` blocks with the plan's memory and clusters. Not to be copied: it points into itself.
-struct PlannedLaunch {
-    cudaLaunchAttribute cluster = {};
-    cudaLaunchConfig_t config = {};
-
-    PlannedLaunch(const RowPlan& plan, std::int64_t blocks, cudaStream_t stream) {
-        cluster.id = cudaLaunchAttributeClusterDimension;
-        cluster.val.clusterDim.x = static_cast<unsigned>(plan.cluster);
-        cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-        config.gridDim = dim3(static_cast<unsigned>(blocks));
-        config.blockDim = dim3(kBlock);
-        config.dynamicSmemBytes = static_cast<std::size_t>(plan.bytes);
-        config.stream = stream;
-        config.attrs = &cluster;
-        config.numAttrs = plan.cluster > 1 ? 1 : 0;
-    }
-    PlannedLaunch(const PlannedLaunch&) = delete;
-};
-
-// How many clusters of the plan can run at the same time; 0 where the device, or a part of it, cannot place one.
-template <class Kernel>
-int resident_clusters(Kernel* kernel, const RowPlan& plan) {
-    const PlannedLaunch launch(plan, plan.cluster, nullptr);
-    int clusters = 0;
-    if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) == cudaSuccess) return clusters;
-    cudaGetLastError();  // an answer, not a failure
-    return 0;
-}
-
 // As many blocks as are resident at the same time, `wanted` at most: each works on many rows.
 template <class... Params, class... Args>
 cudaError_t launch_resident(void (*kernel)(Params...), const Room& room, const RowPlan& plan, std::int64_t wanted,
                             cudaStream_t stream, const Args&... args) {
-    const std::int64_t resident = plan.cluster > 1 ? std::int64_t(resident_clusters(kernel, plan)) * plan.cluster
-                                                   : std::int64_t(room.multiprocessors) * room.blocks_with(plan.bytes);
+    const std::int64_t resident = room.on_device(plan.cluster, room.blocks_with(plan.bytes));
     const std::int64_t most = std::min<std::int64_t>(resident, kMaxBlocks / plan.cluster * plan.cluster);
-    const PlannedLaunch launch(plan, std::clamp<std::int64_t>(wanted, plan.cluster, most), stream);
+    const std::int64_t blocks = std::clamp<std::int64_t>(wanted, plan.cluster, most);
+    const ClusterLaunch launch(plan.cluster, plan.bytes, blocks, stream);
     return cudaLaunchKernelEx(&launch.config, kernel, args...);
 }
 
@@ -189,10 +214,6 @@ cudaError_t launch_rows(void (*kernel)(RowArgs<A>), int threads, RowArgs<A>& arg
     if (threads >= 32 && p.logits_class_stride == 1) {
         if (const cudaError_t error = find_room(kernel, room); error != cudaSuccess) return error;
         plan = plan_rows(room, p.num_classes, sizeof(Stored), groups);
-        if (plan.cluster > 1 && resident_clusters(kernel, plan) == 0) {
-            room.clusters = false;
-            plan = plan_rows(room, p.num_classes, sizeof(Stored), groups);
-        }
     }
     args.residence = plan.residence;
     args.residence.threads = threads;

@@ -54,13 +54,29 @@ void test_offsets(Random& random) {
             for (int offset = 0; offset < int(16 / sizeof(Stored)); ++offset)
                 for (const bool passes : {false, true}) {
                     const Shape& shape = shapes[random.below(3)];
-                    const int begin = passes ? SoftmaxLosses::size : 0, end = passes ? AllLosses::size : begin;
-                    const int loss = begin + random.below(std::max(1, end - begin));
+                    const int loss = passes ? AllLosses::size - 1 - random.below(PassLosses::size) : 0;
                     const std::vector<Params>& sets = naive_loss(loss_names()[loss]).params;
                     CudaCase<Stored> problem(shape, loss, sets[random.below(int(sets.size()))], random);
                     problem.test_offset(describe(shape, dtype, loss), offset);
                 }
         });
+}
+
+// Of a softmax loss and of a loss of several passes.
+void test_large_clusters(Random& random) {
+    for (const Dtype dtype : kDtypes)
+        for (const bool passes : {false, true}) {
+            const int loss =
+                passes ? AllLosses::size - 1 - random.below(PassLosses::size) : random.below(SoftmaxLosses::size);
+            const Shape shape{Kind::kRows, 1, 3, 2001};
+            const std::vector<Params>& sets = naive_loss(loss_names()[loss]).params;
+            const Params& params = sets[random.below(int(sets.size()))];
+            visit_dtype(dtype, [&]<class Stored>() {
+                CudaCase<Stored> problem(shape, loss, params, random);
+                problem.test_large_cluster(describe(shape, dtype, loss));
+            });
+            check(std::exchange(cuda_emulation::widest_launch, 0) == 16, "no launch had clusters of 16 blocks");
+        }
 }
 
 void test_shapes(int thinning, Random& random) {
@@ -86,7 +102,7 @@ int main(int argc, char** argv) {
         test_shapes(thinning, random);
         test_many_rows(random);
         test_offsets(random);
+        test_large_clusters(random);
     }
-    check(cuda_emulation::clustered > 0, "no launch had clusters");
     return report("CUDA row kernels");
 }
