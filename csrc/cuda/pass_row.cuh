@@ -26,6 +26,9 @@ template <class Stored>
 constexpr int kBytesAtOnce<OfShares<NFLMAE>, Stored> = 8;
 template <class Stored>
 constexpr int kBytesAtOnce<BiTempered, Stored> = 4;
+// ... in the passes of forward, which find their row in shared memory, where narrow accesses are cheap.
+template <class Loss, class Stored>
+constexpr int kBytesInPass = std::is_same_v<Loss, BiTempered> ? sizeof(Stored) : kBytesAtOnce<Loss, Stored>;
 
 // HEM and MultiMargin in one. params: margin, whether to average over the kept errors only, whether to use the
 // threshold, margin_index.
