@@ -90,31 +90,10 @@ struct Column {
     FL_DEVICE bool records() const { return part == 0; }
 };
 
-// kLanes lanes of a warp.
-struct Lanes {
-    static constexpr bool is_column = false, holds_rows = false;
-    static constexpr int threads = kLanes;
-    const int lane = threadIdx.x % kLanes;
-
-    FL_DEVICE explicit Lanes(const Residence&) {}
-
-    template <int kBytes = 16, class Stored, class Body>
-    FL_DEVICE void walk(const Stored* row, int count, bool vectors, Body body, const Stored* from = nullptr) const {
-        walk_vectors<kBytes>(row, count, vectors, lane, kLanes, body, from);
-    }
-
-    FL_DEVICE std::int64_t count() const { return std::int64_t(gridDim.x) * (kBlock / kLanes); }
-    FL_DEVICE std::int64_t number() const {
-        return std::int64_t(blockIdx.x) * (kBlock / kLanes) + threadIdx.x / kLanes;
-    }
-    FL_DEVICE bool records() const { return lane == 0; }
-    FL_DEVICE void sync() const {}
-    FL_DEVICE void part_company() const {}
-};
-
-// A warp, a block, or all blocks of a cluster. Decided at run time: half as many kernels to compile.
+// Some lanes of a warp, a warp, a block, or all blocks of a cluster. Decided at run time: a third of the kernels to
+// compile.
 struct Group {
-    static constexpr bool is_column = false, holds_rows = true;
+    static constexpr bool is_column = false;
     const int threads, lane;  // in this block
     int turn = 0;
 
