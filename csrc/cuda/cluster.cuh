@@ -30,8 +30,6 @@ FL_DEVICE const T& of_rank(const T& mine, int rank) {
 }
 #endif
 
-constexpr int kMaxCluster = 16;  // blocks
-
 // Combines what the blocks of the cluster bring, each the same in all of its threads, in the order of their ranks.
 // `turn` alternates between calls: who is late reads one place while the others write to the other.
 template <class T, class Combine>

@@ -14,7 +14,7 @@
 #include "core/numeric.h"
 #include "core/row_problem.h"
 #include "core/softmax_loss.h"
-#include "cuda/launch.h"
+#include "cuda/residence.h"
 
 namespace fused_losses::cuda {
 
@@ -24,14 +24,6 @@ template <class A>
 FL_DEVICE const A* as(const void* pointer) {
     return static_cast<const A*>(pointer);
 }
-
-// How shared memory holds rows while they are worked on (residence.cuh plans it): a buffer or two for each group of
-// threads, or a tile of pixels. All zeros: rows are read where they lie, as often as they are needed.
-struct Residence {
-    int threads = 0;                // of a group: a warp or a block
-    int capacity = 0, buffers = 0;  // elements per buffer, of the row's part that a block of a cluster has
-    int pixels = 0, pitch = 0;      // elements from one class to the next
-};
 
 // Kernel argument. Arithmetic on doubles is slow on most GPUs, so the host converts the parameters.
 template <class A>
