@@ -1,12 +1,12 @@
 """Registers, spills and shared memory of every CUDA kernel, as nvcc reports them; needs no GPU.
 
-    python benchmarks/resource_report.py [--arch 90] [--json report.json] [--markdown report.md]
+    python benchmarks/resource_report.py [--arch 90 80 100] [--json report.json] [--markdown report.md]
                                          [--source row_forward.cu ...] [--no-spills]
 
 Compiles csrc/cuda/*.cu with ``-Xptxas -v``, two at a time, and prints one line per kernel, those with most registers
 first. "blocks" is how many blocks of 256 threads the registers of one multiprocessor (65536) are enough for. With
-``--no-spills`` the exit status is 1 if a kernel keeps registers in local memory. The report of all kernels for sm_90 is
-kept in ``benchmarks/results/cuda_resources.md``.
+``--no-spills`` the exit status is 1 if a kernel keeps registers in local memory. The first architecture is shown in
+full, of the others the spills. The report of all kernels is kept in ``benchmarks/results/cuda_resources.md``.
 """
 
 from __future__ import annotations
@@ -48,10 +48,12 @@ class Kernel:
 
 
 def compile_verbosely(source: Path, arch: str) -> str:
-    """What ptxas says about the kernels of one file, compiled as CMakeLists.txt does."""
+    """What ptxas says about the kernels of one file, compiled as CMakeLists.txt does by default."""
+    clusters = source.name.endswith("_forward.cu")  # others are compiled once, to PTX for sm_80
+    virtual = min(int(arch), 90 if clusters else 80)
     with tempfile.TemporaryDirectory() as folder:
         command = ["nvcc", "-std=c++20", "-O3", "-DNDEBUG", "-DFL_WITH_CUDA", "--expt-relaxed-constexpr"]
-        command += [f"-I{ROOT / 'csrc'}", f"-arch=sm_{arch}", "-Xptxas=-v", "-cubin"]
+        command += [f"-I{ROOT / 'csrc'}", f"-gencode=arch=compute_{virtual},code=sm_{arch}", "-Xptxas=-v", "-cubin"]
         command += ["-o", str(Path(folder) / "out.cubin"), str(source)]
         result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
@@ -97,6 +99,7 @@ def readable(names: Iterable[str]) -> list[str]:
 
 
 def report(sources: list[Path], arch: str) -> list[Kernel]:
+    """The kernels of all files for one architecture, the worst first."""
     with ThreadPoolExecutor(2) as pool:
         logs = list(pool.map(lambda source: compile_verbosely(source, arch), sources))
     kernels = [kernel for source, log in zip(sources, logs, strict=True) for kernel in parse(log, source.name)]
@@ -105,39 +108,47 @@ def report(sources: list[Path], arch: str) -> list[Kernel]:
     return sorted(kernels, key=lambda k: (-k.spill_stores, -k.registers, k.source, k.name))
 
 
+def count(kernels: list[Kernel]) -> str:
+    spilling = sum(k.spill_stores > 0 for k in kernels)
+    return f"{len(kernels)} kernels for {kernels[0].arch}, {spilling} with spills (bytes, stores and loads)"
+
+
 def table(kernels: list[Kernel]) -> str:
     lines = [f"{'registers':>9} {'blocks':>6} {'spills':>6} {'stack':>6} {'shared':>6}  kernel"]
     for k in kernels:
         spills = k.spill_stores + k.spill_loads
         lines.append(f"{k.registers:9} {k.blocks:6} {spills:6} {k.stack:6} {k.shared:6}  {k.source}: {k.name}")
-    spilling = sum(k.spill_stores > 0 for k in kernels)
-    lines.append(f"{len(kernels)} kernels for {kernels[0].arch}, {spilling} with spills (bytes, stores and loads)")
     return "\n".join(lines)
 
 
-def markdown(kernels: list[Kernel]) -> str:
-    """The table as a page of its own; kernels in the order of their sources and names."""
-    spilling = sum(k.spill_stores > 0 for k in kernels)
-    lines = [
-        f"# CUDA kernels for {kernels[0].arch}",
-        "",
-        "Written by `python benchmarks/resource_report.py --markdown benchmarks/results/cuda_resources.md`. Bytes,",
-        f"but for registers and blocks of {BLOCK_THREADS} threads per multiprocessor. Dynamic shared memory is extra.",
-        "",
-        f"{len(kernels)} kernels, {spilling} with spills (stores and loads).",
-        "",
-        "| source | kernel | registers | blocks | spills | stack | shared |",
-        "|---|---|--:|--:|--:|--:|--:|",
-    ]
+def rows(kernels: Iterable[Kernel]) -> list[str]:
+    """Rows of a markdown table, in the order of their sources and names."""
+    lines = ["| source | kernel | registers | blocks | spills | stack | shared |", "|---|---|--:|--:|--:|--:|--:|"]
     for k in sorted(kernels, key=lambda k: (k.source, k.name)):
         numbers = [k.registers, k.blocks, k.spill_stores + k.spill_loads, k.stack, k.shared]
         lines.append(f"| {k.source} | `{k.name}` | {' | '.join(map(str, numbers))} |")
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+def markdown(reports: list[list[Kernel]], archs: list[str]) -> str:
+    """A page of its own: the first architecture in full, of the others what spills."""
+    lines = [
+        f"# CUDA kernels for {', '.join(f'sm_{arch}' for arch in archs)}",
+        "",
+        f"Written by `python benchmarks/resource_report.py --arch {' '.join(archs)} --markdown",
+        "benchmarks/results/cuda_resources.md`. Bytes, but for registers and blocks of",
+        f"{BLOCK_THREADS} threads per multiprocessor. Dynamic shared memory is extra.",
+        "",
+    ]
+    for position, kernels in enumerate(reports):
+        shown = kernels if position == 0 else [k for k in kernels if k.spill_stores > 0]
+        lines += [f"{count(kernels)}.", "", *([*rows(shown), ""] if shown else [])]
+    return "\n".join(lines).rstrip("\n") + "\n"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="90", help="compute capability without the dot (default: 90)")
+    parser.add_argument("--arch", nargs="+", default=["90"], help="compute capabilities without the dot (default: 90)")
     parser.add_argument("--source", nargs="+", help="files of csrc/cuda (default: all)")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
@@ -149,13 +160,16 @@ def main() -> int:
     missing = [source.name for source in sources if not source.exists()]
     if missing:
         parser.error(f"--source: csrc/cuda has no {', '.join(missing)}")
-    kernels = report(sources, args.arch)
-    print(table(kernels))
+    reports = [report(sources, arch) for arch in args.arch]
+    print(table(reports[0]))
+    for kernels in reports:
+        print(count(kernels))
+    everything = [kernel for kernels in reports for kernel in kernels]
     if args.json:
-        args.json.write_text(json.dumps([{**asdict(k), "blocks": k.blocks} for k in kernels], indent=1) + "\n")
+        args.json.write_text(json.dumps([{**asdict(k), "blocks": k.blocks} for k in everything], indent=1) + "\n")
     if args.markdown:
-        args.markdown.write_text(markdown(kernels))
-    return int(args.no_spills and any(k.spill_stores > 0 for k in kernels))
+        args.markdown.write_text(markdown(reports, args.arch))
+    return int(args.no_spills and any(k.spill_stores > 0 for k in everything))
 
 
 if __name__ == "__main__":

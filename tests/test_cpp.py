@@ -61,7 +61,8 @@ BUILD_FLAGS = {
     "pattern": ["-O1", "-ftrivial-auto-var-init=pattern"],
 }
 # The CUDA kernels, run by tests/cpp/cuda_emulation, in two builds that stand for all three.
-CUDA_SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+CUDA_PLANNING = [ROOT / "csrc" / "cuda" / "residence.cpp"]
+CUDA_SOURCES = [*CUDA_PLANNING, *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
 CUDA_FLAGS = {
     "optimised": BUILD_FLAGS["pattern"],
     "sanitized": BUILD_FLAGS["sanitized"],
@@ -123,7 +124,7 @@ class Workshop:
 
     def cuda_program(self, build: str, program: str) -> Future[Path]:
         flags = [*CUDA_FLAGS[build], *CUDA_INCLUDES]
-        sources = [] if program == "cuda_emulation" else CUDA_SOURCES
+        sources = CUDA_PLANNING if program == "cuda_emulation" else CUDA_SOURCES
         kernels = [self.compile(f"{s.stem}_{build}.o", [*flags, "-xc++", "-c"], [s]) for s in sources]
         main = self.compile(f"{program}_{build}.o", [*flags, "-c"], [SOURCES / f"test_{program}.cpp"])
         return self.compile(f"{program}_{build}", flags, [main, *kernels])

@@ -48,8 +48,11 @@ inline Regime regime_of(const RowProblem& p) {
     return p.num_classes <= lanes_classes ? Regime::kLanes : long_row;
 }
 
-// Threads of a Group (team.cuh).
-inline int threads_of(Regime regime) { return regime == Regime::kBlock ? kBlock : 32; }
+// Threads of a Group (team.cuh). Sums of several passes are reduced over whole warps.
+inline int threads_of(Regime regime, bool passes) {
+    if (regime == Regime::kBlock) return kBlock;
+    return regime == Regime::kLanes && !passes ? kLanes : 32;
+}
 
 // Calls body.operator()<Stored, kSpread>() for the problem's dtype; kSpread says that u_j may be needed.
 template <class Body>

@@ -17,7 +17,7 @@ FL_DEVICE typename Loss::template State<acc_t<Stored>> run_passes(const RowArgs<
     RowInputs<A> row{A(0), target_logit, margin_of(args, target), A(args.problem.num_classes)};
     // body(z, class) for the classes of this thread
     const auto each_class = [&](auto body) {
-        team.template walk<kBytesAtOnce<Loss, Stored>>(
+        team.template walk<kBytesInPass<Loss, Stored>>(
             slice.logits, slice.count, slice.stride == 1, [&]<int kCount>(Count<kCount>, int c) {
                 A z[kCount];
                 load(slice.logits + c * slice.stride, z);
@@ -182,7 +182,7 @@ cudaError_t enqueue_forward_of(const RowProblem& given, const LossOutput& out, c
                 return launch(forward_staged<Loss>, blocks_for(p.rows(), kBlock), stream, args);
             if (regime == Regime::kThread) return launch_pixels<Stored>(forward_by_thread<Stored, Loss>, args, stream);
         }
-        return launch_rows<Stored>(forward<Stored, Loss>, threads_of(regime), args, stream);
+        return launch_rows<Stored>(forward<Stored, Loss>, threads_of(regime, true), args, stream);
     });
 }
 

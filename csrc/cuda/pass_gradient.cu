@@ -76,8 +76,9 @@ cudaError_t enqueue_gradient_of(const RowProblem& given, cudaStream_t stream) {
             if (regime == Regime::kStaged) return launch(gradient_staged<Loss>, blocks, stream, args);
             if (regime == Regime::kThread) return launch(gradient<Stored, Loss, Alone>, blocks, stream, args);
         }
-        args.residence.threads = threads_of(regime);
-        return launch(gradient<Stored, Loss, Group>, blocks_for(p.rows(), kBlock / threads_of(regime)), stream, args);
+        args.residence.threads = threads_of(regime, true);
+        return launch(gradient<Stored, Loss, Group>, blocks_for(p.rows(), kBlock / threads_of(regime, true)), stream,
+                      args);
     });
 }
 

@@ -26,6 +26,9 @@ template <class Stored>
 constexpr int kBytesAtOnce<OfShares<NFLMAE>, Stored> = 8;
 template <class Stored>
 constexpr int kBytesAtOnce<BiTempered, Stored> = 4;
+// ... in the passes of forward, which find their row in shared memory, where narrow accesses are cheap.
+template <class Loss, class Stored>
+constexpr int kBytesInPass = std::is_same_v<Loss, BiTempered> ? sizeof(Stored) : kBytesAtOnce<Loss, Stored>;
 
 // HEM and MultiMargin in one. params: margin, whether to average over the kept errors only, whether to use the
 // threshold, margin_index.
@@ -43,20 +46,20 @@ FL_DEVICE void write_pass_gradient(const RowArgs<acc_t<Stored>>& args, const Tea
                                    acc_t<Stored> scale) {
     using A = acc_t<Stored>;
     to += slice.first * to_stride;
-    const bool vectors = slice.stride == 1 && to_stride == 1 && misalignment(slice.logits) == misalignment(to);
+    const bool vectors = slice.stride == 1 && to_stride == 1;
     const A bias = bias_of(args);
-    team.template walk<kBytesAtOnce<Loss, Stored>>(
-        slice.logits, slice.count, vectors, [&]<int kCount>(Count<kCount>, int c) {
-            A z[kCount];
-            load(slice.logits + c * slice.stride, z);
+    const auto body = [&]<int kCount>(Count<kCount>, int c) {
+        A z[kCount];
+        load_across(slice.logits + c * slice.stride, z);
 #pragma unroll
-            for (int k = 0; k < kCount; ++k) {
-                const int cls = slice.first + c + k;
-                const bool own = cls == target;
-                z[k] = scale * Loss::gradient(state, own ? z[k] + bias : z[k], margin_of(args, cls), own, args.params);
-            }
-            store(to + c * to_stride, z);
-        });
+        for (int k = 0; k < kCount; ++k) {
+            const int cls = slice.first + c + k;
+            const bool own = cls == target;
+            z[k] = scale * Loss::gradient(state, own ? z[k] + bias : z[k], margin_of(args, cls), own, args.params);
+        }
+        store(to + c * to_stride, z);
+    };
+    team.template walk<kBytesAtOnce<Loss, Stored>>(to, slice.count, vectors, body, slice.logits);
 }
 
 // The loss whose kernels run another one: these two share theirs here.

@@ -100,7 +100,7 @@ public:
     }
 
 private:
-    FL_DEVICE bool is_resident() const { return Team::holds_rows && capacity > 0; }
+    FL_DEVICE bool is_resident() const { return capacity > 0; }
 
     FL_DEVICE bool is_to_copy(std::int64_t number) const {
         return is_resident() && number < p.rows() && !target_of(p, row_at(p, number)).ignored;

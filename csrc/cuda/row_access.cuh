@@ -9,13 +9,12 @@
 #include <cstring>
 #include <type_traits>
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
 
 #include "core/numeric.h"
 #include "core/row_problem.h"
 #include "core/softmax_loss.h"
-#include "cuda/launch.h"
+#include "cuda/residence.h"
 
 namespace fused_losses::cuda {
 
@@ -25,14 +24,6 @@ template <class A>
 FL_DEVICE const A* as(const void* pointer) {
     return static_cast<const A*>(pointer);
 }
-
-// How shared memory holds rows while they are worked on (residence.cuh plans it): a buffer or two for each group of
-// threads, or a tile of pixels. All zeros: rows are read where they lie, as often as they are needed.
-struct Residence {
-    int threads = 0;                // of a group: a warp or a block
-    int capacity = 0, buffers = 0;  // elements per buffer, of the row's part that a block of a cluster has
-    int pixels = 0, pitch = 0;      // elements from one class to the next
-};
 
 // Kernel argument. Arithmetic on doubles is slow on most GPUs, so the host converts the parameters.
 template <class A>
@@ -49,10 +40,16 @@ struct RowArgs {
     }
 };
 
+// The conversions of numbers of 16 bits are instructions. (Reading their headers would take a fifth of the time that
+// nvcc needs before it comes to a kernel.)
 template <class Stored>
 FL_DEVICE acc_t<Stored> to_acc(Stored x) {
 #ifdef __CUDA_ARCH__
-    if constexpr (std::is_same_v<Stored, Half>) return __half2float(__half(__half_raw{x.bits}));
+    if constexpr (std::is_same_v<Stored, Half>) {
+        float y;
+        asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+        return y;
+    }
 #endif
     return widen(x);
 }
@@ -60,8 +57,14 @@ FL_DEVICE acc_t<Stored> to_acc(Stored x) {
 template <class Stored>
 FL_DEVICE Stored to_stored(acc_t<Stored> x) {
 #ifdef __CUDA_ARCH__
-    if constexpr (std::is_same_v<Stored, Half>) return {__half_as_ushort(__float2half_rn(x))};
-    if constexpr (std::is_same_v<Stored, BFloat16>) return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+    if constexpr (sizeof(Stored) == 2) {
+        Stored y;
+        if constexpr (std::is_same_v<Stored, Half>)
+            asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+        else
+            asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+        return y;
+    }
 #endif
     return narrow<Stored>(x);
 }
@@ -176,12 +179,23 @@ FL_DEVICE int misalignment(const Stored* pointer) {  // in elements
 
 // Calls body(Count<n>, i) so that all elements are covered once by [i, i + n), shared by `threads` threads. With
 // `vectors` n is a full access of kBytes wherever x + i is aligned; the few elements before the first and after the
-// last boundary are taken one by one, as all are without.
+// last boundary are taken one by one, as all are without. If body also reads `from` + i, by load_across(), n is 1 as
+// well where this would read beside `from`'s elements.
 template <int kBytes = 16, class Stored, class Body>
-FL_DEVICE void walk_vectors(const Stored* x, int count, bool vectors, int lane, int threads, Body body) {
+FL_DEVICE void walk_vectors(const Stored* x, int count, bool vectors, int lane, int threads, Body body,
+                            const Stored* from = nullptr) {
     constexpr int n = kBytes < sizeof(Stored) ? 1 : kBytes / sizeof(Stored);
-    const int head = n > 1 && vectors ? min(count, (n - misalignment(x) % n) % n) : count;
-    const int tail = (count - head) % n;
+    int head = count, tail = 0;
+    if (n > 1 && vectors) {
+        // An access at from + i begins so many elements earlier, and ends so many earlier than a second one.
+        const int before = from ? (misalignment(from) - misalignment(x)) & (n - 1) : 0, after = -before & (n - 1);
+        head = -misalignment(x) & (n - 1);
+        head = min(count, head < before ? head + n : head);
+        tail = (count - head) & (n - 1);
+        tail = min(count - head, tail < after ? tail + n : tail);
+    }
+    // Hardly more than one round, unless vectors cannot be had: not worth copies of body.
+#pragma unroll 1
     for (int i = lane; i < head + tail; i += threads) body(Count<1>{}, i < head ? i : count - tail + (i - head));
     if constexpr (n > 1)
         for (int i = head + lane * n; i < count - tail; i += threads * n) body(Count<n>{}, i);
@@ -200,6 +214,33 @@ FL_DEVICE void load(const Stored* from, acc_t<Stored> (&to)[kCount]) {
         const auto bytes = *reinterpret_cast<const Bytes<sizeof(x)>*>(from);
         static_assert(sizeof(bytes) == sizeof(x));
         std::memcpy(x, &bytes, sizeof(bytes));
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) to[k] = to_acc(x[k]);
+    }
+}
+
+// The same from any address: where it is not aligned, out of the two aligned accesses that it lies in.
+template <int kCount, class Stored>
+FL_DEVICE void load_across(const Stored* from, acc_t<Stored> (&to)[kCount]) {
+    constexpr int size = kCount * sizeof(Stored), words = size / 4;
+    if constexpr (kCount == 1) {
+        to[0] = to_acc(*from);
+    } else if (const unsigned skip = reinterpret_cast<std::uintptr_t>(from) % size; skip == 0) {
+        load(from, to);
+    } else {
+        const auto* const aligned = reinterpret_cast<const Bytes<size>*>(reinterpret_cast<std::uintptr_t>(from) - skip);
+        const Bytes<size> both[] = {aligned[0], aligned[1]};
+        unsigned w[2 * words];
+        std::memcpy(w, both, sizeof(w));
+#pragma unroll
+        for (int step = words / 2; step > 0; step /= 2)  // indexed by constants: w stays in registers
+            if (skip / 4 & step)
+#pragma unroll
+                for (int i = 0; i + step < 2 * words; ++i) w[i] = w[i + step];
+        Stored x[kCount];
+#pragma unroll
+        for (int i = 0; i < words; ++i) w[i] = __funnelshift_r(w[i], w[i + 1], 8 * skip);  // by skip % 4 bytes
+        std::memcpy(x, w, sizeof(x));
 #pragma unroll
         for (int k = 0; k < kCount; ++k) to[k] = to_acc(x[k]);
     }

@@ -77,14 +77,14 @@ struct RowEnd {
 };
 
 // A row for some lanes, a warp, or the blocks of a cluster.
-template <class Stored, class Team, bool kSpread>
+template <class Stored, bool kSpread>
 __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, kSpread>)
     forward_by_group(const __grid_constant__ RowArgs<acc_t<Stored>> args) {
     using A = acc_t<Stored>;
     const RowProblem& p = args.problem;
-    Team team(args.residence);
+    Group team(args.residence);
     RowEnd<A> end(args);
-    RowReader<Stored, Team>(args, team)
+    RowReader<Stored, Group>(args, team)
         .for_each([&](const Row& row, const Target& target, const RowSlice<Stored>& slice) {
             if (target.ignored) {  // for the whole group
                 end.ignore(row, team.records());
@@ -221,24 +221,14 @@ cudaError_t enqueue_forward(const RowProblem& p, const LossOutput& out, cudaStre
     if (p.rows() == 0 && !out.loss) return cudaSuccess;
     return dispatch(p, [&]<class Stored, bool kSpread>() {
         RowArgs<acc_t<Stored>> args(p, out);
-        switch (regime_of(p)) {
-            case Regime::kStaged:
-                if constexpr (!kIsForChecking<Stored>)
-                    return launch(forward_staged<kSpread>, blocks_for(p.rows(), kBlock), stream, args);
-                break;
-            case Regime::kThread:
-                if constexpr (!kIsForChecking<Stored>)
-                    return launch_pixels<Stored>(forward_by_thread<Stored, kSpread>, args, stream);
-                break;
-            case Regime::kLanes:
-                if constexpr (!kIsForChecking<Stored>)
-                    return launch_rows<Stored>(forward_by_group<Stored, Lanes, kSpread>, kLanes, args, stream);
-                break;
-            case Regime::kWarp: return launch_rows<Stored>(forward_by_group<Stored, Group, kSpread>, 32, args, stream);
-            case Regime::kBlock:
-                return launch_rows<Stored>(forward_by_group<Stored, Group, kSpread>, kBlock, args, stream);
+        const Regime regime = regime_of(p);
+        if constexpr (!kIsForChecking<Stored>) {
+            if (regime == Regime::kStaged)
+                return launch(forward_staged<kSpread>, blocks_for(p.rows(), kBlock), stream, args);
+            if (regime == Regime::kThread)
+                return launch_pixels<Stored>(forward_by_thread<Stored, kSpread>, args, stream);
         }
-        return cudaErrorInvalidValue;
+        return launch_rows<Stored>(forward_by_group<Stored, kSpread>, threads_of(regime, false), args, stream);
     });
 }
 

@@ -17,7 +17,7 @@ FL_DEVICE Coefficients<A> saved_coefficients(const RowProblem& p, const Row& row
     return coefficients;
 }
 
-// A row for one thread, some lanes, a warp or a block.
+// A row for one thread, or for some lanes, a warp or a block.
 template <class Stored, class Team, bool kSpread>
 __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>>)
     gradient(const __grid_constant__ RowArgs<acc_t<Stored>> args) {
@@ -75,24 +75,14 @@ cudaError_t enqueue_gradient(const RowProblem& p, cudaStream_t stream) {
     if (p.rows() == 0) return cudaSuccess;
     return dispatch(p, [&]<class Stored, bool kSpread>() {
         RowArgs<acc_t<Stored>> args(p);
-        const auto with_threads = [&](void (*kernel)(RowArgs<acc_t<Stored>>), int threads) {
-            args.residence.threads = threads;
-            return launch(kernel, blocks_for(p.rows(), kBlock / threads), stream, args);
-        };
-        switch (regime_of(p)) {
-            case Regime::kStaged:
-                if constexpr (!kIsForChecking<Stored>) return with_threads(gradient_staged<kSpread>, 1);
-                break;
-            case Regime::kThread:
-                if constexpr (!kIsForChecking<Stored>) return with_threads(gradient<Stored, Alone, kSpread>, 1);
-                break;
-            case Regime::kLanes:
-                if constexpr (!kIsForChecking<Stored>) return with_threads(gradient<Stored, Lanes, kSpread>, kLanes);
-                break;
-            case Regime::kWarp: return with_threads(gradient<Stored, Group, kSpread>, 32);
-            case Regime::kBlock: return with_threads(gradient<Stored, Group, kSpread>, kBlock);
+        const Regime regime = regime_of(p);
+        if constexpr (!kIsForChecking<Stored>) {
+            const unsigned blocks = blocks_for(p.rows(), kBlock);
+            if (regime == Regime::kStaged) return launch(gradient_staged<kSpread>, blocks, stream, args);
+            if (regime == Regime::kThread) return launch(gradient<Stored, Alone, kSpread>, blocks, stream, args);
         }
-        return cudaErrorInvalidValue;
+        const int threads = args.residence.threads = threads_of(regime, false);
+        return launch(gradient<Stored, Group, kSpread>, blocks_for(p.rows(), kBlock / threads), stream, args);
     });
 }
 

@@ -81,15 +81,15 @@ FL_DEVICE void write_gradient(const RowArgs<acc_t<Stored>>& args, const Team& te
     using A = acc_t<Stored>;
     const std::int64_t from = slice.stride, to = args.problem.grad_class_stride;
     Stored* const grad = gradient_row<Stored>(args.problem, row) + slice.first * to;
-    const bool vectors = from == 1 && to == 1 && misalignment(slice.logits) == misalignment(grad);
     const SoftmaxGradient<A, kSpread> gradient(args, row, target, coefficients);
-    team.walk(slice.logits, slice.count, vectors, [&]<int kCount>(Count<kCount>, int c) {
+    const auto body = [&]<int kCount>(Count<kCount>, int c) {
         A z[kCount];
-        load(slice.logits + c * from, z);
+        load_across(slice.logits + c * from, z);
 #pragma unroll
         for (int k = 0; k < kCount; ++k) z[k] = gradient(z[k], slice.first + c + k);
         store(grad + c * to, z);
-    });
+    };
+    team.walk(grad, slice.count, from == 1 && to == 1, body, slice.logits);
 }
 
 }  // namespace fused_losses::cuda

@@ -8,11 +8,9 @@
 
 namespace fused_losses::cuda {
 
-// The lanes that share a row with this one.
-template <int kWidth>
-FL_DEVICE unsigned lanes_of_group() {
-    if constexpr (kWidth == 32) return 0xffffffffu;
-    return ((1u << kWidth % 32) - 1) << (threadIdx.x % 32 / kWidth * kWidth);
+// The lanes that share a row with this one, `width` of them.
+FL_DEVICE unsigned lanes_of_group(int width) {
+    return width == 32 ? 0xffffffffu : ((1u << width) - 1) << (threadIdx.x % 32 / width * width);
 }
 
 // Of the logits z seen so far: max, sum = sum exp(z - max) and, with kSpread, centred = sum u (z - pivot),
@@ -79,33 +77,26 @@ struct SoftmaxState {
         return other;
     }
 
-    // Lane 0 of each group of `kWidth` lanes ends with the sums of its group. Called by whole groups.
-    template <int kWidth>
-    FL_DEVICE void reduce_lanes() {
-        const unsigned mask = lanes_of_group<kWidth>();
-#pragma unroll
-        for (int distance = kWidth / 2; distance > 0; distance /= 2)
-            merge(fetched([&](A x) { return __shfl_down_sync(mask, x, distance, kWidth); }));
+    // Lane 0 of each group of `width` lanes ends with the sums of its group. Called by whole groups.
+    FL_DEVICE void reduce_lanes(int width) {
+        const unsigned mask = lanes_of_group(width);
+#pragma unroll 1  // waits for other lanes most of the time
+        for (int distance = width / 2; distance > 0; distance /= 2)
+            merge(fetched([&](A x) { return __shfl_down_sync(mask, x, distance, width); }));
     }
 
-    template <int kWidth>
-    FL_DEVICE void take_from_first_lane() {
-        const unsigned mask = lanes_of_group<kWidth>();
-        *this = fetched([&](A x) { return __shfl_sync(mask, x, 0, kWidth); });
+    FL_DEVICE void take_from_first_lane(int width) {
+        const unsigned mask = lanes_of_group(width);
+        *this = fetched([&](A x) { return __shfl_sync(mask, x, 0, width); });
     }
 };
 
 // Combines the sums of all threads that share a row; each of them gets the result.
 template <class State>
-FL_DEVICE void reduce_team(const Lanes&, State& state) {
-    state.template reduce_lanes<kLanes>();
-    state.template take_from_first_lane<kLanes>();
-}
-
-template <class State>
 FL_DEVICE void reduce_team(Group& group, State& state) {
-    state.template reduce_lanes<32>();
-    if (group.threads < kBlock) return state.template take_from_first_lane<32>();
+    const int width = min(group.threads, 32);
+    state.reduce_lanes(width);
+    if (group.threads < kBlock) return state.take_from_first_lane(width);
     constexpr int warps = kBlock / 32;
     __shared__ State of_warp[warps], of_block;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -113,7 +104,7 @@ FL_DEVICE void reduce_team(Group& group, State& state) {
     __syncthreads();
     if (warp == 0) {
         state = of_warp[lane % warps];
-        state.template reduce_lanes<warps>();
+        state.reduce_lanes(warps);
         if (lane == 0) of_block = state;
     }
     __syncthreads();  // the next row writes of_block after one more barrier

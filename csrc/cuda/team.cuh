@@ -1,10 +1,9 @@
 // The threads that share a row. Every kind of team offers
 //
-//     walk<kBytes>(row, count, vectors, body)   body(Count<n>, c) so that each class of [0, count) is one thread's
-//     reduce(numbers, combine)                  over all threads, in an order that depends on the team's size alone;
-//     all
-//                                               of them get the result
-//     records()                                 whether this thread writes what there is one of per row
+//     walk<kBytes>(row, count, vectors, body, from)   as walk_vectors(): each class of [0, count) is one thread's
+//     reduce(numbers, combine)                        over all threads, in an order that depends on the team's size
+//                                                     alone; all of them get the result
+//     records()                                       whether this thread writes what there is one of per row
 #pragma once
 
 #include "cuda/cluster.cuh"
@@ -47,7 +46,7 @@ struct Alone {
     FL_DEVICE explicit Alone(const Residence& = {}) {}
 
     template <int kBytes = 16, class Stored, class Body>
-    FL_DEVICE void walk(const Stored*, int count, bool, Body body) const {
+    FL_DEVICE void walk(const Stored*, int count, bool, Body body, const Stored* = nullptr) const {
         for (int c = 0; c < count; ++c) body(Count<1>{}, c);
     }
     template <class T, class Combine>
@@ -67,7 +66,7 @@ struct Column {
         : pixels(count), pixel(threadIdx.x % count), part(threadIdx.x / count), parts(kBlock / count) {}
 
     template <int kBytes = 16, class Stored, class Body>
-    FL_DEVICE void walk(const Stored*, int count, bool, Body body) const {
+    FL_DEVICE void walk(const Stored*, int count, bool, Body body, const Stored* = nullptr) const {
         for (int c = part; c < count; c += parts) body(Count<1>{}, c);
     }
 
@@ -91,39 +90,18 @@ struct Column {
     FL_DEVICE bool records() const { return part == 0; }
 };
 
-// kLanes lanes of a warp.
-struct Lanes {
-    static constexpr bool is_column = false, holds_rows = false;
-    static constexpr int threads = kLanes;
-    const int lane = threadIdx.x % kLanes;
-
-    FL_DEVICE explicit Lanes(const Residence&) {}
-
-    template <int kBytes = 16, class Stored, class Body>
-    FL_DEVICE void walk(const Stored* row, int count, bool vectors, Body body) const {
-        walk_vectors<kBytes>(row, count, vectors, lane, kLanes, body);
-    }
-
-    FL_DEVICE std::int64_t count() const { return std::int64_t(gridDim.x) * (kBlock / kLanes); }
-    FL_DEVICE std::int64_t number() const {
-        return std::int64_t(blockIdx.x) * (kBlock / kLanes) + threadIdx.x / kLanes;
-    }
-    FL_DEVICE bool records() const { return lane == 0; }
-    FL_DEVICE void sync() const {}
-    FL_DEVICE void part_company() const {}
-};
-
-// A warp, a block, or all blocks of a cluster. Decided at run time: half as many kernels to compile.
+// Some lanes of a warp, a warp, a block, or all blocks of a cluster. Decided at run time: a third of the kernels to
+// compile.
 struct Group {
-    static constexpr bool is_column = false, holds_rows = true;
+    static constexpr bool is_column = false;
     const int threads, lane;  // in this block
     int turn = 0;
 
     FL_DEVICE explicit Group(const Residence& plan) : threads(plan.threads), lane(threadIdx.x % plan.threads) {}
 
     template <int kBytes = 16, class Stored, class Body>
-    FL_DEVICE void walk(const Stored* row, int count, bool vectors, Body body) const {
-        walk_vectors<kBytes>(row, count, vectors, lane, threads, body);
+    FL_DEVICE void walk(const Stored* row, int count, bool vectors, Body body, const Stored* from = nullptr) const {
+        walk_vectors<kBytes>(row, count, vectors, lane, threads, body, from);
     }
 
     // Of all groups of the grid, and this one among them. Only blocks form clusters.

@@ -180,7 +180,7 @@ __device__ __forceinline__ void entropies_as(const ZProblem& p) {
             }
             state.push(z, ones);
         });
-        state.template reduce_lanes<32>();
+        state.reduce_lanes(32);
         if (lane != 0) continue;
         const A log_sum = math::log(state.sum), own = to_acc(logits[group * e.class_stride]) + bias;
         const SoftmaxRow<A> softmax{(own - state.max) - log_sum, state.sum_u * log_sum - state.centred, state.sum_u,

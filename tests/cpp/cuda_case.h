@@ -20,9 +20,20 @@ inline void choose_device() {
     const int sizes[] = {65536, 65536, 8192, 2048, 512};
     cuda_emulation::shared_per_block = sizes[cuda_emulation::random() % 5];
     cuda_emulation::shared_per_multiprocessor = cuda_emulation::shared_per_block * (1 + cuda_emulation::random() % 2);
-    cuda_emulation::clusters = !cuda_emulation::one_in(3);
+    const unsigned clusters[] = {1, 8, 16};
+    cuda_emulation::largest_cluster = clusters[cuda_emulation::random() % 3];
+    const int multiprocessors[] = {3, 4, 8};  // of two blocks each: room for four, eight or sixteen in a cluster
+    cuda_emulation::multiprocessors = multiprocessors[cuda_emulation::random() % 3];
     ++cuda_emulation::device;  // what kernels found on the last one is remembered
-    cuda_emulation::multiprocessors = 3 + cuda_emulation::random() % 2;  // of two blocks: room for eight in a cluster?
+}
+
+// As little shared memory, and as many blocks in a cluster, as it takes to spread a row over all of them.
+inline void choose_device_for(std::size_t row_bytes) {
+    cuda_emulation::shared_per_block = int(row_bytes / 12 / 16 * 16);
+    cuda_emulation::shared_per_multiprocessor = 2 * cuda_emulation::shared_per_block;
+    cuda_emulation::largest_cluster = 16;
+    cuda_emulation::multiprocessors = 8;
+    ++cuda_emulation::device;
 }
 
 template <class Stored>
@@ -37,9 +48,39 @@ public:
     using Base::Base;
 
     void test(const std::string& what) {
-        name = what + (soft ? " soft" : "");
         choose_device();
-        const Layout grad_layout = any_grad_layout();
+        test(what, any_grad_layout());
+    }
+
+    // Rows that only a cluster of 16 blocks can hold.
+    void test_large_cluster(const std::string& what) {
+        choose_device_for(p.num_classes * sizeof(Stored));
+        test(what + " by 16 blocks", any_grad_layout());
+    }
+
+    // Rows of the gradient begin `offset` elements further from a 16-byte boundary than those of the logits, which have
+    // no gaps: written by vectors all the same.
+    void test_offset(const std::string& what, int offset) {
+        Layout layout = logits.layout;
+        layout.begin = offset;
+        choose_device();
+        const long before = cuda_emulation::funnel_shifts;
+        test(what + ", gradient off by " + std::to_string(offset), layout);
+        bool some = false;  // row that is not ignored
+        for_rows([&](std::int64_t o, std::int64_t i) { some |= !ignored(o, i); });
+        const bool shifted = cuda_emulation::funnel_shifts > before;
+        if (!is_pass_loss(p.loss)) check(shifted == (offset > 0 && some), "%s: not by vectors", name.c_str());
+    }
+
+    void test_isolation(const std::string& what) {
+        name = what;
+        choose_device();
+        Base::template check_isolation<Result>(any_grad_layout(), [&](Result& r) { run(r); });
+    }
+
+private:
+    void test(const std::string& what, const Layout& grad_layout) {
+        name = what + (soft ? " soft" : "");
         const Inputs before = inputs();
         compute_expected();
         Result once(grad_layout, p), again(grad_layout, p);
@@ -55,13 +96,6 @@ public:
         test_gradient_of_forward(grad_layout);
     }
 
-    void test_isolation(const std::string& what) {
-        name = what;
-        choose_device();
-        Base::template check_isolation<Result>(any_grad_layout(), [&](Result& r) { run(r); });
-    }
-
-private:
     struct Result : RowResult {
         Guarded<A> scalars;
         Guarded<double> scratch;
@@ -106,7 +140,7 @@ private:
         RowProblem q = p;
         q.row_values = result.values.data();
         q.stats = result.stats.data();
-        q.grad = result.grad.data();
+        q.grad = result.grad.data() + result.grad_layout.begin;
         set_strides(result.grad_layout, q.grad_stride, q.grad_class_stride);
         return q;
     }

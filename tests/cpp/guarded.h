@@ -24,8 +24,9 @@ inline constexpr int kUnwritten = 0xff;  // a NaN in every format
 struct Layout {
     RowStride row;
     std::int64_t cls = 0, outer = 1, inner = 0, classes = 1;
+    std::int64_t begin = 0;  // of the first element
 
-    std::int64_t at(std::int64_t o, std::int64_t i, std::int64_t c) const { return row.at(o, i) + c * cls; }
+    std::int64_t at(std::int64_t o, std::int64_t i, std::int64_t c) const { return begin + row.at(o, i) + c * cls; }
     std::int64_t size() const { return outer * inner * classes == 0 ? 0 : at(outer - 1, inner - 1, classes - 1) + 1; }
 };
 
@@ -34,7 +35,7 @@ inline constexpr int kKinds = 5;
 
 inline Layout layout_of(Kind kind, std::int64_t outer, std::int64_t inner, std::int64_t classes) {
     const auto make = [&](std::int64_t so, std::int64_t si, std::int64_t cls) {
-        return Layout{{so, si}, cls, outer, inner, classes};
+        return Layout{{so, si}, cls, outer, inner, classes, 0};
     };
     switch (kind) {
         case Kind::kRows: return make(inner * classes, classes, 1);

@@ -106,8 +106,7 @@ void test_clusters() {
     for (unsigned i = 0; i < numbers.size(); ++i) numbers[i] = {0, i, 0, 0};
     int wrong = 0;
     for (const int cluster : {1, 2, 4}) {
-        const RowPlan plan{{}, cluster, kBlock * sizeof(uint4)};
-        const PlannedLaunch launch(plan, 12, nullptr);
+        const ClusterLaunch launch(cluster, kBlock * sizeof(uint4), 12, nullptr);
         const uint4* const from = numbers.data();
         check(cudaLaunchKernelEx(&launch.config, use_cluster, from, &wrong) == cudaSuccess && wrong == 0,
               "clusters of %d: %d wrong results", cluster, wrong);
@@ -185,7 +184,7 @@ void expect_death(
 }
 
 void launch_clusters(void (*kernel)(int*), int* wrong) {
-    const PlannedLaunch launch({{}, 4, 0}, 8, nullptr);
+    const ClusterLaunch launch(4, 0, 8, nullptr);
     cudaLaunchKernelEx(&launch.config, kernel, wrong);
 }
 
@@ -229,6 +228,42 @@ void test_walk() {
     }
 }
 
+// A gradient that begins elsewhere than its logits: full vectors of it but for a few elements at the ends, and every
+// vector of the logits out of two that lie within the row.
+template <class Stored>
+void test_walk_of_two() {
+    constexpr int n = kVector<Stored>, threads = 32;
+    std::vector<uint4> memory(100), other(100);
+    auto* const bytes = reinterpret_cast<unsigned char*>(other.data());
+    for (std::size_t i = 0; i < other.size() * 16; ++i) bytes[i] = (unsigned char)(3 * i % 61);  // finite as numbers
+    for (int at = 0; at < n * n; ++at) {
+        const Stored* const to = reinterpret_cast<const Stored*>(memory.data()) + at / n;
+        const Stored* const from = reinterpret_cast<const Stored*>(other.data()) + at % n;
+        for (const int count : {1, n, 2 * n - 1, 2 * n, 3 * n - 1, 3 * n, 4 * n, 5 * n + 1, 100, 333}) {
+            std::vector<int> visits(count);
+            int singles = 0;
+            bool aligned = true, within = true, right = true;
+            const auto body = [&]<int kCount>(Count<kCount>, int i) {
+                for (int k = 0; k < kCount; ++k) ++visits[i + k];
+                singles += kCount == 1;
+                if constexpr (kCount > 1) {
+                    const int before = misalignment(from + i);
+                    aligned &= misalignment(to + i) == 0;
+                    within &= before == 0 || (i >= before && i - before + 2 * n <= count);
+                    acc_t<Stored> z[kCount], single[1];
+                    load_across(from + i, z);
+                    for (int k = 0; k < kCount; ++k) load(from + i + k, single), right &= z[k] == single[0];
+                }
+            };
+            for (int lane = 0; lane < threads; ++lane) walk_vectors(to, count, true, lane, threads, body, from);
+            check(std::count(visits.begin(), visits.end(), 1) == count, "%d of %d: not every class once", at, count);
+            check(aligned && within && right, "%d of %d: aligned %d, within the row %d, right %d", at, count, aligned,
+                  within, right);
+            check(singles <= (at / n == at % n ? 2 * (n - 1) : 3 * n), "%d of %d: %d singles", at, count, singles);
+        }
+    }
+}
+
 void test_planning() {
     RowProblem p;
     const auto regime = [&](std::int64_t outer, std::int64_t inner, std::int64_t classes, bool pixels) {
@@ -258,12 +293,22 @@ void test_planning() {
     test_walk<32, float>();
     test_walk<32, Half>();
     test_walk<kBlock, BFloat16>();
+    test_walk_of_two<double>();
+    test_walk_of_two<float>();
+    test_walk_of_two<Half>();
+    test_walk_of_two<BFloat16>();
 }
 
-// An H100, or an A100 without clusters; a kernel of 64 registers and 4 KiB of static shared memory.
-Room room_of(bool h100) {
-    return h100 ? Room{132, 4, 227 * 1024 - 4096, 228 * 1024, 5120, true}
-                : Room{108, 4, 163 * 1024 - 4096, 164 * 1024, 5120, false};
+// An A100, or an H100 that can launch clusters of so many blocks, each within a part of the device; a kernel of 64
+// registers and 4 KiB of static shared memory.
+Room room_of(int largest_cluster) {
+    if (largest_cluster == 1) return {108, 4, 163 * 1024 - 4096, 164 * 1024, 5120};
+    Room room{132, 4, 227 * 1024 - 4096, 228 * 1024, 5120};
+    for (int s = 0; 2 << s <= largest_cluster; ++s)
+        for (int blocks = 1; blocks <= kEnoughBlocks; ++blocks)
+            for (const int part : {16, 16, 16, 16, 16, 16, 18, 18})
+                room.clusters[s][blocks - 1] += part * blocks >> (s + 1);
+    return room;
 }
 
 // The parts of the blocks of a cluster cover a row from any alignment on, and fit into their buffers.
@@ -282,8 +327,36 @@ void test_row_plan(const Room& room, std::int64_t classes, int element, int grou
           "%lld classes: %d in a buffer", (long long)classes, held.capacity);
 }
 
+// The larger cluster only where the device then runs more blocks at the same time.
+void test_choice_of_cluster() {
+    Room room = room_of(16);
+    room.clusters[3][1] = room.clusters[2][0] / 2;  // 16 blocks, two on a multiprocessor: as many as of 8 blocks
+    test_row_plan(room, 400000, 4, 1, 1, 1, 8);
+    room.clusters[2][0] = 0;  // none of 8
+    test_row_plan(room, 400000, 4, 1, 2, 1, 16);
+    room.clusters[3][1] = 0;
+    test_row_plan(room, 400000, 4, 1, 0, 0, 1);
+}
+
+__global__ void idle(RowArgs<float>) {}
+
+// A kernel's first launch asks what there is, the others do not.
+void test_room() {
+    using namespace cuda_emulation;
+    for (const unsigned largest : {1u, 4u, 8u, 16u}) {
+        largest_cluster = largest, multiprocessors = 16;
+        ++device;
+        Room room;
+        check(find_room(idle, room) == cudaSuccess && room.multiprocessors == 16, "no room");
+        for (int s = 0; s < 4; ++s)
+            check((room.clusters[s][0] > 0) == (2u << s <= largest), "clusters of %d: %d", 2 << s, room.clusters[s][0]);
+        const long before = questions;
+        check(find_room(idle, room) == cudaSuccess && questions == before, "asked %ld times", questions - before);
+    }
+}
+
 void test_row_plans() {
-    const Room h100 = room_of(true), a100 = room_of(false);
+    const Room h100 = room_of(16), portable = room_of(8), a100 = room_of(1);
     test_row_plan(h100, 1000, 2, 8, 3, 2, 1);
     test_row_plan(h100, 1000, 4, 8, 3, 2, 1);
     test_row_plan(h100, 2049, 4, 1, 4, 2, 1);
@@ -292,8 +365,11 @@ void test_row_plans() {
     test_row_plan(h100, 50257, 2, 1, 3, 1, 2);
     test_row_plan(h100, 128256, 2, 1, 3, 1, 4);
     test_row_plan(h100, 128256, 4, 1, 3, 1, 8);
-    test_row_plan(h100, 400000, 4, 1, 1, 1, 8);
-    test_row_plan(h100, 1000000, 4, 1, 0, 0, 1);  // too large for eight blocks
+    test_row_plan(h100, 400000, 4, 1, 2, 1, 16);
+    test_row_plan(h100, 800000, 4, 1, 1, 1, 16);
+    test_row_plan(h100, 1000000, 4, 1, 0, 0, 1);  // too large for 16 blocks
+    test_row_plan(portable, 400000, 4, 1, 1, 1, 8);
+    test_row_plan(portable, 800000, 4, 1, 0, 0, 1);
     test_row_plan(a100, 21841, 2, 1, 3, 1, 1);
     test_row_plan(a100, 50257, 2, 1, 1, 1, 1);
     test_row_plan(a100, 128256, 2, 1, 0, 0, 1);
@@ -322,7 +398,7 @@ void test_pixel_plan(const Room& room, std::int64_t classes, std::int64_t inner,
 }
 
 void test_pixel_plans() {
-    const Room h100 = room_of(true), a100 = room_of(false);
+    const Room h100 = room_of(16), a100 = room_of(1);
     test_pixel_plan(h100, 19, 512 * 1024, 4, 256, 3);
     test_pixel_plan(h100, 150, 512 * 512, 2, 128, 3);
     test_pixel_plan(h100, 150, 512 * 512, 4, 64, 3);
@@ -344,6 +420,8 @@ int main() {
     test_deaths();
     test_planning();
     test_row_plans();
+    test_choice_of_cluster();
+    test_room();
     test_pixel_plans();
     return report("CUDA emulation");
 }

@@ -46,6 +46,39 @@ void test_many_rows(Random& random) {
         for (const Shape& shape : shapes) test_any_loss(dtype, shape, random, false);
 }
 
+// As of logits[:, :C] of a wider tensor: the gradient has no gaps.
+void test_offsets(Random& random) {
+    const Shape shapes[] = {{Kind::kRows, 1, 3, 70}, {Kind::kRows, 1, 3, 300}, {Kind::kRows, 1, 2, 1100}};
+    for (const Dtype dtype : kDtypes)
+        visit_dtype(dtype, [&]<class Stored>() {
+            for (int offset = 0; offset < int(16 / sizeof(Stored)); ++offset)
+                for (const bool passes : {false, true}) {
+                    const Shape& shape = shapes[random.below(3)];
+                    const int loss = passes ? AllLosses::size - 1 - random.below(PassLosses::size) : 0;
+                    const std::vector<Params>& sets = naive_loss(loss_names()[loss]).params;
+                    CudaCase<Stored> problem(shape, loss, sets[random.below(int(sets.size()))], random);
+                    problem.test_offset(describe(shape, dtype, loss), offset);
+                }
+        });
+}
+
+// Of a softmax loss and of a loss of several passes.
+void test_large_clusters(Random& random) {
+    for (const Dtype dtype : kDtypes)
+        for (const bool passes : {false, true}) {
+            const int loss =
+                passes ? AllLosses::size - 1 - random.below(PassLosses::size) : random.below(SoftmaxLosses::size);
+            const Shape shape{Kind::kRows, 1, 3, 2001};
+            const std::vector<Params>& sets = naive_loss(loss_names()[loss]).params;
+            const Params& params = sets[random.below(int(sets.size()))];
+            visit_dtype(dtype, [&]<class Stored>() {
+                CudaCase<Stored> problem(shape, loss, params, random);
+                problem.test_large_cluster(describe(shape, dtype, loss));
+            });
+            check(std::exchange(cuda_emulation::widest_launch, 0) == 16, "no launch had clusters of 16 blocks");
+        }
+}
+
 void test_shapes(int thinning, Random& random) {
     for (const Dtype dtype : kDtypes)
         for (const int classes : {1, 2, 5, 8, 16, 17, 31, 33, 100, 129, 1001, 1024, 1027, 2049})
@@ -68,7 +101,8 @@ int main(int argc, char** argv) {
         test_losses(thinning, random);
         test_shapes(thinning, random);
         test_many_rows(random);
+        test_offsets(random);
+        test_large_clusters(random);
     }
-    check(cuda_emulation::clustered > 0, "no launch had clusters");
     return report("CUDA row kernels");
 }

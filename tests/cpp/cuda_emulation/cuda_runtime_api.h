@@ -5,6 +5,7 @@
 #include "device_functions.h"
 #include "scheduler.h"
 
+#include <set>
 #include <utility>
 
 #define __global__
@@ -23,7 +24,12 @@ inline constexpr std::size_t kMostDynamicShared = 64 * 1024;
 inline thread_local uint4 dynamic_shared[kMostDynamicShared / sizeof(uint4)];
 }  // namespace fused_losses::cuda
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorCooperativeLaunchTooLarge = 720 };
+enum cudaError_t {
+    cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
+    cudaErrorCooperativeLaunchTooLarge = 720,
+    cudaErrorInvalidClusterSize = 912
+};
 using cudaStream_t = void*;
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -33,8 +39,10 @@ namespace cuda_emulation {
 inline int device = 0, multiprocessors = 3, blocks_per_multiprocessor = 2;
 inline int shared_per_block = int(fused_losses::cuda::kMostDynamicShared),
            shared_per_multiprocessor = 2 * shared_per_block;
-inline int clusters = 1;        // whether it can launch them
-inline unsigned clustered = 0;  // how many launches had clusters
+inline unsigned largest_cluster = 16;       // that it can launch; 1 without clusters
+inline unsigned widest_launch = 0;          // the largest cluster so far
+inline long questions = 0;                  // to the driver so far: what a launch can do without
+inline std::set<const void*> non_portable;  // kernels that may have clusters of more than 8 blocks
 }  // namespace cuda_emulation
 
 enum cudaDeviceAttr {
@@ -49,19 +57,23 @@ struct cudaFuncAttributes {
     std::size_t sharedSizeBytes;
     int ptxVersion;
 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaFuncAttribute {
+    cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+    cudaFuncAttributeNonPortableClusterSizeAllowed = 13
+};
 
 inline cudaError_t cudaGetDevice(int* device) {
     *device = cuda_emulation::device;
     return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+    ++cuda_emulation::questions;
     switch (attribute) {
         case cudaDevAttrMultiProcessorCount: *value = cuda_emulation::multiprocessors; break;
         case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = cuda_emulation::shared_per_multiprocessor; break;
         case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = cuda_emulation::shared_per_block; break;
         case cudaDevAttrReservedSharedMemoryPerBlock: *value = 0; break;
-        case cudaDevAttrClusterLaunch: *value = cuda_emulation::clusters; break;
+        case cudaDevAttrClusterLaunch: *value = cuda_emulation::largest_cluster > 1; break;
     }
     return cudaSuccess;
 }
@@ -71,7 +83,11 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
     return cudaSuccess;
 }
 template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int value) {
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
+    if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) {
+        cuda_emulation::non_portable.insert(reinterpret_cast<const void*>(kernel));
+        return cudaSuccess;
+    }
     return value <= cuda_emulation::shared_per_block ? cudaSuccess : cudaErrorInvalidValue;
 }
 template <class Kernel>
@@ -102,10 +118,21 @@ struct cudaLaunchConfig_t {
     unsigned numAttrs;
 };
 
+namespace cuda_emulation {
 template <class Kernel>
-cudaError_t cudaOccupancyMaxActiveClusters(int* count, Kernel*, const cudaLaunchConfig_t* config) {
-    const int resident = cuda_emulation::multiprocessors * cuda_emulation::blocks_per_multiprocessor;
-    *count = resident / int(config->attrs[0].val.clusterDim.x);
+bool can_have_cluster(Kernel* kernel, unsigned size) {
+    return size <= largest_cluster && (size <= 8 || non_portable.contains(reinterpret_cast<const void*>(kernel)));
+}
+}  // namespace cuda_emulation
+
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* count, Kernel* kernel, const cudaLaunchConfig_t* config) {
+    using namespace cuda_emulation;
+    ++questions;
+    const unsigned size = config->attrs[0].val.clusterDim.x;
+    if (!can_have_cluster(kernel, size)) return cudaErrorInvalidClusterSize;
+    const int share = shared_per_multiprocessor / std::max(int(config->dynamicSmemBytes), 1);
+    *count = multiprocessors * std::min(blocks_per_multiprocessor, share) / int(size);
     return cudaSuccess;
 }
 
@@ -119,11 +146,12 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
         if (attribute.id == cudaLaunchAttributeCooperative) cooperative |= attribute.val.cooperative != 0;
         if (attribute.id == cudaLaunchAttributeClusterDimension) cluster = attribute.val.clusterDim.x;
     }
-    cuda_emulation::clustered += cluster > 1;
+    cuda_emulation::widest_launch = std::max(cuda_emulation::widest_launch, cluster);
     const unsigned resident = cuda_emulation::multiprocessors * cuda_emulation::blocks_per_multiprocessor;
     if (cooperative && config->gridDim.x > resident) return cudaErrorCooperativeLaunchTooLarge;
     if (config->dynamicSmemBytes > std::size_t(cuda_emulation::shared_per_block)) return cudaErrorInvalidValue;
-    if (cluster > 8 || config->gridDim.x % cluster != 0) return cudaErrorInvalidValue;
+    if (cluster > 1 && !cuda_emulation::can_have_cluster(kernel, cluster)) return cudaErrorInvalidClusterSize;
+    if (config->gridDim.x % cluster != 0) return cudaErrorInvalidValue;
     [&](Params... converted) {
         cuda_emulation::launch(config->gridDim, config->blockDim, cluster, cooperative, [&] { kernel(converted...); });
     }(std::forward<Args>(args)...);
