@@ -73,8 +73,8 @@ private:
         const V classes = A(p.num_classes);
         typename View::PerGroup top = {};
         if constexpr (Loss::needs_max) top = view.find_max();
-        States states;
-        Inputs rows;
+        States states{};  // GCC 12 cannot see that every group is filled
+        Inputs rows{};
         view.for_groups([&](int group) {
             rows[group] = {top[group], view.per_row(group, view.rows.target_logit), view.margins(group), classes};
             states[group] = Loss::begin(rows[group], params.data());

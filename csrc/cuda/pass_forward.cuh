@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<float, Loss::needs_max>)
 template <class Given>
 cudaError_t enqueue_forward_of(const RowProblem& given, const LossOutput& out, cudaStream_t stream) {
     return dispatch_pass<Given>(given, [&]<class Stored>(const RowProblem& p) {
-        using Loss = typename KernelsOf<Given>::type;
+        using Loss = typename RunAs<Given>::type;
         RowArgs<acc_t<Stored>> args(p, out);
         const Regime regime = regime_of(p);
         if constexpr (!kIsForChecking<Stored>) {

@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<float>)
 template <class Given>
 cudaError_t enqueue_gradient_of(const RowProblem& given, cudaStream_t stream) {
     return dispatch_pass<Given>(given, [&]<class Stored>(const RowProblem& p) {
-        using Loss = typename KernelsOf<Given>::type;
+        using Loss = typename RunAs<Given>::type;
         RowArgs<acc_t<Stored>> args(p);
         const Regime regime = regime_of(p);
         if constexpr (!kIsForChecking<Stored>) {

@@ -1,9 +1,8 @@
 // What forward and gradient of a PassLoss share: the gradient of a row, and the choice of kernel.
 #pragma once
 
-#include <algorithm>
-#include <iterator>
 #include <limits>
+#include <type_traits>
 
 #include "cuda/loss_output.cuh"
 #include "cuda/row_gradient.cuh"
@@ -30,15 +29,6 @@ constexpr int kBytesAtOnce<BiTempered, Stored> = 4;
 template <class Loss, class Stored>
 constexpr int kBytesInPass = std::is_same_v<Loss, BiTempered> ? sizeof(Stored) : kBytesAtOnce<Loss, Stored>;
 
-// HEM and MultiMargin in one. params: margin, whether to average over the kept errors only, whether to use the
-// threshold, margin_index.
-struct AnyMarginRule : MultiMarginRule {
-    template <class T>
-    FL_HD static math::mask_t<T> competitors_margin(const T* params) {
-        return params[3] > T(0);
-    }
-};
-
 // dL/dz of the slice's classes, times scale, to the row `to` or in place.
 template <class Loss, class Stored, class Team, class State>
 FL_DEVICE void write_pass_gradient(const RowArgs<acc_t<Stored>>& args, const Team& team, const RowSlice<Stored>& slice,
@@ -62,29 +52,12 @@ FL_DEVICE void write_pass_gradient(const RowArgs<acc_t<Stored>>& args, const Tea
     team.template walk<kBytesAtOnce<Loss, Stored>>(to, slice.count, vectors, body, slice.logits);
 }
 
-// The loss whose kernels run another one: these two share theirs here.
-template <class Loss>
-struct KernelsOf : RunAs<Loss> {};
-template <>
-struct KernelsOf<HEM> {
-    using type = MarginLoss<AnyMarginRule>;
-    static void convert(double* params) {  // margin, margin_index
-        const double converted[] = {params[0], 1, 1, params[1]};
-        std::copy(std::begin(converted), std::end(converted), params);
-    }
-};
-template <>
-struct KernelsOf<MultiMargin> {
-    using type = MarginLoss<AnyMarginRule>;
-    static void convert(double* params) { params[3] = 0; }
-};
-
 // Calls body.operator()<Stored>(problem) for the problem's dtype, with the parameters of the loss whose kernels Given
 // runs.
 template <class Given, class Body>
 cudaError_t dispatch_pass(const RowProblem& given, Body body) {
     RowProblem p = given;
-    KernelsOf<Given>::convert(p.params);
+    RunAs<Given>::convert(p.params);
     switch (p.dtype) {
         case Dtype::kFloat64: return body.template operator()<double>(p);
         case Dtype::kFloat32: return body.template operator()<float>(p);
