@@ -233,7 +233,7 @@ void test_walk() {
 template <class Stored>
 void test_walk_of_two() {
     constexpr int n = kVector<Stored>, threads = 32;
-    std::vector<uint4> memory(100), other(100);
+    std::vector<uint4> memory(200), other(200);  // 333 doubles and an offset
     auto* const bytes = reinterpret_cast<unsigned char*>(other.data());
     for (std::size_t i = 0; i < other.size() * 16; ++i) bytes[i] = (unsigned char)(3 * i % 61);  // finite as numbers
     for (int at = 0; at < n * n; ++at) {
