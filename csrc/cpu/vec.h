@@ -1,6 +1,7 @@
 // One register of floats or doubles of the instruction set this file is compiled for, as a type that the formulas of
 // core/ and losses/ take in place of a scalar. GNU vector extensions, nothing left to the vectoriser; intrinsics only
-// where they say what the extensions cannot: the first elements of a vector, and transposition (cpu/transpose.h).
+// for what the extensions cannot say: estimates, bits of elements, parts of vectors and conversions (cpu/memory.h),
+// transposition (cpu/transpose.h).
 #pragma once
 
 #if defined(__x86_64__)
