@@ -250,7 +250,7 @@ public:
 
 private:
     int first_in(int group) const { return first_row + group * V::size; }
-    int rows_in(int group) const { return std::min(V::size, row_count - group * V::size); }
+    int rows_in(int group) const { return std::min(V::size + 0, row_count - group * V::size); }  // no reference to size
 
     template <class Stored>
     const Stored* row_of(std::int64_t row) const {
