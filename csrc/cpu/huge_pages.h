@@ -25,8 +25,7 @@ inline void prefer_huge_pages(void* begin, std::int64_t bytes) {
 
 // The gradient of a call, which has just been allocated without gaps.
 inline void prefer_huge_pages(const RowProblem& p) {
-    const std::int64_t size = p.dtype == Dtype::kFloat64 ? 8 : (p.dtype == Dtype::kFloat32 ? 4 : 2);
-    if (p.grad) prefer_huge_pages(p.grad, p.rows() * p.num_classes * size);
+    if (p.grad) prefer_huge_pages(p.grad, p.rows() * p.num_classes * bytes_of(p.dtype));
 }
 
 }  // namespace fused_losses

@@ -59,7 +59,7 @@ private:
 constexpr std::int64_t kCountFirstBytes = std::int64_t(256) << 20;
 
 std::int64_t logits_bytes(const RowProblem& p) {
-    const int size = p.dtype == Dtype::kFloat64 ? 8 : p.dtype == Dtype::kFloat32 ? 4 : 2;
+    const int size = bytes_of(p.dtype);
     return p.rows() * p.num_classes * size;
 }
 
