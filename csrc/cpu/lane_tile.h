@@ -102,9 +102,14 @@ private:
     }
 
     void find_max(const A* x, int b) {
-        V top = V::load(x);
-        for (std::int64_t c = 1; c < classes; ++c) top = max(top, V::load(x + c * kWidth));
-        top.store(rows.max + b);
+        V top = V::load(x), other = top;  // two chains: one would wait for each of its comparisons
+        std::int64_t c = 1;
+        for (; c + 1 < classes; c += 2) {
+            top = max(top, V::load(x + c * kWidth));
+            other = max(other, V::load(x + (c + 1) * kWidth));
+        }
+        if (c < classes) top = max(top, V::load(x + c * kWidth));
+        max(top, other).store(rows.max + b);
     }
 
     void sum_spread(const A* x, const A* u, int b) {
