@@ -73,9 +73,8 @@ struct RowProblem {
     RowStride upstream_stride;
     const void* denominator = nullptr;  // acc, one; null means 1, zero makes the gradient zero
 
-    // CPU only: ceil(num_classes / 32) words per row, of which forward makes and gradient takes a bit per class where
-    // that says all (pass_loss.h).
-    std::uint32_t* bits = nullptr;
+    // CPU only: a bit per logit, which forward makes and gradient takes where that says all (pass_loss.h).
+    void* bits = nullptr;
 
     // CUDA forward writes the gradient before the denominator is known: it takes this one, or *denominator if this is
     // 0.
@@ -83,7 +82,6 @@ struct RowProblem {
     bool grad_is_written = false;  // backward: grad is what forward wrote, right for that denominator and upstream 1
 
     FL_HD std::int64_t rows() const { return outer * inner; }
-    FL_HD std::int64_t words() const { return (num_classes + 31) / 32; }
 };
 
 }  // namespace fused_losses

@@ -87,11 +87,11 @@ void gradient(const RowProblem& p) {
 TileSums run_tiles_then_gradient(RowProblem p) {
     void* const grad = std::exchange(p.grad, nullptr);
     const std::int64_t stats_bytes = p.stats_count * p.rows() * (p.dtype == Dtype::kFloat64 ? 8 : 4);
-    const std::int64_t bits_bytes = Tiling(p).lanes ? 0 : p.rows() * p.words() * 4;
+    const std::int64_t bits_bytes = kernels().bits_bytes(p);
     // Not tensors: what small things they leave behind the gradient can keep its memory from being used again.
     const auto scratch = std::make_unique_for_overwrite<char[]>(stats_bytes + bits_bytes);
     p.stats = scratch.get();
-    p.bits = bits_bytes > 0 ? reinterpret_cast<std::uint32_t*>(scratch.get() + stats_bytes) : nullptr;
+    p.bits = bits_bytes > 0 ? scratch.get() + stats_bytes : nullptr;
     const TileSums total = run_tiles(p);
     const Scalar active(total.weight + kActiveGuard);
     p.grad = grad;

@@ -24,6 +24,18 @@ void for_tiles(const RowProblem& p, const Tiling& tiling, std::int64_t begin, st
     }
 }
 
+std::int64_t bits_bytes(const RowProblem& p) {
+    if (!is_pass_loss(p.loss)) return 0;
+    std::int64_t bytes = 0;
+    visit_pass_loss(p.loss, [&]<class Loss>() {
+        if constexpr (kHasBits<Loss>)
+            bytes = p.dtype == Dtype::kFloat64 ? PassRows<double, false>::bits_bytes(p)
+                    : Tiling(p).lanes          ? PassRows<float, true>::bits_bytes(p)
+                                               : PassRows<float, false>::bits_bytes(p);
+    });
+    return bytes;
+}
+
 template <class A, class Loss, bool lanes, class Body>
 void run_pass_tiles(const RowProblem& p, const Tiling& tiling, std::int64_t begin, std::int64_t end, Body body) {
     PassTile<A, Loss, lanes> kernel(p, tiling.tile_rows);
@@ -86,7 +98,7 @@ void gradient(const RowProblem& p, std::int64_t begin, std::int64_t end) {
 
 template <>
 CpuKernels cpu_kernels<Isa::FL_ISA>() {
-    return {&summarize_targets, &forward, &gradient};
+    return {&summarize_targets, &forward, &bits_bytes, &gradient};
 }
 
 }  // namespace fused_losses

@@ -31,7 +31,7 @@ class PassRows {
 public:
     using V = Vec<A>;
     static constexpr int kGroups = lanes ? Tiling::kFewRows / V::size : 1;
-    static constexpr int kMaxParts = lanes ? kGroups : V::size;
+    static constexpr int kMaxParts = lanes ? kGroups : V::size, kRowsOfPart = lanes ? V::size : 1;
     using PerGroup = std::array<V, kGroups>;
 
     PassRows(const RowProblem& problem, std::int64_t tile_rows)
@@ -72,9 +72,16 @@ public:
         });
     }
 
-    // The words of RowProblem::bits of a part that is a row.
-    std::uint32_t* bits_of(int part) const {
-        return p.bits ? p.bits + (outer * p.inner + next - row_count + part) * p.words() : nullptr;
+    // RowProblem::bits are in vectors: one after the other for a part, and its parts for an image.
+    static std::int64_t bits_bytes(const RowProblem& p) {
+        return p.outer * bit_vectors_of_image(p) * sizeof(VectorBits<A>);
+    }
+
+    // Null if there are none.
+    VectorBits<A>* bits_of(int part) const {
+        const std::int64_t of_image = (next - row_count) / kRowsOfPart + part;
+        return p.bits ? static_cast<VectorBits<A>*>(p.bits) + outer * bit_vectors_of_image(p) + of_image * vectors()
+                      : nullptr;
     }
 
     // Calls body(part) for the parts that are to be computed.
@@ -249,6 +256,11 @@ public:
     A* gradient[kMaxParts];      // of each part: where to write it; may be where its logits are
 
 private:
+    static std::int64_t bit_vectors_of_image(const RowProblem& p) {
+        const std::int64_t parts = (p.inner + kRowsOfPart - 1) / kRowsOfPart;
+        return parts * (lanes ? p.num_classes : (p.num_classes + V::size - 1) / V::size);
+    }
+
     int first_in(int group) const { return first_row + group * V::size; }
     int rows_in(int group) const { return std::min(V::size + 0, row_count - group * V::size); }  // no reference to size
 

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "cpu/pass_rows.h"
-#include "cpu/row_bits.h"
 
 namespace fused_losses {
 inline namespace FL_ISA {
@@ -56,8 +55,8 @@ public:
     }
 
 private:
-    static constexpr bool has_bits = kHasBits<Loss> && !lanes;  // of RowProblem
-    enum class Source { kLogits, kKept, kBits };                // of a gradient
+    static constexpr bool has_bits = kHasBits<Loss>;  // of RowProblem
+    enum class Source { kLogits, kKept, kBits };      // of a gradient
 
     // Calls body(number of its first row) for each block of rows.
     template <class Body>
@@ -119,8 +118,7 @@ private:
         V* const room = keeps ? kept_of(part) : nullptr;
         if (keeps && !room) __builtin_unreachable();  // the loop need not ask
         constexpr bool makes_bits = has_bits && last && keeps;
-        BitWriter<A> bits(makes_bits ? view.bits_of(part) : nullptr);
-        const bool writes_bits = makes_bits && p.bits;
+        VectorBits<A>* const bits = makes_bits ? view.bits_of(part) : nullptr;
         const auto add_class = [&](std::int64_t k, auto count, Mask<A> is_target, auto add) FL_INLINE {
             const V z = load(logits + k * V::size, count, A(0));
             const auto term =
@@ -128,13 +126,12 @@ private:
                                                   keeps ? room + k * Loss::num_kept : nullptr);
             for (int i = 0; i < used; ++i) sums[i] = add(sums[i], term.v[i]);
             if constexpr (makes_bits)
-                if (writes_bits) bits.add(Loss::bit(term));
+                if (bits) bits[k] = nonzero_bits(Loss::bit(term));
         };
         if (last)
             view.for_each_fetching(part, add_class);
         else
             view.for_each(part, add_class);
-        if (writes_bits) bits.finish();
         AllSums result;
         for (int i = 0; i < Loss::num_sums; ++i) result.v[i] = i < used ? sums[i] : V(A(0));
         return result;
@@ -164,11 +161,11 @@ private:
         const A* const logits = view.logits[part];
         A* const gradient = view.gradient[part];
         const V* const room = kept_of(part);
-        const std::uint32_t* const bits = view.bits_of(part);
+        const VectorBits<A>* const bits = view.bits_of(part);
         const auto write = [&](std::int64_t k, auto count, Mask<A> is_target, auto) FL_INLINE {
             V g;
             if constexpr (source == Source::kBits)
-                g = Loss::gradient_of_bit(state, bits_of_vector<A>(bits, k), is_target);
+                g = Loss::gradient_of_bit(state, from_bits<A>(bits[k]), is_target);
             else if constexpr (source == Source::kKept)
                 g = Loss::gradient_of_kept(state, room + k * Loss::num_kept, is_target, own.data());
             else

@@ -43,6 +43,16 @@ private:
         return summary;
     }
 
+    // A copy of it stays in registers.
+    struct Rule {
+        std::int64_t ignore_index;
+        std::uint64_t num_classes;
+
+        std::int64_t counts(std::int64_t y) const { return y != ignore_index; }
+        std::int64_t is_bad(std::int64_t y) const { return counts(y) & (static_cast<std::uint64_t>(y) >= num_classes); }
+    };
+    Rule rule() const { return {p.ignore_index, static_cast<std::uint64_t>(p.num_classes)}; }
+
     struct Found {
         std::int64_t counted = 0, bad = 0;
     };
@@ -50,26 +60,19 @@ private:
     // Without branches, and of contiguous targets in vectors.
     template <class Stride>
     Found look(const Index* targets, Stride stride, std::int64_t n) const {
-        const std::int64_t ignore_index = p.ignore_index;
-        const auto num_classes = static_cast<std::uint64_t>(p.num_classes);
+        const Rule is = rule();
         Found found;
         for (std::int64_t i = 0; i < n; ++i) {
-            const std::int64_t y = targets[i * stride];
-            const std::int64_t counts = y != ignore_index;
-            found.counted += counts;
-            found.bad += counts & (static_cast<std::uint64_t>(y) >= num_classes);
+            found.counted += is.counts(targets[i * stride]);
+            found.bad += is.is_bad(targets[i * stride]);
         }
         return found;
     }
 
     void name_first_bad(TargetSummary& summary, const Index* targets, std::int64_t row, std::int64_t n) const {
-        for (std::int64_t i = 0; i < n; ++i) {
+        for (std::int64_t i = 0; i < n && !summary.is_bad(); ++i) {
             const std::int64_t y = targets[i * p.target_stride.inner];
-            if (y == p.ignore_index || static_cast<std::uint64_t>(y) < static_cast<std::uint64_t>(p.num_classes))
-                continue;
-            summary.bad_row = row + i;
-            summary.bad_target = y;
-            return;
+            if (rule().is_bad(y)) summary.bad_row = row + i, summary.bad_target = y;
         }
     }
 
@@ -79,7 +82,7 @@ private:
         double sum = 0;
         for (std::int64_t i = first; i < first + n; ++i) {
             const std::int64_t y = p.target ? as<Index>(p.target)[p.target_stride.at(outer, i)] : std::int64_t(0);
-            if (p.target && y == p.ignore_index) continue;
+            if (p.target && !rule().counts(y)) continue;
             const double weight = weights ? double(weights[y]) : 1.0;
             sum += samples ? weight * double(samples[p.sample_weight_stride.at(outer, i)]) : weight;
         }

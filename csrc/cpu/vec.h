@@ -176,9 +176,13 @@ struct Traits<Vec<A>> {
 
 }  // namespace math
 
+// Room for a bit per element of a vector.
+template <class A>
+using VectorBits = std::conditional_t<(Vec<A>::size > 8), std::uint16_t, std::uint8_t>;
+
 // One bit per element, the first the lowest: whether it is not 0. No element is -0.
 template <class A>
-FL_HD std::uint32_t nonzero_bits(Vec<A> x) {
+FL_HD VectorBits<A> nonzero_bits(Vec<A> x) {
 #if defined(__AVX512F__)
     const auto bits = std::bit_cast<__m512i>(x.v);
     if constexpr (sizeof(A) == 4)
@@ -191,14 +195,14 @@ FL_HD std::uint32_t nonzero_bits(Vec<A> x) {
     else
         return _mm256_movemask_pd(_mm256_cmp_pd(x.v, _mm256_setzero_pd(), _CMP_NEQ_UQ));
 #else
-    std::uint32_t bits = 0;
-    for (int i = 0; i < Vec<A>::size; ++i) bits |= std::uint32_t(x.v[i] != A(0)) << i;
+    VectorBits<A> bits = 0;
+    for (int i = 0; i < Vec<A>::size; ++i) bits |= VectorBits<A>(x.v[i] != A(0)) << i;
     return bits;
 #endif
 }
 
 template <class A>
-FL_HD Mask<A> from_bits(std::uint32_t bits) {
+FL_HD Mask<A> from_bits(VectorBits<A> bits) {
     constexpr auto bit = [] {
         std::array<A, Vec<A>::size> n{};
         for (int i = 0; i < Vec<A>::size; ++i)

@@ -11,7 +11,6 @@
 #include <vector>
 
 #include "check.h"
-#include "cpu/row_bits.h"
 #include "cpu/transpose.h"
 
 namespace {
@@ -228,20 +227,14 @@ template <class A>
 void test_bits() {
     using V = Vec<A>;
     Random random(7);
-    for (int vectors = 1; vectors <= 40; ++vectors) {
-        std::vector<std::uint32_t> words((vectors * V::size + 31) / 32);
-        std::vector<bool> want(vectors * V::size);
-        BitWriter<A> writer(words.data());
-        for (int k = 0; k < vectors; ++k) {
-            V x;
-            for (int i = 0; i < V::size; ++i) x.v[i] = A(want[k * V::size + i] = random.one_in(2));
-            writer.add(x);
-        }
-        writer.finish();
-        for (int k = 0; k < vectors; ++k) {
-            const V got = math::select(bits_of_vector<A>(words.data(), k), V(A(1)), V(A(0)));
-            for (int i = 0; i < V::size; ++i)
-                check(got.v[i] == A(want[k * V::size + i]), "bit %d of %d vectors", k * V::size + i, vectors);
+    for (int repeat = 0; repeat < 1000; ++repeat) {
+        V x;
+        for (int i = 0; i < V::size; ++i) x.v[i] = random.one_in(2) ? A(0) : std::numeric_limits<A>::quiet_NaN();
+        const VectorBits<A> bits = nonzero_bits(x);
+        const V got = math::select(from_bits<A>(bits), V(A(1)), V(A(0)));
+        for (int i = 0; i < V::size; ++i) {
+            check((bits >> i & 1) == (x.v[i] != A(0)), "bit %d of 0x%04x", i, unsigned(bits));
+            check(got.v[i] == A(x.v[i] != A(0)), "element %d of the bits 0x%04x", i, unsigned(bits));
         }
     }
 }
