@@ -19,7 +19,8 @@ FOLDER = Path(__file__).resolve().parent
 # Values and gradients of every loss, and what is special: masked classes, infinities, ignored rows.
 SELECTION = (
     "(test_matches_float64_reference and (float32 or bfloat16)) or hand_worked or extreme_logits or "
-    "large_images or non_finite or masks_a_class or probability_zero or ignored_rows or small_number_of_classes"
+    "large_images or non_finite or masks_a_class or probability_zero or ignored_rows or "
+    "small_number_of_classes or many_classes"
 )
 # From the value of ATEN_CPU_CAPABILITY to the name torch reports.
 CAPABILITIES = {"default": "DEFAULT", "avx2": "AVX2", "avx512": "AVX512"}

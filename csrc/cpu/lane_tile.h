@@ -114,15 +114,20 @@ private:
 
     void sum_spread(const A* x, const A* u, int b) {
         const V top = V::load(rows.max + b);
-        V centred = A(0), total = A(0);
-        for (std::int64_t c = 0; c < classes; ++c) {
-            const V u_c = spread(u, c);
-            // A class of weight zero contributes nothing, even at -inf.
-            centred += math::select(u_c == V(A(0)), V(A(0)), u_c * (V::load(x + c * kWidth) - top));
-            total += u_c;
-        }
-        centred.store(rows.centred + b);
-        total.store(rows.sum_u + b);
+        V all_centred = A(0), all = A(0);
+        for_runs(classes, kVectorsPerRun, [&](std::int64_t begin, std::int64_t end) {
+            V centred = A(0), sum = A(0);
+            for (std::int64_t c = begin; c < end; ++c) {
+                const V u_c = spread(u, c);
+                // A class of weight zero contributes nothing, even at -inf.
+                centred += math::select(u_c == V(A(0)), V(A(0)), u_c * (V::load(x + c * kWidth) - top));
+                sum += u_c;
+            }
+            all_centred += centred;
+            all += sum;
+        });
+        all_centred.store(rows.centred + b);
+        all.store(rows.sum_u + b);
     }
 
     // Computing takes longer than the memory of rows does: time to fetch those of the next tile, of which block b is as
@@ -132,15 +137,19 @@ private:
         Stored* const next_grad = static_cast<Stored*>(p.grad) + (p.grad ? p.grad_stride.at(outer, next + b) : 0);
         const bool fetch = !by_class, fetch_grad = fetch && p.grad;
         const V top = V::load(rows.max + b);
-        V sum = A(0);
-        for (std::int64_t c = 0; c < classes; ++c) {
-            if (fetch) __builtin_prefetch(next_logits + c * kWidth, /*for writing=*/0);
-            if (fetch_grad) __builtin_prefetch(next_grad + c * kWidth, /*for writing=*/1);
-            const V e = exp_not_positive<Stored>(V::load(x + c * kWidth) - top);
-            e.store(x + c * kWidth);
-            sum += e;
-        }
-        sum.store(rows.sum + b);
+        V all = A(0);
+        for_runs(classes, kVectorsPerRun, [&](std::int64_t begin, std::int64_t end) {
+            V sum = A(0);
+            for (std::int64_t c = begin; c < end; ++c) {
+                if (fetch) __builtin_prefetch(next_logits + c * kWidth, /*for writing=*/0);
+                if (fetch_grad) __builtin_prefetch(next_grad + c * kWidth, /*for writing=*/1);
+                const V e = exp_not_positive<Stored>(V::load(x + c * kWidth) - top);
+                e.store(x + c * kWidth);
+                sum += e;
+            }
+            all += sum;
+        });
+        all.store(rows.sum + b);
     }
 
     // The blocks hold exp(z - max)

@@ -245,6 +245,14 @@ FL_HD void for_vectors(std::int64_t n, Body body) {
     if (i < n) body(i, static_cast<int>(n - i));
 }
 
+// Calls body(begin, end) for numbers [0, n) in runs: one sum per run, then the sum of these, has a rounding error that
+// does not grow with n.
+template <class Body>
+FL_HD void for_runs(std::int64_t n, std::int64_t run, Body body) {
+    for (std::int64_t begin = 0; begin < n; begin += run) body(begin, std::min(n, begin + run));
+}
+constexpr std::int64_t kVectorsPerRun = 256;
+
 // The same with kAhead accumulators, so that successive vectors do not wait for each other: body(i, count, k), where
 // integral_constant k in [0, kAhead) says which of them this vector goes to.
 template <class A, int kAhead, class Body>

@@ -173,15 +173,18 @@ public:
     ClassMargins class_margins(V of_row) const { return {as<A>(p.margin), p.margin_stride, of_row}; }
 
     // Calls body(k, count, is_target, add) for every vector k of a part, the last of which may have but `count`
-    // elements; sum = add(sum, x) leaves out the others.
-    template <class Body>
-    FL_HD void for_each(int part, Body body) const {
+    // elements; sum = add(sum, x) leaves out the others. Between runs of vectors it calls end_run().
+    template <class Body, class EndRun = void (*)()>
+    FL_HD void for_each(int part, Body body, EndRun end_run = [] {}) const {
         const V own = in_part(target[group_of(part)], part);
         V number = lanes ? V(A(0)) : V::iota();  // of each element's class
-        for (std::int64_t k = 0, n = whole; k < n; ++k) {
-            body(k, Whole{}, number == own, [](V sum, V x) { return sum + x; });
-            number += A(lanes ? 1 : V::size);
-        }
+        for_runs(whole, kVectorsPerRun, [&](std::int64_t begin, std::int64_t end) FL_INLINE {
+            if (begin > 0) end_run();
+            for (std::int64_t k = begin; k < end; ++k) {
+                body(k, Whole{}, number == own, [](V sum, V x) { return sum + x; });
+                number += A(lanes ? 1 : V::size);
+            }
+        });
         if (tail == 0) return;
         const Mask<A> is_class = V::iota() < V(A(tail));
         body(whole, tail, number == own, [=](V sum, V x) { return sum + math::select(is_class, x, V(A(0))); });
@@ -189,8 +192,8 @@ public:
 
     // The same; while this part is computed, its counterpart in the next block is fetched and the gradient of the
     // previous one leaves.
-    template <class Body>
-    FL_HD void for_each_fetching(int part, Body body) {
+    template <class Body, class EndRun = void (*)()>
+    FL_HD void for_each_fetching(int part, Body body, EndRun end_run = [] {}) {
         // Where there is nothing to fetch, the same line again and again: cheaper than to ask each time.
         const char *next_logits = static_cast<const char*>(p.logits), *next_grad = next_logits;
         std::int64_t logits_step = 0, grad_step = 0;
@@ -206,12 +209,13 @@ public:
             grad_step = V::size * sizeof(Stored);
         });
         Lines lines = gradient_rows.lines;  // a copy can stay in registers
-        for_each(part, [&](std::int64_t k, auto count, Mask<A> is_target, auto add) FL_INLINE {
+        const auto fetch_and_compute = [&](std::int64_t k, auto count, Mask<A> is_target, auto add) FL_INLINE {
             lines.send_one();
             __builtin_prefetch(next_logits + k * logits_step, /*for writing=*/0);
             __builtin_prefetch(next_grad + k * grad_step, /*for writing=*/1);
             body(k, count, is_target, add);
-        });
+        };
+        for_each(part, fetch_and_compute, end_run);
         gradient_rows.lines = lines;
     }
 

@@ -113,8 +113,8 @@ private:
         const std::array<V, kMaxParams> own = params;
         const auto margins = view.class_margins(view.in_part(row.margin, part));
         const A* const logits = view.logits[part];
-        V sums[used];
-        for (V& sum : sums) sum = A(0);
+        V sums[used], runs[used];  // of this run of vectors, of those before
+        for (int i = 0; i < used; ++i) sums[i] = runs[i] = A(0);
         V* const room = keeps ? kept_of(part) : nullptr;
         if (keeps && !room) __builtin_unreachable();  // the loop need not ask
         constexpr bool makes_bits = has_bits && last && keeps;
@@ -128,12 +128,15 @@ private:
             if constexpr (makes_bits)
                 if (bits) bits[k] = nonzero_bits(Loss::bit(term));
         };
+        const auto end_run = [&]() FL_INLINE {
+            for (int i = 0; i < used; ++i) runs[i] += sums[i], sums[i] = A(0);
+        };
         if (last)
-            view.for_each_fetching(part, add_class);
+            view.for_each_fetching(part, add_class, end_run);
         else
-            view.for_each(part, add_class);
+            view.for_each(part, add_class, end_run);
         AllSums result;
-        for (int i = 0; i < Loss::num_sums; ++i) result.v[i] = i < used ? sums[i] : V(A(0));
+        for (int i = 0; i < Loss::num_sums; ++i) result.v[i] = i < used ? runs[i] + sums[i] : V(A(0));
         return result;
     }
 

@@ -100,27 +100,30 @@ private:
         return sizeof(Stored) == 2 && contiguous && rows.bias == A(0) && !spread_of(i);
     }
 
-    // Calls body(logits, c, count, half) for every vector of the row; what it writes goes to places from c on. half is
-    // 1 for the second one of a pair, else 0.
+    // Calls body(logits, c, count, half) for every vector of classes [begin, end), a run of vectors; what it
+    // writes goes to places from c on. half is 1 for the second one of a pair, else 0.
     template <bool kBiased, class Body>
-    void for_logits(const A* x, std::int64_t outer, std::int64_t row, int i, Body body) const {
+    void for_logits(const A* x, std::int64_t outer, std::int64_t row, int i, std::int64_t begin, std::int64_t end,
+                    Body body) const {
         if constexpr (sizeof(Stored) == 2) {
             const Stored* const stored = as<Stored>(p.logits) + p.logits_stride.at(outer, row);
-            if (!x) return for_pairs(stored, body);
+            if (!x) return for_pairs(stored, begin, end, body);
         }
-        for_vectors<A>(classes,
-                       [&](std::int64_t c, auto count) { body(biased<kBiased>(x, c, count, i), c, count, kFirst); });
+        for_vectors<A>(end - begin, [&](std::int64_t from, auto count) {
+            const std::int64_t c = begin + from;
+            body(biased<kBiased>(x, c, count, i), c, count, kFirst);
+        });
     }
 
     template <class Body>
-    void for_pairs(const Stored* logits, Body body) const {
-        std::int64_t c = 0;
-        for (; c + 2 * V::size <= classes; c += 2 * V::size) {
+    void for_pairs(const Stored* logits, std::int64_t begin, std::int64_t end, Body body) const {
+        std::int64_t c = begin;
+        for (; c + 2 * V::size <= end; c += 2 * V::size) {
             const auto pair = Pair<Stored>::load(logits + c);
             body(pair.first, c, Whole{}, kFirst);
             body(pair.second, c + V::size, Whole{}, kSecond);
         }
-        for_vectors<A>(classes - c, [&](std::int64_t rest, auto count) {
+        for_vectors<A>(end - c, [&](std::int64_t rest, auto count) {
             body(load(logits + c + rest, count, kMinusInfinity), c + rest, count, kFirst);
         });
     }
@@ -171,15 +174,19 @@ private:
     // Of a row that is nearly certain of one class, whose exponential is 1: 1 - p depends on all digits of the others.
     template <bool kBiased>
     A sum_below_one(const A* x, int i, const A* e, std::int64_t outer, std::int64_t row) const {
-        V sum = A(0);
-        const auto add = [&](V term) { sum += math::select(term < V(A(1)), term, V(A(0))); };
-        if (e)
-            for_vectors<A>(classes, [&](std::int64_t c, auto count) { add(load(e + c, count, A(0))); });
-        else
-            for_logits<kBiased>(x, outer, row, i, [&](V z, std::int64_t, auto, auto) {
-                add(exp_not_positive<Stored>(z - V(rows.max[i])));
-            });
-        return sum.sum();
+        V all = A(0);
+        for_runs(classes, kVectorsPerRun * V::size, [&](std::int64_t begin, std::int64_t end) {
+            V sum = A(0);
+            const auto add = [&](V term) { sum += math::select(term < V(A(1)), term, V(A(0))); };
+            if (e)
+                for_vectors<A>(end - begin, [&](std::int64_t c, auto count) { add(load(e + begin + c, count, A(0))); });
+            else
+                for_logits<kBiased>(x, outer, row, i, begin, end, [&](V z, std::int64_t, auto, auto) {
+                    add(exp_not_positive<Stored>(z - V(rows.max[i])));
+                });
+            all += sum;
+        });
+        return all.sum();
     }
 
     // sum exp(x - max), and with u = 1 the sum of x - max; the exponentials go to e unless it is null. Computing them
@@ -190,36 +197,47 @@ private:
         const Stored* const next_logits = as<Stored>(p.logits) + p.logits_stride.at(outer, row + 1);
         const Stored* const grad = gradient.to_fetch<Stored>(outer, row + in_place);
         const V top = rows.max[i];
-        V sum = A(0), centred = A(0);
+        V all = A(0), all_centred = A(0);
         Lines lines = gradient.lines;  // a copy can stay in registers
-        for_logits<kBiased>(x, outer, row, i, [&](V z, std::int64_t c, auto count, auto half) {
-            lines.send_one();
-            if (half == 0) __builtin_prefetch(next_logits + classes / 4 + c, /*for writing=*/0);
-            if (half == 0 && grad) __builtin_prefetch(grad + c, /*for writing=*/1);
-            const V below = z - top, term = exp_not_positive<Stored>(below);
-            if (e) store(e + c, term, count);
-            sum += term;
-            if constexpr (kOnes) centred += first_of(below, count);
+        for_runs(classes, kVectorsPerRun * V::size, [&](std::int64_t begin, std::int64_t end) {
+            V sum = A(0), centred = A(0);
+            for_logits<kBiased>(x, outer, row, i, begin, end, [&](V z, std::int64_t c, auto count, auto half) {
+                lines.send_one();
+                if (half == 0) __builtin_prefetch(next_logits + classes / 4 + c, /*for writing=*/0);
+                if (half == 0 && grad) __builtin_prefetch(grad + c, /*for writing=*/1);
+                const V below = z - top, term = exp_not_positive<Stored>(below);
+                if (e) store(e + c, term, count);
+                sum += term;
+                if constexpr (kOnes) centred += first_of(below, count);
+            });
+            all += sum;
+            all_centred += centred;
         });
         gradient.lines = lines;
-        rows.sum[i] = sum.sum();
-        if constexpr (kOnes) rows.centred[i] = centred.sum(), rows.sum_u[i] = A(classes);
+        rows.sum[i] = all.sum();
+        if constexpr (kOnes) rows.centred[i] = all_centred.sum(), rows.sum_u[i] = A(classes);
     }
 
     template <bool kBiased>
     void sum_spread(const A* x, int i) {
         const A* u = spread_of(i);
         const V top = rows.max[i];
-        V centred = A(0), total = A(0);
-        for_vectors<A>(classes, [&](std::int64_t c, auto count) {
-            const V u_c = load(u + c, count, A(0));
-            // A class of weight zero contributes nothing, even at -inf.
-            const V term = u_c * (biased<kBiased>(x, c, count, i) - top);
-            centred += math::select(u_c == V(A(0)), V(A(0)), term);
-            total += u_c;
+        V all_centred = A(0), all = A(0);
+        for_runs(classes, kVectorsPerRun * V::size, [&](std::int64_t begin, std::int64_t end) {
+            V centred = A(0), sum = A(0);
+            for_vectors<A>(end - begin, [&](std::int64_t from, auto count) {
+                const std::int64_t c = begin + from;
+                const V u_c = load(u + c, count, A(0));
+                // A class of weight zero contributes nothing, even at -inf.
+                const V term = u_c * (biased<kBiased>(x, c, count, i) - top);
+                centred += math::select(u_c == V(A(0)), V(A(0)), term);
+                sum += u_c;
+            });
+            all_centred += centred;
+            all += sum;
         });
-        rows.centred[i] = centred.sum();
-        rows.sum_u[i] = total.sum();
+        rows.centred[i] = all_centred.sum();
+        rows.sum_u[i] = all.sum();
     }
 
     // Zeros behind the first `count` elements.
