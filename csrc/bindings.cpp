@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "losses/registry.h"
+#include "losses/names.h"
 
 namespace py = pybind11;
 

@@ -27,9 +27,6 @@
 //     gradient_of_bit(state, bit, is_target) -> T
 #pragma once
 
-#include <array>
-#include <bit>
-
 #include "core/math.h"
 #include "core/softmax_loss.h"
 

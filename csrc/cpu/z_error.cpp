@@ -17,7 +17,7 @@ constexpr std::int64_t kChunkRows = 8192;
 
 std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-const ZErrorKernels& kernels() {
+const ZErrorKernels& z_kernels() {
     static const ZErrorKernels chosen = for_this_processor([]<Isa isa>() { return z_error_kernels<isa>(); });
     return chosen;
 }
@@ -50,12 +50,12 @@ void moments(const ZProblem& p, double* out) {
     const std::int64_t groups = p.num_groups;
     if (is_class(p.statistic) && p.rows() <= 2 * groups) {
         std::fill(out, out + 3 * groups, 0.0);
-        return kernels().sparse_moments(p, out);
+        return z_kernels().sparse_moments(p, out);
     }
     const Chunks chunks = Chunks::of_columns(p, std::max({kChunkRows, 4 * groups, divide_up(p.rows(), max_chunks)}));
     std::vector<Moments> found(chunks.count * groups);
     chunks.for_each([&](std::int64_t chunk, std::int64_t begin, std::int64_t end) {
-        kernels().moments(p, begin, end, found.data() + chunk * groups);
+        z_kernels().moments(p, begin, end, found.data() + chunk * groups);
     });
     at::parallel_for(0, groups, 1024, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t group = begin; group < end; ++group) {
@@ -103,7 +103,7 @@ private:
 void mask(const ZProblem& p) {
     const Rules rules(p);
     Chunks::of_columns(p, kChunkRows).for_each([&](std::int64_t, std::int64_t begin, std::int64_t end) {
-        kernels().mask(p, rules, begin, end);
+        z_kernels().mask(p, rules, begin, end);
     });
 }
 
@@ -117,7 +117,7 @@ void loss(const ZProblem& p) {
     const Chunks chunks = Chunks::of_columns(p, kChunkRows);
     std::vector<ZErrorSums> sums(chunks.count);
     chunks.for_each([&](std::int64_t chunk, std::int64_t begin, std::int64_t end) {
-        sums[chunk] = kernels().loss(p, rules, begin, end);
+        sums[chunk] = z_kernels().loss(p, rules, begin, end);
     });
     ZErrorSums total;
     for (const ZErrorSums& s : sums) {
@@ -131,7 +131,7 @@ void loss(const ZProblem& p) {
 
 void gradient(const ZProblem& p) {
     Chunks(p, kChunkRows).for_each([&](std::int64_t, std::int64_t begin, std::int64_t end) {
-        kernels().gradient(p, begin, end);
+        z_kernels().gradient(p, begin, end);
     });
 }
 

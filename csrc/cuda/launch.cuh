@@ -1,8 +1,7 @@
-// Choosing and launching a kernel.
+// Choosing and launching a kernel. What needs no kernel's type is in launch.cpp: nvcc reads a source several times.
 #pragma once
 
-#include <algorithm>
-#include <cstdlib>
+#include <type_traits>
 
 #include "core/numeric.h"
 #include "cuda/launch.h"
@@ -29,30 +28,17 @@ constexpr int kStagedClasses = 32;
 constexpr int kFewClasses = 16;
 constexpr int kLanes = 8;
 
-// Whether the rows follow each other without gaps.
-inline bool is_dense(const RowProblem& p, const RowStride& stride, std::int64_t class_stride) {
-    return class_stride == 1 && p.outer == 1 && (stride.inner == p.num_classes || p.inner <= 1);
-}
-
-inline Regime regime_of(const RowProblem& p) {
-    constexpr std::int64_t lanes_classes = 256, warp_classes = 1024;
-    const Regime long_row = p.num_classes <= warp_classes ? Regime::kWarp : Regime::kBlock;
-    if (p.dtype == Dtype::kFloat64) return long_row;  // kIsForChecking
-    const bool dense = is_dense(p, p.logits_stride, p.logits_class_stride) &&
-                       (!p.grad || is_dense(p, p.grad_stride, p.grad_class_stride));
-    if (dense && p.num_classes <= kStagedClasses) return Regime::kStaged;
-    if (p.num_classes <= kFewClasses) return Regime::kThread;
-    // NCHW: neighbouring threads read neighbouring pixels, if there are enough of them to fill the device.
-    const bool pixels_adjacent = std::abs(p.logits_stride.inner) < std::abs(p.logits_class_stride);
-    if (pixels_adjacent && p.inner > 1 && p.rows() >= p.num_classes) return Regime::kThread;
-    return p.num_classes <= lanes_classes ? Regime::kLanes : long_row;
-}
+// Who works on the rows of this problem.
+Regime regime_of(const RowProblem& p);
 
 // Threads of a Group (team.cuh). Sums of several passes are reduced over whole warps.
-inline int threads_of(Regime regime, bool passes) {
-    if (regime == Regime::kBlock) return kBlock;
-    return regime == Regime::kLanes && !passes ? kLanes : 32;
-}
+int threads_of(Regime regime, bool passes);
+
+// Blocks for `rows` rows at `rows_per_block`, one at least: sums over no rows have to be written, too.
+unsigned blocks_for(std::int64_t rows, std::int64_t rows_per_block);
+
+// How many blocks of kBlock threads, without dynamic shared memory, the current device runs at the same time.
+cudaError_t find_resident_blocks(const void* kernel, std::int64_t& blocks);
 
 // Calls body.operator()<Stored, kSpread>() for the problem's dtype; kSpread says that u_j may be needed.
 template <class Body>
@@ -72,12 +58,6 @@ cudaError_t dispatch(const RowProblem& p, Body body) {
     return cudaErrorInvalidValue;
 }
 
-// Blocks for `rows` rows at `rows_per_block`, one at least: sums over no rows have to be written, too.
-inline unsigned blocks_for(std::int64_t rows, std::int64_t rows_per_block) {
-    const std::int64_t wanted = (rows + rows_per_block - 1) / rows_per_block;
-    return static_cast<unsigned>(std::clamp<std::int64_t>(wanted, 1, kMaxBlocks));
-}
-
 // Plain C++, without <<<>>>: tests/cpp/cuda_emulation runs the kernels on the host.
 template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), unsigned blocks, cudaStream_t stream, const Args&... args) {
@@ -94,17 +74,14 @@ template <class... Params, class... Args>
 cudaError_t launch_cooperative(void (*kernel)(Params...), std::int64_t wanted, cudaStream_t stream,
                                const Args&... args) {
     if (wanted == 1) return launch(kernel, 1, stream, args...);
-    int device = 0, multiprocessors = 0, per_multiprocessor = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    if (error == cudaSuccess)
-        error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, kBlock, 0);
+    std::int64_t resident = 0;
+    const cudaError_t error = find_resident_blocks(reinterpret_cast<const void*>(kernel), resident);
     if (error != cudaSuccess) return error;
     cudaLaunchAttribute cooperative;
     cooperative.id = cudaLaunchAttributeCooperative;
     cooperative.val.cooperative = 1;
     cudaLaunchConfig_t config{};
-    config.gridDim = static_cast<unsigned>(std::min(wanted, std::int64_t(multiprocessors) * per_multiprocessor));
+    config.gridDim = static_cast<unsigned>(wanted < resident ? wanted : resident);
     config.blockDim = kBlock;
     config.stream = stream;
     config.attrs = &cooperative;

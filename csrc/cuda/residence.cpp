@@ -1,6 +1,8 @@
-// What kernels find on their devices.
+// What kernels find on their devices, and how their launches use it.
 #include "cuda/residence.h"
 
+#include <algorithm>
+#include <bit>
 #include <map>
 #include <mutex>
 #include <utility>
@@ -71,6 +73,79 @@ cudaError_t find_room(const void* kernel, Room& room) {
     const cudaError_t error = ask_for_room(kernel, device, room);
     if (error == cudaSuccess) known[{kernel, device}] = room;
     return error;
+}
+
+int Room::blocks_with(std::int64_t bytes) const {
+    if (bytes > per_block) return 0;
+    return static_cast<int>(std::min<std::int64_t>(blocks, per_multiprocessor / (bytes + fixed)));
+}
+
+int Room::enough() const { return std::min(blocks, kEnoughBlocks); }
+
+int Room::useful_with(std::int64_t bytes) const { return std::min(enough(), blocks_with(bytes)); }
+
+std::int64_t Room::on_device(int cluster, int on_multiprocessor) const {
+    if (cluster == 1 || on_multiprocessor == 0) return std::int64_t(multiprocessors) * on_multiprocessor;
+    const int size = std::countr_zero(static_cast<unsigned>(cluster)) - 1;
+    return std::int64_t(cluster) * clusters[size][std::min(on_multiprocessor, kEnoughBlocks) - 1];
+}
+
+RowPlan plan_rows(const Room& room, std::int64_t classes, int element, int groups) {
+    const std::int64_t vector = 16 / element;
+    RowPlan best;
+    std::int64_t most = 0;
+    for (int cluster = 1; cluster <= (groups == 1 ? kMaxCluster : 1); cluster *= 2) {
+        // Room for a row that begins just before a 16-byte boundary.
+        const std::int64_t vectors = (classes + 2 * (vector - 1)) / vector;
+        const std::int64_t capacity = (vectors + cluster - 1) / cluster * vector, bytes = capacity * element * groups;
+        const int blocks = room.useful_with(bytes);
+        if (room.on_device(cluster, blocks) <= most) continue;
+        most = room.on_device(cluster, blocks);
+        const int buffers = room.useful_with(2 * bytes) == blocks ? 2 : 1;
+        best = {{0, static_cast<int>(capacity), buffers, 0, 0}, cluster, buffers * bytes};
+        if (blocks == room.enough()) break;
+    }
+    return best;
+}
+
+bool has_pixels(const RowProblem& p) {
+    return p.logits_stride.inner == 1 && p.inner >= 16 && p.num_classes > kFewClasses;
+}
+
+namespace {
+
+// From one class of a tile to the next, in elements: room for the pixels and, unless all classes begin at 16-byte
+// boundaries, for what else is in their first and last 16 bytes; classes are as misaligned in the tile as in memory.
+int pitch_of(const RowProblem& p, int pixels, int element) {
+    const int vector = 16 / element, misaligned = static_cast<int>(p.logits_class_stride % vector);
+    const bool aligned =
+        misaligned == 0 && p.logits_stride.outer % vector == 0 && reinterpret_cast<std::uintptr_t>(p.logits) % 16 == 0;
+    return aligned ? pixels : pixels + vector + misaligned;
+}
+
+}  // namespace
+
+RowPlan plan_pixels(const Room& room, const RowProblem& p, int element) {
+    constexpr int fewest = 32;  // a warp, or more, reads neighbours
+    const int vector = 16 / element;
+    RowPlan best;
+    int most = 0;
+    for (int pixels = kBlock; pixels >= fewest; pixels /= 2) {
+        if (pixels > fewest && pixels / 2 >= p.inner) continue;  // half of them are enough for an image
+        const int pitch = pitch_of(p, pixels, element);
+        const std::int64_t bytes = ((p.num_classes - 1) * pitch + pixels + 2 * vector) * element;
+        const int blocks = room.useful_with((bytes + 15) / 16 * 16);
+        if (blocks <= most) continue;
+        most = blocks;
+        best = {{0, 0, 0, pixels, pitch}, 1, (bytes + 15) / 16 * 16};
+    }
+    return best;
+}
+
+std::int64_t resident_blocks(const Room& room, const RowPlan& plan, std::int64_t wanted) {
+    const std::int64_t resident = room.on_device(plan.cluster, room.blocks_with(plan.bytes));
+    const std::int64_t most = std::min<std::int64_t>(resident, kMaxBlocks / plan.cluster * plan.cluster);
+    return std::clamp<std::int64_t>(wanted, plan.cluster, most);
 }
 
 }  // namespace fused_losses::cuda

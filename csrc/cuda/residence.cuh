@@ -6,14 +6,10 @@
 
 namespace fused_losses::cuda {
 
-// As many blocks as are resident at the same time, `wanted` at most: each works on many rows.
 template <class... Params, class... Args>
 cudaError_t launch_resident(void (*kernel)(Params...), const Room& room, const RowPlan& plan, std::int64_t wanted,
                             cudaStream_t stream, const Args&... args) {
-    const std::int64_t resident = room.on_device(plan.cluster, room.blocks_with(plan.bytes));
-    const std::int64_t most = std::min<std::int64_t>(resident, kMaxBlocks / plan.cluster * plan.cluster);
-    const std::int64_t blocks = std::clamp<std::int64_t>(wanted, plan.cluster, most);
-    const ClusterLaunch launch(plan.cluster, plan.bytes, blocks, stream);
+    const ClusterLaunch launch(plan.cluster, plan.bytes, resident_blocks(room, plan, wanted), stream);
     return cudaLaunchKernelEx(&launch.config, kernel, args...);
 }
 

@@ -1,11 +1,6 @@
 // The only list of losses in C++. A loss is chosen by its name; the index into this list is what travels to a kernel.
 #pragma once
 
-#include <string>
-#include <string_view>
-#include <utility>
-#include <vector>
-
 #include "losses/cross_entropy.h"
 #include "losses/margin.h"
 #include "losses/normalized.h"
@@ -48,20 +43,6 @@ void visit_variant(const double* params, Body body) {
     else
         body.template operator()<Loss>();
 }
-
-template <class... Losses>
-std::vector<std::string> names_of(TypeList<Losses...>) {
-    return {Losses::name...};
-}
-
-template <class... Losses>
-int index_of(TypeList<Losses...>, std::string_view name) {
-    int index = 0;
-    const bool found = ((name == Losses::name || (++index, false)) || ...);
-    return found ? index : -1;
-}
-
-inline std::vector<std::string> loss_names() { return names_of(AllLosses{}); }
 
 }  // namespace FL_ISA
 }  // namespace fused_losses

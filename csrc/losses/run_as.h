@@ -1,9 +1,6 @@
 // Losses that equal another one with other parameters. Their kernels are compiled once.
 #pragma once
 
-#include <algorithm>
-#include <iterator>
-
 #include "losses/registry.h"
 
 namespace fused_losses {
@@ -25,7 +22,7 @@ struct RunAs<OfShares<NFL>> {
     using type = OfShares<NFLMAE>;
     static void convert(double* params) {  // gamma, detach -> alpha, beta, gamma, detach, scale
         const double converted[] = {1, 0, params[0], params[1], 0};
-        std::copy(std::begin(converted), std::end(converted), params);
+        for (const double param : converted) *params++ = param;
     }
 };
 
@@ -34,7 +31,7 @@ struct RunAs<HEM> {
     using type = MarginLoss<AnyMarginRule>;
     static void convert(double* params) {  // margin, margin_index
         const double converted[] = {params[0], 1, 1, params[1]};
-        std::copy(std::begin(converted), std::end(converted), params);
+        for (const double param : converted) *params++ = param;
     }
 };
 template <>

@@ -48,10 +48,6 @@ bool is_one(const Tensor& t) {
 // Of the gradient that a CUDA forward has written, in AutogradContext::saved_data.
 constexpr const char* kGradient = "gradient";
 
-Tensor or_undefined(const OptionalTensor& t) { return t ? *t : Tensor(); }
-
-OptionalTensor or_none(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
-
 // Under create_graph the gradient must itself be differentiable, in the logits and in grad_loss.
 Tensor differentiable_gradient(const Tensor& grad_loss, const RowLossArgs& args) {
     return torch::autograd::grad({row_loss_by_reference(args)}, {args.logits}, {grad_loss}, /*retain_graph=*/true,

@@ -7,7 +7,7 @@
 #include <c10/core/ScalarType.h>
 
 #include "core/row_problem.h"
-#include "losses/registry.h"
+#include "losses/names.h"
 #include "ops/args.h"
 
 namespace fused_losses {

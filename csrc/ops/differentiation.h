@@ -1,9 +1,11 @@
-// What kind of derivative a call asks for.
+// What kind of derivative a call asks for, and what its graph can save.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include <optional>
 
 namespace fused_losses {
 
@@ -17,5 +19,9 @@ inline bool is_differentiated(const at::Tensor& t) {
 inline bool in_function_transform() {
     return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
+
+// Graphs save tensors; an optional one as a tensor that is undefined where it is absent, and back.
+inline at::Tensor or_undefined(const std::optional<at::Tensor>& t) { return t ? *t : at::Tensor(); }
+inline std::optional<at::Tensor> or_none(const at::Tensor& t) { return t.defined() ? std::optional(t) : std::nullopt; }
 
 }  // namespace fused_losses

@@ -42,7 +42,7 @@ Tensor cross_entropies(const Tensor& logits, const Tensor& target, const ClassSc
 }
 
 template <ZErrorDriver (*driver)()>
-struct OnDevice {
+struct ZErrorOn {
     static Tensor class_moments(const Tensor& score, const Tensor& target, std::int64_t num_classes,
                                 std::string_view statistic, std::int64_t ignore_index) {
         std::int64_t class_dim;
@@ -143,7 +143,7 @@ struct OnDevice {
 };
 
 // Shapes and dtypes alone.
-struct Meta {
+struct ZErrorMeta {
     static Tensor empty(c10::SymIntArrayRef sizes, const Tensor& like, at::ScalarType dtype) {
         return at::empty_symint(sizes, at::TensorOptions().device(like.device()).dtype(dtype));
     }
@@ -223,7 +223,7 @@ private:
 };
 
 template <class Ops>
-void implement(torch::Library& m) {
+void implement_z_error(torch::Library& m) {
     m.impl("class_moments", &Ops::class_moments);
     m.impl("z_error_mask", &Ops::z_error_mask);
     m.impl("z_error_class_loss", &Ops::z_error_class_loss);
@@ -233,11 +233,11 @@ void implement(torch::Library& m) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fused_losses, CPU, m) { implement<OnDevice<cpu_z_error>>(m); }
-TORCH_LIBRARY_IMPL(fused_losses, Meta, m) { implement<Meta>(m); }
+TORCH_LIBRARY_IMPL(fused_losses, CPU, m) { implement_z_error<ZErrorOn<cpu_z_error>>(m); }
+TORCH_LIBRARY_IMPL(fused_losses, Meta, m) { implement_z_error<ZErrorMeta>(m); }
 
 #ifdef FL_WITH_CUDA
-TORCH_LIBRARY_IMPL(fused_losses, CUDA, m) { implement<OnDevice<cuda_z_error>>(m); }
+TORCH_LIBRARY_IMPL(fused_losses, CUDA, m) { implement_z_error<ZErrorOn<cuda_z_error>>(m); }
 #endif
 
 }  // namespace fused_losses

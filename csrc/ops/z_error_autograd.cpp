@@ -51,10 +51,6 @@ Tensor fused_gradient(const Tensor& grad_loss, const Tensor& denominator, const 
                    a.reduction);
 }
 
-Tensor or_undefined(const OptionalTensor& t) { return t ? *t : Tensor(); }
-
-OptionalTensor or_none(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
-
 class ZErrorFunction : public torch::autograd::Function<ZErrorFunction> {
 public:
     // `input` is args.input: apply() looks for differentiable inputs among its own arguments.

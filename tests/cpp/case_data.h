@@ -8,7 +8,7 @@
 #include "core/numeric.h"
 #include "cpu/kernels.h"
 #include "guarded.h"
-#include "losses/registry.h"
+#include "losses/names.h"
 #include "naive_losses.h"
 
 namespace fused_losses_test {

@@ -4,7 +4,7 @@
 #include <string>
 
 #include "check.h"
-#include "losses/registry.h"
+#include "losses/names.h"
 #include "naive_losses.h"
 
 namespace {
