@@ -93,7 +93,7 @@ struct alignas(64) TileRows {
 private:
     // Calls body with the first row of each vector.
     template <class Body>
-    void for_padded(Body body) const {
+    FL_HD void for_padded(Body body) const {
         for (int i = 0; i < padded; i += V::size) body(i);
     }
 
@@ -156,7 +156,7 @@ private:
     void evaluate_as(const RowProblem& p) {
         V params[kMaxParams];
         for (int i = 0; i < kMaxParams; ++i) params[i] = A(p.params[i]);
-        for_padded([&](int i) {
+        for_padded([&](int i) FL_INLINE {
             const V total = V::load(sum + i), weighted = V::load(sum_u + i);
             V log_sum = math::log(total);
             if (any_lost) log_sum += V::load(lost + i) / total;
