@@ -21,6 +21,11 @@
 //     term_keeping<last>(pass, state, z, margin, is_target, params, T* kept)    as term; without room kept is null
 //     gradient_of_kept(state, kept, is_target, params) -> T                     after all passes
 //
+// Where the passes but the last add up reciprocals, of which two can share a division:
+//
+//     early_input(state, z) -> T                       what they need of a logit; the same in all of them
+//     denominator(state, input, params) -> T           what each adds the reciprocal of, at least 1 and below 2^60
+//
 // Where state and a bit per class say all about the gradient, so that it can be written without the logits:
 //
 //     bit(sums) -> T                                   from what the class has added in the last pass; 0 is no
@@ -51,6 +56,10 @@ constexpr int kMaxState = 6;
 template <class Loss>
 constexpr bool kHasBits =
     requires(typename Loss::template State<float> state) { Loss::gradient_of_bit(state, true, true); };
+
+template <class Loss>
+constexpr bool kAddsReciprocals =
+    requires(typename Loss::template State<float> state) { Loss::early_input(state, 0.0f); };
 
 template <class State, class T>
 constexpr int kStateSize = sizeof(State) / sizeof(T);

@@ -36,12 +36,53 @@ public:
         for (int i = 0; i < kWidth && n > 0; ++i) out[i] = i < n ? widen(from[i * row_stride]) : A(0);
     }
 
-    static void load_logits(const RowProblem& p, std::int64_t outer, std::int64_t row, TileRows<A>& rows, int b, int n,
-                            A* block) {
-        const Stored* source = as<Stored>(p.logits) + p.logits_stride.at(outer, row);
-        load_classes(source, p.logits_stride.inner, p.logits_class_stride, p.num_classes, n, block);
-        settle(p, rows, b, n, block);
+    // A tile's rows [first, first + n), blocks one after the other. Of pixels the whole tile class by class: runs of
+    // memory instead of single vectors far apart. `rows` knows the targets; it gets their logits.
+    static void load_tile(const RowProblem& p, std::int64_t outer, std::int64_t first, int n, TileRows<A>& rows,
+                          A* tile) {
+        const Stored* const source = as<Stored>(p.logits) + p.logits_stride.at(outer, first);
+        const std::int64_t row_stride = p.logits_stride.inner, class_stride = p.logits_class_stride;
+        const std::int64_t classes = p.num_classes, block_size = classes * kWidth;
+        for (std::int64_t c = 0; c < classes && class_stride != 1; ++c)
+            load_class(source + c * class_stride, row_stride, n, tile + c * kWidth, block_size);
+        for (int b = 0; b < n; b += kWidth) {
+            A* const block = tile + b * classes;
+            if (class_stride == 1)
+                load_classes(source + b * row_stride, row_stride, 1, classes, std::min(kWidth + 0, n - b), block);
+            settle(p, rows, b, std::min(kWidth + 0, n - b), block);
+        }
     }
+
+    static void store_tile(const RowProblem& p, std::int64_t outer, std::int64_t first, int n, const A* tile) {
+        Stored* const grad = static_cast<Stored*>(p.grad) + p.grad_stride.at(outer, first);
+        const std::int64_t row_stride = p.grad_stride.inner, class_stride = p.grad_class_stride;
+        const std::int64_t classes = p.num_classes, block_size = classes * kWidth;
+        if constexpr (std::is_same_v<A, float>)
+            if (class_stride == 1 && classes <= Tiling::kFewClasses) {
+                for (int b = 0; b < n; b += kWidth)
+                    store_rows(grad + b * row_stride, row_stride, static_cast<int>(classes),
+                               std::min(kWidth + 0, n - b), tile + b * classes);
+                return;
+            }
+        const bool past_caches = streams(p);
+        for (std::int64_t c = 0; c < classes; ++c) {
+            Stored* const to = grad + c * class_stride;
+            if (past_caches)
+                stream_class(to, n, tile + c * kWidth, block_size);
+            else
+                store_class(to, row_stride, n, tile + c * kWidth, block_size);
+        }
+    }
+
+    // Whether gradient rows are contiguous and many: ordinary stores would only read what they overwrite. Who stores
+    // tiles then ends with a stream_fence().
+    static bool streams(const RowProblem& p) {
+        return p.grad && p.grad_stride.inner == 1 &&
+               p.rows() * p.num_classes * std::int64_t(sizeof(Stored)) >= kStreamedBytes;
+    }
+
+private:
+    static constexpr std::int64_t kStreamedBytes = 8 << 20;
 
     // For logits of n rows, of which `rows` knows the targets at b: adds the bias, makes ignored rows zero so that they
     // stay finite, leaves the targets' logits in rows.
@@ -52,16 +93,6 @@ public:
         for (int i = 0; i < kWidth; ++i) rows.target_logit[b + i] = block[rows.target[b + i] * kWidth + i];
     }
 
-    static void store_gradient(const RowProblem& p, std::int64_t outer, std::int64_t row, int n, const A* block) {
-        Stored* const grad = static_cast<Stored*>(p.grad) + p.grad_stride.at(outer, row);
-        const std::int64_t row_stride = p.grad_stride.inner;
-        if constexpr (std::is_same_v<A, float>)
-            if (p.grad_class_stride == 1 && p.num_classes <= Tiling::kFewClasses)
-                return store_rows(grad, row_stride, static_cast<int>(p.num_classes), n, block);
-        for (std::int64_t c = 0; c < p.num_classes; ++c)
-            store_class(grad + c * p.grad_class_stride, row_stride, n, block + c * kWidth, 0);
-    }
-
     // One class of n rows, spread over blocks `block_size` apart.
     static void store_class(Stored* to, std::int64_t row_stride, int n, const A* from, std::int64_t block_size) {
         for (; n >= kWidth; n -= kWidth, to += kWidth * row_stride, from += block_size)
@@ -69,14 +100,13 @@ public:
         for (int i = 0; i < n; ++i) to[i * row_stride] = narrow<Stored>(from[i]);
     }
 
-    // The same with contiguous rows, past the caches: large gradients would only read what they overwrite.
+    // The same with contiguous rows, past the caches.
     static void stream_class(Stored* to, int n, const A* from, std::int64_t block_size) {
         const bool aligned = reinterpret_cast<std::uintptr_t>(to) % (kWidth * sizeof(Stored)) == 0;
         for (; n >= kWidth && aligned; n -= kWidth, to += kWidth, from += block_size) stream(to, V::load(from));
         store_class(to, 1, n, from, block_size);
     }
 
-private:
     // Rows on their way to or from a transposition that cannot take them where they are: float16 and bfloat16, fewer
     // than kWidth rows, fewer than four classes (which it reads and writes past the last row).
     struct alignas(64) Staged {

@@ -12,7 +12,6 @@ class LaneTile {
     using A = acc_t<Stored>;
     using V = Vec<A>;
     using Block = LaneBlock<Stored>;
-    static constexpr std::int64_t kStreamedBytes = 8 << 20;
     static constexpr int kWidth = V::size;
 
 public:
@@ -20,9 +19,7 @@ public:
         : p(problem),
           classes(problem.num_classes),
           block_size(problem.num_classes * kWidth),
-          by_class(problem.logits_class_stride != 1),
-          streams(problem.grad && problem.grad_stride.inner == 1 &&
-                  p.rows() * classes * std::int64_t(sizeof(Stored)) >= kStreamedBytes),
+          streams(Block::streams(problem)),
           x_store(problem.num_classes * tile_rows),
           u_store(p.spread == Spread::kSoftTarget ? problem.num_classes * tile_rows : 0) {}
 
@@ -32,7 +29,7 @@ public:
 
     void forward(std::int64_t outer, std::int64_t first, int n, TileSums& sums) {
         rows.begin(p, outer, first, n);
-        load_logits(outer, first, n);
+        Block::load_tile(p, outer, first, n, rows, x_store.data());
         for_blocks(n, [&](int b, int count) {
             A *x = x_of(b), *u = u_of(b);
             if (u) load_soft_target(outer, first + b, count, u);
@@ -47,7 +44,7 @@ public:
     void backward(std::int64_t outer, std::int64_t first, int n) {
         rows.begin(p, outer, first, n);
         rows.read_stats(p, outer, first, n);
-        load_logits(outer, first, n);
+        Block::load_tile(p, outer, first, n, rows, x_store.data());
         for_blocks(n, [&](int b, int count) {
             if (u_of(b)) load_soft_target(outer, first + b, count, u_of(b));
             exponentials(x_of(b), b, outer, first + n);
@@ -63,20 +60,6 @@ private:
     template <class Body>
     static void for_blocks(int n, Body body) {
         for (int b = 0; b < n; b += kWidth) body(b, std::min(kWidth, n - b));
-    }
-
-    // Of pixels the whole tile class by class: runs of memory instead of single vectors far apart.
-    void load_logits(std::int64_t outer, std::int64_t first, int n) {
-        const Stored* const source = as<Stored>(p.logits) + p.logits_stride.at(outer, first);
-        const std::int64_t row_stride = p.logits_stride.inner;
-        for (std::int64_t c = 0; c < classes && by_class; ++c)
-            Block::load_class(source + c * p.logits_class_stride, row_stride, n, x_of(0) + c * kWidth, block_size);
-        for_blocks(n, [&](int b, int count) {
-            if (by_class)
-                Block::settle(p, rows, b, count, x_of(b));
-            else
-                Block::load_logits(p, outer, first + b, rows, b, count, x_of(b));
-        });
     }
 
     void load_soft_target(std::int64_t outer, std::int64_t row, int n, A* u) const {
@@ -135,7 +118,7 @@ private:
     void exponentials(A* x, int b, std::int64_t outer, std::int64_t next) {
         const Stored* const next_logits = as<Stored>(p.logits) + p.logits_stride.at(outer, next + b);
         Stored* const next_grad = static_cast<Stored*>(p.grad) + (p.grad ? p.grad_stride.at(outer, next + b) : 0);
-        const bool fetch = !by_class, fetch_grad = fetch && p.grad;
+        const bool fetch = p.logits_class_stride == 1, fetch_grad = fetch && p.grad;
         const V top = V::load(rows.max + b);
         V all = A(0);
         for_runs(classes, kVectorsPerRun, [&](std::int64_t begin, std::int64_t end) {
@@ -157,18 +140,7 @@ private:
         for_blocks(n, [&](int b, int) { scale(x_of(b), u_of(b), b); });
         // For all blocks at once: a vector read right after a single number was written would wait for the write.
         if (p.target) for_blocks(n, [&](int b, int) { write_own(x_of(b), b); });
-        if (!by_class) {
-            for_blocks(n, [&](int b, int count) { Block::store_gradient(p, outer, first + b, count, x_of(b)); });
-            return;
-        }
-        Stored* const grad = static_cast<Stored*>(p.grad) + p.grad_stride.at(outer, first);
-        for (std::int64_t c = 0; c < classes; ++c) {
-            Stored* const to = grad + c * p.grad_class_stride;
-            if (streams)
-                Block::stream_class(to, n, x_of(0) + c * kWidth, block_size);
-            else
-                Block::store_class(to, p.grad_stride.inner, n, x_of(0) + c * kWidth, block_size);
-        }
+        Block::store_tile(p, outer, first, n, x_store.data());
     }
 
     void scale(A* x, const A* u, int b) const {
@@ -188,8 +160,7 @@ private:
 
     const RowProblem& p;
     const std::int64_t classes, block_size;
-    const bool by_class;          // pixels: the classes of a row are far apart
-    const bool streams;           // gradient rows are contiguous and many
+    const bool streams;
     Scratch<A> x_store, u_store;  // per block [classes][kWidth]: logits, then exponentials, then gradient; u_j
     TileRows<A> rows;
 };

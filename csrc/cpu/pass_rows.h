@@ -21,11 +21,11 @@ void with_stored(const RowProblem& p, Body body) {
     }
 }
 
-// A block of rows at a time, in parts whose classes are added up each on its own. In lanes a part is a vector of rows,
-// its logits in scratch as [classes][vector of rows]; else it is a row, read and written where the caller has it if
-// possible, else in scratch too. Numbers per row are vectors either way: one for each group of rows, which is a part in
-// lanes and the whole block else. Lanes work on some groups at a time, so that what follows a sum over the few classes
-// of one need not be waited for.
+// A tile of rows, a block of it at a time, in parts whose classes are added up each on its own. In lanes a part is a
+// vector of rows; the tile's logits, later its gradient, are in scratch as [classes][vector of rows]. Else a part is a
+// row, read and written where the caller has it if possible, else in scratch too. Numbers per row are vectors either
+// way: one for each group of rows, which is a part in lanes and the whole block else. Lanes work on some groups at a
+// time, so that what follows a sum over the few classes of one need not be waited for.
 template <class A, bool lanes>
 class PassRows {
 public:
@@ -39,36 +39,37 @@ public:
           block(std::min(static_cast<int>(tile_rows), V::size * (p.num_classes > Tiling::kFewClasses ? 1 : kGroups))),
           whole(lanes ? p.num_classes : p.num_classes / V::size),
           tail(lanes ? 0 : static_cast<int>(p.num_classes % V::size)),
-          scratch(parts_of(block) * vectors() * V::size),
+          scratch(parts_of(lanes ? tile_rows : block) * vectors() * V::size),
           gradient_rows(problem, lanes ? 0 : block, bytes_of(problem.dtype)) {
         with_stored<A>(p, [&]<class Stored>() {
             constexpr bool as_stored = !lanes && std::is_same_v<Stored, A>;
             reads_directly = as_stored && p.logits_class_stride == 1;
             writes_directly = as_stored && p.grad_class_stride == 1;
+            streams = lanes && LaneBlock<Stored>::streams(p);
         });
     }
 
-    // Takes rows [at, at + count) of the tile, at most `block`, with their logits or without.
-    void take(std::int64_t outer, std::int64_t first, int at, int count, bool with_logits) {
+    ~PassRows() {
+        if (streams) stream_fence();
+    }
+
+    // Calls body(number of its first row) for each block of the tile's rows [first, first + n), with their logits or
+    // without; it gives all parts a gradient if there is one.
+    template <class Body>
+    void for_blocks(std::int64_t outer, std::int64_t first, int n, bool with_logits, Body body) {
         reads = with_logits;
-        first_row = at;
-        row_count = count;
-        next = first + at + count;
         this->outer = outer;
+        rows.begin(p, outer, first, n);
         with_stored<A>(p, [&]<class Stored>() {
-            for (int part = 0; lanes && part < parts_of(count); ++part) {
-                const int from = at + part * V::size;
-                logits[part] = gradient[part] = scratch_of(part);
-                if (!reads) continue;
-                LaneBlock<Stored>::load_logits(p, outer, first + from, rows, from, rows_in(part), scratch_of(part));
-            }
-            for (int i = 0; !lanes && i < count; ++i) {
-                if (p.grad) gradient[i] = gradient_place<Stored>(first + at + i, i);
-                if (reads && !rows.ignored(at + i)) load_row<Stored>(first + at + i, i);
-            }
+            if (lanes && reads) LaneBlock<Stored>::load_tile(p, outer, first, n, rows, scratch.data());
         });
-        for_groups([&](int group) {
-            for (int i = 0; i < V::size; ++i) target[group].v[i] = A(rows.target[first_in(group) + i]);
+        for (int at = 0; at < n; at += block) {
+            take(first, at, std::min(block, n - at));
+            body(outer * p.inner + first + at);
+            if (p.grad) finish_gradient(first);
+        }
+        with_stored<A>(p, [&]<class Stored>() {
+            if (lanes && p.grad) LaneBlock<Stored>::store_tile(p, outer, first, n, scratch.data());
         });
     }
 
@@ -95,24 +96,6 @@ public:
     template <class Body>
     FL_HD void for_groups(Body body) const {
         for (int group = 0; group < kGroups && group * V::size < row_count; ++group) body(group);
-    }
-
-    // Once `gradient` has those of all parts: ignored rows get zeros, what is in scratch goes to the caller.
-    void finish_gradient(std::int64_t first) {
-        for (int i = 0; i < row_count && rows.any_ignored; ++i)
-            for (std::int64_t c = 0; c < p.num_classes && rows.ignored(first_row + i); ++c)
-                (lanes ? gradient[i / V::size][c * V::size + i % V::size] : gradient[i][c]) = A(0);
-        with_stored<A>(p, [&]<class Stored>() {
-            const std::int64_t row = first + first_row;
-            for (int part = 0; lanes && part < parts_of(row_count); ++part)
-                LaneBlock<Stored>::store_gradient(p, outer, row + part * V::size, rows_in(part), gradient[part]);
-            if (lanes) return;
-            for (int i = 0; !writes_directly && i < row_count; ++i)
-                RowBuffer<Stored>::write_row(
-                    p, gradient_rows.row<Stored>(outer, row + i, i), /*unordered=*/false,
-                    [&](std::int64_t c, auto count) { return fused_losses::load(gradient[i] + c, count, A(0)); });
-            gradient_rows.finish<Stored>(outer, row, row_count);
-        });
     }
 
     // Weighs values of a group, writes them and adds them up. Rows whose loss is positive make the denominator of
@@ -265,6 +248,40 @@ private:
         return parts * (lanes ? p.num_classes : (p.num_classes + V::size - 1) / V::size);
     }
 
+    // Rows [at, at + count) of the tile.
+    void take(std::int64_t first, int at, int count) {
+        first_row = at;
+        row_count = count;
+        next = first + at + count;
+        for (int part = 0; lanes && part < parts_of(count); ++part)
+            logits[part] = gradient[part] = scratch_of(at / V::size + part);
+        with_stored<A>(p, [&]<class Stored>() {
+            for (int i = 0; !lanes && i < count; ++i) {
+                if (p.grad) gradient[i] = gradient_place<Stored>(first + at + i, i);
+                if (reads && !rows.ignored(at + i)) load_row<Stored>(first + at + i, i);
+            }
+        });
+        for_groups([&](int group) {
+            for (int i = 0; i < V::size; ++i) target[group].v[i] = A(rows.target[first_in(group) + i]);
+        });
+    }
+
+    // Once `gradient` has those of all parts: ignored rows get zeros; rows in scratch go to the caller.
+    void finish_gradient(std::int64_t first) {
+        for (int i = 0; i < row_count && rows.any_ignored; ++i)
+            for (std::int64_t c = 0; c < p.num_classes && rows.ignored(first_row + i); ++c)
+                (lanes ? gradient[i / V::size][c * V::size + i % V::size] : gradient[i][c]) = A(0);
+        if (lanes) return;
+        with_stored<A>(p, [&]<class Stored>() {
+            const std::int64_t row = first + first_row;
+            for (int i = 0; !writes_directly && i < row_count; ++i)
+                RowBuffer<Stored>::write_row(
+                    p, gradient_rows.row<Stored>(outer, row + i, i), /*unordered=*/false,
+                    [&](std::int64_t c, auto count) { return fused_losses::load(gradient[i] + c, count, A(0)); });
+            gradient_rows.finish<Stored>(outer, row, row_count);
+        });
+    }
+
     int first_in(int group) const { return first_row + group * V::size; }
     int rows_in(int group) const { return std::min(V::size + 0, row_count - group * V::size); }  // no reference to size
 
@@ -300,7 +317,7 @@ private:
 
     Scratch<A> scratch;
     GradientRows gradient_rows;
-    bool reads_directly, writes_directly, reads;
+    bool reads_directly, writes_directly, streams, reads;
     std::int64_t outer, next;  // the row behind them
     PerGroup target;           // class numbers
 };

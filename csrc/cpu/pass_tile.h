@@ -27,7 +27,7 @@ public:
     }
 
     void forward(std::int64_t outer, std::int64_t first, int n, TileSums& sums) {
-        for_blocks(outer, first, n, /*with_logits=*/true, [&](std::int64_t row) {
+        view.for_blocks(outer, first, n, /*with_logits=*/true, [&](std::int64_t row) {
             const States states = run();
             view.for_groups([&](int group) {
                 const std::int64_t from = row + group * V::size;
@@ -35,13 +35,13 @@ public:
                 const auto numbers = std::bit_cast<std::array<V, kStates>>(states[group]);
                 if (p.stats) view.save(group, from, numbers.data(), kStates);
             });
-            if (p.grad) write_gradient<Source::kKept>(states, first);
+            if (p.grad) write_gradient<Source::kKept>(states);
         });
     }
 
     void backward(std::int64_t outer, std::int64_t first, int n) {
         const bool from_bits = has_bits && p.bits;
-        for_blocks(outer, first, n, /*with_logits=*/!from_bits, [&](std::int64_t row) {
+        view.for_blocks(outer, first, n, /*with_logits=*/!from_bits, [&](std::int64_t row) {
             States states;
             view.for_groups([&](int group) {
                 std::array<V, kStates> numbers;
@@ -49,24 +49,15 @@ public:
                 states[group] = std::bit_cast<State>(numbers);
             });
             if constexpr (has_bits)
-                if (from_bits) return write_gradient<Source::kBits>(states, first);
-            write_gradient<Source::kLogits>(states, first);
+                if (from_bits) return write_gradient<Source::kBits>(states);
+            write_gradient<Source::kLogits>(states);
         });
     }
 
 private:
     static constexpr bool has_bits = kHasBits<Loss>;  // of RowProblem
     enum class Source { kLogits, kKept, kBits };      // of a gradient
-
-    // Calls body(number of its first row) for each block of rows.
-    template <class Body>
-    void for_blocks(std::int64_t outer, std::int64_t first, int n, bool with_logits, Body body) {
-        view.rows.begin(p, outer, first, n);
-        for (int at = 0; at < n; at += view.block) {
-            view.take(outer, first, at, std::min(view.block, n - at), with_logits);
-            body(outer * p.inner + first + at);
-        }
-    }
+    enum class Early { kFromLogits, kToKeep, kKept };  // where the inputs of early passes come from
 
     States run() {
         const V classes = A(p.num_classes);
@@ -91,12 +82,27 @@ private:
         view.for_parts([&](int part) {
             const int group = View::group_of(part);
             const State state = in_part(states[group], part);
-            const AllSums partial = p.grad || p.bits ? sum_classes<last, true>(pass, part, state, rows[group])
-                                                     : sum_classes<last, false>(pass, part, state, rows[group]);
+            const bool keeps = p.grad || p.bits;
+            AllSums partial{};
+            if constexpr (kAddsReciprocals<Loss> && !last)
+                partial.v[0] = !keeps      ? sum_reciprocals<Early::kFromLogits>(part, state)
+                               : pass == 0 ? sum_reciprocals<Early::kToKeep>(part, state)
+                                           : sum_reciprocals<Early::kKept>(part, state);
+            else
+                partial = keeps ? sum_classes<last, true>(pass, part, state, rows[group])
+                                : sum_classes<last, false>(pass, part, state, rows[group]);
             for (int i = 0; i < Loss::num_sums; ++i) view.put(sums[group].v[i], part, view.total(partial.v[i]));
         });
         view.for_groups(
             [&](int group) { Loss::end_pass(pass, states[group], sums[group], rows[group], params.data()); });
+    }
+
+    // Calls body(i) for each of n sums, i known to the compiler: only so do they stay in registers.
+    template <int n, class Body>
+    FL_HD static void for_sums(Body body) {
+        [&]<int... i>(std::integer_sequence<int, i...>) FL_INLINE {
+            (body(std::integral_constant<int, i>{}), ...);
+        }(std::make_integer_sequence<int, n>{});
     }
 
     static State in_part(const State& state, int part) {
@@ -114,7 +120,7 @@ private:
         const auto margins = view.class_margins(view.in_part(row.margin, part));
         const A* const logits = view.logits[part];
         V sums[used], runs[used];  // of this run of vectors, of those before
-        for (int i = 0; i < used; ++i) sums[i] = runs[i] = A(0);
+        for_sums<used>([&](auto i) FL_INLINE { sums[i] = runs[i] = A(0); });
         V* const room = keeps ? kept_of(part) : nullptr;
         if (keeps && !room) __builtin_unreachable();  // the loop need not ask
         constexpr bool makes_bits = has_bits && last && keeps;
@@ -124,26 +130,57 @@ private:
             const auto term =
                 Loss::template term_keeping<last>(pass, state, z, margins.at(k, count), is_target, own.data(),
                                                   keeps ? room + k * Loss::num_kept : nullptr);
-            for (int i = 0; i < used; ++i) sums[i] = add(sums[i], term.v[i]);
+            for_sums<used>([&](auto i) FL_INLINE { sums[i] = add(sums[i], term.v[i]); });
             if constexpr (makes_bits)
                 if (bits) bits[k] = nonzero_bits(Loss::bit(term));
         };
         const auto end_run = [&]() FL_INLINE {
-            for (int i = 0; i < used; ++i) runs[i] += sums[i], sums[i] = A(0);
+            for_sums<used>([&](auto i) FL_INLINE { runs[i] += sums[i], sums[i] = A(0); });
         };
         if (last)
             view.for_each_fetching(part, add_class, end_run);
         else
             view.for_each(part, add_class, end_run);
-        AllSums result;
-        for (int i = 0; i < Loss::num_sums; ++i) result.v[i] = i < used ? runs[i] + sums[i] : V(A(0));
+        AllSums result{};
+        for_sums<used>([&](auto i) FL_INLINE { result.v[i] = runs[i] + sums[i]; });
         return result;
+    }
+
+    // What a pass before the last adds up in one part if that are reciprocals: 1/a + 1/b = (a + b) / (a b).
+    template <Early inputs>
+    V sum_reciprocals(int part, const State state) const {
+        const std::array<V, kMaxParams> own = params;
+        const A* const logits = view.logits[part];
+        V* const room = kept_of(part);
+        const auto denominator = [&](std::int64_t k, auto count) FL_INLINE {
+            V input;
+            if constexpr (inputs == Early::kKept)
+                input = room[k * Loss::num_kept];
+            else
+                input = Loss::early_input(state, load(logits + k * V::size, count, A(0)));
+            if constexpr (inputs == Early::kToKeep) room[k * Loss::num_kept] = input;
+            return Loss::denominator(state, input, own.data());
+        };
+        const std::int64_t pairs = view.whole / 2;
+        V total = A(0);
+        for_runs(pairs, kVectorsPerRun, [&](std::int64_t begin, std::int64_t end) FL_INLINE {
+            V sum = A(0);
+            for (std::int64_t pair = begin; pair < end; ++pair) {
+                const V a = denominator(2 * pair, Whole{}), b = denominator(2 * pair + 1, Whole{});
+                sum += (a + b) * math::reciprocal(a * b);
+            }
+            total += sum;
+        });
+        if (view.whole % 2) total += math::reciprocal(denominator(2 * pairs, Whole{}));
+        if (view.tail == 0) return total;
+        const Mask<A> is_class = V::iota() < V(A(view.tail));
+        return total + math::select(is_class, math::reciprocal(denominator(view.whole, view.tail)), V(A(0)));
     }
 
     V* kept_of(int part) const { return kept.data() + part * view.vectors() * Loss::num_kept; }
 
     template <Source source>
-    void write_gradient(const States& states, std::int64_t first) {
+    void write_gradient(const States& states) {
         typename View::PerGroup scale, margin;
         view.for_groups([&](int group) {
             scale[group] = view.per_row(group, view.rows.scale) * view.per_row(group, view.rows.class_weight);
@@ -154,7 +191,6 @@ private:
             write_part<source>(part, in_part(states[group], part), view.in_part(scale[group], part),
                                view.in_part(margin[group], part));
         });
-        view.finish_gradient(first);
     }
 
     template <Source source>

@@ -206,6 +206,22 @@ struct BiTemperedOf {
         return {{probability(x - middle, T(1), params), none, none, none}};
     }
 
+    // A step of the fixed point adds up (1 - scale x / n)^-n. Beyond the limit that is below 2^-55, beside a sum of at
+    // least 1; it keeps -inf away.
+    template <class T>
+        requires(kN > 0)
+    FL_HD static T early_input(const State<T>& s, T z) {
+        using S = math::scalar_t<T>;
+        constexpr S limit = -S(kN) * S(std::uint32_t(1) << 55 / (kN > 0 ? kN : 1));
+        const T x = z - s.max;
+        return math::select(T(limit) > x, T(limit), x);  // NaN stays
+    }
+
+    template <class T>
+    FL_HD static T denominator(const State<T>& s, T x, const T* params) {
+        return math::integer_power(T(1) - s.lower * excess(params).of_exp * x, kN);
+    }
+
     template <class T>
     FL_HD static void end_pass(int pass, State<T>& s, const Sums<T, 4>& sums, const RowInputs<T>& row,
                                const T* params) {
