@@ -16,6 +16,9 @@ struct MarginLoss {
     static constexpr int num_params = Rule::num_params, num_sums = 2, num_early_sums = 1, num_kept = 1;
     static constexpr bool needs_max = false;
 
+    // Logits, margins and errors are in units in which no error and no sum of errors of finite logits overflows.
+    static constexpr float unit = 1.0f / (1 << 24);
+
     template <class T>
     struct State {
         T target_logit, margin, below, per_error, count, value;  // errors above `below` are kept, dL/de is per_error
@@ -37,19 +40,29 @@ struct MarginLoss {
         return Rule::has_threshold(params) ? 2 : 1;
     }
 
+    // With a masked target (-inf) all other classes have an infinite error: here the largest that is finite.
     template <class T>
     FL_HD static State<T> begin(const RowInputs<T>& row, const T*) {
-        return {row.target_logit, row.margin, T(0), T(0), T(0), T(0)};
+        const T target_logit = math::select(row.target_logit < lowest<T>(), lowest<T>(), row.target_logit);
+        return {T(unit) * target_logit, T(unit) * row.margin, T(0), T(0), T(0), T(0)};
     }
 
-    // NaN stays NaN and +inf becomes NaN (as 0 * inf): both spoil their row. A masked class (-inf) has no error.
+    template <class T>
+    FL_HD static T lowest() {
+        return T(std::numeric_limits<math::scalar_t<T>>::lowest());
+    }
+
+    template <class T>
+    FL_HD static math::mask_t<T> has_masked_target(const State<T>& s) {
+        return s.target_logit <= T(unit) * lowest<T>();
+    }
+
+    // NaN and +inf stay what they are. A masked class (-inf) has no error.
     template <class T>
     FL_HD static T error(const State<T>& s, T z, T margin, math::mask_t<T> is_target, const T* params) {
-        const T infinity = T(std::numeric_limits<math::scalar_t<T>>::infinity());
-        const T e = (z - s.target_logit) + math::select(Rule::competitors_margin(params), margin, s.margin);
-        const T positive = math::select(e < T(0), T(0), e);
-        const T or_masked = math::select(z == -infinity, T(0), T(0) * z + positive);
-        return math::select(is_target, T(0), or_masked);
+        const T of_class = math::select(Rule::competitors_margin(params), T(unit) * margin, s.margin);
+        const T e = math::select(is_target, T(0), (T(unit) * z - s.target_logit) + of_class);
+        return math::select(T(0) > e, T(0), e);
     }
 
     template <class T>
@@ -93,16 +106,17 @@ struct MarginLoss {
     FL_HD static void end_pass(int pass, State<T>& s, const Sums<T, 2>& sums, const RowInputs<T>& row,
                                const T* params) {
         if (pass == 0 && Rule::has_threshold(params)) {
-            s.below = just_below(sums.v[0] / row.num_classes);
+            s.below = math::select(has_masked_target(s), T(0), just_below(sums.v[0] / row.num_classes));
             return;
         }
         s.count = sums.v[1];
-        // Comparisons with NaN would silently drop it: a factor of every gradient carries it instead.
+        // One logit of +inf or NaN spoils the row: a factor of every gradient carries it.
         const T infinity = T(std::numeric_limits<math::scalar_t<T>>::infinity());
-        const auto finite = (sums.v[0] == sums.v[0]) & (s.target_logit < infinity) & (s.margin < infinity);
+        const auto finite = (sums.v[0] < infinity) & (s.target_logit < infinity) & (s.margin < infinity);
         const T divisor = math::select(Rule::by_count(params), s.count + T(1e-6), row.num_classes);
         s.per_error = math::select(finite, T(1), nan<T>()) / divisor;
-        s.value = sums.v[0] * s.per_error;
+        const T value = sums.v[0] * s.per_error * T(1 / unit);
+        s.value = math::select(has_masked_target(s) & (value > T(0)), infinity, value);
     }
 
     template <class T>
