@@ -237,6 +237,13 @@ FL_HD void store(Stored* to, vec_t<Stored> x, Whole) {
     store(to, x);
 }
 
+// Calls body(i) for each i in [0, n) as a constant: only arrays with such an index stay in registers.
+template <int n, class Body>
+FL_HD void unrolled(Body body) {
+    [&]<int... i>(std::integer_sequence<int, i...>)
+        FL_INLINE { (body(std::integral_constant<int, i>{}), ...); }(std::make_integer_sequence<int, n>{});
+}
+
 // Calls body(i, count) for every vector of [0, n): count is Whole, or the number of elements in the last one.
 template <class A, class Body>
 FL_HD void for_vectors(std::int64_t n, Body body) {
@@ -260,9 +267,7 @@ FL_HD void for_vectors_ahead(std::int64_t n, Body body) {
     constexpr int size = Vec<A>::size;
     std::int64_t i = 0;
     for (; i + kAhead * size <= n; i += kAhead * size)
-        [&]<int... k>(std::integer_sequence<int, k...>) {
-            (body(i + k * size, Whole{}, std::integral_constant<int, k>{}), ...);
-        }(std::make_integer_sequence<int, kAhead>{});
+        unrolled<kAhead>([&](auto k) FL_INLINE { body(i + k * size, Whole{}, k); });
     constexpr std::integral_constant<int, 0> first;
     for_vectors<A>(n - i, [&](std::int64_t rest, auto count) { body(i + rest, count, first); });
 }

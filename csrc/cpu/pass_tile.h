@@ -55,8 +55,8 @@ public:
     }
 
 private:
-    static constexpr bool has_bits = kHasBits<Loss>;  // of RowProblem
-    enum class Source { kLogits, kKept, kBits };      // of a gradient
+    static constexpr bool has_bits = kHasBits<Loss>;   // of RowProblem
+    enum class Source { kLogits, kKept, kBits };       // of a gradient
     enum class Early { kFromLogits, kToKeep, kKept };  // where the inputs of early passes come from
 
     States run() {
@@ -97,14 +97,6 @@ private:
             [&](int group) { Loss::end_pass(pass, states[group], sums[group], rows[group], params.data()); });
     }
 
-    // Calls body(i) for each of n sums, i known to the compiler: only so do they stay in registers.
-    template <int n, class Body>
-    FL_HD static void for_sums(Body body) {
-        [&]<int... i>(std::integer_sequence<int, i...>) FL_INLINE {
-            (body(std::integral_constant<int, i>{}), ...);
-        }(std::make_integer_sequence<int, n>{});
-    }
-
     static State in_part(const State& state, int part) {
         auto numbers = std::bit_cast<std::array<V, kStates>>(state);
         for (V& number : numbers) number = View::in_part(number, part);
@@ -120,7 +112,7 @@ private:
         const auto margins = view.class_margins(view.in_part(row.margin, part));
         const A* const logits = view.logits[part];
         V sums[used], runs[used];  // of this run of vectors, of those before
-        for_sums<used>([&](auto i) FL_INLINE { sums[i] = runs[i] = A(0); });
+        unrolled<used>([&](auto i) FL_INLINE { sums[i] = runs[i] = A(0); });
         V* const room = keeps ? kept_of(part) : nullptr;
         if (keeps && !room) __builtin_unreachable();  // the loop need not ask
         constexpr bool makes_bits = has_bits && last && keeps;
@@ -130,19 +122,19 @@ private:
             const auto term =
                 Loss::template term_keeping<last>(pass, state, z, margins.at(k, count), is_target, own.data(),
                                                   keeps ? room + k * Loss::num_kept : nullptr);
-            for_sums<used>([&](auto i) FL_INLINE { sums[i] = add(sums[i], term.v[i]); });
+            unrolled<used>([&](auto i) FL_INLINE { sums[i] = add(sums[i], term.v[i]); });
             if constexpr (makes_bits)
                 if (bits) bits[k] = nonzero_bits(Loss::bit(term));
         };
         const auto end_run = [&]() FL_INLINE {
-            for_sums<used>([&](auto i) FL_INLINE { runs[i] += sums[i], sums[i] = A(0); });
+            unrolled<used>([&](auto i) FL_INLINE { runs[i] += sums[i], sums[i] = A(0); });
         };
         if (last)
             view.for_each_fetching(part, add_class, end_run);
         else
             view.for_each(part, add_class, end_run);
         AllSums result{};
-        for_sums<used>([&](auto i) FL_INLINE { result.v[i] = runs[i] + sums[i]; });
+        unrolled<used>([&](auto i) FL_INLINE { result.v[i] = runs[i] + sums[i]; });
         return result;
     }
 
