@@ -1,8 +1,8 @@
-"""What a training step of a loss on one CPU core is spent on.
+"""What a training step of a loss on one CPU core is spent on, and what a second core changes.
 
-    python -m benchmarks.cpu_profile --out benchmarks/results/cpu/profile.md        (about four minutes)
+    python -m benchmarks.cpu_profile --out benchmarks/results/cpu/profile.md        (about five minutes)
 
-Two views of forward + backward in float32. By size: a plain copy of the logits, which moves the same bytes, cross
+Three views of forward + backward in float32. By size: a plain copy of the logits, which moves the same bytes, cross
 entropy's step and the step, in turns on buffers that rotate through more memory than the last cache holds; the step is
 divided into
 
@@ -13,7 +13,8 @@ divided into
 
 Cross entropy at every shape of the summary, every other loss at two. By function, where ``perf`` is installed: shares
 of samples, for cross entropy and whatever takes over 15 % more or less than it. What the compiler has inlined counts
-for its caller.
+for its caller. By threads: what two make of cross entropy's step and of the copy, in elapsed time, and the functions
+again; time in libgomp is waiting for the other thread.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -52,6 +54,7 @@ MIN_ROUNDS, MAX_ROUNDS, SECONDS = 9, 200, 0.6
 BUNDLED_BYTES, BUNDLE = 1 << 20, 20  # smaller inputs are timed so many calls at a time
 LIKE_CROSS_ENTROPY = 0.15
 PERF_SECONDS = 2
+THREADS = 2
 SHOWN = 3.0  # percent of the samples
 
 
@@ -67,8 +70,8 @@ def buffers_of(case: Case, count: int | None) -> Buffers:
     return Buffers.of(case, *case.inputs(), count=count)
 
 
-def shortest(calls: Iterable[Timed], bundle: int) -> list[float]:
-    """Microseconds of CPU time per call; the calls take turns. What is slower was disturbed by other work.
+def shortest(calls: Iterable[Timed], bundle: int, clock: Callable[[], float] = time.process_time) -> list[float]:
+    """Microseconds per call, of CPU time; the calls take turns. What is slower was disturbed by other work.
 
     Every call has the next inputs, cold ones, and the order is drawn anew: what ran before leaves the caches full.
     """
@@ -79,10 +82,10 @@ def shortest(calls: Iterable[Timed], bundle: int) -> list[float]:
         shuffle(turns)
         for call, found in turns:
             prepared = [call.prepare(number + k) for k in range(bundle)]
-            start = time.process_time()
+            start = clock()
             for k in range(bundle):
                 call.run(number + k, prepared[k])
-            found.append((time.process_time() - start) / bundle)
+            found.append((clock() - start) / bundle)
             number += bundle
         rounds += 1
     return [min(found) * 1e6 for _, found in times]
@@ -126,6 +129,11 @@ class Shares:
         return abs(self.whole / self.cross_entropy - 1.0) > LIKE_CROSS_ENTROPY
 
 
+def head(*columns: str) -> list[str]:
+    names = ["loss", "logits", *columns]
+    return ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+
+
 def cells(case: Case, *others: str) -> str:
     layout = " channels_last" if case.layout == "channels_last" else ""
     return "| " + " | ".join([case.loss, f"{shape_name(case.shape)}{layout}", *others]) + " |"
@@ -134,14 +142,38 @@ def cells(case: Case, *others: str) -> str:
 def by_size(case: Case) -> Shares:
     step = step_of(case)
     own = Call(LOSSES["cross_entropy"].fused, "fwd_bwd", step.buffers)
-    bundle = BUNDLE if case.logits_bytes < BUNDLED_BYTES else 1
-    whole, copy, cross_entropy = shortest([step, Copy(step.buffers), own], bundle)
+    whole, copy, cross_entropy = shortest([step, Copy(step.buffers), own], bundle_of(case))
     cached = with_rows(case, min(row_count(case), max(2, CACHED_ELEMENTS // case.shape[1])))
     few, one = shortest([step_of(cached, 1), step_of(with_rows(case, 1), 1)], BUNDLE)
     a_row = max(0.0, few - one) / (row_count(cached) - 1)
     call = min(whole, max(0.0, one - a_row))
     arithmetic = min(a_row * row_count(case), whole - call)  # on a busy machine it may seem more
     return Shares(case, whole, copy, cross_entropy, call, arithmetic)
+
+
+def by_threads(case: Case) -> str:
+    step = step_of(case)
+    calls: list[Timed] = [step, Copy(step.buffers)]
+    bundle = bundle_of(case)
+    one, one_copy = shortest(calls, bundle, time.perf_counter)
+    with threads(THREADS):
+        both, both_copy = shortest(calls, bundle, time.perf_counter)
+    ratios = [f"{x:.2f}" for x in (both / both_copy, one / both, one_copy / both_copy)]
+    return cells(case, f"{both:.0f}", *ratios)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def bundle_of(case: Case) -> int:
+    return BUNDLE if case.logits_bytes < BUNDLED_BYTES else 1
 
 
 def by_function(case: Case) -> str:
@@ -152,7 +184,7 @@ def by_function(case: Case) -> str:
         with subprocess.Popen([*record, "sleep", str(PERF_SECONDS)], stderr=subprocess.DEVNULL) as perf:
             number = 0
             while perf.poll() is None:
-                for _ in range(BUNDLE if case.logits_bytes < BUNDLED_BYTES else 1):
+                for _ in range(bundle_of(case)):
                     step.run(number, step.prepare(number))
                     number += 1
         command = ["perf", "report", "-i", data, "--stdio", "--no-children", "-F", "overhead,dso,symbol"]
@@ -186,14 +218,20 @@ def main() -> None:
     about = describe("cpu")
     lines = ["# Where the time goes on one core", "", "Made by `python -m benchmarks.cpu_profile`, which explains it."]
     lines += [f"{about['processor']}, {about['isa']}, load before {about['load_before']}, float32.", ""]
-    head = ["loss", "logits", "us", "times a copy", "times cross entropy", "call", "arithmetic", "memory"]
-    lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines += head("us", "times a copy", "times cross entropy", "call", "arithmetic", "memory")
     found = [by_size(case) for case in CASES if any(word in case.id for word in options.only.split(","))]
     lines += [shares.line for shares in found]
     if shutil.which("perf"):
         unlike = [s.case for s in found if s.case.loss == "cross_entropy" or s.unlike_cross_entropy]
         lines += ["", f"The losses without a line take within {LIKE_CROSS_ENTROPY:.0%} of cross entropy's time.", ""]
-        lines += ["| loss | logits | share of samples |", "|---|---|---|", *map(by_function, unlike)]
+        lines += [*head("share of samples"), *map(by_function, unlike)]
+    own = [shares.case for shares in found if shares.case.loss == "cross_entropy"]
+    if (os.cpu_count() or 1) >= THREADS:
+        lines += ["", f"# With {THREADS} threads", "", "Elapsed time; the speed-up is over one thread.", ""]
+        lines += [*head("us", "times a copy", "speed-up", "speed-up of the copy"), *map(by_threads, own)]
+        if shutil.which("perf"):
+            with threads(THREADS):
+                lines += ["", *head("share of samples"), *map(by_function, own)]
     text = "\n".join(lines) + "\n"
     if options.out:
         options.out.write_text(text)

@@ -187,6 +187,16 @@ def test_profile_divides_a_step(case: Case, monkeypatch: pytest.MonkeyPatch) -> 
     assert shares.line.count("|") == 9
 
 
+def test_profile_compares_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_profile, "MAX_ROUNDS", 9)
+    before = torch.get_num_threads()
+    line = cpu_profile.by_threads(Case("cross_entropy", (32, 10)))
+    assert torch.get_num_threads() == before
+    loss, logits, *numbers = (cell.strip() for cell in line.strip("|").split("|"))
+    assert (loss, logits) == ("cross_entropy", "32x10")
+    assert len(numbers) == 4 and all(float(number) > 0 for number in numbers)
+
+
 def test_profile_has_every_loss_at_two_shapes_and_cross_entropy_at_all() -> None:
     for shape in cpu_profile.SHAPES:
         assert {case.loss for case in cpu_profile.CASES if case.shape == shape} == set(ROW_LOSSES)
