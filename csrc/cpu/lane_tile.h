@@ -114,17 +114,18 @@ private:
     }
 
     // Computing takes longer than the memory of rows does: time to fetch those of the next tile, of which block b is as
-    // long as this one (a prefetch may point anywhere). For pixels it does not pay.
+    // long as this one (a prefetch may point anywhere).
     void exponentials(A* x, int b, std::int64_t outer, std::int64_t next) {
         const Stored* const next_logits = as<Stored>(p.logits) + p.logits_stride.at(outer, next + b);
         Stored* const next_grad = static_cast<Stored*>(p.grad) + (p.grad ? p.grad_stride.at(outer, next + b) : 0);
-        const bool fetch = p.logits_class_stride == 1, fetch_grad = fetch && p.grad;
+        const bool fetch_grad = p.grad && p.grad_class_stride == 1;
+        const std::int64_t step = p.logits_class_stride == 1 ? kWidth : p.logits_class_stride;
         const V top = V::load(rows.max + b);
         V all = A(0);
         for_runs(classes, kVectorsPerRun, [&](std::int64_t begin, std::int64_t end) {
             V sum = A(0);
             for (std::int64_t c = begin; c < end; ++c) {
-                if (fetch) __builtin_prefetch(next_logits + c * kWidth, /*for writing=*/0);
+                __builtin_prefetch(next_logits + c * step, /*for writing=*/0, /*into the second cache*/ 2);
                 if (fetch_grad) __builtin_prefetch(next_grad + c * kWidth, /*for writing=*/1);
                 const V e = exp_not_positive<Stored>(V::load(x + c * kWidth) - top);
                 e.store(x + c * kWidth);

@@ -36,6 +36,7 @@ public:
 
     PassRows(const RowProblem& problem, std::int64_t tile_rows)
         : p(problem),
+          tile_rows(tile_rows),
           block(std::min(static_cast<int>(tile_rows), V::size * (p.num_classes > Tiling::kFewClasses ? 1 : kGroups))),
           whole(lanes ? p.num_classes : p.num_classes / V::size),
           tail(lanes ? 0 : static_cast<int>(p.num_classes % V::size)),
@@ -173,18 +174,18 @@ public:
         body(whole, tail, number == own, [=](V sum, V x) { return sum + math::select(is_class, x, V(A(0))); });
     }
 
-    // The same; while this part is computed, its counterpart in the next block is fetched and the gradient of the
-    // previous one leaves.
+    // The same; while this part is computed, its counterpart in the next block (in lanes: tile) is fetched and the
+    // gradient of the previous one leaves.
     template <class Body, class EndRun = void (*)()>
     FL_HD void for_each_fetching(int part, Body body, EndRun end_run = [] {}) {
         // Where there is nothing to fetch, the same line again and again: cheaper than to ask each time.
         const char *next_logits = static_cast<const char*>(p.logits), *next_grad = next_logits;
         std::int64_t logits_step = 0, grad_step = 0;
         with_stored<A>(p, [&]<class Stored>() {
-            const std::int64_t row = next + (lanes ? part * V::size : part);
-            if (reads && p.logits_class_stride == 1) {
+            const std::int64_t row = next + (lanes ? tile_rows - row_count : 0) + part * kRowsOfPart;
+            if (reads && (lanes || p.logits_class_stride == 1)) {
                 next_logits = reinterpret_cast<const char*>(row_of<Stored>(row));
-                logits_step = V::size * sizeof(Stored);
+                logits_step = (p.logits_class_stride == 1 ? V::size : p.logits_class_stride) * sizeof(Stored);
             }
             const Stored* const grad = p.grad_class_stride == 1 ? gradient_rows.to_fetch<Stored>(outer, row) : nullptr;
             if (!grad) return;
@@ -194,7 +195,8 @@ public:
         Lines lines = gradient_rows.lines;  // a copy can stay in registers
         const auto fetch_and_compute = [&](std::int64_t k, auto count, Mask<A> is_target, auto add) FL_INLINE {
             lines.send_one();
-            __builtin_prefetch(next_logits + k * logits_step, /*for writing=*/0);
+            __builtin_prefetch(next_logits + k * logits_step, /*for writing=*/0,
+                               /*into the second cache*/ lanes ? 2 : 3);
             __builtin_prefetch(next_grad + k * grad_step, /*for writing=*/1);
             body(k, count, is_target, add);
         };
@@ -234,6 +236,7 @@ public:
     static int parts_of(int rows) { return lanes ? (rows + V::size - 1) / V::size : rows; }
 
     const RowProblem& p;
+    const std::int64_t tile_rows;
     const int block;
     const std::int64_t whole;  // vectors, and elements of the last one if it is not full
     const int tail;
