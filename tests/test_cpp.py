@@ -27,6 +27,7 @@ CXX = shlex.split(os.environ.get("CXX", "g++"))
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.any_cpu,  # every instruction set is run here
     pytest.mark.skipif(shutil.which(CXX[0]) is None, reason=f"no C++ compiler: {CXX[0]!r} (CXX) is not on PATH"),
 ]
 

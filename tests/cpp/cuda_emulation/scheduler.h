@@ -33,6 +33,7 @@
 #include <random>
 #include <source_location>
 #include <string>
+#include <utility>
 #include <vector>
 
 struct uint3 {
@@ -73,8 +74,12 @@ struct Copy {
     std::vector<unsigned char> bytes;
 };
 
+using Place = void* [5];  // what __builtin_setjmp fills
+
 struct Thread {
-    ucontext_t context;
+    ucontext_t context;  // where it begins
+    Place place;         // where it goes on
+    bool begun = false;
     uint3 index;
     int number, priority;
     State state;
@@ -93,13 +98,14 @@ struct Block {
     uint3 index;
     Order order;
     int lowest_priority = 0;
-    unsigned running = 0, at_barrier = 0;  // threads that have not finished; those of them that wait for all
+    unsigned running = 0;                     // threads that have not finished
+    unsigned at_barrier = 0, at_cluster = 0;  // those of them that wait for all of the block, of the cluster
     std::vector<Thread> threads;
     std::vector<Thread*> ready;
     std::vector<unsigned char> shared;  // contents while another block runs
 };
 
-inline ucontext_t scheduler;
+inline Place scheduler;
 inline Thread* current = nullptr;
 inline Block* current_block = nullptr;
 inline std::vector<Block> blocks;  // those that run at the same time
@@ -175,7 +181,20 @@ inline void make_ready(Thread& thread) {
     current_block->ready.push_back(&thread);
 }
 
-inline void pause() { swapcontext(&current->context, &scheduler); }
+// swapcontext would save the signal mask by a system call at every turn. The compiler wants each half of a jump in a
+// function of its own.
+[[noreturn, gnu::noinline]] inline void jump(Place& place) { __builtin_longjmp(place, 1); }
+
+[[gnu::noinline]] inline void pause() {
+    if (__builtin_setjmp(current->place) == 0) jump(scheduler);
+}
+
+// Runs `current` until it pauses.
+[[gnu::noinline]] inline void resume() {
+    if (__builtin_setjmp(scheduler) != 0) return;
+    if (std::exchange(current->begun, true)) jump(current->place);
+    setcontext(&current->context);
+}
 
 // Lets others go first.
 inline void yield() {
@@ -374,7 +393,7 @@ inline void launch(dim3 grid, dim3 block_size, unsigned cluster, bool cooperativ
         take_over(next);
         current = next_thread(*next);
         threadIdx = current->index;
-        swapcontext(&scheduler, &current->context);
+        resume();
         if (next->running > 0) continue;
         current_block = nullptr;  // its shared memory is worth nothing
         if (numbers.empty()) {

@@ -1,0 +1,37 @@
+"""The tests once more, on the CPU kernels of every instruction set that this processor has and would not choose itself.
+
+    python tests/instruction_sets.py [arguments of pytest]
+
+A process for each, side by side, runs all tests but those marked ``any_cpu``, which reach no kernel. The C++ tests run
+every instruction set by themselves.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+# Values of ATEN_CPU_CAPABILITY, oldest first; torch reports them in capitals.
+CAPABILITIES = ("default", "avx2", "avx512")
+
+
+def others(own: str) -> tuple[str, ...]:
+    """The instruction sets older than ``own``, which torch reports; none on a processor with a single one, such as ARM."""
+    return CAPABILITIES[: CAPABILITIES.index(own.lower())] if own.lower() in CAPABILITIES else ()
+
+
+def main(arguments: list[str]) -> int:
+    own = torch.backends.cpu.get_cpu_capability()
+    print(
+        f"instruction sets: the tests ran on {own}, now on: {', '.join(others(own)) or 'none, torch offers no older'}"
+    )
+    if not others(own):
+        return 0
+    processes = [f"--tx=id={name}//popen//env:ATEN_CPU_CAPABILITY={name}" for name in others(own)]
+    return pytest.main(["-m", "not any_cpu", "--dist", "each", *processes, *arguments])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
