@@ -18,7 +18,7 @@ CAPABILITIES = ("default", "avx2", "avx512")
 
 
 def others(own: str) -> tuple[str, ...]:
-    """The instruction sets older than ``own``, which torch reports; none on a processor with a single one, such as ARM."""
+    """The instruction sets older than ``own``, the one torch reports; none on processors of other kinds, such as ARM."""
     return CAPABILITIES[: CAPABILITIES.index(own.lower())] if own.lower() in CAPABILITIES else ()
 
 
