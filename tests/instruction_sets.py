@@ -18,17 +18,16 @@ CAPABILITIES = ("default", "avx2", "avx512")
 
 
 def others(own: str) -> tuple[str, ...]:
-    """The instruction sets older than ``own``, the one torch reports; none on processors of other kinds, such as ARM."""
+    """The instruction sets older than ``own``, as torch reports it; none on processors of other kinds, such as ARM."""
     return CAPABILITIES[: CAPABILITIES.index(own.lower())] if own.lower() in CAPABILITIES else ()
 
 
 def main(arguments: list[str]) -> int:
     own = torch.backends.cpu.get_cpu_capability()
-    print(
-        f"instruction sets: the tests ran on {own}, now on: {', '.join(others(own)) or 'none, torch offers no older'}"
-    )
     if not others(own):
+        print(f"instruction sets: skipped, torch has none older than {own}, which all tests use")
         return 0
+    print(f"instruction sets: {', '.join(others(own))}, besides {own}, which all tests use", flush=True)
     processes = [f"--tx=id={name}//popen//env:ATEN_CPU_CAPABILITY={name}" for name in others(own)]
     return pytest.main(["-m", "not any_cpu", "--dist", "each", *processes, *arguments])
 
