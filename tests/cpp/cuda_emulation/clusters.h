@@ -36,7 +36,7 @@ inline void wait_for_cluster(const char* function, const Location& where) {
         for (Thread& thread : block.threads) {
             if (thread.state != State::kAtCluster) continue;
             thread.state = State::kReady;
-            block.ready.push_back(&thread);
+            block.ready.push_back(thread.number);
         }
     }
     pause();
