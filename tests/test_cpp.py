@@ -96,7 +96,7 @@ Result = subprocess.CompletedProcess[str]
 
 
 def kernels_of_the_library(isa: str) -> Path | None:
-    """The object that the build put into the library, if made here from these very sources: compiling takes a minute."""
+    """The object that is in the library, if it was built here from these very sources: compiling takes a minute."""
     sources = [ROOT / "CMakeLists.txt", *(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
     changed = max(path.stat().st_mtime for path in sources)
     objects = (ROOT / "build").glob(f"*/CMakeFiles/fused_losses_cpu_{isa}.dir/csrc/cpu/kernels.cpp.o")

@@ -347,8 +347,14 @@ inline Thread* next_thread(Block& block) {
     std::size_t at = random() % block.ready.size();
     if (block.order != Order::kAny) {
         if (one_in(kReorderOneIn)) reorder(block);
-        for (std::size_t i = 0; i < block.ready.size(); ++i)
-            if (block.priority[block.ready[i]] > block.priority[block.ready[at]]) at = i;
+        int highest = block.priority[block.ready[at]];  // most of the emulation's time is spent here
+        for (std::size_t i = 0; i < block.ready.size(); ++i) {
+            const int priority = block.priority[block.ready[i]];
+            if (priority > highest) {
+                highest = priority;
+                at = i;
+            }
+        }
     }
     std::swap(block.ready[at], block.ready.back());
     Thread* const thread = &block.threads[block.ready.back()];
