@@ -1,11 +1,14 @@
 # `make demo` and `make test` do everything from a fresh clone: virtual environment, torch, build, run.
 # Needed beforehand: Python >= 3.10 with venv, a C++20 compiler, cmake; nvcc for the CUDA kernels.
 #
-#   make test PYTHON=python3.12 TORCH=torch==2.11.0 PYTEST_ARGS="-k mae"
+#   make test PYTHON=python3.12 TORCH=torch==2.11.0 JOBS=4 PYTEST_ARGS="-k mae"
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 PYTEST_ARGS ?=
+# Processes that run tests, each with torch's threads. Two, however many cores there are: a C++ compiler or a group of
+# processes started by a test comes on top, and on one GPU more would only wait. 0: none but pytest's own, as for --pdb.
+JOBS ?= 2
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 BENCH_OUT ?= benchmarks/results/cpu
@@ -24,10 +27,14 @@ DEV_DONE := $(VENV)/.done-dev
 
 build: $(BUILD_DONE)
 
-# The benchmarks once each, on small inputs, for their checks; left out when PYTEST_ARGS asks for certain tests.
+# All tests on the kernels that this processor chooses; a file stays in one process, for its fixtures. Then those that
+# reach CPU kernels on its other instruction sets, and the benchmarks once each, on small inputs, for their checks; both
+# are left out when PYTEST_ARGS asks for certain tests. Threads that wait do not spin: others need the cores.
+test: export OMP_WAIT_POLICY ?= passive
 test: $(BUILD_DONE)
-	@$(PY) -m pytest $(PYTEST_ARGS)
-	@$(if $(PYTEST_ARGS),,$(PY) -m pytest benchmarks --benchmark-disable --quiet)
+	@$(PY) -m pytest --numprocesses $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	@$(if $(PYTEST_ARGS),,$(PY) tests/instruction_sets.py --quiet)
+	@$(if $(PYTEST_ARGS),,$(PY) -m pytest benchmarks --benchmark-disable --quiet --numprocesses $(JOBS) --dist worksteal)
 
 # Five minutes of measurements; results.json, report.md and pictures go to benchmarks/results/cpu. See BENCH_ARGS=--help.
 bench bench-compile: export OMP_PROC_BIND ?= true

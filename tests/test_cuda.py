@@ -11,7 +11,11 @@ from torch import Tensor
 import fused_losses as fl
 from fused_losses import functional
 
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.any_cpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 NAMES = list(fl.LOSSES)
 Step = Callable[[], tuple[Tensor, ...]]
 

@@ -23,6 +23,7 @@ from fused_losses.cutoffs import (
     z_error_inlier_mask,
 )
 
+pytestmark = pytest.mark.any_cpu  # numpy and scipy
 CUTOFFS = [optimal_logit_cutoff_from_gaussians, optimal_prob_cutoff_from_skewnorm]
 
 

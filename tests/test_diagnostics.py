@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from fused_losses.cutoffs import CutoffCollector
 from fused_losses.diagnostics import OutlierTracker
 
+pytestmark = pytest.mark.any_cpu  # counts, no loss
 Observation = tuple[int, bool, float]
 observations = st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.floats(-8, 8, width=16)), max_size=30)
 

@@ -24,20 +24,21 @@ inline void* of_block(void* mine, unsigned rank) {
 // Opens the barrier of the cluster if all its threads are there.
 inline void wait_for_cluster(const char* function, const Location& where) {
     wait(State::kAtCluster, function, 0, 0, where);
+    ++current_block->at_cluster;
     bool complete = true;
-    const auto each_thread = [&](auto body) {
-        for (unsigned rank = 0; rank < cluster_size; ++rank)
-            for (Thread& thread : block_of_cluster(rank).threads) body(block_of_cluster(rank), thread);
-    };
-    each_thread([&](Block&, Thread& thread) {
-        complete &= thread.state == State::kAtCluster || thread.state == State::kFinished;
-    });
-    if (complete)
-        each_thread([&](Block& block, Thread& thread) {
-            if (thread.state != State::kAtCluster) return;
+    for (unsigned rank = 0; rank < cluster_size; ++rank) {
+        const Block& block = block_of_cluster(rank);
+        complete &= block.at_cluster == block.running;
+    }
+    for (unsigned rank = 0; rank < cluster_size && complete; ++rank) {
+        Block& block = block_of_cluster(rank);
+        block.at_cluster = 0;
+        for (Thread& thread : block.threads) {
+            if (thread.state != State::kAtCluster) continue;
             thread.state = State::kReady;
-            block.ready.push_back(&thread);
-        });
+            block.ready.push_back(thread.number);
+        }
+    }
     pause();
 }
 

@@ -33,6 +33,7 @@
 #include <random>
 #include <source_location>
 #include <string>
+#include <utility>
 #include <vector>
 
 struct uint3 {
@@ -73,10 +74,14 @@ struct Copy {
     std::vector<unsigned char> bytes;
 };
 
+using Place = void* [5];  // what __builtin_setjmp fills
+
 struct Thread {
-    ucontext_t context;
+    ucontext_t context;  // where it begins
+    Place place;         // where it goes on
+    bool begun = false;
     uint3 index;
-    int number, priority;
+    int number;
     State state;
     // Where and for whom it waits, what it brings, and what all lanes of the mask brought
     const char* function;
@@ -93,13 +98,16 @@ struct Block {
     uint3 index;
     Order order;
     int lowest_priority = 0;
-    unsigned running = 0, at_barrier = 0;  // threads that have not finished; those of them that wait for all
+    unsigned running = 0;                     // threads that have not finished
+    unsigned at_barrier = 0, at_cluster = 0;  // those of them that wait for all of the block, of the cluster
     std::vector<Thread> threads;
-    std::vector<Thread*> ready;
+    // Side by side, as a turn reads those of all threads that are ready
+    std::vector<int> priority;
+    std::vector<int> ready;             // numbers of threads
     std::vector<unsigned char> shared;  // contents while another block runs
 };
 
-inline ucontext_t scheduler;
+inline Place scheduler;
 inline Thread* current = nullptr;
 inline Block* current_block = nullptr;
 inline std::vector<Block> blocks;  // those that run at the same time
@@ -172,14 +180,27 @@ inline void take_over(Block* next) {
 
 inline void make_ready(Thread& thread) {
     thread.state = State::kReady;
-    current_block->ready.push_back(&thread);
+    current_block->ready.push_back(thread.number);
 }
 
-inline void pause() { swapcontext(&current->context, &scheduler); }
+// swapcontext would save the signal mask by a system call at every turn. The compiler wants each half of a jump in a
+// function of its own.
+[[noreturn, gnu::noinline]] inline void jump(Place& place) { __builtin_longjmp(place, 1); }
+
+[[gnu::noinline]] inline void pause() {
+    if (__builtin_setjmp(current->place) == 0) jump(scheduler);
+}
+
+// Runs `current` until it pauses.
+[[gnu::noinline]] inline void resume() {
+    if (__builtin_setjmp(scheduler) != 0) return;
+    if (std::exchange(current->begun, true)) jump(current->place);
+    setcontext(&current->context);
+}
 
 // Lets others go first.
 inline void yield() {
-    current->priority = --current_block->lowest_priority;
+    current_block->priority[current->number] = --current_block->lowest_priority;
     make_ready(*current);
     pause();
 }
@@ -293,20 +314,21 @@ inline void begin(Block& block, unsigned number, std::size_t slot) {
     block.order = Order(random() % 3);
     block.running = count;
     block.threads.resize(count);
+    block.priority.resize(count);
     std::vector<int> priority_of_warp(count / 32 + 1);
     for (int& priority : priority_of_warp) priority = int(random() % 1000);
     for (unsigned i = 0; i < count; ++i) {
         Thread& thread = block.threads[i];
         thread.number = int(i);
         thread.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
-        thread.priority = block.order == Order::kByWarp ? priority_of_warp[i / 32] : int(random() % 1000);
+        block.priority[i] = block.order == Order::kByWarp ? priority_of_warp[i / 32] : int(random() % 1000);
         thread.state = State::kReady;
         getcontext(&thread.context);
         thread.context.uc_stack.ss_sp = stack_of(slot * count + i);
         thread.context.uc_stack.ss_size = kStackSize;
         thread.context.uc_link = nullptr;
         makecontext(&thread.context, run_thread, 0);
-        block.ready.push_back(&thread);
+        block.ready.push_back(int(i));
     }
 }
 
@@ -317,7 +339,7 @@ inline void reorder(Block& block) {
     for (Thread& thread : block.threads) {
         const bool chosen =
             block.order == Order::kByWarp ? thread.number / 32 == int(which / 32) : thread.number == int(which);
-        if (chosen) thread.priority = priority;
+        if (chosen) block.priority[thread.number] = priority;
     }
 }
 
@@ -325,11 +347,17 @@ inline Thread* next_thread(Block& block) {
     std::size_t at = random() % block.ready.size();
     if (block.order != Order::kAny) {
         if (one_in(kReorderOneIn)) reorder(block);
-        for (std::size_t i = 0; i < block.ready.size(); ++i)
-            if (block.ready[i]->priority > block.ready[at]->priority) at = i;
+        int highest = block.priority[block.ready[at]];  // most of the emulation's time is spent here
+        for (std::size_t i = 0; i < block.ready.size(); ++i) {
+            const int priority = block.priority[block.ready[i]];
+            if (priority > highest) {
+                highest = priority;
+                at = i;
+            }
+        }
     }
     std::swap(block.ready[at], block.ready.back());
-    Thread* const thread = block.ready.back();
+    Thread* const thread = &block.threads[block.ready.back()];
     block.ready.pop_back();
     return thread;
 }
@@ -374,7 +402,7 @@ inline void launch(dim3 grid, dim3 block_size, unsigned cluster, bool cooperativ
         take_over(next);
         current = next_thread(*next);
         threadIdx = current->index;
-        swapcontext(&scheduler, &current->context);
+        resume();
         if (next->running > 0) continue;
         current_block = nullptr;  // its shared memory is worth nothing
         if (numbers.empty()) {
