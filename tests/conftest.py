@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+
 import pytest
 import torch
+
+# torch.compile's cache on disk tells neither instruction sets nor builds of this library apart: a graph vectorised for
+# AVX-512 would be compiled for AVX2, and wrong. Every process has its own.
+_compiled = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _compiled.name
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
