@@ -178,7 +178,7 @@ def test_minutes_end_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.parametrize("case", [Case("cross_entropy", (32, 10)), Case("hem", (1, 6, 32, 32), layout="channels_last")])
 def test_profile_divides_a_step(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_profile, "MAX_ROUNDS", 9)
+    monkeypatch.setattr(cpu_profile, "MIN_ROUNDS", 9)
     shares = cpu_profile.by_size(case)
     assert shares.whole >= shares.call >= 0 and shares.arithmetic >= 0 and shares.memory >= -1e-9
     assert shares.call + shares.arithmetic + shares.memory == pytest.approx(shares.whole)
@@ -188,7 +188,7 @@ def test_profile_divides_a_step(case: Case, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_profile_compares_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_profile, "MAX_ROUNDS", 9)
+    monkeypatch.setattr(cpu_profile, "MIN_ROUNDS", 9)
     before = torch.get_num_threads()
     line = cpu_profile.by_threads(Case("cross_entropy", (32, 10)))
     assert torch.get_num_threads() == before
