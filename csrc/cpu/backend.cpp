@@ -21,7 +21,7 @@ const CpuKernels& kernels() {
 // Checks every target and returns the denominator of the mean. Chunks are fixed, so the sum has the same bits for any
 // number of threads.
 double check_targets(const RowProblem& p) {
-    constexpr std::int64_t kChunk = 16384;
+    constexpr std::int64_t kChunk = 8192;
     const std::int64_t rows = p.rows(), chunks = (rows + kChunk - 1) / kChunk;
     std::vector<TargetSummary> summaries(chunks);
     at::parallel_for(0, chunks, 4, [&](std::int64_t begin, std::int64_t end) {

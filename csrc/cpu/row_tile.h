@@ -85,19 +85,24 @@ private:
     }
 
     // A vector of logits with the target's replaced by the biased one.
-    template <bool kBiased, class Count>
-    V biased(const A* x, std::int64_t c, Count count, int i) const {
+    template <bool kBiased, class Logit, class Count>
+    V biased(const Logit* x, std::int64_t c, Count count, int i) const {
         const V z = load(x + c, count, kMinusInfinity);
         if constexpr (!kBiased) return z;
         const V offset = A(rows.target[i] - c);  // exact as far as it can matter
         return math::select(V::iota() == offset, V(rows.target_logit[i]), z);
     }
 
-    // Whether nothing tells the classes of a row apart, so that they may be taken as pairs (cpu/memory.h). Then there
-    // is no copy of the logits, and the exponentials are in the order of pairs.
+    // Whether no class but the target is told apart, so that they may be taken as pairs (cpu/memory.h). Then there is
+    // no copy of the logits, and the exponentials are in the order of pairs, the target's without its bias. The sum is
+    // set right afterwards; from a negative bias it could not be, where the target's exponential is most of it.
     bool unordered(int i) const {
         const bool contiguous = p.logits_class_stride == 1 && p.grad_class_stride == 1;
-        return sizeof(Stored) == 2 && contiguous && rows.bias == A(0) && !spread_of(i);
+        return sizeof(Stored) == 2 && contiguous && rows.bias >= A(0) && !spread_of(i);
+    }
+
+    const Stored* stored_logits(std::int64_t outer, std::int64_t row) const {
+        return as<Stored>(p.logits) + p.logits_stride.at(outer, row);
     }
 
     // Calls body(logits, c, count, half) for every vector of classes [begin, end), a run of vectors; what it
@@ -105,10 +110,8 @@ private:
     template <bool kBiased, class Body>
     void for_logits(const A* x, std::int64_t outer, std::int64_t row, int i, std::int64_t begin, std::int64_t end,
                     Body body) const {
-        if constexpr (sizeof(Stored) == 2) {
-            const Stored* const stored = as<Stored>(p.logits) + p.logits_stride.at(outer, row);
-            if (!x) return for_pairs(stored, begin, end, body);
-        }
+        if constexpr (sizeof(Stored) == 2)
+            if (!x) return for_pairs(stored_logits(outer, row), begin, end, body);
         for_vectors<A>(end - begin, [&](std::int64_t from, auto count) {
             const std::int64_t c = begin + from;
             body(biased<kBiased>(x, c, count, i), c, count, kFirst);
@@ -131,7 +134,7 @@ private:
     // The row's logits in order as far as anybody needs that, else null.
     const A* ordered_logits(std::int64_t outer, std::int64_t row, int i, A* e) {
         if (unordered(i)) {
-            rows.target_logit[i] = widen((as<Stored>(p.logits) + p.logits_stride.at(outer, row))[rows.target[i]]);
+            rows.target_logit[i] = widen(stored_logits(outer, row)[rows.target[i]]) + rows.bias;
             return nullptr;
         }
         const A* const x = Buffer::logits(p, outer, row, e);
@@ -161,9 +164,9 @@ private:
     template <bool kBiased>
     A find_max(const A* x, std::int64_t outer, std::int64_t row, int i) const {
         if constexpr (sizeof(Stored) == 2)
-            if (!x) return max_of(as<Stored>(p.logits) + p.logits_stride.at(outer, row), classes);
+            if (!x) return std::max(max_of(stored_logits(outer, row), classes), rows.target_logit[i]);
         V top[4] = {kMinusInfinity, kMinusInfinity, kMinusInfinity, kMinusInfinity};
-        const Stored* const next_logits = as<Stored>(p.logits) + p.logits_stride.at(outer, row + 1);
+        const Stored* const next_logits = stored_logits(outer, row + 1);
         for_vectors_ahead<A, 4>(classes, [&](std::int64_t c, auto count, auto chain) {
             if (chain == 0) __builtin_prefetch(next_logits + c / 4, /*for writing=*/0);  // exp_sum fetches the rest
             top[chain] = max(top[chain], biased<kBiased>(x, c, count, i));
@@ -174,16 +177,17 @@ private:
     // Of a row that is nearly certain of one class, whose exponential is 1: 1 - p depends on all digits of the others.
     template <bool kBiased>
     A sum_below_one(const A* x, int i, const A* e, std::int64_t outer, std::int64_t row) const {
+        const Stored* const stored = stored_logits(outer, row);
         V all = A(0);
         for_runs(classes, kVectorsPerRun * V::size, [&](std::int64_t begin, std::int64_t end) {
             V sum = A(0);
             const auto add = [&](V term) { sum += math::select(term < V(A(1)), term, V(A(0))); };
-            if (e)
-                for_vectors<A>(end - begin, [&](std::int64_t c, auto count) { add(load(e + begin + c, count, A(0))); });
-            else
-                for_logits<kBiased>(x, outer, row, i, begin, end, [&](V z, std::int64_t, auto, auto) {
-                    add(exp_not_positive<Stored>(z - V(rows.max[i])));
-                });
+            for_vectors<A>(end - begin, [&](std::int64_t from, auto count) {
+                const std::int64_t c = begin + from;
+                if (e && (x || !kBiased)) return add(load(e + c, count, A(0)));
+                const V z = x ? biased<kBiased>(x, c, count, i) : biased<kBiased>(stored, c, count, i);
+                add(exp_not_positive<Stored>(z - V(rows.max[i])));
+            });
             all += sum;
         });
         return all.sum();
@@ -194,7 +198,7 @@ private:
     // prefetch may point anywhere).
     template <bool kBiased, bool kOnes>
     void exp_sum(const A* x, int i, A* e, std::int64_t outer, std::int64_t row) {
-        const Stored* const next_logits = as<Stored>(p.logits) + p.logits_stride.at(outer, row + 1);
+        const Stored* const next_logits = stored_logits(outer, row + 1);
         const Stored* const grad = gradient.to_fetch<Stored>(outer, row + in_place);
         const V top = rows.max[i];
         V all = A(0), all_centred = A(0);
@@ -216,6 +220,16 @@ private:
         gradient.lines = lines;
         rows.sum[i] = all.sum();
         if constexpr (kOnes) rows.centred[i] = all_centred.sum(), rows.sum_u[i] = A(classes);
+        if constexpr (kBiased && sizeof(Stored) == 2)
+            if (!x) add_bias<kOnes>(i, widen(stored_logits(outer, row)[rows.target[i]]));
+    }
+
+    // What the sums lack that were taken without the bias.
+    template <bool kOnes>
+    void add_bias(int i, A unbiased) {
+        const A with = rows.target_logit[i] - rows.max[i], without = unbiased - rows.max[i];
+        rows.sum[i] += exp_not_positive<Stored>(with) - exp_not_positive<Stored>(without);
+        if constexpr (kOnes) rows.centred[i] += rows.bias;
     }
 
     template <bool kBiased>
