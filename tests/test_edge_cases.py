@@ -313,6 +313,23 @@ def test_extreme_logits(name, dtype, device):
         assert not loss.isnan() and grad.isfinite().all()
 
 
+# More than few classes: their log sum exp is not rounded to that of the label's class alone.
+@pytest.mark.parametrize("bias", [0.0, 4.0, -4.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["cross_entropy", "mae", "nce"])
+def test_small_losses_keep_their_digits(name, dtype, bias, device):
+    if device == "cuda":
+        pytest.skip("promised on the CPU only")
+    logits = torch.randn(100, 200, generator=torch.Generator().manual_seed(0)).to(dtype)
+    target = torch.arange(100)
+    logits[range(100), target] += torch.linspace(4, 24, 100).to(dtype)
+    loss = fl.LOSSES[name].function(logits, target, reduction="none", logit_bias=bias)
+    expected = fl.LOSSES[name].reference(logits.double(), target, reduction="none", logit_bias=bias)
+    assert expected.min() < 1e-6
+    # The larger of them are differences of 1 and a rounded sum near it, which loses two digits.
+    assert ((loss - expected).abs() <= 3e-5 * expected).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_many_classes(name, dtype, device):

@@ -1,6 +1,4 @@
 // CPU backend of row losses: picks the kernels for this processor and spreads tiles over threads.
-#include <ATen/Parallel.h>
-
 #include <memory>
 #include <utility>
 #include <vector>
@@ -8,6 +6,7 @@
 #include "cpu/choose_isa.h"
 #include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
+#include "cpu/share_out.h"
 #include "ops/backend.h"
 
 namespace fused_losses {
@@ -24,7 +23,7 @@ double check_targets(const RowProblem& p) {
     constexpr std::int64_t kChunk = 8192;
     const std::int64_t rows = p.rows(), chunks = (rows + kChunk - 1) / kChunk;
     std::vector<TargetSummary> summaries(chunks);
-    at::parallel_for(0, chunks, 4, [&](std::int64_t begin, std::int64_t end) {
+    share_out(chunks, /*grain=*/4, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t c = begin; c < end; ++c)
             summaries[c] = kernels().summarize(p, c * kChunk, std::min(rows, (c + 1) * kChunk));
     });
@@ -54,8 +53,8 @@ void write_scalar(const at::Tensor& out, double value) {
 TileSums run_tiles(const RowProblem& p) {
     const Tiling tiling(p);
     std::vector<TileSums> sums(tiling.tiles);
-    at::parallel_for(0, tiling.tiles, grain_size(p, tiling),
-                     [&](std::int64_t begin, std::int64_t end) { kernels().forward(p, begin, end, sums.data()); });
+    share_out(tiling.tiles, grain_size(p, tiling),
+              [&](std::int64_t begin, std::int64_t end) { kernels().forward(p, begin, end, sums.data()); });
     TileSums total;
     for (const TileSums& sum : sums) total.value += sum.value, total.weight += sum.weight;
     return total;
@@ -78,8 +77,8 @@ private:
 void gradient(const RowProblem& p) {
     prefer_huge_pages(p);
     const Tiling tiling(p);
-    at::parallel_for(0, tiling.tiles, grain_size(p, tiling),
-                     [&](std::int64_t begin, std::int64_t end) { kernels().gradient(p, begin, end); });
+    share_out(tiling.tiles, grain_size(p, tiling),
+              [&](std::int64_t begin, std::int64_t end) { kernels().gradient(p, begin, end); });
 }
 
 // The mean over active rows divides by what is known after all of them: a second run writes the gradient. It needs no

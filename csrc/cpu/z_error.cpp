@@ -1,11 +1,10 @@
 // Z-Error operators on the CPU. Rows are split into chunks that depend on the problem alone, and what chunks found is
 // combined in their order: the same bits for any number of threads.
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <vector>
 
 #include "cpu/choose_isa.h"
+#include "cpu/share_out.h"
 #include "cpu/z_error_kernels.h"
 #include "z_error/driver.h"
 #include "z_error/rows.h"
@@ -37,7 +36,7 @@ struct Chunks {
     // Calls body(chunk, first row, end) for every chunk.
     template <class Body>
     void for_each(const Body& body) const {
-        at::parallel_for(0, count, 1, [&](std::int64_t begin, std::int64_t end) {
+        share_out(count, /*grain=*/1, [&](std::int64_t begin, std::int64_t end) {
             for (std::int64_t chunk = begin; chunk < end; ++chunk)
                 body(chunk, chunk * size, std::min(rows, (chunk + 1) * size));
         });
@@ -57,7 +56,7 @@ void moments(const ZProblem& p, double* out) {
     chunks.for_each([&](std::int64_t chunk, std::int64_t begin, std::int64_t end) {
         z_kernels().moments(p, begin, end, found.data() + chunk * groups);
     });
-    at::parallel_for(0, groups, 1024, [&](std::int64_t begin, std::int64_t end) {
+    share_out(groups, /*grain=*/1024, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t group = begin; group < end; ++group) {
             Moments total;
             for (std::int64_t chunk = 0; chunk < chunks.count; ++chunk) total.merge(found[chunk * groups + group]);
