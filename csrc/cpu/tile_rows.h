@@ -156,6 +156,7 @@ private:
     void evaluate_as(const RowProblem& p) {
         V params[kMaxParams];
         for (int i = 0; i < kMaxParams; ++i) params[i] = A(p.params[i]);
+        const bool with_gradient = p.grad || p.stats;
         for_padded([&](int i) FL_INLINE {
             const V total = V::load(sum + i), weighted = V::load(sum_u + i);
             V log_sum = math::log(total);
@@ -166,6 +167,7 @@ private:
             const SoftmaxRow<V> row{log_p, sum_neg_log_p, weighted, weight, A(p.num_classes)};
             const AffineRow<V> affine = Loss::eval(row, params);
             affine.value.store(value + i);
+            if (!with_gradient) return;
             (affine.alpha / total).store(alpha + i);
             affine.gamma.store(gamma + i);
             own_gradient(affine, log_p, p.spread == Spread::kOnes ? V(A(1)) : weight).store(own + i);
