@@ -50,7 +50,7 @@ Shape make_shape(Kind kind, int rows, int classes, Random& random) {
 void test_shapes(int thinning) {
     Random random(4);
     for (const Dtype dtype : kDtypes) {
-        for (const int classes : {1, 2, 3, 10, 32, 33, 100, 1000, 1001}) {
+        for (const int classes : {1, 2, 3, 10, 32, 33, 100, 101, 1000, 1001}) {
             for (const int rows : {0, 1, 15, 16, 63, 64, 65, 200}) {
                 if (classes >= 1000 && rows > 16 && rows != 65) continue;
                 for (int kind = 0; kind < kKinds; ++kind) {
