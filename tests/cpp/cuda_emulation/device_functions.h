@@ -1,6 +1,9 @@
 // Functions and types of device code, on top of scheduler.h. Extend it as kernels need more.
 #pragma once
 
+#include <algorithm>
+#include <bit>
+
 #include "clusters.h"
 #include "scheduler.h"
 
