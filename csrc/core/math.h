@@ -211,17 +211,12 @@ FL_HD T rsqrt(T x) {
 #endif
 }
 
+// log y + log_scale * log 2 for a normal y > 0.
 template <class T>
-FL_HD T log(T x) {
-#ifdef __CUDA_ARCH__
-    return ::log(x);
-#else
+FL_HD T scaled_log(T y, T log_scale) {
     using S = scalar_t<T>;
     using F = FloatFormat<S>;
     using UInt = typename F::UInt;
-    constexpr S infinity = std::numeric_limits<S>::infinity();
-    const auto tiny = x < T(std::numeric_limits<S>::min());
-    const T y = x * select(tiny, T(F::log_tiny_scale), T(S(1)));
     // y = 2^k m with m in [sqrt(1/2), sqrt(2)); log m = 2 atanh(s), s = f / (2 + f), f = m - 1.
     constexpr UInt sqrt_half = std::bit_cast<UInt>(S(0.70710678118654752));
     constexpr UInt exponent_mask = ~UInt(0) << F::mantissa_bits;
@@ -235,11 +230,35 @@ FL_HD T log(T x) {
     constexpr UInt magic = std::bit_cast<UInt>(F::round_magic);
     const auto positive = (from_sqrt_half + (F::exponent_offset << F::mantissa_bits)) >> F::mantissa_bits;
     const T k = Traits<T>::from_bits(positive + magic) - T(F::round_magic + S(F::exponent_offset));
-    const T exponent = k - select(tiny, T(F::log_tiny_exponent), T(S(0)));
+    const T exponent = k + log_scale;
     // log(1 + f) = f - (f^2/2 - s (f^2/2 + series)): the leading term is exact.
     const T half_square = T(S(0.5)) * f * f;
     const T tail = half_square - (s * (half_square + series) + exponent * T(F::ln2_lo));
-    const T finite = exponent * T(F::ln2_hi) - (tail - f);
+    return exponent * T(F::ln2_hi) - (tail - f);
+}
+
+// log of a normal number above 0, +inf or NaN, as the sum of a softmax: without the tests for others.
+template <class T>
+FL_HD T log_normal(T x) {
+#ifdef __CUDA_ARCH__
+    return ::log(x);
+#else
+    using S = scalar_t<T>;
+    return select(x < T(std::numeric_limits<S>::infinity()), scaled_log(x, T(S(0))), x);
+#endif
+}
+
+template <class T>
+FL_HD T log(T x) {
+#ifdef __CUDA_ARCH__
+    return ::log(x);
+#else
+    using S = scalar_t<T>;
+    using F = FloatFormat<S>;
+    constexpr S infinity = std::numeric_limits<S>::infinity();
+    const auto tiny = x < T(std::numeric_limits<S>::min());
+    const T y = x * select(tiny, T(F::log_tiny_scale), T(S(1)));
+    const T finite = scaled_log(y, select(tiny, T(-F::log_tiny_exponent), T(S(0))));
     const T or_infinite = select(x < T(infinity), finite, x);  // +inf and NaN pass through
     const T or_pole = select(x == T(S(0)), T(-infinity), or_infinite);
     return select(x < T(S(0)), T(std::numeric_limits<S>::quiet_NaN()), or_pole);

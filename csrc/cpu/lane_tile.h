@@ -33,7 +33,6 @@ public:
         for_blocks(n, [&](int b, int count) {
             A *x = x_of(b), *u = u_of(b);
             if (u) load_soft_target(outer, first + b, count, u);
-            find_max(x, b);
             if (p.spread != Spread::kNone) sum_spread(x, u, b);
             exponentials(x, b, outer, first + n);
         });
@@ -43,8 +42,8 @@ public:
 
     void backward(std::int64_t outer, std::int64_t first, int n) {
         rows.begin(p, outer, first, n);
-        rows.read_stats(p, outer, first, n);
         Block::load_tile(p, outer, first, n, rows, x_store.data());
+        rows.read_stats(p, outer, first, n);
         for_blocks(n, [&](int b, int count) {
             if (u_of(b)) load_soft_target(outer, first + b, count, u_of(b));
             exponentials(x_of(b), b, outer, first + n);
@@ -82,17 +81,6 @@ private:
         if (u) return V::load(u + c * kWidth);
         const bool weighted = p.spread == Spread::kClassWeights && p.class_weight;
         return V(weighted ? as<A>(p.class_weight)[c] : A(1));
-    }
-
-    void find_max(const A* x, int b) {
-        V top = V::load(x), other = top;  // two chains: one would wait for each of its comparisons
-        std::int64_t c = 1;
-        for (; c + 1 < classes; c += 2) {
-            top = max(top, V::load(x + c * kWidth));
-            other = max(other, V::load(x + (c + 1) * kWidth));
-        }
-        if (c < classes) top = max(top, V::load(x + c * kWidth));
-        max(top, other).store(rows.max + b);
     }
 
     void sum_spread(const A* x, const A* u, int b) {
@@ -137,33 +125,32 @@ private:
     }
 
     // The blocks hold exp(z - max)
-    void write_gradient(std::int64_t outer, std::int64_t first, int n) const {
-        for_blocks(n, [&](int b, int) { scale(x_of(b), u_of(b), b); });
-        // For all blocks at once: a vector read right after a single number was written would wait for the write.
-        if (p.target) for_blocks(n, [&](int b, int) { write_own(x_of(b), b); });
-        Block::store_tile(p, outer, first, n, x_store.data());
+    void write_gradient(std::int64_t outer, std::int64_t first, int n) {
+        for (int i = 0; i < rows.padded; ++i) target_class[i] = p.target ? A(rows.target[i]) : A(-1);
+        p.spread == Spread::kNone ? store_gradient<false>(outer, first, n) : store_gradient<true>(outer, first, n);
     }
 
-    void scale(A* x, const A* u, int b) const {
-        const V alpha = V::load(rows.alpha + b), gamma = V::load(rows.gamma + b);
-        const bool with_spread = p.spread != Spread::kNone;
-        for (std::int64_t c = 0, n = classes; c < n; ++c) {
-            V g = alpha * V::load(x + c * kWidth);
-            if (with_spread) g += gamma * spread(u, c);
-            g.store(x + c * kWidth);
-        }
-    }
-
-    // Behind the last row targets are 0, and nobody reads the result.
-    void write_own(A* x, int b) const {
-        for (int i = 0; i < kWidth; ++i) x[rows.target[b + i] * kWidth + i] = rows.own[b + i];
+    template <bool with_spread>
+    void store_gradient(std::int64_t outer, std::int64_t first, int n) const {
+        const auto gradient_of = [&](int b) FL_INLINE {
+            const A* const u = u_of(b);
+            const V alpha = V::load(rows.alpha + b), gamma = V::load(rows.gamma + b);
+            const V own = V::load(rows.own + b), target = V::load(target_class + b);
+            return [=, this](V e, std::int64_t c) FL_INLINE {
+                V g = alpha * e;
+                if constexpr (with_spread) g += gamma * spread(u, c);
+                return math::select(target == V(A(c)), own, g);
+            };
+        };
+        Block::store_tile(p, outer, first, n, x_store.data(), gradient_of);
     }
 
     const RowProblem& p;
     const std::int64_t classes, block_size;
     const bool streams;
-    Scratch<A> x_store, u_store;  // per block [classes][kWidth]: logits, then exponentials, then gradient; u_j
+    Scratch<A> x_store, u_store;  // per block [classes][kWidth]: logits, then exponentials; u_j
     TileRows<A> rows;
+    alignas(64) A target_class[TileRows<A>::kMax];
 };
 
 }  // namespace FL_ISA

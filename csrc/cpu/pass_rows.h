@@ -70,7 +70,8 @@ public:
             if (p.grad) finish_gradient(first);
         }
         with_stored<A>(p, [&]<class Stored>() {
-            if (lanes && p.grad) LaneBlock<Stored>::store_tile(p, outer, first, n, scratch.data());
+            const auto as_it_is = [](int) FL_INLINE { return [](V x, std::int64_t) FL_INLINE { return x; }; };
+            if (lanes && p.grad) LaneBlock<Stored>::store_tile(p, outer, first, n, scratch.data(), as_it_is);
         });
     }
 
@@ -210,13 +211,12 @@ public:
         PerGroup all;
         all.fill(V(A(0)));
         for_parts([&](int part) {
+            if (lanes) return put(all[part], part, per_row(part, rows.max));
             V top[4] = {lowest, lowest, lowest, lowest};
-            const std::int64_t numbers = lanes ? whole * V::size : p.num_classes;
-            for_vectors_ahead<A, 4>(numbers, [&](std::int64_t i, auto count, auto chain) {
+            for_vectors_ahead<A, 4>(p.num_classes, [&](std::int64_t i, auto count, auto chain) {
                 top[chain] = max(top[chain], fused_losses::load(logits[part] + i, count, lowest));
             });
-            const V highest = max(max(top[0], top[1]), max(top[2], top[3]));
-            put(all[group_of(part)], part, lanes ? highest : V(highest.max()));
+            put(all[0], part, max(max(top[0], top[1]), max(top[2], top[3])).max());
         });
         return all;
     }

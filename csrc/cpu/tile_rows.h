@@ -159,7 +159,7 @@ private:
         const bool with_gradient = p.grad || p.stats;
         for_padded([&](int i) FL_INLINE {
             const V total = V::load(sum + i), weighted = V::load(sum_u + i);
-            V log_sum = math::log(total);
+            V log_sum = math::log_normal(total);
             if (any_lost) log_sum += V::load(lost + i) / total;
             const V log_p = (V::load(target_logit + i) - V::load(max + i)) - log_sum;
             const V sum_neg_log_p = weighted * log_sum - V::load(centred + i);

@@ -104,21 +104,34 @@ FL_HD void store_columns(float* to, std::int64_t stride, const Columns& columns)
 
 // Vec<float>::size rows of n columns to [n][row] and back. With fewer than four columns a row is read and written up
 // to its fourth, so that there must be room behind the last.
-FL_HD void rows_to_columns(const float* rows, std::int64_t stride, int n, float* columns) {
+
+// Returns each row's largest number.
+FL_HD Vec<float> rows_to_columns(const float* rows, std::int64_t stride, int n, float* columns) {
     constexpr int size = Vec<float>::size;
+    Vec<float> top = -std::numeric_limits<float>::infinity();
     for (int c = 0; c < n; c += 4) {
         const int from = c + 4 <= n || n < 4 ? c : n - 4;  // the last four overlap their predecessors
         const Columns four = load_columns(rows + from, stride);
-        for (int i = 0; i < 4 && i < n; ++i) four.v[i].store(columns + (from + i) * size);
+        unrolled<4>([&](auto i) FL_INLINE {
+            if (i >= n) return;
+            four.v[i].store(columns + (from + i) * size);
+            top = max(top, four.v[i]);
+        });
     }
+    return top;
 }
 
-FL_HD void columns_to_rows(const float* columns, std::int64_t stride, int n, float* rows) {
+// What is stored is of(x, c), where x is column c.
+template <class Of>
+FL_HD void columns_to_rows(const float* columns, std::int64_t stride, int n, float* rows, Of of) {
     constexpr int size = Vec<float>::size;
     for (int c = 0; c < n; c += 4) {
         const int from = c + 4 <= n || n < 4 ? c : n - 4;
         Columns four;
-        for (int i = 0; i < 4; ++i) four.v[i] = Vec<float>::load(columns + (from + (i < n ? i : 0)) * size);
+        for (int i = 0; i < 4; ++i) {
+            const int column = from + (i < n ? i : 0);
+            four.v[i] = of(Vec<float>::load(columns + column * size), column);
+        }
         store_columns(rows + from, stride, four);
     }
 }
