@@ -237,7 +237,7 @@ FL_HD T scaled_log(T y, T log_scale) {
     return exponent * T(F::ln2_hi) - (tail - f);
 }
 
-// log of a normal number above 0, +inf or NaN, as the sum of a softmax: without the tests for others.
+// The same bits as log(x) has, for normal x > 0, +inf and NaN: what sums of a softmax are.
 template <class T>
 FL_HD T log_normal(T x) {
 #ifdef __CUDA_ARCH__

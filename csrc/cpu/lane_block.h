@@ -50,8 +50,9 @@ public:
         for (int b = 0; b < n; b += kWidth) {
             const int count = std::min(kWidth + 0, n - b);
             A* const block = tile + b * classes;
-            const V top = class_stride == 1 ? load_classes(source + b * row_stride, row_stride, 1, classes, count, block)
-                                            : find_max(block, classes);
+            const V top = class_stride == 1
+                              ? load_classes(source + b * row_stride, row_stride, 1, classes, count, block)
+                              : find_max(block, classes);
             top.store(rows.max + b);
             settle(p, rows, b, count, block);
         }
@@ -144,7 +145,7 @@ private:
             RowBuffer<Stored>::widen_row(source + from, 1, length, staged.rows + to);
         });
         for (int i = n * classes; i < kWidth * classes + 4; ++i) staged.rows[i] = A(0);
-        rows_to_columns(staged.rows, classes, classes, block);
+        return rows_to_columns(staged.rows, classes, classes, block);
     }
 
     template <class Of>

@@ -162,6 +162,11 @@ void test_edges(const char* type) {
         std::copy(edges.begin(), edges.end(), x);
         return static_cast<int>(edges.size());
     });
+    for (const T x : edges) {
+        const T log = math::log(x), log_normal = math::log_normal(x);
+        if (x >= L::min() || x != x) check(log == log_normal || log != log, "log_normal(%.17g) (%s)", double(x), type);
+        if (x != x) check(log_normal != log_normal, "log_normal(NaN) (%s)", type);
+    }
     check(math::exp(T(0)) == T(1) && math::log(T(1)) == T(0), "exp(0) and log(1) are exact (%s)", type);
     check(math::expm1(T(0)) == T(0) && math::log1p(T(-0.0)) == T(0), "expm1(0) and log1p(-0) are 0 (%s)", type);
     check(math::exp(-L::infinity()) == T(0) && math::expm1(-L::infinity()) == T(-1), "exp(-inf) (%s)", type);

@@ -239,8 +239,9 @@ void test_bits() {
     }
 }
 
-// One vector of rows of every small width, close together and with gaps: all columns arrive, and back in memory no gap
-// is touched. Only rows of fewer than four columns may be read and written up to the fourth.
+// One vector of rows of every small width, close together and with gaps: all columns and each row's largest number
+// arrive, and back in memory, as a function of number and column, no gap is touched. Only rows of fewer than four
+// columns may be read and written up to the fourth.
 void test_transposition() {
     constexpr int kSize = Vec<float>::size;
     for (int columns = 1; columns <= 33; ++columns) {
@@ -248,13 +249,16 @@ void test_transposition() {
             const int margin = columns < 4 ? 4 - columns : 0;
             std::vector<float> rows((kSize - 1) * stride + columns + margin, -1.0f), back(rows.size(), -2.0f);
             for (int r = 0; r < kSize; ++r)
-                for (int c = 0; c < columns; ++c) rows[r * stride + c] = float(100 * r + c);
+                for (int c = 0; c < columns; ++c) rows[r * stride + c] = float(100 * r - (c - r) * (c - r));
+            const auto plus_column = [](Vec<float> x, int c) { return x + Vec<float>(float(c)); };
             std::vector<float> transposed(columns * kSize);
-            rows_to_columns(rows.data(), stride, columns, transposed.data());
-            columns_to_rows(transposed.data(), stride, columns, back.data());
+            const Vec<float> top = rows_to_columns(rows.data(), stride, columns, transposed.data());
+            columns_to_rows(transposed.data(), stride, columns, back.data(), plus_column);
             for (int r = 0; r < kSize; ++r) {
+                const float* const row = rows.data() + r * stride;
+                check(top.v[r] == *std::max_element(row, row + columns), "largest of %d columns, row %d", columns, r);
                 for (int c = 0; c < columns; ++c)
-                    check(transposed[c * kSize + r] == float(100 * r + c) && back[r * stride + c] == float(100 * r + c),
+                    check(transposed[c * kSize + r] == row[c] && back[r * stride + c] == row[c] + float(c),
                           "transposition of %d columns, stride %d: row %d, column %d", columns, stride, r, c);
                 for (int c = std::max(columns, 4); c < stride && r + 1 < kSize; ++c)
                     check(back[r * stride + c] == -2.0f, "transposition of %d columns wrote into a gap", columns);
