@@ -98,7 +98,7 @@ void gradient(const RowProblem& p, std::int64_t begin, std::int64_t end) {
 
 template <>
 CpuKernels cpu_kernels<Isa::FL_ISA>() {
-    return {&summarize_targets, &forward, &bits_bytes, &gradient};
+    return {&summarize_targets, &Entry<forward>::call, &bits_bytes, &Entry<gradient>::call};
 }
 
 }  // namespace fused_losses

@@ -21,7 +21,10 @@ public:
           block_size(problem.num_classes * kWidth),
           streams(Block::streams(problem)),
           x_store(problem.num_classes * tile_rows),
-          u_store(p.spread == Spread::kSoftTarget ? problem.num_classes * tile_rows : 0) {}
+          u_store(p.spread == Spread::kSoftTarget ? problem.num_classes * tile_rows : 0),
+          class_number(problem.grad ? problem.num_classes : 0) {
+        for (std::int64_t c = 0; c < classes && p.grad; ++c) class_number.data()[c] = A(c);
+    }
 
     ~LaneTile() {
         if (streams) stream_fence();
@@ -133,13 +136,13 @@ private:
     template <bool with_spread>
     void store_gradient(std::int64_t outer, std::int64_t first, int n) const {
         const auto gradient_of = [&](int b) FL_INLINE {
-            const A* const u = u_of(b);
+            const A *const u = u_of(b), *const numbers = class_number.data();
             const V alpha = V::load(rows.alpha + b), gamma = V::load(rows.gamma + b);
             const V own = V::load(rows.own + b), target = V::load(target_class + b);
             return [=, this](V e, std::int64_t c) FL_INLINE {
                 V g = alpha * e;
                 if constexpr (with_spread) g += gamma * spread(u, c);
-                return math::select(target == V(A(c)), own, g);
+                return math::select(target == V(numbers[c]), own, g);
             };
         };
         Block::store_tile(p, outer, first, n, x_store.data(), gradient_of);
@@ -149,6 +152,7 @@ private:
     const std::int64_t classes, block_size;
     const bool streams;
     Scratch<A> x_store, u_store;  // per block [classes][kWidth]: logits, then exponentials; u_j
+    Scratch<A> class_number;      // read into all elements of a vector at once, unlike an integer
     TileRows<A> rows;
     alignas(64) A target_class[TileRows<A>::kMax];
 };

@@ -218,5 +218,24 @@ FL_HD Vec<A> max(Vec<A> a, Vec<A> b) {  // NaN never becomes the maximum of a nu
     return math::select(b > a, b, a);
 }
 
+// kFunction for callers outside of the kernels. Functions that get vectors as arguments may return with the upper
+// halves of registers in use (GCC 12); from then on SSE instructions, all of torch's and Python's, would wait for each
+// other.
+template <auto kFunction>
+struct Entry;
+template <class Result, class... Args, Result (*kFunction)(Args...)>
+struct Entry<kFunction> {
+    static Result call(Args... args) {
+        const struct Clean {
+            ~Clean() {
+#if defined(__AVX__)
+                _mm256_zeroupper();
+#endif
+            }
+        } clean;
+        return kFunction(args...);
+    }
+};
+
 }  // namespace FL_ISA
 }  // namespace fused_losses

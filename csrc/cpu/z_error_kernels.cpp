@@ -326,7 +326,8 @@ void gradient(const ZProblem& p, std::int64_t begin, std::int64_t end) {
 
 template <>
 ZErrorKernels z_error_kernels<Isa::FL_ISA>() {
-    return {&moments, &sparse_moments, &mask, &loss, &gradient};
+    return {&Entry<moments>::call, &Entry<sparse_moments>::call, &Entry<mask>::call, &Entry<loss>::call,
+            &Entry<gradient>::call};
 }
 
 }  // namespace fused_losses
