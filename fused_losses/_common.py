@@ -192,7 +192,7 @@ class RowLossModule(nn.Module):
             bias_tensor,
             margin if isinstance(margin, Tensor) else None,
             self.stem,
-            self._params or self._pack(),
+            self._pack() if self._params is None else self._params,
             bias,
             self.ignore_index,
             self.reduction,
