@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "losses/names.h"
+#include "losses/stats_count.h"
 
 namespace py = pybind11;
 
@@ -38,9 +39,17 @@ py::dict build_info() {
     return info;
 }
 
+int stats_count(const std::string& loss, const std::vector<double>& params, bool soft_target) {
+    using namespace fused_losses;
+    const int index = index_of(AllLosses{}, loss);
+    if (index < 0) throw py::value_error("loss must be one of the names in loss_names(), got '" + loss + "'");
+    return stats_count_of(index, spread_of(index, params.data(), soft_target));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
     m.def("build_info", &build_info, "How this copy of fused_losses was built.");
     m.def("loss_names", &fused_losses::loss_names, "Names of the losses compiled into the operator library.");
+    m.def("stats_count", &stats_count, "Numbers per row that the gradient of a loss needs.");
 }

@@ -45,8 +45,8 @@ from fused_losses import (
     schedules,
     scores,
 )
+from fused_losses._arguments import LOSSES
 from fused_losses._C import build_info, loss_names
-from fused_losses._common import LOSSES
 from fused_losses._z_error import ZErrorResult
 from fused_losses.cutoffs import (
     CutoffCollector,

@@ -1,19 +1,20 @@
-"""What every row loss shares: options, checks, the registry and the Module base."""
+"""The base of the loss Modules."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypedDict
+from typing import Any, TypedDict
 
 from torch import Tensor, nn
 
-from fused_losses import _ops
-from fused_losses._parameters import Rule, finite
-from fused_losses._reference import REDUCTIONS, check_reduction, class_dim
-from fused_losses.calibration import solve_logit_bias
-
-LogitBias = float | Tensor | str
+from fused_losses._arguments import (
+    LOSSES,
+    LogitBias,
+    RowLossArguments,
+    check_logit_bias,
+    check_reduction,
+    pack_arguments,
+)
+from fused_losses._autograd import row_loss
 
 
 class RowLossOptions(TypedDict, total=False):
@@ -23,99 +24,6 @@ class RowLossOptions(TypedDict, total=False):
     ignore_index: int
     reduction: str
     logit_bias: LogitBias
-
-
-class RowLossFunction(Protocol):
-    """The signature of every loss function; a loss's own hyper-parameters are keywords too."""
-
-    def __call__(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        *,
-        weight: Tensor | None = None,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        logit_bias: LogitBias = 0.0,
-        sample_weight: Tensor | None = None,
-        **parameters: Any,
-    ) -> Tensor:
-        """Computes the loss."""
-
-
-@dataclass(frozen=True)
-class LossEntry:
-    """A loss in the registry :data:`LOSSES`.
-
-    ``name`` is the stem ("gce"), ``function`` the fused function, ``reference`` the same in plain PyTorch,
-    ``arguments`` what both hand to their operator, as a tuple; ``parameters`` the own hyper-parameters with their
-    defaults, ``ranges`` what each may be, ``reductions`` the allowed ones and ``module`` the Module class.
-    """
-
-    name: str
-    function: RowLossFunction
-    reference: RowLossFunction
-    arguments: Callable[..., Any]
-    parameters: dict[str, Any]
-    ranges: Mapping[str, Rule]
-    constants: tuple[float, ...] = ()
-    reductions: tuple[str, ...] = REDUCTIONS
-    modules: list[type[RowLossModule]] = field(default_factory=list)
-    packed: dict[str, float] = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Packs the defaults once."""
-        packed = {name: self.ranges[name].pack(name, default) for name, default in self.parameters.items()}
-        object.__setattr__(self, "packed", packed)
-
-    @property
-    def module(self) -> type[RowLossModule]:
-        """The Module class."""
-        return self.modules[0]
-
-    def pack(self, parameters: dict[str, Any]) -> list[float]:
-        """The operator's ``params``: checked numbers in the order of the C++ header, then constants."""
-        if not parameters:
-            return [*self.packed.values(), *self.constants]
-        packed = self.packed.copy()
-        for name, value in parameters.items():
-            rule = self.ranges.get(name)
-            if rule is None:
-                raise TypeError(f"{self.name}_loss() got an unexpected keyword argument {name!r}")
-            packed[name] = rule.pack(name, value)
-        return [*packed.values(), *self.constants]
-
-
-LOSSES: dict[str, LossEntry] = {}
-
-
-def resolve_logit_bias(logit_bias: LogitBias, logits: Tensor) -> tuple[float, Tensor | None]:
-    """The operator's ``logit_bias`` and ``logit_bias_tensor``; "auto" is solved from the number of classes."""
-    if logit_bias.__class__ is float and logit_bias == 0.0:  # nearly always
-        return 0.0, None
-    if isinstance(logit_bias, Tensor):
-        return 0.0, logit_bias
-    if isinstance(logit_bias, str):
-        check_logit_bias(logit_bias)
-        num_classes = int(logits.shape[class_dim(logits)]) if logits.dim() else 1
-        return (max(0.0, solve_logit_bias(num_classes)) if num_classes > 1 else 0.0), None
-    check_logit_bias(logit_bias)
-    return logit_bias, None
-
-
-def check_logit_bias(logit_bias: LogitBias) -> None:
-    """Raises unless it is a finite number, a 0-dim floating point tensor or "auto"."""
-    if isinstance(logit_bias, str):
-        if logit_bias != "auto":
-            raise ValueError(f'logit_bias must be a number, a 0-dim tensor or "auto", got {logit_bias!r}')
-    elif isinstance(logit_bias, Tensor):
-        if logit_bias.dim() != 0 or not logit_bias.is_floating_point():
-            raise ValueError(
-                "logit_bias must be a number or a 0-dim floating point tensor, got a tensor of shape "
-                f"{tuple(logit_bias.shape)} and dtype {logit_bias.dtype}"
-            )
-    else:
-        finite.pack("logit_bias", logit_bias)
 
 
 class RowLossModule(nn.Module):
@@ -182,18 +90,18 @@ class RowLossModule(nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """Computes the loss of ``logits`` for ``target``; ``sample_weight`` is one weight per row."""
-        bias, bias_tensor = resolve_logit_bias(self._tensor("logit_bias"), logits)
-        margin = self._tensor("margin") if "margin" in self.parameter_names else None
-        return _ops.row_loss(
+        return row_loss(self._arguments(logits, target, sample_weight))
+
+    def _arguments(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None) -> RowLossArguments:
+        return pack_arguments(
+            self.stem,
             logits,
             target,
             self._tensor("weight"),
             sample_weight,
-            bias_tensor,
-            margin if isinstance(margin, Tensor) else None,
-            self.stem,
+            self._tensor("logit_bias") if self.training else 0.0,
+            self._tensor("margin") if "margin" in self.parameter_names else None,
             self._pack() if self._params is None else self._params,
-            bias,
             self.ignore_index,
             self.reduction,
         )

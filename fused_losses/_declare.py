@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Concatenate
 
 from torch import Tensor
 
-from fused_losses import _ops
-from fused_losses._common import LOSSES, LogitBias, LossEntry, RowLossFunction, resolve_logit_bias
+from fused_losses._arguments import LOSSES, REDUCTIONS, LossEntry, Own, RowLossArguments, RowLossFunction
+from fused_losses._autograd import row_loss
 from fused_losses._parameters import Rule
-from fused_losses._reference import REDUCTIONS, REFERENCES, Reference, Rows
-
-Formula = Callable[..., Tensor]
-FORMULAS: dict[str, Formula] = {}  # of rows and the loss's parameters; sums of losses are built from them
+from fused_losses._reference import Rows, row_loss_reference
 
 _OPTIONS_DOC = """
     Args:
@@ -51,43 +48,24 @@ _COMMON = [
 ]
 
 
-def as_tuple(*arguments: Any) -> Any:
-    """Stands in for an operator where its arguments are wanted."""
-    return arguments
+def make_function(name: str, evaluate: Callable[[RowLossArguments], Tensor]) -> Callable[..., Any]:
+    """The public function of the loss ``name`` that hands its packed arguments to ``evaluate``."""
 
-
-class FunctionFactory(Protocol):
-    """Makes the public function of the loss ``name`` on top of the fused operator or its reference."""
-
-    def __call__(self, name: str, operator: Callable[..., Tensor]) -> RowLossFunction:
-        """Makes the function."""
-
-
-def _make_function(name: str, operator: Callable[..., Tensor]) -> RowLossFunction:
-    def function(
-        logits: Tensor,
-        target: Tensor,
-        *,
-        weight: Tensor | None = None,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        logit_bias: LogitBias = 0.0,
-        sample_weight: Tensor | None = None,
-        **parameters: Any,
-    ) -> Tensor:
-        params = LOSSES[name].pack(parameters)
-        bias, bias_tensor = resolve_logit_bias(logit_bias, logits)
-        return operator(
-            logits, target, weight, sample_weight, bias_tensor, None, name, params, bias, ignore_index, reduction
-        )
+    def function(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
+        return evaluate(LOSSES[name].arguments(logits, target, **options))
 
     return function
 
 
 def _describe(
-    made: RowLossFunction, formula: Formula, own: list[inspect.Parameter], reduction: tuple[Any, str]
+    made: Callable[..., Tensor],
+    module: str,
+    formula: Callable[..., Tensor],
+    own: list[inspect.Parameter],
+    reduction: tuple[Any, str],
 ) -> None:
-    """Gives ``made`` the name, place and docstring of ``formula`` and the signature that users see."""
+    """Gives ``made`` the name and docstring of ``formula``, the signature that users see, and the place they import
+    it from, which pickle looks at."""
     default_reduction, reduction_doc = reduction
     tensors = [
         inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation="Tensor")
@@ -100,8 +78,8 @@ def _describe(
     ]
     summary, _, own_doc = (inspect.getdoc(formula) or "").partition("\nArgs:\n")
     own_doc = "".join(f"        {line}\n" for line in inspect.cleandoc(own_doc).splitlines())
-    made.__name__ = made.__qualname__ = formula.__name__  # type: ignore[attr-defined]
-    made.__module__ = formula.__module__
+    made.__name__ = made.__qualname__ = formula.__name__
+    made.__module__ = module
     options_doc = inspect.cleandoc(_OPTIONS_DOC.format(own=own_doc, reduction=reduction_doc))
     made.__doc__ = f"{summary.rstrip()}\n\n{options_doc}\n"
     made.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
@@ -115,46 +93,48 @@ def loss_of_row(
     constants: tuple[float, ...] = (),
     reductions: tuple[str, ...] = REDUCTIONS,
     reduction: tuple[Any, str] = ("mean", ""),
-    make_function: FunctionFactory = _make_function,
-) -> Callable[[Formula], RowLossFunction]:
+    reduction_of: Callable[[dict[str, Any]], str] | None = None,
+) -> Callable[[Callable[Concatenate[Rows, Own], Tensor]], RowLossFunction[Own]]:
     """Declares a loss by its formula on :class:`Rows`.
 
-    Decorates ``x_loss(rows, own parameters)``, which gives each row's value without weights and is the reference; its
-    name, defaults and docstring become those of the fused function. ``ranges`` gives what each parameter may be in the
-    order of the C++ struct, which is that of the formula too; ``constants`` are appended to them. ``reduction`` is the
-    default and what the docstring says of reductions beyond the usual three.
+    Decorates ``x_loss(rows, own parameters, options of every call)``, which gives each row's value without weights and
+    is the reference; its name, defaults and docstring become those of the fused function. ``ranges`` gives what each
+    parameter may be in the order of the C++ struct; ``constants`` are appended to them. ``reduction`` is the default
+    and what the docstring says of reductions beyond the usual three; ``reduction_of`` finds it from the parameters.
     """
 
-    def decorate(formula: Formula) -> RowLossFunction:
+    def decorate(formula: Callable[Concatenate[Rows, Own], Tensor]) -> RowLossFunction[Own]:
         name = formula.__name__.removesuffix("_loss")
         own = [p for p in inspect.signature(formula).parameters.values() if p.name in ranges]
-        rules = tuple(ranges.values())
-
-        def evaluate(rows: Rows, weight: Tensor | None, params: Sequence[Any]) -> Tensor:
-            values = [rule.unpack(number) for rule, number in zip(rules, params, strict=False)]
-            return rows.class_weight * formula(rows, *values, *params[len(rules) :])
-
-        FORMULAS[name] = formula
-        REFERENCES[name] = Reference(evaluate, reductions)
-        function, reference = (make_function(name, op) for op in (_ops.row_loss, _ops.row_loss_reference))
-        arguments = make_function(name, as_tuple)
-        for made in (function, reference):
-            _describe(made, formula, own, reduction)
-        defaults = {p.name: p.default for p in own}
-        LOSSES[name] = LossEntry(name, function, reference, arguments, defaults, ranges, constants, reductions)
+        function, reference = make_function(name, row_loss), make_function(name, row_loss_reference)
+        for made, module in ((function, formula.__module__), (reference, "fused_losses.reference")):
+            _describe(made, module, formula, own, reduction)
+        LOSSES[name] = LossEntry(
+            name,
+            function,
+            reference,
+            formula,
+            {p.name: p.default for p in own},
+            ranges,
+            constants,
+            reductions,
+            reduction_of or (lambda parameters: reduction[0]),
+        )
         return function
 
     return decorate
 
 
-def loss_of_target(*, constants: tuple[float, ...] = (), **ranges: Rule) -> Callable[[Formula], RowLossFunction]:
+def loss_of_target(
+    *, constants: tuple[float, ...] = (), **ranges: Rule
+) -> Callable[[Callable[Concatenate[Tensor, Own], Tensor]], RowLossFunction[Own]]:
     """Declares a loss that is a function of ``t = log p_y``: ``x_loss(t, own parameters)``; see :func:`loss_of_row`."""
 
-    def decorate(formula: Formula) -> RowLossFunction:
+    def decorate(formula: Callable[Concatenate[Tensor, Own], Tensor]) -> RowLossFunction[Own]:
         @functools.wraps(formula)  # its name, docstring and signature
-        def of_row(rows: Rows, *params: Any) -> Tensor:
-            return formula(rows.log_p, *params)
+        def of_row(rows: Rows, *args: Own.args, **own: Own.kwargs) -> Tensor:
+            return formula(rows.log_p, *args, **own)
 
-        return loss_of_row(ranges, constants=constants)(of_row)
+        return loss_of_row(ranges, constants=constants)(of_row)  # type: ignore[arg-type]  # wraps() hides it is a function
 
     return decorate

@@ -1,14 +1,20 @@
-"""The operators; the only file that touches ``torch.ops``."""
+"""The operators; the only file that touches ``torch.ops``.
+
+A kernel sees memory; beside each operator is what tracing sees of it, shapes and dtypes (its "fake" implementation).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fused_losses import _C
+from fused_losses._arguments import RowLossArguments, ZErrorLossArguments, ZErrorRule, acc_dtype
+from fused_losses._checks import check_row_loss, row_shape
 
 _FOLDER = Path(__file__).parent
 _REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
@@ -26,22 +32,126 @@ def _require_matching_torch() -> None:
 _require_matching_torch()
 torch.ops.load_library(str(_FOLDER / "libfused_losses_ops.so"))  # type: ignore[no-untyped-call]
 
+Tensors2 = tuple[Tensor, Tensor]
+Tensors3 = tuple[Tensor, Tensor, Tensor]
+Tensors4 = tuple[Tensor, Tensor, Tensor, Tensor]
+Tensors6 = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
 row_loss: Callable[..., Tensor] = torch.ops.fused_losses.row_loss.default
-row_loss_reference: Callable[..., Tensor] = torch.ops.fused_losses.row_loss_reference.default
+row_loss_with_grad: Callable[..., Tensors2] = torch.ops.fused_losses.row_loss_with_grad.default
+row_loss_with_stats: Callable[..., Tensors3] = torch.ops.fused_losses.row_loss_with_stats.default
+row_loss_with_stats_and_grad: Callable[..., Tensors4] = torch.ops.fused_losses.row_loss_with_stats_and_grad.default
+row_loss_backward: Callable[..., Tensor] = torch.ops.fused_losses.row_loss_backward.default
+row_loss_backward_: Callable[..., None] = torch.ops.fused_losses.row_loss_backward_.default
 class_moments: Callable[..., Tensor] = torch.ops.fused_losses.class_moments.default
-z_error_mask: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.fused_losses.z_error_mask.default
-z_error_row_loss: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.fused_losses.z_error_row_loss.default
-z_error_loss: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = torch.ops.fused_losses.z_error_loss.default
-
-_library = torch.library.Library("fused_losses", "IMPL")  # type: ignore[no-untyped-call]
-
-
-def register_reference(implementation: Callable[..., Tensor]) -> None:
-    """Makes ``implementation`` the operator ``row_loss_reference`` and the batching rule of ``row_loss``."""
-    for name, key in [("row_loss_reference", "CompositeImplicitAutograd"), ("row_loss", "FuncTorchBatched")]:
-        _library.impl(name, implementation, key)  # type: ignore[no-untyped-call]
+z_error_mask: Callable[..., Tensors3] = torch.ops.fused_losses.z_error_mask.default
+z_error_class_loss: Callable[..., Tensors6] = torch.ops.fused_losses.z_error_class_loss.default
+z_error_loss: Callable[..., Tensors4] = torch.ops.fused_losses.z_error_loss.default
+z_error_loss_backward: Callable[..., Tensor] = torch.ops.fused_losses.z_error_loss_backward.default
 
 
-def register_z_error_reference(implementation: Callable[..., Tensor]) -> None:
-    """Makes ``implementation`` the operator ``z_error_loss_reference``."""
-    _library.impl("z_error_loss_reference", implementation, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
+def _fake(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Registers what tracing sees of the operator of that name."""
+    name = f"fused_losses::{implementation.__name__.removeprefix('_fake_')}"
+    torch.library.register_fake(name, implementation)
+    return implementation
+
+
+def _empty_loss(args: RowLossArguments) -> Tensor:
+    check_row_loss(args)
+    shape = row_shape(args.logits) if args.reduction == "none" else ()
+    return args.logits.new_empty(shape, dtype=acc_dtype(args.logits))
+
+
+@_fake
+def _fake_row_loss(*args: Any) -> Tensor:
+    return _empty_loss(RowLossArguments(*args))
+
+
+@_fake
+def _fake_row_loss_with_grad(*args: Any) -> Tensors2:
+    return _empty_loss(RowLossArguments(*args)), torch.empty_like(args[0])
+
+
+@_fake
+def _fake_row_loss_with_stats(*flat: Any) -> Tensors3:
+    args = RowLossArguments(*flat)
+    loss = _empty_loss(args)
+    rows = 1
+    for size in row_shape(args.logits):
+        rows = rows * size
+    count = _C.stats_count(args.loss, [float(p) for p in args.params], args.target.is_floating_point())
+    divides = args.reduction in ("mean", "active_mean")
+    return loss, loss.new_empty((count, rows)), loss.new_empty(() if divides else (0,))
+
+
+@_fake
+def _fake_row_loss_with_stats_and_grad(*args: Any) -> Tensors4:
+    return *_fake_row_loss_with_stats(*args), torch.empty_like(args[0])
+
+
+@_fake
+def _fake_row_loss_backward(
+    grad_loss: Tensor, stats: Tensor, denominator: Tensor, logits: Tensor, *rest: Any
+) -> Tensor:
+    return torch.empty_like(logits)
+
+
+@_fake
+def _fake_row_loss_backward_(*args: Any) -> None:
+    return None
+
+
+@_fake
+def _fake_class_moments(
+    score: Tensor, target: Tensor, num_classes: int, statistic: str = "class", ignore_index: int = -100
+) -> Tensor:
+    return score.new_empty((3, num_classes), dtype=torch.float64)
+
+
+def _empty_scores(rows: Tensor, wanted: bool) -> Tensor:
+    return rows.new_empty(rows.shape if wanted else (0,), dtype=torch.float64)
+
+
+@_fake
+def _fake_z_error_mask(score: Tensor, target: Tensor, ignore_index: int, *rule: Any) -> Tensors3:
+    mask = target.new_empty(target.shape, dtype=torch.bool)
+    kept_target = target.new_empty(target.shape, dtype=torch.int64)
+    return mask, kept_target, _empty_scores(target, ZErrorRule(*rule).with_scores)
+
+
+@_fake
+def _fake_z_error_class_loss(
+    values: Tensor,
+    score: Tensor,
+    target: Tensor,
+    num_classes: int,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    logit_bias_tensor: Tensor | None,
+    label_smoothing: float,
+    logit_bias: float,
+    unweighted: bool,
+    ignore_index: int,
+    reduction: str,
+    *rule: Any,
+) -> Tensors6:
+    loss = values.new_empty(target.shape if reduction == "none" else (), dtype=acc_dtype(values))
+    masked = _fake_z_error_mask(score, target, ignore_index, *rule)
+    return loss, loss.new_empty(()), *masked, loss.new_empty(target.shape if unweighted else (0,))
+
+
+@_fake
+def _fake_z_error_loss(*flat: Any) -> Tensors4:
+    args, rule = ZErrorLossArguments(*flat[:5]), ZErrorRule(*flat[5:])
+    input = args.input
+    loss = input.new_empty(input.shape if args.reduction == "none" else (), dtype=acc_dtype(input))
+    mask = input.new_empty(input.shape, dtype=torch.bool)
+    return loss, loss.new_empty(()), mask, _empty_scores(input, rule.with_scores)
+
+
+@_fake
+def _fake_z_error_loss_backward(
+    grad_loss: Tensor, denominator: Tensor, mask: Tensor, statistic: str, input: Tensor, *rest: Any
+) -> Tensor:
+    return input.new_empty(input.shape)

@@ -5,24 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_losses import _ops
-from fused_losses._parameters import one_of
-
-REDUCTIONS = ("none", "mean", "sum")
-ACTIVE_REDUCTIONS = (*REDUCTIONS, "active_mean")
+from fused_losses._arguments import LOSSES, RowLossArguments, acc_dtype, check_reduction, class_dim
 
 # In the denominator of a mean over active rows, as the reference code of 2501.12191 has it.
 ACTIVE_GUARD = 1e-6
-
-
-def class_dim(logits: Tensor) -> int:
-    """The dimension of the classes: 0 for (C,), else 1."""
-    return 0 if logits.dim() == 1 else 1
 
 
 def zero_at_zero(p: Tensor, log_term: Tensor) -> Tensor:
@@ -39,12 +29,6 @@ def focal_term(log_p: Tensor, gamma: float) -> Tensor:
     certain = log_p == 0
     miss = torch.where(certain, 1.0, -torch.expm1(log_p))
     return torch.where(certain, -0.0 * log_p, -(miss**gamma) * log_p)
-
-
-def check_reduction(reduction: str, allowed: tuple[str, ...] = REDUCTIONS) -> None:
-    """Raises unless it is one of the allowed reductions."""
-    if reduction not in allowed:
-        raise ValueError(f"reduction must be {one_of(allowed)}, got {reduction!r}")
 
 
 def reduce_rows(values: Tensor, weights: Tensor, reduction: str) -> Tensor:
@@ -66,11 +50,15 @@ def reduce_rows(values: Tensor, weights: Tensor, reduction: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Rows:
-    """One call's rows in plain PyTorch: logits with the bias in, targets, masks and weights."""
+    """One call's rows in plain PyTorch: logits with the bias in, targets, masks and weights.
+
+    ``weight`` is one per class, ``class_weight`` that of every row's target.
+    """
 
     logits: Tensor
     target: Tensor
     ignored: Tensor
+    weight: Tensor | None
     class_weight: Tensor
     sample_weight: Tensor
 
@@ -84,7 +72,7 @@ class Rows:
         ignore_index: int,
     ) -> Rows:
         """Computes in float32 (float64 for float64 logits). Ignored rows become zeros with target 0 first of all."""
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = logits.to(acc_dtype(logits))
         dim = class_dim(logits)
         target = target.long()
         ignored = target == ignore_index
@@ -96,7 +84,7 @@ class Rows:
         ones = torch.ones(target.shape, dtype=logits.dtype, device=logits.device)
         class_weight = ones if weight is None else weight.to(logits.dtype)[target]
         samples = ones if sample_weight is None else sample_weight.to(logits.dtype)
-        return Rows(logits, target, ignored, class_weight, samples)
+        return Rows(logits, target, ignored, weight, class_weight, samples)
 
     @property
     def dim(self) -> int:
@@ -129,45 +117,22 @@ class Rows:
         return reduce_rows(kept, weights, reduction)
 
 
-# Value per row, class weights included, from (rows, weight, params)
-Evaluate = Callable[[Rows, "Tensor | None", Sequence[Any]], Tensor]
-SoftEvaluate = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None", Sequence[float], str], Tensor]
+# The reduced loss of targets that are probabilities, from logits, target, weight, sample_weight, params, reduction.
+SoftTargetFormula = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None", Sequence[float], str], Tensor]
+SOFT_TARGETS: dict[str, SoftTargetFormula] = {}
 
 
-@dataclass(frozen=True)
-class Reference:
-    """A loss in plain PyTorch; ``soft_target`` is for targets that are probabilities."""
-
-    evaluate: Evaluate
-    reductions: tuple[str, ...] = REDUCTIONS
-    soft_target: SoftEvaluate | None = None
-
-
-REFERENCES: dict[str, Reference] = {}
-
-
-def row_loss_reference(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    logit_bias_tensor: Tensor | None,
-    margin: Tensor | None,
-    loss: str,
-    params: Sequence[float],
-    logit_bias: float,
-    ignore_index: int,
-    reduction: str,
-) -> Tensor:
-    """The operator ``row_loss`` in plain PyTorch; ``margin`` takes the place of the first of ``params``."""
-    reference = REFERENCES[loss]
-    check_reduction(reduction, reference.reductions)
-    if target.is_floating_point() and reference.soft_target is not None:
-        return reference.soft_target(logits, target, weight, sample_weight, params, reduction)
-    bias = logit_bias if logit_bias_tensor is None else logit_bias_tensor
-    rows = Rows.of(logits, target, weight, sample_weight, bias, ignore_index)
-    values = params if margin is None else [margin, *params[1:]]
-    return rows.reduce(reference.evaluate(rows, weight, values), reduction)
-
-
-_ops.register_reference(row_loss_reference)
+def row_loss_reference(args: RowLossArguments) -> Tensor:
+    """The loss by plain operations of torch, which can differentiate them in any way."""
+    entry = LOSSES[args.loss]
+    check_reduction(args.reduction, entry.reductions)
+    if args.target.is_floating_point() and args.loss in SOFT_TARGETS:
+        by_formula = SOFT_TARGETS[args.loss]
+        return by_formula(args.logits, args.target, args.weight, args.sample_weight, args.params, args.reduction)
+    bias = args.logit_bias if args.logit_bias_tensor is None else args.logit_bias_tensor
+    rows = Rows.of(args.logits, args.target, args.weight, args.sample_weight, bias, args.ignore_index)
+    own = entry.unpack(args.params)
+    if args.margin is not None:
+        own["margin"] = args.margin
+    values = entry.formula(rows, **own)
+    return rows.reduce(values if entry.weighs_classes else rows.class_weight * values, args.reduction)

@@ -10,9 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fused_losses import _ops, _z_reference
+from fused_losses import _ops, _z_autograd, _z_reference
+from fused_losses._arguments import RowLossArguments, ZErrorLossArguments, ZErrorRule, check_reduction
+from fused_losses._autograd import row_loss
 from fused_losses._parameters import closed_fraction, positive, positive_integer
-from fused_losses._reference import check_reduction
+from fused_losses._reference import row_loss_reference
 from fused_losses.statistics import ClassStatistics, all_reduce_moments, merge_moments
 
 Threshold = float | Sequence[float] | Tensor
@@ -35,18 +37,25 @@ class ZErrorResult(NamedTuple):
 
 @dataclass(frozen=True)
 class ZOps:
-    """The operators a Z-Error function is made of."""
+    """What a Z-Error function is made of, fused or in plain PyTorch."""
 
-    row_loss: Callable[..., Tensor]
+    row_loss: Callable[[RowLossArguments], Tensor]
     class_moments: Callable[..., Tensor]
-    z_error_row_loss: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    z_error_loss: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    z_error_row_loss: Callable[[RowLossArguments, ZErrorRule], tuple[Tensor, Tensor, Tensor]]
+    z_error_loss: Callable[[ZErrorLossArguments, ZErrorRule], tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
-FUSED = ZOps(_ops.row_loss, _ops.class_moments, _ops.z_error_row_loss, _ops.z_error_loss)
-PLAIN = ZOps(
-    _ops.row_loss_reference, _z_reference.class_moments, _z_reference.z_error_row_loss, _z_reference.z_error_loss
-)
+FUSED = ZOps(row_loss, _ops.class_moments, _z_autograd.z_error_row_loss, _z_autograd.z_error_loss)
+PLAIN = ZOps(row_loss_reference, _z_reference.class_moments, _z_reference.z_error_row_loss, _z_reference.z_error_loss)
+
+
+def fused_and_plain(make: Callable[[ZOps], Callable[..., Any]]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Both kinds of a Z-Error function, named for the places that users, and pickle, find them in."""
+    fused, plain = make(FUSED), make(PLAIN)
+    for function in (fused, plain):
+        function.__qualname__ = function.__name__
+    plain.__module__ = "fused_losses.reference"
+    return fused, plain
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_losses import _ops
-from fused_losses._reference import class_dim, reduce_rows
+from fused_losses._arguments import RowLossArguments, ZErrorLossArguments, ZErrorRule, acc_dtype, class_dim
+from fused_losses._reference import reduce_rows, row_loss_reference
 
 
 def _groups(target: Tensor, num_groups: int, statistic: str, ignore_index: int) -> Tensor:
@@ -58,155 +57,93 @@ def class_moments(
     return torch.stack([count, mean, m2])[:, :num_classes]
 
 
-def _judge(
-    group: Tensor,
-    score: Tensor,
-    moments: Tensor,
-    threshold: Tensor,
-    statistic: str,
-    tail: str,
-    min_count: int,
-    keep_small: bool,
-) -> tuple[Tensor, Tensor]:
+def _judge(group: Tensor, score: Tensor, moments: Tensor, rule: ZErrorRule) -> tuple[Tensor, Tensor]:
     """Mask and standardised scores."""
-    count, mean, m2 = moments[:, group.clamp(min=0)]
+    index = group.clamp(min=0)
+    count, mean, m2 = moments[:, index]
     std = (m2 / (count - 1)).sqrt()
-    regression = statistic.startswith("mse")
+    regression = rule.statistic.startswith("mse")
     constant = torch.zeros_like(std, dtype=torch.bool) if regression else std < 1e-8
     std = std + 1e-8 if regression else torch.where(constant, 1.0, std)
     valid = (group >= 0) & score.isfinite()
-    small = (count < min_count) | (count <= 1)
+    small = (count < rule.min_count) | (count <= 1)
     z = torch.where(valid & ~small, (score - mean) / std, torch.nan)
-    limit = threshold.flatten().double()[group.clamp(min=0) % threshold.numel()]
-    mirrored = (group % 2 == 0) if statistic.startswith("bce") else torch.zeros_like(valid)
+    limits = rule.threshold_tensor
+    if limits is None:
+        limits = torch.tensor(rule.threshold, dtype=torch.float64)
+    limit = limits.to(score.device).flatten().double()[index % limits.numel()]
+    mirrored = (group % 2 == 0) if rule.statistic.startswith("bce") else torch.zeros_like(valid)
     oriented = torch.where(mirrored, -z, z)
-    if tail == "both":
+    if rule.tail == "both":
         near = z.abs() <= limit
     else:
-        near = oriented >= -limit if tail == "low" else oriented <= limit
-    return valid & torch.where(small, keep_small, near | constant), z
+        near = oriented >= -limit if rule.tail == "low" else oriented <= limit
+    return valid & torch.where(small, rule.keep_small, near | constant), z
 
 
-def _threshold(threshold: Sequence[float], threshold_tensor: Tensor | None, like: Tensor) -> Tensor:
-    if threshold_tensor is not None:
-        return threshold_tensor.to(like.device)
-    return torch.tensor(threshold, dtype=torch.float64, device=like.device)
-
-
-def z_error_mask(
-    score: Tensor,
-    target: Tensor,
-    moments: Tensor,
-    threshold_tensor: Tensor | None,
-    threshold: Sequence[float],
-    tail: str,
-    min_count: int,
-    keep_small: bool,
-    ignore_index: int,
-    with_scores: bool,
-    statistic: str = "class",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator ``z_error_mask`` in plain PyTorch."""
+def z_error_mask(score: Tensor, target: Tensor, ignore_index: int, rule: ZErrorRule) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator ``z_error_mask`` in plain PyTorch; ``rule.moments`` are given."""
+    moments = rule.moments
+    assert moments is not None
     group = _groups(target, moments.shape[1], "class", ignore_index)
-    x = _scores(score, target, group, statistic)
-    limit = _threshold(threshold, threshold_tensor, score)
-    mask, z = _judge(group, x, moments, limit, "class", tail, min_count, keep_small)
+    mask, z = _judge(group, _scores(score, target, group, rule.statistic), moments, rule)
     return mask, torch.where((group >= 0) & ~mask, ignore_index, target.long()), z
 
 
 def class_score(
-    row_loss: Callable[..., Tensor], statistic: str, arguments: tuple[Any, ...], num_classes: int
-) -> tuple[Tensor, Tensor, int, str, int]:
-    """What rows are judged by, as arguments of ``class_moments``; ``arguments``: those of ``row_loss``."""
-    logits, target, _, _, bias_tensor, margin, loss, params, logit_bias, ignore_index, _ = arguments
+    row_loss: Callable[[RowLossArguments], Tensor], statistic: str, args: RowLossArguments
+) -> tuple[Tensor, str]:
+    """What rows are judged by, and the word for it in :func:`z_error_mask`."""
     with torch.no_grad():
-        score, word = logits.detach(), "class"
-        if statistic == "prob":
-            word = "class_prob"
-            score = row_loss(score, target, None, None, None, None, "cross_entropy", [0.0], 0.0, ignore_index, "none")
-        elif statistic == "loss":
-            score = row_loss(
-                score, target, None, None, bias_tensor, margin, loss, params, logit_bias, ignore_index, "none"
-            )
-    return score, target, num_classes, word, ignore_index
+        args = args._replace(logits=args.logits.detach(), weight=None, sample_weight=None, reduction="none")
+        if statistic == "logit":
+            return args.logits, "class"
+        if statistic == "loss":
+            return row_loss(args), "class"
+        plain = args._replace(logit_bias_tensor=None, margin=None, loss="cross_entropy", params=[0.0], logit_bias=0.0)
+        return row_loss(plain), "class_prob"
 
 
-def z_error_row_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator ``z_error_row_loss`` in plain PyTorch."""
-    of_row_loss = arguments[:11]
-    moments, threshold_tensor, threshold, statistic, tail, min_count, keep_small, with_scores = arguments[11:]
-    logits, ignore_index = of_row_loss[0], of_row_loss[9]
-    judged = class_score(_ops.row_loss_reference, statistic, of_row_loss, logits.shape[class_dim(logits)])
+def z_error_row_loss(args: RowLossArguments, rule: ZErrorRule) -> tuple[Tensor, Tensor, Tensor]:
+    """Any row loss of the rows that are kept, in plain PyTorch: loss, mask and scores."""
+    score, word = class_score(row_loss_reference, rule.statistic, args)
     with torch.no_grad():
-        mask, kept_target, scores = z_error_mask(
-            judged[0],
-            judged[1],
-            class_moments(*judged) if moments is None else moments,
-            threshold_tensor,
-            threshold,
-            tail,
-            min_count,
-            keep_small,
-            ignore_index,
-            with_scores,
-            judged[3],
-        )
-    return _ops.row_loss_reference(logits, kept_target, *of_row_loss[2:]), mask, scores
+        rule = rule._replace(statistic=word)
+        if rule.moments is None:
+            classes = args.logits.shape[class_dim(args.logits)]
+            rule = rule._replace(moments=class_moments(score, args.target, classes, word, args.ignore_index))
+        mask, kept_target, scores = z_error_mask(score, args.target, args.ignore_index, rule)
+    return row_loss_reference(args._replace(target=kept_target)), mask, scores
 
 
-def z_error_loss(
-    input: Tensor,
-    target: Tensor,
-    moments: Tensor | None,
-    pos_weight: Tensor | None,
-    sample_weight: Tensor | None,
-    threshold_tensor: Tensor | None,
-    threshold: Sequence[float],
-    statistic: str,
-    tail: str,
-    min_count: int,
-    keep_small: bool,
-    with_scores: bool,
-    reduction: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The operator ``z_error_loss`` in plain PyTorch."""
+def z_error_loss(args: ZErrorLossArguments, rule: ZErrorRule) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The binary and the regression form in plain PyTorch: loss, denominator, mask and scores."""
+    input, target = args.input, args.target
     tasks = input.shape[1] if input.dim() == 2 else 1
-    groups = 2 * tasks if statistic.startswith("bce") else 1
-    if moments is None:
-        moments = class_moments(input, target, groups, statistic)
-    group = _groups(target, groups, statistic, -100)
-    score = _scores(input, target, group, statistic)
-    limit = _threshold(threshold, threshold_tensor, input)
-    mask, z = _judge(group, score, moments, limit, statistic, tail, min_count, keep_small)
-    loss = masked_loss(input, target, mask, pos_weight, sample_weight, statistic, reduction)
-    weights = mask.to(loss.dtype) if sample_weight is None else torch.where(mask, sample_weight.detach(), 0.0)
+    groups = 2 * tasks if rule.statistic.startswith("bce") else 1
+    moments = class_moments(input, target, groups, rule.statistic) if rule.moments is None else rule.moments
+    group = _groups(target, groups, rule.statistic, -100)
+    mask, z = _judge(group, _scores(input, target, group, rule.statistic), moments, rule)
+    loss = masked_loss(args, mask, rule.statistic)
+    weights = mask.to(loss.dtype)
+    if args.sample_weight is not None:
+        weights = torch.where(mask, args.sample_weight.detach(), 0.0)
     return loss, weights.sum(), mask, z
 
 
-def masked_loss(
-    input: Tensor,
-    target: Tensor,
-    mask: Tensor,
-    pos_weight: Tensor | None,
-    sample_weight: Tensor | None,
-    statistic: str,
-    reduction: str,
-) -> Tensor:
-    """The operator ``z_error_loss_reference``: the loss of the rows in ``mask``.
+def masked_loss(args: ZErrorLossArguments, mask: Tensor, statistic: str) -> Tensor:
+    """The loss of the rows in ``mask``.
 
     Dropped rows are replaced by zeros before anything, so that neither value nor derivative can be NaN.
     """
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    x, y = (torch.where(mask, tensor.to(dtype), 0.0) for tensor in (input, target))
+    dtype = acc_dtype(args.input)
+    x, y = (torch.where(mask, tensor.to(dtype), 0.0) for tensor in (args.input, args.target))
     if statistic.startswith("mse"):
         values = (x - y).square()
     else:
         # torch's own function is not differentiable in pos_weight
-        factor = 1.0 if pos_weight is None else pos_weight.to(dtype)
+        factor = 1.0 if args.pos_weight is None else args.pos_weight.to(dtype)
         values = -(factor * y * F.logsigmoid(x) + (1.0 - y) * F.logsigmoid(-x))
-    weights = torch.ones_like(values) if sample_weight is None else sample_weight.to(dtype)
+    weights = torch.ones_like(values) if args.sample_weight is None else args.sample_weight.to(dtype)
     kept = torch.where(mask, values * weights, 0.0)
-    return reduce_rows(kept, torch.where(mask, weights, 0.0), reduction)
-
-
-_ops.register_z_error_reference(masked_loss)
+    return reduce_rows(kept, torch.where(mask, weights, 0.0), args.reduction)

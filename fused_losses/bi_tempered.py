@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from fused_losses._arguments import CallOptions
 from fused_losses._common import RowLossModule, RowLossOptions
 from fused_losses._declare import loss_of_row
 from fused_losses._parameters import OrNone, closed_fraction, positive, positive_integer
@@ -105,7 +106,13 @@ def _x_log_t(x: float, t: float) -> float:
     {"t1": closed_fraction, "t2": positive, "label_smoothing": closed_fraction, "num_iters": OrNone(positive_integer)}
 )
 def bi_tempered_loss(
-    rows: Rows, t1: float = 0.8, t2: float = 1.2, label_smoothing: float = 0.0, num_iters: int | None = 5
+    rows: Rows,
+    *,
+    t1: float = 0.8,
+    t2: float = 1.2,
+    label_smoothing: float = 0.0,
+    num_iters: int | None = 5,
+    **options: Unpack[CallOptions],
 ) -> Tensor:
     """Bi-tempered logistic loss: a Bregman divergence of label and tempered softmax. 1906.03361 Eq. 6 and section 3.
 

@@ -19,7 +19,7 @@ from fused_losses._calibration_plot import plot_mean_target_error
 from fused_losses._mean_error import RowLoss, mean_slopes
 
 if TYPE_CHECKING:
-    from fused_losses._common import LossEntry
+    from fused_losses._arguments import LossEntry
 
 __all__ = ["match_parameter", "mean_target_error", "plot_mean_target_error", "solve_logit_bias"]
 
@@ -349,7 +349,7 @@ def _row_module(module: nn.Module, num_classes: int, parameters: dict[str, float
 
 
 def _entry(name: str) -> LossEntry:
-    from fused_losses._common import LOSSES  # it imports this file
+    from fused_losses._arguments import LOSSES  # it imports this file
 
     stem = name.removesuffix("_loss")
     if stem not in LOSSES:
@@ -359,7 +359,7 @@ def _entry(name: str) -> LossEntry:
 
 def _allowed_values(loss: Loss, name: str) -> Callable[[float], bool]:
     """Tells which values of the parameter are in its range; raises if the loss has no such real parameter."""
-    from fused_losses._common import LOSSES
+    from fused_losses._arguments import LOSSES
     from fused_losses._parameters import OrTensor, Range, positive_integer
 
     if name == "logit_bias":

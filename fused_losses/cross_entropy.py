@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_losses import _ops
-from fused_losses._common import LOSSES, LogitBias, LossEntry, RowLossModule, resolve_logit_bias
-from fused_losses._declare import as_tuple
+from fused_losses._arguments import LOSSES, LogitBias, LossEntry, class_dim
+from fused_losses._autograd import row_loss
+from fused_losses._common import RowLossModule
 from fused_losses._parameters import closed_fraction
-from fused_losses._reference import REFERENCES, Reference, Rows, class_dim, reduce_rows, zero_at_zero
+from fused_losses._reference import SOFT_TARGETS, Rows, reduce_rows, row_loss_reference, zero_at_zero
 
 
-def _smoothed(rows: Rows, weight: Tensor | None, params: Sequence[float]) -> Tensor:
-    smoothing = params[0]
+def _smoothed(rows: Rows, label_smoothing: float) -> Tensor:
     hard = -rows.class_weight * rows.log_p
-    if smoothing == 0.0:
+    if label_smoothing == 0.0:
         return hard
     dim = rows.dim
     shape = [-1 if d == dim else 1 for d in range(rows.log_probs.dim())]
+    weight = rows.weight
     spread = rows.log_probs if weight is None else rows.log_probs * weight.to(rows.log_p.dtype).view(shape)
-    smooth = -spread.sum(dim) * (smoothing / rows.num_classes)
-    return smooth if smoothing == 1.0 else (1.0 - smoothing) * hard + smooth
+    smooth = -spread.sum(dim) * (label_smoothing / rows.num_classes)
+    return smooth if label_smoothing == 1.0 else (1.0 - label_smoothing) * hard + smooth
 
 
 def _soft_target(
@@ -45,88 +47,85 @@ def _soft_target(
     return reduce_rows(values * samples, samples, reduction)
 
 
-REFERENCES["cross_entropy"] = Reference(_smoothed, soft_target=_soft_target)
+SOFT_TARGETS["cross_entropy"] = _soft_target
 
 
-def _cross_entropy(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def cross_entropy(
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None = None,
-        *,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
-        logit_bias: LogitBias = 0.0,
-        sample_weight: Tensor | None = None,
-    ) -> Tensor:
-        """Cross entropy: everything :func:`torch.nn.functional.cross_entropy` does, fused.
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    logit_bias: LogitBias = 0.0,
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """Cross entropy: everything :func:`torch.nn.functional.cross_entropy` does, fused.
 
-        The usual loss for clean labels, and the baseline for noisy ones: it is unbounded, so it ends up fitting wrong
-        labels. Value for class indices, ``s = label_smoothing`` and ``w = weight``:
-        :math:`(1 - s) w_y (-\\log p_y) + (s / C) \\sum_j w_j (-\\log p_j)`, the mean divided by
-        :math:`\\sum_i w_{y_i}`. For probabilities ``q`` it is
-        :math:`\\sum_j w_j ((1 - s) q_j + s / C) (-\\log p_j)`, the mean over rows.
+    The usual loss for clean labels, and the baseline for noisy ones: it is unbounded, so it ends up fitting wrong
+    labels. Value for class indices, ``s = label_smoothing`` and ``w = weight``:
+    :math:`(1 - s) w_y (-\\log p_y) + (s / C) \\sum_j w_j (-\\log p_j)`, the mean divided by
+    :math:`\\sum_i w_{y_i}`. For probabilities ``q`` it is
+    :math:`\\sum_j w_j ((1 - s) q_j + s / C) (-\\log p_j)`, the mean over rows.
 
-        Args:
-            input: logits ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``, any strides; float64, float32, float16 or
-                bfloat16.
-            target: class indices (int64, int32, int16, uint8) of the shape without the class dimension, or
-                floating point probabilities of the shape of ``input``.
-            weight: class weights ``(C,)``.
-            ignore_index: class index whose rows have loss and gradient zero and do not count in the mean.
-            reduction: ``"none"``, ``"mean"`` or ``"sum"``.
-            label_smoothing: in ``[0, 1]``.
-            logit_bias: added to the target's logit (2306.05497); a number, a 0-dim tensor or ``"auto"``. For
-                class indices only.
-            sample_weight: weight per row.
+    Args:
+        input: logits ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``, any strides; float64, float32, float16 or
+            bfloat16.
+        target: class indices (int64, int32, int16, uint8) of the shape without the class dimension, or
+            floating point probabilities of the shape of ``input``.
+        weight: class weights ``(C,)``.
+        ignore_index: class index whose rows have loss and gradient zero and do not count in the mean.
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+        label_smoothing: in ``[0, 1]``.
+        logit_bias: added to the target's logit (2306.05497); a number, a 0-dim tensor or ``"auto"``. For
+            class indices only.
+        sample_weight: weight per row.
 
-        Returns:
-            The loss in float32, float64 for float64 logits; a scalar unless ``reduction="none"``.
+    Returns:
+        The loss in float32, float64 for float64 logits; a scalar unless ``reduction="none"``.
 
-        Raises:
-            ValueError: ``label_smoothing`` or ``reduction`` out of range, mismatching batch sizes, ``logit_bias`` with
-                probabilities.
-            RuntimeError: shapes or dtypes that do not fit.
-            IndexError: a target out of range (on CUDA: a device assertion).
+    Raises:
+        ValueError: ``label_smoothing`` or ``reduction`` out of range, mismatching batch sizes, ``logit_bias`` with
+            probabilities.
+        RuntimeError: shapes or dtypes that do not fit.
+        IndexError: a target out of range (on CUDA: a device assertion).
 
-        Deviations from torch: nothing left to average gives 0 with zero gradient instead of NaN; a zero probability
-        contributes nothing even where its logit is -inf; half precision returns a float32 loss.
+    Deviations from torch: nothing left to average gives 0 with zero gradient instead of NaN; a zero probability
+    contributes nothing even where its logit is -inf; half precision returns a float32 loss.
 
-        Example:
-            >>> logits = torch.tensor([[2.0, 0.0]], requires_grad=True)
-            >>> cross_entropy(logits, torch.tensor([0]))
-            tensor(0.1269, grad_fn=...)
-        """
-        closed_fraction.pack("label_smoothing", label_smoothing)
-        bias, bias_tensor = resolve_logit_bias(logit_bias, input)
-        return operator(
-            input,
-            target,
-            weight,
-            sample_weight,
-            bias_tensor,
-            None,
-            "cross_entropy",
-            [label_smoothing],
-            bias,
-            ignore_index,
-            reduction,
-        )
-
-    cross_entropy.__qualname__ = "cross_entropy"  # a function of the module in messages and for pickle
-    return cross_entropy
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0]], requires_grad=True)
+        >>> cross_entropy(logits, torch.tensor([0]))
+        tensor(0.1269, grad_fn=...)
+    """
+    arguments = LOSSES["cross_entropy"].arguments(
+        input,
+        target,
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        logit_bias=logit_bias,
+        sample_weight=sample_weight,
+    )
+    return row_loss(arguments)
 
 
-cross_entropy = _cross_entropy(_ops.row_loss)
-_cross_entropy_reference = _cross_entropy(_ops.row_loss_reference)
+@functools.wraps(cross_entropy)
+def _reference(input: Tensor, target: Tensor, weight: Tensor | None = None, **options: Any) -> Tensor:
+    return row_loss_reference(LOSSES["cross_entropy"].arguments(input, target, weight=weight, **options))
+
+
+_reference.__module__ = "fused_losses.reference"  # where pickle finds it
 LOSSES["cross_entropy"] = LossEntry(
     "cross_entropy",
     cross_entropy,
-    _cross_entropy_reference,
-    _cross_entropy(as_tuple),
+    _reference,
+    _smoothed,
     {"label_smoothing": 0.0},
     {"label_smoothing": closed_fraction},
+    weighs_classes=True,
 )
 
 
@@ -151,3 +150,7 @@ class CrossEntropyLoss(RowLossModule, stem="cross_entropy"):
             reduction=reduction,
             logit_bias=logit_bias,
         )
+
+    def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+        """Computes the loss of ``input`` for ``target``; ``sample_weight`` is one weight per row."""
+        return super().forward(input, target, sample_weight)

@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fused_losses._common import LOSSES, RowLossModule
+from fused_losses._arguments import LOSSES
+from fused_losses._common import RowLossModule
 from fused_losses._reference import ACTIVE_GUARD
 
 

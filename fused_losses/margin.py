@@ -7,17 +7,17 @@ are in ``csrc/losses/margin.h``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fused_losses._common import LOSSES, LogitBias, RowLossFunction, RowLossModule, RowLossOptions, resolve_logit_bias
+from fused_losses._arguments import ACTIVE_REDUCTIONS, CallOptions, LogitBias
+from fused_losses._common import RowLossModule, RowLossOptions
 from fused_losses._declare import loss_of_row
 from fused_losses._parameters import Choice, OrTensor, non_negative, switch
-from fused_losses._reference import ACTIVE_REDUCTIONS, Rows
+from fused_losses._reference import Rows
 
 # Beside a count of classes, as the reference code of 2501.12191 has it.
 COUNT_GUARD = 1e-6
@@ -27,46 +27,8 @@ _ACTIVE_DOC = """
             ``"active_mean"``: sum of weighted losses over 1e-6 + the sum of weights of rows whose loss is not 0."""
 
 
-def _make_function(name: str, operator: Callable[..., Tensor]) -> RowLossFunction:
-    by_switch = name == "multi_margin"
-    default = None if by_switch else "active_mean"
-
-    def function(
-        logits: Tensor,
-        target: Tensor,
-        *,
-        weight: Tensor | None = None,
-        ignore_index: int = -100,
-        reduction: str | None = default,
-        logit_bias: LogitBias = 0.0,
-        sample_weight: Tensor | None = None,
-        **parameters: Any,
-    ) -> Tensor:
-        params = LOSSES[name].pack(parameters)
-        margin = parameters.get("margin")
-        margin_tensor = margin if isinstance(margin, Tensor) else None
-        bias, bias_tensor = resolve_logit_bias(logit_bias, logits)
-        if reduction is None and by_switch:
-            reduction = _default_reduction(parameters.get("mean_above_zero", False))
-        return operator(
-            logits,
-            target,
-            weight,
-            sample_weight,
-            bias_tensor,
-            margin_tensor,
-            name,
-            params,
-            bias,
-            ignore_index,
-            reduction,
-        )
-
-    return function
-
-
-def _default_reduction(mean_above_zero: bool) -> str:
-    return "active_mean" if mean_above_zero else "mean"
+def _default_reduction(parameters: dict[str, Any]) -> str:
+    return "active_mean" if parameters.get("mean_above_zero", False) else "mean"
 
 
 def _per_class(rows: Rows, margin: float | Tensor, of_competitor: bool) -> Tensor:
@@ -108,11 +70,12 @@ def _margin_value(rows: Rows, margin: Tensor, mean_above_zero: bool, threshold: 
 
 @loss_of_row(
     {"margin": _margin, "margin_index": Choice(("target", "competitor"))},
-    make_function=_make_function,
     reductions=ACTIVE_REDUCTIONS,
     reduction=("active_mean", _ACTIVE_DOC),
 )
-def hem_loss(rows: Rows, margin: float | Tensor = 0.2, margin_index: str = "target") -> Tensor:
+def hem_loss(
+    rows: Rows, *, margin: float | Tensor = 0.2, margin_index: str = "target", **options: Unpack[CallOptions]
+) -> Tensor:
     """High error margin loss: the mean of the errors that are at least the mean error. 2501.12191.
 
     Classes whose logit comes closer to the target's than ``margin`` are errors,
@@ -150,12 +113,17 @@ class HEMLoss(RowLossModule, stem="hem"):
 
 @loss_of_row(
     {"margin": _margin, "mean_above_zero": switch, "threshold": switch},
-    make_function=_make_function,
     reductions=ACTIVE_REDUCTIONS,
     reduction=(None, _ACTIVE_DOC + '\n            None: ``"active_mean"`` with ``mean_above_zero``, else ``"mean"``.'),
+    reduction_of=_default_reduction,
 )
 def multi_margin_loss(
-    rows: Rows, margin: float | Tensor = 1.0, mean_above_zero: bool = False, threshold: bool = False
+    rows: Rows,
+    *,
+    margin: float | Tensor = 1.0,
+    mean_above_zero: bool = False,
+    threshold: bool = False,
+    **options: Unpack[CallOptions],
 ) -> Tensor:
     """Multi-class margin loss ``(1 / C) sum_j e_j``, ``e_j = max(0, z_j - z_y + margin)`` for ``j != y``.
 
@@ -191,7 +159,7 @@ class MultiMarginLoss(RowLossModule, stem="multi_margin"):
     ) -> None:
         super().__init__(
             {"margin": margin, "mean_above_zero": mean_above_zero, "threshold": threshold},
-            reduction=_default_reduction(mean_above_zero) if reduction is None else reduction,
+            reduction=_default_reduction({"mean_above_zero": mean_above_zero}) if reduction is None else reduction,
             weight=weight,
             ignore_index=ignore_index,
             logit_bias=logit_bias,

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from fused_losses._arguments import LOSSES, CallOptions
 from fused_losses._common import RowLossModule, RowLossOptions
-from fused_losses._declare import FORMULAS, loss_of_row
+from fused_losses._declare import loss_of_row
 from fused_losses._parameters import non_negative, positive, switch
 from fused_losses._reference import Rows, focal_term
 from fused_losses.softmax import RCE_A
@@ -24,7 +25,7 @@ def _require_two_classes(rows: Rows) -> None:
 
 
 @loss_of_row({})
-def nce_loss(rows: Rows) -> Tensor:
+def nce_loss(rows: Rows, **options: Unpack[CallOptions]) -> Tensor:
     """Normalised cross entropy: ``log p_y / sum_j log p_j``. 2006.13554 Eq. 8.
 
     In (0, 1), and symmetric: its sum over all labels is 1, so symmetric label noise does not move its minimum. Alone
@@ -43,7 +44,7 @@ class NCELoss(RowLossModule, stem="nce"):
 
 
 @loss_of_row({"gamma": non_negative, "detach": switch})
-def nfl_loss(rows: Rows, gamma: float = 0.5, detach: bool = True) -> Tensor:
+def nfl_loss(rows: Rows, *, gamma: float = 0.5, detach: bool = True, **options: Unpack[CallOptions]) -> Tensor:
     """Normalised focal loss: ``n_y / sum_j n_j`` with ``n_j = -(1 - p_j)^gamma log p_j``.
 
     In [0, 1] and symmetric, as :func:`nce_loss`, which it is for ``gamma = 0``. 2006.13554 Eq. 3 applied to the focal
@@ -75,7 +76,7 @@ class NFLLoss(RowLossModule, stem="nfl"):
 
 
 @loss_of_row({"q": positive})
-def ngce_loss(rows: Rows, q: float = 0.7) -> Tensor:
+def ngce_loss(rows: Rows, *, q: float = 0.7, **options: Unpack[CallOptions]) -> Tensor:
     """Normalised generalised cross entropy: ``(1 - p_y^q) / (C - sum_j p_j^q)``.
 
     In [0, 1] and symmetric, as :func:`nce_loss`. 2006.13554 Eq. 3 applied to GCE (1805.07836). Nothing is clamped:
@@ -106,7 +107,9 @@ def _weighted(alpha: float, active: Tensor, beta: float, passive: Tensor) -> Ten
 
 
 @loss_of_row({"alpha": non_negative, "beta": non_negative, "mae_scale": positive})
-def nce_mae_loss(rows: Rows, alpha: float = 1.0, beta: float = 1.0, mae_scale: float = 1.0) -> Tensor:
+def nce_mae_loss(
+    rows: Rows, *, alpha: float = 1.0, beta: float = 1.0, mae_scale: float = 1.0, **options: Unpack[CallOptions]
+) -> Tensor:
     """``alpha NCE + beta MAE``, the active-passive loss NCE+MAE. 2006.13554 section 4; symmetric.
 
     The papers' code has (alpha, beta) = (1, 10) for MNIST, (1, 1) for CIFAR-10, (10, 1) for CIFAR-100.
@@ -116,7 +119,7 @@ def nce_mae_loss(rows: Rows, alpha: float = 1.0, beta: float = 1.0, mae_scale: f
         beta: weight of MAE, >= 0.
         mae_scale: MAE is ``mae_scale (1 - p_y)``; 1 in 2006.13554, 2 in 2306.05497; > 0.
     """
-    return _weighted(alpha, FORMULAS["nce"](rows), beta, FORMULAS["mae"](rows, mae_scale))
+    return _weighted(alpha, LOSSES["nce"].formula(rows), beta, LOSSES["mae"].formula(rows, scale=mae_scale))
 
 
 class NCEMAELoss(RowLossModule, stem="nce_mae"):
@@ -133,7 +136,9 @@ class NCEMAELoss(RowLossModule, stem="nce_mae"):
 
 
 @loss_of_row({"alpha": non_negative, "beta": non_negative, "A": positive})
-def nce_rce_loss(rows: Rows, alpha: float = 1.0, beta: float = 1.0, A: float = RCE_A) -> Tensor:
+def nce_rce_loss(
+    rows: Rows, *, alpha: float = 1.0, beta: float = 1.0, A: float = RCE_A, **options: Unpack[CallOptions]
+) -> Tensor:
     """``alpha NCE + beta RCE``, the active-passive loss NCE+RCE. 2006.13554 section 4; symmetric.
 
     The paper's code has (alpha, beta) = (1, 10) for MNIST, (1, 1) for CIFAR-10, (10, 0.1) for CIFAR-100; that of
@@ -144,7 +149,7 @@ def nce_rce_loss(rows: Rows, alpha: float = 1.0, beta: float = 1.0, A: float = R
         beta: weight of reverse cross entropy, >= 0.
         A: minus the log of zero in ``RCE = A (1 - p_y)``, > 0; the default is -log(1e-4) = 9.21.
     """
-    return _weighted(alpha, FORMULAS["nce"](rows), beta, FORMULAS["rce"](rows, A))
+    return _weighted(alpha, LOSSES["nce"].formula(rows), beta, LOSSES["rce"].formula(rows, A=A))
 
 
 class NCERCELoss(RowLossModule, stem="nce_rce"):
@@ -165,11 +170,13 @@ class NCERCELoss(RowLossModule, stem="nce_rce"):
 )
 def nfl_mae_loss(
     rows: Rows,
+    *,
     alpha: float = 1.0,
     beta: float = 1.0,
     gamma: float = 0.5,
     detach: bool = True,
     mae_scale: float = 1.0,
+    **options: Unpack[CallOptions],
 ) -> Tensor:
     """``alpha NFL + beta MAE``, the active-passive loss NFL+MAE. 2006.13554 section 4; symmetric.
 
@@ -180,7 +187,12 @@ def nfl_mae_loss(
         detach: whether the focal factor is a constant in every derivative; see :func:`nfl_loss`.
         mae_scale: MAE is ``mae_scale (1 - p_y)``; 1 in 2006.13554, 2 in 2306.05497; > 0.
     """
-    return _weighted(alpha, FORMULAS["nfl"](rows, gamma, detach), beta, FORMULAS["mae"](rows, mae_scale))
+    return _weighted(
+        alpha,
+        LOSSES["nfl"].formula(rows, gamma=gamma, detach=detach),
+        beta,
+        LOSSES["mae"].formula(rows, scale=mae_scale),
+    )
 
 
 class NFLMAELoss(RowLossModule, stem="nfl_mae"):
@@ -209,11 +221,13 @@ class NFLMAELoss(RowLossModule, stem="nfl_mae"):
 @loss_of_row({"alpha": non_negative, "beta": non_negative, "gamma": non_negative, "detach": switch, "A": positive})
 def nfl_rce_loss(
     rows: Rows,
+    *,
     alpha: float = 1.0,
     beta: float = 1.0,
     gamma: float = 0.5,
     detach: bool = True,
     A: float = RCE_A,
+    **options: Unpack[CallOptions],
 ) -> Tensor:
     """``alpha NFL + beta RCE``, the active-passive loss NFL+RCE. 2006.13554 section 4; symmetric.
 
@@ -224,7 +238,9 @@ def nfl_rce_loss(
         detach: whether the focal factor is a constant in every derivative; see :func:`nfl_loss`.
         A: minus the log of zero in ``RCE = A (1 - p_y)``, > 0; the default is -log(1e-4) = 9.21.
     """
-    return _weighted(alpha, FORMULAS["nfl"](rows, gamma, detach), beta, FORMULAS["rce"](rows, A))
+    return _weighted(
+        alpha, LOSSES["nfl"].formula(rows, gamma=gamma, detach=detach), beta, LOSSES["rce"].formula(rows, A=A)
+    )
 
 
 class NFLRCELoss(RowLossModule, stem="nfl_rce"):
@@ -249,7 +265,9 @@ class NFLRCELoss(RowLossModule, stem="nfl_rce"):
 
 
 @loss_of_row({"alpha": non_negative, "beta": non_negative, "a": positive, "q": positive})
-def nce_agce_loss(rows: Rows, alpha: float = 1.0, beta: float = 4.0, a: float = 6.0, q: float = 1.5) -> Tensor:
+def nce_agce_loss(
+    rows: Rows, *, alpha: float = 1.0, beta: float = 4.0, a: float = 6.0, q: float = 1.5, **options: Unpack[CallOptions]
+) -> Tensor:
     """``alpha NCE + beta AGCE``, with AGCE as in :func:`agce_loss`. 2106.03110.
 
     The defaults are those of the paper's code for CIFAR-10; it has (alpha, beta, a, q) = (0, 1, 4, 0.2) for MNIST and
@@ -261,7 +279,7 @@ def nce_agce_loss(rows: Rows, alpha: float = 1.0, beta: float = 4.0, a: float = 
         a: offset of AGCE, > 0.
         q: exponent of AGCE, > 0.
     """
-    return _weighted(alpha, FORMULAS["nce"](rows), beta, FORMULAS["agce"](rows, a, q))
+    return _weighted(alpha, LOSSES["nce"].formula(rows), beta, LOSSES["agce"].formula(rows, a=a, q=q))
 
 
 class NCEAGCELoss(RowLossModule, stem="nce_agce"):

@@ -1,7 +1,7 @@
 """Every loss in plain PyTorch, with the signature of its fused function: for tests, comparisons and any derivative."""
 
 from fused_losses import z_cross_entropy, z_error
-from fused_losses._common import LOSSES
+from fused_losses._arguments import LOSSES
 from fused_losses.functional import __all__ as __all__
 
 globals().update({name: LOSSES[stem].reference for name in __all__ if (stem := name.removesuffix("_loss")) in LOSSES})

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from fused_losses._arguments import CallOptions
 from fused_losses._common import RowLossModule, RowLossOptions
 from fused_losses._declare import loss_of_target
 from fused_losses._parameters import above_one, fraction, non_negative, positive, positive_integer
@@ -22,7 +23,7 @@ RCE_A = -math.log(1e-4)
 
 
 @loss_of_target(scale=positive)
-def mae_loss(t: Tensor, scale: float = 2.0) -> Tensor:
+def mae_loss(t: Tensor, *, scale: float = 2.0, **options: Unpack[CallOptions]) -> Tensor:
     """Mean absolute error between probabilities and one-hot label: ``scale * (1 - p_y)``.
 
     Symmetric and bounded, so it resists symmetric label noise; without ``logit_bias`` it learns slowly or not at all
@@ -44,7 +45,7 @@ class MAELoss(RowLossModule, stem="mae"):
 
 
 @loss_of_target(q=positive)
-def gce_loss(t: Tensor, q: float = 0.7) -> Tensor:
+def gce_loss(t: Tensor, *, q: float = 0.7, **options: Unpack[CallOptions]) -> Tensor:
     """Generalised cross entropy: ``(1 - p_y^q) / q``.
 
     Between cross entropy (``q -> 0``) and MAE (``q = 1``): learns faster than MAE, resists noise better than cross
@@ -66,7 +67,7 @@ class GCELoss(RowLossModule, stem="gce"):
 
 
 @loss_of_target(a=positive, q=positive)
-def agce_loss(t: Tensor, a: float = 0.6, q: float = 0.6) -> Tensor:
+def agce_loss(t: Tensor, *, a: float = 0.6, q: float = 0.6, **options: Unpack[CallOptions]) -> Tensor:
     """Asymmetric generalised cross entropy: ``((a + 1)^q - (a + p_y)^q) / q``.
 
     Asymmetric losses tolerate noise as long as the right label is the most frequent one. 2106.03110; Table 1 of
@@ -91,7 +92,7 @@ class AGCELoss(RowLossModule, stem="agce"):
 
 
 @loss_of_target(a=above_one, q=positive)
-def aue_loss(t: Tensor, a: float = 5.5, q: float = 3.0) -> Tensor:
+def aue_loss(t: Tensor, *, a: float = 5.5, q: float = 3.0, **options: Unpack[CallOptions]) -> Tensor:
     """Asymmetric unhinged loss: ``((a - p_y)^q - (a - 1)^q) / q``. 2106.03110, where it is also called AUL.
 
     Args:
@@ -113,7 +114,7 @@ class AUELoss(RowLossModule, stem="aue"):
 
 
 @loss_of_target(a=positive)
-def ae_loss(t: Tensor, a: float = 2.5) -> Tensor:
+def ae_loss(t: Tensor, *, a: float = 2.5, **options: Unpack[CallOptions]) -> Tensor:
     """Asymmetric exponential loss: ``exp(-p_y / a)``. 2106.03110 (AEL). Its minimum is ``exp(-1 / a)``, not 0.
 
     Args:
@@ -132,7 +133,7 @@ class AELoss(RowLossModule, stem="ae"):
 
 
 @loss_of_target(A=positive)
-def rce_loss(t: Tensor, A: float = RCE_A) -> Tensor:
+def rce_loss(t: Tensor, *, A: float = RCE_A, **options: Unpack[CallOptions]) -> Tensor:
     """Reverse cross entropy: ``A (1 - p_y)``, ``-A`` standing for log 0. 1908.06112 Eq. 5.
 
     Proportional to MAE. Code that clamps p at 1e-7 exceeds this value by at most 9.2e-7 (C - 1).
@@ -153,14 +154,14 @@ class RCELoss(RowLossModule, stem="rce"):
 
 
 @loss_of_target(alpha=non_negative, beta=non_negative, constants=(RCE_A,))
-def sce_loss(t: Tensor, alpha: float = 0.1, beta: float = 1.0, A: float = RCE_A) -> Tensor:
+def sce_loss(t: Tensor, *, alpha: float = 0.1, beta: float = 1.0, **options: Unpack[CallOptions]) -> Tensor:
     """Symmetric cross entropy: ``alpha CE + beta RCE`` with A = -log(1e-4). 1908.06112 Eq. 7.
 
     Args:
         alpha: weight of cross entropy, >= 0.
         beta: weight of reverse cross entropy, >= 0.
     """
-    reverse = -beta * A * torch.expm1(t)
+    reverse = -beta * RCE_A * torch.expm1(t)
     return reverse if alpha == 0.0 else reverse - alpha * t
 
 
@@ -175,7 +176,7 @@ class SCELoss(RowLossModule, stem="sce"):
 
 
 @loss_of_target(order=positive_integer)
-def taylor_ce_loss(t: Tensor, order: int = 2) -> Tensor:
+def taylor_ce_loss(t: Tensor, *, order: int = 2, **options: Unpack[CallOptions]) -> Tensor:
     """Taylor cross entropy: ``sum_{k=1..order} (1 - p_y)^k / k``.
 
     ``order=1`` is MAE with scale 1, many terms approach cross entropy. IJCAI 2020, "Can Cross Entropy Loss Be Robust
@@ -201,7 +202,7 @@ class TaylorCELoss(RowLossModule, stem="taylor_ce"):
 
 
 @loss_of_target(tau=above_one)
-def phuber_ce_loss(t: Tensor, tau: float = 10.0) -> Tensor:
+def phuber_ce_loss(t: Tensor, *, tau: float = 10.0, **options: Unpack[CallOptions]) -> Tensor:
     """Partially Huberised cross entropy: ``-log p_y`` where ``p_y > 1 / tau``, below that its tangent.
 
     The tangent is ``1 + log tau - tau p_y``, so the slope in ``p_y`` is clipped at ``tau``. ICLR 2020, "Can gradient
@@ -224,7 +225,7 @@ class PHuberCELoss(RowLossModule, stem="phuber_ce"):
 
 
 @loss_of_target(pi=fraction)
-def js_loss(t: Tensor, pi: float = 0.5) -> Tensor:
+def js_loss(t: Tensor, *, pi: float = 0.5, **options: Unpack[CallOptions]) -> Tensor:
     """Jensen-Shannon divergence of label and prediction, weights ``(pi, 1 - pi)``, over ``-(1 - pi) log(1 - pi)``.
 
     ``pi -> 0`` gives cross entropy, ``pi -> 1`` resembles MAE. 2105.04522 Eq. 5, scaled as its code. It collapses
@@ -250,7 +251,7 @@ class JSLoss(RowLossModule, stem="js"):
 
 
 @loss_of_target(gamma=non_negative)
-def focal_loss(t: Tensor, gamma: float = 2.0) -> Tensor:
+def focal_loss(t: Tensor, *, gamma: float = 2.0, **options: Unpack[CallOptions]) -> Tensor:
     """Focal loss: ``-(1 - p_y)^gamma log p_y``, with its exact gradient. 1708.02002 Eq. 4.
 
     Puts weight on hard rows, the opposite of what noisy labels want; made for imbalance. Code of the noisy-label
@@ -272,7 +273,7 @@ class FocalLoss(RowLossModule, stem="focal"):
 
 
 @loss_of_target(a=positive)
-def bounded_ce_loss(t: Tensor, a: float = 0.1) -> Tensor:
+def bounded_ce_loss(t: Tensor, *, a: float = 0.1, **options: Unpack[CallOptions]) -> Tensor:
     """Bounded cross entropy: ``log((1 + a) / (p_y + a))``, the ``q -> 0`` limit of AGCE.
 
     This is our reading of "bounded cross entropy" in 2306.05497, whose formula could not be consulted.

@@ -9,11 +9,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_losses._common import LOSSES, LogitBias, LossEntry, RowLossModule, check_logit_bias
-from fused_losses._reference import check_reduction, class_dim
+from fused_losses._arguments import (
+    LOSSES,
+    LogitBias,
+    LossEntry,
+    ZErrorRule,
+    check_logit_bias,
+    check_reduction,
+    class_dim,
+)
+from fused_losses._common import RowLossModule
 from fused_losses._z_error import (
     FUSED,
-    PLAIN,
     Source,
     Threshold,
     ZErrorModule,
@@ -22,6 +29,7 @@ from fused_losses._z_error import (
     check_small_class,
     check_threshold,
     choose,
+    fused_and_plain,
     pack_threshold,
     source_of,
 )
@@ -83,12 +91,14 @@ def _z_cross_entropy(
         logits, target, reduction="sum" if mean_over_ranks else reduction, sample_weight=sample_weight, **keywords
     )
     num_classes = logits.shape[class_dim(logits)] if logits.dim() else 1
-    moments = source.moments(
-        num_classes, lambda: ops.class_moments(*class_score(ops.row_loss, statistic, arguments, num_classes))
-    )
-    loss, mask, scores = ops.z_error_row_loss(
-        *arguments, moments, tensor, numbers, statistic, tail, min_count, keep_small, return_mask
-    )
+
+    def moments_of_batch() -> Tensor:
+        score, word = class_score(ops.row_loss, statistic, arguments)
+        return ops.class_moments(score, target, num_classes, word, arguments.ignore_index)
+
+    moments = source.moments(num_classes, moments_of_batch)
+    rule = ZErrorRule(moments, tensor, numbers, statistic, tail, min_count, keep_small, return_mask)
+    loss, mask, scores = ops.z_error_row_loss(arguments, rule)
     if mean_over_ranks and source.group is not None:
         denominator = kept_weight(mask, target, keywords["weight"], sample_weight)
         loss = global_mean(loss, denominator.to(loss.dtype), source.group)
@@ -183,12 +193,10 @@ def _z_error_cross_entropy(ops: ZOps) -> Callable[..., Any]:
             return_mask=return_mask,
         )
 
-    z_error_cross_entropy.__qualname__ = "z_error_cross_entropy"
     return z_error_cross_entropy
 
 
-z_error_cross_entropy = _z_error_cross_entropy(FUSED)
-z_error_cross_entropy_reference = _z_error_cross_entropy(PLAIN)
+z_error_cross_entropy, z_error_cross_entropy_reference = fused_and_plain(_z_error_cross_entropy)
 
 
 class ZErrorCrossEntropyLoss(ZErrorModule):

@@ -11,10 +11,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_losses._reference import check_reduction
+from fused_losses._arguments import ZErrorLossArguments, ZErrorRule, check_reduction
 from fused_losses._z_error import (
     FUSED,
-    PLAIN,
     Source,
     Threshold,
     ZErrorModule,
@@ -22,6 +21,7 @@ from fused_losses._z_error import (
     ZOps,
     check_small_class,
     choose,
+    fused_and_plain,
     pack_threshold,
     source_of,
     spread_weight,
@@ -59,21 +59,10 @@ def _masked_loss(
         groups, lambda: ops.class_moments(constant_input, constant_target, groups, statistic, -100)
     )
     mean_over_ranks = source.group is not None and reduction == "mean"
-    loss, denominator, mask, scores = ops.z_error_loss(
-        input,
-        target,
-        moments,
-        pos_weight,
-        spread_weight(sample_weight, input),
-        tensor,
-        numbers,
-        statistic,
-        tail,
-        min_count,
-        keep_small,
-        return_mask,
-        "sum" if mean_over_ranks else reduction,
-    )
+    weights = spread_weight(sample_weight, input)
+    arguments = ZErrorLossArguments(input, target, pos_weight, weights, "sum" if mean_over_ranks else reduction)
+    rule = ZErrorRule(moments, tensor, numbers, statistic, tail, min_count, keep_small, return_mask)
+    loss, denominator, mask, scores = ops.z_error_loss(arguments, rule)
     if mean_over_ranks and source.group is not None:
         loss = global_mean(loss, denominator, source.group)
     return ZErrorResult(loss, mask, scores) if return_mask else loss
@@ -183,7 +172,6 @@ def _z_mse_loss(ops: ZOps) -> Callable[..., Any]:
             return_mask=return_mask,
         )
 
-    z_mse_loss.__qualname__ = "z_mse_loss"
     return z_mse_loss
 
 
@@ -261,14 +249,11 @@ def _z_error_bce_with_logits(ops: ZOps) -> Callable[..., Any]:
             return_mask=return_mask,
         )
 
-    z_error_bce_with_logits.__qualname__ = "z_error_bce_with_logits"
     return z_error_bce_with_logits
 
 
-z_mse_loss = _z_mse_loss(FUSED)
-z_mse_loss_reference = _z_mse_loss(PLAIN)
-z_error_bce_with_logits = _z_error_bce_with_logits(FUSED)
-z_error_bce_with_logits_reference = _z_error_bce_with_logits(PLAIN)
+z_mse_loss, z_mse_loss_reference = fused_and_plain(_z_mse_loss)
+z_error_bce_with_logits, z_error_bce_with_logits_reference = fused_and_plain(_z_error_bce_with_logits)
 
 
 class ZMSELoss(ZErrorModule):

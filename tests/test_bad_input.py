@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import fused_losses as fl
-from fused_losses._parameters import OrNone, OrTensor, Range
-from fused_losses._reference import one_of
+from fused_losses._parameters import OrNone, OrTensor, Range, one_of
 
 NAMES = list(fl.LOSSES)
 RANGES = {

@@ -200,11 +200,10 @@ def test_merge_of_different_classes():
         a.merge(b)
 
 
-@pytest.mark.parametrize("requires_grad", [False, True])
-def test_opcheck(requires_grad):
+def test_opcheck():
     target = torch.tensor([0, 1, 1, 2, -100])
     for score in (torch.randn(5), torch.randn(5, 3)):
-        arguments = (score.requires_grad_(requires_grad), target, 3)
+        arguments = (score, target, 3)
         assert set(opcheck(OPS.class_moments.default, arguments).values()) == {"SUCCESS"}
 
 

@@ -72,14 +72,8 @@ def test_opcheck(name, reduction):
         torch.randn(6, 5), torch.randint(0, 5, (6,)), torch.rand(5), torch.rand(6), None, None,
         name, fl.LOSSES[name].pack({}), 0.5, -100, reduction,
     )  # fmt: skip
-    trained = (args[0].clone().requires_grad_(), *args[1:])
-    for op, arguments in [
-        (OPS.row_loss, trained),
-        (OPS.row_loss_reference, trained),
-        (OPS.row_loss_with_stats, args),
-        *([(OPS.row_loss_with_grad, args)] if reduction == "mean" else []),
-    ]:
-        assert set(opcheck(op.default, arguments).values()) == {"SUCCESS"}
+    for op in (OPS.row_loss, OPS.row_loss_with_stats, *([OPS.row_loss_with_grad] if reduction == "mean" else [])):
+        assert set(opcheck(op.default, args).values()) == {"SUCCESS"}
     loss, stats, denominator = OPS.row_loss_with_stats(*args)
     checked = opcheck(OPS.row_loss_backward.default, (torch.rand_like(loss), stats, denominator, *args))
     assert set(checked.values()) == {"SUCCESS"}

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_losses as fl
 from fused_losses import functional
+from fused_losses._arguments import ZErrorRule
 
 OPS = torch.ops.fused_losses
 
@@ -181,25 +182,23 @@ def test_opcheck():
     x, y = torch.randn(2, 12)
     w, target = torch.rand(12), torch.arange(12) % 3
     moments = OPS.class_moments(x, target, 3)
-    rule = (None, [1.1], "both", 2, False)
-    score = torch.randn(12, 3, requires_grad=True)
-    for arguments in ((x, target, moments, *rule, -100, True), (score, target, moments, *rule, -100, False)):
+    rule = ZErrorRule(moments, None, [1.1], "class", "both", 2, False, True)
+    score = torch.randn(12, 3)
+    for arguments in ((x, target, -100, *rule), (score, target, -100, *rule._replace(with_scores=False))):
         assert set(opcheck(OPS.z_error_mask.default, arguments).values()) == {"SUCCESS"}
-    for class_score, statistic in ((x, "class_prob"), (score.detach(), "class"), (score.detach(), "class_softmax")):
+    for class_score, statistic in ((x, "class_prob"), (score, "class"), (score, "class_softmax")):
         for given, reduction in ((moments, "none"), (None, "mean")):
-            rows = (x, class_score, target, 3, given, w[:3], w, None)
-            how = (statistic, 0.0, 0.0, given is None, reduction)
-            arguments = (*rows, None, [1.1], "both", 2, False, -100, True, *how)
+            rows = (x, class_score, target, 3, w[:3], w, None, 0.0, 0.0, given is None, -100, reduction)
+            arguments = (*rows, *rule._replace(moments=given, statistic=statistic))
             assert set(opcheck(OPS.z_error_class_loss.default, arguments).values()) == {"SUCCESS"}
     for statistic, target in (("mse_loss", y), ("bce_logit", (y > 0).float())):
         groups = 1 if statistic == "mse_loss" else 2
         moments = OPS.class_moments(x, target, groups, statistic)
         for reduction in ("none", "mean"):
-            arguments = (moments, None, w, None, [1.1], statistic, "both", 2, False, True, reduction)
-            leaf = x.clone().requires_grad_()
-            assert set(opcheck(OPS.z_error_loss.default, (leaf, target, *arguments)).values()) == {"SUCCESS"}
-            loss, denominator, mask, _ = OPS.z_error_loss(x, target, *arguments)
-            backward = (torch.ones_like(loss), denominator, mask, x, target, None, w, statistic, reduction)
+            arguments = (x, target, None, w, reduction, *rule._replace(moments=moments, statistic=statistic))
+            assert set(opcheck(OPS.z_error_loss.default, arguments).values()) == {"SUCCESS"}
+            loss, denominator, mask, _ = OPS.z_error_loss(*arguments)
+            backward = (torch.ones_like(loss), denominator, mask, statistic, x, target, None, w, reduction)
             assert set(opcheck(OPS.z_error_loss_backward.default, backward).values()) == {"SUCCESS"}
 
 

@@ -8,6 +8,7 @@
 
 #include "core/row_problem.h"
 #include "losses/names.h"
+#include "losses/stats_count.h"
 #include "ops/args.h"
 
 namespace fused_losses {
@@ -133,21 +134,6 @@ inline int find_loss(const RowLossArgs& args) {
     TORCH_CHECK_VALUE(static_cast<int>(args.params.size()) == expected, args.loss, ": params must hold ", expected,
                       " numbers, got ", args.params.size());
     return index;
-}
-
-inline Spread spread_of(int loss, const double* params, bool soft_target) {
-    if (soft_target) return Spread::kSoftTarget;
-    Spread spread = Spread::kNone;
-    if (!is_pass_loss(loss)) visit_loss(SoftmaxLosses{}, loss, [&]<class Loss>() { spread = Loss::spread(params); });
-    return spread;
-}
-
-// Numbers per row that the gradient needs.
-inline int stats_count_of(int loss, Spread spread) {
-    int count = spread == Spread::kNone ? 3 : 4;
-    if (is_pass_loss(loss))
-        visit_pass_loss(loss, [&]<class Loss>() { count = kStateSize<typename Loss::template State<float>, float>; });
-    return count;
 }
 
 inline RowLossShape check_row_loss(const RowLossArgs& args) {

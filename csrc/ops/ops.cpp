@@ -19,9 +19,6 @@ TORCH_LIBRARY(fused_losses, m) {
     // (other inputs, second derivatives, forward mode, torch.func) goes through row_loss_reference.
     def("row_loss", "", "Tensor");
 
-    // The same value by plain differentiable torch operations; implemented in Python next to each loss.
-    def("row_loss_reference", "", "Tensor");
-
     // Training forward under "mean" and "sum": one read of the logits, one write of the gradient for upstream
     // gradient 1.
     def("row_loss_with_grad", "", "(Tensor loss, Tensor grad_logits)");
@@ -51,48 +48,38 @@ TORCH_LIBRARY(fused_losses, m) {
         "class_moments(Tensor score, Tensor target, SymInt num_classes, str statistic='class', int ignore_index=-100) "
         "-> Tensor");
 
-    // Which rows are kept, given their groups' moments (classes only). threshold: one number, replaced by
-    // threshold_tensor, 0-dim or one per class; tail: which scores are unlikely, "both", "low" or "high"; classes with
-    // fewer than min_count rows are dropped unless keep_small. kept_target (int64) is the target with ignore_index in
-    // dropped rows; scores are standardised, float64, empty unless asked for.
-    m.def(
-        "z_error_mask(Tensor score, Tensor target, Tensor moments, Tensor? threshold_tensor, float[] threshold, "
-        "str tail, int min_count, bool keep_small, int ignore_index, bool with_scores, str statistic='class') "
-        "-> (Tensor mask, Tensor kept_target, Tensor scores)");
+    // How rows are judged, given their groups' moments, or by their own where those are absent. threshold: one number,
+    // or (binary) one per label, replaced by threshold_tensor, 0-dim or one per group; tail: which scores are unlikely,
+    // "both", "low" or "high"; groups with fewer than min_count rows are dropped unless keep_small; scores are
+    // standardised, float64, empty unless asked for.
+    const std::string rule =
+        ", Tensor? moments, Tensor? threshold_tensor, float[] threshold, str statistic, str tail, int min_count, "
+        "bool keep_small, bool with_scores) -> ";
 
-    // Any row loss without unlikely rows; differentiable in logits. `statistic` is what rows are judged by: "logit"
-    // (the target's), "prob" or "loss", the latter without weights; their moments are those of these rows where absent.
-    m.def(("z_error_row_loss(" + row_loss_arguments +
-           ", Tensor? moments, Tensor? threshold_tensor, float[] threshold, "
-           "str statistic, str tail, int min_count, bool keep_small, bool with_scores) "
-           "-> (Tensor loss, Tensor mask, Tensor scores)")
+    // Which rows are kept (classes only, moments given). kept_target (int64) is the target with ignore_index in dropped
+    // rows.
+    m.def(("z_error_mask(Tensor score, Tensor target, int ignore_index" + rule +
+           "(Tensor mask, Tensor kept_target, Tensor scores)")
               .c_str());
 
-    // Its second half, given the rows' losses: mask and reduction in one pass, after the statistics where moments are
-    // absent. Where values are `unweighted`, the class weights are still to be multiplied into them, and row_weight is
-    // what each row is multiplied by, else empty. More statistics: "class_cross_entropy" and "class_softmax", the cross
-    // entropy, without class weights, of the logits in score, and exp(-it); with label smoothing and bias.
-    m.def(
-        "z_error_class_loss(Tensor values, Tensor score, Tensor target, SymInt num_classes, Tensor? moments, "
-        "Tensor? weight, Tensor? sample_weight, Tensor? logit_bias_tensor, Tensor? threshold_tensor, "
-        "float[] threshold, str tail, int min_count, bool keep_small, int ignore_index, bool with_scores, "
-        "str statistic, float label_smoothing, float logit_bias, bool unweighted, str reduction) "
-        "-> (Tensor loss, Tensor denominator, Tensor mask, Tensor kept_target, Tensor scores, Tensor row_weight)");
+    // The second half of a row loss without unlikely rows, given the rows' losses: mask and reduction in one pass, after
+    // the statistics where moments are absent. Where values are `unweighted`, the class weights are still to be
+    // multiplied into them, and row_weight is what each row is multiplied by, else empty. More statistics:
+    // "class_cross_entropy" and "class_softmax", the cross entropy, without class weights, of the logits in score, and
+    // exp(-it); with label smoothing and bias.
+    m.def(("z_error_class_loss(Tensor values, Tensor score, Tensor target, SymInt num_classes, Tensor? weight, "
+           "Tensor? sample_weight, Tensor? logit_bias_tensor, float label_smoothing, float logit_bias, "
+           "bool unweighted, int ignore_index, str reduction" +
+           rule + "(Tensor loss, Tensor denominator, Tensor mask, Tensor kept_target, Tensor scores, Tensor row_weight)")
+              .c_str());
 
-    // Mask and loss of the binary and the regression form in one pass; differentiable in input. The rows are judged by
-    // `moments`, or by their own where those are absent. The mean divides by denominator, the sum of the kept rows'
-    // sample weights. pos_weight, threshold: one, or one per task and per label.
-    m.def(
-        "z_error_loss(Tensor input, Tensor target, Tensor? moments, Tensor? pos_weight, Tensor? sample_weight, "
-        "Tensor? threshold_tensor, float[] threshold, str statistic, str tail, int min_count, bool keep_small, "
-        "bool with_scores, str reduction) -> (Tensor loss, Tensor denominator, Tensor mask, Tensor scores)");
+    // Mask and loss of the binary and the regression form in one pass. The mean divides by denominator, the sum of the
+    // kept rows' sample weights. pos_weight: one, or one per task.
+    m.def(("z_error_loss(Tensor input, Tensor target, Tensor? pos_weight, Tensor? sample_weight, str reduction" + rule +
+           "(Tensor loss, Tensor denominator, Tensor mask, Tensor scores)")
+              .c_str());
 
     m.def(
-        "z_error_loss_backward(Tensor grad_loss, Tensor denominator, Tensor mask, Tensor input, Tensor target, "
-        "Tensor? pos_weight, Tensor? sample_weight, str statistic, str reduction) -> Tensor");
-
-    // The loss of given kept rows by plain torch operations; implemented in Python.
-    m.def(
-        "z_error_loss_reference(Tensor input, Tensor target, Tensor mask, Tensor? pos_weight, Tensor? sample_weight, "
-        "str statistic, str reduction) -> Tensor");
+        "z_error_loss_backward(Tensor grad_loss, Tensor denominator, Tensor mask, str statistic, Tensor input, "
+        "Tensor target, Tensor? pos_weight, Tensor? sample_weight, str reduction) -> Tensor");
 }

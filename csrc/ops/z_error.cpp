@@ -55,16 +55,12 @@ struct ZErrorOn {
         return moments;
     }
 
-    static MaskAndMore z_error_mask(const Tensor& score, const Tensor& target, const Tensor& moments,
-                                    const OptionalTensor& threshold_tensor, at::ArrayRef<double> threshold,
-                                    std::string_view tail, std::int64_t min_count, bool keep_small,
-                                    std::int64_t ignore_index, bool with_scores, std::string_view statistic) {
-        const OptionalTensor given(moments);
-        const ZErrorRule rule{given, threshold_tensor, threshold, tail, min_count, keep_small};
+    static MaskAndMore z_error_mask(const Tensor& score, const Tensor& target, std::int64_t ignore_index, const OptionalTensor& moments, const OptionalTensor& threshold_tensor, at::ArrayRef<double> threshold, std::string_view statistic, std::string_view tail, std::int64_t min_count, bool keep_small, bool with_scores) {
+        const ZErrorRule rule{moments, threshold_tensor, threshold, tail, min_count, keep_small};
         const Statistic kind = check_class_statistic(statistic);
-        check_rule(rule, score, moments.sym_size(-1), /*binary=*/false);
-        ZErrorCall call(kind, score, check_scores(score, target, moments.sym_size(1)), target);
-        call.follow(rule, moments.size(1));
+        check_rule(rule, score, moments->sym_size(-1), /*binary=*/false);
+        ZErrorCall call(kind, score, check_scores(score, target, moments->sym_size(1)), target);
+        call.follow(rule, moments->size(1));
         call.p.ignore_index = ignore_index;
         const Tensor mask = call.new_mask(), kept_target = call.new_kept_target();
         const Tensor scores = call.new_scores(with_scores);
@@ -72,15 +68,7 @@ struct ZErrorOn {
         return {mask, kept_target, scores};
     }
 
-    static ClassLossAndMore z_error_class_loss(const Tensor& values, const Tensor& score, const Tensor& target,
-                                               std::int64_t num_classes, const OptionalTensor& moments,
-                                               const OptionalTensor& weight, const OptionalTensor& sample_weight,
-                                               const OptionalTensor& logit_bias_tensor,
-                                               const OptionalTensor& threshold_tensor, at::ArrayRef<double> threshold,
-                                               std::string_view tail, std::int64_t min_count, bool keep_small,
-                                               std::int64_t ignore_index, bool with_scores, std::string_view statistic,
-                                               double label_smoothing, double logit_bias, bool unweighted,
-                                               std::string_view reduction) {
+    static ClassLossAndMore z_error_class_loss(const Tensor& values, const Tensor& score, const Tensor& target, std::int64_t num_classes, const OptionalTensor& weight, const OptionalTensor& sample_weight, const OptionalTensor& logit_bias_tensor, double label_smoothing, double logit_bias, bool unweighted, std::int64_t ignore_index, std::string_view reduction, const OptionalTensor& moments, const OptionalTensor& threshold_tensor, at::ArrayRef<double> threshold, std::string_view statistic, std::string_view tail, std::int64_t min_count, bool keep_small, bool with_scores) {
         const ZErrorRule rule{moments, threshold_tensor, threshold, tail, min_count, keep_small};
         const std::int64_t class_dim = check_scores(score, target, num_classes);
         const ClassScore by =
@@ -103,11 +91,7 @@ struct ZErrorOn {
         return {loss, denominator, mask, kept_target, scores, row_weight};
     }
 
-    static LossAndMore z_error_loss(const Tensor& input, const Tensor& target, const OptionalTensor& moments,
-                                    const OptionalTensor& pos_weight, const OptionalTensor& sample_weight,
-                                    const OptionalTensor& threshold_tensor, at::ArrayRef<double> threshold,
-                                    std::string_view statistic, std::string_view tail, std::int64_t min_count,
-                                    bool keep_small, bool with_scores, std::string_view reduction) {
+    static LossAndMore z_error_loss(const Tensor& input, const Tensor& target, const OptionalTensor& pos_weight, const OptionalTensor& sample_weight, std::string_view reduction, const OptionalTensor& moments, const OptionalTensor& threshold_tensor, at::ArrayRef<double> threshold, std::string_view statistic, std::string_view tail, std::int64_t min_count, bool keep_small, bool with_scores) {
         const ZErrorLossArgs args{input, target, pos_weight, sample_weight, statistic, reduction};
         check_loss(args);
         const Statistic kind = parse_statistic(statistic);
@@ -123,10 +107,7 @@ struct ZErrorOn {
         return {loss, denominator, mask, scores};
     }
 
-    static Tensor z_error_loss_backward(const Tensor& grad_loss, const Tensor& denominator, const Tensor& mask,
-                                        const Tensor& input, const Tensor& target, const OptionalTensor& pos_weight,
-                                        const OptionalTensor& sample_weight, std::string_view statistic,
-                                        std::string_view reduction) {
+    static Tensor z_error_loss_backward(const Tensor& grad_loss, const Tensor& denominator, const Tensor& mask, std::string_view statistic, const Tensor& input, const Tensor& target, const OptionalTensor& pos_weight, const OptionalTensor& sample_weight, std::string_view reduction) {
         check_loss({input, target, pos_weight, sample_weight, statistic, reduction});
         const Tensor upstream = grad_loss.to(acc_of(input)).expand(input.sizes());
         ZErrorCall call(parse_statistic(statistic), input, -1, target, sample_weight, upstream);
@@ -142,86 +123,6 @@ struct ZErrorOn {
     }
 };
 
-// Shapes and dtypes alone.
-struct ZErrorMeta {
-    static Tensor empty(c10::SymIntArrayRef sizes, const Tensor& like, at::ScalarType dtype) {
-        return at::empty_symint(sizes, at::TensorOptions().device(like.device()).dtype(dtype));
-    }
-
-    static Tensor class_moments(const Tensor& score, const Tensor& target, c10::SymInt num_classes,
-                                std::string_view statistic, std::int64_t) {
-        std::int64_t class_dim;
-        check_moments(score, target, num_classes, statistic, &class_dim);
-        return empty({3, num_classes}, score, at::kDouble);
-    }
-
-    static MaskAndMore z_error_mask(const Tensor& score, const Tensor& target, const Tensor& moments,
-                                    const OptionalTensor& threshold_tensor, at::ArrayRef<double> threshold,
-                                    std::string_view tail, std::int64_t min_count, bool keep_small, std::int64_t,
-                                    bool with_scores, std::string_view statistic) {
-        const OptionalTensor given(moments);
-        check_class_statistic(statistic);
-        check_rule({given, threshold_tensor, threshold, tail, min_count, keep_small}, score, moments.sym_size(-1),
-                   /*binary=*/false);
-        check_scores(score, target, moments.sym_size(1));
-        parse_tail(tail);
-        const auto sizes = target.sym_sizes();
-        return {empty(sizes, target, at::kBool), empty(sizes, target, at::kLong), new_scores(target, with_scores)};
-    }
-
-    static ClassLossAndMore z_error_class_loss(const Tensor& values, const Tensor& score, const Tensor& target,
-                                               c10::SymInt num_classes, const OptionalTensor& moments,
-                                               const OptionalTensor& weight, const OptionalTensor& sample_weight,
-                                               const OptionalTensor& logit_bias_tensor,
-                                               const OptionalTensor& threshold_tensor, at::ArrayRef<double> threshold,
-                                               std::string_view tail, std::int64_t min_count, bool keep_small,
-                                               std::int64_t, bool with_scores, std::string_view statistic,
-                                               double label_smoothing, double logit_bias, bool unweighted,
-                                               std::string_view reduction) {
-        check_class_score(values, score, check_scores(score, target, num_classes), statistic, label_smoothing,
-                          logit_bias, logit_bias_tensor);
-        check_rule({moments, threshold_tensor, threshold, tail, min_count, keep_small}, score, num_classes,
-                   /*binary=*/false);
-        check_class_loss(values, score, target, weight, sample_weight, num_classes);
-        parse_tail(tail);
-        const auto sizes = target.sym_sizes();
-        const bool none = parse_z_reduction(reduction) == Reduction::kNone;
-        return {empty(none ? sizes : c10::SymIntArrayRef(), values, acc_of(values)),
-                empty({}, values, acc_of(values)),
-                empty(sizes, target, at::kBool),
-                empty(sizes, target, at::kLong),
-                new_scores(target, with_scores),
-                unweighted ? empty(sizes, values, acc_of(values)) : empty({0}, values, acc_of(values))};
-    }
-
-    static LossAndMore z_error_loss(const Tensor& input, const Tensor& target, const OptionalTensor& moments,
-                                    const OptionalTensor& pos_weight, const OptionalTensor& sample_weight,
-                                    const OptionalTensor& threshold_tensor, at::ArrayRef<double> threshold,
-                                    std::string_view statistic, std::string_view tail, std::int64_t min_count,
-                                    bool keep_small, bool with_scores, std::string_view reduction) {
-        check_loss({input, target, pos_weight, sample_weight, statistic, reduction});
-        const Statistic kind = parse_statistic(statistic);
-        check_rule({moments, threshold_tensor, threshold, tail, min_count, keep_small}, input, groups_of(input, kind),
-                   is_binary(kind));
-        parse_tail(tail);
-        const bool none = parse_z_reduction(reduction) == Reduction::kNone;
-        const auto sizes = input.sym_sizes();
-        return {empty(none ? sizes : c10::SymIntArrayRef(), input, acc_of(input)), empty({}, input, acc_of(input)),
-                empty(sizes, input, at::kBool), new_scores(input, with_scores)};
-    }
-
-    static Tensor z_error_loss_backward(const Tensor&, const Tensor&, const Tensor&, const Tensor& input, const Tensor&,
-                                        const OptionalTensor&, const OptionalTensor&, std::string_view,
-                                        std::string_view) {
-        return empty(input.sym_sizes(), input, input.scalar_type());
-    }
-
-private:
-    static Tensor new_scores(const Tensor& rows, bool wanted) {
-        return wanted ? empty(rows.sym_sizes(), rows, at::kDouble) : empty({0}, rows, at::kDouble);
-    }
-};
-
 template <class Ops>
 void implement_z_error(torch::Library& m) {
     m.impl("class_moments", &Ops::class_moments);
@@ -234,7 +135,6 @@ void implement_z_error(torch::Library& m) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fused_losses, CPU, m) { implement_z_error<ZErrorOn<cpu_z_error>>(m); }
-TORCH_LIBRARY_IMPL(fused_losses, Meta, m) { implement_z_error<ZErrorMeta>(m); }
 
 #ifdef FL_WITH_CUDA
 TORCH_LIBRARY_IMPL(fused_losses, CUDA, m) { implement_z_error<ZErrorOn<cuda_z_error>>(m); }

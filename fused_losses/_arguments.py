@@ -1,0 +1,231 @@
+"""What every row loss is called with: its options, its entry in the registry, the operators' arguments made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, Protocol, TypedDict
+
+import torch
+from torch import Tensor
+
+from fused_losses._parameters import Rule, finite, one_of
+from fused_losses.calibration import solve_logit_bias
+
+if TYPE_CHECKING:
+    from fused_losses._common import RowLossModule
+
+LogitBias = float | Tensor | str
+REDUCTIONS = ("none", "mean", "sum")
+ACTIVE_REDUCTIONS = (*REDUCTIONS, "active_mean")
+Own = ParamSpec("Own")  # a loss's own hyper-parameters, and the options of every call
+
+
+class CallOptions(TypedDict, total=False):
+    """Keyword options of every loss function."""
+
+    weight: Tensor | None
+    ignore_index: int
+    reduction: str
+    logit_bias: LogitBias
+    sample_weight: Tensor | None
+
+
+class RowLossFunction(Protocol[Own]):
+    """The signature of every loss function."""
+
+    def __call__(self, logits: Tensor, target: Tensor, *args: Own.args, **options: Own.kwargs) -> Tensor:
+        """Computes the loss."""
+
+
+class RowLossArguments(NamedTuple):
+    """One call of the row-loss operators, in the order of their schema (``csrc/ops/ops.cpp``)."""
+
+    logits: Tensor
+    target: Tensor
+    weight: Tensor | None
+    sample_weight: Tensor | None
+    logit_bias_tensor: Tensor | None  # takes the place of logit_bias
+    margin: Tensor | None  # takes the place of the first of params
+    loss: str
+    params: Sequence[float]
+    logit_bias: float
+    ignore_index: int
+    reduction: str
+
+
+class ZErrorRule(NamedTuple):
+    """How a Z-Error operator judges rows, in the order of the schemas; ``csrc/ops/ops.cpp`` explains the words."""
+
+    moments: Tensor | None  # of the groups; None: those of the rows at hand
+    threshold_tensor: Tensor | None  # takes the place of threshold
+    threshold: Sequence[float]
+    statistic: str
+    tail: str
+    min_count: int
+    keep_small: bool
+    with_scores: bool
+
+
+class ZErrorLossArguments(NamedTuple):
+    """One call of the binary or regression form, in the order of the schema; the rule follows."""
+
+    input: Tensor
+    target: Tensor
+    pos_weight: Tensor | None
+    sample_weight: Tensor | None
+    reduction: str
+
+
+@dataclass(frozen=True)
+class LossEntry:
+    """A loss in the registry :data:`LOSSES`.
+
+    ``name`` is the stem ("gce"), ``function`` the fused function, ``reference`` the same in plain PyTorch, ``formula``
+    what both compute (class weights included if it ``weighs_classes``); ``parameters`` the own hyper-parameters with
+    their defaults, ``ranges`` what each may be, ``reductions`` the allowed ones, ``reduction`` the default one, and
+    ``module`` the Module class.
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+    formula: Callable[..., Tensor]
+    parameters: dict[str, Any]
+    ranges: Mapping[str, Rule]
+    constants: tuple[float, ...] = ()
+    reductions: tuple[str, ...] = REDUCTIONS
+    reduction: Callable[[dict[str, Any]], str] = lambda parameters: "mean"
+    weighs_classes: bool = False
+    modules: list[type[RowLossModule]] = field(default_factory=list)
+    packed: dict[str, float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Packs the defaults once."""
+        packed = {name: self.ranges[name].pack(name, default) for name, default in self.parameters.items()}
+        object.__setattr__(self, "packed", packed)
+
+    @property
+    def module(self) -> type[RowLossModule]:
+        """The Module class."""
+        return self.modules[0]
+
+    def pack(self, parameters: dict[str, Any]) -> list[float]:
+        """The operators' ``params``: checked numbers in the order of the C++ header, then constants."""
+        if not parameters:
+            return [*self.packed.values(), *self.constants]
+        packed = self.packed.copy()
+        for name, value in parameters.items():
+            rule = self.ranges.get(name)
+            if rule is None:
+                raise TypeError(f"{self.name}_loss() got an unexpected keyword argument {name!r}")
+            packed[name] = rule.pack(name, value)
+        return [*packed.values(), *self.constants]
+
+    def unpack(self, params: Sequence[Any]) -> dict[str, Any]:
+        """The hyper-parameters that ``params`` stand for."""
+        return {name: rule.unpack(number) for (name, rule), number in zip(self.ranges.items(), params, strict=False)}
+
+    def arguments(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        *,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str | None = None,
+        logit_bias: LogitBias = 0.0,
+        sample_weight: Tensor | None = None,
+        **parameters: Any,
+    ) -> RowLossArguments:
+        """The operators' arguments for a call of the function."""
+        return pack_arguments(
+            self.name,
+            logits,
+            target,
+            weight,
+            sample_weight,
+            logit_bias,
+            parameters.get("margin"),
+            self.pack(parameters),
+            ignore_index,
+            self.reduction(parameters) if reduction is None else reduction,
+        )
+
+
+LOSSES: dict[str, LossEntry] = {}
+
+
+def pack_arguments(
+    loss: str,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    logit_bias: LogitBias,
+    margin: float | Tensor | None,
+    params: Sequence[float],
+    ignore_index: int,
+    reduction: str,
+) -> RowLossArguments:
+    """The operators' arguments; ``params`` are packed already."""
+    bias, bias_tensor = resolve_logit_bias(logit_bias, logits)
+    margin_tensor = margin if isinstance(margin, Tensor) else None
+    return RowLossArguments(
+        logits,
+        target,
+        weight,
+        sample_weight,
+        bias_tensor,
+        margin_tensor,
+        loss,
+        params,
+        bias,
+        ignore_index,
+        reduction,
+    )
+
+
+def class_dim(logits: Tensor) -> int:
+    """The dimension of the classes: 0 for (C,), else 1."""
+    return 0 if logits.dim() == 1 else 1
+
+
+def acc_dtype(logits: Tensor) -> torch.dtype:
+    """The dtype of arithmetic, loss and statistics."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def check_reduction(reduction: str, allowed: tuple[str, ...] = REDUCTIONS) -> None:
+    """Raises unless it is one of the allowed reductions."""
+    if reduction not in allowed:
+        raise ValueError(f"reduction must be {one_of(allowed)}, got {reduction!r}")
+
+
+def resolve_logit_bias(logit_bias: LogitBias, logits: Tensor) -> tuple[float, Tensor | None]:
+    """The operators' ``logit_bias`` and ``logit_bias_tensor``; "auto" is solved from the number of classes."""
+    if logit_bias.__class__ is float and logit_bias == 0.0:  # nearly always
+        return 0.0, None
+    if isinstance(logit_bias, Tensor):
+        return 0.0, logit_bias
+    if isinstance(logit_bias, str):
+        check_logit_bias(logit_bias)
+        num_classes = int(logits.shape[class_dim(logits)]) if logits.dim() else 1
+        return (max(0.0, solve_logit_bias(num_classes)) if num_classes > 1 else 0.0), None
+    check_logit_bias(logit_bias)
+    return logit_bias, None
+
+
+def check_logit_bias(logit_bias: LogitBias) -> None:
+    """Raises unless it is a finite number, a 0-dim floating point tensor or "auto"."""
+    if isinstance(logit_bias, str):
+        if logit_bias != "auto":
+            raise ValueError(f'logit_bias must be a number, a 0-dim tensor or "auto", got {logit_bias!r}')
+    elif isinstance(logit_bias, Tensor):
+        if logit_bias.dim() != 0 or not logit_bias.is_floating_point():
+            raise ValueError(
+                "logit_bias must be a number or a 0-dim floating point tensor, got a tensor of shape "
+                f"{tuple(logit_bias.shape)} and dtype {logit_bias.dtype}"
+            )
+    else:
+        finite.pack("logit_bias", logit_bias)

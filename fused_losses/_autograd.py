@@ -1,0 +1,132 @@
+"""Autograd of the row losses.
+
+The first derivative in the logits is fused. Under "mean" and "sum" the forward writes the gradient for an upstream
+gradient of 1 and the first backward gives it away, scaled where that was not right; otherwise, and while tracing, the
+forward saves a few numbers per row and backward recomputes. Every other kind of derivative is rare and goes through
+the plain formula, which torch differentiates.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fused_losses import _ops
+from fused_losses._arguments import RowLossArguments
+from fused_losses._checks import check_row_loss
+from fused_losses._reference import row_loss_reference
+
+_in_function_transform = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+
+
+def row_loss(args: RowLossArguments) -> Tensor:
+    """The loss by the fused kernels, differentiable in every way."""
+    if needs_reference(*args[:6]):
+        check_row_loss(args)
+        return row_loss_reference(args)
+    if args.logits.requires_grad and torch.is_grad_enabled():
+        return _RowLoss.apply(*args)  # type: ignore[no-any-return, no-untyped-call]
+    return _ops.row_loss(*args)
+
+
+def needs_reference(differentiable: Tensor, *others: Tensor | None) -> bool:
+    """Is anything asked for but the first derivative in the first of these tensors?"""
+    if _in_function_transform():
+        return True
+    if forward_ad._current_level >= 0 and _have_tangents(differentiable, *others):
+        return True
+    if torch.is_grad_enabled():
+        for tensor in others:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
+def _have_tangents(*tensors: Tensor | None) -> bool:
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)  # type: ignore[no-untyped-call]
+
+
+def forward_writes_gradient(args: RowLossArguments) -> bool:
+    """Whether the training forward writes the gradient.
+
+    float16 cannot hold a gradient divided by the batch size before the loss scale of mixed precision has multiplied it,
+    and a mean over active rows does not know the denominator before all rows are read: then only the CPU, which goes
+    over them again, writes it. A traced backward must not depend on whether it is the first.
+    """
+    logits = args.logits
+    if logits.dtype is torch.float16 or args.reduction == "none":
+        return False
+    return (args.reduction != "active_mean" or logits.is_cpu) and _is_plain(logits)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether the tensor's memory is there, not traced or wrapped."""
+    if torch.compiler.is_compiling() or _dispatch_modes():
+        return False
+    return type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
+
+
+class _RowLoss(torch.autograd.Function):
+    """The fused first derivative of a row loss in its logits, the first of :class:`RowLossArguments`."""
+
+    @staticmethod
+    def forward(ctx: Any, *flat: Any) -> Tensor:
+        args = RowLossArguments._make(flat)
+        stats = denominator = written = None
+        if not forward_writes_gradient(args):
+            loss, stats, denominator = _ops.row_loss_with_stats(*flat)
+        elif args.logits.is_cpu:
+            loss, written = _ops.row_loss_with_grad(*flat)
+        else:
+            loss, stats, denominator, written = _ops.row_loss_with_stats_and_grad(*flat)
+        save_row_loss(ctx, args, stats, denominator, written)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        return (row_loss_gradient(ctx, grad_outputs[0]), *(None,) * (len(RowLossArguments._fields) - 1))
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether it stands for many tensors, as under ``is_grads_batched`` and vmap, which call operators once for each."""
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(tensor) or functorch.is_batchedtensor(tensor)
+
+
+def save_row_loss(
+    ctx: Any, args: RowLossArguments, stats: Tensor | None, denominator: Tensor | None, written: Tensor | None
+) -> None:
+    """Saves what :func:`row_loss_gradient` needs: tensors where hooks, checkpoints and offloading see them."""
+    ctx.save_for_backward(*args[:6], stats, denominator, written)
+    ctx.constants = args[6:]
+
+
+def row_loss_gradient(ctx: Any, grad_loss: Tensor) -> Tensor:
+    """The gradient in the logits from what was saved."""
+    *inputs, stats, denominator, written = ctx.saved_tensors
+    args = RowLossArguments(*inputs, *ctx.constants)
+    if torch.is_grad_enabled():  # under create_graph the gradient must itself be differentiable
+        loss = row_loss_reference(args)
+        return torch.autograd.grad(loss, args.logits, grad_loss, create_graph=True)[0]
+    if stats is None:  # the CPU starts from the logits again
+        stats = denominator = args.logits.new_empty(0)
+    if written is not None and not hasattr(ctx, "given_away") and not is_batched(grad_loss):
+        # The first backward completes the gradient in place and gives it away. What is done to it from here on is not
+        # counted as a change of the saved tensor (`data`), which nobody reads again.
+        ctx.given_away = True
+        written = written.data
+        if not written.is_cpu:
+            _ops.row_loss_backward_(grad_loss, stats, denominator, written, *args)
+            return written  # type: ignore[no-any-return]
+        factor = grad_loss.item()
+        if factor == 1.0:
+            return written  # type: ignore[no-any-return]
+        # bfloat16 would be rounded twice, and infinity times the zeros of ignored rows is NaN.
+        if written.dtype is not torch.bfloat16 and math.isfinite(factor):
+            return written.mul_(factor)  # type: ignore[no-any-return]
+    return _ops.row_loss_backward(grad_loss, stats, denominator, *args)

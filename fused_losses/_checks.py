@@ -1,0 +1,73 @@
+"""The checks of ``csrc/ops`` for calls that reach no kernel: while tracing, and where the plain formula computes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_losses._arguments import LOSSES, RowLossArguments, check_reduction, class_dim
+
+_FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_INDEX = (torch.int64, torch.int32, torch.int16, torch.uint8)
+
+
+def row_shape(logits: Tensor) -> tuple[int, ...]:
+    """The shape of one number per row: that of the logits without their class dimension."""
+    shape, dim = logits.shape, class_dim(logits)
+    return (*shape[:dim], *shape[dim + 1 :])
+
+
+def check_row_loss(args: RowLossArguments) -> None:
+    """Raises where the operators would, with their types of error, but for targets out of range."""
+    name, logits = args.loss, args.logits
+    check_reduction(args.reduction, LOSSES[name].reductions)
+    if logits.dtype not in _FLOATING:
+        raise RuntimeError(f"{name}: logits must be float64, float32, float16 or bfloat16, got {logits.dtype}")
+    if logits.dim() == 0:
+        raise RuntimeError(f"{name}: logits must have shape (C,), (N, C) or (N, C, d1, ...), got a scalar")
+    _check_target(args)
+    rows, classes = row_shape(logits), logits.shape[class_dim(logits)]
+    if args.weight is not None and args.weight.shape != (classes,):
+        raise RuntimeError(
+            f"{name}: weight tensor should be defined either for all {classes} classes or no classes but got weight "
+            f"tensor of shape {list(args.weight.shape)}"
+        )
+    if args.sample_weight is not None and args.sample_weight.shape != rows:
+        raise RuntimeError(
+            f"{name}: sample_weight must have one entry per row, shape {list(rows)}, got "
+            f"{list(args.sample_weight.shape)}"
+        )
+    if args.margin is not None and args.margin.dim() == 1 and args.margin.shape != (classes,):
+        raise ValueError(
+            f"{name}: margin must be a number, 0-dim or of shape ({classes},), got shape {list(args.margin.shape)}"
+        )
+
+
+def _check_target(args: RowLossArguments) -> None:
+    name, logits, target = args.loss, args.logits, args.target
+    rows = row_shape(logits)
+    if target.shape == logits.shape and target.is_floating_point():
+        if name != "cross_entropy":
+            raise RuntimeError(
+                f"{name}: target must hold class indices of shape {list(rows)}; only cross_entropy takes class "
+                f"probabilities, got shape {list(target.shape)}"
+            )
+        if args.logit_bias != 0 or args.logit_bias_tensor is not None:
+            raise ValueError(
+                f"{name}: logit_bias is not supported for class probabilities, which have no single target class"
+            )
+        return
+    if target.dtype not in _INDEX:
+        raise RuntimeError(
+            f"{name}: expected target dtype to be Long or Byte (or Int, Short) with shape {list(rows)}, got "
+            f"{target.dtype} with shape {list(target.shape)}"
+        )
+    if logits.dim() > 1 and target.dim() >= 1 and target.shape[0] != logits.shape[0]:
+        raise ValueError(
+            f"{name}: Expected input batch_size ({logits.shape[0]}) to match target batch_size ({target.shape[0]})"
+        )
+    if target.shape != rows:
+        raise RuntimeError(
+            f"{name}: Expected target size {list(rows)} for logits of shape {list(logits.shape)}, got "
+            f"{list(target.shape)}"
+        )

@@ -1,0 +1,171 @@
+"""Autograd of the Z-Error losses. Statistics and masks are constants for every derivative.
+
+The losses have a fused first derivative in their input; every other derivative goes through the plain formula of the
+rows that are kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_losses import _ops, _z_reference
+from fused_losses._arguments import RowLossArguments, ZErrorLossArguments, ZErrorRule, class_dim
+from fused_losses._autograd import (
+    forward_writes_gradient,
+    needs_reference,
+    row_loss,
+    row_loss_gradient,
+    save_row_loss,
+)
+
+Result = tuple[Tensor, Tensor, Tensor]  # loss, mask, scores
+
+
+def z_error_row_loss(args: RowLossArguments, rule: ZErrorRule) -> Result:
+    """Any row loss of the rows that are kept: loss, mask and scores.
+
+    Where the training forward writes the gradient on the CPU, the mask comes first and dropped rows are ignored rows.
+    Elsewhere the rows' losses come first: statistics, mask and reduction follow in one kernel, the gradient in another.
+    """
+    differentiate = args.logits.requires_grad and torch.is_grad_enabled()
+    if needs_reference(*args[:6]) or (differentiate and args.logits.is_cpu and forward_writes_gradient(args)):
+        return _masked_first(args, rule)
+    if differentiate:
+        return _ZErrorRowLoss.apply(*args, *rule)  # type: ignore[no-any-return, no-untyped-call]
+    plan = _Plan.of(args, rule)
+    loss, _, mask, _, scores, _ = plan.reduce(_ops.row_loss(*plan.rows))
+    return loss, mask, scores
+
+
+def _masked_first(args: RowLossArguments, rule: ZErrorRule) -> Result:
+    """The row loss of the rows that a mask keeps."""
+    with torch.no_grad():
+        score, word = _z_reference.class_score(row_loss, rule.statistic, args)
+        rule = rule._replace(statistic=word)
+        if rule.moments is None:
+            classes = args.logits.shape[class_dim(args.logits)]
+            rule = rule._replace(moments=_ops.class_moments(score, args.target, classes, word, args.ignore_index))
+        mask, kept_target, scores = _ops.z_error_mask(score, args.target, args.ignore_index, *rule)
+    return row_loss(args._replace(target=kept_target)), mask, scores
+
+
+class _Plan(NamedTuple):
+    """How a reduction over the rows' losses judges them: by the losses, and where those do not say it, by the logits.
+
+    The class weights do not count in what rows are judged by; most losses are multiplied by them afterwards.
+    """
+
+    args: RowLossArguments
+    rule: ZErrorRule
+    rows: RowLossArguments  # the first half: one loss per row, without the weight of its sample
+    by_values: bool = False
+    unweighted: bool = False  # the class weights are still to be multiplied into the losses
+    label_smoothing: float = 0.0
+    logit_bias: float = 0.0
+    logit_bias_tensor: Tensor | None = None
+
+    @staticmethod
+    def of(args: RowLossArguments, rule: ZErrorRule) -> _Plan:
+        rows = args._replace(sample_weight=None, reduction="none")
+        entropy = args.loss == "cross_entropy"
+        smooth = entropy and args.params[0] != 0
+        if rule.statistic == "logit":
+            return _Plan(args, rule._replace(statistic="class"), rows)
+        if rule.statistic == "prob":
+            plain = entropy and not smooth and args.logit_bias == 0
+            if plain and args.logit_bias_tensor is None and args.weight is None:
+                return _Plan(args, rule._replace(statistic="class_prob"), rows, by_values=True)
+            return _Plan(args, rule._replace(statistic="class_softmax"), rows)
+        if smooth and args.weight is not None:
+            # The sum over all classes, each with its weight, is no multiple of the sum without.
+            rule = rule._replace(statistic="class_cross_entropy")
+            options = (args.params[0], args.logit_bias, args.logit_bias_tensor)
+            return _Plan(args, rule, rows, False, False, *options)
+        weighted = args.weight is not None
+        return _Plan(args, rule._replace(statistic="class"), rows._replace(weight=None), True, unweighted=weighted)
+
+    def reduce(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The second half: loss, denominator, mask, kept target, scores, weight of each row."""
+        args = self.args
+        return _ops.z_error_class_loss(
+            values,
+            values if self.by_values else args.logits,
+            args.target,
+            args.logits.shape[class_dim(args.logits)],
+            args.weight,
+            args.sample_weight,
+            self.logit_bias_tensor,
+            self.label_smoothing,
+            self.logit_bias,
+            self.unweighted,
+            args.ignore_index,
+            args.reduction,
+            *self.rule,
+        )
+
+
+class _ZErrorRowLoss(torch.autograd.Function):
+    """The fused first derivative in the logits, the first of :class:`RowLossArguments`; the rule follows them."""
+
+    @staticmethod
+    def forward(ctx: Any, *flat: Any) -> Result:
+        size = len(RowLossArguments._fields)
+        args = RowLossArguments._make(flat[:size])
+        plan = _Plan.of(args, ZErrorRule._make(flat[size:]))
+        values, stats, _ = _ops.row_loss_with_stats(*plan.rows)
+        loss, denominator, mask, kept_target, scores, row_weight = plan.reduce(values)
+        weight = row_weight if plan.unweighted else args.sample_weight
+        kept = args._replace(target=kept_target, weight=plan.rows.weight, sample_weight=weight)
+        save_row_loss(ctx, kept, stats, denominator, None)
+        ctx.mark_non_differentiable(mask, scores)
+        return loss, mask, scores
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        others = len(RowLossArguments._fields) + len(ZErrorRule._fields) - 1
+        return (row_loss_gradient(ctx, grad_outputs[0]), *(None,) * others)
+
+
+def z_error_loss(args: ZErrorLossArguments, rule: ZErrorRule) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The binary and the regression form: loss, denominator, mask and scores."""
+    if needs_reference(*args[:4]):
+        with torch.no_grad():
+            _, denominator, mask, scores = _ops.z_error_loss(*args, *rule)
+        return _z_reference.masked_loss(args, mask, rule.statistic), denominator, mask, scores
+    if args.input.requires_grad and torch.is_grad_enabled():
+        return _ZErrorLoss.apply(*args, *rule)  # type: ignore[no-any-return, no-untyped-call]
+    return _ops.z_error_loss(*args, *rule)
+
+
+class _ZErrorLoss(torch.autograd.Function):
+    """The fused first derivative in the input, the first of :class:`ZErrorLossArguments`; the rule follows them."""
+
+    @staticmethod
+    def forward(ctx: Any, *flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        size = len(ZErrorLossArguments._fields)
+        args, rule = ZErrorLossArguments._make(flat[:size]), ZErrorRule._make(flat[size:])
+        loss, denominator, mask, scores = _ops.z_error_loss(*flat)
+        ctx.save_for_backward(*args[:4], denominator, mask)
+        ctx.constants = args.reduction, rule.statistic
+        ctx.mark_non_differentiable(denominator, mask, scores)
+        return loss, denominator, mask, scores
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, denominator, mask = ctx.saved_tensors
+        reduction, statistic = ctx.constants
+        args = ZErrorLossArguments._make((*inputs, reduction))
+        gradient = _gradient(grad_outputs[0], denominator, mask, args, statistic)
+        return (gradient, *(None,) * (len(ZErrorLossArguments._fields) + len(ZErrorRule._fields) - 1))
+
+
+def _gradient(
+    grad_loss: Tensor, denominator: Tensor, mask: Tensor, args: ZErrorLossArguments, statistic: str
+) -> Tensor:
+    if torch.is_grad_enabled():  # under create_graph the gradient must itself be differentiable
+        loss = _z_reference.masked_loss(args, mask, statistic)
+        return torch.autograd.grad(loss, args.input, grad_loss, create_graph=True)[0]
+    return _ops.z_error_loss_backward(grad_loss, denominator, mask, statistic, *args)
