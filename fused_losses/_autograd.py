@@ -30,8 +30,15 @@ def row_loss(args: RowLossArguments) -> Tensor:
         check_row_loss(args)
         return row_loss_reference(args)
     if args.logits.requires_grad and torch.is_grad_enabled():
-        return _RowLoss.apply(*args)  # type: ignore[no-any-return, no-untyped-call]
+        return apply(_RowLoss, args.logits, args)  # type: ignore[no-any-return]
     return _ops.row_loss(*args)
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply``; outside of traces without its part in Python, which looks for the wrappers of torch.func."""
+    if torch.compiler.is_compiling():
+        return function.apply(*args)  # type: ignore[no-untyped-call]
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 def needs_reference(differentiable: Tensor, *others: Tensor | None) -> bool:
@@ -72,28 +79,30 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 class _RowLoss(torch.autograd.Function):
-    """The fused first derivative of a row loss in its logits, the first of :class:`RowLossArguments`."""
+    """The fused first derivative of a row loss in its logits.
+
+    They come twice: autograd looks for what it differentiates among the arguments themselves.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *flat: Any) -> Tensor:
-        args = RowLossArguments._make(flat)
+    def forward(ctx: Any, logits: Tensor, args: RowLossArguments) -> Tensor:
         stats = denominator = written = None
         if not forward_writes_gradient(args):
-            loss, stats, denominator = _ops.row_loss_with_stats(*flat)
-        elif args.logits.is_cpu:
-            loss, written = _ops.row_loss_with_grad(*flat)
+            loss, stats, denominator = _ops.row_loss_with_stats(*args)
+        elif logits.is_cpu:
+            loss, written = _ops.row_loss_with_grad(*args)
         else:
-            loss, stats, denominator, written = _ops.row_loss_with_stats_and_grad(*flat)
+            loss, stats, denominator, written = _ops.row_loss_with_stats_and_grad(*args)
         save_row_loss(ctx, args, stats, denominator, written)
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        return (row_loss_gradient(ctx, grad_outputs[0]), *(None,) * (len(RowLossArguments._fields) - 1))
+        return row_loss_gradient(ctx, grad_outputs[0]), None
 
 
-def is_batched(tensor: Tensor) -> bool:
-    """Whether it stands for many tensors, as under ``is_grads_batched`` and vmap, which call operators once for each."""
+def _is_batched(tensor: Tensor) -> bool:
+    """Whether it stands for many tensors, as under ``is_grads_batched``, which calls operators once for each."""
     functorch = torch._C._functorch
     return functorch.is_legacy_batchedtensor(tensor) or functorch.is_batchedtensor(tensor)
 
@@ -115,7 +124,7 @@ def row_loss_gradient(ctx: Any, grad_loss: Tensor) -> Tensor:
         return torch.autograd.grad(loss, args.logits, grad_loss, create_graph=True)[0]
     if stats is None:  # the CPU starts from the logits again
         stats = denominator = args.logits.new_empty(0)
-    if written is not None and not hasattr(ctx, "given_away") and not is_batched(grad_loss):
+    if written is not None and not hasattr(ctx, "given_away") and _is_plain(grad_loss) and not _is_batched(grad_loss):
         # The first backward completes the gradient in place and gives it away. What is done to it from here on is not
         # counted as a change of the saved tensor (`data`), which nobody reads again.
         ctx.given_away = True

@@ -52,8 +52,8 @@ z_error_loss_backward: Callable[..., Tensor] = torch.ops.fused_losses.z_error_lo
 
 def _fake(implementation: Callable[..., Any]) -> Callable[..., Any]:
     """Registers what tracing sees of the operator of that name."""
-    name = f"fused_losses::{implementation.__name__.removeprefix('_fake_')}"
-    torch.library.register_fake(name, implementation)
+    name = implementation.__name__.removeprefix("_fake_")
+    torch.library.register_fake(f"fused_losses::{name}", implementation)
     return implementation
 
 

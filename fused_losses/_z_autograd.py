@@ -14,6 +14,7 @@ from torch import Tensor
 from fused_losses import _ops, _z_reference
 from fused_losses._arguments import RowLossArguments, ZErrorLossArguments, ZErrorRule, class_dim
 from fused_losses._autograd import (
+    apply,
     forward_writes_gradient,
     needs_reference,
     row_loss,
@@ -34,7 +35,7 @@ def z_error_row_loss(args: RowLossArguments, rule: ZErrorRule) -> Result:
     if needs_reference(*args[:6]) or (differentiate and args.logits.is_cpu and forward_writes_gradient(args)):
         return _masked_first(args, rule)
     if differentiate:
-        return _ZErrorRowLoss.apply(*args, *rule)  # type: ignore[no-any-return, no-untyped-call]
+        return apply(_ZErrorRowLoss, args.logits, args, rule)  # type: ignore[no-any-return]
     plan = _Plan.of(args, rule)
     loss, _, mask, _, scores, _ = plan.reduce(_ops.row_loss(*plan.rows))
     return loss, mask, scores
@@ -108,13 +109,11 @@ class _Plan(NamedTuple):
 
 
 class _ZErrorRowLoss(torch.autograd.Function):
-    """The fused first derivative in the logits, the first of :class:`RowLossArguments`; the rule follows them."""
+    """The fused first derivative in the logits."""
 
     @staticmethod
-    def forward(ctx: Any, *flat: Any) -> Result:
-        size = len(RowLossArguments._fields)
-        args = RowLossArguments._make(flat[:size])
-        plan = _Plan.of(args, ZErrorRule._make(flat[size:]))
+    def forward(ctx: Any, logits: Tensor, args: RowLossArguments, rule: ZErrorRule) -> Result:
+        plan = _Plan.of(args, rule)
         values, stats, _ = _ops.row_loss_with_stats(*plan.rows)
         loss, denominator, mask, kept_target, scores, row_weight = plan.reduce(values)
         weight = row_weight if plan.unweighted else args.sample_weight
@@ -125,8 +124,7 @@ class _ZErrorRowLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        others = len(RowLossArguments._fields) + len(ZErrorRule._fields) - 1
-        return (row_loss_gradient(ctx, grad_outputs[0]), *(None,) * others)
+        return row_loss_gradient(ctx, grad_outputs[0]), None, None
 
 
 def z_error_loss(args: ZErrorLossArguments, rule: ZErrorRule) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -136,18 +134,18 @@ def z_error_loss(args: ZErrorLossArguments, rule: ZErrorRule) -> tuple[Tensor, T
             _, denominator, mask, scores = _ops.z_error_loss(*args, *rule)
         return _z_reference.masked_loss(args, mask, rule.statistic), denominator, mask, scores
     if args.input.requires_grad and torch.is_grad_enabled():
-        return _ZErrorLoss.apply(*args, *rule)  # type: ignore[no-any-return, no-untyped-call]
+        return apply(_ZErrorLoss, args.input, args, rule)  # type: ignore[no-any-return]
     return _ops.z_error_loss(*args, *rule)
 
 
 class _ZErrorLoss(torch.autograd.Function):
-    """The fused first derivative in the input, the first of :class:`ZErrorLossArguments`; the rule follows them."""
+    """The fused first derivative in the input."""
 
     @staticmethod
-    def forward(ctx: Any, *flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        size = len(ZErrorLossArguments._fields)
-        args, rule = ZErrorLossArguments._make(flat[:size]), ZErrorRule._make(flat[size:])
-        loss, denominator, mask, scores = _ops.z_error_loss(*flat)
+    def forward(
+        ctx: Any, input: Tensor, args: ZErrorLossArguments, rule: ZErrorRule
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        loss, denominator, mask, scores = _ops.z_error_loss(*args, *rule)
         ctx.save_for_backward(*args[:4], denominator, mask)
         ctx.constants = args.reduction, rule.statistic
         ctx.mark_non_differentiable(denominator, mask, scores)
@@ -158,8 +156,7 @@ class _ZErrorLoss(torch.autograd.Function):
         *inputs, denominator, mask = ctx.saved_tensors
         reduction, statistic = ctx.constants
         args = ZErrorLossArguments._make((*inputs, reduction))
-        gradient = _gradient(grad_outputs[0], denominator, mask, args, statistic)
-        return (gradient, *(None,) * (len(ZErrorLossArguments._fields) + len(ZErrorRule._fields) - 1))
+        return _gradient(grad_outputs[0], denominator, mask, args, statistic), None, None
 
 
 def _gradient(
