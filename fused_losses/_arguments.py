@@ -83,8 +83,8 @@ class LossEntry:
 
     ``name`` is the stem ("gce"), ``function`` the fused function, ``reference`` the same in plain PyTorch, ``formula``
     what both compute (class weights included if it ``weighs_classes``); ``parameters`` the own hyper-parameters with
-    their defaults, ``ranges`` what each may be, ``reductions`` the allowed ones, ``reduction`` the default one, and
-    ``module`` the Module class.
+    their defaults, ``ranges`` what each may be, ``reductions`` the allowed ones, ``reduction`` the default one (None is
+    another word for it if ``none_is_default``), and ``module`` the Module class.
     """
 
     name: str
@@ -96,6 +96,7 @@ class LossEntry:
     constants: tuple[float, ...] = ()
     reductions: tuple[str, ...] = REDUCTIONS
     reduction: Callable[[dict[str, Any]], str] = lambda parameters: "mean"
+    none_is_default: bool = False
     weighs_classes: bool = False
     modules: list[type[RowLossModule]] = field(default_factory=list)
     packed: dict[str, float] = field(init=False)
@@ -118,7 +119,7 @@ class LossEntry:
         for name, value in parameters.items():
             rule = self.ranges.get(name)
             if rule is None:
-                raise TypeError(f"{self.name}_loss() got an unexpected keyword argument {name!r}")
+                raise TypeError(f"{self.function.__name__}() got an unexpected keyword argument {name!r}")
             packed[name] = rule.pack(name, value)
         return [*packed.values(), *self.constants]
 
@@ -133,12 +134,16 @@ class LossEntry:
         *,
         weight: Tensor | None = None,
         ignore_index: int = -100,
-        reduction: str | None = None,
+        reduction: str | None = "",
         logit_bias: LogitBias = 0.0,
         sample_weight: Tensor | None = None,
         **parameters: Any,
     ) -> RowLossArguments:
-        """The operators' arguments for a call of the function."""
+        """The operators' arguments for a call of the function; a ``reduction`` of "" is the default."""
+        if reduction == "" or (reduction is None and self.none_is_default):
+            reduction = self.reduction(parameters)
+        elif reduction.__class__ is not str:
+            check_reduction(reduction, self.reductions)  # type: ignore[arg-type]
         return pack_arguments(
             self.name,
             logits,
@@ -149,7 +154,7 @@ class LossEntry:
             parameters.get("margin"),
             self.pack(parameters),
             ignore_index,
-            self.reduction(parameters) if reduction is None else reduction,
+            reduction,  # type: ignore[arg-type]
         )
 
 
@@ -210,7 +215,8 @@ def resolve_logit_bias(logit_bias: LogitBias, logits: Tensor) -> tuple[float, Te
         return 0.0, logit_bias
     if isinstance(logit_bias, str):
         check_logit_bias(logit_bias)
-        num_classes = int(logits.shape[class_dim(logits)]) if logits.dim() else 1
+        has_classes = isinstance(logits, Tensor) and logits.dim() > 0  # the operators name what is wrong otherwise
+        num_classes = int(logits.shape[class_dim(logits)]) if has_classes else 1
         return (max(0.0, solve_logit_bias(num_classes)) if num_classes > 1 else 0.0), None
     check_logit_bias(logit_bias)
     return logit_bias, None

@@ -26,6 +26,8 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 
 def row_loss(args: RowLossArguments) -> Tensor:
     """The loss by the fused kernels, differentiable in every way."""
+    if not isinstance(args.logits, Tensor):
+        return _ops.row_loss(*args)  # type: ignore[unreachable]  # which says what it expects
     if needs_reference(*args[:6]):
         check_row_loss(args)
         return row_loss_reference(args)
@@ -49,7 +51,7 @@ def needs_reference(differentiable: Tensor, *others: Tensor | None) -> bool:
         return True
     if torch.is_grad_enabled():
         for tensor in others:
-            if tensor is not None and tensor.requires_grad:
+            if tensor is not None and getattr(tensor, "requires_grad", False):
                 return True
     return False
 

@@ -26,6 +26,12 @@ def check_row_loss(args: RowLossArguments) -> None:
     if logits.dim() == 0:
         raise RuntimeError(f"{name}: logits must have shape (C,), (N, C) or (N, C, d1, ...), got a scalar")
     _check_target(args)
+    for argument, tensor in (("weight", args.weight), ("sample_weight", args.sample_weight), ("margin", args.margin)):
+        if tensor is not None and not (tensor.is_floating_point() and tensor.device == logits.device):
+            raise RuntimeError(
+                f"{name}: {argument} must be a floating point tensor on the device of logits ({logits.device}), got "
+                f"{tensor.dtype} on {tensor.device}"
+            )
     rows, classes = row_shape(logits), logits.shape[class_dim(logits)]
     if args.weight is not None and args.weight.shape != (classes,):
         raise RuntimeError(
@@ -46,6 +52,8 @@ def check_row_loss(args: RowLossArguments) -> None:
 def _check_target(args: RowLossArguments) -> None:
     name, logits, target = args.loss, args.logits, args.target
     rows = row_shape(logits)
+    if target.device != logits.device:
+        raise RuntimeError(f"{name}: target must be on the device of logits ({logits.device}), got {target.device}")
     if target.shape == logits.shape and target.is_floating_point():
         if name != "cross_entropy":
             raise RuntimeError(

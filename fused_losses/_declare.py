@@ -119,6 +119,7 @@ def loss_of_row(
             constants,
             reductions,
             reduction_of or (lambda parameters: reduction[0]),
+            none_is_default=reduction[0] is None,
         )
         return function
 
