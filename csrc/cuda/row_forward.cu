@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(kBlock) sum_weights(const __grid_constant__ Ro
         const A weight = class_weight_of<A>(p, target) * sample_weight_of<A>(p, row);
         if (!target.ignored) sums.weight += static_cast<double>(weight);
     }
-    if (sum_over_grid(sums, args.out.partials, args.out.ticket))
+    if (sum_over_grid(sums, args.out))
         *static_cast<A*>(args.out.denominator) = static_cast<A>(sums.weight);
 }
 
