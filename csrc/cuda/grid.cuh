@@ -41,7 +41,7 @@ struct LossSums {
     }
 };
 
-// The sum over the block's threads, in thread 0.
+// The sum over the block's threads, in thread 0; the others get some part of it.
 FL_DEVICE LossSums sum_over_block(const LossSums& mine) {
     __shared__ LossSums sums[kBlock];
     __syncthreads();  // an earlier result has been read
@@ -51,7 +51,7 @@ FL_DEVICE LossSums sum_over_block(const LossSums& mine) {
         __syncthreads();
         if (me < half) sums[me].add(sums[me + half]);
     }
-    return sums[0];
+    return sums[me];  // which no other thread writes: thread 0 does not keep the others waiting
 }
 
 // For all threads of a block, once `partials` [count] of all blocks are there: their sum, in thread 0.
