@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, true>)
     Group group(args.residence);
     RowEnd<A, Loss> end(args);
     RowReader<Stored, Group>(args, group)
-        .for_each([&](const Row& row, const Target& target, const RowSlice<Stored>& slice) {
+        .for_each([&](const Row& row, const Target& target, const RowSlice<Stored>& slice, bool) {
             if (target.ignored) {  // for the whole group
                 if (group.records()) end.record(row, A(0), A(0), {});
                 if (p.grad) write_zeros(p, group, row, slice);

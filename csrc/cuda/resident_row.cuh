@@ -78,19 +78,21 @@ public:
     FL_DEVICE RowReader(const RowArgs<A>& args, const Team& team)
         : p(args.problem), capacity(args.residence.capacity), buffers(args.residence.buffers), group(team) {}
 
-    // Calls body(row, target, slice) for each row, by all threads of the group.
+    // Calls body(row, target, slice, exists) for each row, by all threads of the group, and by whole warps: groups that
+    // share one see another row, as if it were ignored, where they have none left.
     template <class Body>
     FL_DEVICE void for_each(Body body) {
-        const std::int64_t rows = p.rows(), step = group.count();
+        const std::int64_t rows = p.rows(), step = group.count(), ahead = group.number() - group.first_in_warp();
         std::int64_t number = group.number();
         if (is_to_copy(number)) begin(number);
-        while (number < rows) {
+        while (number - ahead < rows) {
             const std::int64_t next = number + step;
             const bool continues = is_to_copy(next);  // asked now: the answer comes while this row's copy arrives
-            const Row row = row_at(p, number);
+            const bool exists = number < rows;
+            const Row row = row_at(p, exists ? number : 0);
             const RowSlice<Stored> slice = slice_of(row, arrived());
             if (buffers > 1 && continues) begin(next);
-            body(row, target_of(p, row), slice);
+            body(row, exists ? target_of(p, row) : Target{0, true}, slice, exists);
             if (buffers == 1 && is_resident()) {
                 group.sync();  // everybody is done with the buffer
                 if (continues) begin(next);

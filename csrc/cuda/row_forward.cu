@@ -85,17 +85,15 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, kSpread>)
     Group team(args.residence);
     RowEnd<A> end(args);
     RowReader<Stored, Group>(args, team)
-        .for_each([&](const Row& row, const Target& target, const RowSlice<Stored>& slice) {
-            if (target.ignored) {  // for the whole group
-                end.ignore(row, team.records());
-                if (p.grad) write_zeros(p, team, row, slice);
-                return;
-            }
+        .for_each([&](const Row& row, const Target& target, const RowSlice<Stored>& slice, bool exists) {
+            // Lanes of an ignored row take part in the shuffles of their warp.
             const A bias = bias_of(args);
-            const A target_logit = target.cls < 0 ? A(0) : logit_of(p, row, slice, target.cls) + bias;
+            const bool has_target_logit = target.cls >= 0 && !target.ignored;
+            const A target_logit = has_target_logit ? logit_of(p, row, slice, target.cls) + bias : A(0);
             const SpreadReader<A> spread(p, args, row);
             auto state = SoftmaxState<A, kSpread>::empty();
-            team.walk(slice.logits, slice.count, slice.stride == 1, [&]<int kCount>(Count<kCount>, int c) {
+            const int classes = target.ignored ? 0 : slice.count;
+            team.walk(slice.logits, classes, slice.stride == 1, [&]<int kCount>(Count<kCount>, int c) {
                 A z[kCount], u[kCount];
                 load(slice.logits + c * slice.stride, z);
 #pragma unroll
@@ -107,6 +105,12 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, kSpread>)
                 state.push(z, u);
             });
             reduce_team(team, state);
+            if (!exists) return;
+            if (target.ignored) {
+                end.ignore(row, team.records());
+                if (p.grad) write_zeros(p, team, row, slice);
+                return;
+            }
             const auto coefficients = end.finish(row, target, target_logit, state, team.records());
             if (p.grad) write_gradient<kSpread>(args, team, row, slice, target.cls, coefficients);
         });
