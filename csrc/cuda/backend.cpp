@@ -59,23 +59,7 @@ private:
     at::Tensor partials, ticket;
 };
 
-// From here on a launch that counts the weights first is lost in the time that the logits take.
-constexpr std::int64_t kCountFirstBytes = std::int64_t(256) << 20;
-
-std::int64_t logits_bytes(const RowProblem& p) {
-    const int size = bytes_of(p.dtype);
-    return p.rows() * p.num_classes * size;
-}
-
 bool is_mean(const RowProblem& p) { return p.reduction == Reduction::kMean || p.reduction == Reduction::kActiveMean; }
-
-// What the gradient that forward writes is divided by: the number of rows, right if none is ignored, or 0 for the sum
-// of weights, counted first.
-double assumed_denominator(const RowProblem& p) {
-    const bool assumes =
-        p.reduction == Reduction::kMean && !p.class_weight && !p.sample_weight && logits_bytes(p) < kCountFirstBytes;
-    return assumes ? static_cast<double>(p.rows()) : 0.0;
-}
 
 void forward(RowProblem& problem, const at::Tensor& loss, const at::Tensor& wanted_denominator) {
     check_classes(problem);

@@ -35,6 +35,10 @@ struct LossOutput {
 // Fills row_values, stats, grad (for an upstream gradient of 1) and `out`, as far as they are not null.
 cudaError_t enqueue_forward(const RowProblem& p, const LossOutput& out, cudaStream_t stream);
 
+// Forward writes the gradient of a mean before it knows the sum of weights. What it divides by: the number of rows,
+// where it may well be right (backward puts a wrong gradient right), or 0 for the sum of weights, counted first.
+double assumed_denominator(const RowProblem& p);
+
 // out.denominator = the sum of the weights of all rows, from the targets alone.
 cudaError_t enqueue_denominator(const RowProblem& p, const LossOutput& out, cudaStream_t stream);
 

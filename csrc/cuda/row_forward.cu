@@ -215,8 +215,7 @@ __global__ void __launch_bounds__(kBlock) sum_weights(const __grid_constant__ Ro
         const A weight = class_weight_of<A>(p, target) * sample_weight_of<A>(p, row);
         if (!target.ignored) sums.weight += static_cast<double>(weight);
     }
-    if (sum_over_grid(sums, args.out))
-        *static_cast<A*>(args.out.denominator) = static_cast<A>(sums.weight);
+    if (sum_over_grid(sums, args.out)) *static_cast<A*>(args.out.denominator) = static_cast<A>(sums.weight);
 }
 
 }  // namespace
@@ -228,7 +227,7 @@ cudaError_t enqueue_forward(const RowProblem& p, const LossOutput& out, cudaStre
         const Regime regime = regime_of(p);
         if constexpr (!kIsForChecking<Stored>) {
             if (regime == Regime::kStaged)
-                return launch(forward_staged<kSpread>, blocks_for(p.rows(), kBlock), stream, args);
+                return launch_over_rows(forward_staged<kSpread>, p.rows(), kBlock, stream, args);
             if (regime == Regime::kThread)
                 return launch_pixels<Stored>(forward_by_thread<Stored, kSpread>, args, stream);
         }
@@ -237,9 +236,12 @@ cudaError_t enqueue_forward(const RowProblem& p, const LossOutput& out, cudaStre
 }
 
 cudaError_t enqueue_denominator(const RowProblem& p, const LossOutput& out, cudaStream_t stream) {
-    const unsigned blocks = blocks_for(p.rows(), 4 * kBlock);
-    if (p.dtype == Dtype::kFloat64) return launch(sum_weights<double>, blocks, stream, RowArgs<double>(p, out));
-    return launch(sum_weights<float>, blocks, stream, RowArgs<float>(p, out));
+    constexpr std::int64_t rows_per_block = 4 * kBlock;
+    const auto run = [&](auto kernel, const auto& args) {
+        return launch_over_rows(kernel, p.rows(), rows_per_block, stream, args);
+    };
+    if (p.dtype == Dtype::kFloat64) return run(sum_weights<double>, RowArgs<double>(p, out));
+    return run(sum_weights<float>, RowArgs<float>(p, out));
 }
 
 }  // namespace fused_losses::cuda
