@@ -13,6 +13,10 @@ extern __shared__ uint4 dynamic_shared[];
 // Begins to copy `count` logits to shared memory, by `threads` threads that go on meanwhile. Both places are misaligned
 // alike. Only whole pieces of 16 bytes are copied, with what else is in the first and the last of them, whatever the
 // alignment; but nothing from outside the tensor, to whose ends single elements go.
+//
+// These are the only bytes beside a row's own that any kernel reads: those of the row's first and last 16 aligned bytes
+// that lie between the first and the last logit of the tensor, where a view may have gaps that nobody has written. They
+// reach no result.
 template <class Stored>
 FL_DEVICE void begin_copy(const RowProblem& p, const Stored* from, Stored* to, int count, int lane, int threads) {
     constexpr int n = kVector<Stored>;
