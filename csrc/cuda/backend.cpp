@@ -2,6 +2,7 @@
 #include "ops/backend.h"
 #include "cuda/current_device.h"
 #include "cuda/launch.h"
+#include "cuda/z_error.h"
 #include "losses/registry.h"
 
 #include <map>
@@ -15,26 +16,26 @@ void launch_gradient(const RowProblem& p, cudaStream_t stream) {
 }
 
 void check_classes(const RowProblem& p) {
-    TORCH_CHECK(p.num_classes <= kMaxClasses, "logits must have at most ", kMaxClasses, " classes on CUDA, got ",
-                p.num_classes);
+    check(p.num_classes <= kMaxClasses, "logits must have at most ", kMaxClasses, " classes on CUDA, got ",
+          p.num_classes);
 }
 
 // The smallest of its kind: a stream's launches follow each other, and each leaves the ticket as it found it. Graphs
 // may run in several streams at once, so that what is captured gets a ticket of its own.
-at::Tensor ticket_of(const DeviceScope& device) {
+Tensor ticket_of(const DeviceScope& device) {
     const cudaStream_t stream = device.stream();
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     const bool known = cudaStreamIsCapturing(stream, &status) == cudaSuccess;
     const auto fresh = [&] {
-        at::Tensor ticket = device.scratch(1, at::kInt);
+        Tensor ticket = device.scratch(1, dtypes::int32);
         check_launch(cudaMemsetAsync(ticket.mutable_data_ptr(), 0, sizeof(unsigned), stream));
         return ticket;
     };
     if (!known || status != cudaStreamCaptureStatusNone) return fresh();
     static std::mutex mutex;
-    static auto& of_stream = *new std::map<std::pair<int, cudaStream_t>, at::Tensor>;  // outlives the CUDA context
+    static auto& of_stream = *new std::map<std::pair<int, cudaStream_t>, Tensor>;  // outlives the CUDA context
     const std::lock_guard lock(mutex);
-    at::Tensor& ticket = of_stream[{device.index(), stream}];
+    Tensor& ticket = of_stream[{device.index(), stream}];
     if (!ticket.defined()) ticket = fresh();
     return ticket;
 }
@@ -44,15 +45,15 @@ at::Tensor ticket_of(const DeviceScope& device) {
 class Sums {
 public:
     explicit Sums(const DeviceScope& device)
-        : partials(device.scratch(kPartials, at::kDouble)), ticket(ticket_of(device)) {
-        to.partials = partials.mutable_data_ptr<double>();
-        to.ticket = reinterpret_cast<unsigned*>(ticket.mutable_data_ptr<int>());
+        : partials(device.scratch(kPartials, dtypes::float64)), ticket(ticket_of(device)) {
+        to.partials = static_cast<double*>(partials.mutable_data_ptr());
+        to.ticket = static_cast<unsigned*>(ticket.mutable_data_ptr());
     }
 
     LossOutput to;
 
 private:
-    at::Tensor partials, ticket;
+    Tensor partials, ticket;
 };
 
 // From here on a launch that counts the weights first is lost in the time that the logits take.
@@ -73,32 +74,31 @@ double assumed_denominator(const RowProblem& p) {
     return assumes ? static_cast<double>(p.rows()) : 0.0;
 }
 
-void forward(RowProblem& problem, const at::Tensor& loss, const at::Tensor& wanted_denominator) {
-    check_classes(problem);
-    const DeviceScope device(problem.device);
-    RowProblem& p = problem;
+void forward(RowProblem& p, void* loss, void* denominator) {
+    check_classes(p);
+    const DeviceScope device(p.device);
+    const DtypeCode acc = p.dtype == Dtype::kFloat64 ? dtypes::float64 : dtypes::float32;
     const auto enqueue = is_pass_loss(p.loss) ? &enqueue_pass_forward : &enqueue_forward;
     if (p.reduction == Reduction::kNone) return check_launch(enqueue(p, {}, device.stream()));
     Sums sums(device);
-    at::Tensor denominator = wanted_denominator;
-    if (is_mean(p) && !denominator.defined()) denominator = device.scratch(1, loss.scalar_type());
-    sums.to.loss = loss.mutable_data_ptr();
-    if (is_mean(p)) sums.to.denominator = denominator.mutable_data_ptr();
+    Tensor scratch, stats;
+    if (is_mean(p) && !denominator) scratch = device.scratch(1, acc), denominator = scratch.mutable_data_ptr();
+    sums.to.loss = loss;
+    sums.to.denominator = denominator;
     if (!p.grad) return check_launch(enqueue(p, sums.to, device.stream()));
     // Nobody can put a wrong gradient right later without stats.
     p.assumed_denominator = p.stats ? assumed_denominator(p) : 0.0;
     if (p.reduction == Reduction::kMean && p.assumed_denominator == 0) {
         check_launch(enqueue_denominator(p, sums.to, device.stream()));
-        p.denominator = sums.to.denominator;
+        p.denominator = denominator;
     }
     if (p.reduction != Reduction::kActiveMean) return check_launch(enqueue(p, sums.to, device.stream()));
     // The number of active rows is known only after all of them.
-    const at::Tensor stats = device.scratch(p.stats_count * p.rows(), loss.scalar_type());
+    if (!p.stats) stats = device.scratch(p.stats_count * p.rows(), acc), p.stats = stats.mutable_data_ptr();
     RowProblem first = p;
     first.grad = nullptr;
-    if (!p.stats) p.stats = first.stats = stats.mutable_data_ptr();
     check_launch(enqueue(first, sums.to, device.stream()));
-    p.denominator = sums.to.denominator;
+    p.denominator = denominator;
     launch_gradient(p, device.stream());
 }
 
@@ -116,6 +116,7 @@ void gradient(const RowProblem& problem) {
 
 namespace fused_losses {
 
-Backend cuda_backend() { return {&cuda::forward, &cuda::gradient}; }
+const Backend cuda_backend{&cuda::forward,      &cuda::gradient,     &cuda::class_moments,
+                           &cuda::z_error_mask, &cuda::z_error_loss, &cuda::z_error_gradient};
 
 }  // namespace fused_losses

@@ -1,13 +1,14 @@
-// Every operator's schema.
+// Every operator: its schema, and its entry for each device.
 //
 // `loss` is a name of loss_names(), `params` its parameters in the order its header states. Losses are returned in
 // float32 (float64 for float64 logits), gradients in the dtype of the logits. `reduction`: "none", "mean", "sum",
-// for margin losses also "active_mean", over the rows whose loss is positive.
-#include <torch/library.h>
+// for margin losses also "active_mean", over the rows whose loss is positive. No operator knows derivatives: those, and
+// what has no memory (Meta), are Python's.
+#include "ops/operators.h"
 
 #include <string>
 
-TORCH_LIBRARY(fused_losses, m) {
+STABLE_TORCH_LIBRARY(fused_losses, m) {
     const std::string row_loss_arguments =
         "Tensor logits, Tensor target, Tensor? weight, Tensor? sample_weight, Tensor? logit_bias_tensor, "
         "Tensor? margin, str loss, float[] params, float logit_bias, int ignore_index, str reduction";
@@ -15,12 +16,7 @@ TORCH_LIBRARY(fused_losses, m) {
         m.def((name + "(" + more + row_loss_arguments + ") -> " + returns).c_str());
     };
 
-    // What users call. Differentiable in logits by the fused kernels; anything beyond the first derivative in logits
-    // (other inputs, second derivatives, forward mode, torch.func) goes through row_loss_reference.
     def("row_loss", "", "Tensor");
-
-    // The same value by plain differentiable torch operations; implemented in Python next to each loss.
-    def("row_loss_reference", "", "Tensor");
 
     // Training forward under "mean" and "sum": one read of the logits, one write of the gradient for upstream
     // gradient 1.
@@ -33,7 +29,7 @@ TORCH_LIBRARY(fused_losses, m) {
     // Its backward, from the logits and stats. On the CPU both may be empty: then it starts from the logits alone.
     def("row_loss_backward", "Tensor grad_loss, Tensor stats, Tensor denominator, ", "Tensor");
 
-    // The two of them on CUDA, without tracing: forward writes the gradient for upstream gradient 1, and for the
+    // The two of them for CUDA, without tracing: forward writes the gradient for upstream gradient 1, and for the
     // denominator that it expects; backward completes it, at no cost where both are right.
     def("row_loss_with_stats_and_grad", "", "(Tensor loss, Tensor stats, Tensor denominator, Tensor grad_logits)");
     def("row_loss_backward_", "Tensor grad_loss, Tensor stats, Tensor denominator, Tensor(a!) grad_logits, ", "()");
@@ -48,7 +44,7 @@ TORCH_LIBRARY(fused_losses, m) {
     // Count, mean and sum of squared deviations of every group's finite scores, float64 [3, num_classes]; zeros for a
     // group without rows. The same bits for any number of threads.
     m.def(
-        "class_moments(Tensor score, Tensor target, SymInt num_classes, str statistic='class', int ignore_index=-100) "
+        "class_moments(Tensor score, Tensor target, SymInt num_classes, str statistic, int ignore_index) "
         "-> Tensor");
 
     // Which rows are kept, given their groups' moments (classes only). threshold: one number, replaced by
@@ -57,21 +53,14 @@ TORCH_LIBRARY(fused_losses, m) {
     // dropped rows; scores are standardised, float64, empty unless asked for.
     m.def(
         "z_error_mask(Tensor score, Tensor target, Tensor moments, Tensor? threshold_tensor, float[] threshold, "
-        "str tail, int min_count, bool keep_small, int ignore_index, bool with_scores, str statistic='class') "
+        "str tail, int min_count, bool keep_small, int ignore_index, bool with_scores, str statistic) "
         "-> (Tensor mask, Tensor kept_target, Tensor scores)");
 
-    // Any row loss without unlikely rows; differentiable in logits. `statistic` is what rows are judged by: "logit"
-    // (the target's), "prob" or "loss", the latter without weights; their moments are those of these rows where absent.
-    m.def(("z_error_row_loss(" + row_loss_arguments +
-           ", Tensor? moments, Tensor? threshold_tensor, float[] threshold, "
-           "str statistic, str tail, int min_count, bool keep_small, bool with_scores) "
-           "-> (Tensor loss, Tensor mask, Tensor scores)")
-              .c_str());
-
-    // Its second half, given the rows' losses: mask and reduction in one pass, after the statistics where moments are
-    // absent. Where values are `unweighted`, the class weights are still to be multiplied into them, and row_weight is
-    // what each row is multiplied by, else empty. More statistics: "class_cross_entropy" and "class_softmax", the cross
-    // entropy, without class weights, of the logits in score, and exp(-it); with label smoothing and bias.
+    // The second half of a row loss without unlikely rows, given the rows' losses: mask and reduction in one pass,
+    // after the statistics where moments are absent. Where values are `unweighted`, the class weights are still to be
+    // multiplied into them, and row_weight is what each row is multiplied by, else empty. More statistics:
+    // "class_cross_entropy" and "class_softmax", the cross entropy, without class weights, of the logits in score, and
+    // exp(-it); with label smoothing and bias.
     m.def(
         "z_error_class_loss(Tensor values, Tensor score, Tensor target, SymInt num_classes, Tensor? moments, "
         "Tensor? weight, Tensor? sample_weight, Tensor? logit_bias_tensor, Tensor? threshold_tensor, "
@@ -79,7 +68,7 @@ TORCH_LIBRARY(fused_losses, m) {
         "str statistic, float label_smoothing, float logit_bias, bool unweighted, str reduction) "
         "-> (Tensor loss, Tensor denominator, Tensor mask, Tensor kept_target, Tensor scores, Tensor row_weight)");
 
-    // Mask and loss of the binary and the regression form in one pass; differentiable in input. The rows are judged by
+    // Mask and loss of the binary and the regression form in one pass. The rows are judged by
     // `moments`, or by their own where those are absent. The mean divides by denominator, the sum of the kept rows'
     // sample weights. pos_weight, threshold: one, or one per task and per label.
     m.def(
@@ -90,9 +79,30 @@ TORCH_LIBRARY(fused_losses, m) {
     m.def(
         "z_error_loss_backward(Tensor grad_loss, Tensor denominator, Tensor mask, Tensor input, Tensor target, "
         "Tensor? pos_weight, Tensor? sample_weight, str statistic, str reduction) -> Tensor");
-
-    // The loss of given kept rows by plain torch operations; implemented in Python.
-    m.def(
-        "z_error_loss_reference(Tensor input, Tensor target, Tensor mask, Tensor? pos_weight, Tensor? sample_weight, "
-        "str statistic, str reduction) -> Tensor");
 }
+
+namespace fused_losses {
+namespace {
+
+// An operator's entry is the same for every device.
+void implement(torch::stable::detail::StableLibrary& m) {
+    m.impl("row_loss", &row_loss);
+    m.impl("row_loss_with_grad", &row_loss_with_grad);
+    m.impl("row_loss_with_stats", &row_loss_with_stats);
+    m.impl("row_loss_backward", &row_loss_backward);
+    m.impl("row_loss_with_stats_and_grad", &row_loss_with_stats_and_grad);
+    m.impl("row_loss_backward_", &row_loss_backward_);
+    m.impl("class_moments", &class_moments);
+    m.impl("z_error_mask", &z_error_mask);
+    m.impl("z_error_class_loss", &z_error_class_loss);
+    m.impl("z_error_loss", &z_error_loss);
+    m.impl("z_error_loss_backward", &z_error_loss_backward);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) { implement(m); }
+#ifdef FL_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fused_losses, CUDA, m) { implement(m); }
+#endif
+
+}  // namespace
+}  // namespace fused_losses
