@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -26,6 +27,7 @@ py::dict build_info() {
     py::dict info;
     info["version"] = FL_VERSION;
     info["torch"] = FL_TORCH_VERSION;
+    info["torch_minimum"] = FL_TORCH_MINIMUM;
 #ifdef FL_CUDA_VERSION
     info["cuda"] = FL_CUDA_VERSION;
     info["cuda_architectures"] = split_at_commas(FL_CUDA_ARCHITECTURES);
@@ -42,7 +44,11 @@ py::dict build_info() {
 int stats_count(const std::string& loss, const std::vector<double>& params, bool soft_target) {
     using namespace fused_losses;
     const int index = index_of(AllLosses{}, loss);
-    if (index < 0) throw py::value_error("loss must be one of the names in loss_names(), got '" + loss + "'");
+    if (index < 0) throw std::invalid_argument("loss must be one of the names in loss_names(), got '" + loss + "'");
+    const std::size_t expected = num_params_of(index);
+    if (params.size() != expected)
+        throw std::invalid_argument(loss + ": params must hold " + std::to_string(expected) + " numbers, got " +
+                                    std::to_string(params.size()));
     return stats_count_of(index, spread_of(index, params.data(), soft_target));
 }
 
@@ -51,5 +57,6 @@ int stats_count(const std::string& loss, const std::vector<double>& params, bool
 PYBIND11_MODULE(_C, m) {
     m.def("build_info", &build_info, "How this copy of fused_losses was built.");
     m.def("loss_names", &fused_losses::loss_names, "Names of the losses compiled into the operator library.");
-    m.def("stats_count", &stats_count, "Numbers per row that the gradient of a loss needs.");
+    m.def("stats_count", &stats_count, py::arg("loss"), py::arg("params"), py::arg("soft_target"),
+          "Numbers per row that row_loss_with_stats leaves for the gradient.");
 }

@@ -2,7 +2,8 @@ from typing import TypedDict
 
 class BuildInfo(TypedDict):
     version: str  # of fused_losses
-    torch: str  # full version string of the torch it was compiled against
+    torch: str  # full version string of the torch whose headers it was compiled with
+    torch_minimum: str  # the oldest torch that runs it, for instance "2.11"
     cuda: str | None  # toolkit version; None in a CPU-only build
     cuda_architectures: list[str]  # in CMake's notation, for instance ["80-real", "90", "100-real"]
     compiler: str

@@ -11,25 +11,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from fused_losses import _C
 from fused_losses._arguments import RowLossArguments, ZErrorLossArguments, ZErrorRule, acc_dtype
 from fused_losses._checks import check_row_loss, row_shape
 
 _FOLDER = Path(__file__).parent
-_REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
-def _require_matching_torch() -> None:
-    built, running = _C.build_info()["torch"], torch.__version__
-    if built.split(".")[:2] != running.split(".")[:2]:
-        raise ImportError(
-            f"fused_losses was compiled against torch {built} but torch {running} is running. "
-            f"Rebuild it from its source folder: {_REBUILD}"
-        )
+def _require_torch() -> None:
+    minimum, running = _C.build_info()["torch_minimum"], torch.__version__
+    if TorchVersion(running) < minimum:
+        raise ImportError(f"fused_losses needs torch {minimum} or newer, but torch {running} is running")
 
 
-_require_matching_torch()
+_require_torch()
 torch.ops.load_library(str(_FOLDER / "libfused_losses_ops.so"))  # type: ignore[no-untyped-call]
 
 Tensors2 = tuple[Tensor, Tensor]

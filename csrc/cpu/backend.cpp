@@ -1,4 +1,4 @@
-// CPU backend of row losses: picks the kernels for this processor and spreads tiles over threads.
+// Row losses on the CPU: picks the kernels for this processor and spreads tiles over threads.
 #include <memory>
 #include <utility>
 #include <vector>
@@ -7,7 +7,9 @@
 #include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
 #include "cpu/share_out.h"
+#include "cpu/z_error.h"
 #include "ops/backend.h"
+#include "ops/error.h"
 
 namespace fused_losses {
 namespace {
@@ -29,9 +31,8 @@ double check_targets(const RowProblem& p) {
     });
     double weight = 0;
     for (const TargetSummary& s : summaries) {
-        TORCH_CHECK_INDEX(!s.is_bad(), "target must be in [0, ", p.num_classes,
-                          ") or equal ignore_index=", p.ignore_index, ": Target ", s.bad_target,
-                          " is out of bounds (row ", s.bad_row, ")");
+        check_index(!s.is_bad(), "target must be in [0, ", p.num_classes, ") or equal ignore_index=", p.ignore_index,
+                    ": Target ", s.bad_target, " is out of bounds (row ", s.bad_row, ")");
         weight += s.weight;
     }
     return weight;
@@ -41,13 +42,6 @@ double check_targets(const RowProblem& p) {
 std::int64_t grain_size(const RowProblem& p, const Tiling& tiling) {
     constexpr std::int64_t kElements = 32768;
     return std::max<std::int64_t>(1, kElements / std::max<std::int64_t>(1, tiling.tile_rows * p.num_classes));
-}
-
-void write_scalar(const at::Tensor& out, double value) {
-    if (out.scalar_type() == at::kDouble)
-        *out.mutable_data_ptr<double>() = value;
-    else
-        *out.mutable_data_ptr<float>() = static_cast<float>(value);
 }
 
 TileSums run_tiles(const RowProblem& p) {
@@ -67,6 +61,13 @@ public:
 
     const void* pointer(const RowProblem& p) const {
         return p.dtype == Dtype::kFloat64 ? static_cast<const void*>(&as_double) : &as_float;
+    }
+
+    void write(const RowProblem& p, void* to) const {
+        if (p.dtype == Dtype::kFloat64)
+            *static_cast<double*>(to) = as_double;
+        else
+            *static_cast<float*>(to) = as_float;
     }
 
 private:
@@ -99,26 +100,26 @@ TileSums run_tiles_then_gradient(RowProblem p) {
     return total;
 }
 
-void forward(RowProblem& p, const at::Tensor& loss, const at::Tensor& denominator) {
+void forward(RowProblem& p, void* loss, void* denominator) {
     const double weight = check_targets(p);
     prefer_huge_pages(p);
-    if (denominator.defined()) write_scalar(denominator, weight);
     const Scalar divisor(weight);
+    if (denominator) divisor.write(p, denominator);
     if (p.reduction == Reduction::kMean) p.denominator = divisor.pointer(p);
     const bool active_mean = p.reduction == Reduction::kActiveMean;
     const TileSums total = active_mean && p.grad ? run_tiles_then_gradient(p) : run_tiles(p);
-    if (!loss.defined() || p.reduction == Reduction::kNone) return;
-    if (active_mean) {
-        const double active = total.weight + kActiveGuard;
-        write_scalar(loss, total.value / active);
-        if (denominator.defined()) write_scalar(denominator, active);
-        return;
-    }
-    write_scalar(loss, p.reduction == Reduction::kSum ? total.value : (weight == 0 ? 0.0 : total.value / weight));
+    if (!loss || p.reduction == Reduction::kNone) return;
+    const double active = total.weight + kActiveGuard;
+    if (active_mean && denominator) Scalar(active).write(p, denominator);
+    const double by = active_mean ? active : (p.reduction == Reduction::kMean ? weight : 1.0);
+    Scalar(by == 0 ? 0.0 : total.value / by).write(p, loss);
 }
 
 }  // namespace
 
-Backend cpu_backend() { return {&forward, &gradient}; }
+void cpu_row_loss(RowProblem& p) { forward(p, nullptr, nullptr); }
+
+const Backend cpu_backend{&forward,          &gradient,         &cpu_class_moments,
+                          &cpu_z_error_mask, &cpu_z_error_loss, &cpu_z_error_gradient};
 
 }  // namespace fused_losses

@@ -1,25 +1,41 @@
 // Which of the kernels' compilations this processor runs.
 #pragma once
 
-#include <ATen/Version.h>
-
-#include <string>
+#include <cstdlib>
+#include <string_view>
 
 #include "cpu/kernels.h"
 
 namespace fused_losses {
 
+// The best that the processor and its operating system have. Torch's own variable, ATEN_CPU_CAPABILITY, asks for less:
+// "default" or "avx2".
+inline Isa isa_of_this_processor() {
+    [[maybe_unused]] const char* const asked = std::getenv("ATEN_CPU_CAPABILITY");
+    [[maybe_unused]] const std::string_view limit = asked ? asked : "";
+#ifdef FL_HAVE_AVX2
+    __builtin_cpu_init();
+    const auto has = [](auto... features) { return (features && ...); };
+    const bool avx2 =
+        has(__builtin_cpu_supports("avx2"), __builtin_cpu_supports("fma"), __builtin_cpu_supports("f16c"));
+    const bool avx512 = avx2 && has(__builtin_cpu_supports("avx512f"), __builtin_cpu_supports("avx512bw"),
+                                    __builtin_cpu_supports("avx512dq"), __builtin_cpu_supports("avx512vl"));
+    if (avx512 && limit != "avx2" && limit != "default") return Isa::avx512;
+    if (avx2 && limit != "default") return Isa::avx2;
+#endif
+    return Isa::baseline;
+}
+
 // choose.operator()<isa>() for the best instruction set there is.
 template <class Choose>
 auto for_this_processor(Choose choose) {
-    [[maybe_unused]] const std::string capability = at::get_cpu_capability();  // ATEN_CPU_CAPABILITY overrides
-#ifdef FL_HAVE_AVX512
-    if (capability == "AVX512") return choose.template operator()<Isa::avx512>();
-#endif
+    switch (isa_of_this_processor()) {
 #ifdef FL_HAVE_AVX2
-    if (capability == "AVX2" || capability == "AVX512") return choose.template operator()<Isa::avx2>();
+        case Isa::avx512: return choose.template operator()<Isa::avx512>();
+        case Isa::avx2: return choose.template operator()<Isa::avx2>();
 #endif
-    return choose.template operator()<Isa::baseline>();
+        default: return choose.template operator()<Isa::baseline>();
+    }
 }
 
 }  // namespace fused_losses

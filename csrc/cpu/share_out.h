@@ -1,7 +1,7 @@
 // Work of equal pieces for torch's threads.
 #pragma once
 
-#include <ATen/Parallel.h>
+#include <torch/csrc/stable/c/shim.h>
 
 #include <algorithm>
 #include <atomic>
@@ -20,21 +20,27 @@ void share_out(std::int64_t count, std::int64_t grain, const Body& body) {
         std::atomic<std::int64_t> next;
         std::int64_t end;
     };
-    const std::int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-    const std::int64_t shares = std::min(threads, (count + grain - 1) / grain);
     if (count == 0) return;
+    std::uint32_t threads = 1;
+    if (count > grain) torch_get_num_threads(&threads);
+    const std::int64_t shares = std::min<std::int64_t>(threads, (count + grain - 1) / grain);
     if (shares <= 1) return body(0, count);
 
     std::vector<Share> all(shares);
     for (std::int64_t s = 0; s < shares; ++s) all[s].next = count * s / shares, all[s].end = count * (s + 1) / shares;
     const std::int64_t run = std::max(grain, count / (shares * kRunsPerShare));
-    at::parallel_for(0, shares, 1, [&](std::int64_t own, std::int64_t) {
+    const auto work = [&](std::int64_t own) {
         for (std::int64_t s = 0; s < shares; ++s) {
             Share& share = all[(own + s) % shares];
             for (std::int64_t begin; (begin = share.next.fetch_add(run, std::memory_order_relaxed)) < share.end;)
                 body(begin, std::min(begin + run, share.end));
         }
-    });
+    };
+    // Where torch is in a parallel region already, it calls this once, for all shares.
+    const auto call = [](std::int64_t own, std::int64_t, void* context) {
+        (*static_cast<decltype(work)*>(context))(own);
+    };
+    torch_parallel_for(0, shares, 1, call, const_cast<void*>(static_cast<const void*>(&work)));
 }
 
 }  // namespace fused_losses

@@ -5,8 +5,10 @@
 
 #include "cpu/choose_isa.h"
 #include "cpu/share_out.h"
+#include "cpu/z_error.h"
 #include "cpu/z_error_kernels.h"
-#include "z_error/driver.h"
+#include "losses/names.h"
+#include "losses/stats_count.h"
 #include "z_error/rows.h"
 
 namespace fused_losses {
@@ -43,30 +45,6 @@ struct Chunks {
     }
 };
 
-void moments(const ZProblem& p, double* out) {
-    // Every chunk has moments of every group: few chunks where there are many groups.
-    constexpr std::int64_t max_chunks = 64;
-    const std::int64_t groups = p.num_groups;
-    if (is_class(p.statistic) && p.rows() <= 2 * groups) {
-        std::fill(out, out + 3 * groups, 0.0);
-        return z_kernels().sparse_moments(p, out);
-    }
-    const Chunks chunks = Chunks::of_columns(p, std::max({kChunkRows, 4 * groups, divide_up(p.rows(), max_chunks)}));
-    std::vector<Moments> found(chunks.count * groups);
-    chunks.for_each([&](std::int64_t chunk, std::int64_t begin, std::int64_t end) {
-        z_kernels().moments(p, begin, end, found.data() + chunk * groups);
-    });
-    share_out(groups, /*grain=*/1024, [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t group = begin; group < end; ++group) {
-            Moments total;
-            for (std::int64_t chunk = 0; chunk < chunks.count; ++chunk) total.merge(found[chunk * groups + group]);
-            out[group] = total.count;
-            out[groups + group] = total.mean;
-            out[2 * groups + group] = total.m2;
-        }
-    });
-}
-
 // The rules and their memory.
 class Rules : public ZErrorRules {
 public:
@@ -99,19 +77,71 @@ private:
     std::vector<double> numbers;
 };
 
-void mask(const ZProblem& p) {
-    const Rules rules(p);
-    Chunks::of_columns(p, kChunkRows).for_each([&](std::int64_t, std::int64_t begin, std::int64_t end) {
-        z_kernels().mask(p, rules, begin, end);
-    });
+// The rows' scores, where those are cross entropies.
+void compute_entropies(const ZProblem& p) {
+    const EntropyScores& e = p.entropy;
+    RowProblem rows;
+    rows.reduction = Reduction::kNone;
+    rows.dtype = dtype_of(e.logits.type);
+    rows.index_type = index_type_of(p.target.type);
+    rows.outer = p.outer;
+    rows.inner = p.inner;
+    rows.num_classes = p.num_groups;
+    rows.logits = e.logits.data;
+    rows.logits_stride = e.logits.stride;
+    rows.logits_class_stride = e.class_stride;
+    rows.target = p.target.data;
+    rows.target_stride = p.target.stride;
+    rows.ignore_index = p.ignore_index;
+    rows.loss = index_of(AllLosses{}, CrossEntropy::name);
+    rows.params[0] = e.label_smoothing;
+    rows.spread = spread_of(rows.loss, rows.params, /*soft_target=*/false);
+    rows.stats_count = stats_count_of(rows.loss, rows.spread);
+    rows.logit_bias = e.logit_bias;
+    rows.row_values = e.scores;
+    cpu_row_loss(rows);
 }
 
 void write_scalar(const ZProblem& p, void* to, double x) {
     z_error::write(to, p.acc_is_double ? ElementType::kFloat64 : ElementType::kFloat32, 0, x);
 }
 
-void loss(const ZProblem& p) {
-    if (p.own_moments) moments(p, p.own_moments);
+}  // namespace
+
+void cpu_class_moments(const ZProblem& p, double* out) {
+    // Every chunk has moments of every group: few chunks where there are many groups.
+    constexpr std::int64_t max_chunks = 64;
+    const std::int64_t groups = p.num_groups;
+    if (is_class(p.statistic) && p.rows() <= 2 * groups) {
+        std::fill(out, out + 3 * groups, 0.0);
+        return z_kernels().sparse_moments(p, out);
+    }
+    const Chunks chunks = Chunks::of_columns(p, std::max({kChunkRows, 4 * groups, divide_up(p.rows(), max_chunks)}));
+    std::vector<Moments> found(chunks.count * groups);
+    chunks.for_each([&](std::int64_t chunk, std::int64_t begin, std::int64_t end) {
+        z_kernels().moments(p, begin, end, found.data() + chunk * groups);
+    });
+    share_out(groups, /*grain=*/1024, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t group = begin; group < end; ++group) {
+            Moments total;
+            for (std::int64_t chunk = 0; chunk < chunks.count; ++chunk) total.merge(found[chunk * groups + group]);
+            out[group] = total.count;
+            out[groups + group] = total.mean;
+            out[2 * groups + group] = total.m2;
+        }
+    });
+}
+
+void cpu_z_error_mask(const ZProblem& p) {
+    const Rules rules(p);
+    Chunks::of_columns(p, kChunkRows).for_each([&](std::int64_t, std::int64_t begin, std::int64_t end) {
+        z_kernels().mask(p, rules, begin, end);
+    });
+}
+
+void cpu_z_error_loss(const ZProblem& p) {
+    if (p.entropy.logits.data) compute_entropies(p);
+    if (p.own_moments) cpu_class_moments(p, p.own_moments);
     const Rules rules(p);
     const Chunks chunks = Chunks::of_columns(p, kChunkRows);
     std::vector<ZErrorSums> sums(chunks.count);
@@ -128,14 +158,10 @@ void loss(const ZProblem& p) {
     if (p.reduction != Reduction::kNone) write_scalar(p, p.loss, total.value);
 }
 
-void gradient(const ZProblem& p) {
+void cpu_z_error_gradient(const ZProblem& p) {
     Chunks(p, kChunkRows).for_each([&](std::int64_t, std::int64_t begin, std::int64_t end) {
         z_kernels().gradient(p, begin, end);
     });
 }
-
-}  // namespace
-
-ZErrorDriver cpu_z_error() { return {&moments, &mask, &loss, &gradient, /*has_entropy=*/false}; }
 
 }  // namespace fused_losses

@@ -2,6 +2,7 @@
 #include "ops/backend.h"
 #include "cuda/current_device.h"
 #include "cuda/launch.h"
+#include "cuda/z_error.h"
 #include "losses/registry.h"
 
 #include <map>
@@ -16,8 +17,8 @@ void launch_gradient(const RowProblem& p, cudaStream_t stream) {
 }
 
 void check_classes(const RowProblem& p) {
-    TORCH_CHECK(p.num_classes <= kMaxClasses, "logits must have at most ", kMaxClasses, " classes on CUDA, got ",
-                p.num_classes);
+    check(p.num_classes <= kMaxClasses, "logits must have at most ", kMaxClasses, " classes on CUDA, got ",
+          p.num_classes);
 }
 
 // The number of the stream among those in use, for a ticket of the kernels' own (launch.h): a stream's launches follow
@@ -42,51 +43,50 @@ std::optional<int> number_of_stream(const DeviceScope& device) {
 // before the kernels have run: whoever gets it next uses it later in the same stream.
 class Sums {
 public:
-    explicit Sums(const DeviceScope& device) : partials(device.scratch(kPartials, at::kDouble)) {
-        to.partials = partials.mutable_data_ptr<double>();
+    explicit Sums(const DeviceScope& device) : partials(device.scratch(kPartials, dtypes::float64)) {
+        to.partials = static_cast<double*>(partials.mutable_data_ptr());
         if (const std::optional<int> number = number_of_stream(device)) {
             to.own_ticket = *number;
             return;
         }
-        ticket = device.scratch(1, at::kInt);
-        to.ticket = reinterpret_cast<unsigned*>(ticket.mutable_data_ptr<int>());
+        ticket = device.scratch(1, dtypes::int32);
+        to.ticket = static_cast<unsigned*>(ticket.mutable_data_ptr());
         check_launch(cudaMemsetAsync(to.ticket, 0, sizeof(unsigned), device.stream()));
     }
 
     LossOutput to;
 
 private:
-    at::Tensor partials, ticket;
+    Tensor partials, ticket;
 };
 
 bool is_mean(const RowProblem& p) { return p.reduction == Reduction::kMean || p.reduction == Reduction::kActiveMean; }
 
-void forward(RowProblem& problem, const at::Tensor& loss, const at::Tensor& wanted_denominator) {
-    check_classes(problem);
-    const DeviceScope device(problem.device);
-    RowProblem& p = problem;
+void forward(RowProblem& p, void* loss, void* denominator) {
+    check_classes(p);
+    const DeviceScope device(p.device);
+    const DtypeCode acc = p.dtype == Dtype::kFloat64 ? dtypes::float64 : dtypes::float32;
     const auto enqueue = is_pass_loss(p.loss) ? &enqueue_pass_forward : &enqueue_forward;
     if (p.reduction == Reduction::kNone) return check_launch(enqueue(p, {}, device.stream()));
     Sums sums(device);
-    at::Tensor denominator = wanted_denominator;
-    if (is_mean(p) && !denominator.defined()) denominator = device.scratch(1, loss.scalar_type());
-    sums.to.loss = loss.mutable_data_ptr();
-    if (is_mean(p)) sums.to.denominator = denominator.mutable_data_ptr();
+    Tensor scratch, stats;
+    if (is_mean(p) && !denominator) scratch = device.scratch(1, acc), denominator = scratch.mutable_data_ptr();
+    sums.to.loss = loss;
+    sums.to.denominator = denominator;
     if (!p.grad) return check_launch(enqueue(p, sums.to, device.stream()));
     // Nobody can put a wrong gradient right later without stats.
     p.assumed_denominator = p.stats ? assumed_denominator(p) : 0.0;
     if (p.reduction == Reduction::kMean && p.assumed_denominator == 0) {
         check_launch(enqueue_denominator(p, sums.to, device.stream()));
-        p.denominator = sums.to.denominator;
+        p.denominator = denominator;
     }
     if (p.reduction != Reduction::kActiveMean) return check_launch(enqueue(p, sums.to, device.stream()));
     // The number of active rows is known only after all of them.
-    const at::Tensor stats = device.scratch(p.stats_count * p.rows(), loss.scalar_type());
+    if (!p.stats) stats = device.scratch(p.stats_count * p.rows(), acc), p.stats = stats.mutable_data_ptr();
     RowProblem first = p;
     first.grad = nullptr;
-    if (!p.stats) p.stats = first.stats = stats.mutable_data_ptr();
     check_launch(enqueue(first, sums.to, device.stream()));
-    p.denominator = sums.to.denominator;
+    p.denominator = denominator;
     launch_gradient(p, device.stream());
 }
 
@@ -104,6 +104,7 @@ void gradient(const RowProblem& problem) {
 
 namespace fused_losses {
 
-Backend cuda_backend() { return {&cuda::forward, &cuda::gradient}; }
+const Backend cuda_backend{&cuda::forward,      &cuda::gradient,     &cuda::class_moments,
+                           &cuda::z_error_mask, &cuda::z_error_loss, &cuda::z_error_gradient};
 
 }  // namespace fused_losses

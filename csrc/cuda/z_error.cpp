@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "cuda/current_device.h"
-#include "z_error/driver.h"
 
 namespace fused_losses::cuda {
 namespace {
@@ -20,13 +19,13 @@ public:
             partial_count += shares->partial_count();
             ticket_count += shares->ticket_count();
         }
-        numbers = device.scratch(partial_count, at::kDouble);
-        counters = device.scratch(ticket_count, at::kInt);
-        barriers = reinterpret_cast<unsigned*>(counters.mutable_data_ptr<int>());
+        numbers = device.scratch(partial_count, dtypes::float64);
+        counters = device.scratch(ticket_count, dtypes::int32);
+        barriers = static_cast<unsigned*>(counters.mutable_data_ptr());
         if (ticket_count > 0)
             check_launch(cudaMemsetAsync(barriers, 0, sizeof(unsigned) * ticket_count, device.stream()));
         unsigned* tickets = barriers + barrier_count;
-        double* partials = numbers.mutable_data_ptr<double>();
+        double* partials = static_cast<double*>(numbers.mutable_data_ptr());
         for (WorkShares* shares : phases) {
             shares->partials = partials;
             shares->tickets = tickets;
@@ -38,23 +37,25 @@ public:
     unsigned* barriers;  // between the phases
 
 private:
-    at::Tensor numbers, counters;
+    Tensor numbers, counters;
 };
 
-void moments(const ZProblem& p, double* out) {
+}  // namespace
+
+void class_moments(const ZProblem& p, double* out) {
     const DeviceScope device(p.device);
     WorkShares shares = shares_of_moments(p);
     const Scratch scratch(device, {&shares});
     check_launch(enqueue_class_moments(p, shares, out, device.stream()));
 }
 
-void mask(const ZProblem& p) {
+void z_error_mask(const ZProblem& p) {
     if (p.rows() == 0) return;
     const DeviceScope device(p.device);
     check_launch(enqueue_z_error_mask(p, device.stream()));
 }
 
-void loss(const ZProblem& p) {
+void z_error_loss(const ZProblem& p) {
     const DeviceScope device(p.device);
     WorkShares shares = shares_of_loss(p), moments = shares_of_moments(p);
     std::vector<WorkShares*> phases{&shares};
@@ -63,19 +64,10 @@ void loss(const ZProblem& p) {
     check_launch(enqueue_z_error_loss(p, moments, shares, scratch.barriers, device.stream()));
 }
 
-void gradient(const ZProblem& p) {
+void z_error_gradient(const ZProblem& p) {
     if (p.rows() == 0) return;
     const DeviceScope device(p.device);
     check_launch(enqueue_z_error_gradient(p, device.stream()));
 }
 
-}  // namespace
 }  // namespace fused_losses::cuda
-
-namespace fused_losses {
-
-ZErrorDriver cuda_z_error() {
-    return {&cuda::moments, &cuda::mask, &cuda::loss, &cuda::gradient, /*has_entropy=*/true};
-}
-
-}  // namespace fused_losses

@@ -1,5 +1,5 @@
-// What z_error.cu offers to z_error.cpp. Every function only enqueues one kernel on `stream` and returns the launch's
-// error code.
+// The Z-Error drivers of CUDA, in z_error.cpp, and what z_error.cu offers to them: functions that only enqueue one
+// kernel on `stream` and return the launch's error code.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,6 +9,11 @@
 #include "z_error/problem.h"
 
 namespace fused_losses::cuda {
+
+void class_moments(const ZProblem& p, double* moments);
+void z_error_mask(const ZProblem& p);
+void z_error_loss(const ZProblem& p);
+void z_error_gradient(const ZProblem& p);
 
 // How a reduction is shared by blocks: a function of the problem's size alone, so that results do not depend on the
 // device. Blocks leave partial results in `partials`; the one that finishes last, which it learns from a ticket,

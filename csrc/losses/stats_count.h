@@ -1,10 +1,12 @@
-// How many numbers per row the gradient of a loss needs.
+// What a row of a loss leaves behind for its gradient. For host code alone.
 #pragma once
 
+#include "core/pass_loss.h"
 #include "core/row_problem.h"
 #include "losses/registry.h"
 
 namespace fused_losses {
+inline namespace FL_ISA {
 
 inline Spread spread_of(int loss, const double* params, bool soft_target) {
     if (soft_target) return Spread::kSoftTarget;
@@ -13,6 +15,7 @@ inline Spread spread_of(int loss, const double* params, bool soft_target) {
     return spread;
 }
 
+// Numbers per row that the gradient needs.
 inline int stats_count_of(int loss, Spread spread) {
     int count = spread == Spread::kNone ? 3 : 4;
     if (is_pass_loss(loss))
@@ -20,4 +23,11 @@ inline int stats_count_of(int loss, Spread spread) {
     return count;
 }
 
+inline int num_params_of(int loss) {
+    int count = 0;
+    visit_loss(AllLosses{}, loss, [&]<class Loss>() { count = Loss::num_params; });
+    return count;
+}
+
+}  // namespace FL_ISA
 }  // namespace fused_losses

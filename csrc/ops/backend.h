@@ -1,22 +1,32 @@
-// What a device has to provide for row losses. Arguments are checked and outputs allocated before either is called.
+// What a device provides. Arguments are checked and outputs allocated before any of it is called.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include "core/row_problem.h"
+#include "z_error/problem.h"
 
 namespace fused_losses {
 
 struct Backend {
-    // Fills what is asked for: `loss` (0-dim acc; with Reduction::kNone it is p.row_values and nothing is left to do),
-    // `denominator` (0-dim acc, the sum of the rows' weights; undefined if nobody wants it), p.stats, p.grad. On the
-    // CPU the gradient includes p.upstream, and the loss may be undefined.
-    void (*forward)(RowProblem& p, const at::Tensor& loss, const at::Tensor& denominator);
+    // ---- Row losses ----
+    // Fills what is asked for: `loss` (acc, one; with Reduction::kNone it is p.row_values and nothing is left to do),
+    // `denominator` (acc, one: the sum of the rows' weights; null if nobody wants it), p.stats, p.grad. On the CPU the
+    // gradient includes p.upstream, and the loss may be null.
+    void (*row_loss)(RowProblem& p, void* loss, void* denominator);
     // Fills p.grad from p.stats, p.upstream and p.denominator.
-    void (*gradient)(const RowProblem& p);
+    void (*row_loss_gradient)(const RowProblem& p);
+
+    // ---- Z-Error ----
+    // moments: double [3][num_groups], count, mean, m2; zeros for a group without rows.
+    void (*class_moments)(const ZProblem& p, double* moments);
+    // Fills mask and, where not null, scores and kept_target.
+    void (*z_error_mask)(const ZProblem& p);
+    // The same and the loss: row_values, or loss and denominator.
+    void (*z_error_loss)(const ZProblem& p);
+    // Fills grad.
+    void (*z_error_gradient)(const ZProblem& p);
 };
 
-Backend cpu_backend();
-Backend cuda_backend();  // defined in builds with CUDA
+extern const Backend cpu_backend;
+extern const Backend cuda_backend;  // defined in builds with CUDA
 
 }  // namespace fused_losses

@@ -1,13 +1,14 @@
-// Every operator's schema.
+// Every operator: its schema, and its entry for each device.
 //
 // `loss` is a name of loss_names(), `params` its parameters in the order its header states. Losses are returned in
 // float32 (float64 for float64 logits), gradients in the dtype of the logits. `reduction`: "none", "mean", "sum",
-// for margin losses also "active_mean", over the rows whose loss is positive.
-#include <torch/library.h>
+// for margin losses also "active_mean", over the rows whose loss is positive. No operator knows derivatives: those, and
+// what has no memory (Meta), are Python's.
+#include "ops/operators.h"
 
 #include <string>
 
-TORCH_LIBRARY(fused_losses, m) {
+STABLE_TORCH_LIBRARY(fused_losses, m) {
     const std::string row_loss_arguments =
         "Tensor logits, Tensor target, Tensor? weight, Tensor? sample_weight, Tensor? logit_bias_tensor, "
         "Tensor? margin, str loss, float[] params, float logit_bias, int ignore_index, str reduction";
@@ -15,8 +16,6 @@ TORCH_LIBRARY(fused_losses, m) {
         m.def((name + "(" + more + row_loss_arguments + ") -> " + returns).c_str());
     };
 
-    // What users call. Differentiable in logits by the fused kernels; anything beyond the first derivative in logits
-    // (other inputs, second derivatives, forward mode, torch.func) goes through row_loss_reference.
     def("row_loss", "", "Tensor");
 
     // Training forward under "mean" and "sum": one read of the logits, one write of the gradient for upstream
@@ -30,7 +29,7 @@ TORCH_LIBRARY(fused_losses, m) {
     // Its backward, from the logits and stats. On the CPU both may be empty: then it starts from the logits alone.
     def("row_loss_backward", "Tensor grad_loss, Tensor stats, Tensor denominator, ", "Tensor");
 
-    // The two of them on CUDA, without tracing: forward writes the gradient for upstream gradient 1, and for the
+    // The two of them for CUDA, without tracing: forward writes the gradient for upstream gradient 1, and for the
     // denominator that it expects; backward completes it, at no cost where both are right.
     def("row_loss_with_stats_and_grad", "", "(Tensor loss, Tensor stats, Tensor denominator, Tensor grad_logits)");
     def("row_loss_backward_", "Tensor grad_loss, Tensor stats, Tensor denominator, Tensor(a!) grad_logits, ", "()");
@@ -83,3 +82,29 @@ TORCH_LIBRARY(fused_losses, m) {
         "z_error_loss_backward(Tensor grad_loss, Tensor denominator, Tensor mask, str statistic, Tensor input, "
         "Tensor target, Tensor? pos_weight, Tensor? sample_weight, str reduction) -> Tensor");
 }
+
+namespace fused_losses {
+namespace {
+
+// An operator's entry is the same for every device.
+void implement(torch::stable::detail::StableLibrary& m) {
+    m.impl("row_loss", &row_loss);
+    m.impl("row_loss_with_grad", &row_loss_with_grad);
+    m.impl("row_loss_with_stats", &row_loss_with_stats);
+    m.impl("row_loss_backward", &row_loss_backward);
+    m.impl("row_loss_with_stats_and_grad", &row_loss_with_stats_and_grad);
+    m.impl("row_loss_backward_", &row_loss_backward_);
+    m.impl("class_moments", &class_moments);
+    m.impl("z_error_mask", &z_error_mask);
+    m.impl("z_error_class_loss", &z_error_class_loss);
+    m.impl("z_error_loss", &z_error_loss);
+    m.impl("z_error_loss_backward", &z_error_loss_backward);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) { implement(m); }
+#ifdef FL_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fused_losses, CUDA, m) { implement(m); }
+#endif
+
+}  // namespace
+}  // namespace fused_losses

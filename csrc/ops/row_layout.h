@@ -2,57 +2,75 @@
 // logits and of the tensors that go with them.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <array>
-#include <initializer_list>
-#include <optional>
+#include <cstdint>
+#include <span>
 
 #include "core/row_problem.h"
+#include "ops/tensor.h"
 
 namespace fused_losses {
 
+// One of the tensors that are walked together: its row dimensions are those without `class_dim` (-1: it has none).
+struct RowTensor {
+    Tensor* tensor = nullptr;  // null: absent
+    std::int64_t class_dim = -1;
+    RowStride stride = {};  // found
+    Tensor original = {};   // where `tensor` had to be copied
+};
+
+namespace detail {
+
+// Of the tensor, along a dimension of the rows. A single number stands for all of them.
+inline std::int64_t stride_along(const RowTensor& t, Sizes rows, std::int64_t dim) {
+    if (t.class_dim < 0) return t.tensor->sizes() == rows ? t.tensor->stride(dim) : 0;
+    return t.tensor->stride(dim >= t.class_dim ? dim + 1 : dim);
+}
+
+}  // namespace detail
+
 struct RowLayout {
-    static constexpr int kMaxTensors = 6;
     std::int64_t outer = 1, inner = 1;
-    std::array<RowStride, kMaxTensors> strides;  // in the order given
 };
 
-// A tensor's row dimensions: those of `tensor` without `class_dim` (-1: it has none).
-struct RowDims {
-    const at::Tensor* tensor;
-    std::int64_t class_dim;
-};
-
-// Empty if the tensors cannot be walked together with two strides each.
-inline std::optional<RowLayout> coalesce_rows(at::IntArrayRef row_sizes, std::initializer_list<RowDims> tensors) {
-    RowLayout layout;
-    for (const std::int64_t size : row_sizes)
-        if (size == 0) return RowLayout{1, 0, {}};  // nothing to reach, whatever the strides
-    const auto stride = [](const RowDims& t, std::int64_t dim) {
-        return t.tensor->stride(t.class_dim >= 0 && dim >= t.class_dim ? dim + 1 : dim);
-    };
-    std::int64_t dims = 0;  // coalesced so far; sizes[1] is the innermost
+// False if the tensors cannot be walked together with two strides each.
+inline bool coalesce_rows(Sizes rows, std::span<RowTensor> tensors, RowLayout& layout) {
+    layout = {1, 0};
+    for (RowTensor& t : tensors) t.stride = {};
+    for (const std::int64_t size : rows)
+        if (size == 0) return true;  // nothing to reach, whatever the strides
+    std::int64_t dims = 0;           // coalesced so far; sizes[1] is the innermost
     std::int64_t sizes[2] = {1, 1};
-    for (std::int64_t d = static_cast<std::int64_t>(row_sizes.size()) - 1; d >= 0; --d) {
-        if (row_sizes[d] == 1) continue;
-        std::int64_t RowStride::* const current = dims == 2 ? &RowStride::outer : &RowStride::inner;
+    for (std::int64_t d = static_cast<std::int64_t>(rows.size()) - 1; d >= 0; --d) {
+        if (rows[d] == 1) continue;
+        std::int64_t RowStride::* current = dims == 2 ? &RowStride::outer : &RowStride::inner;
         std::int64_t& extent = sizes[dims == 2 ? 0 : 1];
+        const auto stride = [&](const RowTensor& t) { return detail::stride_along(t, rows, d); };
         bool mergeable = dims > 0;
-        int i = 0;
-        for (const RowDims& t : tensors) mergeable &= stride(t, d) == layout.strides[i++].*current * extent;
+        for (const RowTensor& t : tensors) mergeable &= !t.tensor || stride(t) == t.stride.*current * extent;
         if (mergeable) {
-            extent *= row_sizes[d];
+            extent *= rows[d];
             continue;
         }
-        if (++dims > 2) return std::nullopt;
-        i = 0;
-        for (const RowDims& t : tensors)
-            layout.strides[i++].*(dims == 2 ? &RowStride::outer : &RowStride::inner) = stride(t, d);
-        sizes[dims == 2 ? 0 : 1] = row_sizes[d];
+        if (++dims > 2) return false;
+        current = dims == 2 ? &RowStride::outer : &RowStride::inner;
+        for (RowTensor& t : tensors)
+            if (t.tensor) t.stride.*current = stride(t);
+        sizes[dims == 2 ? 0 : 1] = rows[d];
     }
-    layout.outer = sizes[0];
-    layout.inner = sizes[1];
+    layout = {sizes[0], sizes[1]};
+    return true;
+}
+
+// The same for any tensors: where two strides do not do (a crop of an image, say), copies the first that are not
+// contiguous, until they do. So the large ones come last.
+inline RowLayout lay_out_rows(Sizes rows, std::span<RowTensor> tensors) {
+    RowLayout layout;
+    for (auto t = tensors.begin(); !coalesce_rows(rows, tensors, layout) && t != tensors.end(); ++t) {
+        if (!t->tensor || t->tensor->is_contiguous()) continue;
+        t->original = std::move(*t->tensor);
+        *t->tensor = contiguous(t->original);
+    }
     return layout;
 }
 

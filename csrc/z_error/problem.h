@@ -23,6 +23,24 @@ enum class ElementType : std::uint8_t {
     kUInt8,  // bool, too
 };
 
+inline Dtype dtype_of(ElementType type) {
+    switch (type) {
+        case ElementType::kFloat64: return Dtype::kFloat64;
+        case ElementType::kFloat16: return Dtype::kFloat16;
+        case ElementType::kBFloat16: return Dtype::kBFloat16;
+        default: return Dtype::kFloat32;
+    }
+}
+
+inline IndexType index_type_of(ElementType type) {
+    switch (type) {
+        case ElementType::kInt32: return IndexType::kInt32;
+        case ElementType::kInt16: return IndexType::kInt16;
+        case ElementType::kUInt8: return IndexType::kUInt8;
+        default: return IndexType::kInt64;
+    }
+}
+
 // A tensor reached by two strides; a null pointer means "absent".
 struct Elements {
     const void* data = nullptr;
@@ -85,7 +103,7 @@ struct ZProblem {
     Elements class_weight;  // stride.inner apart
     Elements pos_weight;    // binary: stride.inner apart, num_pos_weights of them, repeated over the tasks
     std::int64_t num_pos_weights = 1;
-    EntropyScores entropy;  // classes; for drivers that say so
+    EntropyScores entropy;  // classes
 
     // The rule
     const double* moments = nullptr;  // [3][num_groups]: count, mean, m2

@@ -1,0 +1,30 @@
+// The operators' entries, as torch calls them (ops.cpp has their schemas): arguments are taken from `stack`, results
+// are put there.
+#pragma once
+
+#include "ops/backend.h"
+#include "ops/tensor.h"
+
+namespace fused_losses {
+
+void row_loss(StableIValue* stack, std::uint64_t, std::uint64_t);
+void row_loss_with_grad(StableIValue* stack, std::uint64_t, std::uint64_t);
+void row_loss_with_stats(StableIValue* stack, std::uint64_t, std::uint64_t);
+void row_loss_backward(StableIValue* stack, std::uint64_t, std::uint64_t);
+void row_loss_with_stats_and_grad(StableIValue* stack, std::uint64_t, std::uint64_t);
+void row_loss_backward_(StableIValue* stack, std::uint64_t, std::uint64_t);
+
+void class_moments(StableIValue* stack, std::uint64_t, std::uint64_t);
+void z_error_mask(StableIValue* stack, std::uint64_t, std::uint64_t);
+void z_error_class_loss(StableIValue* stack, std::uint64_t, std::uint64_t);
+void z_error_loss(StableIValue* stack, std::uint64_t, std::uint64_t);
+void z_error_loss_backward(StableIValue* stack, std::uint64_t, std::uint64_t);
+
+inline const Backend& backend_of([[maybe_unused]] Device device) {
+#ifdef FL_WITH_CUDA
+    if (device.is_cuda()) return cuda_backend;
+#endif
+    return cpu_backend;
+}
+
+}  // namespace fused_losses

@@ -1,0 +1,27 @@
+// The parameters that all row-loss operators share.
+#pragma once
+
+#include "ops/stack.h"
+
+namespace fused_losses {
+
+struct RowLossArgs {
+    Tensor logits;                     // [C], [N, C] or [N, C, d1, ...]
+    Tensor target;                     // class indices without the class dimension, or probabilities like logits
+    OptionalTensor weight;             // [C]
+    OptionalTensor sample_weight;      // one per row: the shape of class indices
+    OptionalTensor logit_bias_tensor;  // 0-dim; takes the place of logit_bias
+    OptionalTensor margin;             // [C] or 0-dim; takes the place of params[0] in margin losses
+    std::string loss;
+    Numbers params;
+    double logit_bias = 0;
+    std::int64_t ignore_index = -100;
+    std::string reduction;
+
+    explicit RowLossArgs(Arguments& in) {
+        in.read(logits, target, weight, sample_weight, logit_bias_tensor, margin, loss, params, logit_bias,
+                ignore_index, reduction);
+    }
+};
+
+}  // namespace fused_losses

@@ -1,0 +1,139 @@
+// Argument checks of row losses, the same on every device.
+#pragma once
+
+#include "core/row_problem.h"
+#include "losses/names.h"
+#include "losses/stats_count.h"
+#include "ops/row_loss/args.h"
+
+namespace fused_losses {
+
+struct RowLossShape {
+    bool soft_target;        // target holds probabilities
+    std::int64_t class_dim;  // 0 for [C], else 1
+    Shape rows;              // the shape of one number per row: logits without the class dimension
+};
+
+inline Shape without_class_dim(const Tensor& logits) {
+    Shape rows;
+    const std::int64_t class_dim = class_dim_of(logits);
+    for (std::int64_t d = 0; d < logits.dim(); ++d)
+        if (d != class_dim) rows.push_back(logits.size(d));
+    return rows;
+}
+
+inline void check_logits(const RowLossArgs& args) {
+    const Tensor& logits = args.logits;
+    check(logits.is_floating(), args.loss, ": logits must be float64, float32, float16 or bfloat16, got ",
+          logits.dtype());
+    check(logits.dim() >= 1, args.loss, ": logits must have shape (C,), (N, C) or (N, C, d1, ...), got a scalar");
+    check_value(logits.size(class_dim_of(logits)) >= 1, args.loss, ": logits must have at least one class, got shape ",
+                logits.sizes());
+}
+
+// Returns whether the target holds probabilities.
+inline bool check_target(const RowLossArgs& args, const Sizes& rows) {
+    const Tensor &logits = args.logits, &target = args.target;
+    check(target.device() == logits.device(), args.loss, ": target must be on the device of logits (", logits.device(),
+          "), got ", target.device());
+    if (target.dim() == logits.dim() && target.sizes() == logits.sizes()) {
+        check(target.is_floating(), args.loss, ": Expected floating point type for target with class ",
+              "probabilities (it has the shape of logits), got ", target.dtype());
+        check(args.loss == CrossEntropy::name, args.loss, ": target must hold class indices of shape ", rows,
+              "; only cross_entropy takes class probabilities, got shape ", target.sizes());
+        check(args.ignore_index < 0, args.loss, ": ignore_index is not supported for floating point target, got ",
+              args.ignore_index);
+        check_value(args.logit_bias == 0 && !args.logit_bias_tensor, args.loss,
+                    ": logit_bias is not supported for class probabilities, which have no single target class");
+        return true;
+    }
+    check(holds_class_indices(target), args.loss,
+          ": expected target dtype to be Long or Byte (or Int, Short) with shape ", rows, ", got ", target.dtype(),
+          " with shape ", target.sizes());
+    if (logits.dim() > 1 && target.dim() >= 1)
+        check_value(target.size(0) == logits.size(0), args.loss, ": Expected input batch_size (", logits.size(0),
+                    ") to match target batch_size (", target.size(0), ")");
+    check(target.sizes() == rows, args.loss, ": Expected target size ", rows, " for logits of shape ", logits.sizes(),
+          ", got ", target.sizes());
+    return false;
+}
+
+inline void check_weights(const RowLossArgs& args, const Sizes& rows) {
+    const Tensor& logits = args.logits;
+    const std::int64_t num_classes = logits.size(class_dim_of(logits));
+    if (args.weight) {
+        check(args.weight->dim() == 1 && args.weight->size(0) == num_classes, args.loss,
+              ": weight tensor should be defined either for all ", num_classes,
+              " classes or no classes but got weight tensor of shape ", args.weight->sizes());
+        check(args.weight->is_floating() && args.weight->device() == logits.device(), args.loss,
+              ": weight must be a floating point tensor on the device of logits (", logits.device(), "), got ",
+              args.weight->dtype(), " on ", args.weight->device());
+    }
+    if (args.sample_weight) {
+        check(args.sample_weight->sizes() == rows, args.loss, ": sample_weight must have one entry per row, shape ",
+              rows, ", got ", args.sample_weight->sizes());
+        check(args.sample_weight->is_floating() && args.sample_weight->device() == logits.device(), args.loss,
+              ": sample_weight must be a floating point tensor on the device of logits (", logits.device(), "), got ",
+              args.sample_weight->dtype(), " on ", args.sample_weight->device());
+    }
+}
+
+inline void check_logit_bias(const RowLossArgs& args) {
+    if (!args.logit_bias_tensor) return;
+    const Tensor& bias = *args.logit_bias_tensor;
+    check_value(bias.dim() == 0 && bias.is_floating(), args.loss,
+                ": logit_bias must be a float or a 0-dim floating point tensor, got ", bias.dtype(), " of shape ",
+                bias.sizes());
+    check(bias.device() == args.logits.device() || bias.device().is_cpu(), args.loss,
+          ": logit_bias must be on the device of logits (", args.logits.device(), ") or on the CPU, got ",
+          bias.device());
+}
+
+inline bool has_margin(const RowLossArgs& args) { return args.loss == HEM::name || args.loss == MultiMargin::name; }
+
+inline void check_margin(const RowLossArgs& args) {
+    if (!args.margin) return;
+    const Tensor &margin = *args.margin, &logits = args.logits;
+    check_value(has_margin(args), args.loss, ": margin is for margin losses only");
+    const std::int64_t num_classes = logits.size(class_dim_of(logits));
+    check(margin.is_floating() && margin.device() == logits.device(), args.loss,
+          ": margin must be a floating point tensor on the device of logits (", logits.device(), "), got ",
+          margin.dtype(), " on ", margin.device());
+    check_value(margin.dim() == 0 || (margin.dim() == 1 && margin.size(0) == num_classes), args.loss,
+                ": margin must be a number, 0-dim or of shape (", num_classes, ",), got shape ", margin.sizes());
+}
+
+inline Reduction parse_reduction(const RowLossArgs& args) {
+    if (args.reduction == "active_mean" && has_margin(args)) return Reduction::kActiveMean;
+    if (args.reduction == "mean") return Reduction::kMean;
+    if (args.reduction == "sum") return Reduction::kSum;
+    check_value(args.reduction == "none", args.loss, ": reduction must be ",
+                has_margin(args) ? "'none', 'mean', 'sum' or 'active_mean'" : "'none', 'mean' or 'sum'", ", got '",
+                args.reduction, "'");
+    return Reduction::kNone;
+}
+
+inline int find_loss(const RowLossArgs& args) {
+    const int index = index_of(AllLosses{}, args.loss);
+    check_value(index >= 0, "loss must be one of the names in loss_names(), got '", args.loss, "'");
+    const int expected = num_params_of(index);
+    check_value(static_cast<int>(args.params.count) == expected, args.loss, ": params must hold ", expected,
+                " numbers, got ", args.params.count);
+    return index;
+}
+
+inline RowLossShape check_row_loss(const RowLossArgs& args) {
+    check_logits(args);
+    RowLossShape shape{false, class_dim_of(args.logits), without_class_dim(args.logits)};
+    shape.soft_target = check_target(args, shape.rows);
+    check_weights(args, shape.rows);
+    check_logit_bias(args);
+    check_margin(args);
+    const bool normalized = args.loss.starts_with("nce") || args.loss.starts_with("nfl") || args.loss == NGCE::name;
+    const std::int64_t num_classes = args.logits.size(shape.class_dim);
+    check_value(!normalized || num_classes >= 2, args.loss, ": logits must have at least two classes, got shape ",
+                args.logits.sizes());
+    return shape;
+}
+
+}  // namespace fused_losses

@@ -1,0 +1,192 @@
+// Entry of the row-loss operators: checks, allocates, describes the call as a RowProblem, hands it to the device's
+// backend. Nothing here differs between devices.
+#include "ops/operators.h"
+#include "ops/row_layout.h"
+#include "ops/row_loss/checks.h"
+
+namespace fused_losses {
+namespace {
+
+// A RowProblem together with the tensors that keep its memory alive: the arguments, converted to what kernels take.
+class RowLossCall {
+public:
+    // given_grad: the gradient of an earlier call for the same rows.
+    RowLossCall(RowLossArgs arguments, bool with_grad, OptionalTensor grad_loss = {}, OptionalTensor given_grad = {})
+        : args(std::move(arguments)), shape(check_row_loss(args)), acc(acc_of(args.logits)) {
+        describe_loss();
+        if (shape.soft_target && args.target.dtype() != args.logits.dtype()) convert(args.target, acc);
+        if (args.sample_weight) convert(*args.sample_weight, acc);
+        if (grad_loss) take_upstream(std::move(*grad_loss));
+        if (with_grad) grad = given_grad ? std::move(*given_grad) : empty_like(args.logits);
+        lay_out();
+        point();
+        problem.grad_is_written = given_grad && !copied_grad.defined();
+    }
+
+    const Backend& backend() const { return backend_of(args.logits.device()); }
+
+    // Allocates the loss; under "none" the rows' values are the loss.
+    Tensor new_loss() {
+        if (problem.reduction != Reduction::kNone) return empty({});
+        Tensor loss = empty(shape.rows);
+        problem.row_values = loss.mutable_data_ptr();
+        return loss;
+    }
+
+    // Empty unless the loss is a quotient.
+    Tensor new_denominator() const { return divides() ? empty({}) : empty(kNoNumbers); }
+
+    Tensor new_stats() {
+        const std::int64_t sizes[] = {problem.stats_count, problem.rows()};
+        Tensor stats = empty(sizes);
+        problem.stats = stats.mutable_data_ptr();
+        return stats;
+    }
+
+    // What forward has saved; empty if it has saved nothing.
+    void take_saved(const Tensor& stats, const Tensor& denominator) {
+        problem.stats = const_cast<void*>(stats.const_data_ptr());
+        if (divides() && denominator.numel() > 0) problem.denominator = denominator.const_data_ptr();
+    }
+
+    // The gradient in the layout of the caller's logits.
+    Tensor finished_grad() {
+        if (!copied_grad.defined()) return std::move(grad);
+        copy_into(copied_grad, grad);
+        return std::move(copied_grad);
+    }
+
+    RowProblem problem;
+
+private:
+    static constexpr std::int64_t kNoNumbers[] = {0};
+
+    Tensor empty(Sizes sizes) const { return fused_losses::empty(sizes, acc, args.logits.device()); }
+
+    bool divides() const {
+        return problem.reduction == Reduction::kMean || problem.reduction == Reduction::kActiveMean;
+    }
+
+    void describe_loss() {
+        problem.loss = find_loss(args);
+        problem.reduction = parse_reduction(args);
+        std::copy_n(args.params.values.begin(), args.params.count, problem.params);
+        problem.spread = spread_of(problem.loss, problem.params, shape.soft_target);
+        problem.stats_count = stats_count_of(problem.loss, problem.spread);
+        problem.ignore_index = args.ignore_index;
+        problem.logit_bias = args.logit_bias;
+        if (!args.logit_bias_tensor) return;
+        Tensor& bias = *args.logit_bias_tensor;
+        if (bias.device().is_cpu()) {
+            problem.logit_bias = number_in(bias);  // no synchronisation
+        } else {
+            convert(bias, acc);
+            problem.logit_bias_device = bias.const_data_ptr();
+        }
+    }
+
+    void take_upstream(Tensor grad_loss) {
+        check_upstream(grad_loss, args.logits, shape.rows);
+        convert(grad_loss, acc);
+        upstream = std::move(grad_loss);
+    }
+
+    void lay_out() {
+        RowTensor tensors[] = {{&args.target, shape.soft_target ? shape.class_dim : -1},
+                               {args.sample_weight ? &*args.sample_weight : nullptr},
+                               {upstream.defined() ? &upstream : nullptr},
+                               {&args.logits, shape.class_dim},
+                               {grad.defined() ? &grad : nullptr, shape.class_dim}};
+        const RowLayout layout = lay_out_rows(shape.rows, tensors);
+        problem.outer = layout.outer;
+        problem.inner = layout.inner;
+        (shape.soft_target ? problem.soft_target_stride : problem.target_stride) = tensors[0].stride;
+        problem.sample_weight_stride = tensors[1].stride;
+        problem.upstream_stride = tensors[2].stride;
+        problem.logits_stride = tensors[3].stride;
+        problem.grad_stride = tensors[4].stride;
+        copied_grad = std::move(tensors[4].original);
+    }
+
+    void point() {
+        const Tensor &logits = args.logits, &target = args.target;
+        problem.device = logits.device().index;
+        problem.dtype = dtype_of(*element_type(logits));
+        problem.num_classes = logits.size(shape.class_dim);
+        problem.logits = logits.const_data_ptr();
+        problem.logits_class_stride = logits.stride(shape.class_dim);
+        if (shape.soft_target) {
+            problem.soft_target = target.const_data_ptr();
+            problem.soft_target_is_stored = target.dtype() == logits.dtype();
+            problem.soft_target_class_stride = target.stride(shape.class_dim);
+        } else {
+            problem.target = target.const_data_ptr();
+            problem.index_type = index_type_of(*element_type(target));
+        }
+        if (args.weight) problem.class_weight = vector_in(*args.weight);
+        if (args.margin) {
+            problem.margin = vector_in(*args.margin);
+            problem.margin_stride = args.margin->dim();  // one number, or one after the other
+        }
+        if (args.sample_weight) problem.sample_weight = args.sample_weight->const_data_ptr();
+        if (upstream.defined()) problem.upstream = upstream.const_data_ptr();
+        if (!grad.defined()) return;
+        problem.grad = grad.mutable_data_ptr();
+        problem.grad_class_stride = grad.stride(shape.class_dim);
+    }
+
+    const void* vector_in(Tensor& t) const {
+        convert(t, acc);
+        if (!t.is_contiguous()) t = contiguous(t);
+        return t.const_data_ptr();
+    }
+
+    RowLossArgs args;
+    const RowLossShape shape;
+    const DtypeCode acc;
+    Tensor upstream, grad;
+    Tensor copied_grad;  // what the caller gets, where `grad` is a copy in another layout
+};
+
+template <bool with_stats, bool with_grad>
+void forward(StableIValue* stack) {
+    Arguments in(stack);
+    RowLossCall call(RowLossArgs(in), with_grad);
+    Tensor loss = call.new_loss(), stats, denominator;
+    if (with_stats) stats = call.new_stats(), denominator = call.new_denominator();
+    const bool divides = with_stats && denominator.numel() > 0;
+    call.backend().row_loss(call.problem, loss.mutable_data_ptr(), divides ? denominator.mutable_data_ptr() : nullptr);
+    Results out(stack);
+    out.push(loss);
+    if (with_stats) out.push(stats, denominator);
+    if (with_grad) out.push(call.finished_grad());
+}
+
+// In place: completes the gradient that forward has written.
+template <bool in_place>
+void backward(StableIValue* stack) {
+    Arguments in(stack);
+    Tensor grad_loss, stats, denominator;
+    OptionalTensor grad;
+    in.read(grad_loss, stats, denominator);
+    if (in_place) in.read(Given{grad});
+    RowLossCall call(RowLossArgs(in), /*with_grad=*/true, std::move(grad_loss), std::move(grad));
+    call.take_saved(stats, denominator);
+    if (!call.problem.stats && call.problem.rows() > 0)
+        call.backend().row_loss(call.problem, nullptr, nullptr);  // it kept nothing (CPU) and is run again
+    else
+        call.backend().row_loss_gradient(call.problem);
+    Tensor written = call.finished_grad();
+    if (!in_place) Results(stack).push(written);
+}
+
+}  // namespace
+
+void row_loss(StableIValue* stack, std::uint64_t, std::uint64_t) { forward<false, false>(stack); }
+void row_loss_with_grad(StableIValue* stack, std::uint64_t, std::uint64_t) { forward<false, true>(stack); }
+void row_loss_with_stats(StableIValue* stack, std::uint64_t, std::uint64_t) { forward<true, false>(stack); }
+void row_loss_with_stats_and_grad(StableIValue* stack, std::uint64_t, std::uint64_t) { forward<true, true>(stack); }
+void row_loss_backward(StableIValue* stack, std::uint64_t, std::uint64_t) { backward<false>(stack); }
+void row_loss_backward_(StableIValue* stack, std::uint64_t, std::uint64_t) { backward<true>(stack); }
+
+}  // namespace fused_losses
