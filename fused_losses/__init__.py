@@ -58,8 +58,9 @@ from fused_losses.distributed import GlobalMean
 from fused_losses.margins import hem_margin, hem_plus_margins
 from fused_losses.schedules import get_sigma_threshold
 from fused_losses.statistics import ClassStatistics, class_statistics
+from fused_losses.z_bce import ZErrorBCEWithLogitsLoss
 from fused_losses.z_cross_entropy import ZErrorCrossEntropyLoss
-from fused_losses.z_error import ZErrorBCEWithLogitsLoss, ZMSELoss
+from fused_losses.z_mse import ZMSELoss
 
 __version__ = build_info()["version"]
 

@@ -1,4 +1,4 @@
-"""The base of the loss Modules."""
+"""The bases of the loss Modules."""
 
 from __future__ import annotations
 
@@ -26,12 +26,23 @@ class RowLossOptions(TypedDict, total=False):
     logit_bias: LogitBias
 
 
-class RowLossModule(nn.Module):
+class Criterion(nn.Module):
+    """Base of all loss Modules."""
+
+    def __prepare_scriptable__(self) -> Criterion:
+        raise TypeError(
+            f"{type(self).__name__} cannot be scripted by torch.jit.script, which knows no autograd in Python: "
+            "use torch.compile or torch.export"
+        )
+
+
+class RowLossModule(Criterion):
     """Base of the loss Modules: holds the options and calls the loss's function.
 
     A tensor given for ``weight``, ``logit_bias`` or ``margin`` becomes a buffer: it moves with the Module, is saved in
     its ``state_dict``, and a new value written into it takes effect at the next call, compiled or captured. Numbers
-    stay plain attributes and can be reassigned.
+    stay plain attributes and can be reassigned. ``logit_bias`` is for training: after ``eval()`` the loss is that of
+    the logits as they are.
     """
 
     stem: str
@@ -99,12 +110,18 @@ class RowLossModule(nn.Module):
             target,
             self._tensor("weight"),
             sample_weight,
-            self._tensor("logit_bias") if self.training else 0.0,
+            self._tensor("logit_bias") if self.training else 0.0,  # 2306.05497: "removal of the bias during testing"
             self._tensor("margin") if "margin" in self.parameter_names else None,
             self._pack() if self._params is None else self._params,
             self.ignore_index,
             self.reduction,
         )
+
+    def call_options(self) -> dict[str, Any]:
+        """Keywords with which the loss's function computes what this Module does now, but for ``reduction``."""
+        bias = self.logit_bias if self.training else 0.0
+        own = {name: getattr(self, name) for name in self.parameter_names}
+        return {"weight": self.weight, "ignore_index": self.ignore_index, "logit_bias": bias, **own}
 
     def extra_repr(self) -> str:
         """Parameters, then the options that differ from their defaults."""

@@ -44,6 +44,7 @@ class_moments: Callable[..., Tensor] = torch.ops.fused_losses.class_moments.defa
 z_error_mask: Callable[..., Tensors3] = torch.ops.fused_losses.z_error_mask.default
 z_error_class_loss: Callable[..., Tensors6] = torch.ops.fused_losses.z_error_class_loss.default
 z_error_loss: Callable[..., Tensors4] = torch.ops.fused_losses.z_error_loss.default
+update_moments_: Callable[..., None] = torch.ops.fused_losses.update_moments_.default
 z_error_loss_backward: Callable[..., Tensor] = torch.ops.fused_losses.z_error_loss_backward.default
 
 
@@ -152,3 +153,8 @@ def _fake_z_error_loss_backward(
     grad_loss: Tensor, denominator: Tensor, mask: Tensor, statistic: str, input: Tensor, *rest: Any
 ) -> Tensor:
     return input.new_empty(input.shape)
+
+
+@_fake
+def _fake_update_moments_(running: Tensor, batch: Tensor, momentum: float) -> None:
+    return None

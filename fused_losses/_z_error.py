@@ -8,16 +8,18 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from fused_losses import _ops, _z_autograd, _z_reference
 from fused_losses._arguments import RowLossArguments, ZErrorLossArguments, ZErrorRule, check_reduction
 from fused_losses._autograd import row_loss
 from fused_losses._parameters import closed_fraction, positive, positive_integer
 from fused_losses._reference import row_loss_reference
-from fused_losses.statistics import ClassStatistics, all_reduce_moments, merge_moments
+from fused_losses.distributed import HasProcessGroup, global_mean
+from fused_losses.statistics import ClassStatistics, all_reduce_moments
 
 Threshold = float | Sequence[float] | Tensor
+SIDES = {"two": "both", "lower": "low"}
 
 
 class ZErrorResult(NamedTuple):
@@ -26,8 +28,9 @@ class ZErrorResult(NamedTuple):
     Attributes:
         loss: as without it.
         mask: bool, one per row, True for kept rows.
-        scores: float64, one per row: (score - mean) / std of the row's class; NaN for rows that have no class (ignored,
-            missing label) or whose score is not finite or whose class has too few rows.
+        scores: float64, one per row: (score - mean) / std of the row's class; NaN for rows that were not judged: those
+            without a class (ignored, missing label), with a score that is not finite, or with too few rows in their
+            class.
     """
 
     loss: Tensor
@@ -103,6 +106,11 @@ def check_small_class(min_count: int, small_class: str) -> bool:
     return choose("small_class", small_class, {"drop": "", "keep": "keep"}) == "keep"
 
 
+def check_count(name: str, count: int | None) -> int | None:
+    """``count``; raises a ValueError unless it is an integer of at least 1 or None."""
+    return None if count is None else int(positive_integer.pack(name, count))
+
+
 def check_threshold(threshold: Threshold) -> None:
     """Raises unless all numbers are positive. Values of tensors are not looked at, which would synchronise."""
     if isinstance(threshold, Tensor):
@@ -135,11 +143,82 @@ def spread_weight(sample_weight: Tensor | None, like: Tensor) -> Tensor | None:
     )
 
 
-class ZErrorModule(nn.Module):
+def masked_loss(
+    ops: ZOps,
+    source: Source,
+    input: Tensor,
+    target: Tensor,
+    statistic: str,
+    *,
+    per_task: bool,
+    labels: int,
+    threshold: Threshold,
+    tail: str,
+    min_count: int,
+    keep_small: bool,
+    pos_weight: Tensor | None,
+    sample_weight: Tensor | None,
+    reduction: str,
+    return_mask: bool,
+) -> Tensor | ZErrorResult:
+    """Statistics, then mask and loss. The operators take the last of several dimensions for the tasks."""
+    check_reduction(reduction)
+    numbers, tensor = pack_threshold(threshold)
+    weights = spread_weight(sample_weight, input)
+    input, target = _tasks_last(input, per_task), _tasks_last(target, per_task)
+    weights = None if weights is None else _tasks_last(weights, per_task)
+    groups = labels * (input.shape[-1] if input.dim() > 1 else 1)
+    constant_input, constant_target = input.detach(), target.detach()
+    moments = source.moments(
+        groups, lambda: ops.class_moments(constant_input, constant_target, groups, statistic, -100)
+    )
+    mean_over_ranks = source.group is not None and reduction == "mean"
+    arguments = ZErrorLossArguments(input, target, pos_weight, weights, "sum" if mean_over_ranks else reduction)
+    rule = ZErrorRule(moments, tensor, numbers, statistic, tail, min_count, keep_small, return_mask)
+    loss, denominator, mask, scores = ops.z_error_loss(arguments, rule)
+    if mean_over_ranks and source.group is not None:
+        loss = global_mean(loss, denominator, source.group)
+    if reduction == "none":
+        loss = _tasks_back(loss, per_task)
+    if not return_mask:
+        return loss
+    return ZErrorResult(loss, _tasks_back(mask, per_task), _tasks_back(scores, per_task))
+
+
+def _tasks_last(rows: Tensor, per_task: bool) -> Tensor:
+    """(N, T, d1, ...) with the tasks at the end; with one more dimension where all entries form one task."""
+    if rows.dim() < 2:
+        return rows
+    return rows.movedim(1, -1) if per_task else rows.unsqueeze(-1)
+
+
+def _tasks_back(rows: Tensor, per_task: bool) -> Tensor:
+    """Undoes :func:`_tasks_last`."""
+    if rows.dim() < 2:
+        return rows
+    return rows.movedim(-1, 1) if per_task else rows.squeeze(-1)
+
+
+def check_pair(input: Tensor, target: Tensor) -> None:
+    """Raises unless both are tensors of one shape."""
+    for name, value in (("input", input), ("target", target)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+    if input.shape != target.shape:
+        raise ValueError(f"target must have the shape of the input, {list(input.shape)}, got {list(target.shape)}")
+
+
+def tasks_of(input: Tensor) -> int:
+    """How many tasks (N, T, d1, ...) has."""
+    return input.shape[1] if input.dim() > 1 else 1
+
+
+class ZErrorModule(HasProcessGroup):
     """Base of the Z-Error Modules: threshold and running statistics.
 
     A tensor given for ``threshold`` becomes a buffer. With ``running=True`` the buffer ``running_moments`` holds count,
-    mean and sum of squared deviations of every class, float64 ``(3, classes)``, empty before the first batch.
+    mean and sum of squared deviations of every class, float64 ``(3, classes)``; ``(3, 0)`` before the first batch where
+    their number was not given.
     """
 
     threshold: Threshold
@@ -153,6 +232,7 @@ class ZErrorModule(nn.Module):
         running: bool,
         momentum: float,
         process_group: dist.ProcessGroup | None,
+        num_groups: int | None,
     ) -> None:
         super().__init__()
         check_threshold(threshold)
@@ -166,14 +246,15 @@ class ZErrorModule(nn.Module):
         self.running = running
         self.momentum = momentum
         self.process_group = process_group
+        self.num_groups = num_groups
         if running:
-            self.register_buffer("running_moments", torch.zeros(3, 0, dtype=torch.float64))
+            self.register_buffer("running_moments", torch.zeros(3, num_groups or 0, dtype=torch.float64))
 
     @property
     def running_statistics(self) -> ClassStatistics:
         """The running statistics by class; counts are those of a decaying memory and not integers."""
         if not self.running:
-            raise RuntimeError(f"{type(self).__name__} has running statistics only with running=True")
+            raise AttributeError(f"{type(self).__name__} has running_statistics only with running=True")
         return ClassStatistics.from_moments(self.running_moments)
 
     def _update(self, batch: Tensor) -> Tensor:
@@ -182,29 +263,27 @@ class ZErrorModule(nn.Module):
         A class that is not in the batch keeps what it has. A memory of constant batches tends to their size divided by
         ``momentum``; the first batch is taken as it is.
         """
-        old = self.running_moments
-        if old.shape != batch.shape:
-            if old.numel():
-                raise ValueError(
-                    f"running statistics are those of {old.shape[1]} classes, got a batch with {batch.shape[1]}"
-                )
-            old = torch.zeros_like(batch)
-        count, mean, m2 = old.unbind(0)
-        faded = torch.stack([count * (1.0 - self.momentum), mean, m2 * (1.0 - self.momentum)])
-        new = torch.where(batch[0] > 0, merge_moments(torch.stack([faded, batch])), old)
-        if self.running_moments.shape == new.shape:
-            self.running_moments.copy_(new)
-        else:
-            self.running_moments = new.clone()
-        return new
+        if self.running_moments.shape[1] == 0:
+            with torch.inference_mode(False):  # later batches must be able to change it
+                self.running_moments = torch.zeros(batch.shape, dtype=torch.float64, device=batch.device)
+        _ops.update_moments_(self.running_moments, batch, self.momentum)
+        return self.running_moments
 
-    def _source(self, num_groups: int, device: torch.device) -> Source:
+    def _or_batch(self, batch: Tensor) -> Tensor:
+        """The running moments; before any training batch, when they say nothing, those of the batch."""
+        return torch.where(self.running_moments[0].sum() > 0, self.running_moments, batch)
+
+    def _source(self, num_groups: int) -> Source:
+        """Where a call with that many groups finds the moments to judge by."""
+        known = self.running_moments.shape[1] if self.running else self.num_groups
+        if known and known != num_groups:
+            what = "running statistics are those" if self.running else "the loss was made for statistics"
+            raise ValueError(f"{what} of {known} classes, got a batch with {num_groups}")
         if not self.running:
             return Source(group=self.process_group)
         if self.training:
             return Source(group=self.process_group, update=self._update)
-        known = self.running_moments
-        return Source(given=known if known.numel() else known.new_zeros(3, num_groups, device=device))
+        return Source(update=self._or_batch) if known else Source()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ZErrorModule:
         # module.half() must not round the statistics, which kernels read in float64.
@@ -215,10 +294,14 @@ class ZErrorModule(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # The number of classes is not known before the first batch.
         saved = state_dict.get(prefix + "running_moments") if self.running else None
         if saved is not None:
-            self.running_moments = self.running_moments.new_zeros(saved.shape)
+            fault = _fault_of(saved, self.num_groups)
+            if fault:
+                args[-1].append(f"{prefix}running_moments must {fault}")  # torch collects the messages and raises
+                return
+            if self.num_groups is None and saved.shape != self.running_moments.shape:
+                self.running_moments = self.running_moments.new_zeros(saved.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _shown(self) -> dict[str, Any]:
@@ -236,3 +319,13 @@ class ZErrorModule(nn.Module):
     def extra_repr(self) -> str:
         """The threshold and the options that differ from their defaults."""
         return ", ".join(f"{name}={value!r}" for name, value in self._shown().items())
+
+
+def _fault_of(moments: Tensor, num_groups: int | None) -> str:
+    """What is wrong with saved moments; "" for nothing."""
+    width = "classes" if num_groups is None else num_groups
+    if moments.dim() != 2 or moments.shape[0] != 3 or num_groups not in (None, moments.shape[1]):
+        return f"have shape (3, {width}), got {tuple(moments.shape)}"
+    if not moments.is_meta and not (moments.isfinite().all() and (moments[[0, 2]] >= 0).all()):
+        return "hold finite means and counts and sums of squares that are not negative"
+    return ""

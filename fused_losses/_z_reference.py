@@ -18,10 +18,11 @@ def _groups(target: Tensor, num_groups: int, statistic: str, ignore_index: int) 
         group = target.long()
         valid = (group != ignore_index) & (group >= 0) & (group < num_groups)
         return torch.where(valid, group, -1)
-    if not statistic.startswith("bce"):
-        return torch.zeros(target.shape, dtype=torch.int64, device=target.device)
-    task = torch.arange(num_groups // 2, device=target.device)
-    return torch.where(target == 1, 2 * task + 1, torch.where(target == 0, 2 * task, -1))
+    binary = statistic.startswith("bce")
+    task = torch.arange(num_groups // 2 if binary else num_groups, device=target.device)
+    if not binary:
+        return task.expand(target.shape) if target.dim() > 1 else torch.zeros_like(target, dtype=torch.int64)
+    return torch.where(target > 0.5, 2 * task + 1, torch.where(target <= 0.5, 2 * task, -1))
 
 
 def _scores(score: Tensor, target: Tensor, group: Tensor, statistic: str) -> Tensor:
@@ -119,8 +120,8 @@ def z_error_row_loss(args: RowLossArguments, rule: ZErrorRule) -> tuple[Tensor, 
 def z_error_loss(args: ZErrorLossArguments, rule: ZErrorRule) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The binary and the regression form in plain PyTorch: loss, denominator, mask and scores."""
     input, target = args.input, args.target
-    tasks = input.shape[1] if input.dim() == 2 else 1
-    groups = 2 * tasks if rule.statistic.startswith("bce") else 1
+    tasks = input.shape[-1] if input.dim() > 1 else 1
+    groups = 2 * tasks if rule.statistic.startswith("bce") else tasks
     moments = class_moments(input, target, groups, rule.statistic) if rule.moments is None else rule.moments
     group = _groups(target, groups, rule.statistic, -100)
     mask, z = _judge(group, _scores(input, target, group, rule.statistic), moments, rule)

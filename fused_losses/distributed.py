@@ -2,13 +2,45 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from fused_losses._arguments import LOSSES
-from fused_losses._common import RowLossModule
+from fused_losses._common import Criterion, RowLossModule
 from fused_losses._reference import ACTIVE_GUARD
+
+
+class HasProcessGroup(Criterion):
+    """A loss that keeps a group of processes: copies share it, and it cannot be pickled."""
+
+    process_group: dist.ProcessGroup | None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HasProcessGroup:
+        memo[id(self.process_group)] = self.process_group
+        made = self.__class__.__new__(self.__class__)
+        memo[id(self)] = made
+        made.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.process_group is not None:
+            raise TypeError(
+                f"{type(self).__name__} cannot be pickled with its process_group, which belongs to this process: set "
+                "process_group to None before and to the other process's group after, or save state_dict()"
+            )
+        return self.__dict__.copy()
+
+
+def check_member(group: dist.ProcessGroup | None) -> None:
+    """Raises unless torch.distributed is initialised and this process belongs to the group."""
+    if not dist.is_initialized():
+        raise RuntimeError("torch.distributed must be initialised before a loss uses process_group")
+    if dist.get_rank(group) < 0:
+        raise ValueError(f"process_group must contain the calling process, got a group without rank {dist.get_rank()}")
 
 
 def kept_weight(mask: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None) -> Tensor:
@@ -27,6 +59,7 @@ def global_mean(total: Tensor, denominator: Tensor, group: dist.ProcessGroup | N
     DistributedDataParallel averages gradients over ranks, which takes that factor back; the mean of the losses over
     ranks is the loss of the whole batch. ``guard`` is added to the denominator. All ranks synchronise here.
     """
+    check_member(group)
     everywhere = denominator.detach().clone()
     dist.all_reduce(everywhere, group=group)
     empty = everywhere == 0
@@ -34,7 +67,7 @@ def global_mean(total: Tensor, denominator: Tensor, group: dist.ProcessGroup | N
     return torch.where(empty, 0.0, total * (dist.get_world_size(group) / divisor))
 
 
-class GlobalMean(nn.Module):
+class GlobalMean(HasProcessGroup):
     """A loss whose mean is over the rows of all ranks, as if one process had the whole batch.
 
     Under DistributedDataParallel each rank divides by its own sum of weights, and the average over ranks is not the
@@ -71,12 +104,9 @@ class GlobalMean(nn.Module):
         loss = self.loss
         if loss.reduction in ("none", "sum"):
             return loss(logits, target, sample_weight)  # type: ignore[no-any-return]
-        if not dist.is_initialized():
-            raise RuntimeError("torch.distributed must be initialised before GlobalMean is called")
+        check_member(self.process_group)
         active = loss.reduction == "active_mean"
-        options = {
-            name: getattr(loss, name) for name in ("weight", "ignore_index", "logit_bias", *loss.parameter_names)
-        }
+        options = loss.call_options()
         values = LOSSES[loss.stem].function(
             logits, target, reduction="none" if active else "sum", sample_weight=sample_weight, **options
         )

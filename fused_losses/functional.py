@@ -27,8 +27,9 @@ from fused_losses.softmax import (
     sce_loss,
     taylor_ce_loss,
 )
+from fused_losses.z_bce import z_error_bce_with_logits
 from fused_losses.z_cross_entropy import z_error_cross_entropy
-from fused_losses.z_error import z_error_bce_with_logits, z_mse_loss
+from fused_losses.z_mse import z_mse_loss
 
 __all__ = [
     "ae_loss",

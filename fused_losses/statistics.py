@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused_losses import _ops
+from fused_losses.distributed import check_member
 
 
 def merge_moments(parts: Tensor) -> Tensor:
@@ -30,6 +31,7 @@ def merge_moments(parts: Tensor) -> Tensor:
 
 def all_reduce_moments(moments: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Moments of the rows of all ranks of ``group``: the same bits on each of them. All ranks synchronise here."""
+    check_member(group)
     parts = [torch.empty_like(moments) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, moments.contiguous(), group=group)
     return merge_moments(torch.stack(parts))

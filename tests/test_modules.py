@@ -87,3 +87,17 @@ def test_every_backward_of_a_kept_graph_has_a_gradient_of_its_own(name, dtype, d
     for upstream, grad in zip((0.5, 1.0, 3.0), grads, strict=True):
         (expected,) = torch.autograd.grad(plain * upstream, logits, retain_graph=True)
         torch.testing.assert_close(grad, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "make", [fl.MAELoss, fl.HEMLoss, fl.ZMSELoss, fl.ZErrorCrossEntropyLoss], ids=lambda c: c.__name__
+)
+def test_scripting_is_refused_in_words(make):
+    with pytest.raises(TypeError, match=rf"{make.__name__} cannot be scripted .*: use torch.compile or torch.export"):
+        torch.jit.script(torch.nn.Sequential(make()))
+
+
+def test_cross_entropy_takes_torchs_names():
+    logits, target = torch.randn(5, 3), torch.tensor([0, 1, 2, 1, 0])
+    criterion = fl.CrossEntropyLoss()
+    torch.testing.assert_close(criterion(input=logits, target=target), criterion(logits, target))

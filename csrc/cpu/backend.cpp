@@ -119,7 +119,8 @@ void forward(RowProblem& p, void* loss, void* denominator) {
 
 void cpu_row_loss(RowProblem& p) { forward(p, nullptr, nullptr); }
 
-const Backend cpu_backend{&forward,          &gradient,         &cpu_class_moments,
-                          &cpu_z_error_mask, &cpu_z_error_loss, &cpu_z_error_gradient};
+const Backend cpu_backend{&forward,           &gradient,         &cpu_class_moments,
+                          &cpu_z_error_mask,  &cpu_z_error_loss, &cpu_z_error_gradient,
+                          &cpu_update_moments};
 
 }  // namespace fused_losses

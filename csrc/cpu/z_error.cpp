@@ -106,9 +106,7 @@ void write_scalar(const ZProblem& p, void* to, double x) {
     z_error::write(to, p.acc_is_double ? ElementType::kFloat64 : ElementType::kFloat32, 0, x);
 }
 
-}  // namespace
-
-void cpu_class_moments(const ZProblem& p, double* out) {
+void moments_of(const ZProblem& p, double* out) {
     // Every chunk has moments of every group: few chunks where there are many groups.
     constexpr std::int64_t max_chunks = 64;
     const std::int64_t groups = p.num_groups;
@@ -132,6 +130,29 @@ void cpu_class_moments(const ZProblem& p, double* out) {
     });
 }
 
+void check_labels(const ZProblem& p) {
+    if (!is_binary(p.statistic)) return;
+    const Chunks chunks(p, kChunkRows);
+    std::vector<std::int64_t> bad(chunks.count);
+    chunks.for_each([&](std::int64_t chunk, std::int64_t begin, std::int64_t end) {
+        bad[chunk] = z_kernels().find_bad_label(p, begin, end);
+    });
+    for (const std::int64_t row : bad)
+        check_value(row < 0, "target must be in [0, 1], or NaN for a missing label, got ",
+                    row < 0 ? 0.0 : z_error::Row(p, row).of<double>(p.target), " (entry ", row, ")");
+}
+
+}  // namespace
+
+void cpu_class_moments(const ZProblem& p, double* out) {
+    check_labels(p);
+    moments_of(p, out);
+}
+
+void cpu_update_moments(double* running, const double* batch, std::int64_t groups, double momentum, int) {
+    update_running_moments(running, batch, groups, momentum, 0, groups);
+}
+
 void cpu_z_error_mask(const ZProblem& p) {
     const Rules rules(p);
     Chunks::of_columns(p, kChunkRows).for_each([&](std::int64_t, std::int64_t begin, std::int64_t end) {
@@ -141,7 +162,8 @@ void cpu_z_error_mask(const ZProblem& p) {
 
 void cpu_z_error_loss(const ZProblem& p) {
     if (p.entropy.logits.data) compute_entropies(p);
-    if (p.own_moments) cpu_class_moments(p, p.own_moments);
+    check_labels(p);
+    if (p.own_moments) moments_of(p, p.own_moments);
     const Rules rules(p);
     const Chunks chunks = Chunks::of_columns(p, kChunkRows);
     std::vector<ZErrorSums> sums(chunks.count);

@@ -11,6 +11,8 @@ void cpu_z_error_mask(const ZProblem& p);
 void cpu_z_error_loss(const ZProblem& p);
 void cpu_z_error_gradient(const ZProblem& p);
 
+void cpu_update_moments(double* running, const double* batch, std::int64_t groups, double momentum, int device);
+
 void cpu_row_loss(RowProblem& p);
 
 }  // namespace fused_losses

@@ -149,7 +149,8 @@ struct ScoreBlock {
     template <bool kBinary>
     FL_HD Mask has_label(int i, int label) const {
         if constexpr (!kBinary) return D(0.0) == D(0.0);
-        return D::load(target + i) == D(double(label));
+        const D y = D::load(target + i);
+        return label == 1 ? y > D(0.5) : y <= D(0.5);
     }
 };
 

@@ -109,6 +109,21 @@ void sparse_moments(const ZProblem& p, double* out) {
     });
 }
 
+std::int64_t find_bad_label(const ZProblem& p, std::int64_t begin, std::int64_t end) {
+    alignas(64) double label[kBlockRows];
+    std::int64_t found = -1;
+    for_blocks(kBlockRows, begin, end, [&](std::int64_t first, std::int64_t, int rows) {
+        if (found >= 0) return;
+        load(p, p.target, first, rows, label);
+        int bad = 0;
+        for (int r = 0; r < rows; ++r) bad += is_bad_label(label[r]);
+        if (bad == 0) return;
+        const double* const at = std::find_if(label, label + rows, [](double y) { return is_bad_label(y); });
+        found = first + (at - label);
+    });
+    return found;
+}
+
 // ---- Mask ----------------------------------------------------------------------------------------------------------
 
 template <bool kBinary>
@@ -326,8 +341,8 @@ void gradient(const ZProblem& p, std::int64_t begin, std::int64_t end) {
 
 template <>
 ZErrorKernels z_error_kernels<Isa::FL_ISA>() {
-    return {&Entry<moments>::call, &Entry<sparse_moments>::call, &Entry<mask>::call, &Entry<loss>::call,
-            &Entry<gradient>::call};
+    return {&Entry<moments>::call, &Entry<sparse_moments>::call, &Entry<mask>::call,
+            &Entry<loss>::call,    &Entry<gradient>::call,       &Entry<find_bad_label>::call};
 }
 
 }  // namespace fused_losses

@@ -20,7 +20,7 @@ struct Columns {
     int labels;                         // group = task * labels + label
 
     explicit Columns(const ZProblem& p)
-        : tasks(is_binary(p.statistic) ? p.num_groups / 2 : 1),
+        : tasks(std::max<std::int64_t>(1, is_binary(p.statistic) ? p.num_groups / 2 : p.num_groups)),
           width(tasks * std::max<std::int64_t>(1, kWidth / tasks)),
           padded((width + 15) / 16 * 16),
           labels(is_binary(p.statistic) ? 2 : 1) {}
@@ -49,6 +49,8 @@ struct ZErrorKernels {
     // The mask and what the rows add to the loss.
     ZErrorSums (*loss)(const ZProblem&, const ZErrorRules&, std::int64_t begin, std::int64_t end);
     void (*gradient)(const ZProblem&, std::int64_t begin, std::int64_t end);
+    // The first row whose label is none (binary), or -1.
+    std::int64_t (*find_bad_label)(const ZProblem&, std::int64_t begin, std::int64_t end);
 };
 
 template <Isa>

@@ -104,7 +104,7 @@ void gradient(const RowProblem& problem) {
 
 namespace fused_losses {
 
-const Backend cuda_backend{&cuda::forward,      &cuda::gradient,     &cuda::class_moments,
-                           &cuda::z_error_mask, &cuda::z_error_loss, &cuda::z_error_gradient};
+const Backend cuda_backend{&cuda::forward,      &cuda::gradient,         &cuda::class_moments, &cuda::z_error_mask,
+                           &cuda::z_error_loss, &cuda::z_error_gradient, &cuda::update_moments};
 
 }  // namespace fused_losses

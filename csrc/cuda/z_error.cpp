@@ -70,4 +70,9 @@ void z_error_gradient(const ZProblem& p) {
     check_launch(enqueue_z_error_gradient(p, device.stream()));
 }
 
+void update_moments(double* running, const double* batch, std::int64_t groups, double momentum, int index) {
+    const DeviceScope device(index);
+    check_launch(enqueue_update_moments(running, batch, groups, momentum, device.stream()));
+}
+
 }  // namespace fused_losses::cuda

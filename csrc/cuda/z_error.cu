@@ -259,6 +259,12 @@ __global__ void __launch_bounds__(kBlock) gradient(const __grid_constant__ ZProb
         z_error::write(p.grad, p.input.type, n, z_error::gradient_of<A>(p, Row(p, n)));
 }
 
+__global__ void __launch_bounds__(kBlock)
+    update_moments(double* running, const double* batch, std::int64_t groups, double momentum) {
+    const std::int64_t group = std::int64_t(blockIdx.x) * kBlock + threadIdx.x;
+    if (group < groups) update_running_moments(running, batch, groups, momentum, group, group + 1);
+}
+
 }  // namespace
 
 WorkShares shares_of_moments(const ZProblem& p) {
@@ -309,6 +315,12 @@ cudaError_t enqueue_z_error_loss(const ZProblem& p, const WorkShares& moments, c
 cudaError_t enqueue_z_error_gradient(const ZProblem& p, cudaStream_t stream) {
     if (p.acc_is_double) return launch_over_rows(gradient<double>, p.rows(), kBlock, stream, p);
     return launch_over_rows(gradient<float>, p.rows(), kBlock, stream, p);
+}
+
+cudaError_t enqueue_update_moments(double* running, const double* batch, std::int64_t groups, double momentum,
+                                   cudaStream_t stream) {
+    const unsigned blocks = static_cast<unsigned>(std::max<std::int64_t>(1, divide_up(groups, kBlock)));
+    return launch(update_moments, blocks, stream, running, batch, groups, momentum);
 }
 
 }  // namespace fused_losses::cuda

@@ -14,6 +14,7 @@ void class_moments(const ZProblem& p, double* moments);
 void z_error_mask(const ZProblem& p);
 void z_error_loss(const ZProblem& p);
 void z_error_gradient(const ZProblem& p);
+void update_moments(double* running, const double* batch, std::int64_t groups, double momentum, int device);
 
 // How a reduction is shared by blocks: a function of the problem's size alone, so that results do not depend on the
 // device. Blocks leave partial results in `partials`; the one that finishes last, which it learns from a ticket,
@@ -44,5 +45,7 @@ std::int64_t blocks_of_loss(const ZProblem& p, const WorkShares& moments, const 
 cudaError_t enqueue_z_error_loss(const ZProblem& p, const WorkShares& moments, const WorkShares& loss,
                                  unsigned* barriers, cudaStream_t stream);
 cudaError_t enqueue_z_error_gradient(const ZProblem& p, cudaStream_t stream);
+cudaError_t enqueue_update_moments(double* running, const double* batch, std::int64_t groups, double momentum,
+                                   cudaStream_t stream);
 
 }  // namespace fused_losses::cuda

@@ -24,6 +24,8 @@ struct Backend {
     void (*z_error_loss)(const ZProblem& p);
     // Fills grad.
     void (*z_error_gradient)(const ZProblem& p);
+    // Merges a batch's moments into running ones (z_error/moments.h).
+    void (*update_moments)(double* running, const double* batch, std::int64_t groups, double momentum, int device);
 };
 
 extern const Backend cpu_backend;

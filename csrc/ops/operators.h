@@ -19,6 +19,7 @@ void z_error_mask(StableIValue* stack, std::uint64_t, std::uint64_t);
 void z_error_class_loss(StableIValue* stack, std::uint64_t, std::uint64_t);
 void z_error_loss(StableIValue* stack, std::uint64_t, std::uint64_t);
 void z_error_loss_backward(StableIValue* stack, std::uint64_t, std::uint64_t);
+void update_moments_(StableIValue* stack, std::uint64_t, std::uint64_t);
 
 inline const Backend& backend_of([[maybe_unused]] Device device) {
 #ifdef FL_WITH_CUDA

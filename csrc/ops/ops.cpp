@@ -38,9 +38,9 @@ STABLE_TORCH_LIBRARY(fused_losses, m) {
     // Rows form groups and have scores, as `statistic` says:
     //   "class": target holds class indices; score is one number per row, or logits whose target's entry is the score
     //   "class_prob": the same, but the scores are exp(-score)
-    //   "bce_logit", "bce_prob": score holds logits [N] or [N, T], target labels 0 and 1 (anything else is missing);
-    //   group 2 task + label
-    //   "mse_target", "mse_loss", "mse_residual": score holds predictions, target numbers; one group
+    //   "bce_logit", "bce_prob": score holds logits [N] or [N, ..., T], target labels in [0, 1] (NaN is missing), whose
+    //   class is the nearer of 0 and 1; group 2 task + class
+    //   "mse_target", "mse_loss", "mse_residual": score holds predictions, target numbers; group: the task
     // Count, mean and sum of squared deviations of every group's finite scores, float64 [3, num_classes]; zeros for a
     // group without rows. The same bits for any number of threads.
     m.def(
@@ -61,15 +61,16 @@ STABLE_TORCH_LIBRARY(fused_losses, m) {
            "(Tensor mask, Tensor kept_target, Tensor scores)")
               .c_str());
 
-    // The second half of a row loss without unlikely rows, given the rows' losses: mask and reduction in one pass, after
-    // the statistics where moments are absent. Where values are `unweighted`, the class weights are still to be
+    // The second half of a row loss without unlikely rows, given the rows' losses: mask and reduction in one pass,
+    // after the statistics where moments are absent. Where values are `unweighted`, the class weights are still to be
     // multiplied into them, and row_weight is what each row is multiplied by, else empty. More statistics:
     // "class_cross_entropy" and "class_softmax", the cross entropy, without class weights, of the logits in score, and
     // exp(-it); with label smoothing and bias.
     m.def(("z_error_class_loss(Tensor values, Tensor score, Tensor target, SymInt num_classes, Tensor? weight, "
            "Tensor? sample_weight, Tensor? logit_bias_tensor, float label_smoothing, float logit_bias, "
            "bool unweighted, int ignore_index, str reduction" +
-           rule + "(Tensor loss, Tensor denominator, Tensor mask, Tensor kept_target, Tensor scores, Tensor row_weight)")
+           rule +
+           "(Tensor loss, Tensor denominator, Tensor mask, Tensor kept_target, Tensor scores, Tensor row_weight)")
               .c_str());
 
     // Mask and loss of the binary and the regression form in one pass. The mean divides by denominator, the sum of the
@@ -81,6 +82,9 @@ STABLE_TORCH_LIBRARY(fused_losses, m) {
     m.def(
         "z_error_loss_backward(Tensor grad_loss, Tensor denominator, Tensor mask, str statistic, Tensor input, "
         "Tensor target, Tensor? pos_weight, Tensor? sample_weight, str reduction) -> Tensor");
+
+    // Merges a batch's moments into running ones, which lose the share `momentum` of their weight first.
+    m.def("update_moments_(Tensor(a!) running, Tensor batch, float momentum) -> ()");
 }
 
 namespace fused_losses {
@@ -99,6 +103,7 @@ void implement(torch::stable::detail::StableLibrary& m) {
     m.impl("z_error_class_loss", &z_error_class_loss);
     m.impl("z_error_loss", &z_error_loss);
     m.impl("z_error_loss_backward", &z_error_loss_backward);
+    m.impl("update_moments_", &update_moments_);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) { implement(m); }

@@ -1,6 +1,7 @@
 // What a row is worth to a Z-Error loss: group, score, whether it is kept, loss and slope. Shared by CPU and CUDA.
 #pragma once
 
+#include <cassert>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -70,15 +71,20 @@ FL_HD std::int64_t group_of_class(const ZProblem& p, std::int64_t target) {
     return target == p.ignore_index || target < 0 || target >= p.num_groups ? -1 : target;
 }
 
+// Labels are numbers in [0, 1]; NaN is a missing one. The nearer of 0 and 1 is the class.
+FL_HD bool is_bad_label(double label) { return label < 0.0 || label > 1.0; }
+
 FL_HD std::int64_t group_of_label(const ZProblem& p, std::int64_t number, double label) {
     const std::int64_t first = p.num_groups == 2 ? 0 : number % (p.num_groups / 2) * 2;
-    const bool positive = label == 1.0, known = positive | (label == 0.0);
-    return known ? first + positive : -1;
+#ifdef __CUDA_ARCH__  // the CPU has looked at all labels before
+    assert(!is_bad_label(label) && "fused_losses: label outside [0, 1]");
+#endif
+    return label == label ? first + (label > 0.5) : -1;
 }
 
 FL_HD std::int64_t group_of(const ZProblem& p, const Row& row) {
     if (is_class(p.statistic)) return group_of_class(p, row.of<std::int64_t>(p.target));
-    if (is_regression(p.statistic)) return 0;
+    if (is_regression(p.statistic)) return p.num_groups == 1 ? 0 : row.number % p.num_groups;
     return group_of_label(p, row.number, row.of<double>(p.target));
 }
 
@@ -151,18 +157,9 @@ struct ValueAndSlope {
     A value, slope;
 };
 
-// softplus(s) = log(1 + exp(s)) and its derivative, from exp(-|s|); without branches.
-template <class A>
-FL_HD ValueAndSlope<A> softplus(A s) {
-    const math::mask_t<A> above = s > A(0);
-    const A e = math::exp(math::select(above, -s, s));
-    const A small = e / (A(1) + e);  // at most 1/2, so that 1 - small is rounded once
-    return {math::select(above, s, A(0)) + math::log1p(e), math::select(above, A(1) - small, small)};
-}
-
 // Loss and derivative in the input of a kept row.
 //   squared error: (x - y)^2
-//   binary, label 1: pos_weight softplus(-x); label 0: softplus(x)
+//   binary: pos_weight y softplus(-x) + (1 - y) softplus(x), softplus(s) = log(1 + exp(s)), from exp(-|x|)
 template <class A>
 FL_HD ValueAndSlope<A> squared_error(A x, A y) {
     return {(x - y) * (x - y), A(2) * (x - y)};
@@ -170,10 +167,13 @@ FL_HD ValueAndSlope<A> squared_error(A x, A y) {
 
 template <class A>
 FL_HD ValueAndSlope<A> binary_loss(A x, A y, A pos_weight) {
-    const math::mask_t<A> positive = y == A(1);
-    const ValueAndSlope<A> plus = softplus(math::select(positive, -x, x));
-    const A factor = math::select(positive, pos_weight, A(1));
-    return {factor * plus.value, math::select(positive, -factor, factor) * plus.slope};
+    const math::mask_t<A> above = x > A(0);
+    const A e = math::exp(math::select(above, -x, x)), rest = math::log1p(e);
+    const A small = e / (A(1) + e), large = A(1) - small;  // small is at most 1/2, so that large is rounded once
+    const A positive = pos_weight * y, negative = A(1) - y;
+    const A value =
+        positive * (math::select(above, A(0), -x) + rest) + negative * (math::select(above, x, A(0)) + rest);
+    return {value, negative * math::select(above, large, small) - positive * math::select(above, small, large)};
 }
 
 template <class A>

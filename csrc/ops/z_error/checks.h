@@ -108,13 +108,15 @@ inline void check_pairs(const ZErrorArgs& args, Statistic statistic) {
     check_value(input.sizes() == target.sizes(), "target must have the shape of the input, ", input.sizes(), ", got ",
                 target.sizes());
     if (!is_binary(statistic)) return check_floating("target", target);
-    check_value(input.dim() == 1 || input.dim() == 2, "logits must have shape (N,) or (N, tasks), got ", input.sizes());
+    check_value(input.dim() >= 1, "logits must have shape (N,), (N, tasks) or (N, ..., tasks), got a scalar");
 }
+
+// Of binary and regression losses: the last of several dimensions.
+inline std::int64_t tasks_of(const Tensor& input) { return input.dim() >= 2 ? input.sizes().back() : 1; }
 
 // How many groups the rows of a binary or regression loss form.
 inline std::int64_t groups_of(const Tensor& input, Statistic statistic) {
-    if (!is_binary(statistic)) return 1;
-    return input.dim() == 2 ? input.size(1) * 2 : 2;
+    return tasks_of(input) * (is_binary(statistic) ? 2 : 1);
 }
 
 // Returns the dimension of the classes, as check_scores.
@@ -162,7 +164,7 @@ inline Statistic check_loss(const ZErrorArgs& args) {
     check_value(is_binary(statistic), "pos_weight is for the binary loss");
     check_floating("pos_weight", pos_weight);
     check_same_device("pos_weight", pos_weight, input);
-    const std::int64_t tasks = input.dim() == 2 ? input.size(1) : 1;
+    const std::int64_t tasks = tasks_of(input);
     check_value(pos_weight.dim() <= 1 && (pos_weight.numel() == 1 || pos_weight.numel() == tasks),
                 "pos_weight must hold one number or one per task (", tasks, "), got shape ", pos_weight.sizes());
     return statistic;

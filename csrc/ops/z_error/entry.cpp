@@ -249,4 +249,23 @@ void z_error_loss_backward(StableIValue* stack, std::uint64_t, std::uint64_t) {
     Results(stack).push(grad);
 }
 
+void update_moments_(StableIValue* stack, std::uint64_t, std::uint64_t) {
+    Tensor running, batch;
+    double momentum = 0;
+    Arguments(stack).read(running, batch, momentum);
+    for (const Tensor* t : {&running, &batch}) {
+        const char* const name = t == &running ? "running" : "batch";
+        check(t->dtype() == dtypes::float64, name, " must be float64, got ", t->dtype());
+        check_value(t->dim() == 2 && t->size(0) == 3 && t->is_contiguous(), name,
+                    " must be contiguous and of shape (3, groups), got ", t->sizes());
+    }
+    check_same_device("batch", batch, running);
+    check_value(running.sizes() == batch.sizes(), "batch must have the shape of running, ", running.sizes(), ", got ",
+                batch.sizes());
+    backend_of(running.device())
+        .update_moments(static_cast<double*>(running.mutable_data_ptr()),
+                        static_cast<const double*>(batch.const_data_ptr()), running.size(1), momentum,
+                        running.device().index);
+}
+
 }  // namespace fused_losses

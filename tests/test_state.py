@@ -1,0 +1,286 @@
+"""What a criterion remembers: its shape, its life in copies, checkpoints and inference mode, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import torch
+from torch.optim.swa_utils import AveragedModel
+
+import fused_losses as fl
+
+ROWS, CLASSES = 60, 4
+MAKE = {
+    "ce": lambda **options: fl.ZErrorCrossEntropyLoss(1.5, running=True, **options),
+    "bce": lambda **options: fl.ZErrorBCEWithLogitsLoss(1.5, running=True, **options),
+    "mse": lambda **options: fl.ZMSELoss(1.5, running=True, **options),
+    "mse_per_task": lambda **options: fl.ZMSELoss(1.5, running=True, per_task=True, **options),
+}
+FIXED = {
+    "ce": {"num_classes": CLASSES},
+    "bce": {"num_tasks": CLASSES},
+    "mse": {},
+    "mse_per_task": {"num_tasks": CLASSES},
+}
+GROUPS = {"ce": CLASSES, "bce": 2 * CLASSES, "mse": 1, "mse_per_task": CLASSES}
+KINDS = list(MAKE)
+
+
+def batch(kind, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(ROWS, CLASSES, generator=generator)
+    if kind == "ce":
+        return x, torch.arange(ROWS) % CLASSES
+    noise = torch.randn(ROWS, CLASSES, generator=generator)
+    return x, (noise > 0).float() if kind == "bce" else noise
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_given_number_fixes_the_shape_from_the_start(kind):
+    module = MAKE[kind](**FIXED[kind])
+    assert module.running_moments.shape == (3, GROUPS[kind])
+    averaged = AveragedModel(module, use_buffers=True)
+    module(*batch(kind))
+    averaged.update_parameters(module)
+    averaged.update_parameters(module)
+    torch.testing.assert_close(averaged.module.running_moments, module.running_moments)
+    resumed = MAKE[kind](**FIXED[kind])
+    for name, buffer in resumed.state_dict().items():  # as a distributed checkpoint: in place, into what is there
+        buffer.copy_(module.state_dict()[name])
+    assert torch.equal(resumed.running_moments, module.running_moments)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_first_call_in_inference_mode_does_not_spoil_later_ones(kind, fixed):
+    module, other = (MAKE[kind](**(FIXED[kind] if fixed else {})) for _ in range(2))
+    with torch.inference_mode():
+        module(*batch(kind))
+    other(*batch(kind))
+    x, y = batch(kind, seed=1)
+    for criterion in (module, other):
+        criterion(x.clone().requires_grad_(), y).backward()
+    assert torch.equal(module.running_moments, other.running_moments)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_before_training_eval_judges_by_the_batch(kind):
+    x, y = batch(kind)
+    for options in ({}, FIXED[kind]):
+        module = MAKE[kind](**options).eval()
+        plain = MAKE[kind](**options)
+        plain.running = False
+        torch.testing.assert_close(module(x, y), plain(x, y))
+        assert module(x, y) > 0
+        assert not module.running_moments.any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_number_of_classes_is_refused(kind):
+    module = MAKE[kind](**FIXED[kind])
+    if kind == "mse":
+        return
+    x, y = batch(kind)
+    with pytest.raises(
+        ValueError, match=f"those of {GROUPS[kind]} classes, got a batch with {GROUPS[kind] // CLASSES * 3}"
+    ):
+        module(x[:, :3], y.clamp(max=2) if kind == "ce" else y[:, :3])
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda m: m[:, :3], r"have shape \(3, 4\), got \(3, 3\)"),
+        (lambda m: m[:2], r"have shape \(3, 4\), got \(2, 4\)"),
+        (lambda m: m[0], r"have shape \(3, 4\), got \(4,\)"),
+        (lambda m: torch.full_like(m, math.nan), "hold finite means"),
+        (lambda m: torch.full_like(m, math.inf), "hold finite means"),
+        (lambda m: -m.abs() - 1, "hold finite means"),
+    ],
+)
+def test_moments_that_cannot_be_are_refused_at_load(spoil, message):
+    module = fl.ZErrorCrossEntropyLoss(running=True, num_classes=CLASSES)
+    module(*batch("ce"))
+    kept = module.running_moments.clone()
+    state = module.state_dict()
+    state["running_moments"] = spoil(state["running_moments"])
+    with pytest.raises(RuntimeError, match=f"running_moments must {message}"):
+        module.load_state_dict(state)
+    assert torch.equal(module.running_moments, kept)
+
+
+@pytest.mark.parametrize("wild", [1e200, math.inf, math.nan])
+def test_a_wild_batch_is_forgotten(wild):
+    module, sane = (fl.ZErrorCrossEntropyLoss(1.5, running=True, num_classes=CLASSES) for _ in range(2))
+    x, y = (t.double() if t.is_floating_point() else t for t in batch("ce"))
+    bad = x.clone()
+    bad[0, 0] = wild
+    for criterion in (module, sane):
+        criterion(x, y)
+    module(bad, y)
+    assert module.running_moments.isfinite().all()
+    for seed in range(3):
+        x, y = batch("ce", seed)
+        results = [criterion(x.double(), y, return_mask=True) for criterion in (module, sane)]
+        assert results[0].loss.isfinite() and not results[0].mask.all()
+
+
+def test_a_memory_that_is_no_number_recovers():
+    module = fl.ZErrorCrossEntropyLoss(1.5, running=True, num_classes=CLASSES)
+    module.running_moments.fill_(math.nan)
+    fresh = fl.ZErrorCrossEntropyLoss(1.5, running=True, num_classes=CLASSES)
+    torch.testing.assert_close(module(*batch("ce")), fresh(*batch("ce")))
+    assert torch.equal(module.running_moments, fresh.running_moments)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_does_not_apply_is_no_attribute(kind):
+    assert hasattr(MAKE[kind](), "running_statistics")
+    module = MAKE[kind]()
+    module.running = False
+    assert not hasattr(module, "running_statistics")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_and_pickles(kind):
+    module = MAKE[kind](**FIXED[kind])
+    module(*batch(kind))
+    stream = io.BytesIO()
+    torch.save(module, stream)
+    stream.seek(0)
+    copies = [copy.deepcopy(module), pickle.loads(pickle.dumps(module)), torch.load(stream, weights_only=False)]
+    expected = module(*batch(kind, 1))
+    for other in copies:
+        torch.testing.assert_close(other(*batch(kind, 1)), expected)
+
+
+def test_a_copy_shares_the_process_group_and_a_pickle_says_what_to_do(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        group = torch.distributed.new_group([0])
+        for module in (fl.ZErrorCrossEntropyLoss(process_group=group), fl.GlobalMean(fl.HEMLoss(), group)):
+            assert copy.deepcopy(module).process_group is group
+            assert copy.deepcopy(torch.nn.Sequential(module))[0].process_group is group
+            with pytest.raises(TypeError, match=r"cannot be pickled with its process_group.*state_dict"):
+                pickle.dumps(module)
+            module.process_group = None
+            assert pickle.loads(pickle.dumps(module)).process_group is None
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# ---- nothing that could not be judged is a perfect loss --------------------------------------------------------------
+
+
+def test_a_single_row_has_its_squared_error():
+    for statistic in ("target", "loss", "residual"):
+        result = fl.ZMSELoss(statistic=statistic)(torch.tensor([1.0]), torch.tensor([3.0]), return_mask=True)
+        assert result.loss == 4.0 and result.mask.all() and result.scores.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_soft_labels_count(dtype):
+    torch.manual_seed(0)
+    x = torch.randn(64, dtype=dtype)
+    label = torch.full((64,), 0.9, dtype=dtype)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(x.double(), label.double())
+    loss = fl.ZErrorBCEWithLogitsLoss(100.0)(x, label)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    mixed = torch.rand(64, dtype=torch.float64)
+    weight = torch.tensor(2.5, dtype=torch.float64)
+    leaf = x.double().requires_grad_()
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(leaf, mixed, pos_weight=weight)
+    actual = fl.functional.z_error_bce_with_logits(leaf, mixed, threshold=100.0, pos_weight=weight)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, leaf)[0] for loss in (actual, expected)))
+
+
+def test_the_nearer_of_zero_and_one_is_the_class():
+    x = torch.tensor([1.0, 2.0, 3.0, -1.0, -2.0, -3.0])
+    soft = torch.tensor([0.6, 1.0, 0.51, 0.5, 0.0, 0.49])
+    kept = [fl.functional.z_error_bce_with_logits(x, y, threshold=0.5, return_mask=True) for y in (soft, soft.round())]
+    assert torch.equal(kept[0].mask, kept[1].mask)
+    torch.testing.assert_close(kept[0].scores, kept[1].scores)
+
+
+@pytest.mark.parametrize("label", [-1.0, 1.0001, 2.0, -1e-9, math.inf, -math.inf])
+def test_other_labels_are_refused(label):
+    x, y = torch.randn(2, 20_000)
+    y = (y > 0).float()
+    y[15_000] = label
+    for requires_grad in (False, True):
+        with pytest.raises(ValueError, match=r"target must be in \[0, 1\], or NaN .*, got .* \(entry 15000\)"):
+            fl.functional.z_error_bce_with_logits(x.clone().requires_grad_(requires_grad), y)
+    with pytest.raises(ValueError, match=r"target must be in \[0, 1\]"):
+        fl.ZErrorBCEWithLogitsLoss(running=True)(x, y)
+
+
+@pytest.mark.parametrize("make", [fl.ZErrorCrossEntropyLoss, fl.ZErrorBCEWithLogitsLoss])
+def test_rows_alone_in_their_class_are_kept_by_default(make):
+    if make is fl.ZErrorCrossEntropyLoss:
+        x, y = torch.randn(5, 1000), torch.arange(5)
+    else:
+        x, y = torch.randn(2), torch.tensor([0.0, 1.0])
+    result = make()(x, y, return_mask=True)
+    assert result.mask.all() and result.scores.isnan().all() and result.loss > 0
+    assert not make(small_class="drop")(x, y, return_mask=True).mask.any()
+
+
+# ---- more than one column --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("statistic", ["target", "loss", "residual"])
+@pytest.mark.parametrize("shape", [(50, 3), (20, 3, 5), (10, 3, 2, 4)])
+def test_mse_per_task_is_each_task_alone(shape, statistic):
+    torch.manual_seed(0)
+    scale = torch.tensor([1.0, 100.0, 1e4]).view(3, *[1] * (len(shape) - 2))
+    y = torch.randn(shape) * scale
+    x = (y + torch.randn(shape) * scale).requires_grad_()
+    weight = torch.rand(shape)
+    options = {"threshold": 1.2, "statistic": statistic, "reduction": "none", "return_mask": True}
+    result = fl.functional.z_mse_loss(x, y, per_task=True, sample_weight=weight, **options)
+    plain = fl.reference.z_mse_loss(x, y, per_task=True, sample_weight=weight, **options)
+    assert result.loss.shape == result.mask.shape == result.scores.shape == shape
+    for task in range(3):
+        alone = fl.functional.z_mse_loss(x[:, task], y[:, task], sample_weight=weight[:, task], **options)
+        for mine, theirs, other in zip(result, alone, plain, strict=True):
+            torch.testing.assert_close(mine[:, task], theirs)
+            torch.testing.assert_close(mine[:, task], other[:, task], check_dtype=False)
+    assert not result.mask[:, 0].all()  # pooled, the small scale hides nothing
+    grads = [torch.autograd.grad(r.loss.sum(), x)[0] for r in (result, plain)]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("shape", [(40, 1, 3), (20, 1, 4, 5), (30, 2), (10, 2, 3, 4)])
+def test_binary_tasks_of_any_trailing_shape(shape):
+    torch.manual_seed(0)
+    x, y = torch.randn(shape), (torch.randn(shape) > 0).float()
+    result = fl.functional.z_error_bce_with_logits(x, y, threshold=1.1, return_mask=True, reduction="none")
+    for task in range(shape[1]):
+        alone = fl.functional.z_error_bce_with_logits(
+            x[:, task].flatten(), y[:, task].flatten(), threshold=1.1, return_mask=True, reduction="none"
+        )
+        assert torch.equal(result.mask[:, task].flatten(), alone.mask)
+        torch.testing.assert_close(result.loss[:, task].flatten(), alone.loss)
+
+
+# ---- the bias is for training ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(fl.LOSSES))
+def test_eval_leaves_the_bias_out(name):
+    torch.manual_seed(0)
+    x, y = torch.randn(20, 5), torch.randint(0, 5, (20,))
+    function, module = fl.LOSSES[name].function, fl.LOSSES[name].module(logit_bias=1.0)
+    torch.testing.assert_close(module(x, y), function(x, y, logit_bias=1.0))
+    module.eval()
+    torch.testing.assert_close(module(x, y), function(x, y))
+    z = fl.ZErrorCrossEntropyLoss(1.5, "loss", base=fl.LOSSES[name].module(logit_bias=1.0))
+    plain = fl.ZErrorCrossEntropyLoss(1.5, "loss", base=fl.LOSSES[name].module())
+    assert not torch.equal(z(x, y), plain(x, y))
+    torch.testing.assert_close(z.eval()(x, y), plain.eval()(x, y))
