@@ -7,13 +7,13 @@ python -m benchmarks.report --compare OLD.json NEW.json        (exit status 1 if
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import plots
 from benchmarks.cases import LOSSES, shape_name
 from benchmarks.jobs import Job
 from benchmarks.providers import PLAIN, PROVIDERS
@@ -242,6 +242,16 @@ def how_often(rows: list[Row]) -> str:
     return f"Jobs were timed {number} times (`--tries`); shown is the run in which the plain copy took least time.\n"
 
 
+def pictures(result: Results, device: str, folder: Path, suffix: str) -> str:
+    """Draws them into ``folder``; where matplotlib is missing the text says so."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return "\nNo pictures: matplotlib is not installed here.\n"
+    from benchmarks import plots
+
+    made = plots.draw(result, device, folder, suffix)
+    return "".join(f"\n![{path.stem.replace('_', ' ')}]({path.name})\n" for path in made)
+
+
 def report(results: list[Results], folder: Path) -> str:
     """The whole text, with one part for all files of a machine and build; draws the pictures into ``folder``."""
     results = merged(results)
@@ -257,8 +267,7 @@ def report(results: list[Results], folder: Path) -> str:
             text += "\nThe machine had other work: one thread's times are processor time. Elapsed times of two threads "
             text += "are a rough guide at best.\n"
         text += "\n" + how_often(result.rows)
-        for path in plots.draw(result, device, folder, "" if number == 1 else f"_{number}"):
-            text += f"\n![{path.stem.replace('_', ' ')}]({path.name})\n"
+        text += pictures(result, device, folder, "" if number == 1 else f"_{number}")
         text += "\n### Where we lose\n\n" + losing_cases(index)
         if result.rejected:
             text += "\n### Not timed: failed, or another result than float64 gives\n\n"

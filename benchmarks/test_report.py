@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import pytest
 
 from benchmarks import report
@@ -196,9 +196,14 @@ def test_report_writes_tables_and_pictures(tmp_path: Path) -> None:
         "nce_agce",
         "torch computes another loss",
         "net | 8 x 10",
-        "(copy_share.png)",
     ):
         assert part in text
+    if importlib.util.find_spec("matplotlib") is None:
+        assert "matplotlib is not installed" in text
+        return
+    import matplotlib.pyplot as plt
+
+    assert "(copy_share.png)" in text
     for name in ("copy_share", "speed_up", "memory"):
         image = plt.imread(tmp_path / f"{name}.png")
         assert image.std() > 0.05  # something is drawn

@@ -15,14 +15,28 @@ from fused_losses import demo
 __all__ = ["info", "main"]
 
 
+def cuda_warning(built: str | None, running: str | None) -> str | None:
+    """What may go wrong with kernels of one CUDA version beside a torch of another; None where nothing will.
+
+    The library holds its own copy of the CUDA runtime, which needs a driver of at least its major version.
+    """
+    if built is None or running is None or built.split(".")[0] == running.split(".")[0]:
+        return None
+    return (
+        f"compiled with CUDA {built}, but torch is for CUDA {running}: with a driver of CUDA {running} kernels of "
+        f"CUDA {built} may fail at their first use. Build with an nvcc of CUDA {running.split('.')[0]}."
+    )
+
+
 def info() -> list[tuple[str, str]]:
     """Facts for a bug report, as (name, value): versions, build, devices, registered losses."""
     build = fl.build_info()
+    warning = cuda_warning(build["cuda"], torch.version.cuda)
     built_for_cuda = f"CUDA {build['cuda']}" if build["cuda"] else "no CUDA"
     return [
         ("fused_losses", build["version"]),
         ("Python", f"{platform.python_version()} on {platform.platform()}"),
-        ("torch, running", torch.__version__),
+        ("torch, running", f"{torch.__version__}, {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'no CUDA'}"),
         ("torch, at build", build["torch"]),
         ("compiler", f"{build['compiler']}, {build['build_type']}"),
         ("built for", f"CPU ({', '.join(build['isa'])}), {built_for_cuda}"),
@@ -31,6 +45,7 @@ def info() -> list[tuple[str, str]]:
         ("threads", str(torch.get_num_threads())),
         ("devices", ", ".join(["cpu", *map(_cuda_device, range(torch.cuda.device_count()))])),
         ("losses", ", ".join(fl.loss_names())),
+        *([("WARNING", warning)] if warning else []),
     ]
 
 

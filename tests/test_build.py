@@ -140,3 +140,20 @@ def test_bad_build_settings_are_named(tmp_path, name, value, message):
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode != 0
     assert message in " ".join(result.stderr.split())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cmake") is None or shutil.which("nvcc") is None, reason="needs cmake and nvcc")
+@pytest.mark.parametrize("torch_cuda", ["11.8", None])
+def test_the_build_warns_of_a_torch_for_another_cuda(tmp_path, torch_cuda):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if any('get_cmake_dir' in text for text in sys.orig_argv):\n"  # what CMakeLists.txt asks Python
+        f"    import torch\n    torch.version.cuda = {torch_cuda!r}\n"
+    )
+    environment = {**os.environ, "FUSED_LOSSES_CUDA": "1", "PYTHONPATH": str(tmp_path)}
+    command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path / "build"), f"-DPython_EXECUTABLE={sys.executable}"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    said = " ".join(result.stderr.split())
+    assert ("is for CUDA 11.8: with a driver of CUDA 11.8 the kernels may fail" in said) == (torch_cuda is not None)

@@ -263,6 +263,30 @@ def test_an_impossible_folder_is_reported_before_training(tmp_path: Path) -> Non
         demo.main([*SHORT, "--out", str(tmp_path / "file" / "plot.png")])
 
 
+@pytest.mark.parametrize(
+    ("built", "running", "warns"),
+    [
+        ("13.0.88", "13.0", False),
+        ("13.0.88", "13.2", False),
+        ("13.0.88", "12.8", True),
+        ("12.4.131", "13.0", True),
+        ("13.0.88", None, False),
+        (None, "12.8", False),
+        (None, None, False),
+    ],
+)
+def test_info_warns_of_another_cuda(
+    monkeypatch: pytest.MonkeyPatch, built: str | None, running: str | None, warns: bool
+) -> None:
+    facts = {**fl.build_info(), "cuda": built}
+    monkeypatch.setattr(fl, "build_info", lambda: facts)
+    monkeypatch.setattr(torch.version, "cuda", running)
+    warning = dict(command.info()).get("WARNING")
+    assert (warning is not None) == warns
+    if warning is not None:
+        assert f"CUDA {built}" in warning and f"CUDA {running}" in warning
+
+
 def test_info_lists_versions_build_devices_and_losses(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["info"]) == 0
     printed = capsys.readouterr().out
