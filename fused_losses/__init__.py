@@ -54,9 +54,10 @@ from fused_losses.cutoffs import (
     optimal_prob_cutoff_from_skewnorm,
     z_error_inlier_mask,
 )
+from fused_losses.diagnostics import OutlierTracker
 from fused_losses.distributed import GlobalMean
 from fused_losses.margins import hem_margin, hem_plus_margins
-from fused_losses.schedules import get_sigma_threshold
+from fused_losses.schedules import LogitBiasSchedule, ThresholdSchedule, get_sigma_threshold
 from fused_losses.statistics import ClassStatistics, class_statistics
 from fused_losses.z_bce import ZErrorBCEWithLogitsLoss
 from fused_losses.z_cross_entropy import ZErrorCrossEntropyLoss
@@ -79,6 +80,7 @@ __all__ = [
     "GlobalMean",
     "HEMLoss",
     "JSLoss",
+    "LogitBiasSchedule",
     "MAELoss",
     "MultiMarginLoss",
     "NCEAGCELoss",
@@ -89,10 +91,12 @@ __all__ = [
     "NFLMAELoss",
     "NFLRCELoss",
     "NGCELoss",
+    "OutlierTracker",
     "PHuberCELoss",
     "RCELoss",
     "SCELoss",
     "TaylorCELoss",
+    "ThresholdSchedule",
     "ZErrorBCEWithLogitsLoss",
     "ZErrorCrossEntropyLoss",
     "ZErrorResult",

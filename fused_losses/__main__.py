@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 
@@ -13,6 +15,8 @@ import fused_losses as fl
 from fused_losses import demo
 
 __all__ = ["info", "main"]
+
+_KILLED_BY_SIGPIPE = 128 + 13  # the status of any other program that such a reader leaves behind
 
 
 def cuda_warning(built: str | None, running: str | None) -> str | None:
@@ -63,9 +67,30 @@ def _print_info(_: argparse.Namespace) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with the command line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with status 2."""
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand with command-line arguments (``sys.argv`` by default); returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m fused_losses", description="Noise-robust losses for PyTorch.")
+    try:
+        try:
+            return _run(argv)
+        finally:
+            print(end="", flush=True)
+    except BrokenPipeError:
+        # The reader, such as `head -1`, has left. What is still in the buffer goes nowhere, or the interpreter would
+        # complain at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _KILLED_BY_SIGPIPE
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = _Parser(prog="python -m fused_losses", description="Noise-robust losses for PyTorch.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     info_parser = commands.add_parser("info", help="versions, devices and registered losses")
     info_parser.set_defaults(run=_print_info)

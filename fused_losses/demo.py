@@ -46,6 +46,7 @@ from fused_losses.diagnostics import OutlierTracker
 
 __all__ = [
     "add_arguments",
+    "check_writable",
     "compare_flags",
     "corrupt_labels",
     "evaluate",
@@ -58,6 +59,7 @@ __all__ = [
 ]
 
 DEFAULT_LOSSES = "ce,mae,mae*,gce*,agce*,hem,z_ce,z_ce_default"
+LARGEST = 1_000_000  # of epochs, seeds and rows in a step
 EXTRA = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
 
 
@@ -186,8 +188,9 @@ def _parse_noise(text: str) -> float:
 
 
 def _parse_count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    # The length first: converting a text of thousands of digits raises another error.
+    if not text.isdecimal() or len(text) > 20 or not 1 <= int(text) <= LARGEST:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {LARGEST}, got {text[:24]!r}")
     return int(text)
 
 
@@ -209,6 +212,22 @@ def _parse_out(text: str) -> Path:
     return path / "fused_losses_demo.png"
 
 
+def check_writable(option: str, *paths: Path) -> None:
+    """Ends the program with one line unless the files can be written; makes their folders and leaves them as they are."""
+    for path in paths:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SystemExit(f"cannot create the folder of {option}: {error}") from None
+        existed = path.exists()
+        try:
+            path.open("ab").close()
+            if not existed:
+                path.unlink()
+        except OSError as error:
+            raise SystemExit(f"cannot write {option}: {error}") from None
+
+
 def run(args: argparse.Namespace) -> int:
     """Train, measure, print and save; ``args`` comes from a parser that `add_arguments` filled."""
     missing = [name for module, name in EXTRA.items() if importlib.util.find_spec(module) is None]
@@ -217,10 +236,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SystemExit(f"cannot create the folder of --out: {error}") from None
+    check_writable("--out", args.out, args.out.with_suffix(".json"))
     console = Console(highlight=False, markup=False)
     recipe = Recipe(args.noise, args.epochs, args.batch_size)
     data = load_data(args.device)

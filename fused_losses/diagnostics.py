@@ -3,27 +3,60 @@
 from __future__ import annotations
 
 import csv
+import enum
 import math
 import operator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fused_losses._arrays import Numbers, as_tensor
+
 __all__ = ["OutlierTracker"]
+
+_ROUNDING = 1e-3  # a probability computed in low precision may be this much above 1
+
+
+class RowLogProbs(Protocol):
+    """Something that has the log-probability of every row's label."""
+
+    @property
+    def log_prob(self) -> Tensor:
+        """Of the shape of the labels."""
+
+
+class _Count(enum.IntEnum):
+    """Columns of the counts of a sample's observations."""
+
+    SEEN = 0
+    JUDGED = 1
+    FLAGGED = 2
+    SCORED = 3
+    WITH_PROB = 4
+
+
+class _Sum(enum.IntEnum):
+    """Columns of what is summed over a sample's observations."""
+
+    SCORE = 0
+    PROB = 1
 
 
 class OutlierTracker:
-    """Counts how often each training sample was dropped by the mask of a Z-Error loss.
+    """Counts how often each training sample was dropped, and averages how probable the network found its label.
 
-    Samples that are flagged epoch after epoch are the ones whose labels are worth checking. All counts are sums over
-    what was seen, so a sample that appears twice (drawn with replacement, or repeated by ``DistributedSampler`` to fill
-    the last batch) just counts as two observations and its rate stays a rate. Under DistributedDataParallel every rank
-    keeps its own tracker, indexed by the number of the sample in the data set, and :meth:`all_reduce` sums them up.
+    Samples that are flagged epoch after epoch are the ones whose labels are worth checking; :meth:`rank` puts all
+    samples in the order in which to check them. What is counted are observations: a sample that appears twice (drawn
+    with replacement, or repeated by ``DistributedSampler`` to fill the last batch) just counts as two, and its rate
+    stays a rate. A row that could not be judged, because it is ignored or its class too small, is no observation. Under
+    DistributedDataParallel every rank keeps its own tracker, indexed by the number of the sample in the data set, and
+    :meth:`all_reduce` sums them up.
 
-    Updates on ``device`` do not synchronise with the host. 32 bytes per sample.
+    Updates on ``device`` do not synchronise with the host. 36 bytes per sample.
 
     Args:
         num_samples: size of the data set; indices are in ``[0, num_samples)``.
@@ -35,10 +68,10 @@ class OutlierTracker:
 
     Example:
         >>> tracker = OutlierTracker(4)
-        >>> tracker.update(torch.tensor([0, 1, 3]), torch.tensor([True, False, True]))
-        >>> tracker.update(torch.tensor([0, 1, 3]), torch.tensor([True, False, False]))
-        >>> tracker.flagged(0.9)
-        tensor([1])
+        >>> tracker.update([0, 1, 3], mask=[True, False, True], prob=[0.9, 0.1, 0.7])
+        >>> tracker.update([0, 1, 3], mask=[True, False, False], prob=[0.8, 0.2, 0.5])
+        >>> tracker.flagged(0.9), tracker.rank()
+        (tensor([1]), tensor([1, 3, 0]))
 
     Source: the use of the mask of 2506.02154; the bookkeeping is ours.
     """
@@ -50,113 +83,182 @@ class OutlierTracker:
             raise TypeError(f"num_samples must be an integer, got {num_samples!r}") from None
         if self.num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-        # Rows: observations, flags, observations with a score.
-        self._counts = torch.zeros(3, self.num_samples, dtype=torch.int64, device=device)
-        self._score_sum = torch.zeros(self.num_samples, dtype=torch.float64, device=device)
+        self._counts = torch.zeros(self.num_samples, len(_Count), dtype=torch.int32, device=device)
+        self._sums = torch.zeros(self.num_samples, len(_Sum), dtype=torch.float64, device=device)
 
     @property
     def times_seen(self) -> Tensor:
-        """Observations of each sample, int64 ``(num_samples,)``."""
-        return self._counts[0].clone()
+        """Observations of each sample of any kind, int64 ``(num_samples,)``."""
+        return self._count(_Count.SEEN)
+
+    @property
+    def times_judged(self) -> Tensor:
+        """Observations of each sample with a mask, int64 ``(num_samples,)``."""
+        return self._count(_Count.JUDGED)
 
     @property
     def times_flagged(self) -> Tensor:
         """Observations of each sample that the mask dropped, int64 ``(num_samples,)``."""
-        return self._counts[1].clone()
+        return self._count(_Count.FLAGGED)
 
     @torch.no_grad()
-    def update(self, index: Tensor, mask: Tensor, score: Tensor | None = None) -> None:
-        """Records one batch.
+    def update(
+        self,
+        index: Numbers,
+        mask: Numbers | None = None,
+        score: Numbers | None = None,
+        *,
+        row_statistics: RowLogProbs | None = None,
+        log_prob: Numbers | None = None,
+        prob: Numbers | None = None,
+    ) -> None:
+        """Records one batch. Every argument may be a tensor, an array or a list.
+
+        Give a mask, a score, a probability of the label (in one of three ways), or several of them.
 
         Args:
             index: number of each row's sample in the data set, integers of any shape; a sample may occur repeatedly.
             mask: bool, the shape of ``index``, True for rows that were **kept** (as every mask of this package).
             score: what was tested (a loss, a z-score, ...), floating point, the shape of ``index``; averaged per
-                sample. Scores that are not finite are left out of the average.
+                sample. A row whose score is NaN was not judged: its mask is no observation. An infinite score is left
+                out of the average.
+            row_statistics: what ``fused_losses.row_statistics(logits, target)`` gives, or anything else that has the
+                log-probability of every row's label as ``log_prob``.
+            log_prob: log-probability of every row's label, the shape of ``index``; ``-loss`` of cross entropy without
+                weights. A row with NaN is left out.
+            prob: probability of every row's label, likewise.
 
         Raises:
-            TypeError: a dtype does not fit.
-            ValueError: shapes differ.
-            IndexError: an index is out of range (if ``index`` is on a CUDA device and the counts too: a device
-                assertion, because a check would wait for the device).
+            TypeError: a dtype does not fit, or there is nothing to record.
+            ValueError: shapes differ, a probability is not between 0 and 1, or it is given in two ways.
+            IndexError: an index is out of range. If tensors and counts are on a CUDA device, indices and probabilities
+                out of range are device assertions, because a check would wait for the device.
         """
-        if index.dtype == torch.bool or index.is_floating_point() or index.is_complex():
-            raise TypeError(f"index must hold integers, got {index.dtype}")
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be a bool tensor (True = kept), got {mask.dtype}")
-        if score is not None and not score.is_floating_point():
-            raise TypeError(f"score must be floating point, got {score.dtype}")
-        for name, tensor in (("mask", mask), ("score", score)):
-            if tensor is not None and tensor.shape != index.shape:
-                raise ValueError(f"{name} must have the shape {tuple(index.shape)} of index, got {tuple(tensor.shape)}")
+        rows = _rows("index", index, None)
         device = self._counts.device
-        rows = index.detach().flatten().to(device, torch.int64)
-        if device.type == "cpu" and rows.numel():
-            worst = int(rows.min()) if int(rows.min()) < 0 else int(rows.max())
-            if not 0 <= worst < self.num_samples:
-                raise IndexError(f"index must be in [0, {self.num_samples}), got {worst}")
-        flags = ~mask.detach().flatten().to(device)
-        self._add(0, rows, torch.ones_like(rows))
-        self._add(1, rows, flags.long())
-        if score is not None:
-            values = score.detach().flatten().to(device, torch.float64)
-            usable = values.isfinite()
-            self._add(2, rows, usable.long())
-            self._score_sum.index_put_((rows,), torch.where(usable, values, 0.0), accumulate=True)
+        counts = torch.zeros(*rows.shape, len(_Count), dtype=torch.int32, device=device)
+        sums = torch.zeros(*rows.shape, len(_Sum), dtype=torch.float64, device=device)
+        kept = None if mask is None else _rows("mask", mask, rows.shape)
+        scores = None if score is None else _rows("score", score, rows.shape)
+        probs = _label_probability(rows.shape, device, row_statistics=row_statistics, log_prob=log_prob, prob=prob)
+        if kept is None and scores is None and probs is None:
+            raise TypeError("update() needs a mask, a score or a probability (row_statistics, log_prob or prob)")
+        _check_index(rows, self.num_samples, device)
 
-    def _add(self, row: int, index: Tensor, amount: Tensor) -> None:
-        self._counts[row].index_put_((index,), amount, accumulate=True)
+        known = torch.ones(rows.shape, dtype=torch.bool, device=device)
+        if scores is not None:
+            scores = scores.to(device, torch.float64)
+            known = ~scores.isnan()
+            usable = scores.isfinite()
+            counts[..., _Count.SCORED] = usable
+            sums[..., _Sum.SCORE] = torch.where(usable, scores, 0.0)
+        if kept is not None:
+            counts[..., _Count.JUDGED] = known
+            counts[..., _Count.FLAGGED] = known & ~kept.to(device)
+        seen = known if kept is not None or scores is not None else torch.zeros_like(known)
+        if probs is not None:
+            given = ~probs.isnan()
+            seen = seen | given
+            counts[..., _Count.WITH_PROB] = given
+            sums[..., _Sum.PROB] = torch.where(given, probs, 0.0)
+        counts[..., _Count.SEEN] = seen
+        place = (rows.flatten().to(device, torch.int64),)
+        self._counts.index_put_(place, counts.reshape(-1, len(_Count)), accumulate=True)
+        self._sums.index_put_(place, sums.reshape(-1, len(_Sum)), accumulate=True)
+
+    def _count(self, kind: _Count) -> Tensor:
+        return self._counts[:, kind].long()
 
     def flag_rate(self) -> Tensor:
-        """Share of the observations of each sample that were dropped: float64 ``(num_samples,)``, NaN if never seen."""
-        return self._counts[1].double() / self._counts[0]
+        """Share of its judgements in which a sample was dropped: float64 ``(num_samples,)``, NaN if never judged."""
+        return self._counts[:, _Count.FLAGGED].double() / self._counts[:, _Count.JUDGED]
 
     def mean_score(self) -> Tensor:
         """Mean finite score of each sample: float64 ``(num_samples,)``, NaN if there was none."""
-        return self._score_sum / self._counts[2]
+        return self._sums[:, _Sum.SCORE] / self._counts[:, _Count.SCORED]
+
+    def mean_probability(self) -> Tensor:
+        """Mean probability of each sample's label: float64 ``(num_samples,)``, NaN if there was none."""
+        return self._sums[:, _Sum.PROB] / self._counts[:, _Count.WITH_PROB]
 
     def flagged(self, min_rate: float, *, min_seen: int = 1) -> Tensor:
-        """The samples dropped in at least the share ``min_rate`` of their observations.
+        """The samples dropped in at least the share ``min_rate`` of their judgements.
+
+        Rates lock in: what a loss drops it does not learn, so it goes on dropping it. Late in training most samples
+        have a rate near 0 or 1 and any ``min_rate`` gives the same answer. To look at the worst first, or at a chosen
+        number of samples, use :meth:`rank`.
 
         Args:
             min_rate: smallest rate, 0 <= min_rate <= 1.
-            min_seen: samples with fewer observations are left out, at least 1.
+            min_seen: samples that were judged less often are left out, at least 1.
 
         Returns:
-            Their indices, int64, ascending. Sort by ``flag_rate()[result]`` or ``mean_score()[result]`` to look at the
-            worst first.
+            Their indices, int64, ascending.
 
         Raises:
             ValueError: an argument is out of range.
         """
         if not 0.0 <= min_rate <= 1.0:
             raise ValueError(f"min_rate must be between 0 and 1, got {min_rate}")
-        if min_seen < 1:
-            raise ValueError(f"min_seen must be at least 1, got {min_seen}")
-        seen = self._counts[0] >= min_seen
-        return torch.nonzero(seen & (self.flag_rate() >= min_rate)).flatten()
+        _check_min_seen(min_seen)
+        judged = self._counts[:, _Count.JUDGED] >= min_seen
+        return torch.nonzero(judged & (self.flag_rate() >= min_rate)).flatten()
+
+    def rank(self, *, by: str = "auto", suspicious: str = "low", min_seen: int = 1) -> Tensor:
+        """The samples in the order in which to check their labels, the most suspicious first.
+
+        By the mean probability of the label, low is suspicious. It tells most over the first third of the training,
+        before wrong labels are learned by heart: stop updating then. How many of the first samples are worth a look
+        depends on how many labels are wrong, which the order does not say.
+
+        Args:
+            by: ``"probability"``, ``"score"``, or ``"auto"``: probabilities if :meth:`update` was given any, else
+                scores.
+            suspicious: which mean scores come first, ``"low"`` (the standardised logits and probabilities of the
+                Z-Error losses) or ``"high"`` (losses, and standardised losses). Probabilities do not need it.
+            min_seen: samples with fewer such observations are left out, at least 1.
+
+        Returns:
+            Indices of the samples that have such an observation, int64; equals in ascending order.
+
+        Raises:
+            ValueError: an option is unknown or out of range.
+        """
+        if by not in ("auto", "probability", "score"):
+            raise ValueError(f"by must be 'auto', 'probability' or 'score', got {by!r}")
+        if suspicious not in ("low", "high"):
+            raise ValueError(f"suspicious must be 'low' or 'high', got {suspicious!r}")
+        _check_min_seen(min_seen)
+        if by == "auto":
+            by = "probability" if bool(self._counts[:, _Count.WITH_PROB].any()) else "score"
+        count = self._counts[:, _Count.WITH_PROB if by == "probability" else _Count.SCORED]
+        mean = self.mean_probability() if by == "probability" else self.mean_score()
+        candidates = torch.nonzero(count >= min_seen).flatten()
+        descending = by == "score" and suspicious == "high"
+        return candidates[torch.argsort(mean[candidates], descending=descending, stable=True)]
 
     def to_csv(self, path: str | Path) -> None:
         """Writes a table with one line per sample, in the order of the data set.
 
-        Columns: ``index``, ``times_seen``, ``times_flagged``, ``flag_rate`` (empty for samples never seen) and
-        ``mean_score`` (empty without a finite score).
+        Columns: ``index``, ``times_seen``, ``times_judged``, ``times_flagged``, and, each empty where there is nothing
+        to average, ``flag_rate``, ``mean_score`` and ``mean_probability``.
 
         Args:
             path: the file; it is replaced if it exists.
         """
-
-        def text(value: float) -> str:
-            return "" if math.isnan(value) else repr(value)
-
-        columns = (self._counts[0], self._counts[1], self.flag_rate(), self.mean_score())
+        columns = {
+            "times_seen": self.times_seen,
+            "times_judged": self.times_judged,
+            "times_flagged": self.times_flagged,
+            "flag_rate": self.flag_rate(),
+            "mean_score": self.mean_score(),
+            "mean_probability": self.mean_probability(),
+        }
         with Path(path).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(["index", "times_seen", "times_flagged", "flag_rate", "mean_score"])
-            rows = zip(*(column.tolist() for column in columns), strict=True)
-            writer.writerows(
-                [i, seen, flags, text(rate), text(score)] for i, (seen, flags, rate, score) in enumerate(rows)
-            )
+            writer.writerow(["index", *columns])
+            for index, row in enumerate(zip(*(column.tolist() for column in columns.values()), strict=True)):
+                writer.writerow([index, *("" if math.isnan(value) else repr(value) for value in row)])
 
     def merge(self, other: OutlierTracker) -> OutlierTracker:
         """A new tracker with the observations of both.
@@ -168,7 +270,7 @@ class OutlierTracker:
             raise ValueError(f"other must have num_samples={self.num_samples}, got {other.num_samples}")
         result = self._copy()
         result._counts += other._counts.to(result._counts.device)
-        result._score_sum += other._score_sum.to(result._score_sum.device)
+        result._sums += other._sums.to(result._sums.device)
         return result
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> OutlierTracker:
@@ -185,7 +287,7 @@ class OutlierTracker:
         if not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError("all_reduce needs torch.distributed.init_process_group() first")
         result = self._copy()
-        for own in (result._counts, result._score_sum):
+        for own in (result._counts, result._sums):
             # NCCL moves tensors of CUDA devices only.
             moved = own.cuda() if dist.get_backend(group) == "nccl" else own
             dist.all_reduce(moved, group=group)
@@ -196,12 +298,12 @@ class OutlierTracker:
     def _copy(self) -> OutlierTracker:
         result = OutlierTracker(self.num_samples, device=self._counts.device)
         result._counts.copy_(self._counts)
-        result._score_sum.copy_(self._score_sum)
+        result._sums.copy_(self._sums)
         return result
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on after :meth:`load_state_dict`, as tensors."""
-        return {"counts": self._counts.clone(), "score_sum": self._score_sum.clone()}
+        return {"counts": self._counts.clone(), "sums": self._sums.clone()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` gave.
@@ -209,7 +311,7 @@ class OutlierTracker:
         Raises:
             ValueError: keys are missing or unknown, or it is for a data set of another size.
         """
-        own: dict[str, Tensor] = {"counts": self._counts, "score_sum": self._score_sum}
+        own: dict[str, Tensor] = {"counts": self._counts, "sums": self._sums}
         if state_dict.keys() != own.keys():
             raise ValueError(f"state_dict must have the keys {sorted(own)}, got {sorted(state_dict)}")
         for name, tensor in own.items():
@@ -223,3 +325,69 @@ class OutlierTracker:
 
     def __repr__(self) -> str:
         return f"OutlierTracker(num_samples={self.num_samples})"
+
+
+def _check_min_seen(min_seen: int) -> None:
+    if min_seen < 1:
+        raise ValueError(f"min_seen must be at least 1, got {min_seen}")
+
+
+def _rows(name: str, values: Numbers, shape: torch.Size | None) -> Tensor:
+    """An argument of ``update`` as a tensor of its kind (index, mask, or numbers) and of the given shape."""
+    tensor = as_tensor(name, values)
+    if tensor.numel() == 0 and not isinstance(values, (Tensor, np.ndarray)):
+        tensor = tensor.to({"index": torch.int64, "mask": torch.bool}.get(name, torch.float64))
+    elif name not in ("index", "mask") and isinstance(values, (list, tuple)) and tensor.dtype == torch.int64:
+        tensor = tensor.double()  # [0, 1] is a list of numbers like any other
+    number = tensor.is_floating_point()
+    if name == "index" and (number or tensor.is_complex() or tensor.dtype == torch.bool):
+        raise TypeError(f"index must hold integers, got {tensor.dtype}")
+    if name == "mask" and tensor.dtype != torch.bool:
+        raise TypeError(f"mask must be a bool tensor (True = kept), got {tensor.dtype}")
+    if name not in ("index", "mask") and not number:
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+    if shape is not None and tensor.shape != shape:
+        raise ValueError(f"{name} must have the shape {tuple(shape)} of index, got {tuple(tensor.shape)}")
+    return tensor
+
+
+def _check_index(rows: Tensor, num_samples: int, device: torch.device) -> None:
+    """Raises an IndexError where that needs no waiting for a device; there, ``index_put_`` asserts."""
+    if rows.numel() and "cpu" in (rows.device.type, device.type):
+        smallest, largest = (int(end) for end in torch.aminmax(rows.long()))
+        worst = smallest if smallest < 0 else largest
+        if not 0 <= worst < num_samples:
+            raise IndexError(f"index must be in [0, {num_samples}), got {worst}")
+
+
+def _label_probability(
+    shape: torch.Size,
+    device: torch.device,
+    *,
+    row_statistics: RowLogProbs | None,
+    log_prob: Numbers | None,
+    prob: Numbers | None,
+) -> Tensor | None:
+    """The probability of every row's label, float64, from the one argument that is given."""
+    named = {"row_statistics": row_statistics, "log_prob": log_prob, "prob": prob}
+    given = [name for name, value in named.items() if value is not None]
+    if not given:
+        return None
+    if len(given) > 1:
+        raise ValueError(f"the probability must be given in one way, got {' and '.join(given)}")
+    if row_statistics is not None:
+        if not hasattr(row_statistics, "log_prob"):
+            raise TypeError(f"row_statistics must have log_prob, got {type(row_statistics).__name__}")
+        log_prob = row_statistics.log_prob
+    name, values = ("prob", prob) if log_prob is None else ("log_prob", log_prob)
+    tensor = _rows(name, values, shape)  # type: ignore[arg-type]
+    probs = tensor.to(device, torch.float64)
+    if name == "log_prob":
+        probs = probs.exp()
+    possible = probs.isnan() | ((probs >= 0.0) & (probs <= 1.0 + _ROUNDING))
+    if "cpu" not in (tensor.device.type, device.type):
+        torch._assert_async(possible.all(), f"{name} must be that of a probability between 0 and 1")
+    elif not possible.all():
+        rule = "be between 0 and 1" if name == "prob" else "not be above 0"
+        raise ValueError(f"{name} must {rule}, got {float(tensor[~possible.to(tensor.device)].flatten()[0])}")
+    return probs.clamp(max=1.0)

@@ -4,13 +4,18 @@ The value is ``start + (end - start) * f``, where ``f`` grows from 0 to 1 with t
 
 * ``mode="linear"``: ``f = k / steps`` after ``k`` calls, 1 from ``steps`` on;
 * ``mode="cosine"``: ``f = (1 - cos(pi k / steps)) / 2``, flat at both ends;
-* ``mode="plateau"``: each time the metric given to ``step`` has not improved for more than ``patience`` calls in a row,
-  the distance to ``end`` is multiplied by ``factor``; below 0.1 % of the whole way it becomes 0.
+* ``mode="peak"``: ``f = 1`` as soon as the metric given to ``step`` has passed its peak, which is when it has not
+  improved for more than ``patience`` calls in a row. Until then 0, or linear if ``steps`` is given;
+* ``mode="plateau"``: each time the metric has not improved for more than ``patience`` calls in a row, the distance to
+  ``end`` is multiplied by ``factor``; below 0.1 % of the whole way it becomes 0.
 
 The constructor writes ``start`` into the loss Module. A float attribute becomes, once, a 0-dim float64 buffer on the
 device of the Module's other tensors: from then on it is part of ``module.state_dict()`` and moves with
 ``module.to(device)``. Writing it neither recompiles nor synchronises, and a captured CUDA graph sees the new value.
-Build the schedule before ``torch.compile``, before capturing a graph and before loading a ``state_dict``.
+Build the schedule before capturing a graph and before loading a ``state_dict``; also before the first call of a compiled
+Module, which compiles again if its float becomes a buffer. The schedule of a Module that is wrapped (by
+``torch.compile``, ``DataParallel``, ``DistributedDataParallel`` or ``FullyShardedDataParallel``) is that of the Module
+inside.
 
 An attribute that is a tensor already is overwritten in place, also for others who hold it. If it has one value per
 class ``(C,)``, every class moves from its own start to its own end, and a single number for ``start`` or ``end`` counts
@@ -20,14 +25,20 @@ for all classes. (One common factor could not bring different classes to a commo
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fused_losses._arrays import Numbers, as_tensor
+from fused_losses._unwrap import owns, unwrap
+
 __all__ = ["LogitBiasSchedule", "ThresholdSchedule", "get_sigma_threshold"]
 
-_MODES = ("linear", "cosine", "plateau")
+_MODES = ("linear", "cosine", "peak", "plateau")
+_PATIENCE = {"peak": 1, "plateau": 5}
 _SNAP = 1e-3  # what a plateau leaves of the way is dropped below this share
 
 
@@ -69,6 +80,16 @@ def get_sigma_threshold(epoch: float, max_epochs: int, start_sigma: float = 100.
     return float(end_sigma if progress == 1.0 else start_sigma + (end_sigma - start_sigma) * progress)
 
 
+def _whole(name: str, value: Any, smallest: int, where: str = "") -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = smallest - 1
+    if isinstance(value, bool) or number < smallest:
+        raise ValueError(f"{name} must be an integer >= {smallest}{where}, got {value!r}")
+    return number
+
+
 class _Schedule:
     """``start + (end - start) * fraction`` in a buffer of a Module; :meth:`step` moves ``fraction`` from 0 to 1."""
 
@@ -78,29 +99,29 @@ class _Schedule:
     def __init__(
         self,
         module: nn.Module,
-        start: float | Tensor | None,
-        end: float | Tensor,
+        start: Numbers | None,
+        end: Numbers,
         steps: int | None,
         *,
         mode: str,
         factor: float,
-        patience: int,
+        patience: int | None,
         min_delta: float,
-        maximize: bool,
+        maximize: bool | None,
     ) -> None:
         if mode not in _MODES:
             raise ValueError(f"mode must be one of {', '.join(_MODES)}, got {mode!r}")
-        if mode == "plateau":
-            if steps is not None:
-                raise ValueError(f"steps must be left out with mode='plateau', got {steps}")
-        elif isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps must be an integer >= 1 with mode={mode!r}, got {steps!r}")
+        if mode == "plateau" and steps is not None:
+            raise ValueError(f"steps must be left out with mode='plateau', got {steps}")
+        if steps is not None or mode in ("linear", "cosine"):
+            steps = _whole("steps", steps, 1, f" with mode={mode!r}")
         if not 0.0 <= factor < 1.0:
             raise ValueError(f"factor must satisfy 0 <= value < 1, got {factor}")
-        if patience < 0:
-            raise ValueError(f"patience must be at least 0, got {patience}")
+        patience = _PATIENCE.get(mode, 0) if patience is None else _whole("patience", patience, 0)
         if not 0.0 <= min_delta < math.inf:
             raise ValueError(f"min_delta must satisfy 0 <= value < inf, got {min_delta}")
+        maximize = mode == "peak" if maximize is None else maximize
+        module = unwrap(module)
         self.module = module
         self.mode, self.steps, self.factor, self.patience = mode, steps, factor, patience
         self.min_delta, self.maximize = min_delta, maximize
@@ -126,22 +147,23 @@ class _Schedule:
         """Moves on; call it once per epoch (or batch, if ``steps`` counts those).
 
         Args:
-            metric: only with ``mode="plateau"`` and then required: the number watched, such as the validation loss. NaN
-                counts as no improvement. Under DistributedDataParallel pass the same number on every rank.
+            metric: only with ``mode="peak"`` or ``"plateau"`` and then required: the number watched, such as the
+                accuracy or the loss on validation data. NaN counts as no improvement. Under DistributedDataParallel
+                pass the same number on every rank.
 
         Raises:
-            TypeError: ``metric`` is missing with ``mode="plateau"``, or given with another mode.
+            TypeError: ``metric`` is missing, or given with a mode that does not watch one.
         """
-        if self.mode == "plateau":
-            if metric is None:
-                raise TypeError("step() needs a metric with mode='plateau', got None")
-            self._watch(float(metric))
-        elif metric is not None:
-            raise TypeError(f"step() takes a metric only with mode='plateau', got {metric!r} with mode={self.mode!r}")
+        watching = self.mode in _PATIENCE
+        if watching != (metric is not None):
+            rule = "needs a metric" if watching else "takes no metric"
+            raise TypeError(f"step() {rule} with mode={self.mode!r}, got {metric!r}")
         self.step_count += 1
-        if self.steps is not None:
+        if self.steps is not None and self.fraction < 1.0:
             progress = min(self.step_count / self.steps, 1.0)
-            self.fraction = progress if self.mode == "linear" else 0.5 - 0.5 * math.cos(math.pi * progress)
+            self.fraction = 0.5 - 0.5 * math.cos(math.pi * progress) if self.mode == "cosine" else progress
+        if metric is not None:
+            self._watch(float(metric))
         self._write()
 
     def _watch(self, metric: float) -> None:
@@ -152,7 +174,7 @@ class _Schedule:
         self.num_bad_steps += 1
         if self.num_bad_steps > self.patience:
             self.num_bad_steps = 0
-            left = (1.0 - self.fraction) * self.factor
+            left = 0.0 if self.mode == "peak" else (1.0 - self.fraction) * self.factor
             self.fraction = 1.0 if left < _SNAP else 1.0 - left
 
     def state_dict(self) -> dict[str, Any]:
@@ -188,19 +210,26 @@ class _Schedule:
         self._write()
 
     def _current(self) -> float | Tensor:
-        if not hasattr(self.module, self.name):
+        if not isinstance(self.module, nn.Module) or not hasattr(self.module, self.name):
             raise TypeError(f"module must have an attribute {self.name!r}, {type(self.module).__name__} has none")
+        if not owns(self.module, self.name):
+            raise TypeError(
+                f"module must hold {self.name!r} itself to be scheduled, {type(self.module).__name__} has it from its "
+                "class or from a Module inside it: pass that one, or set the attribute"
+            )
         current: Any = getattr(self.module, self.name)
         if isinstance(current, str):  # "auto": a number is needed to start from, and C is not known here
             return math.nan
-        if isinstance(current, bool) or not isinstance(current, (int, float, Tensor)):
+        if isinstance(current, Tensor):
+            return current
+        if isinstance(current, bool) or not isinstance(current, (int, float, np.number)):
             raise TypeError(
                 f"module.{self.name} must be a number or a tensor to be scheduled, got {type(current).__name__}"
             )
-        return current
+        return float(current)
 
-    def _checked(self, argument: str, value: float | Tensor, shape: torch.Size) -> Tensor:
-        result = torch.as_tensor(value, dtype=torch.float64).detach().to("cpu", copy=True)
+    def _checked(self, argument: str, value: Numbers, shape: torch.Size) -> Tensor:
+        result = as_tensor(argument, value).to("cpu", torch.float64, copy=True)
         if result.dim() > 0 and result.shape != shape:
             raise ValueError(
                 f"{argument} must be a number or have the shape {tuple(shape)} of module.{self.name}, "
@@ -244,12 +273,12 @@ class ThresholdSchedule(_Schedule):
         module: the loss; its ``threshold`` is a number, a 0-dim tensor or a tensor ``(C,)``.
         start: first value in standard deviations, > 0, a number or ``(C,)``; None keeps what the Module has.
         end: last value, > 0. Both may also be given the other way round, tight to loose.
-        steps: calls of :meth:`step` until ``end``, at least 1; left out with ``mode="plateau"``.
-        mode: "linear", "cosine" or "plateau".
+        steps: calls of :meth:`step` until ``end``, at least 1; optional with ``mode="peak"``, left out with "plateau".
+        mode: "linear", "cosine", "peak" or "plateau".
         factor: for "plateau", what is left of the distance to ``end`` after one plateau, 0 <= factor < 1.
-        patience: for "plateau", calls without improvement that are forgiven.
-        min_delta: for "plateau", changes up to this size are no improvement.
-        maximize: for "plateau", True if a larger metric is better.
+        patience: calls in a row without improvement that are forgiven; by default 1 with "peak", 5 with "plateau".
+        min_delta: changes of the metric up to this size are no improvement.
+        maximize: True if a larger metric is better; by default True with "peak", False with "plateau".
 
     Raises:
         TypeError: ``module`` has no ``threshold`` that can be scheduled.
@@ -271,15 +300,15 @@ class ThresholdSchedule(_Schedule):
     def __init__(
         self,
         module: nn.Module,
-        start: float | Tensor | None = 100.0,
-        end: float | Tensor = 2.0,
+        start: Numbers | None = 10.0,
+        end: Numbers = 2.0,
         steps: int | None = None,
         *,
         mode: str = "linear",
         factor: float = 0.5,
-        patience: int = 5,
+        patience: int | None = None,
         min_delta: float = 0.0,
-        maximize: bool = False,
+        maximize: bool | None = None,
     ) -> None:
         options: dict[str, Any] = {"factor": factor, "patience": patience, "min_delta": min_delta, "maximize": maximize}
         super().__init__(module, start, end, steps, mode=mode, **options)
@@ -298,12 +327,12 @@ class LogitBiasSchedule(_Schedule):
         start: first value in units of the logits, finite; None keeps what the Module has. For ``logit_bias="auto"``
             pass ``calibration.solve_logit_bias(num_classes)``, because the Module does not know the number of classes.
         end: last value, finite.
-        steps: calls of :meth:`step` until ``end``, at least 1; left out with ``mode="plateau"``.
-        mode: "linear", "cosine" or "plateau".
+        steps: calls of :meth:`step` until ``end``, at least 1; optional with ``mode="peak"``, left out with "plateau".
+        mode: "linear", "cosine", "peak" or "plateau".
         factor: for "plateau", what is left of the distance to ``end`` after one plateau, 0 <= factor < 1.
-        patience: for "plateau", calls without improvement that are forgiven.
-        min_delta: for "plateau", changes up to this size are no improvement.
-        maximize: for "plateau", True if a larger metric is better.
+        patience: calls in a row without improvement that are forgiven; by default 1 with "peak", 5 with "plateau".
+        min_delta: changes of the metric up to this size are no improvement.
+        maximize: True if a larger metric is better; by default True with "peak", False with "plateau".
 
     Raises:
         TypeError: ``module`` has no ``logit_bias`` that can be scheduled.
@@ -325,15 +354,15 @@ class LogitBiasSchedule(_Schedule):
     def __init__(
         self,
         module: nn.Module,
-        start: float | Tensor | None = None,
-        end: float | Tensor = 0.0,
+        start: Numbers | None = None,
+        end: Numbers = 0.0,
         steps: int | None = None,
         *,
         mode: str = "linear",
         factor: float = 0.5,
-        patience: int = 5,
+        patience: int | None = None,
         min_delta: float = 0.0,
-        maximize: bool = False,
+        maximize: bool | None = None,
     ) -> None:
         options: dict[str, Any] = {"factor": factor, "patience": patience, "min_delta": min_delta, "maximize": maximize}
         super().__init__(module, start, end, steps, mode=mode, **options)

@@ -6,6 +6,8 @@ import importlib.util
 import json
 import math
 import platform
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -214,9 +216,11 @@ def test_names_of_losses(text: str, expected: list[tuple[str, str, bool]]) -> No
         (["--noise", "1.5"], "must be a number from 0 to 1, got '1.5'"),
         (["--noise", "nan"], "must be a number from 0 to 1, got 'nan'"),
         (["--noise", "much"], "must be a number from 0 to 1, got 'much'"),
-        (["--epochs", "0"], "must be a whole number of at least 1, got '0'"),
-        (["--seeds", "2.5"], "must be a whole number of at least 1, got '2.5'"),
-        (["--batch-size", "-1"], "must be a whole number of at least 1, got '-1'"),
+        (["--epochs", "0"], "must be a whole number from 1 to 1000000, got '0'"),
+        (["--epochs", "9" * 5000], "must be a whole number from 1 to 1000000, got '9999"),
+        (["--seeds", "2.5"], "must be a whole number from 1 to 1000000, got '2.5'"),
+        (["--batch-size", "-1"], "must be a whole number from 1 to 1000000, got '-1'"),
+        (["--batch-size", "10000000000"], "must be a whole number from 1 to 1000000, got '10000000000'"),
         (["--device", "tpu"], "must be cpu, cuda or cuda:INDEX, got 'tpu'"),
         (["--device", "cuda:x"], "must be cpu, cuda or cuda:INDEX, got 'cuda:x'"),
         (["--device", "cuda:99"], "'cuda:99' is not there: "),
@@ -227,7 +231,9 @@ def test_bad_options_are_explained(options: list[str], message: str, capsys: pyt
     with pytest.raises(SystemExit) as caught:
         command.main(["demo", *options])
     assert caught.value.code == 2
-    assert f"argument {options[0]}: {message}" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert f"argument {options[0]}: {message}" in printed
+    assert printed.count("\n") == 1, "one line, and no usage"
 
 
 def test_a_star_needs_a_loss_with_a_logit_bias(
@@ -257,10 +263,43 @@ def test_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         demo.main([*SHORT, "--out", str(tmp_path)])
 
 
-def test_an_impossible_folder_is_reported_before_training(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("file/plot.png", "cannot create the folder of --out: "),
+        ("taken/plot.png", "cannot write --out: .*plot.json"),  # a folder stands where the numbers would go
+        ("/proc/plot.png", "cannot write --out: .*plot.png"),  # no user may, root included
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_training(
+    out: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(SystemExit, match="cannot create the folder of --out"):
-        demo.main([*SHORT, "--out", str(tmp_path / "file" / "plot.png")])
+    (tmp_path / "taken" / "plot.json").mkdir(parents=True)
+
+    def load_data(_: object) -> Any:
+        raise AssertionError("too late")
+
+    monkeypatch.setattr(demo, "load_data", load_data)
+    with pytest.raises(SystemExit, match=message) as caught:
+        demo.main([*SHORT, "--out", str(tmp_path / out)])
+    assert "\n" not in str(caught.value)
+
+
+def test_trying_whether_files_can_be_written_leaves_no_trace(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "folder" / "new"
+    old.write_text("kept")
+    demo.check_writable("--out", old, new)
+    assert old.read_text() == "kept" and not new.exists()
+
+
+def test_a_reader_that_leaves_ends_the_program_quietly() -> None:
+    command_line = [sys.executable, "-m", "fused_losses", "info"]
+    with subprocess.Popen(command_line, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()  # before the first line is written
+        assert process.stderr.read() == b""
+        assert process.wait() == 141
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import DEVICES
 from hypothesis import given
 from hypothesis import strategies as st
@@ -73,9 +76,19 @@ def test_sigma_rejects(arguments: tuple[Any, ...], message: str) -> None:
 
 
 def test_linear_threshold_is_the_paper_s_formula() -> None:
-    schedule = ThresholdSchedule(Thresholded(), steps=10)
+    schedule = ThresholdSchedule(Thresholded(), start=100.0, steps=10)
     assert values(schedule, 12) == pytest.approx([get_sigma_threshold(epoch, 10) for epoch in range(13)], abs=1e-12)
     assert schedule.value == 2.0
+
+
+def test_a_threshold_starts_where_the_paper_s_text_does() -> None:
+    module = Thresholded()
+    schedule = ThresholdSchedule(module, steps=4)
+    assert values(schedule, 4) == [10.0, 8.0, 6.0, 4.0, 2.0] and module.threshold.item() == 2.0
+
+
+def test_names_at_the_top_level() -> None:
+    assert fl.ThresholdSchedule is ThresholdSchedule and fl.LogitBiasSchedule is LogitBiasSchedule
 
 
 def test_cosine_by_hand() -> None:
@@ -90,6 +103,48 @@ def test_plateau_halves_the_distance_after_more_than_patience_bad_steps() -> Non
     # better, better, bad, bad -> halve, bad, NaN counts as bad -> halve, better, bad
     metrics = [1.0, 0.5, 0.5, 0.6, 0.5, math.nan, 0.4, 0.4]
     assert values(schedule, 8, metrics) == [8.0, 8.0, 8.0, 8.0, 4.0, 4.0, 2.0, 2.0, 2.0]
+
+
+def test_annealing_ends_where_the_figure_peaks() -> None:
+    schedule = ThresholdSchedule(Thresholded(), end=1.0, mode="peak")
+    # One dip is forgiven; the second call in a row without a new best comes after the peak. Then it stays at the end.
+    accuracy = [0.5, 0.6, 0.55, 0.7, 0.7, 0.69, 0.9, 0.1]
+    assert values(schedule, 8, accuracy) == [10.0] * 6 + [1.0] * 3
+
+
+def test_a_peak_cuts_linear_annealing_short_and_a_late_one_does_not_delay_it() -> None:
+    options: dict[str, Any] = {"start": 10.0, "end": 2.0, "steps": 4, "mode": "peak", "patience": 0}
+    assert values(ThresholdSchedule(Thresholded(), **options), 3, [0.5, 0.6, 0.6]) == [10.0, 8.0, 6.0, 2.0]
+    assert values(ThresholdSchedule(Thresholded(), **options), 5, [1, 2, 3, 4, 5]) == [10.0, 8.0, 6.0, 4.0, 2.0, 2.0]
+    losses = ThresholdSchedule(Thresholded(), **options, maximize=False)
+    assert values(losses, 3, [0.5, 0.4, math.nan]) == [10.0, 8.0, 6.0, 2.0]
+
+
+def test_annealing_ends_at_the_peak_of_a_training() -> None:
+    """The one line in a training loop: with wrong labels, accuracy on as wrong validation labels rises and falls."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, weight = torch.randn(600, 40, generator=generator), torch.randn(40, 4, generator=generator)
+    target = (inputs @ weight).argmax(1)
+    wrong = torch.rand(600, generator=generator) < 0.4
+    target = torch.where(wrong, torch.randint(4, (600,), generator=generator), target)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 256), nn.ReLU(), nn.Linear(256, 4))
+    loss = fl.ZErrorCrossEntropyLoss(statistic="prob", sided="lower")
+    schedule = ThresholdSchedule(loss, end=1.0, mode="peak")
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    accuracies = []
+    for _ in range(15):
+        optimizer.zero_grad()
+        loss(model(inputs[:300]), target[:300]).backward()
+        optimizer.step()
+        accuracies.append(float((model(inputs[300:]).argmax(1) == target[300:]).float().mean()))
+        schedule.step(accuracies[-1])
+        best = max(range(len(accuracies)), key=accuracies.__getitem__)
+        ended = schedule.value == 1.0
+        if ended:
+            break
+    assert ended and 2 <= len(accuracies) < 15, "it ends, and not at once"
+    assert len(accuracies) - 1 - best == 2, "two epochs after the best one"
 
 
 def test_plateau_arrives_at_its_end() -> None:
@@ -157,15 +212,99 @@ def test_one_value_per_class(device: str) -> None:
     assert module.threshold.tolist() == [1.0, 2.0, 3.0]
 
 
-@pytest.mark.parametrize("mode", ["linear", "cosine", "plateau"])
+WRAPPED: dict[str, Any] = {
+    "compiled": lambda module: torch.compile(module, backend="eager"),
+    "DataParallel": nn.DataParallel,
+    "compiled DataParallel": lambda module: torch.compile(nn.DataParallel(module), backend="eager"),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+@pytest.mark.parametrize("start", [4.0, None])
+@pytest.mark.parametrize("threshold", [3.0, torch.tensor(3.0)])
+def test_a_wrapped_module_is_scheduled_inside(wrapper: str, start: float | None, threshold: Any) -> None:
+    module = Thresholded(threshold.clone() if isinstance(threshold, Tensor) else threshold)
+    wrapped = WRAPPED[wrapper](module)
+    rows = torch.arange(5.0)
+    assert wrapped(rows) == 6.0  # compiled with what the threshold is now
+    schedule = ThresholdSchedule(wrapped, start, 1.0, 1)
+    first = 3.0 if start is None else start
+    assert module.threshold.item() == first and [*module.state_dict()] == ["threshold"]
+    assert wrapped(rows) == rows[rows <= first].sum()
+    schedule.step()
+    assert module.threshold.item() == 1.0 and wrapped(rows) == 1.0
+    assert ThresholdSchedule(wrapped, None, 2.0, 1).module is module
+
+
+def test_a_distributed_module_is_scheduled_inside(tmp_path: Path) -> None:
+    class Scaled(Thresholded):
+        def __init__(self) -> None:
+            super().__init__(3.0)
+            self.scale = nn.Parameter(torch.ones(()))  # DistributedDataParallel refuses Modules without any
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        module = Scaled()
+        wrapped = nn.parallel.DistributedDataParallel(module)
+        ThresholdSchedule(wrapped, 5.0, 1.0, 1)
+        assert module.threshold.item() == 5.0
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_module_that_only_hands_the_attribute_through_is_refused_untouched() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(super().__getattr__("inner"), name)
+
+    class OfClass(nn.Module):
+        threshold = 2.0
+
+    inner = Thresholded()
+    for module in (Wrapper(inner), OfClass()):
+        with pytest.raises(TypeError, match=f"must hold 'threshold' itself to be scheduled, {type(module).__name__} has"):
+            ThresholdSchedule(module, steps=3)
+        assert module.threshold == 2.0 and not module.state_dict()
+    with pytest.raises(TypeError, match="module must have an attribute 'threshold', function has none"):
+        ThresholdSchedule(get_sigma_threshold, steps=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bad", [{"start": -1.0}, {"end": math.nan}, {"steps": 0}, {"mode": "no"}, {"patience": -1}])
+def test_a_rejected_schedule_leaves_the_module_alone(bad: dict[str, Any]) -> None:
+    module = Thresholded()
+    for wrapped in (module, torch.compile(module, backend="eager")):
+        with pytest.raises(ValueError, match=str(*bad)):
+            ThresholdSchedule(wrapped, **({"steps": 3} | bad))
+        assert module.threshold == 2.0 and not module.state_dict()
+
+
+def test_numbers_of_numpy() -> None:
+    module = Thresholded(np.float32(4.0))
+    schedule = ThresholdSchedule(module, np.float32(4.0), np.array(2), np.int64(2), patience=np.int32(1))
+    assert values(schedule, 2) == [4.0, 3.0, 2.0]
+    assert ThresholdSchedule(Thresholded(np.float32(4.0)), None, 2.0, 2).value == 4.0
+    plateau = LogitBiasSchedule(fl.MAELoss(), np.float16(1.0), mode="plateau", patience=np.int64(0), factor=np.float64(0))
+    assert values(plateau, 2, [np.float32(1.0), torch.tensor(1.0)]) == [1.0, 1.0, 0.0]
+    per_class = ThresholdSchedule(Thresholded(torch.ones(2)), [4.0, 8.0], np.array([2.0, 4.0]), 1)
+    assert per_class.value.tolist() == [4.0, 8.0]
+
+
+@pytest.mark.parametrize("mode", ["linear", "cosine", "plateau", "peak"])
 def test_resumes_where_it_stopped(mode: str) -> None:
     def build(start: float | None) -> tuple[Thresholded, ThresholdSchedule]:
         module = Thresholded()
         steps = None if mode == "plateau" else 10
-        return module, ThresholdSchedule(module, start, 2.0, steps, mode=mode, patience=1)
+        return module, ThresholdSchedule(module, start, 2.0, steps, mode=mode, patience=2 if mode == "peak" else 1)
 
     metrics = [0.9, 0.8, 0.8, 0.8, 0.7, 0.9, 0.9, 0.9, 0.6]
-    arguments = [(metric,) if mode == "plateau" else () for metric in metrics]
+    arguments = [(metric,) if mode in ("plateau", "peak") else () for metric in metrics]
     module, schedule = build(9.0)
     for argument in arguments[:5]:
         schedule.step(*argument)
@@ -178,7 +317,7 @@ def test_resumes_where_it_stopped(mode: str) -> None:
         schedule.step(*argument)
         other.step(*argument)
         assert other_module.threshold.item() == module.threshold.item()
-    assert 2.0 < module.threshold.item() < 9.0
+    assert module.threshold.item() == 2.0 if mode == "peak" else 2.0 < module.threshold.item() < 9.0
     assert str(schedule.state_dict()) == str(other.state_dict())
 
 
@@ -266,6 +405,9 @@ def test_a_captured_graph_sees_the_new_value() -> None:
             "factor must satisfy .*, got 1.0",
         ),
         (lambda: LogitBiasSchedule(fl.MAELoss(), 1.0, steps=3, patience=-1), ValueError, "patience must be .*, got -1"),
+        (lambda: LogitBiasSchedule(fl.MAELoss(), "1", steps=3), TypeError, "start must be a tensor, an array or a list"),
+        (lambda: ThresholdSchedule(Thresholded(), mode="peak", steps=0), ValueError, "steps must be an integer >= 1 .* 0"),
+        (lambda: ThresholdSchedule(Thresholded(), steps=2.5), ValueError, "steps must be an integer >= 1 .*, got 2.5"),
         (lambda: LogitBiasSchedule(fl.MAELoss(), 1.0, steps=3, min_delta=-1), ValueError, "min_delta must .*, got -1"),
     ],
 )
@@ -279,7 +421,7 @@ def test_step_and_state_reject_what_does_not_fit() -> None:
     linear = LogitBiasSchedule(fl.MAELoss(), 1.0, steps=3)
     with pytest.raises(TypeError, match=r"step\(\) needs a metric with mode='plateau', got None"):
         plateau.step()
-    with pytest.raises(TypeError, match=r"step\(\) takes a metric only with mode='plateau', got 0.5"):
+    with pytest.raises(TypeError, match=r"step\(\) takes no metric with mode='linear', got 0.5"):
         linear.step(0.5)
     with pytest.raises(ValueError, match="state_dict must have the keys"):
         linear.load_state_dict({"fraction": 0.5})

@@ -1,0 +1,33 @@
+"""Numbers as users have them - tensors, NumPy arrays, lists - as tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Numbers = Tensor | npt.ArrayLike
+
+
+def as_tensor(name: str, values: Any) -> Tensor:
+    """``values`` without its graph: a tensor as it is, anything else as a new tensor on the CPU.
+
+    Raises:
+        TypeError: ``values``, called ``name``, holds something else than numbers or bools, or has rows of unequal length.
+    """
+    if isinstance(values, Tensor):
+        return values.detach()
+    kind = type(values).__name__
+    try:
+        # A copy: torch takes neither negative strides nor arrays that are read-only, nor foreign byte orders.
+        array = np.array(values)
+        array = array.astype(array.dtype.newbyteorder("="))
+        if array.size == 0 and not isinstance(values, np.ndarray):
+            array = array.astype(np.int64)  # of an empty list it is not known what it would hold
+        kind = f"{kind} of {array.dtype}"
+        return torch.from_numpy(array)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be a tensor, an array or a list of numbers, got {kind}") from None

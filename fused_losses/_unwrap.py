@@ -1,0 +1,33 @@
+"""The loss inside the wrappers that torch puts around a Module."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+
+# Where the wrapped Module is. A wrapper that exists has been imported: importing all of them would take seconds.
+_WRAPPERS = (
+    ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
+    ("torch.nn.parallel", "DataParallel", "module"),
+    ("torch.nn.parallel", "DistributedDataParallel", "module"),
+    ("torch.distributed.fsdp", "FullyShardedDataParallel", "module"),
+)
+
+
+def unwrap(module: Any) -> Any:
+    """``module`` without ``torch.compile`` and the data-parallel wrappers; anything else as it is.
+
+    Wrappers hand attributes through for reading, but an attribute or a buffer that is set ends up on the wrapper.
+    """
+    for place, name, attribute in _WRAPPERS:
+        wrapper = getattr(sys.modules.get(place), name, None)
+        if wrapper is not None and isinstance(module, wrapper):
+            return unwrap(getattr(module, attribute))
+    return module
+
+
+def owns(module: nn.Module, name: str) -> bool:
+    """Whether ``name`` is an attribute, parameter or buffer of ``module`` itself, not of its class or of what it wraps."""
+    return any(name in held for held in (vars(module), module._buffers, module._parameters))

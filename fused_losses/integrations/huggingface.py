@@ -1,0 +1,103 @@
+"""transformers' ``Trainer`` with a loss of this package, or any other criterion of ``(logits, target)``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["compute_loss"]
+
+
+def compute_loss(criterion: Callable[[Tensor, Tensor], Tensor], *, causal: bool | None = None) -> Callable[..., Tensor]:
+    """What ``Trainer(compute_loss_func=...)`` takes, from a loss.
+
+    Accumulated batches and ranks count by their items: the criterion's mean over a batch is multiplied by the share
+    that the batch has in ``num_items_in_batch``. For a plain mean that is the sum of the losses over the number of
+    items, as transformers' own losses; class weights and masks keep the meaning that the criterion gives them.
+
+    Where no gradient is wanted (``Trainer.evaluate``) a Module is called in eval mode: without the logit bias and
+    without learning statistics. It follows the logits to their device.
+
+    Args:
+        criterion: a Module or function of logits ``(N, C)`` and labels ``(N,)`` that gives a mean. Its
+            ``ignore_index`` has to be that of the labels, -100.
+        causal: whether the logits at a position are for the label of the next one. None asks the name of what the
+            model returns: ``...CausalLMOutput...`` does, all others do not.
+
+    Returns:
+        A function ``(outputs, labels, num_items_in_batch=None)``. Logits ``(N, C)``, or with positions between, as
+        language models have, or channels first, as segmentation models have; labels without the class dimension, or
+        as they are where the shapes agree (several labels, probabilities).
+
+    Raises:
+        ValueError: the criterion gives a sum or no reduction; later: shapes that do not fit, or a tuple of which it is
+            not known whether its logits are causal.
+
+    Example:
+        >>> trainer = Trainer(model, args, compute_loss_func=compute_loss(fl.GCELoss()))  # doctest: +SKIP
+    """
+    reduction = getattr(criterion, "reduction", "mean")
+    if reduction in ("sum", "none"):
+        raise ValueError(f"criterion must give a mean, got one with reduction={reduction!r}")
+    return functools.partial(_compute_loss, criterion, causal)
+
+
+def _compute_loss(
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    causal: bool | None,
+    outputs: Any,
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+) -> Tensor:
+    logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+    ignore_index = getattr(criterion, "ignore_index", -100)
+    labels = labels.to(logits.device)
+    if _is_causal(outputs, labels, causal):
+        labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]  # the logits stay whole, and are not copied
+    loss = _call(criterion, *_rows(logits, labels))
+    if num_items_in_batch is None:
+        return loss
+    return loss * labels.ne(ignore_index).sum() / num_items_in_batch
+
+
+def _is_causal(outputs: Any, labels: Tensor, causal: bool | None) -> bool:
+    if causal is None and labels.dim() > 1 and not isinstance(outputs, dict):
+        raise ValueError(
+            "causal must be True or False for a model that returns a tuple, got None: from a tuple nobody can tell "
+            "whether its logits are for the next label"
+        )
+    return "CausalLMOutput" in type(outputs).__name__ if causal is None else causal
+
+
+def _rows(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    if labels.shape == logits.shape[:-1] and not labels.is_floating_point():
+        return logits.flatten(0, -2), labels.flatten()
+    if labels.shape == logits.shape:
+        return logits.flatten(0, -2), labels.flatten(0, -2)
+    if logits.shape == (*labels.shape, 1):  # regression
+        return logits.squeeze(-1), labels
+    if labels.shape == logits.shape[:1] + logits.shape[2:]:
+        return logits, labels
+    raise ValueError(
+        f"labels must have the shape of the logits {tuple(logits.shape)} without the classes, last or second, got "
+        f"{tuple(labels.shape)}; logits of lower resolution have to be interpolated by the model"
+    )
+
+
+def _call(criterion: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Tensor) -> Tensor:
+    if not isinstance(criterion, nn.Module):
+        return criterion(logits, labels)
+    if any(buffer.device != logits.device for buffer in criterion.buffers()):
+        criterion.to(logits.device)
+    if torch.is_grad_enabled() or not criterion.training:
+        return criterion(logits, labels)  # type: ignore[no-any-return]
+    criterion.eval()
+    try:
+        return criterion(logits, labels)  # type: ignore[no-any-return]
+    finally:
+        criterion.train()

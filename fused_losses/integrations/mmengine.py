@@ -1,0 +1,130 @@
+"""The losses by configuration, with the call that mmsegmentation, mmpretrain and mmdetection make.
+
+Importing this file adds ``FusedLoss`` to mmengine's registry of models (if mmengine is installed), from which the
+registries of the other libraries inherit: ``custom_imports = dict(imports=["fused_losses.integrations.mmengine"])``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_losses import _common, z_cross_entropy
+
+try:
+    from mmengine.registry import MODELS
+except ImportError:
+    MODELS = None
+
+__all__ = ["FusedLoss"]
+
+_SMALLEST = torch.finfo(torch.float32).eps  # as mmsegmentation guards avg_factor
+
+
+class FusedLoss(nn.Module):
+    """A classification loss of this package in place of mmsegmentation's ``CrossEntropyLoss``.
+
+    Args:
+        loss: the stem of a row loss, ``"gce"``, or ``"z_error_cross_entropy"``.
+        loss_weight: factor on the result.
+        class_weight: one weight per class.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``; None is the default of the loss.
+        ignore_index: labels that do not count, where the call does not say: None is 255 if that is no class, else -100.
+        loss_name: key of the loss in the log; what starts with "loss" is added up and trained on. ``"loss_gce"`` for
+            ``loss="gce"``.
+        parameters: what the loss's Module takes, ``q=0.5``, ``logit_bias="auto"``.
+
+    Raises:
+        ValueError: ``loss`` is unknown, or an option is out of range.
+
+    Example:
+        >>> config = dict(type="FusedLoss", loss="gce", q=0.5, loss_weight=1.0)
+        >>> head = dict(type="FCNHead", num_classes=19, loss_decode=config)
+    """
+
+    def __init__(
+        self,
+        loss: str,
+        loss_weight: float = 1.0,
+        *,
+        class_weight: Sequence[float] | None = None,
+        reduction: str | None = None,
+        ignore_index: int | None = None,
+        loss_name: str | None = None,
+        **parameters: Any,
+    ) -> None:
+        super().__init__()
+        stem = loss.removesuffix("_loss")
+        modules: dict[str, Any] = {name: entry.module for name, entry in _common.LOSSES.items()}
+        modules["z_error_cross_entropy"] = z_cross_entropy.ZErrorCrossEntropyLoss
+        if stem not in modules:
+            raise ValueError(f"loss must be one of {', '.join(modules)}, got {loss!r}")
+        if reduction is not None:
+            parameters["reduction"] = reduction
+        weight = None if class_weight is None else torch.tensor(class_weight, dtype=torch.float32)
+        self.criterion: Any = modules[stem](weight=weight, **parameters)
+        self.reduction: str = self.criterion.reduction
+        self.loss_weight = loss_weight
+        self.ignore_index = ignore_index
+        self._loss_name = f"loss_{stem}" if loss_name is None else loss_name
+
+    @property
+    def loss_name(self) -> str:
+        """The key of the loss in the log."""
+        return self._loss_name
+
+    def forward(
+        self,
+        cls_score: Tensor,
+        label: Tensor,
+        weight: Tensor | None = None,
+        avg_factor: float | Tensor | None = None,
+        reduction_override: str | None = None,
+        ignore_index: int | None = None,
+    ) -> Tensor:
+        """The loss, times ``loss_weight``.
+
+        Args:
+            cls_score: logits ``(N, C)`` or ``(N, C, H, W)``.
+            label: classes ``(N,)`` or ``(N, H, W)``.
+            weight: weight per row or pixel, the shape of ``label``.
+            avg_factor: what a mean divides the sum by. By default that is what the loss's mean divides by; with
+                ``weight`` it is, as in mmsegmentation with ``avg_non_ignore=True``, the number of labels that count,
+                or the sum of their class weights: the weights of the pixels are factors only.
+            reduction_override: in place of ``reduction``.
+            ignore_index: labels that do not count; mmsegmentation's heads pass theirs, 255.
+
+        Raises:
+            ValueError: ``avg_factor`` is given with ``reduction="sum"``.
+        """
+        reduction = self.reduction if reduction_override is None else reduction_override
+        if ignore_index is None:
+            ignore_index = self.ignore_index
+        if ignore_index is None:
+            ignore_index = 255 if cls_score.shape[1] <= 255 else -100
+        criterion = self.criterion
+        criterion.ignore_index = ignore_index
+        if avg_factor is None and weight is not None and reduction == "mean":
+            avg_factor = self._counted(label, ignore_index)
+        if avg_factor is None or reduction == "none":
+            criterion.reduction = reduction
+            return self.loss_weight * criterion(cls_score, label, weight)  # type: ignore[no-any-return]
+        if reduction == "sum":
+            raise ValueError(f'avg_factor must be None with reduction="sum", got {avg_factor}')
+        criterion.reduction = "sum"
+        total: Tensor = criterion(cls_score, label, weight)
+        return total * self.loss_weight / torch.as_tensor(avg_factor, device=total.device).clamp(min=_SMALLEST)
+
+    def _counted(self, label: Tensor, ignore_index: int) -> Tensor:
+        counts = label != ignore_index
+        class_weight = self.criterion.weight
+        if class_weight is None:
+            return counts.sum()
+        return torch.where(counts, class_weight[torch.where(counts, label, 0).long()], 0.0).sum()
+
+
+if MODELS is not None:
+    MODELS.register_module(name="FusedLoss", module=FusedLoss, force=True)

@@ -1,0 +1,65 @@
+"""timm's Mixup and CutMix, whose targets are probabilities, for losses that take class indices."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_losses._common import RowLossModule
+from fused_losses._reference import REFERENCES
+
+__all__ = ["MixupLoss"]
+
+
+class MixupLoss(torch.nn.Module):
+    """Lets any row loss take the targets of ``timm.data.Mixup``, as criterion of a loop or of ``timm.task``.
+
+    With target probabilities ``u`` a row's loss is ``sum_k u_k loss(logits, k)``. A mixed row has two labels; both are
+    found in ``u`` and the loss is taken for each, weighted by its share. Losses that take probabilities themselves get
+    ``u`` as it is, in one call, and only they allow timm's ``label_smoothing``. Class indices are passed on, so the
+    same criterion serves validation.
+
+    Args:
+        loss: a row loss Module; its own ``reduction`` and options apply.
+
+    Raises:
+        TypeError: ``loss`` is no row loss Module. Z-Error losses are none: they compare a row with others of its class,
+            and a mixed row has two.
+        ValueError: at a call, a row has more than two labels although ``loss`` takes no probabilities (on CUDA: a
+            device assertion).
+
+    Example:
+        >>> task = timm.task.ClassificationTask(model, MixupLoss(fl.GCELoss()))  # doctest: +SKIP
+    """
+
+    def __init__(self, loss: RowLossModule) -> None:
+        super().__init__()
+        if not isinstance(loss, RowLossModule):
+            raise TypeError(f"loss must be the Module of a row loss, got {type(loss).__name__}")
+        self.loss = loss
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The loss of ``logits`` ``(N, C)`` for probabilities ``(N, C)`` or class indices ``(N,)``."""
+        if not target.is_floating_point() or REFERENCES[self.loss.stem].soft_target is not None:
+            return self.loss(logits, target)  # type: ignore[no-any-return]
+        shares, labels = _two_labels(target)
+        # The second label of a row that was mixed with its like has share 0, and would be any class.
+        labels = torch.where(shares > 0.0, labels, labels[:1])
+        losses = [self.loss(logits, label, share) for label, share in zip(labels, shares, strict=True)]
+        if self.loss.reduction in ("none", "sum"):
+            return losses[0] + losses[1]
+        sums = shares.sum(1) / shares.sum()
+        return losses[0] * sums[0] + losses[1] * sums[1]
+
+
+def _two_labels(target: Tensor) -> tuple[Tensor, Tensor]:
+    """The shares and the labels of the two classes that have any, each ``(2, N)``."""
+    shares, labels = (found.T.contiguous() for found in target.topk(2, dim=1))
+    rest = target.sum(1) - shares.sum(0)
+    message = "target must have two labels in a row for a loss that takes no probabilities (label_smoothing=0)"
+    if target.device.type == "cpu":
+        if rest.numel() and float(rest.max()) > 1e-3:
+            raise ValueError(f"{message}, got a row with {float(rest.max()):.3g} on others")
+    else:
+        torch._assert_async((rest <= 1e-3).all(), message)
+    return shares, labels
