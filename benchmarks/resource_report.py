@@ -1,24 +1,33 @@
-"""Registers, spills and shared memory of every CUDA kernel, as nvcc reports them; needs no GPU.
+"""Registers, spills, shared memory and stores of every CUDA kernel, as nvcc reports them; needs no GPU.
 
     python benchmarks/resource_report.py [--arch 90 80 100] [--json report.json] [--markdown report.md]
-                                         [--source row_forward.cu ...] [--no-spills]
+                                         [--source row_forward.cu ...] [--strict]
 
 Compiles csrc/cuda/*.cu with ``-Xptxas -v``, two at a time, and prints one line per kernel, those with most registers
-first. "blocks" is how many blocks of 256 threads the registers of one multiprocessor (65536) are enough for. With
-``--no-spills`` the exit status is 1 if a kernel keeps registers in local memory. The first architecture is shown in
-full, of the others the spills. The report of all kernels is kept in ``benchmarks/results/cuda_resources.md``.
+first. "blocks" is how many blocks of 256 threads the registers of one multiprocessor (65536) are enough for. "narrow"
+counts instructions that store less than 16 bytes to global memory, "split" those of them that would have been one
+store of 16 bytes: neighbours of up to four bytes from one address on. "votes" counts the loops that find out which
+lanes take part in a shuffle. These three come from ``cuobjdump`` of the toolkit, of Triton or of the package
+nvidia-cuda-cuobjdump.
+
+With ``--strict`` the exit status is 1 if a kernel keeps registers in local memory, has split stores or such loops. The
+first architecture is shown in full, of the others what fails. The report of all kernels is kept in
+``benchmarks/results/cuda_resources.md``.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
+import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,6 +48,14 @@ class Kernel:
     spill_loads: int
     stack: int
     shared: int
+    narrow: int  # instructions
+    split: int
+    votes: int
+
+    @property
+    def fails(self) -> bool:
+        """What ``--strict`` objects to."""
+        return self.spill_stores + self.split + self.votes > 0
 
     @property
     def blocks(self) -> int:
@@ -47,21 +64,90 @@ class Kernel:
         return REGISTERS // (per_warp * BLOCK_THREADS // 32)
 
 
-def compile_verbosely(source: Path, arch: str) -> str:
-    """What ptxas says about the kernels of one file, compiled as CMakeLists.txt does by default."""
+@dataclass(frozen=True)
+class Instructions:
+    """What the machine code of a kernel tells."""
+
+    narrow: int = 0
+    split: int = 0
+    votes: int = 0
+
+
+def find_cuobjdump() -> str | None:
+    """The toolkit's, else one that came with a Python package."""
+    nvcc = shutil.which("nvcc")
+    folders = [Path(nvcc).resolve().parent] if nvcc else []
+    folders += [Path(os.environ[name]) / "bin" for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    for package, inside in (
+        ("triton", "backends/nvidia/bin"),
+        ("nvidia", "cu13/bin"),
+        ("nvidia", "cuda_cuobjdump/bin"),
+    ):
+        spec = importlib.util.find_spec(package)
+        folders += [Path(place) / inside for place in (spec.submodule_search_locations or [])] if spec else []
+    places = [shutil.which("cuobjdump"), *(shutil.which("cuobjdump", path=str(folder)) for folder in folders)]
+    return next((place for place in places if place), None)
+
+
+STORE = re.compile(r"\bSTG((?:\.\w+)*) +(?:desc\[\w+\])?\[([^\]]+?)(?:\+(0x[0-9a-f]+))?\]")
+BRANCH = re.compile(r"\b(BRA|BRX|EXIT|RET|CALL|BSYNC|WARPSYNC)\b")
+WIDTHS = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+
+
+def width_of(modifiers: str) -> int:
+    """Bytes that a store moves, by what follows its name."""
+    return next((WIDTHS[part] for part in modifiers.split(".") if part in WIDTHS), 4)
+
+
+def neighbours(stores: Iterable[tuple[str, int, int]]) -> int:
+    """Of (address, offset, width) of stores up to four bytes wide: how many cover 16 bytes together with others."""
+    offsets: dict[tuple[str, int], set[int]] = collections.defaultdict(set)
+    for address, offset, width in stores:
+        if width <= 4:
+            offsets[address, width].add(offset)
+    split = 0
+    for (_, width), found in offsets.items():
+        begins = [at for at in found if all(at + i in found for i in range(0, 16, width))]
+        split += len({at + i for at in begins for i in range(0, 16, width)})
+    return split
+
+
+def count_instructions(sass: str) -> dict[str, Instructions]:
+    """By kernel, from what ``cuobjdump -sass`` prints."""
+    counted = {}
+    for entry in re.split(r"\bFunction : ", sass)[1:]:
+        stores: list[tuple[str, int, int]] = []  # since the last branch
+        narrow = split = 0
+        for line in entry.splitlines():
+            if BRANCH.search(line):
+                split += neighbours(stores)
+                stores.clear()
+            elif store := STORE.search(line):
+                stores.append((store[2], int(store[3] or "0", 16), width_of(store[1])))
+                narrow += stores[-1][2] < 16
+        votes = len(re.findall(r"\bMATCH\.", entry))
+        counted[entry.split(maxsplit=1)[0]] = Instructions(narrow, split + neighbours(stores), votes)
+    return counted
+
+
+def compile_verbosely(source: Path, arch: str, cuobjdump: str | None) -> tuple[str, dict[str, Instructions]]:
+    """What ptxas says about the kernels of one file, compiled as CMakeLists.txt does by default, and their code."""
     clusters = source.name.endswith("_forward.cu")  # others are compiled once, to PTX for sm_80
     virtual = min(int(arch), 90 if clusters else 80)
     with tempfile.TemporaryDirectory() as folder:
         command = ["nvcc", "-std=c++20", "-O3", "-DNDEBUG", "-DFL_WITH_CUDA", "--expt-relaxed-constexpr"]
         command += [f"-I{ROOT / 'csrc'}", f"-gencode=arch=compute_{virtual},code=sm_{arch}", "-Xptxas=-v", "-cubin"]
-        command += ["-o", str(Path(folder) / "out.cubin"), str(source)]
-        result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode != 0:
-        raise SystemExit(f"resource_report: nvcc failed for {source.name}:\n{result.stderr}")
-    return result.stdout + result.stderr
+        cubin = str(Path(folder) / "out.cubin")
+        result = subprocess.run([*command, "-o", cubin, str(source)], capture_output=True, text=True)
+        if result.returncode != 0:
+            raise SystemExit(f"resource_report: nvcc failed for {source.name}:\n{result.stderr}")
+        if cuobjdump is None:
+            return result.stdout + result.stderr, {}
+        code = subprocess.run([cuobjdump, "-sass", cubin], capture_output=True, text=True, check=True)
+    return result.stdout + result.stderr, count_instructions(code.stdout)
 
 
-def parse(log: str, source: str) -> list[Kernel]:
+def parse(log: str, source: str, instructions: Mapping[str, Instructions]) -> list[Kernel]:
     """The kernels in what ``ptxas -v`` prints."""
     kernels = []
     for entry in re.split(r"Compiling entry function ", log)[1:]:
@@ -81,6 +167,7 @@ def parse(log: str, source: str) -> list[Kernel]:
                 spill_loads=number(r"(\d+) bytes spill loads"),
                 stack=number(r"(\d+) bytes stack frame"),
                 shared=number(r"(\d+) bytes smem"),
+                **asdict(instructions.get(name, Instructions())),
             )
         )
     return kernels
@@ -100,48 +187,61 @@ def readable(names: Iterable[str]) -> list[str]:
 
 def report(sources: list[Path], arch: str) -> list[Kernel]:
     """The kernels of all files for one architecture, the worst first."""
+    cuobjdump = find_cuobjdump()
     with ThreadPoolExecutor(2) as pool:
-        logs = list(pool.map(lambda source: compile_verbosely(source, arch), sources))
-    kernels = [kernel for source, log in zip(sources, logs, strict=True) for kernel in parse(log, source.name)]
+        compiled = list(pool.map(lambda source: compile_verbosely(source, arch, cuobjdump), sources))
+    kernels = [
+        k for source, about in zip(sources, compiled, strict=True) for k in parse(about[0], source.name, about[1])
+    ]
     names = readable(kernel.name for kernel in kernels)
     kernels = [Kernel(**{**asdict(k), "name": name}) for k, name in zip(kernels, names, strict=True)]
-    return sorted(kernels, key=lambda k: (-k.spill_stores, -k.registers, k.source, k.name))
+    return sorted(kernels, key=lambda k: (not k.fails, -k.spill_stores, -k.registers, k.source, k.name))
 
 
 def count(kernels: list[Kernel]) -> str:
-    spilling = sum(k.spill_stores > 0 for k in kernels)
-    return f"{len(kernels)} kernels for {kernels[0].arch}, {spilling} with spills (bytes, stores and loads)"
+    spilling, split, voting = (
+        sum(getattr(k, what) > 0 for k in kernels) for what in ("spill_stores", "split", "votes")
+    )
+    return (
+        f"{len(kernels)} kernels for {kernels[0].arch}, {spilling} with spills (bytes, stores and loads), "
+        f"{split} with split stores, {voting} with loops of votes"
+    )
 
 
 def table(kernels: list[Kernel]) -> str:
-    lines = [f"{'registers':>9} {'blocks':>6} {'spills':>6} {'stack':>6} {'shared':>6}  kernel"]
+    heads = ("registers", "blocks", "spills", "stack", "shared", "narrow", "split", "votes")
+    lines = [" ".join(f"{head:>6}" for head in heads) + "  kernel"]
     for k in kernels:
         spills = k.spill_stores + k.spill_loads
-        lines.append(f"{k.registers:9} {k.blocks:6} {spills:6} {k.stack:6} {k.shared:6}  {k.source}: {k.name}")
+        numbers = (
+            f"{k.registers:9} {k.blocks:6} {spills:6} {k.stack:6} {k.shared:6} {k.narrow:6} {k.split:6} {k.votes:6}"
+        )
+        lines.append(f"{numbers}  {k.source}: {k.name}")
     return "\n".join(lines)
 
 
 def rows(kernels: Iterable[Kernel]) -> list[str]:
     """Rows of a markdown table, in the order of their sources and names."""
-    lines = ["| source | kernel | registers | blocks | spills | stack | shared |", "|---|---|--:|--:|--:|--:|--:|"]
+    heads = ("source", "kernel", "registers", "blocks", "spills", "stack", "shared", "narrow", "split", "votes")
+    lines = [f"| {' | '.join(heads)} |", f"|---|---|{'--:|' * (len(heads) - 2)}"]
     for k in sorted(kernels, key=lambda k: (k.source, k.name)):
-        numbers = [k.registers, k.blocks, k.spill_stores + k.spill_loads, k.stack, k.shared]
+        numbers = [k.registers, k.blocks, k.spill_stores + k.spill_loads, k.stack, k.shared, k.narrow, k.split, k.votes]
         lines.append(f"| {k.source} | `{k.name}` | {' | '.join(map(str, numbers))} |")
     return lines
 
 
 def markdown(reports: list[list[Kernel]], archs: list[str]) -> str:
-    """A page of its own: the first architecture in full, of the others what spills."""
+    """A page of its own: the first architecture in full, of the others what fails."""
     lines = [
         f"# CUDA kernels for {', '.join(f'sm_{arch}' for arch in archs)}",
         "",
         f"Written by `python benchmarks/resource_report.py --arch {' '.join(archs)} --markdown",
-        "benchmarks/results/cuda_resources.md`. Bytes, but for registers and blocks of",
-        f"{BLOCK_THREADS} threads per multiprocessor. Dynamic shared memory is extra.",
+        "benchmarks/results/cuda_resources.md`, which explains the columns. Spills, stack and shared memory are",
+        f"bytes, blocks are those of {BLOCK_THREADS} threads per multiprocessor. Dynamic shared memory is extra.",
         "",
     ]
     for position, kernels in enumerate(reports):
-        shown = kernels if position == 0 else [k for k in kernels if k.spill_stores > 0]
+        shown = kernels if position == 0 else [k for k in kernels if k.fails]
         lines += [f"{count(kernels)}.", "", *([*rows(shown), ""] if shown else [])]
     return "\n".join(lines).rstrip("\n") + "\n"
 
@@ -152,10 +252,14 @@ def main() -> int:
     parser.add_argument("--source", nargs="+", help="files of csrc/cuda (default: all)")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
-    parser.add_argument("--no-spills", action="store_true", help="fail if a kernel spills")
+    parser.add_argument(
+        "--strict", action="store_true", help="fail if a kernel spills, splits stores or loops over votes"
+    )
     args = parser.parse_args()
     if shutil.which("nvcc") is None:
         parser.error("nvcc is not on PATH")
+    if args.strict and find_cuobjdump() is None:
+        parser.error("--strict needs cuobjdump: the toolkit's, or that of the package nvidia-cuda-cuobjdump")
     sources = [SOURCES / name for name in args.source] if args.source else sorted(SOURCES.glob("*.cu"))
     missing = [source.name for source in sources if not source.exists()]
     if missing:
@@ -169,7 +273,7 @@ def main() -> int:
         args.json.write_text(json.dumps([{**asdict(k), "blocks": k.blocks} for k in everything], indent=1) + "\n")
     if args.markdown:
         args.markdown.write_text(markdown(reports, args.arch))
-    return int(args.no_spills and any(k.spill_stores > 0 for k in everything))
+    return int(args.strict and any(k.fails for k in everything))
 
 
 if __name__ == "__main__":

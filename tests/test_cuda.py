@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -95,6 +97,42 @@ def test_streams_do_not_disturb_each_other(name: str) -> None:
     torch.cuda.synchronize()
     for i, got in enumerate(results):
         assert all(map(torch.equal, got, expected[i % len(problems)]))
+
+
+@pytest.mark.parametrize("name", [*NAMES, "z_error"])
+def test_a_call_keeps_no_memory(name: str) -> None:
+    """Not even the first one in a stream: it may run inside the memory pool of a graph."""
+    loss = fl.ZErrorCrossEntropyLoss() if name == "z_error" else fl.LOSSES[name].module()
+    logits, target = problem(5000, 100)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        loss_and_gradient(loss, logits, target)
+        loss(logits.detach(), target)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["CrossEntropyLoss", "NCELoss", "HEMLoss", "ZErrorCrossEntropyLoss"])
+def test_the_first_call_may_be_that_of_a_compiled_graph(name: str) -> None:
+    """torch.compile with CUDA graphs runs the first call inside a graph's memory pool: in a process of its own."""
+    code = f"""
+import torch, fused_losses
+logits = torch.randn(5000, 100, device="cuda", requires_grad=True)
+target = torch.randint(0, 100, (5000,), device="cuda")
+loss = fused_losses.{name}().cuda()
+compiled = torch.compile(loss, mode="reduce-overhead")
+for _ in range(4):
+    torch.compiler.cudagraph_mark_step_begin()
+    value = compiled(logits, target)
+    got = value.item(), torch.autograd.grad(value, logits)[0].clone()
+want = loss(logits, target)
+torch.testing.assert_close(got[0], want.item(), rtol=1e-6, atol=0)
+torch.testing.assert_close(got[1], torch.autograd.grad(want, logits)[0], rtol=1e-5, atol=1e-9)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

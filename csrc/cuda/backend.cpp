@@ -7,6 +7,7 @@
 
 #include <map>
 #include <mutex>
+#include <optional>
 
 namespace fused_losses::cuda {
 namespace {
@@ -20,34 +21,37 @@ void check_classes(const RowProblem& p) {
           p.num_classes);
 }
 
-// The smallest of its kind: a stream's launches follow each other, and each leaves the ticket as it found it. Graphs
-// may run in several streams at once, so that what is captured gets a ticket of its own.
-Tensor ticket_of(const DeviceScope& device) {
-    const cudaStream_t stream = device.stream();
+// The number of the stream among those in use, for a ticket of the kernels' own (launch.h): a stream's launches follow
+// each other, and each leaves the ticket as it found it. None for what is captured, since graphs may run in several
+// streams at once, nor for more streams than there are tickets.
+std::optional<int> number_of_stream(const DeviceScope& device) {
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-    const bool known = cudaStreamIsCapturing(stream, &status) == cudaSuccess;
-    const auto fresh = [&] {
-        Tensor ticket = device.scratch(1, dtypes::int32);
-        check_launch(cudaMemsetAsync(ticket.mutable_data_ptr(), 0, sizeof(unsigned), stream));
-        return ticket;
-    };
-    if (!known || status != cudaStreamCaptureStatusNone) return fresh();
+    unsigned long long id = 0;  // unlike the handle never used again
+    const cudaStream_t stream = device.stream();
+    if (cudaStreamIsCapturing(stream, &status) != cudaSuccess || status != cudaStreamCaptureStatusNone) return {};
+    if (cudaStreamGetId(stream, &id) != cudaSuccess) return {};
     static std::mutex mutex;
-    static auto& of_stream = *new std::map<std::pair<int, cudaStream_t>, Tensor>;  // outlives the CUDA context
+    static auto& numbers = *new std::map<std::pair<int, unsigned long long>, int>;  // threads may outlive statics
     const std::lock_guard lock(mutex);
-    Tensor& ticket = of_stream[{device.index(), stream}];
-    if (!ticket.defined()) ticket = fresh();
-    return ticket;
+    const std::pair key(device.index(), id);
+    if (const auto found = numbers.find(key); found != numbers.end()) return found->second;
+    if (numbers.size() == kTickets) return {};
+    return numbers.emplace(key, static_cast<int>(numbers.size())).first->second;
 }
 
 // The sums over all rows, with the memory they need. Scratch memory goes back to torch's allocator with this object,
 // before the kernels have run: whoever gets it next uses it later in the same stream.
 class Sums {
 public:
-    explicit Sums(const DeviceScope& device)
-        : partials(device.scratch(kPartials, dtypes::float64)), ticket(ticket_of(device)) {
+    explicit Sums(const DeviceScope& device) : partials(device.scratch(kPartials, dtypes::float64)) {
         to.partials = static_cast<double*>(partials.mutable_data_ptr());
+        if (const std::optional<int> number = number_of_stream(device)) {
+            to.own_ticket = *number;
+            return;
+        }
+        ticket = device.scratch(1, dtypes::int32);
         to.ticket = static_cast<unsigned*>(ticket.mutable_data_ptr());
+        check_launch(cudaMemsetAsync(to.ticket, 0, sizeof(unsigned), device.stream()));
     }
 
     LossOutput to;
@@ -56,23 +60,7 @@ private:
     Tensor partials, ticket;
 };
 
-// From here on a launch that counts the weights first is lost in the time that the logits take.
-constexpr std::int64_t kCountFirstBytes = std::int64_t(256) << 20;
-
-std::int64_t logits_bytes(const RowProblem& p) {
-    const int size = bytes_of(p.dtype);
-    return p.rows() * p.num_classes * size;
-}
-
 bool is_mean(const RowProblem& p) { return p.reduction == Reduction::kMean || p.reduction == Reduction::kActiveMean; }
-
-// What the gradient that forward writes is divided by: the number of rows, right if none is ignored, or 0 for the sum
-// of weights, counted first.
-double assumed_denominator(const RowProblem& p) {
-    const bool assumes =
-        p.reduction == Reduction::kMean && !p.class_weight && !p.sample_weight && logits_bytes(p) < kCountFirstBytes;
-    return assumes ? static_cast<double>(p.rows()) : 0.0;
-}
 
 void forward(RowProblem& p, void* loss, void* denominator) {
     check_classes(p);

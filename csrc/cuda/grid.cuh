@@ -41,7 +41,7 @@ struct LossSums {
     }
 };
 
-// The sum over the block's threads, in thread 0.
+// The sum over the block's threads, in thread 0; the others get some part of it.
 FL_DEVICE LossSums sum_over_block(const LossSums& mine) {
     __shared__ LossSums sums[kBlock];
     __syncthreads();  // an earlier result has been read
@@ -51,7 +51,7 @@ FL_DEVICE LossSums sum_over_block(const LossSums& mine) {
         __syncthreads();
         if (me < half) sums[me].add(sums[me + half]);
     }
-    return sums[0];
+    return sums[me];  // which no other thread writes: thread 0 does not keep the others waiting
 }
 
 // For all threads of a block, once `partials` [count] of all blocks are there: their sum, in thread 0.
@@ -62,17 +62,22 @@ FL_DEVICE LossSums sum_of_partials(const double* partials, std::int64_t count) {
     return sum_over_block(sums);
 }
 
+FL_DEVICE unsigned* ticket_of(const LossOutput& out) {
+    static __device__ unsigned own[kTickets];
+    return out.ticket ? out.ticket : own + out.own_ticket;
+}
+
 // For all threads of the grid: adds up what they bring, without atomics but a ticket, so that the order of additions
 // follows from the size of the grid. Returns whether this thread is the one that has the sum.
-FL_DEVICE bool sum_over_grid(LossSums& sums, double* partials, unsigned* ticket) {
+FL_DEVICE bool sum_over_grid(LossSums& sums, const LossOutput& out) {
     sums = sum_over_block(sums);
     if (gridDim.x > 1) {
         if (threadIdx.x == 0) {
-            partials[2 * std::int64_t(blockIdx.x)] = sums.value;
-            partials[2 * std::int64_t(blockIdx.x) + 1] = sums.weight;
+            out.partials[2 * std::int64_t(blockIdx.x)] = sums.value;
+            out.partials[2 * std::int64_t(blockIdx.x) + 1] = sums.weight;
         }
-        if (!arrives_last(ticket, gridDim.x)) return false;
-        sums = sum_of_partials(partials, gridDim.x);
+        if (!arrives_last(ticket_of(out), gridDim.x)) return false;
+        sums = sum_of_partials(out.partials, gridDim.x);
     }
     return threadIdx.x == 0;
 }

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstdlib>
 
+#include "cuda/per_device.h"
+
 namespace fused_losses::cuda {
 namespace {
 
@@ -39,13 +41,27 @@ unsigned blocks_for(std::int64_t rows, std::int64_t rows_per_block) {
 }
 
 cudaError_t find_resident_blocks(const void* kernel, std::int64_t& blocks) {
-    int device = 0, multiprocessors = 0, per_multiprocessor = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    if (error == cudaSuccess)
-        error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, kBlock, 0);
-    blocks = std::int64_t(multiprocessors) * per_multiprocessor;
-    return error;
+    static auto& known = *new PerDevice<std::int64_t>;
+    return known.find(kernel, blocks, [&](int device, std::int64_t& answer) {
+        int multiprocessors = 0, per_multiprocessor = 0;
+        cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+        if (error == cudaSuccess)
+            error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, kBlock, 0);
+        answer = std::int64_t(multiprocessors) * per_multiprocessor;
+        return error;
+    });
+}
+
+double assumed_denominator(const RowProblem& p) {
+    if (p.reduction != Reduction::kMean || p.class_weight || p.sample_weight) return 0;
+    const std::int64_t rows = p.rows();
+    // In bytes that the device moves: a launch takes as long as so many of them, some 3 us. One call in so many has
+    // rows that are ignored; then the logits are read, and the gradient is written, once more.
+    constexpr std::int64_t launch = std::int64_t(8) << 20, calls = 8;
+    const std::int64_t again = 2 * rows * p.num_classes * bytes_of(p.dtype);
+    const std::int64_t counting = launch + rows * bytes_of(p.index_type);
+    const bool none_is_ignored = !p.target;
+    return none_is_ignored || again < calls * counting ? static_cast<double>(rows) : 0;
 }
 
 }  // namespace fused_losses::cuda

@@ -68,6 +68,21 @@ cudaError_t launch(void (*kernel)(Params...), unsigned blocks, cudaStream_t stre
     return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
+// For kernels that loop over rows: as many blocks as the device runs at the same time, one for `rows_per_block` rows at
+// most. (A kernel that finds its work done before still has to launch all of them.)
+template <class... Params, class... Args>
+cudaError_t launch_over_rows(void (*kernel)(Params...), std::int64_t rows, std::int64_t rows_per_block,
+                             cudaStream_t stream, const Args&... args) {
+    unsigned blocks = blocks_for(rows, rows_per_block);
+    std::int64_t resident = 1;
+    if (blocks > 1)
+        if (const cudaError_t error = find_resident_blocks(reinterpret_cast<const void*>(kernel), resident);
+            error != cudaSuccess)
+            return error;
+    if (blocks > resident && resident > 0) blocks = static_cast<unsigned>(resident);
+    return launch(kernel, blocks, stream, args...);
+}
+
 // For kernels whose blocks wait for each other (grid.cuh), so that all of them must be resident: as many as fit,
 // `wanted` at most.
 template <class... Params, class... Args>

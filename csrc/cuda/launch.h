@@ -18,17 +18,26 @@ constexpr std::int64_t kMaxClasses = std::int64_t(1) << 30;
 constexpr unsigned kMaxBlocks = 4096;
 constexpr std::int64_t kPartials = 2 * std::int64_t(kMaxBlocks);
 
+// Kernels come with so many tickets (grid.cuh) that are zero between launches: memory of their own, since what torch's
+// allocator gives must not be kept beyond a call. (The first call may be part of what a graph's memory pool is for.)
+constexpr int kTickets = 1024;
+
 // Where forward leaves its sums over all rows. The order of additions depends on the problem's size and, where blocks
 // hold rows in shared memory, on how many of them the device runs at the same time.
 struct LossOutput {
     void* loss = nullptr;         // acc; null: no sums are wanted
     void* denominator = nullptr;  // acc; null: not wanted
     double* partials = nullptr;   // kPartials of scratch memory
-    unsigned* ticket = nullptr;   // a zero, before and after
+    unsigned* ticket = nullptr;   // a zero, before and after; null: one of the kernel's own
+    int own_ticket = 0;           // which: launches that may run at the same time take different ones
 };
 
 // Fills row_values, stats, grad (for an upstream gradient of 1) and `out`, as far as they are not null.
 cudaError_t enqueue_forward(const RowProblem& p, const LossOutput& out, cudaStream_t stream);
+
+// Forward writes the gradient of a mean before it knows the sum of weights. What it divides by: the number of rows,
+// where it may well be right (backward puts a wrong gradient right), or 0 for the sum of weights, counted first.
+double assumed_denominator(const RowProblem& p);
 
 // out.denominator = the sum of the weights of all rows, from the targets alone.
 cudaError_t enqueue_denominator(const RowProblem& p, const LossOutput& out, cudaStream_t stream);

@@ -17,7 +17,7 @@ FL_DEVICE A written_share(const RowProblem& p) {
 template <class A>
 FL_DEVICE void write_loss(const RowArgs<A>& args, LossSums sums) {
     const LossOutput& out = args.out;
-    if (!out.loss || !sum_over_grid(sums, out.partials, out.ticket)) return;
+    if (!out.loss || !sum_over_grid(sums, out)) return;
     const Reduction reduction = args.problem.reduction;
     if (reduction == Reduction::kActiveMean) sums.weight += kActiveGuard;
     if (out.denominator) *static_cast<A*>(out.denominator) = static_cast<A>(sums.weight);

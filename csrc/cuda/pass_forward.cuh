@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, true>)
     Group group(args.residence);
     RowEnd<A, Loss> end(args);
     RowReader<Stored, Group>(args, group)
-        .for_each([&](const Row& row, const Target& target, const RowSlice<Stored>& slice) {
+        .for_each([&](const Row& row, const Target& target, const RowSlice<Stored>& slice, bool) {
             if (target.ignored) {  // for the whole group
                 if (group.records()) end.record(row, A(0), A(0), {});
                 if (p.grad) write_zeros(p, group, row, slice);
@@ -179,7 +179,7 @@ cudaError_t enqueue_forward_of(const RowProblem& given, const LossOutput& out, c
         const Regime regime = regime_of(p);
         if constexpr (!kIsForChecking<Stored>) {
             if (regime == Regime::kStaged)
-                return launch(forward_staged<Loss>, blocks_for(p.rows(), kBlock), stream, args);
+                return launch_over_rows(forward_staged<Loss>, p.rows(), kBlock, stream, args);
             if (regime == Regime::kThread) return launch_pixels<Stored>(forward_by_thread<Stored, Loss>, args, stream);
         }
         return launch_rows<Stored>(forward<Stored, Loss>, threads_of(regime, true), args, stream);

@@ -72,13 +72,13 @@ cudaError_t enqueue_gradient_of(const RowProblem& given, cudaStream_t stream) {
         RowArgs<acc_t<Stored>> args(p);
         const Regime regime = regime_of(p);
         if constexpr (!kIsForChecking<Stored>) {
-            const unsigned blocks = blocks_for(p.rows(), kBlock);
-            if (regime == Regime::kStaged) return launch(gradient_staged<Loss>, blocks, stream, args);
-            if (regime == Regime::kThread) return launch(gradient<Stored, Loss, Alone>, blocks, stream, args);
+            if (regime == Regime::kStaged)
+                return launch_over_rows(gradient_staged<Loss>, p.rows(), kBlock, stream, args);
+            if (regime == Regime::kThread)
+                return launch_over_rows(gradient<Stored, Loss, Alone>, p.rows(), kBlock, stream, args);
         }
-        args.residence.threads = threads_of(regime, true);
-        return launch(gradient<Stored, Loss, Group>, blocks_for(p.rows(), kBlock / threads_of(regime, true)), stream,
-                      args);
+        const int threads = args.residence.threads = threads_of(regime, true);
+        return launch_over_rows(gradient<Stored, Loss, Group>, p.rows(), kBlock / threads, stream, args);
     });
 }
 

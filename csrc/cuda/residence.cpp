@@ -3,9 +3,8 @@
 
 #include <algorithm>
 #include <bit>
-#include <map>
-#include <mutex>
-#include <utility>
+
+#include "cuda/per_device.h"
 
 namespace fused_losses::cuda {
 namespace {
@@ -58,21 +57,9 @@ cudaError_t ask_for_room(const void* kernel, int device, Room& room) {
 
 }  // namespace
 
-// Remembers the answer: a small kernel takes less time than so many questions.
 cudaError_t find_room(const void* kernel, Room& room) {
-    int device = 0;
-    if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-    static std::mutex mutex;
-    static std::map<std::pair<const void*, int>, Room> known;
-    const std::lock_guard lock(mutex);
-    const auto found = known.find({kernel, device});
-    if (found != known.end()) {
-        room = found->second;
-        return cudaSuccess;
-    }
-    const cudaError_t error = ask_for_room(kernel, device, room);
-    if (error == cudaSuccess) known[{kernel, device}] = room;
-    return error;
+    static auto& known = *new PerDevice<Room>;
+    return known.find(kernel, room, [&](int device, Room& answer) { return ask_for_room(kernel, device, answer); });
 }
 
 int Room::blocks_with(std::int64_t bytes) const {

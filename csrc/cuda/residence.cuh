@@ -26,7 +26,7 @@ cudaError_t launch_rows(void (*kernel)(RowArgs<A>), int threads, RowArgs<A>& arg
     }
     args.residence = plan.residence;
     args.residence.threads = threads;
-    if (plan.bytes == 0) return launch(kernel, blocks_for(p.rows(), groups), stream, args);
+    if (plan.bytes == 0) return launch_over_rows(kernel, p.rows(), groups, stream, args);
     return launch_resident(kernel, room, plan, (p.rows() + groups - 1) / groups * plan.cluster, stream, args);
 }
 
@@ -40,7 +40,7 @@ cudaError_t launch_pixels(void (*kernel)(RowArgs<A>), RowArgs<A>& args, cudaStre
         if (const cudaError_t error = find_room(kernel, room); error != cudaSuccess) return error;
         plan = plan_pixels(room, p, sizeof(Stored));
     }
-    if (plan.bytes == 0) return launch(kernel, blocks_for(p.rows(), kBlock), stream, args);
+    if (plan.bytes == 0) return launch_over_rows(kernel, p.rows(), kBlock, stream, args);
     args.residence = plan.residence;
     const std::int64_t pixels = plan.residence.pixels;
     return launch_resident(kernel, room, plan, p.outer * ((p.inner + pixels - 1) / pixels), stream, args);

@@ -13,6 +13,10 @@ extern __shared__ uint4 dynamic_shared[];
 // Begins to copy `count` logits to shared memory, by `threads` threads that go on meanwhile. Both places are misaligned
 // alike. Only whole pieces of 16 bytes are copied, with what else is in the first and the last of them, whatever the
 // alignment; but nothing from outside the tensor, to whose ends single elements go.
+//
+// These are the only bytes beside a row's own that any kernel reads: those of the row's first and last 16 aligned bytes
+// that lie between the first and the last logit of the tensor, where a view may have gaps that nobody has written. They
+// reach no result.
 template <class Stored>
 FL_DEVICE void begin_copy(const RowProblem& p, const Stored* from, Stored* to, int count, int lane, int threads) {
     constexpr int n = kVector<Stored>;
@@ -78,19 +82,21 @@ public:
     FL_DEVICE RowReader(const RowArgs<A>& args, const Team& team)
         : p(args.problem), capacity(args.residence.capacity), buffers(args.residence.buffers), group(team) {}
 
-    // Calls body(row, target, slice) for each row, by all threads of the group.
+    // Calls body(row, target, slice, exists) for each row, by all threads of the group, and by whole warps: groups that
+    // share one see another row, as if it were ignored, where they have none left.
     template <class Body>
     FL_DEVICE void for_each(Body body) {
-        const std::int64_t rows = p.rows(), step = group.count();
+        const std::int64_t rows = p.rows(), step = group.count(), ahead = group.number() - group.first_in_warp();
         std::int64_t number = group.number();
         if (is_to_copy(number)) begin(number);
-        while (number < rows) {
+        while (number - ahead < rows) {
             const std::int64_t next = number + step;
             const bool continues = is_to_copy(next);  // asked now: the answer comes while this row's copy arrives
-            const Row row = row_at(p, number);
+            const bool exists = number < rows;
+            const Row row = row_at(p, exists ? number : 0);
             const RowSlice<Stored> slice = slice_of(row, arrived());
             if (buffers > 1 && continues) begin(next);
-            body(row, target_of(p, row), slice);
+            body(row, exists ? target_of(p, row) : Target{0, true}, slice, exists);
             if (buffers == 1 && is_resident()) {
                 group.sync();  // everybody is done with the buffer
                 if (continues) begin(next);

@@ -246,6 +246,35 @@ FL_DEVICE void load_across(const Stored* from, acc_t<Stored> (&to)[kCount]) {
     }
 }
 
+// To global memory, by one instruction: an assignment may become one for each element, since the compiler sees through
+// the vector to the elements that it was made of.
+FL_DEVICE void store_at_once(uint4* to, uint4 x) {
+#ifdef __CUDA_ARCH__
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(x.x), "r"(x.y),
+                 "r"(x.z), "r"(x.w)
+                 : "memory");
+#else
+    *to = x;
+#endif
+}
+
+FL_DEVICE void store_at_once(uint2* to, uint2 x) {
+#ifdef __CUDA_ARCH__
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(x.x), "r"(x.y) : "memory");
+#else
+    *to = x;
+#endif
+}
+
+FL_DEVICE void store_at_once(unsigned* to, unsigned x) {
+#ifdef __CUDA_ARCH__
+    asm volatile("st.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "r"(x) : "memory");
+#else
+    *to = x;
+#endif
+}
+
+// The same.
 template <int kCount, class Stored>
 FL_DEVICE void store(Stored* to, const acc_t<Stored> (&from)[kCount]) {
     if constexpr (kCount == 1) {
@@ -257,7 +286,7 @@ FL_DEVICE void store(Stored* to, const acc_t<Stored> (&from)[kCount]) {
         Bytes<sizeof(x)> bytes;
         static_assert(sizeof(bytes) == sizeof(x));
         std::memcpy(&bytes, x, sizeof(bytes));
-        *reinterpret_cast<Bytes<sizeof(x)>*>(to) = bytes;
+        store_at_once(reinterpret_cast<Bytes<sizeof(x)>*>(to), bytes);
     }
 }
 

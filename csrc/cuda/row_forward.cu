@@ -85,17 +85,15 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, kSpread>)
     Group team(args.residence);
     RowEnd<A> end(args);
     RowReader<Stored, Group>(args, team)
-        .for_each([&](const Row& row, const Target& target, const RowSlice<Stored>& slice) {
-            if (target.ignored) {  // for the whole group
-                end.ignore(row, team.records());
-                if (p.grad) write_zeros(p, team, row, slice);
-                return;
-            }
+        .for_each([&](const Row& row, const Target& target, const RowSlice<Stored>& slice, bool exists) {
+            // Lanes of an ignored row take part in the shuffles of their warp.
             const A bias = bias_of(args);
-            const A target_logit = target.cls < 0 ? A(0) : logit_of(p, row, slice, target.cls) + bias;
+            const bool has_target_logit = target.cls >= 0 && !target.ignored;
+            const A target_logit = has_target_logit ? logit_of(p, row, slice, target.cls) + bias : A(0);
             const SpreadReader<A> spread(p, args, row);
             auto state = SoftmaxState<A, kSpread>::empty();
-            team.walk(slice.logits, slice.count, slice.stride == 1, [&]<int kCount>(Count<kCount>, int c) {
+            const int classes = target.ignored ? 0 : slice.count;
+            team.walk(slice.logits, classes, slice.stride == 1, [&]<int kCount>(Count<kCount>, int c) {
                 A z[kCount], u[kCount];
                 load(slice.logits + c * slice.stride, z);
 #pragma unroll
@@ -107,6 +105,12 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, kSpread>)
                 state.push(z, u);
             });
             reduce_team(team, state);
+            if (!exists) return;
+            if (target.ignored) {
+                end.ignore(row, team.records());
+                if (p.grad) write_zeros(p, team, row, slice);
+                return;
+            }
             const auto coefficients = end.finish(row, target, target_logit, state, team.records());
             if (p.grad) write_gradient<kSpread>(args, team, row, slice, target.cls, coefficients);
         });
@@ -211,8 +215,7 @@ __global__ void __launch_bounds__(kBlock) sum_weights(const __grid_constant__ Ro
         const A weight = class_weight_of<A>(p, target) * sample_weight_of<A>(p, row);
         if (!target.ignored) sums.weight += static_cast<double>(weight);
     }
-    if (sum_over_grid(sums, args.out.partials, args.out.ticket))
-        *static_cast<A*>(args.out.denominator) = static_cast<A>(sums.weight);
+    if (sum_over_grid(sums, args.out)) *static_cast<A*>(args.out.denominator) = static_cast<A>(sums.weight);
 }
 
 }  // namespace
@@ -224,7 +227,7 @@ cudaError_t enqueue_forward(const RowProblem& p, const LossOutput& out, cudaStre
         const Regime regime = regime_of(p);
         if constexpr (!kIsForChecking<Stored>) {
             if (regime == Regime::kStaged)
-                return launch(forward_staged<kSpread>, blocks_for(p.rows(), kBlock), stream, args);
+                return launch_over_rows(forward_staged<kSpread>, p.rows(), kBlock, stream, args);
             if (regime == Regime::kThread)
                 return launch_pixels<Stored>(forward_by_thread<Stored, kSpread>, args, stream);
         }
@@ -233,9 +236,12 @@ cudaError_t enqueue_forward(const RowProblem& p, const LossOutput& out, cudaStre
 }
 
 cudaError_t enqueue_denominator(const RowProblem& p, const LossOutput& out, cudaStream_t stream) {
-    const unsigned blocks = blocks_for(p.rows(), 4 * kBlock);
-    if (p.dtype == Dtype::kFloat64) return launch(sum_weights<double>, blocks, stream, RowArgs<double>(p, out));
-    return launch(sum_weights<float>, blocks, stream, RowArgs<float>(p, out));
+    constexpr std::int64_t rows_per_block = 4 * kBlock;
+    const auto run = [&](auto kernel, const auto& args) {
+        return launch_over_rows(kernel, p.rows(), rows_per_block, stream, args);
+    };
+    if (p.dtype == Dtype::kFloat64) return run(sum_weights<double>, RowArgs<double>(p, out));
+    return run(sum_weights<float>, RowArgs<float>(p, out));
 }
 
 }  // namespace fused_losses::cuda

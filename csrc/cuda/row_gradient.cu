@@ -77,12 +77,13 @@ cudaError_t enqueue_gradient(const RowProblem& p, cudaStream_t stream) {
         RowArgs<acc_t<Stored>> args(p);
         const Regime regime = regime_of(p);
         if constexpr (!kIsForChecking<Stored>) {
-            const unsigned blocks = blocks_for(p.rows(), kBlock);
-            if (regime == Regime::kStaged) return launch(gradient_staged<kSpread>, blocks, stream, args);
-            if (regime == Regime::kThread) return launch(gradient<Stored, Alone, kSpread>, blocks, stream, args);
+            if (regime == Regime::kStaged)
+                return launch_over_rows(gradient_staged<kSpread>, p.rows(), kBlock, stream, args);
+            if (regime == Regime::kThread)
+                return launch_over_rows(gradient<Stored, Alone, kSpread>, p.rows(), kBlock, stream, args);
         }
         const int threads = args.residence.threads = threads_of(regime, false);
-        return launch(gradient<Stored, Group, kSpread>, blocks_for(p.rows(), kBlock / threads), stream, args);
+        return launch_over_rows(gradient<Stored, Group, kSpread>, p.rows(), kBlock / threads, stream, args);
     });
 }
 

@@ -8,10 +8,9 @@
 
 namespace fused_losses::cuda {
 
-// The lanes that share a row with this one, `width` of them.
-FL_DEVICE unsigned lanes_of_group(int width) {
-    return width == 32 ? 0xffffffffu : ((1u << width) - 1) << (threadIdx.x % 32 / width * width);
-}
+// Shuffles are by whole warps, also where a part of one shares a row: a mask that the compiler does not know becomes a
+// loop of votes.
+constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Of the logits z seen so far: max, sum = sum exp(z - max) and, with kSpread, centred = sum u (z - pivot),
 // sum_u = sum u. The pivot is max, or 0 as long as max is -inf: -inf - -inf must not turn a row with masked
@@ -77,21 +76,19 @@ struct SoftmaxState {
         return other;
     }
 
-    // Lane 0 of each group of `width` lanes ends with the sums of its group. Called by whole groups.
+    // Lane 0 of each group of `width` lanes ends with the sums of its group. For all lanes of a warp.
     FL_DEVICE void reduce_lanes(int width) {
-        const unsigned mask = lanes_of_group(width);
 #pragma unroll 1  // waits for other lanes most of the time
         for (int distance = width / 2; distance > 0; distance /= 2)
-            merge(fetched([&](A x) { return __shfl_down_sync(mask, x, distance, width); }));
+            merge(fetched([&](A x) { return __shfl_down_sync(kAllLanes, x, distance, width); }));
     }
 
     FL_DEVICE void take_from_first_lane(int width) {
-        const unsigned mask = lanes_of_group(width);
-        *this = fetched([&](A x) { return __shfl_sync(mask, x, 0, width); });
+        *this = fetched([&](A x) { return __shfl_sync(kAllLanes, x, 0, width); });
     }
 };
 
-// Combines the sums of all threads that share a row; each of them gets the result.
+// Combines the sums of all threads that share a row; each of them gets the result. For all lanes of a warp.
 template <class State>
 FL_DEVICE void reduce_team(Group& group, State& state) {
     const int width = min(group.threads, 32);

@@ -110,6 +110,11 @@ struct Group {
         return std::int64_t(blockIdx.x / cluster_size()) * (kBlock / threads) + threadIdx.x / threads;
     }
 
+    // Of the first group in this warp.
+    FL_DEVICE std::int64_t first_in_warp() const {
+        return threads < 32 ? number() - threadIdx.x % 32 / threads : number();
+    }
+
     FL_DEVICE bool records() const { return lane == 0 && cluster_rank() == 0; }
 
     // What the group's threads in this block have written to shared memory is there for all of them.

@@ -285,7 +285,7 @@ cudaError_t enqueue_class_moments(const ZProblem& p, const WorkShares& shares, d
 }
 
 cudaError_t enqueue_z_error_mask(const ZProblem& p, cudaStream_t stream) {
-    return launch(mask_rows, blocks_for(p.rows(), kBlock), stream, p);
+    return launch_over_rows(mask_rows, p.rows(), kBlock, stream, p);
 }
 
 std::int64_t blocks_of_loss(const ZProblem& p, const WorkShares& moments, const WorkShares& loss) {
@@ -307,8 +307,8 @@ cudaError_t enqueue_z_error_loss(const ZProblem& p, const WorkShares& moments, c
 }
 
 cudaError_t enqueue_z_error_gradient(const ZProblem& p, cudaStream_t stream) {
-    const unsigned blocks = blocks_for(p.rows(), kBlock);
-    return p.acc_is_double ? launch(gradient<double>, blocks, stream, p) : launch(gradient<float>, blocks, stream, p);
+    if (p.acc_is_double) return launch_over_rows(gradient<double>, p.rows(), kBlock, stream, p);
+    return launch_over_rows(gradient<float>, p.rows(), kBlock, stream, p);
 }
 
 }  // namespace fused_losses::cuda

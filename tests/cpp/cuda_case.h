@@ -107,7 +107,10 @@ private:
               scratch(layout_of(Kind::kRows, 1, cuda::kPartials, 1)) {}
 
         cuda::LossOutput output(bool mean) {
-            return {&scalars.at(0, 0), mean ? &scalars.at(0, 1) : nullptr, scratch.data(), &ticket};
+            void* const denominator = mean ? &scalars.at(0, 1) : nullptr;
+            const bool own = cuda_emulation::one_in(2);  // the kernel's own ticket
+            const int number = int(cuda_emulation::random() % cuda::kTickets);
+            return {&scalars.at(0, 0), denominator, scratch.data(), own ? nullptr : &ticket, own ? number : 0};
         }
         bool operator==(const Result& other) const {
             return RowResult::operator==(other) && scalars == other.scalars && ticket == other.ticket;

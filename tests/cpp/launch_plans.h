@@ -65,6 +65,55 @@ inline void test_room() {
     }
 }
 
+// Rows are looped over by as many blocks as the device runs, and nobody asks twice how many these are.
+__global__ inline void count_blocks(unsigned* blocks) {
+    if (threadIdx.x == 0) atomicMax(blocks, gridDim.x);
+}
+
+inline void test_grids() {
+    using namespace cuda_emulation;
+    multiprocessors = 4;
+    for (const int at_once : {2, 5}) {
+        blocks_per_multiprocessor = at_once;
+        ++device;
+        const long before = questions;
+        for (const std::int64_t rows : {0, 1, 8, 9, 100000}) {
+            unsigned blocks = 0;
+            const std::int64_t wanted = std::max<std::int64_t>(1, (rows + 7) / 8);
+            check(launch_over_rows(count_blocks, rows, 8, nullptr, &blocks) == cudaSuccess, "not launched");
+            check(blocks == std::min<std::int64_t>(wanted, 4 * at_once), "%u blocks for %lld rows", blocks,
+                  (long long)rows);
+        }
+        check(questions - before == 2, "asked %ld times", questions - before);
+    }
+    blocks_per_multiprocessor = 2;
+}
+
+// A gradient is written with the number of rows for its denominator where that moves fewer bytes on average.
+inline void test_assumed_denominator() {
+    const std::int64_t target[1] = {};
+    const float weight[1] = {};
+    RowProblem p;
+    const auto assumed = [&](std::int64_t rows, std::int64_t classes) {
+        p.inner = rows, p.num_classes = classes;
+        return assumed_denominator(p);
+    };
+    p.target = target;
+    p.dtype = Dtype::kBFloat16;
+    check(assumed(4096, 1000) == 4096, "8 MB of logits: a launch takes longer");
+    check(assumed(8192, 128256) == 0, "2 GB of logits: counted first");
+    check(assumed(30000, 1000) == 0, "60 MB of logits: counted first");
+    check(assumed(1 << 24, 10) == 1 << 24, "10 classes: the targets are as large as half of the logits");
+    p.sample_weight = weight;
+    check(assumed(4096, 1000) == 0, "weights: the sum is not the number of rows");
+    p.sample_weight = nullptr, p.class_weight = weight;
+    check(assumed(4096, 1000) == 0, "class weights: the sum is not the number of rows");
+    p.class_weight = nullptr, p.target = nullptr;
+    check(assumed(8192, 128256) == 8192, "probability targets: no row is ignored");
+    p.reduction = Reduction::kSum;
+    check(assumed(4096, 1000) == 0, "sums have no denominator");
+}
+
 inline void test_row_plans() {
     const Room h100 = room_of(16), portable = room_of(8), a100 = room_of(1);
     test_row_plan(h100, 1000, 2, 8, 3, 2, 1);

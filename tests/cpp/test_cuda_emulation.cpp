@@ -311,6 +311,8 @@ int main() {
     test_row_plans();
     test_choice_of_cluster();
     test_room();
+    test_grids();
+    test_assumed_denominator();
     test_pixel_plans();
     return report("CUDA emulation");
 }

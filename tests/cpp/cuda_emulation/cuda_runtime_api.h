@@ -92,6 +92,7 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, in
 }
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, std::size_t) {
+    ++cuda_emulation::questions;
     *blocks = cuda_emulation::blocks_per_multiprocessor;
     return cudaSuccess;
 }
