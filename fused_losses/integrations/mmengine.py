@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_losses import _common, z_cross_entropy
+from fused_losses import _arguments, z_cross_entropy
 
 try:
     from mmengine.registry import MODELS
@@ -58,7 +58,7 @@ class FusedLoss(nn.Module):
     ) -> None:
         super().__init__()
         stem = loss.removesuffix("_loss")
-        modules: dict[str, Any] = {name: entry.module for name, entry in _common.LOSSES.items()}
+        modules: dict[str, Any] = {name: entry.module for name, entry in _arguments.LOSSES.items()}
         modules["z_error_cross_entropy"] = z_cross_entropy.ZErrorCrossEntropyLoss
         if stem not in modules:
             raise ValueError(f"loss must be one of {', '.join(modules)}, got {loss!r}")
