@@ -21,19 +21,20 @@ from fused_losses._autograd import (
     row_loss_gradient,
     save_row_loss,
 )
+from fused_losses._z_reference import ClassScore, class_score
 
 Result = tuple[Tensor, Tensor, Tensor]  # loss, mask, scores
 
 
-def z_error_row_loss(args: RowLossArguments, rule: ZErrorRule) -> Result:
-    """Any row loss of the rows that are kept: loss, mask and scores.
+def z_error_row_loss(args: RowLossArguments, rule: ZErrorRule, judged: ClassScore | None) -> Result:
+    """Any row loss of the rows that are kept: loss, mask and scores. ``judged``: what they are judged by, if known.
 
     Where the training forward writes the gradient on the CPU, the mask comes first and dropped rows are ignored rows.
     Elsewhere the rows' losses come first: statistics, mask and reduction follow in one kernel, the gradient in another.
     """
     differentiate = args.logits.requires_grad and torch.is_grad_enabled()
     if needs_reference(*args[:6]) or (differentiate and args.logits.is_cpu and forward_writes_gradient(args)):
-        return _masked_first(args, rule)
+        return _masked_first(args, rule, judged)
     if differentiate:
         return apply(_ZErrorRowLoss, args.logits, args, rule)  # type: ignore[no-any-return]
     plan = _Plan.of(args, rule)
@@ -41,15 +42,17 @@ def z_error_row_loss(args: RowLossArguments, rule: ZErrorRule) -> Result:
     return loss, mask, scores
 
 
-def _masked_first(args: RowLossArguments, rule: ZErrorRule) -> Result:
+def _masked_first(args: RowLossArguments, rule: ZErrorRule, judged: ClassScore | None) -> Result:
     """The row loss of the rows that a mask keeps."""
     with torch.no_grad():
-        score, word = _z_reference.class_score(row_loss, rule.statistic, args)
-        rule = rule._replace(statistic=word)
-        if rule.moments is None:
+        score, word = judged or class_score(row_loss, rule.statistic, args)
+        moments, threshold_tensor, threshold, _, *rest = rule
+        if moments is None:
             classes = args.logits.shape[class_dim(args.logits)]
-            rule = rule._replace(moments=_ops.class_moments(score, args.target, classes, word, args.ignore_index))
-        mask, kept_target, scores = _ops.z_error_mask(score, args.target, args.ignore_index, *rule)
+            moments = _ops.class_moments(score, args.target, classes, word, args.ignore_index)
+        mask, kept_target, scores = _ops.z_error_mask(
+            score, args.target, args.ignore_index, moments, threshold_tensor, threshold, word, *rest
+        )
     return row_loss(args._replace(target=kept_target)), mask, scores
 
 

@@ -44,7 +44,9 @@ class ZOps:
 
     row_loss: Callable[[RowLossArguments], Tensor]
     class_moments: Callable[..., Tensor]
-    z_error_row_loss: Callable[[RowLossArguments, ZErrorRule], tuple[Tensor, Tensor, Tensor]]
+    z_error_row_loss: Callable[
+        [RowLossArguments, ZErrorRule, _z_reference.ClassScore | None], tuple[Tensor, Tensor, Tensor]
+    ]
     z_error_loss: Callable[[ZErrorLossArguments, ZErrorRule], tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
@@ -72,14 +74,17 @@ class Source:
     group: dist.ProcessGroup | None = None
     update: Callable[[Tensor], Tensor] | None = None
 
+    @property
+    def wants_batch(self) -> bool:
+        """Whether :meth:`moments` looks at those of the batch."""
+        return self.given is None and not (self.group is None and self.update is None)
+
     def moments(self, groups: int, of_batch: Callable[[], Tensor]) -> Tensor | None:
         """Moments ``(3, groups)`` to judge the rows by; None for those of the batch as it is."""
-        if self.given is not None:
-            if self.given.shape[1] != groups:
-                raise ValueError(f"statistics must be those of {groups} classes, got {self.given.shape[1]}")
+        if self.given is not None and self.given.shape[1] != groups:
+            raise ValueError(f"statistics must be those of {groups} classes, got {self.given.shape[1]}")
+        if not self.wants_batch:
             return self.given
-        if self.group is None and self.update is None:
-            return None
         moments = of_batch()
         if self.group is not None:
             moments = all_reduce_moments(moments, self.group)

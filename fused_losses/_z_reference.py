@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from fused_losses._arguments import RowLossArguments, ZErrorLossArguments, ZErrorRule, acc_dtype, class_dim
 from fused_losses._reference import reduce_rows, row_loss_reference
 
+ClassScore = tuple[Tensor, str]
+
 
 def _groups(target: Tensor, num_groups: int, statistic: str, ignore_index: int) -> Tensor:
     """Every row's group; -1: none."""
@@ -91,24 +93,24 @@ def z_error_mask(score: Tensor, target: Tensor, ignore_index: int, rule: ZErrorR
     return mask, torch.where((group >= 0) & ~mask, ignore_index, target.long()), z
 
 
-def class_score(
-    row_loss: Callable[[RowLossArguments], Tensor], statistic: str, args: RowLossArguments
-) -> tuple[Tensor, str]:
-    """What rows are judged by, and the word for it in :func:`z_error_mask`."""
-    with torch.no_grad():
-        args = args._replace(logits=args.logits.detach(), weight=None, sample_weight=None, reduction="none")
-        if statistic == "logit":
-            return args.logits, "class"
-        if statistic == "loss":
-            return row_loss(args), "class"
-        plain = args._replace(logit_bias_tensor=None, margin=None, loss="cross_entropy", params=[0.0], logit_bias=0.0)
-        return row_loss(plain), "class_prob"
+def class_score(row_loss: Callable[[RowLossArguments], Tensor], statistic: str, args: RowLossArguments) -> ClassScore:
+    """What rows are judged by, and the word for it in :func:`z_error_mask`. A constant, where gradients are off."""
+    logits = args.logits.detach()
+    if statistic == "logit":
+        return logits, "class"
+    args = args._replace(logits=logits, weight=None, sample_weight=None, reduction="none")
+    if statistic == "loss":
+        return row_loss(args), "class"
+    plain = args._replace(logit_bias_tensor=None, margin=None, loss="cross_entropy", params=[0.0], logit_bias=0.0)
+    return row_loss(plain), "class_prob"
 
 
-def z_error_row_loss(args: RowLossArguments, rule: ZErrorRule) -> tuple[Tensor, Tensor, Tensor]:
+def z_error_row_loss(
+    args: RowLossArguments, rule: ZErrorRule, judged: ClassScore | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Any row loss of the rows that are kept, in plain PyTorch: loss, mask and scores."""
-    score, word = class_score(row_loss_reference, rule.statistic, args)
     with torch.no_grad():
+        score, word = judged or class_score(row_loss_reference, rule.statistic, args)
         rule = rule._replace(statistic=word)
         if rule.moments is None:
             classes = args.logits.shape[class_dim(args.logits)]

@@ -99,13 +99,16 @@ def _z_cross_entropy(
     )
     num_classes = classes_of(logits)
 
-    def moments_of_batch() -> Tensor:
-        score, word = class_score(ops.row_loss, statistic, arguments)
-        return ops.class_moments(score, target, num_classes, word, arguments.ignore_index)
+    with torch.no_grad():
+        judged = class_score(ops.row_loss, statistic, arguments) if source.wants_batch else None
 
-    moments = source.moments(num_classes, moments_of_batch)
+        def moments_of_batch() -> Tensor:
+            assert judged is not None
+            return ops.class_moments(judged[0], target, num_classes, judged[1], arguments.ignore_index)
+
+        moments = source.moments(num_classes, moments_of_batch)
     rule = ZErrorRule(moments, tensor, numbers, statistic, tail, min_count, keep_small, return_mask)
-    loss, mask, scores = ops.z_error_row_loss(arguments, rule)
+    loss, mask, scores = ops.z_error_row_loss(arguments, rule, judged)
     if mean_over_ranks and source.group is not None:
         denominator = kept_weight(mask, target, keywords["weight"], sample_weight)
         loss = global_mean(loss, denominator.to(loss.dtype), source.group)
