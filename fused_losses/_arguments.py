@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, Protocol, TypedDic
 import torch
 from torch import Tensor
 
-from fused_losses._parameters import Rule, finite, one_of
+from fused_losses._parameters import Rule, finite, one_of, plain
 from fused_losses.calibration import solve_logit_bias
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ def resolve_logit_bias(logit_bias: LogitBias, logits: Tensor) -> tuple[float, Te
         num_classes = int(logits.shape[class_dim(logits)]) if has_classes else 1
         return (max(0.0, solve_logit_bias(num_classes)) if num_classes > 1 else 0.0), None
     check_logit_bias(logit_bias)
-    return logit_bias, None
+    return plain(logit_bias), None
 
 
 def check_logit_bias(logit_bias: LogitBias) -> None:

@@ -26,8 +26,28 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 
 def row_loss(args: RowLossArguments) -> Tensor:
     """The loss by the fused kernels, differentiable in every way."""
-    if not isinstance(args.logits, Tensor):
-        return _ops.row_loss(*args)  # type: ignore[unreachable]  # which says what it expects
+    if not (isinstance(args.logits, Tensor) and isinstance(args.target, Tensor)):
+        _refuse(args)  # type: ignore[unreachable]
+    try:
+        return _row_loss(args)
+    except NotImplementedError:  # of this layout
+        for name, tensor in zip(RowLossArguments._fields[:6], args[:6], strict=True):
+            if isinstance(tensor, Tensor) and tensor.layout is not torch.strided:
+                raise RuntimeError(
+                    f"{args.loss}: {name} must be dense, got a tensor of layout {tensor.layout}"
+                ) from None
+        raise
+
+
+def _refuse(args: RowLossArguments) -> None:
+    """Raises for logits or a target that are no tensors."""
+    for name, value in (("logits", args.logits), ("target", args.target)):
+        if value is None:
+            raise TypeError(f"{args.loss}: {name} must be a Tensor, got None")
+    _ops.row_loss(*args)  # says what it expects
+
+
+def _row_loss(args: RowLossArguments) -> Tensor:
     if needs_reference(*args[:6]):
         check_row_loss(args)
         return row_loss_reference(args)

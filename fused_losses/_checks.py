@@ -65,6 +65,11 @@ def _check_target(args: RowLossArguments) -> None:
                 f"{name}: logit_bias is not supported for class probabilities, which have no single target class"
             )
         return
+    if target.shape == logits.shape:
+        raise RuntimeError(
+            f"{name}: Expected floating point type for target with class probabilities (it has the shape of logits), "
+            f"got {target.dtype}; one-hot labels are passed as class indices, target.argmax({class_dim(logits)})"
+        )
     if target.dtype not in _INDEX:
         raise RuntimeError(
             f"{name}: expected target dtype to be Long or Byte (or Int, Short) with shape {list(rows)}, got "
@@ -77,5 +82,9 @@ def _check_target(args: RowLossArguments) -> None:
     if target.shape != rows:
         raise RuntimeError(
             f"{name}: Expected target size {list(rows)} for logits of shape {list(logits.shape)}, got "
-            f"{list(target.shape)}"
+            f"{list(target.shape)}{'; pass target.squeeze(1)' if _has_one_channel(logits, target) else ''}"
         )
+
+
+def _has_one_channel(logits: Tensor, target: Tensor) -> bool:
+    return target.dim() == logits.dim() > 1 and target.shape[1] == 1

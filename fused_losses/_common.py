@@ -15,6 +15,7 @@ from fused_losses._arguments import (
     pack_arguments,
 )
 from fused_losses._autograd import row_loss
+from fused_losses._parameters import plain
 
 
 class RowLossOptions(TypedDict, total=False):
@@ -73,15 +74,15 @@ class RowLossModule(Criterion):
             if isinstance(value, Tensor):
                 self.register_buffer(name, value)
             else:
-                setattr(self, name, value)
+                setattr(self, name, plain(value))
         self.parameter_names = tuple(parameters)
         self.register_buffer("weight", weight)
-        self.ignore_index = ignore_index
+        self.ignore_index = plain(ignore_index)
         self.reduction = reduction
         if isinstance(logit_bias, Tensor):
             self.register_buffer("logit_bias", logit_bias)
         else:
-            self.logit_bias = logit_bias
+            self.logit_bias = plain(logit_bias)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Notices that a hyper-parameter has a new value, so that calls need not look."""

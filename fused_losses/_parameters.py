@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,11 @@ class Rule(Protocol):
         """The value that ``number`` stands for."""
 
 
+def plain(value: Any) -> Any:
+    """A NumPy scalar, or an array of one, as the number of Python's that it holds; anything else as it is."""
+    return value.item() if isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0 else value
+
+
 @dataclass(frozen=True)
 class Range:
     """Numbers; ``rule`` completes the sentence "x must ..."."""
@@ -32,8 +38,10 @@ class Range:
         """``value`` itself. Raises a ValueError where it is out of range, a TypeError where it is no number."""
         if value.__class__ is float and self.holds(value):  # nearly always
             return value
+        value = plain(value)
         if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
-            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+            hint = "; class weights are given as weight=" if isinstance(value, Tensor) and value.dim() == 1 else ""
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}{hint}")
         if not self.holds(value):
             raise ValueError(f"{name} must {self.rule}, got {value}")
         return value  # type: ignore[return-value]  # symbolic while tracing

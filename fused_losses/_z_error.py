@@ -13,7 +13,7 @@ from torch import Tensor
 from fused_losses import _ops, _z_autograd, _z_reference
 from fused_losses._arguments import RowLossArguments, ZErrorLossArguments, ZErrorRule, check_reduction
 from fused_losses._autograd import row_loss
-from fused_losses._parameters import closed_fraction, positive, positive_integer
+from fused_losses._parameters import closed_fraction, plain, positive, positive_integer
 from fused_losses._reference import row_loss_reference
 from fused_losses.distributed import HasProcessGroup, global_mean
 from fused_losses.statistics import ClassStatistics, all_reduce_moments
@@ -133,7 +133,7 @@ def pack_threshold(threshold: Threshold) -> tuple[list[float], Tensor | None]:
     check_threshold(threshold)
     if isinstance(threshold, Tensor):
         return [], threshold.detach().reshape(-1) if threshold.dim() > 1 else threshold.detach()
-    return list(threshold) if isinstance(threshold, (tuple, list)) else [threshold], None  # type: ignore[list-item]
+    return [plain(t) for t in threshold] if isinstance(threshold, (tuple, list)) else [plain(threshold)], None
 
 
 def spread_weight(sample_weight: Tensor | None, like: Tensor) -> Tensor | None:
@@ -204,17 +204,25 @@ def _tasks_back(rows: Tensor, per_task: bool) -> Tensor:
     return rows.movedim(-1, 1) if per_task else rows.squeeze(-1)
 
 
-def check_pair(input: Tensor, target: Tensor) -> None:
-    """Raises unless both are tensors of one shape."""
-    for name, value in (("input", input), ("target", target)):
+def check_tensors(**values: Any) -> None:
+    """Raises unless all are dense tensors."""
+    for name, value in values.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+        if value.layout is not torch.strided:
+            raise RuntimeError(f"{name} must be dense, got a tensor of layout {value.layout}")
+
+
+def check_pair(input: Tensor, target: Tensor) -> None:
+    """Raises unless both are dense tensors of one shape."""
+    check_tensors(input=input, target=target)
     if input.shape != target.shape:
         raise ValueError(f"target must have the shape of the input, {list(input.shape)}, got {list(target.shape)}")
 
 
 def tasks_of(input: Tensor) -> int:
     """How many tasks (N, T, d1, ...) has."""
+    check_tensors(input=input)
     return input.shape[1] if input.dim() > 1 else 1
 
 

@@ -121,6 +121,8 @@ def class_statistics(score: Tensor, target: Tensor, num_classes: int) -> ClassSt
         >>> class_statistics(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 1]), 2).mean
         tensor([2., 5.], dtype=torch.float64)
     """
+    if not isinstance(score, Tensor):
+        raise TypeError(f"score must be a Tensor, got {type(score).__name__}")
     moments = _ops.class_moments(score.detach(), target, num_classes, "class", -100)
     statistics = ClassStatistics.from_moments(moments)
     return ClassStatistics(statistics.count.long(), statistics.mean, statistics.std)

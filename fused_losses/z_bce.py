@@ -44,7 +44,8 @@ def _z_bce(
 ) -> Tensor | ZErrorResult:
     word, tail = choose("space", space, _SPACES), choose("sided", sided, SIDES)
     keep_small = check_small_class(min_count, small_class)
-    if isinstance(target, Tensor) and target.dim() == 1 and logits.dim() == 2 and logits.shape[1] == 1:
+    pair = isinstance(logits, Tensor) and isinstance(target, Tensor)
+    if pair and target.dim() == 1 and logits.dim() == 2 and logits.shape[1] == 1:
         target = target.unsqueeze(1)
     check_pair(logits, target)
     rest: dict[str, Any] = {"per_task": True, "labels": 2, "tail": tail, "min_count": min_count}

@@ -29,6 +29,7 @@ from fused_losses._z_error import (
     ZOps,
     check_count,
     check_small_class,
+    check_tensors,
     check_threshold,
     choose,
     fused_and_plain,
@@ -63,8 +64,6 @@ def resolve_base(base: str | RowLossModule, **options: Any) -> tuple[LossEntry, 
 
 def classes_of(logits: Tensor) -> int:
     """C."""
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"logits must be a Tensor, got {type(logits).__name__}")
     return logits.shape[class_dim(logits)] if logits.dim() else 1
 
 
@@ -89,6 +88,7 @@ def _z_cross_entropy(
 ) -> Tensor | ZErrorResult:
     choose("statistic", statistic, _STATISTICS)
     check_reduction(reduction)
+    check_tensors(logits=logits, target=target)
     keep_small = check_small_class(min_count, small_class)
     tail = choose("sided", sided, {"two": "both", "lower": "high" if statistic == "loss" else "low"})
     entry, keywords = resolve_base(base, weight=weight, ignore_index=ignore_index, logit_bias=logit_bias)
@@ -276,6 +276,7 @@ class ZErrorCrossEntropyLoss(ZErrorModule):
         self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None, *, return_mask: bool = False
     ) -> Tensor | ZErrorResult:
         """The loss of ``logits`` for ``target``; see :func:`z_error_cross_entropy`."""
+        check_tensors(logits=logits)
         num_classes = classes_of(logits)
         return _z_cross_entropy(
             FUSED,

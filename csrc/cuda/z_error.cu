@@ -145,7 +145,7 @@ __device__ __forceinline__ void compute_moments(const ZProblem& p, const WorkSha
 }
 
 __global__ void __launch_bounds__(kBlock)
-    class_moments(const __grid_constant__ ZProblem p, const __grid_constant__ WorkShares shares, double* out) {
+    reduce_moments(const __grid_constant__ ZProblem p, const __grid_constant__ WorkShares shares, double* out) {
     compute_moments(p, shares, out);
 }
 
@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(kBlock) gradient(const __grid_constant__ ZProb
 }
 
 __global__ void __launch_bounds__(kBlock)
-    update_moments(double* running, const double* batch, std::int64_t groups, double momentum) {
+    merge_into_running(double* running, const double* batch, std::int64_t groups, double momentum) {
     const std::int64_t group = std::int64_t(blockIdx.x) * kBlock + threadIdx.x;
     if (group < groups) update_running_moments(running, batch, groups, momentum, group, group + 1);
 }
@@ -287,7 +287,7 @@ WorkShares shares_of_loss(const ZProblem& p) {
 }
 
 cudaError_t enqueue_class_moments(const ZProblem& p, const WorkShares& shares, double* moments, cudaStream_t stream) {
-    return launch(class_moments, static_cast<unsigned>(shares.count()), stream, p, shares, moments);
+    return launch(reduce_moments, static_cast<unsigned>(shares.count()), stream, p, shares, moments);
 }
 
 cudaError_t enqueue_z_error_mask(const ZProblem& p, cudaStream_t stream) {
@@ -320,7 +320,7 @@ cudaError_t enqueue_z_error_gradient(const ZProblem& p, cudaStream_t stream) {
 cudaError_t enqueue_update_moments(double* running, const double* batch, std::int64_t groups, double momentum,
                                    cudaStream_t stream) {
     const unsigned blocks = static_cast<unsigned>(std::max<std::int64_t>(1, divide_up(groups, kBlock)));
-    return launch(update_moments, blocks, stream, running, batch, groups, momentum);
+    return launch(merge_into_running, blocks, stream, running, batch, groups, momentum);
 }
 
 }  // namespace fused_losses::cuda

@@ -24,8 +24,8 @@ public:
           name(what),
           rows(rows_of(r)),
           statistic(Statistic(r.below(7))),
-          tasks(is_binary(statistic) ? 1 + r.below(3) : 1),
-          groups(is_class(statistic) ? classes_of(r) : (is_binary(statistic) ? 2 * tasks : 1)),
+          tasks(is_class(statistic) ? 1 : 1 + r.below(3)),
+          groups(is_class(statistic) ? classes_of(r) : (is_binary(statistic) ? 2 * tasks : tasks)),
           entropy(is_class(statistic) && groups <= 100 && rows <= 2050 && r.one_in(2)),
           gathers(statistic == Statistic::kClassScore && groups < 40 && !entropy && r.one_in(2)),
           outer(r.one_in(3) && rows % 2 == 0 && rows > 0 ? 2 : 1),
@@ -130,7 +130,7 @@ private:
             if (is_class(statistic))
                 y = random.one_in(9) ? double(p.ignore_index) : random.below(int(groups));
             else if (is_binary(statistic))
-                y = target.elements.type != ElementType::kUInt8 && random.one_in(9) ? kNaN : random.below(2);
+                y = target.elements.type == ElementType::kUInt8 ? random.below(2) : label();
             else
                 y = offset + random.bell();
             target.set(target.elements.stride.at(o, i), y);
@@ -138,6 +138,12 @@ private:
             values.set(n, random.uniform(0, 3));
             upstream.set(n, random.uniform(-1, 1));
         });
+    }
+
+    // Missing, hard or soft.
+    double label() {
+        if (random.one_in(9)) return kNaN;
+        return random.one_in(3) ? random.uniform(0, 1) : random.below(2);
     }
 
     double stored_threshold(std::int64_t group) {
@@ -166,9 +172,9 @@ private:
         if (is_class(statistic))
             row.group = y == double(p.ignore_index) ? -1 : std::int64_t(y);
         else if (is_binary(statistic))
-            row.group = std::isnan(y) ? -1 : 2 * (n % tasks) + std::int64_t(y);
+            row.group = std::isnan(y) ? -1 : 2 * (n % tasks) + (y > 0.5 ? 1 : 0);
         else
-            row.group = 0;
+            row.group = n % tasks;
         if (row.group < 0) return row;
         const double x = entropy ? entropy_of(n, o, i, row.group)
                                  : input.get(input.elements.stride.at(o, i) + (gathers ? row.group : 0));
@@ -188,9 +194,9 @@ private:
             if (p.class_weight.data) row.weight *= class_weight.get(row.group);
             if (weighs) row.value = row.weight * values.get(n);
         } else if (is_binary(statistic)) {
-            const double factor = p.pos_weight.data && y == 1 ? pos_weight.get(n % p.num_pos_weights) : 1.0;
-            row.value = sample * factor * log1pexp(y == 1 ? -Real(x) : Real(x));
-            row.slope = sample * factor * (Real(sigmoid) - y);
+            const Real positive = p.pos_weight.data ? y * Real(pos_weight.get(n % p.num_pos_weights)) : Real(y);
+            row.value = sample * (positive * log1pexp(-Real(x)) + (1 - Real(y)) * log1pexp(x));
+            row.slope = sample * ((1 - Real(y)) * sigmoid - positive / (1 + std::exp(Real(x))));
         } else {
             row.value = sample * (Real(x) - y) * (Real(x) - y);
             row.slope = 2 * sample * (Real(x) - y);

@@ -38,7 +38,8 @@ inline bool check_target(const RowLossArgs& args, const Sizes& rows) {
           "), got ", target.device());
     if (target.dim() == logits.dim() && target.sizes() == logits.sizes()) {
         check(target.is_floating(), args.loss, ": Expected floating point type for target with class ",
-              "probabilities (it has the shape of logits), got ", target.dtype());
+              "probabilities (it has the shape of logits), got ", target.dtype(),
+              "; one-hot labels are passed as class indices, target.argmax(", class_dim_of(logits), ")");
         check(args.loss == CrossEntropy::name, args.loss, ": target must hold class indices of shape ", rows,
               "; only cross_entropy takes class probabilities, got shape ", target.sizes());
         check(args.ignore_index < 0, args.loss, ": ignore_index is not supported for floating point target, got ",
@@ -53,8 +54,9 @@ inline bool check_target(const RowLossArgs& args, const Sizes& rows) {
     if (logits.dim() > 1 && target.dim() >= 1)
         check_value(target.size(0) == logits.size(0), args.loss, ": Expected input batch_size (", logits.size(0),
                     ") to match target batch_size (", target.size(0), ")");
+    const bool one_channel = target.dim() == logits.dim() && target.dim() > 1 && target.size(1) == 1;
     check(target.sizes() == rows, args.loss, ": Expected target size ", rows, " for logits of shape ", logits.sizes(),
-          ", got ", target.sizes());
+          ", got ", target.sizes(), one_channel ? "; pass target.squeeze(1)" : "");
     return false;
 }
 

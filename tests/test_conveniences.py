@@ -1,0 +1,109 @@
+"""What a drop-in takes, and what it says about the rest: NumPy numbers, layouts, shapes passed by mistake."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import fused_losses as fl
+from fused_losses import functional
+
+NAMES = list(fl.LOSSES)
+LOGITS, TARGET = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0])
+NUMBERS = [
+    (name, parameter)
+    for name, entry in fl.LOSSES.items()
+    for parameter, default in entry.parameters.items()
+    if isinstance(default, (int, float)) and not isinstance(default, bool)
+]
+
+
+@pytest.mark.parametrize("name, parameter", NUMBERS)
+def test_numpy_numbers_are_numbers(name, parameter):
+    entry = fl.LOSSES[name]
+    default = entry.parameters[parameter]
+    kinds = [np.int64, np.int32, np.array] if isinstance(default, int) else [np.float32, np.float64, np.array]
+    for kind in kinds:
+        value = kind(default)
+        expected = entry.function(LOGITS, TARGET, **{parameter: value.item()})
+        module = entry.module(**{parameter: value})
+        assert torch.equal(entry.function(LOGITS, TARGET, **{parameter: value}), expected)
+        assert torch.equal(
+            entry.reference(LOGITS, TARGET, **{parameter: value}),
+            entry.reference(LOGITS, TARGET, **{parameter: value.item()}),
+        )
+        assert torch.equal(module(LOGITS, TARGET), expected)
+        assert "np." not in repr(module) and "array" not in repr(module)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_numpy_options(name):
+    entry = fl.LOSSES[name]
+    for options in ({"ignore_index": np.int64(2)}, {"logit_bias": np.float32(0.5)}, {"logit_bias": np.array(0.5)}):
+        expected = entry.function(LOGITS, TARGET, **{k: v.item() for k, v in options.items()})
+        assert torch.equal(entry.function(LOGITS, TARGET, **options), expected)
+        assert torch.equal(entry.module(**options)(LOGITS, TARGET), expected)
+
+
+def test_numpy_thresholds():
+    expected = functional.z_error_cross_entropy(LOGITS, TARGET, threshold=1.0)
+    for threshold in (np.float32(1.0), np.array(1.0), 1, np.int32(1)):
+        assert torch.equal(functional.z_error_cross_entropy(LOGITS, TARGET, threshold=threshold), expected)
+        assert torch.equal(fl.ZErrorCrossEntropyLoss(threshold)(LOGITS, TARGET), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_none_is_named(name):
+    function = fl.LOSSES[name].function
+    for bias in (0.0, "auto"):
+        with pytest.raises(TypeError, match=f"{name}: logits must be a Tensor, got None"):
+            function(None, TARGET, logit_bias=bias)
+    with pytest.raises(TypeError, match=f"{name}: target must be a Tensor, got None"):
+        function(LOGITS, None)
+
+
+@pytest.mark.parametrize("argument", ["logits", "target", "weight", "sample_weight"])
+@pytest.mark.parametrize("name", NAMES)
+def test_sparse_tensors_are_named(name, argument):
+    values = {"logits": LOGITS, "target": TARGET, "weight": torch.ones(3), "sample_weight": torch.ones(4)}
+    values[argument] = values[argument].to_sparse()
+    logits, target, *_ = values.values()
+    options = {key: value for key, value in values.items() if key == argument} if "weight" in argument else {}
+    with pytest.raises(
+        RuntimeError, match=f"{name}: {argument} must be dense, got a tensor of layout torch.sparse_coo"
+    ):
+        fl.LOSSES[name].function(logits, target, **options)
+
+
+@pytest.mark.parametrize("function", [functional.z_mse_loss, functional.z_error_bce_with_logits])
+def test_z_error_names_what_is_no_dense_tensor(function):
+    x = torch.rand(4, 3)
+    with pytest.raises(TypeError, match="input must be a Tensor, got NoneType"):
+        function(None, x)
+    with pytest.raises(TypeError, match="target must be a Tensor, got NoneType"):
+        function(x, None)
+    with pytest.raises(RuntimeError, match="target must be dense, got a tensor of layout"):
+        function(x, x.to_sparse())
+    with pytest.raises(TypeError, match="logits must be a Tensor, got NoneType"):
+        functional.z_error_cross_entropy(None, TARGET)
+    with pytest.raises(TypeError, match="target must be a Tensor, got NoneType"):
+        functional.z_error_cross_entropy(LOGITS, None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_labels_in_the_wrong_shape_say_what_to_pass(name):
+    function = fl.LOSSES[name].function
+    one_hot = torch.nn.functional.one_hot(TARGET, 3)
+    pixels, channel = torch.randn(2, 3, 4, 4), torch.zeros(2, 1, 4, 4, dtype=torch.int64)
+    weight = torch.ones(3, requires_grad=True)  # through the plain formula
+    for options in ({}, {"weight": weight}):
+        with pytest.raises(RuntimeError, match=r"one-hot labels are passed as class indices, target.argmax\(1\)"):
+            function(LOGITS, one_hot, **options)
+        with pytest.raises(RuntimeError, match=r"Expected target size \[2, 4, 4\] .*; pass target.squeeze\(1\)"):
+            function(pixels, channel, **options)
+
+
+def test_a_tensor_where_a_number_is_wanted_names_the_weights():
+    with pytest.raises(TypeError, match="q must be a number, got Tensor; class weights are given as weight="):
+        fl.GCELoss(torch.ones(10))
