@@ -253,6 +253,7 @@ private:
     void shuffle_launches() {
         cuda_emulation::resident = cuda_emulation::one_in(2) ? 1 : 1 + cuda_emulation::random() % 3;
         cuda_emulation::multiprocessors = 1 + cuda_emulation::random() % 3;
+        ++cuda_emulation::device;  // what kernels found on the last one is remembered
     }
 
     ZProblem problem(Result& result) const {
