@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,7 +53,9 @@ def losses(results: Results, options: argparse.Namespace) -> None:
         if _is_measured(job, options.suite, measured):
             continue
         if time.perf_counter() > stop_at:
-            print(f"--minutes {options.minutes:g} are over, {len(jobs) - number + 1} jobs are left", flush=True)
+            print(
+                f"UNFINISHED: {options.minutes:g} minutes are over, {len(jobs) - number + 1} jobs are left", flush=True
+            )
             break
         before, began = len(results.rows), time.perf_counter()
 
@@ -62,7 +65,7 @@ def losses(results: Results, options: argparse.Namespace) -> None:
                 results.rejected.append(entry)
             print(f"REJECTED: {reason}", flush=True)
 
-        for row in (replace(row, suite=options.suite) for row in run_job(job, reject)):
+        for row in (replace(row, suite=options.suite) for row in rows_of(job, reject)):
             if (row.setting, row.provider) not in measured:
                 measured.add((row.setting, row.provider))
                 results.rows.append(row)
@@ -70,8 +73,20 @@ def losses(results: Results, options: argparse.Namespace) -> None:
         if len(results.rows) > before:
             results.save(options.out)
             print(f"[{number:3}/{len(jobs)}] {time.perf_counter() - began:.1f} s", flush=True)
-        if options.suite == "cuda":
+        if job.case.device == "cuda":
             torch.cuda.empty_cache()
+
+
+def rows_of(job: Job, reject: Callable[[str, str], None]) -> Iterator[Row]:
+    """Those of :func:`run_job`. On a GPU, where time is short, an error of ours is told like one of the others, unless
+    it has broken the GPU's context."""
+    try:
+        yield from run_job(job, reject)
+    except Exception as error:
+        if job.case.device != "cuda":
+            raise
+        reject("fused", f"fused fails on {job.case.id}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        torch.cuda.synchronize()
 
 
 def _is_measured(job: Job, suite: str, measured: set[tuple[tuple[object, ...], str]]) -> bool:
@@ -110,7 +125,7 @@ def main() -> None:
     if options.tries < 1:
         parser.error(f"--tries must be at least 1, got {options.tries}")
     options.suite = options.suite or ("cuda" if torch.cuda.is_available() else "summary")
-    device = "cuda" if options.suite == "cuda" else "cpu"
+    device = "cuda" if options.suite.startswith("cuda") else "cpu"
     name = "compile" if options.suite == "compile" else "results"
     options.out = options.out or Path(f"benchmarks/results/{device}/{name}.json")
     options.parts = options.parts or ("losses" if options.suite == "compile" else ",".join(PARTS))
@@ -118,7 +133,7 @@ def main() -> None:
     if unknown:
         parser.error(f"--parts must be of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
     if device == "cuda" and not torch.cuda.is_available():
-        parser.error(f"--suite cuda needs a GPU, which torch {torch.__version__} does not see")
+        parser.error(f"--suite {options.suite} needs a GPU, which torch {torch.__version__} does not see")
     if "OMP_PROC_BIND" not in os.environ and device == "cpu":
         print("note: threads are not pinned; set OMP_PROC_BIND=true")
 

@@ -1,12 +1,18 @@
-"""Every loss on the GPU against the CPU kernels: dtypes, class counts, layouts, options, CUDA graph capture.
+"""Every loss on the GPU against float64: regimes of the kernels, dtypes, layouts, options, CUDA graph capture.
 
-Short and free of test frameworks, so that compute-sanitizer can run it.
+Exact are the plain PyTorch references in float64, on the CPU, on the same (rounded) logits. Everything runs twice and
+must give the same bits. Short and free of test frameworks, so that compute-sanitizer can run it: ``--quick`` for a few
+losses, ``--minutes`` for as much as there is time for (in an order that mixes everything), ``--device cpu`` to try the
+script itself.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import collections
+import math
+import random
+import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -15,26 +21,35 @@ from torch import Tensor
 
 import fused_losses as fl
 
-GPU = "cuda"
+Function = Callable[..., Tensor]
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# Below: one thread per row (10), a warp (100, 1001), a block (5003), odd counts with misaligned rows.
-CLASS_COUNTS = (10, 100, 1001, 5003)
-# Shared by the blocks of a cluster, where the device has such; the last has rows that no cluster holds.
-LARGE_CLASS_COUNTS = (50_257, 150_001, 1_000_003)
+# Who works on a row (csrc/cuda/launch.cuh), by layout and number of classes. Odd numbers have rows that are misaligned.
+REGIMES: dict[str, tuple[tuple[str, int], ...]] = {
+    "staged": (("rows", 10), ("rows", 19), ("rows", 32)),
+    "thread": (("rows in a wider matrix", 10), ("transposed", 10), ("channels_last", 10)),
+    "lanes": (("rows", 33), ("rows", 100), ("rows in a wider matrix", 101)),
+    "warp": (("rows", 1000), ("rows", 1001), ("rows in a wider matrix", 1001), ("channels_last", 1001)),
+    "block": (("rows", 5003), ("rows in a wider matrix", 5003), ("channels_last", 5003)),
+    "cluster": (("rows", 50_257), ("rows", 150_001)),  # the blocks of one, where the device has clusters
+    "two reads": (("rows", 1_000_003),),  # rows that no cluster holds
+    "pixels": (("images", 10), ("images", 100), ("transposed", 100), ("images", 1001), ("images", 5003)),
+}
+QUICK_LOSSES = ("cross_entropy", "mae", "hem", "nfl")
+QUICK_CLASSES, QUICK_DTYPES = 60_000, (torch.float32, torch.bfloat16)
+Z_STATISTICS = (("logit", "cross_entropy"), ("prob", "gce"), ("loss", "cross_entropy"), ("loss", "hem"))
 # Relative to the largest entry; the gradient is rounded once to the dtype of the logits.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 3e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 class Case(NamedTuple):
+    regime: str
+    loss: str
+    function: Function
+    reference: Function
     logits: Tensor
     target: Tensor
     options: dict[str, object]
-
-
-def loss_functions() -> dict[str, Callable[..., Tensor]]:
-    """Functions of all losses by their stem."""
-    stems = fl.loss_names()
-    return {s: getattr(fl.functional, s, None) or getattr(fl.functional, f"{s}_loss") for s in stems}
+    where: str
 
 
 def make_logits(layout: str, num_classes: int, dtype: torch.dtype) -> Tensor:
@@ -42,7 +57,7 @@ def make_logits(layout: str, num_classes: int, dtype: torch.dtype) -> Tensor:
         return (3 * torch.randn(*shape, dtype=torch.float64)).to(dtype)
 
     if layout == "rows":
-        return randn(67 if num_classes <= max(CLASS_COUNTS) else 5, num_classes)
+        return randn(67 if num_classes < 10_000 else 5, num_classes)
     if layout == "rows in a wider matrix":
         return randn(67, num_classes + 3)[:, 1:-2]
     if layout == "transposed":
@@ -51,24 +66,47 @@ def make_logits(layout: str, num_classes: int, dtype: torch.dtype) -> Tensor:
     return images if layout == "images" else images.to(memory_format=torch.channels_last)
 
 
-LAYOUTS = ("rows", "rows in a wider matrix", "transposed", "images", "channels_last")
-
-
-def cases(name: str, layout: str, num_classes: int, dtype: torch.dtype) -> Iterator[Case]:
+def row_cases(regime: str, name: str, layout: str, num_classes: int, dtype: torch.dtype) -> Iterator[Case]:
+    entry = fl.LOSSES[name]
     logits = make_logits(layout, num_classes, dtype)
     shape = (logits.shape[0], *logits.shape[2:])
     target = torch.randint(num_classes, shape)
-    yield Case(logits, target, {})
+    where = f"{layout}, {num_classes} classes, {dtype}"
+
+    def case(target: Tensor, **options: object) -> Case:
+        return Case(regime, name, entry.function, entry.reference, logits, target, options, where)
+
+    yield case(target)
     target = torch.where(torch.rand(shape) < 0.3, 1, target)
-    sample_weight = torch.rand(shape)
-    bias = torch.tensor(1.5)
-    weighted = {"ignore_index": 1, "weight": torch.rand(num_classes), "sample_weight": sample_weight}
-    yield Case(logits, target, {**weighted, "logit_bias": bias})
-    yield Case(logits, target.int(), {**weighted, "reduction": "sum"})
-    yield Case(logits, target, {**weighted, "reduction": "none"})
+    weighted = {"ignore_index": 1, "weight": torch.rand(num_classes), "sample_weight": torch.rand(shape)}
+    yield case(target, **weighted, logit_bias=torch.tensor(1.5))
+    yield case(target.int(), **weighted, reduction="sum")
+    yield case(target, **weighted, reduction="none")
     if name == "cross_entropy":
-        yield Case(logits, target, {**weighted, "label_smoothing": 0.1})
-        yield Case(logits, logits.double().softmax(1).to(dtype), {"label_smoothing": 0.1})
+        yield case(target, **weighted, label_smoothing=0.1)
+        yield case(logits.double().softmax(1).to(dtype), label_smoothing=0.1)
+
+
+def z_error_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """One block and many, few classes and many; statistics of every kind."""
+
+    def case(name: str, *tensors: Tensor, **options: object) -> Case:
+        function, reference = getattr(fl.functional, name), getattr(fl.reference, name)
+        where = f"{tuple(tensors[0].shape)}, {dtype}"
+        return Case("z_error", name, function, reference, tensors[0], tensors[1], options, where)
+
+    for rows in (500, 20_000):
+        x = torch.randn(rows, dtype=torch.float64).to(dtype)
+        y = x + torch.randn(rows).to(dtype)
+        for statistic in ("target", "loss", "residual"):
+            yield case("z_mse_loss", x, y, statistic=statistic, threshold=1.5)
+        label = (torch.rand(rows) < 0.3).to(dtype)
+        yield case("z_error_bce_with_logits", x, label, threshold=(1.0, 2.0), space="logit")
+        yield case("z_error_bce_with_logits", x, label, space="prob", reduction="sum")
+        for classes in (10, 1000):
+            logits, target = (2 * torch.randn(rows, classes)).to(dtype), torch.randint(classes, (rows,))
+            for statistic, base in Z_STATISTICS:
+                yield case("z_error_cross_entropy", logits, target, statistic=statistic, base=base)
 
 
 def copy_to(device: str, x: Tensor) -> Tensor:
@@ -78,43 +116,53 @@ def copy_to(device: str, x: Tensor) -> Tensor:
     that initcheck asks for something to be there, but no result may depend on it.
     """
     numbers = x.untyped_storage().nbytes() // x.element_size()
-    storage = torch.full((numbers,), float("nan"), dtype=x.dtype, device=device)
+    storage = torch.full((numbers,), math.nan, dtype=x.dtype, device=device)
     return storage.as_strided(x.size(), x.stride(), x.storage_offset()).copy_(x)
 
 
-def loss_and_gradient(function: Callable[..., Tensor], case: Case, device: str) -> tuple[Tensor, Tensor]:
-    options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in case.options.items()}
-    logits = copy_to(device, case.logits).requires_grad_()
-    loss = function(logits, case.target.to(device), **options)
-    upstream = torch.linspace(0.5, 1.5, loss.numel(), device=device, dtype=loss.dtype).reshape(loss.shape)
+def loss_and_gradient(function: Function, logits: Tensor, target: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+    loss = function(logits.requires_grad_(), target, **options)
+    upstream = torch.linspace(0.5, 1.5, loss.numel(), device=loss.device, dtype=loss.dtype).reshape(loss.shape)
     return loss.detach(), torch.autograd.grad(loss, logits, upstream)[0]
 
 
+def on(device: str, case: Case) -> tuple[Tensor, Tensor]:
+    options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in case.options.items()}
+    return loss_and_gradient(case.function, copy_to(device, case.logits), case.target.to(device), **options)
+
+
+def exact(case: Case) -> tuple[Tensor, Tensor]:
+    def doubled(x: object) -> object:
+        return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    target = doubled(case.target)
+    assert isinstance(target, Tensor)
+    options = {name: doubled(value) for name, value in case.options.items()}
+    return loss_and_gradient(case.reference, case.logits.double(), target, **options)
+
+
 def error(got: Tensor, want: Tensor) -> float:
-    want = want.double()
     scale = want.abs().max().clamp_min(1e-6)
-    return ((got.cpu().double() - want).abs().max() / scale).item()
+    return float((got.cpu().double() - want).abs().max() / scale)
 
 
-def compare(name: str, function: Callable[..., Tensor], case: Case, where: str) -> None:
-    want_loss, want_grad = loss_and_gradient(function, case, "cpu")
-    loss, grad = loss_and_gradient(function, case, GPU)
-    again = loss_and_gradient(function, case, GPU)
-    errors = {"loss": error(loss, want_loss), "gradient": error(grad, want_grad)}
-    limit = {"loss": min(TOLERANCE[case.logits.dtype], 3e-5), "gradient": TOLERANCE[case.logits.dtype]}
-    options = ", ".join(case.options)
-    for what, value in errors.items():
-        if not value <= limit[what]:
-            raise SystemExit(f"{name}: {what} on the GPU is off by {value:.2e} ({where}; {options})")
-    if not (torch.equal(loss, again[0]) and torch.equal(grad, again[1])):
-        raise SystemExit(f"{name}: two runs on the GPU differ ({where}; {options})")
+def complaint(case: Case, device: str) -> str | None:
+    """What is wrong, if anything."""
+    want, got, again = exact(case), on(device, case), on(device, case)
+    tolerance = TOLERANCE[case.logits.dtype]
+    where = f"({case.where}; {', '.join(case.options)})"
+    for what, limit, one, other in zip(("loss", "gradient"), (min(tolerance, 3e-5), tolerance), got, want, strict=True):
+        off = error(one, other)
+        if not off <= limit:
+            return f"{case.loss}: {what} is off by {off:.2e} {where}"
+    return None if all(map(torch.equal, got, again)) else f"{case.loss}: two runs differ {where}"
 
 
 def check_capture() -> None:
     """A captured forward and backward sees new logits and a new bias."""
-    logits = torch.randn(64, 1001, device=GPU, requires_grad=True)
-    target = torch.randint(1001, (64,), device=GPU)
-    bias = torch.zeros((), device=GPU)
+    logits = torch.randn(64, 1001, device="cuda", requires_grad=True)
+    target = torch.randint(1001, (64,), device="cuda")
+    bias = torch.zeros((), device="cuda")
 
     def step() -> tuple[Tensor, Tensor]:
         loss = fl.functional.mae_loss(logits, target, logit_bias=bias)
@@ -136,37 +184,69 @@ def check_capture() -> None:
         raise SystemExit("a replayed CUDA graph does not see new logits or a new logit_bias")
 
 
-def check_empty() -> None:
+def check_empty(device: str) -> None:
     for rows, ignore in ((0, -100), (5, 1)):
-        logits = torch.full((rows, 3), float("nan"), device=GPU, requires_grad=True)
-        loss = fl.functional.cross_entropy(logits, torch.ones(rows, dtype=torch.long, device=GPU), ignore_index=ignore)
+        logits = torch.full((rows, 3), math.nan, device=device, requires_grad=True)
+        target = torch.ones(rows, dtype=torch.long, device=device)
+        loss = fl.functional.cross_entropy(logits, target, ignore_index=ignore)
         grad = torch.autograd.grad(loss, logits)[0]
         if loss.item() != 0 or bool(grad.ne(0).any()):
             raise SystemExit(f"nothing to average must give loss 0 and gradient 0, got {loss} and {grad}")
 
 
+def problems(quick: bool) -> list[Callable[[], Iterator[Case]]]:
+    """Makers of cases, in an order that mixes losses, regimes and dtypes."""
+    losses = QUICK_LOSSES if quick else tuple(fl.LOSSES)
+    found: list[Callable[[], Iterator[Case]]] = []
+    for dtype in QUICK_DTYPES if quick else DTYPES:
+        found.append(lambda dtype=dtype: z_error_cases(dtype))  # type: ignore[misc]
+        for regime, shapes in REGIMES.items():
+            for layout, classes in shapes:
+                if quick and classes > QUICK_CLASSES:
+                    continue
+                found += [
+                    lambda a=(regime, name, layout, classes, dtype): row_cases(*a)  # type: ignore[misc]
+                    for name in losses
+                ]
+    random.Random(0).shuffle(found)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a few losses, shapes and dtypes; for compute-sanitizer")
-    quick = parser.parse_args().quick
+    parser.add_argument("--quick", action="store_true", help="a few losses and dtypes; for compute-sanitizer")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing new after so many")
+    parser.add_argument("--device", default="cuda")
+    options = parser.parse_args()
     torch.manual_seed(0)
-    functions = loss_functions()
-    if quick:
-        functions = {name: functions[name] for name in ("cross_entropy", "mae", "hem", "nfl")}
-    class_counts = (10, 101, 1031) if quick else CLASS_COUNTS
-    dtypes = (torch.float32, torch.bfloat16) if quick else DTYPES
-    problems = [*itertools.product(LAYOUTS, class_counts, dtypes)]
-    problems += itertools.product(["rows"], LARGE_CLASS_COUNTS[: 1 if quick else None], (torch.float32, torch.bfloat16))
-    checked = 0
-    for name, function in functions.items():
-        for layout, num_classes, dtype in problems:
-            for case in cases(name, layout, num_classes, dtype):
-                compare(name, function, case, f"{layout}, {num_classes} classes, {dtype}")
-                checked += 1
-    check_empty()
-    if not quick:  # capturing needs the caching allocator, which is switched off under compute-sanitizer
+    began, todo = time.perf_counter(), problems(options.quick)
+    counts: collections.Counter[tuple[str, torch.dtype]] = collections.Counter()
+    losses: set[str] = set()
+    complaints: list[str] = []
+    check_empty(options.device)
+    done = 0
+    for make in todo:
+        done += 1
+        for case in make():
+            found = complaint(case, options.device)
+            if found is not None:
+                complaints.append(found)
+                print(f"WRONG: {found}", flush=True)
+            counts[case.regime, case.logits.dtype] += 1
+            losses.add(case.loss)
+        if time.perf_counter() - began > 60 * options.minutes:
+            break
+    # Capturing needs the caching allocator, which is switched off under compute-sanitizer.
+    if options.device == "cuda" and not options.quick:
         check_capture()
-    print(f"{checked} calls agree with the CPU kernels")
+    dtypes = [dtype for dtype in DTYPES if any(dtype == d for _, d in counts)]
+    print(f"{'cases':<10}" + "".join(f"{str(dtype).removeprefix('torch.'):>10}" for dtype in dtypes))
+    for regime in (*REGIMES, "z_error"):
+        print(f"{regime:<10}" + "".join(f"{counts[regime, dtype]:10}" for dtype in dtypes))
+    print(f"{done} of {len(todo)} problems, {len(losses)} losses, {time.perf_counter() - began:.0f} s")
+    print(f"{sum(counts.values()) - len(complaints)} calls agree with float64, {len(complaints)} do not")
+    if complaints:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -149,6 +149,7 @@ def test_the_device_is_that_of_the_logits(name: str) -> None:
         assert torch.equal(one.cpu(), other.cpu())
 
 
+@pytest.mark.xdist_group("large memory")  # one after the other
 @pytest.mark.parametrize("layout", ["rows", "images"])
 @pytest.mark.parametrize("name", ["cross_entropy", "nce_agce", "hem", "bi_tempered"])
 def test_more_than_2_to_the_31_logits(name: str, layout: str) -> None:
