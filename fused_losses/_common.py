@@ -49,7 +49,8 @@ class LossEntry:
 
     ``name`` is the stem ("gce"), ``function`` the fused function, ``reference`` the same in plain PyTorch,
     ``arguments`` what both hand to their operator, as a tuple; ``parameters`` the own hyper-parameters with their
-    defaults, ``ranges`` what each may be, ``reductions`` the allowed ones and ``module`` the Module class.
+    defaults, ``ranges`` what each may be, ``check`` what they may be together, ``reductions`` the allowed ones and
+    ``module`` the Module class.
     """
 
     name: str
@@ -60,6 +61,7 @@ class LossEntry:
     ranges: Mapping[str, Rule]
     constants: tuple[float, ...] = ()
     reductions: tuple[str, ...] = REDUCTIONS
+    check: Callable[..., None] | None = None
     modules: list[type[RowLossModule]] = field(default_factory=list)
     packed: dict[str, float] = field(init=False)
 
@@ -83,6 +85,8 @@ class LossEntry:
             if rule is None:
                 raise TypeError(f"{self.name}_loss() got an unexpected keyword argument {name!r}")
             packed[name] = rule.pack(name, value)
+        if self.check is not None:
+            self.check(**packed)
         return [*packed.values(), *self.constants]
 
 

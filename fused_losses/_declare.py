@@ -20,7 +20,9 @@ FORMULAS: dict[str, Formula] = {}  # of rows and the loss's parameters; sums of 
 _OPTIONS_DOC = """
     Args:
         logits: ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``, any strides; float64, float32, float16 or bfloat16.
-            Channels-last and NCHW images are read in place.
+            Channels-last and NCHW images are read in place. A logit of -inf masks its class: probability 0 and no
+            gradient. As a target it has loss -log 0. Where log-probabilities are summed over the classes it makes the
+            sum infinite (label smoothing; a loss divided by the sum is 0), unless its weight or share there is 0.
         target: class indices in ``[0, C)`` or ``ignore_index``, the shape of ``logits`` without its class
             dimension; int64, int32, int16 or uint8.
 {own}        weight: class weights ``(C,)``; a row counts ``weight[target]``. As in ``torch`` a weight of 0
@@ -116,13 +118,15 @@ def loss_of_row(
     reductions: tuple[str, ...] = REDUCTIONS,
     reduction: tuple[Any, str] = ("mean", ""),
     make_function: FunctionFactory = _make_function,
+    check: Callable[..., None] | None = None,
 ) -> Callable[[Formula], RowLossFunction]:
     """Declares a loss by its formula on :class:`Rows`.
 
     Decorates ``x_loss(rows, own parameters)``, which gives each row's value without weights and is the reference; its
     name, defaults and docstring become those of the fused function. ``ranges`` gives what each parameter may be in the
     order of the C++ struct, which is that of the formula too; ``constants`` are appended to them. ``reduction`` is the
-    default and what the docstring says of reductions beyond the usual three.
+    default and what the docstring says of reductions beyond the usual three. ``check`` gets all parameters as keywords
+    and raises where they do not fit together.
     """
 
     def decorate(formula: Formula) -> RowLossFunction:
@@ -141,13 +145,15 @@ def loss_of_row(
         for made in (function, reference):
             _describe(made, formula, own, reduction)
         defaults = {p.name: p.default for p in own}
-        LOSSES[name] = LossEntry(name, function, reference, arguments, defaults, ranges, constants, reductions)
+        LOSSES[name] = LossEntry(name, function, reference, arguments, defaults, ranges, constants, reductions, check)
         return function
 
     return decorate
 
 
-def loss_of_target(*, constants: tuple[float, ...] = (), **ranges: Rule) -> Callable[[Formula], RowLossFunction]:
+def loss_of_target(
+    *, constants: tuple[float, ...] = (), check: Callable[..., None] | None = None, **ranges: Rule
+) -> Callable[[Formula], RowLossFunction]:
     """Declares a loss that is a function of ``t = log p_y``: ``x_loss(t, own parameters)``; see :func:`loss_of_row`."""
 
     def decorate(formula: Formula) -> RowLossFunction:
@@ -155,6 +161,6 @@ def loss_of_target(*, constants: tuple[float, ...] = (), **ranges: Rule) -> Call
         def of_row(rows: Rows, *params: Any) -> Tensor:
             return formula(rows.log_p, *params)
 
-        return loss_of_row(ranges, constants=constants)(of_row)
+        return loss_of_row(ranges, constants=constants, check=check)(of_row)
 
     return decorate

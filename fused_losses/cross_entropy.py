@@ -21,7 +21,9 @@ def _smoothed(rows: Rows, weight: Tensor | None, params: Sequence[float]) -> Ten
         return hard
     dim = rows.dim
     shape = [-1 if d == dim else 1 for d in range(rows.log_probs.dim())]
-    spread = rows.log_probs if weight is None else rows.log_probs * weight.to(rows.log_p.dtype).view(shape)
+    spread = rows.log_probs
+    if weight is not None:  # a weight of 0 leaves out a masked class
+        spread = zero_at_zero(weight.to(spread.dtype).view(shape).expand_as(spread), spread)
     smooth = -spread.sum(dim) * (smoothing / rows.num_classes)
     return smooth if smoothing == 1.0 else (1.0 - smoothing) * hard + smooth
 

@@ -7,6 +7,7 @@ a formula is in ``csrc/losses/target_losses.h``.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,14 +15,27 @@ from typing_extensions import Unpack
 
 from fused_losses._common import RowLossModule, RowLossOptions
 from fused_losses._declare import loss_of_target
-from fused_losses._parameters import above_one, fraction, non_negative, positive, positive_integer
-from fused_losses._reference import focal_term, zero_at_zero
+from fused_losses._parameters import (
+    above_one,
+    check_power,
+    exponent,
+    factor,
+    focusing,
+    fraction,
+    positive_factor,
+    positive_integer,
+)
+from fused_losses._reference import expm1, focal_term, log_near_one, zero_at_zero
+
+# Nearer to 1, the two weights of the divergence are too far apart for float32.
+_label_weight = replace(fraction, low=1e-15, high=1.0 - 1e-6)
+_above_one = replace(above_one, high=1e15)
 
 # -log of the 1e-4 that stands for log 0 in reverse cross entropy
 RCE_A = -math.log(1e-4)
 
 
-@loss_of_target(scale=positive)
+@loss_of_target(scale=positive_factor)
 def mae_loss(t: Tensor, scale: float = 2.0) -> Tensor:
     """Mean absolute error between probabilities and one-hot label: ``scale * (1 - p_y)``.
 
@@ -31,7 +45,7 @@ def mae_loss(t: Tensor, scale: float = 2.0) -> Tensor:
     Args:
         scale: factor, 2 for the distance itself; > 0.
     """
-    return -scale * torch.expm1(t)
+    return -scale * expm1(t)
 
 
 class MAELoss(RowLossModule, stem="mae"):
@@ -43,7 +57,7 @@ class MAELoss(RowLossModule, stem="mae"):
         super().__init__({"scale": scale}, **options)
 
 
-@loss_of_target(q=positive)
+@loss_of_target(q=exponent)
 def gce_loss(t: Tensor, q: float = 0.7) -> Tensor:
     """Generalised cross entropy: ``(1 - p_y^q) / q``.
 
@@ -53,7 +67,7 @@ def gce_loss(t: Tensor, q: float = 0.7) -> Tensor:
     Args:
         q: exponent, > 0.
     """
-    return -torch.expm1(q * t) / q
+    return -expm1(q * t) / q
 
 
 class GCELoss(RowLossModule, stem="gce"):
@@ -65,7 +79,7 @@ class GCELoss(RowLossModule, stem="gce"):
         super().__init__({"q": q}, **options)
 
 
-@loss_of_target(a=positive, q=positive)
+@loss_of_target(check=lambda a, q: check_power(1.0 + a, q, "1 + a"), a=positive_factor, q=exponent)
 def agce_loss(t: Tensor, a: float = 0.6, q: float = 0.6) -> Tensor:
     """Asymmetric generalised cross entropy: ``((a + 1)^q - (a + p_y)^q) / q``.
 
@@ -76,8 +90,10 @@ def agce_loss(t: Tensor, a: float = 0.6, q: float = 0.6) -> Tensor:
         a: offset, > 0.
         q: exponent, > 0.
     """
-    top: float = (a + 1.0) ** q
-    return (top - (a + t.exp()).pow(q)) / q
+    top = 1.0 + a
+    log_ratio = log_near_one((a + t.exp()) / top, expm1(t) / top)
+    largest: float = top**q
+    return expm1(q * log_ratio) * (-largest / q)
 
 
 class AGCELoss(RowLossModule, stem="agce"):
@@ -90,7 +106,13 @@ class AGCELoss(RowLossModule, stem="agce"):
         super().__init__({"a": a, "q": q}, **options)
 
 
-@loss_of_target(a=above_one, q=positive)
+def _check_aue(a: float, q: float) -> None:
+    if q < 0.5 and a < 1.0 + 1e-6:  # (a - 1)^q then depends on digits of a that float32 does not have
+        raise ValueError(f"a must be at least {1.0 + 1e-6} with q = {q}, where float32 can compute it, got {a}")
+    check_power(a, q, "a")
+
+
+@loss_of_target(check=_check_aue, a=_above_one, q=exponent)
 def aue_loss(t: Tensor, a: float = 5.5, q: float = 3.0) -> Tensor:
     """Asymmetric unhinged loss: ``((a - p_y)^q - (a - 1)^q) / q``. 2106.03110, where it is also called AUL.
 
@@ -98,8 +120,9 @@ def aue_loss(t: Tensor, a: float = 5.5, q: float = 3.0) -> Tensor:
         a: offset, > 1.
         q: exponent, > 0.
     """
-    bottom: float = (a - 1.0) ** q
-    return ((a - t.exp()).pow(q) - bottom) / q
+    miss = -expm1(t)
+    gap = max(a - 1.0, torch.finfo(t.dtype).eps)  # a number that t's dtype cannot tell from 1 is the next one
+    return (gap + miss).pow(q) * expm1(-q * torch.log1p(miss / gap)) / -q
 
 
 class AUELoss(RowLossModule, stem="aue"):
@@ -112,7 +135,7 @@ class AUELoss(RowLossModule, stem="aue"):
         super().__init__({"a": a, "q": q}, **options)
 
 
-@loss_of_target(a=positive)
+@loss_of_target(a=positive_factor)
 def ae_loss(t: Tensor, a: float = 2.5) -> Tensor:
     """Asymmetric exponential loss: ``exp(-p_y / a)``. 2106.03110 (AEL). Its minimum is ``exp(-1 / a)``, not 0.
 
@@ -131,7 +154,7 @@ class AELoss(RowLossModule, stem="ae"):
         super().__init__({"a": a}, **options)
 
 
-@loss_of_target(A=positive)
+@loss_of_target(A=positive_factor)
 def rce_loss(t: Tensor, A: float = RCE_A) -> Tensor:
     """Reverse cross entropy: ``A (1 - p_y)``, ``-A`` standing for log 0. 1908.06112 Eq. 5.
 
@@ -140,7 +163,7 @@ def rce_loss(t: Tensor, A: float = RCE_A) -> Tensor:
     Args:
         A: minus the log of zero, > 0; the default is -log(1e-4) = 9.21.
     """
-    return -A * torch.expm1(t)
+    return -A * expm1(t)
 
 
 class RCELoss(RowLossModule, stem="rce"):
@@ -152,7 +175,7 @@ class RCELoss(RowLossModule, stem="rce"):
         super().__init__({"A": A}, **options)
 
 
-@loss_of_target(alpha=non_negative, beta=non_negative, constants=(RCE_A,))
+@loss_of_target(alpha=factor, beta=factor, constants=(RCE_A,))
 def sce_loss(t: Tensor, alpha: float = 0.1, beta: float = 1.0, A: float = RCE_A) -> Tensor:
     """Symmetric cross entropy: ``alpha CE + beta RCE`` with A = -log(1e-4). 1908.06112 Eq. 7.
 
@@ -160,7 +183,7 @@ def sce_loss(t: Tensor, alpha: float = 0.1, beta: float = 1.0, A: float = RCE_A)
         alpha: weight of cross entropy, >= 0.
         beta: weight of reverse cross entropy, >= 0.
     """
-    reverse = -beta * A * torch.expm1(t)
+    reverse = -beta * A * expm1(t)
     return reverse if alpha == 0.0 else reverse - alpha * t
 
 
@@ -184,7 +207,7 @@ def taylor_ce_loss(t: Tensor, order: int = 2) -> Tensor:
     Args:
         order: number of terms, an integer >= 1.
     """
-    miss = -torch.expm1(t)
+    miss = -expm1(t)
     value = torch.zeros_like(miss)
     for k in range(int(order), 0, -1):
         value = miss * (value + 1.0 / k)
@@ -200,7 +223,7 @@ class TaylorCELoss(RowLossModule, stem="taylor_ce"):
         super().__init__({"order": order}, **options)
 
 
-@loss_of_target(tau=above_one)
+@loss_of_target(tau=_above_one)
 def phuber_ce_loss(t: Tensor, tau: float = 10.0) -> Tensor:
     """Partially Huberised cross entropy: ``-log p_y`` where ``p_y > 1 / tau``, below that its tangent.
 
@@ -223,7 +246,7 @@ class PHuberCELoss(RowLossModule, stem="phuber_ce"):
         super().__init__({"tau": tau}, **options)
 
 
-@loss_of_target(pi=fraction)
+@loss_of_target(pi=_label_weight)
 def js_loss(t: Tensor, pi: float = 0.5) -> Tensor:
     """Jensen-Shannon divergence of label and prediction, weights ``(pi, 1 - pi)``, over ``-(1 - pi) log(1 - pi)``.
 
@@ -235,9 +258,12 @@ def js_loss(t: Tensor, pi: float = 0.5) -> Tensor:
         pi: weight of the label, in (0, 1).
     """
     p, rest, log_rest = t.exp(), 1.0 - pi, math.log1p(-pi)
-    log_m = torch.log(pi + rest * p)
-    value = -pi * log_m + rest * zero_at_zero(p, t - log_m) + rest * torch.expm1(t) * log_rest
-    return value / (-rest * log_rest)
+    m, small = pi + rest * p, p < pi
+    # Where p is much larger than pi, log m = t + log(m / p): the terms below would cancel.
+    of_small = rest * zero_at_zero(p, t) - m * log_near_one(m, rest * expm1(t))
+    excess = pi * expm1(-torch.where(small, 0.0, t))  # m / p - 1
+    of_large = -pi * torch.where(small, 0.0, t) - m * torch.log1p(excess)
+    return (torch.where(small, of_small, of_large) + rest * expm1(t) * log_rest) / (-rest * log_rest)
 
 
 class JSLoss(RowLossModule, stem="js"):
@@ -249,7 +275,7 @@ class JSLoss(RowLossModule, stem="js"):
         super().__init__({"pi": pi}, **options)
 
 
-@loss_of_target(gamma=non_negative)
+@loss_of_target(gamma=focusing)
 def focal_loss(t: Tensor, gamma: float = 2.0) -> Tensor:
     """Focal loss: ``-(1 - p_y)^gamma log p_y``, with its exact gradient. 1708.02002 Eq. 4.
 
@@ -271,7 +297,7 @@ class FocalLoss(RowLossModule, stem="focal"):
         super().__init__({"gamma": gamma}, **options)
 
 
-@loss_of_target(a=positive)
+@loss_of_target(a=positive_factor)
 def bounded_ce_loss(t: Tensor, a: float = 0.1) -> Tensor:
     """Bounded cross entropy: ``log((1 + a) / (p_y + a))``, the ``q -> 0`` limit of AGCE.
 
@@ -280,7 +306,8 @@ def bounded_ce_loss(t: Tensor, a: float = 0.1) -> Tensor:
     Args:
         a: offset, > 0; the bound is ``log(1 + 1 / a)``.
     """
-    return -torch.log1p(torch.expm1(t) / (1.0 + a))
+    top = 1.0 + a
+    return -log_near_one((t.exp() + a) / top, expm1(t) / top)
 
 
 class BoundedCELoss(RowLossModule, stem="bounded_ce"):

@@ -84,7 +84,10 @@ private:
     void describe_loss() {
         problem.loss = find_loss(args);
         problem.reduction = parse_reduction(args);
-        for (std::size_t i = 0; i < args.params.size(); ++i) problem.params[i] = args.params[i];
+        // Rounded first of all: every choice that depends on a parameter is made by the number that is computed with.
+        const bool is_float = shape.acc == at::kFloat;
+        for (std::size_t i = 0; i < args.params.size(); ++i)
+            problem.params[i] = is_float ? static_cast<float>(args.params[i]) : args.params[i];
         problem.spread = spread_of(problem.loss, problem.params, shape.soft_target);
         problem.stats_count = stats_count_of(problem.loss, problem.spread);
         problem.ignore_index = args.ignore_index;
