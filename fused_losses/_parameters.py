@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +33,8 @@ class Range:
         """``value`` itself. Raises a ValueError where it is out of range, a TypeError where it is no number."""
         if value.__class__ is float and self.holds(value):  # nearly always
             return value
+        if isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0:
+            value = value.item()
         if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
         if not self.holds(value):
@@ -59,7 +62,7 @@ class Switch:
 
     def pack(self, name: str, value: Any) -> float:
         """1.0 or 0.0. Raises a TypeError unless ``value`` is a bool."""
-        if not isinstance(value, bool):
+        if not isinstance(value, (bool, np.bool_)):
             raise TypeError(f"{name} must be True or False, got {value!r}")
         return float(value)
 
