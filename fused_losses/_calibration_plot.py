@@ -56,7 +56,7 @@ def plot_mean_target_error(
     from fused_losses.calibration import mean_target_error  # it imports this file
 
     named = _named(losses)
-    counts = [num_classes] if isinstance(num_classes, int) else list(num_classes)
+    counts = list(num_classes) if isinstance(num_classes, Iterable) else [num_classes]
     if not named or not counts:
         raise ValueError(f"losses and num_classes must not be empty, got {losses!r} and {num_classes!r}")
     positions = np.linspace(-5.0, 10.0, 121) if z is None else _flat(z)

@@ -109,7 +109,7 @@ class Switch:
 
     def pack(self, name: str, value: Any) -> float:
         """1.0 or 0.0. Raises a TypeError unless ``value`` is a bool."""
-        if not isinstance(value, bool):
+        if not isinstance(value, (bool, np.bool_)):
             raise TypeError(f"{name} must be True or False, got {value!r}")
         return float(value)
 

@@ -15,8 +15,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from fused_losses._arrays import as_tensor
 from fused_losses._calibration_plot import plot_mean_target_error
 from fused_losses._mean_error import RowLoss, mean_slopes
+from fused_losses._unwrap import unwrap
 
 if TYPE_CHECKING:
     from fused_losses._arguments import LossEntry
@@ -96,13 +98,17 @@ def _check_num_classes(num_classes: int) -> int:
     return count
 
 
-def _check_target_activation(target_activation: float) -> float:
-    if isinstance(target_activation, (bool, str)):
-        raise TypeError(f"target_activation must be a real number, got {target_activation!r}")
+def _check_number(name: str, value: Any, what: str = "a number") -> float:
     try:
-        value = float(target_activation)
+        if isinstance(value, (bool, np.bool_, str)):
+            raise TypeError
+        return float(value)
     except (TypeError, ValueError):
-        raise TypeError(f"target_activation must be a real number, got {target_activation!r}") from None
+        raise TypeError(f"{name} must be {what}, got {value!r}") from None
+
+
+def _check_target_activation(target_activation: float) -> float:
+    value = _check_number("target_activation", target_activation, "a real number")
     if not 0.0 < value < 1.0:
         raise ValueError(f"target_activation must be greater than 0 and less than 1, got {value}")
     return value
@@ -255,19 +261,17 @@ def match_parameter(
     """
     count, reference_count = _check_num_classes(num_classes), _check_num_classes(reference_num_classes)
     holds = _allowed_values(loss, name)
-    if isinstance(reference_value, bool) or not isinstance(reference_value, (int, float)):
-        raise TypeError(f"reference_value must be a number, got {type(reference_value).__name__}")
+    start = _check_number("reference_value", reference_value)
     origin = np.zeros(1)
 
     def error(value: float, classes: int) -> float:
         return float(mean_slopes(_row_loss(loss, classes, {name: value}), classes, origin)[0])
 
-    goal = error(float(reference_value), reference_count)
+    goal = error(start, reference_count)
 
     def gap(value: float) -> float:
         return error(value, count) - goal
 
-    start = float(reference_value)
     at_start = gap(start)
     if at_start == 0.0:
         return start
@@ -321,8 +325,9 @@ def _root(gap: Callable[[float], float], a: float, at_a: float, b: float, at_b: 
     return b
 
 
-def _row_loss(loss: Loss, num_classes: int, parameters: dict[str, float]) -> RowLoss:
+def _row_loss(loss: Any, num_classes: int, parameters: dict[str, float]) -> RowLoss:
     """``loss`` as a function of logits and target with one value per row."""
+    loss = unwrap(loss)
     if isinstance(loss, nn.Module):
         return _row_module(loss, num_classes, parameters)
     function: Callable[..., Tensor] = _entry(loss).reference if isinstance(loss, str) else loss
@@ -362,6 +367,7 @@ def _allowed_values(loss: Loss, name: str) -> Callable[[float], bool]:
     from fused_losses._arguments import LOSSES
     from fused_losses._parameters import OrTensor, Range, positive_integer
 
+    loss = unwrap(loss)
     if name == "logit_bias":
         return math.isfinite
     if isinstance(loss, functools.partial):
@@ -383,11 +389,9 @@ def _allowed_values(loss: Loss, name: str) -> Callable[[float], bool]:
 
 
 def _as_array(z: float | Tensor | npt.NDArray[Any]) -> _Array:
-    if isinstance(z, Tensor):
-        values = z.detach().to("cpu", torch.float64).numpy()
-    elif isinstance(z, np.ndarray):
-        values = z.astype(np.float64)
-    elif isinstance(z, (int, float)) and not isinstance(z, bool):
+    if isinstance(z, (Tensor, np.ndarray)):
+        values: _Array = as_tensor("z", z).to("cpu", torch.float64).numpy()
+    elif isinstance(z, (int, float, np.number)) and not isinstance(z, bool):
         values = np.array(float(z))
     else:
         raise TypeError(f"z must be a number, a tensor or an array, got {type(z).__name__}")

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fused_losses._arrays import as_tensor
 from fused_losses._crossings import SkewNormal, gaussian_crossing, skewnorm_crossing
 
 __all__ = [
@@ -274,10 +275,8 @@ def _tensors(logits: Tensor | npt.NDArray[Any], labels: Tensor | npt.NDArray[Any
 
 
 def _tensor(name: str, rows: Tensor | npt.NDArray[Any]) -> Tensor:
-    if isinstance(rows, Tensor):
-        return rows.detach()
-    if isinstance(rows, np.ndarray):
-        return torch.from_numpy(rows.copy())  # the array may be read-only or have negative strides
+    if isinstance(rows, (Tensor, np.ndarray)):
+        return as_tensor(name, rows)
     raise TypeError(f"{name} must be a tensor or an array, got {type(rows).__name__}")
 
 

@@ -1,0 +1,398 @@
+"""The losses inside other libraries: what they compute there, and short real trainings. Skipped where they are missing."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fused_losses as fl
+from fused_losses.integrations.huggingface import compute_loss
+from fused_losses.integrations.mmengine import FusedLoss
+from fused_losses.integrations.timm import MixupLoss
+
+
+def rows(*shape: int, classes: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Logits (*shape, classes) and labels (*shape)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, classes, generator=generator), torch.randint(classes, shape, generator=generator)
+
+
+# transformers
+
+
+class TokenOutput(dict[str, Tensor]):
+    """As transformers' outputs: a dict, told apart by the name of its class."""
+
+
+class SomeCausalLMOutputWithPast(TokenOutput):
+    pass
+
+
+@pytest.mark.parametrize("criterion", [fl.CrossEntropyLoss(), fl.GCELoss(), nn.CrossEntropyLoss()])
+def test_huggingface_scales_by_the_items_of_the_whole_batch(criterion: nn.Module) -> None:
+    logits, labels = rows(6, 7)
+    labels[:2, 3:] = -100
+    function = compute_loss(criterion)
+    whole = function(TokenOutput(logits=logits), labels)
+    torch.testing.assert_close(whole, criterion(logits.flatten(0, 1), labels.flatten()))
+    for items in (int((labels != -100).sum()), (labels != -100).sum()):
+        parts = [function(TokenOutput(logits=logits[i : i + 2]), labels[i : i + 2], items) for i in (0, 2, 4)]
+        torch.testing.assert_close(sum(parts), whole, msg="accumulated unequal batches are the mean over all items")
+
+
+def test_huggingface_shifts_labels_of_causal_models() -> None:
+    logits, labels = rows(3, 8)
+    labels[1, 5:] = -100
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    shifted = compute_loss(fl.CrossEntropyLoss())(SomeCausalLMOutputWithPast(logits=logits), labels)
+    torch.testing.assert_close(shifted, expected)
+    torch.testing.assert_close(compute_loss(fl.CrossEntropyLoss(), causal=True)((logits,), labels), expected)
+    plain = compute_loss(fl.CrossEntropyLoss(), causal=False)(SomeCausalLMOutputWithPast(logits=logits), labels)
+    torch.testing.assert_close(plain, F.cross_entropy(logits.flatten(0, 1), labels.flatten()))
+    with pytest.raises(ValueError, match="causal must be True or False for a model that returns a tuple, got None"):
+        compute_loss(fl.CrossEntropyLoss())((logits,), labels)
+
+
+def test_huggingface_layouts() -> None:
+    logits, labels = rows(4)
+    function = compute_loss(fl.GCELoss())
+    assert function((logits,), labels) == function(TokenOutput(logits=logits), labels) == fl.GCELoss()(logits, labels)
+    image = torch.randn(2, 5, 3, 4)
+    pixels = torch.randint(5, (2, 3, 4))
+    assert function(TokenOutput(logits=image), pixels) == fl.GCELoss()(image, pixels)
+    logits, _ = rows(30)
+    several = torch.arange(150).remainder(2).reshape(30, 5).float()
+    bce = compute_loss(fl.ZErrorBCEWithLogitsLoss(threshold=9.0))
+    torch.testing.assert_close(
+        bce(TokenOutput(logits=logits), several, 300), F.binary_cross_entropy_with_logits(logits, several) / 2
+    )
+    mse = compute_loss(fl.ZMSELoss(threshold=9.0))
+    number = torch.randn(30)
+    torch.testing.assert_close(mse(TokenOutput(logits=logits[:, :1]), number), F.mse_loss(logits[:, 0], number))
+    with pytest.raises(ValueError, match=r"labels must have the shape of the logits \(2, 5, 3, 4\) .* got \(2, 6, 8\)"):
+        function(TokenOutput(logits=image), torch.zeros(2, 6, 8).long())
+    for reduction in ("sum", "none"):
+        with pytest.raises(ValueError, match=f"criterion must give a mean, got one with reduction='{reduction}'"):
+            compute_loss(fl.GCELoss(reduction=reduction))
+
+
+def test_huggingface_evaluates_in_eval_mode() -> None:
+    modes = []
+
+    class Watching(fl.GCELoss):
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            modes.append(self.training)
+            return super().forward(*args, **kwargs)
+
+    criterion = Watching()
+    logits, labels = rows(4)
+    function = compute_loss(criterion)
+    function((logits,), labels)
+    with torch.no_grad():
+        function((logits,), labels)
+    assert modes == [True, False] and criterion.training, "the mode is given back"
+    running = fl.ZErrorCrossEntropyLoss(running=True)
+    function = compute_loss(running)
+    function((logits,), labels)
+    learned = running.running_moments.clone()
+    with torch.no_grad():
+        function((logits + 1.0,), labels)
+    assert torch.equal(running.running_moments, learned), "validation rows teach nothing"
+
+
+def test_huggingface_trainer_trains(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    config = transformers.BertConfig(
+        vocab_size=20,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        num_labels=3,
+        max_position_embeddings=8,
+    )
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(config)
+    tokens = torch.randint(3, 20, (96, 6), generator=torch.Generator().manual_seed(0))
+    tokens[:, 1] = torch.arange(96) % 3
+    data = [{"input_ids": row, "labels": row[1]} for row in tokens]
+    criterion = fl.GCELoss(logit_bias=0.5)
+    trainer = train_with_trainer(transformers, model, data, tmp_path, compute_loss(criterion), num_train_epochs=12)
+    assert trainer.evaluate()["eval_loss"] < 0.1
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.3 * losses[0]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_huggingface_trainer_agrees_with_the_loss_of_a_causal_model(tmp_path: Path, accumulation: int) -> None:
+    """Cross entropy of ours and the model's own give the same training, with unequal lengths and accumulation."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    config = transformers.GPT2Config(
+        vocab_size=12, n_positions=8, n_embd=16, n_layer=1, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+    )
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(12, (16, 8), generator=generator)
+    labels = tokens.clone()
+    labels[::2, 4:] = -100
+    data = [{"input_ids": row, "labels": label} for row, label in zip(tokens, labels, strict=True)]
+    weights, losses = [], []
+    for function in (None, compute_loss(fl.CrossEntropyLoss())):
+        torch.manual_seed(0)
+        model = transformers.GPT2LMHeadModel(config)
+        options = {"gradient_accumulation_steps": accumulation, "num_train_epochs": 2}
+        trainer = train_with_trainer(transformers, model, data, tmp_path, function, **options)
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-3, atol=1e-4)
+
+
+def train_with_trainer(
+    transformers: Any, model: nn.Module, data: list[Any], folder: Path, function: Any, **options: Any
+) -> Any:
+    arguments = transformers.TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=4,
+        learning_rate=3e-3,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        **options,
+    )
+    trainer = transformers.Trainer(model, arguments, train_dataset=data, eval_dataset=data, compute_loss_func=function)
+    trainer.train()
+    return trainer
+
+
+# timm
+
+MIXED = ["cross_entropy", "gce", "nce", "nfl", "bi_tempered"]
+
+
+def expanded(stem: str, logits: Tensor, target: Tensor) -> Tensor:
+    """sum_k u_k loss(logits, k) of every row, in float64 by the reference."""
+    labels = torch.arange(logits.shape[1]).expand(len(logits), -1)
+    reference = fl.LOSSES[stem].reference
+    losses = [reference(logits.double(), label, reduction="none") for label in labels.T]
+    return (torch.stack(losses, 1) * target.double()).sum(1)
+
+
+def dense(shares: Tensor, first: Tensor, second: Tensor, classes: int) -> Tensor:
+    return shares[:, None] * F.one_hot(first, classes) + (1.0 - shares)[:, None] * F.one_hot(second, classes)
+
+
+@pytest.mark.parametrize("stem", MIXED)
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_mixup_targets_by_their_definition(stem: str, reduction: str) -> None:
+    logits, first = rows(9)
+    logits.requires_grad_()
+    target = dense(torch.rand(9), first, first.flip(0), 5)  # the row in the middle is mixed with its like
+    expected = expanded(stem, logits, target)
+    expected = expected if reduction == "none" else getattr(expected, reduction)()
+    found = MixupLoss(fl.LOSSES[stem].module(reduction=reduction))(logits, target)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-6)
+    gradients = [torch.autograd.grad(value.sum(), logits)[0] for value in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_mixup_of_masked_classes_and_of_class_indices() -> None:
+    logits = torch.tensor([[1.0, 0.0, -torch.inf], [0.0, 2.0, -torch.inf]])
+    target = torch.tensor([[1.0, 0.0, 0.0], [0.3, 0.7, 0.0]])
+    found = MixupLoss(fl.GCELoss())(logits, target)
+    torch.testing.assert_close(found.double(), expanded("gce", logits[:, :2], target[:, :2]).mean())
+    labels = torch.tensor([0, 1])
+    assert MixupLoss(fl.GCELoss())(logits, labels) == fl.GCELoss()(logits, labels)
+
+
+def test_mixup_refuses_what_it_cannot_give() -> None:
+    logits, first = rows(8)
+    smooth = 0.9 * dense(torch.rand(8), first, first.flip(0), 5) + 0.1 / 5
+    torch.testing.assert_close(
+        MixupLoss(fl.CrossEntropyLoss())(logits, smooth), F.cross_entropy(logits, smooth), msg="probabilities: any"
+    )
+    with pytest.raises(ValueError, match="target must have two labels in a row .* got a row with 0.0"):
+        MixupLoss(fl.HEMLoss())(logits, smooth)
+    with pytest.raises(TypeError, match="loss must be the Module of a row loss, got ZErrorCrossEntropyLoss"):
+        MixupLoss(fl.ZErrorCrossEntropyLoss())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+@pytest.mark.parametrize("stem", MIXED)
+def test_timm_mixup(mode: str, stem: str) -> None:
+    data = pytest.importorskip("timm.data")
+    np.random.seed(0)
+    mixup = data.Mixup(0.8, 1.0, mode=mode, label_smoothing=0.0, num_classes=5)
+    _, target = mixup(torch.randn(8, 3, 6, 6), torch.arange(8) % 5)
+    logits, _ = rows(8, seed=1)
+    found = MixupLoss(fl.LOSSES[stem].module())(logits, target)
+    torch.testing.assert_close(found.double(), expanded(stem, logits, target).mean(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", [fl.GCELoss(), fl.NCEMAELoss(), fl.CrossEntropyLoss(), fl.HEMLoss()])
+def test_timm_task_trains_with_mixup(loss: Any) -> None:
+    pytest.importorskip("timm")
+    data, task_module = importlib.import_module("timm.data"), pytest.importorskip("timm.task")
+    torch.manual_seed(0)
+    np.random.seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 4))
+    task = task_module.ClassificationTask(model, MixupLoss(loss), verbose=False)
+    mixup = data.Mixup(0.4, 0.0, label_smoothing=0.0, num_classes=4)
+    inputs, target = torch.randn(64, 3, 4, 4), torch.arange(64) % 4
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    before = float(task(inputs, target)["loss"].detach())
+    for _ in range(60):
+        optimizer.zero_grad()
+        task(*mixup(inputs.clone(), target))["loss"].backward()
+        optimizer.step()
+    result = task(inputs, target)
+    assert float(result["loss"].detach()) < 0.5 * before
+    assert (result["output"].argmax(1) == target).float().mean() > 0.9
+
+
+# mmengine and what is built on it
+
+
+def mmseg_cross_entropy(
+    logits: Tensor, label: Tensor, weight: Tensor | None, class_weight: Tensor | None, avg_factor: float | None
+) -> Tensor:
+    """What mmsegmentation computes with avg_non_ignore=True and ignore_index=255."""
+    loss = F.cross_entropy(logits, label, weight=class_weight, reduction="none", ignore_index=255)
+    if weight is not None:
+        loss = loss * weight
+    if avg_factor is None:
+        counted = label[label != 255]
+        avg_factor = len(counted) if class_weight is None else float(class_weight[counted].sum())
+    return loss.sum() / avg_factor
+
+
+@pytest.mark.parametrize(
+    ("weighted", "class_weight", "avg_factor"),
+    [*itertools.product([False, True], [None, [0.5, 1.0, 2.0, 0.0, 3.0]], [None, 17.0])],
+)
+def test_mmengine_signature(weighted: bool, class_weight: list[float] | None, avg_factor: float | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 5, 4, 3, generator=generator)
+    label = torch.randint(5, (2, 4, 3), generator=generator)
+    label[0, :2] = 255
+    weight = torch.rand(2, 4, 3, generator=generator) if weighted else None
+    loss = FusedLoss("cross_entropy", 0.4, class_weight=class_weight)
+    expected = 0.4 * mmseg_cross_entropy(
+        logits, label, weight, None if class_weight is None else torch.tensor(class_weight), avg_factor
+    )
+    torch.testing.assert_close(loss(logits, label, weight=weight, avg_factor=avg_factor, ignore_index=255), expected)
+    torch.testing.assert_close(loss(logits, label, weight, avg_factor), expected, msg="255 is the default")
+
+
+def test_mmengine_reductions_names_and_parameters() -> None:
+    logits, label = rows(12)
+    label[3] = 255
+    loss = FusedLoss("gce_loss", q=0.4, loss_weight=2.0)
+    assert loss.loss_name == "loss_gce" and FusedLoss("gce", loss_name="loss_aux").loss_name == "loss_aux"
+    kept = label != 255
+    plain = fl.functional.gce_loss(logits[kept], label[kept], q=0.4, reduction="none")
+    torch.testing.assert_close(loss(logits, label), 2.0 * plain.mean())
+    torch.testing.assert_close(loss(logits, label, reduction_override="sum"), 2.0 * plain.sum())
+    none = loss(logits, label, avg_factor=3.0, reduction_override="none")
+    torch.testing.assert_close(none[kept], 2.0 * plain)
+    assert none[3] == 0.0
+    torch.testing.assert_close(loss(logits, label), 2.0 * plain.mean(), msg="an override is for one call")
+    torch.testing.assert_close(loss(logits, label, avg_factor=torch.tensor(4.0)), 2.0 * plain.sum() / 4.0)
+    ignored = torch.full_like(label, 255)
+    assert loss(logits, ignored) == loss(logits, ignored, avg_factor=0) == loss(logits, ignored, torch.rand(12)) == 0.0
+    with pytest.raises(ValueError, match='avg_factor must be None with reduction="sum", got 3'):
+        loss(logits, label, avg_factor=3, reduction_override="sum")
+    with pytest.raises(ValueError, match="loss must be one of cross_entropy, mae, .* got 'dice'"):
+        FusedLoss("dice")
+
+
+def test_mmengine_255_is_a_class_where_there_are_that_many() -> None:
+    logits, label = torch.randn(4, 300), torch.tensor([255, 0, -100, 2])
+    expected = fl.CrossEntropyLoss()(logits, label)
+    assert FusedLoss("cross_entropy")(logits, label) == expected
+    assert FusedLoss("cross_entropy", ignore_index=255)(logits[[0, 1]], label[[0, 1]]) == F.cross_entropy(
+        logits[1:2], label[1:2]
+    )
+
+
+@pytest.mark.parametrize("stem", ["hem", "z_error_cross_entropy"])
+def test_mmengine_keeps_means_of_their_own(stem: str) -> None:
+    logits, label = rows(40)
+    module = fl.ZErrorCrossEntropyLoss() if stem.startswith("z_") else fl.HEMLoss()
+    assert FusedLoss(stem)(logits, label) == module(logits, label)
+    module.reduction = "sum"
+    torch.testing.assert_close(FusedLoss(stem)(logits, label, avg_factor=8), module(logits, label) / 8)
+
+
+def test_mmengine_builds_and_trains_it(tmp_path: Path) -> None:
+    registry = pytest.importorskip("mmengine.registry")
+    model_module, runner = importlib.import_module("mmengine.model"), importlib.import_module("mmengine.runner")
+
+    class Segmentor(model_module.BaseModel):  # type: ignore[name-defined,misc]
+        def __init__(self, loss_decode: dict[str, Any]) -> None:
+            super().__init__()
+            self.convolution = nn.Conv2d(3, 4, 1)
+            self.loss_decode = registry.MODELS.build(loss_decode)
+
+        def forward(self, inputs: Tensor, labels: Tensor, mode: str = "tensor") -> Any:
+            logits = self.convolution(inputs)
+            if mode == "loss":
+                return {self.loss_decode.loss_name: self.loss_decode(logits, labels, ignore_index=255)}
+            return logits
+
+    torch.manual_seed(0)
+    images = torch.randn(16, 3, 6, 6)
+    labels = images.argmax(1)
+    labels[:, 0] = 255
+    model = Segmentor({"type": "FusedLoss", "loss": "gce", "q": 0.5, "loss_weight": 2.0})
+    assert isinstance(model.loss_decode, FusedLoss) and model.loss_decode.criterion.q == 0.5
+    before = float(model(images, labels, mode="loss")["loss_gce"].detach())
+    runner.Runner(
+        model=model,
+        work_dir=str(tmp_path),
+        train_dataloader=torch.utils.data.DataLoader([*zip(images, labels, strict=True)], batch_size=4),
+        optim_wrapper={"optimizer": {"type": "Adam", "lr": 0.05}},
+        train_cfg={"by_epoch": True, "max_epochs": 10},
+        log_level="ERROR",
+        experiment_name="fused_losses",
+    ).train()
+    assert float(model(images, labels, mode="loss")["loss_gce"].detach()) < 0.5 * before
+
+
+# segmentation_models_pytorch
+
+
+def test_segmentation_models_pytorch_trains() -> None:
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    torch.manual_seed(0)
+    model = smp.Unet("resnet18", encoder_weights=None, classes=4)
+    images = torch.randn(4, 3, 32, 32)
+    labels = images.mean(1).mul(2).round().clamp(0, 3).long()
+    labels[:, :4] = 255
+    for channels_last in (False, True):
+        model = model.to(memory_format=torch.channels_last) if channels_last else model
+        logits = model(images.to(memory_format=torch.channels_last) if channels_last else images)
+        assert logits.shape == (4, 4, 32, 32)
+        loss = fl.CrossEntropyLoss(ignore_index=255)
+        torch.testing.assert_close(loss(logits, labels), F.cross_entropy(logits, labels, ignore_index=255))
+    criterion = fl.GCELoss(ignore_index=255)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    values = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        value = criterion(model(images), labels)
+        value.backward()
+        optimizer.step()
+        values.append(value.item())
+    assert values[-1] < 0.8 * values[0]
