@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fused_losses._common import RowLossModule
-from fused_losses._reference import REFERENCES
+from fused_losses._reference import SOFT_TARGETS
 
 __all__ = ["MixupLoss"]
 
@@ -40,7 +40,7 @@ class MixupLoss(torch.nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """The loss of ``logits`` ``(N, C)`` for probabilities ``(N, C)`` or class indices ``(N,)``."""
-        if not target.is_floating_point() or REFERENCES[self.loss.stem].soft_target is not None:
+        if not target.is_floating_point() or self.loss.stem in SOFT_TARGETS:
             return self.loss(logits, target)  # type: ignore[no-any-return]
         shares, labels = _two_labels(target)
         # The second label of a row that was mixed with its like has share 0, and would be any class.
