@@ -107,6 +107,10 @@ class LossEntry:
         packed = {name: self.ranges[name].pack(name, default) for name, default in self.parameters.items()}
         object.__setattr__(self, "packed", packed)
 
+    def __reduce__(self) -> tuple[Callable[[str], LossEntry], tuple[str]]:
+        """Copies and pickles are the entry itself: there is one of each loss."""
+        return _entry_of, (self.name,)
+
     @property
     def module(self) -> type[RowLossModule]:
         """The Module class."""
@@ -162,6 +166,10 @@ class LossEntry:
 
 
 LOSSES: dict[str, LossEntry] = {}
+
+
+def _entry_of(name: str) -> LossEntry:
+    return LOSSES[name]
 
 
 def pack_arguments(

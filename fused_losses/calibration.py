@@ -300,7 +300,10 @@ def _walk(
     here, at_here = start, at_start
     for _ in range(40):
         there = here + step
-        at_there = gap(there) if holds(there) else math.nan
+        try:
+            at_there = gap(there) if holds(there) else math.nan
+        except ValueError:  # out of range beside the loss's other parameters
+            at_there = math.nan
         if math.isfinite(at_there):
             yield here, at_here, there, at_there
             here, at_here, step = there, at_there, 1.5 * step
