@@ -66,17 +66,6 @@ class Range:
         return number
 
 
-@dataclass(frozen=True)
-class NearOne(Range):
-    """A range in which the formula changes at 1: numbers that float32 cannot tell from 1 are 1."""
-
-    def pack(self, name: str, value: Any) -> float:
-        """``value``, or 1.0 for it. Raises as :class:`Range` does."""
-        if 1.0 - 2.0**-25 <= value <= 1.0 + 2.0**-24 if isinstance(value, float) else value == 1:
-            return 1.0
-        return super().pack(name, value)
-
-
 # The bounds exclude NaN and infinities; math.isfinite would break tracing with symbolic floats.
 positive = Range("satisfy 0 < value < inf", lambda v: 0.0 < v < math.inf)
 non_negative = Range("satisfy 0 <= value < inf", lambda v: 0.0 <= v < math.inf)
