@@ -83,8 +83,9 @@ class LossEntry:
 
     ``name`` is the stem ("gce"), ``function`` the fused function, ``reference`` the same in plain PyTorch, ``formula``
     what both compute (class weights included if it ``weighs_classes``); ``parameters`` the own hyper-parameters with
-    their defaults, ``ranges`` what each may be, ``reductions`` the allowed ones, ``reduction`` the default one (None is
-    another word for it if ``none_is_default``), and ``module`` the Module class.
+    their defaults, ``ranges`` what each may be and ``check`` what they may be together, ``reductions`` the allowed
+    ones, ``reduction`` the default one (None is another word for it if ``none_is_default``), and ``module`` the Module
+    class.
     """
 
     name: str
@@ -98,6 +99,7 @@ class LossEntry:
     reduction: Callable[[dict[str, Any]], str] = lambda parameters: "mean"
     none_is_default: bool = False
     weighs_classes: bool = False
+    check: Callable[..., None] | None = None
     modules: list[type[RowLossModule]] = field(default_factory=list)
     packed: dict[str, float] = field(init=False)
 
@@ -121,6 +123,8 @@ class LossEntry:
             if rule is None:
                 raise TypeError(f"{self.function.__name__}() got an unexpected keyword argument {name!r}")
             packed[name] = rule.pack(name, value)
+        if self.check is not None:
+            self.check(**packed)
         return [*packed.values(), *self.constants]
 
     def unpack(self, params: Sequence[Any]) -> dict[str, Any]:

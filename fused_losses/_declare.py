@@ -17,7 +17,9 @@ from fused_losses._reference import Rows, row_loss_reference
 _OPTIONS_DOC = """
     Args:
         logits: ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``, any strides; float64, float32, float16 or bfloat16.
-            Channels-last and NCHW images are read in place.
+            Channels-last and NCHW images are read in place. A logit of -inf masks its class: probability 0 and no
+            gradient. As a target it has loss -log 0. Where log-probabilities are summed over the classes it makes the
+            sum infinite (label smoothing; a loss divided by the sum is 0), unless its weight or share there is 0.
         target: class indices in ``[0, C)`` or ``ignore_index``, the shape of ``logits`` without its class
             dimension; int64, int32, int16 or uint8.
 {own}        weight: class weights ``(C,)``; a row counts ``weight[target]``. As in ``torch`` a weight of 0
@@ -94,6 +96,7 @@ def loss_of_row(
     reductions: tuple[str, ...] = REDUCTIONS,
     reduction: tuple[Any, str] = ("mean", ""),
     reduction_of: Callable[[dict[str, Any]], str] | None = None,
+    check: Callable[..., None] | None = None,
 ) -> Callable[[Callable[Concatenate[Rows, Own], Tensor]], RowLossFunction[Own]]:
     """Declares a loss by its formula on :class:`Rows`.
 
@@ -101,6 +104,7 @@ def loss_of_row(
     is the reference; its name, defaults and docstring become those of the fused function. ``ranges`` gives what each
     parameter may be in the order of the C++ struct; ``constants`` are appended to them. ``reduction`` is the default
     and what the docstring says of reductions beyond the usual three; ``reduction_of`` finds it from the parameters.
+    ``check`` gets all parameters as keywords and raises where they do not fit together.
     """
 
     def decorate(formula: Callable[Concatenate[Rows, Own], Tensor]) -> RowLossFunction[Own]:
@@ -120,6 +124,7 @@ def loss_of_row(
             reductions,
             reduction_of or (lambda parameters: reduction[0]),
             none_is_default=reduction[0] is None,
+            check=check,
         )
         return function
 
@@ -127,7 +132,7 @@ def loss_of_row(
 
 
 def loss_of_target(
-    *, constants: tuple[float, ...] = (), **ranges: Rule
+    *, constants: tuple[float, ...] = (), check: Callable[..., None] | None = None, **ranges: Rule
 ) -> Callable[[Callable[Concatenate[Tensor, Own], Tensor]], RowLossFunction[Own]]:
     """Declares a loss that is a function of ``t = log p_y``: ``x_loss(t, own parameters)``; see :func:`loss_of_row`."""
 
@@ -136,6 +141,7 @@ def loss_of_target(
         def of_row(rows: Rows, *args: Own.args, **own: Own.kwargs) -> Tensor:
             return formula(rows.log_p, *args, **own)
 
-        return loss_of_row(ranges, constants=constants)(of_row)  # type: ignore[arg-type]  # wraps() hides it is a function
+        declare = loss_of_row(ranges, constants=constants, check=check)
+        return declare(of_row)  # type: ignore[arg-type]  # wraps() hides it is a function
 
     return decorate

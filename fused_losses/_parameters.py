@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,10 +29,21 @@ def plain(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers; ``rule`` completes the sentence "x must ..."."""
+    """Numbers; ``rule`` completes the sentence "x must ..." for those that the loss is defined for.
+
+    Of these, kernels that compute in float32 can use the ones between ``low`` and ``high``, and 0 where it is defined;
+    the others are refused, whatever the dtype of the logits. Beyond these bounds results would be off by more than a
+    hundredth, or infinite, or NaN (tests/test_parameter_edges.py goes to all of them).
+    """
 
     rule: str
-    holds: Callable[[Any], bool]
+    defined: Callable[[Any], bool]
+    low: float = -math.inf
+    high: float = math.inf
+
+    def holds(self, value: Any) -> bool:
+        """Whether it is an allowed number."""
+        return self.defined(value) and (self.low <= value <= self.high or value == 0.0)
 
     def pack(self, name: str, value: Any) -> float:
         """``value`` itself. Raises a ValueError where it is out of range, a TypeError where it is no number."""
@@ -42,8 +53,12 @@ class Range:
         if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
             hint = "; class weights are given as weight=" if isinstance(value, Tensor) and value.dim() == 1 else ""
             raise TypeError(f"{name} must be a number, got {type(value).__name__}{hint}")
-        if not self.holds(value):
+        if not self.defined(value):
             raise ValueError(f"{name} must {self.rule}, got {value}")
+        if not self.holds(value):
+            raise ValueError(
+                f"{name} must be between {self.low} and {self.high}, where float32 can compute it, got {value}"
+            )
         return value  # type: ignore[return-value]  # symbolic while tracing
 
     def unpack(self, number: Any) -> Any:
@@ -52,13 +67,29 @@ class Range:
 
 
 # The bounds exclude NaN and infinities; math.isfinite would break tracing with symbolic floats.
-finite = Range("satisfy -inf < value < inf", lambda v: -math.inf < v < math.inf)
 positive = Range("satisfy 0 < value < inf", lambda v: 0.0 < v < math.inf)
 non_negative = Range("satisfy 0 <= value < inf", lambda v: 0.0 <= v < math.inf)
 above_one = Range("satisfy 1 < value < inf", lambda v: 1.0 < v < math.inf)
 fraction = Range("satisfy 0 < value < 1", lambda v: 0.0 < v < 1.0)
 closed_fraction = Range("be between 0.0 and 1.0", lambda v: 0.0 <= v <= 1.0)
-positive_integer = Range("be an integer >= 1", lambda v: 1.0 <= v < math.inf and v == int(v))
+positive_integer = Range("be an integer >= 1", lambda v: 1.0 <= v < math.inf and v == int(v), high=1000)
+# What logits and losses are multiplied by or added to: products of two of them stay far from the ends of float32.
+finite = Range("satisfy -inf < value < inf", lambda v: -math.inf < v < math.inf, -1e15, 1e15)
+factor = replace(non_negative, low=1e-15, high=1e15)
+positive_factor = replace(positive, low=1e-15, high=1e15)
+# Exponents of p and of 1 - p: one so large does not yet depend on digits that p does not have.
+exponent = replace(positive, low=1e-15, high=1e4)
+focusing = replace(non_negative, low=1e-15, high=1e4)
+
+
+def check_power(base: float, q: float, base_name: str) -> None:
+    """Raises unless ``base ** q`` leaves room for factors in float32."""
+    if base > 1e3 or q > 10.0:  # else it is below 1e30
+        largest = 30.0 * math.log(10.0) / math.log(base)
+        if q > largest:
+            raise ValueError(
+                f"q must be at most {largest:.4g} with {base_name} = {base}, where float32 can compute it, got {q}"
+            )
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,28 @@ def zero_at_zero(p: Tensor, log_term: Tensor) -> Tensor:
     return torch.where(empty, 0.0, p * torch.where(empty, 0.0, log_term))
 
 
+def expm1(x: Tensor) -> Tensor:
+    """``e^x - 1`` with all digits in the derivative too: torch's is ``(e^x - 1) + 1``, which is 0 for x < -17."""
+    near = x > -1.0
+    return torch.where(near, torch.expm1(torch.where(near, x, 0.0)), torch.exp(x) - 1.0)
+
+
+def log_near_one(x: Tensor, x_minus_1: Tensor) -> Tensor:
+    """``log x`` where ``x - 1`` is known by itself, with digits that ``x`` has lost if it is near 1."""
+    near = x > 0.5
+    return torch.where(near, torch.log1p(torch.where(near, x_minus_1, 0.0)), torch.log(torch.where(near, 1.0, x)))
+
+
 def focal_term(log_p: Tensor, gamma: float) -> Tensor:
     """``-(1 - p)^gamma log p``."""
     if gamma == 0.0:
         return -log_p
-    # (1 - p)^gamma has an infinite slope at p = 1 for gamma < 1; its product with log p has slope 0 there.
-    certain = log_p == 0
-    miss = torch.where(certain, 1.0, -torch.expm1(log_p))
-    return torch.where(certain, -0.0 * log_p, -(miss**gamma) * log_p)
+    # (1 - p)^gamma has an infinite slope at p = 1 for gamma < 1; its product with log p has slope 0 there. At p = 0 it
+    # is 1, and its slope times an infinite logarithm counts as the 0 that it tends to.
+    certain, masked = log_p == 0, log_p == -torch.inf
+    inside = torch.where(certain | masked, -1.0, log_p)
+    at_ends = torch.where(masked, -log_p, -0.0 * log_p)
+    return torch.where(certain | masked, at_ends, -((-expm1(inside)) ** gamma) * inside)
 
 
 def reduce_rows(values: Tensor, weights: Tensor, reduction: str) -> Tensor:

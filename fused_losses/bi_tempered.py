@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +12,29 @@ from typing_extensions import Unpack
 from fused_losses._arguments import CallOptions
 from fused_losses._common import RowLossModule, RowLossOptions
 from fused_losses._declare import loss_of_row
-from fused_losses._parameters import OrNone, closed_fraction, positive, positive_integer
+from fused_losses._parameters import OrNone, Range, closed_fraction, plain, positive_integer
 from fused_losses._reference import Rows
+
+
+class _Temperature(Range):
+    """A range in which the formulas change at 1: what float32 cannot tell from 1 is 1, whatever the bounds."""
+
+    def holds(self, value: Any) -> bool:
+        """Whether it is an allowed number."""
+        return value == 1.0 or super().holds(value)
+
+    def pack(self, name: str, value: Any) -> float:
+        """``value``, or 1.0 for it. Raises as :class:`Range` does."""
+        value = plain(value)
+        if isinstance(value, float) and 1.0 - 2.0**-25 <= value <= 1.0 + 2.0**-24 and self.defined(value):
+            return 1.0
+        return super().pack(name, value)
+
+
+# A loss of 1 / (1 - t1) must have some digits. The normaliser of C classes reaches C^(t2 - 1), a normal number up to a
+# million of them.
+_t1 = _Temperature("be between 0.0 and 1.0", lambda t: 0.0 <= t <= 1.0, 0.0, 1.0 - 1e-5)
+_t2 = _Temperature("satisfy 0 < value < inf", lambda t: 0.0 < t < math.inf, 1e-15, 7.0)
 
 # Newton steps of the converged mode; 7 bring |sum p - 1| below 1e-12 for t2 from 0.5 to 4, 10 from 0.1.
 NEWTON_STEPS = 10
@@ -102,9 +124,7 @@ def _x_log_t(x: float, t: float) -> float:
     return x * (math.log(x) if t == 1.0 else math.expm1((1.0 - t) * math.log(x)) / (1.0 - t))
 
 
-@loss_of_row(
-    {"t1": closed_fraction, "t2": positive, "label_smoothing": closed_fraction, "num_iters": OrNone(positive_integer)}
-)
+@loss_of_row({"t1": _t1, "t2": _t2, "label_smoothing": closed_fraction, "num_iters": OrNone(positive_integer)})
 def bi_tempered_loss(
     rows: Rows,
     *,

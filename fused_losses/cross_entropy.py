@@ -22,8 +22,9 @@ def _smoothed(rows: Rows, label_smoothing: float) -> Tensor:
         return hard
     dim = rows.dim
     shape = [-1 if d == dim else 1 for d in range(rows.log_probs.dim())]
-    weight = rows.weight
-    spread = rows.log_probs if weight is None else rows.log_probs * weight.to(rows.log_p.dtype).view(shape)
+    weight, spread = rows.weight, rows.log_probs
+    if weight is not None:  # a weight of 0 leaves out a masked class
+        spread = zero_at_zero(weight.to(spread.dtype).view(shape).expand_as(spread), spread)
     smooth = -spread.sum(dim) * (label_smoothing / rows.num_classes)
     return smooth if label_smoothing == 1.0 else (1.0 - label_smoothing) * hard + smooth
 

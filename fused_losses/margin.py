@@ -16,13 +16,13 @@ from typing_extensions import Unpack
 from fused_losses._arguments import ACTIVE_REDUCTIONS, CallOptions, LogitBias
 from fused_losses._common import RowLossModule, RowLossOptions
 from fused_losses._declare import loss_of_row
-from fused_losses._parameters import Choice, OrTensor, non_negative, switch
+from fused_losses._parameters import Choice, OrTensor, factor, switch
 from fused_losses._reference import Rows
 
 # Beside a count of classes, as the reference code of 2501.12191 has it.
 COUNT_GUARD = 1e-6
 
-_margin = OrTensor(non_negative)
+_margin = OrTensor(factor)
 _ACTIVE_DOC = """
             ``"active_mean"``: sum of weighted losses over 1e-6 + the sum of weights of rows whose loss is not 0."""
 

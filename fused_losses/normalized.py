@@ -7,16 +7,21 @@ plain PyTorch formula, decorated into the fused function, then its Module. The C
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+from dataclasses import replace
+
 from torch import Tensor
 from typing_extensions import Unpack
 
 from fused_losses._arguments import LOSSES, CallOptions
 from fused_losses._common import RowLossModule, RowLossOptions
 from fused_losses._declare import loss_of_row
-from fused_losses._parameters import non_negative, positive, switch
-from fused_losses._reference import Rows, focal_term
+from fused_losses._parameters import check_power, exponent, factor, non_negative, positive_factor, switch
+from fused_losses._reference import Rows, expm1, focal_term
 from fused_losses.softmax import RCE_A
+
+# Of two equal classes the terms are 2^-gamma each, which float32 must be able to divide by.
+_focusing = replace(non_negative, low=1e-15, high=50.0)
 
 
 def _require_two_classes(rows: Rows) -> None:
@@ -43,7 +48,7 @@ class NCELoss(RowLossModule, stem="nce"):
         super().__init__({}, **options)
 
 
-@loss_of_row({"gamma": non_negative, "detach": switch})
+@loss_of_row({"gamma": _focusing, "detach": switch})
 def nfl_loss(rows: Rows, *, gamma: float = 0.5, detach: bool = True, **options: Unpack[CallOptions]) -> Tensor:
     """Normalised focal loss: ``n_y / sum_j n_j`` with ``n_j = -(1 - p_j)^gamma log p_j``.
 
@@ -59,7 +64,7 @@ def nfl_loss(rows: Rows, *, gamma: float = 0.5, detach: bool = True, **options: 
     _require_two_classes(rows)
     log_probs = rows.log_probs
     if detach and gamma != 0.0:
-        terms = -(-torch.expm1(log_probs.detach())).pow(gamma) * log_probs
+        terms = -(-expm1(log_probs.detach())).pow(gamma) * log_probs
     else:
         terms = focal_term(log_probs, gamma)
     return rows.of_target(terms) / terms.sum(rows.dim)
@@ -75,7 +80,7 @@ class NFLLoss(RowLossModule, stem="nfl"):
         super().__init__({"gamma": gamma, "detach": detach}, **options)
 
 
-@loss_of_row({"q": positive})
+@loss_of_row({"q": exponent})
 def ngce_loss(rows: Rows, *, q: float = 0.7, **options: Unpack[CallOptions]) -> Tensor:
     """Normalised generalised cross entropy: ``(1 - p_y^q) / (C - sum_j p_j^q)``.
 
@@ -86,7 +91,7 @@ def ngce_loss(rows: Rows, *, q: float = 0.7, **options: Unpack[CallOptions]) -> 
         q: exponent, > 0.
     """
     _require_two_classes(rows)
-    missing = torch.expm1(q * rows.log_probs)  # p^q - 1; C - sum p^q as it stands would cancel
+    missing = expm1(q * rows.log_probs)  # p^q - 1; C - sum p^q as it stands would cancel
     return rows.of_target(missing) / missing.sum(rows.dim)
 
 
@@ -99,14 +104,13 @@ class NGCELoss(RowLossModule, stem="ngce"):
         super().__init__({"q": q}, **options)
 
 
-def _weighted(alpha: float, active: Tensor, beta: float, passive: Tensor) -> Tensor:
-    """``alpha active + beta passive``; a term of weight 0 is absent even where it is infinite."""
-    if alpha == 0.0:
-        return beta * passive
-    return alpha * active + beta * passive
+def _weighted(alpha: float, beta: float, active: Callable[[], Tensor], passive: Callable[[], Tensor]) -> Tensor:
+    """``alpha active + beta passive``; a term of weight 0 is left out, be it infinite or NaN."""
+    terms = [weight * term() for weight, term in ((alpha, active), (beta, passive)) if weight != 0.0]
+    return sum(terms[1:], terms[0]) if terms else 0.0 * active()
 
 
-@loss_of_row({"alpha": non_negative, "beta": non_negative, "mae_scale": positive})
+@loss_of_row({"alpha": factor, "beta": factor, "mae_scale": positive_factor})
 def nce_mae_loss(
     rows: Rows, *, alpha: float = 1.0, beta: float = 1.0, mae_scale: float = 1.0, **options: Unpack[CallOptions]
 ) -> Tensor:
@@ -119,7 +123,9 @@ def nce_mae_loss(
         beta: weight of MAE, >= 0.
         mae_scale: MAE is ``mae_scale (1 - p_y)``; 1 in 2006.13554, 2 in 2306.05497; > 0.
     """
-    return _weighted(alpha, LOSSES["nce"].formula(rows), beta, LOSSES["mae"].formula(rows, scale=mae_scale))
+    return _weighted(
+        alpha, beta, lambda: LOSSES["nce"].formula(rows), lambda: LOSSES["mae"].formula(rows, scale=mae_scale)
+    )
 
 
 class NCEMAELoss(RowLossModule, stem="nce_mae"):
@@ -135,7 +141,7 @@ class NCEMAELoss(RowLossModule, stem="nce_mae"):
         super().__init__({"alpha": alpha, "beta": beta, "mae_scale": mae_scale}, **options)
 
 
-@loss_of_row({"alpha": non_negative, "beta": non_negative, "A": positive})
+@loss_of_row({"alpha": factor, "beta": factor, "A": positive_factor})
 def nce_rce_loss(
     rows: Rows, *, alpha: float = 1.0, beta: float = 1.0, A: float = RCE_A, **options: Unpack[CallOptions]
 ) -> Tensor:
@@ -149,7 +155,7 @@ def nce_rce_loss(
         beta: weight of reverse cross entropy, >= 0.
         A: minus the log of zero in ``RCE = A (1 - p_y)``, > 0; the default is -log(1e-4) = 9.21.
     """
-    return _weighted(alpha, LOSSES["nce"].formula(rows), beta, LOSSES["rce"].formula(rows, A=A))
+    return _weighted(alpha, beta, lambda: LOSSES["nce"].formula(rows), lambda: LOSSES["rce"].formula(rows, A=A))
 
 
 class NCERCELoss(RowLossModule, stem="nce_rce"):
@@ -165,9 +171,7 @@ class NCERCELoss(RowLossModule, stem="nce_rce"):
         super().__init__({"alpha": alpha, "beta": beta, "A": A}, **options)
 
 
-@loss_of_row(
-    {"alpha": non_negative, "beta": non_negative, "gamma": non_negative, "detach": switch, "mae_scale": positive}
-)
+@loss_of_row({"alpha": factor, "beta": factor, "gamma": _focusing, "detach": switch, "mae_scale": positive_factor})
 def nfl_mae_loss(
     rows: Rows,
     *,
@@ -189,9 +193,9 @@ def nfl_mae_loss(
     """
     return _weighted(
         alpha,
-        LOSSES["nfl"].formula(rows, gamma=gamma, detach=detach),
         beta,
-        LOSSES["mae"].formula(rows, scale=mae_scale),
+        lambda: LOSSES["nfl"].formula(rows, gamma=gamma, detach=detach),
+        lambda: LOSSES["mae"].formula(rows, scale=mae_scale),
     )
 
 
@@ -218,7 +222,7 @@ class NFLMAELoss(RowLossModule, stem="nfl_mae"):
         )
 
 
-@loss_of_row({"alpha": non_negative, "beta": non_negative, "gamma": non_negative, "detach": switch, "A": positive})
+@loss_of_row({"alpha": factor, "beta": factor, "gamma": _focusing, "detach": switch, "A": positive_factor})
 def nfl_rce_loss(
     rows: Rows,
     *,
@@ -239,7 +243,10 @@ def nfl_rce_loss(
         A: minus the log of zero in ``RCE = A (1 - p_y)``, > 0; the default is -log(1e-4) = 9.21.
     """
     return _weighted(
-        alpha, LOSSES["nfl"].formula(rows, gamma=gamma, detach=detach), beta, LOSSES["rce"].formula(rows, A=A)
+        alpha,
+        beta,
+        lambda: LOSSES["nfl"].formula(rows, gamma=gamma, detach=detach),
+        lambda: LOSSES["rce"].formula(rows, A=A),
     )
 
 
@@ -264,7 +271,12 @@ class NFLRCELoss(RowLossModule, stem="nfl_rce"):
         super().__init__({"alpha": alpha, "beta": beta, "gamma": gamma, "A": A, "detach": detach}, **options)
 
 
-@loss_of_row({"alpha": non_negative, "beta": non_negative, "a": positive, "q": positive})
+def _check_agce(alpha: float, beta: float, a: float, q: float) -> None:
+    if beta != 0.0:
+        check_power(1.0 + a, q, "1 + a")
+
+
+@loss_of_row({"alpha": factor, "beta": factor, "a": positive_factor, "q": exponent}, check=_check_agce)
 def nce_agce_loss(
     rows: Rows, *, alpha: float = 1.0, beta: float = 4.0, a: float = 6.0, q: float = 1.5, **options: Unpack[CallOptions]
 ) -> Tensor:
@@ -279,7 +291,7 @@ def nce_agce_loss(
         a: offset of AGCE, > 0.
         q: exponent of AGCE, > 0.
     """
-    return _weighted(alpha, LOSSES["nce"].formula(rows), beta, LOSSES["agce"].formula(rows, a=a, q=q))
+    return _weighted(alpha, beta, lambda: LOSSES["nce"].formula(rows), lambda: LOSSES["agce"].formula(rows, a=a, q=q))
 
 
 class NCEAGCELoss(RowLossModule, stem="nce_agce"):

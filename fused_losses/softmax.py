@@ -7,6 +7,7 @@ a formula is in ``csrc/losses/target_losses.h``.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,14 +16,27 @@ from typing_extensions import Unpack
 from fused_losses._arguments import CallOptions
 from fused_losses._common import RowLossModule, RowLossOptions
 from fused_losses._declare import loss_of_target
-from fused_losses._parameters import above_one, fraction, non_negative, positive, positive_integer
-from fused_losses._reference import focal_term, zero_at_zero
+from fused_losses._parameters import (
+    above_one,
+    check_power,
+    exponent,
+    factor,
+    focusing,
+    fraction,
+    positive_factor,
+    positive_integer,
+)
+from fused_losses._reference import expm1, focal_term, log_near_one, zero_at_zero
+
+# Nearer to 1, the two weights of the divergence are too far apart for float32.
+_label_weight = replace(fraction, low=1e-15, high=1.0 - 1e-6)
+_above_one = replace(above_one, high=1e15)
 
 # -log of the 1e-4 that stands for log 0 in reverse cross entropy
 RCE_A = -math.log(1e-4)
 
 
-@loss_of_target(scale=positive)
+@loss_of_target(scale=positive_factor)
 def mae_loss(t: Tensor, *, scale: float = 2.0, **options: Unpack[CallOptions]) -> Tensor:
     """Mean absolute error between probabilities and one-hot label: ``scale * (1 - p_y)``.
 
@@ -32,7 +46,7 @@ def mae_loss(t: Tensor, *, scale: float = 2.0, **options: Unpack[CallOptions]) -
     Args:
         scale: factor, 2 for the distance itself; > 0.
     """
-    return -scale * torch.expm1(t)
+    return -scale * expm1(t)
 
 
 class MAELoss(RowLossModule, stem="mae"):
@@ -44,7 +58,7 @@ class MAELoss(RowLossModule, stem="mae"):
         super().__init__({"scale": scale}, **options)
 
 
-@loss_of_target(q=positive)
+@loss_of_target(q=exponent)
 def gce_loss(t: Tensor, *, q: float = 0.7, **options: Unpack[CallOptions]) -> Tensor:
     """Generalised cross entropy: ``(1 - p_y^q) / q``.
 
@@ -54,7 +68,7 @@ def gce_loss(t: Tensor, *, q: float = 0.7, **options: Unpack[CallOptions]) -> Te
     Args:
         q: exponent, > 0.
     """
-    return -torch.expm1(q * t) / q
+    return -expm1(q * t) / q
 
 
 class GCELoss(RowLossModule, stem="gce"):
@@ -66,7 +80,7 @@ class GCELoss(RowLossModule, stem="gce"):
         super().__init__({"q": q}, **options)
 
 
-@loss_of_target(a=positive, q=positive)
+@loss_of_target(check=lambda a, q: check_power(1.0 + a, q, "1 + a"), a=positive_factor, q=exponent)
 def agce_loss(t: Tensor, *, a: float = 0.6, q: float = 0.6, **options: Unpack[CallOptions]) -> Tensor:
     """Asymmetric generalised cross entropy: ``((a + 1)^q - (a + p_y)^q) / q``.
 
@@ -77,8 +91,10 @@ def agce_loss(t: Tensor, *, a: float = 0.6, q: float = 0.6, **options: Unpack[Ca
         a: offset, > 0.
         q: exponent, > 0.
     """
-    top: float = (a + 1.0) ** q
-    return (top - (a + t.exp()).pow(q)) / q
+    top = 1.0 + a
+    log_ratio = log_near_one((a + t.exp()) / top, expm1(t) / top)
+    largest: float = top**q
+    return expm1(q * log_ratio) * (-largest / q)
 
 
 class AGCELoss(RowLossModule, stem="agce"):
@@ -91,7 +107,13 @@ class AGCELoss(RowLossModule, stem="agce"):
         super().__init__({"a": a, "q": q}, **options)
 
 
-@loss_of_target(a=above_one, q=positive)
+def _check_aue(a: float, q: float) -> None:
+    if q < 0.5 and a < 1.0 + 1e-6:  # (a - 1)^q then depends on digits of a that float32 does not have
+        raise ValueError(f"a must be at least {1.0 + 1e-6} with q = {q}, where float32 can compute it, got {a}")
+    check_power(a, q, "a")
+
+
+@loss_of_target(check=_check_aue, a=_above_one, q=exponent)
 def aue_loss(t: Tensor, *, a: float = 5.5, q: float = 3.0, **options: Unpack[CallOptions]) -> Tensor:
     """Asymmetric unhinged loss: ``((a - p_y)^q - (a - 1)^q) / q``. 2106.03110, where it is also called AUL.
 
@@ -99,8 +121,9 @@ def aue_loss(t: Tensor, *, a: float = 5.5, q: float = 3.0, **options: Unpack[Cal
         a: offset, > 1.
         q: exponent, > 0.
     """
-    bottom: float = (a - 1.0) ** q
-    return ((a - t.exp()).pow(q) - bottom) / q
+    miss = -expm1(t)
+    gap = max(a - 1.0, torch.finfo(t.dtype).eps)  # a number that t's dtype cannot tell from 1 is the next one
+    return (gap + miss).pow(q) * expm1(-q * torch.log1p(miss / gap)) / -q
 
 
 class AUELoss(RowLossModule, stem="aue"):
@@ -113,7 +136,7 @@ class AUELoss(RowLossModule, stem="aue"):
         super().__init__({"a": a, "q": q}, **options)
 
 
-@loss_of_target(a=positive)
+@loss_of_target(a=positive_factor)
 def ae_loss(t: Tensor, *, a: float = 2.5, **options: Unpack[CallOptions]) -> Tensor:
     """Asymmetric exponential loss: ``exp(-p_y / a)``. 2106.03110 (AEL). Its minimum is ``exp(-1 / a)``, not 0.
 
@@ -132,7 +155,7 @@ class AELoss(RowLossModule, stem="ae"):
         super().__init__({"a": a}, **options)
 
 
-@loss_of_target(A=positive)
+@loss_of_target(A=positive_factor)
 def rce_loss(t: Tensor, *, A: float = RCE_A, **options: Unpack[CallOptions]) -> Tensor:
     """Reverse cross entropy: ``A (1 - p_y)``, ``-A`` standing for log 0. 1908.06112 Eq. 5.
 
@@ -141,7 +164,7 @@ def rce_loss(t: Tensor, *, A: float = RCE_A, **options: Unpack[CallOptions]) -> 
     Args:
         A: minus the log of zero, > 0; the default is -log(1e-4) = 9.21.
     """
-    return -A * torch.expm1(t)
+    return -A * expm1(t)
 
 
 class RCELoss(RowLossModule, stem="rce"):
@@ -153,7 +176,7 @@ class RCELoss(RowLossModule, stem="rce"):
         super().__init__({"A": A}, **options)
 
 
-@loss_of_target(alpha=non_negative, beta=non_negative, constants=(RCE_A,))
+@loss_of_target(alpha=factor, beta=factor, constants=(RCE_A,))
 def sce_loss(t: Tensor, *, alpha: float = 0.1, beta: float = 1.0, **options: Unpack[CallOptions]) -> Tensor:
     """Symmetric cross entropy: ``alpha CE + beta RCE`` with A = -log(1e-4). 1908.06112 Eq. 7.
 
@@ -161,7 +184,7 @@ def sce_loss(t: Tensor, *, alpha: float = 0.1, beta: float = 1.0, **options: Unp
         alpha: weight of cross entropy, >= 0.
         beta: weight of reverse cross entropy, >= 0.
     """
-    reverse = -beta * RCE_A * torch.expm1(t)
+    reverse = -beta * RCE_A * expm1(t)
     return reverse if alpha == 0.0 else reverse - alpha * t
 
 
@@ -185,7 +208,7 @@ def taylor_ce_loss(t: Tensor, *, order: int = 2, **options: Unpack[CallOptions])
     Args:
         order: number of terms, an integer >= 1.
     """
-    miss = -torch.expm1(t)
+    miss = -expm1(t)
     value = torch.zeros_like(miss)
     for k in range(int(order), 0, -1):
         value = miss * (value + 1.0 / k)
@@ -201,7 +224,7 @@ class TaylorCELoss(RowLossModule, stem="taylor_ce"):
         super().__init__({"order": order}, **options)
 
 
-@loss_of_target(tau=above_one)
+@loss_of_target(tau=_above_one)
 def phuber_ce_loss(t: Tensor, *, tau: float = 10.0, **options: Unpack[CallOptions]) -> Tensor:
     """Partially Huberised cross entropy: ``-log p_y`` where ``p_y > 1 / tau``, below that its tangent.
 
@@ -224,7 +247,7 @@ class PHuberCELoss(RowLossModule, stem="phuber_ce"):
         super().__init__({"tau": tau}, **options)
 
 
-@loss_of_target(pi=fraction)
+@loss_of_target(pi=_label_weight)
 def js_loss(t: Tensor, *, pi: float = 0.5, **options: Unpack[CallOptions]) -> Tensor:
     """Jensen-Shannon divergence of label and prediction, weights ``(pi, 1 - pi)``, over ``-(1 - pi) log(1 - pi)``.
 
@@ -236,9 +259,12 @@ def js_loss(t: Tensor, *, pi: float = 0.5, **options: Unpack[CallOptions]) -> Te
         pi: weight of the label, in (0, 1).
     """
     p, rest, log_rest = t.exp(), 1.0 - pi, math.log1p(-pi)
-    log_m = torch.log(pi + rest * p)
-    value = -pi * log_m + rest * zero_at_zero(p, t - log_m) + rest * torch.expm1(t) * log_rest
-    return value / (-rest * log_rest)
+    m, small = pi + rest * p, p < pi
+    # Where p is much larger than pi, log m = t + log(m / p): the terms below would cancel.
+    of_small = rest * zero_at_zero(p, t) - m * log_near_one(m, rest * expm1(t))
+    excess = pi * expm1(-torch.where(small, 0.0, t))  # m / p - 1
+    of_large = -pi * torch.where(small, 0.0, t) - m * torch.log1p(excess)
+    return (torch.where(small, of_small, of_large) + rest * expm1(t) * log_rest) / (-rest * log_rest)
 
 
 class JSLoss(RowLossModule, stem="js"):
@@ -250,7 +276,7 @@ class JSLoss(RowLossModule, stem="js"):
         super().__init__({"pi": pi}, **options)
 
 
-@loss_of_target(gamma=non_negative)
+@loss_of_target(gamma=focusing)
 def focal_loss(t: Tensor, *, gamma: float = 2.0, **options: Unpack[CallOptions]) -> Tensor:
     """Focal loss: ``-(1 - p_y)^gamma log p_y``, with its exact gradient. 1708.02002 Eq. 4.
 
@@ -272,7 +298,7 @@ class FocalLoss(RowLossModule, stem="focal"):
         super().__init__({"gamma": gamma}, **options)
 
 
-@loss_of_target(a=positive)
+@loss_of_target(a=positive_factor)
 def bounded_ce_loss(t: Tensor, *, a: float = 0.1, **options: Unpack[CallOptions]) -> Tensor:
     """Bounded cross entropy: ``log((1 + a) / (p_y + a))``, the ``q -> 0`` limit of AGCE.
 
@@ -281,7 +307,8 @@ def bounded_ce_loss(t: Tensor, *, a: float = 0.1, **options: Unpack[CallOptions]
     Args:
         a: offset, > 0; the bound is ``log(1 + 1 / a)``.
     """
-    return -torch.log1p(torch.expm1(t) / (1.0 + a))
+    top = 1.0 + a
+    return -log_near_one((t.exp() + a) / top, expm1(t) / top)
 
 
 class BoundedCELoss(RowLossModule, stem="bounded_ce"):

@@ -279,6 +279,15 @@ FL_HD T log1p(T x) {
 #endif
 }
 
+// log(x) where x - 1 is known by itself, with digits that x has lost if it is near 1.
+template <class T>
+FL_HD T log_near_one(T x, T x_minus_1) {
+    using S = scalar_t<T>;
+    const T lost = x_minus_1 - (x - T(S(1)));
+    // Far from 1 it is x that has the digits.
+    return log(x) + select((x > T(S(0.5))) & (x < T(S(2))), lost / x, T(S(0)));
+}
+
 // n >= 1, the same for all elements.
 template <class T>
 FL_HD T integer_power(T a, int n) {

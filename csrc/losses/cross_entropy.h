@@ -13,7 +13,7 @@ struct CrossEntropy {
     static constexpr int num_params = 1;
 
     static constexpr Spread spread(const double* params) {
-        return params[0] == 0.0 ? Spread::kNone : Spread::kClassWeights;
+        return float(params[0]) == 0.0f ? Spread::kNone : Spread::kClassWeights;
     }
 
     template <class T>

@@ -11,11 +11,12 @@ inline namespace FL_ISA {
 // alpha active + beta passive, for a class of weight `weight`.
 template <class T>
 FL_HD AffineRow<T> add(const AffineRow<T>& active, T alpha, const ValueSlope<T>& passive, T beta, T weight) {
-    const T slope = beta * passive.slope;
     // Without a share in the sum, what is not finite must not count either.
-    const auto times_alpha = [&](T x) { return math::select(alpha == T(0), T(0), alpha * x); };
-    return {weight * (times_alpha(active.value) + beta * passive.value), weight * (times_alpha(active.alpha) - slope),
-            weight * (times_alpha(active.beta) + slope), weight * times_alpha(active.gamma)};
+    const auto times = [](T share, T x) { return math::select(share == T(0), T(0), share * x); };
+    const T slope = times(beta, passive.slope);
+    return {weight * (times(alpha, active.value) + times(beta, passive.value)),
+            weight * (times(alpha, active.alpha) - slope), weight * (times(alpha, active.beta) + slope),
+            weight * times(alpha, active.gamma)};
 }
 
 // log p_y / sum_j log p_j. With S = -sum_j log p_j: n_j = -log p_j, W_j = 1.
@@ -109,7 +110,9 @@ struct NFLRCE : NFLAnd<RCE> {
 };
 
 // params: q. n_j = 1 - p_j^q, W_j = q p_j^q. With f_j = e^(q (z_j - max)), p_j^q is f_j e^(-q lse): one pass suffices.
-struct NGCE {
+// kOrdinary: q is not so small that 1 - f would lose its digits in all classes.
+template <bool kOrdinary>
+struct NGCEOf {
     static constexpr const char* name = "ngce";
     static constexpr int num_params = 1, num_sums = 3, num_early_sums = 0, num_kept = 2;
     static constexpr bool needs_max = true;
@@ -118,6 +121,11 @@ struct NGCE {
     struct State {
         T max, value, alpha, gamma, own;  // alpha of exp(z - max), gamma of f
     };
+
+    template <class Body>
+    static void visit_variant(const double* params, Body body) {
+        params[0] < 1e-3 ? body.template operator()<NGCEOf<false>>() : body.template operator()<NGCEOf<true>>();
+    }
 
     FL_HD static int passes(const double*) { return 1; }
 
@@ -137,7 +145,8 @@ struct NGCE {
     FL_HD static Sums<T, 3> term_keeping(int, const State<T>& s, T z, T, math::mask_t<T>, const T* params, T* kept) {
         const T x = z - s.max, e = math::exp_not_positive(x), f = math::exp_not_positive(params[0] * x);
         if (kept) kept[0] = e, kept[1] = f;
-        return {{e, f, T(1) - f}};  // where all f are near 1, the sum of 1 - f is not K - sum f
+        // Where all f are near 1, the sum of 1 - f is not K - sum f.
+        return {{e, f, kOrdinary ? T(1) - f : -math::expm1_of(params[0] * x, f)}};
     }
 
     template <class T>
@@ -170,6 +179,9 @@ struct NGCE {
         return math::select(is_target, s.own, s.alpha * kept[0] + s.gamma * kept[1]);
     }
 };
+
+// Any exponent.
+using NGCE = NGCEOf<false>;
 
 }  // namespace FL_ISA
 }  // namespace fused_losses

@@ -5,6 +5,8 @@
 // never appears, so nothing has to be clamped.
 #pragma once
 
+#include <limits>
+
 #include "core/math.h"
 #include "core/softmax_loss.h"
 
@@ -40,32 +42,35 @@ struct GCE {
     }
 };
 
-// params: a, q. ((a + 1)^q - (a + p)^q) / q, written as -(a + 1)^q expm1(q log((a + p) / (a + 1))) / q because the
-// difference cancels as p -> 1.
+// params: a, q. ((a + 1)^q - (a + p)^q) / q, written as -(a + 1)^q expm1(q r) / q, r = log((a + p) / (a + 1)), because
+// the difference cancels as p -> 1.
 struct AGCE {
     static constexpr const char* name = "agce";
     static constexpr int num_params = 2;
 
     template <class T>
     FL_HD static ValueSlope<T> eval(T t, const T* params) {
-        const T a = params[0], q = params[1], p = math::exp(t);
-        const T log_ratio = math::log1p(math::expm1(t) / (a + T(1)));
-        const T top = math::pow(a + T(1), q);
-        return {-top * math::expm1(q * log_ratio) / q, -p * top * math::exp(q * log_ratio) / (a + p)};
+        const T a = params[0], q = params[1], p = math::exp(t), top = a + T(1), log_top = math::log(top);
+        const T log_ratio = math::log_near_one((a + p) / top, math::expm1(t) / top);
+        const T value = -math::exp(q * log_top) * math::expm1(q * log_ratio) / q;
+        return {value, -p * math::exp((q - T(1)) * (log_top + log_ratio))};
     }
 };
 
-// params: a, q. ((a - p)^q - (a - 1)^q) / q with a > 1, written like AGCE.
+// params: a, q. ((a - p)^q - (a - 1)^q) / q with a > 1, written as -(a - p)^q expm1(-q r) / q, r = log((a - p) / (a -
+// 1)): the larger power, which does not underflow before the difference does.
 struct AUE {
     static constexpr const char* name = "aue";
     static constexpr int num_params = 2;
 
     template <class T>
     FL_HD static ValueSlope<T> eval(T t, const T* params) {
-        const T a = params[0], q = params[1], p = math::exp(t);
-        const T log_ratio = math::log1p(-math::expm1(t) / (a - T(1)));
-        const T bottom = math::pow(a - T(1), q);
-        return {bottom * math::expm1(q * log_ratio) / q, -p * bottom * math::exp(q * log_ratio) / (a - p)};
+        // An a so near to 1 that their difference is rounded away counts as the next number above 1.
+        const T rounded = params[0] - T(1), least = T(std::numeric_limits<math::scalar_t<T>>::epsilon());
+        const T gap = math::select(rounded < least, least, rounded), q = params[1];
+        const T miss = -math::expm1(t), rest = gap + miss;  // 1 - p, a - p
+        const T power = math::exp((q - T(1)) * math::log(rest));
+        return {-rest * power * math::expm1(-q * math::log1p(miss / gap)) / q, -math::exp(t) * power};
     }
 };
 
@@ -137,7 +142,10 @@ struct PHuberCE {
 };
 
 // params: pi. Jensen-Shannon divergence of label and prediction with weights (pi, 1 - pi), divided by
-// H = -(1 - pi) log(1 - pi). With m = pi + (1 - pi) p it collapses to a function of p_y.
+// H = -(1 - pi) log(1 - pi). With m = pi + (1 - pi) p it collapses to a function of p_y:
+//   -m log m + (1 - pi) (p t - (1 - p) log(1 - pi)),
+// whose terms cancel where p is much larger than pi. There log m = t + log(m / p) leaves
+//   -m log(m / p) - pi t - (1 - pi) (1 - p) log(1 - pi).
 struct JS {
     static constexpr const char* name = "js";
     static constexpr int num_params = 1;
@@ -145,12 +153,16 @@ struct JS {
     template <class T>
     FL_HD static ValueSlope<T> eval(T t, const T* params) {
         const T pi = params[0], rest = T(1) - pi, log_rest = math::log1p(-pi);
-        const T p = math::exp(t), p_minus_1 = math::expm1(t);
-        const T log_m = math::log1p(rest * p_minus_1);
+        const T p = math::exp(t), p_minus_1 = math::expm1(t), p_log_p = -neg_p_log_p(p, t);
+        const T m = pi + rest * p;
+        const auto small = p < pi;
+        const T excess = -pi * p_minus_1 / math::select(small, T(1), p);  // m / p - 1
+        const T log_of = math::log_near_one(math::select(small, m, T(1) + excess),
+                                            math::select(small, rest * p_minus_1, excess));  // m or m / p
         const T h = -rest * log_rest;
-        const T kl_prediction = -neg_p_log_p(p, t) - p * log_m + p_minus_1 * log_rest;
-        const T value = (rest * kl_prediction - pi * log_m) / h;
-        return {value, rest * (p * (log_rest - log_m) - neg_p_log_p(p, t)) / h};
+        const T value = math::select(small, rest * p_log_p, -pi * t) - m * log_of + rest * p_minus_1 * log_rest;
+        const T slope = p * (log_rest - log_of) + math::select(small, p_log_p, T(0));
+        return {value / h, rest * slope / h};
     }
 };
 
@@ -176,8 +188,8 @@ struct BoundedCE {
 
     template <class T>
     FL_HD static ValueSlope<T> eval(T t, const T* params) {
-        const T a = params[0], p = math::exp(t);
-        return {-math::log1p(math::expm1(t) / (T(1) + a)), -p / (p + a)};
+        const T a = params[0], p = math::exp(t), top = T(1) + a;
+        return {-math::log_near_one((p + a) / top, math::expm1(t) / top), -p / (p + a)};
     }
 };
 

@@ -188,7 +188,7 @@ struct BiTemperedOf {
             Sums<T, 4> sums{{of.p * of.a, of.p * of.b, (of.p - label(s, is_target, params)) * (of.a * of.b), none}};
             if (kDefaults || math::to_scalar(params[2]) == math::scalar_t<T>(0)) return sums;
             const Excess<T> t = excess(params);
-            sums.v[3] = log_t(log_exp(x - s.root, t.of_exp), t.of_log);
+            sums.v[3] = math::select(is_target, none, log_t(log_exp(x - s.root, t.of_exp), t.of_log));
             return sums;
         }
         const auto t2 = math::to_scalar(params[1]), num_iters = math::to_scalar(params[3]);
@@ -306,7 +306,7 @@ private:
         }
         const T own = T(1) - params[2], other = s.lower, others = row.num_classes - T(1);
         const T of_own = math::select(own == T(0), T(0), own * log_t_p);  // a label of 0 hides an infinite logarithm
-        const T of_others = math::select(other == T(0), T(0), other * (sums.v[3] - log_t_p));
+        const T of_others = math::select(other == T(0), T(0), other * sums.v[3]);  // without the target's
         const T of_labels = entropy(own, t.of_log) + others * entropy(other, t.of_log);
         s.value = of_labels + sums.v[0] / power - of_own - of_others;
     }

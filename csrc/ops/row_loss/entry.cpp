@@ -70,7 +70,10 @@ private:
     void describe_loss() {
         problem.loss = find_loss(args);
         problem.reduction = parse_reduction(args);
-        std::copy_n(args.params.values.begin(), args.params.count, problem.params);
+        // Rounded first of all: every choice that depends on a parameter is made by the number that is computed with.
+        const auto& given = args.params.values;
+        for (std::size_t i = 0; i < args.params.count; ++i)
+            problem.params[i] = acc == dtypes::float32 ? static_cast<float>(given[i]) : given[i];
         problem.spread = spread_of(problem.loss, problem.params, shape.soft_target);
         problem.stats_count = stats_count_of(problem.loss, problem.spread);
         problem.ignore_index = args.ignore_index;
