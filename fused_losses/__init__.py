@@ -41,7 +41,6 @@ from fused_losses import (
     distributed,
     functional,
     integrations,
-    margins,
     reference,
     schedules,
     scores,
@@ -49,6 +48,7 @@ from fused_losses import (
 from fused_losses._arguments import LOSSES
 from fused_losses._C import build_info, loss_names
 from fused_losses._z_error import ZErrorResult
+from fused_losses.calibration import hem_margin, hem_plus_margins
 from fused_losses.cutoffs import (
     CutoffCollector,
     optimal_logit_cutoff_from_gaussians,
@@ -57,7 +57,6 @@ from fused_losses.cutoffs import (
 )
 from fused_losses.diagnostics import OutlierTracker
 from fused_losses.distributed import GlobalMean
-from fused_losses.margins import hem_margin, hem_plus_margins
 from fused_losses.schedules import LogitBiasSchedule, ThresholdSchedule, get_sigma_threshold
 from fused_losses.statistics import ClassStatistics, class_statistics
 from fused_losses.z_bce import ZErrorBCEWithLogitsLoss
@@ -114,7 +113,6 @@ __all__ = [
     "hem_plus_margins",
     "integrations",
     "loss_names",
-    "margins",
     "optimal_logit_cutoff_from_gaussians",
     "optimal_prob_cutoff_from_skewnorm",
     "reference",

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, Protocol, TypedDic
 import torch
 from torch import Tensor
 
-from fused_losses._parameters import Rule, finite, one_of, plain
-from fused_losses.calibration import solve_logit_bias
+from fused_losses._logit_bias import LogitBias, resolve_logit_bias
+from fused_losses._parameters import Rule, one_of
 
 if TYPE_CHECKING:
     from fused_losses._common import RowLossModule
 
-LogitBias = float | Tensor | str
 REDUCTIONS = ("none", "mean", "sum")
 ACTIVE_REDUCTIONS = (*REDUCTIONS, "active_mean")
 Own = ParamSpec("Own")  # a loss's own hyper-parameters, and the options of every call
@@ -202,11 +201,6 @@ def pack_arguments(
     )
 
 
-def class_dim(logits: Tensor) -> int:
-    """The dimension of the classes: 0 for (C,), else 1."""
-    return 0 if logits.dim() == 1 else 1
-
-
 def acc_dtype(logits: Tensor) -> torch.dtype:
     """The dtype of arithmetic, loss and statistics."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -216,33 +210,3 @@ def check_reduction(reduction: str, allowed: tuple[str, ...] = REDUCTIONS) -> No
     """Raises unless it is one of the allowed reductions."""
     if reduction not in allowed:
         raise ValueError(f"reduction must be {one_of(allowed)}, got {reduction!r}")
-
-
-def resolve_logit_bias(logit_bias: LogitBias, logits: Tensor) -> tuple[float, Tensor | None]:
-    """The operators' ``logit_bias`` and ``logit_bias_tensor``; "auto" is solved from the number of classes."""
-    if logit_bias.__class__ is float and logit_bias == 0.0:  # nearly always
-        return 0.0, None
-    if isinstance(logit_bias, Tensor):
-        return 0.0, logit_bias
-    if isinstance(logit_bias, str):
-        check_logit_bias(logit_bias)
-        has_classes = isinstance(logits, Tensor) and logits.dim() > 0  # the operators name what is wrong otherwise
-        num_classes = int(logits.shape[class_dim(logits)]) if has_classes else 1
-        return (max(0.0, solve_logit_bias(num_classes)) if num_classes > 1 else 0.0), None
-    check_logit_bias(logit_bias)
-    return plain(logit_bias), None
-
-
-def check_logit_bias(logit_bias: LogitBias) -> None:
-    """Raises unless it is a finite number, a 0-dim floating point tensor or "auto"."""
-    if isinstance(logit_bias, str):
-        if logit_bias != "auto":
-            raise ValueError(f'logit_bias must be a number, a 0-dim tensor or "auto", got {logit_bias!r}')
-    elif isinstance(logit_bias, Tensor):
-        if logit_bias.dim() != 0 or not logit_bias.is_floating_point():
-            raise ValueError(
-                "logit_bias must be a number or a 0-dim floating point tensor, got a tensor of shape "
-                f"{tuple(logit_bias.shape)} and dtype {logit_bias.dtype}"
-            )
-    else:
-        finite.pack("logit_bias", logit_bias)

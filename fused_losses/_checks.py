@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_losses._arguments import LOSSES, RowLossArguments, check_reduction, class_dim
+from fused_losses._arguments import LOSSES, RowLossArguments, check_reduction
+from fused_losses._logit_bias import class_dim
 
 _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _INDEX = (torch.int64, torch.int32, torch.int16, torch.uint8)

@@ -6,15 +6,9 @@ from typing import Any, TypedDict
 
 from torch import Tensor, nn
 
-from fused_losses._arguments import (
-    LOSSES,
-    LogitBias,
-    RowLossArguments,
-    check_logit_bias,
-    check_reduction,
-    pack_arguments,
-)
+from fused_losses._arguments import LOSSES, RowLossArguments, check_reduction, pack_arguments
 from fused_losses._autograd import row_loss
+from fused_losses._logit_bias import LogitBias, check_logit_bias
 from fused_losses._parameters import plain
 
 

@@ -9,7 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fused_losses._arguments import LOSSES, RowLossArguments, acc_dtype, check_reduction, class_dim
+from fused_losses._arguments import LOSSES, RowLossArguments, acc_dtype, check_reduction
+from fused_losses._logit_bias import class_dim
 
 # In the denominator of a mean over active rows, as the reference code of 2501.12191 has it.
 ACTIVE_GUARD = 1e-6

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_losses import _ops, _z_reference
-from fused_losses._arguments import RowLossArguments, ZErrorLossArguments, ZErrorRule, class_dim
+from fused_losses._arguments import RowLossArguments, ZErrorLossArguments, ZErrorRule
 from fused_losses._autograd import (
     apply,
     forward_writes_gradient,
@@ -21,6 +21,7 @@ from fused_losses._autograd import (
     row_loss_gradient,
     save_row_loss,
 )
+from fused_losses._logit_bias import class_dim
 from fused_losses._z_reference import ClassScore, class_score
 
 Result = tuple[Tensor, Tensor, Tensor]  # loss, mask, scores

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_losses._arguments import RowLossArguments, ZErrorLossArguments, ZErrorRule, acc_dtype, class_dim
+from fused_losses._arguments import RowLossArguments, ZErrorLossArguments, ZErrorRule, acc_dtype
+from fused_losses._logit_bias import class_dim
 from fused_losses._reference import reduce_rows, row_loss_reference
 
 ClassScore = tuple[Tensor, str]

@@ -1,4 +1,4 @@
-"""Hyper-parameters solved from the number of classes instead of being tuned by training."""
+"""Hyper-parameters from the number of classes, or of training samples, instead of being tuned by training."""
 
 from __future__ import annotations
 
@@ -6,176 +6,34 @@ import copy
 import functools
 import inspect
 import math
-import operator
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from fused_losses._arguments import LOSSES, LossEntry
 from fused_losses._arrays import as_tensor
 from fused_losses._calibration_plot import plot_mean_target_error
+from fused_losses._logit_bias import check_num_classes, check_number, solve_logit_bias
 from fused_losses._mean_error import RowLoss, mean_slopes
+from fused_losses._parameters import OrTensor, Range, positive_integer
 from fused_losses._unwrap import unwrap
 
-if TYPE_CHECKING:
-    from fused_losses._arguments import LossEntry
-
-__all__ = ["match_parameter", "mean_target_error", "plot_mean_target_error", "solve_logit_bias"]
+__all__ = [
+    "hem_margin",
+    "hem_plus_margins",
+    "match_parameter",
+    "mean_target_error",
+    "plot_mean_target_error",
+    "solve_logit_bias",
+]
 
 _Array = npt.NDArray[np.float64]
 Loss = str | nn.Module | Callable[..., Tensor]
 _Numbers = TypeVar("_Numbers", float, Tensor, npt.NDArray[Any])
-
-# Equally spaced nodes. For integrands that are analytic in a strip of half-width b the trapezoid rule errs by
-# about exp(-2 pi b / step); here b = pi/2 in both variables, so a step of 0.2 leaves exp(-49).
-_STEP = 0.2
-_SCORE = np.arange(-15.0, 120.0, _STEP)
-_NORMAL = np.arange(-12.0, 12.0 + _STEP / 2, _STEP)
-_NORMAL_WEIGHT = np.exp(-0.5 * _NORMAL**2) * (_STEP / math.sqrt(2.0 * math.pi))
-
-
-def solve_logit_bias(num_classes: int, target_activation: float = 0.15) -> float:
-    r"""The bias ``eps`` that gives the labelled class a chosen mean probability at the start of training.
-
-    A bounded loss such as MAE learns nothing from a row whose labelled class has a probability close to zero,
-    which is every row of an untrained network with many classes. Adding ``eps`` to the logit of the labelled
-    class, in training only, removes that dependence on the number of classes. With logits
-    :math:`z \sim N(0, 1)^K`, ``K = num_classes`` and ``C = target_activation``, ``eps`` is the root of
-
-    .. math:: E\left[\frac{e^{z_y + \epsilon}}{e^{z_y + \epsilon} + \sum_{j \ne y} e^{z_j}}\right] = C .
-
-    The left side increases in ``eps`` from 0 to 1, so there is exactly one root. It is negative where an
-    unbiased softmax already exceeds the target (``K <= 6`` for the default); ``logit_bias="auto"`` replaces a
-    negative value by 0, this function returns it as it is.
-
-    The expectation is computed by quadrature, without sampling, and the result is cached. Its error is below
-    1e-12: for ``K`` from 2 to 1e6 and ``C`` from 0.001 to 0.999 it differs by at most 4e-14 from the root on
-    a wider grid with a third of the step, and for ``K = 2`` by at most 2e-14 from the one-dimensional
-    integral worked out in 30 digits. Monte Carlo estimates with 4e5 draws agree within their sampling error,
-    0.006.
-
-    Args:
-        num_classes: number of classes ``K``, an integer of at least 2.
-        target_activation: wanted mean probability ``C`` of the labelled class, 0 < C < 1.
-
-    Returns:
-        ``eps``, in units of the logits.
-
-    Raises:
-        TypeError: ``num_classes`` is not an integer or ``target_activation`` not a real number.
-        ValueError: an argument is out of its range.
-
-    Example:
-        >>> round(solve_logit_bias(100), 3)
-        3.034
-
-    Source: Staats, Thamm, Rosenow, "Enhancing Noise-Robust Losses for Large-Scale Noisy Data Learning"
-    (arXiv 2306.05497), Eq. 4. The paper uses 0.5 for K = 10 and 3.0 for K = 100, the rounded roots; for
-    K = 1000 it uses 5.2 where the equation with ``C = 0.15`` gives 5.36.
-    """
-    count = _check_num_classes(num_classes)
-    target = _check_target_activation(target_activation)
-    if torch.compiler.is_compiling():
-        # With dynamic=True both may be symbols. Text cannot hold one; the round trip is exact.
-        count, target = int(f"{count}"), float(f"{target}")
-    return _solve(count, target)
-
-
-def _check_num_classes(num_classes: int) -> int:
-    try:
-        if isinstance(num_classes, bool):
-            raise TypeError
-        count = operator.index(num_classes)
-    except TypeError:
-        raise TypeError(
-            f"num_classes must be an integer, got {num_classes!r} of type {type(num_classes).__name__}"
-        ) from None
-    if count < 2:
-        raise ValueError(f"num_classes must be at least 2, got {count}")
-    return count
-
-
-def _check_number(name: str, value: Any, what: str = "a number") -> float:
-    try:
-        if isinstance(value, (bool, np.bool_, str)):
-            raise TypeError
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be {what}, got {value!r}") from None
-
-
-def _check_target_activation(target_activation: float) -> float:
-    value = _check_number("target_activation", target_activation, "a real number")
-    if not 0.0 < value < 1.0:
-        raise ValueError(f"target_activation must be greater than 0 and less than 1, got {value}")
-    return value
-
-
-@functools.lru_cache(maxsize=1024)
-def _solve_cached(num_classes: int, target_activation: float) -> float:
-    # d logit(E p') / d eps = E[p'(1 - p')] / (E[p'] E[1 - p']) lies in (0, 1] (Jensen), so stepping by the
-    # gap between the logits never passes the root; the slope stays above 0.7, so < 0.3 of the gap is left.
-    goal = math.log(target_activation) - math.log1p(-target_activation)
-    bias = 0.0
-    for _ in range(200):
-        gap = goal - _mean_activation_logit(bias, num_classes)
-        bias += gap
-        if abs(gap) <= 1e-14 * (1.0 + abs(goal)):
-            break
-    return bias
-
-
-def _look_up(num_classes: int, target_activation: float) -> float:
-    return _solve_cached(num_classes, target_activation)
-
-
-# A constant to the compiler, which must not trace the quadrature (and sees through a cache, hence _look_up).
-_solve: Callable[[int, float], float] = torch.compiler.assume_constant_result(  # type: ignore[no-untyped-call]
-    _look_up
-)
-
-
-def _mean_activation_logit(bias: float, num_classes: int) -> float:
-    """log(E[p'_y] / E[1 - p'_y]) for standard normal logits.
-
-    A softmax probability is the chance that its class has the largest of the scores x_j = z_j + Gumbel noise.
-    The scores are independent, with distribution F and density f, so
-
-        E[p'_y]     = integral of F(x)^(K-1) f(x - bias) dx
-        1 - E[p'_y] = integral of (1 - F(x)^(K-1)) f(x - bias) dx.
-
-    The smaller of the two is summed and the other is its complement, so that no digits are lost near 0 and 1.
-    """
-    rate = _rate()
-    log_others_below = (num_classes - 1) * _log_score_distribution()
-    # f(x - bias) e^(-bias): the factor is added to the logarithm, where it cannot underflow.
-    density = (rate * np.exp(-rate * math.exp(bias))) @ _NORMAL_WEIGHT * _STEP
-    log_win = bias + math.log(float(np.exp(log_others_below) @ density))
-    if log_win < math.log(0.5):
-        return log_win - math.log1p(-math.exp(log_win))
-    log_lose = bias + math.log(float(-np.expm1(log_others_below) @ density))
-    return math.log1p(-math.exp(log_lose)) - log_lose
-
-
-@functools.lru_cache(maxsize=1)
-def _rate() -> _Array:
-    """e^(z - x), the rate of a Gumbel variable shifted by z, for every node x (rows) and z (columns)."""
-    result: _Array = np.exp(_NORMAL - _SCORE[:, None])
-    return result
-
-
-@functools.lru_cache(maxsize=1)
-def _log_score_distribution() -> _Array:
-    """log F at the nodes ``_SCORE``; F(x) = E[exp(-e^(z - x))] with z standard normal."""
-    rate = _rate()
-    below = np.exp(-rate) @ _NORMAL_WEIGHT
-    above = -np.expm1(-rate) @ _NORMAL_WEIGHT
-    # Far to the right F rounds to 1 while its (K-1)-th power does not: there the log must come from 1 - F.
-    result: _Array = np.where(below < 0.5, np.log(below), np.log1p(-np.minimum(above, 0.5)))
-    return result
 
 
 def mean_target_error(loss: Loss, num_classes: int, z: _Numbers, **parameters: float) -> _Numbers:
@@ -219,7 +77,7 @@ def mean_target_error(loss: Loss, num_classes: int, z: _Numbers, **parameters: f
 
     Source: 2306.05497, Eq. 3 and Figures 1 to 3.
     """
-    count = _check_num_classes(num_classes)
+    count = check_num_classes(num_classes)
     values = _as_array(z)
     means = mean_slopes(_row_loss(loss, count, parameters), count, values.ravel()).reshape(values.shape)
     if isinstance(z, Tensor):
@@ -259,9 +117,9 @@ def match_parameter(
 
     Source: 2306.05497, section 3.3 (the losses marked "+"; genCE+ has q = 0.48 for the 1000 classes of WebVision).
     """
-    count, reference_count = _check_num_classes(num_classes), _check_num_classes(reference_num_classes)
+    count, reference_count = check_num_classes(num_classes), check_num_classes(reference_num_classes)
     holds = _allowed_values(loss, name)
-    start = _check_number("reference_value", reference_value)
+    start = check_number("reference_value", reference_value)
     origin = np.zeros(1)
 
     def error(value: float, classes: int) -> float:
@@ -357,8 +215,6 @@ def _row_module(module: nn.Module, num_classes: int, parameters: dict[str, float
 
 
 def _entry(name: str) -> LossEntry:
-    from fused_losses._arguments import LOSSES  # it imports this file
-
     stem = name.removesuffix("_loss")
     if stem not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {name!r}")
@@ -367,9 +223,6 @@ def _entry(name: str) -> LossEntry:
 
 def _allowed_values(loss: Loss, name: str) -> Callable[[float], bool]:
     """Tells which values of the parameter are in its range; raises if the loss has no such real parameter."""
-    from fused_losses._arguments import LOSSES
-    from fused_losses._parameters import OrTensor, Range, positive_integer
-
     loss = unwrap(loss)
     if name == "logit_bias":
         return math.isfinite
@@ -401,3 +254,77 @@ def _as_array(z: float | Tensor | npt.NDArray[Any]) -> _Array:
     if not np.isfinite(values).all():
         raise ValueError(f"z must be finite, got {values[~np.isfinite(values)].ravel()[0]}")
     return values
+
+
+# ---- Margins (2501.12191) ------------------------------------------------------------------------------------------
+
+
+def hem_margin(num_samples: int, M: float = 2000.0) -> float:
+    """The margin of HEM for a training set: ``sqrt(M / num_samples)``.
+
+    Fewer samples need a larger margin to generalise.
+
+    Args:
+        num_samples: training samples of all classes together, at least 1.
+        M: the paper's constant, > 0.
+
+    Returns:
+        The margin, in units of the logits.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> hem_margin(50_000)  # CIFAR-10 and CIFAR-100
+        0.2
+
+    Source: 2501.12191, mu = sqrt(M / N) with M = 2000.
+    """
+    if not 1 <= num_samples < math.inf:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    _check_constant(M)
+    return math.sqrt(M / num_samples)
+
+
+def hem_plus_margins(
+    class_counts: Sequence[float] | Tensor | npt.NDArray[Any], M: float = 2000.0, *, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The margins of HEM+, one per class: ``sqrt(M / (C * class_counts[i]))``.
+
+    Rare classes get a larger margin; with equally many samples in all ``C`` classes every margin is that of
+    :func:`hem_margin`.
+
+    Args:
+        class_counts: training samples of each class ``(C,)``, all at least 1.
+        M: the paper's constant, > 0.
+        dtype: of the result, torch's default dtype if None.
+
+    Returns:
+        The margins ``(C,)`` on the CPU, in units of the logits, for ``HEMLoss(margin=...)``.
+
+    Raises:
+        ValueError: ``class_counts`` is not one-dimensional or empty, or a class has no samples (its margin would be
+            infinite; leave the class out or give it a count of your choice), or ``M`` is out of range.
+
+    Example:
+        >>> hem_plus_margins([5000, 500])
+        tensor([0.4472, 1.4142])
+
+    Source: 2501.12191, mu_i = sqrt(M / (n s_i)). Other code clamps ``mu_i`` relative to the mean; nothing is clamped
+    here.
+    """
+    _check_constant(M)
+    if isinstance(class_counts, Tensor):
+        class_counts = class_counts.detach().cpu().numpy()
+    counts = np.asarray(class_counts, dtype=np.float64)
+    if counts.ndim != 1 or counts.size == 0:
+        raise ValueError(f"class_counts must have one count per class, got shape {counts.shape}")
+    bad = np.flatnonzero(~((counts >= 1.0) & (counts < math.inf)))
+    if bad.size:
+        raise ValueError(f"class_counts must be at least 1 for every class, got {counts[bad[0]]:g} for class {bad[0]}")
+    return torch.from_numpy(np.sqrt(M / (counts.size * counts))).to(dtype or torch.get_default_dtype())
+
+
+def _check_constant(M: float) -> None:
+    if not 0.0 < M < math.inf:
+        raise ValueError(f"M must satisfy 0 < value < inf, got {M}")

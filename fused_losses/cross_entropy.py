@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_losses._arguments import LOSSES, LogitBias, LossEntry, class_dim
+from fused_losses._arguments import LOSSES, LossEntry
 from fused_losses._autograd import row_loss
 from fused_losses._common import RowLossModule
+from fused_losses._logit_bias import LogitBias, class_dim
 from fused_losses._parameters import closed_fraction
 from fused_losses._reference import SOFT_TARGETS, Rows, reduce_rows, row_loss_reference, zero_at_zero
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fused_losses._arguments import ACTIVE_REDUCTIONS, CallOptions, LogitBias
+from fused_losses._arguments import ACTIVE_REDUCTIONS, CallOptions
 from fused_losses._common import RowLossModule, RowLossOptions
 from fused_losses._declare import loss_of_row
+from fused_losses._logit_bias import LogitBias
 from fused_losses._parameters import Choice, OrTensor, factor, switch
 from fused_losses._reference import Rows
 

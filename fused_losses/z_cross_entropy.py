@@ -9,16 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_losses._arguments import (
-    LOSSES,
-    LogitBias,
-    LossEntry,
-    ZErrorRule,
-    check_logit_bias,
-    check_reduction,
-    class_dim,
-)
+from fused_losses._arguments import LOSSES, LossEntry, ZErrorRule, check_reduction
 from fused_losses._common import RowLossModule
+from fused_losses._logit_bias import LogitBias, check_logit_bias, class_dim
 from fused_losses._z_error import (
     FUSED,
     SIDES,

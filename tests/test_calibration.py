@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fused_losses as fl
-from fused_losses import _mean_error, calibration
+from fused_losses import _logit_bias, _mean_error
 from fused_losses.calibration import match_parameter, mean_target_error, plot_mean_target_error, solve_logit_bias
 
 # Monte Carlo estimates of the root of Eq. 4 at C = 0.15; 4e5 draws leave a sampling error of up to 0.006.
@@ -89,11 +89,11 @@ def test_a_finer_grid_gives_the_same_root(num_classes: int, target: float, monke
     expected = solve_logit_bias(num_classes, target)
     step = 0.07
     normal = np.arange(-14.0, 14.0, step)
-    monkeypatch.setattr(calibration, "_STEP", step)
-    monkeypatch.setattr(calibration, "_SCORE", np.arange(-17.0, 140.0, step))
-    monkeypatch.setattr(calibration, "_NORMAL", normal)
-    monkeypatch.setattr(calibration, "_NORMAL_WEIGHT", np.exp(-0.5 * normal**2) * (step / math.sqrt(2 * math.pi)))
-    caches = (calibration._rate, calibration._log_score_distribution, calibration._solve_cached)
+    monkeypatch.setattr(_logit_bias, "_STEP", step)
+    monkeypatch.setattr(_logit_bias, "_SCORE", np.arange(-17.0, 140.0, step))
+    monkeypatch.setattr(_logit_bias, "_NORMAL", normal)
+    monkeypatch.setattr(_logit_bias, "_NORMAL_WEIGHT", np.exp(-0.5 * normal**2) * (step / math.sqrt(2 * math.pi)))
+    caches = (_logit_bias._rate, _logit_bias._log_score_distribution, _logit_bias._solve_cached)
     for cache in caches:
         cache.cache_clear()
     try:
@@ -104,11 +104,11 @@ def test_a_finer_grid_gives_the_same_root(num_classes: int, target: float, monke
 
 
 def test_is_cached_and_repeatable() -> None:
-    calibration._solve_cached.cache_clear()
+    _logit_bias._solve_cached.cache_clear()
     first = solve_logit_bias(123, 0.2)
     assert solve_logit_bias(np.int64(123), np.float64(0.2)) == first
-    assert calibration._solve_cached.cache_info().hits == 1
-    calibration._solve_cached.cache_clear()
+    assert _logit_bias._solve_cached.cache_info().hits == 1
+    _logit_bias._solve_cached.cache_clear()
     assert solve_logit_bias(123, 0.2) == first
     assert type(first) is float
 

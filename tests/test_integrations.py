@@ -1,4 +1,4 @@
-"""The losses inside other libraries: what they compute there, and short real trainings. Skipped where they are missing."""
+"""The losses inside other libraries: what they compute there, and short real trainings. Skipped without them."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def test_mixup_refuses_what_it_cannot_give() -> None:
     torch.testing.assert_close(
         MixupLoss(fl.CrossEntropyLoss())(logits, smooth), F.cross_entropy(logits, smooth), msg="probabilities: any"
     )
-    with pytest.raises(ValueError, match="target must have two labels in a row .* got a row with 0.0"):
+    with pytest.raises(ValueError, match=r"target must have two labels in a row .* got a row with 0.0"):
         MixupLoss(fl.HEMLoss())(logits, smooth)
     with pytest.raises(TypeError, match="loss must be the Module of a row loss, got ZErrorCrossEntropyLoss"):
         MixupLoss(fl.ZErrorCrossEntropyLoss())  # type: ignore[arg-type]
@@ -313,7 +313,7 @@ def test_mmengine_reductions_names_and_parameters() -> None:
     assert loss(logits, ignored) == loss(logits, ignored, avg_factor=0) == loss(logits, ignored, torch.rand(12)) == 0.0
     with pytest.raises(ValueError, match='avg_factor must be None with reduction="sum", got 3'):
         loss(logits, label, avg_factor=3, reduction_override="sum")
-    with pytest.raises(ValueError, match="loss must be one of cross_entropy, mae, .* got 'dice'"):
+    with pytest.raises(ValueError, match=r"loss must be one of cross_entropy, mae, .* got 'dice'"):
         FusedLoss("dice")
 
 

@@ -25,7 +25,6 @@ NAMESPACES: list[ModuleType] = [
     fl.cutoffs,
     fl.diagnostics,
     fl.functional,
-    fl.margins,
     fl.reference,
     fl.schedules,
     fl.scores,
@@ -148,7 +147,9 @@ def test_instances_can_be_copied(name: str) -> None:
         assert str(state(copied)) == before == str(state(thing)), how
 
 
-@pytest.mark.parametrize("name", [n for n in INSTANCES if n in fl.LOSSES or n.startswith(("z_ce", "weighted", "margins"))])
+@pytest.mark.parametrize(
+    "name", [n for n in INSTANCES if n in fl.LOSSES or n.startswith(("z_ce", "weighted", "margins"))]
+)
 def test_copies_compute_the_same(name: str) -> None:
     module = INSTANCES[name]()
     logits, target = torch.randn(8, 3, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3

@@ -12,7 +12,7 @@ from conftest import DEVICES
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fused_losses.margins import hem_margin, hem_plus_margins
+from fused_losses.calibration import hem_margin, hem_plus_margins
 from fused_losses.scores import max_logit, max_softmax_probability
 
 pytestmark = pytest.mark.any_cpu  # torch's functions, no loss

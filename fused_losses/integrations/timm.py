@@ -47,9 +47,9 @@ class MixupLoss(torch.nn.Module):
         labels = torch.where(shares > 0.0, labels, labels[:1])
         losses = [self.loss(logits, label, share) for label, share in zip(labels, shares, strict=True)]
         if self.loss.reduction in ("none", "sum"):
-            return losses[0] + losses[1]
+            return losses[0] + losses[1]  # type: ignore[no-any-return]
         sums = shares.sum(1) / shares.sum()
-        return losses[0] * sums[0] + losses[1] * sums[1]
+        return losses[0] * sums[0] + losses[1] * sums[1]  # type: ignore[no-any-return]
 
 
 def _two_labels(target: Tensor) -> tuple[Tensor, Tensor]:
