@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fused_losses as fl
+import fused_losses.demo
 from fused_losses.integrations.huggingface import compute_loss
 from fused_losses.integrations.mmengine import FusedLoss
 from fused_losses.integrations.timm import MixupLoss
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks this small gain nothing from a second thread, and wait for it where other programs use the cores."""
+    with fl.demo.one_thread():
+        yield
 
 
 def rows(*shape: int, classes: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
