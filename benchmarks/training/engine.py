@@ -1,0 +1,156 @@
+"""Runs a training: Lightning's Trainer with our parts."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lightning
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from benchmarks.training.classifier import Classifier
+from benchmarks.training.labels import apply_noise
+from benchmarks.training.logs import PrintEpochs, make_loggers
+from benchmarks.training.options import Options, checked
+from benchmarks.training.samples import SyntheticSamples
+from benchmarks.training.sources import Data, load
+
+LAST = "last.ckpt"
+PRECISIONS: dict[str, Any] = {"none": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+
+class SaveOnSignal(lightning.Callback):
+    """Saves the last checkpoint when SIGTERM arrives, between two steps."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_exception(self, trainer: lightning.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Saves; any other exception leaves the checkpoint as it is."""
+        if isinstance(exception, SIGTERMException):
+            trainer.save_checkpoint(self.path)
+
+
+def run(options: Options, data: Data | None = None) -> dict[str, Any]:
+    """Trains as ``options`` say and returns the numbers that ``result.json`` holds.
+
+    ``data`` may be given to save loading it again; its labels are replaced by those of ``options.noise``.
+
+    Raises:
+        SystemExit: an option, a file or a checkpoint does not fit.
+    """
+    checked(options)
+    data = load(options) if data is None else data
+    true = apply_noise(data, options)
+    model = Classifier(options, data, true)
+    trainer = make_trainer(options)
+    began = time.perf_counter()
+    try:
+        trainer.fit(model, ckpt_path=_checkpoint(options), weights_only=False)
+    except SIGTERMException:
+        raise SystemExit(128 + 15) from None  # what a shell reports for SIGTERM
+    report = model.report() if not isinstance(data.train, SyntheticSamples) else None
+    best = max(model.history, key=lambda epoch: epoch["top1"], default=None)
+    result = {
+        "settings": options.settings(),
+        "classes": data.num_classes,
+        "training_samples": len(data.train),
+        "world_size": trainer.world_size,
+        "device": str(trainer.strategy.root_device),
+        "seconds": round(time.perf_counter() - began, 1),
+        "last": model.history[-1] if model.history else None,
+        "best": best,
+        "history": model.history,
+        "wrong_labels": report.summary() if report is not None else {},
+    }
+    if options.out is not None and trainer.is_global_zero:
+        (options.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        if report is not None:
+            report.save(options.out / "samples.csv")
+    return result
+
+
+def make_trainer(options: Options) -> lightning.Trainer:
+    """Lightning's Trainer; the environment of torchrun or SLURM says how many processes there are."""
+    callbacks: list[lightning.Callback] = []
+    if options.out is not None:
+        callbacks += _savers(options.out, options.checkpoint_steps)
+    if options.ema is not None:
+        callbacks.append(EMAWeightAveraging(decay=options.ema))
+    processes = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if not options.quiet:
+        callbacks.append(PrintEpochs())
+    else:
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", module=r"lightning\..*")
+    return lightning.Trainer(
+        accelerator={"auto": "gpu" if torch.cuda.is_available() else "cpu"}.get(options.device, options.device),
+        devices=int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if processes else 1,
+        num_nodes=_nodes() if processes else 1,
+        strategy=_strategy(options, processes),
+        precision=PRECISIONS[options.amp],
+        sync_batchnorm=options.sync_batchnorm,
+        accumulate_grad_batches=options.accumulate,
+        gradient_clip_val=options.clip,
+        max_epochs=options.epochs,
+        max_steps=options.max_steps,
+        callbacks=callbacks,
+        logger=make_loggers(options) or False,
+        log_every_n_steps=50,
+        enable_checkpointing=options.out is not None,
+        enable_progress_bar=not options.quiet and sys.stderr.isatty(),
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,  # ours shares batches out itself
+        default_root_dir=options.out,
+    )
+
+
+def _nodes() -> int:
+    return max(1, int(os.environ["WORLD_SIZE"]) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def _strategy(options: Options, processes: bool) -> Any:
+    if options.strategy == "fsdp":
+        return ModelParallelStrategy(tensor_parallel_size=1, save_distributed_checkpoint=False)
+    return DDPStrategy(gradient_as_bucket_view=True) if processes or options.strategy == "ddp" else "auto"
+
+
+def _savers(out: Path, steps: int | None) -> list[lightning.Callback]:
+    savers: list[lightning.Callback] = [
+        SaveOnSignal(out / LAST),
+        ModelCheckpoint(out, "best", "top1", mode="max", save_on_train_epoch_end=True, enable_version_counter=False),
+        # Its own state differs from that of the first one, so that both may overwrite what they saved.
+        ModelCheckpoint(out, LAST.removesuffix(".ckpt"), save_on_train_epoch_end=True, enable_version_counter=False),
+    ]
+    if steps is not None:
+        last = LAST.removesuffix(".ckpt")
+        savers.append(ModelCheckpoint(out, last, every_n_train_steps=steps, enable_version_counter=False))
+    return savers
+
+
+def _checkpoint(options: Options) -> Path | None:
+    """The checkpoint to go on from, if it was left by the same settings."""
+    if not options.resume:
+        return None
+    if options.out is None:
+        raise SystemExit("--resume needs --out, the folder of the run to go on with")
+    path = options.out / LAST
+    if not path.is_file():
+        return None
+    saved = torch.load(path, map_location="cpu", weights_only=False, mmap=True)["training"]["settings"]
+    given = options.settings()
+    different = [name for name in given if name not in saved or saved[name] != given[name]]
+    if different:
+        changes = ", ".join(f"{name}: {saved.get(name)!r} -> {given[name]!r}" for name in different)
+        raise SystemExit(f"--resume must have the settings of {path}; changed: {changes}")
+    return path
