@@ -76,13 +76,15 @@ class _Arrays(pickle.Unpickler):
     """Reads the dictionaries of arrays that CIFAR's Python version is, and nothing that could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
-        allowed = {("numpy.core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")}
-        if (module, name) not in allowed:
+        # The module's name differs between versions of NumPy.
+        found = {"_reconstruct": _empty, "ndarray": np.ndarray, "dtype": np.dtype}.get(name)
+        if found is None or module not in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray"):
             raise pickle.UnpicklingError(f"{module}.{name} is not expected in a CIFAR file")
-        return np.ndarray if name == "ndarray" else np.dtype if name == "dtype" else _reconstruct
+        return found
 
 
-def _reconstruct(*_: Any) -> Any:
+def _empty(*_: Any) -> Any:
+    """The array that a pickle then fills."""
     return np.ndarray.__new__(np.ndarray, (0,), np.uint8)
 
 

@@ -52,7 +52,6 @@ def make_loss(options: Options, target: Tensor, num_classes: int, steps: int) ->
             statistic=options.z_statistic,
             sided=options.z_sided,
             running=options.z_running,
-            num_classes=num_classes,
             base=loss,
             process_group=dist.group.WORLD if world_size() > 1 else None,
         )

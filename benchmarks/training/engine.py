@@ -11,9 +11,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as lightning
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -24,20 +24,34 @@ from benchmarks.training.options import Options, checked
 from benchmarks.training.samples import SyntheticSamples
 from benchmarks.training.sources import Data, load
 
-LAST = "last.ckpt"
+LAST, BEST = "last.ckpt", "best.ckpt"
 PRECISIONS: dict[str, Any] = {"none": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
-class SaveOnSignal(lightning.Callback):
-    """Saves the last checkpoint when SIGTERM arrives, between two steps."""
+class Checkpoints(Checkpoint):
+    """Saves last.ckpt after each epoch, every ``steps`` steps and when SIGTERM arrives, and best.ckpt by accuracy."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, folder: Path, steps: int | None) -> None:
+        self.folder, self.steps = folder, steps
 
-    def on_exception(self, trainer: lightning.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Saves; any other exception leaves the checkpoint as it is."""
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Saves between two steps; the end of an epoch has its own checkpoint."""
+        progress = trainer.fit_loop.epoch_loop
+        if self.steps is None or progress._should_accumulate() or progress.batch_progress.is_last_batch:
+            return
+        if trainer.global_step % self.steps == 0:
+            trainer.save_checkpoint(self.folder / LAST)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Saves after the validation."""
+        trainer.save_checkpoint(self.folder / LAST)
+        if pl_module.history and pl_module.history[-1] is max(pl_module.history, key=lambda epoch: epoch["top1"]):
+            trainer.save_checkpoint(self.folder / BEST)
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Saves where SIGTERM stopped the training, between two steps; other exceptions may come within one."""
         if isinstance(exception, SIGTERMException):
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.folder / LAST)
 
 
 def run(options: Options, data: Data | None = None) -> dict[str, Any]:
@@ -79,11 +93,11 @@ def run(options: Options, data: Data | None = None) -> dict[str, Any]:
     return result
 
 
-def make_trainer(options: Options) -> lightning.Trainer:
+def make_trainer(options: Options) -> Trainer:
     """Lightning's Trainer; the environment of torchrun or SLURM says how many processes there are."""
-    callbacks: list[lightning.Callback] = []
+    callbacks: list[Callback] = []
     if options.out is not None:
-        callbacks += _savers(options.out, options.checkpoint_steps)
+        callbacks.append(Checkpoints(options.out, options.checkpoint_steps))
     if options.ema is not None:
         callbacks.append(EMAWeightAveraging(decay=options.ema))
     processes = int(os.environ.get("WORLD_SIZE", 1)) > 1
@@ -92,7 +106,7 @@ def make_trainer(options: Options) -> lightning.Trainer:
     else:
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module=r"lightning\..*")
-    return lightning.Trainer(
+    return Trainer(
         accelerator={"auto": "gpu" if torch.cuda.is_available() else "cpu"}.get(options.device, options.device),
         devices=int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if processes else 1,
         num_nodes=_nodes() if processes else 1,
@@ -123,19 +137,6 @@ def _strategy(options: Options, processes: bool) -> Any:
     if options.strategy == "fsdp":
         return ModelParallelStrategy(tensor_parallel_size=1, save_distributed_checkpoint=False)
     return DDPStrategy(gradient_as_bucket_view=True) if processes or options.strategy == "ddp" else "auto"
-
-
-def _savers(out: Path, steps: int | None) -> list[lightning.Callback]:
-    savers: list[lightning.Callback] = [
-        SaveOnSignal(out / LAST),
-        ModelCheckpoint(out, "best", "top1", mode="max", save_on_train_epoch_end=True, enable_version_counter=False),
-        # Its own state differs from that of the first one, so that both may overwrite what they saved.
-        ModelCheckpoint(out, LAST.removesuffix(".ckpt"), save_on_train_epoch_end=True, enable_version_counter=False),
-    ]
-    if steps is not None:
-        last = LAST.removesuffix(".ckpt")
-        savers.append(ModelCheckpoint(out, last, every_n_train_steps=steps, enable_version_counter=False))
-    return savers
 
 
 def _checkpoint(options: Options) -> Path | None:

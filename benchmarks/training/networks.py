@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-HIDDEN = 512  # of the MLP
 SMALL = 64  # images below this size keep their resolution in a ResNet's first layers
 
 
@@ -17,7 +16,8 @@ def make_network(name: str, input_shape: Sequence[int], num_classes: int, seed: 
     """The network called ``name``, with weights drawn from ``seed``; torch's global random state stays as it is.
 
     Args:
-        name: resnet32, resnet34, resnet50, wide_resnet101_2, small_cnn, mlp or ``timm:NAME``.
+        name: resnet32, resnet34, resnet50, wide_resnet101_2, small_cnn, mlp (two layers of 512), ``mlp:WIDTH`` or
+            ``timm:NAME``.
         input_shape: of a sample: (channels, height, width), or (channels,) for photographs of any size.
 
     Raises:
@@ -29,10 +29,10 @@ def make_network(name: str, input_shape: Sequence[int], num_classes: int, seed: 
         torch.manual_seed(seed)
         if name.startswith("timm:"):
             return _from_timm(name.removeprefix("timm:"), channels, num_classes)
-        if name == "mlp":
+        if name.partition(":")[0] == "mlp":
             if len(input_shape) == 1:
                 raise SystemExit("--model mlp needs images of one size, in memory")
-            return _mlp(math.prod(input_shape), num_classes)
+            return _mlp(math.prod(input_shape), int(name.partition(":")[2] or 512), num_classes)
         if name == "small_cnn":
             return _small_cnn(channels, num_classes)
         if name == "resnet32":
@@ -44,7 +44,8 @@ def make_network(name: str, input_shape: Sequence[int], num_classes: int, seed: 
         if name == "wide_resnet101_2":
             return ResNet(WideBottleneck, (3, 4, 23, 3), 64, channels, num_classes, small=small)
     raise SystemExit(
-        f"--model must be resnet32, resnet34, resnet50, wide_resnet101_2, small_cnn, mlp or timm:NAME, got {name!r}"
+        "--model must be resnet32, resnet34, resnet50, wide_resnet101_2, small_cnn, mlp, mlp:WIDTH or timm:NAME, "
+        f"got {name!r}"
     )
 
 
@@ -60,9 +61,9 @@ def _from_timm(name: str, channels: int, num_classes: int) -> nn.Module:
     return network
 
 
-def _mlp(features: int, num_classes: int) -> nn.Module:
-    hidden = [nn.Linear(features, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU()]
-    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(HIDDEN, num_classes))
+def _mlp(features: int, width: int, num_classes: int) -> nn.Module:
+    hidden = [nn.Linear(features, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, num_classes))
 
 
 def _small_cnn(channels: int, num_classes: int) -> nn.Module:

@@ -43,7 +43,7 @@ class Options:
     )
     noise_rate: float = option(0.4, "probability that a label is replaced")
 
-    model: str = option("mlp", "resnet32, resnet34, resnet50, wide_resnet101_2, small_cnn, mlp or timm:NAME")
+    model: str = option("mlp", "resnet32, resnet34, resnet50, wide_resnet101_2, small_cnn, mlp, mlp:WIDTH or timm:NAME")
     loss: str = option("cross_entropy", "name of a loss, as in `python -m fused_losses info`")
     loss_args: tuple[str, ...] = option((), "its parameters, as q=.7; margin=auto and margin=plus for HEM and HEM+")
     logit_bias: str = option("0", "number added to the label's logit in training, or auto")
