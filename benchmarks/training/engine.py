@@ -54,37 +54,41 @@ class Checkpoints(Checkpoint):
             trainer.save_checkpoint(self.folder / LAST)
 
 
-def run(options: Options, data: Data | None = None) -> dict[str, Any]:
-    """Trains as ``options`` say and returns the numbers that ``result.json`` holds.
+def fit(options: Options, data: Data | None = None) -> tuple[Trainer, Classifier]:
+    """Trains as ``options`` say.
 
     ``data`` may be given to save loading it again; its labels are replaced by those of ``options.noise``.
 
     Raises:
-        SystemExit: an option, a file or a checkpoint does not fit.
+        SystemExit: an option, a file or a checkpoint does not fit; or SIGTERM arrived, after a checkpoint.
     """
     checked(options)
     data = load(options) if data is None else data
-    true = apply_noise(data, options)
-    model = Classifier(options, data, true)
+    model = Classifier(options, data, apply_noise(data, options))
     trainer = make_trainer(options)
-    began = time.perf_counter()
     try:
         trainer.fit(model, ckpt_path=_checkpoint(options), weights_only=False)
     except SIGTERMException:
         raise SystemExit(128 + 15) from None  # what a shell reports for SIGTERM
-    report = model.report() if not isinstance(data.train, SyntheticSamples) else None
-    best = max(model.history, key=lambda epoch: epoch["top1"], default=None)
+    return trainer, model
+
+
+def run(options: Options, data: Data | None = None) -> dict[str, Any]:
+    """:func:`fit`, then the numbers that ``result.json`` holds."""
+    began = time.perf_counter()
+    trainer, model = fit(options, data)
+    report = None if isinstance(model.data.train, SyntheticSamples) else model.report()
     result = {
         "settings": options.settings(),
-        "classes": data.num_classes,
-        "training_samples": len(data.train),
+        "classes": model.data.num_classes,
+        "training_samples": len(model.data.train),
         "world_size": trainer.world_size,
         "device": str(trainer.strategy.root_device),
         "seconds": round(time.perf_counter() - began, 1),
         "last": model.history[-1] if model.history else None,
-        "best": best,
+        "best": max(model.history, key=lambda epoch: epoch["top1"], default=None),
         "history": model.history,
-        "wrong_labels": report.summary() if report is not None else {},
+        "wrong_labels": {} if report is None else report.summary(),
     }
     if options.out is not None and trainer.is_global_zero:
         (options.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
