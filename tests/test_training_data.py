@@ -28,7 +28,7 @@ def test_images_in_memory_are_those_of_the_files(name: str, tmp_path: Path) -> N
     data = load(Options(dataset=dataset, data=tmp_path))
     batch = data.train[Request(0, torch.tensor([3, 0]))]
     assert torch.equal(batch.inputs.flatten(1), images[[3, 0]].flatten(1)) and batch.inputs.dim() == 4
-    assert torch.equal(data.train.target, labels) and batch.index.tolist() == [3, 0]
+    assert torch.equal(data.train.target, labels) and batch.numbers.tolist() == [3, 0]
     assert data.num_classes == (100 if dataset == "cifar100" else 10) and data.pairs == dataset
 
 
@@ -144,7 +144,7 @@ def test_processes_share_the_batches_of_one(world_size: int) -> None:
         sampler = EpochBatches(50, 12, shuffle=shuffle, seed=3, rank=rank, world_size=size)
         sampler.set_epoch(epoch)
         assert len(list(sampler)) == len(sampler)
-        return [request.index.tolist() for request in sampler]
+        return [request.numbers.tolist() for request in sampler]
 
     for epoch in (0, 5):
         whole = batches(0, 1, epoch)
@@ -159,10 +159,10 @@ def test_processes_share_the_batches_of_one(world_size: int) -> None:
 def test_a_resumed_epoch_has_the_batches_that_are_left() -> None:
     sampler = EpochBatches(50, 10, shuffle=True, seed=1)
     sampler.set_epoch(2)
-    whole = [request.index.tolist() for request in sampler]
+    whole = [request.numbers.tolist() for request in sampler]
     fresh = EpochBatches(50, 10, shuffle=True, seed=1)
     fresh.resume(2, 3)
-    assert [request.index.tolist() for request in fresh] == whole[3:] and len(fresh) == 5
+    assert [request.numbers.tolist() for request in fresh] == whole[3:] and len(fresh) == 5
     fresh.set_epoch(3)
     assert len(list(fresh)) == 5
 

@@ -164,9 +164,9 @@ class Classifier(lightning.LightningModule):
             return
         if self.current_epoch < self.early_epochs:
             probability = logits.float().softmax(1).gather(1, batch.target[:, None]).squeeze(1)
-            self.early.update(batch.index, kept, probability)
+            self.early.update(batch.numbers, kept, probability)
         if self.dropped is not None:
-            self.dropped.update(batch.index, kept)
+            self.dropped.update(batch.numbers, kept)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """A step, then those of the schedules: before a checkpoint could be saved."""

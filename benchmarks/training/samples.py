@@ -21,23 +21,23 @@ PADDING = 4  # pixels around an image before it is cropped to its size
 
 
 class Batch(NamedTuple):
-    """``inputs`` (rows, ...), labels to train on ``target`` (rows,), and ``index``, the samples' numbers (rows,)."""
+    """``inputs`` (rows, ...), labels to train on ``target`` (rows,), and ``numbers`` of the samples (rows,)."""
 
     inputs: Tensor
     target: Tensor
-    index: Tensor
+    numbers: Tensor
 
 
 class Request(NamedTuple):
     """What a loader asks for: samples by number, in the state they have in an epoch."""
 
     epoch: int
-    index: Tensor
+    numbers: Tensor
 
 
-def random_bits(seed: int, epoch: int, index: Tensor, count: int) -> npt.NDArray[np.uint64]:
+def random_bits(seed: int, epoch: int, numbers: Tensor, count: int) -> npt.NDArray[np.uint64]:
     """``count`` random 64-bit words for each sample: (samples, count)."""
-    keys = (index.numpy().astype(np.uint64)[:, None] * np.uint64(count)) + np.arange(count, dtype=np.uint64)
+    keys = (numbers.numpy().astype(np.uint64)[:, None] * np.uint64(count)) + np.arange(count, dtype=np.uint64)
     with np.errstate(over="ignore"):
         return _mix(keys ^ _mix(np.uint64(epoch) ^ _mix(np.uint64(seed))))
 
@@ -108,11 +108,11 @@ class TensorSamples(Dataset[Batch]):
         return len(self.target)
 
     def __getitem__(self, request: Request) -> Batch:
-        epoch, index = request
-        inputs = self.inputs[index]
+        epoch, numbers = request
+        inputs = self.inputs[numbers]
         if self.augment:
-            inputs = crop_and_flip(inputs, random_bits(self.seed, epoch, index, 3))
-        return Batch(inputs, self.target[index], index)
+            inputs = crop_and_flip(inputs, random_bits(self.seed, epoch, numbers, 3))
+        return Batch(inputs, self.target[numbers], numbers)
 
 
 def crop_and_flip(images: Tensor, bits: npt.NDArray[np.uint64]) -> Tensor:
@@ -144,10 +144,10 @@ class FileSamples(Dataset[Batch]):
         return len(self.target)
 
     def __getitem__(self, request: Request) -> Batch:
-        epoch, index = request
-        words = random_bits(self.seed, epoch, index, 1)[:, 0]
-        images = [self._image(i, int(word >> np.uint64(1))) for i, word in zip(index.tolist(), words, strict=True)]
-        return Batch(torch.stack(images), self.target[index], index)
+        epoch, numbers = request
+        words = random_bits(self.seed, epoch, numbers, 1)[:, 0]
+        images = [self._image(i, int(word >> np.uint64(1))) for i, word in zip(numbers.tolist(), words, strict=True)]
+        return Batch(torch.stack(images), self.target[numbers], numbers)
 
     def _image(self, number: int, seed: int) -> Tensor:
         from PIL import Image
@@ -179,5 +179,5 @@ class SyntheticSamples(Dataset[Batch]):
         return len(self.target)
 
     def __getitem__(self, request: Request) -> Batch:
-        index = request.index
-        return Batch(torch.empty(len(index), 0), self.target[index], index)
+        numbers = request.numbers
+        return Batch(torch.empty(len(numbers), 0), self.target[numbers], numbers)

@@ -72,13 +72,12 @@ def load(options: Options) -> Data:
     return loaders[options.dataset](options)
 
 
-def _tensors(options: Options, train: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor]) -> dict[str, Samples]:
-    augment = options.augment == "crop-flip"
+def _in_memory(
+    options: Options, train: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor], num_classes: int
+) -> Data:
     inputs, target = (part[: options.samples] for part in train)
-    return {
-        "train": TensorSamples(inputs, target, augment=augment, seed=options.seed),
-        "validation": TensorSamples(*validation),
-    }
+    samples = TensorSamples(inputs, target, augment=options.augment == "crop-flip", seed=options.seed)
+    return Data(samples, TensorSamples(*validation), num_classes)
 
 
 def _digit_halves(options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -100,7 +99,7 @@ def _digit_halves(options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _digits(options: Options) -> Data:
     train_x, train_y, test_x, test_y = _digit_halves(options)
-    return Data(**_tensors(options, (train_x[:, None], train_y), (test_x[:, None], test_y)), num_classes=10)
+    return _in_memory(options, (train_x[:, None], train_y), (test_x[:, None], test_y), 10)
 
 
 def _digit_strings(options: Options) -> Data:
@@ -114,31 +113,23 @@ def _digit_strings(options: Options) -> Data:
         return torch.cat(images[drawn].unbind(1), dim=2)[:, None], values
 
     train = strings(train_x, train_y, options.samples or 40_000)
-    return Data(**_tensors(options, train, strings(test_x, test_y, 5_000)), num_classes=10**STRING_DIGITS)
+    return _in_memory(options, train, strings(test_x, test_y, 5_000), 10**STRING_DIGITS)
 
 
 def _fashion_mnist(options: Options) -> Data:
     folder = options.data or FASHION_MNIST
     (train_x, train_y), (test_x, test_y) = (binary_formats.read_mnist(folder, name) for name in ("train", "t10k"))
-    return Data(
-        **_tensors(options, (train_x[:, None], train_y), (test_x[:, None], test_y)),
-        num_classes=10,
-        mean=(0.286,),
-        std=(0.353,),
-        pairs="fashion-mnist",
-    )
+    data = _in_memory(options, (train_x[:, None], train_y), (test_x[:, None], test_y), 10)
+    data.mean, data.std, data.pairs = (0.286,), (0.353,), "fashion-mnist"
+    return data
 
 
 def _cifar(options: Options) -> Data:
     classes = 10 if options.dataset == "cifar10" else 100
     train, test = (binary_formats.read_cifar(options.folder(), classes, part) for part in ("train", "test"))
-    return Data(
-        **_tensors(options, train, test),
-        num_classes=classes,
-        mean=(0.4914, 0.4822, 0.4465),
-        std=(0.247, 0.2435, 0.2616),
-        pairs=options.dataset,
-    )
+    data = _in_memory(options, train, test, classes)
+    data.mean, data.std, data.pairs = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616), options.dataset
+    return data
 
 
 def _photographs(options: Options, train: tuple[list[Path], Tensor], validation: tuple[list[Path], Tensor]) -> Data:

@@ -21,7 +21,7 @@ def for_training(size: int) -> Transform:
         from torchvision.transforms import v2
 
         steps = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip(), v2.PILToTensor()]
-        return v2.Compose(steps)  # type: ignore[no-any-return]
+        return v2.Compose(steps)
     return lambda image: _to_tensor(_random_part(image, size))
 
 
@@ -31,7 +31,7 @@ def for_validation(size: int) -> Transform:
         from torchvision.transforms import v2
 
         steps = [v2.Resize(round(size * ENLARGED), antialias=True), v2.CenterCrop(size), v2.PILToTensor()]
-        return v2.Compose(steps)  # type: ignore[no-any-return]
+        return v2.Compose(steps)
     return lambda image: _to_tensor(_middle(image, size))
 
 

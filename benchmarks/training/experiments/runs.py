@@ -36,13 +36,13 @@ class Runs:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Reads what is there; half a line, of an interrupted run, is left out."""
+        """Reads what is there; half a line, of an interrupted run, is cut off."""
         if self.path.is_file():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                try:
-                    self.rows.append(json.loads(line))
-                except ValueError:
-                    continue
+            text = self.path.read_text(encoding="utf-8")
+            whole = text[: text.rfind("\n") + 1]
+            if whole != text:
+                self.path.write_text(whole, encoding="utf-8")
+            self.rows += [json.loads(line) for line in whole.splitlines()]
 
     def add(self, row: dict[str, Any]) -> None:
         """Appends a line."""
