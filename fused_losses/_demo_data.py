@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fused_losses import noise as noise_models
+
 NUM_CLASSES = 10
 
 
@@ -44,9 +46,7 @@ def corrupt_labels(target: Tensor, num_classes: int, noise: float, generator: to
     The draw may hit the right class, so a share of ``noise * (num_classes - 1) / num_classes`` becomes wrong.
     This is the symmetric noise of arXiv 2306.05497. ``target`` stays as it is; ``generator`` is a CPU one.
     """
-    replace = torch.rand(target.shape, generator=generator) < noise
-    random_class = torch.randint(num_classes, target.shape, generator=generator, dtype=target.dtype)
-    return torch.where(replace.to(target.device), random_class.to(target.device), target)
+    return noise_models.symmetric(target, noise, num_classes, seed=generator).labels
 
 
 def make_model(seed: int) -> nn.Module:

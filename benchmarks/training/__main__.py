@@ -1,0 +1,31 @@
+"""Command line: ``python -m benchmarks.training --dataset fashion-mnist --model small_cnn --loss gce``."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+from benchmarks.training.options import parse
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Trains and prints the result."""
+    options = parse(arguments)
+    if importlib.util.find_spec("lightning") is None:
+        raise SystemExit("python -m benchmarks.training needs Lightning: pip install lightning")
+    from benchmarks.training.engine import run
+
+    result = run(options)
+    if result["last"] is not None:
+        last, best = result["last"], result["best"]
+        print(f"top-1: last {100 * last['top1']:.2f} %, best {100 * best['top1']:.2f} % (epoch {best['epoch'] + 1})")
+    for name, found in result["wrong_labels"].items():
+        if isinstance(found, dict):
+            numbers = ", ".join(f"{key} {value:.3f}" for key, value in found.items())
+            print(f"wrong labels {name.replace('_', ' ')}: {numbers}")
+    if options.out is not None:
+        print(f"numbers, checkpoints and the report of each sample: {options.out}")
+
+
+if __name__ == "__main__":
+    main()

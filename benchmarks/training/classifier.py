@@ -1,0 +1,268 @@
+"""Network, loss and data as a LightningModule."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import lightning.pytorch as lightning
+import numpy as np
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from benchmarks.training.criterion import Schedule, make_loss
+from benchmarks.training.networks import make_network
+from benchmarks.training.options import Options
+from benchmarks.training.report import SampleReport
+from benchmarks.training.samples import Batch, EpochBatches, SyntheticSamples, random_bits
+from benchmarks.training.sources import Data, Samples
+from fused_losses.diagnostics import OutlierTracker
+from fused_losses.z_cross_entropy import ZErrorCrossEntropyLoss
+
+EARLY = 1 / 3  # the share of the epochs in which wrong labels are told apart best
+
+
+class Classifier(lightning.LightningModule):
+    """Trains ``options.model`` on ``data`` with the loss of the options; ``true`` are the labels without noise."""
+
+    def __init__(self, options: Options, data: Data, true: Tensor | None) -> None:
+        super().__init__()
+        self.options, self.data, self.true = options, data, true
+        self.network = make_network(options.model, data.input_shape, data.num_classes, options.seed)
+        if options.channels_last:
+            self.network.to(memory_format=torch.channels_last)
+        if options.compile:
+            self.network.compile()
+        shape = (1, -1, 1, 1)  # of images (rows, channels, height, width)
+        self.register_buffer("mean", torch.tensor(data.mean or (0.0,)).view(shape), persistent=False)
+        self.register_buffer("std", torch.tensor(data.std or (1.0,)).view(shape), persistent=False)
+        self.loss: nn.Module | None = None
+        self.schedules: list[Schedule] = []
+        self.history: list[dict[str, float]] = []
+        self.early = OutlierTracker(len(data.train))
+        self.dropped = OutlierTracker(len(data.train)) if options.z_threshold is not None else None
+        self._batches_done = 0  # before an interruption
+        self._train_loss = torch.zeros(2, dtype=torch.float64)
+        self._hits = torch.zeros(3, dtype=torch.float64)
+        self._epoch_began = 0.0
+        self._images: Tensor | None = None
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole training."""
+        batches = len(self.data.train) // self.options.batch_size
+        steps = -(-batches // self.options.accumulate) * self.options.epochs
+        return steps if self.options.max_steps < 0 else min(steps, self.options.max_steps)
+
+    @property
+    def early_epochs(self) -> int:
+        """Epochs in which the probability of each label is recorded."""
+        return max(1, round(self.options.epochs * EARLY))
+
+    def setup(self, stage: str) -> None:
+        """Makes the loss, which must know the processes, once."""
+        if self.loss is None:
+            target = self.data.train.target
+            self.loss, self.schedules = make_loss(self.options, target, self.data.num_classes, self.steps)
+
+    def configure_model(self) -> None:
+        """With FSDP2: shards every block of the network, then the rest, over the processes."""
+        if not isinstance(self.trainer.strategy, ModelParallelStrategy):
+            return
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        if isinstance(self.network, FSDPModule):
+            return
+        mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
+        blocks = getattr(self.network, "blocks", self.network)
+        for block in blocks.children():
+            if any(True for _ in block.parameters()):
+                fully_shard(block, mesh=mesh)
+        fully_shard(self.network, mesh=mesh)
+
+    # Data
+
+    def _loader(self, samples: Samples, *, train: bool) -> Any:
+        trainer = self.trainer
+        batches = EpochBatches(
+            len(samples),
+            self.options.batch_size,
+            shuffle=train,
+            seed=self.options.seed,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+        )
+        if train:
+            batches.resume(*divmod(self._batches_done, len(batches)))
+        workers = self.options.workers
+        return DataLoader(
+            samples,
+            sampler=batches,
+            batch_size=None,  # a sampler's element is a whole batch
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=trainer.strategy.root_device.type == "cuda",
+        )
+
+    def train_dataloader(self) -> Any:
+        """Batches of this process; after an interruption those that are left of its epoch."""
+        return self._loader(self.data.train, train=True)
+
+    def val_dataloader(self) -> Any:
+        """Each validation sample once, over all processes."""
+        return self._loader(self.data.validation, train=False)
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """The network's logits of inputs as a data set gives them."""
+        if inputs.dtype == torch.uint8:
+            inputs = inputs.float() / 255.0
+        inputs = (inputs - self.mean) / self.std  # type: ignore[operator]
+        if self.options.channels_last:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        logits: Tensor = self.network(inputs)
+        return logits
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
+        """Gives synthetic samples their images: the same ones in every batch, made once on the device."""
+        batch = Batch(*batch)
+        if not isinstance(self.data.train, SyntheticSamples):
+            return batch
+        rows = len(batch.target)
+        if self._images is None or len(self._images) < rows:
+            self._images = torch.randn(rows, *self.data.input_shape, device=self.device)
+        return batch._replace(inputs=self._images[:rows])
+
+    # Training
+
+    def on_train_epoch_start(self) -> None:
+        """Starts the epoch's clock."""
+        self._epoch_began = time.perf_counter()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of a batch."""
+        # Dropout and the like follow from (seed, batch, process) alone, so that an interruption changes nothing.
+        number = torch.tensor([self.trainer.fit_loop.total_batch_idx * self.trainer.world_size + self.global_rank])
+        torch.manual_seed(int(random_bits(self.options.seed, 1 << 32, number, 1)[0, 0] >> np.uint64(1)))
+        logits = self.logits(batch.inputs)
+        assert self.loss is not None
+        if isinstance(self.loss, ZErrorCrossEntropyLoss):
+            value, kept, _ = self.loss(logits, batch.target, return_mask=True)
+        else:
+            value, kept = self.loss(logits, batch.target), torch.ones_like(batch.target, dtype=torch.bool)
+        with torch.no_grad():
+            if self._train_loss.device != value.device:
+                self._train_loss = self._train_loss.to(value.device)
+            self._train_loss += torch.stack([value.detach().double(), torch.ones_like(value, dtype=torch.float64)])
+            self._observe(batch, logits, kept)
+        return value  # type: ignore[no-any-return]
+
+    def _observe(self, batch: Batch, logits: Tensor, kept: Tensor) -> None:
+        if isinstance(self.data.train, SyntheticSamples):
+            return
+        if self.current_epoch < self.early_epochs:
+            probability = logits.float().softmax(1).gather(1, batch.target[:, None]).squeeze(1)
+            self.early.update(batch.numbers, kept, probability)
+        if self.dropped is not None:
+            self.dropped.update(batch.numbers, kept)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """A step, then those of the schedules: before a checkpoint could be saved."""
+        super().optimizer_step(*args, **kwargs)
+        for schedule in self.schedules:
+            schedule.step()
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer, with warm-up and decay of its learning rate."""
+        options = self.options
+        lr = options.lr
+        if options.lr_batch is not None:
+            lr *= options.batch_size * options.accumulate / options.lr_batch
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        optimizer: torch.optim.Optimizer
+        if options.optimizer == "sgd":
+            optimizer = torch.optim.SGD(parameters, lr, options.momentum, weight_decay=options.weight_decay)
+        else:
+            kind = torch.optim.AdamW if options.optimizer == "adamw" else torch.optim.Adam
+            optimizer = kind(parameters, lr, weight_decay=options.weight_decay)
+        warmup = options.warmup * self.steps / options.epochs
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / (warmup + 1)
+            if options.lr_schedule == "constant":
+                return 1.0
+            return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (step - warmup) / max(1.0, self.steps - warmup)))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # Validation
+
+    def on_validation_epoch_start(self) -> None:
+        """Forgets the hits of the last epoch."""
+        self._hits = torch.zeros(3, dtype=torch.float64, device=self.device)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Counts rows, and labels among the one and the five highest logits."""
+        logits = self.logits(batch.inputs)
+        highest = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.target[:, None]
+        rows = torch.tensor(float(len(batch.target)), device=logits.device)
+        self._hits += torch.stack([rows, highest[:, 0].sum(), highest.sum()]).double()
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs accuracy over all processes."""
+        if self.trainer.sanity_checking:
+            return
+        counts = torch.stack([*self._hits, *self._train_loss.to(self.device)])
+        rows, first, five, loss, batches = self.trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        seconds = time.perf_counter() - self._epoch_began
+        metrics = {
+            "train_loss": loss / max(1.0, batches),
+            "top1": first / rows,
+            "top5": five / rows,
+            "samples_per_s": batches / self.trainer.world_size * self.options.batch_size / seconds,
+        }
+        self._train_loss.zero_()
+        self.history.append({"epoch": self.current_epoch, **metrics})
+        self.log_dict(metrics, prog_bar=True)
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what Lightning does not know of. Trackers are those of all processes: a collective call."""
+        checkpoint["training"] = {
+            "settings": self.options.settings(),
+            "world_size": self.trainer.world_size,
+            "history": self.history,
+            "train_loss": self._train_loss.cpu(),
+            "schedules": [schedule.state_dict() for schedule in self.schedules],
+            "trackers": [tracker.state_dict() for tracker in self._trackers()],
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores it, and where in its epoch the training was."""
+        state = checkpoint["training"]
+        self.history, self._train_loss = list(state["history"]), state["train_loss"].to(self.device)
+        for schedule, saved in zip(self.schedules, state["schedules"], strict=True):
+            schedule.load_state_dict(saved)
+        if self.trainer.is_global_zero:  # the sum over processes; the others go on from nothing
+            for tracker, saved in zip(self._own_trackers(), state["trackers"], strict=True):
+                tracker.load_state_dict(saved)
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        self._batches_done = progress["total"]["processed"]
+
+    def _own_trackers(self) -> list[OutlierTracker]:
+        return [self.early] if self.dropped is None else [self.early, self.dropped]
+
+    def _trackers(self) -> list[OutlierTracker]:
+        own = self._own_trackers()
+        return [tracker.all_reduce() for tracker in own] if self.trainer.world_size > 1 else own
+
+    def report(self) -> SampleReport:
+        """What is known of the training samples; a collective call."""
+        early, *dropped = self._trackers()
+        target = self.data.train.target
+        return SampleReport(early, dropped[0] if dropped else None, target, self.true, self.data.names)

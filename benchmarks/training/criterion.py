@@ -1,0 +1,108 @@
+"""The loss that the options ask for, with its schedules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import fused_losses as fl
+from benchmarks.training.options import Options
+from fused_losses.calibration import solve_logit_bias
+from fused_losses.schedules import LogitBiasSchedule, ThresholdSchedule
+
+ALIASES = {"ce": "cross_entropy"}
+START_THRESHOLD = 10.0  # drops nothing: at first the network knows nothing about any row
+
+Schedule = LogitBiasSchedule | ThresholdSchedule
+
+
+class PlainLoss(nn.Module):
+    """The reference formula of a row loss, with that loss's options."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss: Any = loss
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The loss of ``logits`` for ``target``."""
+        names = ("weight", "ignore_index", "reduction", "logit_bias", *self.loss.parameter_names)
+        options = {name: getattr(self.loss, name) for name in names}
+        if not self.training:
+            options["logit_bias"] = 0.0
+        return fl.LOSSES[self.loss.stem].reference(logits, target, **options)
+
+
+def make_loss(options: Options, target: Tensor, num_classes: int, steps: int) -> tuple[nn.Module, list[Schedule]]:
+    """The loss for labels ``target`` and what moves its numbers during ``steps`` steps."""
+    loss = _row_loss(options, target, num_classes)
+    schedules: list[Schedule] = []
+    if options.bias_schedule != "none":
+        start = _bias(options, num_classes)
+        schedules.append(LogitBiasSchedule(loss, start=start, end=0.0, steps=steps, mode=options.bias_schedule))
+    if options.z_threshold is not None:
+        if options.plain:
+            raise SystemExit("--plain and --z-threshold exclude each other")
+        if options.bias_schedule != "none":
+            raise SystemExit("--bias-schedule and --z-threshold exclude each other")
+        z_loss = fl.ZErrorCrossEntropyLoss(
+            threshold=options.z_threshold,
+            statistic=options.z_statistic,
+            sided=options.z_sided,
+            running=options.z_running,
+            base=loss,
+            process_group=dist.group.WORLD if world_size() > 1 else None,
+        )
+        if options.z_anneal > 0.0:
+            annealing = max(1, round(steps * options.z_anneal))
+            schedules.append(ThresholdSchedule(z_loss, START_THRESHOLD, options.z_threshold, steps=annealing))
+        return z_loss, schedules
+    if options.plain:
+        return PlainLoss(loss), schedules
+    return (fl.GlobalMean(loss) if world_size() > 1 else loss), schedules
+
+
+def world_size() -> int:
+    """Processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _row_loss(options: Options, target: Tensor, num_classes: int) -> Any:
+    stem = ALIASES.get(options.loss, options.loss).removesuffix("_loss")
+    if stem not in fl.LOSSES:
+        raise SystemExit(f"--loss must be one of {', '.join(fl.LOSSES)}, got {options.loss!r}")
+    given: dict[str, Any] = {}
+    for argument in options.loss_args:
+        name, equals, text = argument.partition("=")
+        if not equals or name not in fl.LOSSES[stem].parameters:
+            known = ", ".join(fl.LOSSES[stem].parameters) or "none"
+            raise SystemExit(f"--loss-args must be NAME=VALUE with a parameter of {stem} ({known}), got {argument!r}")
+        given[name] = _margin(text, target, num_classes) if name == "margin" else _value(text)
+    bias: float | str = "auto" if options.logit_bias == "auto" else _value(options.logit_bias)
+    try:
+        return fl.LOSSES[stem].module(logit_bias=bias, **given)
+    except (TypeError, ValueError) as error:
+        raise SystemExit(f"--loss {stem}: {error}") from error
+
+
+def _margin(text: str, target: Tensor, num_classes: int) -> Any:
+    if text == "auto":
+        return fl.hem_margin(len(target))
+    if text == "plus":
+        return fl.hem_plus_margins(torch.bincount(target, minlength=num_classes).clamp(min=1))
+    return _value(text)
+
+
+def _value(text: str) -> Any:
+    if text in ("True", "False"):
+        return text == "True"
+    try:
+        return int(text) if text.lstrip("-").isdecimal() else float(text)
+    except ValueError:
+        return text
+
+
+def _bias(options: Options, num_classes: int) -> float:
+    return max(0.0, solve_logit_bias(num_classes)) if options.logit_bias == "auto" else float(options.logit_bias)

@@ -1,0 +1,161 @@
+"""Runs a training: Lightning's Trainer with our parts."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from benchmarks.training.classifier import Classifier
+from benchmarks.training.labels import apply_noise
+from benchmarks.training.logs import PrintEpochs, make_loggers
+from benchmarks.training.options import Options, checked
+from benchmarks.training.samples import SyntheticSamples
+from benchmarks.training.sources import Data, load
+
+LAST, BEST = "last.ckpt", "best.ckpt"
+PRECISIONS: dict[str, Any] = {"none": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+
+class Checkpoints(Checkpoint):
+    """Saves last.ckpt after each epoch, every ``steps`` steps and when SIGTERM arrives, and best.ckpt by accuracy."""
+
+    def __init__(self, folder: Path, steps: int | None) -> None:
+        self.folder, self.steps = folder, steps
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Saves between two steps; the end of an epoch has its own checkpoint."""
+        progress = trainer.fit_loop.epoch_loop
+        if self.steps is None or progress._should_accumulate() or progress.batch_progress.is_last_batch:
+            return
+        if trainer.global_step % self.steps == 0:
+            trainer.save_checkpoint(self.folder / LAST)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Saves after the validation."""
+        trainer.save_checkpoint(self.folder / LAST)
+        if pl_module.history and pl_module.history[-1] is max(pl_module.history, key=lambda epoch: epoch["top1"]):
+            trainer.save_checkpoint(self.folder / BEST)
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Saves where SIGTERM stopped the training, between two steps; other exceptions may come within one."""
+        if isinstance(exception, SIGTERMException):
+            trainer.save_checkpoint(self.folder / LAST)
+
+
+def fit(options: Options, data: Data | None = None) -> tuple[Trainer, Classifier]:
+    """Trains as ``options`` say.
+
+    ``data`` may be given to save loading it again; its labels are replaced by those of ``options.noise``.
+
+    Raises:
+        SystemExit: an option, a file or a checkpoint does not fit; or SIGTERM arrived, after a checkpoint.
+    """
+    checked(options)
+    data = load(options) if data is None else data
+    model = Classifier(options, data, apply_noise(data, options))
+    trainer = make_trainer(options)
+    try:
+        trainer.fit(model, ckpt_path=_checkpoint(options), weights_only=False)
+    except SIGTERMException:
+        raise SystemExit(128 + 15) from None  # what a shell reports for SIGTERM
+    return trainer, model
+
+
+def run(options: Options, data: Data | None = None) -> dict[str, Any]:
+    """:func:`fit`, then the numbers that ``result.json`` holds."""
+    began = time.perf_counter()
+    trainer, model = fit(options, data)
+    report = None if isinstance(model.data.train, SyntheticSamples) else model.report()
+    result = {
+        "settings": options.settings(),
+        "classes": model.data.num_classes,
+        "training_samples": len(model.data.train),
+        "world_size": trainer.world_size,
+        "device": str(trainer.strategy.root_device),
+        "seconds": round(time.perf_counter() - began, 1),
+        "last": model.history[-1] if model.history else None,
+        "best": max(model.history, key=lambda epoch: epoch["top1"], default=None),
+        "history": model.history,
+        "wrong_labels": {} if report is None else report.summary(),
+    }
+    if options.out is not None and trainer.is_global_zero:
+        (options.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        if report is not None:
+            report.save(options.out / "samples.csv")
+    return result
+
+
+def make_trainer(options: Options) -> Trainer:
+    """Lightning's Trainer; the environment of torchrun or SLURM says how many processes there are."""
+    callbacks: list[Callback] = []
+    if options.out is not None:
+        callbacks.append(Checkpoints(options.out, options.checkpoint_steps))
+    if options.ema is not None:
+        callbacks.append(EMAWeightAveraging(decay=options.ema))
+    processes = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if not options.quiet:
+        callbacks.append(PrintEpochs())
+    else:
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", module=r"lightning\..*")
+    return Trainer(
+        accelerator={"auto": "gpu" if torch.cuda.is_available() else "cpu"}.get(options.device, options.device),
+        devices=int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if processes else 1,
+        num_nodes=_nodes() if processes else 1,
+        strategy=_strategy(options, processes),
+        precision=PRECISIONS[options.amp],
+        sync_batchnorm=options.sync_batchnorm,
+        accumulate_grad_batches=options.accumulate,
+        gradient_clip_val=options.clip,
+        max_epochs=options.epochs,
+        max_steps=options.max_steps,
+        callbacks=callbacks,
+        logger=make_loggers(options) or False,
+        log_every_n_steps=50,
+        enable_checkpointing=options.out is not None,
+        enable_progress_bar=not options.quiet and sys.stderr.isatty(),
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,  # ours shares batches out itself
+        default_root_dir=options.out,
+    )
+
+
+def _nodes() -> int:
+    return max(1, int(os.environ["WORLD_SIZE"]) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def _strategy(options: Options, processes: bool) -> Any:
+    if options.strategy == "fsdp":
+        return ModelParallelStrategy(tensor_parallel_size=1, save_distributed_checkpoint=False)
+    return DDPStrategy(gradient_as_bucket_view=True) if processes or options.strategy == "ddp" else "auto"
+
+
+def _checkpoint(options: Options) -> Path | None:
+    """The checkpoint to go on from, if it was left by the same settings."""
+    if not options.resume:
+        return None
+    if options.out is None:
+        raise SystemExit("--resume needs --out, the folder of the run to go on with")
+    path = options.out / LAST
+    if not path.is_file():
+        return None
+    saved = torch.load(path, map_location="cpu", weights_only=False, mmap=True)["training"]["settings"]
+    given = options.settings()
+    different = [name for name in given if name not in saved or saved[name] != given[name]]
+    if different:
+        changes = ", ".join(f"{name}: {saved.get(name)!r} -> {given[name]!r}" for name in different)
+        raise SystemExit(f"--resume must have the settings of {path}; changed: {changes}")
+    return path

@@ -1,0 +1,103 @@
+"""Table 2 of 2306.05497, its Fashion-MNIST panel: losses under symmetric and asymmetric label noise.
+
+By default a small network, the first 20,000 images and 40 % noise of both kinds; ``--full`` has ResNet-32, all images
+and all the panel's rates.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.training.experiments.runs import Runs, Variant, last_and_best, plot, spread, table
+from benchmarks.training.options import Options
+
+NAME = "fashion_mnist"
+NOISES = {
+    "no noise": {"noise": "none"},
+    "symmetric 20 %": {"noise": "symmetric", "noise_rate": 0.2},
+    "symmetric 40 %": {"noise": "symmetric", "noise_rate": 0.4},
+    "symmetric 60 %": {"noise": "symmetric", "noise_rate": 0.6},
+    "asymmetric 40 %": {"noise": "asymmetric", "noise_rate": 0.4},
+}
+SMALL = ("symmetric 40 %", "asymmetric 40 %", "no noise")
+LOSSES: dict[str, dict[str, Any]] = {
+    "CE": {"loss": "cross_entropy"},
+    "MAE": {"loss": "mae"},
+    "MAE*": {"loss": "mae", "logit_bias": "auto"},
+    "AGCE": {"loss": "agce"},
+    "genCE": {"loss": "gce"},
+    "NCE-AGCE": {"loss": "nce_agce"},
+    "NF-MAE": {"loss": "nfl_mae"},
+    "NCE-MAE": {"loss": "nce_mae"},
+    "biTemp": {"loss": "bi_tempered"},
+}
+
+
+def recipe(full: bool) -> Options:
+    """The same for every loss."""
+    if full:
+        return Options(
+            **{"dataset": "fashion-mnist", "model": "resnet32", "augment": "crop-flip", "optimizer": "sgd"},
+            **{
+                "lr": 0.1,
+                "lr_schedule": "cosine",
+                "warmup": 1.0,
+                "weight_decay": 5e-4,
+                "batch_size": 128,
+                "epochs": 60,
+            },
+        )
+    return Options(dataset="fashion-mnist", model="small_cnn", samples=20_000, batch_size=128, epochs=15)
+
+
+def variants(full: bool) -> list[Variant]:
+    """Every loss under every kind of noise."""
+    noises = NOISES if full else SMALL
+    return [Variant(name, {**loss, **NOISES[noise]}, noise) for noise in noises for name, loss in LOSSES.items()]
+
+
+def write(runs: Runs, folder: Path) -> None:
+    """The table of last and best epochs, and the curves under symmetric noise."""
+    noises = [noise for noise in NOISES if runs.of("CE", noise)]
+    lines = []
+    for name in LOSSES:
+        cells = []
+        for noise in noises:
+            found = runs.of(name, noise)
+            cells += [f"{' / '.join(last_and_best(found))} ({len(found)})" if found else "-"]
+        lines.append([name, *cells])
+    settings = next(iter(runs.rows), {"settings": {}})["settings"]
+    recipe_text = ", ".join(
+        f"{name} {settings.get(name)}" for name in ("model", "samples", "optimizer", "lr", "epochs")
+    )
+    found_text = [
+        [noise, name, spread(row["wrong_labels"]["by_probability"]["f1"] for row in runs.of(name, noise))]
+        for noise in noises
+        if noise != "no noise"
+        for name in ("CE", "genCE", "MAE")
+        if runs.of(name, noise)
+    ]
+    text = (
+        f"# Fashion-MNIST with label noise\n\n{recipe_text}. Accuracy on clean test labels, %: last / best epoch, mean "
+        "± standard deviation (seeds). Symmetric labels are redrawn among all classes, so that 90 % of the rate is "
+        "wrong; asymmetric noise concerns half of the classes.\n\n"
+        f"{table(['loss', *noises], lines)}\n\n"
+        "Wrong labels among those with the lowest mean probability in the first third of the epochs, as many as there "
+        f"are: F1, %\n\n{table(['noise', 'loss', 'F1'], found_text)}\n"
+    )
+    (folder / f"{NAME}.md").write_text(text, encoding="utf-8")
+    plot(folder / f"{NAME}.png", lambda figure: _draw(figure, runs, noises), (4 * max(1, len(noises)), 4))
+
+
+def _draw(figure: Any, runs: Runs, noises: list[str]) -> None:
+    axes = figure.subplots(1, max(1, len(noises)), squeeze=False)[0]
+    for ax, noise in zip(axes, noises, strict=False):
+        for name in LOSSES:
+            if found := runs.of(name, noise):
+                curve = [100 * sum(v) / len(v) for v in zip(*(row["top1"] for row in found), strict=True)]
+                ax.plot(range(1, len(curve) + 1), curve, label=name, color="black" if name == "CE" else None)
+        ax.set(title=noise, xlabel="epoch")
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("accuracy on clean test labels, %")
+    axes[-1].legend(fontsize=7)

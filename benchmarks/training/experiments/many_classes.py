@@ -1,0 +1,132 @@
+"""Bounded losses and many classes: strings of three digits, 1000 classes, 40 % of the labels redrawn at random.
+
+The message of 2306.05497, Table 3, on real images: with many classes bounded losses stop learning, and a logit bias
+(``*``), a scheduled one (``**``) or parameters matched to the number of classes (``+``) bring them back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.training.experiments.runs import Runs, Variant, last_and_best, plot, table
+from benchmarks.training.options import Options
+from fused_losses.calibration import match_parameter, solve_logit_bias
+
+NAME = "many_classes"
+CLASSES = 1000
+TARGETS = (0.05, 0.1, 0.15, 0.2, 0.3)  # C, the mean activation that the bias is solved for
+NCE_AGCE = ("alpha=10", "beta=.1", "a=1.8", "q=3")  # the parameters of 2106.03110 for CIFAR-100
+NF_MAE = ("alpha=10", "beta=1")  # those of 2006.13554 for CIFAR-100
+LOSSES = {
+    "MAE": {"loss": "mae"},
+    "GCE": {"loss": "gce"},
+    "NCE-AGCE": {"loss": "nce_agce"},
+    "NF-MAE": {"loss": "nfl_mae"},
+}
+
+
+def recipe(full: bool) -> Options:
+    """Digits of scikit-learn, 10 epochs; for a GPU a wider network, more strings and more epochs."""
+    options = Options(dataset="digit-strings", model="mlp:256", noise="symmetric", noise_rate=0.4, epochs=10)
+    if full:
+        options.model, options.samples, options.epochs = "mlp:512", 200_000, 40
+    return options
+
+
+def variants(full: bool) -> list[Variant]:
+    """Baselines, each loss beside its starred and matched version, schedules; a sweep over C with one seed."""
+
+    def biased(target: float) -> str:
+        return f"{solve_logit_bias(CLASSES, target):.4f}"
+
+    def starred(name: str, schedule: str = "none", target: float = 0.15) -> dict[str, Any]:
+        return {**LOSSES[name], "logit_bias": biased(target), "bias_schedule": schedule}
+
+    matched = match_parameter("gce", "q", CLASSES, 100, 0.7)
+    found = [Variant("CE", {"loss": "cross_entropy"}), Variant("biTemp", {"loss": "bi_tempered"})]
+    for name, changes in LOSSES.items():  # in pairs, so that a part of the runs says something already
+        found += [Variant(name, changes), Variant(f"{name}*", starred(name))]
+        if name == "GCE":
+            found.append(Variant("GCE+", {"loss": "gce", "loss_args": (f"q={matched:.4f}",)}))
+    found += [Variant(f"{name}**", starred(name, "cosine")) for name in LOSSES]
+    found.append(Variant("MAE** linear", starred("MAE", "linear")))
+    found.append(Variant("NCE-AGCE (10, .1, 1.8, 3)", {"loss": "nce_agce", "loss_args": NCE_AGCE}, seeds=1))
+    found.append(Variant("NF-MAE (10, 1)", {"loss": "nfl_mae", "loss_args": NF_MAE}, seeds=1))
+    for name in ("MAE", "GCE", "NCE-AGCE"):
+        found += [Variant(sweep_label(name, c), starred(name, "none", c), seeds=1) for c in TARGETS if c != 0.15]
+    found.append(Variant("MAE** cosine C=.3", starred("MAE", "cosine", 0.3), seeds=1))
+    return found
+
+
+def sweep_label(name: str, target: float) -> str:
+    """Of a run with a bias for another C than the default."""
+    return f"{name}*" if target == 0.15 else f"{name}* C={target:g}"
+
+
+def write(runs: Runs, folder: Path) -> None:
+    """The table and two pictures: accuracy against epoch, and against C."""
+    rows = []
+    for variant in variants(full=False):
+        found = runs.of(variant.label)
+        if found:
+            bias = found[0]["settings"]["logit_bias"]
+            rows.append([variant.label, bias, *last_and_best(found), str(len(found))])
+    baseline = runs.of("CE")
+    recipe_text = describe(baseline[0]["settings"]) if baseline else ""
+    text = f"# {CLASSES} classes: strings of three digits\n\n{recipe_text}\n\n"
+    head = ["loss", "logit bias", "last epoch, %", "best epoch, %", "seeds"]
+    (folder / f"{NAME}.md").write_text(text + table(head, rows) + "\n", encoding="utf-8")
+    plot(folder / f"{NAME}_epochs.png", lambda figure: _draw_epochs(figure, runs), (8, 5))
+    plot(folder / f"{NAME}_bias.png", lambda figure: _draw_bias(figure, runs), (6, 4))
+
+
+def describe(settings: dict[str, Any]) -> str:
+    """The recipe in words."""
+    return (
+        f"`--dataset {settings['dataset']} --noise {settings['noise']} --noise-rate {settings['noise_rate']:g} "
+        f"--model {settings['model']} --optimizer {settings['optimizer']} --lr {settings['lr']:g} "
+        f"--batch-size {settings['batch_size']} --epochs {settings['epochs']}`; accuracy on clean test labels, "
+        "mean and standard deviation over seeds."
+    )
+
+
+def _curves(runs: Runs, labels: Sequence[str]) -> dict[str, list[float]]:
+    curves = {}
+    for label in labels:
+        found = runs.of(label)
+        if found:
+            curves[label] = [
+                100.0 * sum(values) / len(values) for values in zip(*(r["top1"] for r in found), strict=True)
+            ]
+    return curves
+
+
+def _draw_epochs(figure: Any, runs: Runs) -> None:
+    axes = figure.subplots(1, 2, sharey=True)
+    panels = (
+        ("plain", ["CE", "biTemp", *LOSSES]),
+        ("adapted", ["CE", "GCE+", "GCE*", "MAE*", "MAE**", "NCE-AGCE*", "NCE-AGCE**"]),
+    )
+    for ax, (title, labels) in zip(axes, panels, strict=True):
+        for label, curve in _curves(runs, labels).items():
+            ax.plot(range(1, len(curve) + 1), curve, label=label, color="black" if label == "CE" else None)
+        ax.set(title=title, xlabel="epoch")
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+    axes[0].set_ylabel("accuracy on clean test labels, %")
+
+
+def _draw_bias(figure: Any, runs: Runs) -> None:
+    ax = figure.subplots()
+    for name in ("MAE", "GCE", "NCE-AGCE"):
+        points = [(c, found[0]["top1"][-1] * 100) for c in TARGETS if (found := runs.of(sweep_label(name, c)))]
+        if points:
+            ax.plot(*zip(*points, strict=True), marker="o", label=f"{name}*")
+    for label, style in (("CE", "-"), ("GCE", "--"), ("GCE+", ":")):
+        if found := runs.of(label):
+            ax.axhline(found[0]["top1"][-1] * 100, color="black", linestyle=style, linewidth=1, label=label)
+    ax.set(xlabel="C: mean activation of the label at the start", ylabel="accuracy after the last epoch, %")
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)

@@ -1,0 +1,148 @@
+"""The networks of the papers' tables; anything else comes from timm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SMALL = 64  # images below this size keep their resolution in a ResNet's first layers
+
+
+def make_network(name: str, input_shape: Sequence[int], num_classes: int, seed: int) -> nn.Module:
+    """The network called ``name``, with weights drawn from ``seed``; torch's global random state stays as it is.
+
+    Args:
+        name: resnet32, resnet34, resnet50, wide_resnet101_2, small_cnn, mlp (two layers of 512), ``mlp:WIDTH`` or
+            ``timm:NAME``.
+        input_shape: of a sample: (channels, height, width), or (channels,) for photographs of any size.
+
+    Raises:
+        SystemExit: the name is unknown.
+    """
+    channels = input_shape[0]
+    small = len(input_shape) > 1 and input_shape[-1] < SMALL
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if name.startswith("timm:"):
+            return _from_timm(name.removeprefix("timm:"), channels, num_classes)
+        if name.partition(":")[0] == "mlp":
+            if len(input_shape) == 1:
+                raise SystemExit("--model mlp needs images of one size, in memory")
+            return _mlp(math.prod(input_shape), int(name.partition(":")[2] or 512), num_classes)
+        if name == "small_cnn":
+            return _small_cnn(channels, num_classes)
+        if name == "resnet32":
+            return ResNet(Basic, (5, 5, 5), 16, channels, num_classes, small=True)
+        if name == "resnet34":
+            return ResNet(Basic, (3, 4, 6, 3), 64, channels, num_classes, small=small)
+        if name == "resnet50":
+            return ResNet(Bottleneck, (3, 4, 6, 3), 64, channels, num_classes, small=small)
+        if name == "wide_resnet101_2":
+            return ResNet(WideBottleneck, (3, 4, 23, 3), 64, channels, num_classes, small=small)
+    raise SystemExit(
+        "--model must be resnet32, resnet34, resnet50, wide_resnet101_2, small_cnn, mlp, mlp:WIDTH or timm:NAME, "
+        f"got {name!r}"
+    )
+
+
+def _from_timm(name: str, channels: int, num_classes: int) -> nn.Module:
+    try:
+        import timm
+    except ImportError:
+        raise SystemExit(f"--model timm:{name} needs timm: pip install timm") from None
+    if name not in timm.list_models():
+        close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
+        raise SystemExit(f"--model timm:{name} is no model of timm {timm.__version__}; near it: {close or 'none'}")
+    network: nn.Module = timm.create_model(name, num_classes=num_classes, in_chans=channels)
+    return network
+
+
+def _mlp(features: int, width: int, num_classes: int) -> nn.Module:
+    hidden = [nn.Linear(features, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, num_classes))
+
+
+def _small_cnn(channels: int, num_classes: int) -> nn.Module:
+    """Two 3x3 convolutions with pooling and a hidden layer on 4 x 4 features: for images of 28 or 32 pixels."""
+    layers: list[nn.Module] = []
+    for before, after in ((channels, 16), (16, 32)):
+        layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)]
+    head = [nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, num_classes)]
+    return nn.Sequential(*layers, *head)
+
+
+class ResNet(nn.Module):
+    """1512.03385: stages of residual blocks, each after the first with half the resolution and twice the channels."""
+
+    def __init__(
+        self, block: type[Block], depths: Sequence[int], width: int, channels: int, num_classes: int, *, small: bool
+    ) -> None:
+        super().__init__()
+        stem = [_convolution(channels, width, 3 if small else 7, 1 if small else 2), nn.ReLU()]
+        self.stem = nn.Sequential(*stem, nn.Identity() if small else nn.MaxPool2d(3, 2, 1))
+        before, blocks = width, []
+        for stage, depth in enumerate(depths):
+            for number in range(depth):
+                blocks.append(block(before, width << stage, 2 if stage and not number else 1))
+                before = blocks[-1].after
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(before, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (rows, classes) of images (rows, channels, height, width)."""
+        return self.head(self.blocks(self.stem(images)).mean((2, 3)))
+
+
+def _convolution(before: int, after: int, kernel: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(before, after, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(after))
+
+
+class Block(nn.Module):
+    """Convolutions beside a shortcut, which is a 1x1 convolution where shapes differ."""
+
+    after: int
+
+    def __init__(self, before: int, convolutions: Sequence[nn.Module], after: int, stride: int) -> None:
+        super().__init__()
+        self.after = after
+        steps = [step for convolution in convolutions for step in (convolution, nn.ReLU())]
+        self.path = nn.Sequential(*steps[:-1])
+        same = stride == 1 and before == after
+        self.shortcut = nn.Identity() if same else _convolution(before, after, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block's output; half the resolution with a stride of 2."""
+        return F.relu(self.path(x) + self.shortcut(x))
+
+
+class Basic(Block):
+    """Two 3x3 convolutions."""
+
+    def __init__(self, before: int, width: int, stride: int) -> None:
+        super().__init__(before, [_convolution(before, width, 3, stride), _convolution(width, width, 3)], width, stride)
+
+
+class Bottleneck(Block):
+    """1x1, 3x3 and 1x1 convolutions; the last has four times ``width`` channels."""
+
+    widening = 1
+
+    def __init__(self, before: int, width: int, stride: int) -> None:
+        inner = width * self.widening
+        middle = _convolution(inner, inner, 3, stride)
+        super().__init__(
+            before, [_convolution(before, inner, 1), middle, _convolution(inner, 4 * width, 1)], 4 * width, stride
+        )
+
+
+class WideBottleneck(Bottleneck):
+    """Twice the inner channels (1605.07146)."""
+
+    widening = 2

@@ -1,0 +1,73 @@
+"""WebVision 1.0: its lists and folders (1708.02862)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+VALIDATION_FOLDERS = ("val_images_256", "val_images_resized", "val_images", "val")
+
+
+@dataclass
+class Lists:
+    """Files and labels of both halves; ``describe`` says where a training sample comes from."""
+
+    train: tuple[list[Path], Tensor]
+    validation: tuple[list[Path], Tensor]
+    describe: Callable[[int], str]
+
+
+def read(root: Path, parts: Sequence[str], num_classes: int | None) -> Lists:
+    """The lists of ``parts`` ("google", "flickr") and the validation list.
+
+    Each line of ``train_filelist_<part>.txt`` is a path below ``root`` and a label, of ``val_filelist.txt`` a name in
+    the folder of validation images and a label; the lists lie in ``root/info`` or in ``root``. Only the first
+    ``num_classes`` classes are kept, as in the "mini" subset, which is the first 50 of Google's. Where
+    ``train_meta_list_<part>.txt`` is there too, each sample is described by its file of metadata and its place in it.
+    """
+    unknown = set(parts) - {"google", "flickr"}
+    if unknown:
+        raise SystemExit(f"--webvision-parts must be of google, flickr, got {', '.join(sorted(unknown))}")
+    paths: list[Path] = []
+    labels: list[int] = []
+    metadata: list[str] = []
+    for part in parts:
+        rows = _read_list(root, f"train_filelist_{part}.txt")
+        notes = _read_list(root, f"train_meta_list_{part}.txt", required=False) or [("", 0)] * len(rows)
+        if len(notes) != len(rows):
+            raise SystemExit(
+                f"train_meta_list_{part}.txt must have the {len(rows)} lines of its list, got {len(notes)}"
+            )
+        for (name, label), (file, position) in zip(rows, notes, strict=True):
+            if num_classes is None or label < num_classes:
+                paths.append(root / name)
+                labels.append(label)
+                # The metadata of google/q0001/... are in google_json/q0001.json.
+                metadata.append(f" {file.replace(part, f'{part}_json', 1)}#{position}" if file else "")
+    folder = next((root / name for name in VALIDATION_FOLDERS if (root / name).is_dir()), None)
+    if folder is None:
+        raise SystemExit(f"{root} must have a folder of validation images: {', '.join(VALIDATION_FOLDERS)}")
+    kept = [row for row in _read_list(root, "val_filelist.txt") if num_classes is None or row[1] < num_classes]
+    if not paths or not kept:
+        raise SystemExit(f"{root}: no samples of the first {num_classes} classes")
+    validation = ([folder / name for name, _ in kept], torch.tensor([label for _, label in kept]))
+    return Lists((paths, torch.tensor(labels)), validation, lambda i: f"{paths[i].relative_to(root)}{metadata[i]}")
+
+
+def _read_list(root: Path, name: str, required: bool = True) -> list[tuple[str, int]]:
+    path = next((place / name for place in (root / "info", root) if (place / name).is_file()), None)
+    if path is None:
+        if required:
+            raise SystemExit(f"{name} must be in {root / 'info'} or {root}")
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        name, _, label = line.strip().rpartition(" ")
+        if not name or not label.isdecimal():
+            raise SystemExit(f"{path}:{number} must be a path and a number, got {line!r}")
+        rows.append((name, int(label)))
+    return rows

@@ -1,0 +1,397 @@
+"""Label noise for experiments: wrong labels of a known kind, and the transition matrix that a trained network reveals.
+
+Each function takes correct labels and returns :class:`NoisyLabels`: the labels to train on, and which of them changed.
+Draws happen on the CPU from ``seed``, so that a seed means the same labels on every device. An integer seed is used
+through a generator of its own (torch's global random state stays as it is); a ``torch.Generator`` goes on from where it
+is. Rows labelled ``ignore_index`` stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_losses._parameters import closed_fraction, positive
+
+__all__ = [
+    "CIFAR100_SUPERCLASSES",
+    "PAIRS",
+    "NoisyLabels",
+    "asymmetric",
+    "estimate_transition",
+    "from_matrix",
+    "instance_dependent",
+    "pair_matrix",
+    "symmetric",
+    "symmetric_matrix",
+]
+
+Seed = int | torch.Generator
+
+# The super-class of each of CIFAR-100's classes, in the order of its fine labels.
+CIFAR100_SUPERCLASSES = (
+    *(4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11, 6, 11, 5, 10, 7),
+    *(6, 13, 15, 3, 15, 0, 11, 1, 10, 12, 14, 16, 9, 11, 5, 5, 19, 8, 8, 15, 13, 14, 17, 18, 10),
+    *(16, 4, 17, 4, 2, 0, 17, 4, 18, 17, 10, 3, 2, 12, 12, 16, 12, 1, 9, 19, 2, 10, 0, 1, 16),
+    *(12, 9, 13, 15, 13, 16, 19, 2, 4, 6, 19, 5, 5, 8, 19, 18, 1, 2, 15, 6, 0, 17, 8, 14, 13),
+)
+
+
+def _next_in_group(groups: tuple[int, ...]) -> dict[int, int]:
+    """Each class to the next one of its group, the last to the first."""
+    members: dict[int, list[int]] = {}
+    for cls, group in enumerate(groups):
+        members.setdefault(group, []).append(cls)
+    return {cls: peers[(i + 1) % len(peers)] for peers in members.values() for i, cls in enumerate(peers)}
+
+
+#: Which class each class is mistaken for, by data set; classes that are not named keep their labels.
+PAIRS: dict[str, dict[int, int]] = {
+    # truck -> car, bird -> plane, deer -> horse, cat <-> dog (1609.03683)
+    "cifar10": {9: 1, 2: 0, 4: 7, 3: 5, 5: 3},
+    # each class to the next of its super-class (1609.03683)
+    "cifar100": _next_in_group(CIFAR100_SUPERCLASSES),
+    # 2 -> 7, 3 -> 8, 7 -> 1, 5 <-> 6 (1609.03683)
+    "mnist": {2: 7, 3: 8, 7: 1, 5: 6, 6: 5},
+    # boot -> sneaker -> sandal, pullover -> shirt, coat <-> dress (1805.07836)
+    "fashion-mnist": {9: 7, 7: 5, 2: 6, 4: 3, 3: 4},
+}
+
+
+class NoisyLabels(NamedTuple):
+    """``labels`` to train on, of dtype, shape and device of those given; ``flipped`` (bool) where they differ."""
+
+    labels: Tensor
+    flipped: Tensor
+
+
+def symmetric(
+    labels: Tensor,
+    rate: float,
+    num_classes: int,
+    redraw: bool = True,
+    *,
+    seed: Seed = 0,
+    ignore_index: int = -100,
+) -> NoisyLabels:
+    """Replaces labels by random ones, whatever their class.
+
+    Args:
+        labels: class indices in ``[0, num_classes)``, integers of any shape and device.
+        rate: probability that a label is replaced, 0 to 1.
+        num_classes: number of classes C, at least 1 (2 if ``redraw`` is False).
+        redraw: True: the new label is drawn from all C classes and may be the old one, so that a share of
+            ``rate (C - 1) / C`` becomes wrong. False: drawn from the other C - 1, so that a share of ``rate`` does.
+        seed: integer or CPU generator.
+        ignore_index: label of rows that stay as they are.
+
+    Raises:
+        TypeError: ``labels`` is no integer tensor, or ``rate`` no number.
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> labels, flipped = symmetric(torch.arange(10), 0.4, num_classes=10)
+        >>> torch.equal(flipped, labels != torch.arange(10))
+        True
+
+    Source: True is the noise of 2306.05497, False that of 2006.13554 and most tables of other papers: compare rates
+    accordingly.
+    """
+    given = _check_labels(labels, num_classes, ignore_index)
+    closed_fraction.pack("rate", rate)
+    if not redraw and num_classes < 2:
+        raise ValueError(f"num_classes must be at least 2 with redraw=False, got {num_classes}")
+    generator = _generator(seed)
+    replace = torch.rand(given.shape, generator=generator) < rate
+    if redraw:
+        drawn = torch.randint(num_classes, given.shape, generator=generator)
+    else:
+        drawn = (given + torch.randint(1, num_classes, given.shape, generator=generator)) % num_classes
+    return _result(labels, torch.where(replace, drawn, given), ignore_index)
+
+
+def asymmetric(
+    labels: Tensor,
+    rate: float,
+    num_classes: int,
+    pairs: Mapping[int, int] | str,
+    *,
+    seed: Seed = 0,
+    ignore_index: int = -100,
+) -> NoisyLabels:
+    """Replaces labels by that of one similar class.
+
+    Args:
+        labels: class indices in ``[0, num_classes)``, integers of any shape and device.
+        rate: probability that a label of a class in ``pairs`` is replaced, 0 to 1. The share of wrong labels is smaller
+            where classes have no pair: half of it for CIFAR-10 and Fashion-MNIST.
+        num_classes: number of classes.
+        pairs: which class each class is mistaken for, or a name in :data:`PAIRS`.
+        seed: integer or CPU generator.
+        ignore_index: label of rows that stay as they are.
+
+    Raises:
+        TypeError: ``labels`` is no integer tensor, or ``rate`` no number.
+        ValueError: an argument is out of range, or the name is unknown.
+
+    Example:
+        >>> asymmetric(torch.tensor([9, 8]), 1.0, 10, "cifar10").labels  # truck -> car; ships stay ships
+        tensor([1, 8])
+
+    Source: 1609.03683; the pairs of Fashion-MNIST from 1805.07836.
+    """
+    return from_matrix(labels, pair_matrix(rate, num_classes, pairs), seed=seed, ignore_index=ignore_index)
+
+
+def from_matrix(labels: Tensor, matrix: Tensor, *, seed: Seed = 0, ignore_index: int = -100) -> NoisyLabels:
+    """Draws each label from the row of its class in a transition matrix.
+
+    Args:
+        labels: class indices in ``[0, C)``, integers of any shape and device.
+        matrix: ``(C, C)``, ``matrix[i, j]`` the probability that label j is given to a sample of class i; >= 0, rows
+            summing to 1.
+        seed: integer or CPU generator.
+        ignore_index: label of rows that stay as they are.
+
+    Raises:
+        TypeError: ``labels`` is no integer tensor.
+        ValueError: ``matrix`` is no transition matrix, or a label is out of range.
+
+    Example:
+        >>> swap = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+        >>> from_matrix(torch.tensor([0, 1, 1]), swap).labels
+        tensor([1, 0, 0])
+    """
+    transition = _check_matrix(matrix)
+    given = _check_labels(labels, len(transition), ignore_index)
+    generator = _generator(seed)
+    drawn = given.clone()
+    for cls, rows in _rows_of_classes(given, ignore_index):
+        new = torch.multinomial(transition[cls], len(rows), replacement=True, generator=generator)
+        drawn.view(-1)[rows] = new
+    return _result(labels, drawn, ignore_index)
+
+
+def instance_dependent(
+    inputs: Tensor,
+    labels: Tensor,
+    rate: float,
+    num_classes: int,
+    *,
+    std: float = 0.1,
+    seed: Seed = 0,
+    ignore_index: int = -100,
+) -> NoisyLabels:
+    """Noise that depends on what a sample looks like, so that similar samples get the same wrong label.
+
+    Each sample has its own rate q, normal around ``rate`` and truncated to [0, 1]. Class y has a random projection
+    :math:`W_y` (features x C, standard normal). A sample x of class y keeps its label with probability 1 - q and gets
+    label j != y with probability :math:`q\\,\\mathrm{softmax}_{j \\ne y}(x W_y)_j`.
+
+    Args:
+        inputs: ``(N, ...)``, floating point; flattened to features. As the authors, pass pixels in [0, 1] or
+            standardised ones: the larger the inputs, the surer is one wrong label for each sample.
+        labels: class indices ``(N,)`` in ``[0, num_classes)``.
+        rate: mean share of wrong labels, 0 to 1. Truncation moves it away from 0 and 1: ``rate=0`` with ``std=0.1``
+            makes 8 % wrong.
+        num_classes: number of classes C, at least 2.
+        std: spread of q, > 0.
+        seed: integer or CPU generator.
+        ignore_index: label of rows that stay as they are.
+
+    Raises:
+        TypeError: ``labels`` is no integer tensor, ``inputs`` not floating point.
+        ValueError: an argument is out of range.
+
+    Source: Xia et al. 2020 (2006.07836), algorithm 2. Deviation: the projections of one class at a time are in memory,
+    so that many classes fit.
+    """
+    given = _check_labels(labels, num_classes, ignore_index)
+    closed_fraction.pack("rate", rate)
+    positive.pack("std", std)
+    if num_classes < 2:
+        raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+    if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+        raise TypeError(
+            f"inputs must be a floating point tensor, got {getattr(inputs, 'dtype', type(inputs).__name__)}"
+        )
+    if given.dim() != 1 or len(inputs) != len(given):
+        raise ValueError(
+            f"labels must have shape (N,) and inputs (N, ...), got {tuple(given.shape)} and {tuple(inputs.shape)}"
+        )
+    if not inputs.isfinite().all():
+        raise ValueError("inputs must be finite")
+    generator = _generator(seed)
+    rates = _truncated_normal(rate, std, len(given), generator)
+    flips = torch.rand(len(given), generator=generator, dtype=torch.float64) < rates
+    features = inputs.detach().flatten(1)
+    drawn = given.clone()
+    projections = torch.empty(features.shape[1], num_classes)
+    for cls, rows in _rows_of_classes(given, ignore_index):
+        torch.randn(projections.shape, generator=generator, out=projections)
+        rows = rows[flips[rows]]  # given that the label changes, q no longer matters
+        scores = features[rows.to(features.device)].cpu().float() @ projections
+        scores[:, cls] = -torch.inf
+        if len(rows):
+            drawn[rows] = torch.multinomial(scores.softmax(1), 1, generator=generator).squeeze(1)
+    return _result(labels, drawn, ignore_index)
+
+
+def symmetric_matrix(rate: float, num_classes: int, redraw: bool = True) -> Tensor:
+    """The transition matrix of :func:`symmetric`: float64 ``(C, C)``, as :func:`from_matrix` takes it.
+
+    Example:
+        >>> symmetric_matrix(0.4, 2)
+        tensor([[0.8000, 0.2000],
+                [0.2000, 0.8000]], dtype=torch.float64)
+    """
+    closed_fraction.pack("rate", rate)
+    _check_num_classes(num_classes, 1 if redraw else 2)
+    others = num_classes if redraw else num_classes - 1
+    matrix = torch.full((num_classes, num_classes), rate / others, dtype=torch.float64)
+    matrix.fill_diagonal_(1.0 - rate + (rate / num_classes if redraw else 0.0))
+    return matrix
+
+
+def pair_matrix(rate: float, num_classes: int, pairs: Mapping[int, int] | str) -> Tensor:
+    """The transition matrix of :func:`asymmetric`: float64 ``(C, C)``, as :func:`from_matrix` takes it.
+
+    Example:
+        >>> pair_matrix(0.4, 2, {0: 1})
+        tensor([[0.6000, 0.4000],
+                [0.0000, 1.0000]], dtype=torch.float64)
+    """
+    closed_fraction.pack("rate", rate)
+    _check_num_classes(num_classes)
+    if isinstance(pairs, str):
+        if pairs not in PAIRS:
+            raise ValueError(f"pairs must be a mapping or one of {', '.join(PAIRS)}, got {pairs!r}")
+        pairs = PAIRS[pairs]
+    matrix = torch.eye(num_classes, dtype=torch.float64)
+    for source, to in pairs.items():
+        if not (0 <= source < num_classes and 0 <= to < num_classes and source != to):
+            raise ValueError(f"pairs must lead from a class in [0, {num_classes}) to another, got {source}: {to}")
+        matrix[source, source], matrix[source, to] = 1.0 - rate, rate
+    return matrix
+
+
+def estimate_transition(probabilities: Tensor, quantile: float | None = None) -> Tensor:
+    """Estimates the transition matrix from the predictions of a network trained on noisy labels.
+
+    An anchor point of class i is a sample that belongs to it for certain; what the network predicts for it is then the
+    distribution of the noisy labels of class i. The sample with the highest predicted probability of i is taken for
+    one.
+
+    Args:
+        probabilities: predicted ``(N, C)``, rows summing to 1, of a network trained on the noisy labels with a proper
+            loss such as cross entropy, for as long as it has not learned them by heart: on a validation set, or early.
+        quantile: the anchor of a class is the sample at this quantile of its predicted probability, 0 to 1; 1 is the
+            highest, where one odd sample decides. None: .97, the authors', or the median of a class that has its equal
+            share of the rows, ``1 - .5 / C``, whichever is higher.
+
+    Returns:
+        ``(C, C)``, ``[i, j]`` the probability of label j for a sample of class i, rows summing to 1; float64 on the
+        device of ``probabilities``. What correction losses take as their transition matrix.
+
+    Raises:
+        TypeError: ``probabilities`` is not floating point.
+        ValueError: a row is no distribution, or an argument is out of range.
+
+    Example:
+        >>> estimate_transition(torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5]]), quantile=1.0)
+        tensor([[0.9000, 0.1000],
+                [0.2000, 0.8000]], dtype=torch.float64)
+
+    Source: 1609.03683, Eq. 12 and 13.
+    """
+    if not isinstance(probabilities, Tensor) or not probabilities.is_floating_point():
+        got = getattr(probabilities, "dtype", type(probabilities).__name__)
+        raise TypeError(f"probabilities must be a floating point tensor, got {got}")
+    if probabilities.dim() != 2 or 0 in probabilities.shape:
+        raise ValueError(f"probabilities must have shape (N, C), got {tuple(probabilities.shape)}")
+    p = probabilities.detach().double()
+    # Half precision sums to 1 within C roundings of at most 2^-9 each, near enough to be rescaled.
+    if not ((p >= 0).all() and (p.sum(1) - 1).abs().max() <= 0.01):
+        raise ValueError("probabilities must be >= 0 with rows that sum to 1; pass logits.softmax(1)")
+    if quantile is None:
+        quantile = max(0.97, 1.0 - 0.5 / p.shape[1])
+    closed_fraction.pack("quantile", quantile)
+    anchors = p.kthvalue(1 + round(quantile * (len(p) - 1)), dim=0).indices
+    chosen = p[anchors]
+    return chosen / chosen.sum(1, keepdim=True)
+
+
+def _check_num_classes(num_classes: Any, fewest: int = 1) -> None:
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int):
+        raise TypeError(f"num_classes must be an integer, got {type(num_classes).__name__}")
+    if num_classes < fewest:
+        raise ValueError(f"num_classes must be at least {fewest}, got {num_classes}")
+
+
+def _check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    """The labels as a contiguous int64 tensor on the CPU."""
+    _check_num_classes(num_classes)
+    if (
+        not isinstance(labels, Tensor)
+        or labels.is_floating_point()
+        or labels.is_complex()
+        or labels.dtype == torch.bool
+    ):
+        raise TypeError(f"labels must be an integer tensor, got {getattr(labels, 'dtype', type(labels).__name__)}")
+    given = labels.detach().to("cpu", torch.int64).contiguous()
+    bad = (given != ignore_index) & ((given < 0) | (given >= num_classes))
+    if bad.any():
+        raise ValueError(f"labels must be in [0, {num_classes}) or {ignore_index}, got {int(given[bad][0])}")
+    return given
+
+
+def _check_matrix(matrix: Tensor) -> Tensor:
+    if not isinstance(matrix, Tensor) or matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix):
+        shape = tuple(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
+        raise ValueError(f"matrix must be a tensor of shape (C, C), got {shape}")
+    transition = matrix.detach().to("cpu", torch.float64)
+    sums = transition.sum(1)
+    # What float32 rows of 10,000 classes may be off by; NaN fails both tests.
+    wrong = ~((transition >= 0).all(1) & ((sums - 1).abs() <= 1e-4))
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"matrix must be >= 0 with rows that sum to 1, got a sum of {float(sums[row]):.6g} in row {row}"
+        )
+    return transition / sums[:, None]
+
+
+def _generator(seed: Seed) -> torch.Generator:
+    if isinstance(seed, torch.Generator):
+        if seed.device.type != "cpu":
+            raise ValueError(f"seed must be an integer or a generator on the CPU, got one on {seed.device}")
+        return seed
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer or a torch.Generator, got {type(seed).__name__}")
+    return torch.Generator().manual_seed(seed)
+
+
+def _rows_of_classes(labels: Tensor, ignore_index: int) -> list[tuple[int, Tensor]]:
+    """The classes that occur, ascending, each with the numbers of its rows (in the flattened labels)."""
+    flat = labels.view(-1)
+    order = flat.argsort(stable=True)
+    classes, counts = torch.unique_consecutive(flat[order], return_counts=True)
+    rows = torch.split(order, counts.tolist())
+    return [(cls, part) for cls, part in zip(classes.tolist(), rows, strict=True) if cls != ignore_index]
+
+
+def _truncated_normal(mean: float, std: float, count: int, generator: torch.Generator) -> Tensor:
+    """Normal numbers in [0, 1], by the inverse of their distribution function."""
+    low, high = (torch.special.ndtr(torch.tensor((x - mean) / std, dtype=torch.float64)) for x in (0.0, 1.0))
+    uniform = torch.rand(count, generator=generator, dtype=torch.float64)
+    normal: Tensor = torch.special.ndtri(low + (high - low) * uniform)
+    return (mean + std * normal).clamp(0.0, 1.0)
+
+
+def _result(labels: Tensor, drawn: Tensor, ignore_index: int) -> NoisyLabels:
+    moved = drawn.to(labels.device, labels.dtype)
+    noisy = torch.where(labels == ignore_index, labels, moved)
+    return NoisyLabels(noisy, noisy != labels)
