@@ -13,7 +13,8 @@ What matters first comes first; all stages by default:
     g  profiles of the three rows that miss their targets most
 
 State is kept in build/gpu, which git ignores. With ``--resume`` what has passed for the same sources is left out, and
-tests and measurements go on where they were cut off. ``--minutes`` ends everything by then. After every step --out
+tests and measurements go on where they were cut off. ``--minutes`` ends everything by then: where a command may take
+ten minutes, repeat ``benchmarks/gpu_check.sh --resume --minutes 9.5``. After every step --out
 ($OUT, else build/gpu/out) has results.json, report.md and logs.tar.gz. Of ``--wheels`` all files are installed beside
 the tree (peers, test tools); one of fused_losses saves the compilation. ``--dry-run`` prints stages, commands and time
 budgets, and needs no GPU. PYTHON chooses the interpreter; its torch must see the GPU.
@@ -33,12 +34,14 @@ import sys
 import tarfile
 import time
 import zipfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 STATE = ROOT / "build" / "gpu"
-LOGS, SITE, REPORT, RESULTS = STATE / "logs", STATE / "site", STATE / "report", STATE / "results.json"
+LOGS, SITE, REPORT = STATE / "logs", STATE / "site", STATE / "report"
+RESULTS, PASSED_TESTS = STATE / "results.json", STATE / "passed-tests.txt"
 STAGE_SECONDS = 540
 SPARE_SECONDS = 15  # what a step that ends by itself is told less than its limit
 LARGEST_LOG = 2 << 20
@@ -90,7 +93,7 @@ def stages(python: str, architecture: str, wheels: Path | None) -> list[Stage]:
     report = (python, "-m", "benchmarks.report", str(RESULTS), "--out", str(REPORT))
     smoke = (python, "benchmarks/gpu_smoke.py", "--minutes", "{minutes}")
     tests = ("-q", "-n", "8", "--dist", "loadgroup", "-p", "benchmarks.resume_tests", "-p", "no:cacheprovider")
-    goes_on = ("--passed-file", str(STATE / "passed-tests.txt"), "--stop-after-minutes", "{minutes}")
+    goes_on = ("--passed-file", str(PASSED_TESTS), "--stop-after-minutes", "{minutes}")
     chosen = ("-k", "cuda and not cpp", "tests/test_cuda.py", "tests")
     build = _build(python, architecture, wheels)
     return [
@@ -172,15 +175,17 @@ def digest() -> str:
 class Record:
     """What happened so far: build/gpu/state.json, and what goes out."""
 
-    def __init__(self, out: Path, resume: bool) -> None:
+    def __init__(self, out: Path, again: Collection[str] = ()) -> None:
+        """Of other sources, or of steps that are done ``again``, nothing is kept."""
         self.out, self.sources = out, digest()
-        self.steps: dict[str, dict[str, object]] = {}
         path = STATE / "state.json"
-        if resume and path.exists() and (found := json.loads(path.read_text())).get("sources") == self.sources:
-            self.steps = found["steps"]
-        else:
-            for old in (path, STATE / "passed-tests.txt", *([] if resume else [RESULTS])):
-                old.unlink(missing_ok=True)
+        found = json.loads(path.read_text()) if path.exists() else {}
+        same = found.get("sources") == self.sources
+        steps: dict[str, dict[str, object]] = found["steps"] if same else {}
+        self.steps = {name: about for name, about in steps.items() if name not in again}
+        for name, kept in (("main", RESULTS), ("tests", PASSED_TESTS)):
+            if not same or name in again:
+                kept.unlink(missing_ok=True)
         for folder in (LOGS, REPORT, out):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -324,7 +329,8 @@ def main() -> int:
     if options.dry_run:
         show(chosen)
         return 0
-    record = Record(options.out.resolve(), options.resume)
+    names = [step.name for stage in chosen for step in stage.steps]
+    record = Record(options.out.resolve(), again=() if options.resume else names)
     passed = check(chosen, record, options.resume, stop_at)
     print(record.table() + f"results in {record.out}")
     return 0 if passed else 1

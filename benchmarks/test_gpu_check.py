@@ -126,6 +126,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "LOGS": folder / "logs",
         "REPORT": folder / "report",
         "RESULTS": folder / "results.json",
+        "PASSED_TESTS": folder / "passed-tests.txt",
     }.items():
         monkeypatch.setattr(gpu_check, name, value)
     monkeypatch.setattr(gpu_check, "digest", lambda: "these sources")
@@ -145,7 +146,7 @@ def check(record: Record, *steps: Step, resume: bool = False, seconds: float = m
 
 
 def test_steps_are_told_apart_by_how_they_end(state: Path, tmp_path: Path) -> None:
-    record = Record(tmp_path / "out", resume=False)
+    record = Record(tmp_path / "out")
     steps = [
         step("good", "print('fine')"),
         step("bad", "raise SystemExit(3)"),
@@ -163,7 +164,7 @@ def test_steps_are_told_apart_by_how_they_end(state: Path, tmp_path: Path) -> No
 def test_three_files_come_out_after_every_step(state: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     code = f"from pathlib import Path; Path({str(state)!r}, 'results.json').write_text('rows'); print('said')"
-    check(Record(out, resume=False), step("one", code), step("two", "raise SystemExit(1)"))
+    check(Record(out), step("one", code), step("two", "raise SystemExit(1)"))
     assert sorted(path.name for path in out.iterdir()) == ["logs.tar.gz", "report.md", "results.json"]
     assert (out / "results.json").read_text() == "rows"
     assert (
@@ -186,18 +187,29 @@ def test_resume_leaves_out_what_passed_for_the_same_sources(
         step("again", f"open({str(runs)!r}, 'a').write('again '); raise SystemExit(1)"),
     ]
     for number, resume in enumerate((False, True, False)):
-        check(Record(tmp_path / f"out{number}", resume), *steps, resume=resume)
+        again = () if resume else ("once", "again")
+        check(Record(tmp_path / f"out{number}", again), *steps, resume=resume)
     assert runs.read_text() == "once again again once again "
     monkeypatch.setattr(gpu_check, "digest", lambda: "other sources")
-    check(Record(tmp_path / "out", True), steps[0], resume=True)
+    check(Record(tmp_path / "out"), steps[0], resume=True)
     assert runs.read_text().endswith("once again once ")
 
 
+def test_stages_in_commands_of_their_own_keep_each_others_results(state: Path, tmp_path: Path) -> None:
+    record = Record(tmp_path / "out")
+    check(record, step("main", f"open({str(gpu_check.RESULTS)!r}, 'w').write('rows')"))
+    check(Record(tmp_path / "out", again=["peers"]), step("peers", ""))
+    assert gpu_check.RESULTS.read_text() == "rows"
+    assert list(Record(tmp_path / "out").steps) == ["main", "peers"]
+    Record(tmp_path / "out", again=["main"])
+    assert not gpu_check.RESULTS.exists()
+
+
 def test_nothing_begins_without_time_or_without_what_is_essential(state: Path, tmp_path: Path) -> None:
-    record = Record(tmp_path / "out", resume=False)
+    record = Record(tmp_path / "out")
     assert not check(record, step("late", ""), seconds=5)
     assert statuses(record) == {"late": "FAILED: no time left"}
-    record = Record(tmp_path / "out", resume=False)
+    record = Record(tmp_path / "out")
     assert not check(record, step("build", "raise SystemExit(1)", essential=True), step("smoke", ""))
     assert list(statuses(record)) == ["build"]
 
