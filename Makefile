@@ -23,7 +23,7 @@ TORCH_DONE := $(VENV)/.done-$(subst /,_,$(subst =,-,$(TORCH)))
 BUILD_DONE := $(VENV)/.done-build
 DEV_DONE := $(VENV)/.done-dev
 
-.PHONY: build check test demo bench bench-compile lint format wheel clean distclean
+.PHONY: build check test demo bench bench-compile docs lint format wheel clean distclean
 
 build: $(BUILD_DONE)
 
@@ -72,6 +72,10 @@ $(DEV_DONE): $(TORCH_DONE) pyproject.toml
 	$(PIP) --no-build-isolation --editable '.[test,dev]'
 	@touch $(BUILD_DONE) $@
 
+# The documentation, with every warning an error, into site/. It imports the package for its signatures.
+docs: $(BUILD_DONE)
+	$(PY) -m mkdocs build --strict --quiet
+
 lint: $(DEV_DONE)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -87,7 +91,7 @@ wheel: $(DEV_DONE)
 	$(PY) -m build --no-isolation
 
 clean:
-	rm -rf build dist *.egg-info fused_losses/*.so
+	rm -rf build dist site *.egg-info fused_losses/*.so
 	rm -f $(BUILD_DONE) $(DEV_DONE)
 
 distclean: clean

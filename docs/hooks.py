@@ -1,0 +1,39 @@
+"""What mkdocs does beyond its own: measured results as pages, and Sphinx roles in docstrings."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import fused_losses.integrations.huggingface  # inspection finds what is imported
+import fused_losses.integrations.mmengine
+import fused_losses.integrations.timm  # noqa: F401
+import griffe
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+RESULTS = "benchmarks/results/cpu"
+_ROLE = re.compile(r":(?:class|data|func|meth|mod):`~?([^`]+)`")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds pictures and reports of the benchmarks, which live outside of docs/."""
+    root = Path(config.config_file_path).parent
+    for path in sorted((root / RESULTS).iterdir()):
+        if path.suffix in (".md", ".png"):
+            files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Their links are right in the repository; this makes them right in the site."""
+    return markdown.replace(f"](../{RESULTS}/", "](results/")
+
+
+class Roles(griffe.Extension):
+    """``:func:`name` `` in a docstring becomes code."""
+
+    def on_object(self, *, obj: griffe.Object, **_: object) -> None:
+        """Called for everything that was loaded."""
+        if obj.docstring:
+            obj.docstring.value = _ROLE.sub(r"`\1`", obj.docstring.value)

@@ -1,0 +1,106 @@
+"""README and docs/: every Python block runs, what they name exists, and the site builds without a warning."""
+
+from __future__ import annotations
+
+import importlib.util
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch._functorch.config
+
+import fused_losses as fl
+
+pytestmark = pytest.mark.any_cpu
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in [*PAGES, ROOT / "CONTRIBUTING.md"]}
+# The optional line above a block names a package, or something in this one, without which the block is left out.
+_BLOCK = re.compile(r"^(?:<!-- needs: (?P<needs>\S+) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
+
+
+def blocks(text: str, language: str) -> list[tuple[int, str | None, str]]:
+    """Line number, what it needs, and code of every block."""
+    found = [match for match in _BLOCK.finditer(text) if match["language"] == language]
+    return [(text.count("\n", 0, match.start("code")), match["needs"], match["code"]) for match in found]
+
+
+def is_there(name: str) -> bool:
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", [name for name, text in TEXTS.items() if blocks(text, "python")])
+def test_python_blocks_run(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {}
+    with torch.random.fork_rng(), torch._functorch.config.patch(enable_autograd_cache=True):
+        torch.manual_seed(0)
+        for line, needs, code in blocks(TEXTS[name], "python"):
+            if needs is None or is_there(needs):
+                exec(compile("\n" * line + code, name, "exec"), namespace)
+
+
+def test_blocks_are_found():
+    text = "a\n```python\nx = 1\n```\n<!-- needs: no.such -->\n```python\ny = 2\n```\n"
+    assert blocks(text, "python") == [(2, None, "x = 1\n"), (6, "no.such", "y = 2\n")]
+    assert not is_there("no.such") and not is_there("fused_losses.no_such") and is_there("fused_losses.reference")
+
+
+def test_commands_exist():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    commands = {(name, code) for name, text in TEXTS.items() for _, _, code in blocks(text, "")}
+    commands |= {(name, code) for name, text in TEXTS.items() for code in re.findall(r"`([^`\n]+)`", text)}
+    missing = []
+    for name, code in commands:
+        for kind, what in re.findall(r"\b(make|python -m|python) ([\w./-]+)", code):
+            there = {
+                "make": lambda what=what: what in targets,
+                "python -m": lambda what=what: importlib.util.find_spec(what) is not None,
+                "python": lambda what=what: what == "-m" or (ROOT / what).is_file(),
+            }[kind]
+            if not there():
+                missing.append((name, f"{kind} {what}"))
+    assert missing == []
+
+
+def test_files_named_exist():
+    folders = "benchmarks|csrc|docs|examples|fused_losses|tests"
+    named = {
+        (name, path)
+        for name, text in TEXTS.items()
+        for path in re.findall(rf"`((?:{folders})/[\w./]+)`", text) + re.findall(r"\]\(((?:docs|benchmarks)/[^)#]+)", text)
+    }
+    assert [(name, path) for name, path in sorted(named) if not (ROOT / path).exists()] == []
+
+
+def test_every_loss_is_listed():
+    modules = [entry.module.__name__ for entry in fl.LOSSES.values()]
+    for page in ("docs/losses.md", "docs/api/modules.md"):
+        assert [module for module in modules if not re.search(rf"\b{module}\b", TEXTS[page])] == []
+
+
+def test_readme_is_read_in_two_minutes():
+    assert len(TEXTS["README.md"].splitlines()) <= 130
+
+
+@pytest.mark.slow
+def test_site_builds_without_warnings(tmp_path):
+    for package in ("mkdocs", "mkdocstrings", "griffe"):
+        pytest.importorskip(package)
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    reference = (tmp_path / "api/losses/index.html").read_text()
+    for entry in fl.LOSSES.values():
+        assert f'id="fused_losses.functional.{entry.function.__name__}"' in reference
+    modules = (tmp_path / "api/modules/index.html").read_text()
+    for entry in fl.LOSSES.values():
+        assert f'id="fused_losses.{entry.module.__name__}"' in modules
