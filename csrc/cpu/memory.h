@@ -260,8 +260,8 @@ FL_HD void for_runs(std::int64_t n, std::int64_t run, Body body) {
 }
 constexpr std::int64_t kVectorsPerRun = 256;
 
-// The same with kAhead accumulators, so that successive vectors do not wait for each other: body(i, count, k), where
-// integral_constant k in [0, kAhead) says which of them this vector goes to.
+// Calls body(i, count, k) for the vectors of n numbers, as for_vectors does. Vector after vector goes to accumulator
+// k = 0, 1, ..., kAhead - 1 (an integral_constant) and round again, so that an addition need not wait for the last one.
 template <class A, int kAhead, class Body>
 FL_HD void for_vectors_ahead(std::int64_t n, Body body) {
     constexpr int size = Vec<A>::size;

@@ -21,11 +21,12 @@ void with_stored(const RowProblem& p, Body body) {
     }
 }
 
-// A tile of rows, a block of it at a time, in parts whose classes are added up each on its own. In lanes a part is a
-// vector of rows; the tile's logits, later its gradient, are in scratch as [classes][vector of rows]. Else a part is a
-// row, read and written where the caller has it if possible, else in scratch too. Numbers per row are vectors either
-// way: one for each group of rows, which is a part in lanes and the whole block else. Lanes work on some groups at a
-// time, so that what follows a sum over the few classes of one need not be waited for.
+// A tile of rows, worked on a block at a time. A block consists of parts; each part has its own sums over classes.
+// - lanes: a part is a vector of rows. Its logits, later its gradient, are in scratch as [classes][vector of rows].
+// - otherwise: a part is one row, in the caller's memory if it can be read and written there, else in scratch.
+// Numbers per row (maximum, state, sums) are vectors over the rows of a group: with lanes a group is a part, otherwise
+// the whole block. With lanes a block has several groups: with few classes the arithmetic that follows a sum takes
+// longer than the sum, and while one group waits for it, the next one goes on.
 template <class A, bool lanes>
 class PassRows {
 public:

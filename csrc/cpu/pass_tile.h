@@ -103,8 +103,9 @@ private:
         return std::bit_cast<State>(numbers);
     }
 
-    // What a pass adds up in one part. By value, and with sums of its own, is what the loop works with: no number that
-    // is kept there can change it, so it stays in registers and what depends on it alone is computed once.
+    // What a pass adds up in one part. The state is taken by value and the sums are local variables. The compiler then
+    // knows that writing to the room for kept numbers changes neither: they stay in registers, and what depends on the
+    // state alone is computed once, before the loop.
     template <bool last, bool keeps>
     AllSums sum_classes(int pass, int part, const State state, const RowInputs<V>& row) {
         constexpr int used = last ? Loss::num_sums : Loss::num_early_sums;

@@ -93,9 +93,10 @@ private:
         return math::select(V::iota() == offset, V(rows.target_logit[i]), z);
     }
 
-    // Whether no class but the target is told apart, so that they may be taken as pairs (cpu/memory.h). Then there is
-    // no copy of the logits, and the exponentials are in the order of pairs, the target's without its bias. The sum is
-    // set right afterwards; from a negative bias it could not be, where the target's exponential is most of it.
+    // Whether the classes may be taken in the order of pairs (cpu/memory.h): if all but the target are treated alike.
+    // Then there is no copy of the logits, and the target's exponential is summed without its bias. Afterwards
+    // exp(target + bias) - exp(target) is added. With a negative bias that is a subtraction, and where the target's
+    // exponential is most of the sum, it would cancel.
     bool unordered(int i) const {
         const bool contiguous = p.logits_class_stride == 1 && p.grad_class_stride == 1;
         return sizeof(Stored) == 2 && contiguous && rows.bias >= A(0) && !spread_of(i);
