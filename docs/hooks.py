@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import fused_losses.integrations.huggingface  # inspection finds what is imported
-import fused_losses.integrations.mmengine
-import fused_losses.integrations.timm  # noqa: F401
 import griffe
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+
+import fused_losses.integrations.huggingface  # inspection finds what is imported
+import fused_losses.integrations.mmengine
+import fused_losses.integrations.timm  # noqa: F401
 
 RESULTS = "benchmarks/results/cpu"
 _ROLE = re.compile(r":(?:class|data|func|meth|mod):`~?([^`]+)`")
