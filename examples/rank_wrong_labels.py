@@ -46,7 +46,7 @@ def make_loss(name: str) -> nn.Module:
 def train(
     loss_name: str, inputs: Tensor, target: Tensor, epochs: int, seed: int
 ) -> tuple[nn.Module, fl.OutlierTracker]:
-    """Train with a tracker that sees probabilities in the first third of the epochs, and masks and scores afterwards."""
+    """Train with a tracker that sees probabilities in the first third of the epochs, then masks and scores."""
     generator = torch.Generator().manual_seed(seed)
     model, loss = make_model(seed), make_loss(loss_name)
     early = max(1, epochs // 3)
@@ -137,7 +137,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     noises, seeds, epochs = ((0.2,), range(1), 9) if options.quick else (NOISE, range(3), 30)
     console = Console(highlight=False)
     table = Table(box=box.SIMPLE, pad_edge=False, title="Rows named against the planted wrong labels")
-    for heading, side in (("noise", "right"), ("method", "left"), *((h, "right") for h in ("precision", "recall", "F1"))):
+    for heading, side in (
+        ("noise", "right"),
+        ("method", "left"),
+        *((h, "right") for h in ("precision", "recall", "F1")),
+    ):
         table.add_column(heading, justify=side, no_wrap=True)  # type: ignore[arg-type]
     for noise in track(noises, "training", console=console, transient=True):
         runs = [find(noise, epochs, seed) for seed in seeds]

@@ -12,8 +12,8 @@ The value is ``start + (end - start) * f``, where ``f`` grows from 0 to 1 with t
 The constructor writes ``start`` into the loss Module. A float attribute becomes, once, a 0-dim float64 buffer on the
 device of the Module's other tensors: from then on it is part of ``module.state_dict()`` and moves with
 ``module.to(device)``. Writing it neither recompiles nor synchronises, and a captured CUDA graph sees the new value.
-Build the schedule before capturing a graph and before loading a ``state_dict``; also before the first call of a compiled
-Module, which compiles again if its float becomes a buffer. The schedule of a Module that is wrapped (by
+Build the schedule before capturing a graph and before loading a ``state_dict``; also before the first call of a
+compiled Module, which compiles again if its float becomes a buffer. The schedule of a Module that is wrapped (by
 ``torch.compile``, ``DataParallel``, ``DistributedDataParallel`` or ``FullyShardedDataParallel``) is that of the Module
 inside.
 
@@ -237,7 +237,7 @@ class _Schedule:
             )
         if not (result.isfinite() & self._holds(result)).all():
             hint = f"; module.{self.name} is no number" if result.isnan().any() else ""
-            raise ValueError(f"{argument} must {self.rule}, got {value}{hint}")
+            raise ValueError(f"{argument} must {self.rule}, got {result.tolist()}{hint}")
         return result.expand(shape).clone()
 
     def _holds(self, value: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
-"""The losses inside other libraries: what they compute there, and short real trainings. Skipped where they are missing."""
+"""The losses inside other libraries: what they compute there, and short trainings; skipped where one is missing."""
 
 from __future__ import annotations
 
 import importlib
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -231,7 +232,7 @@ def test_mixup_refuses_what_it_cannot_give() -> None:
     torch.testing.assert_close(
         MixupLoss(fl.CrossEntropyLoss())(logits, smooth), F.cross_entropy(logits, smooth), msg="probabilities: any"
     )
-    with pytest.raises(ValueError, match="target must have two labels in a row .* got a row with 0.0"):
+    with pytest.raises(ValueError, match=r"target must have two labels in a row .* got a row with 0.0"):
         MixupLoss(fl.HEMLoss())(logits, smooth)
     with pytest.raises(TypeError, match="loss must be the Module of a row loss, got ZErrorCrossEntropyLoss"):
         MixupLoss(fl.ZErrorCrossEntropyLoss())  # type: ignore[arg-type]
@@ -322,7 +323,7 @@ def test_mmengine_reductions_names_and_parameters() -> None:
     assert loss(logits, ignored) == loss(logits, ignored, avg_factor=0) == loss(logits, ignored, torch.rand(12)) == 0.0
     with pytest.raises(ValueError, match='avg_factor must be None with reduction="sum", got 3'):
         loss(logits, label, avg_factor=3, reduction_override="sum")
-    with pytest.raises(ValueError, match="loss must be one of cross_entropy, mae, .* got 'dice'"):
+    with pytest.raises(ValueError, match=r"loss must be one of cross_entropy, mae, .* got 'dice'"):
         FusedLoss("dice")
 
 
@@ -405,3 +406,19 @@ def test_segmentation_models_pytorch_trains() -> None:
         optimizer.step()
         values.append(value.item())
     assert values[-1] < 0.8 * values[0]
+
+
+# docs/integrations.md
+
+PAGE = Path(__file__).parent.parent / "docs" / "integrations.md"
+RECIPES = re.findall(r"<!-- needs: ([\w, ]+) -->\n```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize(("needed", "code"), RECIPES, ids=[needed for needed, _ in RECIPES])
+@pytest.mark.filterwarnings("ignore")
+def test_recipes_run(needed: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(RECIPES) == PAGE.read_text(encoding="utf-8").count("```python") == 6
+    for name in needed.split(", "):
+        pytest.importorskip(name)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, str(PAGE), "exec"), {"__name__": "recipe"})

@@ -148,7 +148,9 @@ def test_instances_can_be_copied(name: str) -> None:
         assert str(state(copied)) == before == str(state(thing)), how
 
 
-@pytest.mark.parametrize("name", [n for n in INSTANCES if n in fl.LOSSES or n.startswith(("z_ce", "weighted", "margins"))])
+@pytest.mark.parametrize(
+    "name", [n for n in INSTANCES if n in fl.LOSSES or n.startswith(("z_ce", "weighted", "margins"))]
+)
 def test_copies_compute_the_same(name: str) -> None:
     module = INSTANCES[name]()
     logits, target = torch.randn(8, 3, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
