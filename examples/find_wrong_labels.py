@@ -28,9 +28,17 @@ from rich.table import Table
 from torch import Tensor
 
 import fused_losses as fl
-from fused_losses.demo import compare_flags, corrupt_labels, evaluate, load_data, make_model, mean_and_std, one_thread
-from fused_losses.diagnostics import OutlierTracker
-from fused_losses.schedules import ThresholdSchedule
+from fused_losses import OutlierTracker, ThresholdSchedule
+from fused_losses.demo import (
+    check_writable,
+    compare_flags,
+    corrupt_labels,
+    evaluate,
+    load_data,
+    make_model,
+    mean_and_std,
+    one_thread,
+)
 
 NOISE = (0.05, 0.1, 0.2, 0.4)
 THRESHOLDS = (1.0, 2.0)
@@ -161,10 +169,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
     noises, seeds, epochs = ((0.2,), range(1), 15) if options.quick else (NOISE, range(3), 30)
-    options.out.mkdir(parents=True, exist_ok=True)
+    settings = [(noise, threshold) for noise in noises for threshold in THRESHOLDS]
+    files = {setting: options.out / "noise_{:g}_threshold_{:g}.csv".format(*setting) for setting in settings}
+    check_writable("--out", *files.values())
     console = Console(highlight=False)
     flags, summary = tables()
-    settings = [(noise, threshold) for noise in noises for threshold in THRESHOLDS]
     for noise, threshold in track(settings, "training", console=console, transient=True):
         outcomes = [train(noise, threshold, epochs, seed) for seed in seeds]
         add_rows(flags, noise, threshold, outcomes)
@@ -174,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         summary.add_row(f"{noise:.0%}", f"{threshold:g}", share, *map(mean_and_std, [*rates, accuracy]))
         if threshold == THRESHOLDS[-1]:
             add_rival(flags, noise, epochs // 3, seeds)
-        outcomes[0].tracker.to_csv(options.out / f"noise_{noise:g}_threshold_{threshold:g}.csv")
+        outcomes[0].tracker.to_csv(files[noise, threshold])
     console.print(flags, summary)
     console.print(f"{len(outcomes)} seed(s), mean +- standard deviation; {epochs} epochs.")
     console.print(CONCLUSION)

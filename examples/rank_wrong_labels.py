@@ -46,7 +46,7 @@ def make_loss(name: str) -> nn.Module:
 def train(
     loss_name: str, inputs: Tensor, target: Tensor, epochs: int, seed: int
 ) -> tuple[nn.Module, fl.OutlierTracker]:
-    """Trains with a tracker that sees probabilities in the first third of the epochs, masks and scores afterwards."""
+    """Train with a tracker that sees probabilities in the first third of the epochs, then masks and scores."""
     generator = torch.Generator().manual_seed(seed)
     model, loss = make_model(seed), make_loss(loss_name)
     early = max(1, epochs // 3)

@@ -16,7 +16,7 @@ def as_tensor(name: str, values: Any) -> Tensor:
     """``values`` without its graph: a tensor as it is, anything else as a new tensor on the CPU.
 
     Raises:
-        TypeError: ``values``, called ``name``, holds other things than numbers or bools, or has rows of unequal length.
+        TypeError: ``values``, called ``name``, holds something else than numbers or bools, or rows of unequal length.
     """
     if isinstance(values, Tensor):
         return values.detach()

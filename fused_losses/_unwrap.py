@@ -29,5 +29,5 @@ def unwrap(module: Any) -> Any:
 
 
 def owns(module: nn.Module, name: str) -> bool:
-    """Whether ``name`` is an attribute, parameter or buffer of ``module`` itself, not of its class or what it wraps."""
+    """Whether ``module`` itself has the attribute, parameter or buffer, and not its class or a Module inside it."""
     return any(name in held for held in (vars(module), module._buffers, module._parameters))

@@ -213,7 +213,7 @@ def _parse_out(text: str) -> Path:
 
 
 def check_writable(option: str, *paths: Path) -> None:
-    """Ends the program with one line unless the files can be written; makes their folders, leaves them as they are."""
+    """Ends the program with one line unless the files can be written; makes their folders, leaves files alone."""
     for path in paths:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

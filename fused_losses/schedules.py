@@ -237,7 +237,7 @@ class _Schedule:
             )
         if not (result.isfinite() & self._holds(result)).all():
             hint = f"; module.{self.name} is no number" if result.isnan().any() else ""
-            raise ValueError(f"{argument} must {self.rule}, got {value!r}{hint}")
+            raise ValueError(f"{argument} must {self.rule}, got {result.tolist()}{hint}")
         return result.expand(shape).clone()
 
     def _holds(self, value: Tensor) -> Tensor:

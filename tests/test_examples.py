@@ -28,12 +28,13 @@ def load(name: str) -> ModuleType:
 
 
 find_wrong_labels = load("find_wrong_labels")
+rank_wrong_labels = load("rank_wrong_labels")
 unit_errors = load("unit_errors")
 
 
 def test_every_example_is_tested_and_helps(capsys: pytest.CaptureFixture[str]) -> None:
     modules = {path.stem: globals()[path.stem] for path in EXAMPLES.glob("*.py")}
-    assert len(modules) == 2
+    assert len(modules) == 3
     for name, module in modules.items():
         with pytest.raises(SystemExit) as caught:
             module.main(["--help"])
@@ -79,6 +80,28 @@ def test_the_rival_flags_as_many_rows_as_are_wrong() -> None:
     precision, recall, f1 = find_wrong_labels.rank_by_loss(0.2, epochs=5, seed=7)
     assert precision == recall == pytest.approx(f1)
     assert 0.8 < f1 <= 1.0
+
+
+def test_ranking_while_training_is_as_good_as_ranking_by_five_trainings_more(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    assert rank_wrong_labels.main(["--quick"]) == 0
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), state)
+    lines = [line.strip().rsplit(maxsplit=3) for line in capsys.readouterr().out.splitlines() if line.strip()]
+    f1 = {line[0].removeprefix("20%").strip(): float(line[3]) for line in lines if line[0].startswith("20%")}
+    assert {"cross_entropy: rank()", "gce: rank()", "Z-Error on cross_entropy: flagged(0.5)"} <= f1.keys()
+    assert f1["cross_entropy: rank()"] > 0.9
+    # The spread over seeds is 0.02.
+    assert f1["cross_entropy: rank()"] > f1["out-of-fold probability, 5 trainings"] - 0.04
+    assert f1['Z-Error on cross_entropy: rank(by="score")'] > 0.9
+
+
+def test_what_cannot_be_written_is_refused_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="cannot create the folder of --out"):
+        find_wrong_labels.main(["--quick", "--out", str(tmp_path / "file")])
 
 
 def mean_of(field: str, loss: str, error: str, share: float) -> float:

@@ -1,9 +1,10 @@
-"""The losses inside other libraries: what they compute there, and short real trainings. Skipped without them."""
+"""The losses inside other libraries: what they compute there, and short trainings; skipped where one is missing."""
 
 from __future__ import annotations
 
 import importlib
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -405,3 +406,19 @@ def test_segmentation_models_pytorch_trains() -> None:
         optimizer.step()
         values.append(value.item())
     assert values[-1] < 0.8 * values[0]
+
+
+# docs/integrations.md
+
+PAGE = Path(__file__).parent.parent / "docs" / "integrations.md"
+RECIPES = re.findall(r"<!-- needs: ([\w, ]+) -->\n```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize(("needed", "code"), RECIPES, ids=[needed for needed, _ in RECIPES])
+@pytest.mark.filterwarnings("ignore")
+def test_recipes_run(needed: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(RECIPES) == PAGE.read_text(encoding="utf-8").count("```python") == 6
+    for name in needed.split(", "):
+        pytest.importorskip(name)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, str(PAGE), "exec"), {"__name__": "recipe"})

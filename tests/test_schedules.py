@@ -269,7 +269,9 @@ def test_a_module_that_only_hands_the_attribute_through_is_refused_untouched() -
 
     inner = Thresholded()
     for module in (Wrapper(inner), OfClass()):
-        with pytest.raises(TypeError, match=f"must hold 'threshold' itself .*, {type(module).__name__} has"):
+        with pytest.raises(
+            TypeError, match=f"must hold 'threshold' itself to be scheduled, {type(module).__name__} has"
+        ):
             ThresholdSchedule(module, steps=3)
         assert module.threshold == 2.0 and not module.state_dict()
     with pytest.raises(TypeError, match="module must have an attribute 'threshold', function has none"):
@@ -290,8 +292,9 @@ def test_numbers_of_numpy() -> None:
     schedule = ThresholdSchedule(module, np.float32(4.0), np.array(2), np.int64(2), patience=np.int32(1))
     assert values(schedule, 2) == [4.0, 3.0, 2.0]
     assert ThresholdSchedule(Thresholded(np.float32(4.0)), None, 2.0, 2).value == 4.0
-    options = {"mode": "plateau", "patience": np.int64(0), "factor": np.float64(0)}
-    plateau = LogitBiasSchedule(fl.MAELoss(), np.float16(1.0), **options)
+    plateau = LogitBiasSchedule(
+        fl.MAELoss(), np.float16(1.0), mode="plateau", patience=np.int64(0), factor=np.float64(0)
+    )
     assert values(plateau, 2, [np.float32(1.0), torch.tensor(1.0)]) == [1.0, 1.0, 0.0]
     per_class = ThresholdSchedule(Thresholded(torch.ones(2)), [4.0, 8.0], np.array([2.0, 4.0]), 1)
     assert per_class.value.tolist() == [4.0, 8.0]
@@ -406,8 +409,16 @@ def test_a_captured_graph_sees_the_new_value() -> None:
             "factor must satisfy .*, got 1.0",
         ),
         (lambda: LogitBiasSchedule(fl.MAELoss(), 1.0, steps=3, patience=-1), ValueError, "patience must be .*, got -1"),
-        (lambda: LogitBiasSchedule(fl.MAELoss(), "1", steps=3), TypeError, "start must be a tensor, an array or"),
-        (lambda: ThresholdSchedule(Thresholded(), mode="peak", steps=0), ValueError, "steps must be an integer >= 1"),
+        (
+            lambda: LogitBiasSchedule(fl.MAELoss(), "1", steps=3),
+            TypeError,
+            "start must be a tensor, an array or a list",
+        ),
+        (
+            lambda: ThresholdSchedule(Thresholded(), mode="peak", steps=0),
+            ValueError,
+            "steps must be an integer >= 1 .* 0",
+        ),
         (lambda: ThresholdSchedule(Thresholded(), steps=2.5), ValueError, "steps must be an integer >= 1 .*, got 2.5"),
         (lambda: LogitBiasSchedule(fl.MAELoss(), 1.0, steps=3, min_delta=-1), ValueError, "min_delta must .*, got -1"),
     ],

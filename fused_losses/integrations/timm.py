@@ -41,15 +41,16 @@ class MixupLoss(torch.nn.Module):
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """The loss of ``logits`` ``(N, C)`` for probabilities ``(N, C)`` or class indices ``(N,)``."""
         if not target.is_floating_point() or self.loss.stem in SOFT_TARGETS:
-            return self.loss(logits, target)  # type: ignore[no-any-return]
+            whole: Tensor = self.loss(logits, target)
+            return whole
         shares, labels = _two_labels(target)
         # The second label of a row that was mixed with its like has share 0, and would be any class.
         labels = torch.where(shares > 0.0, labels, labels[:1])
-        losses = [self.loss(logits, label, share) for label, share in zip(labels, shares, strict=True)]
+        losses: list[Tensor] = [self.loss(logits, label, share) for label, share in zip(labels, shares, strict=True)]
         if self.loss.reduction in ("none", "sum"):
-            return losses[0] + losses[1]  # type: ignore[no-any-return]
+            return losses[0] + losses[1]
         sums = shares.sum(1) / shares.sum()
-        return losses[0] * sums[0] + losses[1] * sums[1]  # type: ignore[no-any-return]
+        return losses[0] * sums[0] + losses[1] * sums[1]
 
 
 def _two_labels(target: Tensor) -> tuple[Tensor, Tensor]:
