@@ -59,7 +59,7 @@ def test_planted_outliers_are_where_they_are_said_to_be() -> None:
         chosen = logits[(labels == label) & (wrong == flipped)]
         # five standard errors of a mean
         assert abs(float(chosen.mean()) - centre) < 5.0 / len(chosen) ** 0.5
-    targets, predictions, strange = z_detection.regression(20_000, seed=1)
+    predictions, targets, strange = z_detection.regression(20_000, seed=1)
     assert float(strange.float().mean()) == pytest.approx(0.1, abs=0.011) and not predictions.any()
     assert targets[strange].abs().min() > 2.0 and float(targets[strange].abs().mean()) == pytest.approx(6.0, abs=0.2)
     rare = z_detection.classification(20_000, seed=1, minority=0.01)[1]

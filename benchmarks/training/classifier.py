@@ -42,8 +42,7 @@ class Classifier(lightning.LightningModule):
         self.loss: nn.Module | None = None
         self.schedules: list[Schedule] = []
         self.history: list[dict[str, float]] = []
-        self.early = OutlierTracker(len(data.train))
-        self.dropped = OutlierTracker(len(data.train)) if options.z_threshold is not None else None
+        self.tracker = OutlierTracker(len(data.train))
         self._batches_done = 0  # before an interruption
         self._train_loss = torch.zeros(2, dtype=torch.float64)
         self._hits = torch.zeros(3, dtype=torch.float64)
@@ -151,7 +150,7 @@ class Classifier(lightning.LightningModule):
         if isinstance(self.loss, ZErrorCrossEntropyLoss):
             value, kept, _ = self.loss(logits, batch.target, return_mask=True)
         else:
-            value, kept = self.loss(logits, batch.target), torch.ones_like(batch.target, dtype=torch.bool)
+            value, kept = self.loss(logits, batch.target), None
         with torch.no_grad():
             if self._train_loss.device != value.device:
                 self._train_loss = self._train_loss.to(value.device)
@@ -159,14 +158,12 @@ class Classifier(lightning.LightningModule):
             self._observe(batch, logits, kept)
         return value  # type: ignore[no-any-return]
 
-    def _observe(self, batch: Batch, logits: Tensor, kept: Tensor) -> None:
-        if isinstance(self.data.train, SyntheticSamples):
+    def _observe(self, batch: Batch, logits: Tensor, kept: Tensor | None) -> None:
+        early = self.current_epoch < self.early_epochs
+        if isinstance(self.data.train, SyntheticSamples) or not (early or kept is not None):
             return
-        if self.current_epoch < self.early_epochs:
-            probability = logits.float().softmax(1).gather(1, batch.target[:, None]).squeeze(1)
-            self.early.update(batch.numbers, kept, probability)
-        if self.dropped is not None:
-            self.dropped.update(batch.numbers, kept)
+        prob = logits.float().softmax(1).gather(1, batch.target[:, None]).squeeze(1) if early else None
+        self.tracker.update(batch.numbers, kept, prob=prob)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """A step, then those of the schedules: before a checkpoint could be saved."""
@@ -232,14 +229,14 @@ class Classifier(lightning.LightningModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what Lightning does not know of. Trackers are those of all processes: a collective call."""
+        """Adds what Lightning does not know of. The tracker is that of all processes: a collective call."""
         checkpoint["training"] = {
             "settings": self.options.settings(),
             "world_size": self.trainer.world_size,
             "history": self.history,
             "train_loss": self._train_loss.cpu(),
             "schedules": [schedule.state_dict() for schedule in self.schedules],
-            "trackers": [tracker.state_dict() for tracker in self._trackers()],
+            "tracker": self._whole_tracker().state_dict(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -249,20 +246,13 @@ class Classifier(lightning.LightningModule):
         for schedule, saved in zip(self.schedules, state["schedules"], strict=True):
             schedule.load_state_dict(saved)
         if self.trainer.is_global_zero:  # the sum over processes; the others go on from nothing
-            for tracker, saved in zip(self._own_trackers(), state["trackers"], strict=True):
-                tracker.load_state_dict(saved)
+            self.tracker.load_state_dict(state["tracker"])
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         self._batches_done = progress["total"]["processed"]
 
-    def _own_trackers(self) -> list[OutlierTracker]:
-        return [self.early] if self.dropped is None else [self.early, self.dropped]
-
-    def _trackers(self) -> list[OutlierTracker]:
-        own = self._own_trackers()
-        return [tracker.all_reduce() for tracker in own] if self.trainer.world_size > 1 else own
+    def _whole_tracker(self) -> OutlierTracker:
+        return self.tracker.all_reduce() if self.trainer.world_size > 1 else self.tracker
 
     def report(self) -> SampleReport:
         """What is known of the training samples; a collective call."""
-        early, *dropped = self._trackers()
-        target = self.data.train.target
-        return SampleReport(early, dropped[0] if dropped else None, target, self.true, self.data.names)
+        return SampleReport(self._whole_tracker(), self.data.train.target, self.true, self.data.names)

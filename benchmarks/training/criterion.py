@@ -28,11 +28,8 @@ class PlainLoss(nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """The loss of ``logits`` for ``target``."""
-        names = ("weight", "ignore_index", "reduction", "logit_bias", *self.loss.parameter_names)
-        options = {name: getattr(self.loss, name) for name in names}
-        if not self.training:
-            options["logit_bias"] = 0.0
-        return fl.LOSSES[self.loss.stem].reference(logits, target, **options)
+        options = self.loss.call_options()
+        return fl.LOSSES[self.loss.stem].reference(logits, target, reduction=self.loss.reduction, **options)
 
 
 def make_loss(options: Options, target: Tensor, num_classes: int, steps: int) -> tuple[nn.Module, list[Schedule]]:
@@ -53,6 +50,7 @@ def make_loss(options: Options, target: Tensor, num_classes: int, steps: int) ->
             sided=options.z_sided,
             running=options.z_running,
             base=loss,
+            num_classes=num_classes,
             process_group=dist.group.WORLD if world_size() > 1 else None,
         )
         if options.z_anneal > 0.0:

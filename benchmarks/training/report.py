@@ -18,19 +18,14 @@ from fused_losses.diagnostics import OutlierTracker
 class SampleReport:
     """What a run learned about its training samples.
 
-    ``early`` has the mean probability of each sample's label over the first third of the epochs: low for wrong labels,
-    before they are learned by heart. ``dropped``, of Z-Error losses, how often each was dropped, over all epochs.
+    ``tracker`` has the mean probability of each sample's label over the first third of the epochs, low for wrong labels
+    before they are learned by heart, and, of Z-Error losses, how often each was dropped, over all epochs.
     """
 
-    early: OutlierTracker
-    dropped: OutlierTracker | None
+    tracker: OutlierTracker
     target: Tensor
     true: Tensor | None
     names: Callable[[int], str]
-
-    def suspicion(self) -> Tensor:
-        """Sample numbers, the most suspicious label first; samples never seen last."""
-        return self.early.mean_score().nan_to_num(math.inf).argsort(stable=True)
 
     def summary(self) -> dict[str, Any]:
         """Precision, recall and F1 where the true labels are known."""
@@ -38,23 +33,22 @@ class SampleReport:
             return {}
         wrong = self.target != self.true
         count = int(wrong.sum())
-        found = {"wrong": count, "by_probability": compare(self.suspicion()[:count], wrong)}
-        if self.dropped is not None:
-            found["by_drops"] = compare(self.dropped.flagged(0.5), wrong)
+        found = {"wrong": count, "by_probability": compare(self.tracker.rank()[:count], wrong)}
+        if self.tracker.times_judged.any():
+            found["by_drops"] = compare(self.tracker.flagged(0.5), wrong)
         return found
 
     def save(self, path: Path) -> None:
-        """A table with a line for each sample, the most suspicious first."""
-        score = self.early.mean_score().tolist()
-        rate = self.dropped.flag_rate().tolist() if self.dropped is not None else None
+        """A table with a line for each sample, the most suspicious first, those never trained on last."""
+        probability, rate = self.tracker.mean_probability(), self.tracker.flag_rate()
+        order = probability.nan_to_num(math.inf).argsort(stable=True)
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(["index", "source", "label", "mean_probability", "true_label", "drop_rate"])
-            for i in self.suspicion().tolist():
+            writer.writerow(["index", "source", "label", "true_label", "mean_probability", "drop_rate"])
+            for i in order.tolist():
                 true = "" if self.true is None else int(self.true[i])
-                drops = "" if rate is None or math.isnan(rate[i]) else f"{rate[i]:.4g}"
-                probability = "" if math.isnan(score[i]) else f"{score[i]:.4g}"
-                writer.writerow([i, self.names(i), int(self.target[i]), probability, true, drops])
+                numbers = ("" if math.isnan(value[i]) else f"{float(value[i]):.4g}" for value in (probability, rate))
+                writer.writerow([i, self.names(i), int(self.target[i]), true, *numbers])
 
 
 def compare(flagged: Tensor, wrong: Tensor) -> dict[str, float]:

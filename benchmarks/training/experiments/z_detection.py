@@ -22,7 +22,7 @@ from benchmarks.training.report import compare
 NAME = "z_detection"
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 THRESHOLDS = (1.5, 2.0)
-ROWS = 32_768  # judged for each point, in batches of each size
+ROWS = 8_192  # judged for each point and seed, in batches of each size; four times as many for the rare class
 SHIFT = 6.0
 CUTOFF_REPEATS = 20
 
@@ -39,12 +39,12 @@ def classification(rows: int, seed: int, planted: float = 0.1, minority: float =
 
 
 def regression(rows: int, seed: int, planted: float = 0.1) -> Rows:
-    """Targets, predictions (0, as before training), planted."""
+    """Predictions (0, as before training), targets, planted."""
     generator = torch.Generator().manual_seed(seed)
     wrong = torch.rand(rows, generator=generator) < planted
     side = torch.where(torch.rand(rows, generator=generator) < 0.5, -SHIFT, SHIFT)
     targets = torch.randn(rows, generator=generator) + torch.where(wrong, side, torch.zeros(()))
-    return targets, torch.zeros(rows), wrong
+    return torch.zeros(rows), targets, wrong
 
 
 def dropped(loss: Any, first: Tensor, second: Tensor, size: int) -> Tensor:
@@ -53,41 +53,25 @@ def dropped(loss: Any, first: Tensor, second: Tensor, size: int) -> Tensor:
     return ~torch.cat(masks)
 
 
-def points(seeds: int) -> list[dict[str, Any]]:
-    """Detection of every task, statistic, threshold, batch size and seed."""
-    found = []
-
-    def add(task: str, statistic: str, threshold: float, size: int, seed: int, flags: Tensor, wrong: Tensor) -> None:
-        scores = compare(flags.nonzero().flatten(), wrong)
-        found.append(
-            {"task": task, "statistics": statistic, "threshold": threshold, "size": size, "seed": seed, **scores}
-        )
-
-    for seed in range(seeds):
-        for threshold in THRESHOLDS:
-            logits, labels, wrong = classification(ROWS, seed)
-            targets, predictions, strange = regression(ROWS, seed)
-            for size in SIZES:
-                bce = fl.ZErrorBCEWithLogitsLoss(threshold)
-                add("classification", "batch", threshold, size, seed, dropped(bce, logits, labels, size), wrong)
-                running = fl.ZErrorBCEWithLogitsLoss(threshold, running=True)
-                add("classification", "running", threshold, size, seed, dropped(running, logits, labels, size), wrong)
-                mse = fl.ZMSELoss(threshold)
-                add("regression", "batch", threshold, size, seed, dropped(mse, predictions, targets, size), strange)
-                running_mse = fl.ZMSELoss(threshold, running=True)
-                flags = dropped(running_mse, predictions, targets, size)
-                add("regression", "running", threshold, size, seed, flags, strange)
-            whole = dropped(fl.ZErrorBCEWithLogitsLoss(threshold), logits, labels, ROWS)
-            add("classification", "data set", threshold, ROWS, seed, whole, wrong)
-            whole = dropped(fl.ZMSELoss(threshold), predictions, targets, ROWS)
-            add("regression", "data set", threshold, ROWS, seed, whole, strange)
-            found += _imbalanced(threshold, seed)
+def points(seed: int, threshold: float) -> list[dict[str, Any]]:
+    """Detection for every task, kind of statistics and batch size."""
+    found = _imbalanced(threshold, seed)
+    tasks: dict[str, tuple[Callable[..., Any], Rows]] = {
+        "classification": (fl.ZErrorBCEWithLogitsLoss, classification(ROWS, seed)),
+        "regression": (fl.ZMSELoss, regression(ROWS, seed)),
+    }
+    for task, (loss, (first, second, wrong)) in tasks.items():
+        for name in ("batch", "running", "data set"):
+            for size in (ROWS,) if name == "data set" else SIZES:
+                flags = dropped(loss(threshold, running=name == "running"), first, second, size)
+                row = {"task": task, "statistics": name, "threshold": threshold, "size": size, "seed": seed}
+                found.append({**row, **compare(flags.nonzero().flatten(), wrong)})
     return found
 
 
 def _imbalanced(threshold: float, seed: int) -> list[dict[str, Any]]:
     """1:100: how the planted rows of the rare class are found."""
-    logits, labels, wrong = classification(8 * ROWS, seed, minority=0.01)
+    logits, labels, wrong = classification(4 * ROWS, seed, minority=0.01)
     rare = labels == 1.0
     found = []
     for size in (*SIZES, len(logits)):
@@ -100,35 +84,35 @@ def _imbalanced(threshold: float, seed: int) -> list[dict[str, Any]]:
     return found
 
 
-def cutoffs() -> list[dict[str, Any]]:
-    """Gaussian and skew-normal cut-offs of many validation sets of each size (Figure 3)."""
+def cutoffs(size: int) -> list[dict[str, Any]]:
+    """Gaussian and skew-normal cut-offs of many validation sets of ``size`` rows (Figure 3)."""
     found = []
-    for size in SIZES:
-        for repeat in range(CUTOFF_REPEATS):
-            logits, labels, _ = classification(size, 1000 * size + repeat)
-            row: dict[str, Any] = {"size": size, "repeat": repeat}
-            fits: dict[str, Callable[[], float]] = {
-                "gaussian": lambda logits=logits, labels=labels: fl.optimal_logit_cutoff_from_gaussians(logits, labels)[
-                    1
-                ],
-                "skewnorm": lambda logits=logits, labels=labels: fl.optimal_prob_cutoff_from_skewnorm(logits, labels),
-            }
-            for name, fit in fits.items():
-                try:
-                    row[name] = fit()
-                except ValueError:  # too few inliers, or densities that do not cross
-                    row[name] = None
-            found.append(row)
+    for repeat in range(CUTOFF_REPEATS):
+        logits, labels, _ = classification(size, 1000 * size + repeat)
+        row: dict[str, Any] = {"size": size, "repeat": repeat}
+        for name, fit in (("gaussian", _gaussian), ("skewnorm", fl.optimal_prob_cutoff_from_skewnorm)):
+            try:
+                row[name] = fit(logits, labels)
+            except ValueError:  # too few inliers, or densities that do not cross
+                row[name] = None
+        found.append(row)
     return found
+
+
+def _gaussian(logits: Tensor, labels: Tensor) -> float:
+    return fl.optimal_logit_cutoff_from_gaussians(logits, labels)[1]
 
 
 def measure(runs: Runs, seeds: int, full: bool) -> None:
     """Measures what is missing; the size is the same with ``full``."""
-    if not any(row["kind"] == "detection" for row in runs.rows):
-        for row in points(seeds):
-            runs.add({"kind": "detection", **row})
-    if not any(row["kind"] == "cutoff" for row in runs.rows):
-        for row in cutoffs():
+    for seed in range(seeds):
+        for threshold in THRESHOLDS:
+            done = [row for row in runs.rows if row.get("seed") == seed and row.get("threshold") == threshold]
+            for row in points(seed, threshold) if not done else ():
+                runs.add({"kind": "detection", **row})
+    for size in SIZES:
+        done = [row for row in runs.rows if row["kind"] == "cutoff" and row["size"] == size]
+        for row in cutoffs(size) if not done else ():
             runs.add({"kind": "cutoff", **row})
 
 
