@@ -13,6 +13,7 @@ from fused_losses.normalized import (
     nfl_rce_loss,
     ngce_loss,
 )
+from fused_losses.row_statistics import row_statistics
 from fused_losses.softmax import (
     ae_loss,
     agce_loss,
@@ -54,6 +55,7 @@ __all__ = [
     "ngce_loss",
     "phuber_ce_loss",
     "rce_loss",
+    "row_statistics",
     "sce_loss",
     "taylor_ce_loss",
     "z_error_bce_with_logits",
