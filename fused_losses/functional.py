@@ -3,6 +3,7 @@
 from fused_losses.bi_tempered import bi_tempered_loss
 from fused_losses.cross_entropy import cross_entropy
 from fused_losses.margin import hem_loss, multi_margin_loss
+from fused_losses.mixed import mixed
 from fused_losses.normalized import (
     nce_agce_loss,
     nce_loss,
@@ -44,6 +45,7 @@ __all__ = [
     "hem_loss",
     "js_loss",
     "mae_loss",
+    "mixed",
     "multi_margin_loss",
     "nce_agce_loss",
     "nce_loss",
