@@ -58,6 +58,7 @@ from fused_losses.cutoffs import (
 )
 from fused_losses.diagnostics import OutlierTracker
 from fused_losses.distributed import GlobalMean
+from fused_losses.row_statistics import RowStatistics, row_statistics
 from fused_losses.schedules import LogitBiasSchedule, ThresholdSchedule, get_sigma_threshold
 from fused_losses.statistics import ClassStatistics, class_statistics
 from fused_losses.z_bce import ZErrorBCEWithLogitsLoss
@@ -95,6 +96,7 @@ __all__ = [
     "OutlierTracker",
     "PHuberCELoss",
     "RCELoss",
+    "RowStatistics",
     "SCELoss",
     "TaylorCELoss",
     "ThresholdSchedule",
@@ -118,6 +120,7 @@ __all__ = [
     "optimal_logit_cutoff_from_gaussians",
     "optimal_prob_cutoff_from_skewnorm",
     "reference",
+    "row_statistics",
     "schedules",
     "scores",
     "z_error_inlier_mask",

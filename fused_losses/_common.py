@@ -10,6 +10,7 @@ from fused_losses._arguments import LOSSES, RowLossArguments, check_reduction, p
 from fused_losses._autograd import row_loss
 from fused_losses._logit_bias import LogitBias, check_logit_bias
 from fused_losses._parameters import plain
+from fused_losses.row_statistics import RowStatistics, row_statistics
 
 
 class RowLossOptions(TypedDict, total=False):
@@ -94,9 +95,20 @@ class RowLossModule(Criterion):
         buffers = self._buffers
         return buffers[name] if name in buffers else getattr(self, name)
 
-    def forward(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        """Computes the loss of ``logits`` for ``target``; ``sample_weight`` is one weight per row."""
-        return row_loss(self._arguments(logits, target, sample_weight))
+    def forward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        sample_weight: Tensor | None = None,
+        *,
+        return_row_stats: bool = False,
+    ) -> Tensor | tuple[Tensor, RowStatistics]:
+        """Computes the loss of ``logits`` for ``target``; ``sample_weight`` is one weight per row.
+
+        With ``return_row_stats`` it comes together with :func:`fused_losses.row_statistics` of the rows.
+        """
+        loss = row_loss(self._arguments(logits, target, sample_weight))
+        return (loss, row_statistics(logits, target, self.ignore_index)) if return_row_stats else loss
 
     def _arguments(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None) -> RowLossArguments:
         return pack_arguments(

@@ -40,6 +40,7 @@ row_loss_with_stats: Callable[..., Tensors3] = torch.ops.fused_losses.row_loss_w
 row_loss_with_stats_and_grad: Callable[..., Tensors4] = torch.ops.fused_losses.row_loss_with_stats_and_grad.default
 row_loss_backward: Callable[..., Tensor] = torch.ops.fused_losses.row_loss_backward.default
 row_loss_backward_: Callable[..., None] = torch.ops.fused_losses.row_loss_backward_.default
+row_statistics: Callable[..., Tensors2] = torch.ops.fused_losses.row_statistics.default
 class_moments: Callable[..., Tensor] = torch.ops.fused_losses.class_moments.default
 z_error_mask: Callable[..., Tensors3] = torch.ops.fused_losses.z_error_mask.default
 z_error_class_loss: Callable[..., Tensors6] = torch.ops.fused_losses.z_error_class_loss.default
@@ -98,6 +99,14 @@ def _fake_row_loss_backward(
 @_fake
 def _fake_row_loss_backward_(*args: Any) -> None:
     return None
+
+
+@_fake
+def _fake_row_statistics(logits: Tensor, target: Tensor, ignore_index: int) -> Tensors2:
+    rows = 1
+    for size in row_shape(logits):
+        rows = rows * size
+    return logits.new_empty((5, rows), dtype=acc_dtype(logits)), logits.new_empty((rows,), dtype=torch.int64)
 
 
 @_fake

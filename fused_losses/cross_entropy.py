@@ -15,6 +15,7 @@ from fused_losses._common import RowLossModule
 from fused_losses._logit_bias import LogitBias, class_dim
 from fused_losses._parameters import closed_fraction
 from fused_losses._reference import SOFT_TARGETS, Rows, reduce_rows, row_loss_reference, zero_at_zero
+from fused_losses.row_statistics import RowStatistics
 
 
 def _smoothed(rows: Rows, label_smoothing: float) -> Tensor:
@@ -153,6 +154,13 @@ class CrossEntropyLoss(RowLossModule, stem="cross_entropy"):
             logit_bias=logit_bias,
         )
 
-    def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        """Computes the loss of ``input`` for ``target``; ``sample_weight`` is one weight per row."""
-        return super().forward(input, target, sample_weight)
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        sample_weight: Tensor | None = None,
+        *,
+        return_row_stats: bool = False,
+    ) -> Tensor | tuple[Tensor, RowStatistics]:
+        """Computes the loss of ``input`` for ``target``; see :class:`RowLossModule`."""
+        return super().forward(input, target, sample_weight, return_row_stats=return_row_stats)

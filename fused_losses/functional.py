@@ -3,6 +3,7 @@
 from fused_losses.bi_tempered import bi_tempered_loss
 from fused_losses.cross_entropy import cross_entropy
 from fused_losses.margin import hem_loss, multi_margin_loss
+from fused_losses.mixed import mixed
 from fused_losses.normalized import (
     nce_agce_loss,
     nce_loss,
@@ -13,6 +14,7 @@ from fused_losses.normalized import (
     nfl_rce_loss,
     ngce_loss,
 )
+from fused_losses.row_statistics import row_statistics
 from fused_losses.softmax import (
     ae_loss,
     agce_loss,
@@ -43,6 +45,7 @@ __all__ = [
     "hem_loss",
     "js_loss",
     "mae_loss",
+    "mixed",
     "multi_margin_loss",
     "nce_agce_loss",
     "nce_loss",
@@ -54,6 +57,7 @@ __all__ = [
     "ngce_loss",
     "phuber_ce_loss",
     "rce_loss",
+    "row_statistics",
     "sce_loss",
     "taylor_ce_loss",
     "z_error_bce_with_logits",

@@ -69,7 +69,12 @@ CUDA_FLAGS = {
     "sanitized": BUILD_FLAGS["sanitized"],
 }
 CUDA_INCLUDES = [f"-I{SOURCES / 'cuda_emulation'}", f"-I{SOURCES}", "-Wno-unknown-pragmas"]
-CUDA_PROGRAMS = ("cuda_rows", "cuda_z_error", "cuda_emulation")
+CUDA_PROGRAMS = ("cuda_rows", "cuda_z_error", "cuda_statistics", "cuda_emulation")
+# What programs need of the kernels, if it is not all.
+CUDA_PARTS = {
+    "cuda_emulation": CUDA_PLANNING,
+    "cuda_statistics": [*CUDA_PLANNING, ROOT / "csrc" / "cuda" / "row_statistics.cu"],
+}
 TEST_LEVEL = {"optimised": "-O1", "sanitized": "-O0", "pattern": "-O1"}  # of the long test sources
 # How many points, rows or cases a program tries; see the head of each source.
 ARGUMENTS = {
@@ -77,8 +82,13 @@ ARGUMENTS = {
     "sanitized": {"math": "65537", "numeric": "65537", "vec": "65537", "losses": "2", "passes": "1", "kernels": "12"},
     "pattern": {"losses": "2", "passes": "1", "kernels": "4"},
 }
-ARGUMENTS["optimised"] |= {"cuda_rows": "12 1 2 3", "cuda_z_error": "50 1 2 3", "cuda_emulation": ""}
-ARGUMENTS["sanitized"] |= {"cuda_rows": "40 4", "cuda_z_error": "30 4", "cuda_emulation": ""}
+ARGUMENTS["optimised"] |= {
+    "cuda_rows": "12 1 2 3",
+    "cuda_z_error": "50 1 2 3",
+    "cuda_statistics": "1 2",
+    "cuda_emulation": "",
+}
+ARGUMENTS["sanitized"] |= {"cuda_rows": "40 4", "cuda_z_error": "30 4", "cuda_statistics": "3", "cuda_emulation": ""}
 # Longest builds first. What is made of scalars is the same for every instruction set but for fused multiply-adds, so
 # the slower builds try it once.
 RUNS = [
@@ -136,7 +146,7 @@ class Workshop:
 
     def cuda_program(self, build: str, program: str) -> Future[Path]:
         flags = [*CUDA_FLAGS[build], *CUDA_INCLUDES]
-        sources = CUDA_PLANNING if program == "cuda_emulation" else CUDA_SOURCES
+        sources = CUDA_PARTS.get(program, CUDA_SOURCES)
         kernels = [self.compile(f"{s.stem}_{build}.o", [*flags, "-xc++", "-c"], [s]) for s in sources]
         main = self.compile(f"{program}_{build}.o", [*flags, "-c"], [SOURCES / f"test_{program}.cpp"])
         return self.compile(f"{program}_{build}", flags, [main, *kernels])

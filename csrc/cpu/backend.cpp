@@ -6,6 +6,7 @@
 #include "cpu/choose_isa.h"
 #include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
+#include "cpu/row_statistics_kernels.h"
 #include "cpu/share_out.h"
 #include "cpu/z_error.h"
 #include "ops/backend.h"
@@ -115,12 +116,21 @@ void forward(RowProblem& p, void* loss, void* denominator) {
     Scalar(by == 0 ? 0.0 : total.value / by).write(p, loss);
 }
 
+void statistics(const RowProblem& p) {
+    static const RowStatisticsKernel kernel =
+        for_this_processor([]<Isa isa>() { return row_statistics_kernel<isa>(); });
+    check_targets(p);
+    constexpr std::int64_t kElements = 32768;
+    const std::int64_t of_run = StatisticsRuns::kRows * std::max<std::int64_t>(1, p.num_classes);
+    share_out(StatisticsRuns(p).count, std::max<std::int64_t>(1, kElements / of_run),
+              [&](std::int64_t begin, std::int64_t end) { kernel(p, begin, end); });
+}
+
 }  // namespace
 
 void cpu_row_loss(RowProblem& p) { forward(p, nullptr, nullptr); }
 
-const Backend cpu_backend{&forward,           &gradient,         &cpu_class_moments,
-                          &cpu_z_error_mask,  &cpu_z_error_loss, &cpu_z_error_gradient,
-                          &cpu_update_moments};
+const Backend cpu_backend{&forward,          &gradient,         &statistics,           &cpu_class_moments,
+                          &cpu_z_error_mask, &cpu_z_error_loss, &cpu_z_error_gradient, &cpu_update_moments};
 
 }  // namespace fused_losses

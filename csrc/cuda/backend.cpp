@@ -99,12 +99,18 @@ void gradient(const RowProblem& problem) {
     launch_gradient(p, device.stream());
 }
 
+void statistics(const RowProblem& p) {
+    check_classes(p);
+    const DeviceScope device(p.device);
+    check_launch(enqueue_row_statistics(p, device.stream()));
+}
+
 }  // namespace
 }  // namespace fused_losses::cuda
 
 namespace fused_losses {
 
-const Backend cuda_backend{&cuda::forward,      &cuda::gradient,         &cuda::class_moments, &cuda::z_error_mask,
-                           &cuda::z_error_loss, &cuda::z_error_gradient, &cuda::update_moments};
+const Backend cuda_backend{&cuda::forward,      &cuda::gradient,     &cuda::statistics,       &cuda::class_moments,
+                           &cuda::z_error_mask, &cuda::z_error_loss, &cuda::z_error_gradient, &cuda::update_moments};
 
 }  // namespace fused_losses

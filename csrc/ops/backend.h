@@ -14,6 +14,8 @@ struct Backend {
     void (*row_loss)(RowProblem& p, void* loss, void* denominator);
     // Fills p.grad from p.stats, p.upstream and p.denominator.
     void (*row_loss_gradient)(const RowProblem& p);
+    // Fills p.stats [kRowStatistics][rows] (core/row_statistics.h) and p.argmax.
+    void (*row_statistics)(const RowProblem& p);
 
     // ---- Z-Error ----
     // moments: double [3][num_groups], count, mean, m2; zeros for a group without rows.

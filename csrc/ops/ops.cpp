@@ -34,6 +34,11 @@ STABLE_TORCH_LIBRARY(fused_losses, m) {
     def("row_loss_with_stats_and_grad", "", "(Tensor loss, Tensor stats, Tensor denominator, Tensor grad_logits)");
     def("row_loss_backward_", "Tensor grad_loss, Tensor stats, Tensor denominator, Tensor(a!) grad_logits, ", "()");
 
+    // What rows look like, from one read of the logits: log p of the target, largest probability, largest logit, the
+    // target's logit less the largest other one, entropy; float32 (float64 for float64 logits), NaN for ignored rows.
+    // argmax is int64. Rows are in logical order.
+    m.def("row_statistics(Tensor logits, Tensor target, int ignore_index) -> (Tensor stats, Tensor argmax)");
+
     // ---- Z-Error (2506.02154) ----
     // Rows form groups and have scores, as `statistic` says:
     //   "class": target holds class indices; score is one number per row, or logits whose target's entry is the score
@@ -98,6 +103,7 @@ void implement(torch::stable::detail::StableLibrary& m) {
     m.impl("row_loss_backward", &row_loss_backward);
     m.impl("row_loss_with_stats_and_grad", &row_loss_with_stats_and_grad);
     m.impl("row_loss_backward_", &row_loss_backward_);
+    m.impl("row_statistics", &row_statistics);
     m.impl("class_moments", &class_moments);
     m.impl("z_error_mask", &z_error_mask);
     m.impl("z_error_class_loss", &z_error_class_loss);

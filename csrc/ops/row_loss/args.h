@@ -18,6 +18,7 @@ struct RowLossArgs {
     std::int64_t ignore_index = -100;
     std::string reduction;
 
+    RowLossArgs() = default;
     explicit RowLossArgs(Arguments& in) {
         in.read(logits, target, weight, sample_weight, logit_bias_tensor, margin, loss, params, logit_bias,
                 ignore_index, reduction);

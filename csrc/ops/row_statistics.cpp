@@ -1,0 +1,37 @@
+// Entry of the operator row_statistics, with the checks of row losses.
+#include "core/row_statistics.h"
+#include "ops/operators.h"
+#include "ops/row_layout.h"
+#include "ops/row_loss/checks.h"
+
+namespace fused_losses {
+
+void row_statistics(StableIValue* stack, std::uint64_t, std::uint64_t) {
+    Arguments in(stack);
+    RowLossArgs args;
+    args.loss = "row_statistics";
+    in.read(args.logits, args.target, args.ignore_index);
+    const RowLossShape shape = check_row_loss(args);
+    RowTensor tensors[] = {{&args.target, -1}, {&args.logits, shape.class_dim}};
+    const RowLayout layout = lay_out_rows(shape.rows, tensors);
+    const Tensor& logits = args.logits;
+
+    RowProblem p;
+    p.dtype = dtype_of(*element_type(logits)), p.index_type = index_type_of(*element_type(args.target));
+    p.device = logits.device().index;
+    p.outer = layout.outer, p.inner = layout.inner, p.num_classes = logits.size(shape.class_dim);
+    p.target = args.target.const_data_ptr(), p.target_stride = tensors[0].stride;
+    p.logits = logits.const_data_ptr(), p.logits_stride = tensors[1].stride;
+    p.logits_class_stride = logits.stride(shape.class_dim);
+    p.ignore_index = args.ignore_index;
+
+    const std::int64_t of_stats[] = {kRowStatistics, p.rows()}, of_argmax[] = {p.rows()};
+    Tensor stats = empty(of_stats, acc_of(logits), logits.device());
+    Tensor argmax = empty(of_argmax, dtypes::int64, logits.device());
+    p.stats = stats.mutable_data_ptr();
+    p.argmax = static_cast<std::int64_t*>(argmax.mutable_data_ptr());
+    if (p.rows() > 0) backend_of(logits.device()).row_statistics(p);
+    Results(stack).push(stats, argmax);
+}
+
+}  // namespace fused_losses

@@ -1,0 +1,63 @@
+"""What each row of logits looks like, for diagnostics: one read of the logits."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fused_losses import _ops
+from fused_losses._checks import row_shape
+
+
+class RowStatistics(NamedTuple):
+    """One number per row, in the shape of the target; float32, or float64 for float64 logits. No gradients.
+
+    NaN in ignored rows, but ``argmax`` is there. A row with NaN has NaN in all of them, and the first class that is NaN
+    as ``argmax``; one with +inf has no probabilities (``log_prob``, ``max_prob`` and ``entropy`` are NaN), nor has one
+    whose classes are all masked by -inf. Other masked classes have probability 0.
+    """
+
+    log_prob: Tensor
+    """Log-probability of the target: minus its cross entropy."""
+    max_prob: Tensor
+    """Largest probability."""
+    max_logit: Tensor
+    """Largest logit."""
+    margin: Tensor
+    """The target's logit less the largest other one: positive where the row is classified right, inf for one class."""
+    entropy: Tensor
+    """Entropy of the probabilities, in nats."""
+    argmax: Tensor
+    """The class of the largest logit, the first of equals; int64."""
+
+
+def row_statistics(logits: Tensor, target: Tensor, ignore_index: int = -100) -> RowStatistics:
+    """Log-probability of the label, largest probability and logit, margin, entropy and prediction of each row.
+
+    For questions about samples instead of the batch: which labels are suspicious
+    (:class:`fused_losses.diagnostics.OutlierTracker`, label-quality scores), which inputs belong to no class, how many
+    predictions are right. All of them come from one read of the logits, without a matrix of probabilities.
+
+    Args:
+        logits: ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``, any strides; float64, float32, float16 or bfloat16.
+        target: class indices in ``[0, C)`` or ``ignore_index``, the shape of ``logits`` without its class
+            dimension; int64, int32, int16 or uint8.
+        ignore_index: rows with this target have no statistics but ``argmax``.
+
+    Returns:
+        :class:`RowStatistics`.
+
+    Raises:
+        ValueError: mismatching batch sizes, no class.
+        RuntimeError: shapes or dtypes that do not fit.
+        IndexError: a target out of range (on CUDA: a device assertion).
+
+    Example:
+        >>> rows = row_statistics(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0]))
+        >>> rows.margin, rows.argmax
+        (tensor([ 2., -1.]), tensor([0, 1]))
+    """
+    stats, argmax = _ops.row_statistics(logits.detach(), target, ignore_index)
+    shape = row_shape(logits)
+    return RowStatistics._make(of_rows.view(shape) for of_rows in (*stats.unbind(), argmax))

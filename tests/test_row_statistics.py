@@ -1,0 +1,155 @@
+"""row_statistics against plain torch operations in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from test_edge_cases import DENSE, SPARSE
+
+import fused_losses as fl
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+# float32 arithmetic on exactly converted logits: a few roundings of numbers up to the largest logit.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-6, torch.bfloat16: 2e-6}
+
+
+def expected(logits, target, ignore_index=-100):
+    """The fields of RowStatistics, rows first."""
+    z = logits.double().movedim(1, -1) if logits.dim() > 1 else logits.double()
+    ignored = target == ignore_index
+    y = torch.where(ignored, 0, target.long()).unsqueeze(-1)
+    log_p = torch.log_softmax(z, -1)
+    of_target = z.gather(-1, y).squeeze(-1)
+    others = z.scatter(-1, y, -math.inf).amax(-1) if z.shape[-1] > 1 else torch.full_like(of_target, -math.inf)
+    entropy = torch.special.entr(log_p.exp()).sum(-1)
+    fields = [log_p.gather(-1, y).squeeze(-1), log_p.amax(-1).exp(), z.amax(-1), of_target - others, entropy]
+    return [torch.where(ignored, math.nan, field) for field in fields], z.argmax(-1)
+
+
+def assert_right(logits, target, ignore_index=-100):
+    rows = fl.row_statistics(logits, target, ignore_index)
+    fields, argmax = expected(logits, target, ignore_index)
+    acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    tolerance = TOLERANCE[logits.dtype]
+    for name, field in zip(rows._fields, fields, strict=False):
+        actual = getattr(rows, name)
+        assert actual.dtype == acc and actual.shape == target.shape and not actual.requires_grad
+        torch.testing.assert_close(
+            actual.double(),
+            field,
+            rtol=tolerance,
+            atol=10 * tolerance,
+            equal_nan=True,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
+    assert rows.argmax.dtype == torch.int64 and torch.equal(rows.argmax, argmax)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [1, 2, 7, 10, 33, 100, 101, 257, 1000, 5001])
+def test_rows(classes, dtype, device):
+    generator = torch.Generator().manual_seed(classes)
+    for rows, scale in [(1, 1.0), (5, 4.0), (67, 2.0)]:
+        logits = (scale * torch.randn(rows, classes, generator=generator)).to(device, dtype)
+        target = torch.randint(classes, (rows,), generator=generator).to(device)
+        target[rows // 2] = -100
+        assert_right(logits, target)
+        assert_right(logits.requires_grad_(), target.to(torch.int32))
+        assert_right(logits[0], target[0])
+        assert_right(logits.detach().t().contiguous().t(), target)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [*DENSE, *SPARSE])
+def test_image_layouts(layout, dtype, device):
+    generator = torch.Generator().manual_seed(0)
+
+    def new(*shape):
+        return (torch.randn(shape, generator=generator) * 3).to(dtype).to(device)
+
+    target = torch.randint(0, 5, (4, 6, 7), generator=generator).to(device)
+    target[0, 0, :2] = 4
+    for labels in (target, target.transpose(0, 2).contiguous().transpose(0, 2), target.to(torch.uint8)):
+        assert_right((DENSE | SPARSE)[layout](new), labels, ignore_index=4)
+
+
+def test_worked_by_hand():
+    rows = fl.functional.row_statistics(torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0]]), torch.tensor([1, 0]))
+    torch.testing.assert_close(rows.log_prob, torch.tensor([math.log(0.25), math.log(0.5)]))
+    torch.testing.assert_close(rows.max_prob, torch.tensor([0.75, 0.5]))
+    torch.testing.assert_close(rows.max_logit, torch.tensor([math.log(3.0), 0.0]))
+    torch.testing.assert_close(rows.margin, torch.tensor([-math.log(3.0), 0.0]))
+    entropy = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
+    torch.testing.assert_close(rows.entropy, torch.tensor([entropy, math.log(2.0)]))
+    assert rows.argmax.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [3, 40, 300])
+def test_not_finite(classes, dtype, device):
+    nan, inf = math.nan, math.inf
+    logits = torch.zeros(8, classes, dtype=dtype, device=device)
+    logits[:, 1] = torch.tensor([nan, inf, -inf, 1.0, -inf, 0.0, nan, 1.0])
+    logits[4] = -inf
+    logits[5, 1:] = -inf
+    logits[6, 2] = inf
+    target = torch.tensor([0, 0, 1, 1, 0, 0, 1, 2], device=device)
+    for layout in (logits, logits.t().contiguous().t()):
+        rows = fl.row_statistics(layout, target)
+        assert rows.argmax.tolist() == [1, 1, 0, 1, 0, 0, 1, 1] == logits.double().argmax(1).tolist()
+        for undefined in (rows.log_prob, rows.max_prob, rows.entropy):
+            assert undefined.isnan().tolist() == [True, True, False, False, True, False, True, False]
+        assert rows.max_logit.nan_to_num(7.0, 8.0, 9.0).tolist() == [7, 8, 0, 1, 9, 0, 7, 1]
+        assert rows.margin.nan_to_num(7.0, 8.0, 9.0).tolist() == [7, 9, 9, 1, 7, 8, 7, -1]
+        assert rows.log_prob[2] == -inf and rows.log_prob[5] == 0 and rows.entropy[5] == 0
+        torch.testing.assert_close(rows.entropy[2].item(), math.log(classes - 1), rtol=1e-5, atol=0)
+        fields, _ = expected(logits[[2, 3, 7]], target[[2, 3, 7]])
+        for actual, field in zip(rows, fields, strict=False):
+            torch.testing.assert_close(actual[[2, 3, 7]].double(), field, rtol=1e-5, atol=1e-6)
+
+
+def test_bad_input(device):
+    logits = torch.zeros(2, 3, device=device)
+    with pytest.raises(RuntimeError, match=r"^row_statistics: .*target"):
+        fl.row_statistics(logits, torch.zeros(2, 3, device=device))
+    with pytest.raises(ValueError, match="batch_size"):
+        fl.row_statistics(logits, torch.zeros(3, dtype=torch.int64, device=device))
+    if device == "cpu":
+        with pytest.raises(IndexError, match="Target 3 is out of bounds"):
+            fl.row_statistics(logits, torch.tensor([0, 3]))
+    empty = fl.row_statistics(logits[:0], torch.zeros(0, dtype=torch.int64, device=device))
+    assert all(field.shape == (0,) for field in empty)
+
+
+def test_same_bits_for_any_number_of_threads():
+    logits, target = torch.randn(300, 1000), torch.randint(1000, (300,))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = fl.row_statistics(logits, target)
+        torch.set_num_threads(3)
+        many = fl.row_statistics(logits, target)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(one, many, strict=True))
+
+
+def test_compiled():
+    compiled = torch.compile(fl.row_statistics, backend="aot_eager", fullgraph=True, dynamic=True)
+    logits, target = torch.randn(6, 5), torch.randint(5, (6,))
+    for a, b in zip(compiled(logits, target), fl.row_statistics(logits, target), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", fl.LOSSES)
+def test_at_the_call_of_every_module(name, device):
+    logits = torch.randn(6, 5, device=device, requires_grad=True)
+    target = torch.tensor([0, 1, 2, 3, 4, 1], device=device)
+    criterion = fl.LOSSES[name].module(ignore_index=1)
+    loss, rows = criterion(logits, target, return_row_stats=True)
+    loss.backward()
+    assert torch.equal(loss, criterion(logits, target)) and logits.grad.isfinite().all()
+    for actual, field in zip(rows, fl.row_statistics(logits, target, 1), strict=True):
+        torch.testing.assert_close(actual, field, equal_nan=True)
