@@ -56,6 +56,7 @@ from fused_losses.cutoffs import (
 )
 from fused_losses.diagnostics import OutlierTracker
 from fused_losses.distributed import GlobalMean
+from fused_losses.linear import LinearLoss
 from fused_losses.margins import hem_margin, hem_plus_margins
 from fused_losses.schedules import LogitBiasSchedule, ThresholdSchedule, get_sigma_threshold
 from fused_losses.statistics import ClassStatistics, class_statistics
@@ -80,6 +81,7 @@ __all__ = [
     "GlobalMean",
     "HEMLoss",
     "JSLoss",
+    "LinearLoss",
     "LogitBiasSchedule",
     "MAELoss",
     "MultiMarginLoss",

@@ -6,6 +6,8 @@ rows that are kept.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +35,7 @@ def z_error_row_loss(args: RowLossArguments, rule: ZErrorRule) -> Result:
     """
     differentiate = args.logits.requires_grad and torch.is_grad_enabled()
     if needs_reference(*args[:6]) or (differentiate and args.logits.is_cpu and forward_writes_gradient(args)):
-        return _masked_first(args, rule)
+        return masked_first(args, rule, row_loss, partial(_z_reference.class_score, row_loss))
     if differentiate:
         return apply(_ZErrorRowLoss, args.logits, args, rule)  # type: ignore[no-any-return]
     plan = _Plan.of(args, rule)
@@ -41,10 +43,15 @@ def z_error_row_loss(args: RowLossArguments, rule: ZErrorRule) -> Result:
     return loss, mask, scores
 
 
-def _masked_first(args: RowLossArguments, rule: ZErrorRule) -> Result:
-    """The row loss of the rows that a mask keeps."""
+def masked_first(
+    args: RowLossArguments,
+    rule: ZErrorRule,
+    row_loss: Callable[[RowLossArguments], Tensor],
+    class_score: Callable[[str, RowLossArguments], tuple[Tensor, str]],
+) -> Result:
+    """The row loss of the rows that a mask keeps; ``class_score`` says what they are judged by."""
     with torch.no_grad():
-        score, word = _z_reference.class_score(row_loss, rule.statistic, args)
+        score, word = class_score(rule.statistic, args)
         rule = rule._replace(statistic=word)
         if rule.moments is None:
             classes = args.logits.shape[class_dim(args.logits)]
