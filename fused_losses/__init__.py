@@ -58,6 +58,7 @@ from fused_losses.cutoffs import (
 )
 from fused_losses.diagnostics import OutlierTracker
 from fused_losses.distributed import GlobalMean
+from fused_losses.linear import LinearLoss
 from fused_losses.row_statistics import RowStatistics, row_statistics
 from fused_losses.schedules import LogitBiasSchedule, ThresholdSchedule, get_sigma_threshold
 from fused_losses.statistics import ClassStatistics, class_statistics
@@ -82,6 +83,7 @@ __all__ = [
     "GlobalMean",
     "HEMLoss",
     "JSLoss",
+    "LinearLoss",
     "LogitBiasSchedule",
     "MAELoss",
     "MultiMarginLoss",

@@ -90,10 +90,10 @@ def forward_writes_gradient(args: RowLossArguments) -> bool:
     logits = args.logits
     if logits.dtype is torch.float16 or args.reduction == "none":
         return False
-    return (args.reduction != "active_mean" or logits.is_cpu) and _is_plain(logits)
+    return (args.reduction != "active_mean" or logits.is_cpu) and is_plain(logits)
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
     """Whether the tensor's memory is there, not traced or wrapped."""
     if torch.compiler.is_compiling() or _dispatch_modes():
         return False
@@ -146,7 +146,7 @@ def row_loss_gradient(ctx: Any, grad_loss: Tensor) -> Tensor:
         return torch.autograd.grad(loss, args.logits, grad_loss, create_graph=True)[0]
     if stats is None:  # the CPU starts from the logits again
         stats = denominator = args.logits.new_empty(0)
-    if written is not None and not hasattr(ctx, "given_away") and _is_plain(grad_loss) and not _is_batched(grad_loss):
+    if written is not None and not hasattr(ctx, "given_away") and is_plain(grad_loss) and not _is_batched(grad_loss):
         # The first backward completes the gradient in place and gives it away. What is done to it from here on is not
         # counted as a change of the saved tensor (`data`), which nobody reads again.
         ctx.given_away = True

@@ -58,9 +58,13 @@ def reduce_rows(values: Tensor, weights: Tensor, reduction: str) -> Tensor:
         return total
     active = reduction == "active_mean"
     denominator = torch.where(values == 0.0, 0.0, weights).sum() if active else weights.sum()
+    return mean_of(total, denominator, ACTIVE_GUARD if active else 0.0)
+
+
+def mean_of(total: Tensor, denominator: Tensor, guard: float = 0.0) -> Tensor:
+    """``total / (denominator + guard)``; 0 with gradient 0 where the denominator is 0."""
     empty = denominator == 0
-    divisor = torch.where(empty, 1.0, denominator)
-    return torch.where(empty, 0.0, total / (divisor + ACTIVE_GUARD if active else divisor))
+    return torch.where(empty, 0.0, total / (torch.where(empty, 1.0, denominator) + guard))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ rows that are kept.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +37,7 @@ def z_error_row_loss(args: RowLossArguments, rule: ZErrorRule, judged: ClassScor
     """
     differentiate = args.logits.requires_grad and torch.is_grad_enabled()
     if needs_reference(*args[:6]) or (differentiate and args.logits.is_cpu and forward_writes_gradient(args)):
-        return _masked_first(args, rule, judged)
+        return masked_first(args, rule, judged, row_loss, partial(class_score, row_loss))
     if differentiate:
         return apply(_ZErrorRowLoss, args.logits, args, rule)  # type: ignore[no-any-return]
     plan = _Plan.of(args, rule)
@@ -43,10 +45,16 @@ def z_error_row_loss(args: RowLossArguments, rule: ZErrorRule, judged: ClassScor
     return loss, mask, scores
 
 
-def _masked_first(args: RowLossArguments, rule: ZErrorRule, judged: ClassScore | None) -> Result:
-    """The row loss of the rows that a mask keeps."""
+def masked_first(
+    args: RowLossArguments,
+    rule: ZErrorRule,
+    judged: ClassScore | None,
+    row_loss: Callable[[RowLossArguments], Tensor],
+    score_of: Callable[[str, RowLossArguments], ClassScore],
+) -> Result:
+    """The row loss of the rows that a mask keeps; ``score_of`` says what they are judged by if that is not known."""
     with torch.no_grad():
-        score, word = judged or class_score(row_loss, rule.statistic, args)
+        score, word = judged or score_of(rule.statistic, args)
         moments, threshold_tensor, threshold, _, *rest = rule
         if moments is None:
             classes = args.logits.shape[class_dim(args.logits)]

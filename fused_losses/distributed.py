@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_losses._arguments import LOSSES
+from fused_losses._arguments import RowLossArguments
+from fused_losses._autograd import row_loss
+from fused_losses._checks import row_shape
 from fused_losses._common import Criterion, RowLossModule
-from fused_losses._reference import ACTIVE_GUARD
+from fused_losses._reference import ACTIVE_GUARD, mean_of
 
 
 class HasProcessGroup(Criterion):
@@ -53,6 +56,20 @@ def kept_weight(mask: Tensor, target: Tensor, weight: Tensor | None, sample_weig
     return torch.where(mask, share, 0.0).sum()
 
 
+def sum_of_weights(args: RowLossArguments, values: Tensor) -> Tensor:
+    """What the mean over this process's rows divides by, but for the guard of a mean over active rows, in float64.
+
+    ``values`` are the rows' losses, whose zeros a mean over active rows leaves out.
+    """
+    if args.target.is_floating_point():  # class probabilities: class weights are in the values already
+        everywhere = torch.zeros(values.shape, dtype=torch.int64, device=values.device)
+        return kept_weight(everywhere == 0, everywhere, None, args.sample_weight)
+    counted = args.target != args.ignore_index
+    if args.reduction == "active_mean":
+        counted = counted & (values != 0)
+    return kept_weight(counted, args.target, args.weight, args.sample_weight)
+
+
 def global_mean(total: Tensor, denominator: Tensor, group: dist.ProcessGroup | None, guard: float = 0.0) -> Tensor:
     """This rank's part of the mean over the rows of all ranks, times the number of ranks.
 
@@ -62,9 +79,7 @@ def global_mean(total: Tensor, denominator: Tensor, group: dist.ProcessGroup | N
     check_member(group)
     everywhere = denominator.detach().clone()
     dist.all_reduce(everywhere, group=group)
-    empty = everywhere == 0
-    divisor = torch.where(empty, 1.0, everywhere) + guard
-    return torch.where(empty, 0.0, total * (dist.get_world_size(group) / divisor))
+    return mean_of(total * dist.get_world_size(group), everywhere, guard)
 
 
 class GlobalMean(HasProcessGroup):
@@ -104,20 +119,24 @@ class GlobalMean(HasProcessGroup):
         loss = self.loss
         if loss.reduction in ("none", "sum"):
             return loss(logits, target, sample_weight)  # type: ignore[no-any-return]
+        return self.evaluate(loss._arguments(logits, target, sample_weight), _total_and_values)
+
+    def evaluate(
+        self, args: RowLossArguments, total_and_values: Callable[[RowLossArguments], tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        """The mean, from the sum of the rows' losses and those losses themselves."""
         check_member(self.process_group)
-        active = loss.reduction == "active_mean"
-        options = loss.call_options()
-        values = LOSSES[loss.stem].function(
-            logits, target, reduction="none" if active else "sum", sample_weight=sample_weight, **options
-        )
+        total, values = total_and_values(args)
         with torch.no_grad():
-            if target.is_floating_point():  # class probabilities: weights are in the values already
-                counted = torch.ones(target.select(1 if target.dim() > 1 else 0, 0).shape, device=target.device) > 0
-                denominator = kept_weight(counted, torch.zeros_like(counted), None, sample_weight)
-            else:
-                counted = target != loss.ignore_index
-                if active:
-                    counted = counted & (values != 0)
-                denominator = kept_weight(counted, target, loss.weight, sample_weight)
-        guard = ACTIVE_GUARD if active else 0.0
-        return global_mean(values.sum(), denominator.to(values.dtype), self.process_group, guard)
+            denominator = sum_of_weights(args, values)
+        guard = ACTIVE_GUARD if args.reduction == "active_mean" else 0.0
+        return global_mean(total, denominator.to(total.dtype), self.process_group, guard)
+
+
+def _total_and_values(args: RowLossArguments) -> tuple[Tensor, Tensor]:
+    """The second only where a mean over active rows needs it."""
+    if args.reduction == "active_mean":
+        values = row_loss(args._replace(reduction="none"))
+        return values.sum(), values
+    shape = row_shape(args.logits)
+    return row_loss(args._replace(reduction="sum")), args.logits.new_zeros(()).expand(shape)

@@ -2,6 +2,7 @@
 
 from fused_losses.bi_tempered import bi_tempered_loss
 from fused_losses.cross_entropy import cross_entropy
+from fused_losses.linear import linear_loss
 from fused_losses.margin import hem_loss, multi_margin_loss
 from fused_losses.mixed import mixed
 from fused_losses.normalized import (
@@ -44,6 +45,7 @@ __all__ = [
     "gce_loss",
     "hem_loss",
     "js_loss",
+    "linear_loss",
     "mae_loss",
     "mixed",
     "multi_margin_loss",

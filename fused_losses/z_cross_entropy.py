@@ -269,10 +269,23 @@ class ZErrorCrossEntropyLoss(ZErrorModule):
         self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None, *, return_mask: bool = False
     ) -> Tensor | ZErrorResult:
         """The loss of ``logits`` for ``target``; see :func:`z_error_cross_entropy`."""
+        return self.evaluate(FUSED, logits, target, sample_weight, return_mask=return_mask)
+
+    def evaluate(
+        self,
+        ops: ZOps,
+        logits: Tensor,
+        target: Tensor,
+        sample_weight: Tensor | None,
+        *,
+        reduction: str | None = None,
+        return_mask: bool = False,
+    ) -> Tensor | ZErrorResult:
+        """The loss by other operators, or with another ``reduction``."""
         check_tensors(logits=logits)
         num_classes = classes_of(logits)
         return _z_cross_entropy(
-            FUSED,
+            ops,
             self._source(num_classes),
             logits,
             target,
@@ -284,7 +297,7 @@ class ZErrorCrossEntropyLoss(ZErrorModule):
             small_class=self.small_class,
             weight=self.weight,
             ignore_index=self.ignore_index,
-            reduction=self.reduction,
+            reduction=self.reduction if reduction is None else reduction,
             logit_bias=self.logit_bias if self.training else 0.0,
             sample_weight=sample_weight,
             return_mask=return_mask,

@@ -1,0 +1,216 @@
+"""Autograd of row losses whose logits come in chunks: only the first derivative, in input, weight and bias."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_losses import _ops
+from fused_losses._arguments import RowLossArguments, ZErrorRule
+from fused_losses._autograd import is_plain
+from fused_losses._checks import check_row_loss
+from fused_losses._chunks import ChunkOptions, Sweep, stand_in, sweep, traced_sweep
+from fused_losses._reference import ACTIVE_GUARD, mean_of
+from fused_losses._z_autograd import masked_first
+from fused_losses._z_error import ZOps
+from fused_losses._z_reference import ClassScore, class_score
+from fused_losses.distributed import sum_of_weights
+
+_ONCE = (
+    "linear_loss has a first derivative only: its logits no longer exist when the second is asked for. Without "
+    "create_graph=True it works; for second derivatives call the loss on torch.nn.functional.linear(input, "
+    "linear_weight, linear_bias)"
+)
+
+
+class ChunkedLogits:
+    """Logits ``input @ linear_weight.T + linear_bias`` that are computed in chunks whenever a loss reads them.
+
+    ``input`` is (N, D). Losses are described by arguments whose logits are ``self.stand_in``.
+    """
+
+    def __init__(self, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, options: ChunkOptions) -> None:
+        self.inputs = input, linear_weight, linear_bias
+        self.options = options
+        self.stand_in = stand_in(input.detach(), linear_weight, options.dtype)
+
+    def row_loss(self, args: RowLossArguments) -> Tensor:
+        """The loss of these logits."""
+        if args.reduction == "none":
+            return self.values(args)
+        total, values = self.total(args)
+        if args.reduction == "sum":
+            return total
+        guard = ACTIVE_GUARD if args.reduction == "active_mean" else 0.0
+        return mean_of(total, sum_of_weights(args, values).to(total.dtype), guard)
+
+    def values(self, args: RowLossArguments) -> Tensor:
+        """One loss per row; backward computes the logits again."""
+        self._check(args)
+        if self._differentiates():
+            return _ValuesOfRows.apply(*self.inputs, args, self.options)  # type: ignore[no-any-return]
+        return run(*self.inputs, args, self.options, [False] * 3)[0]
+
+    def total(self, args: RowLossArguments) -> tuple[Tensor, Tensor]:
+        """The sum of all rows' losses, and as a constant every row's; forward makes the gradients."""
+        self._check(args)
+        if self._differentiates():
+            return _SumOfRows.apply(*self.inputs, args, self.options)  # type: ignore[no-any-return]
+        values = run(*self.inputs, args, self.options, [False] * 3)[0]
+        return _sum(values), values
+
+    def z_ops(self) -> ZOps:
+        """What a Z-Error function is made of, for these logits."""
+
+        def class_moments(score: Tensor, target: Tensor, classes: int, statistic: str, ignore_index: int) -> Tensor:
+            score = self._target_logits(target) if score.dim() > 1 else score
+            return _ops.class_moments(score, target, classes, statistic, ignore_index)
+
+        def score_of(statistic: str, args: RowLossArguments) -> tuple[Tensor, str]:
+            if statistic == "logit":
+                return self._target_logits(args.target), "class"
+            return class_score(self.row_loss, statistic, args)
+
+        def z_error_row_loss(
+            args: RowLossArguments, rule: ZErrorRule, judged: ClassScore | None
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            of_logits = judged is not None and judged[0].dim() > 1  # of the stand-in
+            return masked_first(args, rule, None if of_logits else judged, self.row_loss, score_of)
+
+        def z_error_loss(*args: Any) -> Any:
+            raise NotImplementedError("the binary and the regression form of Z-Error have no class logits")
+
+        return ZOps(self.row_loss, class_moments, z_error_row_loss, z_error_loss)
+
+    def _differentiates(self) -> bool:
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self.inputs)
+
+    def _check(self, args: RowLossArguments) -> None:
+        check_row_loss(args)
+        if not torch.is_grad_enabled():
+            return
+        others = {"target": args.target, "weight": args.weight, "sample_weight": args.sample_weight}
+        others |= {"logit_bias": args.logit_bias_tensor, "margin": args.margin}
+        for name, tensor in others.items():
+            if tensor is not None and tensor.requires_grad:
+                raise RuntimeError(
+                    f"linear_loss is differentiable in input, linear_weight and linear_bias only, got {name} that "
+                    'requires a gradient: detach it, or multiply the losses of reduction="none" by it'
+                )
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def _target_logits(self, target: Tensor) -> Tensor:
+        """Every row's logit of its target, without the others: a gather, no GEMM. Rows of no class get any."""
+        input, linear_weight, linear_bias = self.inputs
+        dtype, classes = self.options.dtype, linear_weight.shape[0]
+        index = target.long().clamp(0, classes - 1)
+        size = max(1, self.options.chunk_bytes // (8 * max(1, input.shape[1])))
+        found = []
+        for rows, numbers in zip(input.split(size), index.split(size), strict=True):
+            acc = torch.float64 if dtype == torch.float64 else torch.float32
+            products = rows.to(dtype).to(acc) * linear_weight[numbers].to(dtype).to(acc)
+            logits = products.sum(1)
+            if linear_bias is not None:
+                logits += linear_bias[numbers].to(dtype)
+            found.append(logits.to(dtype))
+        return torch.cat(found)
+
+
+def run(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    args: RowLossArguments,
+    options: ChunkOptions,
+    wanted: list[bool],
+) -> Sweep:
+    """A sweep; one operator where somebody traces."""
+    function = sweep if is_plain(input) and is_plain(linear_weight) else traced_sweep
+    return function(input, linear_weight, linear_bias, args, options, wanted)
+
+
+def _sum(values: Tensor) -> Tensor:
+    return values.sum(dtype=torch.float64).to(values.dtype)
+
+
+def _wanted(ctx: Any) -> list[bool]:
+    return list(ctx.needs_input_grad[:3])
+
+
+class _SumOfRows(torch.autograd.Function):
+    """The sum, whose gradients are made in forward, for an upstream gradient of 1."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        linear_weight: Tensor,
+        linear_bias: Tensor | None,
+        args: RowLossArguments,
+        options: ChunkOptions,
+    ) -> tuple[Tensor, Tensor]:
+        values, *gradients = run(input, linear_weight, linear_bias, args, options, _wanted(ctx))
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = input.dtype, linear_weight.dtype, None if linear_bias is None else linear_bias.dtype
+        ctx.mark_non_differentiable(values)
+        return _sum(values), values
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        _check_once()
+        in_place = _is_last_backward(grad_outputs[0])
+        scaled: list[Tensor | None] = []
+        for wanted, made, dtype in zip(_wanted(ctx), ctx.saved_tensors, ctx.dtypes, strict=True):
+            if not wanted:
+                scaled.append(None)
+                continue
+            # What is done to a gradient that is given away is no change of the saved tensor, which nobody reads again.
+            made = made.data.mul_(grad_outputs[0]) if in_place else made * grad_outputs[0]
+            scaled.append(made.to(dtype))
+        return *scaled, None, None
+
+
+class _ValuesOfRows(torch.autograd.Function):
+    """One loss per row. Backward is the sweep of a sum in which every row's weight is its upstream gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        linear_weight: Tensor,
+        linear_bias: Tensor | None,
+        args: RowLossArguments,
+        options: ChunkOptions,
+    ) -> Tensor:
+        ctx.save_for_backward(input, linear_weight, linear_bias, *args[1:6])
+        ctx.constants = args[6:], options
+        return run(input, linear_weight, linear_bias, args, options, [False] * 3)[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        _check_once()
+        input, linear_weight, linear_bias, *of_loss = ctx.saved_tensors
+        constants, options = ctx.constants
+        logits = stand_in(input.detach(), linear_weight, options.dtype)
+        args = RowLossArguments(logits, *of_loss, *constants)
+        upstream = grad_outputs[0]
+        args = args._replace(sample_weight=upstream if args.sample_weight is None else upstream * args.sample_weight)
+        wanted = _wanted(ctx)
+        _, *gradients = run(input, linear_weight, linear_bias, args, options, wanted)
+        dtypes = input.dtype, linear_weight.dtype, None if linear_bias is None else linear_bias.dtype
+        made = zip(wanted, gradients, dtypes, strict=True)
+        return *(g.to(dtype) if needed else None for needed, g, dtype in made), None, None
+
+
+def _check_once() -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(_ONCE)
+
+
+def _is_last_backward(grad_loss: Tensor) -> bool:
+    """Whether nobody can come back for the saved gradients: the graph is freed, and nothing is traced or batched."""
+    if not is_plain(grad_loss):
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph()

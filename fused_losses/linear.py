@@ -1,0 +1,306 @@
+"""The last linear layer and its loss in one: losses of more classes than their logits have memory for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fused_losses._arguments import LOSSES, LogitBias, LossEntry, RowLossArguments, check_reduction
+from fused_losses._chunks import ChunkOptions
+from fused_losses._common import Criterion, RowLossModule
+from fused_losses._linear_autograd import ChunkedLogits
+from fused_losses._parameters import positive_integer
+from fused_losses.distributed import GlobalMean
+from fused_losses.z_cross_entropy import ZErrorCrossEntropyLoss
+
+CHUNK_BYTES = 64 << 20
+
+Loss = str | Callable[..., Any] | nn.Module
+_DEFAULTS: dict[str, Any] = {"weight": None, "ignore_index": -100, "logit_bias": 0.0}
+
+
+def linear_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    loss: Loss = "gce",
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str | None = None,
+    logit_bias: LogitBias = 0.0,
+    sample_weight: Tensor | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+    accumulate_dtype: torch.dtype = torch.float32,
+    skip_rows: bool | None = None,
+    **parameters: Any,
+) -> Tensor:
+    """A row loss of ``input @ linear_weight.T + linear_bias``, whose logits never exist as a whole.
+
+    For many classes, where the logits are the memory and the last layer the time. Rows go through in chunks: a GEMM
+    into one reused buffer, the loss's kernel, two GEMMs for the gradients. Under "mean" and "sum" forward makes the
+    gradients, with three GEMMs in all, and backward multiplies them by the upstream gradient; "none" computes the
+    logits a second time in backward. Beyond inputs and gradients it needs ``chunk_bytes`` and the sum for the weight's
+    gradient. Deterministic; no host synchronisation on CUDA unless ``skip_rows=True``.
+
+    Args:
+        input: features ``(..., D)``; float64, float32, float16 or bfloat16. Autocast counts as for a linear layer.
+        linear_weight: ``(C, D)``, of the dtype of ``input``.
+        target: class indices in ``[0, C)`` or ``ignore_index``, shape ``(...)``; or, where the loss takes them,
+            probabilities ``(..., C)``.
+        loss: a name ("gce" or "gce_loss"), a function of :mod:`fused_losses.functional`, or a Module: of a row loss,
+            :class:`GlobalMean` or :class:`ZErrorCrossEntropyLoss`. A Module brings its own options. Z-Error has to know
+            the rows' scores before the loss: ``statistic="logit"`` takes one gather of rows of ``linear_weight``,
+            "prob" and "loss" one more GEMM, four instead of three.
+        linear_bias: ``(C,)``.
+        weight, ignore_index, logit_bias, sample_weight: as for the loss; rows are those of ``target``.
+        reduction: as for the loss; None for its own default, or the Module's.
+        chunk_bytes: for the logits of a chunk and their gradient, >= 1; at least one row fits in any.
+        accumulate_dtype: in which the gradients of weight and bias are added up, unless theirs is wider.
+        skip_rows: leave rows without gradient out of the GEMMs - those that are ignored or dropped by Z-Error, and
+            those that satisfy the margins of HEM - where they are half of the rows or more. None: on the CPU only,
+            because counting them waits for a GPU.
+        parameters: the loss's own, such as ``q`` or ``label_smoothing``, for a name or a function.
+
+    Returns:
+        The loss in float32, float64 for float64 ``input``; a scalar, or of the shape ``(...)`` under "none".
+
+    Raises:
+        TypeError: ``loss`` is none of these; an unknown parameter.
+        ValueError: shapes that do not fit, values out of range, options beside a Module.
+        RuntimeError: dtypes or devices that do not fit; tensors besides input, linear_weight and linear_bias that
+            require a gradient; a second derivative.
+        IndexError: a target out of range (on CUDA: a device assertion).
+
+    Example:
+        >>> features, head = torch.ones(2, 3, requires_grad=True), torch.zeros(10, 3)
+        >>> linear_loss(features, head, torch.tensor([4, 9]), "mae")
+        tensor(1.8000, grad_fn=...)
+    """
+    options = {"weight": weight, "ignore_index": ignore_index, "logit_bias": logit_bias}
+    logits, shape = _chunked(input, linear_weight, target, linear_bias, chunk_bytes, accumulate_dtype, skip_rows)
+    rows = target.reshape(-1, linear_weight.shape[0]) if target.shape != shape else target.reshape(-1)
+    samples = None if sample_weight is None else _flat_weights(sample_weight, shape)
+    values = _loss_of(loss, logits, rows, samples, reduction, options, parameters)
+    return values.reshape(shape) if values.dim() else values
+
+
+def _loss_of(
+    loss: Loss,
+    logits: ChunkedLogits,
+    target: Tensor,
+    sample_weight: Tensor | None,
+    reduction: str | None,
+    options: dict[str, Any],
+    parameters: dict[str, Any],
+) -> Tensor:
+    if not isinstance(loss, nn.Module):
+        entry = find_loss(loss)
+        given = {} if reduction is None else {"reduction": reduction}
+        arguments = entry.arguments(
+            logits.stand_in, target, sample_weight=sample_weight, **options, **given, **parameters
+        )
+        return logits.row_loss(arguments)
+    check_module(loss)
+    _check_no_options(options, parameters)
+    if isinstance(loss, ZErrorCrossEntropyLoss):
+        found = loss.evaluate(logits.z_ops(), logits.stand_in, target, sample_weight, reduction=reduction)
+        assert isinstance(found, Tensor)
+        return found
+    row_loss = loss.loss if isinstance(loss, GlobalMean) else loss
+    arguments = _with_reduction(row_loss._arguments(logits.stand_in, target, sample_weight), reduction)
+    if isinstance(loss, GlobalMean) and arguments.reduction not in ("none", "sum"):
+        return loss.evaluate(arguments, logits.total)
+    return logits.row_loss(arguments)
+
+
+def find_loss(loss: Any) -> LossEntry:
+    """The registry entry of a name or a function."""
+    if isinstance(loss, str):
+        stem = loss.removesuffix("_loss")
+        if stem in LOSSES:
+            return LOSSES[stem]
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, a loss function or a Module, got {loss!r}")
+    for entry in LOSSES.values():
+        if loss is entry.function:
+            return entry
+    name = getattr(loss, "__name__", type(loss).__name__)
+    raise TypeError(
+        f"loss must be a name, a row-loss function of fused_losses or a Module of one, got {name}"
+        + (": Z-Error is taken as ZErrorCrossEntropyLoss" if name.startswith("z_") else "")
+    )
+
+
+def check_module(loss: nn.Module) -> None:
+    """Raises unless :func:`linear_loss` takes the Module."""
+    if not isinstance(loss, (RowLossModule, GlobalMean, ZErrorCrossEntropyLoss)):
+        raise TypeError(
+            "loss must be a row-loss Module of fused_losses, GlobalMean or ZErrorCrossEntropyLoss, got "
+            f"{type(loss).__name__}"
+        )
+
+
+def _check_no_options(options: dict[str, Any], parameters: dict[str, Any]) -> None:
+    for name, value in {**options, **parameters}.items():
+        if name not in _DEFAULTS or isinstance(value, Tensor) or value != _DEFAULTS[name]:
+            raise ValueError(f"{name} must be set on the Module given as loss, got {value!r} beside it")
+
+
+def _with_reduction(args: RowLossArguments, reduction: str | None) -> RowLossArguments:
+    if reduction is None:
+        return args
+    check_reduction(reduction, LOSSES[args.loss].reductions)
+    return args._replace(reduction=reduction)
+
+
+def _flat_weights(sample_weight: Tensor, shape: torch.Size) -> Tensor:
+    if sample_weight.shape != shape:
+        raise ValueError(f"sample_weight must have shape {tuple(shape)}, got {tuple(sample_weight.shape)}")
+    return sample_weight.reshape(-1)
+
+
+def _chunked(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    chunk_bytes: int,
+    accumulate_dtype: torch.dtype,
+    skip_rows: bool | None,
+) -> tuple[ChunkedLogits, torch.Size]:
+    """The logits in chunks, and the shape of the rows."""
+    tensors = {"input": input, "linear_weight": linear_weight, "target": target}
+    if linear_bias is not None:
+        tensors["linear_bias"] = linear_bias
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+    _check_shapes(input, linear_weight, target, linear_bias)
+    positive_integer.pack("chunk_bytes", chunk_bytes)
+    if not (isinstance(accumulate_dtype, torch.dtype) and accumulate_dtype.is_floating_point):
+        raise ValueError(f"accumulate_dtype must be a floating point dtype, got {accumulate_dtype!r}")
+    if not (skip_rows is None or isinstance(skip_rows, bool)):
+        raise ValueError(f"skip_rows must be True, False or None, got {skip_rows!r}")
+    dtype = _dtype_of_logits(tensors)
+    flat = input.reshape(-1, input.shape[-1])
+    options = ChunkOptions(dtype, accumulate_dtype, chunk_bytes, skip_rows)
+    return ChunkedLogits(flat, linear_weight, linear_bias, options), input.shape[:-1]
+
+
+def _check_shapes(input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None) -> None:
+    if linear_weight.dim() != 2 or linear_weight.shape[0] == 0:
+        raise ValueError(f"linear_weight must have shape (C, D) with C >= 1, got {tuple(linear_weight.shape)}")
+    classes, features = linear_weight.shape
+    if input.dim() == 0 or input.shape[-1] != features:
+        raise ValueError(f"input must have shape (..., {features}) as linear_weight has, got {tuple(input.shape)}")
+    if linear_bias is not None and linear_bias.shape != (classes,):
+        raise ValueError(f"linear_bias must have shape ({classes},), got {tuple(linear_bias.shape)}")
+    shape = input.shape[:-1]
+    if target.shape != shape and not (target.is_floating_point() and target.shape == (*shape, classes)):
+        raise ValueError(
+            f"target must have shape {tuple(shape)}, or {(*shape, classes)} for probabilities, got "
+            f"{tuple(target.shape)}"
+        )
+
+
+def _dtype_of_logits(tensors: dict[str, Tensor]) -> torch.dtype:
+    """That of ``input``, or autocast's; raises where dtypes or devices differ."""
+    input, device = tensors["input"], tensors["input"].device
+    autocast = torch.is_autocast_enabled(device.type) and input.dtype != torch.float64
+    for name, tensor in tensors.items():
+        if tensor.device != device:
+            raise RuntimeError(f"{name} must be on the device of input ({device}), got {tensor.device}")
+        if name == "target":
+            continue
+        allowed = (torch.float32, torch.float16, torch.bfloat16) if autocast else (input.dtype,)
+        if tensor.dtype not in allowed or not tensor.is_floating_point():
+            raise RuntimeError(
+                f"{name} must be floating point, of the dtype of input unless autocast is enabled: got {tensor.dtype} "
+                f"beside {input.dtype}"
+            )
+    return torch.get_autocast_dtype(device.type) if autocast else input.dtype
+
+
+class LinearLoss(Criterion):
+    """The last linear layer of a model together with its loss: Module form of :func:`linear_loss`.
+
+    The layer is ``self.linear``, the loss ``self.loss``; ``logits(input)`` is for prediction. Under ``fully_shard`` its
+    weight is gathered once, for all chunks.
+
+    Args:
+        in_features: D, the width of ``input``.
+        num_classes: C.
+        loss: as for :func:`linear_loss`.
+        bias: whether the layer has one.
+        reduction, chunk_bytes, accumulate_dtype, skip_rows: as for :func:`linear_loss`.
+        device, dtype: of the layer.
+        options: of the loss, as its Module takes them: its own parameters, weight, ignore_index, logit_bias. None
+            beside a Module.
+
+    Example:
+        >>> criterion = LinearLoss(512, 100_000, "agce", ignore_index=-1)
+        >>> criterion(backbone(images), labels).backward()
+        >>> criterion.logits(backbone(images)).argmax(-1)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        loss: Loss = "gce",
+        bias: bool = True,
+        *,
+        reduction: str | None = None,
+        chunk_bytes: int = CHUNK_BYTES,
+        accumulate_dtype: torch.dtype = torch.float32,
+        skip_rows: bool | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        positive_integer.pack("chunk_bytes", chunk_bytes)
+        if isinstance(loss, nn.Module):
+            check_module(loss)
+            _check_no_options({}, options)
+            self.loss = loss
+        else:
+            if reduction is not None:
+                options["reduction"] = reduction
+            self.loss = find_loss(loss).module(**options)
+        if reduction is not None and isinstance(loss, RowLossModule):
+            check_reduction(reduction, LOSSES[loss.stem].reductions)
+        self.linear = nn.Linear(in_features, num_classes, bias, device=device, dtype=dtype)
+        self.reduction = reduction
+        self.chunk_bytes = chunk_bytes
+        self.accumulate_dtype = accumulate_dtype
+        self.skip_rows = skip_rows
+
+    def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+        """The loss of features ``(..., D)`` for ``target``."""
+        return linear_loss(
+            input,
+            self.linear.weight,
+            target,
+            self.loss,
+            linear_bias=self.linear.bias,
+            reduction=self.reduction,
+            sample_weight=sample_weight,
+            chunk_bytes=self.chunk_bytes,
+            accumulate_dtype=self.accumulate_dtype,
+            skip_rows=self.skip_rows,
+        )
+
+    def logits(self, input: Tensor) -> Tensor:
+        """All logits, ``(..., C)``."""
+        return F.linear(input, self.linear.weight, self.linear.bias)
+
+    def extra_repr(self) -> str:
+        """Options that differ from their defaults."""
+        defaults = {"reduction": None, "chunk_bytes": CHUNK_BYTES, "accumulate_dtype": torch.float32, "skip_rows": None}
+        return ", ".join(f"{n}={getattr(self, n)!r}" for n, default in defaults.items() if getattr(self, n) != default)
