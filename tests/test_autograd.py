@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fused_losses as fl
 
+pytestmark = pytest.mark.any_cpu  # of autograd, not of kernels
+
 Z_LOSSES = {
     "z_mse": lambda x, y, reduction, m: m.z_mse_loss(x[:, 0], y.to(x.dtype), threshold=1.3, reduction=reduction),
     "z_bce": lambda x, y, reduction, m: m.z_error_bce_with_logits(x[:, 0], y % 2, threshold=1.3, reduction=reduction),

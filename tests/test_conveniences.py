@@ -9,6 +9,8 @@ import torch
 import fused_losses as fl
 from fused_losses import functional
 
+pytestmark = pytest.mark.any_cpu  # arguments
+
 NAMES = list(fl.LOSSES)
 LOGITS, TARGET = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0])
 NUMBERS = [

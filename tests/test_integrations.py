@@ -21,6 +21,8 @@ from fused_losses.integrations.huggingface import compute_loss
 from fused_losses.integrations.mmengine import FusedLoss
 from fused_losses.integrations.timm import MixupLoss
 
+pytestmark = pytest.mark.any_cpu  # other libraries
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:

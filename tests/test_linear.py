@@ -11,6 +11,8 @@ from torch.nn import functional as F
 import fused_losses as fl
 from fused_losses.functional import linear_loss
 
+pytestmark = pytest.mark.any_cpu  # the kernels' callers
+
 ROWS, FEATURES, CLASSES = 37, 5, 7
 # Half precisions: logits, their gradient and the gradient of the input are rounded where the dense layer's are, but
 # chunks add up in another order.

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 import fused_losses as fl
 from fused_losses.schedules import LogitBiasSchedule, ThresholdSchedule, get_sigma_threshold
 
+pytestmark = pytest.mark.any_cpu  # no kernel
+
 
 class Thresholded(nn.Module):
     """Stands for any loss with a threshold: the mean of what lies below it."""

@@ -13,6 +13,8 @@ from torch.optim.swa_utils import AveragedModel
 
 import fused_losses as fl
 
+pytestmark = pytest.mark.any_cpu  # what a criterion remembers
+
 ROWS, CLASSES = 60, 4
 MAKE = {
     "ce": lambda **options: fl.ZErrorCrossEntropyLoss(1.5, running=True, **options),
