@@ -10,7 +10,6 @@ import torch
 import fused_losses as fl
 from fused_losses._parameters import OrNone, OrTensor, Range, one_of
 
-pytestmark = pytest.mark.any_cpu  # arguments
 
 NAMES = list(fl.LOSSES)
 RANGES = {

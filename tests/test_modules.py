@@ -10,7 +10,6 @@ import torch
 
 import fused_losses as fl
 
-pytestmark = pytest.mark.any_cpu  # Modules around the kernels
 
 NAMES = list(fl.LOSSES)
 
