@@ -9,7 +9,7 @@ from importlib.machinery import ModuleSpec
 from importlib.metadata import Distribution
 from typing import Any
 
-HIDDEN = frozenset({"expecttest", "liger_kernel", "matplotlib", "quack", "sklearn"})
+HIDDEN = frozenset({"PIL", "expecttest", "lightning", "liger_kernel", "matplotlib", "quack", "sklearn"})
 
 
 class Others:

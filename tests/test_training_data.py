@@ -40,7 +40,6 @@ def test_idx_files_need_not_be_compressed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", layouts.IN_FILES)
 def test_images_in_files(name: str, tmp_path: Path) -> None:
-    pytest.importorskip("PIL")
     dataset, build = layouts.IN_FILES[name]
     files, labels = build(tmp_path)
     data = load(Options(dataset=dataset, data=tmp_path, image_size=16, classes=3 if name == "webvision" else None))

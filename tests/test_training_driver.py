@@ -22,6 +22,7 @@ import training_layouts as layouts
 import fused_losses as fl
 
 pytest.importorskip("lightning", reason="the training driver needs Lightning")
+pytest.importorskip("sklearn", reason="its digits are the data")
 
 from benchmarks.training import engine
 from benchmarks.training.__main__ import main
@@ -217,6 +218,7 @@ PROCESS_RUNS: dict[str, dict[str, Any]] = {
     "hem": {"loss": "hem", "epochs": 2, "accumulate": 2, "clip": 1.0},
     "z": {"loss": "gce", "z_threshold": 1.0, "z_anneal": 0.1},
     "average": {"logit_bias": "auto", "bias_schedule": "linear", "ema": 0.9},
+    "fsdp": {"loss": "hem", "strategy": "fsdp", "epochs": 2},
 }
 
 
@@ -230,7 +232,8 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         capture_output=True, timeout=1800,
     )  # fmt: skip
     for name, changes in PROCESS_RUNS.items():
-        result = engine.run(dataclasses.replace(SMALL, **changes, out=tmp_path / "one" / name))
+        alone = {**changes, "strategy": "auto"}
+        result = engine.run(dataclasses.replace(SMALL, **alone, out=tmp_path / "one" / name))
         saved = json.loads((tmp_path / "two" / name / "result.json").read_text())
         assert saved["world_size"] == 2 and saved["wrong_labels"] == result["wrong_labels"]
         assert saved["last"]["top1"] == result["last"]["top1"]

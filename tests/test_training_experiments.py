@@ -18,6 +18,7 @@ pytestmark = pytest.mark.any_cpu
 
 def test_only_missing_runs_are_trained(tmp_path: Path) -> None:
     pytest.importorskip("lightning", reason="training needs Lightning")
+    pytest.importorskip("sklearn", reason="its digits are the data")
     path = tmp_path / "results.jsonl"
     recipe = Options(dataset="digits", samples=200, epochs=2, batch_size=100, device="cpu", noise="symmetric")
     variants = [Variant("CE", {}), Variant("MAE", {"loss": "mae"}, seeds=1)]

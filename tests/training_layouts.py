@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 import torch
 from torch import Tensor
 
@@ -69,10 +70,9 @@ def cifar100(folder: Path) -> tuple[Tensor, Tensor]:
 
 
 def write_image(path: Path, seed: int, size: tuple[int, int] = (40, 30)) -> None:
-    from PIL import Image
-
+    image = pytest.importorskip("PIL.Image")
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(_random(size[1], size[0], 3, seed=seed)).save(path)
+    image.fromarray(_random(size[1], size[0], 3, seed=seed)).save(path)
 
 
 def image_folder(folder: Path) -> tuple[list[Path], Tensor]:

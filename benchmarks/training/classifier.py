@@ -156,7 +156,7 @@ class Classifier(lightning.LightningModule):
                 self._train_loss = self._train_loss.to(value.device)
             self._train_loss += torch.stack([value.detach().double(), torch.ones_like(value, dtype=torch.float64)])
             self._observe(batch, logits, kept)
-        return value  # type: ignore[no-any-return]
+        return value
 
     def _observe(self, batch: Batch, logits: Tensor, kept: Tensor | None) -> None:
         early = self.current_epoch < self.early_epochs

@@ -139,7 +139,8 @@ def _nodes() -> int:
 
 def _strategy(options: Options, processes: bool) -> Any:
     if options.strategy == "fsdp":
-        return ModelParallelStrategy(tensor_parallel_size=1, save_distributed_checkpoint=False)
+        size = int(os.environ.get("WORLD_SIZE", 1))
+        return ModelParallelStrategy(size, tensor_parallel_size=1, save_distributed_checkpoint=False)
     return DDPStrategy(gradient_as_bucket_view=True) if processes or options.strategy == "ddp" else "auto"
 
 

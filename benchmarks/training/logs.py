@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning.pytorch as lightning
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 
 from benchmarks.training.options import Options
 
@@ -31,11 +31,11 @@ class JsonLines(Logger):
         """There is one."""
         return ""
 
-    @rank_zero_only  # type: ignore[untyped-decorator]
+    @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Nothing: result.json has the settings."""
 
-    @rank_zero_only  # type: ignore[untyped-decorator]
+    @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Appends a line."""
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -79,12 +79,20 @@ class ResNet(nn.Module):
     """1512.03385: stages of residual blocks, each after the first with half the resolution and twice the channels."""
 
     def __init__(
-        self, block: type[Block], depths: Sequence[int], width: int, channels: int, num_classes: int, *, small: bool
+        self,
+        block: type[Basic] | type[Bottleneck],
+        depths: Sequence[int],
+        width: int,
+        channels: int,
+        num_classes: int,
+        *,
+        small: bool,
     ) -> None:
         super().__init__()
         stem = [_convolution(channels, width, 3 if small else 7, 1 if small else 2), nn.ReLU()]
         self.stem = nn.Sequential(*stem, nn.Identity() if small else nn.MaxPool2d(3, 2, 1))
-        before, blocks = width, []
+        before = width
+        blocks: list[Block] = []
         for stage, depth in enumerate(depths):
             for number in range(depth):
                 blocks.append(block(before, width << stage, 2 if stage and not number else 1))

@@ -13,7 +13,7 @@ from benchmarks.training.experiments.runs import Runs, Variant, last_and_best, p
 from benchmarks.training.options import Options
 
 NAME = "fashion_mnist"
-NOISES = {
+NOISES: dict[str, dict[str, Any]] = {
     "no noise": {"noise": "none"},
     "symmetric 20 %": {"noise": "symmetric", "noise_rate": 0.2},
     "symmetric 40 %": {"noise": "symmetric", "noise_rate": 0.4},
@@ -38,22 +38,23 @@ def recipe(full: bool) -> Options:
     """The same for every loss."""
     if full:
         return Options(
-            **{"dataset": "fashion-mnist", "model": "resnet32", "augment": "crop-flip", "optimizer": "sgd"},
-            **{
-                "lr": 0.1,
-                "lr_schedule": "cosine",
-                "warmup": 1.0,
-                "weight_decay": 5e-4,
-                "batch_size": 128,
-                "epochs": 60,
-            },
+            dataset="fashion-mnist",
+            model="resnet32",
+            augment="crop-flip",
+            optimizer="sgd",
+            lr=0.1,
+            lr_schedule="cosine",
+            warmup=1.0,
+            weight_decay=5e-4,
+            batch_size=128,
+            epochs=60,
         )
     return Options(dataset="fashion-mnist", model="small_cnn", samples=20_000, batch_size=128, epochs=15)
 
 
 def variants(full: bool) -> list[Variant]:
     """Every loss under every kind of noise."""
-    noises = NOISES if full else SMALL
+    noises = tuple(NOISES) if full else SMALL
     return [Variant(name, {**loss, **NOISES[noise]}, noise) for noise in noises for name, loss in LOSSES.items()]
 
 
@@ -67,7 +68,7 @@ def write(runs: Runs, folder: Path) -> None:
             found = runs.of(name, noise)
             cells += [f"{' / '.join(last_and_best(found))} ({len(found)})" if found else "-"]
         lines.append([name, *cells])
-    settings = next(iter(runs.rows), {"settings": {}})["settings"]
+    settings: dict[str, Any] = runs.rows[0]["settings"] if runs.rows else {}
     recipe_text = ", ".join(
         f"{name} {settings.get(name)}" for name in ("model", "samples", "optimizer", "lr", "epochs")
     )
