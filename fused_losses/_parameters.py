@@ -72,7 +72,8 @@ non_negative = Range("satisfy 0 <= value < inf", lambda v: 0.0 <= v < math.inf)
 above_one = Range("satisfy 1 < value < inf", lambda v: 1.0 < v < math.inf)
 fraction = Range("satisfy 0 < value < 1", lambda v: 0.0 < v < 1.0)
 closed_fraction = Range("be between 0.0 and 1.0", lambda v: 0.0 <= v <= 1.0)
-positive_integer = Range("be an integer >= 1", lambda v: 1.0 <= v < math.inf and v == int(v), high=1000)
+positive_integer = Range("be an integer >= 1", lambda v: 1.0 <= v < math.inf and v == int(v))
+iterations = replace(positive_integer, high=1000)  # of a loop that kernels run for every row
 # What logits and losses are multiplied by or added to: products of two of them stay far from the ends of float32.
 finite = Range("satisfy -inf < value < inf", lambda v: -math.inf < v < math.inf, -1e15, 1e15)
 factor = replace(non_negative, low=1e-15, high=1e15)

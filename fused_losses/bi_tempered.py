@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from fused_losses._arguments import CallOptions
 from fused_losses._common import RowLossModule, RowLossOptions
 from fused_losses._declare import loss_of_row
-from fused_losses._parameters import OrNone, Range, closed_fraction, positive_integer
+from fused_losses._parameters import OrNone, Range, closed_fraction, iterations
 from fused_losses._reference import Rows
 
 
@@ -123,7 +123,7 @@ def _x_log_t(x: float, t: float) -> float:
     return x * (math.log(x) if t == 1.0 else math.expm1((1.0 - t) * math.log(x)) / (1.0 - t))
 
 
-@loss_of_row({"t1": _t1, "t2": _t2, "label_smoothing": closed_fraction, "num_iters": OrNone(positive_integer)})
+@loss_of_row({"t1": _t1, "t2": _t2, "label_smoothing": closed_fraction, "num_iters": OrNone(iterations)})
 def bi_tempered_loss(
     rows: Rows,
     *,

@@ -19,7 +19,7 @@ from fused_losses._arrays import as_tensor
 from fused_losses._calibration_plot import plot_mean_target_error
 from fused_losses._logit_bias import check_num_classes, check_number, solve_logit_bias
 from fused_losses._mean_error import RowLoss, mean_slopes
-from fused_losses._parameters import OrTensor, Range, positive_integer
+from fused_losses._parameters import OrTensor, Range, iterations
 from fused_losses._unwrap import unwrap
 
 __all__ = [
@@ -235,8 +235,8 @@ def _allowed_values(loss: Loss, name: str) -> Callable[[float], bool]:
             raise ValueError(f"name must be one of {', '.join([*ranges, 'logit_bias'])}, got {name!r}")
         given = ranges[name]
         rule = given.range if isinstance(given, OrTensor) else given
-        if not isinstance(rule, Range) or rule is positive_integer:
-            kind = "integers" if rule is positive_integer else "no real numbers"
+        if not isinstance(rule, Range) or rule is iterations:
+            kind = "integers" if rule is iterations else "no real numbers"
             raise ValueError(f"name must be a parameter that takes real numbers, got {name!r}, which takes {kind}")
         return rule.holds
     if isinstance(loss, nn.Module) and not hasattr(loss, name):

@@ -23,8 +23,8 @@ from fused_losses._parameters import (
     factor,
     focusing,
     fraction,
+    iterations,
     positive_factor,
-    positive_integer,
 )
 from fused_losses._reference import expm1, focal_term, log_near_one, zero_at_zero
 
@@ -198,7 +198,7 @@ class SCELoss(RowLossModule, stem="sce"):
         super().__init__({"alpha": alpha, "beta": beta}, **options)
 
 
-@loss_of_target(order=positive_integer)
+@loss_of_target(order=iterations)
 def taylor_ce_loss(t: Tensor, *, order: int = 2, **options: Unpack[CallOptions]) -> Tensor:
     """Taylor cross entropy: ``sum_{k=1..order} (1 - p_y)^k / k``.
 

@@ -69,6 +69,11 @@ def test_a_first_call_in_inference_mode_does_not_spoil_later_ones(kind, fixed):
     assert torch.equal(module.running_moments, other.running_moments)
 
 
+def test_more_than_a_thousand_classes():
+    module = fl.ZErrorCrossEntropyLoss(running=True, num_classes=21_841)
+    assert module(torch.randn(4, 21_841), torch.arange(4)) > 0
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_before_training_eval_judges_by_the_batch(kind):
     x, y = batch(kind)
