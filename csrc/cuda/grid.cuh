@@ -41,25 +41,38 @@ struct LossSums {
     }
 };
 
-// The sum over the block's threads, in thread 0; the others get some part of it.
-FL_DEVICE LossSums sum_over_block(const LossSums& mine) {
-    __shared__ LossSums sums[kBlock];
+// In lane 0; the others get some part of it.
+FL_DEVICE LossSums sum_over_warp(LossSums x) {
+#pragma unroll 1
+    for (int distance = 16; distance > 0; distance /= 2)
+        x.add({__shfl_down_sync(0xffffffffu, x.value, distance), __shfl_down_sync(0xffffffffu, x.weight, distance)});
+    return x;
+}
+
+// For all threads of a block: their sum, in thread 0; the others get some part of it.
+FL_DEVICE LossSums sum_over_block(LossSums sums) {
+    __shared__ LossSums of_warp[kMostThreads / 32];
+    const int me = threadIdx.x, warps = blockDim.x / 32;
+    sums = sum_over_warp(sums);
     __syncthreads();  // an earlier result has been read
-    sums[threadIdx.x] = mine;
-    const int me = threadIdx.x;
-    for (int half = kBlock / 2; half > 0; half /= 2) {
-        __syncthreads();
-        if (me < half) sums[me].add(sums[me + half]);
-    }
-    return sums[me];  // which no other thread writes: thread 0 does not keep the others waiting
+    if (me % 32 == 0) of_warp[me / 32] = sums;
+    __syncthreads();
+    if (me >= 32) return sums;
+    return sum_over_warp(me < warps ? of_warp[me] : LossSums{0, 0});
+}
+
+// Of what blocks have left, shared by so many threads: a thread's share.
+FL_DEVICE LossSums share_of_partials(const double* partials, std::int64_t count, int threads) {
+    LossSums sums{0, 0};
+#pragma unroll 4
+    for (std::int64_t i = threadIdx.x; i < count; i += threads)
+        sums.add({__ldcg(partials + 2 * i), __ldcg(partials + 2 * i + 1)});
+    return sums;
 }
 
 // For all threads of a block, once `partials` [count] of all blocks are there: their sum, in thread 0.
 FL_DEVICE LossSums sum_of_partials(const double* partials, std::int64_t count) {
-    LossSums sums{0, 0};
-    for (std::int64_t i = threadIdx.x; i < count; i += kBlock)
-        sums.add({__ldcg(partials + 2 * i), __ldcg(partials + 2 * i + 1)});
-    return sum_over_block(sums);
+    return sum_over_block(share_of_partials(partials, count, kBlock));
 }
 
 FL_DEVICE unsigned* ticket_of(const LossOutput& out) {
@@ -71,13 +84,18 @@ FL_DEVICE unsigned* ticket_of(const LossOutput& out) {
 // follows from the size of the grid. Returns whether this thread is the one that has the sum.
 FL_DEVICE bool sum_over_grid(LossSums& sums, const LossOutput& out) {
     sums = sum_over_block(sums);
+    if (threadIdx.x >= 32) return false;  // one warp does the rest
     if (gridDim.x > 1) {
+        bool last = false;
         if (threadIdx.x == 0) {
             out.partials[2 * std::int64_t(blockIdx.x)] = sums.value;
             out.partials[2 * std::int64_t(blockIdx.x) + 1] = sums.weight;
+            __threadfence();
+            last = atomicInc(ticket_of(out), gridDim.x - 1) == gridDim.x - 1;
         }
-        if (!arrives_last(ticket_of(out), gridDim.x)) return false;
-        sums = sum_of_partials(out.partials, gridDim.x);
+        if (!__shfl_sync(0xffffffffu, int(last), 0)) return false;
+        __threadfence();  // what others wrote before their ticket is read after ours
+        sums = sum_over_warp(share_of_partials(out.partials, gridDim.x, 32));
     }
     return threadIdx.x == 0;
 }

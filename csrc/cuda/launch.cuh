@@ -1,6 +1,7 @@
 // Choosing and launching a kernel. What needs no kernel's type is in launch.cpp: nvcc reads a source several times.
 #pragma once
 
+#include <compare>
 #include <type_traits>
 
 #include "core/numeric.h"
@@ -8,7 +9,8 @@
 
 namespace fused_losses::cuda {
 
-constexpr int kBlock = 256;  // threads per block of every kernel
+constexpr int kBlock = 256;        // threads per block of most kernels
+constexpr int kMostThreads = 768;  // of any block: leaves 80 registers each
 
 // Blocks that must fit on a multiprocessor: lets row kernels use 64 registers a thread (128 for doubles).
 // Left alone, the compiler spills some of them for an occupancy that these kernels do not need.
@@ -21,24 +23,33 @@ constexpr bool kIsForChecking = std::is_same_v<Stored, double>;
 
 // Who works on a row. Every kernel is right for any shape and strides; the choice is about speed.
 // kStaged: a thread, on rows that the block has brought to shared memory.
-// kLanes: a part of a warp, so that a warp has enough to read at a time.
-enum class Regime { kStaged, kThread, kLanes, kWarp, kBlock };
+enum class Regime { kStaged, kThread, kWarp, kBlock };
 
 constexpr int kStagedClasses = 32;
 constexpr int kFewClasses = 16;
-constexpr int kLanes = 8;
 
 // Who works on the rows of this problem.
 Regime regime_of(const RowProblem& p);
 
-// Threads of a Group (team.cuh). Sums of several passes are reduced over whole warps.
-int threads_of(Regime regime, bool passes);
+// Threads of a Group (team.cuh).
+int threads_of(Regime regime);
 
 // Blocks for `rows` rows at `rows_per_block`, one at least: sums over no rows have to be written, too.
 unsigned blocks_for(std::int64_t rows, std::int64_t rows_per_block);
 
-// How many blocks of kBlock threads, without dynamic shared memory, the current device runs at the same time.
-cudaError_t find_resident_blocks(const void* kernel, std::int64_t& blocks);
+struct BlockShape {
+    int threads = kBlock, bytes = 0, cluster = 1;  // bytes of dynamic shared memory
+
+    auto operator<=>(const BlockShape&) const = default;
+};
+
+// How many such blocks the current device runs at the same time, and its multiprocessors. Remembers the answers: a
+// small kernel takes less time than the questions.
+cudaError_t find_resident_blocks(const void* kernel, const BlockShape& shape, std::int64_t& blocks);
+cudaError_t find_multiprocessors(int& count);
+
+// Whether the rows follow each other without gaps.
+bool rows_are_dense(const RowProblem& p, const RowStride& stride, std::int64_t class_stride);
 
 // Calls body.operator()<Stored, kSpread>() for the problem's dtype; kSpread says that u_j may be needed.
 template <class Body>
@@ -76,7 +87,7 @@ cudaError_t launch_over_rows(void (*kernel)(Params...), std::int64_t rows, std::
     unsigned blocks = blocks_for(rows, rows_per_block);
     std::int64_t resident = 1;
     if (blocks > 1)
-        if (const cudaError_t error = find_resident_blocks(reinterpret_cast<const void*>(kernel), resident);
+        if (const cudaError_t error = find_resident_blocks(reinterpret_cast<const void*>(kernel), {}, resident);
             error != cudaSuccess)
             return error;
     if (blocks > resident && resident > 0) blocks = static_cast<unsigned>(resident);
@@ -90,7 +101,7 @@ cudaError_t launch_cooperative(void (*kernel)(Params...), std::int64_t wanted, c
                                const Args&... args) {
     if (wanted == 1) return launch(kernel, 1, stream, args...);
     std::int64_t resident = 0;
-    const cudaError_t error = find_resident_blocks(reinterpret_cast<const void*>(kernel), resident);
+    const cudaError_t error = find_resident_blocks(reinterpret_cast<const void*>(kernel), {}, resident);
     if (error != cudaSuccess) return error;
     cudaLaunchAttribute cooperative;
     cooperative.id = cudaLaunchAttributeCooperative;

@@ -182,7 +182,7 @@ cudaError_t enqueue_forward_of(const RowProblem& given, const LossOutput& out, c
                 return launch_over_rows(forward_staged<Loss>, p.rows(), kBlock, stream, args);
             if (regime == Regime::kThread) return launch_pixels<Stored>(forward_by_thread<Stored, Loss>, args, stream);
         }
-        return launch_rows<Stored>(forward<Stored, Loss>, threads_of(regime, true), args, stream);
+        return launch_rows<Stored>(forward<Stored, Loss>, threads_of(regime), args, stream);
     });
 }
 

@@ -77,7 +77,7 @@ cudaError_t enqueue_gradient_of(const RowProblem& given, cudaStream_t stream) {
             if (regime == Regime::kThread)
                 return launch_over_rows(gradient<Stored, Loss, Alone>, p.rows(), kBlock, stream, args);
         }
-        const int threads = args.residence.threads = threads_of(regime, true);
+        const int threads = args.residence.threads = threads_of(regime);
         return launch_over_rows(gradient<Stored, Loss, Group>, p.rows(), kBlock / threads, stream, args);
     });
 }

@@ -10,27 +10,27 @@
 
 namespace fused_losses::cuda {
 
-template <class Answer>
+template <class Answer, class Key = const void*>
 class PerDevice {
 public:
-    // The answer for a kernel on the current device; ask(device, answer) fills it.
+    // The answer for a kernel, or what else is asked about, on the current device; ask(device, answer) fills it.
     template <class Ask>
-    cudaError_t find(const void* kernel, Answer& answer, Ask ask) {
+    cudaError_t find(const Key& key, Answer& answer, Ask ask) {
         int device = 0;
         if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
         const std::lock_guard lock(mutex);
-        if (const auto found = known.find({kernel, device}); found != known.end()) {
+        if (const auto found = known.find({key, device}); found != known.end()) {
             answer = found->second;
             return cudaSuccess;
         }
         const cudaError_t error = ask(device, answer);
-        if (error == cudaSuccess) known[{kernel, device}] = answer;
+        if (error == cudaSuccess) known[{key, device}] = answer;
         return error;
     }
 
 private:
     std::mutex mutex;
-    std::map<std::pair<const void*, int>, Answer> known;
+    std::map<std::pair<Key, int>, Answer> known;
 };
 
 }  // namespace fused_losses::cuda

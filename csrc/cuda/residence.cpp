@@ -10,8 +10,8 @@ namespace fused_losses::cuda {
 namespace {
 
 // How many clusters can run at the same time; 0 where the device, or a part of it, cannot place one.
-int resident_clusters(const void* kernel, int size, std::int64_t bytes) {
-    const ClusterLaunch launch(size, bytes, size, nullptr);
+int resident_clusters(const void* kernel, const BlockShape& shape) {
+    const ClusterLaunch launch(shape, shape.cluster, nullptr);
     int clusters = 0;
     if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) == cudaSuccess) return clusters;
     cudaGetLastError();  // an answer, not a failure
@@ -26,7 +26,7 @@ void ask_for_clusters(const void* kernel, Room& room) {
         for (int blocks = 1; blocks <= room.enough(); ++blocks) {
             const int share = room.per_multiprocessor / blocks / 1024 * 1024;  // more than the unit of allocation
             room.clusters[std::countr_zero(static_cast<unsigned>(size)) - 1][blocks - 1] =
-                resident_clusters(kernel, size, std::clamp(share - room.fixed, 0, room.per_block));
+                resident_clusters(kernel, {kBlock, std::clamp(share - room.fixed, 0, room.per_block), size});
         }
 }
 
@@ -60,6 +60,42 @@ cudaError_t ask_for_room(const void* kernel, int device, Room& room) {
 cudaError_t find_room(const void* kernel, Room& room) {
     static auto& known = *new PerDevice<Room>;
     return known.find(kernel, room, [&](int device, Room& answer) { return ask_for_room(kernel, device, answer); });
+}
+
+cudaError_t find_multiprocessors(int& count) {
+    static auto& known = *new PerDevice<int>;
+    return known.find(nullptr, count, [](int device, int& answer) {
+        return cudaDeviceGetAttribute(&answer, cudaDevAttrMultiProcessorCount, device);
+    });
+}
+
+namespace {
+
+cudaError_t ask_for_blocks(const void* kernel, const BlockShape& shape, std::int64_t& blocks) {
+    if (shape.cluster > 1) {
+        cudaFuncAttributes function = {};
+        const cudaError_t error = cudaFuncGetAttributes(&function, kernel);
+        blocks = 0;
+        if (error != cudaSuccess || function.ptxVersion < 90) return error;
+        if (cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess)
+            cudaGetLastError();
+        blocks = std::int64_t(shape.cluster) * resident_clusters(kernel, shape);
+        return cudaSuccess;
+    }
+    int multiprocessors = 0, on_each = 0;
+    cudaError_t error = find_multiprocessors(multiprocessors);
+    if (error == cudaSuccess)
+        error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&on_each, kernel, shape.threads, shape.bytes);
+    blocks = std::int64_t(multiprocessors) * on_each;
+    return error;
+}
+
+}  // namespace
+
+cudaError_t find_resident_blocks(const void* kernel, const BlockShape& shape, std::int64_t& blocks) {
+    static auto& known = *new PerDevice<std::int64_t, std::pair<const void*, BlockShape>>;
+    return known.find({kernel, shape}, blocks,
+                      [&](int, std::int64_t& answer) { return ask_for_blocks(kernel, shape, answer); });
 }
 
 int Room::blocks_with(std::int64_t bytes) const {

@@ -9,7 +9,8 @@ namespace fused_losses::cuda {
 template <class... Params, class... Args>
 cudaError_t launch_resident(void (*kernel)(Params...), const Room& room, const RowPlan& plan, std::int64_t wanted,
                             cudaStream_t stream, const Args&... args) {
-    const ClusterLaunch launch(plan.cluster, plan.bytes, resident_blocks(room, plan, wanted), stream);
+    const ClusterLaunch launch({kBlock, static_cast<int>(plan.bytes), plan.cluster},
+                               resident_blocks(room, plan, wanted), stream);
     return cudaLaunchKernelEx(&launch.config, kernel, args...);
 }
 

@@ -43,22 +43,21 @@ cudaError_t find_room(void (*kernel)(Params...), Room& room) {
     return find_room(reinterpret_cast<const void*>(kernel), room);
 }
 
-// A launch of `blocks` blocks in clusters, each with so much dynamic shared memory. Not to be copied: it points into
-// itself.
+// A launch of `blocks` blocks in clusters. Not to be copied: it points into itself.
 struct ClusterLaunch {
     cudaLaunchAttribute cluster = {};
     cudaLaunchConfig_t config = {};
 
-    ClusterLaunch(int size, std::int64_t bytes, std::int64_t blocks, cudaStream_t stream) {
+    ClusterLaunch(const BlockShape& shape, std::int64_t blocks, cudaStream_t stream) {
         cluster.id = cudaLaunchAttributeClusterDimension;
-        cluster.val.clusterDim.x = static_cast<unsigned>(size);
+        cluster.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
         cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
         config.gridDim = dim3(static_cast<unsigned>(blocks));
-        config.blockDim = dim3(kBlock);
-        config.dynamicSmemBytes = static_cast<std::size_t>(bytes);
+        config.blockDim = dim3(shape.threads);
+        config.dynamicSmemBytes = static_cast<std::size_t>(shape.bytes);
         config.stream = stream;
         config.attrs = &cluster;
-        config.numAttrs = size > 1 ? 1 : 0;
+        config.numAttrs = shape.cluster > 1 ? 1 : 0;
     }
     ClusterLaunch(const ClusterLaunch&) = delete;
 };

@@ -15,6 +15,8 @@ using SoftmaxLosses = TypeList<CrossEntropy, OfTarget<MAE>, OfTarget<GCE>, OfTar
                                OfTarget<Focal>, OfTarget<BoundedCE>, NCE, NCEMAE, NCERCE, NCEAGCE>;
 using PassLosses = TypeList<OfShares<NFL>, NGCE, OfShares<NFLMAE>, OfShares<NFLRCE>, BiTempered, HEM, MultiMargin>;
 
+constexpr int kCrossEntropy = 0;  // its place in SoftmaxLosses
+
 template <class... A, class... B>
 TypeList<A..., B...> concatenate(TypeList<A...>, TypeList<B...>);
 

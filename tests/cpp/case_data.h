@@ -53,7 +53,7 @@ public:
           naive(naive_loss(loss_names()[loss])),
           soft(naive.name == std::string_view("cross_entropy") && random.one_in(3)),
           exact(is_margin_loss(naive.name)),
-          logits(layout_of(s.kind, s.outer, s.inner, s.classes)),
+          logits(maybe_aligned(layout_of(s.kind, s.outer, s.inner, s.classes))),
           target64(per_row()),
           target32(per_row()),
           target16(per_row()),
@@ -71,7 +71,7 @@ public:
         p.reduction = Reduction(random.below(4));  // the kernels deliver the same for each
         for (std::size_t k = 0; k < loss_params.size(); ++k) p.params[k] = double(A(loss_params[k]));
         choose_spread();
-        p.logits = logits.data();
+        p.logits = logits.data() + logits.layout.begin;
         set_strides(layout_of(s.kind, s.outer, s.inner, s.classes), p.logits_stride, p.logits_class_stride);
         choose_weights();
         soft ? fill_soft_target() : choose_targets();
@@ -103,6 +103,11 @@ protected:
 
     Layout per_row() {
         return layout_of(random.one_in(2) ? Kind::kRows : Kind::kEveryOther, shape.outer, shape.inner, 1);
+    }
+    // Guarded memory begins an element after a boundary of 16 bytes.
+    Layout maybe_aligned(Layout layout) {
+        if (random.one_in(2)) layout.begin = 16 / sizeof(Stored) - 1;
+        return layout;
     }
     Layout any_layout() { return layout_of(Kind(random.below(kKinds)), shape.outer, shape.inner, shape.classes); }
     static void set_strides(const Layout& layout, RowStride& row, std::int64_t& cls) {

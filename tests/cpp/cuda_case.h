@@ -62,7 +62,7 @@ public:
     // no gaps: written by vectors all the same.
     void test_offset(const std::string& what, int offset) {
         Layout layout = logits.layout;
-        layout.begin = offset;
+        layout.begin += offset;
         choose_device();
         const long before = cuda_emulation::funnel_shifts;
         test(what + ", gradient off by " + std::to_string(offset), layout);

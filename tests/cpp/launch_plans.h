@@ -2,6 +2,7 @@
 #pragma once
 
 #include "check.h"
+#include "cuda/register_plan.h"
 #include "cuda/residence.cuh"
 
 namespace fused_losses_test {
@@ -170,6 +171,61 @@ inline void test_pixel_plans() {
     for (const int element : {2, 4, 8})
         for (int inner = 16; inner < 80; ++inner)
             test_pixel_plan(h100, 20, inner, element, inner > 64 ? 128 : inner > 32 ? 64 : 32, 3);
+}
+
+// Every number of a row is held by one lane, as often as there is room for; tiles end within their memory.
+inline void test_register_plan(Dtype dtype, Spread spread, std::int64_t classes, std::int64_t rows, std::int64_t base) {
+    const int element = bytes_of(dtype), per_word = 4 / element, per_access = 16 / element;
+    RowProblem p;
+    p.dtype = dtype, p.spread = spread, p.inner = rows, p.num_classes = classes;
+    p.logits_stride = p.grad_stride = {rows * classes, classes};
+    p.logits = p.grad = reinterpret_cast<void*>(base);
+    const auto complain = [&](const RegisterPlan& plan, const char* what) {
+        check(false, "%lld classes of %d bytes: %s: %d lanes of %d, %d rounds, share %d, %d blocks", (long long)classes,
+              element, what, plan.lanes, plan.held, plan.rounds, plan.share, plan.cluster);
+    };
+    if (const RegisterPlan plan = plan_tiles(p, 132)) {
+        const std::int64_t words = classes / per_word;
+        if (plan.rounds * plan.lanes < words || plan.rounds * per_word > plan.held) complain(plan, "no room");
+        if (plan.tile_bytes < plan.tile_rows * classes * element + base % 16 || plan.tile_bytes % 16 != 0 ||
+            plan.tile_rows % (32 / plan.lanes) != 0)
+            complain(plan, "tile");
+    } else if (classes <= 200 && (classes % per_word != 0 || base % 4 == 0)) {
+        complain(plan, "no tiles");
+    }
+    for (const int largest : {1, 4, 16}) {
+        const RegisterPlan plan = plan_direct(p, largest);
+        const std::int64_t accesses = classes / per_access, most = std::int64_t(plan.lanes) * (plan.held / per_access);
+        if (!plan) {
+            if (classes > 32 && classes <= 16 * 1024) complain(plan, "not direct");
+            continue;
+        }
+        if (plan.share * plan.cluster < accesses || plan.share > most || plan.cluster > largest)
+            complain(plan, "no room");
+        if (plan.lanes % 32 != 0 || plan.threads % plan.lanes != 0 || plan.threads > kMostThreads)
+            complain(plan, "threads");
+        if (!plan.is_ragged && (classes % per_access != 0 || base % 16 != 0)) complain(plan, "not ragged");
+    }
+}
+
+inline void test_register_plans() {
+    for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16})
+        for (const Spread spread : {Spread::kNone, Spread::kOnes})
+            for (const int base : {0, bytes_of(dtype), 8})
+                for (int classes = 1; classes < 200000; classes += 1 + classes / 7)
+                    for (const int rows : {1, 1000, 1000000}) test_register_plan(dtype, spread, classes, rows, base);
+    RowProblem p;
+    p.dtype = Dtype::kFloat32, p.inner = 1000, p.num_classes = 100, p.logits_stride = p.grad_stride = {0, 100};
+    check(bool(plan_tiles(p, 132)), "100 classes: no tiles");
+    p.grad = reinterpret_cast<void*>(4);
+    check(!plan_tiles(p, 132) && !plan_direct(p, 16), "a gradient that begins elsewhere within 16 bytes");
+    p.grad = nullptr;
+    p.logits_stride.inner = 104;
+    check(!plan_tiles(p, 132) && plan_direct(p, 16), "rows with gaps: one by one");
+    p.logits_class_stride = 2;
+    check(!plan_direct(p, 16), "every other class");
+    p.logits_class_stride = 1, p.dtype = Dtype::kFloat64;
+    check(!plan_direct(p, 16), "doubles");
 }
 
 }  // namespace fused_losses_test

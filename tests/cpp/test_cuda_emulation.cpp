@@ -108,7 +108,7 @@ void test_clusters() {
     for (unsigned i = 0; i < numbers.size(); ++i) numbers[i] = {0, i, 0, 0};
     int wrong = 0;
     for (const int cluster : {1, 2, 4}) {
-        const ClusterLaunch launch(cluster, kBlock * sizeof(uint4), 12, nullptr);
+        const ClusterLaunch launch({kBlock, kBlock * sizeof(uint4), cluster}, 12, nullptr);
         const uint4* const from = numbers.data();
         check(cudaLaunchKernelEx(&launch.config, use_cluster, from, &wrong) == cudaSuccess && wrong == 0,
               "clusters of %d: %d wrong results", cluster, wrong);
@@ -186,7 +186,7 @@ void expect_death(
 }
 
 void launch_clusters(void (*kernel)(int*), int* wrong) {
-    const ClusterLaunch launch(4, 0, 8, nullptr);
+    const ClusterLaunch launch({kBlock, 0, 4}, 8, nullptr);
     cudaLaunchKernelEx(&launch.config, kernel, wrong);
 }
 
@@ -277,20 +277,18 @@ void test_planning() {
     check(regime(1, 100000, 10, false) == Regime::kStaged, "few classes: rows brought to shared memory");
     check(regime(2, 100000, 10, false) == Regime::kThread,
           "few classes in several runs of rows: a thread for each row");
-    check(regime(1, 4096, 100, false) == Regime::kLanes, "100 classes: a part of a warp for each row");
     check(regime(1, 4096, 1000, false) == Regime::kWarp, "1000 classes: a warp for each row");
     check(regime(1, 64, 21841, false) == Regime::kBlock, "21841 classes: a block for each row");
     check(regime(8, 512 * 512, 150, true) == Regime::kThread, "pixels: a thread for each");
-    check(regime(2, 1, 150, true) == Regime::kLanes, "one pixel an image: as rows");
-    check(regime(1, 7, 150, true) == Regime::kLanes, "fewer pixels than classes: as rows");
+    check(regime(2, 1, 150, true) == Regime::kWarp, "one pixel an image: as rows");
+    check(regime(1, 7, 150, true) == Regime::kWarp, "fewer pixels than classes: as rows");
     p.dtype = Dtype::kFloat64;
     check(regime(1, 100000, 10, false) == Regime::kWarp, "doubles: no kernels for few classes");
-    check(regime(1, 4096, 100, false) == Regime::kWarp, "doubles: no kernels for parts of warps");
     check(blocks_for(0, 8) == 1 && blocks_for(1, 8) == 1 && blocks_for(8, 8) == 1 && blocks_for(9, 8) == 2,
           "blocks for few rows");
     check(blocks_for(std::int64_t(1) << 40, 8) == kMaxBlocks, "more rows than the largest grid");
-    test_walk<kLanes, float>();
-    test_walk<kLanes, Half>();
+    test_walk<8, float>();
+    test_walk<8, Half>();
     test_walk<32, double>();
     test_walk<32, float>();
     test_walk<32, Half>();
@@ -314,5 +312,6 @@ int main() {
     test_grids();
     test_assumed_denominator();
     test_pixel_plans();
+    test_register_plans();
     return report("CUDA emulation");
 }

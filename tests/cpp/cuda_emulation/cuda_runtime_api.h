@@ -91,9 +91,10 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, in
     return value <= cuda_emulation::shared_per_block ? cudaSuccess : cudaErrorInvalidValue;
 }
 template <class Kernel>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, std::size_t) {
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, std::size_t bytes) {
     ++cuda_emulation::questions;
-    *blocks = cuda_emulation::blocks_per_multiprocessor;
+    const bool fits = bytes <= std::size_t(cuda_emulation::shared_per_block);
+    *blocks = fits ? cuda_emulation::blocks_per_multiprocessor : 0;
     return cudaSuccess;
 }
 

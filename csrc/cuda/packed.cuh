@@ -1,0 +1,145 @@
+// Logits as they travel, four bytes at a time: a float, or two numbers of 16 bits. And the exponential that each dtype
+// has use for.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "core/math.h"
+#include "core/numeric.h"
+#include "cuda/row_access.cuh"
+
+namespace fused_losses::cuda {
+
+#ifdef __CUDA_ARCH__
+FL_DEVICE float exp2_approximately(float x) {  // 2 ulp, one instruction
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+FL_DEVICE float log2_approximately(float x) {  // to 2^-22 in [0.5, 2], else 2 ulp
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+#else
+FL_DEVICE float exp2_approximately(float x) { return std::exp2(x); }
+FL_DEVICE float log2_approximately(float x) { return std::log2(x); }
+#endif
+
+template <class Stored>
+struct Word;
+
+template <>
+struct Word<float> {
+    static constexpr int count = 1;
+    static constexpr unsigned lowest = 0xff800000u;  // -inf
+
+    static FL_DEVICE void widen(unsigned w, float* z) { z[0] = std::bit_cast<float>(w); }
+    static FL_DEVICE unsigned narrow(const float* z) { return std::bit_cast<unsigned>(z[0]); }
+    // NaN loses
+    static FL_DEVICE unsigned larger(unsigned a, unsigned b) {
+        return std::bit_cast<unsigned>(std::fmax(std::bit_cast<float>(a), std::bit_cast<float>(b)));
+    }
+};
+
+template <class Stored>
+struct PackedPair {
+    static constexpr int count = 2;
+
+    static FL_DEVICE void split(unsigned w, Stored (&x)[2]) { std::memcpy(x, &w, sizeof w); }
+    static FL_DEVICE unsigned join(const Stored (&x)[2]) {
+        unsigned w;
+        std::memcpy(&w, x, sizeof w);
+        return w;
+    }
+    static FL_DEVICE void widen_each(unsigned w, float* z) {
+        Stored x[2];
+        split(w, x);
+        z[0] = to_acc(x[0]), z[1] = to_acc(x[1]);
+    }
+    static FL_DEVICE unsigned narrow_each(const float* z) {
+        return join({to_stored<Stored>(z[0]), to_stored<Stored>(z[1])});
+    }
+    static FL_DEVICE unsigned larger_each(unsigned a, unsigned b) {
+        float x[2], y[2];
+        widen_each(a, x), widen_each(b, y);
+        const float larger[] = {std::fmax(x[0], y[0]), std::fmax(x[1], y[1])};
+        return narrow_each(larger);
+    }
+};
+
+template <>
+struct Word<BFloat16> : PackedPair<BFloat16> {
+    static constexpr unsigned lowest = 0xff80ff80u;
+
+    static FL_DEVICE void widen(unsigned w, float* z) {
+        z[0] = std::bit_cast<float>(w << 16), z[1] = std::bit_cast<float>(w & 0xffff0000u);
+    }
+#ifdef __CUDA_ARCH__
+    static FL_DEVICE unsigned narrow(const float* z) {
+        unsigned w;
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(z[1]), "f"(z[0]));
+        return w;
+    }
+    static FL_DEVICE unsigned larger(unsigned a, unsigned b) {
+        unsigned w;
+        asm("max.bf16x2 %0, %1, %2;" : "=r"(w) : "r"(a), "r"(b));
+        return w;
+    }
+#else
+    static unsigned narrow(const float* z) { return narrow_each(z); }
+    static unsigned larger(unsigned a, unsigned b) { return larger_each(a, b); }
+#endif
+};
+
+template <>
+struct Word<Half> : PackedPair<Half> {
+    static constexpr unsigned lowest = 0xfc00fc00u;
+
+    static FL_DEVICE void widen(unsigned w, float* z) { widen_each(w, z); }
+#ifdef __CUDA_ARCH__
+    static FL_DEVICE unsigned narrow(const float* z) {
+        unsigned w;
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(z[1]), "f"(z[0]));
+        return w;
+    }
+    static FL_DEVICE unsigned larger(unsigned a, unsigned b) {
+        unsigned w;
+        asm("max.f16x2 %0, %1, %2;" : "=r"(w) : "r"(a), "r"(b));
+        return w;
+    }
+#else
+    static unsigned narrow(const float* z) { return narrow_each(z); }
+    static unsigned larger(unsigned a, unsigned b) { return larger_each(a, b); }
+#endif
+};
+
+// exp(z - pivot) for z <= pivot. Where gradients have 16 bits, as a power of two: a multiply-add and one more
+// instruction. The pivot is then c / log2(e), not the number given, the same for all that is taken relative to it.
+template <class Stored>
+class Exponential {
+    static constexpr bool kAsPower = sizeof(Stored) == 2;
+    static constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;
+
+public:
+    FL_DEVICE explicit Exponential(float pivot) : c(kAsPower ? pivot * kLog2E : pivot) {}
+
+    FL_DEVICE float distance(float z) const { return kAsPower ? std::fma(z, kLog2E, -c) * kLn2 : z - c; }
+    FL_DEVICE float operator()(float z) const {
+        if constexpr (kAsPower)
+            return exp2_approximately(std::fma(z, kLog2E, -c));
+        else
+            return math::exp(z - c);
+    }
+
+    // The logarithm of a sum of exponentials, of which one at least is hardly below 1: its rounding is no smaller than
+    // the error near 1.
+    static FL_DEVICE float log(float sum) { return kAsPower ? log2_approximately(sum) * kLn2 : math::log(sum); }
+
+private:
+    const float c;
+};
+
+}  // namespace fused_losses::cuda

@@ -1,0 +1,44 @@
+// Which rows of softmax losses stay in registers from their only read to the write of their gradient, and who shares
+// them. Host code.
+#pragma once
+
+#include "cuda/residence.h"
+
+namespace fused_losses::cuda {
+
+// How many numbers of its row a thread may hold, with all else in 64 or 80 registers: half, or three eighths, of the
+// threads that a multiprocessor can have are there. Kernels are compiled for each: a loop that ends early would cost as
+// much as what it leaves out.
+constexpr int kTileHeld[] = {10, 16, 20, 26}, kDirectHeld[] = {16, 24, 32};
+constexpr int kTileHeldWithSpread = 16, kDirectHeldWithSpread = 16;
+constexpr int kTileThreads = 128;
+
+// What a block may have where rows are read straight from memory: addresses of as many loads as a float row needs take
+// more registers.
+constexpr int most_direct_threads(int element) { return element == 4 ? 640 : kMostThreads; }
+
+// Blocks of a tile's kernel that fit on a multiprocessor by their registers, and what a tile may take then.
+constexpr int tile_blocks(int held, bool spread) { return held < 16 && !spread ? 8 : 6; }
+constexpr int most_tile_bytes(int held, bool spread) { return tile_blocks(held, spread) == 8 ? 3072 : 4096; }
+
+struct RegisterPlan {
+    // Of a row: a power of two up to 32 in a tile; else a warp or a block, of a cluster perhaps.
+    int lanes = 0;
+    int held = 0;                       // numbers that the kernel has room for
+    int rounds = 0;                     // accesses of a lane in a tile, of 4 bytes
+    int share = 0;                      // accesses of a block of a cluster, of 16 bytes
+    int tile_rows = 0, tile_bytes = 0;  // of a warp's tile; all zeros: rows are read where they lie
+    int threads = 0, cluster = 1;       // of a block, blocks of a row
+    bool is_ragged = false;             // some rows have numbers beside their whole accesses
+
+    explicit operator bool() const { return lanes > 0; }
+};
+
+// For rows that tiles can hold, none else. And how many lanes ask the same bank of shared memory at the same time.
+RegisterPlan plan_tiles(const RowProblem& p, int multiprocessors);
+int conflicts_of(const RowProblem& p, const RegisterPlan& plan);
+
+// For longer ones, with clusters of up to so many blocks.
+RegisterPlan plan_direct(const RowProblem& p, int largest_cluster);
+
+}  // namespace fused_losses::cuda

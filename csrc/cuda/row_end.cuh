@@ -1,0 +1,105 @@
+// From the sums over a row's classes to its value and the coefficients of its gradient; what is kept of a row, and what
+// backward makes of that.
+#pragma once
+
+#include "cuda/loss_output.cuh"
+#include "cuda/row_gradient.cuh"
+#include "cuda/softmax_state.cuh"
+#include "losses/registry.h"
+
+namespace fused_losses::cuda {
+
+// The loss is a uniform branch, once a row: kernels are compiled once per dtype, not once per loss. Not inlined: powers
+// and logarithms would take the registers that hold a row.
+template <bool kSpread, class A>
+__device__ __noinline__ AffineRow<A> evaluate_any(int loss, const A* params, SoftmaxRow<A> row) {
+    AffineRow<A> affine{};
+    visit_loss(SoftmaxLosses{}, loss, [&]<class Loss>() {
+        if constexpr (kIsForChecking<A> || may_have_spread<Loss, kSpread>()) affine = Loss::eval(row, params);
+    });
+    return affine;
+}
+
+template <bool kSpread, class A>
+FL_DEVICE AffineRow<A> evaluate(const RowProblem& p, const A* params, const SoftmaxRow<A>& row) {
+    if constexpr (kSpread)
+        if (p.spread == Spread::kSoftTarget) return SoftCrossEntropy::eval(row, params);
+    if (p.loss == kCrossEntropy) return CrossEntropy::eval(row, params);
+    return evaluate_any<kSpread>(p.loss, params, row);
+}
+
+template <class A>
+FL_DEVICE void write_stats(const RowProblem& p, const Row& row, const Coefficients<A>& c) {
+    if (!p.stats) return;
+    const std::int64_t rows = p.rows();
+    A* stats = static_cast<A*>(p.stats) + row.number;
+    stats[0] = c.max;
+    stats[rows] = c.alpha;
+    stats[2 * rows] = c.beta;
+    if (p.spread != Spread::kNone) stats[3 * rows] = c.gamma;
+}
+
+// To an ulp, by one instruction for floats.
+FL_DEVICE float reciprocal(float x) {
+#ifdef __CUDA_ARCH__
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return 1.0f / x;
+#endif
+}
+FL_DEVICE double reciprocal(double x) { return 1.0 / x; }
+
+// What forward knows of its row, and what comes out of it.
+template <class A>
+struct RowEnd {
+    const RowArgs<A>& args;
+    LossSums& sums;
+
+    FL_DEVICE RowEnd(const RowArgs<A>& a, LossSums& s) : args(a), sums(s) {}
+
+    FL_DEVICE void ignore(const Row& row, bool records) {
+        if (!records) return;
+        if (args.problem.row_values) static_cast<A*>(args.problem.row_values)[row.number] = A(0);
+        write_stats(args.problem, row, Coefficients<A>{A(0), A(0), A(0), A(0)});
+    }
+
+    // From the sums over the classes to the coefficients of the gradient for a denominator of 1, which every thread of
+    // the row gets; one `records`. target_distance: of the target's logit from state.max.
+    template <bool kSpread>
+    FL_DEVICE Coefficients<A> finish(const Row& row, const Target& target, A target_distance, A log_sum,
+                                     const SoftmaxState<A, kSpread>& state, bool records) {
+        const RowProblem& p = args.problem;
+        SoftmaxRow<A> softmax;
+        softmax.log_p = target_distance - log_sum;
+        softmax.sum_neg_log_p = kSpread ? state.sum_u * log_sum - state.centred : A(0);
+        softmax.sum_u = kSpread ? state.sum_u : A(0);
+        softmax.class_weight = class_weight_of<A>(p, target);
+        softmax.num_classes = A(p.num_classes);
+        const AffineRow<A> affine = evaluate<kSpread>(p, args.params, softmax);
+        const A sample_weight = sample_weight_of<A>(p, row);
+        Coefficients<A> coefficients{state.max, affine.alpha * reciprocal(state.sum), affine.beta, affine.gamma};
+        if (records) {
+            const A value = sample_weight * affine.value;
+            if (p.row_values) static_cast<A*>(p.row_values)[row.number] = value;
+            write_stats(p, row, coefficients);
+            sums.add({static_cast<double>(value), static_cast<double>(softmax.class_weight * sample_weight)});
+        }
+        coefficients.scale(sample_weight);
+        return coefficients;
+    }
+};
+
+// The row's coefficients, multiplied by upstream * sample_weight / denominator.
+template <class A>
+FL_DEVICE Coefficients<A> saved_coefficients(const RowProblem& p, const Row& row) {
+    const std::int64_t rows = p.rows();
+    const A* stats = as<A>(p.stats) + row.number;
+    Coefficients<A> coefficients{stats[0], stats[rows], stats[2 * rows],
+                                 p.spread != Spread::kNone ? stats[3 * rows] : A(0)};
+    coefficients.scale(scale_of<A>(p, row));
+    return coefficients;
+}
+
+}  // namespace fused_losses::cuda
