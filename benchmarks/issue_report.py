@@ -1,0 +1,255 @@
+"""Warp instructions per logit of the CUDA kernels, counted in machine code for sm_90; needs no GPU.
+
+    python benchmarks/issue_report.py [--markdown TABLE] [--check benchmarks/results/cuda_issue.md]
+
+A kernel at the speed of a copy may issue so many warp instructions per logit (32 lanes, a logit each; 132
+multiprocessors with 4 issue slots at 1.98 GHz): what fills more than 70 % of them does not hide behind memory. For
+every case the launch plan says how a row is shared out, and ``sass.cheapest_trip`` finds the fewest instructions with
+which a warp can do that: so many loads, exponentials, stores. What runs once a block is left out. ``--check`` fails if
+a case needs a tenth more than the table says. Needs nvcc, g++ and nvdisasm (PyPI: nvidia-cuda-nvdisasm).
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import sass  # noqa: E402
+
+CLASSES = (10, 19, 33, 100, 150, 257, 1000, 1001, 4099, 21841, 50257, 128256)
+DTYPES = ("bfloat16", "float32")  # float16 differs from bfloat16 in two conversions, of one instruction each
+STORED = {"bfloat16": "BFloat16", "float16": "Half", "float32": "float"}
+# How a kernel's name spells them.
+MANGLED = {"bfloat16": r"BFloat16E", "float16": r"4HalfE", "float32": r"f"}
+SOURCES = ("register_tile", "register_forward")
+BYTES_PER_SECOND = {"H100": 3.0e12, "H200": 4.3e12}  # of a copy, read and write
+SLOTS_PER_SECOND = 132 * 4 * 1.98e9
+GROWTH = 1.1
+COUNTED = ("FMA", "ALU", "MUFU", "LSU", "branch")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape of many rows, and what its loss asks for."""
+
+    loss: str  # "p_y": losses of log p_y, cross entropy first; "NCE": those with a sum over the classes as well
+    dtype: str
+    classes: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of a logit."""
+        return 4 if self.dtype == "float32" else 2
+
+    @property
+    def rows(self) -> int:
+        """Enough to fill the device many times over."""
+        return max(1000, (1 << 30) // self.classes)
+
+    @property
+    def budget(self) -> int:
+        """The most instructions per logit that it should need."""
+        if self.loss == "NCE":
+            return 30
+        by_classes = (26, 21, 15) if self.size == 2 else (40, 33, 28)
+        return by_classes[(self.classes > 32) + (self.classes > 256)]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the rows of a case are shared out (register_plan.h)."""
+
+    kind: str
+    lanes: int
+    held: int
+    rounds: int
+    tile_rows: int
+    tile_bytes: int
+    threads: int
+    cluster: int
+    conflicts: int
+
+    def __str__(self) -> str:
+        if self.kind == "tile":
+            return f"tile of {self.tile_rows} rows, {self.lanes} x {self.held}"
+        blocks = f"{self.cluster} blocks x " if self.cluster > 1 else ""
+        return f"{blocks}{self.lanes} x {self.held}"
+
+
+@dataclass(frozen=True)
+class Count:
+    """Warp instructions per logit, 32 lanes a logit each."""
+
+    case: Case
+    plan: Plan
+    total: float
+    by_class: dict[str, float]
+
+    def fill(self, gpu: str) -> float:
+        """The part of the issue slots that it takes at the speed of a copy, targets of 8 bytes counted."""
+        moved = 2 * self.case.size + 8 / self.case.classes
+        return self.total / 32 / SLOTS_PER_SECOND / (moved / BYTES_PER_SECOND[gpu])
+
+
+Work = tuple[tuple[str, int], ...]
+
+
+def trips(case: Case, plan: Plan) -> tuple[list[tuple[dict[str, int], bool, float]], float]:
+    """Work of a loop's trip, whether that is the outermost loop, and how many trips; for how many logits / 32."""
+    halves = case.size == 2
+    scalars = {"MUFU.RCP": 1} | ({"MUFU.LG2": 1} if halves else {})
+    # Of three words at a time.
+    largest = {"VHMNMX": plan.held // 4} if halves else {"FMNMX": plan.held - 1}
+    exponentials = {"MUFU.EX2": plan.held, "LDG": 1, **scalars, **largest}
+    if plan.kind == "tile":
+        accesses = -(-plan.tile_rows * case.classes * case.size // 512)
+        moves = {"LDGSTS": accesses, "STG.128": accesses}
+        return [
+            (moves, True, 1),
+            (exponentials | {"STS": plan.held // (2 if halves else 1)}, False, plan.tile_rows * plan.lanes / 32),
+        ], plan.tile_rows * case.classes / 32
+    accesses = plan.held * case.size // 16
+    beside = case.classes * case.size % 16 != 0  # numbers beside the accesses
+    single = "LDG.U16" if halves else "LDG"
+    row = exponentials | {"LDG": accesses + 2 + beside, "STG.128": accesses, "SHFL": 10}
+    row |= {single: row["LDG"] if single == "LDG" else 1 + beside}
+    return [(row, True, plan.lanes / 32 * plan.cluster)], case.classes / 32
+
+
+FOUND: dict[tuple[str, Work, bool], Counter[str]] = {}
+
+
+def units_of(kernel: sass.Kernel, work: Work, outermost: bool) -> Counter[str]:
+    """Instructions of the cheapest trip by their unit; many cases differ in nothing but how often they make it."""
+    key = (kernel.name, work, outermost)
+    if key not in FOUND:
+        FOUND[key] = sass.per_class(sass.cheapest_trip(kernel, dict(work), outermost=outermost))
+    return FOUND[key]
+
+
+def count(case: Case, plan: Plan, kernels: Iterable[sass.Kernel]) -> Count:
+    """Counts the case in its kernel."""
+    base = "softmax_in_tiles" if plan.kind == "tile" else "softmax_in_registers"
+    name = rf"{base}I.*{MANGLED[case.dtype]}Lb{int(case.loss == 'NCE')}ELi{plan.held}E"
+    kernel = next(k for k in kernels if re.search(name, k.name))
+    by_class = dict.fromkeys(COUNTED, 0.0)
+    levels, logits = trips(case, plan)
+    for work, outermost, times in levels:
+        for unit, n in units_of(kernel, tuple(work.items()), outermost).items():
+            by_class[unit] = by_class.get(unit, 0.0) + n * times / logits
+    return Count(case, plan, sum(by_class.values()), by_class)
+
+
+def compile_kernels(folder: Path) -> list[sass.Kernel]:
+    """The kernels of SOURCES for sm_90, two files at a time."""
+    running = []
+    for source in SOURCES:
+        virtual = 90 if source.endswith("_forward") else 80  # as CMakeLists.txt does by default
+        command = ["nvcc", "-std=c++20", "-O3", "-DNDEBUG", "-DFL_WITH_CUDA", "--expt-relaxed-constexpr", "-cubin"]
+        command += [
+            f"-gencode=arch=compute_{virtual},code=sm_90",
+            f"-I{ROOT / 'csrc'}",
+            "-o",
+            str(folder / f"{source}.cubin"),
+        ]
+        running.append(subprocess.Popen([*command, str(ROOT / "csrc" / "cuda" / f"{source}.cu")]))
+    if any(process.wait() != 0 for process in running):
+        raise SystemExit("issue_report: nvcc failed")
+    return [kernel for source in SOURCES for kernel in sass.disassemble(folder / f"{source}.cubin")]
+
+
+def plans(cases: Sequence[Case], folder: Path) -> list[Plan]:
+    """The launch plans of the cases, by the planning code itself."""
+    program = folder / "launch_plans"
+    sources = [ROOT / "benchmarks" / "launch_plans.cpp"]
+    sources += [ROOT / "csrc" / "cuda" / name for name in ("register_plan.cpp", "launch.cpp")]
+    includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'cpp' / 'cuda_emulation'}", f"-I{ROOT / 'tests' / 'cpp'}"]
+    subprocess.run(["g++", "-std=c++20", "-O1", *includes, *map(str, sources), "-o", str(program)], check=True)
+    asked = [f"{case.dtype}:{int(case.loss == 'NCE')}:{case.classes}:{case.rows}" for case in cases]
+    lines = subprocess.run([str(program), *asked], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [Plan(kind, *map(int, numbers)) for kind, *numbers in map(str.split, lines)]
+
+
+def markdown(counts: Sequence[Count]) -> str:
+    """The table, as a page."""
+    lines = [
+        "# Warp instructions per logit",
+        "",
+        "Forward that writes the gradient, many rows, sm_90; written by `python benchmarks/issue_report.py --markdown",
+        "benchmarks/results/cuda_issue.md`, whose head says how they are counted. Full: the part of the issue slots",
+        "that is taken at the speed of a copy. Conflicts: how many lanes ask the same bank of shared memory.",
+        "",
+        f"| loss | dtype | classes | rows are in | instructions | {' | '.join(COUNTED)} | conflicts "
+        "| full H100 | full H200 | budget | |",
+        f"|---|---|--:|---|--:|{'--:|' * len(COUNTED)}--:|--:|--:|--:|---|",
+    ]
+    for c in counts:
+        units = " | ".join(f"{c.by_class.get(unit, 0):.1f}" for unit in COUNTED)
+        fills = " | ".join(f"{100 * c.fill(gpu):.0f} %" for gpu in BYTES_PER_SECOND)
+        verdict = "met" if c.total <= c.case.budget else "missed"
+        lines.append(
+            f"| {c.case.loss} | {c.case.dtype} | {c.case.classes} | {c.plan} | {c.total:.1f} | {units} | "
+            f"{c.plan.conflicts} | {fills} | {c.case.budget} | {verdict} |"
+        )
+    met = sum(c.total <= c.case.budget for c in counts)
+    return "\n".join([*lines, "", f"{met} of {len(counts)} within budget."]) + "\n"
+
+
+def read_table(text: str) -> dict[Case, float]:
+    """Instructions per logit of the cases of a table that ``markdown`` has written."""
+    table = {}
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) > 5 and cells[2].isdigit():
+            table[Case(cells[0], cells[1], int(cells[2]))] = float(cells[4])
+    return table
+
+
+def grown(counts: Iterable[Count], table: dict[Case, float]) -> list[str]:
+    """The cases that need a tenth more than the table says, or are not in it."""
+    return [
+        f"{c.case.loss} {c.case.dtype}, {c.case.classes} classes: {c.total:.1f} instead of {table.get(c.case, 0.0):.1f}"
+        for c in counts
+        if c.total > GROWTH * table.get(c.case, 0.0)
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--markdown", type=Path, help="write the table to this file")
+    parser.add_argument("--check", type=Path, help="fail if a case needs a tenth more than in this table")
+    parser.add_argument("--cubins", type=Path, help="folder of cubins that are compiled already")
+    args = parser.parse_args()
+    cases = [Case("p_y", dtype, classes) for dtype in DTYPES for classes in CLASSES]
+    cases += [Case("NCE", dtype, classes) for dtype in ("bfloat16", "float32") for classes in (10, 100, 1000)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if args.cubins:
+            kernels = [k for source in SOURCES for k in sass.disassemble(args.cubins / f"{source}.cubin")]
+        else:
+            kernels = compile_kernels(folder)
+        counts = []
+        for case, plan in zip(cases, plans(cases, folder), strict=True):
+            counts.append(count(case, plan, kernels))
+            print(f"{case.loss} {case.dtype}, {case.classes}: {counts[-1].total:.1f}", file=sys.stderr, flush=True)
+    page = markdown(counts)
+    print(page)
+    if args.markdown:
+        args.markdown.write_text(page)
+    failures = grown(counts, read_table(args.check.read_text())) if args.check else []
+    print("\n".join(f"issue_report: {failure}" for failure in failures))
+    return int(bool(failures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
