@@ -89,8 +89,8 @@ struct Word<BFloat16> : PackedPair<BFloat16> {
         return w;
     }
 #else
-    static unsigned narrow(const float* z) { return narrow_each(z); }
-    static unsigned larger(unsigned a, unsigned b) { return larger_each(a, b); }
+    static FL_DEVICE unsigned narrow(const float* z) { return narrow_each(z); }
+    static FL_DEVICE unsigned larger(unsigned a, unsigned b) { return larger_each(a, b); }
 #endif
 };
 
@@ -111,8 +111,8 @@ struct Word<Half> : PackedPair<Half> {
         return w;
     }
 #else
-    static unsigned narrow(const float* z) { return narrow_each(z); }
-    static unsigned larger(unsigned a, unsigned b) { return larger_each(a, b); }
+    static FL_DEVICE unsigned narrow(const float* z) { return narrow_each(z); }
+    static FL_DEVICE unsigned larger(unsigned a, unsigned b) { return larger_each(a, b); }
 #endif
 };
 
