@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp as fsdp
 from conftest import DEVICES
 from hypothesis import given
 from hypothesis import strategies as st
@@ -238,18 +239,20 @@ def test_a_wrapped_module_is_scheduled_inside(wrapper: str, start: float | None,
     assert ThresholdSchedule(wrapped, None, 2.0, 1).module is module
 
 
+@pytest.mark.filterwarnings("ignore:FSDP is switching")  # one process shards nothing
 def test_a_distributed_module_is_scheduled_inside(tmp_path: Path) -> None:
     class Scaled(Thresholded):
         def __init__(self) -> None:
             super().__init__(3.0)
-            self.scale = nn.Parameter(torch.ones(()))  # DistributedDataParallel refuses Modules without any
+            self.scale = nn.Parameter(torch.ones(1))  # DistributedDataParallel refuses Modules without any
 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
-        module = Scaled()
-        wrapped = nn.parallel.DistributedDataParallel(module)
-        ThresholdSchedule(wrapped, 5.0, 1.0, 1)
-        assert module.threshold.item() == 5.0
+        for wrap in (nn.parallel.DistributedDataParallel, fsdp.FullyShardedDataParallel, fsdp.fully_shard):
+            module = Scaled()
+            options = {"device_id": torch.device("cpu")} if wrap is fsdp.FullyShardedDataParallel else {}
+            ThresholdSchedule(wrap(module, **options), 5.0, 1.0, 1)
+            assert module.threshold.item() == 5.0
     finally:
         dist.destroy_process_group()
 
