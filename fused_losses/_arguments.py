@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, Protocol, TypedDict
@@ -194,6 +195,14 @@ def pack_arguments(
 def class_dim(logits: Tensor) -> int:
     """The dimension of the classes: 0 for (C,), else 1."""
     return 0 if logits.dim() == 1 else 1
+
+
+def is_distributed(tensor: Any) -> bool:
+    """Whether it is a DTensor; imports nothing."""
+    if type(tensor) is Tensor or type(tensor) is torch.nn.Parameter:
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def acc_dtype(logits: Tensor) -> torch.dtype:

@@ -12,6 +12,7 @@ from fused_losses._arguments import (
     RowLossArguments,
     check_logit_bias,
     check_reduction,
+    is_distributed,
     pack_arguments,
 )
 from fused_losses._autograd import row_loss
@@ -101,6 +102,10 @@ class RowLossModule(Criterion):
 
     def forward(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """Computes the loss of ``logits`` for ``target``; ``sample_weight`` is one weight per row."""
+        if type(logits) is not Tensor and is_distributed(logits):
+            from fused_losses.parallel import distributed_loss  # it is made of this class
+
+            return distributed_loss(self, logits, target, sample_weight)
         return row_loss(self._arguments(logits, target, sample_weight))
 
     def _arguments(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None) -> RowLossArguments:
