@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, Protocol, TypedDict
@@ -199,6 +200,14 @@ def pack_arguments(
         ignore_index,
         reduction,
     )
+
+
+def is_distributed(tensor: Any) -> bool:
+    """Whether it is a DTensor; imports nothing."""
+    if type(tensor) is Tensor or type(tensor) is torch.nn.Parameter:
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def acc_dtype(logits: Tensor) -> torch.dtype:

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_losses import _ops
+from fused_losses import _ops, _shards
 from fused_losses._arguments import RowLossArguments, acc_dtype
+from fused_losses._shards import Shard
 
 # Losses with rows whose value and gradient are exactly 0: every margin is satisfied.
 _SATISFIABLE = ("hem", "multi_margin")
@@ -33,11 +34,13 @@ class ChunkOptions(NamedTuple):
     accumulate_dtype: torch.dtype  # of the sums that become the gradients of weight and bias
     chunk_bytes: int  # for a chunk's logits and their gradient
     skip_rows: bool | None  # leave rows without gradient out; None: on the CPU, where counting them does not wait
+    shard: Shard | None = None  # linear_weight has the classes of this rank only; no argument of the operator
 
 
-def stand_in(input: Tensor, linear_weight: Tensor, dtype: torch.dtype) -> Tensor:
+def stand_in(input: Tensor, linear_weight: Tensor, options: ChunkOptions) -> Tensor:
     """A tensor with the shape, dtype and device of the logits and memory for one number."""
-    return input.new_zeros((), dtype=dtype).expand(input.shape[0], linear_weight.shape[0])
+    classes = linear_weight.shape[0] if options.shard is None else options.shard.num_classes
+    return input.new_zeros((), dtype=options.dtype).expand(input.shape[0], classes)
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -70,7 +73,7 @@ def _sweep(
     skips = input.is_cpu if options.skip_rows is None else options.skip_rows
     kept = _worth_keeping(args.target != args.ignore_index) if skips and not args.target.is_floating_point() else None
     count = rows.shape[0] if kept is None else kept.numel()
-    size = rows_per_chunk(count, matrix, options.chunk_bytes)
+    size = rows_per_chunk(count, matrix, options)
     buffer = rows.new_empty((min(size, count), matrix.shape[0]))
     values = rows.new_zeros(rows.shape[0], dtype=acc_dtype(rows))
     grad_input = torch.zeros_like(rows) if wanted[0] else rows.new_empty(0)
@@ -88,10 +91,14 @@ def _sweep(
             target=args.target[where],
             sample_weight=samples,
         )
-        if not any(wanted):
+        if options.shard is not None:
+            values[where], grad_logits = _shards.values_and_gradient(chunk, options.shard, any(wanted))
+        elif any(wanted):
+            values[where], grad_logits = values_and_gradient(chunk)
+        else:
             values[where] = _ops.row_loss(*chunk)
+        if not any(wanted):
             continue
-        values[where], grad_logits = values_and_gradient(chunk)
         if skips and args.loss in _SATISFIABLE:
             active = _worth_keeping(values[where] != 0)
             if active is not None:
@@ -108,9 +115,13 @@ def _sweep(
     return values, grad_input.to(input.dtype), grad_weight, grad_bias
 
 
-def rows_per_chunk(rows: int, matrix: Tensor, chunk_bytes: int) -> int:
-    """How many rows a chunk has: as many as fit with their gradient, in chunks of about equal size; at least one."""
-    most = max(1, chunk_bytes // (2 * max(matrix.shape[0], 1) * matrix.element_size()))
+def rows_per_chunk(rows: int, matrix: Tensor, options: ChunkOptions) -> int:
+    """How many rows a chunk has: as many as fit with their gradient, in chunks of about equal size; at least one.
+
+    Ranks with a share of the classes agree about it.
+    """
+    classes = matrix.shape[0] if options.shard is None else options.shard.largest
+    most = max(1, options.chunk_bytes // (2 * max(classes, 1) * matrix.element_size()))
     chunks = max(1, -(-rows // most))
     return max(1, -(-rows // chunks))
 
@@ -163,9 +174,8 @@ def _unflatten(
 ) -> tuple[Tensor, Tensor, Tensor | None, RowLossArguments, ChunkOptions, Sequence[bool]]:
     """The operator's arguments as :func:`sweep` takes them."""
     *of_loss, dtype, accumulate_dtype, chunk_bytes, skip_rows, wanted = flat
-    logits = stand_in(input, linear_weight, dtype)  # type: ignore[arg-type]
-    args = RowLossArguments(logits, *of_loss, "none")  # type: ignore[arg-type]
     options = ChunkOptions(dtype, accumulate_dtype, chunk_bytes, skip_rows)  # type: ignore[arg-type]
+    args = RowLossArguments(stand_in(input, linear_weight, options), *of_loss, "none")  # type: ignore[arg-type]
     return input, linear_weight, linear_bias, args, options, wanted  # type: ignore[return-value]
 
 
@@ -195,5 +205,7 @@ def traced_sweep(
     wanted: Sequence[bool],
 ) -> Sweep:
     """:func:`sweep` as one operator, which traces do not look into."""
+    if options.shard is not None:
+        raise RuntimeError("linear_loss over sharded classes cannot be traced by torch.compile yet: leave it out")
     of_loss = args[1:-1]  # without the logits, which are made of what is given, and the reduction
-    return _operator(input, linear_weight, linear_bias, *of_loss, *options, list(wanted))  # type: ignore[no-any-return]
+    return _operator(input, linear_weight, linear_bias, *of_loss, *options[:-1], list(wanted))  # type: ignore[no-any-return]

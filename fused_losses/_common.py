@@ -6,7 +6,7 @@ from typing import Any, TypedDict
 
 from torch import Tensor, nn
 
-from fused_losses._arguments import LOSSES, RowLossArguments, check_reduction, pack_arguments
+from fused_losses._arguments import LOSSES, RowLossArguments, check_reduction, is_distributed, pack_arguments
 from fused_losses._autograd import row_loss
 from fused_losses._logit_bias import LogitBias, check_logit_bias
 from fused_losses._parameters import plain
@@ -107,6 +107,10 @@ class RowLossModule(Criterion):
 
         With ``return_row_stats`` it comes together with :func:`fused_losses.row_statistics` of the rows.
         """
+        if type(logits) is not Tensor and is_distributed(logits):
+            from fused_losses.parallel import distributed_loss  # it is made of this class
+
+            return distributed_loss(self, logits, target, sample_weight)
         loss = row_loss(self._arguments(logits, target, sample_weight))
         return (loss, row_statistics(logits, target, self.ignore_index)) if return_row_stats else loss
 

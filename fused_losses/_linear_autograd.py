@@ -13,6 +13,7 @@ from fused_losses._autograd import is_plain
 from fused_losses._checks import check_row_loss
 from fused_losses._chunks import ChunkOptions, Sweep, stand_in, sweep, traced_sweep
 from fused_losses._reference import ACTIVE_GUARD, mean_of
+from fused_losses._shards import check_classes, check_loss
 from fused_losses._z_autograd import masked_first
 from fused_losses._z_error import ZOps
 from fused_losses._z_reference import ClassScore, class_score
@@ -34,7 +35,7 @@ class ChunkedLogits:
     def __init__(self, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, options: ChunkOptions) -> None:
         self.inputs = input, linear_weight, linear_bias
         self.options = options
-        self.stand_in = stand_in(input.detach(), linear_weight, options.dtype)
+        self.stand_in = stand_in(input.detach(), linear_weight, options)
 
     def row_loss(self, args: RowLossArguments) -> Tensor:
         """The loss of these logits."""
@@ -89,6 +90,11 @@ class ChunkedLogits:
 
     def _check(self, args: RowLossArguments) -> None:
         check_row_loss(args)
+        if self.options.shard is not None:
+            check_loss(args.loss, args.loss)
+            check_classes(args, self.options.shard.num_classes)
+            if args.target.is_floating_point():
+                raise RuntimeError(f"{args.loss}: target must hold class indices where classes are sharded")
         if not torch.is_grad_enabled():
             return
         others = {"target": args.target, "weight": args.weight, "sample_weight": args.sample_weight}
@@ -159,8 +165,8 @@ class _SumOfRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        _check_once()
-        in_place = _is_last_backward(grad_outputs[0])
+        check_once()
+        in_place = is_last_backward(grad_outputs[0])
         scaled: list[Tensor | None] = []
         for wanted, made, dtype in zip(_wanted(ctx), ctx.saved_tensors, ctx.dtypes, strict=True):
             if not wanted:
@@ -190,10 +196,10 @@ class _ValuesOfRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        _check_once()
+        check_once()
         input, linear_weight, linear_bias, *of_loss = ctx.saved_tensors
         constants, options = ctx.constants
-        logits = stand_in(input.detach(), linear_weight, options.dtype)
+        logits = stand_in(input.detach(), linear_weight, options)
         args = RowLossArguments(logits, *of_loss, *constants)
         upstream = grad_outputs[0]
         args = args._replace(sample_weight=upstream if args.sample_weight is None else upstream * args.sample_weight)
@@ -204,12 +210,12 @@ class _ValuesOfRows(torch.autograd.Function):
         return *(g.to(dtype) if needed else None for needed, g, dtype in made), None, None
 
 
-def _check_once() -> None:
+def check_once() -> None:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(_ONCE)
 
 
-def _is_last_backward(grad_loss: Tensor) -> bool:
+def is_last_backward(grad_loss: Tensor) -> bool:
     """Whether nobody can come back for the saved gradients: the graph is freed, and nothing is traced or batched."""
     if not is_plain(grad_loss):
         return False

@@ -129,6 +129,19 @@ class Rows:
         """Log-probability of the target."""
         return self.of_target(self.log_probs)
 
+    def sum_log_probs(self, weighted: bool = False) -> Tensor:
+        """``sum_j log p_j``, each multiplied by its class's weight if ``weighted``; a weight of 0 leaves out even -inf."""
+        if not weighted or self.weight is None:
+            return self.log_probs.sum(self.dim)
+        shape = [-1 if d == self.dim else 1 for d in range(self.log_probs.dim())]
+        weight = self.weight.to(self.log_probs.dtype).view(shape).expand_as(self.log_probs)
+        return zero_at_zero(weight, self.log_probs).sum(self.dim)
+
+    def target_and_sum(self, term: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """``term(log p_y)`` and ``sum_j term(log p_j)``; ``term`` works entry by entry."""
+        terms = term(self.log_probs)
+        return self.of_target(terms), terms.sum(self.dim)
+
     def reduce(self, values: Tensor, reduction: str) -> Tensor:
         """Weighs ``values`` (class weights inside already) by sample and reduces them."""
         kept = torch.where(self.ignored, 0.0, values * self.sample_weight)

@@ -22,12 +22,7 @@ def _smoothed(rows: Rows, label_smoothing: float) -> Tensor:
     hard = -rows.class_weight * rows.log_p
     if label_smoothing == 0.0:
         return hard
-    dim = rows.dim
-    shape = [-1 if d == dim else 1 for d in range(rows.log_probs.dim())]
-    spread = rows.log_probs
-    if rows.weight is not None:  # a weight of 0 leaves out a masked class
-        spread = zero_at_zero(rows.weight.to(spread.dtype).view(shape).expand_as(spread), spread)
-    smooth = -spread.sum(dim) * (label_smoothing / rows.num_classes)
+    smooth = -rows.sum_log_probs(weighted=True) * (label_smoothing / rows.num_classes)
     return smooth if label_smoothing == 1.0 else (1.0 - label_smoothing) * hard + smooth
 
 

@@ -9,12 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fused_losses._arguments import LOSSES, LogitBias, LossEntry, RowLossArguments, check_reduction
+from fused_losses._arguments import (
+    LOSSES,
+    LogitBias,
+    LossEntry,
+    RowLossArguments,
+    check_reduction,
+    is_distributed,
+)
 from fused_losses._chunks import ChunkOptions
 from fused_losses._common import Criterion, RowLossModule
 from fused_losses._linear_autograd import ChunkedLogits
 from fused_losses._parameters import positive_integer
+from fused_losses._shards import Shard
 from fused_losses.distributed import GlobalMean
+from fused_losses.parallel import ClassParallel, sum_gradient
 from fused_losses.z_cross_entropy import ZErrorCrossEntropyLoss
 
 CHUNK_BYTES = 64 << 20
@@ -82,12 +91,19 @@ def linear_loss(
         >>> linear_loss(features, head, torch.tensor([4, 9]), "mae")
         tensor(1.8000, grad_fn=...)
     """
+    input, linear_weight, linear_bias, shard = _local_classes(loss, input, linear_weight, linear_bias)
     options = {"weight": weight, "ignore_index": ignore_index, "logit_bias": logit_bias}
-    logits, shape = _chunked(input, linear_weight, target, linear_bias, chunk_bytes, accumulate_dtype, skip_rows)
-    rows = target.reshape(-1, linear_weight.shape[0]) if target.shape != shape else target.reshape(-1)
+    logits, shape = _chunked(
+        input,
+        linear_weight,
+        target,
+        linear_bias,
+        ChunkOptions(torch.float32, accumulate_dtype, chunk_bytes, skip_rows, shard),
+    )
+    rows = target.reshape(-1, logits.stand_in.shape[1]) if target.shape != shape else target.reshape(-1)
     samples = None if sample_weight is None else _flat_weights(sample_weight, shape)
     values = _loss_of(loss, logits, rows, samples, reduction, options, parameters)
-    return values.reshape(shape) if values.dim() else values
+    return values if values.dim() == 0 or values.shape == shape else values.reshape(shape)
 
 
 def _loss_of(
@@ -109,10 +125,12 @@ def _loss_of(
     check_module(loss)
     _check_no_options(options, parameters)
     if isinstance(loss, ZErrorCrossEntropyLoss):
+        if logits.options.shard is not None:
+            raise TypeError("loss must be one with a form for sharded classes, got ZErrorCrossEntropyLoss")
         found = loss.evaluate(logits.z_ops(), logits.stand_in, target, sample_weight, reduction=reduction)
         assert isinstance(found, Tensor)
         return found
-    row_loss = loss.loss if isinstance(loss, GlobalMean) else loss
+    row_loss: Any = loss.loss if isinstance(loss, (GlobalMean, ClassParallel)) else loss
     arguments = _with_reduction(row_loss._arguments(logits.stand_in, target, sample_weight), reduction)
     if isinstance(loss, GlobalMean) and arguments.reduction not in ("none", "sum"):
         return loss.evaluate(arguments, logits.total)
@@ -138,9 +156,9 @@ def find_loss(loss: Any) -> LossEntry:
 
 def check_module(loss: nn.Module) -> None:
     """Raises unless :func:`linear_loss` takes the Module."""
-    if not isinstance(loss, (RowLossModule, GlobalMean, ZErrorCrossEntropyLoss)):
+    if not isinstance(loss, (RowLossModule, GlobalMean, ClassParallel, ZErrorCrossEntropyLoss)):
         raise TypeError(
-            "loss must be a row-loss Module of fused_losses, GlobalMean or ZErrorCrossEntropyLoss, got "
+            "loss must be a row-loss Module of fused_losses, GlobalMean, ClassParallel or ZErrorCrossEntropyLoss, got "
             f"{type(loss).__name__}"
         )
 
@@ -169,9 +187,7 @@ def _chunked(
     linear_weight: Tensor,
     target: Tensor,
     linear_bias: Tensor | None,
-    chunk_bytes: int,
-    accumulate_dtype: torch.dtype,
-    skip_rows: bool | None,
+    options: ChunkOptions,
 ) -> tuple[ChunkedLogits, torch.Size]:
     """The logits in chunks, and the shape of the rows."""
     tensors = {"input": input, "linear_weight": linear_weight, "target": target}
@@ -181,15 +197,45 @@ def _chunked(
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
     _check_shapes(input, linear_weight, target, linear_bias)
-    positive_integer.pack("chunk_bytes", chunk_bytes)
-    if not (isinstance(accumulate_dtype, torch.dtype) and accumulate_dtype.is_floating_point):
-        raise ValueError(f"accumulate_dtype must be a floating point dtype, got {accumulate_dtype!r}")
-    if not (skip_rows is None or isinstance(skip_rows, bool)):
-        raise ValueError(f"skip_rows must be True, False or None, got {skip_rows!r}")
-    dtype = _dtype_of_logits(tensors)
+    positive_integer.pack("chunk_bytes", options.chunk_bytes)
+    dtype, skip = options.accumulate_dtype, options.skip_rows
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"accumulate_dtype must be a floating point dtype, got {dtype!r}")
+    if not (skip is None or isinstance(skip, bool)):
+        raise ValueError(f"skip_rows must be True, False or None, got {skip!r}")
+    options = options._replace(dtype=_dtype_of_logits(tensors))
     flat = input.reshape(-1, input.shape[-1])
-    options = ChunkOptions(dtype, accumulate_dtype, chunk_bytes, skip_rows)
     return ChunkedLogits(flat, linear_weight, linear_bias, options), input.shape[:-1]
+
+
+def _local_classes(
+    loss: Loss, input: Any, linear_weight: Any, linear_bias: Any
+) -> tuple[Tensor, Tensor, Tensor | None, Shard | None]:
+    """The tensors of this rank, and which classes its weight has, where they are sharded.
+
+    A DTensor weight also means that the gradients of ``input`` are to be added up over its ranks.
+    """
+    if isinstance(loss, ClassParallel) and isinstance(linear_weight, Tensor) and linear_weight.dim() == 2:
+        return input, linear_weight, linear_bias, loss.shard(linear_weight.shape[0])
+    if not is_distributed(linear_weight):
+        return input, linear_weight, linear_bias, None
+    mesh, placements = linear_weight.device_mesh, linear_weight.placements
+    if len(placements) != 1 or not placements[0].is_shard(0):
+        raise ValueError(f"linear_weight must be sharded over one mesh dimension by Shard(0), got {placements}")
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offset = compute_local_shape_and_global_offset(linear_weight.shape, mesh, placements)
+    group, classes = mesh.get_group(0), linear_weight.shape[0]
+    if linear_bias is not None:
+        if not is_distributed(linear_bias) or linear_bias.placements != placements:
+            raise ValueError(f"linear_bias must be a DTensor placed as linear_weight, {placements}")
+        linear_bias = linear_bias.to_local()
+    if is_distributed(input):
+        if not all(p.is_replicate() for p in input.placements):
+            raise ValueError(f"input must be replicated where linear_weight is sharded, got {input.placements}")
+        input = input.to_local()
+    shard = Shard(group, offset[0], classes, -(-classes // mesh.size()))
+    return sum_gradient(input, group), linear_weight.to_local(), linear_bias, shard
 
 
 def _check_shapes(input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None) -> None:

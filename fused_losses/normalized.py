@@ -38,7 +38,7 @@ def nce_loss(rows: Rows, **options: Unpack[CallOptions]) -> Tensor:
     at least two classes. A class masked by a logit of -inf makes the denominator infinite and the loss 0.
     """
     _require_two_classes(rows)
-    return rows.log_p / rows.log_probs.sum(rows.dim)
+    return rows.log_p / rows.sum_log_probs()
 
 
 class NCELoss(RowLossModule, stem="nce"):
@@ -62,12 +62,14 @@ def nfl_loss(rows: Rows, *, gamma: float = 0.5, detach: bool = True, **options: 
             exact gradient.
     """
     _require_two_classes(rows)
-    log_probs = rows.log_probs
-    if detach and gamma != 0.0:
-        terms = -(-expm1(log_probs.detach())).pow(gamma) * log_probs
-    else:
-        terms = focal_term(log_probs, gamma)
-    return rows.of_target(terms) / terms.sum(rows.dim)
+
+    def term(log_probs: Tensor) -> Tensor:
+        if detach and gamma != 0.0:
+            return -(-expm1(log_probs.detach())).pow(gamma) * log_probs
+        return focal_term(log_probs, gamma)
+
+    own, total = rows.target_and_sum(term)
+    return own / total
 
 
 class NFLLoss(RowLossModule, stem="nfl"):
@@ -91,8 +93,8 @@ def ngce_loss(rows: Rows, *, q: float = 0.7, **options: Unpack[CallOptions]) -> 
         q: exponent, > 0.
     """
     _require_two_classes(rows)
-    missing = expm1(q * rows.log_probs)  # p^q - 1; C - sum p^q as it stands would cancel
-    return rows.of_target(missing) / missing.sum(rows.dim)
+    own, total = rows.target_and_sum(lambda t: expm1(q * t))  # p^q - 1; C - sum p^q as it stands would cancel
+    return own / total
 
 
 class NGCELoss(RowLossModule, stem="ngce"):

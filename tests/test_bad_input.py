@@ -10,7 +10,6 @@ import torch
 import fused_losses as fl
 from fused_losses._parameters import OrNone, OrTensor, Range, one_of
 
-
 NAMES = list(fl.LOSSES)
 RANGES = {
     (name, parameter): rule.range if isinstance(rule, OrNone | OrTensor) else rule

@@ -10,7 +10,6 @@ import torch
 
 import fused_losses as fl
 
-
 NAMES = list(fl.LOSSES)
 
 

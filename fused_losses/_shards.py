@@ -1,0 +1,235 @@
+"""Row losses whose classes are spread over the ranks of a process group.
+
+Every rank has all rows, with the logits of some consecutive classes. What a loss has to know of the other classes is a
+few numbers per row: the maximum, the sum of exponentials, the target's logit, and for some losses a sum over the
+classes. With these, each rank has the loss and its own classes' gradient, so backward communicates nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fused_losses._arguments import LOSSES, RowLossArguments, acc_dtype
+from fused_losses._reference import Rows
+from fused_losses.distributed import check_member
+
+if TYPE_CHECKING:
+    from fused_losses._common import RowLossModule
+
+# What is not a function of log p_y and sums over the classes.
+WITHOUT_SHARDS = ("bi_tempered", "hem", "multi_margin")
+# Losses with a sum over the classes that is linear in the log-probabilities: it goes with the other sums.
+_LINEAR_SUM = ("nce", "nce_mae", "nce_rce", "nce_agce")
+# Losses with another one, which needs the normaliser first: one more collective.
+_OTHER_SUM = ("nfl", "nfl_mae", "nfl_rce", "ngce")
+
+
+class Shard(NamedTuple):
+    """The classes of this rank: ``first_class`` and the following, of ``num_classes`` in all."""
+
+    group: dist.ProcessGroup | None
+    first_class: int
+    num_classes: int
+    largest: int  # classes of the rank that has most
+
+
+def find_shard(group: dist.ProcessGroup | None, first_class: int, classes: int, num_classes: int) -> Shard:
+    """This rank's shard. Ranks tell each other what they have; all raise unless every class has exactly one rank."""
+    check_member(group)
+    found: list[tuple[int, int, int]] = [(0, 0, 0)] * dist.get_world_size(group)
+    dist.all_gather_object(found, (first_class, classes, num_classes), group=group)
+    end = 0
+    for first, count, total in sorted(found):
+        if total != num_classes or (first != end and count > 0):
+            break
+        end += count
+    else:
+        if end == num_classes:
+            return Shard(group, first_class, num_classes, max(count for _, count, _ in found))
+    spans = ", ".join(f"[{first}, {first + count}) of {total}" for first, count, total in found)
+    raise ValueError(
+        f"first_class and the logits of all ranks must divide classes 0 to {num_classes - 1}, got by rank: {spans}"
+    )
+
+
+def check_loss(stem: str, name: str) -> None:
+    """Raises unless the loss has a form for sharded classes."""
+    if stem in WITHOUT_SHARDS:
+        others = ", ".join(stem for stem in LOSSES if stem not in WITHOUT_SHARDS)
+        raise TypeError(f"loss must be one with a form for sharded classes ({others}), got {name}")
+
+
+def check_classes(args: RowLossArguments, num_classes: int) -> None:
+    """Raises where a target is no class: no rank would notice. On CUDA a device assertion."""
+    target = args.target
+    fine = (target == args.ignore_index) | ((target >= 0) & (target < num_classes))
+    if not target.is_cpu:
+        torch._assert_async(fine.all())
+    elif not fine.all():
+        raise IndexError(f"{args.loss}: target {int(target[~fine][0])} is out of range [0, {num_classes})")
+
+
+@dataclass(frozen=True)
+class ShardedRows(Rows):
+    """Rows for a loss's formula, whose numbers per row come from all ranks; leaves for its derivatives."""
+
+    shard: Shard
+    gathered: Tensor  # log p_y
+    linear_sum: Tensor  # sum over the classes of weight * log p
+    other_sum: Callable[[Callable[[Tensor], Tensor]], Tensor]
+    sums: list[Tensor] = field(default_factory=list)
+
+    @property
+    def num_classes(self) -> int:
+        """C, over all ranks."""
+        return self.shard.num_classes
+
+    @property
+    def log_p(self) -> Tensor:  # type: ignore[override]
+        """Log-probability of the target."""
+        return self.gathered
+
+    def sum_log_probs(self, weighted: bool = False) -> Tensor:
+        """The sum that :func:`_linear_weights` has weighted as this loss wants it."""
+        return self.linear_sum
+
+    def target_and_sum(self, term: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """``term(log p_y)`` and its sum over all classes."""
+        return term(self.gathered), self.other_sum(term)
+
+
+def values_and_gradient(args: RowLossArguments, shard: Shard, with_gradient: bool) -> tuple[Tensor, Tensor]:
+    """Every row's weighted loss, the same on all ranks, and the gradient of their sum in this rank's logits.
+
+    ``args.logits`` is (N, classes of this rank), targets count over all classes. All ranks have to call it: one
+    collective for the maximum and an error of any rank, one for the sums, one more for losses of ``_OTHER_SUM``.
+    """
+    with torch.no_grad():
+        logits, target = args.logits, args.target.long()
+        ignored = target == args.ignore_index
+        local = torch.where(ignored, -1, target - shard.first_class)
+        own = (local >= 0) & (local < logits.shape[1])
+        index = torch.where(own, local, 0).unsqueeze(1)
+        z = _with_bias(logits.to(acc_dtype(logits)), args, own, index)
+        shift = _global_max(z, args, shard)
+        d = torch.where(ignored.unsqueeze(1), 0.0, z - shift.unsqueeze(1))
+        linear = _linear_weights(args, shard, z)
+        e = d.exp()
+        parts = [e.sum(1), torch.where(own, d.gather(1, index).squeeze(1), 0.0)] if d.shape[1] else 2 * [shift * 0.0]
+        if linear is not None:
+            parts.append((d * linear).sum(1))
+        sums = torch.stack(parts)
+        dist.all_reduce(sums, group=shard.group)
+        log_sum = sums[0].log()
+        log_p = torch.where(ignored, 0.0, sums[1] - log_sum)
+        linear_total = torch.zeros_like(log_p)
+        linear_scale = 0.0 if linear is None else _total_linear_weight(args, shard)
+        if linear is not None:
+            linear_total = sums[2] - linear_scale * log_sum
+        log_probs = d.sub_(log_sum.unsqueeze(1))
+        values, slopes, terms = _evaluate(args, shard, ignored, log_p, linear_total, log_probs)
+        if not with_gradient:
+            return values, logits.new_empty(0)
+        of_target, of_linear, of_other, slope_total = slopes
+        # d log p_k / d z_j is [k = j] - p_j, in every one of the three numbers.
+        pull = of_target + of_linear * linear_scale + of_other * slope_total
+        grad = e.mul_((-pull / sums[0]).unsqueeze(1))
+        if linear is not None:
+            grad += of_linear.unsqueeze(1) * linear
+        if terms is not None:
+            grad += of_other.unsqueeze(1) * terms
+        grad.scatter_add_(1, index, torch.where(own, of_target, 0.0).unsqueeze(1)) if grad.shape[1] else None
+        return values, torch.where(ignored.unsqueeze(1), 0.0, grad).to(logits.dtype)
+
+
+def _with_bias(z: Tensor, args: RowLossArguments, own: Tensor, index: Tensor) -> Tensor:
+    bias = args.logit_bias if args.logit_bias_tensor is None else args.logit_bias_tensor.to(z)
+    if (not isinstance(bias, Tensor) and bias == 0.0) or z.shape[1] == 0:
+        return z
+    return z.scatter_add(1, index, (own.to(z.dtype) * bias).unsqueeze(1))
+
+
+def _global_max(z: Tensor, args: RowLossArguments, shard: Shard) -> Tensor:
+    """Every row's maximum over all ranks. An error of one rank is one of all, at least where no GPU has to be awaited."""
+    low = torch.full((z.shape[0],), -torch.inf, dtype=z.dtype, device=z.device)
+    most = z.amax(1) if z.shape[1] else low
+    message = torch.cat([most, most.new_zeros(1)])
+    dist.all_reduce(message, dist.ReduceOp.MAX, group=shard.group)
+    _raise_if_any(message[-1:])
+    return message[:-1]
+
+
+def announce_error(rows: int, like: Tensor, shard: Shard, loss: RowLossModule) -> None:
+    """Takes part in the collectives of a call that this rank cannot make, so that no other waits for ever."""
+    message = torch.full((rows + 1,), torch.nan, dtype=like.dtype, device=like.device)
+    message[-1] = 1.0
+    dist.all_reduce(message, dist.ReduceOp.MAX, group=shard.group)
+    if like.is_cpu:  # the others raise
+        return
+    linear = loss.stem in _LINEAR_SUM or bool(getattr(loss, "label_smoothing", 0.0))
+    for numbers in [3 if linear else 2, *([2] if loss.stem in _OTHER_SUM else [])]:
+        dist.all_reduce(torch.full((numbers, rows), torch.nan, dtype=like.dtype, device=like.device), group=shard.group)
+
+
+def _raise_if_any(flag: Tensor) -> None:
+    if flag.is_cpu and flag.item() > 0:
+        raise RuntimeError(
+            "the loss was given bad arguments on another rank of the class group: its message says which"
+        )
+
+
+def _linear_weights(args: RowLossArguments, shard: Shard, z: Tensor) -> Tensor | None:
+    """By what this rank's log-probabilities are multiplied in the loss's linear sum; None where there is none."""
+    if args.loss in _LINEAR_SUM:
+        return z.new_ones(z.shape[1])
+    if args.loss != "cross_entropy" or args.params[0] == 0:
+        return None
+    if args.weight is None:
+        return z.new_ones(z.shape[1])
+    return args.weight[shard.first_class : shard.first_class + z.shape[1]].to(z.dtype)
+
+
+def _total_linear_weight(args: RowLossArguments, shard: Shard) -> float | Tensor:
+    if args.weight is None or args.loss != "cross_entropy":
+        return float(shard.num_classes)
+    return args.weight.to(acc_dtype(args.logits)).sum()
+
+
+def _evaluate(
+    args: RowLossArguments, shard: Shard, ignored: Tensor, log_p: Tensor, linear_sum: Tensor, log_probs: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor], Tensor | None]:
+    """Values, their derivatives in log p_y, the linear and the other sum with the sum of its slopes, and these slopes."""
+    made: list[Tensor] = []
+
+    def other_sum(term: Callable[[Tensor], Tensor]) -> Tensor:
+        with torch.enable_grad():
+            leaf = log_probs.detach().requires_grad_()
+            terms = term(leaf)
+            (slopes,) = torch.autograd.grad(terms.sum(), leaf)
+        sums = torch.stack([terms.detach().sum(1), slopes.sum(1)])
+        dist.all_reduce(sums, group=shard.group)
+        made.extend([sums[0].clone().requires_grad_(), sums[1], slopes])
+        return made[0]
+
+    with torch.enable_grad():
+        leaves = [log_p.requires_grad_(), linear_sum.requires_grad_()]
+        ones = torch.ones_like(log_p)
+        target = torch.where(ignored, 0, args.target.long())
+        class_weight = ones if args.weight is None else args.weight.to(ones.dtype)[target]
+        samples = ones if args.sample_weight is None else args.sample_weight.to(ones.dtype)
+        rows = ShardedRows(
+            log_probs, target, ignored, args.weight, class_weight, samples, shard, leaves[0], leaves[1], other_sum
+        )
+        entry = LOSSES[args.loss]
+        values = entry.formula(rows, **entry.unpack(args.params))
+        values = rows.reduce(values if entry.weighs_classes else class_weight * values, "none")
+        leaves.extend(made[:1])
+        found = torch.autograd.grad(values.sum(), leaves, allow_unused=True, materialize_grads=True)
+    of_other, slope_total, slopes = (found[2], made[1], made[2]) if made else (ones * 0.0, ones * 0.0, None)
+    return values.detach(), (found[0], found[1], of_other, slope_total), slopes

@@ -1,0 +1,295 @@
+"""Classes spread over processes give what one process gives with all of them."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import fused_losses as fl
+from fused_losses._shards import WITHOUT_SHARDS
+from fused_losses.functional import linear_loss
+from fused_losses.parallel import ClassParallel, sum_gradient
+
+pytestmark = [
+    pytest.mark.any_cpu,
+    pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo"),
+]
+ROWS, FEATURES, CLASSES = 12, 5, 11
+CLOSE = dict(rtol=1e-10, atol=1e-12)  # float64: sums in another order
+NAMES = [name for name in fl.LOSSES if name not in WITHOUT_SHARDS]
+
+
+def problem(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(2)
+    x, w, b = (
+        torch.randn(s, generator=generator, dtype=dtype) for s in [(ROWS, FEATURES), (CLASSES, FEATURES), (CLASSES,)]
+    )
+    target = torch.arange(ROWS) % CLASSES  # in every shard
+    target[3] = -100
+    sample_weight = torch.rand(ROWS, generator=generator, dtype=dtype) + 0.5
+    return x, w, b, target, sample_weight
+
+
+def bounds(rank, world_size):
+    """Uneven shards: 5, 2, 2, 2 of four."""
+    ends = [CLASSES - 2 * (world_size - 1 - r) for r in range(world_size)]
+    return (ends[rank - 1] if rank else 0), ends[rank]
+
+
+def losses(reduction):
+    weight = torch.linspace(0.5, 2.0, CLASSES, dtype=torch.float64)
+    for name in NAMES:
+        yield name, fl.LOSSES[name].module(reduction=reduction)
+        yield (
+            f"weighted {name}",
+            fl.LOSSES[name].module(weight=weight, logit_bias=torch.tensor(0.7), reduction=reduction),
+        )
+    yield "smooth", fl.CrossEntropyLoss(label_smoothing=0.2, reduction=reduction)
+    yield "weighted smooth", fl.CrossEntropyLoss(weight, label_smoothing=0.2, logit_bias=0.5, reduction=reduction)
+    yield "exact nfl", fl.NFLLoss(detach=False, reduction=reduction)
+
+
+def step(head, tensors):
+    """Loss and gradients of ``head(x, w, b)`` under an upstream gradient other than 1."""
+    tensors = [t.detach().clone().requires_grad_() for t in tensors]
+    loss = head(*tensors)
+    (loss * torch.linspace(1.0, 3.0, loss.numel(), dtype=loss.dtype).reshape(loss.shape)).sum().backward()
+    return [loss.detach(), *(t.grad for t in tensors)]
+
+
+class Count:
+    """Counts collectives and the bytes each rank hands to them."""
+
+    def __enter__(self):
+        self.calls, self.bytes, self.real = 0, 0, dist.all_reduce
+
+        def counted(tensor, *args, **kwargs):
+            self.calls += 1
+            self.bytes += tensor.numel() * tensor.element_size()
+            return self.real(tensor, *args, **kwargs)
+
+        dist.all_reduce = counted
+        return self
+
+    def __exit__(self, *_):
+        dist.all_reduce = self.real
+
+
+def check_plain(rank, world_size):
+    x, w, b, target, samples = problem()
+    first, end = bounds(rank, world_size)
+    for reduction in ("mean", "sum", "none"):
+        for name, loss in losses(reduction):
+            dense = step(lambda x, w, b: loss(F.linear(x, w, b), target, samples), (x, w, b))
+            sharded = ClassParallel(loss, dist.group.WORLD, first, CLASSES)
+            wanted = [dense[0], dense[1], dense[2][first:end], dense[3][first:end]]
+
+            def apart(x, w, b):
+                return sharded(F.linear(sum_gradient(x), w, b), target, samples)
+
+            def together(x, w, b):
+                return linear_loss(
+                    sum_gradient(x), w, target, sharded, linear_bias=b, sample_weight=samples, chunk_bytes=400
+                )
+
+            for head in (apart, together):
+                found = step(head, (x, w[first:end], b[first:end]))
+                for value, expected in zip(found, wanted, strict=True):
+                    torch.testing.assert_close(value, expected, **CLOSE, msg=lambda m: f"{name} {reduction}: {m}")
+
+
+def check_traffic(rank, world_size):
+    x, w, b, target, _ = problem(torch.float32)
+    first, end = bounds(rank, world_size)
+    logits = F.linear(x, w, b)[:, first:end].requires_grad_()
+    for name in NAMES:
+        sharded = ClassParallel(fl.LOSSES[name].module(), None, first, CLASSES)
+        sharded.shard(end - first)
+        with Count() as forward:
+            loss = sharded(logits, target)
+        with Count() as backward:
+            loss.backward()
+        with Count() as without, torch.no_grad():
+            sharded(logits, target)
+        third = name.startswith("nfl") or name == "ngce"
+        assert (forward.calls, backward.calls, without.calls) == (3 if third else 2, 0, 3 if third else 2)
+        assert forward.bytes - 4 <= ROWS * (20 if third else 16), name  # 4: whether a rank has raised
+
+
+def check_half(rank, world_size):
+    x, w, b, target, _ = problem(torch.bfloat16)
+    first, end = bounds(rank, world_size)
+    logits = F.linear(x, w, b)
+    for name in ("gce", "nce", "ngce"):
+        loss = fl.LOSSES[name].module()
+        whole, part = logits.clone().requires_grad_(), logits[:, first:end].clone().requires_grad_()
+        expected, found = loss(whole, target), ClassParallel(loss, None, first, CLASSES)(part, target)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        expected.backward()
+        found.backward()
+        torch.testing.assert_close(part.grad, whole.grad[:, first:end], rtol=2e-2, atol=1e-4)
+        alike = [torch.empty_like(found) for _ in range(world_size)]
+        dist.all_gather(alike, found.detach())
+        assert all(torch.equal(a, alike[0]) for a in alike)
+
+
+def check_images(rank, world_size):
+    first, end = bounds(rank, world_size)
+    torch.manual_seed(0)
+    logits, target = torch.randn(2, CLASSES, 3, 2, dtype=torch.float64), torch.randint(0, CLASSES, (2, 3, 2))
+    for reduction in ("none", "mean"):
+        loss = fl.GCELoss(reduction=reduction)
+        whole, part = logits.clone().requires_grad_(), logits[:, first:end].clone().requires_grad_()
+        expected, found = loss(whole, target), ClassParallel(loss, None, first, CLASSES)(part, target)
+        torch.testing.assert_close(found, expected, **CLOSE)
+        expected.sum().backward()
+        found.sum().backward()
+        torch.testing.assert_close(part.grad, whole.grad[:, first:end], **CLOSE)
+
+
+def check_errors(rank, world_size):
+    first, end = bounds(rank, world_size)
+    logits, target = torch.zeros(4, end - first), torch.zeros(4, dtype=torch.int64)
+    sharded = ClassParallel(fl.GCELoss(), None, first, CLASSES)
+    own = world_size - 1
+    bad = torch.zeros(4) if rank == own else None  # as sample_weight fine; then of an integer dtype
+    sharded(logits, target, bad)
+    with pytest.raises(RuntimeError, match="sample_weight must be" if rank == own else "another rank"):
+        sharded(logits, target, torch.ones(4, dtype=torch.int64) if rank == own else None)
+    with pytest.raises(IndexError, match=rf"target {CLASSES} is out of range \[0, {CLASSES}\)"):
+        sharded(logits, target + CLASSES)
+    with pytest.raises(ValueError, match="first_class and the logits of all ranks must divide"):
+        ClassParallel(fl.GCELoss(), None, first, CLASSES + 1)(logits, target)
+    with pytest.raises(TypeError, match="form for sharded classes"):
+        ClassParallel(fl.HEMLoss(), None, first, CLASSES)
+    with pytest.raises(TypeError, match="row-loss Module"):
+        ClassParallel(nn.CrossEntropyLoss(), None, first, CLASSES)
+    found = ClassParallel(fl.GCELoss(), None, first, CLASSES)
+    total = found(logits.requires_grad_(), target)
+    with pytest.raises(RuntimeError, match="first derivative only"):
+        torch.autograd.grad(total, logits, create_graph=True)
+
+
+def check_dtensor(rank, world_size):
+    x, w, b, target, samples = problem()
+    mesh = init_device_mesh("cpu", (world_size,))
+    logits = F.linear(x, w, b)
+    for placement in (Shard(0), Shard(1), Shard(-1), Replicate()):
+        for loss in (fl.CrossEntropyLoss(label_smoothing=0.1), fl.NCELoss(), fl.GCELoss(reduction="sum"), fl.HEMLoss()):
+            if isinstance(loss, fl.HEMLoss) and placement in (Shard(1), Shard(-1)):
+                continue
+            whole, part = logits.clone().requires_grad_(), distribute_tensor(logits, mesh, [placement]).requires_grad_()
+            expected, found = loss(whole, target, samples), loss(part, target, samples)
+            assert type(found) is torch.Tensor
+            torch.testing.assert_close(found, expected, **CLOSE)
+            (2 * expected).backward()
+            (2 * found).backward()
+            assert isinstance(part.grad, DTensor)
+            torch.testing.assert_close(part.grad.full_tensor(), whole.grad, **CLOSE)
+
+
+def check_two_dimensions(rank, world_size):
+    x, w, b, target, samples = problem()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("rows", "classes"))
+    whole = F.linear(x, w, b).requires_grad_()
+    part = distribute_tensor(whole.detach(), mesh, [Shard(0), Shard(1)]).requires_grad_()
+    loss = fl.NCEMAELoss()
+    expected, found = loss(whole, target, samples), loss(part, target, samples)
+    torch.testing.assert_close(found, expected, **CLOSE)
+    expected.backward()
+    found.backward()
+    torch.testing.assert_close(part.grad.full_tensor(), whole.grad, **CLOSE)
+
+
+def check_tensor_parallel_head(rank, world_size):
+    x, w, b, target, _ = problem()
+    mesh = init_device_mesh("cpu", (world_size,))
+    dense = step(lambda x, w, b: fl.functional.gce_loss(F.linear(x, w, b), target), (x, w, b))
+    head = nn.Linear(FEATURES, CLASSES).double()
+    criterion = fl.LinearLoss(FEATURES, CLASSES, "gce", dtype=torch.float64, chunk_bytes=300)
+    for layer in (head, criterion.linear):
+        with torch.no_grad():
+            layer.weight.copy_(w)
+            layer.bias.copy_(b)
+    head = parallelize_module(head, mesh, ColwiseParallel(use_local_output=False))
+    criterion.linear = parallelize_module(criterion.linear, mesh, ColwiseParallel())
+    for layer, run in (
+        (head, lambda x: fl.GCELoss()(head(x), target)),
+        (criterion.linear, lambda x: criterion(x, target)),
+    ):
+        features = x.clone().requires_grad_()
+        loss = run(features)
+        (2.0 * loss).backward() if layer is None else loss.backward()
+        torch.testing.assert_close(loss.detach(), dense[0], **CLOSE)
+        for found, expected in zip(
+            (features.grad, layer.weight.grad.full_tensor(), layer.bias.grad.full_tensor()), dense[1:], strict=True
+        ):
+            torch.testing.assert_close(found, expected, **CLOSE)
+
+
+def check_data_parallel(rank, world_size):
+    """DDP and FSDP2 of a LinearLoss, each rank with its rows."""
+    x, w, b, target, _ = problem()
+    target = torch.arange(ROWS) % CLASSES
+    dense = step(lambda x, w, b: fl.functional.gce_loss(F.linear(x, w, b), target), (x, w, b))
+    rows = slice(rank * ROWS // world_size, (rank + 1) * ROWS // world_size)
+    for wrap in (DistributedDataParallel, fully_shard):
+        for reduction in ("mean", "none"):
+            criterion = fl.LinearLoss(
+                FEATURES, CLASSES, "gce", dtype=torch.float64, reduction=reduction, chunk_bytes=300
+            )
+            with torch.no_grad():
+                criterion.linear.weight.copy_(w)
+                criterion.linear.bias.copy_(b)
+            wrapped = wrap(criterion)
+            wrapped(x[rows], target[rows]).mean().backward()
+            for p, expected in zip((criterion.linear.weight, criterion.linear.bias), dense[2:], strict=True):
+                grad = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+                torch.testing.assert_close(grad, expected, **CLOSE)
+
+
+CHECKS = {
+    "plain": check_plain,
+    "traffic": check_traffic,
+    "half": check_half,
+    "images": check_images,
+    "errors": check_errors,
+    "dtensor": check_dtensor,
+    "head": check_tensor_parallel_head,
+    "data": check_data_parallel,
+    "mesh": check_two_dimensions,
+}
+
+
+def worker(rank, world_size, folder, names):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size,
+        timeout=timedelta(seconds=60),
+    )  # fmt: skip
+    try:
+        for name in names:
+            CHECKS[name](rank, world_size)
+            open(os.path.join(folder, f"{name}{rank}"), "w").close()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_ranks_together_are_one_process(world_size, tmp_path):
+    names = [n for n in CHECKS if (n != "mesh" or world_size == 4) and (n != "errors" or world_size > 1)]
+    torch.multiprocessing.spawn(worker, (world_size, str(tmp_path), names), nprocs=world_size)
+    assert all((tmp_path / f"{n}{r}").exists() for n in names for r in range(world_size))
