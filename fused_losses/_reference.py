@@ -130,7 +130,7 @@ class Rows:
         return self.of_target(self.log_probs)
 
     def sum_log_probs(self, weighted: bool = False) -> Tensor:
-        """``sum_j log p_j``, each multiplied by its class's weight if ``weighted``; a weight of 0 leaves out even -inf."""
+        """``sum_j log p_j``, each multiplied by its class's weight if ``weighted``; 0 leaves out even -inf."""
         if not weighted or self.weight is None:
             return self.log_probs.sum(self.dim)
         shape = [-1 if d == self.dim else 1 for d in range(self.log_probs.dim())]

@@ -156,7 +156,7 @@ def _with_bias(z: Tensor, args: RowLossArguments, own: Tensor, index: Tensor) ->
 
 
 def _global_max(z: Tensor, args: RowLossArguments, shard: Shard) -> Tensor:
-    """Every row's maximum over all ranks. An error of one rank is one of all, at least where no GPU has to be awaited."""
+    """Every row's maximum over all ranks. An error of one rank is one of all, where no GPU has to be awaited."""
     low = torch.full((z.shape[0],), -torch.inf, dtype=z.dtype, device=z.device)
     most = z.amax(1) if z.shape[1] else low
     message = torch.cat([most, most.new_zeros(1)])
@@ -204,7 +204,7 @@ def _total_linear_weight(args: RowLossArguments, shard: Shard) -> float | Tensor
 def _evaluate(
     args: RowLossArguments, shard: Shard, ignored: Tensor, log_p: Tensor, linear_sum: Tensor, log_probs: Tensor
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor], Tensor | None]:
-    """Values, their derivatives in log p_y, the linear and the other sum with the sum of its slopes, and these slopes."""
+    """Values, derivatives in log p_y, the linear and the other sum with the sum of its slopes, and these slopes."""
     made: list[Tensor] = []
 
     def other_sum(term: Callable[[Tensor], Tensor]) -> Tensor:

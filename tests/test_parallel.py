@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo"),
 ]
 ROWS, FEATURES, CLASSES = 12, 5, 11
-CLOSE = dict(rtol=1e-10, atol=1e-12)  # float64: sums in another order
+CLOSE = {"rtol": 1e-10, "atol": 1e-12}  # float64: sums in another order
 NAMES = [name for name in fl.LOSSES if name not in WITHOUT_SHARDS]
 
 
