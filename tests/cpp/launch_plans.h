@@ -197,7 +197,7 @@ inline void test_register_plan(Dtype dtype, Spread spread, std::int64_t classes,
         const RegisterPlan plan = plan_direct(p, largest);
         const std::int64_t accesses = classes / per_access, most = std::int64_t(plan.lanes) * (plan.held / per_access);
         if (!plan) {
-            if (classes > 32 && classes <= 16 * 1024) complain(plan, "not direct");
+            if (classes > 32 && classes <= 10 * 1024) complain(plan, "not direct");
             continue;
         }
         if (plan.share * plan.cluster < accesses || plan.share > most || plan.cluster > largest)
