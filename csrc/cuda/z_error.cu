@@ -144,7 +144,7 @@ __device__ __forceinline__ void compute_moments(const ZProblem& p, const WorkSha
         moments_of_share(p, shares, item, shared, out);
 }
 
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, kMinBlocks<double>)
     reduce_moments(const __grid_constant__ ZProblem p, const __grid_constant__ WorkShares shares, double* out) {
     compute_moments(p, shares, out);
 }
