@@ -22,7 +22,9 @@ _SATISFIABLE = ("hem", "multi_margin")
 # the copies fit in what chunk_bytes allows.
 _WORTH_SKIPPING = 0.5
 
-Sweep = tuple[Tensor, Tensor, Tensor, Tensor]  # values, gradients of their sum in input, weight, bias (empty: not wanted)
+Sweep = tuple[
+    Tensor, Tensor, Tensor, Tensor
+]  # values, gradients of their sum in input, weight, bias (empty: not wanted)
 
 
 class ChunkOptions(NamedTuple):
@@ -50,7 +52,7 @@ def sweep(
     options: ChunkOptions,
     wanted: Sequence[bool],
 ) -> Sweep:
-    """Every row's loss, and the wanted gradients of their sum in ``input`` (N, D), ``linear_weight`` and ``linear_bias``.
+    """Every row's loss, and the wanted gradients of their sum in ``input`` (N, D), weight and bias.
 
     ``args.logits`` is a :func:`stand_in`.
     """
@@ -85,7 +87,9 @@ def _sweep(
         part = rows[where]
         samples = None if args.sample_weight is None else args.sample_weight[where]
         chunk = args._replace(
-            logits=_logits(part, matrix, bias, buffer[: part.shape[0]]), target=args.target[where], sample_weight=samples
+            logits=_logits(part, matrix, bias, buffer[: part.shape[0]]),
+            target=args.target[where],
+            sample_weight=samples,
         )
         if options.shard is not None:
             values[where], grad_logits = _shards.values_and_gradient(chunk, options.shard, any(wanted))

@@ -32,9 +32,7 @@ class ChunkedLogits:
     ``input`` is (N, D). Losses are described by arguments whose logits are ``self.stand_in``.
     """
 
-    def __init__(
-        self, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, options: ChunkOptions
-    ) -> None:
+    def __init__(self, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, options: ChunkOptions) -> None:
         self.inputs = input, linear_weight, linear_bias
         self.options = options
         self.stand_in = stand_in(input.detach(), linear_weight, options)

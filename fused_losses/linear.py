@@ -94,7 +94,11 @@ def linear_loss(
     input, linear_weight, linear_bias, shard = _local_classes(loss, input, linear_weight, linear_bias)
     options = {"weight": weight, "ignore_index": ignore_index, "logit_bias": logit_bias}
     logits, shape = _chunked(
-        input, linear_weight, target, linear_bias, ChunkOptions(torch.float32, accumulate_dtype, chunk_bytes, skip_rows, shard)
+        input,
+        linear_weight,
+        target,
+        linear_bias,
+        ChunkOptions(torch.float32, accumulate_dtype, chunk_bytes, skip_rows, shard),
     )
     rows = target.reshape(-1, logits.stand_in.shape[1]) if target.shape != shape else target.reshape(-1)
     samples = None if sample_weight is None else _flat_weights(sample_weight, shape)

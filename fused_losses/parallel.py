@@ -217,7 +217,10 @@ def distributed_loss(loss: RowLossModule, logits: Any, target: Any, sample_weigh
     local = logits.to_local()
     rows = slice(offset[0], offset[0] + shape[0])
     if dim == 1:
-        target, sample_weight = _local_rows(target, rows, logits.shape[0]), _local_rows(sample_weight, rows, logits.shape[0])
+        target, sample_weight = (
+            _local_rows(target, rows, logits.shape[0]),
+            _local_rows(sample_weight, rows, logits.shape[0]),
+        )
     if class_groups:
         check_loss(loss.stem, type(loss).__name__)
         classes = logits.shape[dim]
@@ -240,7 +243,7 @@ def _groups(logits: Any, dim: int) -> tuple[list[dist.ProcessGroup], list[dist.P
             found[placement.dim].append(logits.device_mesh.get_group(number))
         elif not placement.is_replicate():
             raise ValueError(f"logits must be Shard(0), Shard({dim}) or Replicate(), got {logits.placements}")
-    if len(found[dim]) > 1 or dim == 0 and found[0]:
+    if len(found[dim]) > 1 or (dim == 0 and found[0]):
         raise ValueError(f"classes of (N, C) must be sharded over one mesh dimension, got {logits.placements}")
     return ([] if dim == 0 else found[0]), found[dim]
 
