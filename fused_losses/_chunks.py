@@ -52,7 +52,7 @@ def sweep(
     options: ChunkOptions,
     wanted: Sequence[bool],
 ) -> Sweep:
-    """Every row's loss, and the wanted gradients of their sum in ``input`` (N, D), ``linear_weight``, ``linear_bias``.
+    """Every row's loss, and the wanted gradients of their sum in ``input`` (N, D), weight and bias.
 
     ``args.logits`` is a :func:`stand_in`.
     """

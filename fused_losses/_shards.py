@@ -117,11 +117,15 @@ def values_and_gradient(args: RowLossArguments, shard: Shard, with_gradient: boo
         own = (local >= 0) & (local < logits.shape[1])
         index = torch.where(own, local, 0).unsqueeze(1)
         z = _with_bias(logits.to(acc_dtype(logits)), args, own, index)
-        shift = _global_max(z, args, shard)
+        shift = _global_max(z, shard)
         d = torch.where(ignored.unsqueeze(1), 0.0, z - shift.unsqueeze(1))
         linear = _linear_weights(args, shard, z)
         e = d.exp()
-        parts = [e.sum(1), torch.where(own, d.gather(1, index).squeeze(1), 0.0)] if d.shape[1] else 2 * [shift * 0.0]
+        parts = (
+            [e.sum(1), torch.where(own, d.gather(1, index).squeeze(1), 0.0)]
+            if d.shape[1]
+            else 2 * [torch.zeros_like(shift)]
+        )
         if linear is not None:
             parts.append((d * linear).sum(1))
         sums = torch.stack(parts)
@@ -144,7 +148,8 @@ def values_and_gradient(args: RowLossArguments, shard: Shard, with_gradient: boo
             grad += of_linear.unsqueeze(1) * linear
         if terms is not None:
             grad += of_other.unsqueeze(1) * terms
-        grad.scatter_add_(1, index, torch.where(own, of_target, 0.0).unsqueeze(1)) if grad.shape[1] else None
+        if grad.shape[1]:
+            grad.scatter_add_(1, index, torch.where(own, of_target, 0.0).unsqueeze(1))
         return values, torch.where(ignored.unsqueeze(1), 0.0, grad).to(logits.dtype)
 
 
@@ -155,8 +160,8 @@ def _with_bias(z: Tensor, args: RowLossArguments, own: Tensor, index: Tensor) ->
     return z.scatter_add(1, index, (own.to(z.dtype) * bias).unsqueeze(1))
 
 
-def _global_max(z: Tensor, args: RowLossArguments, shard: Shard) -> Tensor:
-    """Every row's maximum over all ranks. An error of one rank is one of all, where no GPU has to be awaited."""
+def _global_max(z: Tensor, shard: Shard) -> Tensor:
+    """Every row's maximum over all ranks. An error of one rank is one of all, where no GPU has to be awaited for it."""
     low = torch.full((z.shape[0],), -torch.inf, dtype=z.dtype, device=z.device)
     most = z.amax(1) if z.shape[1] else low
     message = torch.cat([most, most.new_zeros(1)])
@@ -204,7 +209,7 @@ def _total_linear_weight(args: RowLossArguments, shard: Shard) -> float | Tensor
 def _evaluate(
     args: RowLossArguments, shard: Shard, ignored: Tensor, log_p: Tensor, linear_sum: Tensor, log_probs: Tensor
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor], Tensor | None]:
-    """Values, derivatives in log p_y, the linear and the other sum with the sum of its slopes, and these slopes."""
+    """Values, their derivatives in log p_y, linear and other sum, the sum of the other's slopes, and these slopes."""
     made: list[Tensor] = []
 
     def other_sum(term: Callable[[Tensor], Tensor]) -> Tensor:
