@@ -9,17 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fused_losses._arguments import (
-    LOSSES,
-    LogitBias,
-    LossEntry,
-    RowLossArguments,
-    check_reduction,
-    is_distributed,
-)
+from fused_losses._arguments import LOSSES, LossEntry, RowLossArguments, check_reduction, is_distributed
 from fused_losses._chunks import ChunkOptions
 from fused_losses._common import Criterion, RowLossModule
 from fused_losses._linear_autograd import ChunkedLogits
+from fused_losses._logit_bias import LogitBias
 from fused_losses._parameters import positive_integer
 from fused_losses._shards import Shard
 from fused_losses.distributed import GlobalMean

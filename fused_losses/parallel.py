@@ -8,10 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_losses._arguments import RowLossArguments, acc_dtype, class_dim, is_distributed
+from fused_losses._arguments import RowLossArguments, acc_dtype, is_distributed
 from fused_losses._autograd import row_loss
 from fused_losses._checks import check_row_loss
 from fused_losses._common import RowLossModule
+from fused_losses._logit_bias import class_dim
 from fused_losses._parameters import positive_integer
 from fused_losses._reference import ACTIVE_GUARD, mean_of
 from fused_losses._shards import (

@@ -1,6 +1,5 @@
 """linear_loss and LinearLoss against the loss of torch's linear layer."""
 
-# ruff: noqa: B023  (functions made in a loop are called in the same pass)
 from __future__ import annotations
 
 import copy

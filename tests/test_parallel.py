@@ -1,6 +1,5 @@
 """Classes spread over processes give what one process gives with all of them."""
 
-# ruff: noqa: B023  (functions made in a loop are called in the same pass)
 from __future__ import annotations
 
 import os
