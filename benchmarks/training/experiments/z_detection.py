@@ -124,26 +124,29 @@ def _mean(rows: Sequence[dict[str, Any]], value: str, **wanted: Any) -> float:
 def write(runs: Runs, folder: Path) -> None:
     """Tables of F1 and of the cut-offs' spread, and their picture."""
     rows = [row for row in runs.rows if row["kind"] == "detection"]
-    parts = [f"# Planted outliers\n\n{__doc__.split(chr(10), 2)[2].strip()}\n"]
+    seeds = len({row["seed"] for row in rows})
+    parts = [
+        f"# Planted outliers\n\n{__doc__.split(chr(10), 2)[2].strip()} {ROWS} rows, means over {seeds} seeds;\nthe last column has the statistics of the whole data set.\n"
+    ]
     for task in ("classification", "regression", "rare class"):
         lines = []
         for threshold in THRESHOLDS:
             wanted = {"task": task, "threshold": threshold}
+            whole = _mean(rows, "f1", statistics="data set", **wanted)
             for name in ("batch", "running"):
                 values = [_mean(rows, "f1", statistics=name, size=size, **wanted) for size in SIZES]
-                lines.append([f"{threshold:g}", name, *(f"{value:.2f}" for value in values)])
-            whole = _mean(rows, "f1", statistics="data set", **wanted)
-            lines.append([f"{threshold:g}", "data set", *[""] * (len(SIZES) - 1), f"{whole:.2f}"])
+                lines.append([f"{threshold:g}", name, *(f"{value:.2f}" for value in (*values, whole))])
         title = "1:100 imbalance, outliers of the rare class" if task == "rare class" else task.capitalize()
-        head = ["threshold", "statistics of", *(str(size) for size in SIZES)]
+        head = ["threshold", "statistics", *(str(size) for size in SIZES), "data set"]
         parts.append(f"## {title}: F1 against batch size\n\n{table(head, lines)}\n")
     spreads = [row for row in runs.rows if row["kind"] == "cutoff"]
-    lines = [[name, *(_cutoff(spreads, name, size) for size in SIZES)] for name in ("gaussian", "skewnorm")]
-    head = ["fit", *(str(size) for size in SIZES)]
-    parts.append(
-        "## Cut-off as a probability against rows (Figure 3)\n\nMean ± standard deviation of "
-        f"{CUTOFF_REPEATS} sets of rows, and how many gave one; the true one is .5.\n\n{table(head, lines)}\n"
-    )
+    if spreads:
+        lines = [[name, *(_cutoff(spreads, name, size) for size in SIZES)] for name in ("gaussian", "skewnorm")]
+        parts.append(
+            "## Cut-off as a probability against rows (Figure 3)\n\nMean ± standard deviation of "
+            f"{CUTOFF_REPEATS} sets of rows, and how many gave one; the true one is .5.\n\n"
+            f"{table(['fit', *map(str, SIZES)], lines)}\n"
+        )
     (folder / f"{NAME}.md").write_text("\n".join(parts), encoding="utf-8")
     plot(folder / f"{NAME}.png", lambda figure: _draw(figure, rows), (10, 4))
 
