@@ -125,8 +125,10 @@ def write(runs: Runs, folder: Path) -> None:
     """Tables of F1 and of the cut-offs' spread, and their picture."""
     rows = [row for row in runs.rows if row["kind"] == "detection"]
     seeds = len({row["seed"] for row in rows})
+    protocol = (__doc__ or "").split("\n", 2)[2].strip()
     parts = [
-        f"# Planted outliers\n\n{__doc__.split(chr(10), 2)[2].strip()} {ROWS} rows, means over {seeds} seeds;\nthe last column has the statistics of the whole data set.\n"
+        f"# Planted outliers\n\n{protocol} {ROWS} rows, means over {seeds} seeds;\n"
+        "the last column has the statistics of the whole data set.\n"
     ]
     for task in ("classification", "regression", "rare class"):
         lines = []
