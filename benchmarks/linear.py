@@ -188,7 +188,7 @@ def _traffic(rank: int, ranks: int, folder: str) -> None:
 
     dist.all_reduce = counted
     for name in ("cross_entropy", "gce", "nce_mae", "ngce"):
-        loss = ClassParallel(fl.LOSSES[name].module(), None, 1000 * rank, classes)
+        loss = ClassParallel(fl.LOSSES[name].module(), None, 1000 * rank, classes)  # type: ignore[call-arg]
         logits = torch.randn(rows, 1000, requires_grad=True)
         loss(logits, torch.arange(rows) % classes).backward()
         if rank == 0:
@@ -230,7 +230,7 @@ def main() -> None:
             satisfied(given.device, given.repeats)
         else:
             work = _traffic if given.what == "traffic" else _million
-            torch.multiprocessing.spawn(work, (given.ranks, folder), nprocs=given.ranks)
+            torch.multiprocessing.spawn(work, (given.ranks, folder), nprocs=given.ranks)  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ class Classifier(lightning.LightningModule):
         self.options, self.data, self.true = options, data, true
         self.network = make_network(options.model, data.input_shape, data.num_classes, options.seed)
         if options.channels_last:
-            self.network.to(memory_format=torch.channels_last)
+            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if options.compile:
             self.network.compile()
         shape = (1, -1, 1, 1)  # of images (rows, channels, height, width)
