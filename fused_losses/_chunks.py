@@ -120,8 +120,11 @@ def rows_per_chunk(rows: int, matrix: Tensor, options: ChunkOptions) -> int:
 
     Ranks with a share of the classes agree about it.
     """
-    classes = matrix.shape[0] if options.shard is None else options.shard.largest
-    most = max(1, options.chunk_bytes // (2 * max(classes, 1) * matrix.element_size()))
+    if options.shard is None:
+        bytes_per_row = 2 * matrix.shape[0] * matrix.element_size()
+    else:  # composed of torch's operations, which need room for results in between
+        bytes_per_row = 5 * options.shard.largest * max(4, matrix.element_size())
+    most = max(1, options.chunk_bytes // max(1, bytes_per_row))
     chunks = max(1, -(-rows // most))
     return max(1, -(-rows // chunks))
 

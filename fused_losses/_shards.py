@@ -8,7 +8,7 @@ classes. With these, each rank has the loss and its own classes' gradient, so ba
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -83,7 +83,6 @@ class ShardedRows(Rows):
     gathered: Tensor  # log p_y
     linear_sum: Tensor  # sum over the classes of weight * log p
     other_sum: Callable[[Callable[[Tensor], Tensor]], Tensor]
-    sums: list[Tensor] = field(default_factory=list)
 
     @property
     def num_classes(self) -> int:
@@ -131,7 +130,7 @@ def values_and_gradient(args: RowLossArguments, shard: Shard, with_gradient: boo
         sums = torch.stack(parts)
         dist.all_reduce(sums, group=shard.group)
         log_sum = sums[0].log()
-        log_p = torch.where(ignored, 0.0, sums[1] - log_sum)
+        log_p = sums[1] - log_sum
         linear_total = torch.zeros_like(log_p)
         linear_scale = 0.0 if linear is None else _total_linear_weight(args, shard)
         if linear is not None:
@@ -150,7 +149,7 @@ def values_and_gradient(args: RowLossArguments, shard: Shard, with_gradient: boo
             grad += of_other.unsqueeze(1) * terms
         if grad.shape[1]:
             grad.scatter_add_(1, index, torch.where(own, of_target, 0.0).unsqueeze(1))
-        return values, torch.where(ignored.unsqueeze(1), 0.0, grad).to(logits.dtype)
+        return values, grad.to(logits.dtype)
 
 
 def _with_bias(z: Tensor, args: RowLossArguments, own: Tensor, index: Tensor) -> Tensor:
