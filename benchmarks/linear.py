@@ -205,7 +205,7 @@ def _million(rank: int, ranks: int, folder: str) -> None:
     target = torch.randint(0, classes, (rows,), generator=torch.Generator().manual_seed(1))
     loss = ClassParallel(fl.GCELoss(logit_bias="auto"), None, here * rank, classes)
     begin = time.perf_counter()
-    value = linear_loss(sum_gradient(x), w, target, loss)
+    value = linear_loss(sum_gradient(x), w, target, loss, chunk_bytes=512 * MIB)
     value.backward()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     print(f"rank {rank}: loss {value.item():.6f}, {time.perf_counter() - begin:.1f} s, peak {peak} MiB", flush=True)
