@@ -11,6 +11,7 @@ PYTEST_ARGS ?=
 JOBS ?= 2
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+WHEELS_ARGS ?=
 BENCH_OUT ?= benchmarks/results/cpu
 
 PY := $(VENV)/bin/python
@@ -23,7 +24,7 @@ TORCH_DONE := $(VENV)/.done-$(subst /,_,$(subst =,-,$(TORCH)))
 BUILD_DONE := $(VENV)/.done-build
 DEV_DONE := $(VENV)/.done-dev
 
-.PHONY: build check test demo bench bench-compile docs lint format wheel clean distclean
+.PHONY: build check test demo bench bench-compile docs lint format wheel wheels clean distclean
 
 build: $(BUILD_DONE)
 
@@ -87,8 +88,13 @@ format: $(DEV_DONE)
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CXX_FILES)
 
+# For this Python and every torch from 2.11 on, with CUDA kernels where nvcc is found; into dist/.
 wheel: $(DEV_DONE)
-	$(PY) -m build --no-isolation
+	$(PY) -m build --no-isolation --wheel
+
+# For every Python at hand, each tested in empty environments. See WHEELS_ARGS=--help.
+wheels: $(DEV_DONE)
+	$(PY) scripts/build_wheels.py $(WHEELS_ARGS)
 
 clean:
 	rm -rf build dist site *.egg-info fused_losses/*.so

@@ -18,11 +18,12 @@ ROOT = Path(__file__).resolve().parent
 PACKAGE = "fused_losses"
 
 NO_TORCH = f"""
-fused_losses is compiled against the torch that will run it, and {sys.executable} has no torch.
-Install torch first and build without isolation:
+fused_losses is compiled with the headers of an installed torch, and {sys.executable} has no torch.
+Install one first, 2.11 or newer, and build without isolation:
     pip install torch numpy "setuptools>=77" wheel pybind11 ninja
     pip install --no-build-isolation .
-(An isolated build cannot see the installed torch; one fetched for the build alone may differ from it.)"""
+(An isolated build cannot see the installed torch and would fetch another. What is built runs under every torch from
+2.11 on. FUSED_LOSSES_TORCH_PYTHON names another Python that has one.)"""
 
 NO_CMAKE = "fused_losses needs cmake >= 3.24 on PATH (apt-get install cmake, or pip install cmake)"
 
@@ -37,7 +38,8 @@ class CMakeBuild(build_ext):
     """Builds straight into the package: the source tree when editable or in place, else the wheel's tree."""
 
     def run(self) -> None:
-        if importlib.util.find_spec("torch") is None:
+        torch_python = os.environ.get("FUSED_LOSSES_TORCH_PYTHON", sys.executable)
+        if torch_python == sys.executable and importlib.util.find_spec("torch") is None:
             raise SystemExit(NO_TORCH)
         if shutil.which("cmake") is None:
             raise SystemExit(NO_CMAKE)
@@ -47,12 +49,14 @@ class CMakeBuild(build_ext):
         output = (ROOT if in_source else Path(self.build_lib).resolve()) / PACKAGE
         # Kept between builds, one for each environment, so that only what changed is compiled again.
         tag = f"{sys.implementation.cache_tag}-{zlib.crc32(sys.prefix.encode()):08x}"
-        folder = ROOT / "build" / tag
+        folder = Path(os.environ.get("FUSED_LOSSES_BUILD_DIR", ROOT / "build" / tag))
         configure = [
             *("cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"),
+            *("-U", "*Python_*", "-U", "PYTHON_*"),  # found by an earlier build, maybe of another Python
             f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR) / 'ninja'}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DFUSED_LOSSES_TORCH_PYTHON={torch_python}",
             f"-DFUSED_LOSSES_OUTPUT_DIR={output}",
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]
