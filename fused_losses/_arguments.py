@@ -85,6 +85,7 @@ class LossEntry:
     what both compute (class weights included if it ``weighs_classes``); ``parameters`` the own hyper-parameters with
     their defaults, ``ranges`` what each may be, ``check`` what they may be together; ``reductions`` the allowed ones,
     ``reduction`` the default one (None is another word for it if ``none_is_default``), and ``module`` the Module class.
+    A target of class probabilities stands for the sum of the classes' losses if the loss ``takes_probabilities``.
     """
 
     name: str
@@ -98,6 +99,7 @@ class LossEntry:
     reduction: Callable[[dict[str, Any]], str] = lambda parameters: "mean"
     none_is_default: bool = False
     weighs_classes: bool = False
+    takes_probabilities: bool = False
     check: Callable[..., None] | None = None
     modules: list[type[RowLossModule]] = field(default_factory=list)
     packed: dict[str, float] = field(init=False)

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from fused_losses import _ops
 from fused_losses._arguments import RowLossArguments
 from fused_losses._checks import check_row_loss
-from fused_losses._reference import row_loss_reference
+from fused_losses._reference import SOFT_TARGETS, row_loss_reference
 
 _in_function_transform = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -48,7 +48,7 @@ def _refuse(args: RowLossArguments) -> None:
 
 
 def _row_loss(args: RowLossArguments) -> Tensor:
-    if needs_reference(*args[:6]):
+    if needs_reference(*args[:6]) or _has_no_kernel(args):
         check_row_loss(args)
         return row_loss_reference(args)
     if args.logits.requires_grad and torch.is_grad_enabled():
@@ -61,6 +61,14 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     if torch.compiler.is_compiling():
         return function.apply(*args)  # type: ignore[no-untyped-call]
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+def _has_no_kernel(args: RowLossArguments) -> bool:
+    """Class probabilities, but for cross entropy's."""
+    target = args.target
+    if target.dtype is torch.int64 or not target.is_floating_point():
+        return False
+    return target.dim() == args.logits.dim() and args.loss not in SOFT_TARGETS
 
 
 def needs_reference(differentiable: Tensor, *others: Tensor | None) -> bool:

@@ -56,10 +56,15 @@ def _check_target(args: RowLossArguments) -> None:
     if target.device != logits.device:
         raise RuntimeError(f"{name}: target must be on the device of logits ({logits.device}), got {target.device}")
     if target.shape == logits.shape and target.is_floating_point():
-        if name != "cross_entropy":
+        if not LOSSES[name].takes_probabilities:
+            those = ", ".join(other for other, entry in LOSSES.items() if entry.takes_probabilities)
             raise RuntimeError(
-                f"{name}: target must hold class indices of shape {list(rows)}; only cross_entropy takes class "
-                f"probabilities, got shape {list(target.shape)}"
+                f"{name}: target must hold class indices of shape {list(rows)}; class probabilities are "
+                f"taken by {those}, got shape {list(target.shape)}"
+            )
+        if args.ignore_index >= 0:
+            raise RuntimeError(
+                f"{name}: ignore_index is not supported for floating point target, got {args.ignore_index}"
             )
         if args.logit_bias != 0 or args.logit_bias_tensor is not None:
             raise ValueError(

@@ -21,7 +21,7 @@ _OPTIONS_DOC = """
             gradient. As a target it has loss -log 0. Where log-probabilities are summed over the classes it makes the
             sum infinite (label smoothing; a loss divided by the sum is 0), unless its weight or share there is 0.
         target: class indices in ``[0, C)`` or ``ignore_index``, the shape of ``logits`` without its class
-            dimension; int64, int32, int16 or uint8.
+            dimension; int64, int32, int16 or uint8.{probabilities}
 {own}        weight: class weights ``(C,)``; a row counts ``weight[target]``. As in ``torch`` a weight of 0
             is a factor: it does not hide a row that is not finite, ``ignore_index`` does.
         ignore_index: rows with this target have loss and gradient zero and do not count in the mean.
@@ -40,6 +40,10 @@ _OPTIONS_DOC = """
         RuntimeError: shapes or dtypes that do not fit.
         IndexError: a target out of range (on CUDA: a device assertion).
 """
+
+_PROBABILITIES_DOC = """ Or floating point probabilities
+            ``u`` of the shape of ``logits``, as Mixup and CutMix make them: ``sum_k u_k weight[k] loss(logits, k)``,
+            the mean over rows, without ``logit_bias``; in plain PyTorch."""
 
 _COMMON = [
     inspect.Parameter("weight", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="Tensor | None"),
@@ -65,6 +69,7 @@ def _describe(
     formula: Callable[..., Tensor],
     own: list[inspect.Parameter],
     reduction: tuple[Any, str],
+    takes_probabilities: bool,
 ) -> None:
     """Gives ``made`` the name and docstring of ``formula``, the signature that users see, and the place they import
     it from, which pickle looks at."""
@@ -82,7 +87,11 @@ def _describe(
     own_doc = "".join(f"        {line}\n" for line in inspect.cleandoc(own_doc).splitlines())
     made.__name__ = made.__qualname__ = formula.__name__
     made.__module__ = module
-    options_doc = inspect.cleandoc(_OPTIONS_DOC.format(own=own_doc, reduction=reduction_doc))
+    options_doc = inspect.cleandoc(
+        _OPTIONS_DOC.format(
+            own=own_doc, reduction=reduction_doc, probabilities=_PROBABILITIES_DOC if takes_probabilities else ""
+        )
+    )
     made.__doc__ = f"{summary.rstrip()}\n\n{options_doc}\n"
     made.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [*tensors, *keywords, *common], return_annotation="Tensor"
@@ -96,6 +105,7 @@ def loss_of_row(
     reductions: tuple[str, ...] = REDUCTIONS,
     reduction: tuple[Any, str] = ("mean", ""),
     reduction_of: Callable[[dict[str, Any]], str] | None = None,
+    takes_probabilities: bool = False,
     check: Callable[..., None] | None = None,
 ) -> Callable[[Callable[Concatenate[Rows, Own], Tensor]], RowLossFunction[Own]]:
     """Declares a loss by its formula on :class:`Rows`.
@@ -112,7 +122,7 @@ def loss_of_row(
         own = [p for p in inspect.signature(formula).parameters.values() if p.name in ranges]
         function, reference = make_function(name, row_loss), make_function(name, row_loss_reference)
         for made, module in ((function, formula.__module__), (reference, "fused_losses.reference")):
-            _describe(made, module, formula, own, reduction)
+            _describe(made, module, formula, own, reduction, takes_probabilities)
         LOSSES[name] = LossEntry(
             name,
             function,
@@ -124,6 +134,7 @@ def loss_of_row(
             reductions,
             reduction_of or (lambda parameters: reduction[0]),
             none_is_default=reduction[0] is None,
+            takes_probabilities=takes_probabilities,
             check=check,
         )
         return function
@@ -141,6 +152,6 @@ def loss_of_target(
         def of_row(rows: Rows, *args: Own.args, **own: Own.kwargs) -> Tensor:
             return formula(rows.log_p, *args, **own)
 
-        return loss_of_row(ranges, constants=constants, check=check)(of_row)  # type: ignore[arg-type]  # wraps() hides it
+        return loss_of_row(ranges, constants=constants, takes_probabilities=True, check=check)(of_row)  # type: ignore[arg-type]  # wraps() hides it
 
     return decorate

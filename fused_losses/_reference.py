@@ -149,6 +149,38 @@ class Rows:
         return reduce_rows(kept, weights, reduction)
 
 
+class EveryClass(Rows):
+    """Rows with every class as the target in turn: a formula's values keep the classes' dimension."""
+
+    def of_target(self, per_class: Tensor) -> Tensor:
+        """The entry of each class."""
+        return per_class
+
+    def sum_log_probs(self, weighted: bool = False) -> Tensor:
+        """As for :class:`Rows`, beside every class."""
+        return super().sum_log_probs(weighted).unsqueeze(self.dim)
+
+    def target_and_sum(self, term: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """As for :class:`Rows`, beside every class."""
+        terms = term(self.log_probs)
+        return terms, terms.sum(self.dim, keepdim=True)
+
+
+def probability_loss(args: RowLossArguments) -> Tensor:
+    """``sum_k u_k w_k loss(z, k)`` for probabilities u, the means over rows as torch's cross entropy takes them."""
+    logits = args.logits.to(acc_dtype(args.logits))
+    dim = class_dim(logits)
+    ones = logits.new_ones(())
+    rows = EveryClass(logits, args.target, ones != ones, None, ones, ones)
+    share = args.target.to(logits.dtype)
+    if args.weight is not None:
+        share = share * args.weight.to(logits.dtype).view([-1 if d == dim else 1 for d in range(logits.dim())])
+    entry = LOSSES[args.loss]
+    values = zero_at_zero(share, entry.formula(rows, **entry.unpack(args.params))).sum(dim)
+    samples = torch.ones_like(values) if args.sample_weight is None else args.sample_weight.to(values.dtype)
+    return reduce_rows(values * samples, samples, args.reduction)
+
+
 # The reduced loss of targets that are probabilities, from logits, target, weight, sample_weight, params, reduction.
 SoftTargetFormula = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None", Sequence[float], str], Tensor]
 SOFT_TARGETS: dict[str, SoftTargetFormula] = {}
@@ -161,6 +193,8 @@ def row_loss_reference(args: RowLossArguments) -> Tensor:
     if args.target.is_floating_point() and args.loss in SOFT_TARGETS:
         by_formula = SOFT_TARGETS[args.loss]
         return by_formula(args.logits, args.target, args.weight, args.sample_weight, args.params, args.reduction)
+    if args.target.is_floating_point() and entry.takes_probabilities:
+        return probability_loss(args)
     bias = args.logit_bias if args.logit_bias_tensor is None else args.logit_bias_tensor
     rows = Rows.of(args.logits, args.target, args.weight, args.sample_weight, bias, args.ignore_index)
     own = entry.unpack(args.params)

@@ -124,6 +124,7 @@ LOSSES["cross_entropy"] = LossEntry(
     {"label_smoothing": 0.0},
     {"label_smoothing": closed_fraction},
     weighs_classes=True,
+    takes_probabilities=True,
 )
 
 

@@ -29,7 +29,7 @@ def _require_two_classes(rows: Rows) -> None:
         raise ValueError(f"logits must have at least two classes, got shape {list(rows.logits.shape)}")
 
 
-@loss_of_row({})
+@loss_of_row({}, takes_probabilities=True)
 def nce_loss(rows: Rows, **options: Unpack[CallOptions]) -> Tensor:
     """Normalised cross entropy: ``log p_y / sum_j log p_j``. 2006.13554 Eq. 8.
 
@@ -112,7 +112,7 @@ def _weighted(alpha: float, beta: float, active: Callable[[], Tensor], passive: 
     return sum(terms[1:], terms[0]) if terms else 0.0 * active()
 
 
-@loss_of_row({"alpha": factor, "beta": factor, "mae_scale": positive_factor})
+@loss_of_row({"alpha": factor, "beta": factor, "mae_scale": positive_factor}, takes_probabilities=True)
 def nce_mae_loss(
     rows: Rows, *, alpha: float = 1.0, beta: float = 1.0, mae_scale: float = 1.0, **options: Unpack[CallOptions]
 ) -> Tensor:
@@ -143,7 +143,7 @@ class NCEMAELoss(RowLossModule, stem="nce_mae"):
         super().__init__({"alpha": alpha, "beta": beta, "mae_scale": mae_scale}, **options)
 
 
-@loss_of_row({"alpha": factor, "beta": factor, "A": positive_factor})
+@loss_of_row({"alpha": factor, "beta": factor, "A": positive_factor}, takes_probabilities=True)
 def nce_rce_loss(
     rows: Rows, *, alpha: float = 1.0, beta: float = 1.0, A: float = RCE_A, **options: Unpack[CallOptions]
 ) -> Tensor:
@@ -278,7 +278,9 @@ def _check_agce(alpha: float, beta: float, a: float, q: float) -> None:
         check_power(1.0 + a, q, "1 + a")
 
 
-@loss_of_row({"alpha": factor, "beta": factor, "a": positive_factor, "q": exponent}, check=_check_agce)
+@loss_of_row(
+    {"alpha": factor, "beta": factor, "a": positive_factor, "q": exponent}, takes_probabilities=True, check=_check_agce
+)
 def nce_agce_loss(
     rows: Rows, *, alpha: float = 1.0, beta: float = 4.0, a: float = 6.0, q: float = 1.5, **options: Unpack[CallOptions]
 ) -> Tensor:

@@ -237,10 +237,13 @@ def test_weights(name, problem):
         function(logits, target, ignore_index=1.5)
 
 
-@pytest.mark.parametrize("name", INDEX_ONLY)
-def test_probabilities_are_for_cross_entropy_only(name, problem):
+@pytest.mark.parametrize("name", [name for name in NAMES if not fl.LOSSES[name].takes_probabilities])
+def test_losses_without_probabilities_say_which_have_them(name, problem):
     logits, _ = problem
-    message = rf"{name}: target must hold class indices of shape \[4\]; only cross_entropy .*, got shape \[4, 3\]"
+    message = (
+        rf"{name}: target must hold class indices of shape \[4\]; class probabilities are taken by cross_entropy, mae, "
+        r".*nce_agce, got shape \[4, 3\]"
+    )
     with pytest.raises(RuntimeError, match=message):
         fl.LOSSES[name].function(logits, torch.softmax(logits, 1))
 
