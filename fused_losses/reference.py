@@ -1,11 +1,13 @@
 """Every loss in plain PyTorch, with the signature of its fused function: for tests, comparisons and any derivative."""
 
-from fused_losses import z_bce, z_cross_entropy, z_mse
+from fused_losses import functional, z_bce, z_cross_entropy, z_mse
 from fused_losses._arguments import LOSSES
-from fused_losses.functional import __all__ as __all__
 
-globals().update({name: LOSSES[stem].reference for name in __all__ if (stem := name.removesuffix("_loss")) in LOSSES})
+_named = {name: name.removesuffix("_loss") for name in functional.__all__}
+globals().update({name: LOSSES[stem].reference for name, stem in _named.items() if stem in LOSSES})
 cross_entropy = LOSSES["cross_entropy"].reference
 z_error_bce_with_logits = z_bce.z_error_bce_with_logits_reference
 z_error_cross_entropy = z_cross_entropy.z_error_cross_entropy_reference
 z_mse_loss = z_mse.z_mse_loss_reference
+
+__all__ = [name for name in functional.__all__ if name in globals()]  # what is no loss of its own has no formula

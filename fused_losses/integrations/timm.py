@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fused_losses._arguments import REDUCTIONS, check_reduction
 from fused_losses._common import RowLossModule
 from fused_losses._reference import SOFT_TARGETS
+from fused_losses.mixed import mixed
 
 __all__ = ["MixupLoss"]
 
@@ -14,19 +16,19 @@ __all__ = ["MixupLoss"]
 class MixupLoss(torch.nn.Module):
     """Lets any row loss take the targets of ``timm.data.Mixup``, as criterion of a loop or of ``timm.task``.
 
-    With target probabilities ``u`` a row's loss is ``sum_k u_k loss(logits, k)``. A mixed row has two labels; both are
-    found in ``u`` and the loss is taken for each, weighted by its share. Losses that take probabilities themselves get
-    ``u`` as it is, in one call, and only they allow timm's ``label_smoothing``. Class indices are passed on, so the
-    same criterion serves validation.
+    With target probabilities ``u`` a row's loss is ``sum_k u_k loss(logits, k)``. A mixed row has two labels: they are
+    found in ``u`` and handed to :func:`fused_losses.functional.mixed`. Losses that take probabilities themselves get
+    ``u`` as it is, and only they allow timm's ``label_smoothing``. Class indices are passed on, so the same criterion
+    serves validation.
 
     Args:
-        loss: a row loss Module; its own ``reduction`` and options apply.
+        loss: a row loss Module; its own options apply, with ``reduction`` "mean", "sum" or "none".
 
     Raises:
         TypeError: ``loss`` is no row loss Module. Z-Error losses are none: they compare a row with others of its class,
             and a mixed row has two.
-        ValueError: at a call, a row has more than two labels although ``loss`` takes no probabilities (on CUDA: a
-            device assertion).
+        ValueError: its mean is over active rows ("active_mean"); at a call, a row has more than two labels although
+            ``loss`` takes no probabilities (on CUDA: a device assertion).
 
     Example:
         >>> task = timm.task.ClassificationTask(model, MixupLoss(fl.GCELoss()))  # doctest: +SKIP
@@ -36,6 +38,7 @@ class MixupLoss(torch.nn.Module):
         super().__init__()
         if not isinstance(loss, RowLossModule):
             raise TypeError(f"loss must be the Module of a row loss, got {type(loss).__name__}")
+        check_reduction(loss.reduction, REDUCTIONS)
         self.loss = loss
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -45,12 +48,8 @@ class MixupLoss(torch.nn.Module):
             return whole
         shares, labels = _two_labels(target)
         # The second label of a row that was mixed with its like has share 0, and would be any class.
-        labels = torch.where(shares > 0.0, labels, labels[:1])
-        losses: list[Tensor] = [self.loss(logits, label, share) for label, share in zip(labels, shares, strict=True)]
-        if self.loss.reduction in ("none", "sum"):
-            return losses[0] + losses[1]
-        sums = shares.sum(1) / shares.sum()
-        return losses[0] * sums[0] + losses[1] * sums[1]
+        second = torch.where(shares[1] > 0.0, labels[1], labels[0])
+        return mixed(self.loss, logits, labels[0], second, shares[0].clamp(max=1.0))
 
 
 def _two_labels(target: Tensor) -> tuple[Tensor, Tensor]:
