@@ -43,7 +43,7 @@ def stand_in(input: Tensor, linear_weight: Tensor, options: ChunkOptions) -> Ten
     return input.new_zeros((), dtype=options.dtype).expand(input.shape[0], classes)
 
 
-@torch.no_grad()  # type: ignore[untyped-decorator]
+@torch.no_grad()
 def sweep(
     input: Tensor,
     linear_weight: Tensor,
@@ -178,16 +178,16 @@ def _unflatten(
     """The operator's arguments as :func:`sweep` takes them."""
     *of_loss, dtype, accumulate_dtype, chunk_bytes, skip_rows, wanted = flat
     options = ChunkOptions(dtype, accumulate_dtype, chunk_bytes, skip_rows)  # type: ignore[arg-type]
-    args = RowLossArguments(stand_in(input, linear_weight, options), *of_loss, "none")  # type: ignore[arg-type]
+    args = RowLossArguments(stand_in(input, linear_weight, options), *of_loss, "none")  # type: ignore[arg-type, call-arg]
     return input, linear_weight, linear_bias, args, options, wanted  # type: ignore[return-value]
 
 
-@torch.library.custom_op("fused_losses::linear_rows", mutates_args=(), schema=_SCHEMA)  # type: ignore[untyped-decorator]
+@torch.library.custom_op("fused_losses::linear_rows", mutates_args=(), schema=_SCHEMA)
 def _operator(*flat: object) -> Sweep:
     return sweep(*_unflatten(*flat))  # type: ignore[arg-type]
 
 
-@_operator.register_fake  # type: ignore[untyped-decorator]
+@_operator.register_fake
 def _fake(*flat: object) -> Sweep:
     input, linear_weight, _, args, options, wanted = _unflatten(*flat)  # type: ignore[arg-type]
     sum_dtype = torch.promote_types(options.accumulate_dtype, linear_weight.dtype)

@@ -51,14 +51,14 @@ class ChunkedLogits:
         """One loss per row; backward computes the logits again."""
         self._check(args)
         if self._differentiates():
-            return _ValuesOfRows.apply(*self.inputs, args, self.options)  # type: ignore[no-any-return]
+            return _ValuesOfRows.apply(*self.inputs, args, self.options)  # type: ignore[no-any-return, no-untyped-call]
         return run(*self.inputs, args, self.options, [False] * 3)[0]
 
     def total(self, args: RowLossArguments) -> tuple[Tensor, Tensor]:
         """The sum of all rows' losses, and as a constant every row's; forward makes the gradients."""
         self._check(args)
         if self._differentiates():
-            return _SumOfRows.apply(*self.inputs, args, self.options)  # type: ignore[no-any-return]
+            return _SumOfRows.apply(*self.inputs, args, self.options)  # type: ignore[no-any-return, no-untyped-call]
         values = run(*self.inputs, args, self.options, [False] * 3)[0]
         return _sum(values), values
 
@@ -106,7 +106,7 @@ class ChunkedLogits:
                     'requires a gradient: detach it, or multiply the losses of reduction="none" by it'
                 )
 
-    @torch.no_grad()  # type: ignore[untyped-decorator]
+    @torch.no_grad()
     def _target_logits(self, target: Tensor) -> Tensor:
         """Every row's logit of its target, without the others: a gather, no GEMM. Rows of no class get any."""
         input, linear_weight, linear_bias = self.inputs
@@ -114,7 +114,7 @@ class ChunkedLogits:
         index = target.long().clamp(0, classes - 1)
         size = max(1, self.options.chunk_bytes // (8 * max(1, input.shape[1])))
         found = []
-        for rows, numbers in zip(input.split(size), index.split(size), strict=True):
+        for rows, numbers in zip(input.split(size), index.split(size), strict=True):  # type: ignore[no-untyped-call]
             acc = torch.float64 if dtype == torch.float64 else torch.float32
             products = rows.to(dtype).to(acc) * linear_weight[numbers].to(dtype).to(acc)
             logits = products.sum(1)

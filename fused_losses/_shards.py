@@ -90,7 +90,7 @@ class ShardedRows(Rows):
         return self.shard.num_classes
 
     @property
-    def log_p(self) -> Tensor:  # type: ignore[override]
+    def log_p(self) -> Tensor:
         """Log-probability of the target."""
         return self.gathered
 

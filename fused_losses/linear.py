@@ -111,7 +111,7 @@ def _loss_of(
 ) -> Tensor:
     if not isinstance(loss, nn.Module):
         entry = find_loss(loss)
-        given = {} if reduction is None else {"reduction": reduction}
+        given: dict[str, Any] = {} if reduction is None else {"reduction": reduction}
         arguments = entry.arguments(
             logits.stand_in, target, sample_weight=sample_weight, **options, **given, **parameters
         )
