@@ -148,7 +148,7 @@ def test_bad_build_settings_are_named(tmp_path, name, value, message):
 def test_the_build_warns_of_a_torch_for_another_cuda(tmp_path, torch_cuda):
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
-        "if any('get_cmake_dir' in text for text in sys.orig_argv):\n"  # what CMakeLists.txt asks Python
+        "if any('library_paths' in text for text in sys.orig_argv):\n"  # what CMakeLists.txt asks Python
         f"    import torch\n    torch.version.cuda = {torch_cuda!r}\n"
     )
     environment = {**os.environ, "FUSED_LOSSES_CUDA": "1", "PYTHONPATH": str(tmp_path)}

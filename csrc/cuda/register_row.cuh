@@ -205,7 +205,8 @@ private:
                 for (int h = 0; h < kCount; ++h) {
                     const int at = i * kCount + h;
                     g[h] = c.alpha * e[k * kNumbers + at];
-                    if constexpr (kSpread) g[h] += c.gamma * spread(place.first() + k * place.step() * kNumbers + at);
+                    if constexpr (kSpread)  // beyond the row there is no u_j
+                        if (left > 0) g[h] += c.gamma * spread(place.first() + k * place.step() * kNumbers + at);
                 }
                 words[i] = Word<Stored>::narrow(g);
             }
