@@ -24,7 +24,7 @@ TORCH_DONE := $(VENV)/.done-$(subst /,_,$(subst =,-,$(TORCH)))
 BUILD_DONE := $(VENV)/.done-build
 DEV_DONE := $(VENV)/.done-dev
 
-.PHONY: build check test demo bench bench-compile docs lint format wheel wheels clean distclean
+.PHONY: build check test test-long demo bench bench-compile docs lint format wheel wheels clean distclean
 
 build: $(BUILD_DONE)
 
@@ -33,15 +33,19 @@ build: $(BUILD_DONE)
 # are left out when PYTEST_ARGS asks for certain tests. Threads that wait do not spin: others need the cores.
 test: export OMP_WAIT_POLICY ?= passive
 test: $(BUILD_DONE)
-	@$(PY) -m pytest --numprocesses $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	@$(PY) -m pytest --numprocesses $(JOBS) --dist loadfile -m "not long" $(PYTEST_ARGS)
 	@$(if $(PYTEST_ARGS),,$(PY) tests/instruction_sets.py --quiet)
 	@$(if $(PYTEST_ARGS),,$(PY) -m pytest benchmarks --benchmark-disable --quiet --numprocesses $(JOBS) --dist worksteal)
 
 # What is tested at a desk, in two or three minutes: the kernels that this processor chooses, without what is slow (marked
 # so), the C++ programs and the runs of demo and examples.
 check: $(BUILD_DONE)
-	@$(PY) -m pytest --numprocesses $(JOBS) --dist loadfile -m "not slow" --quiet \
+	@$(PY) -m pytest --numprocesses $(JOBS) --dist loadfile -m "not slow and not long" --quiet \
 		--ignore tests/test_cpp.py --ignore tests/test_demo.py --ignore tests/test_examples.py $(PYTEST_ARGS)
+
+# Trainings that are killed and resumed, and of several processes.
+test-long: $(BUILD_DONE)
+	@$(PY) -m pytest -m long $(PYTEST_ARGS)
 
 # Five minutes of measurements; results.json, report.md and pictures go to benchmarks/results/cpu. See BENCH_ARGS=--help.
 bench bench-compile: export OMP_PROC_BIND ?= true

@@ -106,7 +106,9 @@ def memory(device: str) -> None:
             for provider, name in (("linear + fused loss", "cross_entropy"), ("linear_loss", "cross_entropy"),
                                    ("linear_loss", "hem"), ("torch chunked", "cross_entropy")):  # fmt: skip
                 queue = context.SimpleQueue()
-                process = context.Process(target=_measure_peak, args=(provider, name, shape, dtype, device, queue))
+                process = context.Process(  # type: ignore[attr-defined]
+                    target=_measure_peak, args=(provider, name, shape, dtype, device, queue)
+                )
                 process.start()
                 extra = queue.get() - gradients
                 process.join()

@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
         return 0
     print(f"instruction sets: {', '.join(others(own))}, besides {own}, which all tests use", flush=True)
     processes = [f"--tx=id={name}//popen//env:ATEN_CPU_CAPABILITY={name}" for name in others(own)]
-    return pytest.main(["-m", "not any_cpu", "--dist", "each", *processes, *arguments])
+    return pytest.main(["-m", "not any_cpu and not long", "--dist", "each", *processes, *arguments])
 
 
 if __name__ == "__main__":

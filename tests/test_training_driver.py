@@ -157,7 +157,7 @@ def test_a_run_that_breaks_off_anywhere_ends_like_an_unbroken_one(
     assert broken["wrong_labels"] == whole["wrong_labels"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kill_9_and_resume_end_like_an_unbroken_run(tmp_path: Path) -> None:
     options = dataclasses.replace(SMALL, epochs=80, checkpoint_steps=3, out=tmp_path / "killed")
     flags = ["--dataset", "digits", "--samples", "320", "--batch-size", "64", "--epochs", "80", "--noise", "symmetric"]
@@ -223,7 +223,7 @@ PROCESS_RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     script = tmp_path / "train.py"
