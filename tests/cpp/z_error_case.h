@@ -103,8 +103,7 @@ private:
         p.input = computed_scores.elements;
     }
 
-    // Other launches expect them in place.
-    void compute_scores() {
+    void compute_scores() {  // which other launches expect in place
         Result result(*this);
         run_loss(result, true);
     }
@@ -140,10 +139,8 @@ private:
         });
     }
 
-    // Missing, hard or soft.
-    double label() {
-        if (random.one_in(9)) return kNaN;
-        return random.one_in(3) ? random.uniform(0, 1) : random.below(2);
+    double label() {  // missing, soft or hard
+        return random.one_in(9) ? kNaN : random.one_in(3) ? random.uniform(0, 1) : random.below(2);
     }
 
     double stored_threshold(std::int64_t group) {
@@ -159,11 +156,12 @@ private:
         for (const ZRow& row : naive)
             if (row.group >= 0 && std::isfinite(row.score))
                 moments[row.group].count += 1, moments[row.group].mean += row.score;
-        for (ZMoments& m : moments)
-            if (m.count > 0) m.mean /= m.count;
-        for (const ZRow& row : naive)
-            if (row.group >= 0 && std::isfinite(row.score))
-                moments[row.group].m2 += (row.score - moments[row.group].mean) * (row.score - moments[row.group].mean);
+        for (ZMoments& m : moments) m.mean /= std::fmax(m.count, Real(1));
+        for (const ZRow& row : naive) {
+            if (row.group < 0 || !std::isfinite(row.score)) continue;
+            const Real d = row.score - moments[row.group].mean;
+            moments[row.group].m2 += d * d;
+        }
     }
 
     ZRow naive_row(std::int64_t n, std::int64_t o, std::int64_t i) {
@@ -259,7 +257,7 @@ private:
     void shuffle_launches() {
         cuda_emulation::resident = cuda_emulation::one_in(2) ? 1 : 1 + cuda_emulation::random() % 3;
         cuda_emulation::multiprocessors = 1 + cuda_emulation::random() % 3;
-        ++cuda_emulation::device;  // what kernels found on the last one is remembered
+        ++cuda_emulation::device;  // kernels remember what they found on the last one
     }
 
     ZProblem problem(Result& result) const {
