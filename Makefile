@@ -35,7 +35,7 @@ test: export OMP_WAIT_POLICY ?= passive
 test: $(BUILD_DONE)
 	@$(PY) -m pytest --numprocesses $(JOBS) --dist loadfile -m "not long" $(PYTEST_ARGS)
 	@$(if $(PYTEST_ARGS),,$(PY) tests/instruction_sets.py --quiet)
-	@$(if $(PYTEST_ARGS),,$(PY) -m pytest benchmarks --benchmark-disable --quiet --numprocesses $(JOBS) --dist worksteal)
+	@$(if $(PYTEST_ARGS),,$(PY) -m pytest benchmarks --benchmark-disable -m "not slow and not long" --quiet --numprocesses $(JOBS) --dist worksteal)
 
 # What is tested at a desk, in two or three minutes: the kernels that this processor chooses, without what is slow (marked
 # so), the C++ programs and the runs of demo and examples.
@@ -43,7 +43,7 @@ check: $(BUILD_DONE)
 	@$(PY) -m pytest --numprocesses $(JOBS) --dist loadfile -m "not slow and not long" --quiet \
 		--ignore tests/test_cpp.py --ignore tests/test_demo.py --ignore tests/test_examples.py $(PYTEST_ARGS)
 
-# Trainings that are killed and resumed, and of several processes.
+# Trainings that are killed and resumed, or of several processes; C++ programs that take minutes to compile.
 test-long: $(BUILD_DONE)
 	@$(PY) -m pytest -m long $(PYTEST_ARGS)
 

@@ -196,7 +196,14 @@ def results(request: pytest.FixtureRequest, workshop: Workshop) -> dict[tuple[st
     return {run: workshop.result(*run) for run in chosen if runs_here(run[2])}
 
 
-@pytest.mark.parametrize(("build", "program", "isa"), RUNS)
+# Minutes of compiling: `make test-long`.
+LONG = {("pattern", "kernels"), ("sanitized", "kernels"), ("sanitized", "cuda_rows"), ("sanitized", "cuda_z_error")}
+
+
+@pytest.mark.parametrize(
+    ("build", "program", "isa"),
+    [pytest.param(*run, marks=pytest.mark.long if run[:2] in LONG else ()) for run in RUNS],
+)
 def test_program(results: dict[tuple[str, str, str], Future[Result]], build: str, program: str, isa: str) -> None:
     if not runs_here(isa):
         pytest.skip(f"this processor has no {isa}")
