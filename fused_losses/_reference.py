@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -119,12 +118,12 @@ class Rows:
         """The entry of each row's target, without the class dimension."""
         return per_class.gather(self.dim, self.target.unsqueeze(self.dim)).squeeze(self.dim)
 
-    @cached_property
+    @property
     def log_probs(self) -> Tensor:
         """Log of the softmax."""
         return torch.log_softmax(self.logits, self.dim)
 
-    @cached_property
+    @property
     def log_p(self) -> Tensor:
         """Log-probability of the target."""
         return self.of_target(self.log_probs)
