@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.fsdp as fsdp
 from conftest import DEVICES
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -59,6 +59,7 @@ def test_sigma_in_the_paper_s_text() -> None:
 
 
 @given(st.floats(-10, 1e4), st.integers(1, 1000), st.floats(0.1, 200), st.floats(0.1, 200))
+@settings(deadline=None)
 def test_sigma_stays_between_its_ends(epoch: float, max_epochs: int, start: float, end: float) -> None:
     sigma = get_sigma_threshold(epoch, max_epochs, start, end)
     assert min(start, end) - 1e-12 <= sigma <= max(start, end) + 1e-12
@@ -164,6 +165,7 @@ def test_small_improvements_do_not_count_below_min_delta() -> None:
 
 
 @given(st.sampled_from(["linear", "cosine"]), st.integers(1, 50), st.floats(-20, 20), st.floats(-20, 20))
+@settings(deadline=None)
 def test_moves_steadily_from_start_to_end(mode: str, steps: int, start: float, end: float) -> None:
     path = values(LogitBiasSchedule(fl.MAELoss(), start, end, steps, mode=mode), steps)
     assert (path[0], path[-1]) == (start, end)
