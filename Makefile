@@ -28,6 +28,9 @@ DEV_DONE := $(VENV)/.done-dev
 
 build: $(BUILD_DONE)
 
+# `python -m benchmarks`, even where Python is told not to look into the current folder by itself
+test check test-long bench bench-compile: export PYTHONPATH := $(CURDIR)
+
 # All tests on the kernels that this processor chooses; a file stays in one process, for its fixtures. Then those that
 # reach CPU kernels on its other instruction sets, and the benchmarks once each, on small inputs, for their checks; both
 # are left out when PYTEST_ARGS asks for certain tests. Threads that wait do not spin: others need the cores.
