@@ -3,7 +3,7 @@
     make bench                                    CPU summary in five minutes, report and pictures in results/cpu
     make bench-compile                            torch.compile of every loss, half an hour; joins the report
     python -m benchmarks --help                   suites ("summary", "cuda", ...), parts, --resume
-    python -m benchmarks.report FILES             Markdown with the targets T1-T12, tables, pictures; files of one
+    python -m benchmarks.report FILES             Markdown with the targets, tables, pictures; files of one
                                                   machine and build, e.g. of two suites, become one
     python -m benchmarks.report --compare A B     what became slower by more than 10 % and the noise
     pytest benchmarks -k "hem-fused-4096x1000-float32-fwd_bwd"

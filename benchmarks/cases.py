@@ -44,7 +44,7 @@ def _losses() -> dict[str, Loss]:
 
 LOSSES = _losses()
 ROW_LOSSES = tuple(name for name, loss in LOSSES.items() if loss.kind == "rows")
-FLAT_LOSSES = tuple(name for name, loss in LOSSES.items() if loss.kind != "rows")
+LOSSES_WITHOUT_CLASSES = tuple(name for name, loss in LOSSES.items() if loss.kind != "rows")
 
 # fwd: without gradient. fwd_train: a forward that a backward will follow. "scaled": the upstream gradient is not 1.
 MODES = ("fwd", "fwd_train", "bwd", "bwd_scaled", "fwd_bwd", "fwd_bwd_scaled")

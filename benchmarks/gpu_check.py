@@ -5,10 +5,10 @@
 What matters first comes first; all stages by default:
 
     a  compiles in place for this GPU, or takes binaries from a wheel; every regime, dtype and loss against float64
-    b  the copy, then cross entropy at the main shapes and every other loss (targets T1, T2)
+    b  the copy, then cross entropy at the main shapes and every other loss
     c  the tests that reach the GPU, in eight processes
     d  compute-sanitizer's memcheck over a short smoke run
-    e  plain PyTorch, torch.compile, other libraries, accuracy, a training step (T3 to T10, T12)
+    e  plain PyTorch, torch.compile, other libraries, accuracy, a training step
     f  racecheck, initcheck, synccheck
     g  profiles of the three rows that miss their targets most
 
@@ -100,7 +100,7 @@ def stages(python: str, architecture: str, wheels: Path | None) -> list[Stage]:
         Stage("a", "build and smoke", (*build, Step("smoke", STAGE_SECONDS - sum(s.seconds for s in build), smoke))),
         Stage(
             "b",
-            "main figures: T1, T2",
+            "main figures: a copy, cross entropy, every loss",
             (
                 Step("copy", 60, (python, "-m", "benchmarks.bandwidth")),
                 measured("main", 440, "cuda_main", "losses"),
@@ -111,7 +111,7 @@ def stages(python: str, architecture: str, wheels: Path | None) -> list[Stage]:
         Stage("d", "memcheck", (sanitized("memcheck", 540),)),
         Stage(
             "e",
-            "all figures: T3 to T10, T12",
+            "all figures: what we compete with, accuracy",
             (
                 measured("accuracy", 60, "cuda", "accuracy"),
                 measured("peers", 360, "cuda", "losses"),

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.calls import Buffers, Call, Copy
 from benchmarks.cases import LOSSES, Case, LossFunction
-from benchmarks.measure import Timed, Timing, host_microseconds, launches, peak_extra_bytes, time_calls
+from benchmarks.measure import Timed, Timing, launches, peak_extra_bytes, time_calls
 from benchmarks.providers import PROVIDERS, WrongResult, check, exact, first_rows
 from benchmarks.results import Row
 from benchmarks.traffic import moved_bytes
@@ -103,7 +103,6 @@ def _buffers(case: Case) -> Buffers:
 
 def _row(job: Job, provider: str, mode: str, timing: Timing, copy_us: float, call: Timed) -> Row:
     case = job.case
-    on_gpu = case.device == "cuda"
     return Row(
         loss=case.loss,
         provider=provider,
@@ -118,15 +117,13 @@ def _row(job: Job, provider: str, mode: str, timing: Timing, copy_us: float, cal
         time_us=timing.median,
         low_us=timing.low,
         high_us=timing.high,
-        samples=timing.samples,
         copy_us=copy_us,
         floor_bytes=case.floor_bytes(mode),
         moved_bytes=_moved_bytes(provider, mode, call, case),
         checked_rows=0,
         first_s=0.0,
         peak_bytes=peak_extra_bytes(call, case.device) if mode in MEMORY_MODES else None,
-        launches=launches(call) if on_gpu else None,
-        host_us=host_microseconds(call) if on_gpu else None,
+        launches=launches(call) if case.device == "cuda" else None,
     )
 
 

@@ -41,17 +41,16 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds: median and quartiles over ``samples`` samples."""
+    """Microseconds: median and quartiles."""
 
     median: float
     low: float
     high: float
-    samples: int
 
     @staticmethod
     def of(seconds: list[float]) -> Timing:
         low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
-        return Timing(median * 1e6, low * 1e6, high * 1e6, len(seconds))
+        return Timing(median * 1e6, low * 1e6, high * 1e6)
 
 
 def _host_sample(
@@ -163,21 +162,6 @@ def launches(call: Timed) -> int:
         call.run(0, prepared)
         torch.cuda.synchronize()
     return sum(str(e.device_type).endswith("CUDA") for e in profiler.events() or [])
-
-
-def host_microseconds(call: Timed, repeats: int = 30) -> float:
-    """Median time that Python is busy with one call on a GPU that has other work."""
-    samples = []
-    for i in range(repeats):
-        prepared = call.prepare(i)
-        torch.cuda.synchronize()
-        torch.cuda._sleep(SPIN_CYCLES)
-        begin = time.perf_counter()
-        result = call.run(i, prepared)
-        samples.append(time.perf_counter() - begin)
-        torch.cuda.synchronize()
-        del result
-    return statistics.median(samples) * 1e6
 
 
 @contextmanager

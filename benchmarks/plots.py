@@ -183,31 +183,6 @@ def _bars_like(index: Index, shapes: list[tuple[int, ...]], names: list[str]) ->
     return names, [[column.get(name, float("nan")) for name in names] for column in by_name]
 
 
-def memory(index: Index, shape: tuple[int, ...], title: str, path: Path) -> bool:
-    """Extra memory of a forward and backward, in units of the logits, gradient included."""
-    rows = [row for row in _at(index, shape) if row.peak_bytes is not None]
-    pairs = [(row, index.fastest(row, PLAIN)) for row in rows]
-    bars = list({r.loss: (r, p) for r, p in pairs if p is not None and p.peak_bytes is not None}.values())
-    if not bars:
-        return False
-    bars.sort(key=lambda pair: pair[1].peak_bytes or 0)
-    figure, axis = plt.subplots(figsize=(8.5, 0.3 * len(bars) + 1.8))
-    plain_style: dict[str, Any] = {"color": "0.85", "hatch": "////", "edgecolor": "0.3"}
-    for k, (label, style) in enumerate((("fused_losses", {"color": "0.1"}), ("fastest plain PyTorch", plain_style))):
-        sizes = [2 * (pair[k].peak_bytes or 0) / pair[k].floor_bytes for pair in bars]
-        axis.barh([i + 0.2 - 0.4 * k for i in range(len(bars))], sizes, 0.4, label=label, **style)
-    axis.axvline(1.0, color="black", linewidth=1.0, linestyle="--", label="the gradient alone")
-    axis.set_yticks(range(len(bars)), [row.loss for row, _ in bars], fontsize=9)
-    axis.set_ylim(-0.6, len(bars) - 0.4)
-    axis.set_xlabel("peak extra memory of forward + backward, in sizes of the logits")
-    axis.set_title(f"Extra memory at {shape_name(shape)}\n{title}", fontsize=11)
-    axis.legend(loc="lower right", fontsize=8)
-    axis.grid(True, axis="x", color="0.9", linewidth=0.6)
-    axis.set_axisbelow(True)
-    _save(figure, path)
-    return True
-
-
 def _save(figure: Any, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110, metadata={"Software": None})
@@ -239,7 +214,6 @@ def draw(results: Results, device: str, folder: Path, suffix: str = "") -> list[
     for name, draws in {
         "copy_share": lambda path: copy_share(index, where, path),
         "speed_up": lambda path: speed_up(index, shapes, where, path),
-        "memory": lambda path: bool(shapes) and memory(index, shapes[0], where, path),
     }.items():
         path = folder / f"{name}{suffix}.png"
         if draws(path):

@@ -18,7 +18,7 @@ from benchmarks.cases import LOSSES, shape_name
 from benchmarks.jobs import Job
 from benchmarks.providers import PLAIN, PROVIDERS
 from benchmarks.results import Results, Row, merged
-from benchmarks.targets import GOALS, TRAINING, Index, judge, judge_accuracy
+from benchmarks.targets import GOALS, TRAINING, Index, Verdict, judge, judge_accuracy
 
 REGRESSION = 1.10
 
@@ -31,33 +31,26 @@ def table(head: Iterable[str], lines: Iterable[Iterable[object]]) -> str:
 
 
 def targets(results: list[Results]) -> str:
-    """T1 to T12 with the verdict on each device, and the worst case where one fails."""
+    """Every target with the verdict on each device, and the worst case where one fails."""
     index = Index(row for result in results for row in result.rows)
-    lines, failures = [], []
+    found: dict[tuple[str, str, str], dict[str, Verdict]] = {}
     for goal in GOALS:
-        verdicts = {device: judge(goal, index, device) for device in ("cpu", "cuda")}
-        cells = ["-" if goal.device not in (None, d) else verdicts[d].text for d in ("cpu", "cuda")]
-        lines.append([goal.target, goal.claim, goal.asked, *cells])
-        failures += [
-            f"{goal.target} {device}: {goal.claim}: {v.worst}"
-            for device, v in verdicts.items()
-            if v.passed is False and not goal.mean
-        ]
-    by_device = {"cpu": "not measured", "cuda": "not measured"}
-    accuracy: dict[tuple[str, str], dict[str, str]] = {}
+        devices = ("cpu", "cuda") if goal.device is None else (goal.device,)
+        found[goal.measure.name, goal.cases, goal.asked] = {d: judge(goal, index, d) for d in devices}
     for result in results:
-        if result.accuracy:
-            device = result.accuracy[0]["device"]
-            for claim, asked, verdict in judge_accuracy(result):
-                accuracy.setdefault((claim, asked), dict(by_device))[device] = verdict.text
-                if verdict.passed is False:
-                    failures.append(f"T12 {device}: {claim}: {verdict.worst}")
-    lines += [["T12", *claim, cells["cpu"], cells["cuda"]] for claim, cells in accuracy.items()]
-    if not accuracy:
-        lines.append(["T12", "largest error against float64", "", *by_device.values()])
-    text = table(("", "claim", "asked", "CPU", "GPU"), lines)
-    text += "\nThe number is the worst case, for means the mean. "
+        for *claim, verdict in judge_accuracy(result):
+            unknown = {"cpu": Verdict(None), "cuda": Verdict(None)}
+            found.setdefault((claim[0], claim[1], claim[2]), unknown)[result.accuracy[0]["device"]] = verdict
+    lines, failures = [], []
+    for (measure, cases, asked), verdicts in found.items():
+        cells = [verdicts[device].text if device in verdicts else "-" for device in ("cpu", "cuda")]
+        lines.append([measure, cases, asked, *cells])
+        failures += [f"{d}: {measure}, {cases}: {v.worst}" for d, v in verdicts.items() if v.passed is False]
+    text = table(("what is compared", "cases", "asked", "CPU", "GPU"), lines)
+    text += "\nForward + backward, unless other words are there. The number is the worst case, for means the mean. "
     text += "Targets without a device are meant for GPUs; the CPU is held to them all the same.\n"
+    if not any(result.accuracy for result in results):
+        text += "Errors against float64 were not measured.\n"
     if failures:
         text += "\nWorst cases of what failed:\n\n" + "".join(f"- {failure}\n" for failure in failures)
     return text

@@ -18,10 +18,10 @@ SAME_MACHINE = ("processor", "gpu", "packages", "build", "environment")
 class Row:
     """One provider's call in one mode. Times are microseconds: median and quartiles.
 
-    ``copy_us`` is ``copy_`` of the same logits, ``ce_us`` our
-    cross entropy's forward and backward on them, both timed in the same loop. ``floor_bytes`` must move at least,
-    ``moved_bytes`` do by the count of operators, or the authors' description (None: unknown). ``checked_rows``: on how
-    many rows value and gradient were compared with float64. ``first_s``: the first call, compilation included.
+    ``copy_us`` is ``copy_`` of the same logits, ``ce_us`` our cross entropy's forward and backward on them, both timed
+    in the same loop. ``floor_bytes`` must move at least; ``moved_bytes`` do move, counted operator by operator or as a
+    library's authors say (None: unknown). ``checked_rows``: on how many rows value and gradient were compared with
+    float64. ``first_s``: the first call, compilation included.
     ``tries``: how often the job was timed; the run in which the copy took least time is kept.
     """
 
@@ -37,7 +37,6 @@ class Row:
     time_us: float
     low_us: float
     high_us: float
-    samples: int
     copy_us: float
     floor_bytes: int
     moved_bytes: int | None
@@ -46,7 +45,6 @@ class Row:
     ce_us: float | None = None
     peak_bytes: int | None = None
     launches: int | None = None
-    host_us: float | None = None
     suite: str = ""
     tries: int = 1
 

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from benchmarks.cases import CLASS_COUNTS, FLAT_LOSSES, ROW_LOSSES, Case
+from benchmarks.cases import CLASS_COUNTS, LOSSES_WITHOUT_CLASSES, ROW_LOSSES, Case
 from benchmarks.jobs import Job
 from benchmarks.providers import PLAIN
 
+# The main ones have most competitors; the others have plain PyTorch.
 MAIN_MODES = ("fwd", "fwd_train", "fwd_bwd", "fwd_bwd_scaled")
-HEADLINE = ("cross_entropy", "mae_auto", "hem", "nce_mae")
-COMPARED = ((4096, 1000), (65536, 10), (256, 10))
+MAIN_LOSSES = ("cross_entropy", "mae_auto", "hem", "nce_mae")
+MAIN_SHAPES = ((4096, 1000), (65536, 10), (256, 10))
 PIXELS, PIXELS_LAST = (4, 150, 256, 256), (2, 150, 256, 256)  # the second for channels_last
-LARGE: tuple[tuple[int, ...], ...] = ((2048, 10_000), PIXELS_LAST)  # those of the compiler
+LARGE_SHAPES: tuple[tuple[int, ...], ...] = ((2048, 10_000), PIXELS_LAST)  # too slow for every mode of the compiler
 SWEPT_CLASSES = (2, 10, 100, 1000, 10_000, 100_000, 1_000_000)
 
 
 def sweep(device: str, dtype: str, logits: int, seconds: float, timer: str) -> Iterator[Job]:
-    """Every loss from 2 to a million classes with about the same number of logits; plain PyTorch for some."""
+    """Every loss from 2 to a million classes with about ``logits`` logits in all; plain PyTorch for the main losses."""
     for num_classes in SWEPT_CLASSES:
         shape = (max(2, logits // num_classes), num_classes)
         for loss in ROW_LOSSES:
-            peers = PLAIN if loss in HEADLINE else ()
+            peers = PLAIN if loss in MAIN_LOSSES else ()
             yield Job(Case(loss, shape, dtype, device), ("fused", *peers), seconds=seconds, timer=timer)
 
 
@@ -30,20 +31,20 @@ def cpu_summary() -> Iterator[Job]:
     both = ("fused", "torch")
     for threads in (1, 2):
         for shape in ((32, 10), (256, 10), (4096, 1000), (65536, 10), (2048, 10_000)):
-            if threads == 1 and shape in COMPARED:
-                continue  # below, with more providers
+            if threads == 1 and shape in MAIN_SHAPES:
+                continue  # is in the loop below, with more providers
             yield Job(Case("cross_entropy", shape), both, MAIN_MODES, threads)
         yield Job(Case("cross_entropy", PIXELS), both, ("fwd_bwd",), threads)
         yield Job(Case("cross_entropy", PIXELS_LAST, layout="channels_last"), both, ("fwd_bwd",), threads)
-    for shape in COMPARED:
+    for shape in MAIN_SHAPES:
         for loss in ROW_LOSSES:
-            compiled = ("compile",) if loss in HEADLINE and shape != (256, 10) else ()
+            compiled = ("compile",) if loss in MAIN_LOSSES and shape != (256, 10) else ()
             modes = MAIN_MODES if loss == "cross_entropy" else ("fwd_bwd",)
             yield Job(Case(loss, shape), ("fused", *PLAIN, *compiled), modes, seconds=0.1)
     for shape in ((4096, 1000), (65536, 10)):
         for loss in ("cross_entropy", "mae_auto"):
             yield Job(Case(loss, shape, "bfloat16"), ("fused", "reference", "torch", "autocast"))
-    for loss in FLAT_LOSSES:
+    for loss in LOSSES_WITHOUT_CLASSES:
         yield Job(Case(loss, (65536,)), ("fused", "reference"))
     yield from sweep("cpu", "float32", 1 << 20, 0.05, "wall")
 
@@ -58,14 +59,14 @@ def cpu_compile() -> Iterator[Job]:
 
     def jobs(losses: Iterable[str], *shapes: tuple[int, ...], threads: int = 1) -> Iterator[Job]:
         for shape in shapes:
-            modes = ("fwd_bwd",) if shape in LARGE else ("fwd_bwd", "fwd_bwd_scaled")
+            modes = ("fwd_bwd",) if shape in LARGE_SHAPES else ("fwd_bwd", "fwd_bwd_scaled")
             yield from (Job(Case(loss, shape), ("fused", "compile"), modes, threads) for loss in losses)
 
-    yield from jobs(ROW_LOSSES, *COMPARED)
-    yield from jobs(FLAT_LOSSES, (65536,))
-    yield from jobs(HEADLINE, *LARGE)
-    yield from jobs(HEADLINE, *COMPARED, *LARGE, threads=2)
-    yield from jobs([loss for loss in ROW_LOSSES if loss not in HEADLINE], *LARGE)
+    yield from jobs(ROW_LOSSES, *MAIN_SHAPES)
+    yield from jobs(LOSSES_WITHOUT_CLASSES, (65536,))
+    yield from jobs(MAIN_LOSSES, *LARGE_SHAPES)
+    yield from jobs(MAIN_LOSSES, *MAIN_SHAPES, *LARGE_SHAPES, threads=2)
+    yield from jobs([loss for loss in ROW_LOSSES if loss not in MAIN_LOSSES], *LARGE_SHAPES)
 
 
 def cpu_full() -> Iterator[Job]:
@@ -85,7 +86,8 @@ def cuda() -> Iterator[Job]:
     modes = ("fwd", "bwd", "fwd_bwd", "fwd_bwd_scaled")
 
     def job(loss: str, shape: tuple[int, ...], providers: tuple[str, ...], *modes: str, dtype: str = "bfloat16") -> Job:
-        return Job(Case(loss, shape, dtype, "cuda"), ("fused", *providers), modes or ("fwd_bwd",), 1, 0.05, "device")
+        case = Case(loss, shape, dtype, "cuda")
+        return Job(case, ("fused", *providers), modes or ("fwd_bwd",), seconds=0.05, timer="device")
 
     for num_classes in CLASS_COUNTS:
         shape = ((1 << 26) // num_classes, num_classes)
@@ -93,14 +95,14 @@ def cuda() -> Iterator[Job]:
     for shape in ((65536, 1000), (65536, 1001), (65536, 10)):
         yield job("cross_entropy", shape, peers, *modes, dtype="float32")
         for loss in ROW_LOSSES:
-            yield job(loss, shape, (*PLAIN, "compile") if loss in HEADLINE else PLAIN)
+            yield job(loss, shape, (*PLAIN, "compile") if loss in MAIN_LOSSES else PLAIN)
     for pixels in ((8, 150, 512, 512), (8, 19, 512, 1024)):
         for layout in ("contiguous", "channels_last"):
             case = Case("cross_entropy", pixels, "bfloat16", "cuda", layout)
-            yield Job(case, ("fused", "torch", "autocast"), ("fwd", "fwd_bwd"), 1, 0.05, "device")
+            yield Job(case, ("fused", "torch", "autocast"), ("fwd", "fwd_bwd"), seconds=0.05, timer="device")
     for loss in ROW_LOSSES:
         yield Job(Case(loss, (256, 10), "float32", "cuda"), ("fused", *PLAIN), timer="wall")
-    for loss in FLAT_LOSSES:
+    for loss in LOSSES_WITHOUT_CLASSES:
         yield job(loss, (65536,), ("reference",), dtype="float32")
     yield job("z_error_cross_entropy", (65536, 10), ("reference",), dtype="float32")
     yield from sweep("cuda", "bfloat16", 1 << 27, 0.02, "device")
@@ -110,7 +112,8 @@ def cuda_main() -> Iterator[Job]:
     """A few minutes for what says most: cross entropy over a copy, every other loss over that."""
 
     def job(loss: str, shape: tuple[int, ...], *modes: str) -> Job:
-        return Job(Case(loss, shape, "bfloat16", "cuda"), ("fused",), modes or ("fwd_bwd",), 1, 0.05, "device")
+        case = Case(loss, shape, "bfloat16", "cuda")
+        return Job(case, ("fused",), modes or ("fwd_bwd",), seconds=0.05, timer="device")
 
     shapes = {num_classes: ((1 << 26) // num_classes, num_classes) for num_classes in CLASS_COUNTS}
     for shape in shapes.values():

@@ -1,4 +1,4 @@
-"""The targets T1 to T12 as data: which of our rows count, what they are compared with, and what is asked."""
+"""The targets as data: what is compared, which of our measurements count, and what is asked of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.results import Results, Row
 from benchmarks.suites import PIXELS, PIXELS_LAST
 
 TRAINING = ("fwd_bwd", "fwd_bwd_scaled")
-LARGE = 2_500_000  # bytes of logits; below it a call is not about bandwidth
+LARGE_BYTES = 2_500_000  # of logits: with fewer, the price of a call counts, not bandwidth
 
 
 class Index:
@@ -33,56 +33,60 @@ class Index:
         return min(found, key=lambda peer: peer.time_us, default=None)
 
 
-Measure = Callable[[Index, Row], "float | None"]
+@dataclass(frozen=True)
+class Measure:
+    """What is compared: its name in the report, and the number for a row of ours; None: not measured."""
+
+    name: str
+    of: Callable[[Index, Row], float | None]
 
 
-def speed_up(*providers: str) -> Measure:
+def speed_up(name: str, *providers: str) -> Measure:
     """The time of the fastest of ``providers`` over ours."""
 
     def measure(index: Index, row: Row) -> float | None:
         peer = index.fastest(row, providers)
         return None if peer is None else peer.time_us / row.time_us
 
-    return measure
+    return Measure(f"time of {name} over ours", measure)
 
 
-def memory_ratio(provider: str) -> Measure:
-    """A provider's extra memory over ours."""
-
-    def measure(index: Index, row: Row) -> float | None:
-        peer = index.peers(row).get(provider)
-        if peer is None or peer.peak_bytes is None or not row.peak_bytes:
-            return None
-        return peer.peak_bytes / row.peak_bytes
-
-    return measure
+def _memory_of_autocast(index: Index, row: Row) -> float | None:
+    peer = index.peers(row).get("autocast")
+    if peer is None or peer.peak_bytes is None or not row.peak_bytes:
+        return None
+    return peer.peak_bytes / row.peak_bytes
 
 
-def copies(index: Index, row: Row) -> float | None:
-    return row.copies
-
-
-def launches(index: Index, row: Row) -> float | None:
-    return None if row.launches is None else float(row.launches)
-
-
-def over_cross_entropy(index: Index, row: Row) -> float | None:
-    """Our time over that of our cross entropy in the same loop."""
+def _over_cross_entropy(index: Index, row: Row) -> float | None:
     return None if row.ce_us is None or row.mode != "fwd_bwd" else row.time_us / row.ce_us
+
+
+COPIES = Measure("time over that of a copy of the logits", lambda index, row: row.copies)
+OVER_CROSS_ENTROPY = Measure("time over that of our cross entropy in the same loop", _over_cross_entropy)
+PLAIN_TIME = speed_up("plain PyTorch", *PLAIN)
+TORCH_TIME = speed_up("F.cross_entropy", "torch")
+COMPILED_TIME = speed_up("torch.compile", "compile")
+AUTOCAST_TIME = speed_up("plain PyTorch under autocast", "autocast")
+AUTOCAST_MEMORY = Measure("extra memory of plain PyTorch under autocast over ours", _memory_of_autocast)
+LIGER_TIME, QUACK_TIME = speed_up("Liger-Kernel", "liger"), speed_up("QuACK", "quack")
+LAUNCHES = Measure("kernel launches", lambda index, row: None if row.launches is None else float(row.launches))
+
+Condition = Callable[[Row], bool]
 
 
 @dataclass(frozen=True)
 class Goal:
-    """One sentence of a target.
+    """One sentence of the targets.
 
-    ``measure`` of every row of ours that ``where`` picks must be ``at_least`` or ``at_most``; with ``mean`` their
-    geometric mean must. ``device`` limits it to "cpu" or "cuda".
+    ``measure`` of every row of ours that meets all conditions ``where`` must be ``at_least`` or ``at_most``; with
+    ``mean`` their geometric mean must. ``cases`` says in words which rows those are. ``device`` limits it to "cpu" or
+    "cuda".
     """
 
-    target: str
-    claim: str
-    where: Callable[[Row], bool]
     measure: Measure
+    cases: str
+    where: tuple[Condition, ...]
     at_least: float | None = None
     at_most: float | None = None
     mean: bool = False
@@ -93,77 +97,110 @@ class Goal:
         sign, number = (">=", self.at_least) if self.at_least is not None else ("<=", self.at_most)
         return f"{sign} {number:g}"
 
+    def value(self, index: Index, row: Row) -> float | None:
+        """The measure of a row of ours; None where the row does not count."""
+        return self.measure.of(index, row) if all(condition(row) for condition in self.where) else None
+
 
 def trains(row: Row) -> bool:
+    """Forward and backward."""
     return row.mode in TRAINING
 
 
 def large(row: Row) -> bool:
     """A training step on more than a few classes that is about bandwidth, not about the price of a call."""
-    return trains(row) and row.floor_bytes >= 2 * LARGE and row.num_classes >= CLASS_COUNTS[0]
+    return trains(row) and row.floor_bytes >= 2 * LARGE_BYTES and row.num_classes >= CLASS_COUNTS[0]
 
 
-def loss(*names: str) -> Callable[[Row], bool]:
+def large_forward(row: Row) -> bool:
+    """The same for a forward alone."""
+    return row.mode == "fwd" and row.floor_bytes >= LARGE_BYTES
+
+
+def loss(*names: str) -> Condition:
     return lambda row: row.loss in names
 
 
-def both(*conditions: Callable[[Row], bool]) -> Callable[[Row], bool]:
-    return lambda row: all(condition(row) for condition in conditions)
+def shape(*expected: int, layout: str = "contiguous") -> Condition:
+    return lambda row: row.shape == expected and row.layout == layout
 
 
-def _shape(*shape: int, layout: str = "contiguous") -> Callable[[Row], bool]:
-    return lambda row: row.shape == shape and row.layout == layout
+def classes(holds: Callable[[int], bool]) -> Condition:
+    return lambda row: holds(row.num_classes)
 
 
-_ce, _tempered, _steep = loss("cross_entropy"), loss("bi_tempered"), loss("hem", "nce_mae")
-_floats, _half = (lambda row: row.dtype == "float32"), (lambda row: row.dtype == "bfloat16")
-_listed = both(large, _ce, lambda row: row.num_classes in CLASS_COUNTS)
-_robust = both(large, lambda row: row.loss not in ("cross_entropy", "bi_tempered") and not row.loss.startswith("z_"))
-_few, _many = both(large, lambda row: row.num_classes <= 1000), both(large, lambda row: row.num_classes >= 32_000)
-_unit, _scaled = (lambda row: row.mode == "fwd_bwd"), (lambda row: row.mode == "fwd_bwd_scaled")
-_aligned, _odd = (lambda row: row.num_classes % 8 == 0), (lambda row: row.num_classes % 2 == 1)
-_forward = both(_aligned, lambda row: row.mode == "fwd" and row.floor_bytes >= LARGE)
-_pixels = both(large, _half, lambda row: len(row.shape) == 4 and row.num_classes == 150)
-_z = both(trains, lambda row: row.loss.startswith("z_"))
-_tiny = both(trains, _shape(256, 10), lambda row: row.timer != "device")
-_plain, _compiled, _autocast = speed_up(*PLAIN), speed_up("compile"), speed_up("autocast")
-_liger, _quack = speed_up("liger"), speed_up("quack")
+def z_error(row: Row) -> bool:
+    return row.loss.startswith("z_")
 
 
-def _t11(claim: str, at_least: float, *where: Callable[[Row], bool]) -> Goal:
-    return Goal("T11", claim, both(trains, _ce, _floats, *where), speed_up("torch"), at_least, device="cpu")
+def like_cross_entropy(row: Row) -> bool:
+    """Losses of logits that are to take as long as cross entropy."""
+    return not z_error(row) and row.loss not in ("cross_entropy", "bi_tempered")
 
 
+def float32(row: Row) -> bool:
+    return row.dtype == "float32"
+
+
+def bfloat16(row: Row) -> bool:
+    return row.dtype == "bfloat16"
+
+
+def upstream_1(row: Row) -> bool:
+    """The gradient of the loss is 1, as after ``loss.backward()``."""
+    return row.mode == "fwd_bwd"
+
+
+def upstream_scaled(row: Row) -> bool:
+    """It is another number, as with a gradient scaler."""
+    return row.mode == "fwd_bwd_scaled"
+
+
+CROSS_ENTROPY, MAE_AGCE = loss("cross_entropy"), loss("mae_auto", "agce")
+HEM_NCE_MAE, BI_TEMPERED = loss("hem", "nce_mae"), loss("bi_tempered")
+FROM_32K, OF_EIGHTS = classes(lambda count: count >= 32_000), classes(lambda count: count % 8 == 0)
+
+
+def _against_torch(cases: str, at_least: float, of_shape: Condition) -> Goal:
+    where = (trains, CROSS_ENTROPY, float32, of_shape)
+    return Goal(TORCH_TIME, f"cross entropy, {cases}, 1 and 2 threads", where, at_least, device="cpu")
+
+
+# Without other words: forward + backward. A goal without a device is meant for GPUs and asked of the CPU all the same.
 GOALS = (
-    Goal("T1", "cross entropy, forward + backward, over a copy of the logits", _listed, copies, at_most=1.15),
-    Goal("T2", "every robust loss over our cross entropy", _robust, over_cross_entropy, at_most=1.05),
-    Goal("T2", "bi-tempered over our cross entropy", both(large, _tempered), over_cross_entropy, at_most=1.5),
-    Goal("T3", "fastest plain PyTorch over ours: cross entropy", both(large, _ce), _plain, 2.5),
-    Goal("T3", "the same: MAE*, AGCE", both(large, loss("mae_auto", "agce")), _plain, 6),
-    Goal("T3", "the same: HEM, NCE+MAE", both(large, _steep), _plain, 12),
-    Goal("T3", "the same: bi-tempered", both(large, _tempered), _plain, 25),
-    Goal("T4", "cross entropy under autocast over ours on bfloat16: time", both(large, _ce, _half), _autocast, 7),
-    Goal("T4", "the same: extra memory", both(large, _ce, _half), memory_ratio("autocast"), 5),
-    Goal("T5", "torch.compile of the reference over ours: geometric mean", trains, _compiled, 1.5, mean=True),
-    Goal("T5", "the same: every case", trains, _compiled, 1.0),
-    Goal("T6", "Liger-Kernel over ours, up to 1000 classes", _few, _liger, 3, device="cuda"),
-    Goal("T6", "from 32k classes, upstream not 1", both(_many, _scaled), _liger, 1.3, device="cuda"),
-    Goal("T6", "from 32k classes, upstream 1", both(_many, _unit), _liger, 1.0, device="cuda"),
-    Goal("T7", "QuACK over ours, class counts divisible by 8: forward", _forward, _quack, 0.97, device="cuda"),
-    Goal("T7", "the same: forward + backward through autograd", both(large, _aligned), _quack, 1.3, device="cuda"),
-    Goal("T7", "odd class counts: forward + backward", both(large, _odd), _quack, 2, device="cuda"),
-    Goal("T8", "segmentation, 150 classes, bfloat16, autocast over ours", _pixels, _autocast, 7, device="cuda"),
-    Goal("T9", "Z-Error: launches of forward + backward", _z, launches, at_most=3, device="cuda"),
-    Goal("T9", "Z-Error: plain PyTorch over ours", both(_z, lambda row: row.shape[0] <= 65536), _plain, 8),
-    Goal("T10", "256 x 10, elapsed time, plain PyTorch over ours", _tiny, _plain, 2),
-    _t11("F.cross_entropy over ours, 1 and 2 threads: 4096 x 1000", 5, _shape(4096, 1000)),
-    _t11("the same: 65536 x 10", 15, _shape(65536, 10)),
-    _t11("the same: 2048 x 10000", 2.5, _shape(2048, 10_000)),
-    _t11(f"the same: {shape_name(PIXELS)}", 2.5, _shape(*PIXELS)),
-    _t11(f"the same: {shape_name(PIXELS_LAST)} channels_last", 6, _shape(*PIXELS_LAST, layout="channels_last")),
-    Goal("T11", "HEM and NCE+MAE, plain PyTorch over ours", both(large, _steep), _plain, 10, device="cpu"),
-    Goal("T11", "Inductor over ours: geometric mean", trains, _compiled, 1.5, mean=True, device="cpu"),
-    Goal("T11", "the same: every case", trains, _compiled, 1.0, device="cpu"),
+    Goal(COPIES, "cross entropy", (large, CROSS_ENTROPY, classes(lambda count: count in CLASS_COUNTS)), at_most=1.15),
+    Goal(OVER_CROSS_ENTROPY, "every loss but bi-tempered", (large, like_cross_entropy), at_most=1.05),
+    Goal(OVER_CROSS_ENTROPY, "bi-tempered", (large, BI_TEMPERED), at_most=1.5),
+    Goal(PLAIN_TIME, "cross entropy", (large, CROSS_ENTROPY), 2.5),
+    Goal(PLAIN_TIME, "MAE with automatic bias, AGCE", (large, MAE_AGCE), 6),
+    Goal(PLAIN_TIME, "HEM, NCE + MAE", (large, HEM_NCE_MAE), 12),
+    Goal(PLAIN_TIME, "HEM, NCE + MAE", (large, HEM_NCE_MAE), 10, device="cpu"),
+    Goal(PLAIN_TIME, "bi-tempered", (large, BI_TEMPERED), 25),
+    Goal(PLAIN_TIME, "Z-Error", (trains, z_error, lambda row: row.shape[0] <= 65536), 8),
+    Goal(PLAIN_TIME, "256 x 10, elapsed time", (trains, shape(256, 10), lambda row: row.timer != "device"), 2),
+    Goal(AUTOCAST_TIME, "cross entropy, bfloat16", (large, CROSS_ENTROPY, bfloat16), 7),
+    Goal(AUTOCAST_MEMORY, "cross entropy, bfloat16", (large, CROSS_ENTROPY, bfloat16), 5),
+    Goal(
+        AUTOCAST_TIME,
+        "segmentation, 150 classes, bfloat16",
+        (large, bfloat16, classes(lambda count: count == 150), lambda row: len(row.shape) == 4),
+        7,
+        device="cuda",
+    ),
+    Goal(COMPILED_TIME, "geometric mean", (trains,), 1.5, mean=True),
+    Goal(COMPILED_TIME, "every case", (trains,), 1.0),
+    Goal(LIGER_TIME, "up to 1000 classes", (large, classes(lambda count: count <= 1000)), 3, device="cuda"),
+    Goal(LIGER_TIME, "from 32 000 classes, upstream gradient 1", (large, FROM_32K, upstream_1), 1, device="cuda"),
+    Goal(LIGER_TIME, "the same, upstream gradient not 1", (large, FROM_32K, upstream_scaled), 1.3, device="cuda"),
+    Goal(QUACK_TIME, "class counts divisible by 8, forward", (large_forward, OF_EIGHTS), 0.97, device="cuda"),
+    Goal(QUACK_TIME, "class counts divisible by 8", (large, OF_EIGHTS), 1.3, device="cuda"),
+    Goal(QUACK_TIME, "odd class counts", (large, classes(lambda count: count % 2 == 1)), 2, device="cuda"),
+    Goal(LAUNCHES, "Z-Error", (trains, z_error), at_most=3, device="cuda"),
+    _against_torch("4096 x 1000", 5, shape(4096, 1000)),
+    _against_torch("65536 x 10", 15, shape(65536, 10)),
+    _against_torch("2048 x 10000", 2.5, shape(2048, 10_000)),
+    _against_torch(shape_name(PIXELS), 2.5, shape(*PIXELS)),
+    _against_torch(f"{shape_name(PIXELS_LAST)} channels_last", 6, shape(*PIXELS_LAST, layout="channels_last")),
 )
 
 
@@ -190,8 +227,8 @@ def judge(goal: Goal, index: Index, device: str) -> Verdict:
         return Verdict(None)
     found = []
     for row in index.rows:
-        if row.provider == "fused" and row.device == device and goal.where(row):
-            value = goal.measure(index, row)
+        if row.provider == "fused" and row.device == device:
+            value = goal.value(index, row)
             if value is not None:
                 found.append((value, row.name))
     if not found:
@@ -203,12 +240,12 @@ def judge(goal: Goal, index: Index, device: str) -> Verdict:
     return Verdict(value, len(found), worst, passed)
 
 
-# T12 is judged on rows of benchmarks.accuracy. Results rounded to the same dtype differ by luck: 5 % are allowed.
+# Results rounded to the same dtype differ by luck.
 LUCK = 1.05
 
 
-def judge_accuracy(results: Results) -> list[tuple[str, str, Verdict]]:
-    """Claim, what is asked and verdict of T12's sentences."""
+def judge_accuracy(results: Results) -> list[tuple[str, str, str, Verdict]]:
+    """What is compared, cases, what is asked and verdict, of rows of :mod:`benchmarks.accuracy`."""
     by_case: dict[tuple[str, str], dict[str, dict[str, float | None]]] = {}
     for row in results.accuracy:
         by_case.setdefault((row["loss"], row["dtype"]), {})[row["provider"]] = row
@@ -225,13 +262,12 @@ def judge_accuracy(results: Results) -> list[tuple[str, str, Verdict]]:
         value, worst = max(gradients)
         verdict = Verdict(value, len(gradients), worst, value <= LUCK)
         verdicts.append(
-            ("error of the gradient, ours over plain PyTorch, every dtype", f"<= 1 (+ {LUCK - 1:.0%})", verdict)
+            ("error of the gradient over plain PyTorch's", "every dtype", f"<= 1 (+ {LUCK - 1:.0%})", verdict)
         )
     if values:
         value, worst = min(values)
-        verdicts.append(
-            ("error of the bfloat16 loss, F.cross_entropy over ours", ">= 10", Verdict(value, 1, worst, value >= 10))
-        )
+        verdict = Verdict(value, 1, worst, value >= 10)
+        verdicts.append(("error of F.cross_entropy over ours", "bfloat16", ">= 10", verdict))
     return verdicts
 
 

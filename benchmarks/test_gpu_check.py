@@ -300,7 +300,7 @@ def row(loss: str, classes: int, copies: float, over_ce: float) -> Row:
     case = Case(loss, (65536, classes), "bfloat16", "cuda")
     return Row(
         loss=loss, provider="fused", mode="fwd_bwd", shape=case.shape, dtype=case.dtype, device="cuda",
-        layout="contiguous", threads=1, timer="device", time_us=100.0 * copies, low_us=0.0, high_us=0.0, samples=9,
+        layout="contiguous", threads=1, timer="device", time_us=100.0 * copies, low_us=0.0, high_us=0.0,
         copy_us=100.0, floor_bytes=case.floor_bytes("fwd_bwd"), moved_bytes=None, checked_rows=9, first_s=0.0,
         ce_us=100.0 * copies / over_ce,
     )  # fmt: skip

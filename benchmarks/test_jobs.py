@@ -21,7 +21,7 @@ from benchmarks.measure import Timing, peak_extra_bytes, time_calls
 from benchmarks.models import parameter_count, resnet50
 from benchmarks.providers import PROVIDERS, Provider, WrongResult, check, exact
 from benchmarks.results import Results
-from benchmarks.suites import HEADLINE, LARGE, SUITES
+from benchmarks.suites import LARGE_SHAPES, MAIN_LOSSES, SUITES
 from benchmarks.traffic import moved_bytes
 
 
@@ -132,9 +132,9 @@ def test_compiled_code_is_checked_at_the_shape_that_is_timed(monkeypatch: pytest
 
 def test_the_suite_of_the_compiler_has_every_loss_at_every_shape() -> None:
     jobs = list(SUITES["compile"]())
-    for shape in ((4096, 1000), (65536, 10), (256, 10), *LARGE):
+    for shape in ((4096, 1000), (65536, 10), (256, 10), *LARGE_SHAPES):
         assert {j.case.loss for j in jobs if j.case.shape == shape and j.threads == 1} == set(ROW_LOSSES)
-        assert {j.case.loss for j in jobs if j.case.shape == shape and j.threads == 2} == set(HEADLINE)
+        assert {j.case.loss for j in jobs if j.case.shape == shape and j.threads == 2} == set(MAIN_LOSSES)
 
 
 def test_memory_and_traffic_of_known_calls() -> None:

@@ -91,9 +91,9 @@ def _have_tangents(*tensors: Tensor | None) -> bool:
 def forward_writes_gradient(args: RowLossArguments) -> bool:
     """Whether the training forward writes the gradient.
 
-    float16 cannot hold a gradient divided by the batch size before the loss scale of mixed precision has multiplied it,
-    and a mean over active rows does not know the denominator before all rows are read: then only the CPU, which goes
-    over them again, writes it. A traced backward must not depend on whether it is the first.
+    Not in float16: divided by the batch size, and before mixed precision has multiplied it by the loss scale, the
+    gradient would be too small. Not for a mean over active rows on CUDA: their number is known only after all rows; the
+    CPU then goes over the rows again. Not while tracing: the traced backward must do the same every time.
     """
     logits = args.logits
     if logits.dtype is torch.float16 or args.reduction == "none":
@@ -111,7 +111,7 @@ def is_plain(tensor: Tensor) -> bool:
 class _RowLoss(torch.autograd.Function):
     """The fused first derivative of a row loss in its logits.
 
-    They come twice: autograd looks for what it differentiates among the arguments themselves.
+    The logits are an argument of their own besides being in ``args``: autograd does not look into tuples.
     """
 
     @staticmethod
@@ -155,8 +155,8 @@ def row_loss_gradient(ctx: Any, grad_loss: Tensor) -> Tensor:
     if stats is None:  # the CPU starts from the logits again
         stats = denominator = args.logits.new_empty(0)
     if written is not None and not hasattr(ctx, "given_away") and is_plain(grad_loss) and not _is_batched(grad_loss):
-        # The first backward completes the gradient in place and gives it away. What is done to it from here on is not
-        # counted as a change of the saved tensor (`data`), which nobody reads again.
+        # The first backward scales the gradient in place and returns it; a second one computes its own. `data`, because
+        # autograd must not take that for a change of a saved tensor.
         ctx.given_away = True
         written = written.data
         if not written.is_cpu:
@@ -165,7 +165,7 @@ def row_loss_gradient(ctx: Any, grad_loss: Tensor) -> Tensor:
         factor = grad_loss.item()
         if factor == 1.0:
             return written  # type: ignore[no-any-return]
-        # bfloat16 would be rounded twice, and infinity times the zeros of ignored rows is NaN.
+        # bfloat16 would be rounded twice; an infinite factor would turn the zeros of ignored rows into NaN.
         if written.dtype is not torch.bfloat16 and math.isfinite(factor):
             return written.mul_(factor)  # type: ignore[no-any-return]
     return _ops.row_loss_backward(grad_loss, stats, denominator, *args)

@@ -18,8 +18,8 @@ from fused_losses._shards import Shard
 
 # Losses with rows whose value and gradient are exactly 0: every margin is satisfied.
 _SATISFIABLE = ("hem", "multi_margin")
-# Rows are left out where at most this share of them remains: copying the others then costs less than their GEMMs, and
-# the copies fit in what chunk_bytes allows.
+# Rows without gradient are left out of the GEMMs where at most this share of the rows remains: copying those is then
+# cheaper than GEMMs of all, and the copies fit in chunk_bytes.
 _WORTH_SKIPPING = 0.5
 
 Sweep = tuple[
@@ -33,7 +33,7 @@ class ChunkOptions(NamedTuple):
     dtype: torch.dtype  # of the logits
     accumulate_dtype: torch.dtype  # of the sums that become the gradients of weight and bias
     chunk_bytes: int  # for a chunk's logits and their gradient
-    skip_rows: bool | None  # leave rows without gradient out; None: on the CPU, where counting them does not wait
+    skip_rows: bool | None  # leave rows without gradient out; None: on the CPU only, CUDA would wait for their number
     shard: Shard | None = None  # linear_weight has the classes of this rank only; no argument of the operator
 
 
@@ -122,7 +122,7 @@ def rows_per_chunk(rows: int, matrix: Tensor, options: ChunkOptions) -> int:
     """
     if options.shard is None:
         bytes_per_row = 2 * matrix.shape[0] * matrix.element_size()
-    else:  # composed of torch's operations, which need room for results in between
+    else:  # made of torch's operators, which allocate intermediate results
         bytes_per_row = 5 * options.shard.largest * max(4, matrix.element_size())
     most = max(1, options.chunk_bytes // max(1, bytes_per_row))
     chunks = max(1, -(-rows // most))
@@ -130,7 +130,7 @@ def rows_per_chunk(rows: int, matrix: Tensor, options: ChunkOptions) -> int:
 
 
 def _worth_keeping(mask: Tensor) -> Tensor | None:
-    """The numbers of the rows in ``mask``; None where there are so many that all rows are as good. It synchronises."""
+    """The numbers of the rows in ``mask``; None where leaving out the others would not pay. It synchronises."""
     found = mask.nonzero().squeeze(1)
     return found if found.numel() <= _WORTH_SKIPPING * mask.numel() else None
 
@@ -155,7 +155,7 @@ def _add_product(total: Tensor, grad_logits: Tensor, rows: Tensor, chunk_bytes: 
         total.addmm_(grad_logits.t(), rows)
     elif total.is_cuda and total.dtype == torch.float32:
         torch.addmm(total, grad_logits.t(), rows, out_dtype=torch.float32, out=total)
-    else:  # no GEMM here takes half precision and adds in another: some classes at a time are converted
+    else:  # torch has no GEMM of half precision that sums in float32 here: converts some classes at a time
         rows = rows.to(total.dtype)
         bytes_per_class = max(1, grad_logits.shape[0] * total.element_size())
         step = max(1, chunk_bytes // 8 // bytes_per_class)

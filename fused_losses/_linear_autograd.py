@@ -77,7 +77,7 @@ class ChunkedLogits:
         def z_error_row_loss(
             args: RowLossArguments, rule: ZErrorRule, judged: ClassScore | None
         ) -> tuple[Tensor, Tensor, Tensor]:
-            of_logits = judged is not None and judged[0].dim() > 1  # of the stand-in
+            of_logits = judged is not None and judged[0].dim() > 1  # those are the stand-in: no numbers to judge by
             return masked_first(args, rule, None if of_logits else judged, self.row_loss, score_of)
 
         def z_error_loss(*args: Any) -> Any:
@@ -108,7 +108,7 @@ class ChunkedLogits:
 
     @torch.no_grad()
     def _target_logits(self, target: Tensor) -> Tensor:
-        """Every row's logit of its target, without the others: a gather, no GEMM. Rows of no class get any."""
+        """Every row's logit of its target, by a gather instead of a GEMM. Rows without a class get some number."""
         input, linear_weight, linear_bias = self.inputs
         dtype, classes = self.options.dtype, linear_weight.shape[0]
         index = target.long().clamp(0, classes - 1)
@@ -172,7 +172,7 @@ class _SumOfRows(torch.autograd.Function):
             if not wanted:
                 scaled.append(None)
                 continue
-            # What is done to a gradient that is given away is no change of the saved tensor, which nobody reads again.
+            # `data`: autograd must not take scaling in place for a change of a saved tensor.
             made = made.data.mul_(grad_outputs[0]) if in_place else made * grad_outputs[0]
             scaled.append(made.to(dtype))
         return *scaled, None, None
@@ -216,7 +216,7 @@ def check_once() -> None:
 
 
 def is_last_backward(grad_loss: Tensor) -> bool:
-    """Whether nobody can come back for the saved gradients: the graph is freed, and nothing is traced or batched."""
+    """Whether no other backward will need the saved gradients: the graph is freed, nothing is traced or batched."""
     if not is_plain(grad_loss):
         return False
     return not torch._C._autograd._get_current_graph_task_keep_graph()

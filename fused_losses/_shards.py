@@ -22,11 +22,11 @@ from fused_losses.distributed import check_member
 if TYPE_CHECKING:
     from fused_losses._common import RowLossModule
 
-# What is not a function of log p_y and sums over the classes.
+# Losses that need more than log p_y and sums over the classes.
 WITHOUT_SHARDS = ("bi_tempered", "hem", "multi_margin")
-# Losses with a sum over the classes that is linear in the log-probabilities: it goes with the other sums.
+# Losses with a sum over the classes that is linear in log p: it is reduced together with the other sums.
 _LINEAR_SUM = ("nce", "nce_mae", "nce_rce", "nce_agce")
-# Losses with another one, which needs the normaliser first: one more collective.
+# Losses with a sum of another function of log p, which needs the normaliser first: one more collective.
 _OTHER_SUM = ("nfl", "nfl_mae", "nfl_rce", "ngce")
 
 

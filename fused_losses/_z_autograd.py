@@ -32,8 +32,8 @@ Result = tuple[Tensor, Tensor, Tensor]  # loss, mask, scores
 def z_error_row_loss(args: RowLossArguments, rule: ZErrorRule, judged: ClassScore | None) -> Result:
     """Any row loss of the rows that are kept: loss, mask and scores. ``judged``: what they are judged by, if known.
 
-    Where the training forward writes the gradient on the CPU, the mask comes first and dropped rows are ignored rows.
-    Elsewhere the rows' losses come first: statistics, mask and reduction follow in one kernel, the gradient in another.
+    On the CPU, where forward writes the gradient, the mask comes first and then the row loss, which ignores dropped
+    rows. Elsewhere the rows' losses come first, and one kernel makes statistics, mask and reduction of them.
     """
     differentiate = args.logits.requires_grad and torch.is_grad_enabled()
     if needs_reference(*args[:6]) or (differentiate and args.logits.is_cpu and forward_writes_gradient(args)):
@@ -66,16 +66,16 @@ def masked_first(
 
 
 class _Plan(NamedTuple):
-    """How a reduction over the rows' losses judges them: by the losses, and where those do not say it, by the logits.
+    """A row loss and the reduction that follows it, which judges rows by their losses or, where it needs to, by logits.
 
-    The class weights do not count in what rows are judged by; most losses are multiplied by them afterwards.
+    Rows are judged without class weights. So most losses are computed without them and multiplied afterwards.
     """
 
     args: RowLossArguments
     rule: ZErrorRule
-    rows: RowLossArguments  # the first half: one loss per row, without the weight of its sample
-    by_values: bool = False
-    unweighted: bool = False  # the class weights are still to be multiplied into the losses
+    rows: RowLossArguments  # for one loss per row, not multiplied by sample_weight
+    by_values: bool = False  # judge rows by these losses
+    unweighted: bool = False  # the reduction multiplies the losses by the class weights
     label_smoothing: float = 0.0
     logit_bias: float = 0.0
     logit_bias_tensor: Tensor | None = None
@@ -93,7 +93,7 @@ class _Plan(NamedTuple):
                 return _Plan(args, rule._replace(statistic="class_prob"), rows, by_values=True)
             return _Plan(args, rule._replace(statistic="class_softmax"), rows)
         if smooth and args.weight is not None:
-            # The sum over all classes, each with its weight, is no multiple of the sum without.
+            # Smoothing sums over all classes, each with its weight: dividing by the target's weight does not undo that.
             rule = rule._replace(statistic="class_cross_entropy")
             options = (args.params[0], args.logit_bias, args.logit_bias_tensor)
             return _Plan(args, rule, rows, False, False, *options)
@@ -101,7 +101,7 @@ class _Plan(NamedTuple):
         return _Plan(args, rule._replace(statistic="class"), rows._replace(weight=None), True, unweighted=weighted)
 
     def reduce(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The second half: loss, denominator, mask, kept target, scores, weight of each row."""
+        """The reduction: loss, denominator, mask, kept target, scores, weight of each row."""
         args = self.args
         return _ops.z_error_class_loss(
             values,

@@ -55,7 +55,7 @@ PLAIN = ZOps(row_loss_reference, _z_reference.class_moments, _z_reference.z_erro
 
 
 def fused_and_plain(make: Callable[[ZOps], Callable[..., Any]]) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Both kinds of a Z-Error function, named for the places that users, and pickle, find them in."""
+    """Both kinds of a Z-Error function, under the names by which users and pickle find them."""
     fused, plain = make(FUSED), make(PLAIN)
     for function in (fused, plain):
         function.__qualname__ = function.__name__
@@ -67,7 +67,7 @@ def fused_and_plain(make: Callable[[ZOps], Callable[..., Any]]) -> tuple[Callabl
 class Source:
     """Where the moments come from that rows are judged by: given ones, or the batch's over all ranks of a group.
 
-    ``update`` turns the batch's into those to use, for running statistics.
+    Running statistics give an ``update``: it takes the batch's moments and returns those to use.
     """
 
     given: Tensor | None = None
@@ -271,10 +271,10 @@ class ZErrorModule(HasProcessGroup):
         return ClassStatistics.from_moments(self.running_moments)
 
     def _update(self, batch: Tensor) -> Tensor:
-        """Merges a batch's moments into the running ones, whose rows first lose the share ``momentum`` of their weight.
+        """Merges a batch's moments into the running ones, whose counts are first multiplied by ``1 - momentum``.
 
-        A class that is not in the batch keeps what it has. A memory of constant batches tends to their size divided by
-        ``momentum``; the first batch is taken as it is.
+        So counts tend to the batch's divided by ``momentum``. The first batch is taken as it is; a class that is not in
+        the batch keeps what it has.
         """
         if self.running_moments.shape[1] == 0:
             with torch.inference_mode(False):  # later batches must be able to change it

@@ -30,8 +30,8 @@ class _Temperature(Range):
         return super().pack(name, value)
 
 
-# A loss of 1 / (1 - t1) must have some digits. The normaliser of C classes reaches C^(t2 - 1), a normal number up to a
-# million of them.
+# t1: the loss divides by 1 - t1, of which float32 must have some digits. t2: the normaliser reaches C^(t2 - 1), which
+# must be a normal number for a million classes.
 _t1 = _Temperature("be between 0.0 and 1.0", lambda t: 0.0 <= t <= 1.0, 0.0, 1.0 - 1e-5)
 _t2 = _Temperature("satisfy 0 < value < inf", lambda t: 0.0 < t < math.inf, 1e-15, 7.0)
 
@@ -45,9 +45,9 @@ def _log_t(x: Tensor, t: float) -> Tensor:
 
 
 def _log_exp_t(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
-    """``log exp_t(x)`` with ``exp_t(x) = [1 + (1-t) x]_+^(1/(1-t))``, and where exp_t is 0 (there the log reads 0).
+    """``log exp_t(x)``, where ``exp_t(x) = [1 + (1-t) x]_+^(1/(1-t))``, and a mask of exp_t = 0. There the log is 0.
 
-    Every power of exp_t is the exponential of a multiple of this, which is accurate for t near 1 as well.
+    Powers of exp_t are exponentials of multiples of this logarithm, which is accurate for t near 1 too.
     """
     absent = (1.0 + (1.0 - t) * x <= 0.0) | (x == -math.inf)
     inside = torch.where(absent, 0.0, x)
@@ -102,8 +102,8 @@ def _log_probabilities(logits: Tensor, t2: float, num_iters: int | None, dim: in
     derivative, the second makes second derivatives right too.
     """
     top = logits.detach().amax(dim, keepdim=True)
-    top = torch.where(top == math.inf, math.nan, top)  # spoils the whole row, as NaN does by itself
-    x = logits - top  # lambda is relative to the maximum from here on, lest a large one swallow its digits
+    top = torch.where(top == math.inf, math.nan, top)  # makes the whole row NaN, as a NaN does by itself
+    x = logits - top  # from here on lambda is relative to the maximum, or a large maximum would round it off
     constant = x.detach()
     if num_iters is None:
         root = _converged_normaliser(constant, t2, dim)

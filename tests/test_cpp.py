@@ -212,6 +212,18 @@ def test_program(results: dict[tuple[str, str, str], Future[Result]], build: str
     assert re.search(r"\d+ checks, 0 failures", result.stdout)
 
 
+# Two types of one name in one namespace break the one-definition rule even if no file includes both. `-flto -Wodr` finds
+# them in minutes; read together, their headers do not compile.
+def test_no_two_headers_define_the_same_name(workshop: Workshop) -> None:
+    headers = [path for folder in ("core", "losses", "z_error", "cpu") for path in (ROOT / "csrc" / folder).glob("*.h")]
+    torch_free = [path for path in sorted(headers) if "#include <torch/" not in path.read_text()]
+    assert len(torch_free) > 20
+    source = workshop.folder / "all_headers.cpp"
+    source.write_text("".join(f'#include "{path}"\n' for path in torch_free))
+    for isa, flags in ISA_FLAGS.items():
+        workshop.compile(f"all_headers_{isa}.o", [*flags, "-fsyntax-only"], [source]).result()
+
+
 # Of an inline function defined in several objects the linker keeps one copy for all. So none that is compiled for a
 # newer processor may carry a name that other objects define, too.
 @pytest.mark.parametrize("isa", [isa for isa in ISA_FLAGS if isa != "baseline"])

@@ -1,10 +1,8 @@
 // Elementary functions that compile to branch-free arithmetic: no tables, no library calls. T is float, double or a
 // vector of them (cpu/vec.h); S below is the type of its elements.
 //
-// On CUDA they are the standard functions. On the host the errors, measured over the whole range in tests/cpp, are
-// below 2 ulp for exp, log and log1p, 5 ulp for expm1 (just above its switch to exp(x) - 1), and 2 + 2.6 |b log a| ulp
-// for pow. exp flushes results below the smallest normal number to zero and overflows half a binade early (x > 88.37
-// for float): softmax arguments are never positive.
+// On CUDA they are the standard functions. For the host every function states its Max Error, which tests/cpp measures
+// over the Valid Range. Where no range is stated it is every number, infinities and NaN included.
 #pragma once
 
 #include <bit>
@@ -137,7 +135,8 @@ struct ReducedExponent {
     }
 };
 
-// exp of numbers that are not positive (or NaN), as those of a softmax: without the test for overflow.
+// exp of what a softmax takes it of: without the test for overflow. Results below the smallest normal number are 0.
+// Max Error: 2 ulp. Valid Range: x <= 0, NaN.
 template <class T>
 FL_HD T exp_not_positive(T x) {
 #ifdef __CUDA_ARCH__
@@ -150,7 +149,8 @@ FL_HD T exp_not_positive(T x) {
 #endif
 }
 
-// The same to 3 + |x| ulp: enough where the logits and the gradient are numbers of 16 bits.
+// The same for less: enough where the logits and the gradient are numbers of 16 bits.
+// Max Error: 3 + |x| ulp. Valid Range: x <= 0, NaN.
 template <class T>
 FL_HD T coarse_exp_not_positive(T x) {
 #ifdef __CUDA_ARCH__
@@ -163,6 +163,8 @@ FL_HD T coarse_exp_not_positive(T x) {
 #endif
 }
 
+// Results below the smallest normal number are 0. Overflow is half a binade early, beyond 88.37 (float), 709.43.
+// Max Error: 2 ulp.
 template <class T>
 FL_HD T exp(T x) {
 #ifdef __CUDA_ARCH__
@@ -175,6 +177,7 @@ FL_HD T exp(T x) {
 }
 
 // expm1(x) where exp(x) is known.
+// Max Error: 5 ulp, just above the switch to exp(x) - 1, which is small against exp(x) there.
 template <class T>
 FL_HD T expm1_of(T x, T exp_x) {
 #ifdef __CUDA_ARCH__
@@ -186,12 +189,13 @@ FL_HD T expm1_of(T x, T exp_x) {
 #endif
 }
 
+// Max Error: 5 ulp.
 template <class T>
 FL_HD T expm1(T x) {
     return expm1_of(x, exp(x));
 }
 
-// 1 / x for x at least the smallest normal number and below the inverse of that; NaN stays NaN.
+// Max Error: 2 ulp. Valid Range: from the smallest normal number to its inverse, NaN.
 template <class T>
 FL_HD T reciprocal(T x) {
 #ifdef __CUDA_ARCH__
@@ -201,7 +205,7 @@ FL_HD T reciprocal(T x) {
 #endif
 }
 
-// 1 / sqrt(x), x > 0.
+// 1 / sqrt(x). Max Error: 3 ulp. Valid Range: normal x > 0.
 template <class T>
 FL_HD T rsqrt(T x) {
 #ifdef __CUDA_ARCH__
@@ -211,7 +215,7 @@ FL_HD T rsqrt(T x) {
 #endif
 }
 
-// log y + log_scale * log 2 for a normal y > 0.
+// log y + log_scale * log 2. Valid Range: normal y > 0.
 template <class T>
 FL_HD T scaled_log(T y, T log_scale) {
     using S = scalar_t<T>;
@@ -237,7 +241,8 @@ FL_HD T scaled_log(T y, T log_scale) {
     return exponent * T(F::ln2_hi) - (tail - f);
 }
 
-// The same bits as log(x) has, for normal x > 0, +inf and NaN: what sums of a softmax are.
+// The same bits as log(x), for what sums of a softmax are.
+// Max Error: 2 ulp. Valid Range: normal x > 0, +inf, NaN.
 template <class T>
 FL_HD T log_normal(T x) {
 #ifdef __CUDA_ARCH__
@@ -248,6 +253,7 @@ FL_HD T log_normal(T x) {
 #endif
 }
 
+// Max Error: 2 ulp.
 template <class T>
 FL_HD T log(T x) {
 #ifdef __CUDA_ARCH__
@@ -265,6 +271,7 @@ FL_HD T log(T x) {
 #endif
 }
 
+// Max Error: 2 ulp.
 template <class T>
 FL_HD T log1p(T x) {
 #ifdef __CUDA_ARCH__
@@ -288,7 +295,7 @@ FL_HD T log_near_one(T x, T x_minus_1) {
     return log(x) + select((x > T(S(0.5))) & (x < T(S(2))), lost / x, T(S(0)));
 }
 
-// n >= 1, the same for all elements.
+// a^n. Max Error: n ulp. Valid Range: n >= 1, the same for all elements; no overflow or underflow on the way.
 template <class T>
 FL_HD T integer_power(T a, int n) {
     while (n % 2 == 0) a *= a, n /= 2;
@@ -300,7 +307,7 @@ FL_HD T integer_power(T a, int n) {
     return product;
 }
 
-// a >= 0; pow(0, 0) = 1.
+// pow(0, 0) = 1. Max Error: 2 + 2.6 |b log a| ulp. Valid Range: a >= 0, NaN.
 template <class T>
 FL_HD T pow(T a, T b) {
 #ifdef __CUDA_ARCH__

@@ -8,6 +8,7 @@
 #include "cpu/kernels.h"
 #include "cpu/row_statistics_kernels.h"
 #include "cpu/share_out.h"
+#include "cpu/tiling.h"
 #include "cpu/z_error.h"
 #include "ops/backend.h"
 #include "ops/error.h"

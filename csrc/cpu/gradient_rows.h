@@ -31,14 +31,14 @@ public:
     // Of row `number` of image `outer`, the tile's i-th.
     template <class Stored>
     Stored* row(std::int64_t outer, std::int64_t number, int i) const {
-        if (!streams) return in_memory<Stored>(outer, number);
+        if (!streams) return gradient_at<Stored>(p, outer, number);
         return reinterpret_cast<Stored*>(scratch.data() + turn * tile_bytes + i * row_bytes);
     }
 
     // Memory worth fetching before the row is written; null if there is none.
     template <class Stored>
     const Stored* to_fetch(std::int64_t outer, std::int64_t number) const {
-        return p.grad && !streams ? in_memory<Stored>(outer, number) : nullptr;
+        return p.grad && !streams ? gradient_at<Stored>(p, outer, number) : nullptr;
     }
 
     // The tile's rows [first, first + n) are complete.
@@ -46,18 +46,13 @@ public:
     void finish(std::int64_t outer, std::int64_t first, int n) {
         if (!streams) return;
         lines.send_all();
-        lines = begin_stream(in_memory<Stored>(outer, first), row<Stored>(outer, first, 0), n * p.num_classes);
+        lines = begin_stream(gradient_at<Stored>(p, outer, first), row<Stored>(outer, first, 0), n * p.num_classes);
         turn = 1 - turn;
     }
 
     Lines lines;  // of the previous tile
 
 private:
-    template <class Stored>
-    Stored* in_memory(std::int64_t outer, std::int64_t number) const {
-        return static_cast<Stored*>(p.grad) + p.grad_stride.at(outer, number);
-    }
-
     const RowProblem& p;
     const std::int64_t row_bytes;
     const bool streams;

@@ -2,10 +2,11 @@
 // into the baseline.
 #include "cpu/kernels.h"
 
-#include "cpu/lane_tile.h"
+#include "cpu/horizontal_softmax.h"
 #include "cpu/pass_tile.h"
-#include "cpu/row_tile.h"
 #include "cpu/target_summary.h"
+#include "cpu/tiling.h"
+#include "cpu/vertical_softmax.h"
 #include "losses/run_as.h"
 
 namespace fused_losses {
@@ -24,21 +25,22 @@ void for_tiles(const RowProblem& p, const Tiling& tiling, std::int64_t begin, st
     }
 }
 
-std::int64_t bits_bytes(const RowProblem& p) {
-    if (!is_pass_loss(p.loss)) return 0;
-    std::int64_t bytes = 0;
-    visit_pass_loss(p.loss, [&]<class Loss>() {
-        if constexpr (kHasBits<Loss>)
-            bytes = p.dtype == Dtype::kFloat64 ? PassRows<double, false>::bits_bytes(p)
-                    : Tiling(p).lanes          ? PassRows<float, true>::bits_bytes(p)
-                                               : PassRows<float, false>::bits_bytes(p);
-    });
-    return bytes;
+template <template <class> class View, class A>
+std::int64_t bits_bytes_in(const RowProblem& p) {
+    return p.outer * View<A>::bit_vectors_of_image(p) * std::int64_t(sizeof(VectorBits<A>));
 }
 
-template <class A, class Loss, bool lanes, class Body>
+std::int64_t bits_bytes(const RowProblem& p) {
+    bool has_bits = false;
+    if (is_pass_loss(p.loss)) visit_pass_loss(p.loss, [&]<class Loss>() { has_bits = kHasBits<Loss>; });
+    if (!has_bits) return 0;
+    if (p.dtype == Dtype::kFloat64) return bits_bytes_in<HorizontalView, double>(p);
+    return Tiling(p).vertical ? bits_bytes_in<VerticalView, float>(p) : bits_bytes_in<HorizontalView, float>(p);
+}
+
+template <class A, class Loss, bool vertical, class Body>
 void run_pass_tiles(const RowProblem& p, const Tiling& tiling, std::int64_t begin, std::int64_t end, Body body) {
-    PassTile<A, Loss, lanes> kernel(p, tiling.tile_rows);
+    PassTile<A, Loss, vertical> kernel(p, tiling.tile_rows);
     for_tiles(p, tiling, begin, end, kernel, body);
 }
 
@@ -52,8 +54,8 @@ void run_pass_loss(const RowProblem& given, std::int64_t begin, std::int64_t end
         // Doubles are for checking, not for speed: one kernel serves all shapes and parameters, which saves build time.
         if (p.dtype == Dtype::kFloat64) return run_pass_tiles<double, Loss, false>(p, tiling, begin, end, body);
         visit_variant<Loss>(p.params, [&]<class Variant>() {
-            tiling.lanes ? run_pass_tiles<float, Variant, true>(p, tiling, begin, end, body)
-                         : run_pass_tiles<float, Variant, false>(p, tiling, begin, end, body);
+            tiling.vertical ? run_pass_tiles<float, Variant, true>(p, tiling, begin, end, body)
+                            : run_pass_tiles<float, Variant, false>(p, tiling, begin, end, body);
         });
     });
 }
@@ -61,11 +63,11 @@ void run_pass_loss(const RowProblem& given, std::int64_t begin, std::int64_t end
 template <class Stored, class Body>
 void run_softmax_loss(const RowProblem& p, std::int64_t begin, std::int64_t end, Body body) {
     const Tiling tiling(p);
-    if (tiling.lanes) {
-        LaneTile<Stored> kernel(p, tiling.tile_rows);
+    if (tiling.vertical) {
+        VerticalSoftmax<Stored> kernel(p, tiling.tile_rows);
         for_tiles(p, tiling, begin, end, kernel, body);
     } else {
-        RowTile<Stored> kernel(p, tiling.tile_rows);
+        HorizontalSoftmax<Stored> kernel(p, tiling.tile_rows);
         for_tiles(p, tiling, begin, end, kernel, body);
     }
 }

@@ -108,22 +108,30 @@ FL_HD float max_of(const Half16* x, std::int64_t n) {
     return max(pair.first, pair.second).max();
 }
 
+// ---- Partial vectors; the names are those of Highway ----
+
+// True for the first n elements.
+template <class A>
+FL_HD Mask<A> first_n(int n) {
+    return Vec<A>::iota() < Vec<A>(A(n));
+}
+
 #if defined(__AVX512F__)
-FL_HD __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+FL_HD __mmask16 first_n_bits(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 #endif
 
 // The first n elements; the others read as `fill`. No other memory is touched.
 template <class Stored>
-FL_HD vec_t<Stored> load(const Stored* from, int n, acc_t<Stored> fill) {
+FL_HD vec_t<Stored> load_n_or(const Stored* from, int n, acc_t<Stored> fill) {
 #if defined(__AVX512F__)
     if constexpr (std::is_same_v<Stored, double>) {
-        return Vec<double>(_mm512_mask_loadu_pd(_mm512_set1_pd(fill), static_cast<__mmask8>(first_lanes(n)), from));
+        return Vec<double>(_mm512_mask_loadu_pd(_mm512_set1_pd(fill), static_cast<__mmask8>(first_n_bits(n)), from));
     } else if constexpr (std::is_same_v<Stored, float>) {
-        return Vec<float>(_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first_lanes(n), from));
+        return Vec<float>(_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first_n_bits(n), from));
     } else {
-        const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), from));
+        const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_n_bits(n), from));
         const Vec<float> x = widen_bits<Stored, Vec<float>>(std::bit_cast<Native<float>::UInt>(bits));
-        return Vec<float>(_mm512_mask_mov_ps(_mm512_set1_ps(fill), first_lanes(n), x.v));
+        return Vec<float>(_mm512_mask_mov_ps(_mm512_set1_ps(fill), first_n_bits(n), x.v));
     }
 #endif
     acc_t<Stored> lane[vec_t<Stored>::size];
@@ -132,15 +140,15 @@ FL_HD vec_t<Stored> load(const Stored* from, int n, acc_t<Stored> fill) {
 }
 
 template <class Stored>
-FL_HD void store(Stored* to, vec_t<Stored> x, int n) {
+FL_HD void store_n(Stored* to, vec_t<Stored> x, int n) {
 #if defined(__AVX512F__)
     if constexpr (std::is_same_v<Stored, double>) {
-        return _mm512_mask_storeu_pd(to, static_cast<__mmask8>(first_lanes(n)), x.v);
+        return _mm512_mask_storeu_pd(to, static_cast<__mmask8>(first_n_bits(n)), x.v);
     } else if constexpr (std::is_same_v<Stored, float>) {
-        return _mm512_mask_storeu_ps(to, first_lanes(n), x.v);
+        return _mm512_mask_storeu_ps(to, first_n_bits(n), x.v);
     } else {
         const __m512i bits = std::bit_cast<__m512i>(narrow_bits<Stored>(x));
-        return _mm256_mask_storeu_epi16(to, first_lanes(n), _mm512_cvtepi32_epi16(bits));
+        return _mm256_mask_storeu_epi16(to, first_n_bits(n), _mm512_cvtepi32_epi16(bits));
     }
 #endif
     acc_t<Stored> lane[vec_t<Stored>::size];
@@ -228,12 +236,12 @@ FL_HD Lines begin_stream(Stored* to, const Stored* from, std::int64_t n) {
 struct Whole {};
 
 template <class Stored>
-FL_HD vec_t<Stored> load(const Stored* from, Whole, acc_t<Stored>) {
+FL_HD vec_t<Stored> load_n_or(const Stored* from, Whole, acc_t<Stored>) {
     return load(from);
 }
 
 template <class Stored>
-FL_HD void store(Stored* to, vec_t<Stored> x, Whole) {
+FL_HD void store_n(Stored* to, vec_t<Stored> x, Whole) {
     store(to, x);
 }
 

@@ -1,15 +1,16 @@
-// Losses of several passes (core/pass_loss.h) on blocks of rows or on rows, whichever the tiling says.
+// Losses of several passes (core/pass_loss.h) on a tile, vertical or horizontal.
 #pragma once
 
-#include "cpu/pass_rows.h"
+#include "cpu/horizontal_view.h"
+#include "cpu/vertical_view.h"
 
 namespace fused_losses {
 inline namespace FL_ISA {
 
-template <class A, class Loss, bool lanes>
+template <class A, class Loss, bool vertical>
 class PassTile {
     using V = Vec<A>;
-    using View = PassRows<A, lanes>;
+    using View = std::conditional_t<vertical, VerticalView<A>, HorizontalView<A>>;
     using State = typename Loss::template State<V>;
     using States = std::array<State, View::kGroups>;
     using Inputs = std::array<RowInputs<V>, View::kGroups>;
@@ -22,18 +23,18 @@ public:
         : p(problem),
           passes(Loss::passes(problem.params)),
           view(problem, tile_rows),
-          kept(problem.grad || problem.bits ? view.parts_of(view.block) * view.vectors() * Loss::num_kept : 0) {
+          kept(problem.grad || problem.bits ? view.parts() * view.vectors() * Loss::num_kept : 0) {
         for (int i = 0; i < kMaxParams; ++i) params[i] = A(p.params[i]);
     }
 
     void forward(std::int64_t outer, std::int64_t first, int n, TileSums& sums) {
-        view.for_blocks(outer, first, n, /*with_logits=*/true, [&](std::int64_t row) {
+        view.for_strips(outer, first, n, /*with_logits=*/true, [&](std::int64_t row) {
             const States states = run();
-            view.for_groups([&](int group) {
+            view.for_groups([&](int group, int at, int count) {
                 const std::int64_t from = row + group * V::size;
-                view.finish(group, from, Loss::value(states[group]), sums);
+                view.rows.finish(p, at, count, from, Loss::value(states[group]), sums);
                 const auto numbers = std::bit_cast<std::array<V, kStates>>(states[group]);
-                if (p.stats) view.save(group, from, numbers.data(), kStates);
+                if (p.stats) view.rows.save(p, at, count, from, numbers.data(), kStates);
             });
             if (p.grad) write_gradient<Source::kKept>(states);
         });
@@ -41,11 +42,11 @@ public:
 
     void backward(std::int64_t outer, std::int64_t first, int n) {
         const bool from_bits = has_bits && p.bits;
-        view.for_blocks(outer, first, n, /*with_logits=*/!from_bits, [&](std::int64_t row) {
+        view.for_strips(outer, first, n, /*with_logits=*/!from_bits, [&](std::int64_t row) {
             States states;
-            view.for_groups([&](int group) {
+            view.for_groups([&](int group, int, int count) {
                 std::array<V, kStates> numbers;
-                view.restore(group, row + group * V::size, numbers.data(), kStates);
+                view.rows.restore(p, count, row + group * V::size, numbers.data(), kStates);
                 states[group] = std::bit_cast<State>(numbers);
             });
             if constexpr (has_bits)
@@ -65,8 +66,8 @@ private:
         if constexpr (Loss::needs_max) top = view.find_max();
         States states{};  // GCC 12 cannot see that every group is filled
         Inputs rows{};
-        view.for_groups([&](int group) {
-            rows[group] = {top[group], view.per_row(group, view.rows.target_logit), view.margins(group), classes};
+        view.for_groups([&](int group, int at, int) {
+            rows[group] = {top[group], V::load(view.rows.target_logit + at), view.rows.margins(p, at), classes};
             states[group] = Loss::begin(rows[group], params.data());
         });
         for (int pass = 0; pass < passes; ++pass)
@@ -91,10 +92,10 @@ private:
             else
                 partial = keeps ? sum_classes<last, true>(pass, part, state, rows[group])
                                 : sum_classes<last, false>(pass, part, state, rows[group]);
-            for (int i = 0; i < Loss::num_sums; ++i) view.put(sums[group].v[i], part, view.total(partial.v[i]));
+            for (int i = 0; i < Loss::num_sums; ++i) view.put_total(sums[group].v[i], part, partial.v[i]);
         });
         view.for_groups(
-            [&](int group) { Loss::end_pass(pass, states[group], sums[group], rows[group], params.data()); });
+            [&](int group, int, int) { Loss::end_pass(pass, states[group], sums[group], rows[group], params.data()); });
     }
 
     static State in_part(const State& state, int part) {
@@ -110,16 +111,16 @@ private:
     AllSums sum_classes(int pass, int part, const State state, const RowInputs<V>& row) {
         constexpr int used = last ? Loss::num_sums : Loss::num_early_sums;
         const std::array<V, kMaxParams> own = params;
-        const auto margins = view.class_margins(view.in_part(row.margin, part));
-        const A* const logits = view.logits[part];
+        const auto margins = class_margins(view.in_part(row.margin, part));
+        const A* const logits = view.logits(part);
         V sums[used], runs[used];  // of this run of vectors, of those before
         unrolled<used>([&](auto i) FL_INLINE { sums[i] = runs[i] = A(0); });
         V* const room = keeps ? kept_of(part) : nullptr;
         if (keeps && !room) __builtin_unreachable();  // the loop need not ask
         constexpr bool makes_bits = has_bits && last && keeps;
-        VectorBits<A>* const bits = makes_bits ? view.bits_of(part) : nullptr;
+        VectorBits<A>* const bits = makes_bits ? bits_of(part) : nullptr;
         const auto add_class = [&](std::int64_t k, auto count, Mask<A> is_target, auto add) FL_INLINE {
-            const V z = load(logits + k * V::size, count, A(0));
+            const V z = load_n_or(logits + k * V::size, count, A(0));
             const auto term =
                 Loss::template term_keeping<last>(pass, state, z, margins.at(k, count), is_target, own.data(),
                                                   keeps ? room + k * Loss::num_kept : nullptr);
@@ -143,14 +144,14 @@ private:
     template <Early inputs>
     V sum_reciprocals(int part, const State state) const {
         const std::array<V, kMaxParams> own = params;
-        const A* const logits = view.logits[part];
+        const A* const logits = view.logits(part);
         V* const room = kept_of(part);
         const auto denominator = [&](std::int64_t k, auto count) FL_INLINE {
             V input;
             if constexpr (inputs == Early::kKept)
                 input = room[k * Loss::num_kept];
             else
-                input = Loss::early_input(state, load(logits + k * V::size, count, A(0)));
+                input = Loss::early_input(state, load_n_or(logits + k * V::size, count, A(0)));
             if constexpr (inputs == Early::kToKeep) room[k * Loss::num_kept] = input;
             return Loss::denominator(state, input, own.data());
         };
@@ -166,8 +167,15 @@ private:
         });
         if (view.whole % 2) total += math::reciprocal(denominator(2 * pairs, Whole{}));
         if (view.tail == 0) return total;
-        const Mask<A> is_class = V::iota() < V(A(view.tail));
+        const Mask<A> is_class = first_n<A>(view.tail);
         return total + math::select(is_class, math::reciprocal(denominator(view.whole, view.tail)), V(A(0)));
+    }
+
+    typename View::ClassMargins class_margins(V of_row) const { return {as<A>(p.margin), p.margin_stride, of_row}; }
+
+    // Null if there are none.
+    VectorBits<A>* bits_of(int part) const {
+        return p.bits ? static_cast<VectorBits<A>*>(p.bits) + view.first_bit_vector(part) : nullptr;
     }
 
     V* kept_of(int part) const { return kept.data() + part * view.vectors() * Loss::num_kept; }
@@ -175,9 +183,9 @@ private:
     template <Source source>
     void write_gradient(const States& states) {
         typename View::PerGroup scale, margin;
-        view.for_groups([&](int group) {
-            scale[group] = view.per_row(group, view.rows.scale) * view.per_row(group, view.rows.class_weight);
-            margin[group] = view.margins(group);
+        view.for_groups([&](int group, int at, int) {
+            scale[group] = V::load(view.rows.scale + at) * V::load(view.rows.class_weight + at);
+            margin[group] = view.rows.margins(p, at);
         });
         view.for_parts([&](int part) {
             const int group = View::group_of(part);
@@ -189,11 +197,11 @@ private:
     template <Source source>
     void write_part(int part, const State state, V scale, V row_margin) {
         const std::array<V, kMaxParams> own = params;
-        const auto margins = view.class_margins(row_margin);
-        const A* const logits = view.logits[part];
-        A* const gradient = view.gradient[part];
+        const auto margins = class_margins(row_margin);
+        const A* const logits = view.logits(part);
+        A* const gradient = view.gradient(part);
         const V* const room = kept_of(part);
-        const VectorBits<A>* const bits = view.bits_of(part);
+        const VectorBits<A>* const bits = bits_of(part);
         const auto write = [&](std::int64_t k, auto count, Mask<A> is_target, auto) FL_INLINE {
             V g;
             if constexpr (source == Source::kBits)
@@ -201,9 +209,9 @@ private:
             else if constexpr (source == Source::kKept)
                 g = Loss::gradient_of_kept(state, room + k * Loss::num_kept, is_target, own.data());
             else
-                g = Loss::gradient(state, load(logits + k * V::size, count, A(0)), margins.at(k, count), is_target,
+                g = Loss::gradient(state, load_n_or(logits + k * V::size, count, A(0)), margins.at(k, count), is_target,
                                    own.data());
-            store(gradient + k * V::size, scale * g, count);
+            store_n(gradient + k * V::size, scale * g, count);
         };
         if constexpr (source == Source::kKept)
             view.for_each(part, write);

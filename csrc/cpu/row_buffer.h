@@ -19,14 +19,15 @@ struct RowBuffer {
             for (std::int64_t c = 0; c < n; ++c) out[c] = widen(source[c * stride]);
             return;
         }
-        for_vectors<A>(n, [=](std::int64_t c, auto count) { store(out + c, load(source + c, count, A(0)), count); });
+        for_vectors<A>(
+            n, [=](std::int64_t c, auto count) { store_n(out + c, load_n_or(source + c, count, A(0)), count); });
     }
 
     static bool reads_directly(const RowProblem& p) { return std::is_same_v<Stored, A> && p.logits_class_stride == 1; }
 
     // The row's logits as contiguous A: the caller's memory where possible, else a copy in `out`.
     static const A* logits(const RowProblem& p, std::int64_t outer, std::int64_t row, A* out) {
-        const Stored* source = as<Stored>(p.logits) + p.logits_stride.at(outer, row);
+        const Stored* const source = logits_at<Stored>(p, outer, row);
         if constexpr (std::is_same_v<Stored, A>)
             if (reads_directly(p)) return source;
         widen_row(source, p.logits_class_stride, p.num_classes, out);
@@ -41,7 +42,7 @@ struct RowBuffer {
     // (cpu/memory.h).
     template <class Value>
     static void write_row(const RowProblem& p, Stored* grad, bool unordered, Value value) {
-        const auto write = [&](std::int64_t c, auto count) { store(grad + c, value(c, count), count); };
+        const auto write = [&](std::int64_t c, auto count) { store_n(grad + c, value(c, count), count); };
         const std::int64_t classes = p.num_classes;
         if (p.grad_class_stride != 1) return write_strided(p, grad, value);
         if constexpr (sizeof(Stored) == 2)
@@ -57,7 +58,7 @@ private:
         for (; c + 2 * size <= classes; c += 2 * size)
             Pair<Stored>{value(c, Whole{}), value(c + size, Whole{})}.store(grad + c);
         for_vectors<A>(classes - c,
-                       [&](std::int64_t rest, auto count) { store(grad + c + rest, value(c + rest, count), count); });
+                       [&](std::int64_t rest, auto count) { store_n(grad + c + rest, value(c + rest, count), count); });
     }
 
     template <class Value>

@@ -3,8 +3,8 @@
 #include "cpu/row_statistics_kernels.h"
 
 #include "core/row_statistics.h"
-#include "cpu/lane_block.h"
 #include "cpu/scratch.h"
+#include "cpu/vertical_block.h"
 
 namespace fused_losses {
 inline namespace FL_ISA {
@@ -24,7 +24,7 @@ public:
     explicit StatisticsRows(const RowProblem& problem)
         : p(problem),
           classes(problem.num_classes),
-          in_rows(p.logits_class_stride == 1 && classes > Tiling::kFewClasses),
+          in_rows(p.logits_class_stride == 1 && classes > Tiling::kVerticalClasses),
           block(in_rows ? 0 : classes * V::size) {}
 
     // Rows [first, first + n) of image `outer`.
@@ -54,16 +54,12 @@ private:
         return cls == p.ignore_index ? Label{0, true} : Label{cls, false};
     }
 
-    const Stored* logits(std::int64_t outer, std::int64_t row) const {
-        return as<Stored>(p.logits) + p.logits_stride.at(outer, row);
-    }
-
     void take_row(std::int64_t outer, std::int64_t row) {
-        const Stored* const x = logits(outer, row);
+        const Stored* const x = logits_at<Stored>(p, outer, row);
         OfClasses partial = OfClasses::none();
         V number = V::iota();
         for_vectors<A>(classes, [&](std::int64_t c, auto count) {
-            partial.compare(load(x + c, count, kLowest), number);
+            partial.compare(load_n_or(x + c, count, kLowest), number);
             number += V(A(V::size));
         });
         OfRow all = OfRow::none();
@@ -71,7 +67,7 @@ private:
             all.merge({partial.top.v[i], partial.second.v[i], partial.index.v[i], A(0), A(0)});
         OfClasses sums = OfClasses::none();
         sums.top = all.top;
-        for_vectors<A>(classes, [&](std::int64_t c, auto count) { sums.add(load(x + c, count, kLowest)); });
+        for_vectors<A>(classes, [&](std::int64_t c, auto count) { sums.add(load_n_or(x + c, count, kLowest)); });
         all.sum = sums.sum.sum(), all.weighted = sums.weighted.sum();
         const Label own = label(outer, row);
         write(outer, row, own, all.finish(widen(x[own.cls]), A(own.cls)), all.sum, all.index);
@@ -79,8 +75,8 @@ private:
 
     void take_block(std::int64_t outer, std::int64_t row, int n) {
         A* const z = block.data();
-        LaneBlock<Stored>::load_classes(logits(outer, row), p.logits_stride.inner, p.logits_class_stride, classes, n,
-                                        z);
+        VerticalBlock<Stored>::load_classes(logits_at<Stored>(p, outer, row), p.logits_stride.inner,
+                                            p.logits_class_stride, classes, n, z);
         OfClasses all = OfClasses::none();
         for (std::int64_t c = 0; c < classes; ++c) all.compare(V::load(z + c * V::size), V(A(c)));
         for (std::int64_t c = 0; c < classes; ++c) all.add(V::load(z + c * V::size));
@@ -103,7 +99,7 @@ private:
         const std::int64_t number = outer * p.inner + row;
         std::int64_t argmax = static_cast<std::int64_t>(index);
         if (!(sum > A(0)) || classes > kExactIntegers) {
-            const Stored* const x = logits(outer, row);
+            const Stored* const x = logits_at<Stored>(p, outer, row);
             const std::int64_t nan = find(x, [](A z) { return z != z; });
             const bool has_nan = nan < classes;
             argmax = has_nan ? nan : find(x, [&](A z) { return z == found.v[kMaxLogit]; });

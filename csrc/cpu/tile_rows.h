@@ -9,6 +9,7 @@
 #include "core/row_problem.h"
 #include "cpu/kernels.h"
 #include "cpu/memory.h"
+#include "cpu/tiling.h"
 #include "losses/registry.h"
 
 namespace fused_losses {
@@ -19,10 +20,20 @@ const A* as(const void* pointer) {
     return static_cast<const A*>(pointer);
 }
 
+// Of row `row` of image `outer`.
+template <class Stored>
+const Stored* logits_at(const RowProblem& p, std::int64_t outer, std::int64_t row) {
+    return as<Stored>(p.logits) + p.logits_stride.at(outer, row);
+}
+template <class Stored>
+Stored* gradient_at(const RowProblem& p, std::int64_t outer, std::int64_t row) {
+    return static_cast<Stored*>(p.grad) + p.grad_stride.at(outer, row);
+}
+
 template <class A>
 struct alignas(64) TileRows {
     using V = Vec<A>;
-    static constexpr int kMax = Tiling::kPixels;
+    static constexpr int kMax = Tiling::kPixels;  // the largest tile
     static constexpr int kGranule = 16;  // rows are padded to a multiple, whole vectors on every instruction set
 
     // Arrays first: each starts at a whole vector.
@@ -88,6 +99,42 @@ struct alignas(64) TileRows {
             if (ignored(i)) max[i] = alpha[i] = gamma[i] = own[i] = A(0);
         }
         scale_coefficients();
+    }
+
+    // ---- Losses of several reductions: n rows from the tile's row `at` on, no more than a vector. `row` is the number
+    // of the first among all rows. ----
+
+    // The same for values that are known. Rows whose loss is positive make the denominator of kActiveMean.
+    void finish(const RowProblem& p, int at, int n, std::int64_t row, V values, TileSums& sums) const {
+        A lane[V::size];
+        values.store(lane);
+        A* const out = static_cast<A*>(p.row_values);
+        for (int i = 0; i < n; ++i) {
+            const bool is_ignored = ignored(at + i);
+            const A weighted = is_ignored ? A(0) : sample_weight[at + i] * class_weight[at + i] * lane[i];
+            if (out) out[row + i] = weighted;
+            sums.value += weighted;
+            const bool active = !is_ignored && !(lane[i] <= A(0));  // NaN counts
+            if (active) sums.weight += double(class_weight[at + i]) * double(sample_weight[at + i]);
+        }
+    }
+
+    void save(const RowProblem& p, int at, int n, std::int64_t row, const V* state, int states) const {
+        A* const stats = static_cast<A*>(p.stats) + row;
+        for (int k = 0; k < states; ++k) store_n(stats + k * p.rows(), unless_ignored(at, state[k]), n);
+    }
+
+    static void restore(const RowProblem& p, int n, std::int64_t row, V* state, int states) {
+        const A* const stats = as<A>(p.stats) + row;
+        for (int k = 0; k < states; ++k) state[k] = load_n_or(stats + k * p.rows(), n, A(0));
+    }
+
+    // The margin of each row's target.
+    V margins(const RowProblem& p, int at) const {
+        if (!p.margin) return A(p.params[0]);
+        A margins[V::size];
+        for (int i = 0; i < V::size; ++i) margins[i] = as<A>(p.margin)[target[at + i] * p.margin_stride];
+        return V::load(margins);
     }
 
 private:

@@ -7,7 +7,7 @@
 namespace fused_losses {
 inline namespace FL_ISA {
 
-struct Columns {
+struct FourColumns {
     Vec<float> v[4];
 };
 
@@ -66,8 +66,8 @@ FL_HD void transpose_lanes(Quads (&x)[4]) {
     x[3] = high_pairs(high01, high23);
 }
 
-// Columns 0 to 3 of Vec<float>::size rows.
-FL_HD Columns load_columns(const float* from, std::int64_t stride) {
+// FourColumns 0 to 3 of Vec<float>::size rows.
+FL_HD FourColumns load_columns(const float* from, std::int64_t stride) {
     Quads x[4];
     for (int i = 0; i < 4; ++i) x[i] = load_quads(from + i * stride, stride);
     transpose_lanes(x);
@@ -75,7 +75,7 @@ FL_HD Columns load_columns(const float* from, std::int64_t stride) {
 }
 
 // In the order of the rows: where they overlap (fewer than four columns), the next row covers what does not belong.
-FL_HD void store_columns(float* to, std::int64_t stride, const Columns& columns) {
+FL_HD void store_columns(float* to, std::int64_t stride, const FourColumns& columns) {
     Quads x[4];
     for (int i = 0; i < 4; ++i) x[i] = columns.v[i].v;
     transpose_lanes(x);
@@ -89,13 +89,13 @@ FL_HD void store_columns(float* to, std::int64_t stride, const Columns& columns)
 
 #else  // any other processor
 
-FL_HD Columns load_columns(const float* from, std::int64_t stride) {
-    Columns columns;
+FL_HD FourColumns load_columns(const float* from, std::int64_t stride) {
+    FourColumns columns;
     for (int i = 0; i < 4; ++i) columns.v[i] = load_strided(from + i, stride);
     return columns;
 }
 
-FL_HD void store_columns(float* to, std::int64_t stride, const Columns& columns) {
+FL_HD void store_columns(float* to, std::int64_t stride, const FourColumns& columns) {
     for (int r = 0; r < Vec<float>::size; ++r)
         for (int i = 0; i < 4; ++i) to[r * stride + i] = columns.v[i].v[r];
 }
@@ -111,7 +111,7 @@ FL_HD Vec<float> rows_to_columns(const float* rows, std::int64_t stride, int n, 
     Vec<float> top = -std::numeric_limits<float>::infinity();
     for (int c = 0; c < n; c += 4) {
         const int from = c + 4 <= n || n < 4 ? c : n - 4;  // the last four overlap their predecessors
-        const Columns four = load_columns(rows + from, stride);
+        const FourColumns four = load_columns(rows + from, stride);
         unrolled<4>([&](auto i) FL_INLINE {
             if (i >= n) return;
             four.v[i].store(columns + (from + i) * size);
@@ -127,7 +127,7 @@ FL_HD void columns_to_rows(const float* columns, std::int64_t stride, int n, flo
     constexpr int size = Vec<float>::size;
     for (int c = 0; c < n; c += 4) {
         const int from = c + 4 <= n || n < 4 ? c : n - 4;
-        Columns four;
+        FourColumns four;
         for (int i = 0; i < 4; ++i) {
             const int column = from + (i < n ? i : 0);
             four.v[i] = of(Vec<float>::load(columns + column * size), column);

@@ -31,7 +31,7 @@ struct Chunks {
 
     // Pieces of at least that size that begin with a column 0.
     static Chunks of_columns(const ZProblem& p, std::int64_t at_least) {
-        const std::int64_t width = is_class(p.statistic) ? 1 : Columns(p).width;
+        const std::int64_t width = is_class(p.statistic) ? 1 : TaskColumns(p).width;
         return {p, divide_up(at_least, width) * width};
     }
 
@@ -60,7 +60,7 @@ private:
 
     // Every task's rules into all of its columns.
     void spread(const ZProblem& p) {
-        const Columns columns(p);
+        const TaskColumns columns(p);
         numbers.resize(columns.labels * kNumbers * columns.padded);
         for (std::int64_t group = 0; group < p.num_groups; ++group) {
             const GroupRule rule = z_error::rule_of(p, group);

@@ -55,7 +55,7 @@ private:
 template <bool kBinary>
 void column_moments(const ZProblem& p, std::int64_t begin, std::int64_t end, Moments* of_group) {
     constexpr int kLabels = kBinary ? 2 : 1;
-    const Columns columns(p);
+    const TaskColumns columns(p);
     const std::int64_t numbers = ColumnSums::kNumbers * columns.padded;
     const Scratch<double> memory(kLabels * numbers);
     std::fill(memory.data(), memory.data() + kLabels * numbers, 0.0);
@@ -127,7 +127,7 @@ std::int64_t find_bad_label(const ZProblem& p, std::int64_t begin, std::int64_t 
 // ---- Mask ----------------------------------------------------------------------------------------------------------
 
 template <bool kBinary>
-void judge_block(const ZProblem& p, const double* rules, const Columns& columns, std::int64_t first,
+void judge_block(const ZProblem& p, const double* rules, const TaskColumns& columns, std::int64_t first,
                  std::int64_t column, int rows) {
     ScoreBlock block;
     block.fill(p, first, rows);
@@ -171,7 +171,7 @@ void judge_rows(const ZProblem& p, const ZErrorRules& rules, std::int64_t begin,
             judge_classes(p, rules.of_group, first, rows);
             then(first, rows);
         });
-    const Columns columns(p);
+    const TaskColumns columns(p);
     for_blocks(columns.width, begin, end, [&](std::int64_t first, std::int64_t column, int rows) {
         if (is_binary(p.statistic))
             judge_block<true>(p, rules.of_column, columns, first, column, rows);

@@ -13,13 +13,13 @@ inline namespace FL_ISA {
 
 // Binary and regression losses: rows are cut into runs of `width`, a multiple of the number of tasks. A place in a run
 // is a column: the rows of a column have one task, so that vector lanes are columns, however many tasks there are.
-struct Columns {
+struct TaskColumns {
     static constexpr std::int64_t kWidth = 128;  // at least half of it, unless tasks are more
 
     std::int64_t tasks, width, padded;  // padded to whole vectors of any instruction set
     int labels;                         // group = task * labels + label
 
-    explicit Columns(const ZProblem& p)
+    explicit TaskColumns(const ZProblem& p)
         : tasks(std::max<std::int64_t>(1, is_binary(p.statistic) ? p.num_groups / 2 : p.num_groups)),
           width(tasks * std::max<std::int64_t>(1, kWidth / tasks)),
           padded((width + 15) / 16 * 16),

@@ -7,6 +7,7 @@
 
 #include "core/numeric.h"
 #include "cpu/kernels.h"
+#include "cpu/tiling.h"
 #include "guarded.h"
 #include "losses/names.h"
 #include "naive_losses.h"

@@ -85,7 +85,7 @@ void test_losses(int thinning) {
 // More classes than a tile of pixels may have, so that rows are gathered one by one.
 void test_many_classes() {
     Random random(6);
-    const auto classes = static_cast<std::int64_t>(Tiling::kMaxLaneClasses) + 9;
+    const auto classes = static_cast<std::int64_t>(Tiling::kMaxPixelClasses) + 9;
     for (const Dtype dtype : kDtypes)
         for (int i = 0; i < 3; ++i)
             test_case(dtype, {Kind::kPixels, 2, 3, classes}, draw_loss(random, classes), random);

@@ -60,15 +60,16 @@ void test_memory() {
                 from[i] = element<Stored>(int(i)), to[i] = narrow<Stored>(A(0));
             const bool whole = n == V::size;
             if (!whole && stride != 1) continue;
-            const V x = !whole ? load(from.data(), n, A(-5))
-                               : (stride == 1 ? load(from.data(), Whole{}, A(-5)) : load_strided(from.data(), stride));
+            const V x =
+                !whole ? load_n_or(from.data(), n, A(-5))
+                       : (stride == 1 ? load_n_or(from.data(), Whole{}, A(-5)) : load_strided(from.data(), stride));
             for (int i = 0; i < V::size; ++i)
                 check(x.v[i] == (i < n ? A(i * stride + 1) : A(-5)), "load of %d %s, stride %d: element %d is %g", n,
                       name, stride, i, double(x.v[i]));
             if (!whole)
-                store(to.data(), x, n);
+                store_n(to.data(), x, n);
             else if (stride == 1)
-                store(to.data(), x, Whole{});
+                store_n(to.data(), x, Whole{});
             else
                 store_strided(to.data(), stride, x);
             for (int i = 0; i < int(to.size()); ++i)
@@ -85,7 +86,7 @@ void test_for_vectors() {
         std::vector<Stored> from(n), to(n);
         for (int i = 0; i < n; ++i) from[i] = element<Stored>(i);
         for_vectors<A>(n, [&](std::int64_t i, auto count) {
-            store(to.data() + i, load(from.data() + i, count, A(0)) + Vec<A>(A(1)), count);
+            store_n(to.data() + i, load_n_or(from.data() + i, count, A(0)) + Vec<A>(A(1)), count);
         });
         for (int i = 0; i < n; ++i)
             check(widen(to[i]) == A(i + 2), "for_vectors over %d %s: element %d", n, name_of<Stored>(), i);

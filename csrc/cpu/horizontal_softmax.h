@@ -8,7 +8,7 @@ namespace fused_losses {
 inline namespace FL_ISA {
 
 template <class Stored>
-class RowTile {
+class HorizontalSoftmax {
     using A = acc_t<Stored>;
     using V = Vec<A>;
     using Buffer = RowBuffer<Stored>;
@@ -18,7 +18,7 @@ class RowTile {
     static constexpr A kMinusInfinity = -std::numeric_limits<A>::infinity();
 
 public:
-    RowTile(const RowProblem& problem, std::int64_t tile_rows)
+    HorizontalSoftmax(const RowProblem& problem, std::int64_t tile_rows)
         : p(problem),
           classes(problem.num_classes),
           in_place(std::is_same_v<Stored, A> && p.grad && p.grad_class_stride == 1),
@@ -87,7 +87,7 @@ private:
     // A vector of logits with the target's replaced by the biased one.
     template <bool kBiased, class Logit, class Count>
     V biased(const Logit* x, std::int64_t c, Count count, int i) const {
-        const V z = load(x + c, count, kMinusInfinity);
+        const V z = load_n_or(x + c, count, kMinusInfinity);
         if constexpr (!kBiased) return z;
         const V offset = A(rows.target[i] - c);  // exact as far as it can matter
         return math::select(V::iota() == offset, V(rows.target_logit[i]), z);
@@ -102,17 +102,13 @@ private:
         return sizeof(Stored) == 2 && contiguous && rows.bias >= A(0) && !spread_of(i);
     }
 
-    const Stored* stored_logits(std::int64_t outer, std::int64_t row) const {
-        return as<Stored>(p.logits) + p.logits_stride.at(outer, row);
-    }
-
     // Calls body(logits, c, count, half) for every vector of classes [begin, end), a run of vectors; what it
     // writes goes to places from c on. half is 1 for the second one of a pair, else 0.
     template <bool kBiased, class Body>
     void for_logits(const A* x, std::int64_t outer, std::int64_t row, int i, std::int64_t begin, std::int64_t end,
                     Body body) const {
         if constexpr (sizeof(Stored) == 2)
-            if (!x) return for_pairs(stored_logits(outer, row), begin, end, body);
+            if (!x) return for_pairs(logits_at<Stored>(p, outer, row), begin, end, body);
         for_vectors<A>(end - begin, [&](std::int64_t from, auto count) {
             const std::int64_t c = begin + from;
             body(biased<kBiased>(x, c, count, i), c, count, kFirst);
@@ -128,14 +124,14 @@ private:
             body(pair.second, c + V::size, Whole{}, kSecond);
         }
         for_vectors<A>(end - c, [&](std::int64_t rest, auto count) {
-            body(load(logits + c + rest, count, kMinusInfinity), c + rest, count, kFirst);
+            body(load_n_or(logits + c + rest, count, kMinusInfinity), c + rest, count, kFirst);
         });
     }
 
     // The row's logits in order as far as anybody needs that, else null.
     const A* ordered_logits(std::int64_t outer, std::int64_t row, int i, A* e) {
         if (unordered(i)) {
-            rows.target_logit[i] = widen(stored_logits(outer, row)[rows.target[i]]) + rows.bias;
+            rows.target_logit[i] = widen(logits_at<Stored>(p, outer, row)[rows.target[i]]) + rows.bias;
             return nullptr;
         }
         const A* const x = Buffer::logits(p, outer, row, e);
@@ -165,9 +161,9 @@ private:
     template <bool kBiased>
     A find_max(const A* x, std::int64_t outer, std::int64_t row, int i) const {
         if constexpr (sizeof(Stored) == 2)
-            if (!x) return std::max(max_of(stored_logits(outer, row), classes), rows.target_logit[i]);
+            if (!x) return std::max(max_of(logits_at<Stored>(p, outer, row), classes), rows.target_logit[i]);
         V top[4] = {kMinusInfinity, kMinusInfinity, kMinusInfinity, kMinusInfinity};
-        const Stored* const next_logits = stored_logits(outer, row + 1);
+        const Stored* const next_logits = logits_at<Stored>(p, outer, row + 1);
         for_vectors_ahead<A, 4>(classes, [&](std::int64_t c, auto count, auto chain) {
             if (chain == 0) __builtin_prefetch(next_logits + c / 4, /*for writing=*/0);  // exp_sum fetches the rest
             top[chain] = max(top[chain], biased<kBiased>(x, c, count, i));
@@ -178,14 +174,14 @@ private:
     // Of a row that is nearly certain of one class, whose exponential is 1: 1 - p depends on all digits of the others.
     template <bool kBiased>
     A sum_below_one(const A* x, int i, const A* e, std::int64_t outer, std::int64_t row) const {
-        const Stored* const stored = stored_logits(outer, row);
+        const Stored* const stored = logits_at<Stored>(p, outer, row);
         V all = A(0);
         for_runs(classes, kVectorsPerRun * V::size, [&](std::int64_t begin, std::int64_t end) {
             V sum = A(0);
             const auto add = [&](V term) { sum += math::select(term < V(A(1)), term, V(A(0))); };
             for_vectors<A>(end - begin, [&](std::int64_t from, auto count) {
                 const std::int64_t c = begin + from;
-                if (e && (x || !kBiased)) return add(load(e + c, count, A(0)));
+                if (e && (x || !kBiased)) return add(load_n_or(e + c, count, A(0)));
                 const V z = x ? biased<kBiased>(x, c, count, i) : biased<kBiased>(stored, c, count, i);
                 add(exp_not_positive<Stored>(z - V(rows.max[i])));
             });
@@ -199,7 +195,7 @@ private:
     // prefetch may point anywhere).
     template <bool kBiased, bool kOnes>
     void exp_sum(const A* x, int i, A* e, std::int64_t outer, std::int64_t row) {
-        const Stored* const next_logits = stored_logits(outer, row + 1);
+        const Stored* const next_logits = logits_at<Stored>(p, outer, row + 1);
         const Stored* const grad = gradient.to_fetch<Stored>(outer, row + in_place);
         const V top = rows.max[i];
         V all = A(0), all_centred = A(0);
@@ -211,7 +207,7 @@ private:
                 if (half == 0) __builtin_prefetch(next_logits + classes / 4 + c, /*for writing=*/0);
                 if (half == 0 && grad) __builtin_prefetch(grad + c, /*for writing=*/1);
                 const V below = z - top, term = exp_not_positive<Stored>(below);
-                if (e) store(e + c, term, count);
+                if (e) store_n(e + c, term, count);
                 sum += term;
                 if constexpr (kOnes) centred += first_of(below, count);
             });
@@ -222,7 +218,7 @@ private:
         rows.sum[i] = all.sum();
         if constexpr (kOnes) rows.centred[i] = all_centred.sum(), rows.sum_u[i] = A(classes);
         if constexpr (kBiased && sizeof(Stored) == 2)
-            if (!x) add_bias<kOnes>(i, widen(stored_logits(outer, row)[rows.target[i]]));
+            if (!x) add_bias<kOnes>(i, widen(logits_at<Stored>(p, outer, row)[rows.target[i]]));
     }
 
     // What the sums lack that were taken without the bias.
@@ -242,7 +238,7 @@ private:
             V centred = A(0), sum = A(0);
             for_vectors<A>(end - begin, [&](std::int64_t from, auto count) {
                 const std::int64_t c = begin + from;
-                const V u_c = load(u + c, count, A(0));
+                const V u_c = load_n_or(u + c, count, A(0));
                 // A class of weight zero contributes nothing, even at -inf.
                 const V term = u_c * (biased<kBiased>(x, c, count, i) - top);
                 centred += math::select(u_c == V(A(0)), V(A(0)), term);
@@ -257,7 +253,7 @@ private:
 
     // Zeros behind the first `count` elements.
     static V first_of(V x, Whole) { return x; }
-    static V first_of(V x, int count) { return math::select(V::iota() < V(A(count)), x, V(A(0))); }
+    static V first_of(V x, int count) { return math::select(first_n<A>(count), x, V(A(0))); }
 
     // grad = alpha e + gamma u, e = exp(z - max)
     void write_gradient(std::int64_t outer, std::int64_t row, int i) {
@@ -268,8 +264,8 @@ private:
         const V alpha = rows.alpha[i], gamma = rows.gamma[i];
         const bool spread = p.spread != Spread::kNone;
         Buffer::write_row(p, grad, unordered(i), [&](std::int64_t c, auto count) {
-            V g = alpha * load(e + c, count, A(0));
-            if (spread) g += gamma * (u ? load(u + c, count, A(0)) : V(A(1)));
+            V g = alpha * load_n_or(e + c, count, A(0));
+            if (spread) g += gamma * (u ? load_n_or(u + c, count, A(0)) : V(A(1)));
             return g;
         });
         if (p.target) grad[rows.target[i] * p.grad_class_stride] = narrow<Stored>(rows.own[i]);

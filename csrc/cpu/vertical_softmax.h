@@ -1,40 +1,34 @@
-// Softmax losses on blocks of rows (lane_block.h): few classes, and NCHW.
+// Softmax losses on vertical tiles: few classes, and NCHW.
 #pragma once
 
-#include "cpu/lane_block.h"
-#include "cpu/scratch.h"
+#include "cpu/vertical_tile.h"
 
 namespace fused_losses {
 inline namespace FL_ISA {
 
 template <class Stored>
-class LaneTile {
+class VerticalSoftmax : VerticalTile<acc_t<Stored>> {
     using A = acc_t<Stored>;
     using V = Vec<A>;
-    using Block = LaneBlock<Stored>;
+    using Tile = VerticalTile<A>;
+    using Block = VerticalBlock<Stored>;
+    using Tile::block, Tile::p, Tile::rows;
     static constexpr int kWidth = V::size;
 
 public:
-    LaneTile(const RowProblem& problem, std::int64_t tile_rows)
-        : p(problem),
-          classes(problem.num_classes),
-          block_size(problem.num_classes * kWidth),
-          streams(Block::streams(problem)),
-          x_store(problem.num_classes * tile_rows),
-          u_store(p.spread == Spread::kSoftTarget ? problem.num_classes * tile_rows : 0),
-          class_number(problem.grad ? problem.num_classes : 0) {
+    VerticalSoftmax(const RowProblem& problem, std::int64_t tile_rows)
+        : Tile(problem, tile_rows),
+          classes(p.num_classes),
+          u_store(p.spread == Spread::kSoftTarget ? classes * tile_rows : 0),
+          class_number(p.grad ? classes : 0) {
         for (std::int64_t c = 0; c < classes && p.grad; ++c) class_number.data()[c] = A(c);
-    }
-
-    ~LaneTile() {
-        if (streams) stream_fence();
     }
 
     void forward(std::int64_t outer, std::int64_t first, int n, TileSums& sums) {
         rows.begin(p, outer, first, n);
-        Block::load_tile(p, outer, first, n, rows, x_store.data());
+        Tile::template load_logits<Stored>(outer, first, n);
         for_blocks(n, [&](int b, int count) {
-            A *x = x_of(b), *u = u_of(b);
+            A *x = block(b), *u = u_of(b);
             if (u) load_soft_target(outer, first + b, count, u);
             if (p.spread != Spread::kNone) sum_spread(x, u, b);
             exponentials(x, b, outer, first + n);
@@ -45,18 +39,17 @@ public:
 
     void backward(std::int64_t outer, std::int64_t first, int n) {
         rows.begin(p, outer, first, n);
-        Block::load_tile(p, outer, first, n, rows, x_store.data());
+        Tile::template load_logits<Stored>(outer, first, n);
         rows.read_stats(p, outer, first, n);
         for_blocks(n, [&](int b, int count) {
             if (u_of(b)) load_soft_target(outer, first + b, count, u_of(b));
-            exponentials(x_of(b), b, outer, first + n);
+            exponentials(block(b), b, outer, first + n);
         });
         write_gradient(outer, first, n);
     }
 
 private:
-    A* x_of(int b) const { return x_store.data() + b / kWidth * block_size; }
-    A* u_of(int b) const { return u_store.data() ? u_store.data() + b / kWidth * block_size : nullptr; }
+    A* u_of(int b) const { return u_store.data() ? u_store.data() + b * classes : nullptr; }
 
     // Calls body(b, count) for the rows [b, b + count) of each block.
     template <class Body>
@@ -107,8 +100,8 @@ private:
     // Computing takes longer than the memory of rows does: time to fetch those of the next tile, of which block b is as
     // long as this one (a prefetch may point anywhere).
     void exponentials(A* x, int b, std::int64_t outer, std::int64_t next) {
-        const Stored* const next_logits = as<Stored>(p.logits) + p.logits_stride.at(outer, next + b);
-        Stored* const next_grad = static_cast<Stored*>(p.grad) + (p.grad ? p.grad_stride.at(outer, next + b) : 0);
+        const Stored* const next_logits = logits_at<Stored>(p, outer, next + b);
+        const Stored* const next_grad = p.grad ? gradient_at<Stored>(p, outer, next + b) : nullptr;
         const bool fetch_grad = p.grad && p.grad_class_stride == 1;
         const std::int64_t step = p.logits_class_stride == 1 ? kWidth : p.logits_class_stride;
         const V top = V::load(rows.max + b);
@@ -130,11 +123,12 @@ private:
     // The blocks hold exp(z - max)
     void write_gradient(std::int64_t outer, std::int64_t first, int n) {
         for (int i = 0; i < rows.padded; ++i) target_class[i] = p.target ? A(rows.target[i]) : A(-1);
-        p.spread == Spread::kNone ? store_gradient<false>(outer, first, n) : store_gradient<true>(outer, first, n);
+        p.spread == Spread::kNone ? write_gradient_as<false>(outer, first, n)
+                                  : write_gradient_as<true>(outer, first, n);
     }
 
     template <bool with_spread>
-    void store_gradient(std::int64_t outer, std::int64_t first, int n) const {
+    void write_gradient_as(std::int64_t outer, std::int64_t first, int n) const {
         const auto gradient_of = [&](int b) FL_INLINE {
             const A *const u = u_of(b), *const numbers = class_number.data();
             const V alpha = V::load(rows.alpha + b), gamma = V::load(rows.gamma + b);
@@ -145,15 +139,12 @@ private:
                 return math::select(target == V(numbers[c]), own, g);
             };
         };
-        Block::store_tile(p, outer, first, n, x_store.data(), gradient_of);
+        Tile::template store_gradient<Stored>(outer, first, n, gradient_of);
     }
 
-    const RowProblem& p;
-    const std::int64_t classes, block_size;
-    const bool streams;
-    Scratch<A> x_store, u_store;  // per block [classes][kWidth]: logits, then exponentials; u_j
-    Scratch<A> class_number;      // read into all elements of a vector at once, unlike an integer
-    TileRows<A> rows;
+    const std::int64_t classes;
+    Scratch<A> u_store;       // u_j, in blocks as the tile
+    Scratch<A> class_number;  // read into all elements of a vector at once, unlike an integer
     alignas(64) A target_class[TileRows<A>::kMax];
 };
 
