@@ -29,9 +29,10 @@ std::int64_t bits_bytes(const RowProblem& p) {
     std::int64_t bytes = 0;
     visit_pass_loss(p.loss, [&]<class Loss>() {
         if constexpr (kHasBits<Loss>)
-            bytes = p.dtype == Dtype::kFloat64 ? PassRows<double, false>::bits_bytes(p)
-                    : Tiling(p).lanes          ? PassRows<float, true>::bits_bytes(p)
-                                               : PassRows<float, false>::bits_bytes(p);
+            bytes = !Loss::bits_suffice(p.params) ? 0
+                    : p.dtype == Dtype::kFloat64  ? PassRows<double, false>::bits_bytes(p)
+                    : Tiling(p).lanes             ? PassRows<float, true>::bits_bytes(p)
+                                                  : PassRows<float, false>::bits_bytes(p);
     });
     return bytes;
 }
