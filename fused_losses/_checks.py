@@ -18,6 +18,11 @@ def row_shape(logits: Tensor) -> tuple[int, ...]:
     return (*shape[:dim], *shape[dim + 1 :])
 
 
+def is_per_row(tensor: Tensor, logits: Tensor) -> bool:
+    """Whether it has one number per row. That of a single row, logits ``(C,)``, may have shape (1,), as in torch."""
+    return tensor.shape == row_shape(logits) or (logits.dim() == 1 and tensor.shape == (1,))
+
+
 def check_row_loss(args: RowLossArguments) -> None:
     """Raises where the operators would, with their types of error, but for targets out of range."""
     name, logits = args.loss, args.logits
@@ -39,7 +44,7 @@ def check_row_loss(args: RowLossArguments) -> None:
             f"{name}: weight tensor should be defined either for all {classes} classes or no classes but got weight "
             f"tensor of shape {list(args.weight.shape)}"
         )
-    if args.sample_weight is not None and args.sample_weight.shape != rows:
+    if args.sample_weight is not None and not is_per_row(args.sample_weight, logits):
         raise RuntimeError(
             f"{name}: sample_weight must have one entry per row, shape {list(rows)}, got "
             f"{list(args.sample_weight.shape)}"
@@ -85,7 +90,7 @@ def _check_target(args: RowLossArguments) -> None:
         raise ValueError(
             f"{name}: Expected input batch_size ({logits.shape[0]}) to match target batch_size ({target.shape[0]})"
         )
-    if target.shape != rows:
+    if not is_per_row(target, logits):
         raise RuntimeError(
             f"{name}: Expected target size {list(rows)} for logits of shape {list(logits.shape)}, got "
             f"{list(target.shape)}{'; pass target.squeeze(1)' if _has_one_channel(logits, target) else ''}"

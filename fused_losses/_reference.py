@@ -92,6 +92,9 @@ class Rows:
         """Computes in float32 (float64 for float64 logits). Ignored rows become zeros with target 0 first of all."""
         logits = logits.to(acc_dtype(logits))
         dim = class_dim(logits)
+        if logits.dim() == 1:  # what belongs to the row may have shape (1,)
+            target = target.reshape(())
+            sample_weight = None if sample_weight is None else sample_weight.reshape(())
         target = target.long()
         ignored = target == ignore_index
         target = torch.where(ignored, 0, target)

@@ -17,13 +17,14 @@ from fused_losses._arguments import ACTIVE_REDUCTIONS, CallOptions
 from fused_losses._common import RowLossModule, RowLossOptions
 from fused_losses._declare import loss_of_row
 from fused_losses._logit_bias import LogitBias
-from fused_losses._parameters import Choice, OrTensor, factor, switch
+from fused_losses._parameters import Choice, OrTensor, Range, factor, switch
 from fused_losses._reference import Rows
 
 # Beside a count of classes, as the reference code of 2501.12191 has it.
 COUNT_GUARD = 1e-6
 
 _margin = OrTensor(factor)
+_power = Range("be 1 or 2", lambda v: v in (1, 2))
 _ACTIVE_DOC = """
             ``"active_mean"``: sum of weighted losses over 1e-6 + the sum of weights of rows whose loss is not 0."""
 
@@ -46,8 +47,14 @@ def _per_class(rows: Rows, margin: float | Tensor, of_competitor: bool) -> Tenso
     return margin.view([-1 if d == rows.dim else 1 for d in range(rows.logits.dim())])
 
 
-def _margin_value(rows: Rows, margin: Tensor, mean_above_zero: bool, threshold: bool) -> Tensor:
-    """The errors ``e_j = max(0, z_j - z_y + margin)``, ``e_y = 0``, of those that count, over C or their number.
+def _check_power(p: float, mean_above_zero: float, threshold: float, **others: float) -> None:
+    if p == 2 and (mean_above_zero or threshold):
+        raise ValueError("p must be 1 with mean_above_zero or threshold, which 2501.12191 defines for it, got 2")
+
+
+def _margin_value(rows: Rows, margin: Tensor, mean_above_zero: bool, threshold: bool, p: int = 1) -> Tensor:
+    """The errors ``e_j = max(0, z_j - z_y + margin)``, ``e_y = 0``, to the power p; of those that count, over C or
+    their number.
 
     The threshold and the number are constants for every derivative.
     """
@@ -60,7 +67,8 @@ def _margin_value(rows: Rows, margin: Tensor, mean_above_zero: bool, threshold: 
     counted = errors > 0.0
     if threshold:
         counted = counted & (errors >= errors.detach().sum(dim, keepdim=True) / rows.num_classes)
-    total = torch.where(counted, errors, 0.0).sum(dim)
+    powers = torch.where(counted, errors, 0.0)
+    total = (powers if p == 1 else powers.square()).sum(dim)
     number = counted.to(logits.dtype).sum(dim)
     value = total / (number + COUNT_GUARD if mean_above_zero else rows.num_classes)
     # Comparisons hide NaN, and +inf at the target looks like a row without errors: such rows become NaN as a whole.
@@ -113,10 +121,11 @@ class HEMLoss(RowLossModule, stem="hem"):
 
 
 @loss_of_row(
-    {"margin": _margin, "mean_above_zero": switch, "threshold": switch},
+    {"margin": _margin, "mean_above_zero": switch, "threshold": switch, "p": _power},
     reductions=ACTIVE_REDUCTIONS,
     reduction=(None, _ACTIVE_DOC + '\n            None: ``"active_mean"`` with ``mean_above_zero``, else ``"mean"``.'),
     reduction_of=_default_reduction,
+    check=_check_power,
 )
 def multi_margin_loss(
     rows: Rows,
@@ -124,11 +133,12 @@ def multi_margin_loss(
     margin: float | Tensor = 1.0,
     mean_above_zero: bool = False,
     threshold: bool = False,
+    p: int = 1,
     **options: Unpack[CallOptions],
 ) -> Tensor:
-    """Multi-class margin loss ``(1 / C) sum_j e_j``, ``e_j = max(0, z_j - z_y + margin)`` for ``j != y``.
+    """Multi-class margin loss ``(1 / C) sum_j e_j^p``, ``e_j = max(0, z_j - z_y + margin)`` for ``j != y``.
 
-    :class:`torch.nn.MultiMarginLoss` with ``p=1``, and with the switches the ablations of 2501.12191 between it and
+    :class:`torch.nn.MultiMarginLoss`, and with the switches the ablations of 2501.12191 between it and
     :func:`hem_loss`, which it is with both. Non-finite logits are treated as there. Class weights multiply a row's
     loss and count in the mean's denominator (torch multiplies only).
 
@@ -136,8 +146,9 @@ def multi_margin_loss(
         margin: >= 0; a number, a 0-dim tensor, or one margin per class ``(C,)``, of which the target's counts.
         mean_above_zero: divide by ``1e-6 +`` the number of errors that count, not by C ("+maz").
         threshold: count errors that are at least the mean ``(1 / C) sum_j e_j`` only ("+thres").
+        p: 1, or 2 for squared errors (without the switches).
     """
-    return _margin_value(rows, _per_class(rows, margin, False), mean_above_zero, threshold)
+    return _margin_value(rows, _per_class(rows, margin, False), mean_above_zero, threshold, p)
 
 
 class MultiMarginLoss(RowLossModule, stem="multi_margin"):
@@ -146,6 +157,7 @@ class MultiMarginLoss(RowLossModule, stem="multi_margin"):
     margin: float | Tensor
     mean_above_zero: bool
     threshold: bool
+    p: int
 
     def __init__(
         self,
@@ -153,13 +165,14 @@ class MultiMarginLoss(RowLossModule, stem="multi_margin"):
         mean_above_zero: bool = False,
         threshold: bool = False,
         *,
+        p: int = 1,
         reduction: str | None = None,
         weight: Tensor | None = None,
         ignore_index: int = -100,
         logit_bias: LogitBias = 0.0,
     ) -> None:
         super().__init__(
-            {"margin": margin, "mean_above_zero": mean_above_zero, "threshold": threshold},
+            {"margin": margin, "mean_above_zero": mean_above_zero, "threshold": threshold, "p": p},
             reduction=_default_reduction({"mean_above_zero": mean_above_zero}) if reduction is None else reduction,
             weight=weight,
             ignore_index=ignore_index,

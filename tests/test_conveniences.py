@@ -109,3 +109,20 @@ def test_labels_in_the_wrong_shape_say_what_to_pass(name):
 def test_a_tensor_where_a_number_is_wanted_names_the_weights():
     with pytest.raises(TypeError, match="q must be a number, got Tensor; class weights are given as weight="):
         fl.GCELoss(torch.ones(10))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_single_row_may_have_its_target_in_a_list(name):
+    """As in torch: logits (C,) with a target (1,) are a row without a batch, and the loss has no dimension either."""
+    entry, one = fl.LOSSES[name], torch.tensor([0.5])
+    for made in (entry.function, entry.reference, entry.module()):
+        results = []
+        for target, weight in ((TARGET[1], one[0]), (TARGET[1:2], one), (TARGET[1:2].to(torch.uint8), one[0])):
+            logits = LOGITS[1].clone().requires_grad_()
+            loss = made(logits, target, sample_weight=weight)
+            results.append((loss.detach(), *torch.autograd.grad(loss, logits)))
+        for value, gradient in results[1:]:
+            assert value.shape == () and torch.equal(value, results[0][0]) and torch.equal(gradient, results[0][1])
+    assert entry.function(LOGITS[1], TARGET[1:2], reduction="none").shape == ()
+    with pytest.raises(RuntimeError, match=r"Expected target size \[\] for logits of shape \[3\], got \[2\]"):
+        entry.function(LOGITS[1], TARGET[:2])

@@ -17,6 +17,7 @@ VARIANTS = [
     ("multi_margin", {"mean_above_zero": True}),
     ("multi_margin", {"threshold": True}),
     ("multi_margin", {"mean_above_zero": True, "threshold": True}),
+    ("multi_margin", {"p": 2}),
 ]
 
 
@@ -34,7 +35,7 @@ def make_rows(device, shape=(60, 7), dtype=torch.float64):
     return logits.to(dtype).to(device), torch.randint(0, shape[1], rows, generator=generator).to(device)
 
 
-def row_by_row(name, logits, target, margin=None, mean_above_zero=False, threshold=False):
+def row_by_row(name, logits, target, margin=None, mean_above_zero=False, threshold=False, p=1):
     """The definition in scalar arithmetic: value, number of counted errors and gradient of one row (a list)."""
     if name == "hem":
         mean_above_zero = threshold = True
@@ -47,9 +48,9 @@ def row_by_row(name, logits, target, margin=None, mean_above_zero=False, thresho
     least = sum(errors) / len(errors) if threshold else 0.0
     counted = [j for j, e in enumerate(errors) if e >= least and e > 0]
     divisor = len(counted) + 1e-6 if mean_above_zero else len(logits)
-    grad = [1 / divisor if j in counted else 0.0 for j in range(len(logits))]
-    grad[target] = -len(counted) / divisor
-    return sum(errors[j] for j in counted) / divisor, grad
+    grad = [p * errors[j] ** (p - 1) / divisor if j in counted else 0.0 for j in range(len(logits))]
+    grad[target] = -sum(grad)
+    return sum(errors[j] ** p for j in counted) / divisor, grad
 
 
 @pytest.mark.parametrize("name, parameters", VARIANTS)
@@ -86,21 +87,50 @@ def test_worked_example(made, device):
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-@pytest.mark.parametrize("margin", [0.0, 0.2, 1.0, 3.0])
+@pytest.mark.parametrize("margin, p", [(0.0, 1), (0.2, 1), (1.0, 1), (3.0, 1), (0.0, 2), (1.0, 2)])
 @pytest.mark.parametrize("made", MADE)
-def test_multi_margin_is_torchs(made, margin, reduction, device):
+def test_multi_margin_is_torchs(made, margin, p, reduction, device):
     logits, target = make_rows(device)
-    torchs = torch.nn.MultiMarginLoss(margin=margin, reduction=reduction)
+    torchs = torch.nn.MultiMarginLoss(p=p, margin=margin, reduction=reduction)
     ours = getattr(fl.LOSSES["multi_margin"], made)
     expected = loss_and_grad(torchs, logits, target)
     # torch counts an error of exactly 0, which random logits do not have
-    actual = loss_and_grad(ours, logits, target, margin=margin, reduction=reduction)
+    actual = loss_and_grad(ours, logits, target, margin=margin, p=p, reduction=reduction)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
     weight = torch.rand(7, dtype=torch.float64, device=device)
-    rows = ours(logits, target, margin=margin, reduction="none", weight=weight)
+    rows = ours(logits, target, margin=margin, p=p, reduction="none", weight=weight)
     torch.testing.assert_close(
-        rows, torch.nn.MultiMarginLoss(margin=margin, reduction="none", weight=weight)(logits, target)
+        rows, torch.nn.MultiMarginLoss(p=p, margin=margin, reduction="none", weight=weight)(logits, target)
     )
+
+
+@pytest.mark.parametrize("shape", [(70, 7), (9, 257), (3, 7, 4, 5)])
+@pytest.mark.parametrize("reduction", ["none", "mean", "active_mean"])
+def test_squared_errors_in_float32(shape, reduction, device):
+    logits, target = make_rows(device, shape)
+    margin = torch.rand(shape[1], generator=torch.Generator().manual_seed(3)).to(device)
+    entry, options = fl.LOSSES["multi_margin"], {"p": 2, "margin": margin, "reduction": reduction}
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        rounded = logits.to(dtype)
+        expected = loss_and_grad(entry.reference, rounded.double(), target, **options)
+        actual = loss_and_grad(entry.function, rounded, target, **options)
+        for x, y in zip(actual, expected, strict=True):
+            torch.testing.assert_close(x.double(), y, rtol=tolerance, atol=tolerance * y.abs().max().item())
+
+
+@pytest.mark.parametrize("classes", [3, 300])
+def test_squares_that_overflow(classes, device):
+    """An infinite loss of finite logits has torch's gradient; a masked target has an infinite one."""
+    logits = torch.zeros(3, classes, device=device)
+    logits[0, 1] = 1e20
+    logits[1, 0] = -math.inf
+    logits[2, :] = -math.inf
+    target = torch.zeros(3, dtype=torch.int64, device=device)
+    for made in MADE:
+        loss, grad = loss_and_grad(getattr(fl.LOSSES["multi_margin"], made), logits, target, p=2, reduction="none")
+        assert loss.tolist() == [math.inf, math.inf, 0.0]
+        assert grad[0, 1].item() == pytest.approx(2e20 / classes) and grad[0, 0] == -grad[0, 1:].sum()
+        assert grad[1, 0] == -math.inf and (grad[1, 1:] == math.inf).all() and (grad[2] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -348,6 +378,13 @@ def test_bad_options():
     for switch in ("mean_above_zero", "threshold"):
         with pytest.raises(TypeError, match=f"^{switch} must be True or False, got 1$"):
             fl.functional.multi_margin_loss(*problem, **{switch: 1})
+    for made in (fl.MultiMarginLoss, lambda **own: fl.functional.multi_margin_loss(*problem, **own)):
+        for p in (0, 3, 1.5, math.nan):
+            with pytest.raises(ValueError, match=f"^p must be 1 or 2, got {p}$"):
+                made(p=p)
+        for switch in ("mean_above_zero", "threshold"):
+            with pytest.raises(ValueError, match="^p must be 1 with mean_above_zero or threshold"):
+                made(p=2, **{switch: True})
     for name in ("hem", "multi_margin"):
         message = "reduction must be 'none', 'mean', 'sum' or 'active_mean', got 'average'"
         with pytest.raises(ValueError, match=message):

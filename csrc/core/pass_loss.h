@@ -28,6 +28,7 @@
 //
 // Where state and a bit per class say all about the gradient, so that it can be written without the logits:
 //
+//     bits_suffice(const double* params)               whether they do
 //     bit(sums) -> T                                   from what the class has added in the last pass; 0 is no
 //     gradient_of_bit(state, bit, is_target) -> T
 #pragma once

@@ -32,7 +32,10 @@ std::int64_t bits_bytes_in(const RowProblem& p) {
 
 std::int64_t bits_bytes(const RowProblem& p) {
     bool has_bits = false;
-    if (is_pass_loss(p.loss)) visit_pass_loss(p.loss, [&]<class Loss>() { has_bits = kHasBits<Loss>; });
+    if (is_pass_loss(p.loss))
+        visit_pass_loss(p.loss, [&]<class Loss>() {
+            if constexpr (kHasBits<Loss>) has_bits = Loss::bits_suffice(p.params);
+        });
     if (!has_bits) return 0;
     if (p.dtype == Dtype::kFloat64) return bits_bytes_in<HorizontalView, double>(p);
     return Tiling(p).vertical ? bits_bytes_in<VerticalView, float>(p) : bits_bytes_in<HorizontalView, float>(p);

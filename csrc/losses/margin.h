@@ -8,8 +8,9 @@ namespace fused_losses {
 inline namespace FL_ISA {
 
 // Kept are the errors that are positive and at or above the threshold, the mean of all K errors (that of the target is
-// 0 and counts); without a threshold all positive ones. The value is their sum over K, or over their number. Threshold
-// and number are constants for the gradient. Rule says what the parameters mean; params[0] is the margin.
+// 0 and counts); without a threshold all positive ones. The value is the sum of e^p, p = 1 or 2, over K, or for p = 1
+// over their number. Threshold and number are constants for the gradient. Rule says what the parameters mean; params[0]
+// is the margin.
 template <class Rule>
 struct MarginLoss {
     static constexpr const char* name = Rule::name;
@@ -21,17 +22,21 @@ struct MarginLoss {
 
     template <class T>
     struct State {
-        T target_logit, margin, below, per_error, count, value;  // errors above `below` are kept, dL/de is per_error
+        // Errors above `below` are kept; dL/de is per_error e^(p-1), and `powers` is the sum of e^(p-1): their number.
+        T target_logit, margin, below, per_error, powers, value;
     };
 
-    // Calls body.operator()<Loss>() with the loss that knows whether there is a threshold.
+    // Calls body.operator()<Loss>() with the loss that knows whether there is a threshold, and p. Not both: squares
+    // have none.
     template <class Body>
-        requires requires { typename Rule::template Knowing<true>; }
+        requires requires { typename Rule::template Knowing<true, false>; }
     static void visit_variant(const double* params, Body body) {
         if (Rule::has_threshold(params))
-            body.template operator()<MarginLoss<typename Rule::template Knowing<true>>>();
+            body.template operator()<MarginLoss<typename Rule::template Knowing<true, false>>>();
+        else if (Rule::is_squared(params))
+            body.template operator()<MarginLoss<typename Rule::template Knowing<false, true>>>();
         else
-            body.template operator()<MarginLoss<typename Rule::template Knowing<false>>>();
+            body.template operator()<MarginLoss<typename Rule::template Knowing<false, false>>>();
     }
 
     // The threshold is the first pass's.
@@ -98,8 +103,9 @@ struct MarginLoss {
         const T e = again && kept ? *kept : error(s, z, margin, is_target, params);
         if (!again && kept) *kept = e;
         if (!last) return {{e, T(0)}};
+        const T power = Rule::is_squared(params) ? e : T(1);
         const auto dropped = is_dropped(s, e);
-        return {{math::select(dropped, T(0), e), math::select(dropped, T(0), T(1))}};
+        return {{math::select(dropped, T(0), e * power), math::select(dropped, T(0), power)}};
     }
 
     template <class T>
@@ -109,14 +115,18 @@ struct MarginLoss {
             s.below = math::select(has_masked_target(s), T(0), just_below(sums.v[0] / row.num_classes));
             return;
         }
-        s.count = sums.v[1];
-        // One logit of +inf or NaN spoils the row: a factor of every gradient carries it.
+        const bool squared = Rule::is_squared(params);
+        s.powers = sums.v[1];
+        // One logit of +inf or NaN spoils the row: a factor of every gradient carries it. Squares overflow without one.
         const T infinity = T(std::numeric_limits<math::scalar_t<T>>::infinity());
-        const auto finite = (sums.v[0] < infinity) & (s.target_logit < infinity) & (s.margin < infinity);
-        const T divisor = math::select(Rule::by_count(params), s.count + T(1e-6), row.num_classes);
-        s.per_error = math::select(finite, T(1), nan<T>()) / divisor;
-        const T value = sums.v[0] * s.per_error * T(1 / unit);
+        const T errors = squared ? sums.v[1] : sums.v[0];
+        const auto finite = (errors < infinity) & (s.target_logit < infinity) & (s.margin < infinity);
+        const T divisor = math::select(Rule::by_count(params), s.powers + T(1e-6), row.num_classes);
+        s.per_error = math::select(finite, T(squared ? 2 / unit : 1), nan<T>()) / divisor;
+        const T value = sums.v[0] * s.per_error * T((squared ? 0.5f : 1.0f) / unit);
         s.value = math::select(has_masked_target(s) & (value > T(0)), infinity, value);
+        // The largest number: an error times that is infinite, no error times that is nothing.
+        if (squared) s.per_error = math::select(has_masked_target(s) & finite, -lowest<T>(), s.per_error);
     }
 
     template <class T>
@@ -131,9 +141,13 @@ struct MarginLoss {
     }
 
     template <class T>
-    FL_HD static T gradient_of_kept(const State<T>& s, const T* e, math::mask_t<T> is_target, const T*) {
-        return gradient_of_bit(s, !is_dropped(s, *e), is_target);
+    FL_HD static T gradient_of_kept(const State<T>& s, const T* e, math::mask_t<T> is_target, const T* params) {
+        if (!Rule::is_squared(params)) return gradient_of_bit(s, !is_dropped(s, *e), is_target);
+        const T power = math::select(is_dropped(s, *e), T(0), *e);
+        return math::select(is_target, -s.powers, power) * s.per_error;
     }
+
+    FL_HD static bool bits_suffice(const double* params) { return !Rule::is_squared(params); }
 
     // Whether the error was kept.
     template <class T>
@@ -143,14 +157,14 @@ struct MarginLoss {
 
     template <class T>
     FL_HD static T gradient_of_bit(const State<T>& s, math::mask_t<T> kept, math::mask_t<T> is_target) {
-        return math::select(is_target, -s.count * s.per_error, math::select(kept, s.per_error, T(0) * s.per_error));
+        return math::select(is_target, -s.powers * s.per_error, math::select(kept, s.per_error, T(0) * s.per_error));
     }
 };
 
-// params: margin, whether to average over the kept errors only, whether to use the threshold.
+// params: margin, whether to average over the kept errors only, whether to use the threshold, p.
 struct MultiMarginRule {
     static constexpr const char* name = "multi_margin";
-    static constexpr int num_params = 3;
+    static constexpr int num_params = 4;
 
     template <class T>
     FL_HD static math::mask_t<T> competitors_margin(const T*) {
@@ -163,6 +177,10 @@ struct MultiMarginRule {
     template <class T>
     FL_HD static bool has_threshold(const T* params) {
         return math::to_scalar(params[2]) > math::scalar_t<T>(0);
+    }
+    template <class T>
+    FL_HD static bool is_squared(const T* params) {
+        return math::to_scalar(params[3]) > math::scalar_t<T>(1);
     }
 };
 
@@ -183,24 +201,32 @@ struct HEMRule {
     FL_HD static bool has_threshold(const T*) {
         return true;
     }
+    template <class T>
+    FL_HD static bool is_squared(const T*) {
+        return false;
+    }
 };
 
 // Both in one. params: those of multi_margin, margin_index.
 struct AnyMarginRule : MultiMarginRule {
-    template <bool kThreshold>
+    template <bool kThreshold, bool kSquared>
     struct Knowing;
 
     template <class T>
     FL_HD static math::mask_t<T> competitors_margin(const T* params) {
-        return params[3] > T(0);
+        return params[4] > T(0);
     }
 };
 
-template <bool kThreshold>
+template <bool kThreshold, bool kSquared>
 struct AnyMarginRule::Knowing : AnyMarginRule {
     template <class T>
     FL_HD static bool has_threshold(const T*) {
         return kThreshold;
+    }
+    template <class T>
+    FL_HD static bool is_squared(const T*) {
+        return kSquared;
     }
 };
 

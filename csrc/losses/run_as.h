@@ -30,14 +30,14 @@ template <>
 struct RunAs<HEM> {
     using type = MarginLoss<AnyMarginRule>;
     static void convert(double* params) {  // margin, margin_index
-        const double converted[] = {params[0], 1, 1, params[1]};
+        const double converted[] = {params[0], 1, 1, 1, params[1]};
         for (const double param : converted) *params++ = param;
     }
 };
 template <>
 struct RunAs<MultiMargin> {
     using type = MarginLoss<AnyMarginRule>;
-    static void convert(double* params) { params[3] = 0; }
+    static void convert(double* params) { params[4] = 0; }
 };
 
 }  // namespace FL_ISA

@@ -161,7 +161,7 @@ inline const std::vector<NaiveLoss>& naive_losses() {
          nullptr,
          naive_bi_tempered},
         {"hem", {{0.25, 0}, {1, 1}, {0, 0}}, nullptr, nullptr, naive_hem},
-        {"multi_margin", {{1, 0, 0}, {0.25, 1, 0}, {0.25, 0, 1}, {1, 1, 1}}, nullptr, nullptr, naive_multi_margin},
+        {"multi_margin", {{1, 0, 0, 1}, {0.25, 1, 0, 1}, {0.25, 0, 1, 1}, {1, 1, 1, 1}, {1, 0, 0, 2}}, nullptr, nullptr, naive_multi_margin},
     };
     return losses;
 }

@@ -188,10 +188,10 @@ inline NaiveResult naive_bi_tempered(const NaiveRow& row, const double* params) 
 
 // ---- Margins -------------------------------------------------------------------------------------------------------
 
-// Errors e_j = max(0, z_j - z_y + margin), e_y = 0, of which those at or above the threshold count; their sum over K or
-// over their number. Threshold and number are constants for the gradient.
+// Errors e_j = max(0, z_j - z_y + margin), e_y = 0, of which those at or above the threshold count; the sum of their
+// powers over K or over their number. Threshold and number are constants for the gradient.
 inline NaiveResult naive_margin(const NaiveRow& row, double margin, bool of_competitor, bool by_count,
-                                bool with_threshold) {
+                                bool with_threshold, double power = 1) {
     const int classes = row.classes();
     std::vector<Real> e;
     Real mean = 0;
@@ -201,14 +201,14 @@ inline NaiveResult naive_margin(const NaiveRow& row, double margin, bool of_comp
         mean += e[j];
     }
     mean /= classes;
-    Real sum = 0, count = 0;
+    Real sum = 0, slopes = 0, count = 0;
     const auto kept = [&](int j) { return e[j] > 0 && (!with_threshold || e[j] >= mean); };
     for (int j = 0; j < classes; ++j)
-        if (kept(j)) sum += e[j], count += 1;
+        if (kept(j)) sum += power == 2 ? e[j] * e[j] : e[j], slopes += power == 2 ? 2 * e[j] : 1, count += 1;
     const Real per_error = 1 / (by_count ? count + 1e-6L : Real(classes));
-    NaiveResult result{sum * per_error, count * per_error};
+    NaiveResult result{sum * per_error, slopes * per_error};
     for (int j = 0; j < classes; ++j)
-        result.grad.push_back(j == row.y ? -count * per_error : (kept(j) ? per_error : 0));
+        result.grad.push_back(per_error * (j == row.y ? -slopes : (kept(j) ? (power == 2 ? 2 * e[j] : 1) : 0)));
     return result;
 }
 
@@ -217,9 +217,9 @@ inline NaiveResult naive_hem(const NaiveRow& row, const double* a) {
     return naive_margin(row, a[0], a[1] != 0, true, true);
 }
 
-// params: margin, mean_above_zero, threshold
+// params: margin, mean_above_zero, threshold, p
 inline NaiveResult naive_multi_margin(const NaiveRow& row, const double* a) {
-    return naive_margin(row, a[0], false, a[1] != 0, a[2] != 0);
+    return naive_margin(row, a[0], false, a[1] != 0, a[2] != 0, a[3]);
 }
 
 }  // namespace fused_losses_test

@@ -211,7 +211,7 @@ void test_limits() {
     test_same<OfShares<NFLRCE>, OfShares<NFLMAE>>("nfl_rce: nfl_mae", {2, 3, 0.5, 1, 4}, {2, 3, 0.5, 1, 4}, 0);
     test_same<Nfl, Nfl>("nfl, gamma = 0: nothing to detach", {0, 0}, {0, 1}, 1e-14);
     test_same<NGCE, Nfl>("ngce, q -> 0: nfl, gamma = 0", {1e-9}, {0, 0}, 1e-6);
-    test_same<HEM, MultiMargin>("multi_margin, both options: hem", {0.5, 0}, {0.5, 1, 1}, 0);
+    test_same<HEM, MultiMargin>("multi_margin, both options: hem", {0.5, 0}, {0.5, 1, 1, 1}, 0);
     test_same<HEM, HEM>("hem, one margin: either index", {0.5, 0}, {0.5, 1}, 0);
     const auto tempered = [](const char* what, const Params& a, const Params& b, double tolerance) {
         test_same<BiTempered, BiTempered>(what, a, b, tolerance);
@@ -264,9 +264,10 @@ void test_by_hand() {
     const std::vector<double> z = {1, 0, 1.25, 1.05}, ties = {1, 1, 1, 2};
     const auto near = [](double a, double b) { return std::fabs(a - b) < 1e-12; };
     check(near(value.operator()<HEM>(z, {0.25, 0}), 0.8 / (2 + 1e-6)), "hem by hand");
-    check(near(value.operator()<MultiMargin>(z, {0.25, 0, 0}), 0.2), "multi_margin by hand");
+    check(near(value.operator()<MultiMargin>(z, {0.25, 0, 0, 1}), 0.2), "multi_margin by hand");
     check(near(value.operator()<HEM>(ties, {1, 0}), 4 / (3 + 1e-6)), "hem: errors 1, 1, 2 with mean 1 all count");
-    check(near(value.operator()<MultiMargin>(ties, {1, 0, 0}), 1), "multi_margin: errors 1, 1, 2");
+    check(near(value.operator()<MultiMargin>(ties, {1, 0, 0, 1}), 1), "multi_margin: errors 1, 1, 2");
+    check(near(value.operator()<MultiMargin>(ties, {1, 0, 0, 2}), 1.5), "multi_margin: squares 1, 1, 4");
     check(value.operator()<HEM>({5, 0, 0, 0}, {1, 0}) == 0, "hem without errors is 0");
 }
 

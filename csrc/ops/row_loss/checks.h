@@ -31,6 +31,11 @@ inline void check_logits(const RowLossArgs& args) {
                 logits.sizes());
 }
 
+// Whether there is one number per row. That of a single row, logits [C], may have shape [1], as in torch.
+inline bool is_per_row(const Tensor& t, const Sizes& rows) {
+    return t.sizes() == rows || (rows.size() == 0 && t.dim() == 1 && t.size(0) == 1);
+}
+
 // Returns whether the target holds probabilities.
 inline bool check_target(const RowLossArgs& args, const Sizes& rows) {
     const Tensor &logits = args.logits, &target = args.target;
@@ -55,7 +60,7 @@ inline bool check_target(const RowLossArgs& args, const Sizes& rows) {
         check_value(target.size(0) == logits.size(0), args.loss, ": Expected input batch_size (", logits.size(0),
                     ") to match target batch_size (", target.size(0), ")");
     const bool one_channel = target.dim() == logits.dim() && target.dim() > 1 && target.size(1) == 1;
-    check(target.sizes() == rows, args.loss, ": Expected target size ", rows, " for logits of shape ", logits.sizes(),
+    check(is_per_row(target, rows), args.loss, ": Expected target size ", rows, " for logits of shape ", logits.sizes(),
           ", got ", target.sizes(), one_channel ? "; pass target.squeeze(1)" : "");
     return false;
 }
@@ -72,7 +77,7 @@ inline void check_weights(const RowLossArgs& args, const Sizes& rows) {
               args.weight->dtype(), " on ", args.weight->device());
     }
     if (args.sample_weight) {
-        check(args.sample_weight->sizes() == rows, args.loss, ": sample_weight must have one entry per row, shape ",
+        check(is_per_row(*args.sample_weight, rows), args.loss, ": sample_weight must have one entry per row, shape ",
               rows, ", got ", args.sample_weight->sizes());
         check(args.sample_weight->is_floating() && args.sample_weight->device() == logits.device(), args.loss,
               ": sample_weight must be a floating point tensor on the device of logits (", logits.device(), "), got ",
