@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from fused_losses import _ops
+from fused_losses._agreement import Agreement
 from fused_losses._arguments import RowLossArguments, ZErrorRule
 from fused_losses._autograd import is_plain
 from fused_losses._checks import check_row_loss
 from fused_losses._chunks import ChunkOptions, Sweep, stand_in, sweep, traced_sweep
 from fused_losses._reference import ACTIVE_GUARD, mean_of
-from fused_losses._shards import check_classes, check_loss
+from fused_losses._shards import check_classes, check_loss, in_words
 from fused_losses._z_autograd import masked_first
 from fused_losses._z_error import ZOps
 from fused_losses._z_reference import ClassScore, class_score
@@ -32,7 +33,15 @@ class ChunkedLogits:
     ``input`` is (N, D). Losses are described by arguments whose logits are ``self.stand_in``.
     """
 
-    def __init__(self, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, options: ChunkOptions) -> None:
+    def __init__(
+        self,
+        input: Tensor,
+        linear_weight: Tensor,
+        linear_bias: Tensor | None,
+        options: ChunkOptions,
+        agreement: Agreement | None = None,
+    ) -> None:
+        self.agreement = agreement  # with ranks that have other classes
         self.inputs = input, linear_weight, linear_bias
         self.options = options
         self.stand_in = stand_in(input.detach(), linear_weight, options)
@@ -90,21 +99,16 @@ class ChunkedLogits:
 
     def _check(self, args: RowLossArguments) -> None:
         check_row_loss(args)
+        if torch.is_grad_enabled():
+            _check_constants(args)
         if self.options.shard is not None:
             check_loss(args.loss, args.loss)
-            check_classes(args, self.options.shard.num_classes)
             if args.target.is_floating_point():
                 raise RuntimeError(f"{args.loss}: target must hold class indices where classes are sharded")
-        if not torch.is_grad_enabled():
-            return
-        others = {"target": args.target, "weight": args.weight, "sample_weight": args.sample_weight}
-        others |= {"logit_bias": args.logit_bias_tensor, "margin": args.margin}
-        for name, tensor in others.items():
-            if tensor is not None and tensor.requires_grad:
-                raise RuntimeError(
-                    f"linear_loss is differentiable in input, linear_weight and linear_bias only, got {name} that "
-                    'requires a gradient: detach it, or multiply the losses of reduction="none" by it'
-                )
+            check_classes(args, self.options.shard.num_classes)
+        if self.agreement is not None:
+            how = f"chunk_bytes={self.options.chunk_bytes}, skip_rows={self.options.skip_rows}"
+            self.agreement.reach(f"{in_words(args)}, {how}", args.target)
 
     @torch.no_grad()
     def _target_logits(self, target: Tensor) -> Tensor:
@@ -122,6 +126,18 @@ class ChunkedLogits:
                 logits += linear_bias[numbers].to(dtype)
             found.append(logits.to(dtype))
         return torch.cat(found)
+
+
+def _check_constants(args: RowLossArguments) -> None:
+    """Raises where a tensor wants a gradient and would get none."""
+    others = {"target": args.target, "weight": args.weight, "sample_weight": args.sample_weight}
+    others |= {"logit_bias": args.logit_bias_tensor, "margin": args.margin}
+    for name, tensor in others.items():
+        if tensor is not None and tensor.requires_grad:
+            raise RuntimeError(
+                f"linear_loss is differentiable in input, linear_weight and linear_bias only, got {name} that "
+                'requires a gradient: detach it, or multiply the losses of reduction="none" by it'
+            )
 
 
 def run(

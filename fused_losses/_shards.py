@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,10 +19,7 @@ from fused_losses._arguments import LOSSES, RowLossArguments, acc_dtype
 from fused_losses._reference import Rows
 from fused_losses.distributed import check_member
 
-if TYPE_CHECKING:
-    from fused_losses._common import RowLossModule
-
-# Losses that need more than log p_y and sums over the classes.
+# What is not a function of log p_y and sums over the classes.
 WITHOUT_SHARDS = ("bi_tempered", "hem", "multi_margin")
 # Losses with a sum over the classes that is linear in log p: it is reduced together with the other sums.
 _LINEAR_SUM = ("nce", "nce_mae", "nce_rce", "nce_agce")
@@ -75,6 +72,14 @@ def check_classes(args: RowLossArguments, num_classes: int) -> None:
         raise IndexError(f"{args.loss}: target {int(target[~fine][0])} is out of range [0, {num_classes})")
 
 
+def in_words(args: RowLossArguments) -> str:
+    """What has to be the same on all ranks that share the classes, beside the target."""
+    return (
+        f"{args.loss}({', '.join(map(str, args.params))}) of {args.target.numel()} rows, {args.logits.dtype}, "
+        f"logit_bias={args.logit_bias}, ignore_index={args.ignore_index}, reduction={args.reduction!r}"
+    )
+
+
 @dataclass(frozen=True)
 class ShardedRows(Rows):
     """Rows for a loss's formula, whose numbers per row come from all ranks; leaves for its derivatives."""
@@ -107,7 +112,7 @@ def values_and_gradient(args: RowLossArguments, shard: Shard, with_gradient: boo
     """Every row's weighted loss, the same on all ranks, and the gradient of their sum in this rank's logits.
 
     ``args.logits`` is (N, classes of this rank), targets count over all classes. All ranks have to call it: one
-    collective for the maximum and an error of any rank, one for the sums, one more for losses of ``_OTHER_SUM``.
+    collective for the maximum, one for the sums, one more for losses of ``_OTHER_SUM``.
     """
     with torch.no_grad():
         logits, target = args.logits, args.target.long()
@@ -160,32 +165,10 @@ def _with_bias(z: Tensor, args: RowLossArguments, own: Tensor, index: Tensor) ->
 
 
 def _global_max(z: Tensor, shard: Shard) -> Tensor:
-    """Every row's maximum over all ranks. An error of one rank is one of all, where no GPU has to be awaited for it."""
-    low = torch.full((z.shape[0],), -torch.inf, dtype=z.dtype, device=z.device)
-    most = z.amax(1) if z.shape[1] else low
-    message = torch.cat([most, most.new_zeros(1)])
-    dist.all_reduce(message, dist.ReduceOp.MAX, group=shard.group)
-    _raise_if_any(message[-1:])
-    return message[:-1]
-
-
-def announce_error(rows: int, like: Tensor, shard: Shard, loss: RowLossModule) -> None:
-    """Takes part in the collectives of a call that this rank cannot make, so that no other waits for ever."""
-    message = torch.full((rows + 1,), torch.nan, dtype=like.dtype, device=like.device)
-    message[-1] = 1.0
-    dist.all_reduce(message, dist.ReduceOp.MAX, group=shard.group)
-    if like.is_cpu:  # the others raise
-        return
-    linear = loss.stem in _LINEAR_SUM or bool(getattr(loss, "label_smoothing", 0.0))
-    for numbers in [3 if linear else 2, *([2] if loss.stem in _OTHER_SUM else [])]:
-        dist.all_reduce(torch.full((numbers, rows), torch.nan, dtype=like.dtype, device=like.device), group=shard.group)
-
-
-def _raise_if_any(flag: Tensor) -> None:
-    if flag.is_cpu and flag.item() > 0:
-        raise RuntimeError(
-            "the loss was given bad arguments on another rank of the class group: its message says which"
-        )
+    """Every row's maximum over all ranks."""
+    most = z.amax(1) if z.shape[1] else torch.full((z.shape[0],), -torch.inf, dtype=z.dtype, device=z.device)
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=shard.group)
+    return most
 
 
 def _linear_weights(args: RowLossArguments, shard: Shard, z: Tensor) -> Tensor | None:

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fused_losses._agreement import Agreement
 from fused_losses._arguments import LOSSES, LossEntry, RowLossArguments, check_reduction, is_distributed
 from fused_losses._chunks import ChunkOptions
 from fused_losses._common import Criterion, RowLossModule
@@ -23,6 +25,7 @@ from fused_losses.z_cross_entropy import ZErrorCrossEntropyLoss
 CHUNK_BYTES = 64 << 20
 
 Loss = str | Callable[..., Any] | nn.Module
+Layer = tuple[Tensor, Tensor, Tensor | None]  # input, linear_weight, linear_bias
 _DEFAULTS: dict[str, Any] = {"weight": None, "ignore_index": -100, "logit_bias": 0.0}
 
 
@@ -85,15 +88,29 @@ def linear_loss(
         >>> linear_loss(features, head, torch.tensor([4, 9]), "mae")
         tensor(1.8000, grad_fn=...)
     """
-    input, linear_weight, linear_bias, shard = _local_classes(loss, input, linear_weight, linear_bias)
     options = {"weight": weight, "ignore_index": ignore_index, "logit_bias": logit_bias}
-    logits, shape = _chunked(
-        input,
-        linear_weight,
-        target,
-        linear_bias,
-        ChunkOptions(torch.float32, accumulate_dtype, chunk_bytes, skip_rows, shard),
-    )
+    of_chunks = ChunkOptions(torch.float32, accumulate_dtype, chunk_bytes, skip_rows)
+    layer = input, linear_weight, linear_bias
+    group = _class_group(loss, linear_weight)
+    if group is None:
+        return _linear_loss(layer, target, sample_weight, loss, reduction, of_chunks, options, parameters)
+    with Agreement(*group) as agreement:
+        return _linear_loss(layer, target, sample_weight, loss, reduction, of_chunks, options, parameters, agreement)
+
+
+def _linear_loss(
+    layer: Layer,
+    target: Tensor,
+    sample_weight: Tensor | None,
+    loss: Loss,
+    reduction: str | None,
+    of_chunks: ChunkOptions,
+    options: dict[str, Any],
+    parameters: dict[str, Any],
+    agreement: Agreement | None = None,
+) -> Tensor:
+    layer, shard = (layer, None) if agreement is None else _local_classes(loss, layer)
+    logits, shape = _chunked(layer, target, of_chunks._replace(shard=shard), agreement)
     rows = target.reshape(-1, logits.stand_in.shape[1]) if target.shape != shape else target.reshape(-1)
     samples = None if sample_weight is None else _flat_weights(sample_weight, shape)
     values = _loss_of(loss, logits, rows, samples, reduction, options, parameters)
@@ -177,20 +194,17 @@ def _flat_weights(sample_weight: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _chunked(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    options: ChunkOptions,
+    layer: Layer, target: Tensor, options: ChunkOptions, agreement: Agreement | None
 ) -> tuple[ChunkedLogits, torch.Size]:
     """The logits in chunks, and the shape of the rows."""
+    input, linear_weight, linear_bias = layer
     tensors = {"input": input, "linear_weight": linear_weight, "target": target}
     if linear_bias is not None:
         tensors["linear_bias"] = linear_bias
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
-    _check_shapes(input, linear_weight, target, linear_bias)
+    _check_shapes(input, linear_weight, target, linear_bias, options.shard)
     positive_integer.pack("chunk_bytes", options.chunk_bytes)
     dtype, skip = options.accumulate_dtype, options.skip_rows
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -199,25 +213,33 @@ def _chunked(
         raise ValueError(f"skip_rows must be True, False or None, got {skip!r}")
     options = options._replace(dtype=_dtype_of_logits(tensors))
     flat = input.reshape(-1, input.shape[-1])
-    return ChunkedLogits(flat, linear_weight, linear_bias, options), input.shape[:-1]
+    return ChunkedLogits(flat, linear_weight, linear_bias, options, agreement), input.shape[:-1]
 
 
-def _local_classes(
-    loss: Loss, input: Any, linear_weight: Any, linear_bias: Any
-) -> tuple[Tensor, Tensor, Tensor | None, Shard | None]:
-    """The tensors of this rank, and which classes its weight has, where they are sharded.
+def _class_group(loss: Loss, linear_weight: Any) -> tuple[dist.ProcessGroup | None] | None:
+    """The group whose ranks share the classes, if any; what it holds may be None for the default group."""
+    if isinstance(loss, ClassParallel):
+        return (loss.process_group,)
+    if not is_distributed(linear_weight):
+        return None
+    placements = linear_weight.placements
+    if len(placements) != 1 or not placements[0].is_shard(0):
+        raise ValueError(f"linear_weight must be sharded over one mesh dimension by Shard(0), got {placements}")
+    return (linear_weight.device_mesh.get_group(0),)
+
+
+def _local_classes(loss: Loss, layer: tuple[Any, Any, Any]) -> tuple[Layer, Shard]:
+    """The tensors of this rank, and which classes its weight has.
 
     A DTensor weight also means that the gradients of ``input`` are to be added up over its ranks.
     """
-    if isinstance(loss, ClassParallel) and isinstance(linear_weight, Tensor) and linear_weight.dim() == 2:
-        return input, linear_weight, linear_bias, loss.shard(linear_weight.shape[0])
-    if not is_distributed(linear_weight):
-        return input, linear_weight, linear_bias, None
-    mesh, placements = linear_weight.device_mesh, linear_weight.placements
-    if len(placements) != 1 or not placements[0].is_shard(0):
-        raise ValueError(f"linear_weight must be sharded over one mesh dimension by Shard(0), got {placements}")
+    input, linear_weight, linear_bias = layer
+    if isinstance(loss, ClassParallel):
+        has_classes = isinstance(linear_weight, Tensor) and linear_weight.dim() == 2
+        return layer, loss.shard(linear_weight.shape[0] if has_classes else 0)
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+    mesh, placements = linear_weight.device_mesh, linear_weight.placements
     _, offset = compute_local_shape_and_global_offset(linear_weight.shape, mesh, placements)
     group, classes = mesh.get_group(0), linear_weight.shape[0]
     if linear_bias is not None:
@@ -229,11 +251,13 @@ def _local_classes(
             raise ValueError(f"input must be replicated where linear_weight is sharded, got {input.placements}")
         input = input.to_local()
     shard = Shard(group, offset[0], classes, -(-classes // mesh.size()))
-    return sum_gradient(input, group), linear_weight.to_local(), linear_bias, shard
+    return (sum_gradient(input, group), linear_weight.to_local(), linear_bias), shard
 
 
-def _check_shapes(input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None) -> None:
-    if linear_weight.dim() != 2 or linear_weight.shape[0] == 0:
+def _check_shapes(
+    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, shard: Shard | None
+) -> None:
+    if linear_weight.dim() != 2 or (linear_weight.shape[0] == 0 and shard is None):
         raise ValueError(f"linear_weight must have shape (C, D) with C >= 1, got {tuple(linear_weight.shape)}")
     classes, features = linear_weight.shape
     if input.dim() == 0 or input.shape[-1] != features:
@@ -242,10 +266,8 @@ def _check_shapes(input: Tensor, linear_weight: Tensor, target: Tensor, linear_b
         raise ValueError(f"linear_bias must have shape ({classes},), got {tuple(linear_bias.shape)}")
     shape = input.shape[:-1]
     if target.shape != shape and not (target.is_floating_point() and target.shape == (*shape, classes)):
-        raise ValueError(
-            f"target must have shape {tuple(shape)}, or {(*shape, classes)} for probabilities, got "
-            f"{tuple(target.shape)}"
-        )
+        probabilities = f", or {(*shape, classes)} for probabilities" if shard is None else ""
+        raise ValueError(f"target must have shape {tuple(shape)}{probabilities}, got {tuple(target.shape)}")
 
 
 def _dtype_of_logits(tensors: dict[str, Tensor]) -> torch.dtype:

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_losses._arguments import RowLossArguments, acc_dtype, is_distributed
+from fused_losses._agreement import Agreement
+from fused_losses._arguments import RowLossArguments, is_distributed
 from fused_losses._autograd import row_loss
 from fused_losses._checks import check_row_loss
 from fused_losses._common import RowLossModule
@@ -17,10 +18,10 @@ from fused_losses._parameters import positive_integer
 from fused_losses._reference import ACTIVE_GUARD, mean_of
 from fused_losses._shards import (
     Shard,
-    announce_error,
     check_classes,
     check_loss,
     find_shard,
+    in_words,
     values_and_gradient,
 )
 from fused_losses.distributed import HasProcessGroup, sum_of_weights
@@ -32,7 +33,8 @@ class ClassParallel(HasProcessGroup):
     For heads whose weight is divided by classes, as ``ColwiseParallel`` does. All ranks of the group have the same rows
     and targets; each gives the logits of its classes and gets their gradient. The loss is the same on all ranks.
     Forward communicates 12 to 16 bytes per row in two all-reduces, a maximum and sums ("nfl", "nfl_mae", "nfl_rce" and
-    "ngce": 8 more in a third); backward and ``no_grad`` add none. The first call also compares the ranks' classes.
+    "ngce": 8 more in a third), after one of 40 bytes in which an error of any rank becomes one of all; backward and
+    ``no_grad`` add none. The first call also compares the ranks' classes.
 
     The gradient in the features is each rank's own part: :func:`sum_gradient` around them adds the parts up.
 
@@ -50,7 +52,8 @@ class ClassParallel(HasProcessGroup):
     Raises:
         TypeError: ``loss`` is not such a Module.
         ValueError: the ranks' classes are not all classes once; shapes that do not fit.
-        RuntimeError: dtypes that do not fit; on the CPU also where another rank's arguments were bad.
+        RuntimeError: dtypes that do not fit; another rank's arguments were bad, which it repeats, or were for another
+            call or target (between GPUs: a device assertion).
         IndexError: a target out of range (on CUDA: a device assertion).
 
     Example:
@@ -73,54 +76,41 @@ class ClassParallel(HasProcessGroup):
         self.process_group = process_group
         self.first_class = first_class
         self.num_classes = num_classes
-        self._shards: dict[int, Shard] = {}
+        self._shard: Shard | None = None
+        self._classes = 0  # of this rank
 
     def shard(self, classes: int) -> Shard:
-        """The shard of this rank, which has that many classes."""
-        if classes not in self._shards:
-            self._shards[classes] = find_shard(self.process_group, self.first_class, classes, self.num_classes)
-        return self._shards[classes]
+        """The shard of this rank, which has that many classes. The first call asks all ranks."""
+        if self._shard is None:
+            self._shard = find_shard(self.process_group, self.first_class, classes, self.num_classes)
+            self._classes = classes
+        if classes != self._classes:
+            raise ValueError(f"logits must have {self._classes} classes of this rank as at first, got {classes}")
+        return self._shard
 
     def forward(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """The loss for this rank's classes of the logits."""
-        classes = logits.shape[1] if isinstance(logits, Tensor) and logits.dim() > 1 else 0
-        return sharded_loss(self.loss, self.shard(classes), logits, target, sample_weight)
+        with Agreement(self.process_group) as agreement:
+            shard = self.shard(logits.shape[1] if isinstance(logits, Tensor) and logits.dim() > 1 else 0)
+            args = _arguments(self.loss, self.num_classes, logits, target, sample_weight)
+            agreement.reach(in_words(args), args.target)
+        values = _values(logits, args, shard)
+        return values.reshape(target.shape) if args.reduction == "none" else _reduced(values, args, [])
 
     def extra_repr(self) -> str:
         """Which classes."""
         return f"first_class={self.first_class}, num_classes={self.num_classes}"
 
 
-def sharded_loss(
-    loss: RowLossModule, shard: Shard, logits: Tensor, target: Tensor, sample_weight: Tensor | None
-) -> Tensor:
-    """The loss of logits (N, classes of this rank, ...)."""
-    args = _checked(loss, shard, logits, target, sample_weight)
-    values = _values(logits, args, shard)
-    return values.reshape(target.shape) if args.reduction == "none" else _reduced(values, args, [])
-
-
-def _checked(
-    loss: RowLossModule, shard: Shard, logits: Tensor, target: Tensor, sample_weight: Tensor | None
-) -> RowLossArguments:
-    """The loss's arguments for flat rows; an error of this rank is one of all."""
-    try:
-        return _arguments(loss, shard.num_classes, logits, target, sample_weight)
-    except Exception:
-        rows = target.numel() if isinstance(target, Tensor) else 0
-        dtype = acc_dtype(logits) if isinstance(logits, Tensor) else torch.float32
-        like = torch.empty((), dtype=dtype, device=getattr(logits, "device", "cpu"))
-        announce_error(rows, like, shard, loss)
-        raise
-
-
 def _arguments(
     loss: RowLossModule, num_classes: int, logits: Tensor, target: Tensor, sample_weight: Tensor | None
 ) -> RowLossArguments:
-    """Checked as for all logits on one rank."""
+    """The loss's arguments for flat rows, checked as for all logits on one rank."""
     if not isinstance(logits, Tensor) or logits.dim() < 2:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"logits must have shape (N, classes of this rank, ...), got {shape}")
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
     sizes = (logits.shape[0], num_classes, *logits.shape[2:])
     args = loss._arguments(logits.detach().new_zeros(()).expand(sizes), target, sample_weight)
     check_row_loss(args)
@@ -210,30 +200,36 @@ def distributed_loss(loss: RowLossModule, logits: Any, target: Any, sample_weigh
 
     A plain tensor, the same on all ranks under "mean" and "sum"; this rank's rows under "none".
     """
+    dim = class_dim(logits)
+    row_groups, class_groups = _groups(logits, dim)
+    if not class_groups and (loss.reduction == "none" or not row_groups):
+        local, target, sample_weight, _ = _local_parts(logits, target, sample_weight)
+        return row_loss(loss._arguments(local, target, sample_weight))
+    with Agreement(*class_groups, *row_groups) as agreement:
+        local, target, sample_weight, offset = _local_parts(logits, target, sample_weight)
+        if class_groups:
+            check_loss(loss.stem, type(loss).__name__)
+            classes, group = logits.shape[dim], class_groups[0]
+            shard = Shard(group, offset[dim], classes, -(-classes // dist.get_world_size(group)))
+            args = _arguments(loss, classes, local, target, sample_weight)
+            agreement.reach(in_words(args), args.target)
+            values = _values(local, args, shard)
+        else:
+            args = loss._arguments(local, target, sample_weight)
+            values = row_loss(args._replace(reduction="none"))
+            agreement.reach(args.loss)
+    return values.reshape(target.shape) if args.reduction == "none" else _reduced(values, args, row_groups)
+
+
+def _local_parts(logits: Any, target: Any, sample_weight: Any) -> tuple[Tensor, Any, Any, tuple[int, ...]]:
+    """This rank's logits, targets and sample weights, and where its logits begin in each dimension."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    mesh, dim = logits.device_mesh, class_dim(logits)
-    row_groups, class_groups = _groups(logits, dim)
-    shape, offset = compute_local_shape_and_global_offset(logits.shape, mesh, logits.placements)
-    local = logits.to_local()
-    rows = slice(offset[0], offset[0] + shape[0])
-    if dim == 1:
-        target, sample_weight = (
-            _local_rows(target, rows, logits.shape[0]),
-            _local_rows(sample_weight, rows, logits.shape[0]),
-        )
-    if class_groups:
-        check_loss(loss.stem, type(loss).__name__)
-        classes = logits.shape[dim]
-        shard = Shard(class_groups[0], offset[dim], classes, -(-classes // dist.get_world_size(class_groups[0])))
-        args = _checked(loss, shard, local, target, sample_weight)
-        values = _values(local, args, shard)
-    else:
-        args = loss._arguments(local, target, sample_weight)
-        if not row_groups:
-            return row_loss(args)
-        values = row_loss(args._replace(reduction="none"))
-    return values.reshape(target.shape) if args.reduction == "none" else _reduced(values, args, row_groups)
+    shape, offset = compute_local_shape_and_global_offset(logits.shape, logits.device_mesh, logits.placements)
+    if class_dim(logits) == 1:
+        rows = slice(offset[0], offset[0] + shape[0])
+        target, sample_weight = (_local_rows(each, rows, logits.shape[0]) for each in (target, sample_weight))
+    return logits.to_local(), target, sample_weight, offset
 
 
 def _groups(logits: Any, dim: int) -> tuple[list[dist.ProcessGroup], list[dist.ProcessGroup]]:
@@ -251,8 +247,7 @@ def _groups(logits: Any, dim: int) -> tuple[list[dist.ProcessGroup], list[dist.P
 
 def _local_rows(rows: Any, here: slice, everywhere: int) -> Any:
     """This rank's rows, of a DTensor, of all rows or of these."""
-    if rows is None:
-        return None
     if is_distributed(rows):
         return rows.to_local()
-    return rows[here] if rows.shape[0] == everywhere else rows
+    whole = isinstance(rows, Tensor) and rows.dim() > 0 and rows.shape[0] == everywhere
+    return rows[here] if whole else rows

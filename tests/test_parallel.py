@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from datetime import timedelta
 
 import pytest
@@ -125,8 +126,8 @@ def check_traffic(rank, world_size):
         with Count() as without, torch.no_grad():
             sharded(logits, target)
         third = name.startswith("nfl") or name == "ngce"
-        assert (forward.calls, backward.calls, without.calls) == (3 if third else 2, 0, 3 if third else 2)
-        assert forward.bytes - 4 <= ROWS * (20 if third else 16), name  # 4: whether a rank has raised
+        assert (forward.calls, backward.calls, without.calls) == (4 if third else 3, 0, 4 if third else 3)
+        assert forward.bytes - 40 <= ROWS * (20 if third else 16), name  # 40: what ranks agree about
 
 
 def check_half(rank, world_size):
@@ -165,11 +166,6 @@ def check_errors(rank, world_size):
     first, end = bounds(rank, world_size)
     logits, target = torch.zeros(4, end - first), torch.zeros(4, dtype=torch.int64)
     sharded = ClassParallel(fl.GCELoss(), None, first, CLASSES)
-    own = world_size - 1
-    bad = torch.zeros(4) if rank == own else None  # as sample_weight fine; then of an integer dtype
-    sharded(logits, target, bad)
-    with pytest.raises(RuntimeError, match="sample_weight must be" if rank == own else "another rank"):
-        sharded(logits, target, torch.ones(4, dtype=torch.int64) if rank == own else None)
     with pytest.raises(IndexError, match=rf"target {CLASSES} is out of range \[0, {CLASSES}\)"):
         sharded(logits, target + CLASSES)
     with pytest.raises(ValueError, match="first_class and the logits of all ranks must divide"):
@@ -178,10 +174,72 @@ def check_errors(rank, world_size):
         ClassParallel(fl.HEMLoss(), None, first, CLASSES)
     with pytest.raises(TypeError, match="row-loss Module"):
         ClassParallel(nn.CrossEntropyLoss(), None, first, CLASSES)
-    found = ClassParallel(fl.GCELoss(), None, first, CLASSES)
-    total = found(logits.requires_grad_(), target)
+    total = sharded(logits.requires_grad_(), target)
     with pytest.raises(RuntimeError, match="first derivative only"):
         torch.autograd.grad(total, logits, create_graph=True)
+
+
+# What only one rank gets wrong, and what it is told; the others are told so, or that calls differ where none raises.
+ONE_RANK = {
+    "target out of range": ({"target": torch.full((4,), CLASSES)}, "IndexError.*out of range"),
+    "shape of target": ({"target": torch.zeros(3, dtype=torch.int64)}, "(Value|Runtime)Error.*target"),
+    "type of target": ({"target": [0] * 4}, "TypeError.*target"),
+    "dtype of target": ({"target": torch.zeros(4, dtype=torch.bool)}, "RuntimeError.*target"),
+    "probabilities": ({"target": torch.zeros(4)}, "RuntimeError.*target"),
+    "rows": ({"rows": 5, "target": torch.zeros(5, dtype=torch.int64)}, "the same call.*5 rows"),
+    "other targets": ({"target": torch.tensor([0, 1, 0, 0])}, "target must be the same on all ranks"),
+    "dtype": ({"dtype": torch.float64}, "the same call.*torch.float64"),
+    "integers": ({"dtype": torch.int64}, "RuntimeError.*(floating point|float64, float32)"),
+    "classes": ({"more": 1}, "ValueError.*classes of this rank"),
+    "sample_weight": ({"sample_weight": torch.ones(4, dtype=torch.int64)}, "RuntimeError.*sample_weight"),
+    "its shape": ({"sample_weight": torch.ones(3)}, "(Value|Runtime)Error.*sample_weight"),
+    "weight": ({"loss": fl.GCELoss(weight=torch.ones(3))}, "RuntimeError.*weight"),
+    "NaN bias": ({"loss": fl.GCELoss(logit_bias=1.0), "logit_bias": torch.nan}, "ValueError.*logit_bias"),
+    "another loss": ({"loss": fl.NCELoss()}, "the same call.*nce"),
+    "another parameter": ({"loss": fl.GCELoss(0.5)}, "the same call.*0.5"),
+}
+
+
+def check_one_bad_rank(rank, world_size):
+    """An error of one rank ends the call on all, and the next call works."""
+    first, end = bounds(rank, world_size)
+    sharded = ClassParallel(fl.GCELoss(), None, first, CLASSES)
+    fine = {"target": torch.zeros(4, dtype=torch.int64), "sample_weight": None}
+
+    def of_logits(target, sample_weight, rows=4, dtype=torch.float32, more=0):
+        return sharded(torch.zeros(rows, end - first + more, dtype=dtype), target, sample_weight)
+
+    def of_features(target, sample_weight, rows=4, dtype=torch.float32, more=0):
+        x, w = torch.zeros(rows, FEATURES, dtype=dtype), torch.zeros(end - first + more, FEATURES, dtype=dtype)
+        return linear_loss(x, w, target, sharded, sample_weight=sample_weight)
+
+    for call in (of_logits, of_features):
+        call(**fine)
+        for bad, (name, (given, message)) in enumerate(ONE_RANK.items()):
+            is_bad = rank == bad % world_size
+            given = {**fine, **given} if is_bad else fine
+            sharded.loss = given.get("loss", sharded.loss)
+            sharded.loss.logit_bias = given.get("logit_bias", 0.0)
+            with pytest.raises((RuntimeError, ValueError, TypeError, IndexError)) as caught:
+                call(**{k: v for k, v in given.items() if k not in ("loss", "logit_bias")})
+            told = f"{type(caught.value).__name__}: {caught.value}"
+            assert re.search(message, told), (name, told)
+            sharded.loss = fl.GCELoss()
+        call(**fine)
+
+
+def check_one_bad_rank_of_a_mesh(rank, world_size):
+    """Where rows are sharded one rank's rows are its own; ranks that share neither rows nor classes are told too."""
+    shape, names = ((2, 2), ("rows", "classes")) if world_size == 4 else ((world_size,), ("rows",))
+    placements = [Shard(0), Shard(1)][: len(shape)]
+    logits = distribute_tensor(
+        torch.zeros(8, CLASSES), init_device_mesh("cpu", shape, mesh_dim_names=names), placements
+    )
+    for target in (torch.full((8,), CLASSES + 1), None, torch.zeros(3)):
+        given = target if rank == world_size - 1 else torch.zeros(8, dtype=torch.int64)
+        with pytest.raises((RuntimeError, ValueError, TypeError, IndexError), match=r"target|expected|another rank"):
+            fl.GCELoss()(logits, given)
+    fl.GCELoss()(logits, torch.zeros(8, dtype=torch.int64))
 
 
 def check_dtensor(rank, world_size):
@@ -268,6 +326,8 @@ CHECKS = {
     "half": check_half,
     "images": check_images,
     "errors": check_errors,
+    "one bad rank": check_one_bad_rank,
+    "one bad rank of a mesh": check_one_bad_rank_of_a_mesh,
     "dtensor": check_dtensor,
     "head": check_tensor_parallel_head,
     "data": check_data_parallel,
@@ -292,6 +352,6 @@ def worker(rank, world_size, folder, names):
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_ranks_together_are_one_process(world_size, tmp_path):
-    names = [n for n in CHECKS if (n != "mesh" or world_size == 4) and (n != "errors" or world_size > 1)]
+    names = [n for n in CHECKS if (n != "mesh" or world_size == 4) and ("bad" not in n or world_size in (2, 4))]
     torch.multiprocessing.spawn(worker, (world_size, str(tmp_path), names), nprocs=world_size)
     assert all((tmp_path / f"{n}{r}").exists() for n in names for r in range(world_size))
