@@ -37,7 +37,7 @@ test check test-long bench bench-compile: export PYTHONPATH := $(CURDIR)
 test: export OMP_WAIT_POLICY ?= passive
 test: $(BUILD_DONE)
 	@$(PY) -m pytest --numprocesses $(JOBS) --dist loadfile -m "not long" $(PYTEST_ARGS)
-	@$(if $(PYTEST_ARGS),,$(PY) tests/instruction_sets.py --quiet)
+	@$(if $(PYTEST_ARGS),,$(PY) tests/instruction_sets.py $(JOBS) --quiet)
 	@$(if $(PYTEST_ARGS),,$(PY) -m pytest benchmarks --benchmark-disable -m "not slow and not long" --quiet --numprocesses $(JOBS) --dist worksteal)
 
 # What is tested at a desk, in two or three minutes: the kernels that this processor chooses, without what is slow (marked

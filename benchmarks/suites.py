@@ -121,6 +121,7 @@ def cuda_main() -> Iterator[Job]:
     yield job("cross_entropy", (8, 150, 512, 512), "fwd", "fwd_bwd")
     for num_classes in (1000, 10, 1001):
         yield from (job(loss, shapes[num_classes]) for loss in ROW_LOSSES)
+    yield from (job(loss, (65536,)) for loss in LOSSES_WITHOUT_CLASSES)
 
 
 SUITES = {"summary": cpu_summary, "compile": cpu_compile, "full": cpu_full, "cuda": cuda, "cuda_main": cuda_main}

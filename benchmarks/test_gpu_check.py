@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import math
@@ -52,6 +53,12 @@ def test_stages_end_within_nine_minutes_and_have_names_of_their_own() -> None:
     assert len({step.name for step in STEPS}) == len(STEPS)
 
 
+@functools.cache
+def said_of_itself(*program: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([PY, *program, "--help"], capture_output=True, text=True, cwd=ROOT, env=environment).stdout
+
+
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
 def test_files_modules_suites_and_options_of_a_step_exist(step: Step) -> None:
     command = step.arguments(60)
@@ -66,10 +73,7 @@ def test_files_modules_suites_and_options_of_a_step_exist(step: Step) -> None:
     assert suite is None or (suite in SUITES and list(SUITES[suite]()))
     if "benchmarks/gpu_smoke.py" in command or option(command, "-m") not in (None, "pytest"):
         start = command.index("python")
-        known = subprocess.run(
-            [PY, *command[start + 1 : start + 2 + (command[start + 1] == "-m")], "--help"],
-            capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        ).stdout  # fmt: skip
+        known = said_of_itself(*command[start + 1 : start + 2 + (command[start + 1] == "-m")])
         for word in command[start + 2 :]:
             assert not word.startswith("--") or word in known, word
 

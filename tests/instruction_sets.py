@@ -1,16 +1,17 @@
 """The tests once more, on the CPU kernels of every instruction set that this processor has and would not choose itself.
 
-    python tests/instruction_sets.py [arguments of pytest]
+    python tests/instruction_sets.py NUMBER_OF_PROCESSES [arguments of pytest]
 
-A process for each, side by side, runs all tests but those marked ``any_cpu``, which reach no kernel. The C++ tests run
-every instruction set by themselves.
+One after the other, each in so many processes, run all tests but those marked ``any_cpu``, which do not judge a kernel.
+The C++ tests run every instruction set by themselves.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 
-import pytest
 import torch
 
 # Values of ATEN_CPU_CAPABILITY, oldest first; torch reports them in capitals.
@@ -28,8 +29,13 @@ def main(arguments: list[str]) -> int:
         print(f"instruction sets: skipped, torch has none older than {own}, which all tests use")
         return 0
     print(f"instruction sets: {', '.join(others(own))}, besides {own}, which all tests use", flush=True)
-    processes = [f"--tx=id={name}//popen//env:ATEN_CPU_CAPABILITY={name}" for name in others(own)]
-    return pytest.main(["-m", "not any_cpu and not long", "--dist", "each", *processes, *arguments])
+    processes, *rest = arguments
+    command = [sys.executable, "-m", "pytest", "-m", "not any_cpu and not long", "-n", processes, "--dist", "loadfile"]
+    statuses = [
+        subprocess.run([*command, *rest], env={**os.environ, "ATEN_CPU_CAPABILITY": name}).returncode
+        for name in others(own)
+    ]
+    return max(statuses)
 
 
 if __name__ == "__main__":

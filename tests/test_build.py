@@ -74,25 +74,21 @@ def test_extension_module_needs_no_torch():
     assert result.stdout.split() == [fused_losses.build_info()["torch"], *fused_losses.loss_names()]
 
 
-def import_under_torch(version: str) -> subprocess.CompletedProcess[str]:
-    return run_python(
-        f"import torch\ntorch.__version__ = torch.torch_version.TorchVersion({version!r})\nimport fused_losses"
+OLD_TORCH = ("1.13.1", "2.10.1+cu128")
+NEW_TORCH = ("2.11.0", "3.0.0a0+git123")
+
+
+@pytest.mark.parametrize("newer", NEW_TORCH)
+def test_import_asks_for_a_torch_that_is_new_enough(newer):
+    result = run_python(
+        "import torch\n"
+        f"for version in {(*OLD_TORCH, newer)}:\n"
+        "    torch.__version__ = torch.torch_version.TorchVersion(version)\n"
+        "    try:\n        import fused_losses\n        print('fine')\n"
+        "    except ImportError as error:\n        print(error)\n"
     )
-
-
-def test_import_under_an_older_torch_names_both_versions():
-    for version in ("1.13.1", "2.10.1+cu128"):
-        result = import_under_torch(version)
-        assert result.returncode == 1
-        message = result.stderr[result.stderr.index("ImportError:") :]
-        assert message.strip() == f"ImportError: fused_losses needs torch 2.11 or newer, but torch {version} is running"
-        assert result.stderr.count("Traceback") == 1
-
-
-@pytest.mark.parametrize("version", ["2.11.0", "2.99.0+other", "3.0.0a0+git123"])
-def test_import_under_another_torch_works(version):
-    result = import_under_torch(version)
-    assert result.returncode == 0, result.stderr
+    refused = [f"fused_losses needs torch 2.11 or newer, but torch {version} is running" for version in OLD_TORCH]
+    assert result.stdout.splitlines() == [*refused, "fine"], result.stderr
 
 
 def test_sdist_holds_every_source_and_no_binary(tmp_path):
@@ -142,7 +138,7 @@ def test_bad_build_settings_are_named(tmp_path, name, value, message):
     assert message in " ".join(result.stderr.split())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("cmake") is None or shutil.which("nvcc") is None, reason="needs cmake and nvcc")
 @pytest.mark.parametrize("torch_cuda", ["11.8", None])
 def test_the_build_warns_of_a_torch_for_another_cuda(tmp_path, torch_cuda):

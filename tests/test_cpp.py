@@ -83,7 +83,7 @@ ARGUMENTS = {
     "pattern": {"losses": "2", "passes": "1", "kernels": "4"},
 }
 ARGUMENTS["optimised"] |= {
-    "cuda_rows": "12 1 2 3",
+    "cuda_rows": "16 1 2",
     "cuda_z_error": "50 1 2 3",
     "cuda_statistics": "1 2",
     "cuda_emulation": "",

@@ -23,6 +23,8 @@ from fused_losses._demo_report import Result, save_numbers
 from fused_losses.calibration import solve_logit_bias
 from fused_losses.diagnostics import OutlierTracker
 
+pytestmark = pytest.mark.any_cpu  # trainings; other tests judge the kernels
+
 SHORT = ["--epochs", "2", "--seeds", "1", "--batch-size", "256"]
 
 

@@ -15,6 +15,8 @@ import torch
 for needed in ("rich", "sklearn"):
     pytest.importorskip(needed)
 
+pytestmark = pytest.mark.any_cpu  # trainings; other tests judge the kernels
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 

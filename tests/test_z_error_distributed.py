@@ -13,9 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fused_losses as fl
 
-pytestmark = pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo"
-)
+pytestmark = [
+    pytest.mark.any_cpu,  # the same kernels as in one process
+    pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo"),
+]
 
 ROWS, FEATURES, CLASSES = 97, 6, 3
 
@@ -101,7 +102,7 @@ def worker(rank, world_size, folder):
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_ranks_together_are_one_process(world_size, tmp_path):
     shares = torch.stack([share_of(rank, world_size) for rank in range(world_size)])
     assert (shares.sum(0) == 1).all() and len(set(shares.sum(1).tolist())) > 1
