@@ -21,7 +21,7 @@ public:
           tail(static_cast<int>(p.num_classes % V::size)),
           strip_rows(std::min(static_cast<int>(tile_rows), V::size + 0)),
           scratch(strip_rows * vectors() * V::size),
-          gradient_rows(problem, strip_rows, bytes_of(problem.dtype)) {
+          gradient_rows(problem, strip_rows) {
         with_stored<A>(p, [&]<class Stored>() {
             reads_directly = std::is_same_v<Stored, A> && p.logits_class_stride == 1;
             writes_directly = std::is_same_v<Stored, A> && p.grad_class_stride == 1;
@@ -44,20 +44,20 @@ public:
 
     // Calls body(group, at, n) for the strip's rows, the tile's [at, at + n).
     template <class Body>
-    FL_HD void for_groups(Body body) const {
+    FL_ALWAYS_INLINE void for_groups(Body body) const {
         body(0, first_row, row_count);
     }
 
     // Calls body(part) for the parts that are to be computed.
     template <class Body>
-    FL_HD void for_parts(Body body) const {
+    FL_ALWAYS_INLINE void for_parts(Body body) const {
         for (int part = 0; part < row_count; ++part)
             if (!rows.ignored(first_row + part)) body(part);
     }
 
-    FL_HD static int group_of(int) { return 0; }
-    FL_HD static V in_part(V numbers, int part) { return numbers.v[part]; }
-    FL_HD static void put_total(V& of_group, int part, V sums) { of_group.v[part] = sums.sum(); }
+    FL_ALWAYS_INLINE static int group_of(int) { return 0; }
+    FL_ALWAYS_INLINE static V in_part(V numbers, int part) { return numbers.v[part]; }
+    FL_ALWAYS_INLINE static void put_total(V& of_group, int part, V sums) { of_group.v[part] = sums.sum(); }
 
     std::int64_t vectors() const { return whole + (tail > 0); }  // of a part
     int parts() const { return strip_rows; }
@@ -79,7 +79,7 @@ public:
         V of_row;
 
         template <class Count>
-        FL_HD V at(std::int64_t k, Count count) const {
+        FL_ALWAYS_INLINE V at(std::int64_t k, Count count) const {
             if (!per_class) return of_row;
             return stride == 0 ? V(per_class[0]) : load_n_or(per_class + k * V::size, count, A(0));
         }
@@ -103,7 +103,7 @@ public:
     // Calls body(k, count, is_target, add) for every vector k of a part, the last of which may have but `count`
     // elements; sum = add(sum, x) leaves out the others. Between runs of vectors it calls end_run().
     template <class Body, class EndRun = void (*)()>
-    FL_HD void for_each(int part, Body body, EndRun end_run = [] {}) const {
+    FL_ALWAYS_INLINE void for_each(int part, Body body, EndRun end_run = [] {}) const {
         const V target = A(rows.target[first_row + part]);
         for_class_vectors(whole, V::iota(), V(A(V::size)), target, body, end_run);
         if (tail == 0) return;
@@ -115,7 +115,7 @@ public:
     // The same; while this part is computed, its counterpart in the next strip is fetched and the gradient of the
     // previous one leaves.
     template <class Body, class EndRun = void (*)()>
-    FL_HD void for_each_fetching(int part, Body body, EndRun end_run = [] {}) {
+    FL_ALWAYS_INLINE void for_each_fetching(int part, Body body, EndRun end_run = [] {}) {
         Prefetch prefetch(p);
         with_stored<A>(p, [&]<class Stored>() {
             const std::int64_t row = next + part;

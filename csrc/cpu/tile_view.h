@@ -30,7 +30,7 @@ void with_stored(const RowProblem& p, Body body) {
 // Calls body(k, Whole{}, is_target, add) for the vectors k in [0, n) of a part, and end_run() between runs of them.
 // `number` holds the class of each element of the first vector, `step` how much it grows, `target` the row's target.
 template <class V, class Body, class EndRun>
-FL_HD void for_class_vectors(std::int64_t n, V number, V step, V target, Body body, EndRun end_run) {
+FL_ALWAYS_INLINE void for_class_vectors(std::int64_t n, V number, V step, V target, Body body, EndRun end_run) {
     for_runs(n, kVectorsPerRun, [&](std::int64_t begin, std::int64_t end) FL_INLINE {
         if (begin > 0) end_run();
         for (std::int64_t k = begin; k < end; ++k) {
@@ -61,7 +61,7 @@ struct Prefetch {
 
     // locality: 3 into the first cache, 2 into the second.
     template <int locality>
-    FL_HD void operator()(std::int64_t k) const {
+    FL_ALWAYS_INLINE void operator()(std::int64_t k) const {
         __builtin_prefetch(logits + k * logits_step, /*for writing=*/0, locality);
         __builtin_prefetch(grad + k * grad_step, /*for writing=*/1);
     }

@@ -50,7 +50,7 @@ public:
     }
 
     // One class of n rows, no more than a vector.
-    FL_HD static void store_class(Stored* to, std::int64_t row_stride, int n, V x, bool past_caches) {
+    FL_ALWAYS_INLINE static void store_class(Stored* to, std::int64_t row_stride, int n, V x, bool past_caches) {
         if (n < kWidth)
             for (int i = 0; i < n; ++i) to[i * row_stride] = narrow<Stored>(x.v[i]);
         else if (past_caches)

@@ -47,20 +47,20 @@ public:
 
     // Calls body(group, at, n) for those that have rows: the tile's [at, at + n).
     template <class Body>
-    FL_HD void for_groups(Body body) const {
+    FL_ALWAYS_INLINE void for_groups(Body body) const {
         for (int group = 0; group < kGroups && group * V::size < row_count; ++group)
             body(group, first_row + group * V::size, std::min(V::size + 0, row_count - group * V::size));
     }
 
     // Calls body(part) for the parts that are to be computed.
     template <class Body>
-    FL_HD void for_parts(Body body) const {
+    FL_ALWAYS_INLINE void for_parts(Body body) const {
         for (int part = 0; part * V::size < row_count; ++part) body(part);
     }
 
-    FL_HD static int group_of(int part) { return part; }
-    FL_HD static V in_part(V numbers, int) { return numbers; }
-    FL_HD static void put_total(V& of_group, int, V sums) { of_group = sums; }
+    FL_ALWAYS_INLINE static int group_of(int part) { return part; }
+    FL_ALWAYS_INLINE static V in_part(V numbers, int) { return numbers; }
+    FL_ALWAYS_INLINE static void put_total(V& of_group, int, V sums) { of_group = sums; }
 
     std::int64_t vectors() const { return whole; }  // of a part
     int parts() const { return (strip_rows + V::size - 1) / V::size; }
@@ -82,7 +82,7 @@ public:
         std::int64_t stride;
         V of_row;
 
-        FL_HD V at(std::int64_t k, Whole) const { return per_class ? V(per_class[k * stride]) : of_row; }
+        FL_ALWAYS_INLINE V at(std::int64_t k, Whole) const { return per_class ? V(per_class[k * stride]) : of_row; }
     };
 
     // NaN skipped.
@@ -96,13 +96,13 @@ public:
     // Calls body(k, Whole{}, is_target, add) for every vector k of a part: sum = add(sum, x). Between runs of vectors
     // it calls end_run().
     template <class Body, class EndRun = void (*)()>
-    FL_HD void for_each(int part, Body body, EndRun end_run = [] {}) const {
+    FL_ALWAYS_INLINE void for_each(int part, Body body, EndRun end_run = [] {}) const {
         for_class_vectors(whole, V(A(0)), V(A(1)), target[part], body, end_run);
     }
 
     // The same; while this part is computed, its counterpart in the next tile is fetched.
     template <class Body, class EndRun = void (*)()>
-    FL_HD void for_each_fetching(int part, Body body, EndRun end_run = [] {}) const {
+    FL_ALWAYS_INLINE void for_each_fetching(int part, Body body, EndRun end_run = [] {}) const {
         Prefetch prefetch(p);
         with_stored<A>(p, [&]<class Stored>() {
             const std::int64_t row = next + tile_rows - row_count + part * V::size, step = p.logits_class_stride;
