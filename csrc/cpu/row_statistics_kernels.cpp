@@ -3,8 +3,7 @@
 #include "cpu/row_statistics_kernels.h"
 
 #include "core/row_statistics.h"
-#include "cpu/scratch.h"
-#include "cpu/vertical_block.h"
+#include "cpu/vertical_tile.h"
 
 namespace fused_losses {
 inline namespace FL_ISA {
