@@ -205,7 +205,7 @@ def short(library: str, symbol: str) -> str:
         if not changed:
             break
     symbol = re.sub(r"::\{lambda.*", "", symbol)
-    kernel = re.search(r"(RowTile|LaneTile|PassTile|PassRows|TileRows)\b.*::(\w+(<[\w, ]*>)?)(\[.*\])?$", symbol)
+    kernel = re.search(r"(\w+Softmax|\w+Tile|\w+View|TileRows)\b.*::(\w+(<[\w, ]*>)?)(\[.*\])?$", symbol)
     return kernel[2] if kernel else re.sub(r"<.*", "", symbol).split("::")[-1] or symbol
 
 

@@ -208,7 +208,7 @@ def test_profile_has_every_loss_at_two_shapes_and_cross_entropy_at_all() -> None
     [
         (
             "libfused_losses_ops.so",
-            "void a::RowTile<float>::exp_sum<false, true>(float const*) const",
+            "void a::HorizontalSoftmax<float>::exp_sum<false, true>(float const*) const",
             "exp_sum<false, true>",
         ),
         ("libtorch_cpu.so", "at::add(at::Tensor)", "libtorch_cpu"),

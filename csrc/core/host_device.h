@@ -1,13 +1,14 @@
 // What lets one header serve g++ (CPU kernels, one copy per instruction set) and nvcc (CUDA kernels).
 #pragma once
 
-// For a lambda, behind its parameters.
+// For a lambda, behind its parameters; and for functions of the host alone.
 #define FL_INLINE __attribute__((always_inline))
+#define FL_ALWAYS_INLINE inline __attribute__((always_inline))
 
 #ifdef __CUDACC__
 #define FL_HD __host__ __device__ __forceinline__
 #else
-#define FL_HD inline __attribute__((always_inline))
+#define FL_HD FL_ALWAYS_INLINE
 #endif
 
 // Every header with code sits in this inline namespace, so that the AVX-512 copy of a template is never the one the

@@ -7,8 +7,8 @@
 #include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
 #include "cpu/row_statistics_kernels.h"
-#include "cpu/share_out.h"
 #include "cpu/tiling.h"
+#include "cpu/work_stealing.h"
 #include "cpu/z_error.h"
 #include "ops/backend.h"
 #include "ops/error.h"
@@ -27,7 +27,7 @@ double check_targets(const RowProblem& p) {
     constexpr std::int64_t kChunk = 8192;
     const std::int64_t rows = p.rows(), chunks = (rows + kChunk - 1) / kChunk;
     std::vector<TargetSummary> summaries(chunks);
-    share_out(chunks, /*grain=*/4, [&](std::int64_t begin, std::int64_t end) {
+    for_stealing(chunks, /*grain=*/4, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t c = begin; c < end; ++c)
             summaries[c] = kernels().summarize(p, c * kChunk, std::min(rows, (c + 1) * kChunk));
     });
@@ -49,8 +49,8 @@ std::int64_t grain_size(const RowProblem& p, const Tiling& tiling) {
 TileSums run_tiles(const RowProblem& p) {
     const Tiling tiling(p);
     std::vector<TileSums> sums(tiling.tiles);
-    share_out(tiling.tiles, grain_size(p, tiling),
-              [&](std::int64_t begin, std::int64_t end) { kernels().forward(p, begin, end, sums.data()); });
+    for_stealing(tiling.tiles, grain_size(p, tiling),
+                 [&](std::int64_t begin, std::int64_t end) { kernels().forward(p, begin, end, sums.data()); });
     TileSums total;
     for (const TileSums& sum : sums) total.value += sum.value, total.weight += sum.weight;
     return total;
@@ -80,17 +80,17 @@ private:
 void gradient(const RowProblem& p) {
     prefer_huge_pages(p);
     const Tiling tiling(p);
-    share_out(tiling.tiles, grain_size(p, tiling),
-              [&](std::int64_t begin, std::int64_t end) { kernels().gradient(p, begin, end); });
+    for_stealing(tiling.tiles, grain_size(p, tiling),
+                 [&](std::int64_t begin, std::int64_t end) { kernels().gradient(p, begin, end); });
 }
 
-// The mean over active rows divides by what is known after all of them: a second run writes the gradient. It needs no
-// logits where forward leaves a bit per class.
+// The mean over active rows divides by their number, which is known only after all rows. So a second run writes the
+// gradient; where forward leaves a bit per class, it does not read the logits again.
 TileSums run_tiles_then_gradient(RowProblem p) {
     void* const grad = std::exchange(p.grad, nullptr);
     const std::int64_t stats_bytes = p.stats_count * p.rows() * (p.dtype == Dtype::kFloat64 ? 8 : 4);
     const std::int64_t bits_bytes = kernels().bits_bytes(p);
-    // Not tensors: what small things they leave behind the gradient can keep its memory from being used again.
+    // Not tensors: a small block behind the gradient's could keep the allocator from using the gradient's memory again.
     const auto scratch = std::make_unique_for_overwrite<char[]>(stats_bytes + bits_bytes);
     p.stats = scratch.get();
     p.bits = bits_bytes > 0 ? scratch.get() + stats_bytes : nullptr;
@@ -123,8 +123,8 @@ void statistics(const RowProblem& p) {
     check_targets(p);
     constexpr std::int64_t kElements = 32768;
     const std::int64_t of_run = StatisticsRuns::kRows * std::max<std::int64_t>(1, p.num_classes);
-    share_out(StatisticsRuns(p).count, std::max<std::int64_t>(1, kElements / of_run),
-              [&](std::int64_t begin, std::int64_t end) { kernel(p, begin, end); });
+    for_stealing(StatisticsRuns(p).count, std::max<std::int64_t>(1, kElements / of_run),
+                 [&](std::int64_t begin, std::int64_t end) { kernel(p, begin, end); });
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// Where a tile's gradient rows are written: to the caller's memory; or, if there is so much of it that stores past the
-// caches pay, to scratch, from where whole cache lines go out while the next tile is computed.
+// Where a tile's gradient rows are written: to the caller's memory, or to scratch if the gradient is so large that
+// stores past the caches pay. From scratch whole cache lines are stored while the next tile is computed.
 #pragma once
 
 #include "cpu/row_buffer.h"
@@ -9,16 +9,15 @@ namespace fused_losses {
 inline namespace FL_ISA {
 
 class GradientRows {
-    // Ordinary stores read what they overwrite; but less than this, or shorter rows, took no longer: allocators hand
-    // out memory again that is still in a cache, or that the kernel has just cleared.
+    // Ordinary stores first read the line that they overwrite. For less memory than this, or shorter rows, they took no
+    // longer all the same: the allocator hands out memory that is in a cache, or that the system has just cleared.
     static constexpr std::int64_t kStreamedBytes = 64 << 20, kStreamedRow = 16 << 10;
 
 public:
-    // Tiles of so many rows, 0 if nothing is to go past the caches, whose elements take so many bytes.
-    GradientRows(const RowProblem& problem, std::int64_t tile_rows, std::int64_t element)
+    GradientRows(const RowProblem& problem, std::int64_t tile_rows)
         : p(problem),
-          row_bytes(p.num_classes * element),
-          streams(p.grad && tile_rows > 0 && p.grad_class_stride == 1 && p.grad_stride.inner == p.num_classes &&
+          row_bytes(p.num_classes * bytes_of(p.dtype)),
+          streams(p.grad && p.grad_class_stride == 1 && p.grad_stride.inner == p.num_classes &&
                   row_bytes >= kStreamedRow && p.rows() * row_bytes >= kStreamedBytes),
           tile_bytes(tile_rows * row_bytes),
           scratch(streams ? 2 * tile_bytes : 0) {}

@@ -22,7 +22,7 @@ public:
         : p(problem),
           classes(problem.num_classes),
           in_place(std::is_same_v<Stored, A> && p.grad && p.grad_class_stride == 1),
-          gradient(problem, tile_rows, sizeof(Stored)),
+          gradient(problem, tile_rows),
           buffer(in_place || (Buffer::reads_directly(p) && !p.grad) ? 0 : tile_rows * classes),
           soft_target(p.spread == Spread::kSoftTarget ? tile_rows * classes : 0) {}
 
@@ -60,7 +60,7 @@ public:
     }
 
 private:
-    // Where row i of the tile keeps its exponentials: in the gradient itself if it can, null if nobody needs them.
+    // Where row i of the tile keeps its exponentials: in its gradient if they fit there; null if they are not kept.
     A* exponentials(std::int64_t outer, std::int64_t row, int i) const {
         if (in_place) return gradient.row<A>(outer, row, i);
         return buffer.data() ? buffer.data() + i * classes : nullptr;
@@ -152,8 +152,8 @@ private:
             exp_sum<kBiased, true>(x, i, e, outer, row);
         }
         if (rows.sum[i] < A(kCertain)) {
-            rows.lost[i] = sum_below_one<kBiased>(x, i, e, outer, row) - (rows.sum[i] - A(1));
-            rows.any_lost = true;
+            rows.sum_residual[i] = sum_below_one<kBiased>(x, i, e, outer, row) - (rows.sum[i] - A(1));
+            rows.any_residual = true;
         }
     }
 
@@ -171,7 +171,8 @@ private:
         return max(max(top[0], top[1]), max(top[2], top[3])).max();
     }
 
-    // Of a row that is nearly certain of one class, whose exponential is 1: 1 - p depends on all digits of the others.
+    // The sum of the exponentials below 1, for a row that is nearly certain of one class. All digits of 1 - p are in
+    // it; the whole sum, which is just above 1, has rounded them off.
     template <bool kBiased>
     A sum_below_one(const A* x, int i, const A* e, std::int64_t outer, std::int64_t row) const {
         const Stored* const stored = logits_at<Stored>(p, outer, row);
@@ -190,9 +191,9 @@ private:
         return all.sum();
     }
 
-    // sum exp(x - max), and with u = 1 the sum of x - max; the exponentials go to e unless it is null. Computing them
-    // takes longer than their memory: time to fetch the next row's, and the gradient's, in place the next row's (a
-    // prefetch may point anywhere).
+    // sum exp(x - max), and with u = 1 the sum of x - max; the exponentials go to e unless it is null. Computing takes
+    // longer than reading: meanwhile the next row's logits are fetched, and the memory of this row's gradient, or of
+    // the next row's where exponentials are kept in it. A prefetch may point anywhere.
     template <bool kBiased, bool kOnes>
     void exp_sum(const A* x, int i, A* e, std::int64_t outer, std::int64_t row) {
         const Stored* const next_logits = logits_at<Stored>(p, outer, row + 1);
@@ -268,7 +269,7 @@ private:
             if (spread) g += gamma * (u ? load_n_or(u + c, count, A(0)) : V(A(1)));
             return g;
         });
-        if (p.target) grad[rows.target[i] * p.grad_class_stride] = narrow<Stored>(rows.own[i]);
+        if (p.target) grad[rows.target[i] * p.grad_class_stride] = narrow<Stored>(rows.target_grad[i]);
     }
 
     const RowProblem& p;

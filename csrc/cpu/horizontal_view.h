@@ -14,6 +14,7 @@ public:
     using V = Vec<A>;
     static constexpr int kGroups = 1;
     using PerGroup = std::array<V, 1>;
+    static constexpr Dtype kDtype = sizeof(A) == 8 ? Dtype::kFloat64 : Dtype::kFloat32;  // of A in memory
 
     HorizontalView(const RowProblem& problem, std::int64_t tile_rows)
         : p(problem),
@@ -21,50 +22,44 @@ public:
           tail(static_cast<int>(p.num_classes % V::size)),
           strip_rows(std::min(static_cast<int>(tile_rows), V::size + 0)),
           scratch(strip_rows * vectors() * V::size),
-          gradient_rows(problem, strip_rows, bytes_of(problem.dtype)) {
-        with_stored<A>(p, [&]<class Stored>() {
-            reads_directly = std::is_same_v<Stored, A> && p.logits_class_stride == 1;
-            writes_directly = std::is_same_v<Stored, A> && p.grad_class_stride == 1;
-        });
-    }
+          gradient_rows(problem, strip_rows),
+          reads_directly(p.dtype == kDtype && p.logits_class_stride == 1),
+          writes_directly(p.dtype == kDtype && p.grad_class_stride == 1) {}
 
-    // Calls body(number of its first row) for each strip of the tile's rows [first, first + n), with their logits or
-    // without; it gives all parts a gradient if there is one.
     template <class Body>
     void for_strips(std::int64_t of_outer, std::int64_t first, int n, bool with_logits, Body body) {
         reads = with_logits;
         outer = of_outer;
         rows.begin(p, outer, first, n);
-        for (int at = 0; at < n; at += strip_rows) {
-            take(first, at, std::min(strip_rows, n - at));
-            body(outer * p.inner + first + at);
-            if (p.grad) finish_gradient(first);
+        for (first_row = 0; first_row < n; first_row += strip_rows) {
+            row_count = std::min(strip_rows + 0, n - first_row);
+            next = first + first_row + row_count;
+            with_stored<A>(p, [&]<class Stored>() { take_rows<Stored>(); });
+            body(outer * p.inner + first + first_row);
+            if (p.grad) with_stored<A>(p, [&]<class Stored>() { finish_gradient<Stored>(); });
         }
     }
 
-    // Calls body(group, at, n) for the strip's rows, the tile's [at, at + n).
     template <class Body>
-    FL_HD void for_groups(Body body) const {
+    FL_ALWAYS_INLINE void for_groups(Body body) const {
         body(0, first_row, row_count);
     }
 
-    // Calls body(part) for the parts that are to be computed.
     template <class Body>
-    FL_HD void for_parts(Body body) const {
+    FL_ALWAYS_INLINE void for_parts(Body body) const {
         for (int part = 0; part < row_count; ++part)
             if (!rows.ignored(first_row + part)) body(part);
     }
 
-    FL_HD static int group_of(int) { return 0; }
-    FL_HD static V in_part(V numbers, int part) { return numbers.v[part]; }
-    FL_HD static void put_total(V& of_group, int part, V sums) { of_group.v[part] = sums.sum(); }
+    FL_ALWAYS_INLINE static int group_of(int) { return 0; }
+    FL_ALWAYS_INLINE static V in_part(V numbers, int part) { return numbers.v[part]; }
+    FL_ALWAYS_INLINE static void put_total(V& of_group, int part, V sums) { of_group.v[part] = sums.sum(); }
 
     std::int64_t vectors() const { return whole + (tail > 0); }  // of a part
     int parts() const { return strip_rows; }
     const A* logits(int part) const { return logits_of[part]; }
     A* gradient(int part) const { return gradient_of[part]; }
 
-    // RowProblem::bits are one vector after the other of a row, and the rows of an image.
     static std::int64_t bit_vectors_of_image(const RowProblem& p) {
         return p.inner * ((p.num_classes + V::size - 1) / V::size);
     }
@@ -79,13 +74,12 @@ public:
         V of_row;
 
         template <class Count>
-        FL_HD V at(std::int64_t k, Count count) const {
+        FL_ALWAYS_INLINE V at(std::int64_t k, Count count) const {
             if (!per_class) return of_row;
             return stride == 0 ? V(per_class[0]) : load_n_or(per_class + k * V::size, count, A(0));
         }
     };
 
-    // NaN skipped.
     PerGroup find_max() const {
         constexpr A lowest = -std::numeric_limits<A>::infinity();
         PerGroup all;
@@ -100,10 +94,8 @@ public:
         return all;
     }
 
-    // Calls body(k, count, is_target, add) for every vector k of a part, the last of which may have but `count`
-    // elements; sum = add(sum, x) leaves out the others. Between runs of vectors it calls end_run().
     template <class Body, class EndRun = void (*)()>
-    FL_HD void for_each(int part, Body body, EndRun end_run = [] {}) const {
+    FL_ALWAYS_INLINE void for_each(int part, Body body, EndRun end_run = [] {}) const {
         const V target = A(rows.target[first_row + part]);
         for_class_vectors(whole, V::iota(), V(A(V::size)), target, body, end_run);
         if (tail == 0) return;
@@ -112,22 +104,18 @@ public:
         body(whole, tail, number == target, [=](V sum, V x) { return sum + math::select(is_class, x, V(A(0))); });
     }
 
-    // The same; while this part is computed, its counterpart in the next strip is fetched and the gradient of the
-    // previous one leaves.
+    // Fetches the part's counterpart in the next strip, while the gradient of the previous one leaves.
     template <class Body, class EndRun = void (*)()>
-    FL_HD void for_each_fetching(int part, Body body, EndRun end_run = [] {}) {
-        Prefetch prefetch(p);
-        with_stored<A>(p, [&]<class Stored>() {
-            const std::int64_t row = next + part;
-            if (reads && p.logits_class_stride == 1) prefetch.set_logits(logits_at<Stored>(p, outer, row), V::size);
-            if (p.grad_class_stride != 1) return;
-            if (const Stored* const grad = gradient_rows.to_fetch<Stored>(outer, row))
-                prefetch.set_gradient(grad, V::size);
+    FL_ALWAYS_INLINE void for_each_fetching(int part, Body body, EndRun end_run = [] {}) {
+        const Prefetch next_strip = with_stored<A>(p, [&]<class Stored>() {
+            const bool fetches_logits = reads && p.logits_class_stride == 1, fetches_grad = p.grad_class_stride == 1;
+            return Prefetch(p, fetches_logits ? logits_at<Stored>(p, outer, next + part) : nullptr, V::size,
+                            fetches_grad ? gradient_rows.to_fetch<Stored>(outer, next + part) : nullptr, V::size);
         });
         Lines lines = gradient_rows.lines;  // a copy can stay in registers
         const auto fetch_and_compute = [&](std::int64_t k, auto count, Mask<A> is_target, auto add) FL_INLINE {
             lines.send_one();
-            prefetch.template operator()<3>(k);
+            next_strip.fetch<3>(k);
             body(k, count, is_target, add);
         };
         for_each(part, fetch_and_compute, end_run);
@@ -140,54 +128,42 @@ public:
     TileRows<A> rows;
 
 private:
-    // Rows [at, at + count) of the tile.
-    void take(std::int64_t first, int at, int count) {
-        first_row = at;
-        row_count = count;
-        next = first + at + count;
-        with_stored<A>(p, [&]<class Stored>() {
-            for (int i = 0; i < count; ++i) {
-                if (p.grad) gradient_of[i] = gradient_place<Stored>(first + at + i, i);
-                if (reads && !rows.ignored(at + i)) load_row<Stored>(first + at + i, i);
-            }
-        });
+    // Finds a place for the gradient of the strip's rows, and their logits where they are asked for.
+    template <class Stored>
+    void take_rows() {
+        for (int i = 0; i < row_count; ++i) {
+            const std::int64_t row = next - row_count + i;
+            gradient_of[i] = scratch_of(i);
+            if constexpr (std::is_same_v<Stored, A>)
+                if (p.grad && writes_directly) gradient_of[i] = gradient_rows.row<Stored>(outer, row, i);
+            if (reads && !rows.ignored(first_row + i)) logits_of[i] = load_row<Stored>(row, i);
+        }
+    }
+
+    template <class Stored>
+    const A* load_row(std::int64_t row, int i) {
+        const Stored* const given = logits_at<Stored>(p, outer, row);
+        const std::int64_t target = rows.target[first_row + i];
+        A& target_logit = rows.target_logit[first_row + i];
+        if constexpr (std::is_same_v<Stored, A>)
+            if (reads_directly && rows.bias == A(0)) return target_logit = given[target], given;
+        A* const copy = scratch_of(i);
+        RowBuffer<Stored>::widen_row(given, p.logits_class_stride, p.num_classes, copy);
+        target_logit = copy[target] += rows.bias;
+        return copy;
     }
 
     // Once all parts have a gradient: ignored rows get zeros; rows in scratch go to the caller.
-    void finish_gradient(std::int64_t first) {
+    template <class Stored>
+    void finish_gradient() {
         for (int i = 0; i < row_count && rows.any_ignored; ++i)
             for (std::int64_t c = 0; c < p.num_classes && rows.ignored(first_row + i); ++c) gradient(i)[c] = A(0);
-        with_stored<A>(p, [&]<class Stored>() {
-            const std::int64_t row = first + first_row;
-            for (int i = 0; !writes_directly && i < row_count; ++i)
-                RowBuffer<Stored>::write_row(
-                    p, gradient_rows.row<Stored>(outer, row + i, i), /*unordered=*/false,
-                    [&](std::int64_t c, auto count) { return load_n_or(gradient(i) + c, count, A(0)); });
-            gradient_rows.finish<Stored>(outer, row, row_count);
-        });
-    }
-
-    template <class Stored>
-    A* gradient_place(std::int64_t row, int part) const {
-        if constexpr (std::is_same_v<Stored, A>)
-            if (writes_directly) return gradient_rows.row<Stored>(outer, row, part);
-        return scratch_of(part);
-    }
-
-    template <class Stored>
-    void load_row(std::int64_t row, int part) {
-        const std::int64_t target = rows.target[first_row + part];
-        if constexpr (std::is_same_v<Stored, A>)
-            if (reads_directly && rows.bias == A(0)) {
-                logits_of[part] = logits_at<Stored>(p, outer, row);
-                rows.target_logit[first_row + part] = logits(part)[target];
-                return;
-            }
-        A* const copy = scratch_of(part);
-        RowBuffer<Stored>::widen_row(logits_at<Stored>(p, outer, row), p.logits_class_stride, p.num_classes, copy);
-        copy[target] += rows.bias;
-        logits_of[part] = copy;
-        rows.target_logit[first_row + part] = copy[target];
+        const std::int64_t row = next - row_count;
+        for (int i = 0; !writes_directly && i < row_count; ++i)
+            RowBuffer<Stored>::write_row(
+                p, gradient_rows.row<Stored>(outer, row + i, i), /*unordered=*/false,
+                [&](std::int64_t c, auto count) { return load_n_or(gradient(i) + c, count, A(0)); });
+        gradient_rows.finish<Stored>(outer, row, row_count);
     }
 
     A* scratch_of(int part) const { return scratch.data() + part * vectors() * V::size; }
@@ -195,7 +171,8 @@ private:
     const int strip_rows;
     const Scratch<A> scratch;
     GradientRows gradient_rows;
-    bool reads_directly, writes_directly, reads;
+    const bool reads_directly, writes_directly;
+    bool reads;
     int first_row, row_count;  // of the strip, in the tile
     std::int64_t outer, next;  // the row behind the strip
     const A* logits_of[V::size];

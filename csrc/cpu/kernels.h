@@ -29,7 +29,7 @@ struct CpuKernels {
     TargetSummary (*summarize)(const RowProblem&, std::int64_t begin, std::int64_t end);
     // Forward of tiles [begin, end): row values or per-tile sums, stats, gradient, as the problem asks.
     void (*forward)(const RowProblem&, std::int64_t begin, std::int64_t end, TileSums* tile_sums);
-    // Size of RowProblem::bits; 0 where they do not say enough.
+    // Bytes of RowProblem::bits; 0 for losses whose gradient needs more than a bit per class.
     std::int64_t (*bits_bytes)(const RowProblem&);
     // Gradient of tiles [begin, end) from the stats forward has saved.
     void (*gradient)(const RowProblem&, std::int64_t begin, std::int64_t end);

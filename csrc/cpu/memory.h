@@ -11,13 +11,13 @@ inline namespace FL_ISA {
 template <class Stored>
 using vec_t = Vec<acc_t<Stored>>;
 
-FL_HD Vec<float> load(const float* from) { return Vec<float>::load(from); }
-FL_HD Vec<double> load(const double* from) { return Vec<double>::load(from); }
-FL_HD void store(float* to, Vec<float> x) { x.store(to); }
-FL_HD void store(double* to, Vec<double> x) { x.store(to); }
+FL_ALWAYS_INLINE Vec<float> load(const float* from) { return Vec<float>::load(from); }
+FL_ALWAYS_INLINE Vec<double> load(const double* from) { return Vec<double>::load(from); }
+FL_ALWAYS_INLINE void store(float* to, Vec<float> x) { x.store(to); }
+FL_ALWAYS_INLINE void store(double* to, Vec<double> x) { x.store(to); }
 
 template <class Half16>
-FL_HD Vec<float> load(const Half16* from) {
+FL_ALWAYS_INLINE Vec<float> load(const Half16* from) {
     static_assert(sizeof(Half16) == 2);
 #if defined(__AVX512F__)
     if constexpr (std::is_same_v<Half16, Half>)
@@ -32,7 +32,7 @@ FL_HD Vec<float> load(const Half16* from) {
 }
 
 template <class Half16>
-FL_HD Native<float>::Half narrowed(Vec<float> x) {
+FL_ALWAYS_INLINE Native<float>::Half narrowed(Vec<float> x) {
     static_assert(sizeof(Half16) == 2);
 #if defined(__AVX512F__)
     if constexpr (std::is_same_v<Half16, Half>)
@@ -45,18 +45,18 @@ FL_HD Native<float>::Half narrowed(Vec<float> x) {
 }
 
 template <class Half16>
-FL_HD void store(Half16* to, Vec<float> x) {
+FL_ALWAYS_INLINE void store(Half16* to, Vec<float> x) {
     const auto bits = narrowed<Half16>(x);
     std::memcpy(to, &bits, sizeof(bits));
 }
 
-// As many numbers of 16 bits as fill a register, in the order that takes the least work: bfloat16 in even places first,
-// then those in odd ones.
+// A register full of 16-bit numbers as two vectors, in the order that takes the least work: of bfloat16, `first` has
+// those in even places and `second` those in odd ones.
 template <class Half16>
 struct Pair {
     Vec<float> first, second;
 
-    FL_HD static Pair load(const Half16* from) {
+    FL_ALWAYS_INLINE static Pair load(const Half16* from) {
         if constexpr (std::is_same_v<Half16, BFloat16>) {
             Native<float>::UInt bits;
             std::memcpy(&bits, from, sizeof(bits));
@@ -68,7 +68,7 @@ struct Pair {
 
     // Rounds bfloat16 to nearest, halves away from zero: one operation where halves to even take four, for an error as
     // small. A NaN stays one unless all bits of its payload are set, which arithmetic never does by itself.
-    FL_HD void store(Half16* to) const {
+    FL_ALWAYS_INLINE void store(Half16* to) const {
         if constexpr (std::is_same_v<Half16, BFloat16>) {
             const auto rounded = [](Vec<float> x) FL_INLINE { return Traits::bits(x) + 0x8000u; };
             const Native<float>::UInt bits = rounded(first) >> 16 | (rounded(second) & 0xffff0000u);
@@ -82,18 +82,20 @@ struct Pair {
 private:
     using Traits = math::Traits<Vec<float>>;
 
-    FL_HD static Vec<float> widened_high_half(Native<float>::UInt bits) { return Traits::from_bits(bits); }
+    FL_ALWAYS_INLINE static Vec<float> widened_high_half(Native<float>::UInt bits) { return Traits::from_bits(bits); }
 };
 
-// The largest of n numbers of 16 bits, at least Shorts::size of them, none of which is converted: as integers they are
-// in order once the negative ones' magnitude is inverted. Any number may come out if there is a NaN.
+// The largest of n >= kShorts 16-bit numbers. They are compared as integers, which puts them in order once the
+// magnitude of negative ones is inverted. With a NaN among them the result may be any number.
 typedef std::int16_t Shorts __attribute__((vector_size(kVectorBytes)));
 constexpr std::int64_t kShorts = sizeof(Shorts) / sizeof(std::int16_t);
 
-FL_HD Shorts ordered(Shorts bits) { return bits ^ ((bits >> 15) & std::int16_t(0x7fff)); }  // its own inverse
+FL_ALWAYS_INLINE Shorts ordered(Shorts bits) {
+    return bits ^ ((bits >> 15) & std::int16_t(0x7fff));
+}  // its own inverse
 
 template <class Half16>
-FL_HD float max_of(const Half16* x, std::int64_t n) {
+FL_ALWAYS_INLINE float max_of(const Half16* x, std::int64_t n) {
     Shorts top = Shorts{} + std::int16_t(-0x8000);
     for (std::int64_t i = 0; i < n; i += kShorts) {
         Shorts bits;
@@ -112,17 +114,17 @@ FL_HD float max_of(const Half16* x, std::int64_t n) {
 
 // True for the first n elements.
 template <class A>
-FL_HD Mask<A> first_n(int n) {
+FL_ALWAYS_INLINE Mask<A> first_n(int n) {
     return Vec<A>::iota() < Vec<A>(A(n));
 }
 
 #if defined(__AVX512F__)
-FL_HD __mmask16 first_n_bits(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+FL_ALWAYS_INLINE __mmask16 first_n_bits(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 #endif
 
 // The first n elements; the others read as `fill`. No other memory is touched.
 template <class Stored>
-FL_HD vec_t<Stored> load_n_or(const Stored* from, int n, acc_t<Stored> fill) {
+FL_ALWAYS_INLINE vec_t<Stored> load_n_or(const Stored* from, int n, acc_t<Stored> fill) {
 #if defined(__AVX512F__)
     if constexpr (std::is_same_v<Stored, double>) {
         return Vec<double>(_mm512_mask_loadu_pd(_mm512_set1_pd(fill), static_cast<__mmask8>(first_n_bits(n)), from));
@@ -140,7 +142,7 @@ FL_HD vec_t<Stored> load_n_or(const Stored* from, int n, acc_t<Stored> fill) {
 }
 
 template <class Stored>
-FL_HD void store_n(Stored* to, vec_t<Stored> x, int n) {
+FL_ALWAYS_INLINE void store_n(Stored* to, vec_t<Stored> x, int n) {
 #if defined(__AVX512F__)
     if constexpr (std::is_same_v<Stored, double>) {
         return _mm512_mask_storeu_pd(to, static_cast<__mmask8>(first_n_bits(n)), x.v);
@@ -158,7 +160,7 @@ FL_HD void store_n(Stored* to, vec_t<Stored> x, int n) {
 
 // A store that goes past the caches. `to` is aligned to its size; other threads may read it after stream_fence().
 template <class Stored>
-FL_HD void stream(Stored* to, vec_t<Stored> x) {
+FL_ALWAYS_INLINE void stream(Stored* to, vec_t<Stored> x) {
 #if defined(__AVX512F__)
     if constexpr (std::is_same_v<Stored, double>)
         _mm512_stream_pd(to, x.v);
@@ -178,7 +180,7 @@ FL_HD void stream(Stored* to, vec_t<Stored> x) {
 #endif
 }
 
-FL_HD void stream_fence() {
+FL_ALWAYS_INLINE void stream_fence() {
 #if defined(__x86_64__)
     _mm_sfence();
 #endif
@@ -187,7 +189,7 @@ FL_HD void stream_fence() {
 // One cache line, to which `to` is aligned.
 constexpr std::int64_t kLine = 64;
 
-FL_HD void stream_line(void* to, const void* from) {
+FL_ALWAYS_INLINE void stream_line(void* to, const void* from) {
     constexpr int step = std::min<int>(kVectorBytes, kLine);
     for (int i = 0; i < kLine; i += step) {
         [[maybe_unused]] char* const t = static_cast<char*>(to) + i;
@@ -204,26 +206,25 @@ FL_HD void stream_line(void* to, const void* from) {
     }
 }
 
-// Whole cache lines on their way to memory past the caches, one at a time, so that they can go while something else is
-// computed.
+// Whole cache lines to be stored past the caches, one at a time: the caller does other work in between.
 struct Lines {
     char* to = nullptr;
     const char* from = nullptr;
     std::int64_t count = 0;
 
-    FL_HD void send_one() {
+    FL_ALWAYS_INLINE void send_one() {
         if (count == 0) return;
         stream_line(to, from);
         to += kLine, from += kLine, --count;
     }
-    FL_HD void send_all() {
+    FL_ALWAYS_INLINE void send_all() {
         while (count > 0) send_one();
     }
 };
 
-// Copies the elements that share a cache line of `to` with others; the rest is for the lines to send.
+// Copies the elements at both ends that do not fill a cache line of `to`; returns the lines between, still to be sent.
 template <class Stored>
-FL_HD Lines begin_stream(Stored* to, const Stored* from, std::int64_t n) {
+FL_ALWAYS_INLINE Lines begin_stream(Stored* to, const Stored* from, std::int64_t n) {
     constexpr std::int64_t elements = kLine / sizeof(Stored);
     const auto misaligned = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(to) % kLine / sizeof(Stored));
     const std::int64_t head = std::min(n, (elements - misaligned) % elements), lines = (n - head) / elements;
@@ -236,25 +237,25 @@ FL_HD Lines begin_stream(Stored* to, const Stored* from, std::int64_t n) {
 struct Whole {};
 
 template <class Stored>
-FL_HD vec_t<Stored> load_n_or(const Stored* from, Whole, acc_t<Stored>) {
+FL_ALWAYS_INLINE vec_t<Stored> load_n_or(const Stored* from, Whole, acc_t<Stored>) {
     return load(from);
 }
 
 template <class Stored>
-FL_HD void store_n(Stored* to, vec_t<Stored> x, Whole) {
+FL_ALWAYS_INLINE void store_n(Stored* to, vec_t<Stored> x, Whole) {
     store(to, x);
 }
 
 // Calls body(i) for each i in [0, n) as a constant: only arrays with such an index stay in registers.
 template <int n, class Body>
-FL_HD void unrolled(Body body) {
+FL_ALWAYS_INLINE void unrolled(Body body) {
     [&]<int... i>(std::integer_sequence<int, i...>)
         FL_INLINE { (body(std::integral_constant<int, i>{}), ...); }(std::make_integer_sequence<int, n>{});
 }
 
 // Calls body(i, count) for every vector of [0, n): count is Whole, or the number of elements in the last one.
 template <class A, class Body>
-FL_HD void for_vectors(std::int64_t n, Body body) {
+FL_ALWAYS_INLINE void for_vectors(std::int64_t n, Body body) {
     std::int64_t i = 0;
     for (; i + Vec<A>::size <= n; i += Vec<A>::size) body(i, Whole{});
     if (i < n) body(i, static_cast<int>(n - i));
@@ -263,7 +264,7 @@ FL_HD void for_vectors(std::int64_t n, Body body) {
 // Calls body(begin, end) for numbers [0, n) in runs: one sum per run, then the sum of these, has a rounding error that
 // does not grow with n.
 template <class Body>
-FL_HD void for_runs(std::int64_t n, std::int64_t run, Body body) {
+FL_ALWAYS_INLINE void for_runs(std::int64_t n, std::int64_t run, Body body) {
     for (std::int64_t begin = 0; begin < n; begin += run) body(begin, std::min(n, begin + run));
 }
 constexpr std::int64_t kVectorsPerRun = 256;
@@ -271,7 +272,7 @@ constexpr std::int64_t kVectorsPerRun = 256;
 // Calls body(i, count, k) for the vectors of n numbers, as for_vectors does. Vector after vector goes to accumulator
 // k = 0, 1, ..., kAhead - 1 (an integral_constant) and round again, so that an addition need not wait for the last one.
 template <class A, int kAhead, class Body>
-FL_HD void for_vectors_ahead(std::int64_t n, Body body) {
+FL_ALWAYS_INLINE void for_vectors_ahead(std::int64_t n, Body body) {
     constexpr int size = Vec<A>::size;
     std::int64_t i = 0;
     for (; i + kAhead * size <= n; i += kAhead * size)
@@ -282,14 +283,14 @@ FL_HD void for_vectors_ahead(std::int64_t n, Body body) {
 
 // Elements `stride` apart.
 template <class Stored>
-FL_HD vec_t<Stored> load_strided(const Stored* from, std::int64_t stride) {
+FL_ALWAYS_INLINE vec_t<Stored> load_strided(const Stored* from, std::int64_t stride) {
     vec_t<Stored> x;
     for (int i = 0; i < vec_t<Stored>::size; ++i) x.v[i] = widen(from[i * stride]);
     return x;
 }
 
 template <class Stored>
-FL_HD void store_strided(Stored* to, std::int64_t stride, vec_t<Stored> x) {
+FL_ALWAYS_INLINE void store_strided(Stored* to, std::int64_t stride, vec_t<Stored> x) {
     for (int i = 0; i < vec_t<Stored>::size; ++i) to[i * stride] = narrow<Stored>(x.v[i]);
 }
 

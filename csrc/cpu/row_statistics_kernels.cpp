@@ -3,8 +3,7 @@
 #include "cpu/row_statistics_kernels.h"
 
 #include "core/row_statistics.h"
-#include "cpu/scratch.h"
-#include "cpu/vertical_block.h"
+#include "cpu/vertical_tile.h"
 
 namespace fused_losses {
 inline namespace FL_ISA {
@@ -69,8 +68,8 @@ private:
         sums.top = all.top;
         for_vectors<A>(classes, [&](std::int64_t c, auto count) { sums.add(load_n_or(x + c, count, kLowest)); });
         all.sum = sums.sum.sum(), all.weighted = sums.weighted.sum();
-        const Label own = label(outer, row);
-        write(outer, row, own, all.finish(widen(x[own.cls]), A(own.cls)), all.sum, all.index);
+        const Label labelled = label(outer, row);
+        write(outer, row, labelled, all.finish(widen(x[labelled.cls]), A(labelled.cls)), all.sum, all.index);
     }
 
     void take_block(std::int64_t outer, std::int64_t row, int n) {
@@ -80,22 +79,23 @@ private:
         OfClasses all = OfClasses::none();
         for (std::int64_t c = 0; c < classes; ++c) all.compare(V::load(z + c * V::size), V(A(c)));
         for (std::int64_t c = 0; c < classes; ++c) all.add(V::load(z + c * V::size));
-        Label own[V::size] = {};
+        Label labels[V::size] = {};
         V target_logit = A(0), target = A(0);
         for (int i = 0; i < n; ++i) {
-            own[i] = label(outer, row + i);
-            target_logit.v[i] = z[own[i].cls * V::size + i];
-            target.v[i] = A(own[i].cls);
+            labels[i] = label(outer, row + i);
+            target_logit.v[i] = z[labels[i].cls * V::size + i];
+            target.v[i] = A(labels[i].cls);
         }
         const RowStatisticsOf<V> found = all.finish(target_logit, target);
         for (int i = 0; i < n; ++i) {
             RowStatisticsOf<A> of_row;
             for (int k = 0; k < kRowStatistics; ++k) of_row.v[k] = found.v[k].v[i];
-            write(outer, row + i, own[i], of_row, all.sum.v[i], all.index.v[i]);
+            write(outer, row + i, labels[i], of_row, all.sum.v[i], all.index.v[i]);
         }
     }
 
-    void write(std::int64_t outer, std::int64_t row, const Label& own, RowStatisticsOf<A> found, A sum, A index) const {
+    void write(std::int64_t outer, std::int64_t row, const Label& labelled, RowStatisticsOf<A> found, A sum,
+               A index) const {
         const std::int64_t number = outer * p.inner + row;
         std::int64_t argmax = static_cast<std::int64_t>(index);
         if (!(sum > A(0)) || classes > kExactIntegers) {
@@ -107,7 +107,7 @@ private:
         }
         p.argmax[number] = argmax;
         for (int k = 0; k < kRowStatistics; ++k)
-            static_cast<A*>(p.stats)[k * p.rows() + number] = own.ignored ? kNan : found.v[k];
+            static_cast<A*>(p.stats)[k * p.rows() + number] = labelled.ignored ? kNan : found.v[k];
     }
 
     // The first class that is as asked for; the number of classes if none is.

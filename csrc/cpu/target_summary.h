@@ -43,15 +43,15 @@ private:
         return summary;
     }
 
-    // A copy of it stays in registers.
-    struct Rule {
+    // What is to be known of a target; a copy of it stays in registers.
+    struct TargetCheck {
         std::int64_t ignore_index;
         std::uint64_t num_classes;
 
         std::int64_t counts(std::int64_t y) const { return y != ignore_index; }
         std::int64_t is_bad(std::int64_t y) const { return counts(y) & (static_cast<std::uint64_t>(y) >= num_classes); }
     };
-    Rule rule() const { return {p.ignore_index, static_cast<std::uint64_t>(p.num_classes)}; }
+    TargetCheck target_check() const { return {p.ignore_index, static_cast<std::uint64_t>(p.num_classes)}; }
 
     struct Found {
         std::int64_t counted = 0, bad = 0;
@@ -60,7 +60,7 @@ private:
     // Without branches, and of contiguous targets in vectors.
     template <class Stride>
     Found look(const Index* targets, Stride stride, std::int64_t n) const {
-        const Rule is = rule();
+        const TargetCheck is = target_check();
         Found found;
         for (std::int64_t i = 0; i < n; ++i) {
             found.counted += is.counts(targets[i * stride]);
@@ -72,7 +72,7 @@ private:
     void name_first_bad(TargetSummary& summary, const Index* targets, std::int64_t row, std::int64_t n) const {
         for (std::int64_t i = 0; i < n && !summary.is_bad(); ++i) {
             const std::int64_t y = targets[i * p.target_stride.inner];
-            if (rule().is_bad(y)) summary.bad_row = row + i, summary.bad_target = y;
+            if (target_check().is_bad(y)) summary.bad_row = row + i, summary.bad_target = y;
         }
     }
 
@@ -82,7 +82,7 @@ private:
         double sum = 0;
         for (std::int64_t i = first; i < first + n; ++i) {
             const std::int64_t y = p.target ? as<Index>(p.target)[p.target_stride.at(outer, i)] : std::int64_t(0);
-            if (p.target && !rule().counts(y)) continue;
+            if (p.target && !target_check().counts(y)) continue;
             const double weight = weights ? double(weights[y]) : 1.0;
             sum += samples ? weight * double(samples[p.sample_weight_stride.at(outer, i)]) : weight;
         }

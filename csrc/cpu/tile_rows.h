@@ -39,21 +39,22 @@ struct alignas(64) TileRows {
     // Arrays first: each starts at a whole vector.
     std::int64_t target[kMax];  // 0 where there is none
     A class_weight[kMax], sample_weight[kMax], scale[kMax];
-    // Set by the pass over the logits: max, sum exp(z - max) and what its rounding lost, z_y, sum u (z - max), sum u
-    A max[kMax], sum[kMax], lost[kMax], target_logit[kMax], centred[kMax], sum_u[kMax];
-    // Set by finish or read_stats, scale included: grad_j = alpha exp(z_j - max) + gamma u_j, for the target `own`
-    A value[kMax], alpha[kMax], gamma[kMax], own[kMax];
-    A counted[kMax];             // 1, or 0 for ignored rows and behind the last row
-    bool any_ignored, any_lost;  // any_lost: whether `lost` is more than zeros
-    int padded;                  // rows rounded up to whole vectors
-    A bias;                      // added to the target's logit
+    // Set by the pass over the logits: max, sum exp(z - max), z_y, sum u (z - max), sum u
+    A max[kMax], sum[kMax], target_logit[kMax], centred[kMax], sum_u[kMax];
+    A sum_residual[kMax];  // sum exp(z - max) less `sum`, which is rounded
+    // Set by finish or read_stats, scale included: grad_j = alpha exp(z_j - max) + gamma u_j, but target_grad for z_y
+    A value[kMax], alpha[kMax], gamma[kMax], target_grad[kMax];
+    A counted[kMax];                 // 1, or 0 for ignored rows and behind the last row
+    bool any_ignored, any_residual;  // any_residual: sum_residual has other numbers than zeros
+    int padded;                      // rows rounded up to whole vectors
+    A bias;                          // added to the target's logit
 
     bool ignored(int i) const { return counted[i] == A(0); }
 
     // Reads targets and weights of rows [first, first + n) of image `outer`; clears what follows, up to whole vectors.
     void begin(const RowProblem& p, std::int64_t outer, std::int64_t first, int n) {
         padded = (n + kGranule - 1) / kGranule * kGranule;
-        any_lost = false;
+        any_residual = false;
         bias = p.logit_bias_device ? *as<A>(p.logit_bias_device) : A(p.logit_bias);
         read_targets(p, outer, first, n);
         for (int i = n; i < padded; ++i) target[i] = 0, counted[i] = A(0);
@@ -67,9 +68,9 @@ struct alignas(64) TileRows {
         });
         const A* const weights = p.target ? as<A>(p.class_weight) : nullptr;
         for (int i = 0; i < n && weights; ++i) class_weight[i] = ignored(i) ? A(1) : weights[target[i]];
-        // Rows without a pass over their logits, and losses that read what no pass has filled.
+        // Ignored rows have no pass over their logits, and a loss may read sums that its pass has no use for.
         for_padded([&](int i) {
-            for (A* zero : {lost, centred, sum_u, max, target_logit}) V(A(0)).store(zero + i);
+            for (A* zero : {sum_residual, centred, sum_u, max, target_logit}) V(A(0)).store(zero + i);
             V(A(1)).store(sum + i);
         });
     }
@@ -90,13 +91,13 @@ struct alignas(64) TileRows {
     void read_stats(const RowProblem& p, std::int64_t outer, std::int64_t first, int n) {
         const A* stats = as<A>(p.stats);
         const std::int64_t rows = p.rows(), row = outer * p.inner + first;
-        for (int i = n; i < padded; ++i) alpha[i] = gamma[i] = own[i] = A(0);
+        for (int i = n; i < padded; ++i) alpha[i] = gamma[i] = target_grad[i] = A(0);
         for (int i = 0; i < n; ++i) {
             max[i] = stats[row + i];
             alpha[i] = stats[rows + row + i];
-            own[i] = stats[2 * rows + row + i];
+            target_grad[i] = stats[2 * rows + row + i];
             gamma[i] = p.spread != Spread::kNone ? stats[3 * rows + row + i] : A(0);
-            if (ignored(i)) max[i] = alpha[i] = gamma[i] = own[i] = A(0);
+            if (ignored(i)) max[i] = alpha[i] = gamma[i] = target_grad[i] = A(0);
         }
         scale_coefficients();
     }
@@ -104,7 +105,8 @@ struct alignas(64) TileRows {
     // ---- Losses of several reductions: n rows from the tile's row `at` on, no more than a vector. `row` is the number
     // of the first among all rows. ----
 
-    // The same for values that are known. Rows whose loss is positive make the denominator of kActiveMean.
+    // Weighs the rows' losses, writes them and adds them up. Those that are positive make the denominator of
+    // kActiveMean.
     void finish(const RowProblem& p, int at, int n, std::int64_t row, V values, TileSums& sums) const {
         A lane[V::size];
         values.store(lane);
@@ -140,7 +142,7 @@ struct alignas(64) TileRows {
 private:
     // Calls body with the first row of each vector.
     template <class Body>
-    FL_HD void for_padded(Body body) const {
+    FL_ALWAYS_INLINE void for_padded(Body body) const {
         for (int i = 0; i < padded; i += V::size) body(i);
     }
 
@@ -207,7 +209,7 @@ private:
         for_padded([&](int i) FL_INLINE {
             const V total = V::load(sum + i), weighted = V::load(sum_u + i);
             V log_sum = math::log_normal(total);
-            if (any_lost) log_sum += V::load(lost + i) / total;
+            if (any_residual) log_sum += V::load(sum_residual + i) / total;
             const V log_p = (V::load(target_logit + i) - V::load(max + i)) - log_sum;
             const V sum_neg_log_p = weighted * log_sum - V::load(centred + i);
             const V weight = V::load(class_weight + i);
@@ -217,7 +219,7 @@ private:
             if (!with_gradient) return;
             (affine.alpha / total).store(alpha + i);
             affine.gamma.store(gamma + i);
-            own_gradient(affine, log_p, p.spread == Spread::kOnes ? V(A(1)) : weight).store(own + i);
+            own_gradient(affine, log_p, p.spread == Spread::kOnes ? V(A(1)) : weight).store(target_grad + i);
         });
     }
 
@@ -227,13 +229,13 @@ private:
         for (int i = 0; i < n; ++i) {
             stats[row + i] = max[i];
             stats[rows + row + i] = alpha[i];
-            stats[2 * rows + row + i] = own[i];
+            stats[2 * rows + row + i] = target_grad[i];
             if (p.spread != Spread::kNone) stats[3 * rows + row + i] = gamma[i];
         }
     }
 
     void scale_coefficients() {
-        for (int i = 0; i < padded; ++i) alpha[i] *= scale[i], gamma[i] *= scale[i], own[i] *= scale[i];
+        for (int i = 0; i < padded; ++i) alpha[i] *= scale[i], gamma[i] *= scale[i], target_grad[i] *= scale[i];
     }
 };
 

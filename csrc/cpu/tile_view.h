@@ -1,10 +1,22 @@
-// What the two views of a tile have in common. Losses of several reductions work on tiles through a view, which says
-// which way vectors lie in them: vertical_view.h and horizontal_view.h have the same functions, and MultiReductionTile
-// takes either. A view depends on no loss: it is compiled once per arithmetic type.
+// Losses of several reductions work on tiles through a view, vertical_view.h or horizontal_view.h, which knows which
+// way vectors lie. A view depends on no loss: it is compiled once per arithmetic type.
 //
-// A tile is worked on a strip of rows at a time. The loops over the classes run over the parts of a strip: a part is
-// what has one sum over the classes per element of a vector, or per vector. Numbers of which a row has one (maximum,
-// state, sums) are kept as vectors of rows, called groups.
+// A tile is worked on a strip of rows at a time. The loops over the classes run over the parts of a strip: a part is a
+// row, or a vector of rows. Numbers of which a row has one (maximum, state, sums) are vectors of rows, called groups.
+// Views have
+//
+//     for_strips(outer, first, n, with_logits, body)   body(number of its first row) for each strip of the tile's rows
+//                                                      [first, first + n); gives every part a gradient if there is one
+//     for_groups(body)                                 body(group, at, n) for the strip's groups: rows [at, at + n)
+//     for_parts(body)                                  body(part) for the parts that are to be computed
+//     in_part(numbers, part)                           a group's numbers for the elements of a part's vectors
+//     put_total(group, part, sums)                     the other way: what the elements of a part have added up
+//     for_each(part, body, end_run)                    body(k, count, is_target, add) for every vector of classes; the
+//                                                      last may have but `count` elements, add(sum, x) leaves out the
+//                                                      others; end_run() between runs of vectors
+//     for_each_fetching(part, body, end_run)           the same, while memory that is needed next is fetched
+//     find_max()                                       of every group, NaN skipped
+//     bit_vectors_of_image, first_bit_vector           RowProblem::bits are in vectors, as for_each goes through them
 #pragma once
 
 #include "cpu/memory.h"
@@ -15,9 +27,9 @@ inline namespace FL_ISA {
 
 // Calls body.operator()<Stored>() for the dtype of the logits, one of those computed in A.
 template <class A, class Body>
-void with_stored(const RowProblem& p, Body body) {
+auto with_stored(const RowProblem& p, Body body) {
     if constexpr (std::is_same_v<A, double>) {
-        body.template operator()<double>();
+        return body.template operator()<double>();
     } else {
         switch (p.dtype) {
             case Dtype::kFloat16: return body.template operator()<Half>();
@@ -30,7 +42,7 @@ void with_stored(const RowProblem& p, Body body) {
 // Calls body(k, Whole{}, is_target, add) for the vectors k in [0, n) of a part, and end_run() between runs of them.
 // `number` holds the class of each element of the first vector, `step` how much it grows, `target` the row's target.
 template <class V, class Body, class EndRun>
-FL_HD void for_class_vectors(std::int64_t n, V number, V step, V target, Body body, EndRun end_run) {
+FL_ALWAYS_INLINE void for_class_vectors(std::int64_t n, V number, V step, V target, Body body, EndRun end_run) {
     for_runs(n, kVectorsPerRun, [&](std::int64_t begin, std::int64_t end) FL_INLINE {
         if (begin > 0) end_run();
         for (std::int64_t k = begin; k < end; ++k) {
@@ -40,28 +52,22 @@ FL_HD void for_class_vectors(std::int64_t n, V number, V step, V target, Body bo
     });
 }
 
-// What is fetched while vector k of a part is computed. Where there is nothing to fetch, it is the same line again and
-// again: cheaper than to ask each time.
+// What is fetched while vector k of a part is computed. Where there is nothing to fetch (null), it is the same line
+// again and again: cheaper than to ask each time.
 struct Prefetch {
     const char *logits, *grad;
-    std::int64_t logits_step = 0, grad_step = 0;
-
-    explicit Prefetch(const RowProblem& p) : logits(static_cast<const char*>(p.logits)), grad(logits) {}
+    std::int64_t logits_step, grad_step;
 
     template <class Stored>
-    void set_logits(const Stored* from, std::int64_t step) {
-        logits = reinterpret_cast<const char*>(from);
-        logits_step = step * std::int64_t(sizeof(Stored));
-    }
-    template <class Stored>
-    void set_gradient(const Stored* to, std::int64_t step) {
-        grad = reinterpret_cast<const char*>(to);
-        grad_step = step * std::int64_t(sizeof(Stored));
-    }
+    Prefetch(const RowProblem& p, const Stored* from, std::int64_t from_step, const Stored* to, std::int64_t to_step)
+        : logits(as<char>(from ? from : p.logits)),
+          grad(as<char>(to ? to : p.logits)),
+          logits_step(from ? from_step * std::int64_t(sizeof(Stored)) : 0),
+          grad_step(to ? to_step * std::int64_t(sizeof(Stored)) : 0) {}
 
     // locality: 3 into the first cache, 2 into the second.
     template <int locality>
-    FL_HD void operator()(std::int64_t k) const {
+    FL_ALWAYS_INLINE void fetch(std::int64_t k) const {
         __builtin_prefetch(logits + k * logits_step, /*for writing=*/0, locality);
         __builtin_prefetch(grad + k * grad_step, /*for writing=*/1);
     }

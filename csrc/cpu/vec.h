@@ -52,9 +52,9 @@ template <class A>
 struct Mask {
     typename Native<A>::Int m;  // all ones or all zeros
 
-    friend FL_HD Mask operator&(Mask a, Mask b) { return {a.m & b.m}; }
-    friend FL_HD Mask operator|(Mask a, Mask b) { return {a.m | b.m}; }
-    FL_HD Mask operator!() const { return {~m}; }
+    friend FL_ALWAYS_INLINE Mask operator&(Mask a, Mask b) { return {a.m & b.m}; }
+    friend FL_ALWAYS_INLINE Mask operator|(Mask a, Mask b) { return {a.m | b.m}; }
+    FL_ALWAYS_INLINE Mask operator!() const { return {~m}; }
 };
 
 template <class A>
@@ -65,18 +65,18 @@ struct Vec {
     Float v;
 
     Vec() = default;
-    FL_HD Vec(A s) : v(s - Float{}) {}
-    FL_HD explicit Vec(Float native) : v(native) {}
+    FL_ALWAYS_INLINE Vec(A s) : v(s - Float{}) {}
+    FL_ALWAYS_INLINE explicit Vec(Float native) : v(native) {}
 
-    FL_HD static Vec load(const A* from) {
+    FL_ALWAYS_INLINE static Vec load(const A* from) {
         Vec x;
         std::memcpy(&x.v, from, sizeof(x.v));
         return x;
     }
-    FL_HD void store(A* to) const { std::memcpy(to, &v, sizeof(v)); }
+    FL_ALWAYS_INLINE void store(A* to) const { std::memcpy(to, &v, sizeof(v)); }
 
     // 0, 1, 2, ...
-    FL_HD static Vec iota() {
+    FL_ALWAYS_INLINE static Vec iota() {
         constexpr auto numbers = [] {
             std::array<A, size> n{};
             for (int i = 0; i < size; ++i) n[i] = A(i);
@@ -85,31 +85,31 @@ struct Vec {
         return load(numbers.data());
     }
 
-    friend FL_HD Vec operator+(Vec a, Vec b) { return Vec(a.v + b.v); }
-    friend FL_HD Vec operator-(Vec a, Vec b) { return Vec(a.v - b.v); }
-    friend FL_HD Vec operator*(Vec a, Vec b) { return Vec(a.v * b.v); }
-    friend FL_HD Vec operator/(Vec a, Vec b) { return Vec(a.v / b.v); }
-    FL_HD Vec operator-() const { return Vec(-v); }
-    FL_HD Vec& operator+=(Vec b) { return *this = *this + b; }
-    FL_HD Vec& operator*=(Vec b) { return *this = *this * b; }
+    friend FL_ALWAYS_INLINE Vec operator+(Vec a, Vec b) { return Vec(a.v + b.v); }
+    friend FL_ALWAYS_INLINE Vec operator-(Vec a, Vec b) { return Vec(a.v - b.v); }
+    friend FL_ALWAYS_INLINE Vec operator*(Vec a, Vec b) { return Vec(a.v * b.v); }
+    friend FL_ALWAYS_INLINE Vec operator/(Vec a, Vec b) { return Vec(a.v / b.v); }
+    FL_ALWAYS_INLINE Vec operator-() const { return Vec(-v); }
+    FL_ALWAYS_INLINE Vec& operator+=(Vec b) { return *this = *this + b; }
+    FL_ALWAYS_INLINE Vec& operator*=(Vec b) { return *this = *this * b; }
 
-    friend FL_HD Mask<A> operator<(Vec a, Vec b) { return {a.v < b.v}; }
-    friend FL_HD Mask<A> operator>(Vec a, Vec b) { return {a.v > b.v}; }
-    friend FL_HD Mask<A> operator<=(Vec a, Vec b) { return {a.v <= b.v}; }
-    friend FL_HD Mask<A> operator>=(Vec a, Vec b) { return {a.v >= b.v}; }
-    friend FL_HD Mask<A> operator==(Vec a, Vec b) { return {a.v == b.v}; }
+    friend FL_ALWAYS_INLINE Mask<A> operator<(Vec a, Vec b) { return {a.v < b.v}; }
+    friend FL_ALWAYS_INLINE Mask<A> operator>(Vec a, Vec b) { return {a.v > b.v}; }
+    friend FL_ALWAYS_INLINE Mask<A> operator<=(Vec a, Vec b) { return {a.v <= b.v}; }
+    friend FL_ALWAYS_INLINE Mask<A> operator>=(Vec a, Vec b) { return {a.v >= b.v}; }
+    friend FL_ALWAYS_INLINE Mask<A> operator==(Vec a, Vec b) { return {a.v == b.v}; }
 
-    FL_HD A sum() const {
+    FL_ALWAYS_INLINE A sum() const {
         return fold(v, [](Float a, Float b) { return a + b; });
     }
-    FL_HD A max() const {
+    FL_ALWAYS_INLINE A max() const {
         return fold(v, [](Float a, Float b) { return b > a ? b : a; });
     }
 
 private:
     // By halves, so that the order does not depend on the compiler.
     template <class Combine, int half = size / 2>
-    FL_HD static A fold(Float x, Combine combine) {
+    FL_ALWAYS_INLINE static A fold(Float x, Combine combine) {
         if constexpr (half == 0)
             return x[0];
         else
@@ -118,7 +118,7 @@ private:
 
     // Element i comes from i ^ distance.
     template <int distance>
-    FL_HD static Float swap(Float x) {
+    FL_ALWAYS_INLINE static Float swap(Float x) {
         using Index = std::conditional_t<sizeof(A) == 4, std::int32_t, std::int64_t>;
         constexpr auto partner = [] {
             std::array<Index, size> n{};
@@ -145,14 +145,16 @@ struct Traits<Vec<A>> {
     using Mask = fused_losses::Mask<A>;
     using Bits = typename Native<A>::UInt;
 
-    FL_HD static Bits bits(Vec<A> x) { return std::bit_cast<Bits>(x.v); }
-    FL_HD static Vec<A> from_bits(Bits x) { return Vec<A>(std::bit_cast<typename Vec<A>::Float>(x)); }
-    FL_HD static Vec<A> select(Mask condition, Vec<A> a, Vec<A> b) { return Vec<A>(condition.m ? a.v : b.v); }
-    FL_HD static Bits select(Mask condition, Bits a, Bits b) { return condition.m ? a : b; }
-    FL_HD static A first(Vec<A> x) { return x.v[0]; }
+    FL_ALWAYS_INLINE static Bits bits(Vec<A> x) { return std::bit_cast<Bits>(x.v); }
+    FL_ALWAYS_INLINE static Vec<A> from_bits(Bits x) { return Vec<A>(std::bit_cast<typename Vec<A>::Float>(x)); }
+    FL_ALWAYS_INLINE static Vec<A> select(Mask condition, Vec<A> a, Vec<A> b) {
+        return Vec<A>(condition.m ? a.v : b.v);
+    }
+    FL_ALWAYS_INLINE static Bits select(Mask condition, Bits a, Bits b) { return condition.m ? a : b; }
+    FL_ALWAYS_INLINE static A first(Vec<A> x) { return x.v[0]; }
 
     // An estimate of 14 bits and a step of Newton's method take a quarter of the time of a division.
-    FL_HD static Vec<A> reciprocal(Vec<A> x) {
+    FL_ALWAYS_INLINE static Vec<A> reciprocal(Vec<A> x) {
 #if defined(__AVX512F__)
         if constexpr (sizeof(A) == 4) {
             const Vec<A> y(_mm512_rcp14_ps(x.v));
@@ -162,7 +164,7 @@ struct Traits<Vec<A>> {
         return Vec<A>(A(1)) / x;
     }
 
-    FL_HD static Vec<A> rsqrt(Vec<A> x) {
+    FL_ALWAYS_INLINE static Vec<A> rsqrt(Vec<A> x) {
 #if defined(__AVX512F__)
         if constexpr (sizeof(A) == 4) {
             const Vec<A> y(_mm512_rsqrt14_ps(x.v));
@@ -182,7 +184,7 @@ using VectorBits = std::conditional_t<(Vec<A>::size > 8), std::uint16_t, std::ui
 
 // One bit per element, the first the lowest: whether it is not 0. No element is -0.
 template <class A>
-FL_HD VectorBits<A> nonzero_bits(Vec<A> x) {
+FL_ALWAYS_INLINE VectorBits<A> nonzero_bits(Vec<A> x) {
 #if defined(__AVX512F__)
     const auto bits = std::bit_cast<__m512i>(x.v);
     if constexpr (sizeof(A) == 4)
@@ -202,19 +204,19 @@ FL_HD VectorBits<A> nonzero_bits(Vec<A> x) {
 }
 
 template <class A>
-FL_HD Mask<A> from_bits(VectorBits<A> bits) {
+FL_ALWAYS_INLINE Mask<A> from_bits(VectorBits<A> bits) {
     constexpr auto bit = [] {
         std::array<A, Vec<A>::size> n{};
         for (int i = 0; i < Vec<A>::size; ++i)
             n[i] = std::bit_cast<A>(static_cast<typename math::FloatFormat<A>::UInt>(1) << i);
         return n;
     }();
-    const auto own = math::Traits<Vec<A>>::bits(Vec<A>::load(bit.data()));
-    return {(own & bits) != 0};
+    const auto of_element = math::Traits<Vec<A>>::bits(Vec<A>::load(bit.data()));
+    return {(of_element & bits) != 0};
 }
 
 template <class A>
-FL_HD Vec<A> max(Vec<A> a, Vec<A> b) {  // NaN never becomes the maximum of a number and NaN in b
+FL_ALWAYS_INLINE Vec<A> max(Vec<A> a, Vec<A> b) {  // NaN never becomes the maximum of a number and NaN in b
     return math::select(b > a, b, a);
 }
 

@@ -97,8 +97,7 @@ private:
         all.store(rows.sum_u + b);
     }
 
-    // Computing takes longer than the memory of rows does: time to fetch those of the next tile, of which block b is as
-    // long as this one (a prefetch may point anywhere).
+    // Computing takes longer than reading: meanwhile the next tile's block b is fetched. A prefetch may point anywhere.
     void exponentials(A* x, int b, std::int64_t outer, std::int64_t next) {
         const Stored* const next_logits = logits_at<Stored>(p, outer, next + b);
         const Stored* const next_grad = p.grad ? gradient_at<Stored>(p, outer, next + b) : nullptr;
@@ -132,11 +131,11 @@ private:
         const auto gradient_of = [&](int b) FL_INLINE {
             const A *const u = u_of(b), *const numbers = class_number.data();
             const V alpha = V::load(rows.alpha + b), gamma = V::load(rows.gamma + b);
-            const V own = V::load(rows.own + b), target = V::load(target_class + b);
+            const V target_grad = V::load(rows.target_grad + b), target = V::load(target_class + b);
             return [=, this](V e, std::int64_t c) FL_INLINE {
                 V g = alpha * e;
                 if constexpr (with_spread) g += gamma * spread(u, c);
-                return math::select(target == V(numbers[c]), own, g);
+                return math::select(target == V(numbers[c]), target_grad, g);
             };
         };
         Tile::template store_gradient<Stored>(outer, first, n, gradient_of);

@@ -24,8 +24,6 @@ public:
           tile_rows(static_cast<int>(tile_rows)),
           strip_rows(std::min(this->tile_rows, V::size * (p.num_classes > Tiling::kVerticalClasses ? 1 : kGroups))) {}
 
-    // Calls body(number of its first row) for each strip of the tile's rows [first, first + n), with their logits or
-    // without; it gives all parts a gradient if there is one.
     template <class Body>
     void for_strips(std::int64_t of_outer, std::int64_t first, int n, bool with_logits, Body body) {
         reads = with_logits;
@@ -34,9 +32,13 @@ public:
         with_stored<A>(p, [&]<class Stored>() {
             if (reads) Tile::template load_logits<Stored>(outer, first, n);
         });
-        for (int at = 0; at < n; at += strip_rows) {
-            take(first, at, std::min(strip_rows, n - at));
-            body(outer * p.inner + first + at);
+        for (first_row = 0; first_row < n; first_row += strip_rows) {
+            row_count = std::min(strip_rows + 0, n - first_row);
+            next = first + first_row + row_count;
+            for_groups([&](int group, int at, int) {
+                for (int i = 0; i < V::size; ++i) target[group].v[i] = A(rows.target[at + i]);
+            });
+            body(outer * p.inner + first + first_row);
             if (p.grad) clear_ignored();
         }
         with_stored<A>(p, [&]<class Stored>() {
@@ -45,29 +47,26 @@ public:
         });
     }
 
-    // Calls body(group, at, n) for those that have rows: the tile's [at, at + n).
     template <class Body>
-    FL_HD void for_groups(Body body) const {
+    FL_ALWAYS_INLINE void for_groups(Body body) const {
         for (int group = 0; group < kGroups && group * V::size < row_count; ++group)
             body(group, first_row + group * V::size, std::min(V::size + 0, row_count - group * V::size));
     }
 
-    // Calls body(part) for the parts that are to be computed.
     template <class Body>
-    FL_HD void for_parts(Body body) const {
+    FL_ALWAYS_INLINE void for_parts(Body body) const {
         for (int part = 0; part * V::size < row_count; ++part) body(part);
     }
 
-    FL_HD static int group_of(int part) { return part; }
-    FL_HD static V in_part(V numbers, int) { return numbers; }
-    FL_HD static void put_total(V& of_group, int, V sums) { of_group = sums; }
+    FL_ALWAYS_INLINE static int group_of(int part) { return part; }
+    FL_ALWAYS_INLINE static V in_part(V numbers, int) { return numbers; }
+    FL_ALWAYS_INLINE static void put_total(V& of_group, int, V sums) { of_group = sums; }
 
     std::int64_t vectors() const { return whole; }  // of a part
     int parts() const { return (strip_rows + V::size - 1) / V::size; }
     const A* logits(int part) const { return block_of(part); }
     A* gradient(int part) const { return block_of(part); }
 
-    // RowProblem::bits are one vector after the other of a part, and its parts of an image.
     static std::int64_t bit_vectors_of_image(const RowProblem& p) {
         return (p.inner + V::size - 1) / V::size * p.num_classes;
     }
@@ -82,10 +81,9 @@ public:
         std::int64_t stride;
         V of_row;
 
-        FL_HD V at(std::int64_t k, Whole) const { return per_class ? V(per_class[k * stride]) : of_row; }
+        FL_ALWAYS_INLINE V at(std::int64_t k, Whole) const { return per_class ? V(per_class[k * stride]) : of_row; }
     };
 
-    // NaN skipped.
     PerGroup find_max() const {
         PerGroup all;
         all.fill(V(A(0)));
@@ -93,25 +91,22 @@ public:
         return all;
     }
 
-    // Calls body(k, Whole{}, is_target, add) for every vector k of a part: sum = add(sum, x). Between runs of vectors
-    // it calls end_run().
     template <class Body, class EndRun = void (*)()>
-    FL_HD void for_each(int part, Body body, EndRun end_run = [] {}) const {
+    FL_ALWAYS_INLINE void for_each(int part, Body body, EndRun end_run = [] {}) const {
         for_class_vectors(whole, V(A(0)), V(A(1)), target[part], body, end_run);
     }
 
-    // The same; while this part is computed, its counterpart in the next tile is fetched.
+    // Fetches the part's counterpart in the next tile.
     template <class Body, class EndRun = void (*)()>
-    FL_HD void for_each_fetching(int part, Body body, EndRun end_run = [] {}) const {
-        Prefetch prefetch(p);
-        with_stored<A>(p, [&]<class Stored>() {
+    FL_ALWAYS_INLINE void for_each_fetching(int part, Body body, EndRun end_run = [] {}) const {
+        const Prefetch next_tile = with_stored<A>(p, [&]<class Stored>() {
             const std::int64_t row = next + tile_rows - row_count + part * V::size, step = p.logits_class_stride;
-            if (reads) prefetch.set_logits(logits_at<Stored>(p, outer, row), step == 1 ? V::size : step);
-            if (p.grad && p.grad_class_stride == 1) prefetch.set_gradient(gradient_at<Stored>(p, outer, row), V::size);
+            return Prefetch(p, reads ? logits_at<Stored>(p, outer, row) : nullptr, step == 1 ? V::size : step,
+                            p.grad && p.grad_class_stride == 1 ? gradient_at<Stored>(p, outer, row) : nullptr, V::size);
         });
-        const auto fetch_and_compute = [&](std::int64_t k, auto count, Mask<A> is_target, auto add) FL_INLINE {
-            prefetch.template operator()<2>(k);
-            body(k, count, is_target, add);
+        const auto fetch_and_compute = [&](std::int64_t k, Whole, Mask<A> is_target, auto add) FL_INLINE {
+            next_tile.fetch<2>(k);
+            body(k, Whole{}, is_target, add);
         };
         for_each(part, fetch_and_compute, end_run);
     }
@@ -121,16 +116,6 @@ public:
 
 private:
     A* block_of(int part) const { return Tile::block(first_row + part * V::size); }
-
-    // Rows [at, at + count) of the tile.
-    void take(std::int64_t first, int at, int count) {
-        first_row = at;
-        row_count = count;
-        next = first + at + count;
-        for_groups([&](int group, int from, int) {
-            for (int i = 0; i < V::size; ++i) target[group].v[i] = A(rows.target[from + i]);
-        });
-    }
 
     void clear_ignored() const {
         for (int i = 0; i < row_count && rows.any_ignored; ++i)

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "cpu/choose_isa.h"
-#include "cpu/share_out.h"
+#include "cpu/work_stealing.h"
 #include "cpu/z_error.h"
 #include "cpu/z_error_kernels.h"
 #include "losses/names.h"
@@ -38,7 +38,7 @@ struct Chunks {
     // Calls body(chunk, first row, end) for every chunk.
     template <class Body>
     void for_each(const Body& body) const {
-        share_out(count, /*grain=*/1, [&](std::int64_t begin, std::int64_t end) {
+        for_stealing(count, /*grain=*/1, [&](std::int64_t begin, std::int64_t end) {
             for (std::int64_t chunk = begin; chunk < end; ++chunk)
                 body(chunk, chunk * size, std::min(rows, (chunk + 1) * size));
         });
@@ -119,7 +119,7 @@ void moments_of(const ZProblem& p, double* out) {
     chunks.for_each([&](std::int64_t chunk, std::int64_t begin, std::int64_t end) {
         z_kernels().moments(p, begin, end, found.data() + chunk * groups);
     });
-    share_out(groups, /*grain=*/1024, [&](std::int64_t begin, std::int64_t end) {
+    for_stealing(groups, /*grain=*/1024, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t group = begin; group < end; ++group) {
             Moments total;
             for (std::int64_t chunk = 0; chunk < chunks.count; ++chunk) total.merge(found[chunk * groups + group]);

@@ -15,7 +15,7 @@ namespace z_error {
 constexpr int kBlockRows = 128;  // whole vectors of any instruction set
 
 template <class Body>
-FL_HD void visit_type(ElementType type, Body body) {
+FL_ALWAYS_INLINE void visit_type(ElementType type, Body body) {
     switch (type) {
         case ElementType::kFloat64: return body.template operator()<double>();
         case ElementType::kFloat32: return body.template operator()<float>();
@@ -30,7 +30,7 @@ FL_HD void visit_type(ElementType type, Body body) {
 }
 
 template <class T, class Stored>
-FL_HD T number(Stored x) {
+FL_ALWAYS_INLINE T number(Stored x) {
     if constexpr (std::is_class_v<Stored>)
         return static_cast<T>(widen(x));
     else
@@ -39,7 +39,7 @@ FL_HD T number(Stored x) {
 
 // Calls body(r, row, n) for runs of n rows, of `rows` from number `begin`, with one outer index; `row` is the first.
 template <class Body>
-FL_HD void for_runs(const ZProblem& p, std::int64_t begin, int rows, Body body) {
+FL_ALWAYS_INLINE void for_runs(const ZProblem& p, std::int64_t begin, int rows, Body body) {
     Row row(p, begin);
     for (int r = 0; r < rows;) {
         const int n = static_cast<int>(p.outer == 1 || p.inner - row.inner > rows - r ? rows - r : p.inner - row.inner);
@@ -88,7 +88,7 @@ void store(void* data, ElementType type, std::int64_t begin, int rows, const A* 
 
 // Calls body(i) for the first elements of the vectors that cover `rows` rows.
 template <class A, class Body>
-FL_HD void for_whole_vectors(int rows, Body body) {
+FL_ALWAYS_INLINE void for_whole_vectors(int rows, Body body) {
     for (int i = 0; i < rows; i += Vec<A>::size) body(i);
 }
 
@@ -147,7 +147,7 @@ struct ScoreBlock {
 
     // Which rows of vector i have a label. Regression has one group, label 0, that everybody belongs to.
     template <bool kBinary>
-    FL_HD Mask has_label(int i, int label) const {
+    FL_ALWAYS_INLINE Mask has_label(int i, int label) const {
         if constexpr (!kBinary) return D(0.0) == D(0.0);
         const D y = D::load(target + i);
         return label == 1 ? y > D(0.5) : y <= D(0.5);

@@ -33,7 +33,7 @@ public:
     ColumnSums(double* memory, std::int64_t padded)
         : shift(memory), sum(shift + padded), squares(sum + padded), count(squares + padded) {}
 
-    FL_HD void push(std::int64_t column, D x, math::mask_t<D> mine) const {
+    FL_ALWAYS_INLINE void push(std::int64_t column, D x, math::mask_t<D> mine) const {
         const D zero(0.0), n = D::load(count + column);
         const D from = math::select(mine & (n == zero), x, D::load(shift + column));
         const D d = math::select(mine, x - from, zero);
@@ -230,7 +230,7 @@ struct RowBlock {
 
     // Loss and slope of vector i, of dropped rows, too.
     template <bool kBinary>
-    FL_HD ValueAndSlope<V> loss(int i) const {
+    FL_ALWAYS_INLINE ValueAndSlope<V> loss(int i) const {
         const V x = V::load(input + i), y = V::load(target + i);
         if constexpr (!kBinary) return squared_error(x, y);
         return binary_loss(x, y, V::load(pos_weight + i));
@@ -276,7 +276,7 @@ struct LaneSum {
 
     // `count` is a multiple of kLanes.
     template <class A>
-    FL_HD void add(const A* x, int count) {
+    FL_ALWAYS_INLINE void add(const A* x, int count) {
         for (int r = 0; r < count; r += kLanes)
             for (int i = 0; i < kLanes; ++i) lane[i] += static_cast<double>(x[r + i]);
     }

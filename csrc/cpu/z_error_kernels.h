@@ -28,8 +28,9 @@ struct TaskColumns {
 
 }  // namespace FL_ISA
 
-// How rows are judged. Classes: the rule of every group, or null where they are more than the rows. Otherwise: the
-// rules by label and column, in numbers: [labels][kNumbers][padded] of mean, std, low, high, and 1 or 0 for all.
+// How rows are judged. Classes: by the rule of their group; null where groups are more than rows, each row then makes
+// its own. Labels and numbers: by the rule of their label and column, [labels][kNumbers][padded]; the kNumbers are
+// mean, std, low, high, and 1 if every row is kept, else 0.
 struct ZErrorRules {
     static constexpr int kNumbers = 5;
     const GroupRule* of_group = nullptr;
@@ -40,10 +41,10 @@ struct ZErrorSums {
     double value = 0, weight = 0;
 };
 
-// Rows [begin, end) begin at a column 0, but for the gradient.
+// Row `begin` is in column 0, but for the gradient, which knows no columns.
 struct ZErrorKernels {
     void (*moments)(const ZProblem&, std::int64_t begin, std::int64_t end, Moments* of_group);
-    // Of all rows of classes, merged one by one into [3][num_groups] zeros: work in proportion to the rows.
+    // Of all rows, for more classes than rows: merges them one by one into `moments`, [3][num_groups] zeros.
     void (*sparse_moments)(const ZProblem&, double* moments);
     void (*mask)(const ZProblem&, const ZErrorRules&, std::int64_t begin, std::int64_t end);
     // The mask and what the rows add to the loss.

@@ -2,8 +2,8 @@
 //
 // `loss` is a name of loss_names(), `params` its parameters in the order its header states. Losses are returned in
 // float32 (float64 for float64 logits), gradients in the dtype of the logits. `reduction`: "none", "mean", "sum",
-// for margin losses also "active_mean", over the rows whose loss is positive. No operator knows derivatives: those, and
-// what has no memory (Meta), are Python's.
+// for margin losses also "active_mean", over the rows whose loss is positive. Derivatives and the kernels for tracing
+// (Meta) are registered in Python.
 #include "ops/operators.h"
 
 #include <string>
@@ -29,8 +29,8 @@ STABLE_TORCH_LIBRARY(fused_losses, m) {
     // Its backward, from the logits and stats. On the CPU both may be empty: then it starts from the logits alone.
     def("row_loss_backward", "Tensor grad_loss, Tensor stats, Tensor denominator, ", "Tensor");
 
-    // The two of them for CUDA, without tracing: forward writes the gradient for upstream gradient 1, and for the
-    // denominator that it expects; backward completes it, at no cost where both are right.
+    // The same pair for CUDA outside of traces. Forward writes the gradient for upstream gradient 1 and for a
+    // denominator that it assumes; backward corrects it, at no cost where both were right.
     def("row_loss_with_stats_and_grad", "", "(Tensor loss, Tensor stats, Tensor denominator, Tensor grad_logits)");
     def("row_loss_backward_", "Tensor grad_loss, Tensor stats, Tensor denominator, Tensor(a!) grad_logits, ", "()");
 
@@ -66,11 +66,11 @@ STABLE_TORCH_LIBRARY(fused_losses, m) {
            "(Tensor mask, Tensor kept_target, Tensor scores)")
               .c_str());
 
-    // The second half of a row loss without unlikely rows, given the rows' losses: mask and reduction in one pass,
-    // after the statistics where moments are absent. Where values are `unweighted`, the class weights are still to be
-    // multiplied into them, and row_weight is what each row is multiplied by, else empty. More statistics:
-    // "class_cross_entropy" and "class_softmax", the cross entropy, without class weights, of the logits in score, and
-    // exp(-it); with label smoothing and bias.
+    // A row loss without its unlikely rows, from the rows' losses in `values`: statistics where moments are absent,
+    // then mask and reduction in one pass. If values are `unweighted`, this multiplies them by the class weights, and
+    // row_weight returns each row's factor; else it is empty. Two more statistics judge by the logits in score:
+    // "class_cross_entropy" by their cross entropy, with label smoothing and bias but without class weights, and
+    // "class_softmax" by exp(-that).
     m.def(("z_error_class_loss(Tensor values, Tensor score, Tensor target, SymInt num_classes, Tensor? weight, "
            "Tensor? sample_weight, Tensor? logit_bias_tensor, float label_smoothing, float logit_bias, "
            "bool unweighted, int ignore_index, str reduction" +

@@ -62,8 +62,8 @@ inline bool coalesce_rows(Sizes rows, std::span<RowTensor> tensors, RowLayout& l
     return true;
 }
 
-// The same for any tensors: where two strides do not do (a crop of an image, say), copies the first that are not
-// contiguous, until they do. So the large ones come last.
+// The same for any tensors. Where two strides do not reach every row (a crop of an image, say), it copies tensors that
+// are not contiguous, one after the other, until they do: callers put the large ones last.
 inline RowLayout lay_out_rows(Sizes rows, std::span<RowTensor> tensors) {
     RowLayout layout;
     for (auto t = tensors.begin(); !coalesce_rows(rows, tensors, layout) && t != tensors.end(); ++t) {

@@ -21,7 +21,7 @@ struct Given {
     OptionalTensor& tensor;
 };
 
-// What torch hands over is ours from then on: all of it has to be read.
+// torch gives its arguments away: one that is not read is never freed.
 class Arguments {
 public:
     explicit Arguments(const StableIValue* first) : next(first) {}

@@ -1,5 +1,5 @@
-// torch's tensors, through those C functions of torch alone that keep their meaning from version to version
-// (torch/csrc/stable). One binary then runs under every torch.
+// torch's tensors, through the C functions that torch keeps compatible between its versions (torch/csrc/stable): one
+// binary runs under every torch.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -196,7 +196,7 @@ inline Tensor empty(Sizes sizes, DtypeCode dtype, Device device) {
     return Tensor(handle);
 }
 
-// ---- What is rare goes through torch's dispatcher ----
+// ---- Rare operations, for which torch has no C function: through its dispatcher ----
 namespace detail {
 
 template <class... Rest>

@@ -70,7 +70,7 @@ private:
     void describe_loss() {
         problem.loss = find_loss(args);
         problem.reduction = parse_reduction(args);
-        // Rounded first of all: every choice that depends on a parameter is made by the number that is computed with.
+        // Rounded here, so that choices that depend on a parameter see the number that kernels compute with.
         for (std::size_t i = 0; i < args.params.count; ++i) {
             const double given = args.params.values[i];
             problem.params[i] = acc == dtypes::float64 ? given : static_cast<double>(static_cast<float>(given));
