@@ -187,7 +187,10 @@ def pack_arguments(
     reduction: str,
 ) -> RowLossArguments:
     """The operators' arguments; ``params`` are packed already."""
-    bias, bias_tensor = resolve_logit_bias(logit_bias, logits)
+    if logit_bias.__class__ is float and logit_bias == 0.0:  # nearly always
+        bias, bias_tensor = 0.0, None
+    else:
+        bias, bias_tensor = resolve_logit_bias(logit_bias, logits)
     margin_tensor = margin if isinstance(margin, Tensor) else None
     return RowLossArguments(
         logits,

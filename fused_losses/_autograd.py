@@ -51,6 +51,11 @@ def _row_loss(args: RowLossArguments) -> Tensor:
     if needs_reference(*args[:6]) or _has_no_kernel(args):
         check_row_loss(args)
         return row_loss_reference(args)
+    return fused_row_loss(args)
+
+
+def fused_row_loss(args: RowLossArguments) -> Tensor:
+    """The loss by the fused kernels, for who knows that no other derivative is asked for."""
     if args.logits.requires_grad and torch.is_grad_enabled():
         return apply(_RowLoss, args.logits, args)  # type: ignore[no-any-return]
     return _ops.row_loss(*args)

@@ -31,6 +31,11 @@ class Criterion(nn.Module):
             "use torch.compile or torch.export"
         )
 
+    def _tensor(self, name: str) -> Any:
+        # Module's own look-up takes as long as a small loss.
+        buffers = self._buffers
+        return buffers[name] if name in buffers else getattr(self, name)
+
 
 class RowLossModule(Criterion):
     """Base of the loss Modules: holds the options and calls the loss's function.
@@ -89,11 +94,6 @@ class RowLossModule(Criterion):
         params = LOSSES[self.stem].pack({name: getattr(self, name) for name in self.parameter_names})
         self._params = params
         return params
-
-    def _tensor(self, name: str) -> Any:
-        # Module's own look-up takes as long as a small loss.
-        buffers = self._buffers
-        return buffers[name] if name in buffers else getattr(self, name)
 
     def forward(
         self,

@@ -26,8 +26,6 @@ def class_dim(logits: Tensor) -> int:
 
 def resolve_logit_bias(logit_bias: LogitBias, logits: Tensor) -> tuple[float, Tensor | None]:
     """The operators' ``logit_bias`` and ``logit_bias_tensor``; "auto" is solved from the number of classes."""
-    if logit_bias.__class__ is float and logit_bias == 0.0:  # nearly always
-        return 0.0, None
     if isinstance(logit_bias, Tensor):
         return 0.0, logit_bias
     if isinstance(logit_bias, str):

@@ -18,6 +18,7 @@ from fused_losses._arguments import RowLossArguments, ZErrorLossArguments, ZErro
 from fused_losses._autograd import (
     apply,
     forward_writes_gradient,
+    fused_row_loss,
     needs_reference,
     row_loss,
     row_loss_gradient,
@@ -35,9 +36,11 @@ def z_error_row_loss(args: RowLossArguments, rule: ZErrorRule, judged: ClassScor
     On the CPU, where forward writes the gradient, the mask comes first and then the row loss, which ignores dropped
     rows. Elsewhere the rows' losses come first, and one kernel makes statistics, mask and reduction of them.
     """
-    differentiate = args.logits.requires_grad and torch.is_grad_enabled()
-    if needs_reference(*args[:6]) or (differentiate and args.logits.is_cpu and forward_writes_gradient(args)):
+    if needs_reference(*args[:6]):
         return masked_first(args, rule, judged, row_loss, partial(class_score, row_loss))
+    differentiate = args.logits.requires_grad and torch.is_grad_enabled()
+    if differentiate and args.logits.is_cpu and forward_writes_gradient(args):
+        return masked_first(args, rule, judged, fused_row_loss, partial(class_score, fused_row_loss))
     if differentiate:
         return apply(_ZErrorRowLoss, args.logits, args, rule)  # type: ignore[no-any-return]
     plan = _Plan.of(args, rule)
@@ -53,16 +56,25 @@ def masked_first(
     score_of: Callable[[str, RowLossArguments], ClassScore],
 ) -> Result:
     """The row loss of the rows that a mask keeps; ``score_of`` says what they are judged by if that is not known."""
-    with torch.no_grad():
-        score, word = judged or score_of(rule.statistic, args)
-        moments, threshold_tensor, threshold, _, *rest = rule
-        if moments is None:
-            classes = args.logits.shape[class_dim(args.logits)]
-            moments = _ops.class_moments(score, args.target, classes, word, args.ignore_index)
-        mask, kept_target, scores = _ops.z_error_mask(
-            score, args.target, args.ignore_index, moments, threshold_tensor, threshold, word, *rest
-        )
-    return row_loss(args._replace(target=kept_target)), mask, scores
+    score, word = judged or score_of(rule.statistic, args)
+    target, ignore_index = args.target, args.ignore_index
+    moments, threshold_tensor, threshold, _, tail, min_count, keep_small, with_scores = rule
+    if moments is None:
+        moments = _ops.class_moments(score, target, args.logits.shape[class_dim(args.logits)], word, ignore_index)
+    mask, kept_target, scores = _ops.z_error_mask(
+        score,
+        target,
+        ignore_index,
+        moments,
+        threshold_tensor,
+        threshold,
+        word,
+        tail,
+        min_count,
+        keep_small,
+        with_scores,
+    )
+    return row_loss(RowLossArguments(args[0], kept_target, *args[2:])), mask, scores
 
 
 class _Plan(NamedTuple):

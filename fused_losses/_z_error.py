@@ -63,8 +63,7 @@ def fused_and_plain(make: Callable[[ZOps], Callable[..., Any]]) -> tuple[Callabl
     return fused, plain
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """Where the moments come from that rows are judged by: given ones, or the batch's over all ranks of a group.
 
     Running statistics give an ``update``: it takes the batch's moments and returns those to use.
@@ -276,11 +275,17 @@ class ZErrorModule(HasProcessGroup):
         So counts tend to the batch's divided by ``momentum``. The first batch is taken as it is; a class that is not in
         the batch keeps what it has.
         """
-        if self.running_moments.shape[1] == 0:
+        running = self._running_moments()
+        if running.shape[1] == 0:
             with torch.inference_mode(False):  # later batches must be able to change it
-                self.running_moments = torch.zeros(batch.shape, dtype=torch.float64, device=batch.device)
-        _ops.update_moments_(self.running_moments, batch, self.momentum)
-        return self.running_moments
+                running = torch.zeros(batch.shape, dtype=torch.float64, device=batch.device)
+            self.running_moments = running
+        _ops.update_moments_(running, batch, self.momentum)
+        return running
+
+    def _running_moments(self) -> Tensor:
+        # Module's own look-up takes as long as a small operator.
+        return self._buffers["running_moments"]  # type: ignore[return-value]
 
     def _or_batch(self, batch: Tensor) -> Tensor:
         """The running moments; before any training batch, when they say nothing, those of the batch."""
@@ -288,7 +293,7 @@ class ZErrorModule(HasProcessGroup):
 
     def _source(self, num_groups: int) -> Source:
         """Where a call with that many groups finds the moments to judge by."""
-        known = self.running_moments.shape[1] if self.running else self.num_groups
+        known = self._running_moments().shape[1] if self.running else self.num_groups
         if known and known != num_groups:
             what = "running statistics are those" if self.running else "the loss was made for statistics"
             raise ValueError(f"{what} of {known} classes, got a batch with {num_groups}")

@@ -95,15 +95,16 @@ def z_error_mask(score: Tensor, target: Tensor, ignore_index: int, rule: ZErrorR
 
 
 def class_score(row_loss: Callable[[RowLossArguments], Tensor], statistic: str, args: RowLossArguments) -> ClassScore:
-    """What rows are judged by, and the word for it in :func:`z_error_mask`. A constant, where gradients are off."""
+    """What rows are judged by, a constant for every derivative, and the word for it in :func:`z_error_mask`."""
     logits = args.logits.detach()
     if statistic == "logit":
         return logits, "class"
     args = args._replace(logits=logits, weight=None, sample_weight=None, reduction="none")
-    if statistic == "loss":
-        return row_loss(args), "class"
-    plain = args._replace(logit_bias_tensor=None, margin=None, loss="cross_entropy", params=[0.0], logit_bias=0.0)
-    return row_loss(plain), "class_prob"
+    with torch.no_grad():
+        if statistic == "loss":
+            return row_loss(args), "class"
+        plain = args._replace(logit_bias_tensor=None, margin=None, loss="cross_entropy", params=[0.0], logit_bias=0.0)
+        return row_loss(plain), "class_prob"
 
 
 def z_error_row_loss(

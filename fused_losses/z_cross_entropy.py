@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,6 @@ from fused_losses._common import RowLossModule
 from fused_losses._logit_bias import LogitBias, check_logit_bias, class_dim
 from fused_losses._z_error import (
     FUSED,
-    SIDES,
     Source,
     Threshold,
     ZErrorModule,
@@ -60,18 +59,31 @@ def classes_of(logits: Tensor) -> int:
     return logits.shape[class_dim(logits)] if logits.dim() else 1
 
 
+class _Judge(NamedTuple):
+    """What rows are judged by and how: what stays the same from call to call, checked, in the operators' words."""
+
+    statistic: str
+    base: str | RowLossModule
+    tail: str
+    min_count: int
+    keep_small: bool
+
+    @staticmethod
+    def of(statistic: str, base: str | RowLossModule, sided: str, min_count: int, small_class: str) -> _Judge:
+        """Raises a ValueError on an unknown word."""
+        choose("statistic", statistic, _STATISTICS)
+        tail = choose("sided", sided, {"two": "both", "lower": "high" if statistic == "loss" else "low"})
+        return _Judge(statistic, base, tail, min_count, check_small_class(min_count, small_class))
+
+
 def _z_cross_entropy(
     ops: ZOps,
     source: Source,
     logits: Tensor,
     target: Tensor,
+    judge: _Judge,
     *,
     threshold: Threshold,
-    statistic: str,
-    base: str | RowLossModule,
-    sided: str,
-    min_count: int,
-    small_class: str,
     weight: Tensor | None,
     ignore_index: int,
     reduction: str,
@@ -79,11 +91,9 @@ def _z_cross_entropy(
     sample_weight: Tensor | None,
     return_mask: bool,
 ) -> Tensor | ZErrorResult:
-    choose("statistic", statistic, _STATISTICS)
+    statistic, base, tail, min_count, keep_small = judge
     check_reduction(reduction)
     check_tensors(logits=logits, target=target)
-    keep_small = check_small_class(min_count, small_class)
-    tail = choose("sided", sided, {"two": "both", "lower": "high" if statistic == "loss" else "low"})
     entry, keywords = resolve_base(base, weight=weight, ignore_index=ignore_index, logit_bias=logit_bias)
     numbers, tensor = pack_threshold(threshold)
     mean_over_ranks = source.group is not None and reduction == "mean"
@@ -91,15 +101,13 @@ def _z_cross_entropy(
         logits, target, reduction="sum" if mean_over_ranks else reduction, sample_weight=sample_weight, **keywords
     )
     num_classes = classes_of(logits)
+    judged = class_score(ops.row_loss, statistic, arguments) if source.wants_batch else None
 
-    with torch.no_grad():
-        judged = class_score(ops.row_loss, statistic, arguments) if source.wants_batch else None
+    def moments_of_batch() -> Tensor:
+        assert judged is not None
+        return ops.class_moments(judged[0], target, num_classes, judged[1], arguments.ignore_index)
 
-        def moments_of_batch() -> Tensor:
-            assert judged is not None
-            return ops.class_moments(judged[0], target, num_classes, judged[1], arguments.ignore_index)
-
-        moments = source.moments(num_classes, moments_of_batch)
+    moments = source.moments(num_classes, moments_of_batch)
     rule = ZErrorRule(moments, tensor, numbers, statistic, tail, min_count, keep_small, return_mask)
     loss, mask, scores = ops.z_error_row_loss(arguments, rule, judged)
     if mean_over_ranks and source.group is not None:
@@ -183,12 +191,8 @@ def _z_error_cross_entropy(ops: ZOps) -> Callable[..., Any]:
             source_of(statistics, process_group, None),
             logits,
             target,
+            _Judge.of(statistic, base, sided, min_count, small_class),
             threshold=threshold,
-            statistic=statistic,
-            base=base,
-            sided=sided,
-            min_count=min_count,
-            small_class=small_class,
             weight=weight,
             ignore_index=ignore_index,
             reduction=reduction,
@@ -251,9 +255,7 @@ class ZErrorCrossEntropyLoss(ZErrorModule):
             process_group=process_group,
             num_groups=check_count("num_classes", num_classes),
         )
-        choose("statistic", statistic, _STATISTICS)
-        choose("sided", sided, SIDES)
-        check_small_class(min_count, small_class)
+        self._judge: _Judge | None = _Judge.of(statistic, base, sided, min_count, small_class)
         check_logit_bias(logit_bias)
         resolve_base(base, weight=weight, ignore_index=ignore_index, logit_bias=logit_bias)
         self.statistic, self.sided, self.min_count, self.small_class = statistic, sided, min_count, small_class
@@ -264,6 +266,17 @@ class ZErrorCrossEntropyLoss(ZErrorModule):
             self.register_buffer("logit_bias", logit_bias)
         else:
             self.logit_bias = logit_bias
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Notices that an option has a new value, so that calls need not look."""
+        super().__setattr__(name, value)
+        if name in ("statistic", "base", "sided", "min_count", "small_class"):
+            self._judge = None
+
+    def _settle(self) -> _Judge:
+        judge = _Judge.of(self.statistic, self.base, self.sided, self.min_count, self.small_class)
+        self._judge = judge
+        return judge
 
     def forward(
         self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None, *, return_mask: bool = False
@@ -289,16 +302,12 @@ class ZErrorCrossEntropyLoss(ZErrorModule):
             self._source(num_classes),
             logits,
             target,
-            threshold=self.threshold,
-            statistic=self.statistic,
-            base=self.base,
-            sided=self.sided,
-            min_count=self.min_count,
-            small_class=self.small_class,
-            weight=self.weight,
+            self._settle() if self._judge is None else self._judge,
+            threshold=self._tensor("threshold"),
+            weight=self._tensor("weight"),
             ignore_index=self.ignore_index,
             reduction=self.reduction if reduction is None else reduction,
-            logit_bias=self.logit_bias if self.training else 0.0,
+            logit_bias=self._tensor("logit_bias") if self.training else 0.0,
             sample_weight=sample_weight,
             return_mask=return_mask,
         )
