@@ -187,20 +187,29 @@ def _traffic(rank: int, ranks: int, folder: str) -> None:
     _join(rank, ranks, folder)
     rows, classes = 512, 1000 * ranks
     sent: list[int] = []
-    real = dist.all_reduce
 
-    def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        sent.append(tensor.numel() * tensor.element_size())
-        return real(tensor, *args, **kwargs)
+    def count(name: str, of: int) -> None:
+        real = getattr(dist, name)
 
-    dist.all_reduce = counted
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            sent.append(args[of].numel() * args[of].element_size())
+            return real(*args, **kwargs)
+
+        setattr(dist, name, counted)
+
+    count("all_reduce", 0)
+    count("all_gather", 1)
     for name in ("cross_entropy", "gce", "nce_mae", "ngce"):
         module: Any = fl.LOSSES[name].module
         loss = ClassParallel(module(), None, 1000 * rank, classes)
         logits = torch.randn(rows, 1000, requires_grad=True)
         loss(logits, torch.arange(rows) % classes).backward()
         if rank == 0:
-            print(f"{ranks} ranks, {name}: {len(sent)} collectives, {sum(sent) / rows:.2f} bytes per row", flush=True)
+            rest = sum(sent[1:]) / rows
+            print(
+                f"{ranks} ranks, {name}: {len(sent)} collectives, {sent[0]} bytes and {rest:.2f} bytes per row",
+                flush=True,
+            )
         sent.clear()
     dist.destroy_process_group()
 

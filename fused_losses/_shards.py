@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused_losses._arguments import LOSSES, RowLossArguments, acc_dtype
-from fused_losses._reference import Rows
+from fused_losses._reference import Rows, zero_at_zero
 from fused_losses.distributed import check_member
 
 # What is not a function of log p_y and sums over the classes.
@@ -112,7 +112,7 @@ def values_and_gradient(args: RowLossArguments, shard: Shard, with_gradient: boo
     """Every row's weighted loss, the same on all ranks, and the gradient of their sum in this rank's logits.
 
     ``args.logits`` is (N, classes of this rank), targets count over all classes. All ranks have to call it: one
-    collective for the maximum, one for the sums, one more for losses of ``_OTHER_SUM``.
+    collective, and one more for losses of ``_OTHER_SUM``.
     """
     with torch.no_grad():
         logits, target = args.logits, args.target.long()
@@ -121,33 +121,22 @@ def values_and_gradient(args: RowLossArguments, shard: Shard, with_gradient: boo
         own = (local >= 0) & (local < logits.shape[1])
         index = torch.where(own, local, 0).unsqueeze(1)
         z = _with_bias(logits.to(acc_dtype(logits)), args, own, index)
-        shift = _global_max(z, shard)
-        d = torch.where(ignored.unsqueeze(1), 0.0, z - shift.unsqueeze(1))
         linear = _linear_weights(args, shard, z)
+        d, of_rank = _reduce_classes(z, ignored, own, index, linear)
         e = d.exp()
-        parts = (
-            [e.sum(1), torch.where(own, d.gather(1, index).squeeze(1), 0.0)]
-            if d.shape[1]
-            else 2 * [torch.zeros_like(shift)]
-        )
-        if linear is not None:
-            parts.append((d * linear).sum(1))
-        sums = torch.stack(parts)
-        dist.all_reduce(sums, group=shard.group)
-        log_sum = sums[0].log()
-        log_p = sums[1] - log_sum
-        linear_total = torch.zeros_like(log_p)
-        linear_scale = 0.0 if linear is None else _total_linear_weight(args, shard)
-        if linear is not None:
-            linear_total = sums[2] - linear_scale * log_sum
-        log_probs = d.sub_(log_sum.unsqueeze(1))
+        of_rank.insert(1, e.sum(1))
+        everywhere = _merge(_gather(of_rank, linear, shard))
+        below, log_sum = _below(of_rank[0], everywhere.top), everywhere.sum.log()
+        log_p = everywhere.target - everywhere.top - log_sum
+        linear_total = torch.zeros_like(log_p) + everywhere.linear - everywhere.linear_weight * log_sum
+        log_probs = d.add_((below - log_sum).unsqueeze(1))
         values, slopes, terms = _evaluate(args, shard, ignored, log_p, linear_total, log_probs)
         if not with_gradient:
             return values, logits.new_empty(0)
         of_target, of_linear, of_other, slope_total = slopes
         # d log p_k / d z_j is [k = j] - p_j, in every one of the three numbers.
-        pull = of_target + of_linear * linear_scale + of_other * slope_total
-        grad = e.mul_((-pull / sums[0]).unsqueeze(1))
+        pull = of_target + of_linear * everywhere.linear_weight + of_other * slope_total
+        grad = e.mul_((-pull * below.exp() / everywhere.sum).unsqueeze(1))
         if linear is not None:
             grad += of_linear.unsqueeze(1) * linear
         if terms is not None:
@@ -164,11 +153,60 @@ def _with_bias(z: Tensor, args: RowLossArguments, own: Tensor, index: Tensor) ->
     return z.scatter_add(1, index, (own.to(z.dtype) * bias).unsqueeze(1))
 
 
-def _global_max(z: Tensor, shard: Shard) -> Tensor:
-    """Every row's maximum over all ranks."""
-    most = z.amax(1) if z.shape[1] else torch.full((z.shape[0],), -torch.inf, dtype=z.dtype, device=z.device)
-    dist.all_reduce(most, dist.ReduceOp.MAX, group=shard.group)
-    return most
+def _reduce_classes(
+    z: Tensor, ignored: Tensor, own: Tensor, index: Tensor, linear: Tensor | None
+) -> tuple[Tensor, list[Tensor]]:
+    """``z`` less its rows' maxima, zeros in ignored rows; this rank's maximum, target's logit, linear sum.
+
+    A rank that has not the target's class, or no class at all, sends -inf, which loses against what others send.
+    """
+    none = torch.full((z.shape[0],), -torch.inf, dtype=z.dtype, device=z.device)
+    top = torch.where(ignored, 0.0, z.amax(1)) if z.shape[1] else none
+    of_target = torch.where(own, z.gather(1, index).squeeze(1), none) if z.shape[1] else none
+    of_target = torch.where(ignored, 0.0, of_target)
+    shift = torch.where(top == -torch.inf, 0.0, top)
+    d = torch.where(ignored.unsqueeze(1), 0.0, z - shift.unsqueeze(1))
+    numbers = [top, of_target]
+    if linear is not None:
+        numbers.append(zero_at_zero(linear.expand_as(d), d).sum(1))
+    return d, numbers
+
+
+def _gather(of_rank: list[Tensor], linear: Tensor | None, shard: Shard) -> tuple[Tensor, Tensor | None]:
+    """Every rank's numbers [rank, number, row], and its linear weights' sum."""
+    message = torch.cat(of_rank if linear is None else [*of_rank, linear.sum().reshape(1)])
+    found = message.new_empty(dist.get_world_size(shard.group), message.numel())
+    dist.all_gather(list(found.unbind()), message, group=shard.group)
+    rows = len(of_rank), of_rank[0].shape[0]
+    if linear is None:
+        return found.unflatten(1, rows), None
+    return found[:, :-1].unflatten(1, rows), found[:, -1:]
+
+
+class _Everywhere(NamedTuple):
+    """Numbers of each row, over all ranks."""
+
+    top: Tensor  # the largest logit
+    sum: Tensor  # of exp(z - top)
+    target: Tensor  # its logit
+    linear: Tensor | float  # sum of linear weight * (z - top)
+    linear_weight: Tensor | float
+
+
+def _merge(found: tuple[Tensor, Tensor | None]) -> _Everywhere:
+    """Sums that are relative to each rank's maximum become relative to that of all, as in an online softmax."""
+    numbers, weights = found
+    top = numbers[:, 0].amax(0)
+    below = _below(numbers[:, 0], top)
+    total, of_target = (numbers[:, 1] * below.exp()).sum(0), numbers[:, 2].amax(0)
+    if weights is None:
+        return _Everywhere(top, total, of_target, 0.0, 0.0)
+    return _Everywhere(top, total, of_target, (numbers[:, 3] + weights * below).sum(0), weights.sum())
+
+
+def _below(top: Tensor, of_all: Tensor) -> Tensor:
+    """How far a rank's maximum is below that of all; 0 for a rank without finite logits, whose sums are 0."""
+    return torch.where(top == -torch.inf, 0.0, top - of_all)
 
 
 def _linear_weights(args: RowLossArguments, shard: Shard, z: Tensor) -> Tensor | None:
@@ -180,12 +218,6 @@ def _linear_weights(args: RowLossArguments, shard: Shard, z: Tensor) -> Tensor |
     if args.weight is None:
         return z.new_ones(z.shape[1])
     return args.weight[shard.first_class : shard.first_class + z.shape[1]].to(z.dtype)
-
-
-def _total_linear_weight(args: RowLossArguments, shard: Shard) -> float | Tensor:
-    if args.weight is None or args.loss != "cross_entropy":
-        return float(shard.num_classes)
-    return args.weight.to(acc_dtype(args.logits)).sum()
 
 
 def _evaluate(

@@ -32,8 +32,8 @@ class ClassParallel(HasProcessGroup):
 
     For heads whose weight is divided by classes, as ``ColwiseParallel`` does. All ranks of the group have the same rows
     and targets; each gives the logits of its classes and gets their gradient. The loss is the same on all ranks.
-    Forward communicates 12 to 16 bytes per row in two all-reduces, a maximum and sums ("nfl", "nfl_mae", "nfl_rce" and
-    "ngce": 8 more in a third), after one of 40 bytes in which an error of any rank becomes one of all; backward and
+    Forward communicates 40 bytes in which an error of any rank becomes one of all, and 12 or 16 bytes per row in one
+    all-gather ("nfl", "nfl_mae", "nfl_rce" and "ngce": 12, and 8 more in an all-reduce); backward and
     ``no_grad`` add none. The first call also compares the ranks' classes.
 
     The gradient in the features is each rank's own part: :func:`sum_gradient` around them adds the parts up.
@@ -123,7 +123,7 @@ def _arguments(
 
 def _values(logits: Tensor, args: RowLossArguments, shard: Shard) -> Tensor:
     """One loss per row."""
-    rows = logits.movedim(1, -1).reshape(-1, logits.shape[1])
+    rows = logits.movedim(1, -1).flatten(0, -2)
     if torch.is_grad_enabled() and rows.requires_grad:
         return _ShardedLoss.apply(rows, args, shard)  # type: ignore[no-any-return, no-untyped-call]
     return values_and_gradient(args._replace(logits=rows), shard, False)[0]
