@@ -51,6 +51,7 @@ from fused_losses._arguments import LOSSES
 from fused_losses._C import build_info, loss_names
 from fused_losses._z_error import ZErrorResult
 from fused_losses.calibration import hem_margin, hem_plus_margins
+from fused_losses.corrections import BackwardCorrectionLoss, ForwardCorrectionLoss, TransitionMatrix
 from fused_losses.cutoffs import (
     CutoffCollector,
     optimal_logit_cutoff_from_gaussians,
@@ -60,6 +61,7 @@ from fused_losses.cutoffs import (
 from fused_losses.diagnostics import OutlierTracker
 from fused_losses.distributed import GlobalMean
 from fused_losses.linear import LinearLoss
+from fused_losses.logit_norm import LogitClip, LogitNorm
 from fused_losses.row_statistics import RowStatistics, row_statistics
 from fused_losses.schedules import LogitBiasSchedule, ThresholdSchedule, get_sigma_threshold
 from fused_losses.statistics import ClassStatistics, class_statistics
@@ -74,18 +76,22 @@ __all__ = [
     "AELoss",
     "AGCELoss",
     "AUELoss",
+    "BackwardCorrectionLoss",
     "BiTemperedLoss",
     "BoundedCELoss",
     "ClassStatistics",
     "CrossEntropyLoss",
     "CutoffCollector",
     "FocalLoss",
+    "ForwardCorrectionLoss",
     "GCELoss",
     "GlobalMean",
     "HEMLoss",
     "JSLoss",
     "LinearLoss",
     "LogitBiasSchedule",
+    "LogitClip",
+    "LogitNorm",
     "MAELoss",
     "MultiMarginLoss",
     "NCEAGCELoss",
@@ -103,6 +109,7 @@ __all__ = [
     "SCELoss",
     "TaylorCELoss",
     "ThresholdSchedule",
+    "TransitionMatrix",
     "ZErrorBCEWithLogitsLoss",
     "ZErrorCrossEntropyLoss",
     "ZErrorResult",

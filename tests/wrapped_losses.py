@@ -1,0 +1,104 @@
+"""Losses around losses, of known or remembered noise: how to make each, and its published formula in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fused_losses as fl
+
+CLASSES, ROWS = 4, 7
+TRANSITION = torch.tensor(
+    [[0.7, 0.1, 0.15, 0.05], [0.0, 0.8, 0.1, 0.1], [0.2, 0.1, 0.6, 0.1], [0.05, 0.25, 0.0, 0.7]], dtype=torch.float64
+)
+
+
+def p_of(z: Tensor) -> Tensor:
+    exponential = torch.exp(z - z.amax(1, keepdim=True))
+    return exponential / exponential.sum(1, keepdim=True)
+
+
+def ce_rows(z: Tensor, y: Tensor) -> Tensor:
+    return -torch.log(p_of(z)[torch.arange(len(y)), y])
+
+
+def gce_rows(z: Tensor, y: Tensor) -> Tensor:
+    return (1 - p_of(z)[torch.arange(len(y)), y] ** 0.7) / 0.7
+
+
+def forward_rows(z: Tensor, y: Tensor) -> Tensor:
+    return -torch.log((p_of(z) @ TRANSITION)[torch.arange(len(y)), y])
+
+
+def backward_rows(z: Tensor, y: Tensor) -> Tensor:
+    every_label = -torch.log(p_of(z))
+    return (every_label @ torch.linalg.inv(TRANSITION).T)[torch.arange(len(y)), y]
+
+
+def normed(z: Tensor, t: float) -> Tensor:
+    return torch.stack([row / (t * (row.square().sum().sqrt() + 1e-7)) for row in z])
+
+
+def clipped(z: Tensor, tau: float) -> Tensor:
+    norms = [row.square().sum().sqrt() for row in z]
+    return torch.stack([tau / norm * row if norm > tau else row for row, norm in zip(z, norms, strict=True)])
+
+
+@dataclass(frozen=True)
+class Case:
+    """``make`` takes weight, ignore_index and reduction; ``rows`` gives the loss of every row that is not ignored, and
+    which of them count, from logits, targets and weights of those rows alone."""
+
+    make: Callable[..., nn.Module]
+    rows: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    takes_index: bool = False
+    masked: bool = True  # whether classes may be masked by logits of -inf
+
+    def __call__(self, module: nn.Module, logits: Tensor, target: Tensor, **options: Any) -> Tensor:
+        inputs = (torch.arange(target.numel()).view(target.shape),) if self.takes_index else ()
+        return module(logits, target, *inputs, **options)
+
+
+def every(rows: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """A loss of each row by itself."""
+    return lambda z, y, w: (rows(z, y), torch.ones(len(y), dtype=torch.bool))
+
+
+CASES = {
+    "forward": Case(lambda **o: fl.ForwardCorrectionLoss(TRANSITION, **o), every(forward_rows)),
+    "backward": Case(lambda **o: fl.BackwardCorrectionLoss(TRANSITION, **o), every(backward_rows), masked=False),
+    "norm": Case(lambda **o: fl.LogitNorm("gce", 0.4, **o), every(lambda z, y: gce_rows(normed(z, 0.4), y))),
+    "clip": Case(lambda **o: fl.LogitClip("cross_entropy", 1.5, **o), every(lambda z, y: ce_rows(clipped(z, 1.5), y))),
+    "clip forward": Case(
+        lambda **o: fl.LogitClip(fl.ForwardCorrectionLoss(TRANSITION, **o), 1.5),
+        every(lambda z, y: forward_rows(clipped(z, 1.5), y)),
+    ),
+    "norm clip": Case(
+        lambda **o: fl.LogitNorm(fl.LogitClip(fl.functional.gce_loss, 2.0, **o), 0.4),
+        every(lambda z, y: gce_rows(clipped(normed(z, 0.4), 2.0), y)),
+    ),
+}
+
+
+def batch(dtype: torch.dtype = torch.float64, rows: int = ROWS, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Logits and targets; the third row is ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 1.5 * torch.randn(rows, CLASSES, generator=generator, dtype=torch.float64)
+    target = torch.randint(CLASSES, (rows,), generator=generator)
+    target[2] = -100
+    return logits.to(dtype), target
+
+
+def expected(case: Case, logits: Tensor, target: Tensor, class_weight: Tensor, sample_weight: Tensor) -> dict[str, Any]:
+    """What every reduction gives, by the published formula."""
+    there = target != -100
+    weight = (class_weight[target.clamp(min=0)] * sample_weight)[there]
+    values, kept = case.rows(logits[there].double(), target[there], weight)
+    weighted, weight = torch.where(kept, values * weight, 0.0), torch.where(kept, weight, 0.0)
+    none = torch.zeros(len(target), dtype=torch.float64)
+    none[there] = weighted.detach()
+    return {"none": none, "sum": weighted.sum(), "mean": weighted.sum() / weight.sum()}
