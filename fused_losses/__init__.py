@@ -60,6 +60,7 @@ from fused_losses.cutoffs import (
 )
 from fused_losses.diagnostics import OutlierTracker
 from fused_losses.distributed import GlobalMean
+from fused_losses.elr import ELRLoss
 from fused_losses.linear import LinearLoss
 from fused_losses.logit_norm import LogitClip, LogitNorm
 from fused_losses.row_statistics import RowStatistics, row_statistics
@@ -83,6 +84,7 @@ __all__ = [
     "CrossEntropyLoss",
     "CutoffCollector",
     "FocalLoss",
+    "ELRLoss",
     "ForwardCorrectionLoss",
     "GCELoss",
     "GlobalMean",

@@ -48,6 +48,24 @@ def clipped(z: Tensor, tau: float) -> Tensor:
     return torch.stack([tau / norm * row if norm > tau else row for row, norm in zip(z, norms, strict=True)])
 
 
+def elr_memory() -> Tensor:
+    """Of the batch's samples, as if from earlier steps; the sample of the ignored row is never looked at."""
+    memory = 0.9 * p_of(torch.randn(ROWS, CLASSES, generator=torch.Generator().manual_seed(1)))
+    return memory
+
+
+def make_elr(**options: Any) -> nn.Module:
+    loss = fl.ELRLoss(ROWS, CLASSES, **options).eval()
+    loss.memory.copy_(elr_memory())
+    return loss
+
+
+def elr_rows(z: Tensor, y: Tensor) -> Tensor:
+    there = batch()[1][: len(y) + 1] != -100
+    s = (elr_memory()[: len(y) + 1][there].double() * p_of(z)).sum(1)
+    return ce_rows(z, y) + 3.0 * torch.log(1 - s)
+
+
 @dataclass(frozen=True)
 class Case:
     """``make`` takes weight, ignore_index and reduction; ``rows`` gives the loss of every row that is not ignored, and
@@ -73,6 +91,12 @@ CASES = {
     "backward": Case(lambda **o: fl.BackwardCorrectionLoss(TRANSITION, **o), every(backward_rows), masked=False),
     "norm": Case(lambda **o: fl.LogitNorm("gce", 0.4, **o), every(lambda z, y: gce_rows(normed(z, 0.4), y))),
     "clip": Case(lambda **o: fl.LogitClip("cross_entropy", 1.5, **o), every(lambda z, y: ce_rows(clipped(z, 1.5), y))),
+    "elr": Case(make_elr, every(elr_rows), takes_index=True),
+    "clip elr": Case(
+        lambda **o: fl.LogitClip(make_elr(**o), 1.5),
+        every(lambda z, y: elr_rows(clipped(z, 1.5), y)),
+        takes_index=True,
+    ),
     "clip forward": Case(
         lambda **o: fl.LogitClip(fl.ForwardCorrectionLoss(TRANSITION, **o), 1.5),
         every(lambda z, y: forward_rows(clipped(z, 1.5), y)),
