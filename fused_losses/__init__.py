@@ -63,9 +63,11 @@ from fused_losses.distributed import GlobalMean
 from fused_losses.elr import ELRLoss
 from fused_losses.linear import LinearLoss
 from fused_losses.logit_norm import LogitClip, LogitNorm
+from fused_losses.reducers import Antidote, ClippedLoss, SmallLoss
 from fused_losses.row_statistics import RowStatistics, row_statistics
 from fused_losses.schedules import LogitBiasSchedule, ThresholdSchedule, get_sigma_threshold
 from fused_losses.statistics import ClassStatistics, class_statistics
+from fused_losses.super_loss import SuperLoss
 from fused_losses.z_bce import ZErrorBCEWithLogitsLoss
 from fused_losses.z_cross_entropy import ZErrorCrossEntropyLoss
 from fused_losses.z_mse import ZMSELoss
@@ -77,10 +79,12 @@ __all__ = [
     "AELoss",
     "AGCELoss",
     "AUELoss",
+    "Antidote",
     "BackwardCorrectionLoss",
     "BiTemperedLoss",
     "BoundedCELoss",
     "ClassStatistics",
+    "ClippedLoss",
     "CrossEntropyLoss",
     "CutoffCollector",
     "FocalLoss",
@@ -109,6 +113,8 @@ __all__ = [
     "RCELoss",
     "RowStatistics",
     "SCELoss",
+    "SmallLoss",
+    "SuperLoss",
     "TaylorCELoss",
     "ThresholdSchedule",
     "TransitionMatrix",

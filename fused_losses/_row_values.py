@@ -49,21 +49,11 @@ class RowsModule(Criterion):
     """
 
     reduction: str
-    _precise: tuple[str, ...] = ()  # buffers that keep their dtype under half() and the like
     rows: Callable[..., RowValues]  # of the arguments of forward
 
     def forward(self, logits: Tensor, target: Tensor, *inputs: Any, **options: Any) -> Any:
         """The loss of ``logits`` for ``target``; ``sample_weight`` is one weight per row."""
         return self.rows(logits, target, *inputs, **options).reduce(self.reduction)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RowsModule:
-        before = {name: self._buffers.get(name) for name in self._precise}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, exact in before.items():
-            after = self._buffers.get(name)
-            if exact is not None and after is not None and after.dtype != exact.dtype:
-                self._buffers[name] = exact.to(after.device)
-        return self
 
     def _set(self, name: str, value: float | Tensor, rule: OrTensor) -> None:
         """Checks a hyper-parameter and keeps it."""
@@ -114,11 +104,13 @@ def _registered(loss: RowLossModule, logits: Tensor, target: Tensor, sample_weig
 
 def _weights(args: RowLossArguments, by_class: bool) -> tuple[Tensor, Tensor]:
     """Every row's weight and whether it counts."""
-    weight = args.logits.new_ones(row_shape(args.logits), dtype=acc_dtype(args.logits))
-    kept = args.target != args.ignore_index if by_class else weight > 0
+    shape = row_shape(args.logits)
+    weight = args.logits.new_ones(shape, dtype=acc_dtype(args.logits))
+    target = args.target.reshape(shape) if by_class else args.target
+    kept = target != args.ignore_index if by_class else weight > 0
     if by_class and args.weight is not None:
-        weight = args.weight.to(weight.dtype)[torch.where(kept, args.target.long(), 0)]
-    return (weight if args.sample_weight is None else weight * args.sample_weight), kept
+        weight = args.weight.to(weight.dtype)[torch.where(kept, target.long(), 0)]
+    return (weight if args.sample_weight is None else weight * args.sample_weight.reshape(shape)), kept
 
 
 def plain_rows(

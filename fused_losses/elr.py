@@ -92,6 +92,7 @@ class ELRLoss(RowsModule):
     """
 
     memory: Tensor
+    _precise = ("memory",)
     weight: Tensor | None
     beta: float | Tensor
     lam: float | Tensor
@@ -146,7 +147,7 @@ class ELRLoss(RowsModule):
             usable = ~rows.ignored.flatten() & p.detach().sum(1).isfinite()
             memory = torch.where(usable.unsqueeze(1), self._updated(memory, p.detach()), memory)
             self._write(place, memory, usable)
-        term = torch.log(((1.0 - memory) * p).sum(1)).view(target.shape)  # 1 - s, without cancellation
+        term = torch.log(((1.0 - memory) * p).sum(1)).view(rows.target.shape)  # 1 - s, without cancellation
         return RowValues.of(rows, self.lam * term - rows.of_target(log_p))
 
     def _updated(self, memory: Tensor, p: Tensor) -> Tensor:
@@ -245,15 +246,12 @@ class ELRLoss(RowsModule):
             self.memory.index_copy_(0, pending.place, pending.rows)
 
     def _apply(self, fn: Any, recurse: bool = True) -> ELRLoss:
-        # The memory keeps its dtype, and on the host also its place.
         memory = self.memory
-        if self.on_host:
+        if self.on_host:  # it stays where it is
             self._buffers["memory"] = None
         super()._apply(fn, recurse)
         if self.on_host:
             self._buffers["memory"] = memory
-        elif self.memory.dtype != memory.dtype:
-            self._buffers["memory"] = memory.to(self.memory.device)
         return self
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_losses._arguments import acc_dtype
+from fused_losses._checks import is_per_row, row_shape
 from fused_losses._logit_bias import class_dim
 from fused_losses._parameters import OrTensor, positive_factor
 from fused_losses._row_values import Loss, RowsModule, RowValues, as_module, check_has_rows, check_plain, row_values
@@ -24,8 +25,9 @@ def _rescale(logits: Tensor, target: Tensor, ignore_index: int, factor_of: Calla
     z = logits.to(acc_dtype(logits))
     masked = z == -torch.inf
     finite = z.masked_fill(masked, 0.0)
-    if not target.is_floating_point():
-        finite = finite.masked_fill((target == ignore_index).unsqueeze(dim), 1.0)
+    if is_per_row(target, logits):  # the loss has its say on anything else
+        ignored = (target == ignore_index).reshape(row_shape(logits))
+        finite = finite.masked_fill(ignored.unsqueeze(dim), 1.0)
     squares = finite.square().sum(dim, keepdim=True)
     zero = squares == 0  # where the square root has no derivative
     norm = torch.where(zero, 0.0, torch.where(zero, 1.0, squares).sqrt())

@@ -34,11 +34,11 @@ def test_by_the_published_formula(name):
         for reduction, value in right.items():
             module = case.make(weight=weights[0], reduction=reduction)
             found, grad = value_and_grad(case, module, logits, target, sample_weight=weights[1])
-            torch.testing.assert_close(found, value.detach(), rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(found, value.detach(), rtol=case.tolerance, atol=case.tolerance)
             right_grad = torch.autograd.grad(
                 right["sum" if reduction == "none" else reduction], leaf, retain_graph=True
             )
-            torch.testing.assert_close(grad, right_grad[0], rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(grad, right_grad[0], rtol=case.tolerance, atol=case.tolerance)
 
 
 @pytest.mark.parametrize("name", NAMES)

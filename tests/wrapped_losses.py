@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.optimize import brentq
+from scipy.special import lambertw
 from torch import Tensor, nn
 
 import fused_losses as fl
@@ -66,6 +70,46 @@ def elr_rows(z: Tensor, y: Tensor) -> Tensor:
     return ce_rows(z, y) + 3.0 * torch.log(1 - s)
 
 
+def smallest(keep: float) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def rows(z: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        values = gce_rows(z, y)
+        order = sorted(range(len(y)), key=lambda i: float(values[i].detach()))
+        kept = order[: max(1, int(keep * len(y)))]
+        return values, torch.tensor([i in kept for i in range(len(y))])
+
+    return rows
+
+
+def antidote(delta: float, kappa: float) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """By a root finder; the weights are constants."""
+
+    def rows(z: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        values = ce_rows(z, y)
+        losses, share = values.detach().numpy(), (w / w.sum()).double().numpy()
+
+        def weights(s: float) -> Any:
+            part = share * np.exp(-(losses - losses.min()) / s)
+            return part / part.sum()
+
+        def divergence(s: float) -> float:
+            p = weights(s)
+            return float((p * np.log(p / share)).sum())
+
+        s = kappa if divergence(kappa) <= delta else brentq(lambda s: divergence(s) - delta, kappa, 1e3, xtol=1e-13)
+        r = torch.from_numpy(weights(s) / share)
+        return r * values + kappa * r * torch.log(r) + (s - kappa) * (r * torch.log(r) - delta), torch.ones(len(y)) > 0
+
+    return rows
+
+
+def super_rows(z: Tensor, y: Tensor) -> Tensor:
+    values = gce_rows(z, y)
+    beta = (values.detach().numpy() - math.log(CLASSES)) / 0.5
+    w = np.where(beta > -2 / math.e, lambertw(beta / 2).real, -1.0)  # SciPy has NaN at -1 / e
+    sigma = torch.from_numpy(np.exp(-w))
+    return (values - math.log(CLASSES)) * sigma + 0.5 * torch.log(sigma) ** 2
+
+
 @dataclass(frozen=True)
 class Case:
     """``make`` takes weight, ignore_index and reduction; ``rows`` gives the loss of every row that is not ignored, and
@@ -74,6 +118,7 @@ class Case:
     make: Callable[..., nn.Module]
     rows: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     takes_index: bool = False
+    tolerance: float = 1e-10
     masked: bool = True  # whether classes may be masked by logits of -inf
 
     def __call__(self, module: nn.Module, logits: Tensor, target: Tensor, **options: Any) -> Tensor:
@@ -86,6 +131,14 @@ def every(rows: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor,
     return lambda z, y, w: (rows(z, y), torch.ones(len(y), dtype=torch.bool))
 
 
+def _of_row(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name != "reduction"}
+
+
+def _of_batch(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name == "reduction"}
+
+
 CASES = {
     "forward": Case(lambda **o: fl.ForwardCorrectionLoss(TRANSITION, **o), every(forward_rows)),
     "backward": Case(lambda **o: fl.BackwardCorrectionLoss(TRANSITION, **o), every(backward_rows), masked=False),
@@ -96,6 +149,22 @@ CASES = {
         lambda **o: fl.LogitClip(make_elr(**o), 1.5),
         every(lambda z, y: elr_rows(clipped(z, 1.5), y)),
         takes_index=True,
+    ),
+    "small": Case(lambda **o: fl.SmallLoss("gce", 0.7, **o), smallest(0.7)),
+    "clipped": Case(
+        lambda **o: fl.ClippedLoss("cross_entropy", 1.2, **o), every(lambda z, y: ce_rows(z, y).clamp(max=1.2))
+    ),
+    "antidote": Case(lambda **o: fl.Antidote("cross_entropy", 0.4, **o), antidote(0.4, 0.05), tolerance=1e-6),
+    "antidote free": Case(lambda **o: fl.Antidote("cross_entropy", 9.0, 2.0, **o), antidote(9.0, 2.0)),
+    "super": Case(lambda **o: fl.SuperLoss("gce", lam=0.5, **o), every(super_rows), tolerance=1e-8),
+    "super clip": Case(
+        lambda **o: fl.SuperLoss(fl.LogitClip("gce", 1.5, **_of_row(o)), lam=0.5, **_of_batch(o)),
+        every(lambda z, y: super_rows(clipped(z, 1.5), y)),
+        tolerance=1e-8,
+    ),
+    "small forward": Case(
+        lambda **o: fl.SmallLoss(fl.ForwardCorrectionLoss(torch.eye(CLASSES), **_of_row(o)), 0.7, **_of_batch(o)),
+        lambda z, y, w: (ce_rows(z, y), smallest(0.7)(z, y, w)[1]),
     ),
     "clip forward": Case(
         lambda **o: fl.LogitClip(fl.ForwardCorrectionLoss(TRANSITION, **o), 1.5),
