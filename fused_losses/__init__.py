@@ -61,6 +61,7 @@ from fused_losses.cutoffs import (
 from fused_losses.diagnostics import OutlierTracker
 from fused_losses.distributed import GlobalMean
 from fused_losses.elr import ELRLoss
+from fused_losses.gjs import GJSLoss
 from fused_losses.linear import LinearLoss
 from fused_losses.logit_norm import LogitClip, LogitNorm
 from fused_losses.reducers import Antidote, ClippedLoss, SmallLoss
@@ -91,6 +92,7 @@ __all__ = [
     "ELRLoss",
     "ForwardCorrectionLoss",
     "GCELoss",
+    "GJSLoss",
     "GlobalMean",
     "HEMLoss",
     "JSLoss",

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fused_losses._arguments import check_reduction
 from fused_losses._row_values import Loss, RowsModule, RowValues, as_module, check_has_rows, row_values
@@ -93,17 +94,23 @@ class BatchReducer(RunningMoments, RowsModule):
     def rows(self, logits: Tensor, target: Tensor, *inputs: Any, **options: Any) -> RowValues:
         """Every row's loss as this one weighs it."""
         inner = row_values(self.loss, logits, target, *inputs, **options)
-        with torch.no_grad():
-            values = inner.values.flatten()
+        # Weights are constants in forward mode too, where no_grad alone lets derivatives through.
+        with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
+            losses = inner.values.detach()
+            values = losses.flatten()
             judged = Judged(values, inner.weight.flatten(), inner.kept.flatten() & ~values.isnan())
-            statistic = self._statistic(judged, logits)
-        return self._weigh(inner, judged, statistic)
+            constants = self._constants(losses, self._statistic(judged, logits))
+        return self._weigh(inner, constants)
 
     def _statistic(self, judged: Judged, logits: Tensor) -> Any:
         """What rows are judged by."""
         raise NotImplementedError
 
-    def _weigh(self, inner: RowValues, judged: Judged, statistic: Any) -> RowValues:
+    def _constants(self, losses: Tensor, statistic: Any) -> tuple[Tensor, ...]:
+        """What follows from it for every row."""
+        raise NotImplementedError
+
+    def _weigh(self, inner: RowValues, constants: tuple[Tensor, ...]) -> RowValues:
         """The rows, weighed."""
         raise NotImplementedError
 

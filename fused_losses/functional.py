@@ -3,6 +3,7 @@
 from fused_losses.bi_tempered import bi_tempered_loss
 from fused_losses.corrections import backward_correction_loss, forward_correction_loss
 from fused_losses.cross_entropy import cross_entropy
+from fused_losses.gjs import gjs_loss
 from fused_losses.linear import linear_loss
 from fused_losses.margin import hem_loss, multi_margin_loss
 from fused_losses.mixed import mixed
@@ -46,6 +47,7 @@ __all__ = [
     "focal_loss",
     "forward_correction_loss",
     "gce_loss",
+    "gjs_loss",
     "hem_loss",
     "js_loss",
     "linear_loss",

@@ -88,8 +88,11 @@ class SmallLoss(BatchReducer):
         found = largest(fewer_below, ends.min, size // 2, values.device)
         return turned(found.to(integer)).view(values.dtype)
 
-    def _weigh(self, inner: RowValues, judged: Judged, statistic: Tensor) -> RowValues:
-        return inner._replace(kept=inner.kept & ~(inner.values.detach() > statistic))
+    def _constants(self, losses: Tensor, statistic: Tensor) -> tuple[Tensor, ...]:
+        return (~(losses > statistic),)
+
+    def _weigh(self, inner: RowValues, constants: tuple[Tensor, ...]) -> RowValues:
+        return inner._replace(kept=inner.kept & constants[0])
 
     def _shown(self) -> dict[str, Any]:
         return {"keep": number(self.keep)}
@@ -133,8 +136,12 @@ class ClippedLoss(BatchReducer):
     def _statistic(self, judged: Judged, logits: Tensor) -> float | Tensor:
         return self.c
 
-    def _weigh(self, inner: RowValues, judged: Judged, statistic: float | Tensor) -> RowValues:
-        return inner._replace(values=torch.where(inner.values > statistic, statistic, inner.values))
+    def _constants(self, losses: Tensor, statistic: float | Tensor) -> tuple[Tensor, ...]:
+        return losses > statistic, torch.clamp(losses, max=statistic)
+
+    def _weigh(self, inner: RowValues, constants: tuple[Tensor, ...]) -> RowValues:
+        above, clipped = constants
+        return inner._replace(values=torch.where(above, clipped, inner.values))
 
     def _shown(self) -> dict[str, Any]:
         return {"c": number(self.c)}
@@ -227,13 +234,16 @@ class Antidote(BatchReducer):
         there = low > -torch.inf
         return torch.where(there, -low, 0.0), torch.where(there, high + low, 0.0)
 
-    def _weigh(self, inner: RowValues, judged: Judged, statistic: tuple[Tensor, Tensor, Tensor]) -> RowValues:
+    def _constants(self, losses: Tensor, statistic: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
         s, lowest, log_mean = statistic
-        log_r = (lowest - inner.values.detach()) / s - log_mean
+        log_r = (lowest - losses) / s - log_mean
         r = torch.exp(log_r)
-        some = ~(r == 0.0)  # NaN is some
-        part = r * (torch.where(some, inner.values, 0.0) + s * torch.where(some, log_r, 0.0))
-        return inner._replace(values=part - (s - self.kappa) * self.delta)  # stationary in s
+        rest = r * s * torch.where(r == 0.0, 0.0, log_r) - (s - self.kappa) * self.delta  # stationary in s
+        return r, rest
+
+    def _weigh(self, inner: RowValues, constants: tuple[Tensor, ...]) -> RowValues:
+        r, rest = constants
+        return inner._replace(values=r * torch.where(r == 0.0, 0.0, inner.values) + rest)
 
     def _shown(self) -> dict[str, Any]:
         return {"delta": number(self.delta), "kappa": number(self.kappa)}

@@ -96,16 +96,17 @@ class SuperLoss(BatchReducer):
         total, count = self._over_ranks(sums).unbind()
         return self._remembered(total / count.clamp(min=1.0), count)
 
-    def _weigh(self, inner: RowValues, judged: Judged, statistic: Tensor | float) -> RowValues:
-        constant = inner.values.detach()
-        with torch.no_grad():
-            x = 0.5 * ((constant.double() - statistic) / self.lam).clamp(min=-2.0 / math.e)
-            log_sigma = -lambert_w(x)
-            sigma = torch.exp(log_sigma).to(constant.dtype)
-            penalty = (self.lam * log_sigma.square()).to(constant.dtype)
-        endless = constant == torch.inf  # of infinite loss and weight 0
-        values = torch.where(endless, 0.0, inner.values - statistic) * sigma + penalty
-        return inner._replace(values=values.to(constant.dtype))
+    def _constants(self, losses: Tensor, statistic: Tensor | float) -> tuple[Tensor, ...]:
+        x = 0.5 * ((losses.double() - statistic) / self.lam).clamp(min=-2.0 / math.e)
+        log_sigma = -lambert_w(x)
+        sigma = torch.exp(log_sigma)
+        endless = losses == torch.inf  # of infinite loss and weight 0
+        rest = self.lam * log_sigma.square() - sigma * statistic
+        return sigma.to(losses.dtype), rest.to(losses.dtype), endless
+
+    def _weigh(self, inner: RowValues, constants: tuple[Tensor, ...]) -> RowValues:
+        sigma, rest, endless = constants
+        return inner._replace(values=sigma * torch.where(endless, 0.0, inner.values) + rest)
 
     def _shown(self) -> dict[str, Any]:
         return {"lam": number(self.lam), "tau": number(self.tau)}

@@ -70,6 +70,28 @@ def elr_rows(z: Tensor, y: Tensor) -> Tensor:
     return ce_rows(z, y) + 3.0 * torch.log(1 - s)
 
 
+class OfTwoViews(nn.Module):
+    """GJS of the logits and of the same turned by one class, so that there is one tensor to differentiate."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.loss = fl.GJSLoss((0.5, 0.3, 0.2), **options)
+
+    def forward(self, logits: Tensor, target: Tensor, **options: Any) -> Tensor:
+        classes = torch.arange(CLASSES).roll(1)
+        turned = logits[classes] if logits.dim() == 1 else logits[:, classes]
+        return self.loss([logits, turned], target, **options)
+
+
+def gjs_rows(z: Tensor, y: Tensor) -> Tensor:
+    label = torch.zeros(len(y), CLASSES, dtype=z.dtype)
+    label[torch.arange(len(y)), y] = 1.0
+    parts = [(0.5, label), (0.3, p_of(z)), (0.2, p_of(z.roll(1, 1)))]
+    m = sum(share * p for share, p in parts)
+    total = sum(share * torch.where(p > 0, p * torch.log(p.clamp(min=1e-300) / m), 0.0).sum(1) for share, p in parts)
+    return -total / (0.5 * math.log(0.5))
+
+
 def smallest(keep: float) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
     def rows(z: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         values = gce_rows(z, y)
@@ -166,6 +188,7 @@ CASES = {
         lambda **o: fl.SmallLoss(fl.ForwardCorrectionLoss(torch.eye(CLASSES), **_of_row(o)), 0.7, **_of_batch(o)),
         lambda z, y, w: (ce_rows(z, y), smallest(0.7)(z, y, w)[1]),
     ),
+    "gjs": Case(OfTwoViews, every(gjs_rows), masked=False),
     "clip forward": Case(
         lambda **o: fl.LogitClip(fl.ForwardCorrectionLoss(TRANSITION, **o), 1.5),
         every(lambda z, y: forward_rows(clipped(z, 1.5), y)),
