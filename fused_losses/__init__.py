@@ -51,6 +51,7 @@ from fused_losses._arguments import LOSSES
 from fused_losses._C import build_info, loss_names
 from fused_losses._z_error import ZErrorResult
 from fused_losses.calibration import hem_margin, hem_plus_margins
+from fused_losses.corrections import BackwardCorrectionLoss, ForwardCorrectionLoss, TransitionMatrix
 from fused_losses.cutoffs import (
     CutoffCollector,
     optimal_logit_cutoff_from_gaussians,
@@ -59,10 +60,15 @@ from fused_losses.cutoffs import (
 )
 from fused_losses.diagnostics import OutlierTracker
 from fused_losses.distributed import GlobalMean
+from fused_losses.elr import ELRLoss
+from fused_losses.gjs import GJSLoss
 from fused_losses.linear import LinearLoss
+from fused_losses.logit_norm import LogitClip, LogitNorm
+from fused_losses.reducers import Antidote, ClippedLoss, SmallLoss
 from fused_losses.row_statistics import RowStatistics, row_statistics
 from fused_losses.schedules import LogitBiasSchedule, ThresholdSchedule, get_sigma_threshold
 from fused_losses.statistics import ClassStatistics, class_statistics
+from fused_losses.super_loss import SuperLoss
 from fused_losses.z_bce import ZErrorBCEWithLogitsLoss
 from fused_losses.z_cross_entropy import ZErrorCrossEntropyLoss
 from fused_losses.z_mse import ZMSELoss
@@ -74,18 +80,26 @@ __all__ = [
     "AELoss",
     "AGCELoss",
     "AUELoss",
+    "Antidote",
+    "BackwardCorrectionLoss",
     "BiTemperedLoss",
     "BoundedCELoss",
     "ClassStatistics",
+    "ClippedLoss",
     "CrossEntropyLoss",
     "CutoffCollector",
     "FocalLoss",
+    "ELRLoss",
+    "ForwardCorrectionLoss",
     "GCELoss",
+    "GJSLoss",
     "GlobalMean",
     "HEMLoss",
     "JSLoss",
     "LinearLoss",
     "LogitBiasSchedule",
+    "LogitClip",
+    "LogitNorm",
     "MAELoss",
     "MultiMarginLoss",
     "NCEAGCELoss",
@@ -101,8 +115,11 @@ __all__ = [
     "RCELoss",
     "RowStatistics",
     "SCELoss",
+    "SmallLoss",
+    "SuperLoss",
     "TaylorCELoss",
     "ThresholdSchedule",
+    "TransitionMatrix",
     "ZErrorBCEWithLogitsLoss",
     "ZErrorCrossEntropyLoss",
     "ZErrorResult",

@@ -25,13 +25,19 @@ def is_per_row(tensor: Tensor, logits: Tensor) -> bool:
 
 def check_row_loss(args: RowLossArguments) -> None:
     """Raises where the operators would, with their types of error, but for targets out of range."""
+    entry = LOSSES[args.loss]
+    check_rows(args, entry.reductions, entry.takes_probabilities)
+
+
+def check_rows(args: RowLossArguments, reductions: tuple[str, ...], takes_probabilities: bool) -> None:
+    """The same for any loss of rows, in the registry or not."""
     name, logits = args.loss, args.logits
-    check_reduction(args.reduction, LOSSES[name].reductions)
+    check_reduction(args.reduction, reductions)
     if logits.dtype not in _FLOATING:
         raise RuntimeError(f"{name}: logits must be float64, float32, float16 or bfloat16, got {logits.dtype}")
     if logits.dim() == 0:
         raise RuntimeError(f"{name}: logits must have shape (C,), (N, C) or (N, C, d1, ...), got a scalar")
-    _check_target(args)
+    _check_target(args, takes_probabilities)
     for argument, tensor in (("weight", args.weight), ("sample_weight", args.sample_weight), ("margin", args.margin)):
         if tensor is not None and not (tensor.is_floating_point() and tensor.device == logits.device):
             raise RuntimeError(
@@ -55,13 +61,13 @@ def check_row_loss(args: RowLossArguments) -> None:
         )
 
 
-def _check_target(args: RowLossArguments) -> None:
+def _check_target(args: RowLossArguments, takes_probabilities: bool) -> None:
     name, logits, target = args.loss, args.logits, args.target
     rows = row_shape(logits)
     if target.device != logits.device:
         raise RuntimeError(f"{name}: target must be on the device of logits ({logits.device}), got {target.device}")
     if target.shape == logits.shape and target.is_floating_point():
-        if not LOSSES[name].takes_probabilities:
+        if not takes_probabilities:
             those = ", ".join(other for other, entry in LOSSES.items() if entry.takes_probabilities)
             raise RuntimeError(
                 f"{name}: target must hold class indices of shape {list(rows)}; class probabilities are "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypedDict
 
 from torch import Tensor, nn
@@ -24,6 +25,17 @@ class RowLossOptions(TypedDict, total=False):
 
 class Criterion(nn.Module):
     """Base of all loss Modules."""
+
+    _precise: tuple[str, ...] = ()  # buffers that half() and the like do not round
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Criterion:
+        before = {name: self._buffers.get(name) for name in self._precise}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, exact in before.items():
+            after = self._buffers.get(name)
+            if exact is not None and after is not None and after.dtype != exact.dtype:
+                self._buffers[name] = exact.to(after.device)
+        return self
 
     def __prepare_scriptable__(self) -> Criterion:
         raise TypeError(

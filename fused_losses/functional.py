@@ -1,7 +1,9 @@
 """The fused losses as functions."""
 
 from fused_losses.bi_tempered import bi_tempered_loss
+from fused_losses.corrections import backward_correction_loss, forward_correction_loss
 from fused_losses.cross_entropy import cross_entropy
+from fused_losses.gjs import gjs_loss
 from fused_losses.linear import linear_loss
 from fused_losses.margin import hem_loss, multi_margin_loss
 from fused_losses.mixed import mixed
@@ -38,11 +40,14 @@ __all__ = [
     "ae_loss",
     "agce_loss",
     "aue_loss",
+    "backward_correction_loss",
     "bi_tempered_loss",
     "bounded_ce_loss",
     "cross_entropy",
     "focal_loss",
+    "forward_correction_loss",
     "gce_loss",
+    "gjs_loss",
     "hem_loss",
     "js_loss",
     "linear_loss",

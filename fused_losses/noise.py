@@ -165,7 +165,7 @@ def from_matrix(labels: Tensor, matrix: Tensor, *, seed: Seed = 0, ignore_index:
         >>> from_matrix(torch.tensor([0, 1, 1]), swap).labels
         tensor([1, 0, 0])
     """
-    transition = _check_matrix(matrix)
+    transition = check_matrix("matrix", matrix)
     given = _check_labels(labels, len(transition), ignore_index)
     generator = _generator(seed)
     drawn = given.clone()
@@ -348,10 +348,11 @@ def _check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor
     return given
 
 
-def _check_matrix(matrix: Tensor) -> Tensor:
+def check_matrix(name: str, matrix: Tensor) -> Tensor:
+    """Rows of probabilities as float64 on the CPU, summing to 1. Raises a ValueError on anything else."""
     if not isinstance(matrix, Tensor) or matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix):
         shape = tuple(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
-        raise ValueError(f"matrix must be a tensor of shape (C, C), got {shape}")
+        raise ValueError(f"{name} must be a tensor of shape (C, C), got {shape}")
     transition = matrix.detach().to("cpu", torch.float64)
     sums = transition.sum(1)
     # What float32 rows of 10,000 classes may be off by; NaN fails both tests.
@@ -359,7 +360,7 @@ def _check_matrix(matrix: Tensor) -> Tensor:
     if wrong.any():
         row = int(wrong.nonzero()[0])
         raise ValueError(
-            f"matrix must be >= 0 with rows that sum to 1, got a sum of {float(sums[row]):.6g} in row {row}"
+            f"{name} must be >= 0 with rows that sum to 1, got a sum of {float(sums[row]):.6g} in row {row}"
         )
     return transition / sums[:, None]
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from fused_losses._running import Source, source_of
 from fused_losses._z_error import (
     FUSED,
     SIDES,
-    Source,
     Threshold,
     ZErrorModule,
     ZErrorResult,
@@ -22,7 +22,6 @@ from fused_losses._z_error import (
     choose,
     fused_and_plain,
     masked_loss,
-    source_of,
     tasks_of,
 )
 from fused_losses.statistics import ClassStatistics

@@ -12,9 +12,9 @@ from torch import Tensor
 from fused_losses._arguments import LOSSES, LossEntry, ZErrorRule, check_reduction
 from fused_losses._common import RowLossModule
 from fused_losses._logit_bias import LogitBias, check_logit_bias, class_dim
+from fused_losses._running import Source, source_of
 from fused_losses._z_error import (
     FUSED,
-    Source,
     Threshold,
     ZErrorModule,
     ZErrorResult,
@@ -26,7 +26,6 @@ from fused_losses._z_error import (
     choose,
     fused_and_plain,
     pack_threshold,
-    source_of,
 )
 from fused_losses._z_reference import class_score
 from fused_losses.distributed import global_mean, kept_weight

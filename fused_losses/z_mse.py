@@ -8,9 +8,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from fused_losses._running import Source, source_of
 from fused_losses._z_error import (
     FUSED,
-    Source,
     ZErrorModule,
     ZErrorResult,
     ZOps,
@@ -19,7 +19,6 @@ from fused_losses._z_error import (
     choose,
     fused_and_plain,
     masked_loss,
-    source_of,
     tasks_of,
 )
 from fused_losses.statistics import ClassStatistics

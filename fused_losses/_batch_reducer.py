@@ -1,0 +1,158 @@
+"""What losses share that weigh the rows of a batch by their own losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fused_losses._arguments import check_reduction
+from fused_losses._row_values import Loss, RowsModule, RowValues, as_module, check_has_rows, row_values
+from fused_losses._running import RunningMoments
+from fused_losses.distributed import check_member
+
+OPTIONS = """
+        reduction: ``"none"``, ``"sum"`` or ``"mean"``: sum of weighted losses over sum of weights of the rows that
+            count; 0 with zero gradient where that is 0. That of a Module given as ``loss`` is not looked at.
+        process_group: {group}
+            means are scaled so that DistributedDataParallel's average is the gradient of one process with the whole
+            batch. Every rank has to call the loss.
+        **options: of ``loss``, as its Module takes them, beside a name or a function.
+
+    Returns:
+        Called as ``loss`` is, with ``(logits, target, ...)``: the loss in float32, float64 for float64 logits.
+
+    Raises:
+        TypeError: ``loss`` is none of these; logits that are a DTensor.
+        ValueError: an argument out of range, options beside a Module.
+
+    The weights are constants for autograd. A row whose loss is NaN cannot be judged: it stays in, so that the loss says
+    so, and has no part in what the other rows are judged by. Nothing waits for the device.
+"""
+RUNNING = """
+        running: judge by {what} as it has been over batches: a mean in which older batches fade,
+            starting with the first batch, the current one included; frozen in eval mode (before any training batch it
+            judges by the batch itself), saved in ``state_dict``.
+        momentum: share of its weight that the memory loses with every batch, in [0, 1]; 0 forgets nothing.
+"""
+LOSS = """loss: a name ("gce"), a function of :mod:`fused_losses.functional` or a Module: of a row loss, or another
+            wrapper of this package around one."""
+
+
+def documented(what: str | None) -> Callable[[type], type]:
+    """Puts what the docstrings share in their places; ``what`` can be remembered over batches."""
+
+    def decorate(made: type) -> type:
+        group = "" if what is None else f"rows of all its ranks decide on {what};"
+        running = "" if what is None else RUNNING.format(what=what).strip("\n")
+        shared = OPTIONS.format(group=group).replace("process_group: \n            ", "process_group: ")
+        options = "\n".join(part for part in (running, shared.strip("\n")) if part)
+        made.__doc__ = (made.__doc__ or "").replace("{loss}", LOSS).replace("        {options}", options)
+        return made
+
+    return decorate
+
+
+class Judged(NamedTuple):
+    """The losses of a batch, without graph: flat values, weights, and which of them can be judged."""
+
+    values: Tensor
+    weight: Tensor
+    known: Tensor
+
+
+class BatchReducer(RunningMoments, RowsModule):
+    """A loss that weighs the rows of another by a statistic of the batch.
+
+    The statistic is one number. It is remembered as the mean of one class whose count is that of the rows.
+    """
+
+    def __init__(
+        self,
+        loss: Loss,
+        options: dict[str, Any],
+        *,
+        reduction: str,
+        running: bool = False,
+        momentum: float = 0.1,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(running=running, momentum=momentum, process_group=process_group, num_groups=1)
+        check_reduction(reduction)
+        self.loss = as_module(loss, options)
+        check_has_rows(self.loss)
+        self.reduction = reduction
+
+    def forward(self, logits: Tensor, target: Tensor, *inputs: Any, **options: Any) -> Tensor:
+        """The loss of ``logits`` for ``target``; further arguments are those of the loss inside."""
+        return self.rows(logits, target, *inputs, **options).reduce(self.reduction, self.process_group)
+
+    def rows(self, logits: Tensor, target: Tensor, *inputs: Any, **options: Any) -> RowValues:
+        """Every row's loss as this one weighs it."""
+        inner = row_values(self.loss, logits, target, *inputs, **options)
+        # Weights are constants in forward mode too, where no_grad alone lets derivatives through.
+        with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
+            losses = inner.values.detach()
+            values = losses.flatten()
+            judged = Judged(values, inner.weight.flatten(), inner.kept.flatten() & ~values.isnan())
+            constants = self._constants(losses, self._statistic(judged, logits))
+        return self._weigh(inner, constants)
+
+    def _statistic(self, judged: Judged, logits: Tensor) -> Any:
+        """What rows are judged by."""
+        raise NotImplementedError
+
+    def _constants(self, losses: Tensor, statistic: Any) -> tuple[Tensor, ...]:
+        """What follows from it for every row."""
+        raise NotImplementedError
+
+    def _weigh(self, inner: RowValues, constants: tuple[Tensor, ...]) -> RowValues:
+        """The rows, weighed."""
+        raise NotImplementedError
+
+    def _remembered(self, value: Tensor, count: Tensor) -> Tensor:
+        """``value`` of a batch of so many rows, or the running mean of it."""
+        if not self.running:
+            return value
+        batch = torch.stack([count, value, torch.zeros_like(value)]).double().view(3, 1)
+        moments = self._update(batch) if self.training else self._or_batch(batch)
+        return moments[1, 0].to(value.dtype)
+
+    def _over_ranks(self, sums: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        """Sums over all ranks of the group."""
+        if self.process_group is not None:
+            check_member(self.process_group)
+            sums = sums.contiguous()
+            dist.all_reduce(sums, op, group=self.process_group)
+        return sums
+
+    def extra_repr(self) -> str:
+        """The parameters, then options that differ from their defaults."""
+        shown = self._shown()
+        shown |= {} if self.reduction == "mean" else {"reduction": self.reduction}
+        shown |= {"running": True, "momentum": self.momentum} if self.running else {}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+    def _shown(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+def number(value: Any) -> Any:
+    """A hyper-parameter as a number, for ``repr``."""
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def largest(holds: Callable[[Tensor], Tensor], start: int, digits: int, device: torch.device) -> Tensor:
+    """The largest n in ``start + [0, 4**digits)`` for which a condition holds that holds up to some n and not beyond.
+
+    ``start`` where it holds for none. A round asks for three numbers at once: between ranks it is one all-reduce.
+    """
+    found = torch.full((), start, dtype=torch.int64, device=device)
+    steps = torch.arange(1, 4, device=device)
+    for digit in reversed(range(digits)):
+        found = found + holds(found + steps * 4**digit).sum() * 4**digit
+    return found

@@ -1,0 +1,163 @@
+"""What a loss says of each row before anything is reduced: what wrappers and batch reducers are put around."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fused_losses._arguments import REDUCTIONS, RowLossArguments, acc_dtype, check_reduction, is_distributed
+from fused_losses._autograd import is_plain, row_loss
+from fused_losses._checks import check_row_loss, check_rows, row_shape
+from fused_losses._common import Criterion, RowLossModule
+from fused_losses._logit_bias import class_dim
+from fused_losses._parameters import OrTensor, plain
+from fused_losses._reference import Rows, reduce_rows
+from fused_losses.distributed import global_mean
+
+Loss = str | Callable[..., Any] | nn.Module
+
+
+class RowValues(NamedTuple):
+    """Every row's loss without weights, its weight, and whether it counts at all."""
+
+    values: Tensor
+    weight: Tensor
+    kept: Tensor
+
+    @staticmethod
+    def of(rows: Rows, values: Tensor) -> RowValues:
+        """Those of a plain formula."""
+        return RowValues(values, rows.class_weight * rows.sample_weight, ~rows.ignored)
+
+    def reduce(self, reduction: str, group: dist.ProcessGroup | None = None) -> Tensor:
+        """The reduced loss, a mean over the rows of all ranks of ``group`` if there is one."""
+        values = torch.where(self.kept, self.values * self.weight, 0.0)
+        weight = torch.where(self.kept, self.weight, 0.0)
+        if group is None or reduction != "mean":
+            return reduce_rows(values, weight, reduction)
+        return global_mean(values.sum(), weight.sum(), group)
+
+
+class RowsModule(Criterion):
+    """Base of the Modules that are no registered row loss but have one loss per row all the same.
+
+    A tensor given for a hyper-parameter becomes a buffer; numbers stay attributes and can be reassigned.
+    """
+
+    reduction: str
+    rows: Callable[..., RowValues]  # of the arguments of forward
+
+    def forward(self, logits: Tensor, target: Tensor, *inputs: Any, **options: Any) -> Any:
+        """The loss of ``logits`` for ``target``; ``sample_weight`` is one weight per row."""
+        return self.rows(logits, target, *inputs, **options).reduce(self.reduction)
+
+    def _set(self, name: str, value: float | Tensor, rule: OrTensor) -> None:
+        """Checks a hyper-parameter and keeps it."""
+        rule.pack(name, value)
+        rule.check_entries(name, value)
+        if isinstance(value, Tensor):
+            self.register_buffer(name, value)
+        else:
+            setattr(self, name, plain(value))
+
+
+def as_module(loss: Loss, options: dict[str, Any]) -> nn.Module:
+    """The Module of a row loss given by name, function or as a Module; ``options`` are for the first two."""
+    if not isinstance(loss, nn.Module):
+        from fused_losses.linear import find_loss  # it knows all losses, these included
+
+        return find_loss(loss).module(**options)
+    for name, value in options.items():
+        raise ValueError(f"{name} must be set on the Module given as loss, got {value!r} beside it")
+    return loss
+
+
+def check_has_rows(loss: nn.Module) -> None:
+    """Raises unless :func:`row_values` takes the Module."""
+    if not isinstance(loss, (RowLossModule, RowsModule)):
+        raise TypeError(
+            "loss must be a name, a function or a Module of a row loss of fused_losses, or a wrapper around one, got "
+            f"{type(loss).__name__}"
+        )
+
+
+def row_values(loss: nn.Module, logits: Tensor, target: Tensor, *inputs: Any, **options: Any) -> RowValues:
+    """Every row's loss by a Module that :func:`check_has_rows` lets pass, called as the Module is."""
+    if isinstance(loss, RowsModule):
+        return loss.rows(logits, target, *inputs, **options)
+    assert isinstance(loss, RowLossModule)
+    return _registered(loss, logits, target, *inputs, **options)
+
+
+def _registered(loss: RowLossModule, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> RowValues:
+    args = loss._arguments(logits, target, sample_weight)
+    check_plain(type(loss).__name__, logits, target)
+    check_row_loss(args)
+    by_class = not target.is_floating_point()  # weights of probabilities are in the values, as torch has it
+    values = row_loss(args._replace(weight=None if by_class else args.weight, sample_weight=None, reduction="none"))
+    return RowValues(values, *_weights(args, by_class))
+
+
+def _weights(args: RowLossArguments, by_class: bool) -> tuple[Tensor, Tensor]:
+    """Every row's weight and whether it counts."""
+    shape = row_shape(args.logits)
+    weight = args.logits.new_ones(shape, dtype=acc_dtype(args.logits))
+    target = args.target.reshape(shape) if by_class else args.target
+    kept = target != args.ignore_index if by_class else weight > 0
+    if by_class and args.weight is not None:
+        weight = args.weight.to(weight.dtype)[torch.where(kept, target.long(), 0)]
+    return (weight if args.sample_weight is None else weight * args.sample_weight.reshape(shape)), kept
+
+
+def plain_rows(
+    name: str,
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None,
+    ignore_index: int,
+    sample_weight: Tensor | None,
+    reduction: str = "mean",
+) -> Rows:
+    """The checked arguments of a loss that is computed by operations of torch."""
+    check_reduction(reduction)
+    check_plain(name, logits, target)
+    args = RowLossArguments(
+        logits, target, weight, sample_weight, None, None, name, (), 0.0, int(plain(ignore_index)), reduction
+    )
+    check_rows(args, REDUCTIONS, takes_probabilities=False)
+    check_targets(target, ignore_index, logits.shape[class_dim(logits)])
+    return Rows.of(logits, target, weight, sample_weight, 0.0, ignore_index)
+
+
+def check_plain(name: str, logits: Any, target: Any) -> None:
+    """Raises unless both are dense tensors of this process."""
+    for argument, value in (("logits", logits), ("target", target)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: {argument} must be a Tensor, got {type(value).__name__}")
+        if is_distributed(value):
+            raise TypeError(f"{name}: {argument} must be a plain tensor, got a DTensor; pass {argument}.to_local()")
+        if value.layout is not torch.strided:
+            raise RuntimeError(f"{name}: {argument} must be dense, got a tensor of layout {value.layout}")
+
+
+def check_targets(target: Tensor, ignore_index: int, num_classes: int) -> None:
+    """Raises the kernels' IndexError for a class out of range, where looking at the values waits for nobody."""
+    if not reads_values(target):
+        return
+    bad = (target != ignore_index) & ((target < 0) | (target >= num_classes))
+    if bad.any():
+        row = int(bad.flatten().nonzero()[0])
+        raise IndexError(
+            f"target must be in [0, {num_classes}) or equal ignore_index={ignore_index}: Target "
+            f"{int(target.flatten()[row])} is out of bounds (row {row})"
+        )
+
+
+def reads_values(tensor: Tensor) -> bool:
+    """Whether its values are there to be looked at: on the CPU, not traced or wrapped."""
+    return tensor.is_cpu and is_plain(tensor) and not torch._C._are_functorch_transforms_active()

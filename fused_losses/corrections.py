@@ -1,0 +1,385 @@
+"""Losses that know how labels go wrong: forward and backward correction by a transition matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fused_losses._arguments import check_reduction
+from fused_losses._arrays import as_tensor
+from fused_losses._parameters import finite, plain, positive_integer
+from fused_losses._reference import Rows
+from fused_losses._row_values import RowsModule, RowValues, plain_rows, reads_values
+from fused_losses.cross_entropy import cross_entropy
+from fused_losses.noise import check_matrix
+
+# exp of it is far from the end of float32. Only classes that cannot have the label come near it, and their share is 0.
+_LARGEST_LOG = 80.0
+
+_ARGUMENTS = """
+    Args:
+        logits: ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``, any strides; float64, float32, float16 or bfloat16.
+        target: class indices in ``[0, C)`` or ``ignore_index``, the shape of ``logits`` without its class dimension.
+        transition: ``(C, C)``, floating point, on the device of ``logits``: entry [i, j] is the probability of label j
+            for a sample of class i, rows summing to 1 (to 1e-4). :func:`fused_losses.noise.estimate_transition`
+            estimates it. Gradients flow into one that requires them.
+        weight: class weights ``(C,)``; a row counts ``weight[target]``.
+        ignore_index: rows with this target have loss and gradient zero and do not count in the mean.
+        reduction: ``"none"``, ``"sum"`` or ``"mean"``: sum of weighted losses over sum of weights; 0 where that is 0.
+        sample_weight: weight per row, the shape of ``target``.
+
+    Returns:
+        The loss in float32, float64 for float64 logits; a scalar unless ``reduction="none"``.
+
+    Raises:
+        ValueError: a ``transition`` that is not square, does not fit the logits, has negative entries or rows that do
+            not sum to 1{singular}; an unknown ``reduction``. Values are looked at where that waits for no
+            device: on the CPU, outside of compiled code, and not in a matrix that requires a gradient.
+        RuntimeError: shapes or dtypes that do not fit.
+        IndexError: a target out of range (on CUDA: a device assertion).
+"""
+
+
+_MODULE_ARGUMENTS = """
+    Args:
+        transition: ``(C, C)`` as for the function, a tensor or an array: fixed, a buffer. A ``Parameter`` is learnt as
+            it is (whoever steps it keeps its rows at a sum of 1), and so is a Module without inputs that returns the
+            matrix, such as :class:`TransitionMatrix`.
+        weight: class weights ``(C,)``, a buffer.
+        ignore_index, reduction: as for the function.
+
+    Returns:
+        Called with ``(logits, target, sample_weight=None)``: the loss.
+
+    Raises:
+        ValueError: the matrix as given, or loaded by ``load_state_dict``, is none (see the function).
+"""
+
+_Documented = TypeVar("_Documented")
+
+
+def _documented(arguments: str) -> Callable[[_Documented], _Documented]:
+    """Puts what two docstrings share in the place of ``{arguments}``."""
+
+    def decorate(thing: _Documented) -> _Documented:
+        thing.__doc__ = (thing.__doc__ or "").replace("{arguments}", arguments.strip())
+        return thing
+
+    return decorate
+
+
+def invert(transition: Tensor) -> Tensor:
+    """The inverse in float64; infinite or NaN where there is none. Does not wait for a device."""
+    found: Tensor = torch.linalg.inv_ex(transition.double()).inverse
+    return found
+
+
+def check_transition(transition: Tensor, inverse: Tensor | None = None) -> None:
+    """Raises a ValueError unless rows sum to 1, and the inverse, if it is wanted, is one."""
+    check_matrix("transition", transition)
+    if inverse is not None:
+        condition = float(_norm(transition.detach().double()) * _norm(inverse.detach()))
+        if not condition < 1.0 / (len(transition) * torch.finfo(torch.float64).eps):
+            raise ValueError(
+                f"transition must be invertible, got a singular matrix (condition number {condition:.3g}); "
+                "ForwardCorrectionLoss needs no inverse"
+            )
+
+
+def _norm(matrix: Tensor) -> Tensor:
+    return matrix.abs().sum(1).amax()
+
+
+def _check_call(transition: Any, logits: Tensor, inverse: bool) -> Tensor | None:
+    """Checks a function's matrix; the inverse if it is wanted."""
+    if not isinstance(transition, Tensor) or not transition.is_floating_point():
+        got = getattr(transition, "dtype", type(transition).__name__)
+        raise TypeError(f"transition must be a floating point tensor, got {got}")
+    if transition.device != logits.device:
+        raise RuntimeError(f"transition must be on the device of logits ({logits.device}), got {transition.device}")
+    if transition.dim() != 2 or transition.shape[0] != transition.shape[1]:
+        raise ValueError(f"transition must have shape (C, C), got {tuple(transition.shape)}")
+    found = invert(transition) if inverse else None
+    if reads_values(transition) and not transition.requires_grad:
+        check_transition(transition, found)
+    return found
+
+
+def _of_target(matrix: Tensor, rows: Rows) -> Tensor:
+    """The row of ``matrix`` that belongs to each row's target, in the place of its logits."""
+    classes = rows.num_classes
+    if matrix.shape[0] != classes:
+        raise ValueError(
+            f"transition must have shape ({classes}, {classes}) as logits have classes, got {tuple(matrix.shape)}"
+        )
+    return F.embedding(rows.target, matrix.to(rows.logits.dtype)).movedim(-1, rows.dim)
+
+
+def _forward_values(rows: Rows, transition: Tensor) -> Tensor:
+    column = _of_target(transition.t(), rows)
+    log_p = rows.log_probs
+    # q relative to the largest p that takes part in it: p that underflow still have a loss and a gradient.
+    largest = torch.where(column > 0, log_p, -torch.inf).amax(rows.dim, keepdim=True).detach()
+    shift = torch.where(largest == -torch.inf, 0.0, largest)
+    q = (torch.exp((log_p - shift).clamp(max=_LARGEST_LOG)) * column).sum(rows.dim)
+    return -(shift.squeeze(rows.dim) + torch.log(q))
+
+
+def _backward_loss(logits: Tensor, rows: Rows, inverse: Tensor, sample_weight: Tensor | None, reduction: str) -> Tensor:
+    """The fused cross entropy with rows of the inverse as targets."""
+    share = torch.where(rows.ignored.unsqueeze(rows.dim), 0.0, _of_target(inverse, rows))
+    kept = logits.masked_fill(rows.ignored.unsqueeze(rows.dim), 0.0)
+    return cross_entropy(kept, share, sample_weight=sample_weight, reduction=reduction)
+
+
+@_documented(_ARGUMENTS.format(singular=""))
+def forward_correction_loss(
+    logits: Tensor,
+    target: Tensor,
+    transition: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """Cross entropy of the noisy label that a clean prediction leads to.
+
+    For wrong labels whose transition matrix is known or estimated: the network learns the clean classes, the matrix
+    explains the noise. With ``T = transition`` and ``q = sum_k p_k T_ky`` the value is ``-log q``, its gradient in a
+    logit ``p_j (1 - T_jy / q)``. It needs as good a matrix as one can get: with a wrong one it is a biased loss.
+
+    {arguments}
+
+    A masked class (logit -inf) has no part in q. Where no class can have the label, q is 0 and the loss infinite.
+    ``logit_bias`` and probabilities as targets are not taken.
+
+    Example:
+        >>> transition = torch.tensor([[0.8, 0.2], [0.4, 0.6]])
+        >>> forward_correction_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]), transition)
+        tensor(0.5108)
+
+    Source: 1609.03683, Theorem 2.
+    """
+    rows = plain_rows(
+        "forward_correction_loss",
+        logits,
+        target,
+        weight=weight,
+        ignore_index=ignore_index,
+        sample_weight=sample_weight,
+        reduction=reduction,
+    )
+    _check_call(transition, logits, inverse=False)
+    return RowValues.of(rows, _forward_values(rows, transition)).reduce(reduction)
+
+
+@_documented(_ARGUMENTS.format(singular=" or is singular"))
+def backward_correction_loss(
+    logits: Tensor,
+    target: Tensor,
+    transition: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """A combination of the cross entropies of all labels whose mean over the noise is that of the clean label.
+
+    For wrong labels whose transition matrix is known. With ``t = (transition^-1)[y]`` the value is
+    ``-sum_k t_k log p_k``: the fused cross entropy with ``t`` as its target. It is unbiased for any network, but some
+    ``t_k`` are negative: the loss has no lower bound, varies much, and networks that can learn labels by heart drive it
+    to minus infinity. Forward correction is the usual choice.
+
+    {arguments}
+
+    A masked class (logit -inf) makes the loss infinite unless its ``t_k`` is 0. ``logit_bias`` and probabilities as
+    targets are not taken.
+
+    Example:
+        >>> transition = torch.tensor([[0.8, 0.2], [0.4, 0.6]])
+        >>> backward_correction_loss(torch.tensor([[1.0, 0.0]]), torch.tensor([0]), transition)
+        tensor(-0.1867)
+
+    Source: 1609.03683, Theorem 1.
+    """
+    rows = plain_rows(
+        "backward_correction_loss",
+        logits,
+        target,
+        weight=weight,
+        ignore_index=ignore_index,
+        sample_weight=sample_weight,
+        reduction=reduction,
+    )
+    inverse = _check_call(transition, logits, inverse=True)
+    assert inverse is not None
+    return _backward_loss(logits, rows, inverse, _weight_of(rows), reduction)
+
+
+def _weight_of(rows: Rows) -> Tensor:
+    return torch.where(rows.ignored, 0.0, rows.class_weight * rows.sample_weight)
+
+
+class TransitionMatrix(nn.Module):
+    """A transition matrix to be learnt: rows sum to 1 and the diagonal is the largest entry of each.
+
+    For correction losses whose matrix is not known: ``ForwardCorrectionLoss(TransitionMatrix(C))``, trained together
+    with the network, with ``1e-4 * log_volume()`` added to the loss, which prefers the smallest matrix that explains
+    the labels. Called without arguments it returns ``(C, C)``: with ``s = sigmoid(weight)``, 1 on the diagonal and
+    ``s_ij`` beside it, divided by the row's sum.
+
+    Args:
+        num_classes: C, at least 1.
+        init: the entries beside the diagonal start at ``sigmoid(-init)`` times the diagonal's: 2.0 is the authors' for
+            CIFAR-10.
+
+    Raises:
+        TypeError: an argument is no number.
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> TransitionMatrix(3)().diagonal()
+        tensor([0.8075, 0.8075, 0.8075], grad_fn=...)
+
+    Source: VolMinNet, 2102.02400, section 3; the parametrisation is that of its code as far as we know it.
+    """
+
+    def __init__(self, num_classes: int, init: float = 2.0) -> None:
+        super().__init__()
+        classes = int(positive_integer.pack("num_classes", num_classes))
+        self.weight = nn.Parameter(torch.full((classes, classes), -float(finite.pack("init", init))))
+
+    def forward(self) -> Tensor:
+        """The matrix."""
+        one = torch.eye(len(self.weight), dtype=self.weight.dtype, device=self.weight.device)
+        entries = one + torch.sigmoid(self.weight) * (1.0 - one)
+        return entries / entries.sum(1, keepdim=True)
+
+    def log_volume(self) -> Tensor:
+        """The log of the matrix's absolute determinant, a scalar."""
+        volume: Tensor = torch.linalg.slogdet(self()).logabsdet
+        return volume
+
+
+class _CorrectionLoss(RowsModule):
+    """Base of both: the matrix, fixed or learnt."""
+
+    weight: Tensor | None
+    transition: Tensor | nn.Module
+    _precise: tuple[str, ...] = ("transition",)
+
+    def __init__(
+        self,
+        transition: Tensor | nn.Module,
+        *,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        check_reduction(reduction)
+        if isinstance(transition, (nn.Parameter, nn.Module)):
+            self.transition = transition
+        else:
+            self.register_buffer("transition", as_tensor("transition", transition))
+        self.register_buffer("weight", weight)
+        self.ignore_index, self.reduction = plain(ignore_index), reduction
+        with torch.no_grad():
+            self._accept(self.matrix())
+
+    def matrix(self) -> Tensor:
+        """The transition matrix as it is now."""
+        found = self.transition
+        matrix: Tensor = found() if isinstance(found, nn.Module) else found
+        return matrix
+
+    def _accept(self, matrix: Tensor) -> None:
+        """Checks a new matrix; raises a ValueError."""
+        check_transition(matrix)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        saved = state_dict.get(prefix + "transition")
+        if saved is not None and "transition" in self._buffers and not saved.is_meta:
+            try:
+                self._accept(saved)
+            except ValueError as error:
+                args[-1].append(f"{prefix}{error}")  # torch collects the messages and raises
+                return
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _rows(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None) -> Rows:
+        return plain_rows(
+            type(self).__name__,
+            logits,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            sample_weight=sample_weight,
+        )
+
+    def extra_repr(self) -> str:
+        """How many classes, and the options that differ from their defaults."""
+        shown = [] if isinstance(self.transition, nn.Module) else [f"transition=Tensor{list(self.transition.shape)}"]
+        shown += [f"reduction={self.reduction!r}"] if self.reduction != "mean" else []
+        shown += [f"ignore_index={self.ignore_index}"] if self.ignore_index != -100 else []
+        return ", ".join(shown + ([f"weight=Tensor[{self.weight.numel()}]"] if self.weight is not None else []))
+
+
+@_documented(_MODULE_ARGUMENTS)
+class ForwardCorrectionLoss(_CorrectionLoss):
+    """Module form of :func:`forward_correction_loss`.
+
+    {arguments}
+
+    Example:
+        >>> criterion = ForwardCorrectionLoss(noise.estimate_transition(validation_probabilities))
+        >>> criterion = ForwardCorrectionLoss(matrix := TransitionMatrix(10))
+        >>> (criterion(logits, labels) + 1e-4 * matrix.log_volume()).backward()
+    """
+
+    def rows(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> RowValues:
+        """Every row's loss."""
+        rows = self._rows(logits, target, sample_weight)
+        return RowValues.of(rows, _forward_values(rows, self.matrix()))
+
+
+@_documented(_MODULE_ARGUMENTS)
+class BackwardCorrectionLoss(_CorrectionLoss):
+    """Module form of :func:`backward_correction_loss`.
+
+    A fixed matrix is inverted once, when it is given or loaded: numbers written into ``transition`` are not seen.
+
+    {arguments}
+
+    Example:
+        >>> criterion = BackwardCorrectionLoss(noise.symmetric_matrix(0.4, 10))
+        >>> criterion(logits, labels).backward()
+    """
+
+    inverse: Tensor
+    _precise = ("transition", "inverse")
+
+    def _accept(self, matrix: Tensor) -> None:
+        inverse = invert(matrix)
+        check_transition(matrix, inverse)
+        if "transition" in self._buffers:
+            self.register_buffer("inverse", inverse, persistent=False)
+
+    def _inverse(self) -> Tensor:
+        return self.inverse if "transition" in self._buffers else invert(self.matrix())
+
+    def forward(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+        """The loss of ``logits`` for ``target``; ``sample_weight`` is one weight per row."""
+        rows = self._rows(logits, target, sample_weight)
+        return _backward_loss(logits, rows, self._inverse(), _weight_of(rows), self.reduction)
+
+    def rows(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> RowValues:
+        """Every row's loss."""
+        rows = self._rows(logits, target, sample_weight)
+        return RowValues.of(rows, _backward_loss(logits, rows, self._inverse(), None, "none"))

@@ -1,0 +1,290 @@
+"""Early-learning regularisation: a loss that remembers what the network used to say of every sample."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fused_losses._arguments import check_reduction
+from fused_losses._logit_bias import class_dim
+from fused_losses._parameters import Choice, OrTensor, Range, closed_fraction, factor, plain, positive_integer
+from fused_losses._row_values import RowsModule, RowValues, plain_rows, reads_values
+
+_LOWEST = 1e-4  # probabilities are clamped to [_LOWEST, 1 - _LOWEST] before they are remembered
+# A memory of 1 makes the loss infinite; bfloat16 would round to it.
+_LARGEST = {torch.float32: 1.0, torch.bfloat16: 1.0 - 2.0**-8}
+
+_several_classes = Range("be an integer >= 2", lambda v: v >= 2 and v == int(v))
+_places = Choice(("device", "host"))
+_BETA, _LAM = OrTensor(closed_fraction), OrTensor(factor)
+
+
+class _Pending(NamedTuple):
+    """Rows on their way from the device to the memory on the host."""
+
+    place: Tensor
+    rows: Tensor
+    arrived: torch.cuda.Event | None
+
+
+class ELRLoss(RowsModule):
+    r"""Cross entropy that holds the network to what it said of a sample before it learnt the label by heart.
+
+    For training to the end with many wrong labels. Early in training predictions are right where labels are wrong; a
+    moving average of each sample's predictions remembers them, and a term in the loss pulls towards it. With :math:`p`
+    the probabilities and :math:`t` the memory of the row's sample, ``(C,)`` and zeros at first, a step in training mode
+    first updates :math:`t \leftarrow \beta t + (1 - \beta) \tilde p`, :math:`\tilde p` being p clamped to ``[1e-4, 1 -
+    1e-4]`` and divided by its sum, and the loss is :math:`-\log p_y + \lambda \log(1 - \langle t, p \rangle)`, its
+    gradient in a logit :math:`p_j - e_j - \lambda p_j (t_j - s) / (1 - s)` with :math:`s = \langle t, p \rangle`. The
+    loss can be negative. In eval mode the memory is read and not changed.
+
+    Known against it: it needs every sample's number and ``num_samples * num_classes`` numbers of memory; the two
+    parameters depend on the data; what the network believes early is kept, its mistakes included.
+
+    Args:
+        num_samples: size of the training set, >= 1.
+        num_classes: C >= 2.
+        beta: share of the memory that an update keeps, in [0, 1]; .7 for CIFAR-10, .9 for CIFAR-100. A number or a
+            0-dim tensor.
+        lam: weight of the term, >= 0; 3 for CIFAR-10, 7 for CIFAR-100. A number or a 0-dim tensor.
+        memory_dtype: ``torch.float32`` or ``torch.bfloat16``, which takes half the room and stops following where
+            ``|t - p|`` is below ``t / (512 (1 - beta))``: .7 % of t for ``beta=.7``, 2 % for .9.
+        memory: ``"device"``: a buffer that moves with the Module; or ``"host"``: it stays in the host's memory, pinned
+            where there is CUDA. A step then copies its rows to the device and back without waiting for it, if ``index``
+            is on the CPU; :meth:`flush` completes the last step.
+        shard: ``(rank, world_size)``: hold only the samples with ``index % world_size == rank``.
+        weight: class weights ``(C,)``, a buffer; a row counts ``weight[target]``.
+        ignore_index: rows with this target have loss and gradient zero and leave the memory alone.
+        reduction: ``"none"``, ``"sum"`` or ``"mean"``: sum of weighted losses over sum of weights; 0 where that is 0.
+
+    Returns:
+        Called with ``(logits, target, index, sample_weight=None)``; logits ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``,
+        ``target`` class indices, ``index`` the number of each row's sample, integers of the shape of ``target``: the
+        loss in float32, float64 for float64 logits.
+
+    Raises:
+        TypeError: ``index`` is no integer tensor; logits that are a DTensor.
+        ValueError: an argument out of range, logits of another number of classes.
+        RuntimeError: shapes, dtypes or devices that do not fit; ``torch.func`` transforms in training mode.
+        IndexError: a sample that does not exist or is another rank's, a target out of range (on CUDA: device
+            assertions).
+
+    A step reads and writes the memory's rows once. A row whose logits are not finite has loss NaN and leaves the memory
+    alone. Of a sample that occurs twice in a batch the last row is remembered. ``state_dict`` holds the memory, so that
+    training resumes exactly.
+
+    Under DistributedDataParallel every rank has a memory of its own, so a sample must always come to the same rank.
+    ``DistributedSampler`` deals them out anew in every epoch: give each rank its share of the data instead, shuffled by
+    an ordinary sampler, and the loss the same share. Keep the loss out of the wrapped model, whose buffers are
+    overwritten by rank 0's, and save every rank's ``state_dict``.
+
+    Example:
+        >>> criterion = ELRLoss(len(data), 10, shard=(rank, world_size), memory_dtype=torch.bfloat16)
+        >>> mine = torch.utils.data.Subset(data, range(rank, len(data), world_size))  # data[i] is (image, label, i)
+        >>> for images, labels, index in torch.utils.data.DataLoader(mine, 128, shuffle=True, drop_last=True):
+        ...     criterion(model(images), labels, index).backward()
+
+    Source: 2007.00151, Eq. 5 and 6 with the clamp of its code. Deviations: the clamped p is used for the memory only,
+    not in the term, where its derivative would be 0 at the ends; weights, which multiply both terms.
+    """
+
+    memory: Tensor
+    _precise = ("memory",)
+    weight: Tensor | None
+    beta: float | Tensor
+    lam: float | Tensor
+
+    def __init__(
+        self,
+        num_samples: int,
+        num_classes: int,
+        beta: float | Tensor = 0.7,
+        lam: float | Tensor = 3.0,
+        *,
+        memory_dtype: torch.dtype = torch.float32,
+        memory: str = "device",
+        shard: tuple[int, int] | None = None,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        self.num_samples = int(positive_integer.pack("num_samples", num_samples))
+        self.num_classes = int(_several_classes.pack("num_classes", num_classes))
+        self._set("beta", beta, _BETA)
+        self._set("lam", lam, _LAM)
+        if memory_dtype not in _LARGEST:
+            raise ValueError(f"memory_dtype must be torch.float32 or torch.bfloat16, got {memory_dtype}")
+        self.on_host = bool(_places.pack("memory", memory))
+        self.shard = (0, 1) if shard is None else _check_shard(shard, self.num_samples)
+        check_reduction(reduction)
+        self.register_buffer("weight", weight)
+        self.ignore_index, self.reduction = plain(ignore_index), reduction
+        shape = len(range(self.shard[0], self.num_samples, self.shard[1])), self.num_classes
+        pinned = self.on_host and torch.cuda.is_available()
+        device = "cpu" if self.on_host else None
+        self.register_buffer("memory", torch.zeros(shape, dtype=memory_dtype, device=device, pin_memory=pinned))
+        self._pending: _Pending | None = None
+
+    def rows(self, logits: Tensor, target: Tensor, index: Tensor, sample_weight: Tensor | None = None) -> RowValues:
+        """Every row's loss; in training mode the memory is updated."""
+        rows = plain_rows(
+            "ELRLoss",
+            logits,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            sample_weight=sample_weight,
+        )
+        place = self._place(index, logits, target)
+        log_p = rows.log_probs
+        p = log_p.movedim(rows.dim, -1).exp().flatten(0, -2) if logits.dim() > 1 else log_p.exp().unsqueeze(0)
+        memory = self._read(place, p)
+        if self.training:
+            usable = ~rows.ignored.flatten() & p.detach().sum(1).isfinite()
+            memory = torch.where(usable.unsqueeze(1), self._updated(memory, p.detach()), memory)
+            self._write(place, memory, usable)
+        term = torch.log(((1.0 - memory) * p).sum(1)).view(rows.target.shape)  # 1 - s, without cancellation
+        return RowValues.of(rows, self.lam * term - rows.of_target(log_p))
+
+    def _updated(self, memory: Tensor, p: Tensor) -> Tensor:
+        clamped = p.clamp(_LOWEST, 1.0 - _LOWEST)
+        return self.beta * memory + (1.0 - self.beta) * (clamped / clamped.sum(1, keepdim=True))
+
+    def _place(self, index: Any, logits: Tensor, target: Tensor) -> Tensor:
+        """Where the rows' samples are in the memory."""
+        if (
+            not isinstance(index, Tensor)
+            or index.is_floating_point()
+            or index.is_complex()
+            or index.dtype == torch.bool
+        ):
+            raise TypeError(f"index must be an integer tensor, got {getattr(index, 'dtype', type(index).__name__)}")
+        if index.shape != target.shape:
+            raise RuntimeError(f"index must have the shape {list(target.shape)} of target, got {list(index.shape)}")
+        if logits.shape[class_dim(logits)] != self.num_classes:
+            raise ValueError(
+                f"logits must have the {self.num_classes} classes of the memory, got shape {list(logits.shape)}"
+            )
+        if self.training and torch._C._are_functorch_transforms_active():
+            raise RuntimeError("ELRLoss updates its memory in training mode: call eval() under torch.func transforms")
+        index = index.flatten().long()
+        self._check_index(index)
+        if not self.on_host:
+            if self.memory.device != logits.device:
+                raise RuntimeError(
+                    f"the memory of ELRLoss must be on the device of logits ({logits.device}), got "
+                    f"{self.memory.device}: move the loss there, or keep it in memory='host'"
+                )
+            index = index.to(logits.device)
+        return torch.div(index, self.shard[1], rounding_mode="floor")
+
+    def _check_index(self, index: Tensor) -> None:
+        """Raises on the CPU; on CUDA a device assertion."""
+        rank, world_size = self.shard
+        good = (index >= 0) & (index < self.num_samples)
+        if not reads_values(index):
+            if not torch._C._are_functorch_transforms_active():
+                torch._assert_async((good & (index % world_size == rank)).all(), "index of a sample is out of range")
+            return
+        if not good.all():
+            raise IndexError(f"index must be in [0, {self.num_samples}), got {int(index[~good][0])}")
+        other = index[index % world_size != rank]
+        if len(other):
+            raise IndexError(
+                f"index must be a sample of this shard, index % {world_size} == {rank}, got {int(other[0])}; every "
+                "rank has samples of its own (see the class)"
+            )
+
+    def _read(self, place: Tensor, like: Tensor) -> Tensor:
+        """The memory of the rows' samples, on the device and in the dtype of ``like``."""
+        if not self.on_host:
+            return F.embedding(place, self.memory).to(like.dtype)
+        rows: Tensor = self._read_host(place, like.device)
+        return rows.to(like.dtype)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _read_host(self, place: Tensor, device: torch.device) -> Tensor:
+        self.flush()
+        rows = torch.empty(len(place), self.num_classes, dtype=self.memory.dtype, pin_memory=device.type == "cuda")
+        torch.index_select(self.memory, 0, place.cpu(), out=rows)
+        return rows.to(device, non_blocking=True)
+
+    @torch.no_grad()
+    def _write(self, place: Tensor, rows: Tensor, usable: Tensor) -> None:
+        """Remembers ``rows``; of rows with the same place the last usable one, whatever the order of the writes."""
+        here = place.to(rows.device)
+        key = 2 * here + usable
+        order = torch.argsort(key, stable=True)
+        last = order[torch.searchsorted(key[order], 2 * here + 1, right=True) - 1]
+        stored = rows[last].clamp(max=_LARGEST[self.memory.dtype]).to(self.memory.dtype)
+        if self.on_host:
+            self._write_host(place, stored)
+        else:
+            self.memory.index_copy_(0, place, stored)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _write_host(self, place: Tensor, rows: Tensor) -> None:
+        on_cuda = rows.is_cuda
+        staged = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=on_cuda)
+        staged.copy_(rows, non_blocking=True)
+        arrived = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]
+        if arrived is not None:
+            arrived.record(torch.cuda.current_stream(rows.device))
+        self._pending = _Pending(place.cpu(), staged, arrived)
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Completes the update of a memory on the host by the last step; ``state_dict`` and the next step do it too."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            if pending.arrived is not None:
+                pending.arrived.synchronize()
+            self.memory.index_copy_(0, pending.place, pending.rows)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ELRLoss:
+        memory = self.memory
+        if self.on_host:  # it stays where it is
+            self._buffers["memory"] = None
+        super()._apply(fn, recurse)
+        if self.on_host:
+            self._buffers["memory"] = memory
+        return self
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.flush()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.flush()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.flush()
+        return self.__dict__.copy()
+
+    def extra_repr(self) -> str:
+        """Sizes, parameters, and the options that differ from their defaults."""
+        shown = f"{self.num_samples}, {self.num_classes}, beta={float(self.beta)}, lam={float(self.lam)}"
+        options = {
+            "memory_dtype": (self.memory.dtype, torch.float32),
+            "memory": ("host" if self.on_host else "device", "device"),
+            "shard": (self.shard, (0, 1)),
+            "ignore_index": (self.ignore_index, -100),
+            "reduction": (self.reduction, "mean"),
+        }
+        return shown + "".join(f", {name}={value!r}" for name, (value, usual) in options.items() if value != usual)
+
+
+def _check_shard(shard: Any, num_samples: int) -> tuple[int, int]:
+    """A rank and the number of ranks."""
+    try:
+        rank, world_size = (int(number) for number in shard)
+    except (TypeError, ValueError):
+        raise TypeError(f"shard must be a pair (rank, world_size), got {shard!r}") from None
+    if not 0 <= rank < world_size <= num_samples:
+        raise ValueError(f"shard must satisfy 0 <= rank < world_size <= num_samples, got {(rank, world_size)}")
+    return rank, world_size

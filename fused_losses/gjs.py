@@ -1,0 +1,201 @@
+"""The generalised Jensen-Shannon divergence of a label and several predictions for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_losses._arguments import check_reduction
+from fused_losses._parameters import fraction, plain
+from fused_losses._reference import Rows, zero_at_zero
+from fused_losses._row_values import RowsModule, RowValues, plain_rows
+
+_SUM_TOLERANCE = 1e-6
+
+
+def pack_weights(weights: Any) -> tuple[float, ...]:
+    """The weights as numbers; raises unless they are one for the label and some for views, and sum to 1."""
+    if isinstance(weights, Tensor):
+        weights = weights.tolist()
+    if isinstance(weights, str) or not hasattr(weights, "__len__") or len(weights) < 2:
+        raise ValueError(f"weights must be those of the label and of at least one view, got {weights!r}")
+    packed = tuple(float(fraction.pack(f"weights[{i}]", value)) for i, value in enumerate(weights))
+    if abs(sum(packed) - 1.0) > _SUM_TOLERANCE:
+        raise ValueError(f"weights must sum to 1, got {sum(packed):.6g}")
+    return tuple(value / sum(packed) for value in packed)
+
+
+def _check_views(views: Any, count: int) -> Sequence[Tensor]:
+    if isinstance(views, Tensor):
+        if views.dim() < 2:
+            raise ValueError(f"views must have shape (M, N, C), got {tuple(views.shape)}")
+        found: Sequence[Tensor] = views.unbind(0)
+    elif isinstance(views, (list, tuple)) and all(isinstance(view, Tensor) for view in views):
+        found = views
+    else:
+        raise TypeError(f"views must be a Tensor (M, N, C) or a list of M tensors (N, C), got {type(views).__name__}")
+    if len(found) != count:
+        raise ValueError(f"views must be {count}, one for each weight after the label's, got {len(found)}")
+    if any(view.shape != found[0].shape for view in found):
+        raise ValueError(f"views must have one shape, got {[tuple(view.shape) for view in found]}")
+    return found
+
+
+def _rows(
+    name: str,
+    views: Any,
+    target: Tensor,
+    weights: tuple[float, ...],
+    *,
+    weight: Tensor | None,
+    ignore_index: int,
+    sample_weight: Tensor | None,
+    reduction: str,
+) -> RowValues:
+    views = _check_views(views, len(weights) - 1)
+    of_views = [
+        plain_rows(
+            name,
+            view,
+            target,
+            weight=weight,
+            ignore_index=ignore_index,
+            sample_weight=sample_weight,
+            reduction=reduction,
+        )
+        for view in views
+    ]
+    return RowValues.of(of_views[0], _divergence(of_views, weights))
+
+
+def _divergence(views: list[Rows], weights: tuple[float, ...]) -> Tensor:
+    label, *shares = weights
+    first = views[0]
+    log_ps = [view.log_probs for view in views]
+    ps = [log_p.exp() for log_p in log_ps]
+    one_hot = torch.zeros_like(first.logits).scatter(first.dim, first.target.unsqueeze(first.dim), 1.0)
+    mean = label * one_hot + torch.stack([share * p for share, p in zip(shares, ps, strict=True)]).sum(0)
+    log_mean = torch.log(torch.where(mean == 0.0, 1.0, mean))  # where nobody expects a class, nothing is added
+    value = -label * first.of_target(log_mean)
+    for share, p, log_p in zip(shares, ps, log_ps, strict=True):
+        value = value + share * zero_at_zero(p, log_p - log_mean).sum(first.dim)
+    return value / (-(1.0 - label) * math.log1p(-label))
+
+
+def gjs_loss(
+    views: Tensor | Sequence[Tensor],
+    target: Tensor,
+    weights: Sequence[float],
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    r"""How far a label and the predictions for several views of one input are from their common mean.
+
+    Against wrong labels, for training with augmentations: the more views agree with each other, the less a label that
+    contradicts them counts. With :math:`p^{(i)}` the probabilities of view i, e the label's one-hot vector,
+    :math:`\pi_1` its weight, :math:`\pi_{i+1}` that of view i and :math:`m = \pi_1 e + \sum_i \pi_{i+1} p^{(i)}`, the
+    value is :math:`Z (\pi_1 KL(e \| m) + \sum_i \pi_{i+1} KL(p^{(i)} \| m))` with :math:`Z = -1 / ((1 - \pi_1)
+    \log(1 - \pi_1))`; its gradient in a logit of view i is :math:`Z \pi_{i+1} p_j (v_j - \sum_k p_k v_k)` with :math:`v
+    = \log(p^{(i)} / m)`. One view is :func:`js_loss`. Known against it: M views cost M forward passes; the weights have
+    to fit the share of wrong labels and the number of classes.
+
+    Args:
+        views: logits ``(M, N, C)`` or ``(M, N, C, d1, ...)``, or a list of M tensors ``(N, C, ...)``; float64, float32,
+            float16 or bfloat16.
+        target: class indices in ``[0, C)`` or ``ignore_index``, ``(N,)`` or ``(N, d1, ...)``, for all views.
+        weights: M + 1 numbers between 0 and 1 that sum to 1 (to 1e-6), the label's first. The authors use .9, .05, .05
+            for CIFAR-10 with symmetric noise, .5, .25, .25 for CIFAR-100 and .1, .45, .45 for WebVision.
+        weight: class weights ``(C,)``; a row counts ``weight[target]``.
+        ignore_index: rows with this target have loss and gradient zero and do not count in the mean.
+        reduction: ``"none"``, ``"sum"`` or ``"mean"``: sum of weighted losses over sum of weights; 0 where that is 0.
+        sample_weight: weight per row, the shape of ``target``.
+
+    Returns:
+        The loss in float32, float64 for float64 logits; a scalar unless ``reduction="none"``.
+
+    Raises:
+        TypeError: ``views`` is neither tensor nor list.
+        ValueError: weights out of range or not one more than views; views of different shapes.
+        RuntimeError: shapes or dtypes that do not fit.
+        IndexError: a target out of range (on CUDA: a device assertion).
+
+    A masked class (logit -inf) adds nothing. ``logit_bias`` and probabilities as targets are not taken.
+
+    Example:
+        >>> views = torch.tensor([[[2.0, 0.0]], [[0.0, 0.0]]])
+        >>> gjs_loss(views, torch.tensor([0]), (0.5, 0.25, 0.25))
+        tensor(0.4799)
+
+    Source: 2105.04522, Eq. 3 to 5. Deviation: no clamp of m at 1e-7, which its code has.
+    """
+    return _rows(
+        "gjs_loss",
+        views,
+        target,
+        pack_weights(weights),
+        weight=weight,
+        ignore_index=plain(ignore_index),
+        sample_weight=sample_weight,
+        reduction=reduction,
+    ).reduce(reduction)
+
+
+class GJSLoss(RowsModule):
+    """Module form of :func:`gjs_loss`.
+
+    Args:
+        weights, ignore_index, reduction: as for the function.
+        weight: as for the function; a buffer.
+
+    Returns:
+        Called with ``(views, target, sample_weight=None)``: the loss.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Example:
+        >>> criterion = GJSLoss((0.5, 0.25, 0.25))
+        >>> criterion([model(augment(images)), model(augment(images))], labels).backward()
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        weights: Sequence[float],
+        *,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        check_reduction(reduction)
+        self.weights = pack_weights(weights)
+        self.register_buffer("weight", weight)
+        self.ignore_index, self.reduction = plain(ignore_index), reduction
+
+    def rows(self, views: Tensor | Sequence[Tensor], target: Tensor, sample_weight: Tensor | None = None) -> RowValues:
+        """Every row's loss."""
+        return _rows(
+            "GJSLoss",
+            views,
+            target,
+            self.weights,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            sample_weight=sample_weight,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        """The weights, then options that differ from their defaults."""
+        shown = f"weights={self.weights}"
+        shown += f", reduction={self.reduction!r}" if self.reduction != "mean" else ""
+        return shown + (f", ignore_index={self.ignore_index}" if self.ignore_index != -100 else "")

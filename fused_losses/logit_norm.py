@@ -1,0 +1,171 @@
+"""Any loss of logits whose norm is fixed or bounded: LogitNorm and LogitClip."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_losses._arguments import acc_dtype
+from fused_losses._checks import is_per_row, row_shape
+from fused_losses._logit_bias import class_dim
+from fused_losses._parameters import OrTensor, positive_factor
+from fused_losses._row_values import Loss, RowsModule, RowValues, as_module, check_has_rows, check_plain, row_values
+
+_FACTOR = OrTensor(positive_factor)
+_GUARD = 1e-7  # added to the norm of LogitNorm, as its authors do
+
+
+def _rescale(logits: Tensor, target: Tensor, ignore_index: int, factor_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """``logits`` times ``factor_of`` their norm in float32 or better. Masked classes stay at -inf and count as 0;
+    ignored rows, which may hold anything, become ones, so that no derivative in them is NaN."""
+    dim = class_dim(logits)
+    z = logits.to(acc_dtype(logits))
+    masked = z == -torch.inf
+    finite = z.masked_fill(masked, 0.0)
+    if is_per_row(target, logits):  # the loss has its say on anything else
+        ignored = (target == ignore_index).reshape(row_shape(logits))
+        finite = finite.masked_fill(ignored.unsqueeze(dim), 1.0)
+    squares = finite.square().sum(dim, keepdim=True)
+    zero = squares == 0  # where the square root has no derivative
+    norm = torch.where(zero, 0.0, torch.where(zero, 1.0, squares).sqrt())
+    return (finite * factor_of(norm)).masked_fill(masked, -torch.inf)
+
+
+def _ignore_index(loss: nn.Module) -> int:
+    """That of the row loss inside."""
+    for inner in ("loss", "base"):
+        if isinstance(getattr(loss, inner, None), nn.Module):
+            return _ignore_index(getattr(loss, inner))
+    return int(getattr(loss, "ignore_index", -100))
+
+
+class _LogitWrapper(RowsModule):
+    """Hands rescaled logits to a loss."""
+
+    def __init__(self, loss: Loss, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.loss = as_module(loss, options)
+
+    @property
+    def reduction(self) -> str:  # type: ignore[override]
+        """That of the loss."""
+        return str(self.loss.reduction)
+
+    def rescale(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The logits that the loss gets."""
+        check_plain(type(self).__name__, logits, target)
+        return _rescale(logits, target, _ignore_index(self.loss), self._factor)
+
+    def _factor(self, norm: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, logits: Tensor, target: Tensor, *inputs: Any, **options: Any) -> Any:
+        """The loss of the rescaled logits; further arguments are the loss's."""
+        return self.loss(self.rescale(logits, target), target, *inputs, **options)
+
+    def rows(self, logits: Tensor, target: Tensor, *inputs: Any, **options: Any) -> RowValues:
+        """Every row's loss."""
+        check_has_rows(self.loss)
+        return row_values(self.loss, self.rescale(logits, target), target, *inputs, **options)
+
+
+class LogitNorm(_LogitWrapper):
+    r"""A loss of logits that are divided by their norm.
+
+    For rejecting inputs of unknown classes, and against over-confidence: cross entropy alone can always be lowered by
+    longer logits; here only their direction counts. With :math:`z` the logits of a row the loss gets
+    :math:`z / (t (\lVert z \rVert_2 + 10^{-7}))`. At test time predictions are those of the logits as they are;
+    :mod:`fused_losses.scores` are better of the normalised ones (:meth:`rescale`). Not made against wrong labels.
+
+    Args:
+        loss: a name ("gce"), a function of :mod:`fused_losses.functional`, or any Module that is called with ``(logits,
+            target, ...)``, another wrapper of this package included.
+        t: temperature, a number > 0 or a 0-dim tensor (a buffer); .04 is the authors' for CIFAR-10. The probability of
+            a label is at most ``1 / (1 + (C - 1) exp(-sqrt(C / (C - 1)) / t))``, which should be near 1.
+        **options: of the loss, as its Module takes them, beside a name or a function.
+
+    Returns:
+        Called with ``(logits, target, ...)``: what the loss returns. Logits ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``
+        in any floating dtype; the normalised ones are float32, or float64.
+
+    Raises:
+        TypeError: no such loss; logits that are a DTensor.
+        ValueError: ``t`` out of range, options beside a Module.
+
+    A logit of -inf masks its class: it has no part in the norm. A row of zeros keeps loss log C; its gradient is
+    multiplied by ``1e7 / t``, so heads should not start at zero.
+
+    The norm costs further reads and writes of the logits in plain PyTorch; ``torch.compile`` fuses them.
+
+    Example:
+        >>> criterion = LogitNorm("cross_entropy", t=0.5)
+        >>> criterion(torch.tensor([[3.0, 4.0]]), torch.tensor([1]))
+        tensor(0.5130)
+
+    Source: ICML 2022, "Mitigating Neural Network Overconfidence with Logit Normalization", Eq. 6.
+    """
+
+    t: float | Tensor
+
+    def __init__(self, loss: Loss, t: float | Tensor = 0.04, **options: Any) -> None:
+        super().__init__(loss, options)
+        self._set("t", t, _FACTOR)
+
+    def _factor(self, norm: Tensor) -> Tensor:
+        return 1.0 / (self.t * (norm + _GUARD))
+
+    def extra_repr(self) -> str:
+        """The temperature."""
+        return f"t={float(self.t)}"
+
+
+class LogitClip(_LogitWrapper):
+    r"""A loss of logits whose norm is at most a constant.
+
+    Against wrong labels: it bounds any loss, and with it the gradient of a row that the network finds impossible. With
+    :math:`z` the logits of a row the loss gets :math:`\tau z / \lVert z \rVert_2` where the norm exceeds
+    :math:`\tau`, else :math:`z`.
+
+    Args:
+        loss: a name ("cross_entropy"), a function of :mod:`fused_losses.functional`, or any Module that is called with
+            ``(logits, target, ...)``, another wrapper of this package included.
+        tau: the largest norm, a number > 0 or a 0-dim tensor (a buffer). There is no value for all data: it bounds how
+            sure the network can be, and must leave room for the right labels: the probability of a label is at most
+            ``1 / (1 + (C - 1) exp(-tau sqrt(C / (C - 1))))``.
+        **options: of the loss, as its Module takes them, beside a name or a function.
+
+    Returns:
+        Called with ``(logits, target, ...)``: what the loss returns. Logits ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``
+        in any floating dtype; the clipped ones are float32, or float64.
+
+    Raises:
+        TypeError: no such loss; logits that are a DTensor.
+        ValueError: ``tau`` out of range, options beside a Module.
+
+    A logit of -inf masks its class: it has no part in the norm. The norm costs further reads and writes of the logits
+    in plain PyTorch; ``torch.compile`` fuses them.
+
+    Example:
+        >>> criterion = LogitClip("cross_entropy", tau=2.5)
+        >>> criterion(torch.tensor([[3.0, 4.0]]), torch.tensor([1]))
+        tensor(0.4741)
+
+    Source: 2212.04055, Eq. 3. Deviation from its authors' code, which clips at one value and rescales to another.
+    """
+
+    tau: float | Tensor
+
+    def __init__(self, loss: Loss, tau: float | Tensor, **options: Any) -> None:
+        super().__init__(loss, options)
+        self._set("tau", tau, _FACTOR)
+
+    def _factor(self, norm: Tensor) -> Tensor:
+        long = norm > self.tau
+        return torch.where(long, self.tau / torch.where(long, norm, 1.0), 1.0)
+
+    def extra_repr(self) -> str:
+        """The largest norm."""
+        return f"tau={float(self.tau)}"

@@ -1,0 +1,249 @@
+"""Losses of the rows of a batch that look least wrong: SmallLoss, ClippedLoss, Antidote."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fused_losses._batch_reducer import BatchReducer, Judged, documented, largest, number
+from fused_losses._parameters import OrTensor, Range, positive_factor
+from fused_losses._row_values import Loss, RowValues
+
+_KEEP = OrTensor(Range("satisfy 0 < value <= 1", lambda v: 0.0 < v <= 1.0))
+_FACTOR = OrTensor(positive_factor)
+_ROUNDING = 1e-6  # keep * n may miss a whole number by this much
+_DIGITS = 12  # to the base 4, of the logarithm of Antidote's temperature: its bounds are never 4**12 roundings apart
+
+
+@documented("the largest loss that is kept")
+class SmallLoss(BatchReducer):
+    """The loss of the rows of a batch with the smallest losses.
+
+    Against wrong labels whose share is known: early in training it is the wrong ones that have large losses. The step
+    of co-teaching that selects, for one network. Known against it: rare and hard classes have large losses too and are
+    dropped with the wrong labels, and a single network confirms its own choice. Start with ``keep=1`` and lower it over
+    the first epochs to one less the share of wrong labels, through a 0-dim tensor or by assignment.
+
+    Args:
+        {loss}
+        keep: share of the rows to keep, 0 < keep <= 1, a number or a 0-dim tensor: of n rows that count the
+            ``max(1, floor(keep n))`` with the smallest losses (without weights), and those that are equal to the
+            largest of these. With ``running``, those that are at most as large as that has been on average.
+        {options}
+
+    Example:
+        >>> criterion = SmallLoss("cross_entropy", keep=0.5)
+        >>> criterion(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0]))
+        tensor(0.1269)
+
+    Source: 1804.06872, Algorithm 1. Deviations: ties are kept; at least one row; the mean is over kept rows' weights.
+    """
+
+    keep: float | Tensor
+
+    def __init__(
+        self,
+        loss: Loss,
+        keep: float | Tensor,
+        *,
+        reduction: str = "mean",
+        running: bool = False,
+        momentum: float = 0.1,
+        process_group: dist.ProcessGroup | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            loss, options, reduction=reduction, running=running, momentum=momentum, process_group=process_group
+        )
+        self._set("keep", keep, _KEEP)
+
+    def _statistic(self, judged: Judged, logits: Tensor) -> Tensor:
+        values = torch.where(judged.known, judged.values, torch.inf)
+        count = self._over_ranks(judged.known.sum(dtype=torch.float64))
+        wanted = torch.floor(self.keep * count + _ROUNDING).clamp(min=1.0)
+        if self.process_group is None:
+            at = (wanted.long() - 1).clamp(max=max(values.numel() - 1, 0))
+            found = values.sort().values.index_select(0, at.view(1)).view(()) if values.numel() else values.sum()
+        else:
+            found = self._of_all_ranks(values, judged.known, wanted)
+        return self._remembered(found, count)
+
+    def _of_all_ranks(self, values: Tensor, known: Tensor, wanted: Tensor) -> Tensor:
+        """The ``wanted``-th smallest value of all ranks, found digit by digit: they need not have as many rows each."""
+        integer, size = (torch.int64, 64) if values.dtype == torch.float64 else (torch.int32, 32)
+        ends = torch.iinfo(integer)
+
+        def turned(bits: Tensor) -> Tensor:  # integers in the order of the numbers they are the bits of, and back
+            return torch.where(bits < 0, bits ^ ends.max, bits)
+
+        order = turned(values.view(integer)).long()
+
+        def fewer_below(candidates: Tensor) -> Tensor:
+            below = known & (order < candidates.unsqueeze(1))
+            return self._over_ranks(below.sum(1, dtype=torch.float64)) < wanted
+
+        found = largest(fewer_below, ends.min, size // 2, values.device)
+        return turned(found.to(integer)).view(values.dtype)
+
+    def _constants(self, losses: Tensor, statistic: Tensor) -> tuple[Tensor, ...]:
+        return (~(losses > statistic),)
+
+    def _weigh(self, inner: RowValues, constants: tuple[Tensor, ...]) -> RowValues:
+        return inner._replace(kept=inner.kept & constants[0])
+
+    def _shown(self) -> dict[str, Any]:
+        return {"keep": number(self.keep)}
+
+
+@documented(None)
+class ClippedLoss(BatchReducer):
+    """``min(loss, c)``, row by row: rows with a larger loss have no gradient.
+
+    Bounds any loss, against wrong labels and outliers. Known against it: right rows that the network has not learnt yet
+    have large losses as well, and clipped ones are never learnt; with ``c`` at the loss of a guess, log C for cross
+    entropy, most of an untrained network's rows are. GCE and its like bend instead of breaking.
+
+    Args:
+        {loss}
+        c: the largest loss of a row, without weights, > 0, a number or a 0-dim tensor.
+        {options}
+
+    Example:
+        >>> criterion = ClippedLoss("cross_entropy", c=1.0)
+        >>> criterion(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0]))
+        tensor(0.5635)
+
+    Source: the clipped loss of the literature on robust regression; a clipped row counts in the mean.
+    """
+
+    c: float | Tensor
+
+    def __init__(
+        self,
+        loss: Loss,
+        c: float | Tensor,
+        *,
+        reduction: str = "mean",
+        process_group: dist.ProcessGroup | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(loss, options, reduction=reduction, process_group=process_group)
+        self._set("c", c, _FACTOR)
+
+    def _statistic(self, judged: Judged, logits: Tensor) -> float | Tensor:
+        return self.c
+
+    def _constants(self, losses: Tensor, statistic: float | Tensor) -> tuple[Tensor, ...]:
+        return losses > statistic, torch.clamp(losses, max=statistic)
+
+    def _weigh(self, inner: RowValues, constants: tuple[Tensor, ...]) -> RowValues:
+        above, clipped = constants
+        return inner._replace(values=torch.where(above, clipped, inner.values))
+
+    def _shown(self) -> dict[str, Any]:
+        return {"c": number(self.c)}
+
+
+@documented("the temperature s")
+class Antidote(BatchReducer):
+    r"""The loss of the batch under the weights near equal ones that make it smallest.
+
+    Against wrong labels: rows with large losses are forgotten, softly, and as many of them as ``delta`` says. With
+    :math:`l_i` the rows' losses and :math:`u_i` their shares of the weights (1 / n without weights), the value is
+
+    .. math:: \min_{p:\ KL(p \| u) \le \delta} \sum_i p_i l_i + \kappa KL(p \| u) ,
+
+    taken at :math:`p_i \propto u_i e^{-l_i / s}`. The temperature is :math:`s = \lambda + \kappa`, :math:`\lambda \ge
+    0` minimising :math:`\lambda \delta + s \log \sum_i u_i e^{-l_i / s}`: ``kappa`` where the bound does not bind, else
+    the root of :math:`KL(p \| u) = \delta`, found on the device. The gradient of the value in :math:`l_i` is
+    :math:`p_i`. Known against it: ``delta`` has to fit the share of wrong labels, and hard rows are forgotten as well.
+
+    Args:
+        {loss}
+        delta: how far the weights may go, > 0, a number or a 0-dim tensor. Dropping a share r of the rows takes
+            ``-log(1 - r)``; the authors use .27, .57, 1 and 1.62 for 20, 40, 60 and 80 % wrong labels.
+        kappa: the lowest temperature, > 0, a number or a 0-dim tensor.
+        {options}
+
+    Under "none" and "sum" a row's value is ``r (l + s log r) - (s - kappa) delta`` with ``r = p / u``, times its
+    weight: the mean is the value above. A row of infinite loss has weight 0.
+
+    Example:
+        >>> criterion = Antidote("cross_entropy", delta=0.57)
+        >>> criterion(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0]))
+        tensor(0.2089)
+
+    Source: 2508.06622, with KL as the divergence, by the formulas of its dual problem.
+    """
+
+    delta: float | Tensor
+    kappa: float | Tensor
+
+    def __init__(
+        self,
+        loss: Loss,
+        delta: float | Tensor,
+        kappa: float | Tensor = 0.05,
+        *,
+        reduction: str = "mean",
+        running: bool = False,
+        momentum: float = 0.1,
+        process_group: dist.ProcessGroup | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            loss, options, reduction=reduction, running=running, momentum=momentum, process_group=process_group
+        )
+        self._set("delta", delta, _FACTOR)
+        self._set("kappa", kappa, _FACTOR)
+
+    def _statistic(self, judged: Judged, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The temperature, the smallest loss, and the log of the mean of ``exp((smallest - l) / s)``."""
+        finite = judged.known & judged.values.isfinite()
+        weight = torch.where(judged.known, judged.weight, 0.0)
+        lowest, spread = self._ends(judged.values, finite)
+        above = torch.where(finite, judged.values - lowest, torch.inf)  # exp of minus it is a row's part
+        count = self._over_ranks(torch.stack([judged.known.sum(dtype=weight.dtype), weight.sum()]))
+        # KL(p || u) is below (spread / s)^2 / 8: the variance of losses within ``spread`` is at most spread^2 / 4.
+        least = torch.as_tensor(self.kappa, dtype=spread.dtype, device=spread.device)
+        factor = torch.log(torch.maximum(spread / (8.0 * self.delta) ** 0.5, least) / least)
+
+        def temperature(step: Tensor) -> Tensor:
+            return least * torch.exp(factor * (step / 4**_DIGITS))
+
+        def too_far(steps: Tensor) -> Tensor:
+            exponent = -above / temperature(steps).unsqueeze(1)
+            part = torch.exp(exponent)
+            sums = torch.stack([(weight * part).sum(1), (weight * torch.where(part > 0, part * exponent, 0.0)).sum(1)])
+            total, first = self._over_ranks(sums).unbind()
+            return first / total - torch.log(total / count[1]) > self.delta
+
+        s = self._remembered(temperature(largest(too_far, 0, _DIGITS, weight.device)), count[0])
+        total = self._over_ranks((weight * torch.exp(-above / s)).sum())
+        return s, lowest, torch.log(total / count[1])
+
+    def _ends(self, values: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
+        """The smallest loss and the largest difference; 0 where there is none."""
+        if values.numel() == 0:
+            values, finite = values.new_zeros(1), finite.new_zeros(1)
+        ends = torch.stack([torch.where(finite, -values, -torch.inf), torch.where(finite, values, -torch.inf)])
+        low, high = self._over_ranks(ends.amax(1), dist.ReduceOp.MAX).unbind()
+        there = low > -torch.inf
+        return torch.where(there, -low, 0.0), torch.where(there, high + low, 0.0)
+
+    def _constants(self, losses: Tensor, statistic: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+        s, lowest, log_mean = statistic
+        log_r = (lowest - losses) / s - log_mean
+        r = torch.exp(log_r)
+        rest = r * s * torch.where(r == 0.0, 0.0, log_r) - (s - self.kappa) * self.delta  # stationary in s
+        return r, rest
+
+    def _weigh(self, inner: RowValues, constants: tuple[Tensor, ...]) -> RowValues:
+        r, rest = constants
+        return inner._replace(values=r * torch.where(r == 0.0, 0.0, inner.values) + rest)
+
+    def _shown(self) -> dict[str, Any]:
+        return {"delta": number(self.delta), "kappa": number(self.kappa)}

@@ -1,0 +1,112 @@
+"""SuperLoss: every row weighs as much as its loss allows."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fused_losses._batch_reducer import BatchReducer, Judged, documented, number
+from fused_losses._logit_bias import class_dim
+from fused_losses._parameters import OrTensor, finite, positive_factor
+from fused_losses._row_values import Loss, RowValues
+
+_LAM, _TAU = OrTensor(positive_factor), OrTensor(finite)
+_HALLEY_STEPS = 4  # cubic from two digits on; near -1/e the series starts them closer
+
+
+def lambert_w(x: Tensor) -> Tensor:
+    """The principal branch of Lambert's W, ``w e^w = x``, for float64 ``x >= -1/e``."""
+    near = x < -0.25
+    root = (2.0 * (math.e * torch.where(near, x, -0.25) + 1.0)).clamp(min=0.0).sqrt()
+    series = -1.0 + root * (1.0 - root * (1.0 / 3.0 - root * (11.0 / 72.0)))
+    log = torch.log1p(torch.where(near, 0.0, x).clamp(max=1e300))
+    w = torch.where(near, series, log * (1.0 - torch.log1p(log) / (2.0 + log)))
+    for _ in range(_HALLEY_STEPS):
+        exponential, slope = torch.exp(w), w + 1.0
+        excess = w * exponential - x
+        step = excess / (exponential * slope - (w + 2.0) * excess / (2.0 * slope))
+        w = torch.where(slope.abs() < 1e-7, w, w - step)  # at -1/e the series is exact and the step 0 / 0
+    return torch.where(x == torch.inf, torch.inf, w)
+
+
+@documented("the mean loss")
+class SuperLoss(BatchReducer):
+    r"""A loss that counts rows more the smaller theirs is, with weights in closed form.
+
+    A curriculum without a schedule: easy rows first, rows with wrong labels hardly ever. With :math:`l` a row's loss
+    and :math:`W` Lambert's function, the row's confidence is :math:`\sigma = \exp(-W(\max(-2/e, (l - \tau) /
+    \lambda) / 2))`, from e for the easiest rows over 1 at :math:`l = \tau` to 0, and its loss
+    :math:`(l - \tau) \sigma + \lambda \log^2 \sigma`. :math:`\sigma` minimises it, so that its derivative in l is
+    :math:`\sigma` itself. It is negative below :math:`\tau`. Known against it: with many wrong labels the weights do
+    not fall fast enough to keep them from being learnt in the end; rows of rare classes count less.
+
+    Args:
+        {loss}
+        lam: how far weights differ, > 0, less with a larger one; 1 for CIFAR-10, .25 for CIFAR-100. A number or a 0-dim
+            tensor.
+        tau: the loss of weight 1, a number, a 0-dim tensor or None: log C, the cross entropy of a guess, or with
+            ``running`` the mean loss of the rows (without weights).
+        {options}
+
+    Example:
+        >>> criterion = SuperLoss("cross_entropy", reduction="none")
+        >>> criterion(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0]))
+        tensor([-0.6856,  1.1167])
+
+    Source: "SuperLoss: A Generic Loss for Robust Curriculum Learning", NeurIPS 2020, Eq. 3 and 4.
+    """
+
+    lam: float | Tensor
+    tau: float | Tensor | None
+
+    def __init__(
+        self,
+        loss: Loss,
+        lam: float | Tensor = 1.0,
+        tau: float | Tensor | None = None,
+        *,
+        reduction: str = "mean",
+        running: bool = False,
+        momentum: float = 0.1,
+        process_group: dist.ProcessGroup | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            loss, options, reduction=reduction, running=running, momentum=momentum, process_group=process_group
+        )
+        self._set("lam", lam, _LAM)
+        if tau is None:
+            self.tau = None
+        elif running:
+            raise ValueError(f"tau must be None with running=True, which finds it, got {tau}")
+        else:
+            self._set("tau", tau, _TAU)
+
+    def _statistic(self, judged: Judged, logits: Tensor) -> Tensor | float:
+        if self.tau is not None:
+            return self.tau
+        if not self.running:
+            return math.log(logits.shape[class_dim(logits)])
+        finite = judged.known & judged.values.isfinite()
+        sums = torch.stack([torch.where(finite, judged.values, 0.0).sum(dtype=torch.float64), finite.sum()])
+        total, count = self._over_ranks(sums).unbind()
+        return self._remembered(total / count.clamp(min=1.0), count)
+
+    def _constants(self, losses: Tensor, statistic: Tensor | float) -> tuple[Tensor, ...]:
+        x = 0.5 * ((losses.double() - statistic) / self.lam).clamp(min=-2.0 / math.e)
+        log_sigma = -lambert_w(x)
+        sigma = torch.exp(log_sigma)
+        endless = losses == torch.inf  # of infinite loss and weight 0
+        rest = self.lam * log_sigma.square() - sigma * statistic
+        return sigma.to(losses.dtype), rest.to(losses.dtype), endless
+
+    def _weigh(self, inner: RowValues, constants: tuple[Tensor, ...]) -> RowValues:
+        sigma, rest, endless = constants
+        return inner._replace(values=sigma * torch.where(endless, 0.0, inner.values) + rest)
+
+    def _shown(self) -> dict[str, Any]:
+        return {"lam": number(self.lam), "tau": number(self.tau)}

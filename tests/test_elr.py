@@ -1,0 +1,236 @@
+"""ELR: what it remembers, where, under which index, and after resuming; several processes together are one."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import pickle
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, Subset
+
+import fused_losses as fl
+
+SAMPLES, CLASSES = 12, 4
+
+
+def batches(count=5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        index = torch.randperm(SAMPLES, generator=generator)[:6]
+        logits = 2 * torch.randn(6, CLASSES, generator=generator, dtype=torch.float64)
+        yield logits.requires_grad_(), torch.randint(CLASSES, (6,), generator=generator), index
+
+
+def by_hand(memory, logits, target, index, beta, lam):
+    """One step of the published algorithm, row by row in numbers of Python; changes the memory."""
+    losses = []
+    for z, y, i in zip(logits.tolist(), target.tolist(), index.tolist(), strict=True):
+        total = sum(math.exp(v) for v in z)
+        p = [math.exp(v) / total for v in z]
+        clamped = [min(max(v, 1e-4), 1 - 1e-4) for v in p]
+        memory[i] = [beta * t + (1 - beta) * v / sum(clamped) for t, v in zip(memory[i], clamped, strict=True)]
+        s = sum(t * v for t, v in zip(memory[i], p, strict=True))
+        losses.append(-math.log(p[y]) + lam * math.log(1 - s))
+    return losses
+
+
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_several_steps_by_hand(where):
+    criterion = fl.ELRLoss(SAMPLES, CLASSES, beta=0.8, lam=2.0, memory=where, reduction="none")
+    memory = [[0.0] * CLASSES for _ in range(SAMPLES)]
+    for logits, target, index in batches():
+        found = criterion(logits, target, index)
+        expected = torch.tensor(by_hand(memory, logits, target, index, 0.8, 2.0), dtype=torch.float64)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)  # the memory is float32
+        p = logits.detach().softmax(1)
+        t = torch.tensor([memory[i] for i in index.tolist()], dtype=torch.float64)
+        s = (t * p).sum(1, keepdim=True)
+        one_hot = nn.functional.one_hot(target, CLASSES)
+        (grad,) = torch.autograd.grad(found.sum(), logits)
+        torch.testing.assert_close(grad, p - one_hot - 2.0 * p * (t - s) / (1 - s), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(criterion.state_dict()["memory"], torch.tensor(memory), rtol=1e-6, atol=1e-6)
+
+
+def test_worked_by_hand():
+    criterion = fl.ELRLoss(1, 2, beta=0.5, lam=3.0)
+    # p = (.8, .2); t = .5 p = (.4, .1); s = .34; -log .8 + 3 log .66
+    logits, target, index = torch.tensor([[math.log(4.0), 0.0]]), torch.tensor([0]), torch.tensor([0])
+    assert criterion(logits, target, index).item() == pytest.approx(-math.log(0.8) + 3 * math.log(0.66))
+    torch.testing.assert_close(criterion.memory, torch.tensor([[0.4, 0.1]]))
+
+
+def test_eval_reads_and_does_not_write():
+    criterion = fl.ELRLoss(SAMPLES, CLASSES).eval()
+    logits, target, index = next(batches())
+    torch.testing.assert_close(criterion(logits, target, index), fl.CrossEntropyLoss()(logits, target))
+    assert not criterion.memory.any()
+    criterion.train()(logits, target, index)
+    before = criterion.memory.clone()
+    criterion.eval()(logits, target, index)
+    assert before[index].all() and torch.equal(criterion.memory, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_resumes_exactly(where, dtype):
+    def make():
+        return fl.ELRLoss(SAMPLES, CLASSES, memory=where, memory_dtype=dtype)
+
+    def run(criterion, steps):
+        losses = []
+        for logits, target, index in steps:
+            loss = criterion(logits.float(), target, index)
+            losses += [loss.detach(), torch.autograd.grad(loss, logits)[0]]
+        return losses
+
+    steps = list(batches(6))
+    whole = make()
+    right = run(whole, steps)
+    first = make()
+    run(first, steps[:3])
+    state = first.state_dict()
+    second = make()
+    second.load_state_dict(copy.deepcopy(state))
+    others = [second, copy.deepcopy(first), pickle.loads(pickle.dumps(first)), first]
+    for other in others:
+        for found, expected in zip(run(other, steps[3:]), right[6:], strict=True):
+            assert torch.equal(found, expected)
+        assert other.memory.dtype == dtype
+        assert torch.equal(other.state_dict()["memory"], whole.state_dict()["memory"])
+
+
+def test_bfloat16_memory_follows_and_never_reaches_one():
+    narrow, wide = (fl.ELRLoss(1, CLASSES, memory_dtype=d, reduction="sum") for d in (torch.bfloat16, torch.float32))
+    target, index = torch.tensor([1]), torch.tensor([0])
+    logits = torch.tensor([[30.0, 0.0, 0.0, 0.0]], requires_grad=True)
+    for _ in range(40):
+        for criterion in (narrow, wide):
+            loss = criterion(logits, target, index)
+            assert loss.isfinite() and torch.autograd.grad(loss, logits)[0].isfinite().all()
+        assert (narrow.memory.float() - wide.memory).abs().max() < 0.01
+    assert narrow.memory.max() < 1 and narrow.eval()(logits, target, index).isfinite()
+
+
+def test_the_last_of_equal_indices_is_remembered():
+    logits, target, _ = next(batches())
+    index = torch.tensor([3, 5, 3, 3, 5, 0])
+    criterion, alone = fl.ELRLoss(SAMPLES, CLASSES), fl.ELRLoss(SAMPLES, CLASSES)
+    criterion(logits, target, index)
+    alone(logits[3:], target[3:], index[3:])
+    assert torch.equal(criterion.memory, alone.memory)
+    spoilt = torch.cat([logits.detach(), torch.full((2, CLASSES), math.nan)])
+    ignored = torch.cat([target, torch.tensor([1, -100])])
+    again = fl.ELRLoss(SAMPLES, CLASSES, reduction="none")
+    losses = again(spoilt, ignored, torch.cat([index, torch.tensor([3, 5])]))
+    assert losses[:6].isfinite().all() and losses[6].isnan() and losses[7] == 0
+    assert torch.equal(again.memory, alone.memory)  # rows that cannot be judged leave no trace
+
+
+def test_places_and_dtypes():
+    logits, target, index = next(batches())
+    for where in ("device", "host"):
+        criterion = fl.ELRLoss(SAMPLES, CLASSES, memory=where)
+        criterion(logits, target, index.to(torch.int32))
+        kept = criterion.state_dict()["memory"].clone()
+        criterion.half()
+        assert torch.equal(criterion.memory, kept) and criterion.memory.dtype == torch.float32
+        moved = criterion.to("meta")
+        assert moved.memory.device.type == ("cpu" if where == "host" else "meta")
+
+
+@pytest.mark.parametrize(
+    "error, message, call",
+    [
+        (IndexError, r"^index must be in \[0, 12\), got 12", {"index": [0, 12]}),
+        (IndexError, r"^index must be in \[0, 12\), got -1", {"index": [-1, 0]}),
+        (
+            IndexError,
+            r"^index must be a sample of this shard, index % 2 == 1, got 4",
+            {"index": [3, 4], "shard": (1, 2)},
+        ),
+        (TypeError, r"^index must be an integer tensor, got torch.float32", {"index": [0.0, 1.0]}),
+        (RuntimeError, r"^index must have the shape \[2\] of target, got \[3\]", {"index": [0, 1, 2]}),
+        (ValueError, r"^logits must have the 4 classes", {"logits": torch.zeros(2, 3)}),
+        (ValueError, r"^beta must be between 0.0 and 1.0, got 1.1", {"beta": 1.1}),
+        (ValueError, r"^lam must satisfy", {"lam": -1.0}),
+        (ValueError, r"^num_samples must be an integer >= 1", {"num_samples": 0}),
+        (ValueError, r"^num_classes must be an integer >= 2", {"num_classes": 1}),
+        (ValueError, r"^memory_dtype must be", {"memory_dtype": torch.float16}),
+        (ValueError, r"^memory must be 'device' or 'host'", {"memory": "disk"}),
+        (ValueError, r"^shard must satisfy", {"shard": (2, 2)}),
+        (TypeError, r"^shard must be a pair", {"shard": 3}),
+    ],
+)
+def test_bad_input(error, message, call):
+    index = torch.tensor(call.pop("index", [0, 1]))
+    logits = call.pop("logits", torch.zeros(2, CLASSES))
+    with pytest.raises(error, match=message):
+        fl.ELRLoss(**{"num_samples": SAMPLES, "num_classes": CLASSES, **call})(logits, torch.tensor([0, 1]), index)
+
+
+class Numbered(Dataset):
+    """Features, labels and the samples' numbers."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(SAMPLES, 3, generator=generator, dtype=torch.float64)
+        self.y = torch.randint(CLASSES, (SAMPLES,), generator=generator)
+
+    def __len__(self):
+        return SAMPLES
+
+    def __getitem__(self, i):
+        return self.x[i], self.y[i], i
+
+
+def train(shares, rank, world_size, wrap):
+    """Three epochs on this rank's share, shuffled anew in each; ``shares`` of all ranks for one process."""
+    torch.manual_seed(0)
+    model = wrap(nn.Linear(3, CLASSES).double())
+    criterion = fl.ELRLoss(SAMPLES, CLASSES, shard=None if len(shares) > 1 else (rank, world_size))
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    data = Numbered()
+    loaders = [
+        DataLoader(
+            Subset(data, range(r, SAMPLES, world_size)), 2, shuffle=True, generator=torch.Generator().manual_seed(r)
+        )
+        for r in shares
+    ]
+    for _ in range(3):
+        for parts in zip(*loaders, strict=True):
+            x, y, index = (torch.cat(part) for part in zip(*parts, strict=True))
+            optimizer.zero_grad()
+            criterion(model(x), y, index).backward()
+            optimizer.step()
+    return criterion.memory, [p.detach() for p in model.parameters()]
+
+
+def worker(rank, world_size, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size,
+        timeout=timedelta(seconds=60),
+    )  # fmt: skip
+    try:
+        torch.save(train([rank], rank, world_size, DistributedDataParallel), os.path.join(folder, f"rank{rank}.pt"))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_ranks_with_their_own_rows_are_one_process(tmp_path):
+    torch.multiprocessing.spawn(worker, (2, str(tmp_path)), nprocs=2)
+    memory, parameters = train([0, 1], 0, 2, lambda model: model)
+    assert memory.any(1).all()
+    for rank in range(2):
+        rows, of_rank = torch.load(tmp_path / f"rank{rank}.pt")
+        assert rows.shape == (SAMPLES // 2, CLASSES)
+        torch.testing.assert_close(rows, memory[rank::2])
+        for found, expected in zip(of_rank, parameters, strict=True):
+            torch.testing.assert_close(found, expected)

@@ -1,0 +1,140 @@
+"""Losses around losses under torch.compile, torch.export, torch.func, and with logits spread over processes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, distribute_tensor
+from wrapped_losses import CASES, CLASSES, TRANSITION, batch
+
+import fused_losses as fl
+
+NAMES = list(CASES)
+STATEFUL = {
+    "elr": lambda: fl.ELRLoss(12, CLASSES),
+    "small": lambda: fl.SmallLoss("gce", 0.6, running=True),
+    "antidote": lambda: fl.Antidote("gce", 0.6, running=True),
+    "super": lambda: fl.SuperLoss("gce", running=True),
+    "learnt": lambda: fl.ForwardCorrectionLoss(fl.TransitionMatrix(CLASSES)),
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["forward", "backward", "norm", "clip", "clipped", "gjs"])
+def test_compile_fullgraph_dynamic(name):
+    case = CASES[name]
+    module = case.make()
+
+    def call(x, y):
+        return case(module, x, y)
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (7, 5):
+        logits, target = batch(torch.float32, rows)
+        logits.requires_grad_()
+        losses = compiled(logits, target), call(logits, target)
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in losses))
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_compiled_state_is_updated(name):
+    modules = STATEFUL[name](), STATEFUL[name]()
+    compiled = torch.compile(modules[0], fullgraph=True, dynamic=True, backend="aot_eager")
+    for seed in range(3):
+        logits, target = batch(torch.float32, rows=7 + seed, seed=seed)
+        logits.requires_grad_()
+        inputs = (torch.arange(7 + seed) + seed,) if name == "elr" else ()
+        losses = compiled(logits, target, *inputs), modules[1](logits, target, *inputs)
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in losses))
+    for found, expected in zip(modules[0].state_dict().values(), modules[1].state_dict().values(), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_memory_on_the_host_breaks_the_graph_and_is_right():
+    modules = [fl.ELRLoss(7, CLASSES, memory="host") for _ in range(2)]
+    logits, target = batch(torch.float32)
+    for criterion in (torch.compile(modules[0], backend="aot_eager"), modules[1]):
+        criterion(logits, target, torch.arange(7))
+    torch.testing.assert_close(*(module.state_dict()["memory"] for module in modules))
+
+
+@pytest.mark.parametrize("name", ["forward", "backward", "norm clip", "elr", "small", "antidote", "super", "gjs"])
+def test_export(name):
+    case = CASES[name]
+    module = case.make()
+    logits, target = batch(torch.float32)
+    inputs = (logits, target, torch.arange(7)) if case.takes_index else (logits, target)
+    rows = torch.export.Dim("rows", min=2)
+    shapes = ({0: rows}, {0: rows}, ({0: rows},)) if case.takes_index else ({0: rows}, {0: rows})
+    program = torch.export.export(module, inputs, dynamic_shapes=shapes)
+    few = tuple(tensor[:5] for tensor in inputs)
+    torch.testing.assert_close(program.module()(*few), module(*few))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_function_transforms(name):
+    case = CASES[name]
+    module = case.make()
+    batches = [batch(seed=seed) for seed in range(3)]
+    logits, target = torch.stack([x for x, _ in batches]), torch.stack([y for _, y in batches])
+    values = torch.func.vmap(lambda x, y: case(module, x, y))(logits, target)
+    grads = torch.func.vmap(torch.func.grad(lambda x, y: case(module, x, y)))(logits, target)
+    for (x, y), value, grad in zip(batches, values, grads, strict=True):
+        x.requires_grad_()
+        loss = case(module, x, y)
+        torch.testing.assert_close(value, loss)
+        torch.testing.assert_close(grad, torch.autograd.grad(loss, x)[0])
+    x, y = batches[0]
+    tangent = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)
+    _, slope = torch.func.jvp(lambda x: case(module, x, y), (x.detach(),), (tangent,))
+    torch.testing.assert_close(slope, (grads[0] * tangent).sum())
+
+
+@pytest.mark.parametrize("name", ["forward", "backward", "norm", "clip", "elr", "gjs"])
+def test_second_derivatives(name):
+    case = CASES[name]
+    logits, target = batch(rows=3)
+    assert torch.autograd.gradgradcheck(lambda x: case(case.make(), x, target), logits.requires_grad_())
+
+
+def test_a_memory_is_not_updated_under_function_transforms():
+    criterion = fl.ELRLoss(7, CLASSES)
+    logits, target = batch()
+    with pytest.raises(RuntimeError, match=r"^ELRLoss updates its memory in training mode"):
+        torch.func.grad(lambda x: criterion(x, target, torch.arange(7)))(logits)
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_distributed_tensors_are_refused(mesh):
+    logits, target = batch()
+    spread = distribute_tensor(logits, mesh, [Replicate()])
+    index = torch.arange(7)
+    calls = {
+        "ForwardCorrectionLoss": lambda: fl.ForwardCorrectionLoss(TRANSITION)(spread, target),
+        "BackwardCorrectionLoss": lambda: fl.BackwardCorrectionLoss(TRANSITION)(spread, target),
+        "LogitNorm": lambda: fl.LogitNorm("gce")(spread, target),
+        "LogitClip": lambda: fl.LogitClip("gce", 1.0)(spread, target),
+        "ELRLoss": lambda: fl.ELRLoss(7, CLASSES)(spread, target, index),
+        "SmallLoss": lambda: fl.SmallLoss("gce", 0.5)(spread, target),
+        "ClippedLoss": lambda: fl.ClippedLoss("gce", 0.5)(spread, target),
+        "Antidote": lambda: fl.Antidote("gce", 0.5)(spread, target),
+        "SuperLoss": lambda: fl.SuperLoss("gce")(spread, target),
+        "GJSLoss": lambda: fl.GJSLoss((0.5, 0.5))([spread], target),
+    }
+    for name, call in calls.items():
+        with pytest.raises(TypeError, match=r"logits must be a plain tensor, got a DTensor"):
+            raise AssertionError(f"{name} took it: {call()}")
