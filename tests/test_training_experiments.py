@@ -22,17 +22,17 @@ def test_only_missing_runs_are_trained(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     recipe = Options(dataset="digits", samples=200, epochs=2, batch_size=100, device="cpu", noise="symmetric")
     variants = [Variant("CE", {}), Variant("MAE", {"loss": "mae"}, seeds=1)]
-    assert not train_all(Runs(path), recipe, variants, seeds=2, minutes=0.0)
-    assert train_all(Runs(path), recipe, variants, seeds=2, minutes=9.0)
+    assert not train_all(Runs(path, until=0.0), recipe, variants, seeds=2)
+    assert train_all(Runs(path), recipe, variants, seeds=2)
     first = path.read_text()
     runs = Runs(path)
-    assert [(row["label"], row["seed"]) for row in runs.rows] == [("CE", 0), ("MAE", 0), ("CE", 1)]
+    assert [(row["label"], row["seed"]) for row in runs.rows] == [("CE", 0), ("CE", 1), ("MAE", 0)]
     assert all(len(row["top1"]) == 2 for row in runs.rows)
     with path.open("a") as file:
         file.write(first[: len(first) // 2].splitlines()[-1][:50])  # an interrupted line
-    assert train_all(Runs(path), recipe, variants, seeds=2, minutes=9.0)
+    assert train_all(Runs(path), recipe, variants, seeds=2)
     assert len(Runs(path).rows) == 3
-    assert train_all(Runs(path), dataclasses.replace(recipe, epochs=1), variants[:1], seeds=1, minutes=9.0)
+    assert train_all(Runs(path), dataclasses.replace(recipe, epochs=1), variants[:1], seeds=1)
     assert len(Runs(path).rows) == 4, "other settings are another run"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Sequence
 
 from benchmarks.training.options import parse
@@ -16,6 +17,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from benchmarks.training.engine import run
 
     result = run(options)
+    if int(os.environ.get("RANK", 0)) > 0:  # of torchrun's processes one speaks
+        return
     if result["last"] is not None:
         last, best = result["last"], result["best"]
         print(f"top-1: last {100 * last['top1']:.2f} %, best {100 * best['top1']:.2f} % (epoch {best['epoch'] + 1})")

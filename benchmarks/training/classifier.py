@@ -144,7 +144,10 @@ class Classifier(lightning.LightningModule):
         """The loss of a batch."""
         # Dropout and the like follow from (seed, batch, process) alone, so that an interruption changes nothing.
         number = torch.tensor([self.trainer.fit_loop.total_batch_idx * self.trainer.world_size + self.global_rank])
-        torch.manual_seed(int(random_bits(self.options.seed, 1 << 32, number, 1)[0, 0] >> np.uint64(1)))
+        seed = int(random_bits(self.options.seed, 1 << 32, number, 1)[0, 0] >> np.uint64(1))
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed keeps stack traces of every call without a GPU
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
         logits = self.logits(batch.inputs)
         assert self.loss is not None
         if isinstance(self.loss, ZErrorCrossEntropyLoss):
@@ -178,12 +181,15 @@ class Classifier(lightning.LightningModule):
         if options.lr_batch is not None:
             lr *= options.batch_size * options.accumulate / options.lr_batch
         parameters = [p for p in self.parameters() if p.requires_grad]
+        given: dict[str, Any] = {"lr": lr, "weight_decay": options.weight_decay}
+        # One kernel a step. Lightning scales and clips float16 gradients itself, which torch's fused step would repeat.
+        given["fused"] = options.amp != "fp16" and options.strategy != "fsdp"
         optimizer: torch.optim.Optimizer
         if options.optimizer == "sgd":
-            optimizer = torch.optim.SGD(parameters, lr, options.momentum, weight_decay=options.weight_decay)
+            optimizer = torch.optim.SGD(parameters, momentum=options.momentum, **given)
         else:
             kind = torch.optim.AdamW if options.optimizer == "adamw" else torch.optim.Adam
-            optimizer = kind(parameters, lr, weight_decay=options.weight_decay)
+            optimizer = kind(parameters, **given)
         warmup = options.warmup * self.steps / options.epochs
 
         def factor(step: int) -> float:

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import argparse
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.training.experiments import fashion_mnist, hem, many_classes, z_detection, z_labels
+from benchmarks.training.experiments import (
+    fashion_mnist,
+    hem,
+    many_classes,
+    robust_regression,
+    scale,
+    z_annealing,
+    z_detection,
+    z_labels,
+)
 from benchmarks.training.experiments.runs import RESULTS, Runs, train_all
 
 EXPERIMENTS: dict[str, Any] = {
-    experiment.NAME: experiment for experiment in (many_classes, fashion_mnist, z_detection, z_labels, hem)
+    experiment.NAME: experiment
+    for experiment in (many_classes, fashion_mnist, z_detection, z_labels, z_annealing, robust_regression, hem, scale)
 }
 
 
@@ -31,13 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     experiment = EXPERIMENTS[options.name]
     folder = options.out / "full" if options.full else options.out
-    runs = Runs(folder / f"{options.name}.jsonl")
-    complete = True
+    runs = Runs(folder / f"{options.name}.jsonl", until=time.monotonic() + 60.0 * options.minutes)
     if hasattr(experiment, "measure"):  # more than accuracy
         experiment.measure(runs, options.seeds, options.full)
+        complete = not runs.late()
     else:
         variants = experiment.variants(options.full)
-        complete = train_all(runs, experiment.recipe(options.full), variants, options.seeds, options.minutes)
+        complete = train_all(runs, experiment.recipe(options.full), variants, options.seeds)
     experiment.write(runs, folder)
     print(f"{folder / options.name}.md{'' if complete else ', incomplete: run the same command again'}")
 

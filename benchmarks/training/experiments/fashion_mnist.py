@@ -1,7 +1,7 @@
 """Table 2 of 2306.05497, its Fashion-MNIST panel: losses under symmetric and asymmetric label noise.
 
-By default a small network, the first 20,000 images and 40 % noise of both kinds; ``--full`` has ResNet-32, all images
-and all the panel's rates.
+By default a small network, the first 6,000 images and 10 epochs, so that a run takes 13 seconds on one core; ``--full``
+has ResNet-32 and all images, as the paper.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NOISES: dict[str, dict[str, Any]] = {
     "symmetric 60 %": {"noise": "symmetric", "noise_rate": 0.6},
     "asymmetric 40 %": {"noise": "asymmetric", "noise_rate": 0.4},
 }
-SMALL = ("symmetric 40 %", "asymmetric 40 %", "no noise")
+FIRST = ("symmetric 40 %", "asymmetric 40 %")  # in all seeds before the others
 LOSSES: dict[str, dict[str, Any]] = {
     "CE": {"loss": "cross_entropy"},
     "MAE": {"loss": "mae"},
@@ -49,13 +49,17 @@ def recipe(full: bool) -> Options:
             batch_size=128,
             epochs=60,
         )
-    return Options(dataset="fashion-mnist", model="small_cnn", samples=20_000, batch_size=128, epochs=15)
+    return Options(dataset="fashion-mnist", model="small_cnn", samples=6_000, batch_size=128, epochs=10)
 
 
 def variants(full: bool) -> list[Variant]:
     """Every loss under every kind of noise."""
-    noises = tuple(NOISES) if full else SMALL
-    return [Variant(name, {**loss, **NOISES[noise]}, noise) for noise in noises for name, loss in LOSSES.items()]
+    noises = sorted(NOISES, key=lambda noise: noise not in FIRST)
+    return [
+        Variant(name, {**loss, **NOISES[noise]}, noise, seeds=None if noise in FIRST else 3)
+        for noise in noises
+        for name, loss in LOSSES.items()
+    ]
 
 
 def write(runs: Runs, folder: Path) -> None:

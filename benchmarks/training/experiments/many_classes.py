@@ -16,7 +16,7 @@ from fused_losses.calibration import match_parameter, solve_logit_bias
 
 NAME = "many_classes"
 CLASSES = 1000
-TARGETS = (0.05, 0.1, 0.15, 0.2, 0.3)  # C, the mean activation that the bias is solved for
+TARGETS = (0.05, 0.1, 0.15, 0.3)  # C, the mean activation that the bias is solved for
 NCE_AGCE = ("alpha=10", "beta=.1", "a=1.8", "q=3")  # the parameters of 2106.03110 for CIFAR-100
 NF_MAE = ("alpha=10", "beta=1")  # those of 2006.13554 for CIFAR-100
 LOSSES = {
@@ -28,10 +28,10 @@ LOSSES = {
 
 
 def recipe(full: bool) -> Options:
-    """Digits of scikit-learn, 10 epochs; for a GPU a wider network, more strings and more epochs."""
-    options = Options(dataset="digit-strings", model="mlp:256", noise="symmetric", noise_rate=0.4, epochs=10)
+    """Digits of scikit-learn and a small network; for a GPU a wider one, more strings and more epochs."""
+    options = Options(dataset="digit-strings", model="mlp:128", noise="symmetric", noise_rate=0.4, epochs=8, lr=2e-3)
     if full:
-        options.model, options.samples, options.epochs = "mlp:512", 200_000, 40
+        options.model, options.samples, options.epochs, options.lr = "mlp:512", 200_000, 40, 1e-3
     return options
 
 
@@ -50,10 +50,10 @@ def variants(full: bool) -> list[Variant]:
         found += [Variant(name, changes), Variant(f"{name}*", starred(name))]
         if name == "GCE":
             found.append(Variant("GCE+", {"loss": "gce", "loss_args": (f"q={matched:.4f}",)}))
-    found += [Variant(f"{name}**", starred(name, "cosine")) for name in LOSSES]
-    found.append(Variant("MAE** linear", starred("MAE", "linear")))
-    found.append(Variant("NCE-AGCE (10, .1, 1.8, 3)", {"loss": "nce_agce", "loss_args": NCE_AGCE}, seeds=1))
-    found.append(Variant("NF-MAE (10, 1)", {"loss": "nfl_mae", "loss_args": NF_MAE}, seeds=1))
+    found += [Variant(f"{name}**", starred(name, "cosine")) for name in ("MAE", "GCE", "NCE-AGCE")]
+    found.append(Variant("NCE-AGCE (10, .1, 1.8, 3)", {"loss": "nce_agce", "loss_args": NCE_AGCE}))
+    found.append(Variant("NF-MAE (10, 1)", {"loss": "nfl_mae", "loss_args": NF_MAE}))
+    found.append(Variant("MAE** linear", starred("MAE", "linear"), seeds=1))
     for name in ("MAE", "GCE", "NCE-AGCE"):
         found += [Variant(sweep_label(name, c), starred(name, "none", c), seeds=1) for c in TARGETS if c != 0.15]
     found.append(Variant("MAE** cosine C=.3", starred("MAE", "cosine", 0.3), seeds=1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -34,6 +35,7 @@ class Runs:
 
     path: Path
     rows: list[dict[str, Any]] = field(default_factory=list)
+    until: float = math.inf  # by time.monotonic(): no run begins later
 
     def __post_init__(self) -> None:
         """Reads what is there; half a line, of an interrupted run, is cut off."""
@@ -43,6 +45,10 @@ class Runs:
             if whole != text:
                 self.path.write_text(whole, encoding="utf-8")
             self.rows += [json.loads(line) for line in whole.splitlines()]
+
+    def late(self) -> bool:
+        """Whether no further run shall begin."""
+        return time.monotonic() > self.until
 
     def add(self, row: dict[str, Any]) -> None:
         """Appends a line."""
@@ -66,35 +72,34 @@ class Runs:
         return [found[seed] for seed in sorted(found)]
 
 
-def train_all(runs: Runs, recipe: Options, variants: Sequence[Variant], seeds: int, minutes: float) -> bool:
-    """Trains what is missing, all variants with one seed before the next; False if ``minutes`` were not enough."""
+def train_all(runs: Runs, recipe: Options, variants: Sequence[Variant], seeds: int) -> bool:
+    """Trains what is missing: all with one seed before the next, those of limited seeds last. False if it got late."""
     from benchmarks.training.engine import run
     from benchmarks.training.sources import load
 
-    until = time.monotonic() + 60.0 * minutes
     data: dict[str, Any] = {}
-    for seed in range(seeds):
-        for variant in variants:
-            if variant.seeds is not None and seed >= variant.seeds:
-                continue
-            options = dataclasses.replace(recipe, **variant.changes, seed=seed, quiet=True)
-            settings = json.loads(json.dumps(options.settings()))
-            if runs.has(variant.label, variant.group, seed, settings):
-                continue
-            if time.monotonic() > until:
-                return False
-            key = f"{options.dataset} {options.samples}"
-            data[key] = data.get(key) or load(options)
-            result = run(options, data[key])
-            top1 = [round(epoch["top1"], 5) for epoch in result["history"]]
-            row = {name: result[name] for name in ("settings", "seconds", "device", "wrong_labels")}
-            row = {"label": variant.label, "group": variant.group, "seed": seed, "top1": top1, **row}
-            runs.add({**row, "torch": torch.__version__, "threads": torch.get_num_threads()})
-            print(
-                f"{variant.group} {variant.label} seed {seed}: last {top1[-1]:.4f}, best {max(top1):.4f}, "
-                f"{row['seconds']} s",
-                flush=True,
-            )
+    last = [variant for variant in variants if variant.seeds is not None]
+    order = [(seed, variant) for seed in range(seeds) for variant in variants if variant.seeds is None]
+    order += [(seed, variant) for variant in last for seed in range(min(seeds, variant.seeds or 0))]
+    for seed, variant in order:
+        options = dataclasses.replace(recipe, **variant.changes, seed=seed, quiet=True)
+        settings = json.loads(json.dumps(options.settings()))
+        if runs.has(variant.label, variant.group, seed, settings):
+            continue
+        if runs.late():
+            return False
+        key = f"{options.dataset} {options.samples}"
+        data[key] = data.get(key) or load(options)
+        result = run(options, data[key])
+        top1 = [round(epoch["top1"], 5) for epoch in result["history"]]
+        row = {name: result[name] for name in ("settings", "seconds", "device", "wrong_labels")}
+        row = {"label": variant.label, "group": variant.group, "seed": seed, "top1": top1, **row}
+        runs.add({**row, "torch": torch.__version__, "threads": torch.get_num_threads()})
+        print(
+            f"{variant.group} {variant.label} seed {seed}: last {top1[-1]:.4f}, best {max(top1):.4f}, "
+            f"{row['seconds']} s",
+            flush=True,
+        )
     return True
 
 

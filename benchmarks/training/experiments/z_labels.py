@@ -1,7 +1,9 @@
 """Z-Error cross entropy on wrong labels: which statistic, side and threshold find them, and what accuracy it costs.
 
-scikit-learn's digits with 5 to 40 % of the labels redrawn; statistics over batches, threshold down from 10 in the first
-third of the epochs. Beside it cross entropy, whose samples are ranked by the mean probability of their label.
+scikit-learn's digits with 1 to 40 % of the labels wrong; statistics over batches, threshold down from 10 in the first
+third of the epochs. Precision and recall are of the rows dropped in at least half of their judgements. Beside it the F1
+of as many rows as are wrong, those with the lowest mean probability of their label in the first third of the epochs. By
+default the small digits, an MLP 256-256 and 24 epochs (five seconds on one core); ``--full`` has Fashion-MNIST.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from benchmarks.training.experiments.runs import Runs, Variant, plot, spread, ta
 from benchmarks.training.options import Options
 
 NAME = "z_labels"
-RATES = (0.05, 0.2, 0.4)
+RATES = (0.01, 0.05, 0.2, 0.4)
 TESTS = (("logit", "two"), ("logit", "lower"), ("prob", "lower"), ("loss", "lower"))
 THRESHOLDS = (1.0, 2.0)
 
@@ -29,7 +31,7 @@ def variants(full: bool) -> list[Variant]:
     """Cross entropy and every test at every rate."""
     found = []
     for rate in RATES:
-        noise = {"noise": "symmetric", "noise_rate": rate}
+        noise = {"noise": "symmetric-excluding", "noise_rate": rate}
         found.append(Variant("CE", noise, f"{rate:g}"))
         for statistic, sided in TESTS:
             for threshold in THRESHOLDS:
@@ -60,11 +62,11 @@ def write(runs: Runs, folder: Path) -> None:
                 str(len(found)),
             ]
         )
-    head = ["redrawn", "test, side, threshold", "last epoch, %", "best epoch, %", "precision of drops, %", "recall, %"]
+    head = ["wrong", "test, side, threshold", "last epoch, %", "best epoch, %", "precision of drops, %", "recall, %"]
     text = f"# Z-Error and wrong labels\n\n{(__doc__ or '').split(chr(10), 2)[2].strip()}\n\n"
     head += ["F1, %", "F1 by mean probability, %", "seeds"]
     (folder / f"{NAME}.md").write_text(text + table(head, lines) + "\n", encoding="utf-8")
-    plot(folder / f"{NAME}.png", lambda figure: _draw(figure, runs), (9, 3.5))
+    plot(folder / f"{NAME}.png", lambda figure: _draw(figure, runs), (11, 3.6))
 
 
 def _draw(figure: Any, runs: Runs) -> None:
@@ -74,9 +76,9 @@ def _draw(figure: Any, runs: Runs) -> None:
         for position, label in enumerate(["CE", *labels]):
             found = runs.of(label, f"{rate:g}")
             if found:
-                values = [100 * row["top1"][-1] for row in found]
-                ax.bar(position, sum(values) / len(values), color="grey" if label == "CE" else "tab:blue")
-        ax.set(title=f"{100 * rate:g} % redrawn", ylim=(50, 100), xticks=range(1 + len(labels)))
+                for value in (row["top1"][-1] for row in found):
+                    ax.plot(position, 100 * value, ".", color="black" if label == "CE" else "tab:blue")
+        ax.set(title=f"{100 * rate:g} % wrong", xticks=range(1 + len(labels)))
         ax.set_xticklabels(["CE", *labels], rotation=90, fontsize=7)
         ax.grid(alpha=0.3, axis="y")
     axes[0].set_ylabel("accuracy after the last epoch, %")
