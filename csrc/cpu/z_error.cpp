@@ -9,6 +9,7 @@
 #include "cpu/z_error_kernels.h"
 #include "losses/names.h"
 #include "losses/stats_count.h"
+#include "ops/error.h"
 #include "z_error/rows.h"
 
 namespace fused_losses {
