@@ -27,6 +27,7 @@ def check_row_loss(args: RowLossArguments) -> None:
     if logits.dim() == 0:
         raise RuntimeError(f"{name}: logits must have shape (C,), (N, C) or (N, C, d1, ...), got a scalar")
     _check_target(args)
+    check_num_classes(args)
     for argument, tensor in (("weight", args.weight), ("sample_weight", args.sample_weight), ("margin", args.margin)):
         if tensor is not None and not (tensor.is_floating_point() and tensor.device == logits.device):
             raise RuntimeError(
@@ -48,6 +49,13 @@ def check_row_loss(args: RowLossArguments) -> None:
         raise ValueError(
             f"{name}: margin must be a number, 0-dim or of shape ({classes},), got shape {list(args.margin.shape)}"
         )
+
+
+def check_num_classes(args: RowLossArguments) -> None:
+    """Raises where the loss is not defined for so few classes."""
+    if args.logits.shape[class_dim(args.logits)] < LOSSES[args.loss].min_classes:
+        shape = list(args.logits.shape)
+        raise ValueError(f"{args.loss}: logits must have at least two classes, got shape {shape}")
 
 
 def _check_target(args: RowLossArguments) -> None:

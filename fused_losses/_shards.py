@@ -22,13 +22,6 @@ from fused_losses.distributed import check_member
 if TYPE_CHECKING:
     from fused_losses._common import RowLossModule
 
-# What is not a function of log p_y and sums over the classes.
-WITHOUT_SHARDS = ("bi_tempered", "hem", "multi_margin")
-# Losses with a sum over the classes that is linear in the log-probabilities: it goes with the other sums.
-_LINEAR_SUM = ("nce", "nce_mae", "nce_rce", "nce_agce")
-# Losses with another one, which needs the normaliser first: one more collective.
-_OTHER_SUM = ("nfl", "nfl_mae", "nfl_rce", "ngce")
-
 
 class Shard(NamedTuple):
     """The classes of this rank: ``first_class`` and the following, of ``num_classes`` in all."""
@@ -60,8 +53,8 @@ def find_shard(group: dist.ProcessGroup | None, first_class: int, classes: int, 
 
 def check_loss(stem: str, name: str) -> None:
     """Raises unless the loss has a form for sharded classes."""
-    if stem in WITHOUT_SHARDS:
-        others = ", ".join(stem for stem in LOSSES if stem not in WITHOUT_SHARDS)
+    if LOSSES[stem].sums is None:
+        others = ", ".join(stem for stem, entry in LOSSES.items() if entry.sums is not None)
         raise TypeError(f"loss must be one with a form for sharded classes ({others}), got {name}")
 
 
@@ -75,13 +68,20 @@ def check_classes(args: RowLossArguments, num_classes: int) -> None:
         raise IndexError(f"{args.loss}: target {int(target[~fine][0])} is out of range [0, {num_classes})")
 
 
+class RowNumbers(NamedTuple):
+    """What all ranks together know of every row."""
+
+    log_p: Tensor  # of the target
+    is_top: Tensor  # whether no logit is larger than the target's
+    linear_sum: Tensor  # sum over the classes of weight * log p
+
+
 @dataclass(frozen=True)
 class ShardedRows(Rows):
-    """Rows for a loss's formula, whose numbers per row come from all ranks; leaves for its derivatives."""
+    """Rows for a loss's formula, whose numbers per row come from all ranks."""
 
     shard: Shard
-    gathered: Tensor  # log p_y
-    linear_sum: Tensor  # sum over the classes of weight * log p
+    numbers: RowNumbers  # leaves, but for is_top
     other_sum: Callable[[Callable[[Tensor], Tensor]], Tensor]
 
     @property
@@ -92,22 +92,28 @@ class ShardedRows(Rows):
     @property
     def log_p(self) -> Tensor:
         """Log-probability of the target."""
-        return self.gathered
+        return self.numbers.log_p
+
+    @property
+    def is_top(self) -> Tensor:
+        """Whether no logit, of any rank, is larger than the target's."""
+        return self.numbers.is_top
 
     def sum_log_probs(self, weighted: bool = False) -> Tensor:
         """The sum that :func:`_linear_weights` has weighted as this loss wants it."""
-        return self.linear_sum
+        return self.numbers.linear_sum
 
     def target_and_sum(self, term: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """``term(log p_y)`` and its sum over all classes."""
-        return term(self.gathered), self.other_sum(term)
+        return term(self.numbers.log_p), self.other_sum(term)
 
 
 def values_and_gradient(args: RowLossArguments, shard: Shard, with_gradient: bool) -> tuple[Tensor, Tensor]:
     """Every row's weighted loss, the same on all ranks, and the gradient of their sum in this rank's logits.
 
     ``args.logits`` is (N, classes of this rank), targets count over all classes. All ranks have to call it: one
-    collective for the maximum and an error of any rank, one for the sums, one more for losses of ``_OTHER_SUM``.
+    collective for the maximum and an error of any rank, one for the sums, one more for a sum of terms that need the
+    normaliser first.
     """
     with torch.no_grad():
         logits, target = args.logits, args.target.long()
@@ -136,7 +142,8 @@ def values_and_gradient(args: RowLossArguments, shard: Shard, with_gradient: boo
         if linear is not None:
             linear_total = sums[2] - linear_scale * log_sum
         log_probs = d.sub_(log_sum.unsqueeze(1))
-        values, slopes, terms = _evaluate(args, shard, ignored, log_p, linear_total, log_probs)
+        numbers = RowNumbers(log_p, sums[1] >= 0, linear_total)
+        values, slopes, terms = _evaluate(args, shard, ignored, numbers, log_probs)
         if not with_gradient:
             return values, logits.new_empty(0)
         of_target, of_linear, of_other, slope_total = slopes
@@ -176,8 +183,9 @@ def announce_error(rows: int, like: Tensor, shard: Shard, loss: RowLossModule) -
     dist.all_reduce(message, dist.ReduceOp.MAX, group=shard.group)
     if like.is_cpu:  # the others raise
         return
-    linear = loss.stem in _LINEAR_SUM or bool(getattr(loss, "label_smoothing", 0.0))
-    for numbers in [3 if linear else 2, *([2] if loss.stem in _OTHER_SUM else [])]:
+    sums = LOSSES[loss.stem].sums or ()
+    linear = "log_probs" in sums and bool(getattr(loss, "label_smoothing", True))
+    for numbers in [3 if linear else 2, *([2] if "terms" in sums else [])]:
         dist.all_reduce(torch.full((numbers, rows), torch.nan, dtype=like.dtype, device=like.device), group=shard.group)
 
 
@@ -190,23 +198,22 @@ def _raise_if_any(flag: Tensor) -> None:
 
 def _linear_weights(args: RowLossArguments, shard: Shard, z: Tensor) -> Tensor | None:
     """By what this rank's log-probabilities are multiplied in the loss's linear sum; None where there is none."""
-    if args.loss in _LINEAR_SUM:
-        return z.new_ones(z.shape[1])
-    if args.loss != "cross_entropy" or args.params[0] == 0:
+    entry = LOSSES[args.loss]
+    if "log_probs" not in (entry.sums or ()) or (args.loss == "cross_entropy" and args.params[0] == 0):
         return None
-    if args.weight is None:
+    if args.weight is None or not entry.weighs_classes:
         return z.new_ones(z.shape[1])
     return args.weight[shard.first_class : shard.first_class + z.shape[1]].to(z.dtype)
 
 
 def _total_linear_weight(args: RowLossArguments, shard: Shard) -> float | Tensor:
-    if args.weight is None or args.loss != "cross_entropy":
+    if args.weight is None or not LOSSES[args.loss].weighs_classes:
         return float(shard.num_classes)
     return args.weight.to(acc_dtype(args.logits)).sum()
 
 
 def _evaluate(
-    args: RowLossArguments, shard: Shard, ignored: Tensor, log_p: Tensor, linear_sum: Tensor, log_probs: Tensor
+    args: RowLossArguments, shard: Shard, ignored: Tensor, numbers: RowNumbers, log_probs: Tensor
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor], Tensor | None]:
     """Values, their derivatives in log p_y, linear and other sum, the sum of the other's slopes, and these slopes."""
     made: list[Tensor] = []
@@ -222,14 +229,13 @@ def _evaluate(
         return made[0]
 
     with torch.enable_grad():
-        leaves = [log_p.requires_grad_(), linear_sum.requires_grad_()]
-        ones = torch.ones_like(log_p)
+        leaves = [numbers.log_p.requires_grad_(), numbers.linear_sum.requires_grad_()]
+        ones = torch.ones_like(leaves[0])
         target = torch.where(ignored, 0, args.target.long())
         class_weight = ones if args.weight is None else args.weight.to(ones.dtype)[target]
         samples = ones if args.sample_weight is None else args.sample_weight.to(ones.dtype)
-        rows = ShardedRows(
-            log_probs, target, ignored, args.weight, class_weight, samples, shard, leaves[0], leaves[1], other_sum
-        )
+        made_of = numbers._replace(log_p=leaves[0], linear_sum=leaves[1])
+        rows = ShardedRows(log_probs, target, ignored, args.weight, class_weight, samples, shard, made_of, other_sum)
         entry = LOSSES[args.loss]
         values = entry.formula(rows, **entry.unpack(args.params))
         values = rows.reduce(values if entry.weighs_classes else class_weight * values, "none")

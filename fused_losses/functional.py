@@ -2,11 +2,14 @@
 
 from fused_losses.bi_tempered import bi_tempered_loss
 from fused_losses.cross_entropy import cross_entropy
+from fused_losses.eps_softmax import ece_loss, ece_mae_loss, efl_mae_loss
 from fused_losses.linear import linear_loss
 from fused_losses.margin import hem_loss, multi_margin_loss
+from fused_losses.mean_log import cores_loss, unhinged_loss
 from fused_losses.mixed import mixed
 from fused_losses.normalized import (
     nce_agce_loss,
+    nce_aue_loss,
     nce_loss,
     nce_mae_loss,
     nce_rce_loss,
@@ -26,9 +29,12 @@ from fused_losses.softmax import (
     js_loss,
     mae_loss,
     phuber_ce_loss,
+    phuber_gce_loss,
+    poly_loss,
     rce_loss,
     sce_loss,
     taylor_ce_loss,
+    truncated_gce_loss,
 )
 from fused_losses.z_bce import z_error_bce_with_logits
 from fused_losses.z_cross_entropy import z_error_cross_entropy
@@ -40,7 +46,11 @@ __all__ = [
     "aue_loss",
     "bi_tempered_loss",
     "bounded_ce_loss",
+    "cores_loss",
     "cross_entropy",
+    "ece_loss",
+    "ece_mae_loss",
+    "efl_mae_loss",
     "focal_loss",
     "gce_loss",
     "hem_loss",
@@ -50,6 +60,7 @@ __all__ = [
     "mixed",
     "multi_margin_loss",
     "nce_agce_loss",
+    "nce_aue_loss",
     "nce_loss",
     "nce_mae_loss",
     "nce_rce_loss",
@@ -58,10 +69,14 @@ __all__ = [
     "nfl_rce_loss",
     "ngce_loss",
     "phuber_ce_loss",
+    "phuber_gce_loss",
+    "poly_loss",
     "rce_loss",
     "row_statistics",
     "sce_loss",
     "taylor_ce_loss",
+    "truncated_gce_loss",
+    "unhinged_loss",
     "z_error_bce_with_logits",
     "z_error_cross_entropy",
     "z_mse_loss",
