@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "losses/names.h"
+#include "losses/needs.h"
 #include "losses/stats_count.h"
 
 namespace py = pybind11;
@@ -41,11 +42,25 @@ py::dict build_info() {
     return info;
 }
 
+int find_loss(const std::string& loss) {
+    const int index = fused_losses::index_of(fused_losses::AllLosses{}, loss);
+    if (index < 0) throw std::invalid_argument("loss must be one of the names in loss_names(), got '" + loss + "'");
+    return index;
+}
+
+py::dict loss_needs(const std::string& loss) {
+    const fused_losses::LossNeeds needs = fused_losses::needs_of(find_loss(loss));
+    py::dict result;
+    result["num_params"] = needs.num_params;
+    result["min_classes"] = needs.min_classes;
+    result["has_margin"] = needs.has_margin;
+    return result;
+}
+
 int stats_count(const std::string& loss, const std::vector<double>& params, bool soft_target) {
     using namespace fused_losses;
-    const int index = index_of(AllLosses{}, loss);
-    if (index < 0) throw std::invalid_argument("loss must be one of the names in loss_names(), got '" + loss + "'");
-    const std::size_t expected = num_params_of(index);
+    const int index = find_loss(loss);
+    const std::size_t expected = needs_of(index).num_params;
     if (params.size() != expected)
         throw std::invalid_argument(loss + ": params must hold " + std::to_string(expected) + " numbers, got " +
                                     std::to_string(params.size()));
@@ -57,6 +72,7 @@ int stats_count(const std::string& loss, const std::vector<double>& params, bool
 PYBIND11_MODULE(_C, m) {
     m.def("build_info", &build_info, "How this copy of fused_losses was built.");
     m.def("loss_names", &fused_losses::loss_names, "Names of the losses compiled into the operator library.");
+    m.def("loss_needs", &loss_needs, py::arg("loss"), "What a loss asks of its arguments.");
     m.def("stats_count", &stats_count, py::arg("loss"), py::arg("params"), py::arg("soft_target"),
           "Numbers per row that row_loss_with_stats leaves for the gradient.");
 }

@@ -12,6 +12,7 @@ from mkdocs.structure.files import File, Files
 import fused_losses.integrations.huggingface  # inspection finds what is imported
 import fused_losses.integrations.mmengine
 import fused_losses.integrations.timm  # noqa: F401
+from fused_losses import LOSSES
 
 RESULTS = "benchmarks/results/cpu"
 _ROLE = re.compile(r":(?:class|data|func|meth|mod):`~?([^`]+)`")
@@ -27,7 +28,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """Their links are right in the repository; this makes them right in the site."""
+    """Lists the losses of the registry; makes links right in the site that are right in the repository."""
+    modules = "\n".join(f"        - {entry.module.__name__}" for entry in LOSSES.values())
+    markdown = markdown.replace("        - EVERY_ROW_LOSS", modules)
     return markdown.replace(f"](../{RESULTS}/", "](results/")
 
 

@@ -27,6 +27,7 @@ def check_row_loss(args: RowLossArguments) -> None:
     """Raises where the operators would, with their types of error, but for targets out of range."""
     entry = LOSSES[args.loss]
     check_rows(args, entry.reductions, entry.takes_probabilities)
+    check_num_classes(args)
 
 
 def check_rows(args: RowLossArguments, reductions: tuple[str, ...], takes_probabilities: bool) -> None:
@@ -59,6 +60,13 @@ def check_rows(args: RowLossArguments, reductions: tuple[str, ...], takes_probab
         raise ValueError(
             f"{name}: margin must be a number, 0-dim or of shape ({classes},), got shape {list(args.margin.shape)}"
         )
+
+
+def check_num_classes(args: RowLossArguments) -> None:
+    """Raises where the loss is not defined for so few classes."""
+    if args.logits.shape[class_dim(args.logits)] < LOSSES[args.loss].min_classes:
+        shape = list(args.logits.shape)
+        raise ValueError(f"{args.loss}: logits must have at least two classes, got shape {shape}")
 
 
 def _check_target(args: RowLossArguments, takes_probabilities: bool) -> None:

@@ -84,6 +84,7 @@ def _describe(
         p.replace(default=default_reduction, annotation=annotation) if p.name == "reduction" else p for p in _COMMON
     ]
     summary, _, own_doc = (inspect.getdoc(formula) or "").partition("\nArgs:\n")
+    own_doc, header, example = own_doc.partition("\nExample:\n")
     own_doc = "".join(f"        {line}\n" for line in inspect.cleandoc(own_doc).splitlines())
     made.__name__ = made.__qualname__ = formula.__name__
     made.__module__ = module
@@ -92,7 +93,7 @@ def _describe(
             own=own_doc, reduction=reduction_doc, probabilities=_PROBABILITIES_DOC if takes_probabilities else ""
         )
     )
-    made.__doc__ = f"{summary.rstrip()}\n\n{options_doc}\n"
+    made.__doc__ = f"{summary.rstrip()}\n\n{options_doc}\n{header}{example}"
     made.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [*tensors, *keywords, *common], return_annotation="Tensor"
     )
@@ -106,6 +107,8 @@ def loss_of_row(
     reduction: tuple[Any, str] = ("mean", ""),
     reduction_of: Callable[[dict[str, Any]], str] | None = None,
     takes_probabilities: bool = False,
+    min_classes: int = 1,
+    sums: tuple[str, ...] | None = (),
     check: Callable[..., None] | None = None,
 ) -> Callable[[Callable[Concatenate[Rows, Own], Tensor]], RowLossFunction[Own]]:
     """Declares a loss by its formula on :class:`Rows`.
@@ -114,6 +117,7 @@ def loss_of_row(
     is the reference; its name, defaults and docstring become those of the fused function. ``ranges`` gives what each
     parameter may be in the order of the C++ struct; ``constants`` are appended to them. ``reduction`` is the default
     and what the docstring says of reductions beyond the usual three; ``reduction_of`` finds it from the parameters.
+    ``min_classes`` and ``sums`` are as in :class:`LossEntry`;
     ``check`` gets all parameters as keywords and raises where they do not fit together.
     """
 
@@ -135,6 +139,8 @@ def loss_of_row(
             reduction_of or (lambda parameters: reduction[0]),
             none_is_default=reduction[0] is None,
             takes_probabilities=takes_probabilities,
+            min_classes=min_classes,
+            sums=sums,
             check=check,
         )
         return function

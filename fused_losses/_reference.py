@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_losses._arguments import LOSSES, RowLossArguments, acc_dtype, check_reduction
+from fused_losses._checks import check_num_classes
 from fused_losses._logit_bias import class_dim
 
 # In the denominator of a mean over active rows, as the reference code of 2501.12191 has it.
@@ -131,6 +132,11 @@ class Rows:
         """Log-probability of the target."""
         return self.of_target(self.log_probs)
 
+    @property
+    def is_top(self) -> Tensor:
+        """Whether no logit of the row is larger than the target's."""
+        return self.of_target(self.logits >= self.logits.amax(self.dim, keepdim=True))
+
     def sum_log_probs(self, weighted: bool = False) -> Tensor:
         """``sum_j log p_j``, each multiplied by its class's weight if ``weighted``; 0 leaves out even -inf."""
         if not weighted or self.weight is None:
@@ -192,6 +198,7 @@ def row_loss_reference(args: RowLossArguments) -> Tensor:
     """The loss by plain operations of torch, which can differentiate them in any way."""
     entry = LOSSES[args.loss]
     check_reduction(args.reduction, entry.reductions)
+    check_num_classes(args)
     if args.target.is_floating_point() and args.loss in SOFT_TARGETS:
         by_formula = SOFT_TARGETS[args.loss]
         return by_formula(args.logits, args.target, args.weight, args.sample_weight, args.params, args.reduction)

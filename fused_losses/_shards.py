@@ -19,12 +19,6 @@ from fused_losses._arguments import LOSSES, RowLossArguments, acc_dtype
 from fused_losses._reference import Rows, zero_at_zero
 from fused_losses.distributed import check_member
 
-# What is not a function of log p_y and sums over the classes.
-WITHOUT_SHARDS = ("bi_tempered", "hem", "multi_margin")
-# Losses with a sum over the classes that is linear in log p: it is reduced together with the other sums.
-_LINEAR_SUM = ("nce", "nce_mae", "nce_rce", "nce_agce")
-# Losses with a sum of another function of log p, which needs the normaliser first: one more collective.
-_OTHER_SUM = ("nfl", "nfl_mae", "nfl_rce", "ngce")
 
 
 class Shard(NamedTuple):
@@ -57,8 +51,8 @@ def find_shard(group: dist.ProcessGroup | None, first_class: int, classes: int, 
 
 def check_loss(stem: str, name: str) -> None:
     """Raises unless the loss has a form for sharded classes."""
-    if stem in WITHOUT_SHARDS:
-        others = ", ".join(stem for stem in LOSSES if stem not in WITHOUT_SHARDS)
+    if LOSSES[stem].sums is None:
+        others = ", ".join(stem for stem, entry in LOSSES.items() if entry.sums is not None)
         raise TypeError(f"loss must be one with a form for sharded classes ({others}), got {name}")
 
 
@@ -80,13 +74,20 @@ def in_words(args: RowLossArguments) -> str:
     )
 
 
+class RowNumbers(NamedTuple):
+    """What all ranks together know of every row."""
+
+    log_p: Tensor  # of the target
+    is_top: Tensor  # whether no logit is larger than the target's
+    linear_sum: Tensor  # sum over the classes of weight * log p
+
+
 @dataclass(frozen=True)
 class ShardedRows(Rows):
-    """Rows for a loss's formula, whose numbers per row come from all ranks; leaves for its derivatives."""
+    """Rows for a loss's formula, whose numbers per row come from all ranks."""
 
     shard: Shard
-    gathered: Tensor  # log p_y
-    linear_sum: Tensor  # sum over the classes of weight * log p
+    numbers: RowNumbers  # leaves, but for is_top
     other_sum: Callable[[Callable[[Tensor], Tensor]], Tensor]
 
     @property
@@ -97,22 +98,27 @@ class ShardedRows(Rows):
     @property
     def log_p(self) -> Tensor:
         """Log-probability of the target."""
-        return self.gathered
+        return self.numbers.log_p
+
+    @property
+    def is_top(self) -> Tensor:
+        """Whether no logit, of any rank, is larger than the target's."""
+        return self.numbers.is_top
 
     def sum_log_probs(self, weighted: bool = False) -> Tensor:
         """The sum that :func:`_linear_weights` has weighted as this loss wants it."""
-        return self.linear_sum
+        return self.numbers.linear_sum
 
     def target_and_sum(self, term: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """``term(log p_y)`` and its sum over all classes."""
-        return term(self.gathered), self.other_sum(term)
+        return term(self.numbers.log_p), self.other_sum(term)
 
 
 def values_and_gradient(args: RowLossArguments, shard: Shard, with_gradient: bool) -> tuple[Tensor, Tensor]:
     """Every row's weighted loss, the same on all ranks, and the gradient of their sum in this rank's logits.
 
     ``args.logits`` is (N, classes of this rank), targets count over all classes. All ranks have to call it: one
-    collective, and one more for losses of ``_OTHER_SUM``.
+    collective, and one more for a sum of terms that need the normaliser first.
     """
     with torch.no_grad():
         logits, target = args.logits, args.target.long()
@@ -130,7 +136,8 @@ def values_and_gradient(args: RowLossArguments, shard: Shard, with_gradient: boo
         log_p = everywhere.target - everywhere.top - log_sum
         linear_total = torch.zeros_like(log_p) + everywhere.linear - everywhere.linear_weight * log_sum
         log_probs = d.add_((below - log_sum).unsqueeze(1))
-        values, slopes, terms = _evaluate(args, shard, ignored, log_p, linear_total, log_probs)
+        numbers = RowNumbers(log_p, everywhere.target >= everywhere.top, linear_total)
+        values, slopes, terms = _evaluate(args, shard, ignored, numbers, log_probs)
         if not with_gradient:
             return values, logits.new_empty(0)
         of_target, of_linear, of_other, slope_total = slopes
@@ -211,17 +218,16 @@ def _below(top: Tensor, of_all: Tensor) -> Tensor:
 
 def _linear_weights(args: RowLossArguments, shard: Shard, z: Tensor) -> Tensor | None:
     """By what this rank's log-probabilities are multiplied in the loss's linear sum; None where there is none."""
-    if args.loss in _LINEAR_SUM:
-        return z.new_ones(z.shape[1])
-    if args.loss != "cross_entropy" or args.params[0] == 0:
+    entry = LOSSES[args.loss]
+    if "log_probs" not in (entry.sums or ()) or (args.loss == "cross_entropy" and args.params[0] == 0):
         return None
-    if args.weight is None:
+    if args.weight is None or not entry.weighs_classes:
         return z.new_ones(z.shape[1])
     return args.weight[shard.first_class : shard.first_class + z.shape[1]].to(z.dtype)
 
 
 def _evaluate(
-    args: RowLossArguments, shard: Shard, ignored: Tensor, log_p: Tensor, linear_sum: Tensor, log_probs: Tensor
+    args: RowLossArguments, shard: Shard, ignored: Tensor, numbers: RowNumbers, log_probs: Tensor
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor], Tensor | None]:
     """Values, their derivatives in log p_y, linear and other sum, the sum of the other's slopes, and these slopes."""
     made: list[Tensor] = []
@@ -237,14 +243,13 @@ def _evaluate(
         return made[0]
 
     with torch.enable_grad():
-        leaves = [log_p.requires_grad_(), linear_sum.requires_grad_()]
-        ones = torch.ones_like(log_p)
+        leaves = [numbers.log_p.requires_grad_(), numbers.linear_sum.requires_grad_()]
+        ones = torch.ones_like(leaves[0])
         target = torch.where(ignored, 0, args.target.long())
         class_weight = ones if args.weight is None else args.weight.to(ones.dtype)[target]
         samples = ones if args.sample_weight is None else args.sample_weight.to(ones.dtype)
-        rows = ShardedRows(
-            log_probs, target, ignored, args.weight, class_weight, samples, shard, leaves[0], leaves[1], other_sum
-        )
+        made_of = numbers._replace(log_p=leaves[0], linear_sum=leaves[1])
+        rows = ShardedRows(log_probs, target, ignored, args.weight, class_weight, samples, shard, made_of, other_sum)
         entry = LOSSES[args.loss]
         values = entry.formula(rows, **entry.unpack(args.params))
         values = rows.reduce(values if entry.weighs_classes else class_weight * values, "none")

@@ -123,7 +123,7 @@ def _x_log_t(x: float, t: float) -> float:
     return x * (math.log(x) if t == 1.0 else math.expm1((1.0 - t) * math.log(x)) / (1.0 - t))
 
 
-@loss_of_row({"t1": _t1, "t2": _t2, "label_smoothing": closed_fraction, "num_iters": OrNone(iterations)})
+@loss_of_row({"t1": _t1, "t2": _t2, "label_smoothing": closed_fraction, "num_iters": OrNone(iterations)}, sums=None)
 def bi_tempered_loss(
     rows: Rows,
     *,

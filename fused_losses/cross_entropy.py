@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,9 +14,11 @@ from fused_losses._arguments import LOSSES, LossEntry
 from fused_losses._autograd import row_loss
 from fused_losses._common import RowLossModule
 from fused_losses._logit_bias import LogitBias, class_dim
-from fused_losses._parameters import closed_fraction
+from fused_losses._parameters import Range
 from fused_losses._reference import SOFT_TARGETS, Rows, reduce_rows, row_loss_reference, zero_at_zero
 from fused_losses.row_statistics import RowStatistics
+
+_smoothing = Range("be at most 1.0 and finite", lambda s: -math.inf < s <= 1.0, -1e15, 1.0)
 
 
 def _smoothed(rows: Rows, label_smoothing: float) -> Tensor:
@@ -75,7 +78,10 @@ def cross_entropy(
         weight: class weights ``(C,)``.
         ignore_index: class index whose rows have loss and gradient zero and do not count in the mean.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
-        label_smoothing: in ``[0, 1]``.
+        label_smoothing: s, at most 1. Negative values, which ``torch`` refuses, are negative label smoothing
+            (2106.04149), for noisy labels: the label gets ``1 - s + s / C > 1``, every other class less than nothing,
+            and predictions become more confident. The authors tried 0.8 down to -8, the more noise the lower. The loss
+            then has no lower bound, and a masked class makes it -inf.
         logit_bias: added to the target's logit (2306.05497); a number, a 0-dim tensor or ``"auto"``. For
             class indices only.
         sample_weight: weight per row.
@@ -122,9 +128,10 @@ LOSSES["cross_entropy"] = LossEntry(
     _reference,
     _smoothed,
     {"label_smoothing": 0.0},
-    {"label_smoothing": closed_fraction},
+    {"label_smoothing": _smoothing},
     weighs_classes=True,
     takes_probabilities=True,
+    sums=("log_probs",),
 )
 
 

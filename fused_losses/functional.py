@@ -3,12 +3,15 @@
 from fused_losses.bi_tempered import bi_tempered_loss
 from fused_losses.corrections import backward_correction_loss, forward_correction_loss
 from fused_losses.cross_entropy import cross_entropy
+from fused_losses.eps_softmax import ece_loss, ece_mae_loss, efl_mae_loss
 from fused_losses.gjs import gjs_loss
 from fused_losses.linear import linear_loss
 from fused_losses.margin import hem_loss, multi_margin_loss
+from fused_losses.mean_log import cores_loss, unhinged_loss
 from fused_losses.mixed import mixed
 from fused_losses.normalized import (
     nce_agce_loss,
+    nce_aue_loss,
     nce_loss,
     nce_mae_loss,
     nce_rce_loss,
@@ -28,9 +31,12 @@ from fused_losses.softmax import (
     js_loss,
     mae_loss,
     phuber_ce_loss,
+    phuber_gce_loss,
+    poly_loss,
     rce_loss,
     sce_loss,
     taylor_ce_loss,
+    truncated_gce_loss,
 )
 from fused_losses.z_bce import z_error_bce_with_logits
 from fused_losses.z_cross_entropy import z_error_cross_entropy
@@ -43,7 +49,11 @@ __all__ = [
     "backward_correction_loss",
     "bi_tempered_loss",
     "bounded_ce_loss",
+    "cores_loss",
     "cross_entropy",
+    "ece_loss",
+    "ece_mae_loss",
+    "efl_mae_loss",
     "focal_loss",
     "forward_correction_loss",
     "gce_loss",
@@ -55,6 +65,7 @@ __all__ = [
     "mixed",
     "multi_margin_loss",
     "nce_agce_loss",
+    "nce_aue_loss",
     "nce_loss",
     "nce_mae_loss",
     "nce_rce_loss",
@@ -63,10 +74,14 @@ __all__ = [
     "nfl_rce_loss",
     "ngce_loss",
     "phuber_ce_loss",
+    "phuber_gce_loss",
+    "poly_loss",
     "rce_loss",
     "row_statistics",
     "sce_loss",
     "taylor_ce_loss",
+    "truncated_gce_loss",
+    "unhinged_loss",
     "z_error_bce_with_logits",
     "z_error_cross_entropy",
     "z_mse_loss",

@@ -79,6 +79,7 @@ def _margin_value(rows: Rows, margin: Tensor, mean_above_zero: bool, threshold: 
 
 @loss_of_row(
     {"margin": _margin, "margin_index": Choice(("target", "competitor"))},
+    sums=None,
     reductions=ACTIVE_REDUCTIONS,
     reduction=("active_mean", _ACTIVE_DOC),
 )
@@ -122,6 +123,7 @@ class HEMLoss(RowLossModule, stem="hem"):
 
 @loss_of_row(
     {"margin": _margin, "mean_above_zero": switch, "threshold": switch, "p": _power},
+    sums=None,
     reductions=ACTIVE_REDUCTIONS,
     reduction=(None, _ACTIVE_DOC + '\n            None: ``"active_mean"`` with ``mean_above_zero``, else ``"mean"``.'),
     reduction_of=_default_reduction,

@@ -18,18 +18,13 @@ from fused_losses._common import RowLossModule, RowLossOptions
 from fused_losses._declare import loss_of_row
 from fused_losses._parameters import check_power, exponent, factor, non_negative, positive_factor, switch
 from fused_losses._reference import Rows, expm1, focal_term
-from fused_losses.softmax import RCE_A
+from fused_losses.softmax import RCE_A, above_one_factor, check_aue
 
 # Of two equal classes the terms are 2^-gamma each, which float32 must be able to divide by.
 _focusing = replace(non_negative, low=1e-15, high=50.0)
 
 
-def _require_two_classes(rows: Rows) -> None:
-    if rows.num_classes < 2:
-        raise ValueError(f"logits must have at least two classes, got shape {list(rows.logits.shape)}")
-
-
-@loss_of_row({}, takes_probabilities=True)
+@loss_of_row({}, takes_probabilities=True, min_classes=2, sums=("log_probs",))
 def nce_loss(rows: Rows, **options: Unpack[CallOptions]) -> Tensor:
     """Normalised cross entropy: ``log p_y / sum_j log p_j``. 2006.13554 Eq. 8.
 
@@ -37,7 +32,6 @@ def nce_loss(rows: Rows, **options: Unpack[CallOptions]) -> Tensor:
     it underfits; the sums with a passive loss (:func:`nce_mae_loss` and the like) are made to be trained with. Needs
     at least two classes. A class masked by a logit of -inf makes the denominator infinite and the loss 0.
     """
-    _require_two_classes(rows)
     return rows.log_p / rows.sum_log_probs()
 
 
@@ -48,7 +42,7 @@ class NCELoss(RowLossModule, stem="nce"):
         super().__init__({}, **options)
 
 
-@loss_of_row({"gamma": _focusing, "detach": switch})
+@loss_of_row({"gamma": _focusing, "detach": switch}, min_classes=2, sums=("terms",))
 def nfl_loss(rows: Rows, *, gamma: float = 0.5, detach: bool = True, **options: Unpack[CallOptions]) -> Tensor:
     """Normalised focal loss: ``n_y / sum_j n_j`` with ``n_j = -(1 - p_j)^gamma log p_j``.
 
@@ -61,7 +55,6 @@ def nfl_loss(rows: Rows, *, gamma: float = 0.5, detach: bool = True, **options: 
         detach: whether ``(1 - p_j)^gamma`` is a constant in every derivative, as in the papers' code; False gives the
             exact gradient.
     """
-    _require_two_classes(rows)
 
     def term(log_probs: Tensor) -> Tensor:
         if detach and gamma != 0.0:
@@ -82,7 +75,7 @@ class NFLLoss(RowLossModule, stem="nfl"):
         super().__init__({"gamma": gamma, "detach": detach}, **options)
 
 
-@loss_of_row({"q": exponent})
+@loss_of_row({"q": exponent}, min_classes=2, sums=("terms",))
 def ngce_loss(rows: Rows, *, q: float = 0.7, **options: Unpack[CallOptions]) -> Tensor:
     """Normalised generalised cross entropy: ``(1 - p_y^q) / (C - sum_j p_j^q)``.
 
@@ -92,7 +85,6 @@ def ngce_loss(rows: Rows, *, q: float = 0.7, **options: Unpack[CallOptions]) -> 
     Args:
         q: exponent, > 0.
     """
-    _require_two_classes(rows)
     own, total = rows.target_and_sum(lambda t: expm1(q * t))  # p^q - 1; C - sum p^q as it stands would cancel
     return own / total
 
@@ -112,7 +104,12 @@ def _weighted(alpha: float, beta: float, active: Callable[[], Tensor], passive: 
     return sum(terms[1:], terms[0]) if terms else 0.0 * active()
 
 
-@loss_of_row({"alpha": factor, "beta": factor, "mae_scale": positive_factor}, takes_probabilities=True)
+@loss_of_row(
+    {"alpha": factor, "beta": factor, "mae_scale": positive_factor},
+    takes_probabilities=True,
+    min_classes=2,
+    sums=("log_probs",),
+)
 def nce_mae_loss(
     rows: Rows, *, alpha: float = 1.0, beta: float = 1.0, mae_scale: float = 1.0, **options: Unpack[CallOptions]
 ) -> Tensor:
@@ -143,7 +140,12 @@ class NCEMAELoss(RowLossModule, stem="nce_mae"):
         super().__init__({"alpha": alpha, "beta": beta, "mae_scale": mae_scale}, **options)
 
 
-@loss_of_row({"alpha": factor, "beta": factor, "A": positive_factor}, takes_probabilities=True)
+@loss_of_row(
+    {"alpha": factor, "beta": factor, "A": positive_factor},
+    takes_probabilities=True,
+    min_classes=2,
+    sums=("log_probs",),
+)
 def nce_rce_loss(
     rows: Rows, *, alpha: float = 1.0, beta: float = 1.0, A: float = RCE_A, **options: Unpack[CallOptions]
 ) -> Tensor:
@@ -173,7 +175,11 @@ class NCERCELoss(RowLossModule, stem="nce_rce"):
         super().__init__({"alpha": alpha, "beta": beta, "A": A}, **options)
 
 
-@loss_of_row({"alpha": factor, "beta": factor, "gamma": _focusing, "detach": switch, "mae_scale": positive_factor})
+@loss_of_row(
+    {"alpha": factor, "beta": factor, "gamma": _focusing, "detach": switch, "mae_scale": positive_factor},
+    min_classes=2,
+    sums=("terms",),
+)
 def nfl_mae_loss(
     rows: Rows,
     *,
@@ -224,7 +230,11 @@ class NFLMAELoss(RowLossModule, stem="nfl_mae"):
         )
 
 
-@loss_of_row({"alpha": factor, "beta": factor, "gamma": _focusing, "detach": switch, "A": positive_factor})
+@loss_of_row(
+    {"alpha": factor, "beta": factor, "gamma": _focusing, "detach": switch, "A": positive_factor},
+    min_classes=2,
+    sums=("terms",),
+)
 def nfl_rce_loss(
     rows: Rows,
     *,
@@ -279,7 +289,11 @@ def _check_agce(alpha: float, beta: float, a: float, q: float) -> None:
 
 
 @loss_of_row(
-    {"alpha": factor, "beta": factor, "a": positive_factor, "q": exponent}, takes_probabilities=True, check=_check_agce
+    {"alpha": factor, "beta": factor, "a": positive_factor, "q": exponent},
+    takes_probabilities=True,
+    min_classes=2,
+    sums=("log_probs",),
+    check=_check_agce,
 )
 def nce_agce_loss(
     rows: Rows, *, alpha: float = 1.0, beta: float = 4.0, a: float = 6.0, q: float = 1.5, **options: Unpack[CallOptions]
@@ -311,6 +325,59 @@ class NCEAGCELoss(RowLossModule, stem="nce_agce"):
         alpha: float = 1.0,
         beta: float = 4.0,
         a: float = 6.0,
+        q: float = 1.5,
+        **options: Unpack[RowLossOptions],
+    ) -> None:
+        super().__init__({"alpha": alpha, "beta": beta, "a": a, "q": q}, **options)
+
+
+def _check_aue_of(alpha: float, beta: float, a: float, q: float) -> None:
+    if beta != 0.0:
+        check_aue(a, q)
+
+
+@loss_of_row(
+    {"alpha": factor, "beta": factor, "a": above_one_factor, "q": exponent},
+    takes_probabilities=True,
+    min_classes=2,
+    sums=("log_probs",),
+    check=_check_aue_of,
+)
+def nce_aue_loss(
+    rows: Rows, *, alpha: float = 1.0, beta: float = 4.0, a: float = 6.3, q: float = 1.5, **options: Unpack[CallOptions]
+) -> Tensor:
+    """``alpha NCE + beta AUE``, with AUE as in :func:`aue_loss`; the tables of papers call it NCE+AUL. 2106.03110.
+
+    For noisy labels, beside :func:`nce_agce_loss`: the active part drives, the asymmetric one protects. The defaults
+    are those of the paper's code for CIFAR-10; it has (alpha, beta, a, q) = (0, 1, 3, 0.1) for MNIST and
+    (10, 0.015, 6, 3) for CIFAR-100.
+
+    Args:
+        alpha: weight of normalised cross entropy, >= 0.
+        beta: weight of AUE, >= 0.
+        a: offset of AUE, > 1.
+        q: exponent of AUE, > 0.
+
+    Example:
+        >>> nce_aue_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]), beta=0.0)
+        tensor(0.5000)
+    """
+    return _weighted(alpha, beta, lambda: LOSSES["nce"].formula(rows), lambda: LOSSES["aue"].formula(rows, a=a, q=q))
+
+
+class NCEAUELoss(RowLossModule, stem="nce_aue"):
+    """Module form of :func:`nce_aue_loss`."""
+
+    alpha: float
+    beta: float
+    a: float
+    q: float
+
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        beta: float = 4.0,
+        a: float = 6.3,
         q: float = 1.5,
         **options: Unpack[RowLossOptions],
     ) -> None:

@@ -5,6 +5,7 @@
 //     static constexpr const char* name;
 //     static constexpr int num_params, num_sums;
 //     static constexpr bool needs_max;         whether RowInputs::max is to be found first
+//     what it asks of its arguments (losses/needs.h), where that is not the default
 //     template <class T> struct State;         numbers per row, floating point only; saved for backward as they are
 //     FL_HD static int passes(const double* params)
 //     begin(row, params) -> State
@@ -84,7 +85,8 @@ FL_HD AffineRow<T> normalized(const Share<T>& own, T sum_n, T sum_w) {
 template <class Loss>
 struct OfShares {
     static constexpr const char* name = Loss::name;
-    static constexpr int num_params = Loss::num_params, num_sums = 2, num_early_sums = 1, num_kept = 2;
+    static constexpr int num_params = Loss::num_params, min_classes = 2;
+    static constexpr int num_sums = 2, num_early_sums = 1, num_kept = 2;
     static constexpr bool needs_max = true;
 
     template <class T>

@@ -12,6 +12,7 @@
 //     static constexpr int num_params;                 how many entries of `params` it reads
 //     static constexpr Spread spread(const double*)    the u_j, if eval reads sum_neg_log_p (a multiply-add per logit)
 //     template <class T> static AffineRow<T> eval(SoftmaxRow<T>, const T* params)
+//     what it asks of its arguments (losses/needs.h), where that is not the default
 #pragma once
 
 #include <type_traits>
@@ -32,6 +33,7 @@ struct SoftmaxRow {
     T sum_u;          // sum_j u_j
     T class_weight;   // weight[y], 1 without weights
     T num_classes;
+    T below_max = T(0);  // z_y - max_j z_j
 };
 
 template <class T>
@@ -50,7 +52,14 @@ struct ValueSlope {
     T value, slope;
 };
 
-// Adapts a loss phi(t) of t = log p_y alone: dt/dz_j = [j = y] - p_j.
+// Of a function of log p_y, whose gradient is [j = y] - p_j, in a row of that class weight.
+template <class T>
+FL_HD AffineRow<T> affine_of(const ValueSlope<T>& phi, T class_weight) {
+    const T slope = class_weight * phi.slope;
+    return {class_weight * phi.value, -slope, slope, T(0)};
+}
+
+// Adapts a loss that is a function of log p_y alone.
 template <class Loss>
 struct OfTarget {
     static constexpr const char* name = Loss::name;
@@ -60,9 +69,7 @@ struct OfTarget {
 
     template <class T>
     FL_HD static AffineRow<T> eval(const SoftmaxRow<T>& row, const T* params) {
-        const ValueSlope<T> phi = Loss::eval(row.log_p, params);
-        const T slope = row.class_weight * phi.slope;
-        return {row.class_weight * phi.value, -slope, slope, T(0)};
+        return affine_of(Loss::eval(row.log_p, params), row.class_weight);
     }
 };
 
@@ -80,6 +87,9 @@ template <class... Losses>
 struct TypeList {
     static constexpr int size = sizeof...(Losses);
 };
+
+template <class... Losses>
+using EachOfTarget = TypeList<OfTarget<Losses>...>;
 
 }  // namespace FL_ISA
 }  // namespace fused_losses

@@ -210,10 +210,10 @@ private:
             const V total = V::load(sum + i), weighted = V::load(sum_u + i);
             V log_sum = math::log_normal(total);
             if (any_residual) log_sum += V::load(sum_residual + i) / total;
-            const V log_p = (V::load(target_logit + i) - V::load(max + i)) - log_sum;
+            const V below_max = V::load(target_logit + i) - V::load(max + i), log_p = below_max - log_sum;
             const V sum_neg_log_p = weighted * log_sum - V::load(centred + i);
             const V weight = V::load(class_weight + i);
-            const SoftmaxRow<V> row{log_p, sum_neg_log_p, weighted, weight, A(p.num_classes)};
+            const SoftmaxRow<V> row{log_p, sum_neg_log_p, weighted, weight, A(p.num_classes), below_max};
             const AffineRow<V> affine = Loss::eval(row, params);
             affine.value.store(value + i);
             if (!with_gradient) return;

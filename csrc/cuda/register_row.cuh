@@ -87,8 +87,8 @@ public:
             }
             if (place.exists && target.ignored) end.ignore(row, team.leads);
             if (reads)
-                coefficients = end.finish(row, target, exponential.distance(target_logit), exponential.log(state.sum),
-                                          state, team.leads);
+                coefficients = end.finish(row, target, target_logit, exponential.distance(target_logit),
+                                          exponential.log(state.sum), state, team.leads);
             coefficients.scale(of_block()->share);
         }
         if (!p.grad) return;

@@ -66,9 +66,9 @@ struct RowEnd {
     }
 
     // From the sums over the classes to the coefficients of the gradient for a denominator of 1, which every thread of
-    // the row gets; one `records`. target_distance: of the target's logit from state.max.
+    // the row gets; one `records`. target_distance: of the target's logit from state.max, as the exponentials have it.
     template <bool kSpread>
-    FL_DEVICE Coefficients<A> finish(const Row& row, const Target& target, A target_distance, A log_sum,
+    FL_DEVICE Coefficients<A> finish(const Row& row, const Target& target, A target_logit, A target_distance, A log_sum,
                                      const SoftmaxState<A, kSpread>& state, bool records) {
         const RowProblem& p = args.problem;
         SoftmaxRow<A> softmax;
@@ -77,6 +77,7 @@ struct RowEnd {
         softmax.sum_u = kSpread ? state.sum_u : A(0);
         softmax.class_weight = class_weight_of<A>(p, target);
         softmax.num_classes = A(p.num_classes);
+        softmax.below_max = target_logit - state.max;
         const AffineRow<A> affine = evaluate<kSpread>(p, args.params, softmax);
         const A sample_weight = sample_weight_of<A>(p, row);
         Coefficients<A> coefficients{state.max, affine.alpha * reciprocal(state.sum), affine.beta, affine.gamma};

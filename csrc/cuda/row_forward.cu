@@ -45,8 +45,8 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, kSpread>)
                 if (p.grad) write_zeros(p, team, row, slice);
                 return;
             }
-            auto coefficients =
-                end.finish(row, target, target_logit - state.max, math::log(state.sum), state, team.records());
+            auto coefficients = end.finish(row, target, target_logit, target_logit - state.max, math::log(state.sum),
+                                           state, team.records());
             coefficients.scale(share);
             if (p.grad) write_gradient<kSpread>(args, team, row, slice, target.cls, coefficients);
         });
@@ -88,8 +88,8 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, kSpread>)
                 return;
             }
             const A target_logit = target.cls < 0 ? A(0) : to_acc(slice.logits[target.cls * slice.stride]) + bias;
-            auto coefficients =
-                end.finish(row, target, target_logit - state.max, math::log(state.sum), state, column.records());
+            auto coefficients = end.finish(row, target, target_logit, target_logit - state.max, math::log(state.sum),
+                                           state, column.records());
             coefficients.scale(share);
             if (p.grad) write_gradient<kSpread>(args, column, row, slice, target.cls, coefficients);
         });

@@ -11,6 +11,7 @@ inline namespace FL_ISA {
 struct CrossEntropy {
     static constexpr const char* name = "cross_entropy";
     static constexpr int num_params = 1;
+    static constexpr bool takes_probabilities = true;
 
     static constexpr Spread spread(const double* params) {
         return float(params[0]) == 0.0f ? Spread::kNone : Spread::kClassWeights;

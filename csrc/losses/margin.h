@@ -15,7 +15,7 @@ template <class Rule>
 struct MarginLoss {
     static constexpr const char* name = Rule::name;
     static constexpr int num_params = Rule::num_params, num_sums = 2, num_early_sums = 1, num_kept = 1;
-    static constexpr bool needs_max = false;
+    static constexpr bool needs_max = false, has_margin = true;
 
     // Logits, margins and errors are in units in which no error and no sum of errors of finite logits overflows.
     static constexpr float unit = 1.0f / (1 << 24);
@@ -232,6 +232,8 @@ struct AnyMarginRule::Knowing : AnyMarginRule {
 
 using MultiMargin = MarginLoss<MultiMarginRule>;
 using HEM = MarginLoss<HEMRule>;
+
+using MarginLosses = TypeList<HEM, MultiMargin>;
 
 }  // namespace FL_ISA
 }  // namespace fused_losses

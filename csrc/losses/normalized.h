@@ -22,7 +22,7 @@ FL_HD AffineRow<T> add(const AffineRow<T>& active, T alpha, const ValueSlope<T>&
 // log p_y / sum_j log p_j. With S = -sum_j log p_j: n_j = -log p_j, W_j = 1.
 struct NCE {
     static constexpr const char* name = "nce";
-    static constexpr int num_params = 0;
+    static constexpr int num_params = 0, min_classes = 2;
 
     static constexpr Spread spread(const double*) { return Spread::kOnes; }
 
@@ -36,7 +36,7 @@ struct NCE {
 // params: alpha, beta, then those of Passive. alpha NCE + beta Passive.
 template <class Passive>
 struct NCEAnd {
-    static constexpr int num_params = 2 + Passive::num_params;
+    static constexpr int num_params = 2 + Passive::num_params, min_classes = 2;
 
     static constexpr Spread spread(const double*) { return Spread::kOnes; }
 
@@ -55,6 +55,9 @@ struct NCERCE : NCEAnd<RCE> {
 };
 struct NCEAGCE : NCEAnd<AGCE> {
     static constexpr const char* name = "nce_agce";
+};
+struct NCEAUE : NCEAnd<AUE> {
+    static constexpr const char* name = "nce_aue";
 };
 
 // params: gamma, detach. n_j = -(1 - p_j)^gamma log p_j. With detach the factor is a constant for the gradient.
@@ -114,7 +117,7 @@ struct NFLRCE : NFLAnd<RCE> {
 template <bool kOrdinary>
 struct NGCEOf {
     static constexpr const char* name = "ngce";
-    static constexpr int num_params = 1, num_sums = 3, num_early_sums = 0, num_kept = 2;
+    static constexpr int num_params = 1, min_classes = 2, num_sums = 3, num_early_sums = 0, num_kept = 2;
     static constexpr bool needs_max = true;
 
     template <class T>
@@ -182,6 +185,9 @@ struct NGCEOf {
 
 // Any exponent.
 using NGCE = NGCEOf<false>;
+
+using NormalizedSoftmaxLosses = TypeList<NCE, NCEMAE, NCERCE, NCEAGCE, NCEAUE>;
+using NormalizedPassLosses = TypeList<OfShares<NFL>, NGCE, OfShares<NFLMAE>, OfShares<NFLRCE>>;
 
 }  // namespace FL_ISA
 }  // namespace fused_losses

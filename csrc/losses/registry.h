@@ -1,8 +1,11 @@
-// The only list of losses in C++. A loss is chosen by its name; the index into this list is what travels to a kernel.
+// All losses, from the lists at the feet of their headers. A loss is chosen by its name; the index into this list is
+// what travels to a kernel.
 #pragma once
 
 #include "losses/cross_entropy.h"
+#include "losses/eps_softmax.h"
 #include "losses/margin.h"
+#include "losses/mean_log.h"
 #include "losses/normalized.h"
 #include "losses/target_losses.h"
 #include "losses/tempered.h"
@@ -10,17 +13,15 @@
 namespace fused_losses {
 inline namespace FL_ISA {
 
-using SoftmaxLosses = TypeList<CrossEntropy, OfTarget<MAE>, OfTarget<GCE>, OfTarget<AGCE>, OfTarget<AUE>, OfTarget<AE>,
-                               OfTarget<RCE>, OfTarget<SCE>, OfTarget<TaylorCE>, OfTarget<PHuberCE>, OfTarget<JS>,
-                               OfTarget<Focal>, OfTarget<BoundedCE>, NCE, NCEMAE, NCERCE, NCEAGCE>;
-using PassLosses = TypeList<OfShares<NFL>, NGCE, OfShares<NFLMAE>, OfShares<NFLRCE>, BiTempered, HEM, MultiMargin>;
+template <class... A, class... B>
+TypeList<A..., B...> operator+(TypeList<A...>, TypeList<B...>);
+
+using SoftmaxLosses = decltype(TypeList<CrossEntropy>{} + TargetLosses{} + EpsSoftmaxLosses{} + MeanLogLosses{} +
+                               NormalizedSoftmaxLosses{});
+using PassLosses = decltype(NormalizedPassLosses{} + TypeList<BiTempered>{} + MarginLosses{});
+using AllLosses = decltype(SoftmaxLosses{} + PassLosses{});
 
 constexpr int kCrossEntropy = 0;  // its place in SoftmaxLosses
-
-template <class... A, class... B>
-TypeList<A..., B...> concatenate(TypeList<A...>, TypeList<B...>);
-
-using AllLosses = decltype(concatenate(SoftmaxLosses{}, PassLosses{}));
 
 FL_HD bool is_pass_loss(int index) { return index >= SoftmaxLosses::size; }
 

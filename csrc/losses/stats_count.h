@@ -23,11 +23,5 @@ inline int stats_count_of(int loss, Spread spread) {
     return count;
 }
 
-inline int num_params_of(int loss) {
-    int count = 0;
-    visit_loss(AllLosses{}, loss, [&]<class Loss>() { count = Loss::num_params; });
-    return count;
-}
-
 }  // namespace FL_ISA
 }  // namespace fused_losses

@@ -193,5 +193,51 @@ struct BoundedCE {
     }
 };
 
+// params: epsilon. -log p + epsilon (1 - p): the first term of cross entropy's series in 1 - p has another factor.
+struct Poly {
+    static constexpr const char* name = "poly";
+    static constexpr int num_params = 1;
+
+    template <class T>
+    FL_HD static ValueSlope<T> eval(T t, const T* params) {
+        const ValueSlope<T> mae = MAE::eval(t, params);
+        return {mae.value - t, mae.slope - T(1)};
+    }
+};
+
+// params: q < 1, tau. GCE where p > p0 = tau^(-1 / (1 - q)), below that its tangent: the slope in p stays below tau.
+// With t0 = log p0, tau p0 = e^(q t0).
+struct PHuberGCE {
+    static constexpr const char* name = "phuber_gce";
+    static constexpr int num_params = 2;
+
+    template <class T>
+    FL_HD static ValueSlope<T> eval(T t, const T* params) {
+        const T q = params[0], log_tau = math::log(params[1]), t0 = -log_tau / (T(1) - q);
+        const ValueSlope<T> gce = GCE::eval(t, params), at_p0 = GCE::eval(t0, params);
+        const T tau_p = math::exp(t + log_tau);
+        const auto linear = t <= t0;
+        return {math::select(linear, at_p0.value - at_p0.slope - tau_p, gce.value),
+                math::select(linear, -tau_p, gce.slope)};
+    }
+};
+
+// params: q, k. GCE where p > k, below that its value at k, without a gradient.
+struct TruncatedGCE {
+    static constexpr const char* name = "truncated_gce";
+    static constexpr int num_params = 2;
+
+    template <class T>
+    FL_HD static ValueSlope<T> eval(T t, const T* params) {
+        const T t_k = math::log(params[1]);
+        const ValueSlope<T> gce = GCE::eval(t, params), at_k = GCE::eval(t_k, params);
+        const auto truncated = t <= t_k;
+        return {math::select(truncated, at_k.value, gce.value), math::select(truncated, T(0), gce.slope)};
+    }
+};
+
+using TargetLosses = EachOfTarget<MAE, GCE, AGCE, AUE, AE, RCE, SCE, TaylorCE, PHuberCE, JS, Focal, BoundedCE, Poly,
+                                  PHuberGCE, TruncatedGCE>;
+
 }  // namespace FL_ISA
 }  // namespace fused_losses

@@ -10,6 +10,7 @@
 #include "cpu/tiling.h"
 #include "guarded.h"
 #include "losses/names.h"
+#include "losses/needs.h"
 #include "naive_losses.h"
 
 namespace fused_losses_test {
@@ -53,7 +54,7 @@ public:
           random(r),
           naive(naive_loss(loss_names()[loss])),
           soft(naive.name == std::string_view("cross_entropy") && random.one_in(3)),
-          exact(is_margin_loss(naive.name)),
+          exact(needs_of(loss).has_margin),
           logits(maybe_aligned(layout_of(s.kind, s.outer, s.inner, s.classes))),
           target64(per_row()),
           target32(per_row()),
@@ -239,9 +240,7 @@ protected:
     // Whether the loss of a row may be finite with class 0 at -inf.
     bool may_be_masked() const {
         if (p.spread != Spread::kNone) return p.spread != Spread::kOnes && p.class_weight;
-        const std::string_view name = naive.name;
-        if (name.substr(0, 3) == "nfl") return false;
-        return name != "bi_tempered" || p.params[0] < 1 || p.params[2] == 0;
+        return naive.masks && (!naive.masks_with || naive.masks_with(p.params));
     }
 
     void fill_logits() {

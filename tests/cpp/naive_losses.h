@@ -1,5 +1,6 @@
 // Every loss once more, straight from its published formula: in long double, without a thought for speed or
-// cancellation, and sharing no code with csrc/losses. Each loss must have an entry here.
+// cancellation, and sharing no code with csrc/losses. Each loss has one row here, which is all that tests know of it:
+// the Python tests read it through naive_library.cpp.
 #pragma once
 
 #include <cmath>
@@ -14,48 +15,63 @@ namespace fused_losses_test {
 
 using Params = std::vector<double>;
 
+// A function of p_y, or of what else it needs.
+using NaiveFunction = Real (*)(Real p, Real t, const double* a);
+
 struct NaiveLoss {
     const char* name;
+    double hand_worked;          // with default parameters, at p_y = 1/4: logits (0, log 3), label 0
+    double at_zero;              // the same at p_y = 0: logits (-inf, 0, 1), label 0
     std::vector<Params> params;  // the sets to test
-    // phi(p_y) and w = -dphi/dt, t = log p_y. Null for losses that look at the whole row.
-    Real (*value)(Real p, Real t, const double* a);
-    Real (*w)(Real p, Real t, const double* a);
-    NaiveResult (*row)(const NaiveRow&, const double* a) = nullptr;  // class weights left out, but for cross entropy
+    // phi(p_y) and w = -dphi/dt, t = log p_y; or, where a loss looks at the whole row, that (class weights left out,
+    // but for cross entropy).
+    NaiveFunction value = nullptr, w = nullptr;
+    NaiveResult (*row)(const NaiveRow&, const double* a) = nullptr;
+    bool masks = true;                               // whether the value is finite with another class at -inf
+    bool (*masks_with)(const double* a) = nullptr;   // ... and if so with which parameters; null: any
+    double (*kink)(const double* a) = nullptr;       // the t at which the slope jumps or bends
+    double (*condition)(const double* a) = nullptr;  // how much larger than the rounding of p_y the float formula's is
 };
 
 inline Real taylor(Real p, int order) {
     Real sum = 0;
-    for (int k = 1; k <= order; ++k) sum += std::pow(1 - p, Real(k)) / k;
+    for (int k = 1; k <= order; ++k) sum += pow(1 - p, Real(k)) / k;
     return sum;
 }
 
 inline Real jensen_shannon(Real p, Real t, Real pi) {
-    const Real m = pi + (1 - pi) * p, h = -(1 - pi) * std::log(1 - pi);
-    const Real cross = p == 0 ? Real(0) : p * (t - std::log(m));
-    return (-pi * std::log(m) + (1 - pi) * cross - (1 - pi) * (1 - p) * std::log(1 - pi)) / h;
+    const Real m = pi + (1 - pi) * p, h = -(1 - pi) * log(1 - pi);
+    const Real cross = p == 0 ? Real(0) : p * (t - log(m));
+    return (-pi * log(m) + (1 - pi) * cross - (1 - pi) * (1 - p) * log(1 - pi)) / h;
 }
 
 inline Real jensen_shannon_w(Real p, Real t, Real pi) {
-    const Real m = pi + (1 - pi) * p, h = -(1 - pi) * std::log(1 - pi);
-    return p == 0 ? Real(0) : -((1 - pi) * p / h) * (std::log(1 - pi) + t - std::log(m));
+    const Real m = pi + (1 - pi) * p, h = -(1 - pi) * log(1 - pi);
+    return p == 0 ? Real(0) : -((1 - pi) * p / h) * (log(1 - pi) + t - log(m));
 }
 
 inline Real focal_w(Real p, Real t, Real gamma) {
     if (p == 1) return gamma == 0 ? 1 : 0;
-    return std::pow(1 - p, gamma) + (p == 0 ? 0 : gamma * p * std::pow(1 - p, gamma - 1) * -t);
+    return pow(1 - p, gamma) + (p == 0 ? 0 : gamma * p * pow(1 - p, gamma - 1) * -t);
 }
 
 inline Real agce(Real p, const double* a) {
-    return (std::pow(Real(a[0]) + 1, Real(a[1])) - std::pow(a[0] + p, Real(a[1]))) / a[1];
+    return (pow(Real(a[0]) + 1, Real(a[1])) - pow(a[0] + p, Real(a[1]))) / a[1];
 }
 
-inline Real agce_w(Real p, const double* a) { return p * std::pow(a[0] + p, Real(a[1]) - 1); }
+inline Real agce_w(Real p, const double* a) { return p * pow(a[0] + p, Real(a[1]) - 1); }
+
+inline Real aue(Real p, const double* a) {
+    return (pow(a[0] - p, Real(a[1])) - pow(Real(a[0]) - 1, Real(a[1]))) / a[1];
+}
+
+inline Real aue_w(Real p, const double* a) { return p * pow(a[0] - p, Real(a[1]) - 1); }
 
 // value = phi(p_y), grad_j = w (p_j - [j = y])
 inline NaiveResult of_target(const NaiveRow& row, Real value, Real w) {
-    NaiveResult result{value, std::fabs(w)};
+    NaiveResult result{value, fabs(w)};
     const std::vector<Real> log_p = log_softmax(row);
-    for (int j = 0; j < row.classes(); ++j) result.grad.push_back(w * (std::exp(log_p[j]) - (j == row.y)));
+    for (int j = 0; j < row.classes(); ++j) result.grad.push_back(w * (exp(log_p[j]) - (j == row.y)));
     return result;
 }
 
@@ -69,7 +85,7 @@ inline NaiveResult sum_of(const double* shares, NaiveResult active, const NaiveR
 }
 
 inline NaiveResult scaled_mae(const NaiveRow& row, Real scale) {
-    const Real p = std::exp(log_softmax(row)[row.y]);
+    const Real p = exp(log_softmax(row)[row.y]);
     return of_target(row, scale * (1 - p), scale * p);
 }
 
@@ -82,86 +98,271 @@ inline NaiveResult nfl_mae(const NaiveRow& row, const double* a) {
 }
 
 inline NaiveResult nce_agce(const NaiveRow& row, const double* a) {
-    const Real p = std::exp(log_softmax(row)[row.y]);
+    const Real p = exp(log_softmax(row)[row.y]);
     return sum_of(a, naive_nce(row, a), of_target(row, agce(p, a + 2), agce_w(p, a + 2)));
+}
+
+// p_y = 1/4, p_y = 0: what the sums below are made of.
+inline constexpr double kInfinity = HUGE_VAL, kNaN = __builtin_nan("");
+inline const double kLog2 = std::log(2.0), kLog3 = std::log(3.0), kLog4 = std::log(4.0), kLogA = std::log(1e4);
+inline const double kHandNCE = kLog4 / (kLog4 + std::log(4.0 / 3));
+inline const double kHandNFL =
+    std::sqrt(0.75) * kLog4 / (std::sqrt(0.75) * kLog4 + std::sqrt(0.25) * std::log(4.0 / 3));
+inline const double kThird = 1 / (1 + std::exp(1.0));  // the probabilities of logits (-inf, 0, 1) are 0, this, the rest
+
+// The sum of power(p) over the classes of (-inf, 0, 1).
+inline double sum_of_powers(double power) { return std::pow(kThird, power) + std::pow(1 - kThird, power); }
+
+// Defaults t1 = 0.8, t2 = 1.2: exp_t2(x) = (1 - x / 5)^-5, log_t1(x) = 5 (x^(1/5) - 1). The maximum is log 3.
+inline double bi_tempered_by_hand() {
+    const auto total = [](double x) { return 1 + std::pow(1 - x / 5, -5); };
+    double x = -kLog3;
+    for (int i = 0; i < 5; ++i) x = -kLog3 * std::pow(total(x), -0.2);
+    const double root = 5 * (std::pow(total(x), 0.2) - 1);  // -log_t2(1 / total)
+    const double p = std::pow(1 + (kLog3 + root) / 5, -5), other = std::pow(1 + root / 5, -5);
+    return 5 * (1 - std::pow(p, 0.2)) - (1 - std::pow(p, 1.2) - std::pow(other, 1.2)) / 1.2;
+}
+
+inline Real gce(Real p, Real q) { return (1 - pow(p, q)) / q; }
+
+// GCE and below tau^(-1 / (1 - q)) its tangent.
+inline Real phuber_gce(Real p, const double* a) {
+    const Real q = a[0], tau = a[1], p0 = pow(tau, -1 / (1 - q));
+    return p > p0 ? gce(p, q) : gce(p0, q) + tau * (p0 - p);
+}
+
+inline NaiveResult nce_aue(const NaiveRow& row, const double* a) {
+    const Real p = exp(log_softmax(row)[row.y]);
+    return sum_of(a, naive_nce(row, a), of_target(row, aue(p, a + 2), aue_w(p, a + 2)));
+}
+
+// alpha times the focal loss of p' = (p_y + m [y is the arg-max]) / (m + 1), at least 1e-8, and beta 2 (1 - p_y).
+inline NaiveResult eps_focal_mae(const NaiveRow& row, Real alpha, Real beta, Real m, Real gamma) {
+    const Real p = exp(log_softmax(row)[row.y]);
+    const bool is_top = row.logits[row.y] >= *std::max_element(row.logits.begin(), row.logits.end());
+    const Real moved = (p + (is_top ? m : 0)) / (m + 1), least = 1e-8L, eps_p = fmax(moved, least);
+    // 1 - p' of the arg-max, whose digits the difference would lose
+    const Real miss = is_top ? (1 - p) / (m + 1) : 1 - eps_p, log_p = is_top ? log1p(-miss) : log(eps_p);
+    const Real factor = gamma == 0 ? 1 : pow(miss, gamma);
+    const Real of_factor = gamma == 0 || miss == 0 ? 0 : gamma * factor / miss * log_p;
+    const Real slope = moved < least ? 0 : (of_factor - factor / eps_p) * p / (m + 1);
+    return of_target(row, -alpha * factor * log_p + beta * 2 * (1 - p), -alpha * slope + beta * 2 * p);
+}
+
+// -log p_y + beta mean log p_j
+inline NaiveResult cores(const NaiveRow& row, Real beta) {
+    const std::vector<Real> log_p = log_softmax(row);
+    const int classes = row.classes();
+    NaiveResult result{-log_p[row.y], 1 + fabs(1 - beta)};
+    for (int j = 0; j < classes; ++j) {
+        if (beta != 0) result.value += beta * log_p[j] / classes;
+        result.grad.push_back((1 - beta) * exp(log_p[j]) - (j == row.y) + beta / classes);
+    }
+    return result;
 }
 
 inline const std::vector<NaiveLoss>& naive_losses() {
     static const std::vector<NaiveLoss> losses = {
-        {"cross_entropy", {{0.0}, {0.1}, {0.5}, {1.0}}, nullptr, nullptr, naive_cross_entropy},
-        {"mae",
-         {{2.0}, {1.0}},
-         [](Real p, Real, const double* a) { return a[0] * (1 - p); },
-         [](Real p, Real, const double* a) { return a[0] * p; }},
-        {"gce",
-         {{0.7}, {1.0}, {0.1}, {1e-3}, {2.5}},
-         [](Real p, Real, const double* a) { return (1 - std::pow(p, Real(a[0]))) / a[0]; },
-         [](Real p, Real, const double* a) { return std::pow(p, Real(a[0])); }},
-        {"agce",
-         {{0.6, 0.6}, {4.0, 0.2}, {6.0, 1.5}, {1.8, 3.0}, {0.1, 1e-3}, {1e-6, 0.6}},
-         [](Real p, Real, const double* a) { return agce(p, a); },
-         [](Real p, Real, const double* a) { return agce_w(p, a); }},
-        {"aue",
-         {{5.5, 3.0}, {3.0, 0.1}, {1.5, 0.9}, {1.01, 0.5}, {1.01, 20}},
-         [](Real p, Real, const double* a) {
-             return (std::pow(a[0] - p, Real(a[1])) - std::pow(Real(a[0]) - 1, Real(a[1]))) / a[1];
-         },
-         [](Real p, Real, const double* a) { return p * std::pow(a[0] - p, Real(a[1]) - 1); }},
-        {"ae",
-         {{2.5}, {0.2}},
-         [](Real p, Real, const double* a) { return std::exp(-p / a[0]); },
-         [](Real p, Real, const double* a) { return p / a[0] * std::exp(-p / a[0]); }},
-        {"rce",
-         {{9.210340371976182}, {4.0}},
-         [](Real p, Real, const double* a) { return a[0] * (1 - p); },
-         [](Real p, Real, const double* a) { return a[0] * p; }},
-        {"sce",
-         {{0.1, 1.0, 9.210340371976182}, {6.0, 0.1, 9.210340371976182}, {0.0, 1.0, 4.0}, {1.0, 0.0, 4.0}},
-         [](Real p, Real t, const double* a) { return (a[0] == 0 ? 0 : -a[0] * t) + a[1] * a[2] * (1 - p); },
-         [](Real p, Real, const double* a) { return a[0] + a[1] * a[2] * p; }},
-        {"taylor_ce",
-         {{1.0}, {2.0}, {6.0}, {30.0}},
-         [](Real p, Real, const double* a) { return taylor(p, int(a[0])); },
-         [](Real p, Real, const double* a) { return 1 - std::pow(1 - p, Real(a[0])); }},
-        {"phuber_ce",
-         {{10.0}, {2.0}, {1.25}},
-         [](Real p, Real t, const double* a) { return p > 1 / Real(a[0]) ? -t : 1 + std::log(Real(a[0])) - a[0] * p; },
-         [](Real p, Real, const double* a) { return std::fmin(Real(1), a[0] * p); }},
-        {"js",
-         {{0.5}, {0.1}, {0.9}, {1e-3}, {1e-6}},
-         [](Real p, Real t, const double* a) { return jensen_shannon(p, t, a[0]); },
-         [](Real p, Real t, const double* a) { return jensen_shannon_w(p, t, a[0]); }},
-        {"focal",
-         {{2.0}, {0.0}, {0.5}, {5.0}},
-         [](Real p, Real t, const double* a) { return p == 1 ? 0 : -std::pow(1 - p, Real(a[0])) * t; },
-         [](Real p, Real t, const double* a) { return focal_w(p, t, a[0]); }},
-        {"bounded_ce",
-         {{0.1}, {2.0}},
-         [](Real p, Real, const double* a) { return std::log((1 + Real(a[0])) / (p + a[0])); },
-         [](Real p, Real, const double* a) { return p / (p + a[0]); }},
-        {"nce", {{}}, nullptr, nullptr, naive_nce},
-        {"nce_mae", {{1, 1, 1}, {10, 0.5, 2}, {0, 1, 2}}, nullptr, nullptr, nce_mae},
-        {"nce_rce", {{1, 1, 9.210340371976182}, {10, 0.1, 4}, {0, 1, 4}}, nullptr, nullptr, nce_mae},
-        {"nce_agce", {{1, 4, 6, 1.5}, {10, 0.1, 1.8, 3}, {0, 1, 4, 0.2}}, nullptr, nullptr, nce_agce},
-        {"nfl", {{0.5, 1}, {0.5, 0}, {0, 0}, {2, 0}, {2, 1}}, nullptr, nullptr, naive_nfl},
-        {"ngce", {{0.7}, {0.1}, {1.5}, {1e-5}}, nullptr, nullptr, naive_ngce},
-        {"nfl_mae", {{1, 1, 0.5, 1, 1}, {10, 0.5, 1, 0, 2}, {0, 1, 0.5, 0, 2}}, nullptr, nullptr, nfl_mae},
-        {"nfl_rce", {{1, 1, 0.5, 1, 9.210340371976182}, {10, 0.1, 1, 0, 4}}, nullptr, nullptr, nfl_mae},
-        {"bi_tempered",
-         {{0.8, 1.2, 0, 5},
-          {0.8, 1.2, 0, 0},
-          {0.5, 2, 0.1, 5},
-          {0.2, 4, 0.1, 0},
-          {0.7, 1, 0, 5},
-          {1, 1, 0.1, 0},
-          {0.5, 0.7, 0, 5},
-          {0.5, 0.7, 0.1, 0},
-          {0, 0.5, 0.2, 5}},
-         nullptr,
-         nullptr,
-         naive_bi_tempered},
-        {"hem", {{0.25, 0}, {1, 1}, {0, 0}}, nullptr, nullptr, naive_hem},
-        {"multi_margin", {{1, 0, 0, 1}, {0.25, 1, 0, 1}, {0.25, 0, 1, 1}, {1, 1, 1, 1}, {1, 0, 0, 2}}, nullptr, nullptr, naive_multi_margin},
+        {.name = "cross_entropy",
+         .hand_worked = kLog4,
+         .at_zero = kInfinity,
+         .params = {{0.0}, {0.1}, {0.5}, {1.0}, {-2.0}},
+         .row = naive_cross_entropy},
+        {.name = "mae",
+         .hand_worked = 1.5,
+         .at_zero = 2,
+         .params = {{2.0}, {1.0}},
+         .value = [](Real p, Real, const double* a) { return a[0] * (1 - p); },
+         .w = [](Real p, Real, const double* a) { return a[0] * p; }},
+        {.name = "gce",
+         .hand_worked = (1 - std::pow(0.25, 0.7)) / 0.7,
+         .at_zero = 1 / 0.7,
+         .params = {{0.7}, {1.0}, {0.1}, {1e-3}, {2.5}},
+         .value = [](Real p, Real, const double* a) { return (1 - pow(p, Real(a[0]))) / a[0]; },
+         .w = [](Real p, Real, const double* a) { return pow(p, Real(a[0])); }},
+        {.name = "agce",
+         .hand_worked = (std::pow(1.6, 0.6) - std::pow(0.85, 0.6)) / 0.6,
+         .at_zero = (std::pow(1.6, 0.6) - std::pow(0.6, 0.6)) / 0.6,
+         .params = {{0.6, 0.6}, {4.0, 0.2}, {6.0, 1.5}, {1.8, 3.0}, {0.1, 1e-3}, {1e-6, 0.6}},
+         .value = [](Real p, Real, const double* a) { return agce(p, a); },
+         .w = [](Real p, Real, const double* a) { return agce_w(p, a); }},
+        {.name = "aue",
+         .hand_worked = (std::pow(5.25, 3) - std::pow(4.5, 3)) / 3,
+         .at_zero = (std::pow(5.5, 3) - std::pow(4.5, 3)) / 3,
+         .params = {{5.5, 3.0}, {3.0, 0.1}, {1.5, 0.9}, {1.01, 0.5}, {1.01, 20}},
+         .value = [](Real p, Real, const double* a) { return aue(p, a); },
+         .w = [](Real p, Real, const double* a) { return aue_w(p, a); },
+         .condition = [](const double* a) { return std::fmax(1, 1 / (a[0] - 1)); }},
+        {.name = "ae",
+         .hand_worked = std::exp(-0.1),
+         .at_zero = 1,
+         .params = {{2.5}, {0.2}},
+         .value = [](Real p, Real, const double* a) { return exp(-p / a[0]); },
+         .w = [](Real p, Real, const double* a) { return p / a[0] * exp(-p / a[0]); }},
+        {.name = "rce",
+         .hand_worked = 0.75 * kLogA,
+         .at_zero = kLogA,
+         .params = {{9.210340371976182}, {4.0}},
+         .value = [](Real p, Real, const double* a) { return a[0] * (1 - p); },
+         .w = [](Real p, Real, const double* a) { return a[0] * p; }},
+        {.name = "sce",
+         .hand_worked = 0.1 * kLog4 + 0.75 * kLogA,
+         .at_zero = kInfinity,
+         .params = {{0.1, 1.0, 9.210340371976182}, {6.0, 0.1, 9.210340371976182}, {0.0, 1.0, 4.0}, {1.0, 0.0, 4.0}},
+         .value = [](Real p, Real t, const double* a) { return (a[0] == 0 ? 0 : -a[0] * t) + a[1] * a[2] * (1 - p); },
+         .w = [](Real p, Real, const double* a) { return a[0] + a[1] * a[2] * p; }},
+        {.name = "taylor_ce",
+         .hand_worked = 0.75 + 0.75 * 0.75 / 2,
+         .at_zero = 1.5,
+         .params = {{1.0}, {2.0}, {6.0}, {30.0}},
+         .value = [](Real p, Real, const double* a) { return taylor(p, int(a[0])); },
+         .w = [](Real p, Real, const double* a) { return 1 - pow(1 - p, Real(a[0])); }},
+        {.name = "phuber_ce",
+         .hand_worked = kLog4,
+         .at_zero = 1 + std::log(10.0),
+         .params = {{10.0}, {2.0}, {1.25}},
+         .value = [](Real p, Real t,
+                     const double* a) { return p > 1 / Real(a[0]) ? -t : 1 + log(Real(a[0])) - a[0] * p; },
+         .w = [](Real p, Real, const double* a) { return fmin(Real(1), a[0] * p); },
+         .kink = [](const double* a) { return -std::log(a[0]); }},
+        {.name = "js",
+         .hand_worked = (-0.5 * std::log(0.625) + 0.125 * std::log(0.4) + 0.375 * kLog2) / (0.5 * kLog2),
+         .at_zero = 2,
+         .params = {{0.5}, {0.1}, {0.9}, {1e-3}, {1e-6}},
+         .value = [](Real p, Real t, const double* a) { return jensen_shannon(p, t, a[0]); },
+         .w = [](Real p, Real t, const double* a) { return jensen_shannon_w(p, t, a[0]); },
+         .condition = [](const double* a) { return 1 / a[0]; }},
+        {.name = "focal",
+         .hand_worked = 0.5625 * kLog4,
+         .at_zero = kInfinity,
+         .params = {{2.0}, {0.0}, {0.5}, {5.0}},
+         .value = [](Real p, Real t, const double* a) { return p == 1 ? 0 : -pow(1 - p, Real(a[0])) * t; },
+         .w = [](Real p, Real t, const double* a) { return focal_w(p, t, a[0]); }},
+        {.name = "bounded_ce",
+         .hand_worked = std::log(1.1 / 0.35),
+         .at_zero = std::log(11.0),
+         .params = {{0.1}, {2.0}},
+         .value = [](Real p, Real, const double* a) { return log((1 + Real(a[0])) / (p + a[0])); },
+         .w = [](Real p, Real, const double* a) { return p / (p + a[0]); }},
+        {.name = "poly",
+         .hand_worked = kLog4 + 2 * 0.75,
+         .at_zero = kInfinity,
+         .params = {{2.0}, {-1.0}, {0.0}},
+         .value = [](Real p, Real t, const double* a) { return -t + a[0] * (1 - p); },
+         .w = [](Real p, Real, const double* a) { return 1 + a[0] * p; }},
+        {.name = "phuber_gce",
+         .hand_worked = (1 - std::pow(0.25, 0.7)) / 0.7,
+         .at_zero = (1 + 0.7 * std::pow(10, -0.7 / 0.3) - std::pow(10, -0.7 / 0.3)) / 0.7,
+         .params = {{0.7, 10}, {0.5, 1.5}, {0.1, 100}, {0.9, 2}},
+         .value = [](Real p, Real, const double* a) { return phuber_gce(p, a); },
+         .w = [](Real p, Real, const double* a) { return fmin(pow(p, Real(a[0])), a[1] * p); },
+         .kink = [](const double* a) { return -std::log(a[1]) / (1 - a[0]); }},
+        {.name = "truncated_gce",
+         .hand_worked = (1 - std::pow(0.5, 0.7)) / 0.7,
+         .at_zero = (1 - std::pow(0.5, 0.7)) / 0.7,
+         .params = {{0.7, 0.5}, {0.3, 0.1}, {2, 0.01}},
+         .value = [](Real p, Real, const double* a) { return fmin(gce(p, a[0]), gce(a[1], a[0])); },
+         .w = [](Real p, Real, const double* a) { return p > a[1] ? pow(p, Real(a[0])) : 0; },
+         .kink = [](const double* a) { return std::log(a[1]); }},
+        {.name = "ece",
+         .hand_worked = kLog4 + std::log(10001.0),
+         .at_zero = -std::log(1e-8),
+         .params = {{1e4}, {1}, {0.01}, {1e5}},
+         .row = [](const NaiveRow& row, const double* a) { return eps_focal_mae(row, 1, 0, a[0], 0); }},
+        {.name = "ece_mae",
+         .hand_worked = 0.1 * (kLog4 + std::log(10001.0)) + 1.5,
+         .at_zero = -0.1 * std::log(1e-8) + 2,
+         .params = {{0.1, 1, 1e4}, {0.5, 0, 10}, {0, 2, 1e3}},
+         .row = [](const NaiveRow& row, const double* a) { return eps_focal_mae(row, a[0], a[1], a[2], 0); }},
+        {.name = "efl_mae",
+         .hand_worked = 0.1 * std::pow(1 - 0.25 / 10001, 0.1) * (kLog4 + std::log(10001.0)) + 1.5,
+         .at_zero = -0.1 * std::pow(1 - 1e-8, 0.1) * std::log(1e-8) + 2,
+         .params = {{0.1, 1, 1e4, 0.1}, {1, 0.5, 10, 2}, {1, 0, 1, 0}},
+         .row = [](const NaiveRow& row, const double* a) { return eps_focal_mae(row, a[0], a[1], a[2], a[3]); }},
+        {.name = "cores",
+         .hand_worked = kLog4 - (kLog4 + std::log(4.0 / 3)),
+         .at_zero = kNaN,
+         .params = {{2}, {0}, {0.5}, {1}},
+         .row = [](const NaiveRow& row, const double* a) { return cores(row, a[0]); },
+         .masks = false},
+        {.name = "unhinged",
+         .hand_worked = kLog3 / 2,
+         .at_zero = kNaN,
+         .params = {{}},
+         .row = [](const NaiveRow& row, const double*) { return cores(row, 1); },
+         .masks = false},
+        {.name = "nce", .hand_worked = kHandNCE, .at_zero = kNaN, .params = {{}}, .row = naive_nce, .masks = false},
+        {.name = "nce_mae",
+         .hand_worked = kHandNCE + 0.75,
+         .at_zero = kNaN,
+         .params = {{1, 1, 1}, {10, 0.5, 2}, {0, 1, 2}},
+         .row = nce_mae,
+         .masks = false},
+        {.name = "nce_rce",
+         .hand_worked = kHandNCE + 0.75 * kLogA,
+         .at_zero = kNaN,
+         .params = {{1, 1, 9.210340371976182}, {10, 0.1, 4}, {0, 1, 4}},
+         .row = nce_mae,
+         .masks = false},
+        {.name = "nce_agce",
+         .hand_worked = kHandNCE + 4 * (std::pow(7, 1.5) - std::pow(6.25, 1.5)) / 1.5,
+         .at_zero = kNaN,
+         .params = {{1, 4, 6, 1.5}, {10, 0.1, 1.8, 3}, {0, 1, 4, 0.2}},
+         .row = nce_agce,
+         .masks = false},
+        {.name = "nce_aue",
+         .hand_worked = kHandNCE + 4 * (std::pow(6.05, 1.5) - std::pow(5.3, 1.5)) / 1.5,
+         .at_zero = kNaN,
+         .params = {{1, 4, 6.3, 1.5}, {10, 0.015, 6, 3}, {0, 1, 3, 0.1}},
+         .row = nce_aue,
+         .masks = false},
+        {.name = "nfl",
+         .hand_worked = kHandNFL,
+         .at_zero = kNaN,
+         .params = {{0.5, 1}, {0.5, 0}, {0, 0}, {2, 0}, {2, 1}},
+         .row = naive_nfl,
+         .masks = false},
+        {.name = "ngce",
+         .hand_worked = (1 - std::pow(0.25, 0.7)) / (2 - std::pow(0.25, 0.7) - std::pow(0.75, 0.7)),
+         .at_zero = 1 / (3 - sum_of_powers(0.7)),
+         .params = {{0.7}, {0.1}, {1.5}, {1e-5}},
+         .row = naive_ngce},
+        {.name = "nfl_mae",
+         .hand_worked = kHandNFL + 0.75,
+         .at_zero = kNaN,
+         .params = {{1, 1, 0.5, 1, 1}, {10, 0.5, 1, 0, 2}, {0, 1, 0.5, 0, 2}},
+         .row = nfl_mae,
+         .masks = false},
+        {.name = "nfl_rce",
+         .hand_worked = kHandNFL + 0.75 * kLogA,
+         .at_zero = kNaN,
+         .params = {{1, 1, 0.5, 1, 9.210340371976182}, {10, 0.1, 1, 0, 4}},
+         .row = nfl_mae,
+         .masks = false},
+        {.name = "bi_tempered",
+         .hand_worked = bi_tempered_by_hand(),
+         .at_zero = 5 - (1 - sum_of_powers(1.2)) / 1.2,  // with t2 = 1
+         .params = {{0.8, 1.2, 0, 5},
+                    {0.8, 1.2, 0, 0},
+                    {0.5, 2, 0.1, 5},
+                    {0.2, 4, 0.1, 0},
+                    {0.7, 1, 0, 5},
+                    {1, 1, 0.1, 0},
+                    {0.5, 0.7, 0, 5},
+                    {0.5, 0.7, 0.1, 0},
+                    {0, 0.5, 0.2, 5}},
+         .row = naive_bi_tempered,
+         .masks_with = [](const double* a) { return a[0] < 1 || a[2] == 0; }},
+        {.name = "hem",
+         .hand_worked = (kLog3 + 0.2) / ((1 + 1e-6) * (1 + 1e-6)),  // one error, one active row
+         .at_zero = kInfinity,
+         .params = {{0.25, 0}, {1, 1}, {0, 0}},
+         .row = naive_hem},
+        {.name = "multi_margin",
+         .hand_worked = (kLog3 + 1) / 2,
+         .at_zero = kInfinity,
+         .params = {{1, 0, 0, 1}, {0.25, 1, 0, 1}, {0.25, 0, 1, 1}, {1, 1, 1, 1}, {1, 0, 0, 2}},
+         .row = naive_multi_margin},
     };
     return losses;
 }
@@ -174,24 +375,14 @@ inline const NaiveLoss& naive_loss(std::string_view name) {
     std::exit(1);
 }
 
-// Normalised over the labels: not defined for a single class.
-inline bool needs_two_classes(std::string_view name) {
-    return name.substr(0, 3) == "nce" || name.substr(0, 3) == "nfl" || name == "ngce";
-}
-
-inline bool is_margin_loss(std::string_view name) { return name == "hem" || name == "multi_margin"; }
-
-// How much larger than the rounding of p_y that of the float formula may be: js divides by about pi, aue by a - p.
 inline double condition(const NaiveLoss& loss, const double* params) {
-    if (loss.name == std::string_view("js")) return 1 / params[0];
-    if (loss.name == std::string_view("aue")) return std::fmax(1, 1 / (params[0] - 1));
-    return 1;
+    return loss.condition ? loss.condition(params) : 1;
 }
 
 inline NaiveResult naive_row(const NaiveLoss& loss, const double* params, const NaiveRow& row) {
     if (loss.row == naive_cross_entropy || !row.soft.empty()) return naive_cross_entropy(row, params);
     const auto of_p = [&] {
-        const Real t = log_softmax(row)[row.y], p = std::exp(t);
+        const Real t = log_softmax(row)[row.y], p = exp(t);
         return of_target(row, loss.value(p, t, params), loss.w(p, t, params));
     };
     NaiveResult result = loss.row ? loss.row(row, params) : of_p();

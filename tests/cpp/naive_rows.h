@@ -6,9 +6,9 @@
 #include <cmath>
 #include <vector>
 
-namespace fused_losses_test {
+#include "naive_real.h"
 
-using Real = long double;
+namespace fused_losses_test {
 
 // One row: logits with the bias already on the target's, label y, class weights, soft target and margins (or empty).
 struct NaiveRow {
@@ -26,11 +26,11 @@ struct NaiveResult {
     std::vector<Real> grad = {};
 
     void scale(Real by) {
-        value *= by, magnitude *= std::fabs(by);
+        value *= by, magnitude *= fabs(by);
         for (Real& g : grad) g *= by;
     }
     void add(Real by, const NaiveResult& other) {
-        value += by * other.value, magnitude += std::fabs(by) * other.magnitude;
+        value += by * other.value, magnitude += fabs(by) * other.magnitude;
         for (std::size_t j = 0; j < grad.size(); ++j) grad[j] += by * other.grad[j];
     }
 };
@@ -38,9 +38,9 @@ struct NaiveResult {
 inline std::vector<Real> log_softmax(const NaiveRow& row) {
     const Real max = *std::max_element(row.logits.begin(), row.logits.end());
     Real sum = 0;
-    for (const Real z : row.logits) sum += std::exp(z - max);
+    for (const Real z : row.logits) sum += exp(z - max);
     std::vector<Real> log_p;
-    for (const Real z : row.logits) log_p.push_back(z - max - std::log(sum));
+    for (const Real z : row.logits) log_p.push_back(z - max - log(sum));
     return log_p;
 }
 
@@ -58,10 +58,10 @@ inline NaiveResult naive_cross_entropy(const NaiveRow& row, const double* params
         u.push_back(row.weight_of(j) * ((1 - s) * q + s / classes));
         total += u[j];
         if (u[j] != 0) result.value -= u[j] * log_p[j];
-        result.magnitude = std::fmax(result.magnitude, std::fabs(u[j]));
+        result.magnitude = fmax(result.magnitude, fabs(u[j]));
     }
-    for (int j = 0; j < classes; ++j) result.grad.push_back(total * std::exp(log_p[j]) - u[j]);
-    result.magnitude += std::fabs(total);
+    for (int j = 0; j < classes; ++j) result.grad.push_back(total * exp(log_p[j]) - u[j]);
+    result.magnitude += fabs(total);
     return result;
 }
 
@@ -83,9 +83,9 @@ NaiveResult naive_normalized(const NaiveRow& row, ShareOf share_of) {
         sum_n += shares.back().n, sum_w += shares.back().w;
     }
     const Real own = shares[row.y].w, loss = shares[row.y].n / sum_n;
-    NaiveResult result{loss, (std::fabs(own) + loss * std::fabs(sum_w)) / sum_n};
+    NaiveResult result{loss, (fabs(own) + loss * fabs(sum_w)) / sum_n};
     for (int j = 0; j < row.classes(); ++j) {
-        const Real p = std::exp(log_p[j]);
+        const Real p = exp(log_p[j]);
         result.grad.push_back((own * (p - (j == row.y)) - loss * (p * sum_w - shares[j].w)) / sum_n);
     }
     return result;
@@ -99,25 +99,25 @@ inline NaiveResult naive_nce(const NaiveRow& row, const double*) {
 inline NaiveResult naive_nfl(const NaiveRow& row, const double* params) {
     const Real gamma = params[0];
     return naive_normalized(row, [=](Real t) {
-        const Real miss = -std::expm1(t), factor = std::pow(miss, gamma);
+        const Real miss = -expm1(t), factor = pow(miss, gamma);
         const bool exact = params[1] == 0 && miss > 0;
-        return NaiveShare{-factor * t, factor + (exact ? gamma * std::exp(t) * factor / miss * -t : 0)};
+        return NaiveShare{-factor * t, factor + (exact ? gamma * exp(t) * factor / miss * -t : 0)};
     });
 }
 
 inline NaiveResult naive_ngce(const NaiveRow& row, const double* params) {
     const Real q = params[0];
-    return naive_normalized(row, [=](Real t) { return NaiveShare{1 - std::exp(q * t), q * std::exp(q * t)}; });
+    return naive_normalized(row, [=](Real t) { return NaiveShare{1 - exp(q * t), q * exp(q * t)}; });
 }
 
 // ---- Bi-tempered logistic ------------------------------------------------------------------------------------------
 
-inline Real log_t(Real x, Real t) { return t == 1 ? std::log(x) : (std::pow(x, 1 - t) - 1) / (1 - t); }
+inline Real log_t(Real x, Real t) { return t == 1 ? log(x) : (pow(x, 1 - t) - 1) / (1 - t); }
 
 inline Real exp_t(Real x, Real t) {
-    if (t == 1) return std::exp(x);
+    if (t == 1) return exp(x);
     const Real base = 1 + (1 - t) * x;
-    return base <= 0 ? 0 : std::pow(base, 1 / (1 - t));
+    return base <= 0 ? 0 : pow(base, 1 / (1 - t));
 }
 
 // sum_j exp_t(scale x_j - root)
@@ -131,7 +131,7 @@ inline Real sum_exp_t(const std::vector<Real>& x, Real t, Real scale, Real root)
 inline Real tempered_root(const std::vector<Real>& x, Real t, int iterations) {
     if (t > 1) {
         Real scale = 1;
-        for (int i = 0; i < iterations; ++i) scale = std::pow(sum_exp_t(x, t, scale, 0), 1 - t);
+        for (int i = 0; i < iterations; ++i) scale = pow(sum_exp_t(x, t, scale, 0), 1 - t);
         return -log_t(1 / sum_exp_t(x, t, scale, 0), t);
     }
     const auto inside = std::count_if(x.begin(), x.end(), [=](Real v) { return v > -1 / (1 - t); });
@@ -145,13 +145,13 @@ inline Real tempered_root(const std::vector<Real>& x, Real t, int iterations) {
 
 // lambda - max to rounding. The sum is convex and falls with the root: Newton's method from the left never overshoots.
 inline Real exact_tempered_root(const std::vector<Real>& x, Real t) {
-    if (t == 1) return std::log(sum_exp_t(x, t, 1, 0));
+    if (t == 1) return log(sum_exp_t(x, t, 1, 0));
     Real root = 0;
     for (int i = 0; i < 500; ++i) {
         Real sum = 0, slope = 0;
         for (const Real v : x) {
             const Real p = exp_t(v - root, t);
-            sum += p, slope += p > 0 ? std::pow(p, t) : 0;
+            sum += p, slope += p > 0 ? pow(p, t) : 0;
         }
         const Real step = (sum - 1) / slope;
         root += step;
@@ -176,11 +176,11 @@ inline NaiveResult naive_bi_tempered(const NaiveRow& row, const double* params) 
     for (int j = 0; j < classes; ++j) {
         const Real p = exp_t(x[j] - root, t2), y = j == row.y ? 1 - s : s / (classes - 1);
         if (y > 0) result.value += y * (log_t(y, t1) - log_t(p, t1));
-        result.value -= (std::pow(y, 2 - t1) - std::pow(p, 2 - t1)) / (2 - t1);
-        d.push_back(p > 0 ? (p - y) * std::pow(p, t2 - t1) : 0);
-        escort.push_back(p > 0 ? std::pow(p, t2) : 0);
+        result.value -= (pow(y, 2 - t1) - pow(p, 2 - t1)) / (2 - t1);
+        d.push_back(p > 0 ? (p - y) * pow(p, t2 - t1) : 0);
+        escort.push_back(p > 0 ? pow(p, t2) : 0);
         sum_d += d[j], sum_escort += escort[j];
-        result.magnitude = std::fmax(result.magnitude, std::fabs(d[j]));
+        result.magnitude = fmax(result.magnitude, fabs(d[j]));
     }
     for (int j = 0; j < classes; ++j) result.grad.push_back(d[j] - escort[j] / sum_escort * sum_d);
     return result;
@@ -197,7 +197,7 @@ inline NaiveResult naive_margin(const NaiveRow& row, double margin, bool of_comp
     Real mean = 0;
     for (int j = 0; j < classes; ++j) {
         const Real mu = row.margin.empty() ? margin : row.margin[of_competitor ? j : row.y];
-        e.push_back(j == row.y ? 0 : std::fmax(Real(0), row.logits[j] - (row.logits[row.y] - mu)));
+        e.push_back(j == row.y ? 0 : fmax(Real(0), row.logits[j] - (row.logits[row.y] - mu)));
         mean += e[j];
     }
     mean /= classes;

@@ -33,7 +33,7 @@ void test_losses(int thinning, Random& random) {
 void test_any_loss(Dtype dtype, const Shape& shape, Random& random, bool isolation) {
     int loss = 0;
     do loss = random.one_in(4) ? 0 : random.below(AllLosses::size);
-    while (shape.classes < 2 && needs_two_classes(loss_names()[loss]));
+    while (shape.classes < 2 && needs_of(loss).min_classes > 1);
     const std::vector<Params>& sets = naive_loss(loss_names()[loss]).params;
     test_case(dtype, shape, loss, sets[random.below(int(sets.size()))], random, isolation);
 }

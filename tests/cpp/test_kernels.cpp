@@ -27,7 +27,7 @@ struct Draw {
 Draw draw_loss(Random& random, std::int64_t classes) {
     int loss = 0;
     do loss = random.one_in(4) ? 0 : random.below(AllLosses::size);
-    while (classes < 2 && needs_two_classes(loss_names()[loss]));
+    while (classes < 2 && needs_of(loss).min_classes > 1);
     const std::vector<Params>& sets = naive_loss(loss_names()[loss]).params;
     return {loss, sets[random.below(int(sets.size()))]};
 }
@@ -70,7 +70,7 @@ void test_losses(int thinning) {
     for (const Dtype dtype : kDtypes) {
         for (int loss = 0; loss < AllLosses::size; ++loss) {
             for (const Params& params : naive_loss(loss_names()[loss]).params) {
-                const int repeats = is_margin_loss(loss_names()[loss]) ? 8 : 1;
+                const int repeats = needs_of(loss).has_margin ? 8 : 1;
                 for (int i = 0; i < 2 * repeats; ++i) {
                     const int classes = i % 2 ? 100 : 10;
                     if (!random.one_in(thinning)) continue;

@@ -6,7 +6,7 @@
 #include <string>
 
 #include "check.h"
-#include "losses/registry.h"
+#include "losses/needs.h"
 #include "naive_losses.h"
 
 namespace {
@@ -99,7 +99,7 @@ bool is_smooth(const StateOf<Loss>& state, const Row& row, const Row& other, con
         const auto p = [&](double z) { return std::exp(Loss::log_exp(z - state.max - state.root, params[1] - 1)); };
         return params[1] >= 1 || std::all_of(row.z.begin(), row.z.end(), [&](double z) { return p(z) > 0.01; });
     }
-    if (!is_margin_loss(Loss::name)) return true;
+    if (!needs_of<Loss>().has_margin) return true;
     const StateOf<Loss> further = run<Loss>(other, params);
     for (int j = 0; j < int(row.z.size()); ++j)
         if (gradient<Loss>(state, row, params, j) != gradient<Loss>(further, other, params, j)) return false;
@@ -193,7 +193,7 @@ void test_same(const char* what, const Params& a, const Params& b, double tolera
     Random random(10);
     for (int i = 0; i < 20; ++i) {
         Row row = random_row(random, 2 + random.below(20));
-        if (is_margin_loss(A::name)) std::fill(row.margin.begin(), row.margin.end(), a[0]);
+        if (needs_of<A>().has_margin) std::fill(row.margin.begin(), row.margin.end(), a[0]);
         const StateOf<A> x = run<A>(row, a);
         const StateOf<B> y = run<B>(row, b);
         check(std::fabs(A::value(x) - B::value(y)) <= tolerance * (1 + std::fabs(A::value(x))),

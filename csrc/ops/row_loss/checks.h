@@ -3,6 +3,7 @@
 
 #include "core/row_problem.h"
 #include "losses/names.h"
+#include "losses/needs.h"
 #include "losses/stats_count.h"
 #include "ops/row_loss/args.h"
 
@@ -37,7 +38,7 @@ inline bool is_per_row(const Tensor& t, const Sizes& rows) {
 }
 
 // Returns whether the target holds probabilities.
-inline bool check_target(const RowLossArgs& args, const Sizes& rows) {
+inline bool check_target(const RowLossArgs& args, const LossNeeds& needs, const Sizes& rows) {
     const Tensor &logits = args.logits, &target = args.target;
     check(target.device() == logits.device(), args.loss, ": target must be on the device of logits (", logits.device(),
           "), got ", target.device());
@@ -45,7 +46,7 @@ inline bool check_target(const RowLossArgs& args, const Sizes& rows) {
         check(target.is_floating(), args.loss, ": Expected floating point type for target with class ",
               "probabilities (it has the shape of logits), got ", target.dtype(),
               "; one-hot labels are passed as class indices, target.argmax(", class_dim_of(logits), ")");
-        check(args.loss == CrossEntropy::name, args.loss, ": target must hold class indices of shape ", rows,
+        check(needs.takes_probabilities, args.loss, ": target must hold class indices of shape ", rows,
               "; only cross_entropy takes class probabilities, got shape ", target.sizes());
         check(args.ignore_index < 0, args.loss, ": ignore_index is not supported for floating point target, got ",
               args.ignore_index);
@@ -96,12 +97,10 @@ inline void check_logit_bias(const RowLossArgs& args) {
           bias.device());
 }
 
-inline bool has_margin(const RowLossArgs& args) { return args.loss == HEM::name || args.loss == MultiMargin::name; }
-
-inline void check_margin(const RowLossArgs& args) {
+inline void check_margin(const RowLossArgs& args, const LossNeeds& needs) {
     if (!args.margin) return;
     const Tensor &margin = *args.margin, &logits = args.logits;
-    check_value(has_margin(args), args.loss, ": margin is for margin losses only");
+    check_value(needs.has_margin, args.loss, ": margin is for margin losses only");
     const std::int64_t num_classes = logits.size(class_dim_of(logits));
     check(margin.is_floating() && margin.device() == logits.device(), args.loss,
           ": margin must be a floating point tensor on the device of logits (", logits.device(), "), got ",
@@ -111,11 +110,12 @@ inline void check_margin(const RowLossArgs& args) {
 }
 
 inline Reduction parse_reduction(const RowLossArgs& args) {
-    if (args.reduction == "active_mean" && has_margin(args)) return Reduction::kActiveMean;
+    const LossNeeds needs = needs_of(index_of(AllLosses{}, args.loss));
+    if (args.reduction == "active_mean" && needs.has_margin) return Reduction::kActiveMean;
     if (args.reduction == "mean") return Reduction::kMean;
     if (args.reduction == "sum") return Reduction::kSum;
     check_value(args.reduction == "none", args.loss, ": reduction must be ",
-                has_margin(args) ? "'none', 'mean', 'sum' or 'active_mean'" : "'none', 'mean' or 'sum'", ", got '",
+                needs.has_margin ? "'none', 'mean', 'sum' or 'active_mean'" : "'none', 'mean' or 'sum'", ", got '",
                 args.reduction, "'");
     return Reduction::kNone;
 }
@@ -123,23 +123,22 @@ inline Reduction parse_reduction(const RowLossArgs& args) {
 inline int find_loss(const RowLossArgs& args) {
     const int index = index_of(AllLosses{}, args.loss);
     check_value(index >= 0, "loss must be one of the names in loss_names(), got '", args.loss, "'");
-    const int expected = num_params_of(index);
+    const int expected = needs_of(index).num_params;
     check_value(static_cast<int>(args.params.count) == expected, args.loss, ": params must hold ", expected,
                 " numbers, got ", args.params.count);
     return index;
 }
 
 inline RowLossShape check_row_loss(const RowLossArgs& args) {
+    const LossNeeds needs = needs_of(index_of(AllLosses{}, args.loss));
     check_logits(args);
     RowLossShape shape{false, class_dim_of(args.logits), without_class_dim(args.logits)};
-    shape.soft_target = check_target(args, shape.rows);
+    shape.soft_target = check_target(args, needs, shape.rows);
     check_weights(args, shape.rows);
     check_logit_bias(args);
-    check_margin(args);
-    const bool normalized = args.loss.starts_with("nce") || args.loss.starts_with("nfl") || args.loss == NGCE::name;
-    const std::int64_t num_classes = args.logits.size(shape.class_dim);
-    check_value(!normalized || num_classes >= 2, args.loss, ": logits must have at least two classes, got shape ",
-                args.logits.sizes());
+    check_margin(args, needs);
+    check_value(args.logits.size(shape.class_dim) >= needs.min_classes, args.loss,
+                ": logits must have at least two classes, got shape ", args.logits.sizes());
     return shape;
 }
 

@@ -1,0 +1,33 @@
+// What a loss asks of its arguments, as its struct says. For host code alone.
+#pragma once
+
+#include "losses/registry.h"
+
+namespace fused_losses {
+inline namespace FL_ISA {
+
+struct LossNeeds {
+    int num_params = 0;
+    int min_classes = 1;
+    bool has_margin = false;           // margins may be a tensor in place of params[0]; reductions with active_mean
+    bool takes_probabilities = false;  // kernels take a target of class probabilities
+};
+
+template <class Loss>
+constexpr LossNeeds needs_of() {
+    LossNeeds needs;
+    needs.num_params = Loss::num_params;
+    if constexpr (requires { Loss::min_classes; }) needs.min_classes = Loss::min_classes;
+    if constexpr (requires { Loss::has_margin; }) needs.has_margin = Loss::has_margin;
+    if constexpr (requires { Loss::takes_probabilities; }) needs.takes_probabilities = Loss::takes_probabilities;
+    return needs;
+}
+
+inline LossNeeds needs_of(int loss) {
+    LossNeeds needs;
+    visit_loss(AllLosses{}, loss, [&]<class Loss>() { needs = needs_of<Loss>(); });
+    return needs;
+}
+
+}  // namespace FL_ISA
+}  // namespace fused_losses
