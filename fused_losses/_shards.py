@@ -20,7 +20,6 @@ from fused_losses._reference import Rows, zero_at_zero
 from fused_losses.distributed import check_member
 
 
-
 class Shard(NamedTuple):
     """The classes of this rank: ``first_class`` and the following, of ``num_classes`` in all."""
 
