@@ -62,7 +62,7 @@ BUILD_FLAGS = {
     "pattern": ["-O1", "-ftrivial-auto-var-init=pattern"],
 }
 # The CUDA kernels, run by tests/cpp/cuda_emulation, in two builds that stand for all three.
-CUDA_PLANNING = [ROOT / "csrc" / "cuda" / name for name in ("launch.cpp", "register_plan.cpp", "residence.cpp")]
+CUDA_PLANNING = [ROOT / "csrc" / "cuda" / name for name in ("launch.cpp", "register_plan.cpp", "resident_blocks.cpp")]
 CUDA_SOURCES = [*CUDA_PLANNING, *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
 CUDA_FLAGS = {
     "optimised": BUILD_FLAGS["pattern"],
