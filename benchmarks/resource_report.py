@@ -1,7 +1,7 @@
 """Registers, spills, shared memory and stores of every CUDA kernel, as nvcc reports them; needs no GPU.
 
     python benchmarks/resource_report.py [--arch 90 80 100] [--json report.json] [--markdown report.md]
-                                         [--source row_forward.cu ...] [--strict]
+                                         [--source register_forward.cu ...] [--strict]
 
 Compiles csrc/cuda/*.cu with ``-Xptxas -v``, two at a time, and prints one line per kernel, those with most registers
 first. "blocks" is how many blocks of 256 threads the registers of one multiprocessor (65536) are enough for. "narrow"
@@ -132,7 +132,7 @@ def count_instructions(sass: str) -> dict[str, Instructions]:
 
 def compile_verbosely(source: Path, arch: str, cuobjdump: str | None) -> tuple[str, dict[str, Instructions]]:
     """What ptxas says about the kernels of one file, compiled as CMakeLists.txt does by default, and their code."""
-    clusters = source.name.endswith("_forward.cu")  # others are compiled once, to PTX for sm_80
+    clusters = source.stem in ("register_forward", "passes", "tempered_passes")  # others: PTX for sm_80
     virtual = min(int(arch), 90 if clusters else 80)
     with tempfile.TemporaryDirectory() as folder:
         command = ["nvcc", "-std=c++20", "-O3", "-DNDEBUG", "-DFL_WITH_CUDA", "--expt-relaxed-constexpr"]

@@ -62,7 +62,7 @@ BUILD_FLAGS = {
     "pattern": ["-O1", "-ftrivial-auto-var-init=pattern"],
 }
 # The CUDA kernels, run by tests/cpp/cuda_emulation, in two builds that stand for all three.
-CUDA_PLANNING = [ROOT / "csrc" / "cuda" / name for name in ("launch.cpp", "register_plan.cpp", "residence.cpp")]
+CUDA_PLANNING = [ROOT / "csrc" / "cuda" / name for name in ("launch.cpp", "register_plan.cpp", "resident_blocks.cpp")]
 CUDA_SOURCES = [*CUDA_PLANNING, *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
 CUDA_FLAGS = {
     "optimised": BUILD_FLAGS["pattern"],
@@ -212,8 +212,8 @@ def test_program(results: dict[tuple[str, str, str], Future[Result]], build: str
     assert re.search(r"\d+ checks, 0 failures", result.stdout)
 
 
-# Two types of one name in one namespace break the one-definition rule even if no file includes both. `-flto -Wodr` finds
-# them in minutes; read together, their headers do not compile.
+# Two types of one name in one namespace break the one-definition rule even if no file includes both. `-flto -Wodr`
+# finds them in minutes; read together, their headers do not compile.
 def test_no_two_headers_define_the_same_name(workshop: Workshop) -> None:
     headers = [path for folder in ("core", "losses", "z_error", "cpu") for path in (ROOT / "csrc" / folder).glob("*.h")]
     torch_free = [path for path in sorted(headers) if "#include <torch/" not in path.read_text()]

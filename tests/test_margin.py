@@ -383,7 +383,7 @@ def test_bad_options():
             with pytest.raises(ValueError, match=f"^p must be 1 or 2, got {p}$"):
                 made(p=p)
         for switch in ("mean_above_zero", "threshold"):
-            with pytest.raises(ValueError, match="^p must be 1 with mean_above_zero or threshold"):
+            with pytest.raises(ValueError, match=r"^p must be 1 with mean_above_zero or threshold"):
                 made(p=2, **{switch: True})
     for name in ("hem", "multi_margin"):
         message = "reduction must be 'none', 'mean', 'sum' or 'active_mean', got 'average'"

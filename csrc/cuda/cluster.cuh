@@ -30,19 +30,4 @@ FL_DEVICE const T& of_rank(const T& mine, int rank) {
 }
 #endif
 
-// Combines what the blocks of the cluster bring, each the same in all of its threads, in the order of their ranks.
-// `turn` alternates between calls: who is late reads one place while the others write to the other.
-template <class T, class Combine>
-FL_DEVICE void combine_over_cluster(T& x, int turn, Combine combine) {
-    const int size = cluster_size(), me = threadIdx.x;
-    if (size == 1) return;
-    __shared__ T of_block[2], of_cluster[kMaxCluster];
-    if (me == 0) of_block[turn] = x;
-    sync_cluster();
-    if (me < size) of_cluster[me] = of_rank(of_block[turn], me);  // all at once: other blocks are far away
-    __syncthreads();  // of_cluster is written again after another sync_cluster()
-    x = of_cluster[0];
-    for (int rank = 1; rank < size; ++rank) combine(x, of_cluster[rank]);
-}
-
 }  // namespace fused_losses::cuda

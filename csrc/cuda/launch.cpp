@@ -2,29 +2,12 @@
 #include "cuda/launch.cuh"
 
 #include <algorithm>
-#include <cstdlib>
 
 namespace fused_losses::cuda {
 
 bool rows_are_dense(const RowProblem& p, const RowStride& stride, std::int64_t class_stride) {
     return class_stride == 1 && p.outer == 1 && (stride.inner == p.num_classes || p.inner <= 1);
 }
-
-Regime regime_of(const RowProblem& p) {
-    constexpr std::int64_t warp_classes = 1024;
-    const Regime long_row = p.num_classes <= warp_classes ? Regime::kWarp : Regime::kBlock;
-    if (p.dtype == Dtype::kFloat64) return long_row;  // kIsForChecking
-    const bool dense = rows_are_dense(p, p.logits_stride, p.logits_class_stride) &&
-                       (!p.grad || rows_are_dense(p, p.grad_stride, p.grad_class_stride));
-    if (dense && p.num_classes <= kStagedClasses) return Regime::kStaged;
-    if (p.num_classes <= kFewClasses) return Regime::kThread;
-    // NCHW: neighbouring threads read neighbouring pixels, if there are enough of them to fill the device.
-    const bool pixels_adjacent = std::abs(p.logits_stride.inner) < std::abs(p.logits_class_stride);
-    if (pixels_adjacent && p.inner > 1 && p.rows() >= p.num_classes) return Regime::kThread;
-    return long_row;
-}
-
-int threads_of(Regime regime) { return regime == Regime::kBlock ? kBlock : 32; }
 
 unsigned blocks_for(std::int64_t rows, std::int64_t rows_per_block) {
     const std::int64_t wanted = (rows + rows_per_block - 1) / rows_per_block;

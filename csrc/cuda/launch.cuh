@@ -9,8 +9,7 @@
 
 namespace fused_losses::cuda {
 
-constexpr int kBlock = 256;        // threads per block of most kernels
-constexpr int kMostThreads = 768;  // of any block: leaves 80 registers each
+constexpr int kBlock = 256;  // threads per block of most kernels
 
 // Blocks that must fit on a multiprocessor: lets row kernels use 64 registers a thread (128 for doubles).
 // Left alone, the compiler spills some of them for an occupancy that these kernels do not need.
@@ -20,19 +19,6 @@ constexpr int kMinBlocks = sizeof(A) == 8 ? 2 : (kHeavy ? 3 : 4);
 // Doubles are for checking, not for speed: one kernel serves all shapes and losses, which saves build time.
 template <class Stored>
 constexpr bool kIsForChecking = std::is_same_v<Stored, double>;
-
-// Who works on a row. Every kernel is right for any shape and strides; the choice is about speed.
-// kStaged: a thread, on rows that the block has brought to shared memory.
-enum class Regime { kStaged, kThread, kWarp, kBlock };
-
-constexpr int kStagedClasses = 32;
-constexpr int kFewClasses = 16;
-
-// Who works on the rows of this problem.
-Regime regime_of(const RowProblem& p);
-
-// Threads of a Group (team.cuh).
-int threads_of(Regime regime);
 
 // Blocks for `rows` rows at `rows_per_block`, one at least: sums over no rows have to be written, too.
 unsigned blocks_for(std::int64_t rows, std::int64_t rows_per_block);
@@ -51,23 +37,24 @@ cudaError_t find_multiprocessors(int& count);
 // Whether the rows follow each other without gaps.
 bool rows_are_dense(const RowProblem& p, const RowStride& stride, std::int64_t class_stride);
 
-// Calls body.operator()<Stored, kSpread>() for the problem's dtype; kSpread says that u_j may be needed.
-template <class Body>
-cudaError_t dispatch(const RowProblem& p, Body body) {
-    const auto with = [&]<class Stored>() {
-        [[maybe_unused]] const bool spread = p.spread != Spread::kNone;
-        if constexpr (!kIsForChecking<Stored>)
-            if (!spread) return body.template operator()<Stored, false>();
-        return body.template operator()<Stored, true>();
-    };
-    switch (p.dtype) {
-        case Dtype::kFloat64: return with.template operator()<double>();
-        case Dtype::kFloat32: return with.template operator()<float>();
-        case Dtype::kFloat16: return with.template operator()<Half>();
-        case Dtype::kBFloat16: return with.template operator()<BFloat16>();
+// A launch of `blocks` blocks in clusters. Not to be copied: it points into itself.
+struct ClusterLaunch {
+    cudaLaunchAttribute cluster = {};
+    cudaLaunchConfig_t config = {};
+
+    ClusterLaunch(const BlockShape& shape, std::int64_t blocks, cudaStream_t stream) {
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
+        cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+        config.gridDim = dim3(static_cast<unsigned>(blocks));
+        config.blockDim = dim3(shape.threads);
+        config.dynamicSmemBytes = static_cast<std::size_t>(shape.bytes);
+        config.stream = stream;
+        config.attrs = &cluster;
+        config.numAttrs = shape.cluster > 1 ? 1 : 0;
     }
-    return cudaErrorInvalidValue;
-}
+    ClusterLaunch(const ClusterLaunch&) = delete;
+};
 
 // Plain C++, without <<<>>>: tests/cpp/cuda_emulation runs the kernels on the host.
 template <class... Params, class... Args>

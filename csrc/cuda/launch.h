@@ -14,6 +14,9 @@ namespace fused_losses::cuda {
 // Class indices are 32 bits wide in the kernels (offsets are not); the limit leaves room for loop steps.
 constexpr std::int64_t kMaxClasses = std::int64_t(1) << 30;
 
+constexpr int kMostThreads = 768;  // of any block: leaves 80 registers each
+constexpr int kMaxCluster = 16;    // blocks
+
 // The largest grid; kernels loop over what exceeds it.
 constexpr unsigned kMaxBlocks = 4096;
 constexpr std::int64_t kPartials = 2 * std::int64_t(kMaxBlocks);

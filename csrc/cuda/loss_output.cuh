@@ -1,4 +1,4 @@
-// The end of every forward: the sums over all rows.
+// The end of every forward: what is kept of each row, and the sums over all rows.
 #pragma once
 
 #include "cuda/grid.cuh"
@@ -11,6 +11,18 @@ FL_DEVICE A written_share(const RowProblem& p) {
     const A known = p.denominator ? *as<A>(p.denominator) : A(1);
     const A denominator = p.assumed_denominator != 0 ? static_cast<A>(p.assumed_denominator) : known;
     return denominator == A(0) ? A(0) : A(1) / denominator;
+}
+
+// A row's value and its share of the denominator, both weighted, and what backward needs of it. Zeros for rows that are
+// ignored.
+template <class A, int n>
+FL_DEVICE void record_row(const RowProblem& p, LossSums& sums, const Row& row, A value, A weight, const A (&kept)[n]) {
+    sums.add({static_cast<double>(value), static_cast<double>(weight)});
+    if (p.row_values) static_cast<A*>(p.row_values)[row.number] = value;
+    if (!p.stats) return;
+#pragma unroll
+    for (int k = 0; k < n; ++k)
+        if (k < p.stats_count) static_cast<A*>(p.stats)[k * p.rows() + row.number] = kept[k];
 }
 
 // For all threads of the grid, with the sums over their rows.

@@ -8,59 +8,7 @@ namespace {
 
 constexpr int kMostWarps = kMostThreads / 32;
 
-// The threads that share a row.
-class RegisterTeam {
-public:
-    const int threads, lane;
-    const bool leads;
-
-    FL_DEVICE explicit RegisterTeam(const RegisterPlan& plan)
-        : threads(plan.lanes),
-          lane(threads == 32 ? threadIdx.x % 32 : threadIdx.x),
-          leads(lane == 0 && cluster_rank() == 0) {}
-
-    // Of all teams of the grid, and this one among them.
-    FL_DEVICE int count() const { return threads == 32 ? gridDim.x * (blockDim.x / 32) : gridDim.x / cluster_size(); }
-    FL_DEVICE int number() const {
-        return threads == 32 ? blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32 : blockIdx.x / cluster_size();
-    }
-
-    FL_DEVICE float larger(float x) {
-        return reduce(x, -std::numeric_limits<float>::infinity(), 0, [](float a, float b) { return std::fmax(a, b); });
-    }
-    // `which`: of the sums of a row, one after the other.
-    FL_DEVICE float sum(float x, int which = 0) { return reduce(x, 0.0f, 1 + which, Plus()); }
-
-    FL_DEVICE void sync() const { threads == 32 ? __syncwarp() : __syncthreads(); }
-    FL_DEVICE void part_company() const {
-        if (cluster_size() > 1) sync_cluster();
-    }
-
-private:
-    template <class Combine>
-    static FL_DEVICE float over_lanes(float x, int lanes, Combine combine) {
-#pragma unroll
-        for (int distance = 16; distance > 0; distance /= 2)
-            if (distance < lanes) x = combine(x, __shfl_xor_sync(0xffffffffu, x, distance));
-        return x;
-    }
-
-    // `place` differs from that of the reduction before and of the one after: who is late reads there.
-    template <class Combine>
-    FL_DEVICE float reduce(float x, float nothing, int place, Combine combine) const {
-        x = over_lanes(x, 32, combine);
-        if (threads == 32 && cluster_size() == 1) return x;
-        __shared__ float of_warp[4][kMostWarps], of_block[4];
-        const int me = threadIdx.x % 32;
-        if (me == 0) of_warp[place][threadIdx.x / 32] = x;
-        __syncthreads();
-        x = over_lanes(me < threads / 32 ? of_warp[place][me] : nothing, 32, combine);
-        if (cluster_size() == 1) return x;
-        if (threadIdx.x == 0) of_block[place] = x;
-        sync_cluster();
-        return over_lanes(me < cluster_size() ? of_rank(of_block[place], me) : nothing, 32, combine);
-    }
-};
+using RegisterTeam = RowTeam<float, false>;
 
 // The thread's part of a row, of which each block of a cluster has consecutive accesses. What is beside the accesses is
 // the first block's.
@@ -119,8 +67,8 @@ __global__ void __launch_bounds__(most_direct_threads(sizeof(Stored)), 1)
     LossSums& sums = of_team[threadIdx.x / 32];  // of the leading thread, whose registers have other uses
     if (team.leads) sums = {0, 0};
     const RegisterRow<Stored, kSpread, uint4, kHeld / kVector<Stored>, RegisterTeam> worker(args, sums);
-    const int rows = static_cast<int>(p.inner), step = team.count();
-    int number = team.number();
+    const int rows = static_cast<int>(p.inner), step = static_cast<int>(team.step());
+    int number = static_cast<int>(team.first()) + team.place();
     PackedTarget next(args, number, number < rows);
     for (; number < rows; number += step) {
         const PackedTarget target = next;
@@ -136,17 +84,13 @@ __global__ void __launch_bounds__(most_direct_threads(sizeof(Stored)), 1)
 
 template <class Stored, bool kSpread>
 cudaError_t enqueue_registers(RegisterArgs& args, cudaStream_t stream) {
-    const RegisterPlan& plan = args.plan;
-    const int at_once = plan.lanes == 32 ? plan.threads / 32 : 1;
-    const std::int64_t wanted = (args.problem.rows() + at_once - 1) / at_once * plan.cluster;
     const auto with = [&]<int kHeld>() {
-        return launch_all_resident(&softmax_in_registers<Stored, kSpread, kHeld>, {plan.threads, 0, plan.cluster},
-                                   wanted, stream, args);
+        return launch_rows_resident(&softmax_in_registers<Stored, kSpread, kHeld>, args, stream);
     };
     if constexpr (kSpread)
         return with.template operator()<kDirectHeldWithSpread>();
     else
-        return plan.held == 24 ? with.template operator()<24>() : with.template operator()<32>();
+        return args.plan.held == 24 ? with.template operator()<24>() : with.template operator()<32>();
 }
 
 #define FL_REGISTERS(Stored)                                                            \

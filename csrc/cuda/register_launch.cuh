@@ -1,6 +1,7 @@
 // Launching of kernels that have their rows in registers.
 #pragma once
 
+#include "cuda/launch.cuh"
 #include "cuda/register_plan.h"
 #include "cuda/row_access.cuh"
 
@@ -8,17 +9,21 @@
 
 namespace fused_losses::cuda {
 
-struct RegisterArgs : RowArgs<float> {
+template <class A>
+struct PlannedArgs : RowArgs<A> {
     RegisterPlan plan;
-    bool is_saved = false;  // the coefficients of all rows are in stats: only the gradient is asked for
+    bool is_saved = false;  // what forward knows of all rows is in stats: only the gradient is asked for
 
-    using RowArgs<float>::RowArgs;
+    using RowArgs<A>::RowArgs;
 };
+using RegisterArgs = PlannedArgs<float>;
 
 template <class Stored, bool kSpread>
 cudaError_t enqueue_registers(RegisterArgs& args, cudaStream_t stream);
 template <class Stored, bool kSpread>
 cudaError_t enqueue_tiles(RegisterArgs& args, cudaStream_t stream);
+template <class Stored, bool kSpread>
+cudaError_t enqueue_columns(RegisterArgs& args, cudaStream_t stream);
 
 constexpr cudaError_t kDoesNotFit = cudaErrorInvalidClusterSize;
 
@@ -35,25 +40,23 @@ cudaError_t launch_all_resident(void (*kernel)(Params...), const BlockShape& sha
     return cudaLaunchKernelEx(&launch.config, kernel, args...);
 }
 
-// Forward, or backward from what it saved, if rows can be held in registers.
-template <class Stored, bool kSpread>
-bool enqueue_if_held(const RowProblem& p, const LossOutput& out, bool is_saved, cudaStream_t stream,
-                     cudaError_t& error) {
-    RegisterArgs args(p, out);
-    args.is_saved = is_saved;
-    int multiprocessors = 0;
-    error = find_multiprocessors(multiprocessors);
-    if (error != cudaSuccess) return true;
-    if ((args.plan = plan_tiles(p, multiprocessors))) {
-        error = enqueue_tiles<Stored, kSpread>(args, stream);
-        if (error != kDoesNotFit) return true;
-    }
-    for (int largest = kMaxCluster; largest > 0; largest /= 2) {
-        if (!(args.plan = plan_direct(p, largest))) continue;
-        error = enqueue_registers<Stored, kSpread>(args, stream);
-        if (error != kDoesNotFit) return true;
-    }
-    return false;
+// A kernel whose warps work on tiles.
+template <class Args>
+cudaError_t launch_tiles_resident(void (*kernel)(Args), const Args& args, cudaStream_t stream) {
+    const RegisterPlan& plan = args.plan;
+    constexpr int warps = kTileThreads / 32;
+    const std::int64_t tiles = (args.problem.rows() + plan.tile_rows - 1) / plan.tile_rows;
+    return launch_all_resident(kernel, {kTileThreads, warps * 2 * plan.tile_bytes + plan.slot_bytes, 1},
+                               (tiles + warps - 1) / warps, stream, args);
+}
+
+// A kernel of a RowTeam, or of another whose teams are like those.
+template <class Args>
+cudaError_t launch_rows_resident(void (*kernel)(Args), const Args& args, cudaStream_t stream) {
+    const RegisterPlan& plan = args.plan;
+    const int at_once = plan.is_column || plan.lanes == 32 ? plan.threads / plan.lanes : 1;
+    const std::int64_t wanted = (args.problem.rows() + at_once - 1) / at_once * plan.cluster;
+    return launch_all_resident(kernel, {plan.threads, plan.slot_bytes, plan.cluster}, wanted, stream, args);
 }
 
 }  // namespace fused_losses::cuda

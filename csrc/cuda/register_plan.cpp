@@ -1,12 +1,17 @@
 // Sharing out rows that stay in registers.
 #include "cuda/register_plan.h"
 
+#include "cuda/launch.cuh"
+
 #include <algorithm>
+#include <cstdlib>
 #include <numeric>
+#include <set>
 
 namespace fused_losses::cuda {
 namespace {
 
+constexpr int kMostSlots = 48;  // numbers of a thread in shared memory: half of the threads that there may be have room
 constexpr std::int64_t kMostRows = std::int64_t(1) << 30;  // of which kernels count with 32 bits
 
 std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -20,10 +25,14 @@ bool is_gradient_alike(const RowProblem& p) {
            (p.inner <= 1 || (p.logits_stride.inner - p.grad_stride.inner) * element % 16 == 0);
 }
 
-// How often the busiest bank is asked where each lane reads the first of its `rounds` words of a row.
-int bank_conflicts(std::int64_t row_bytes, int lanes, int rounds) {
+// How often the busiest bank is asked for different words where each lane reads the first of its `lane_bytes` of a row.
+int bank_conflicts(std::int64_t row_bytes, int lanes, int lane_bytes) {
+    std::set<std::int64_t> words;
     int asked[32] = {}, most = 0;
-    for (int t = 0; t < 32; ++t) most = std::max(most, ++asked[(t / lanes * row_bytes / 4 + t % lanes * rounds) % 32]);
+    for (int t = 0; t < 32; ++t) {
+        const std::int64_t word = (t / lanes * row_bytes + t % lanes * lane_bytes) / 4;
+        if (words.insert(word).second) most = std::max(most, ++asked[word % 32]);
+    }
     return most;
 }
 
@@ -31,18 +40,50 @@ int bank_conflicts(std::int64_t row_bytes, int lanes, int rounds) {
 std::int64_t cost_of(std::int64_t row_bytes, int lanes, int rounds, int most_rounds) {
     constexpr int of_row = 140, of_word = 14;
     const std::int64_t instructions = of_row + of_word * most_rounds;
-    return lanes * std::max<std::int64_t>(instructions, 2 * 4 * rounds * bank_conflicts(row_bytes, lanes, rounds));
+    return lanes * std::max<std::int64_t>(instructions, 2 * 4 * rounds * bank_conflicts(row_bytes, lanes, 4 * rounds));
+}
+
+// Whether rows can be brought to shared memory, and written from there, as they follow each other.
+bool can_be_tiles(const RowProblem& p) {
+    constexpr int most_classes = 400;
+    const bool is_dense = rows_are_dense(p, p.logits_stride, p.logits_class_stride) &&
+                          (!p.grad || rows_are_dense(p, p.grad_stride, p.grad_class_stride));
+    return bytes_of(p.dtype) < 8 && is_dense && p.num_classes <= most_classes && p.inner <= kMostRows &&
+           is_gradient_alike(p);
+}
+
+// Tiles that end at 16 bytes; larger ones where there are rows for all warps.
+void fill_tile(const RowProblem& p, int most_bytes, int multiprocessors, RegisterPlan& plan) {
+    constexpr int warps = 24;
+    const int row_bytes = static_cast<int>(p.num_classes) * bytes_of(p.dtype);
+    int rows = std::max(32 / plan.lanes, 16 / std::gcd(row_bytes, 16));
+    while (2 * rows * row_bytes <= most_bytes && p.rows() >= std::int64_t(2) * rows * warps * multiprocessors)
+        rows *= 2;
+    plan.tile_rows = rows;
+    plan.tile_bytes = rows * row_bytes + (reinterpret_cast<std::uintptr_t>(p.logits) % 16 == 0 ? 0 : 16);
+    plan.threads = kTileThreads;
+}
+
+// Room in shared memory for `held` classes of each thread, in an odd number of words so that all use different banks.
+void give_slots(int held, int slots, int bytes, RegisterPlan& plan) {
+    plan.held = held;
+    plan.pitch = slots > 0 ? held * slots | 1 : 0;
+    plan.slot_bytes = plan.threads * plan.pitch * bytes;
+}
+
+// NCHW: neighbouring threads read neighbouring pixels, if there are enough of them to fill the device. And rows of so
+// few classes that a warp would have nothing to do.
+bool are_columns(const RowProblem& p) {
+    constexpr int few_classes = 16;
+    const bool are_adjacent = std::abs(p.logits_stride.inner) < std::abs(p.logits_class_stride);
+    return p.num_classes <= few_classes || (are_adjacent && p.inner > 1 && p.rows() >= p.num_classes);
 }
 
 }  // namespace
 
 RegisterPlan plan_tiles(const RowProblem& p, int multiprocessors) {
-    constexpr int most_classes = 400, warps = 24;
+    if (!can_be_tiles(p)) return {};
     const int element = bytes_of(p.dtype), per_word = 4 / element;
-    const bool is_dense = rows_are_dense(p, p.logits_stride, p.logits_class_stride) &&
-                          (!p.grad || rows_are_dense(p, p.grad_stride, p.grad_class_stride));
-    if (element == 8 || !is_dense || p.num_classes > most_classes || p.inner > kMostRows || !is_gradient_alike(p))
-        return {};
     const int classes = static_cast<int>(p.num_classes), row_bytes = classes * element, words = classes / per_word;
     const int shift = static_cast<int>(reinterpret_cast<std::uintptr_t>(p.logits) % 16);
     if (row_bytes % 4 == 0 && shift % 4 != 0) return {};  // a number beside the words at both ends of every row
@@ -59,19 +100,13 @@ RegisterPlan plan_tiles(const RowProblem& p, int multiprocessors) {
                 plan.lanes = lanes, plan.rounds = rounds, plan.held = held;
             }
         }
-    int rows = std::max(32 / plan.lanes, 16 / std::gcd(row_bytes, 16));
-    const int most_bytes = most_tile_bytes(plan.held, p.spread != Spread::kNone);
-    while (2 * rows * row_bytes <= most_bytes && p.rows() >= std::int64_t(2) * rows * warps * multiprocessors)
-        rows *= 2;
-    plan.tile_rows = rows;
-    plan.tile_bytes = rows * row_bytes + (shift == 0 ? 0 : 16);
-    plan.threads = kTileThreads;
+    fill_tile(p, most_tile_bytes(plan.held, p.spread != Spread::kNone), multiprocessors, plan);
     plan.is_ragged = classes % per_word != 0;
     return plan;
 }
 
 int conflicts_of(const RowProblem& p, const RegisterPlan& plan) {
-    return bank_conflicts(p.num_classes * bytes_of(p.dtype), plan.lanes, plan.rounds);
+    return bank_conflicts(p.num_classes * bytes_of(p.dtype), plan.lanes, 4 * plan.rounds);
 }
 
 RegisterPlan plan_direct(const RowProblem& p, int largest_cluster) {
@@ -99,6 +134,73 @@ RegisterPlan plan_direct(const RowProblem& p, int largest_cluster) {
     plan.threads = plan.lanes == 32 ? kTileThreads : plan.lanes;
     plan.is_ragged = p.num_classes % numbers != 0 || reinterpret_cast<std::uintptr_t>(p.logits) % 16 != 0 ||
                      p.logits_stride.inner % numbers != 0;
+    return plan;
+}
+
+RegisterPlan plan_columns(const RowProblem& p) {
+    RegisterPlan plan;
+    const std::int64_t parts = divide_up(p.num_classes, kColumnHeld);
+    if (bytes_of(p.dtype) == 8 || !are_columns(p) || parts * 32 > kMostColumnThreads) return plan;
+    plan.is_column = true;
+    plan.lanes = static_cast<int>(parts);
+    plan.share = static_cast<int>(divide_up(p.num_classes, parts));
+    plan.threads = 32 * plan.lanes;
+    const auto is_paired = [](const void* begin, const RowStride& row, std::int64_t classes) {
+        return row.inner == 1 && row.outer % 2 == 0 && classes % 2 == 0 &&
+               reinterpret_cast<std::uintptr_t>(begin) % 4 == 0;
+    };
+    plan.is_paired = is_paired(p.logits, p.logits_stride, p.logits_class_stride) &&
+                     (!p.grad || is_paired(p.grad, p.grad_stride, p.grad_class_stride));
+    return plan;
+}
+
+RegisterPlan plan_pass_tiles(const RowProblem& p, int slots, int multiprocessors) {
+    constexpr int most_bytes = 2048;
+    if (!can_be_tiles(p)) return {};
+    const int element = bytes_of(p.dtype), classes = static_cast<int>(p.num_classes), most = kMostSlots / slots;
+    RegisterPlan plan;
+    for (plan.lanes = 1; plan.lanes * most < classes;) plan.lanes *= 2;
+    plan.rounds = static_cast<int>(divide_up(classes, plan.lanes));
+    const auto conflicts = [&](int each) { return bank_conflicts(classes * element, plan.lanes, each * element); };
+    if (plan.rounds < most && conflicts(plan.rounds + 1) < conflicts(plan.rounds)) ++plan.rounds;
+    fill_tile(p, most_bytes, multiprocessors, plan);
+    give_slots(plan.rounds, slots, 4, plan);
+    return plan;
+}
+
+RegisterPlan plan_pass_rows(const RowProblem& p, int slots, int largest_cluster) {
+    constexpr int enough_threads = 256;
+    const int most = kMostSlots / slots;
+    RegisterPlan plan;
+    if ((plan.is_column = are_columns(p))) {
+        if (p.num_classes > most * (kMostColumnThreads / 32)) return {};
+        plan.lanes = static_cast<int>(divide_up(p.num_classes, most));
+        plan.threads = plan.lanes * std::max(32, 128 / plan.lanes / 32 * 32);
+        plan.share = static_cast<int>(p.num_classes);
+    } else {
+        while (plan.cluster < largest_cluster && divide_up(p.num_classes, plan.cluster) > enough_threads * most)
+            plan.cluster *= 2;
+        const std::int64_t share = divide_up(p.num_classes, plan.cluster), lanes = divide_up(share, 32 * most) * 32;
+        if (lanes > kMostColumnThreads) return {};
+        plan.share = static_cast<int>(share);
+        plan.lanes = static_cast<int>(lanes);
+        plan.threads = plan.lanes == 32 ? kTileThreads : plan.lanes;
+    }
+    give_slots(static_cast<int>(divide_up(plan.share, plan.lanes)), slots, 4, plan);
+    return plan;
+}
+
+RegisterPlan plan_any_rows(const RowProblem& p, int slots) {
+    constexpr int threads = 256, classes_of_warp = 1024, parts = 8, few_classes = 64, held = 8;
+    RegisterPlan plan;
+    plan.is_column = are_columns(p);
+    if (plan.is_column)
+        plan.lanes = p.num_classes <= few_classes ? 1 : parts;
+    else
+        plan.lanes = p.num_classes <= classes_of_warp ? 32 : threads;
+    plan.share = static_cast<int>(p.num_classes);
+    plan.threads = threads;
+    give_slots(held, slots, p.dtype == Dtype::kFloat64 ? 8 : 4, plan);
     return plan;
 }
 

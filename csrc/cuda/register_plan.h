@@ -2,7 +2,7 @@
 // them. Host code.
 #pragma once
 
-#include "cuda/residence.h"
+#include "cuda/launch.h"
 
 namespace fused_losses::cuda {
 
@@ -11,7 +11,7 @@ namespace fused_losses::cuda {
 // much as what it leaves out.
 constexpr int kTileHeld[] = {10, 16, 20, 26}, kDirectHeld[] = {16, 24, 32};
 constexpr int kTileHeldWithSpread = 16, kDirectHeldWithSpread = 16;
-constexpr int kTileThreads = 128;
+constexpr int kTileThreads = 128, kMostColumnThreads = 384, kColumnHeld = 16;
 
 // What a block may have where rows are read straight from memory: addresses of as many loads as a float row needs take
 // more registers.
@@ -29,6 +29,9 @@ struct RegisterPlan {
     int share = 0;                      // accesses of a block of a cluster, of 16 bytes
     int tile_rows = 0, tile_bytes = 0;  // of a warp's tile; all zeros: rows are read where they lie
     int threads = 0, cluster = 1;       // of a block, blocks of a row
+    bool is_column = false;             // neighbouring threads have neighbouring rows
+    bool is_paired = false;             // two rows of 16-bit numbers are four aligned bytes, for every class
+    int pitch = 0, slot_bytes = 0;      // numbers of a thread in shared memory, bytes of a block
     bool is_ragged = false;             // some rows have numbers beside their whole accesses
 
     explicit operator bool() const { return lanes > 0; }
@@ -40,5 +43,16 @@ int conflicts_of(const RowProblem& p, const RegisterPlan& plan);
 
 // For longer ones, with clusters of up to so many blocks.
 RegisterPlan plan_direct(const RowProblem& p, int largest_cluster);
+
+// For rows that lie side by side.
+RegisterPlan plan_columns(const RowProblem& p);
+
+// The same for losses of several passes, which have their numbers in shared memory, `slots` to a class: rows in tiles,
+// and rows that lie anyhow.
+RegisterPlan plan_pass_tiles(const RowProblem& p, int slots, int multiprocessors);
+RegisterPlan plan_pass_rows(const RowProblem& p, int slots, int largest_cluster);
+
+// For rows of any length that lie anyhow: threads have a few of their numbers at a time.
+RegisterPlan plan_any_rows(const RowProblem& p, int slots);
 
 }  // namespace fused_losses::cuda

@@ -6,6 +6,7 @@
 #include "cuda/packed.cuh"
 #include "cuda/register_launch.cuh"
 #include "cuda/row_end.cuh"
+#include "cuda/row_team.cuh"
 
 namespace fused_losses::cuda {
 
@@ -30,7 +31,6 @@ struct PackedTarget {
 //     exists               whether there is a row, not just something to do for the others' sake
 //     owns(cls)            whether this thread writes the gradient of the target's class
 // What it takes to find them is worked out when it is needed: registers are what is scarce.
-// Team: larger(x), sum(x, which) over the threads of the row, sync() for those in this block, `leads`.
 template <class Stored, bool kSpread, class Access, int kRounds, class Team>
 class RegisterRow {
     static constexpr int kWords = sizeof(Access) / 4, kCount = Word<Stored>::count, kNumbers = kWords * kCount;
@@ -61,7 +61,7 @@ public:
         if (args.is_saved) {
             pivot = reads ? as<float>(p.stats)[number] : 0.0f;
         } else {
-            pivot = team.larger(std::fmax(largest(w), extra));
+            pivot = largest_of(team, std::fmax(largest(w), extra));
             if (is_apart) pivot = std::fmax(pivot, target_logit);
             if (pivot == kLowest) pivot = 0.0f;
         }
@@ -76,13 +76,14 @@ public:
             if (reads) coefficients = saved_coefficients<float>(p, row);
             team.sync();  // the target's logit has been read: the gradient may be written in its place
         } else {
-            state.sum = team.sum(state.sum + extra_e);
+            state.sum = sum_of(team, state.sum + extra_e);
             if (is_apart) state.sum += target_e;
             if constexpr (kSpread) {
                 if (args.plan.is_ragged && reads && place.extra() >= 0 && !(is_apart && place.extra() == target.cls))
                     state.add(exponential.distance(extra), spread(place.extra()), 0.0f);
-                state.centred = team.sum(state.centred, 1);
-                state.sum_u = team.sum(state.sum_u, 2);
+                float sums[] = {state.centred, state.sum_u};
+                team.reduce(sums, 0.0f, Plus());
+                state.centred = sums[0], state.sum_u = sums[1];
                 if (is_apart) state.add(exponential.distance(target_logit), spread(target.cls), 0.0f);
             }
             if (place.exists && target.ignored) end.ignore(row, team.leads);

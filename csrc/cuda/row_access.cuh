@@ -14,7 +14,7 @@
 #include "core/numeric.h"
 #include "core/row_problem.h"
 #include "core/softmax_loss.h"
-#include "cuda/residence.h"
+#include "cuda/launch.h"
 
 namespace fused_losses::cuda {
 
@@ -30,7 +30,6 @@ template <class A>
 struct RowArgs {
     RowProblem problem;
     LossOutput out;
-    Residence residence;
     A params[kMaxParams];
     A bias;
 
@@ -162,12 +161,7 @@ private:
     const A keep, uniform;
 };
 
-// ---- The classes of a row, shared by some threads ------------------------------------------------------------------
-
-constexpr int kClassesAtOnce = 8;  // loads in flight where a thread walks over a row alone
-
-template <int kCount>
-using Count = std::integral_constant<int, kCount>;
+// ---- Memory ------------------------------------------------------------------------------------------------------
 
 template <class Stored>
 constexpr int kVector = 16 / sizeof(Stored);  // elements of a 16-byte access
@@ -175,75 +169,6 @@ constexpr int kVector = 16 / sizeof(Stored);  // elements of a 16-byte access
 template <class Stored>
 FL_DEVICE int misalignment(const Stored* pointer) {  // in elements
     return static_cast<int>(reinterpret_cast<std::uintptr_t>(pointer) % 16 / sizeof(Stored));
-}
-
-// Calls body(Count<n>, i) so that all elements are covered once by [i, i + n), shared by `threads` threads. With
-// `vectors` n is a full access of kBytes wherever x + i is aligned; the few elements before the first and after the
-// last boundary are taken one by one, as all are without. If body also reads `from` + i, by load_across(), n is 1 as
-// well where this would read beside `from`'s elements.
-template <int kBytes = 16, class Stored, class Body>
-FL_DEVICE void walk_vectors(const Stored* x, int count, bool vectors, int lane, int threads, Body body,
-                            const Stored* from = nullptr) {
-    constexpr int n = kBytes < sizeof(Stored) ? 1 : kBytes / sizeof(Stored);
-    int head = count, tail = 0;
-    if (n > 1 && vectors) {
-        // An access at from + i begins so many elements earlier, and ends so many earlier than a second one.
-        const int before = from ? (misalignment(from) - misalignment(x)) & (n - 1) : 0, after = -before & (n - 1);
-        head = -misalignment(x) & (n - 1);
-        head = min(count, head < before ? head + n : head);
-        tail = (count - head) & (n - 1);
-        tail = min(count - head, tail < after ? tail + n : tail);
-    }
-    // Hardly more than one round, unless vectors cannot be had: not worth copies of body.
-#pragma unroll 1
-    for (int i = lane; i < head + tail; i += threads) body(Count<1>{}, i < head ? i : count - tail + (i - head));
-    if constexpr (n > 1)
-        for (int i = head + lane * n; i < count - tail; i += threads * n) body(Count<n>{}, i);
-}
-
-// What one access moves.
-template <int kBytes>
-using Bytes = std::conditional_t<kBytes == 16, uint4, std::conditional_t<kBytes == 8, uint2, unsigned>>;
-
-template <int kCount, class Stored>
-FL_DEVICE void load(const Stored* from, acc_t<Stored> (&to)[kCount]) {
-    if constexpr (kCount == 1) {
-        to[0] = to_acc(*from);
-    } else {
-        Stored x[kCount];
-        const auto bytes = *reinterpret_cast<const Bytes<sizeof(x)>*>(from);
-        static_assert(sizeof(bytes) == sizeof(x));
-        std::memcpy(x, &bytes, sizeof(bytes));
-#pragma unroll
-        for (int k = 0; k < kCount; ++k) to[k] = to_acc(x[k]);
-    }
-}
-
-// The same from any address: where it is not aligned, out of the two aligned accesses that it lies in.
-template <int kCount, class Stored>
-FL_DEVICE void load_across(const Stored* from, acc_t<Stored> (&to)[kCount]) {
-    constexpr int size = kCount * sizeof(Stored), words = size / 4;
-    if constexpr (kCount == 1) {
-        to[0] = to_acc(*from);
-    } else if (const unsigned skip = reinterpret_cast<std::uintptr_t>(from) % size; skip == 0) {
-        load(from, to);
-    } else {
-        const auto* const aligned = reinterpret_cast<const Bytes<size>*>(reinterpret_cast<std::uintptr_t>(from) - skip);
-        const Bytes<size> both[] = {aligned[0], aligned[1]};
-        unsigned w[2 * words];
-        std::memcpy(w, both, sizeof(w));
-#pragma unroll
-        for (int step = words / 2; step > 0; step /= 2)  // indexed by constants: w stays in registers
-            if (skip / 4 & step)
-#pragma unroll
-                for (int i = 0; i + step < 2 * words; ++i) w[i] = w[i + step];
-        Stored x[kCount];
-#pragma unroll
-        for (int i = 0; i < words; ++i) w[i] = __funnelshift_r(w[i], w[i + 1], 8 * skip);  // by skip % 4 bytes
-        std::memcpy(x, w, sizeof(x));
-#pragma unroll
-        for (int k = 0; k < kCount; ++k) to[k] = to_acc(x[k]);
-    }
 }
 
 // To global memory, by one instruction: an assignment may become one for each element, since the compiler sees through
@@ -256,38 +181,6 @@ FL_DEVICE void store_at_once(uint4* to, uint4 x) {
 #else
     *to = x;
 #endif
-}
-
-FL_DEVICE void store_at_once(uint2* to, uint2 x) {
-#ifdef __CUDA_ARCH__
-    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(x.x), "r"(x.y) : "memory");
-#else
-    *to = x;
-#endif
-}
-
-FL_DEVICE void store_at_once(unsigned* to, unsigned x) {
-#ifdef __CUDA_ARCH__
-    asm volatile("st.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "r"(x) : "memory");
-#else
-    *to = x;
-#endif
-}
-
-// The same.
-template <int kCount, class Stored>
-FL_DEVICE void store(Stored* to, const acc_t<Stored> (&from)[kCount]) {
-    if constexpr (kCount == 1) {
-        *to = to_stored<Stored>(from[0]);
-    } else {
-        Stored x[kCount];
-#pragma unroll
-        for (int k = 0; k < kCount; ++k) x[k] = to_stored<Stored>(from[k]);
-        Bytes<sizeof(x)> bytes;
-        static_assert(sizeof(bytes) == sizeof(x));
-        std::memcpy(&bytes, x, sizeof(bytes));
-        store_at_once(reinterpret_cast<Bytes<sizeof(x)>*>(to), bytes);
-    }
 }
 
 }  // namespace fused_losses::cuda

@@ -3,40 +3,46 @@
 #pragma once
 
 #include "cuda/loss_output.cuh"
-#include "cuda/row_gradient.cuh"
+#include "cuda/register_launch.cuh"
 #include "cuda/softmax_state.cuh"
 #include "losses/registry.h"
 
 namespace fused_losses::cuda {
 
+// grad_j = scale (alpha p_j + beta [j = y] + gamma u_j), with p_j = exp(z_j - max) / sum: alpha multiplies
+// exp(z - max). All but max include the row's scale. No loss is known here.
+template <class A>
+struct Coefficients {
+    A max, alpha, beta, gamma;
+
+    FL_DEVICE void scale(A by) {
+        alpha *= by;
+        beta *= by;
+        gamma *= by;
+    }
+
+    FL_DEVICE A of_exponential(A e, A u, bool is_target) const {
+        return alpha * e + gamma * u + (is_target ? beta : A(0));
+    }
+};
+
 // The loss is a uniform branch, once a row: kernels are compiled once per dtype, not once per loss. Not inlined: powers
 // and logarithms would take the registers that hold a row.
-template <bool kSpread, class A>
+template <bool kSpread, bool kEither, class A>
 __device__ __noinline__ AffineRow<A> evaluate_any(int loss, const A* params, SoftmaxRow<A> row) {
     AffineRow<A> affine{};
     visit_loss(SoftmaxLosses{}, loss, [&]<class Loss>() {
-        if constexpr (kIsForChecking<A> || may_have_spread<Loss, kSpread>()) affine = Loss::eval(row, params);
+        if constexpr (kEither || may_have_spread<Loss, kSpread>()) affine = Loss::eval(row, params);
     });
     return affine;
 }
 
-template <bool kSpread, class A>
+template <bool kSpread, bool kEither, class A>
 FL_DEVICE AffineRow<A> evaluate(const RowProblem& p, const A* params, const SoftmaxRow<A>& row) {
     if constexpr (kSpread)
         if (p.spread == Spread::kSoftTarget) return SoftCrossEntropy::eval(row, params);
     if (p.loss == kCrossEntropy) return CrossEntropy::eval(row, params);
-    return evaluate_any<kSpread>(p.loss, params, row);
-}
-
-template <class A>
-FL_DEVICE void write_stats(const RowProblem& p, const Row& row, const Coefficients<A>& c) {
-    if (!p.stats) return;
-    const std::int64_t rows = p.rows();
-    A* stats = static_cast<A*>(p.stats) + row.number;
-    stats[0] = c.max;
-    stats[rows] = c.alpha;
-    stats[2 * rows] = c.beta;
-    if (p.spread != Spread::kNone) stats[3 * rows] = c.gamma;
+    return evaluate_any<kSpread, kEither>(p.loss, params, row);
 }
 
 // To an ulp, by one instruction for floats.
@@ -60,33 +66,30 @@ struct RowEnd {
     FL_DEVICE RowEnd(const RowArgs<A>& a, LossSums& s) : args(a), sums(s) {}
 
     FL_DEVICE void ignore(const Row& row, bool records) {
-        if (!records) return;
-        if (args.problem.row_values) static_cast<A*>(args.problem.row_values)[row.number] = A(0);
-        write_stats(args.problem, row, Coefficients<A>{A(0), A(0), A(0), A(0)});
+        if (records) record_row(args.problem, sums, row, A(0), A(0), {A(0), A(0), A(0), A(0)});
     }
 
     // From the sums over the classes to the coefficients of the gradient for a denominator of 1, which every thread of
     // the row gets; one `records`. target_distance: of the target's logit from state.max, as the exponentials have it.
-    template <bool kSpread>
+    // kEither: u_j may be there, or not.
+    template <bool kSpread, bool kEither = false>
     FL_DEVICE Coefficients<A> finish(const Row& row, const Target& target, A target_logit, A target_distance, A log_sum,
                                      const SoftmaxState<A, kSpread>& state, bool records) {
         const RowProblem& p = args.problem;
         SoftmaxRow<A> softmax;
-        softmax.log_p = target_distance - log_sum;
+        const A log_p = target_distance - log_sum;
+        softmax.log_p = log_p > A(0) ? A(0) : log_p;  // by rounding, where p_y is 1: powers of 1 - p_y
         softmax.sum_neg_log_p = kSpread ? state.sum_u * log_sum - state.centred : A(0);
         softmax.sum_u = kSpread ? state.sum_u : A(0);
         softmax.class_weight = class_weight_of<A>(p, target);
         softmax.num_classes = A(p.num_classes);
         softmax.below_max = target_logit - state.max;
-        const AffineRow<A> affine = evaluate<kSpread>(p, args.params, softmax);
+        const AffineRow<A> affine = evaluate<kSpread, kEither>(p, args.params, softmax);
         const A sample_weight = sample_weight_of<A>(p, row);
         Coefficients<A> coefficients{state.max, affine.alpha * reciprocal(state.sum), affine.beta, affine.gamma};
-        if (records) {
-            const A value = sample_weight * affine.value;
-            if (p.row_values) static_cast<A*>(p.row_values)[row.number] = value;
-            write_stats(p, row, coefficients);
-            sums.add({static_cast<double>(value), static_cast<double>(softmax.class_weight * sample_weight)});
-        }
+        if (records)
+            record_row(p, sums, row, sample_weight * affine.value, softmax.class_weight * sample_weight,
+                       {coefficients.max, coefficients.alpha, coefficients.beta, coefficients.gamma});
         coefficients.scale(sample_weight);
         return coefficients;
     }

@@ -4,13 +4,9 @@
 #include <limits>
 
 #include "core/math.h"
-#include "cuda/team.cuh"
+#include "cuda/row_team.cuh"
 
 namespace fused_losses::cuda {
-
-// Shuffles are by whole warps, also where a part of one shares a row: a mask that the compiler does not know becomes a
-// loop of votes.
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Of the logits z seen so far: max, sum = sum exp(z - max) and, with kSpread, centred = sum u (z - pivot),
 // sum_u = sum u. The pivot is max, or 0 as long as max is -inf: -inf - -inf must not turn a row with masked
@@ -19,7 +15,6 @@ template <class A, bool kSpread>
 struct SoftmaxState {
     A max, sum, centred, sum_u;
 
-    // Not a constructor: the type has to stay trivial for shared memory.
     static FL_DEVICE SoftmaxState empty() { return {-std::numeric_limits<A>::infinity(), A(0), A(0), A(0)}; }
 
     static FL_DEVICE A larger(A a, A b) { return b > a ? b : a; }
@@ -53,66 +48,20 @@ struct SoftmaxState {
             sum_u += u;
         }
     }
-
-    FL_DEVICE void merge(SoftmaxState other) {
-        const A top = larger(max, other.max);
-        const A pivot = pivot_of(top);
-        move_to(top, pivot);
-        other.move_to(top, pivot);
-        sum += other.sum;
-        if constexpr (kSpread) centred += other.centred, sum_u += other.sum_u;
-    }
-
-    // The state of another lane: shuffle(x) fetches one number.
-    template <class Shuffle>
-    FL_DEVICE SoftmaxState fetched(Shuffle shuffle) const {
-        SoftmaxState other = *this;
-        other.max = shuffle(max);
-        other.sum = shuffle(sum);
-        if constexpr (kSpread) {
-            other.centred = shuffle(centred);
-            other.sum_u = shuffle(sum_u);
-        }
-        return other;
-    }
-
-    // Lane 0 of each group of `width` lanes ends with the sums of its group. For all lanes of a warp.
-    FL_DEVICE void reduce_lanes(int width) {
-#pragma unroll 1  // waits for other lanes most of the time
-        for (int distance = width / 2; distance > 0; distance /= 2)
-            merge(fetched([&](A x) { return __shfl_down_sync(kAllLanes, x, distance, width); }));
-    }
-
-    FL_DEVICE void take_from_first_lane(int width) {
-        *this = fetched([&](A x) { return __shfl_sync(kAllLanes, x, 0, width); });
-    }
 };
 
-// Combines the sums of all threads that share a row; each of them gets the result. For all lanes of a warp.
-template <class State>
-FL_DEVICE void reduce_team(Group& group, State& state) {
-    const int width = min(group.threads, 32);
-    state.reduce_lanes(width);
-    if (group.threads < kBlock) return state.take_from_first_lane(width);
-    constexpr int warps = kBlock / 32;
-    __shared__ State of_warp[warps], of_block;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (lane == 0) of_warp[warp] = state;
-    __syncthreads();
-    if (warp == 0) {
-        state = of_warp[lane % warps];
-        state.reduce_lanes(warps);
-        if (lane == 0) of_block = state;
-    }
-    __syncthreads();  // the next row writes of_block after one more barrier
-    state = of_block;
-    group.turn ^= 1;
-    combine_over_cluster(state, group.turn, [](State& mine, const State& other) { mine.merge(other); });
-}
-
-template <class State>
-FL_DEVICE void reduce_team(const Column& column, State& state) {
-    column.merge_parts(state, [](State& mine, const State& other) { mine.merge(other); });
+// The sums of all threads that share a row; each of them gets the result. Maxima first: no exponentials are taken on
+// the way.
+template <class Team, class A, bool kSpread>
+FL_DEVICE void reduce_team(Team& team, SoftmaxState<A, kSpread>& state) {
+    const A top = largest_of(team, state.max);
+    state.move_to(top, state.pivot_of(top));
+    A sums[kSpread ? 3 : 1];
+    sums[0] = state.sum;
+    if constexpr (kSpread) sums[1] = state.centred, sums[2] = state.sum_u;
+    team.reduce(sums, A(0), Plus());
+    state.sum = sums[0];
+    if constexpr (kSpread) state.centred = sums[1], state.sum_u = sums[2];
 }
 
 }  // namespace fused_losses::cuda

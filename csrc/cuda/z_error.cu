@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "cuda/grid.cuh"
+#include "cuda/row_part.cuh"
 #include "cuda/softmax_state.cuh"
 #include "losses/cross_entropy.h"
 #include "z_error/rows.h"
@@ -156,49 +157,41 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<double>) mask_rows(const __
 }
 
 // Cross entropies of the rows that belong to a group, one after the other by warps.
-template <class Stored>
-__device__ __forceinline__ void entropies_as(const ZProblem& p) {
-    using A = acc_t<Stored>;
+template <class A>
+__device__ __forceinline__ void compute_entropies(const ZProblem& p) {
     const EntropyScores& e = p.entropy;
-    const int classes = static_cast<int>(p.num_groups), lane = threadIdx.x % 32;
+    const Dtype dtype = dtype_of(e.logits.type);
+    const int count = static_cast<int>(p.num_groups), element = bytes_of(dtype);
     const A params[] = {static_cast<A>(e.label_smoothing)};
     const A bias = e.logit_bias_device ? *as<A>(e.logit_bias_device) : static_cast<A>(e.logit_bias);
+    LaneTeam team(32);
+    const ClassesOfThread classes(0, count, team.lane, team.lanes);
     const std::int64_t step = std::int64_t(gridDim.x) * kWarps;
     for (std::int64_t n = std::int64_t(blockIdx.x) * kWarps + threadIdx.x / 32; n < p.rows(); n += step) {
         const Row row(p, n);
         const std::int64_t group = z_error::group_of(p, row);
         if (group < 0) continue;
-        const Stored* const logits = as<Stored>(e.logits.data) + e.logits.stride.at(row.outer, row.inner);
+        RowPlace place{};
+        place.from = static_cast<const char*>(e.logits.data) + e.logits.stride.at(row.outer, row.inner) * element;
+        place.from_step = e.class_stride * element;
         auto state = SoftmaxState<A, true>::empty();
-        walk_vectors(logits, classes, e.class_stride == 1, lane, 32, [&]<int kCount>(Count<kCount>, int c) {
-            A z[kCount], ones[kCount];
-            load(logits + c * e.class_stride, z);
+        for (int k = 0; k < classes.count; k += kAtOnce) {
+            A z[kAtOnce], ones[kAtOnce];
+            read_logits(dtype, place, classes, k, classes.count, z);
 #pragma unroll
-            for (int k = 0; k < kCount; ++k) {
-                if (c + k == group) z[k] += bias;
-                ones[k] = A(1);
+            for (int i = 0; i < kAtOnce; ++i) {
+                if (classes.first + (k + i) * classes.step == group) z[i] += bias;
+                ones[i] = k + i < classes.count ? A(1) : A(0);
             }
             state.push(z, ones);
-        });
-        state.reduce_lanes(32);
-        if (lane != 0) continue;
-        const A log_sum = math::log(state.sum), own = to_acc(logits[group * e.class_stride]) + bias;
-        const SoftmaxRow<A> softmax{(own - state.max) - log_sum, state.sum_u * log_sum - state.centred, state.sum_u,
-                                    A(1), A(classes)};
-        static_cast<A*>(e.scores)[n] = CrossEntropy::eval(softmax, params).value;
-    }
-}
-
-template <class A>
-__device__ __forceinline__ void compute_entropies(const ZProblem& p) {
-    if constexpr (std::is_same_v<A, double>) {
-        entropies_as<double>(p);
-    } else {
-        switch (p.entropy.logits.type) {
-            case ElementType::kFloat16: return entropies_as<Half>(p);
-            case ElementType::kBFloat16: return entropies_as<BFloat16>(p);
-            default: return entropies_as<float>(p);
         }
+        reduce_team(team, state);
+        if (!team.leads) continue;
+        const A log_sum = math::log(state.sum);
+        const A own = read_logit<A>(dtype, place, static_cast<int>(group)) + bias;
+        const SoftmaxRow<A> softmax{(own - state.max) - log_sum, state.sum_u * log_sum - state.centred, state.sum_u,
+                                    A(1), A(count)};
+        static_cast<A*>(e.scores)[n] = CrossEntropy::eval(softmax, params).value;
     }
 }
 

@@ -23,7 +23,7 @@ enum class ElementType : std::uint8_t {
     kUInt8,  // bool, too
 };
 
-inline Dtype dtype_of(ElementType type) {
+FL_HD Dtype dtype_of(ElementType type) {
     switch (type) {
         case ElementType::kFloat64: return Dtype::kFloat64;
         case ElementType::kFloat16: return Dtype::kFloat16;

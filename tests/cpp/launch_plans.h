@@ -1,70 +1,19 @@
-// Tests of how launches use shared memory and clusters (cuda/residence.h), for devices described by numbers.
+// Tests of how rows are shared out (cuda/register_plan.h) and of the grids that work on them.
 #pragma once
 
+#include <algorithm>
+#include <functional>
+#include <vector>
+
 #include "check.h"
+#include "cuda/register_launch.cuh"
 #include "cuda/register_plan.h"
-#include "cuda/residence.cuh"
+#include "cuda/row_part.cuh"
 
 namespace fused_losses_test {
 
 using namespace fused_losses;
 using namespace fused_losses::cuda;
-
-// An A100, or an H100 that can launch clusters of so many blocks, each within a part of the device; a kernel of 64
-// registers and 4 KiB of static shared memory.
-inline Room room_of(int largest_cluster) {
-    if (largest_cluster == 1) return {108, 4, 163 * 1024 - 4096, 164 * 1024, 5120};
-    Room room{132, 4, 227 * 1024 - 4096, 228 * 1024, 5120};
-    for (int s = 0; 2 << s <= largest_cluster; ++s)
-        for (int blocks = 1; blocks <= kEnoughBlocks; ++blocks)
-            for (const int part : {16, 16, 16, 16, 16, 16, 18, 18})
-                room.clusters[s][blocks - 1] += part * blocks >> (s + 1);
-    return room;
-}
-
-// The parts of the blocks of a cluster cover a row from any alignment on, and fit into their buffers.
-inline void test_row_plan(const Room& room, std::int64_t classes, int element, int groups, int blocks, int buffers,
-                          int cluster) {
-    const RowPlan plan = plan_rows(room, classes, element, groups);
-    const auto& held = plan.residence;
-    check(plan.cluster == cluster && held.buffers == buffers && room.blocks_with(plan.bytes) >= blocks,
-          "%lld classes: cluster %d, %d buffers, %d blocks", (long long)classes, plan.cluster, held.buffers,
-          room.blocks_with(plan.bytes));
-    if (plan.bytes == 0) return;
-    const int vector = 16 / element;
-    check(plan.bytes == std::int64_t(held.buffers) * held.capacity * element * groups && plan.bytes <= room.per_block,
-          "%lld classes: %lld bytes", (long long)classes, (long long)plan.bytes);
-    check(held.capacity % vector == 0 && std::int64_t(held.capacity) * cluster >= classes + vector - 1,
-          "%lld classes: %d in a buffer", (long long)classes, held.capacity);
-}
-
-// The larger cluster only where the device then runs more blocks at the same time.
-inline void test_choice_of_cluster() {
-    Room room = room_of(16);
-    room.clusters[3][1] = room.clusters[2][0] / 2;  // 16 blocks, two on a multiprocessor: as many as of 8 blocks
-    test_row_plan(room, 400000, 4, 1, 1, 1, 8);
-    room.clusters[2][0] = 0;  // none of 8
-    test_row_plan(room, 400000, 4, 1, 2, 1, 16);
-    room.clusters[3][1] = 0;
-    test_row_plan(room, 400000, 4, 1, 0, 0, 1);
-}
-
-__global__ void idle(RowArgs<float>) {}
-
-// A kernel's first launch asks what there is, the others do not.
-inline void test_room() {
-    using namespace cuda_emulation;
-    for (const unsigned largest : {1u, 4u, 8u, 16u}) {
-        largest_cluster = largest, multiprocessors = 16;
-        ++device;
-        Room room;
-        check(find_room(idle, room) == cudaSuccess && room.multiprocessors == 16, "no room");
-        for (int s = 0; s < 4; ++s)
-            check((room.clusters[s][0] > 0) == (2u << s <= largest), "clusters of %d: %d", 2 << s, room.clusters[s][0]);
-        const long before = questions;
-        check(find_room(idle, room) == cudaSuccess && questions == before, "asked %ld times", questions - before);
-    }
-}
 
 // Rows are looped over by as many blocks as the device runs, and nobody asks twice how many these are.
 __global__ inline void count_blocks(unsigned* blocks) {
@@ -113,64 +62,6 @@ inline void test_assumed_denominator() {
     check(assumed(8192, 128256) == 8192, "probability targets: no row is ignored");
     p.reduction = Reduction::kSum;
     check(assumed(4096, 1000) == 0, "sums have no denominator");
-}
-
-inline void test_row_plans() {
-    const Room h100 = room_of(16), portable = room_of(8), a100 = room_of(1);
-    test_row_plan(h100, 1000, 2, 8, 3, 2, 1);
-    test_row_plan(h100, 1000, 4, 8, 3, 2, 1);
-    test_row_plan(h100, 2049, 4, 1, 4, 2, 1);
-    test_row_plan(h100, 10000, 2, 1, 3, 2, 1);
-    test_row_plan(h100, 21841, 2, 1, 3, 1, 1);
-    test_row_plan(h100, 50257, 2, 1, 3, 1, 2);
-    test_row_plan(h100, 128256, 2, 1, 3, 1, 4);
-    test_row_plan(h100, 128256, 4, 1, 3, 1, 8);
-    test_row_plan(h100, 400000, 4, 1, 2, 1, 16);
-    test_row_plan(h100, 800000, 4, 1, 1, 1, 16);
-    test_row_plan(h100, 1000000, 4, 1, 0, 0, 1);  // too large for 16 blocks
-    test_row_plan(portable, 400000, 4, 1, 1, 1, 8);
-    test_row_plan(portable, 800000, 4, 1, 0, 0, 1);
-    test_row_plan(a100, 21841, 2, 1, 3, 1, 1);
-    test_row_plan(a100, 50257, 2, 1, 1, 1, 1);
-    test_row_plan(a100, 128256, 2, 1, 0, 0, 1);
-    for (int classes = 1; classes < 3000; classes += 17)
-        for (const int element : {2, 4, 8}) test_row_plan(h100, classes, element, 1, 4, 2, 1);
-}
-
-// A tile's classes do not overlap, end within its memory, and are as misaligned there as in the image.
-inline void test_pixel_plan(const Room& room, std::int64_t classes, std::int64_t inner, int element, int pixels,
-                            int blocks) {
-    RowProblem p;
-    p.outer = 2, p.inner = inner, p.num_classes = classes;
-    p.logits_class_stride = inner, p.logits_stride = {inner * classes, 1};
-    const RowPlan plan = plan_pixels(room, p, element);
-    const auto& held = plan.residence;
-    check(held.pixels == pixels && room.blocks_with(plan.bytes) >= blocks,
-          "%lld classes, %lld pixels: %d at a time, %d "
-          "blocks",
-          (long long)classes, (long long)inner, held.pixels, room.blocks_with(plan.bytes));
-    if (plan.bytes == 0) return;
-    const int vector = 16 / element;
-    check(held.pitch >= held.pixels && (inner - held.pitch) % vector == 0, "pitch %d for %d of %lld pixels", held.pitch,
-          held.pixels, (long long)inner);
-    check(
-        (vector - 1 + (classes - 1) * held.pitch + held.pixels) * element <= plan.bytes && plan.bytes <= room.per_block,
-        "%lld bytes for %lld classes", (long long)plan.bytes, (long long)classes);
-}
-
-inline void test_pixel_plans() {
-    const Room h100 = room_of(16), a100 = room_of(1);
-    test_pixel_plan(h100, 19, 512 * 1024, 4, 256, 3);
-    test_pixel_plan(h100, 150, 512 * 512, 2, 128, 3);
-    test_pixel_plan(h100, 150, 512 * 512, 4, 64, 3);
-    test_pixel_plan(h100, 150, 511 * 511, 2, 128, 3);
-    test_pixel_plan(a100, 150, 512 * 512, 2, 128, 3);
-    test_pixel_plan(h100, 150, 49, 2, 64, 3);
-    test_pixel_plan(h100, 1000, 512 * 512, 4, 32, 1);
-    test_pixel_plan(h100, 5000, 512 * 512, 4, 0, 0);
-    for (const int element : {2, 4, 8})
-        for (int inner = 16; inner < 80; ++inner)
-            test_pixel_plan(h100, 20, inner, element, inner > 64 ? 128 : inner > 32 ? 64 : 32, 3);
 }
 
 // Every number of a row is held by one lane, as often as there is room for; tiles end within their memory.
@@ -226,6 +117,64 @@ inline void test_register_plans() {
     check(!plan_direct(p, 16), "every other class");
     p.logits_class_stride = 1, p.dtype = Dtype::kFloat64;
     check(!plan_direct(p, 16), "doubles");
+}
+
+// Every class has one thread and one place there.
+inline void check_shared_out(const char* what, std::int64_t classes, int lanes, int held,
+                             const std::function<ClassesOfThread(int)>& of_lane) {
+    std::vector<int> owners(classes);
+    bool fits = true;
+    for (int lane = 0; lane < lanes; ++lane) {
+        const ClassesOfThread mine = of_lane(lane);
+        fits &= mine.count <= held && mine.count <= mine.most;
+        for (int k = 0; k < mine.count; ++k) {
+            ++owners[mine.first + k * mine.step];
+            fits &= mine.place_of(mine.first + k * mine.step) == k;
+        }
+    }
+    check(fits && std::count(owners.begin(), owners.end(), 1) == classes, "%lld classes, %d lanes of %d: %s",
+          (long long)classes, lanes, held, what);
+}
+
+inline void test_pass_plans() {
+    for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16})
+        for (const int slots : {1, 2, 3})
+            for (int classes = 1; classes < 200000; classes += 1 + classes / 3) {
+                RowProblem p;
+                p.dtype = dtype, p.inner = 1000, p.num_classes = classes;
+                p.logits_stride = p.grad_stride = {0, classes};
+                if (const RegisterPlan plan = plan_pass_tiles(p, slots, 132))
+                    check_shared_out("tiles", classes, plan.lanes, plan.held,
+                                     [&](int lane) { return ClassesOfThread(classes, lane, plan.rounds); });
+                check(classes > 400 || plan_pass_tiles(p, slots, 132), "%d classes: no tiles", classes);
+                const RegisterPlan plan = plan_pass_rows(p, slots, 16);
+                check(plan || classes > 65536, "%d classes: no room", classes);
+                for (int rank = 0; rank < plan.cluster && plan; ++rank) {
+                    const int begin = std::min(classes, rank * plan.share);
+                    const int end = std::min(classes, begin + plan.share);
+                    check_shared_out("rows", end - begin, plan.lanes, plan.held,
+                                     [&](int lane) { return ClassesOfThread(0, end - begin, lane, plan.lanes); });
+                }
+                check(!plan || plan.share * plan.cluster >= classes, "%d classes: too small a share", classes);
+            }
+}
+
+inline void test_column_plans() {
+    RowProblem p;
+    p.dtype = Dtype::kBFloat16, p.outer = 2, p.inner = 64 * 64;
+    for (const int classes : {17, 150, 192}) {
+        p.num_classes = classes, p.logits_class_stride = p.grad_class_stride = p.inner;
+        p.logits_stride = p.grad_stride = {p.inner * classes, 1};
+        const RegisterPlan plan = plan_columns(p);
+        check(plan && plan.is_paired && plan.share <= kColumnHeld && plan.share * plan.lanes >= classes,
+              "%d classes: %d parts of %d", classes, plan.lanes, plan.share);
+    }
+    p.num_classes = 5000;
+    check(!plan_columns(p) && !plan_pass_rows(p, 1, 16) && plan_any_rows(p, 1), "5000 classes: any rows");
+    p.num_classes = 150, p.inner = p.logits_class_stride = p.grad_class_stride = 63 * 63;
+    check(plan_columns(p) && !plan_columns(p).is_paired, "an odd number of pixels");
+    p.dtype = Dtype::kFloat64;
+    check(!plan_columns(p), "doubles");
 }
 
 }  // namespace fused_losses_test

@@ -1,6 +1,5 @@
 // The host emulation of CUDA launches itself: what it promises kernels, and that it stops those that go wrong. And the
-// pieces of the CUDA sources that plan launches: regimes, grids, memory (launch_plans.h) and the walk over a row by
-// aligned vectors.
+// pieces of the CUDA sources that plan launches: grids and the sharing out of rows (launch_plans.h).
 #include <signal.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -8,9 +7,9 @@
 #include <string>
 
 #include "check.h"
+#include "cuda/cluster.cuh"
 #include "cuda/grid.cuh"
-#include "cuda/residence.cuh"
-#include "cuda/resident_row.cuh"
+#include "cuda/warp_tiles.cuh"
 #include "guarded.h"
 #include "launch_plans.h"
 #include "losses/registry.h"
@@ -82,7 +81,8 @@ __global__ void use_grid(unsigned* arrived, int* of_block, int* wrong) {
 __global__ void use_cluster(const uint4* numbers, int* wrong) {
     const int me = threadIdx.x, size = cluster_size();
     __pipeline_memcpy_async(dynamic_shared + me, numbers + kBlock * blockIdx.x + me, sizeof(uint4));
-    end_copies();
+    __pipeline_commit();
+    __pipeline_wait_prior(0);
     sync_cluster();
     for (int rank = 0; rank < size; ++rank) {
         const unsigned block = blockIdx.x / size * size + rank;
@@ -201,102 +201,10 @@ void test_deaths() {
 
 // ---- Planning of launches ------------------------------------------------------------------------------------------
 
-// Every class is visited by one thread, once, and vectors are aligned.
-template <int kThreads, class Stored>
-void test_walk() {
-    std::vector<uint4> memory(400);
-    constexpr int n = kVector<Stored>;
-    for (int shift = 0; shift < n; ++shift) {
-        for (const int classes : {1, 2, n - 1, n, n + 1, 2 * n - 1, 2 * n + 3, 100, 101, 333}) {
-            const Stored* const row = reinterpret_cast<const Stored*>(memory.data()) + shift;
-            for (const bool vectors : {false, true}) {
-                std::vector<int> visits(classes + 1);
-                int singles = 0;
-                bool aligned = true;
-                for (int lane = 0; lane < kThreads; ++lane)
-                    walk_vectors(row, classes, vectors, lane, kThreads, [&]<int kCount>(Count<kCount>, int c) {
-                        for (int k = 0; k < kCount; ++k) ++visits[std::min(c + k, classes)];
-                        aligned &= kCount == 1 || misalignment(row + c) == 0;
-                        singles += kCount == 1;
-                    });
-                bool once = visits[classes] == 0;
-                for (int c = 0; c < classes; ++c) once &= visits[c] == 1;
-                check(once, "%d threads, %d classes, shift %d: not every class once", kThreads, classes, shift);
-                check(aligned, "%d threads, %d classes, shift %d: a vector is not aligned", kThreads, classes, shift);
-                check(!vectors || singles <= 2 * (n - 1), "%d threads, %d classes, shift %d: %d classes one by one",
-                      kThreads, classes, shift, singles);
-            }
-        }
-    }
-}
-
-// A gradient that begins elsewhere than its logits: full vectors of it but for a few elements at the ends, and every
-// vector of the logits out of two that lie within the row.
-template <class Stored>
-void test_walk_of_two() {
-    constexpr int n = kVector<Stored>, threads = 32;
-    std::vector<uint4> memory(200), other(200);  // 333 doubles and an offset
-    auto* const bytes = reinterpret_cast<unsigned char*>(other.data());
-    for (std::size_t i = 0; i < other.size() * 16; ++i) bytes[i] = (unsigned char)(3 * i % 61);  // finite as numbers
-    for (int at = 0; at < n * n; ++at) {
-        const Stored* const to = reinterpret_cast<const Stored*>(memory.data()) + at / n;
-        const Stored* const from = reinterpret_cast<const Stored*>(other.data()) + at % n;
-        for (const int count : {1, n, 2 * n - 1, 2 * n, 3 * n - 1, 3 * n, 4 * n, 5 * n + 1, 100, 333}) {
-            std::vector<int> visits(count);
-            int singles = 0;
-            bool aligned = true, within = true, right = true;
-            const auto body = [&]<int kCount>(Count<kCount>, int i) {
-                for (int k = 0; k < kCount; ++k) ++visits[i + k];
-                singles += kCount == 1;
-                if constexpr (kCount > 1) {
-                    const int before = misalignment(from + i);
-                    aligned &= misalignment(to + i) == 0;
-                    within &= before == 0 || (i >= before && i - before + 2 * n <= count);
-                    acc_t<Stored> z[kCount], single[1];
-                    load_across(from + i, z);
-                    for (int k = 0; k < kCount; ++k) load(from + i + k, single), right &= z[k] == single[0];
-                }
-            };
-            for (int lane = 0; lane < threads; ++lane) walk_vectors(to, count, true, lane, threads, body, from);
-            check(std::count(visits.begin(), visits.end(), 1) == count, "%d of %d: not every class once", at, count);
-            check(aligned && within && right, "%d of %d: aligned %d, within the row %d, right %d", at, count, aligned,
-                  within, right);
-            check(singles <= (at / n == at % n ? 2 * (n - 1) : 3 * n), "%d of %d: %d singles", at, count, singles);
-        }
-    }
-}
-
 void test_planning() {
-    RowProblem p;
-    const auto regime = [&](std::int64_t outer, std::int64_t inner, std::int64_t classes, bool pixels) {
-        p.outer = outer, p.inner = inner, p.num_classes = classes;
-        p.logits_class_stride = pixels ? inner : 1;
-        p.logits_stride = {inner * classes, pixels ? 1 : classes};
-        return regime_of(p);
-    };
-    check(regime(1, 100000, 10, false) == Regime::kStaged, "few classes: rows brought to shared memory");
-    check(regime(2, 100000, 10, false) == Regime::kThread,
-          "few classes in several runs of rows: a thread for each row");
-    check(regime(1, 4096, 1000, false) == Regime::kWarp, "1000 classes: a warp for each row");
-    check(regime(1, 64, 21841, false) == Regime::kBlock, "21841 classes: a block for each row");
-    check(regime(8, 512 * 512, 150, true) == Regime::kThread, "pixels: a thread for each");
-    check(regime(2, 1, 150, true) == Regime::kWarp, "one pixel an image: as rows");
-    check(regime(1, 7, 150, true) == Regime::kWarp, "fewer pixels than classes: as rows");
-    p.dtype = Dtype::kFloat64;
-    check(regime(1, 100000, 10, false) == Regime::kWarp, "doubles: no kernels for few classes");
     check(blocks_for(0, 8) == 1 && blocks_for(1, 8) == 1 && blocks_for(8, 8) == 1 && blocks_for(9, 8) == 2,
           "blocks for few rows");
     check(blocks_for(std::int64_t(1) << 40, 8) == kMaxBlocks, "more rows than the largest grid");
-    test_walk<8, float>();
-    test_walk<8, Half>();
-    test_walk<32, double>();
-    test_walk<32, float>();
-    test_walk<32, Half>();
-    test_walk<kBlock, BFloat16>();
-    test_walk_of_two<double>();
-    test_walk_of_two<float>();
-    test_walk_of_two<Half>();
-    test_walk_of_two<BFloat16>();
 }
 
 }  // namespace
@@ -306,12 +214,10 @@ int main() {
     test_clusters();
     test_deaths();
     test_planning();
-    test_row_plans();
-    test_choice_of_cluster();
-    test_room();
     test_grids();
     test_assumed_denominator();
-    test_pixel_plans();
     test_register_plans();
+    test_pass_plans();
+    test_column_plans();
     return report("CUDA emulation");
 }

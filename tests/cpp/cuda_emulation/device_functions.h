@@ -256,14 +256,6 @@ inline unsigned atomicInc(unsigned* address, unsigned last) {
 
 // ---- Bits ----------------------------------------------------------------------------------------------------------
 
-namespace cuda_emulation {
-inline long funnel_shifts = 0;  // so far
-}
-// The low 32 bits of high:low, shifted to the right by up to 31 bits.
-inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
-    ++cuda_emulation::funnel_shifts;
-    return unsigned((std::uint64_t(high) << 32 | low) >> (shift & 31));
-}
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline int __clz(unsigned x) { return std::countl_zero(x); }
 inline int __ffs(unsigned x) { return x == 0 ? 0 : std::countr_zero(x) + 1; }

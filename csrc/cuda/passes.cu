@@ -1,0 +1,23 @@
+// Losses of several passes, but for the bi-tempered one.
+#include "cuda/passes.cuh"
+
+namespace fused_losses::cuda {
+namespace {
+
+cudaError_t enqueue_passes(const RowProblem& p, const LossOutput& out, bool is_saved, cudaStream_t stream) {
+    cudaError_t error = cudaErrorInvalidValue;
+    visit_pass_loss(p.loss, [&]<class Loss>() { error = enqueue_passes_of<Loss>(p, out, is_saved, stream); });
+    return error;
+}
+
+}  // namespace
+
+cudaError_t enqueue_pass_forward(const RowProblem& p, const LossOutput& out, cudaStream_t stream) {
+    return p.rows() == 0 && !out.loss ? cudaSuccess : enqueue_passes(p, out, false, stream);
+}
+
+cudaError_t enqueue_pass_gradient(const RowProblem& p, cudaStream_t stream) {
+    return p.rows() == 0 ? cudaSuccess : enqueue_passes(p, {}, true, stream);
+}
+
+}  // namespace fused_losses::cuda

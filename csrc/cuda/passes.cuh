@@ -1,0 +1,265 @@
+// Losses of several passes (core/pass_loss.h). A row is read once: until its gradient is written it stays with the
+// threads that share it, as floats whatever its dtype, each with what the loss keeps of it. Every thread has its
+// numbers for itself, in shared memory: formulas are long, and loops over registers would be as long once a number.
+// Longer rows are read again in each pass. Forward with its gradient, or backward alone.
+#pragma once
+
+#include "cuda/loss_output.cuh"
+#include "cuda/row_part.cuh"
+#include "cuda/row_team.cuh"
+#include "cuda/warp_tiles.cuh"
+#include "losses/run_as.h"
+
+namespace fused_losses::cuda {
+
+// Numbers that a loss keeps of each class, the last of them in the place of the logit: what is kept last is kept by the
+// last pass that needs the logit.
+template <class Loss, bool kKeeps>
+constexpr int kSlots = kKeeps ? Loss::num_kept : 1;
+
+// The margin of a class.
+template <class A>
+FL_DEVICE A margin_of(const RowArgs<A>& args, int cls) {
+    const RowProblem& p = args.problem;
+    return p.margin ? as<A>(p.margin)[cls * p.margin_stride] : args.params[0];
+}
+
+// kKeeps: the whole row has a place in shared memory.
+template <class Loss, class A, bool kKeeps>
+class PassRow {
+    using State = typename Loss::template State<A>;
+    static constexpr int kState = kStateSize<State, A>, n = kSlots<Loss, kKeeps>;
+
+public:
+    FL_DEVICE PassRow(const PlannedArgs<A>& a, const ClassesOfThread& c, void* memory)
+        : args(a),
+          p(a.problem),
+          classes(c),
+          slots{static_cast<A*>(memory) + threadIdx.x * a.plan.pitch},
+          bias(bias_of(a)),
+          share(written_share<A>(p)) {}
+
+    // For all threads of the team. Those of rows that do not exist, or are ignored, have something to do for the
+    // others' sake.
+    template <class Team>
+    FL_DEVICE void run(Team& team, const Row& row, const Target& target, bool exists, const RowPlace& place,
+                       LossSums& sums) const {
+        const bool reads = exists && !target.ignored;
+        OfThread mine{place, reads ? classes.count : 0, -1, A(0)};
+        if (reads) {
+            mine.target_logit = read_logit<A>(p.dtype, place, target.cls) + bias;
+            mine.target_at = classes.place_of(target.cls);
+        }
+        if (kKeeps) read(mine, 0);
+        State state;
+        A scale = A(0);
+        if (args.is_saved) {
+            state = saved_state(row.number);
+            if (reads) scale = scale_of<A>(p, row) * class_weight_of<A>(p, target);
+            team.sync();  // the target's logit has been read: the gradient may be written in its place
+        } else {
+            state = reduce(team, mine, target);
+            const A weight = reads ? class_weight_of<A>(p, target) * sample_weight_of<A>(p, row) : A(0);
+            if (team.leads && exists) record(row, reads, weight, state, sums);
+            scale = weight * share;
+        }
+        if (p.grad && exists) write_gradient(mine, reads, state, scale);
+    }
+
+private:
+    struct OfThread {
+        RowPlace place;
+        int count, target_at;
+        A target_logit;  // bias added
+    };
+
+    FL_DEVICE int held() const { return args.plan.held; }
+    FL_DEVICE int class_at(int k) const { return classes.first + k * classes.step; }
+
+    FL_DEVICE void read(const OfThread& mine, int begin) const {
+        const int count = min(mine.count - begin, held()), own = mine.target_at - begin;
+        read_into(slots, p.dtype, mine.place, classes, begin, count);
+        if (static_cast<unsigned>(own) < static_cast<unsigned>(max(count, 0))) slots.of(own)[n - 1] = mine.target_logit;
+    }
+
+    // body(numbers of the class, its number among the thread's) for `count` of them.
+    template <class Body>
+    FL_DEVICE void each_class(const OfThread& mine, Body body) const {
+        for (int begin = 0; begin < mine.count; begin += held()) {
+            if (!kKeeps) read(mine, begin);
+            const int count = min(mine.count - begin, held());
+#pragma unroll kUnroll
+            for (int k = 0; k < count; ++k) body(slots.of(k), begin + k);
+            if (kKeeps) break;
+        }
+    }
+    static constexpr int kUnroll = Loss::needs_max ? 1 : 4;  // of short formulas
+
+    template <class Team>
+    FL_DEVICE State reduce(Team& team, const OfThread& mine, const Target& target) const {
+        RowInputs<A> inputs{A(0), mine.target_logit, margin_of(args, target.cls), A(p.num_classes)};
+        if constexpr (Loss::needs_max) {
+            A top = -std::numeric_limits<A>::infinity();
+            each_class(mine, [&](const A* kept, int) { top = Larger()(top, kept[n - 1]); });
+            inputs.max = largest_of(team, top);
+        }
+        State state = Loss::begin(inputs, args.params);
+        const int last = Loss::passes(p.params) - 1;
+        for (int pass = 0; pass < last; ++pass) run_pass<false>(team, pass, mine, state, inputs);
+        run_pass<true>(team, last, mine, state, inputs);
+        return state;
+    }
+
+    template <bool last, class Team>
+    FL_DEVICE void run_pass(Team& team, int pass, const OfThread& mine, State& state,
+                            const RowInputs<A>& inputs) const {
+        constexpr int count = last ? Loss::num_sums : Loss::num_early_sums;
+        if constexpr (count > 0) {
+            A sums[count] = {};
+            each_class(mine, [&](A* kept, int number) {
+                const auto term =
+                    Loss::template term_keeping<last>(pass, state, kept[n - 1], margin_of(args, class_at(number)),
+                                                      number == mine.target_at, args.params, kKeeps ? kept : nullptr);
+#pragma unroll
+                for (int i = 0; i < count; ++i) sums[i] += term.v[i];
+            });
+            team.reduce(sums, A(0), Plus());
+            Sums<A, Loss::num_sums> all{};
+#pragma unroll
+            for (int i = 0; i < count; ++i) all.v[i] = sums[i];
+            Loss::end_pass(pass, state, all, inputs, args.params);
+        }
+    }
+
+    FL_DEVICE State saved_state(std::int64_t row) const {
+        A numbers[kState];
+        for (int k = 0; k < kState; ++k) numbers[k] = as<A>(p.stats)[k * p.rows() + row];
+        State state;
+        std::memcpy(&state, numbers, sizeof(state));
+        return state;
+    }
+
+    FL_DEVICE void record(const Row& row, bool counts, A weight, const State& state, LossSums& sums) const {
+        A numbers[kState] = {}, value = A(0);
+        if (counts) {
+            std::memcpy(numbers, &state, sizeof(state));
+            value = Loss::value(state);
+            if (p.reduction == Reduction::kActiveMean && value <= A(0)) counts = false;  // NaN counts
+        }
+        record_row(p, sums, row, weight * value, counts ? weight : A(0), numbers);
+    }
+
+    FL_DEVICE void write_gradient(const OfThread& mine, bool reads, const State& state, A scale) const {
+        for (int begin = 0; begin < classes.count; begin += held()) {
+            const int count = min(classes.count - begin, held());
+            if (!kKeeps) read(mine, begin);
+#pragma unroll kUnroll
+            for (int k = 0; k < count && reads; ++k) {
+                A* const kept = slots.of(k);
+                const bool own = begin + k == mine.target_at;
+                const A margin = margin_of(args, class_at(begin + k));
+                kept[n - 1] =
+                    scale * (kKeeps && !args.is_saved ? Loss::gradient_of_kept(state, kept, own, args.params)
+                                                      : Loss::gradient(state, kept[n - 1], margin, own, args.params));
+            }
+            for (int k = 0; k < count && !reads; ++k) slots.of(k)[n - 1] = A(0);
+            write_from(slots, p.dtype, mine.place, classes, begin, count);
+            if (kKeeps) break;
+        }
+    }
+
+    const PlannedArgs<A>& args;
+    const RowProblem& p;
+    const ClassesOfThread classes;
+    const Slots<A, n> slots;
+    const A bias, share;
+};
+
+template <class Loss>
+__global__ void __launch_bounds__(kTileThreads, 6) passes_in_tiles(const __grid_constant__ RegisterArgs args) {
+    const RowProblem& p = args.problem;
+    if (args.is_saved && is_already_written<float>(p)) return;
+    const int classes = static_cast<int>(p.num_classes), element = bytes_of(p.dtype), lanes = args.plan.lanes;
+    const LaneTeam team(lanes);
+    __shared__ LossSums of_thread[kTileThreads];
+    LossSums& sums = of_thread[threadIdx.x];  // registers have other uses
+    sums = {0, 0};
+    const PassRow<Loss, float, true> worker(args, ClassesOfThread(classes, team.lane, args.plan.rounds),
+                                            behind_tiles(args.plan));
+    for_each_tile(args, [&](int first, int count, char* tile, auto arrive) {
+        const int own = threadIdx.x % 32 / lanes;
+        arrive();
+#pragma unroll 1
+        for (int r = own; r - own < count; r += 32 / lanes) {
+            const bool exists = r < count;
+            const Row row{first + r, 0, first + r};
+            char* const at = tile + (exists ? r * classes * element : 0);
+            worker.run(team, row, exists ? target_of(p, row) : Target{0, true}, exists,
+                       RowPlace{at, at, element, element}, sums);
+        }
+    });
+    write_loss(args, sums);
+}
+
+template <class A, bool kKeeps>
+constexpr int kRowThreads = kKeeps && sizeof(A) == 4 ? kMostColumnThreads : kBlock;
+
+template <class Loss, class A, bool kKeeps>
+__global__ void __launch_bounds__(kRowThreads<A, kKeeps>, sizeof(A) == 4 && Loss::num_kept < 3 ? 2 : 1)
+    passes_of_rows(const __grid_constant__ PlannedArgs<A> args) {
+    const RowProblem& p = args.problem;
+    if (args.is_saved && is_already_written<A>(p)) return;
+    RowTeam<A, true> team(args.plan);
+    LossSums sums{0, 0};
+    const int classes = static_cast<int>(p.num_classes), begin = cluster_rank() * args.plan.share;
+    const PassRow<Loss, A, kKeeps> worker(
+        args, ClassesOfThread(begin, min(classes, begin + args.plan.share), team.lane, team.threads), dynamic_shared);
+    const std::int64_t rows = p.rows();
+    for (std::int64_t first = team.first(); first < rows; first += team.step()) {
+        const std::int64_t number = first + team.place();
+        const bool exists = number < rows;
+        const Row row = row_at(p, exists ? number : first);
+        worker.run(team, row, exists ? target_of(p, row) : Target{0, true}, exists, place_of(p, row), sums);
+    }
+    team.part_company();
+    write_loss(args, sums);
+}
+
+template <class Loss, class A>
+cudaError_t enqueue_any_rows(PlannedArgs<A>& args, cudaStream_t stream) {
+    args.plan = plan_any_rows(args.problem, kSlots<Loss, false>);
+    return launch_rows_resident(&passes_of_rows<Loss, A, false>, args, stream);
+}
+
+template <class Given>
+cudaError_t enqueue_passes_of(const RowProblem& given, const LossOutput& out, bool is_saved, cudaStream_t stream) {
+    using Loss = typename RunAs<Given>::type;
+    RowProblem p = given;
+    RunAs<Given>::convert(p.params);
+    if (p.dtype == Dtype::kFloat64) {
+        PlannedArgs<double> args(p, out);
+        args.is_saved = is_saved;
+        return enqueue_any_rows<Loss>(args, stream);
+    }
+    constexpr int slots = kSlots<Loss, true>;
+    RegisterArgs args(p, out);
+    args.is_saved = is_saved;
+    int multiprocessors = 0;
+    cudaError_t error = find_multiprocessors(multiprocessors);
+    if (error != cudaSuccess) return error;
+    if ((args.plan = plan_pass_tiles(p, slots, multiprocessors))) {
+        error = launch_tiles_resident(&passes_in_tiles<Loss>, args, stream);
+        if (error != kDoesNotFit) return error;
+    }
+    for (int largest = kMaxCluster; largest > 0; largest /= 2) {
+        if (!(args.plan = plan_pass_rows(p, slots, largest))) continue;
+        error = launch_rows_resident(&passes_of_rows<Loss, float, true>, args, stream);
+        if (error != kDoesNotFit) return error;
+    }
+    return enqueue_any_rows<Loss>(args, stream);
+}
+
+// In tempered_passes.cu, which is compiled at the same time as the others.
+extern template cudaError_t enqueue_passes_of<BiTempered>(const RowProblem&, const LossOutput&, bool, cudaStream_t);
+
+}  // namespace fused_losses::cuda

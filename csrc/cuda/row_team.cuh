@@ -1,0 +1,147 @@
+// The threads that share a row. Every kind of team offers
+//
+//     reduce(x, nothing, combine)   x[i] over all threads, for all of them: in an order that depends on the team's size
+//                                   alone, if combine(a, b) is combine(b, a); combine(x, nothing) is x
+//     sync()                        what its threads in this block have written to shared memory is there for all
+//     leads                         whether this thread writes what there is one of per row
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "cuda/cluster.cuh"
+#include "cuda/register_plan.h"
+
+namespace fused_losses::cuda {
+
+struct Plus {
+    template <class A>
+    FL_DEVICE A operator()(A a, A b) const {
+        return a + b;
+    }
+};
+
+// NaN loses.
+struct Larger {
+    template <class A>
+    FL_DEVICE A operator()(A a, A b) const {
+        return std::fmax(a, b);
+    }
+};
+
+// A row's threads need their numbers one by one, too.
+template <class Team, class A>
+FL_DEVICE A largest_of(Team& team, A x) {
+    A only[] = {x};
+    team.reduce(only, -std::numeric_limits<A>::infinity(), Larger());
+    return only[0];
+}
+template <class Team, class A>
+FL_DEVICE A sum_of(Team& team, A x) {
+    A only[] = {x};
+    team.reduce(only, A(0), Plus());
+    return only[0];
+}
+
+// Lanes of a warp; all lanes of the warp take part.
+struct LaneTeam {
+    const int lanes, lane;
+    const bool leads;
+
+    FL_DEVICE explicit LaneTeam(int count) : lanes(count), lane(threadIdx.x % count), leads(lane == 0) {}
+
+    FL_DEVICE void sync() const {
+        if (lanes > 1) __syncwarp();
+    }
+    template <class A, int n, class Combine>
+    FL_DEVICE void reduce(A (&x)[n], A, Combine combine) const {
+#pragma unroll 1
+        for (int distance = lanes / 2; distance > 0; distance /= 2)
+#pragma unroll
+            for (int i = 0; i < n; ++i) x[i] = combine(x[i], __shfl_xor_sync(0xffffffffu, x[i], distance));
+    }
+};
+
+// A warp, a block or the blocks of a cluster; or, for rows that lie side by side, threads of a block that are as many
+// apart as it has rows, so that neighbours have neighbouring rows.
+template <class A, bool kMayHaveColumns>
+class RowTeam {
+    const int columns;  // rows side by side of the block; 0: rows have warps or blocks
+    int turn = 0;       // who is late reads one half while others write to the other
+
+public:
+    const int threads, lane;  // in this block
+    const bool leads;
+
+    FL_DEVICE explicit RowTeam(const RegisterPlan& plan)
+        : columns(kMayHaveColumns && plan.is_column ? static_cast<int>(blockDim.x) / plan.lanes : 0),
+          threads(plan.lanes),
+          lane(columns > 0     ? threadIdx.x / columns
+               : threads == 32 ? threadIdx.x % 32
+                               : threadIdx.x),
+          leads(lane == 0 && cluster_rank() == 0) {}
+
+    // Of a block, which has rows first(), first() + 1, ... and then those `step()` further.
+    FL_DEVICE int at_once() const {
+        return kMayHaveColumns && columns > 0 ? columns : threads == 32 ? static_cast<int>(blockDim.x) / 32 : 1;
+    }
+    FL_DEVICE std::int64_t first() const { return std::int64_t(blockIdx.x / cluster_size()) * at_once(); }
+    FL_DEVICE std::int64_t step() const { return std::int64_t(gridDim.x / cluster_size()) * at_once(); }
+    FL_DEVICE int place() const {
+        return kMayHaveColumns && columns > 0 ? threadIdx.x % columns : threads == 32 ? threadIdx.x / 32 : 0;
+    }
+
+    FL_DEVICE void sync() const { !(kMayHaveColumns && columns > 0) && threads == 32 ? __syncwarp() : __syncthreads(); }
+    // For all threads, at the end: nobody may read the shared memory of a block that has finished.
+    FL_DEVICE void part_company() const {
+        if (cluster_size() > 1) sync_cluster();
+    }
+
+    template <int n, class Combine>
+    FL_DEVICE void reduce(A (&x)[n], A nothing, Combine combine) {
+        if (kMayHaveColumns && columns > 0) {
+#pragma unroll
+            for (int i = 0; i < n; ++i) reduce_column(x[i], combine);
+            return;
+        }
+        over_warp(x, combine);
+        if (threads == 32) return;
+        __shared__ A of_warp[2][n][kMostThreads / 32], of_block[2][n];
+        const int me = threadIdx.x % 32;
+        turn ^= 1;
+        for (int i = 0; i < n; ++i)
+            if (me == 0) of_warp[turn][i][threadIdx.x / 32] = x[i];
+        __syncthreads();
+        for (int i = 0; i < n; ++i) x[i] = me < threads / 32 ? of_warp[turn][i][me] : nothing;
+        over_warp(x, combine);
+        if (cluster_size() == 1) return;
+        for (int i = 0; i < n; ++i)
+            if (threadIdx.x == 0) of_block[turn][i] = x[i];
+        sync_cluster();
+        for (int i = 0; i < n; ++i) x[i] = me < cluster_size() ? of_rank(of_block[turn][i], me) : nothing;
+        over_warp(x, combine);
+    }
+
+private:
+    template <int n, class Combine>
+    static FL_DEVICE void over_warp(A (&x)[n], Combine combine) {
+#pragma unroll
+        for (int distance = 16; distance > 0; distance /= 2)
+#pragma unroll
+            for (int i = 0; i < n; ++i) x[i] = combine(x[i], __shfl_xor_sync(0xffffffffu, x[i], distance));
+    }
+
+    template <class Combine>
+    FL_DEVICE void reduce_column(A& x, Combine combine) {
+        if (threads == 1) return;
+        __shared__ A of_thread[2][kMostColumnThreads];
+        turn ^= 1;
+        of_thread[turn][threadIdx.x] = x;
+        __syncthreads();
+        const int column = threadIdx.x % columns;
+        x = of_thread[turn][column];
+        for (int i = 1; i < threads; ++i) x = combine(x, of_thread[turn][column + i * columns]);
+    }
+};
+
+}  // namespace fused_losses::cuda

@@ -1,0 +1,214 @@
+// Softmax losses of rows of any length that lie anyhow, read once for the sums and once for the gradient; and the
+// choice of a kernel for all others.
+#include "cuda/row_end.cuh"
+#include "cuda/row_part.cuh"
+
+namespace fused_losses::cuda {
+namespace {
+
+// One row, by all threads of the team.
+template <class A>
+class AnyRow {
+public:
+    FL_DEVICE AnyRow(const PlannedArgs<A>& a, const Row& r, const Target& t, const ClassesOfThread& c, bool exists)
+        : args(a),
+          p(a.problem),
+          row(r),
+          target(t),
+          place(place_of(p, row)),
+          classes(c),
+          count(exists && !target.ignored ? classes.count : 0),
+          bias(target.cls < 0 ? A(0) : bias_of(a)),
+          spread(p, a, row) {}
+
+    FL_DEVICE SoftmaxState<A, true> sums() const {
+        auto state = SoftmaxState<A, true>::empty();
+        each_few([&](int k, A(&z)[kAtOnce]) {
+            A u[kAtOnce];
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) u[i] = k + i < count ? u_of(class_at(k + i)) : A(0);
+            state.push(z, u);
+        });
+        return state;
+    }
+
+    FL_DEVICE A target_logit() const {
+        return target.cls < 0 ? A(0) : read_logit<A>(p.dtype, place, target.cls) + bias;
+    }
+
+    FL_DEVICE void write_gradient(const Coefficients<A>& c) const {
+        each_few([&](int k, A(&z)[kAtOnce]) {
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                const int cls = class_at(k + i);
+                if (k + i < count) z[i] = c.of_exponential(math::exp(z[i] - c.max), u_of(cls), cls == target.cls);
+            }
+            write(k, z);
+        });
+    }
+
+    FL_DEVICE void write_zeros() const {
+        const A zeros[kAtOnce] = {};
+        for (int k = 0; k < classes.count; k += kAtOnce) write(k, zeros);
+    }
+
+private:
+    FL_DEVICE int class_at(int k) const { return classes.first + k * classes.step; }
+    FL_DEVICE A u_of(int cls) const { return p.spread == Spread::kNone ? A(0) : spread(cls); }
+
+    template <class Body>
+    FL_DEVICE void each_few(Body body) const {
+#pragma unroll 1
+        for (int k = 0; k < count; k += kAtOnce) {
+            A z[kAtOnce];
+            read_logits(p.dtype, place, classes, k, count, z);
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i)
+                if (class_at(k + i) == target.cls) z[i] += bias;
+            body(k, z);
+        }
+    }
+
+    FL_DEVICE void write(int begin, const A (&g)[kAtOnce]) const {
+        with_stored<A>(p.dtype, [&]<class Stored>() {
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i)
+                if (begin + i < classes.count)
+                    *reinterpret_cast<Stored*>(place.to + class_at(begin + i) * place.to_step) =
+                        to_stored<Stored>(g[i]);
+        });
+    }
+
+    const PlannedArgs<A>& args;
+    const RowProblem& p;
+    const Row row;
+    const Target target;
+    const RowPlace place;
+    const ClassesOfThread classes;
+    const int count;
+    const A bias;
+    const SpreadReader<A> spread;
+};
+
+template <class A>
+__global__ void __launch_bounds__(kBlock, 2) softmax_of_rows(const __grid_constant__ PlannedArgs<A> args) {
+    const RowProblem& p = args.problem;
+    if (args.is_saved && is_already_written<A>(p)) return;
+    RowTeam<A, true> team(args.plan);
+    LossSums sums{0, 0};
+    RowEnd<A> end(args, sums);
+    const A share = written_share<A>(p);
+    const ClassesOfThread classes(0, static_cast<int>(p.num_classes), team.lane, team.threads);
+    const std::int64_t rows = p.rows();
+    for (std::int64_t first = team.first(); first < rows; first += team.step()) {
+        const std::int64_t number = first + team.place();
+        const bool exists = number < rows;
+        const Row row = row_at(p, exists ? number : first);
+        const Target target = exists ? target_of(p, row) : Target{0, true};
+        const AnyRow<A> mine(args, row, target, classes, exists);
+        auto state = SoftmaxState<A, true>::empty();
+        if (!args.is_saved) {
+            state = mine.sums();
+            reduce_team(team, state);
+        }
+        if (!exists) continue;
+        if (target.ignored) {
+            if (!args.is_saved) end.ignore(row, team.leads);
+            if (p.grad) mine.write_zeros();
+            continue;
+        }
+        Coefficients<A> coefficients;
+        if (args.is_saved) {
+            coefficients = saved_coefficients<A>(p, row);
+        } else {
+            const A target_logit = mine.target_logit();
+            coefficients = end.template finish<true, true>(row, target, target_logit, target_logit - state.max,
+                                                           math::log(state.sum), state, team.leads);
+            coefficients.scale(share);
+        }
+        if (p.grad) mine.write_gradient(coefficients);
+    }
+    write_loss(args, sums);
+}
+
+template <class A>
+__global__ void __launch_bounds__(kBlock) sum_weights(const __grid_constant__ RowArgs<A> args) {
+    const RowProblem& p = args.problem;
+    LossSums sums{0, 0};
+    const std::int64_t step = std::int64_t(gridDim.x) * kBlock, rows = p.rows();
+    for (std::int64_t number = std::int64_t(blockIdx.x) * kBlock + threadIdx.x; number < rows; number += step) {
+        const Row row = row_at(p, number);
+        const Target target = target_of(p, row);
+        const A weight = class_weight_of<A>(p, target) * sample_weight_of<A>(p, row);
+        if (!target.ignored) sums.weight += static_cast<double>(weight);
+    }
+    if (sum_over_grid(sums, args.out)) *static_cast<A*>(args.out.denominator) = static_cast<A>(sums.weight);
+}
+
+template <class A>
+cudaError_t enqueue_any_rows(PlannedArgs<A>& args, cudaStream_t stream) {
+    args.plan = plan_any_rows(args.problem, 0);
+    return launch_rows_resident(&softmax_of_rows<A>, args, stream);
+}
+
+// The first kernel that has room for the rows.
+template <class Stored, bool kSpread>
+cudaError_t enqueue_held(RegisterArgs& args, cudaStream_t stream) {
+    const RowProblem& p = args.problem;
+    int multiprocessors = 0;
+    cudaError_t error = find_multiprocessors(multiprocessors);
+    if (error != cudaSuccess) return error;
+    if ((args.plan = plan_tiles(p, multiprocessors))) {
+        error = enqueue_tiles<Stored, kSpread>(args, stream);
+        if (error != kDoesNotFit) return error;
+    }
+    if ((args.plan = plan_columns(p))) return enqueue_columns<Stored, kSpread>(args, stream);
+    for (int largest = kMaxCluster; largest > 0; largest /= 2) {
+        if (!(args.plan = plan_direct(p, largest))) continue;
+        error = enqueue_registers<Stored, kSpread>(args, stream);
+        if (error != kDoesNotFit) return error;
+    }
+    return enqueue_any_rows(args, stream);
+}
+
+template <class Stored>
+cudaError_t enqueue_of(const RowProblem& p, const LossOutput& out, bool is_saved, cudaStream_t stream) {
+    PlannedArgs<acc_t<Stored>> args(p, out);
+    args.is_saved = is_saved;
+    if constexpr (kIsForChecking<Stored>)
+        return enqueue_any_rows(args, stream);
+    else
+        return p.spread == Spread::kNone ? enqueue_held<Stored, false>(args, stream)
+                                         : enqueue_held<Stored, true>(args, stream);
+}
+
+cudaError_t enqueue(const RowProblem& p, const LossOutput& out, bool is_saved, cudaStream_t stream) {
+    switch (p.dtype) {
+        case Dtype::kFloat64: return enqueue_of<double>(p, out, is_saved, stream);
+        case Dtype::kFloat32: return enqueue_of<float>(p, out, is_saved, stream);
+        case Dtype::kFloat16: return enqueue_of<Half>(p, out, is_saved, stream);
+        case Dtype::kBFloat16: return enqueue_of<BFloat16>(p, out, is_saved, stream);
+    }
+    return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+cudaError_t enqueue_forward(const RowProblem& p, const LossOutput& out, cudaStream_t stream) {
+    return p.rows() == 0 && !out.loss ? cudaSuccess : enqueue(p, out, false, stream);
+}
+
+cudaError_t enqueue_gradient(const RowProblem& p, cudaStream_t stream) {
+    return p.rows() == 0 ? cudaSuccess : enqueue(p, {}, true, stream);
+}
+
+cudaError_t enqueue_denominator(const RowProblem& p, const LossOutput& out, cudaStream_t stream) {
+    constexpr std::int64_t rows_per_block = 4 * kBlock;
+    const auto run = [&](auto kernel, const auto& args) {
+        return launch_over_rows(kernel, p.rows(), rows_per_block, stream, args);
+    };
+    if (p.dtype == Dtype::kFloat64) return run(sum_weights<double>, RowArgs<double>(p, out));
+    return run(sum_weights<float>, RowArgs<float>(p, out));
+}
+
+}  // namespace fused_losses::cuda
