@@ -208,7 +208,7 @@ class Antidote(BatchReducer):
         above = torch.where(finite, judged.values - lowest, torch.inf)  # exp of minus it is a row's part
         count = self._over_ranks(torch.stack([judged.known.sum(dtype=weight.dtype), weight.sum()]))
         # KL(p || u) is below (spread / s)^2 / 8: the variance of losses within ``spread`` is at most spread^2 / 4.
-        least = torch.as_tensor(self.kappa, dtype=spread.dtype, device=spread.device)
+        least = torch.zeros_like(spread) + self.kappa
         factor = torch.log(torch.maximum(spread / (8.0 * self.delta) ** 0.5, least) / least)
 
         def temperature(step: Tensor) -> Tensor:

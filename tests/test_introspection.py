@@ -41,6 +41,11 @@ def z_moments(loss: Any) -> Any:
     return loss
 
 
+def remembering(loss: Any) -> Any:
+    loss(torch.randn(8, 3), torch.arange(8) % 3, torch.arange(8))
+    return loss
+
+
 def tracker() -> fl.OutlierTracker:
     result = fl.OutlierTracker(3)
     result.update([0, 2], [True, False], [0.5, -3.0], prob=[0.9, 0.1])
@@ -64,6 +69,17 @@ INSTANCES: dict[str, Callable[[], Any]] = {
     "z_ce": fl.ZErrorCrossEntropyLoss,
     "z_ce around a Module": lambda: fl.ZErrorCrossEntropyLoss(base=fl.GCELoss(q=0.5)),
     "z_ce running": lambda: z_moments(fl.ZErrorCrossEntropyLoss(running=True)),
+    "LogitNorm": lambda: fl.LogitNorm("gce", torch.tensor(0.5)),
+    "LogitClip": lambda: fl.LogitClip(fl.GCELoss(q=0.5), 2.0),
+    "SmallLoss": lambda: z_moments(fl.SmallLoss("gce", torch.tensor(0.5), running=True)),
+    "ClippedLoss": lambda: fl.ClippedLoss("cross_entropy", 2.0),
+    "Antidote": lambda: z_moments(fl.Antidote("cross_entropy", 0.5, running=True)),
+    "SuperLoss": lambda: z_moments(fl.SuperLoss("gce", running=True)),
+    "ELRLoss": lambda: remembering(fl.ELRLoss(8, 3, memory="host")),
+    "ForwardCorrectionLoss": lambda: fl.ForwardCorrectionLoss(torch.eye(3)),
+    "BackwardCorrectionLoss": lambda: fl.BackwardCorrectionLoss(torch.eye(3), weight=torch.rand(3)),
+    "learnt correction": lambda: fl.ForwardCorrectionLoss(fl.TransitionMatrix(3)),
+    "GJSLoss": lambda: fl.GJSLoss((0.5, 0.25, 0.25)),
     "GlobalMean": lambda: fl.GlobalMean(fl.GCELoss()),
     "OutlierTracker": tracker,
     "CutoffCollector": collector,
