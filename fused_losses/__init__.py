@@ -35,6 +35,8 @@ from fused_losses.normalized import (
     NFLRCELoss,
     NGCELoss,
 )
+from fused_losses.powers import AMSELoss, JALCELoss, JALFLLoss, SGCELoss
+from fused_losses.negative import ANLCELoss, ANLFLLoss, NNCELoss, NNFLLoss
 from fused_losses.bi_tempered import BiTemperedLoss
 from fused_losses.margin import HEMLoss, MultiMarginLoss
 
@@ -79,6 +81,9 @@ __all__ = [
     "LOSSES",
     "AELoss",
     "AGCELoss",
+    "AMSELoss",
+    "ANLCELoss",
+    "ANLFLLoss",
     "AUELoss",
     "BiTemperedLoss",
     "BoundedCELoss",
@@ -93,6 +98,8 @@ __all__ = [
     "GCELoss",
     "GlobalMean",
     "HEMLoss",
+    "JALCELoss",
+    "JALFLLoss",
     "JSLoss",
     "LinearLoss",
     "LogitBiasSchedule",
@@ -107,6 +114,8 @@ __all__ = [
     "NFLMAELoss",
     "NFLRCELoss",
     "NGCELoss",
+    "NNCELoss",
+    "NNFLLoss",
     "OutlierTracker",
     "PHuberCELoss",
     "PHuberGCELoss",
@@ -114,6 +123,7 @@ __all__ = [
     "RCELoss",
     "RowStatistics",
     "SCELoss",
+    "SGCELoss",
     "TaylorCELoss",
     "ThresholdSchedule",
     "TruncatedGCELoss",

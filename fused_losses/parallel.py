@@ -31,8 +31,8 @@ class ClassParallel(HasProcessGroup):
 
     For heads whose weight is divided by classes, as ``ColwiseParallel`` does. All ranks of the group have the same rows
     and targets; each gives the logits of its classes and gets their gradient. The loss is the same on all ranks.
-    Forward communicates 12 to 16 bytes per row in two all-reduces, a maximum and sums, and 8 more in a third if
-    the loss adds up terms that need the normaliser (NFL, NGCE); backward and ``no_grad`` add none. The first call also
+    Forward communicates 12 to 16 bytes per row in two all-reduces, a maximum and sums, and 8 more in another for
+    each sum of terms that need the normaliser (NFL, NGCE); backward and ``no_grad`` add none. The first call also
     compares the ranks' classes.
 
     The gradient in the features is each rank's own part: :func:`sum_gradient` around them adds the parts up.

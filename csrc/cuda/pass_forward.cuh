@@ -37,7 +37,7 @@ FL_DEVICE typename Loss::template State<acc_t<Stored>> run_passes(const RowArgs<
     for (int pass = 0; pass < passes; ++pass) {
         Numbers<A, Loss::num_sums> sums{};
         each_class([&](A z, int cls) {
-            const auto term = Loss::term(pass, state, z, margin_of(args, cls), cls == target, args.params);
+            const auto term = term_at<Loss>(pass, state, z, margin_of(args, cls), cls == target, args.params);
 #pragma unroll
             for (int i = 0; i < Loss::num_sums; ++i) sums.v[i] += term.v[i];
         });

@@ -24,6 +24,8 @@ constexpr int kBytesAtOnce = kIsForChecking<Stored> ? sizeof(Stored) : 16;
 template <class Stored>
 constexpr int kBytesAtOnce<OfShares<NFLMAE>, Stored> = 8;
 template <class Stored>
+constexpr int kBytesAtOnce<OfShares<NFLSum>, Stored> = 8;
+template <class Stored>
 constexpr int kBytesAtOnce<BiTempered, Stored> = 4;
 // ... in the passes of forward, which find their row in shared memory, where narrow accesses are cheap.
 template <class Loss, class Stored>
@@ -45,7 +47,7 @@ FL_DEVICE void write_pass_gradient(const RowArgs<acc_t<Stored>>& args, const Tea
         for (int k = 0; k < kCount; ++k) {
             const int cls = slice.first + c + k;
             const bool own = cls == target;
-            z[k] = scale * Loss::gradient(state, own ? z[k] + bias : z[k], margin_of(args, cls), own, args.params);
+            z[k] = scale * gradient_at<Loss>(state, own ? z[k] + bias : z[k], margin_of(args, cls), own, args.params);
         }
         store(to + c * to_stride, z);
     };
