@@ -35,6 +35,8 @@ from fused_losses.normalized import (
     NFLRCELoss,
     NGCELoss,
 )
+from fused_losses.powers import AMSELoss, JALCELoss, JALFLLoss, SGCELoss
+from fused_losses.negative import ANLCELoss, ANLFLLoss, NNCELoss, NNFLLoss
 from fused_losses.bi_tempered import BiTemperedLoss
 from fused_losses.margin import HEMLoss, MultiMarginLoss
 
@@ -85,6 +87,9 @@ __all__ = [
     "LOSSES",
     "AELoss",
     "AGCELoss",
+    "AMSELoss",
+    "ANLCELoss",
+    "ANLFLLoss",
     "AUELoss",
     "Antidote",
     "BackwardCorrectionLoss",
@@ -98,13 +103,15 @@ __all__ = [
     "ECELoss",
     "ECEMAELoss",
     "EFLMAELoss",
-    "FocalLoss",
     "ELRLoss",
+    "FocalLoss",
     "ForwardCorrectionLoss",
     "GCELoss",
     "GJSLoss",
     "GlobalMean",
     "HEMLoss",
+    "JALCELoss",
+    "JALFLLoss",
     "JSLoss",
     "LinearLoss",
     "LogitBiasSchedule",
@@ -121,6 +128,8 @@ __all__ = [
     "NFLMAELoss",
     "NFLRCELoss",
     "NGCELoss",
+    "NNCELoss",
+    "NNFLLoss",
     "OutlierTracker",
     "PHuberCELoss",
     "PHuberGCELoss",
@@ -128,6 +137,7 @@ __all__ = [
     "RCELoss",
     "RowStatistics",
     "SCELoss",
+    "SGCELoss",
     "SmallLoss",
     "SuperLoss",
     "TaylorCELoss",

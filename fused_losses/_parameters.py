@@ -81,6 +81,8 @@ positive_factor = replace(positive, low=1e-15, high=1e15)
 # Exponents of p and of 1 - p: one so large does not yet depend on digits that p does not have.
 exponent = replace(positive, low=1e-15, high=1e4)
 focusing = replace(non_negative, low=1e-15, high=1e4)
+# ... of terms that are divided by their sum: of two equal classes they are 2^-gamma each.
+nfl_focusing = replace(non_negative, low=1e-15, high=50.0)
 
 
 def check_power(base: float, q: float, base_name: str) -> None:

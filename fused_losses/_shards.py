@@ -139,14 +139,14 @@ def values_and_gradient(args: RowLossArguments, shard: Shard, with_gradient: boo
         values, slopes, terms = _evaluate(args, shard, ignored, numbers, log_probs)
         if not with_gradient:
             return values, logits.new_empty(0)
-        of_target, of_linear, of_other, slope_total = slopes
-        # d log p_k / d z_j is [k = j] - p_j, in every one of the three numbers.
-        pull = of_target + of_linear * everywhere.linear_weight + of_other * slope_total
+        of_target, of_linear, of_terms = slopes
+        # d log p_k / d z_j is [k = j] - p_j, in every one of these numbers.
+        pull = of_target + of_linear * everywhere.linear_weight + of_terms
         grad = e.mul_((-pull * below.exp() / everywhere.sum).unsqueeze(1))
         if linear is not None:
             grad += of_linear.unsqueeze(1) * linear
         if terms is not None:
-            grad += of_other.unsqueeze(1) * terms
+            grad += terms
         if grad.shape[1]:
             grad.scatter_add_(1, index, torch.where(own, of_target, 0.0).unsqueeze(1))
         return values, grad.to(logits.dtype)
@@ -227,9 +227,10 @@ def _linear_weights(args: RowLossArguments, shard: Shard, z: Tensor) -> Tensor |
 
 def _evaluate(
     args: RowLossArguments, shard: Shard, ignored: Tensor, numbers: RowNumbers, log_probs: Tensor
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor], Tensor | None]:
-    """Values, their derivatives in log p_y, linear and other sum, the sum of the other's slopes, and these slopes."""
-    made: list[Tensor] = []
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor | float], Tensor | None]:
+    """Values; their derivatives in log p_y, in the linear sum, and through the terms of other sums: the total over all
+    classes, and that in each log p_j of this rank."""
+    made: list[tuple[Tensor, Tensor, Tensor]] = []  # sums, sums of their slopes, slopes
 
     def other_sum(term: Callable[[Tensor], Tensor]) -> Tensor:
         with torch.enable_grad():
@@ -238,8 +239,8 @@ def _evaluate(
             (slopes,) = torch.autograd.grad(terms.sum(), leaf)
         sums = torch.stack([terms.detach().sum(1), slopes.sum(1)])
         dist.all_reduce(sums, group=shard.group)
-        made.extend([sums[0].clone().requires_grad_(), sums[1], slopes])
-        return made[0]
+        made.append((sums[0].clone().requires_grad_(), sums[1], slopes))
+        return made[-1][0]
 
     with torch.enable_grad():
         leaves = [numbers.log_p.requires_grad_(), numbers.linear_sum.requires_grad_()]
@@ -252,7 +253,12 @@ def _evaluate(
         entry = LOSSES[args.loss]
         values = entry.formula(rows, **entry.unpack(args.params))
         values = rows.reduce(values if entry.weighs_classes else class_weight * values, "none")
-        leaves.extend(made[:1])
+        leaves.extend(total for total, _, _ in made)
         found = torch.autograd.grad(values.sum(), leaves, allow_unused=True, materialize_grads=True)
-    of_other, slope_total, slopes = (found[2], made[1], made[2]) if made else (ones * 0.0, ones * 0.0, None)
-    return values.detach(), (found[0], found[1], of_other, slope_total), slopes
+    of_linear = found[1]
+    pull: Tensor | float = 0.0
+    terms: Tensor | None = None
+    for of_sum, (_, slope_total, slopes) in zip(found[2:], made, strict=True):
+        pull = pull + of_sum * slope_total
+        terms = of_sum.unsqueeze(1) * slopes if terms is None else terms + of_sum.unsqueeze(1) * slopes
+    return values.detach(), (found[0], of_linear, pull), terms

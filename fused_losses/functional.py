@@ -9,6 +9,7 @@ from fused_losses.linear import linear_loss
 from fused_losses.margin import hem_loss, multi_margin_loss
 from fused_losses.mean_log import cores_loss, unhinged_loss
 from fused_losses.mixed import mixed
+from fused_losses.negative import anl_ce_loss, anl_fl_loss, nnce_loss, nnfl_loss
 from fused_losses.normalized import (
     nce_agce_loss,
     nce_aue_loss,
@@ -20,6 +21,7 @@ from fused_losses.normalized import (
     nfl_rce_loss,
     ngce_loss,
 )
+from fused_losses.powers import amse_loss, jal_ce_loss, jal_fl_loss, sgce_loss
 from fused_losses.row_statistics import row_statistics
 from fused_losses.softmax import (
     ae_loss,
@@ -45,6 +47,9 @@ from fused_losses.z_mse import z_mse_loss
 __all__ = [
     "ae_loss",
     "agce_loss",
+    "amse_loss",
+    "anl_ce_loss",
+    "anl_fl_loss",
     "aue_loss",
     "backward_correction_loss",
     "bi_tempered_loss",
@@ -59,6 +64,8 @@ __all__ = [
     "gce_loss",
     "gjs_loss",
     "hem_loss",
+    "jal_ce_loss",
+    "jal_fl_loss",
     "js_loss",
     "linear_loss",
     "mae_loss",
@@ -73,12 +80,15 @@ __all__ = [
     "nfl_mae_loss",
     "nfl_rce_loss",
     "ngce_loss",
+    "nnce_loss",
+    "nnfl_loss",
     "phuber_ce_loss",
     "phuber_gce_loss",
     "poly_loss",
     "rce_loss",
     "row_statistics",
     "sce_loss",
+    "sgce_loss",
     "taylor_ce_loss",
     "truncated_gce_loss",
     "unhinged_loss",

@@ -8,7 +8,6 @@ plain PyTorch formula, decorated into the fused function, then its Module. The C
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -16,12 +15,9 @@ from typing_extensions import Unpack
 from fused_losses._arguments import LOSSES, CallOptions
 from fused_losses._common import RowLossModule, RowLossOptions
 from fused_losses._declare import loss_of_row
-from fused_losses._parameters import check_power, exponent, factor, non_negative, positive_factor, switch
+from fused_losses._parameters import check_power, exponent, factor, nfl_focusing, positive_factor, switch
 from fused_losses._reference import Rows, expm1, focal_term
 from fused_losses.softmax import RCE_A, above_one_factor, check_aue
-
-# Of two equal classes the terms are 2^-gamma each, which float32 must be able to divide by.
-_focusing = replace(non_negative, low=1e-15, high=50.0)
 
 
 @loss_of_row({}, takes_probabilities=True, min_classes=2, sums=("log_probs",))
@@ -42,7 +38,18 @@ class NCELoss(RowLossModule, stem="nce"):
         super().__init__({}, **options)
 
 
-@loss_of_row({"gamma": _focusing, "detach": switch}, min_classes=2, sums=("terms",))
+def nfl_term(gamma: float, detach: bool) -> Callable[[Tensor], Tensor]:
+    """``-(1 - p)^gamma log p`` of log-probabilities, on demand with the factor as a constant."""
+
+    def term(log_probs: Tensor) -> Tensor:
+        if detach and gamma != 0.0:
+            return -(-expm1(log_probs.detach())).pow(gamma) * log_probs
+        return focal_term(log_probs, gamma)
+
+    return term
+
+
+@loss_of_row({"gamma": nfl_focusing, "detach": switch}, min_classes=2, sums=("terms",))
 def nfl_loss(rows: Rows, *, gamma: float = 0.5, detach: bool = True, **options: Unpack[CallOptions]) -> Tensor:
     """Normalised focal loss: ``n_y / sum_j n_j`` with ``n_j = -(1 - p_j)^gamma log p_j``.
 
@@ -56,12 +63,7 @@ def nfl_loss(rows: Rows, *, gamma: float = 0.5, detach: bool = True, **options: 
             exact gradient.
     """
 
-    def term(log_probs: Tensor) -> Tensor:
-        if detach and gamma != 0.0:
-            return -(-expm1(log_probs.detach())).pow(gamma) * log_probs
-        return focal_term(log_probs, gamma)
-
-    own, total = rows.target_and_sum(term)
+    own, total = rows.target_and_sum(nfl_term(gamma, detach))
     return own / total
 
 
@@ -98,7 +100,7 @@ class NGCELoss(RowLossModule, stem="ngce"):
         super().__init__({"q": q}, **options)
 
 
-def _weighted(alpha: float, beta: float, active: Callable[[], Tensor], passive: Callable[[], Tensor]) -> Tensor:
+def weighted_sum(alpha: float, beta: float, active: Callable[[], Tensor], passive: Callable[[], Tensor]) -> Tensor:
     """``alpha active + beta passive``; a term of weight 0 is left out, be it infinite or NaN."""
     terms = [weight * term() for weight, term in ((alpha, active), (beta, passive)) if weight != 0.0]
     return sum(terms[1:], terms[0]) if terms else 0.0 * active()
@@ -122,7 +124,7 @@ def nce_mae_loss(
         beta: weight of MAE, >= 0.
         mae_scale: MAE is ``mae_scale (1 - p_y)``; 1 in 2006.13554, 2 in 2306.05497; > 0.
     """
-    return _weighted(
+    return weighted_sum(
         alpha, beta, lambda: LOSSES["nce"].formula(rows), lambda: LOSSES["mae"].formula(rows, scale=mae_scale)
     )
 
@@ -159,7 +161,7 @@ def nce_rce_loss(
         beta: weight of reverse cross entropy, >= 0.
         A: minus the log of zero in ``RCE = A (1 - p_y)``, > 0; the default is -log(1e-4) = 9.21.
     """
-    return _weighted(alpha, beta, lambda: LOSSES["nce"].formula(rows), lambda: LOSSES["rce"].formula(rows, A=A))
+    return weighted_sum(alpha, beta, lambda: LOSSES["nce"].formula(rows), lambda: LOSSES["rce"].formula(rows, A=A))
 
 
 class NCERCELoss(RowLossModule, stem="nce_rce"):
@@ -176,7 +178,7 @@ class NCERCELoss(RowLossModule, stem="nce_rce"):
 
 
 @loss_of_row(
-    {"alpha": factor, "beta": factor, "gamma": _focusing, "detach": switch, "mae_scale": positive_factor},
+    {"alpha": factor, "beta": factor, "gamma": nfl_focusing, "detach": switch, "mae_scale": positive_factor},
     min_classes=2,
     sums=("terms",),
 )
@@ -199,7 +201,7 @@ def nfl_mae_loss(
         detach: whether the focal factor is a constant in every derivative; see :func:`nfl_loss`.
         mae_scale: MAE is ``mae_scale (1 - p_y)``; 1 in 2006.13554, 2 in 2306.05497; > 0.
     """
-    return _weighted(
+    return weighted_sum(
         alpha,
         beta,
         lambda: LOSSES["nfl"].formula(rows, gamma=gamma, detach=detach),
@@ -231,7 +233,7 @@ class NFLMAELoss(RowLossModule, stem="nfl_mae"):
 
 
 @loss_of_row(
-    {"alpha": factor, "beta": factor, "gamma": _focusing, "detach": switch, "A": positive_factor},
+    {"alpha": factor, "beta": factor, "gamma": nfl_focusing, "detach": switch, "A": positive_factor},
     min_classes=2,
     sums=("terms",),
 )
@@ -254,7 +256,7 @@ def nfl_rce_loss(
         detach: whether the focal factor is a constant in every derivative; see :func:`nfl_loss`.
         A: minus the log of zero in ``RCE = A (1 - p_y)``, > 0; the default is -log(1e-4) = 9.21.
     """
-    return _weighted(
+    return weighted_sum(
         alpha,
         beta,
         lambda: LOSSES["nfl"].formula(rows, gamma=gamma, detach=detach),
@@ -309,7 +311,9 @@ def nce_agce_loss(
         a: offset of AGCE, > 0.
         q: exponent of AGCE, > 0.
     """
-    return _weighted(alpha, beta, lambda: LOSSES["nce"].formula(rows), lambda: LOSSES["agce"].formula(rows, a=a, q=q))
+    return weighted_sum(
+        alpha, beta, lambda: LOSSES["nce"].formula(rows), lambda: LOSSES["agce"].formula(rows, a=a, q=q)
+    )
 
 
 class NCEAGCELoss(RowLossModule, stem="nce_agce"):
@@ -362,7 +366,7 @@ def nce_aue_loss(
         >>> nce_aue_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]), beta=0.0)
         tensor(0.5000)
     """
-    return _weighted(alpha, beta, lambda: LOSSES["nce"].formula(rows), lambda: LOSSES["aue"].formula(rows, a=a, q=q))
+    return weighted_sum(alpha, beta, lambda: LOSSES["nce"].formula(rows), lambda: LOSSES["aue"].formula(rows, a=a, q=q))
 
 
 class NCEAUELoss(RowLossModule, stem="nce_aue"):

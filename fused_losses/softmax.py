@@ -34,7 +34,7 @@ _label_weight = replace(fraction, low=1e-15, high=1.0 - 1e-6)
 above_one_factor = replace(above_one, high=1e15)
 # tau^(-1 / (1 - q)) depends on all digits of 1 - q.
 _below_one = replace(fraction, low=1e-15, high=0.999)
-_truncation = replace(fraction, low=1e-15, high=1.0 - 1e-6)
+_truncation = replace(fraction, low=1e-15, high=0.9999)
 _above_minus_one = Range("satisfy -1 <= value < inf", lambda v: -1.0 <= v < math.inf, -1.0, 1e15)
 
 # -log of the 1e-4 that stands for log 0 in reverse cross entropy

@@ -129,11 +129,10 @@ def check_traffic(rank, world_size):
             loss.backward()
         with Count() as without, torch.no_grad():
             sharded(logits, target)
-        third = "terms" in fl.LOSSES[name].sums
-        assert (forward.calls, backward.calls, without.calls) == (3 if third else 2, 0, 3 if third else 2)
-        assert forward.bytes - 44 <= ROWS * (20 if third else 16), (
-            name
-        )  # 44: what ranks agree about, and the weights' sum
+        more = fl.LOSSES[name].sums.count("terms")
+        assert (forward.calls, backward.calls, without.calls) == (2 + more, 0, 2 + more)
+        numbers = 3 + 2 * more + ("log_probs" in fl.LOSSES[name].sums)
+        assert forward.bytes - 44 <= ROWS * 4 * numbers, name  # 44: what ranks agree about, and the weights' sum
 
 
 def check_half(rank, world_size):

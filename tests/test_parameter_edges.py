@@ -91,7 +91,7 @@ def test_right_at_the_ends_of_every_range(name, device):
         try:
             entry.pack(parameters)
         except ValueError as error:  # each is in its range, but together they are not
-            assert name in ("agce", "aue", "nce_agce")
+            assert entry.check is not None
             parameter = str(error).partition(" must be at ")[0]
             assert parameter in ("a", "q") and str(error).endswith(f", got {parameters[parameter]}")
             continue

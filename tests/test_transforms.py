@@ -11,9 +11,7 @@ import fused_losses as fl
 NAMES = list(fl.LOSSES)
 # What makes a gradient the derivative of the loss where the default, as in the papers' code, does not.
 EXACT = {
-    "nfl": {"detach": False},
-    "nfl_mae": {"detach": False},
-    "nfl_rce": {"detach": False},
+    **{name: {"detach": False} for name, entry in fl.LOSSES.items() if "detach" in entry.parameters},
     "bi_tempered": {"num_iters": None},
 }
 OPS = torch.ops.fused_losses

@@ -4,23 +4,22 @@
 //
 //     static constexpr const char* name;
 //     static constexpr int num_params, num_sums;
+//     static constexpr int num_early_sums;     passes but the last add to the first so many sums only
+//     static constexpr int num_kept;           numbers per class that passes leave for the next and for the gradient
 //     static constexpr bool needs_max;         whether RowInputs::max is to be found first
 //     what it asks of its arguments (losses/needs.h), where that is not the default
 //     template <class T> struct State;         numbers per row, floating point only; saved for backward as they are
-//     FL_HD static int passes(const double* params)
+//     passes(params) -> int
 //     begin(row, params) -> State
-//     term(pass, state, z, margin, is_target, params) -> Sums          what one class adds
-//     end_pass(pass, state, sums, row, params)                         sums over all classes
+//     term<last>(pass, state, z, margin, is_target, params, T* kept) -> Sums      what one class adds
+//     end_pass(pass, state, sums, row, params)                                    sums over all classes
 //     value(state) -> T
-//     gradient(state, z, margin, is_target, params) -> T               dL/dz of one class
+//     keep(state, z, margin, is_target, params, T* kept)                          what passes have left in the end
+//     gradient(state, kept, is_target, params) -> T                               dL/dz of one class
 //
-// Where the pass is known to be the last or not while compiling, and there may be room for some numbers per class, so
-// that passes need not start from the logits again:
-//
-//     static constexpr int num_early_sums;             passes but the last add to the first so many sums only
-//     static constexpr int num_kept;                   how many numbers per class
-//     term_keeping<last>(pass, state, z, margin, is_target, params, T* kept)    as term; without room kept is null
-//     gradient_of_kept(state, kept, is_target, params) -> T                     after all passes
+// `last` says whether the pass is. Kept is null in `term` where there is no room: then every pass starts from the
+// logit. On CUDA the last kept number has the logit's place: only a pass that is the last to need the logit may write
+// it.
 //
 // Where the passes but the last add up reciprocals, of which two can share a division:
 //
@@ -53,7 +52,7 @@ struct Sums {
     T v[n];
 };
 
-constexpr int kMaxState = 6;
+constexpr int kMaxState = 7;
 
 template <class Loss>
 constexpr bool kHasBits =
@@ -65,6 +64,14 @@ constexpr bool kAddsReciprocals =
 
 template <class State, class T>
 constexpr int kStateSize = sizeof(State) / sizeof(T);
+
+// Where nothing is kept: from the logit.
+template <class Loss, class State, class T>
+FL_HD T gradient_at(const State& s, T z, T margin, math::mask_t<T> is_target, const T* params) {
+    T kept[Loss::num_kept];
+    Loss::keep(s, z, margin, is_target, params, kept);
+    return Loss::gradient(s, kept, is_target, params);
+}
 
 // ---- Losses n_y / sum_j n_j with n_j a function of log p_j ---------------------------------------------------------
 
@@ -81,58 +88,86 @@ FL_HD AffineRow<T> normalized(const Share<T>& own, T sum_n, T sum_w) {
     return {value, (own.w - value * sum_w) / sum_n, -own.w / sum_n, value / sum_n};
 }
 
-// Adapts a loss with `share(log_p, p, params) -> Share` and `eval(log_p, sum_n, sum_w, params) -> AffineRow`.
+template <class T, int n>
+struct Shares {
+    Share<T> of[n];
+};
+
+// dL/dz_j = alpha p_j + beta [j = y] + sum_i gamma[i] W_j of the i-th share
+template <class T, int n>
+struct SharesRow {
+    T value, alpha, beta, gamma[n];
+};
+
+// Adapts a loss of one or two such sums:
+//     static constexpr int num_shares;
+//     shares(log_p, p, params) -> Shares
+//     eval(log_p, own, sums, num_classes, params) -> SharesRow      own: of the target; sums: of n, of W, for each
+//     share
 template <class Loss>
 struct OfShares {
+    static constexpr int num_shares = Loss::num_shares;
     static constexpr const char* name = Loss::name;
-    static constexpr int num_params = Loss::num_params, min_classes = 2;
-    static constexpr int num_sums = 2, num_early_sums = 1, num_kept = 2;
+    static constexpr int num_params = Loss::num_params, min_classes = Loss::min_classes;
+    static constexpr int num_sums = 2 * num_shares, num_early_sums = 1, num_kept = 1 + num_shares;
     static constexpr bool needs_max = true;
 
     template <class T>
     struct State {
-        T max, log_sum, value, alpha, gamma, own;
+        T max, log_sum, value, alpha, own, gamma[num_shares];
     };
 
-    FL_HD static int passes(const double*) { return 2; }
-
     template <class T>
-    FL_HD static State<T> begin(const RowInputs<T>& row, const T*) {
-        return {row.max, T(0), T(0), T(0), T(0), T(0)};
+    FL_HD static int passes(const T*) {
+        return 2;
     }
 
     template <class T>
-    FL_HD static Sums<T, 2> term(int pass, const State<T>& s, T z, T margin, math::mask_t<T> is_target,
-                                 const T* params) {
-        return pass == 1 ? term_keeping<true>(pass, s, z, margin, is_target, params, static_cast<T*>(nullptr))
-                         : term_keeping<false>(pass, s, z, margin, is_target, params, static_cast<T*>(nullptr));
+    FL_HD static State<T> begin(const RowInputs<T>& row, const T*) {
+        State<T> s{};
+        s.max = row.max;
+        return s;
     }
 
     // Kept: exp(z - max), in the end p; W.
     template <bool last, class T>
-    FL_HD static Sums<T, 2> term_keeping(int, const State<T>& s, T z, T, math::mask_t<T>, const T* params, T* kept) {
+    FL_HD static Sums<T, num_sums> term(int, const State<T>& s, T z, T, math::mask_t<T>, const T* params, T* kept) {
         const T e = last && kept ? kept[0] : math::exp_not_positive(z - s.max);
         if (kept) kept[0] = e;
-        if (!last) return {{e, T(0)}};
+        Sums<T, num_sums> sums{};
+        if (!last) {
+            sums.v[0] = e;
+            return sums;
+        }
         const T p = e * math::exp_not_positive(-s.log_sum);
-        const Share<T> share = Loss::share((z - s.max) - s.log_sum, p, params);
-        if (kept) kept[0] = p, kept[1] = share.w;
-        return {{share.n, share.w}};
+        const Shares<T, num_shares> shares = Loss::shares((z - s.max) - s.log_sum, p, params);
+        if (kept) kept[0] = p;
+        for (int i = 0; i < num_shares; ++i) {
+            sums.v[2 * i] = shares.of[i].n, sums.v[2 * i + 1] = shares.of[i].w;
+            if (kept) kept[1 + i] = shares.of[i].w;
+        }
+        return sums;
     }
 
     template <class T>
-    FL_HD static void end_pass(int pass, State<T>& s, const Sums<T, 2>& sums, const RowInputs<T>& row,
+    FL_HD static void end_pass(int pass, State<T>& s, const Sums<T, num_sums>& sums, const RowInputs<T>& row,
                                const T* params) {
         if (pass == 0) {
             s.log_sum = math::log(sums.v[0]);
             return;
         }
         const T log_p = (row.target_logit - s.max) - s.log_sum;
-        const AffineRow<T> affine = Loss::eval(log_p, sums.v[0], sums.v[1], params);
-        s.value = affine.value;
-        s.alpha = affine.alpha;
-        s.gamma = affine.gamma;
-        s.own = own_gradient(affine, log_p, Loss::share(log_p, math::exp(log_p), params).w);
+        const Shares<T, num_shares> own = Loss::shares(log_p, math::exp(log_p), params);
+        const SharesRow<T, num_shares> of = Loss::eval(log_p, own, sums, row.num_classes, params);
+        s.value = of.value;
+        s.alpha = of.alpha;
+        // As own_gradient.
+        T rest = of.alpha + of.beta;
+        for (int i = 0; i < num_shares; ++i) {
+            s.gamma[i] = of.gamma[i];
+            rest += of.gamma[i] * own.of[i].w;
+        }
+        s.own = rest + of.alpha * math::expm1(log_p);
     }
 
     template <class T>
@@ -141,15 +176,18 @@ struct OfShares {
     }
 
     template <class T>
-    FL_HD static T gradient(const State<T>& s, T z, T, math::mask_t<T> is_target, const T* params) {
-        const T log_p = (z - s.max) - s.log_sum, p = math::exp_not_positive(log_p);
-        const T kept[] = {p, Loss::share(log_p, p, params).w};
-        return gradient_of_kept(s, kept, is_target, params);
+    FL_HD static void keep(const State<T>& s, T z, T, math::mask_t<T>, const T* params, T* kept) {
+        const T log_p = (z - s.max) - s.log_sum;
+        kept[0] = math::exp_not_positive(log_p);
+        const Shares<T, num_shares> shares = Loss::shares(log_p, kept[0], params);
+        for (int i = 0; i < num_shares; ++i) kept[1 + i] = shares.of[i].w;
     }
 
     template <class T>
-    FL_HD static T gradient_of_kept(const State<T>& s, const T* kept, math::mask_t<T> is_target, const T*) {
-        return math::select(is_target, s.own, s.alpha * kept[0] + s.gamma * kept[1]);
+    FL_HD static T gradient(const State<T>& s, const T* kept, math::mask_t<T> is_target, const T*) {
+        T g = s.alpha * kept[0];
+        for (int i = 0; i < num_shares; ++i) g += s.gamma[i] * kept[1 + i];
+        return math::select(is_target, s.own, g);
     }
 };
 

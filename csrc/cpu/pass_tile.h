@@ -121,9 +121,8 @@ private:
         VectorBits<A>* const bits = makes_bits ? bits_of(part) : nullptr;
         const auto add_class = [&](std::int64_t k, auto count, Mask<A> is_target, auto add) FL_INLINE {
             const V z = load_n_or(logits + k * V::size, count, A(0));
-            const auto term =
-                Loss::template term_keeping<last>(pass, state, z, margins.at(k, count), is_target, own.data(),
-                                                  keeps ? room + k * Loss::num_kept : nullptr);
+            const auto term = Loss::template term<last>(pass, state, z, margins.at(k, count), is_target, own.data(),
+                                                        keeps ? room + k * Loss::num_kept : nullptr);
             unrolled<used>([&](auto i) FL_INLINE { sums[i] = add(sums[i], term.v[i]); });
             if constexpr (makes_bits)
                 if (bits) bits[k] = nonzero_bits(Loss::bit(term));
@@ -207,10 +206,10 @@ private:
             if constexpr (source == Source::kBits)
                 g = Loss::gradient_of_bit(state, from_bits<A>(bits[k]), is_target);
             else if constexpr (source == Source::kKept)
-                g = Loss::gradient_of_kept(state, room + k * Loss::num_kept, is_target, own.data());
+                g = Loss::gradient(state, room + k * Loss::num_kept, is_target, own.data());
             else
-                g = Loss::gradient(state, load_n_or(logits + k * V::size, count, A(0)), margins.at(k, count), is_target,
-                                   own.data());
+                g = gradient_at<Loss>(state, load_n_or(logits + k * V::size, count, A(0)), margins.at(k, count),
+                                      is_target, own.data());
             store_n(gradient + k * V::size, scale * g, count);
         };
         if constexpr (source == Source::kKept)

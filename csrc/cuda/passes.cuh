@@ -118,8 +118,8 @@ private:
             A sums[count] = {};
             each_class(mine, [&](A* kept, int number) {
                 const auto term =
-                    Loss::template term_keeping<last>(pass, state, kept[n - 1], margin_of(args, class_at(number)),
-                                                      number == mine.target_at, args.params, kKeeps ? kept : nullptr);
+                    Loss::template term<last>(pass, state, kept[n - 1], margin_of(args, class_at(number)),
+                                              number == mine.target_at, args.params, kKeeps ? kept : nullptr);
 #pragma unroll
                 for (int i = 0; i < count; ++i) sums[i] += term.v[i];
             });
@@ -158,9 +158,9 @@ private:
                 A* const kept = slots.of(k);
                 const bool own = begin + k == mine.target_at;
                 const A margin = margin_of(args, class_at(begin + k));
-                kept[n - 1] =
-                    scale * (kKeeps && !args.is_saved ? Loss::gradient_of_kept(state, kept, own, args.params)
-                                                      : Loss::gradient(state, kept[n - 1], margin, own, args.params));
+                kept[n - 1] = scale * (kKeeps && !args.is_saved
+                                           ? Loss::gradient(state, kept, own, args.params)
+                                           : gradient_at<Loss>(state, kept[n - 1], margin, own, args.params));
             }
             for (int k = 0; k < count && !reads; ++k) slots.of(k)[n - 1] = A(0);
             write_from(slots, p.dtype, mine.place, classes, begin, count);

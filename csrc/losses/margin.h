@@ -87,18 +87,10 @@ struct MarginLoss {
         return math::select(x > T(0), math::Traits<T>::from_bits(math::Traits<T>::bits(x) - 1), x);
     }
 
-    template <class T>
-    FL_HD static Sums<T, 2> term(int pass, const State<T>& s, T z, T margin, math::mask_t<T> is_target,
-                                 const T* params) {
-        const bool last = pass == passes(params) - 1;
-        return last ? term_keeping<true>(pass, s, z, margin, is_target, params, static_cast<T*>(nullptr))
-                    : term_keeping<false>(pass, s, z, margin, is_target, params, static_cast<T*>(nullptr));
-    }
-
     // Kept: the error.
     template <bool last, class T>
-    FL_HD static Sums<T, 2> term_keeping(int, const State<T>& s, T z, T margin, math::mask_t<T> is_target,
-                                         const T* params, T* kept) {
+    FL_HD static Sums<T, 2> term(int, const State<T>& s, T z, T margin, math::mask_t<T> is_target, const T* params,
+                                 T* kept) {
         const bool again = last && Rule::has_threshold(params);
         const T e = again && kept ? *kept : error(s, z, margin, is_target, params);
         if (!again && kept) *kept = e;
@@ -135,15 +127,14 @@ struct MarginLoss {
     }
 
     template <class T>
-    FL_HD static T gradient(const State<T>& s, T z, T margin, math::mask_t<T> is_target, const T* params) {
-        const T e = error(s, z, margin, is_target, params);
-        return gradient_of_kept(s, &e, is_target, params);
+    FL_HD static void keep(const State<T>& s, T z, T margin, math::mask_t<T> is_target, const T* params, T* kept) {
+        *kept = error(s, z, margin, is_target, params);
     }
 
     template <class T>
-    FL_HD static T gradient_of_kept(const State<T>& s, const T* e, math::mask_t<T> is_target, const T* params) {
-        if (!Rule::is_squared(params)) return gradient_of_bit(s, !is_dropped(s, *e), is_target);
-        const T power = math::select(is_dropped(s, *e), T(0), *e);
+    FL_HD static T gradient(const State<T>& s, const T* kept, math::mask_t<T> is_target, const T* params) {
+        if (!Rule::is_squared(params)) return gradient_of_bit(s, !is_dropped(s, *kept), is_target);
+        const T power = math::select(is_dropped(s, *kept), T(0), *kept);
         return math::select(is_target, -s.powers, power) * s.per_error;
     }
 

@@ -6,7 +6,9 @@
 #include "losses/eps_softmax.h"
 #include "losses/margin.h"
 #include "losses/mean_log.h"
+#include "losses/nfl_sums.h"
 #include "losses/normalized.h"
+#include "losses/powers.h"
 #include "losses/target_losses.h"
 #include "losses/tempered.h"
 
@@ -18,7 +20,8 @@ TypeList<A..., B...> operator+(TypeList<A...>, TypeList<B...>);
 
 using SoftmaxLosses = decltype(TypeList<CrossEntropy>{} + TargetLosses{} + EpsSoftmaxLosses{} + MeanLogLosses{} +
                                NormalizedSoftmaxLosses{});
-using PassLosses = decltype(NormalizedPassLosses{} + TypeList<BiTempered>{} + MarginLosses{});
+using PassLosses =
+    decltype(NormalizedPassLosses{} + PowerLosses{} + NFLSumLosses{} + TypeList<BiTempered>{} + MarginLosses{});
 using AllLosses = decltype(SoftmaxLosses{} + PassLosses{});
 
 constexpr int kCrossEntropy = 0;  // its place in SoftmaxLosses

@@ -26,6 +26,34 @@ struct RunAs<OfShares<NFL>> {
     }
 };
 
+template <class Named>
+struct RunAs<OfShares<AsNFLSum<Named>>> {
+    using type = OfShares<NFLSum>;
+    static void convert(double* params) {
+        double own[Named::num_params];
+        for (int i = 0; i < Named::num_params; ++i) own[i] = params[i];
+        Named::expand(own, params);
+    }
+};
+
+// kRule and what becomes of the only parameter.
+template <int kRule>
+struct RunAsPower {
+    using type = PowerLoss<AnyPowerRule>;
+    static void convert(double* params) {
+        const double own = params[0];
+        params[0] = kRule == 2 ? 2 : own;
+        params[1] = kRule;
+        params[2] = own;
+    }
+};
+template <>
+struct RunAs<NGCE> : RunAsPower<0> {};
+template <>
+struct RunAs<SGCE> : RunAsPower<1> {};
+template <>
+struct RunAs<AMSE> : RunAsPower<2> {};
+
 template <>
 struct RunAs<HEM> {
     using type = MarginLoss<AnyMarginRule>;

@@ -65,7 +65,10 @@ struct BiTemperedOf {
         }
     }
 
-    FL_HD static int passes(const double* params) { return root_passes(params[1], params[3]) + 1; }
+    template <class T>
+    FL_HD static int passes(const T* params) {
+        return root_passes(math::to_scalar(params[1]), math::to_scalar(params[3])) + 1;
+    }
 
     template <class T>
     FL_HD static State<T> begin(const RowInputs<T>& row, const T*) {
@@ -154,18 +157,10 @@ struct BiTemperedOf {
                 unless_absent(math::exp(t.of_exp * log_p))};
     }
 
-    template <class T>
-    FL_HD static Sums<T, 4> term(int pass, const State<T>& s, T z, T margin, math::mask_t<T> is_target,
-                                 const T* params) {
-        const bool last = pass == root_passes(math::to_scalar(params[1]), math::to_scalar(params[3]));
-        return last ? term_keeping<true>(pass, s, z, margin, is_target, params, static_cast<T*>(nullptr))
-                    : term_keeping<false>(pass, s, z, margin, is_target, params, static_cast<T*>(nullptr));
-    }
-
     // The powers of which the gradient consists, and what is kept of them by the last pass: with default parameters b,
     // of which the others are quickly made.
     template <class T>
-    FL_HD static void keep(const Powers<T>& of, T* kept) {
+    FL_HD static void keep_powers(const Powers<T>& of, T* kept) {
         kept[0] = of.b;
         if constexpr (!kDefaults) kept[1] = of.a, kept[2] = of.p;
     }
@@ -179,12 +174,12 @@ struct BiTemperedOf {
     }
 
     template <bool last, class T>
-    FL_HD static Sums<T, 4> term_keeping(int pass, const State<T>& s, T z, T, math::mask_t<T> is_target,
-                                         const T* params, T* kept) {
+    FL_HD static Sums<T, 4> term(int pass, const State<T>& s, T z, T, math::mask_t<T> is_target, const T* params,
+                                 T* kept) {
         const T x = z - s.max, none = T(0);
         if constexpr (last) {
             const Powers<T> of = powers(x - s.root, params);
-            if (kept) keep(of, kept);
+            if (kept) keep_powers(of, kept);
             Sums<T, 4> sums{{of.p * of.a, of.p * of.b, (of.p - label(s, is_target, params)) * (of.a * of.b), none}};
             if (kDefaults || math::to_scalar(params[2]) == math::scalar_t<T>(0)) return sums;
             const Excess<T> t = excess(params);
@@ -239,22 +234,17 @@ struct BiTemperedOf {
     }
 
     template <class T>
-    FL_HD static T gradient(const State<T>& s, T z, T, math::mask_t<T> is_target, const T* params) {
-        return gradient_of_powers(s, powers((z - s.max) - s.root, params), is_target, params);
+    FL_HD static void keep(const State<T>& s, T z, T, math::mask_t<T>, const T* params, T* kept) {
+        keep_powers(powers((z - s.max) - s.root, params), kept);
     }
 
     template <class T>
-    FL_HD static T gradient_of_kept(const State<T>& s, const T* kept, math::mask_t<T> is_target, const T* params) {
-        return gradient_of_powers(s, powers_of_kept(kept), is_target, params);
-    }
-
-private:
-    template <class T>
-    FL_HD static T gradient_of_powers(const State<T>& s, const Powers<T>& of, math::mask_t<T> is_target,
-                                      const T* params) {
+    FL_HD static T gradient(const State<T>& s, const T* kept, math::mask_t<T> is_target, const T* params) {
+        const Powers<T> of = powers_of_kept(kept);
         return of.b * ((of.p - label(s, is_target, params)) * of.a - of.p * s.ratio);
     }
 
+private:
     // What label smoothing gives to each other class.
     template <class T>
     FL_HD static T spread(const RowInputs<T>& row, const T* params) {

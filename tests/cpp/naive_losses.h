@@ -27,9 +27,11 @@ struct NaiveLoss {
     // but for cross entropy).
     NaiveFunction value = nullptr, w = nullptr;
     NaiveResult (*row)(const NaiveRow&, const double* a) = nullptr;
-    bool masks = true;                               // whether the value is finite with another class at -inf
-    bool (*masks_with)(const double* a) = nullptr;   // ... and if so with which parameters; null: any
-    double (*kink)(const double* a) = nullptr;       // the t at which the slope jumps or bends
+    bool masks = true;                                 // whether the value is finite with another class at -inf
+    bool (*masks_with)(const double* a) = nullptr;     // ... and if so with which parameters; null: any
+    bool (*is_derivative)(const double* a) = nullptr;  // whether the gradient is that of the value; null: always
+    double (*class_kink)(const double* a) = nullptr;   // the log p_j at which the term of any class bends
+    double (*kink)(const double* a) = nullptr;         // the t at which the slope jumps or bends
     double (*condition)(const double* a) = nullptr;  // how much larger than the rounding of p_y the float formula's is
 };
 
@@ -75,12 +77,12 @@ inline NaiveResult of_target(const NaiveRow& row, Real value, Real w) {
     return result;
 }
 
-// alpha active + beta passive. Without a share in the sum an active loss that is not finite does not count.
+// alpha active + beta passive. Without a share in the sum what is not finite does not count.
 inline NaiveResult sum_of(const double* shares, NaiveResult active, const NaiveResult& passive) {
     for (Real& g : active.grad) g = shares[0] == 0 ? 0 : g;
     if (shares[0] == 0) active.value = active.magnitude = 0;
     active.scale(shares[0]);
-    active.add(shares[1], passive);
+    if (shares[1] != 0) active.add(shares[1], passive);
     return active;
 }
 
@@ -159,6 +161,36 @@ inline NaiveResult cores(const NaiveRow& row, Real beta) {
         result.grad.push_back((1 - beta) * exp(log_p[j]) - (j == row.y) + beta / classes);
     }
     return result;
+}
+
+// alpha NFL(gamma, detach) + beta times the other.
+inline NaiveResult nfl_and(const NaiveRow& row, const double* a, Real gamma, Real detach, const NaiveResult& other) {
+    const double of_nfl[] = {double(gamma), double(detach)};
+    return sum_of(a, naive_nfl(row, of_nfl), other);
+}
+
+inline NaiveResult anl(const NaiveRow& row, const double* a, double gamma, double detach, double min_prob) {
+    const double of_nnfl[] = {gamma, detach, min_prob};
+    return nfl_and(row, a, gamma, detach, naive_nnfl(row, of_nnfl));
+}
+
+inline NaiveResult jal(const NaiveRow& row, const double* a, double gamma, double detach, double of_amse) {
+    return nfl_and(row, a, gamma, detach, naive_amse(row, &of_amse));
+}
+
+// NNCE by hand: A = 7 log 10 less -log p, of p = 1/4 and 3/4.
+inline const double kHandNNCE = 1 - (7 * std::log(10.0) - kLog4) / (14 * std::log(10.0) - kLog4 - std::log(4.0 / 3));
+// NNFL with gamma = 1/2.
+inline double nnfl_by_hand() {
+    const double largest = std::sqrt(1 - 1e-7) * 7 * std::log(10.0), own = std::sqrt(0.75) * kLog4;
+    return 1 - (largest - own) / (2 * largest - own - std::sqrt(0.25) * std::log(4.0 / 3));
+}
+inline const double kHandAMSE = (29.75 * 29.75 + 0.75 * 0.75) / 2, kAMSEAtZero = (900 + sum_of_powers(2)) / 3;
+// At p_y = 0 the numerator of NNCE's quotient is 0, that of NNFL is what (1 - p)^gamma changes.
+inline double nnfl_at_zero() {
+    const double least = 7 * std::log(10.0), largest = std::sqrt(1 - 1e-7) * least;
+    const double n = std::sqrt(1 - kThird) * -std::log(kThird), m = std::sqrt(kThird) * -std::log(1 - kThird);
+    return 1 - (largest - least) / (3 * largest - least - n - m);
 }
 
 inline const std::vector<NaiveLoss>& naive_losses() {
@@ -321,7 +353,8 @@ inline const std::vector<NaiveLoss>& naive_losses() {
          .at_zero = kNaN,
          .params = {{0.5, 1}, {0.5, 0}, {0, 0}, {2, 0}, {2, 1}},
          .row = naive_nfl,
-         .masks = false},
+         .masks = false,
+         .is_derivative = [](const double* a) { return a[1] == 0; }},
         {.name = "ngce",
          .hand_worked = (1 - std::pow(0.25, 0.7)) / (2 - std::pow(0.25, 0.7) - std::pow(0.75, 0.7)),
          .at_zero = 1 / (3 - sum_of_powers(0.7)),
@@ -332,13 +365,70 @@ inline const std::vector<NaiveLoss>& naive_losses() {
          .at_zero = kNaN,
          .params = {{1, 1, 0.5, 1, 1}, {10, 0.5, 1, 0, 2}, {0, 1, 0.5, 0, 2}},
          .row = nfl_mae,
-         .masks = false},
+         .masks = false,
+         .is_derivative = [](const double* a) { return a[3] == 0 || a[0] == 0; }},
         {.name = "nfl_rce",
          .hand_worked = kHandNFL + 0.75 * kLogA,
          .at_zero = kNaN,
          .params = {{1, 1, 0.5, 1, 9.210340371976182}, {10, 0.1, 1, 0, 4}},
          .row = nfl_mae,
+         .masks = false,
+         .is_derivative = [](const double* a) { return a[3] == 0 || a[0] == 0; }},
+        {.name = "sgce",
+         .hand_worked = ((std::pow(0.25, 0.7) + std::pow(0.75, 0.7)) / 2 - std::pow(0.25, 0.7)) / 0.7,
+         .at_zero = sum_of_powers(0.7) / 3 / 0.7,
+         .params = {{0.7}, {0.1}, {1.5}, {1e-5}},
+         .row = naive_sgce},
+        {.name = "amse",
+         .hand_worked = kHandAMSE,
+         .at_zero = kAMSEAtZero,
+         .params = {{30}, {1}, {0.5}},
+         .row = naive_amse},
+        {.name = "nnce",
+         .hand_worked = kHandNNCE,
+         .at_zero = 1,
+         .params = {{1e-7}, {1e-3}},
+         .row =
+             [](const NaiveRow& row, const double* a) {
+                 const double of_nnfl[] = {0, 1, a[0]};
+                 return naive_nnfl(row, of_nnfl);
+             },
+         .class_kink = [](const double* a) { return std::log(a[0]); }},
+        {.name = "anl_ce",
+         .hand_worked = 5 * kHandNCE + 5 * kHandNNCE,
+         .at_zero = kNaN,
+         .params = {{5, 5, 1e-7}, {0, 1, 1e-3}, {10, 0, 1e-7}},
+         .row = [](const NaiveRow& row, const double* a) { return anl(row, a, 0, 1, a[2]); },
+         .masks = false,
+         .class_kink = [](const double* a) { return std::log(a[2]); }},
+        {.name = "nnfl",
+         .hand_worked = nnfl_by_hand(),
+         .at_zero = nnfl_at_zero(),
+         .params = {{0.5, 1, 1e-7}, {0.5, 0, 1e-3}, {2, 0, 1e-7}, {0, 0, 1e-3}},
+         .row = naive_nnfl,
+         .is_derivative = [](const double* a) { return a[1] == 0; },
+         .class_kink = [](const double* a) { return std::log(a[2]); }},
+        {.name = "anl_fl",
+         .hand_worked = 5 * kHandNFL + 5 * nnfl_by_hand(),
+         .at_zero = kNaN,
+         .params = {{5, 5, 0.5, 1, 1e-7}, {10, 1, 2, 0, 1e-3}, {0, 1, 0.5, 0, 1e-7}},
+         .row = [](const NaiveRow& row, const double* a) { return anl(row, a, a[2], a[3], a[4]); },
+         .masks = false,
+         .is_derivative = [](const double* a) { return a[3] == 0; },
+         .class_kink = [](const double* a) { return std::log(a[4]); }},
+        {.name = "jal_ce",
+         .hand_worked = kHandNCE + kHandAMSE,
+         .at_zero = kNaN,
+         .params = {{1, 1, 30}, {0, 2, 1}, {5, 0, 20}},
+         .row = [](const NaiveRow& row, const double* a) { return jal(row, a, 0, 1, a[2]); },
          .masks = false},
+        {.name = "jal_fl",
+         .hand_worked = kHandNFL + kHandAMSE,
+         .at_zero = kNaN,
+         .params = {{1, 1, 0.5, 1, 30}, {5, 1, 2, 0, 20}, {0, 1, 0.5, 0, 1}},
+         .row = [](const NaiveRow& row, const double* a) { return jal(row, a, a[2], a[3], a[4]); },
+         .masks = false,
+         .is_derivative = [](const double* a) { return a[3] == 0; }},
         {.name = "bi_tempered",
          .hand_worked = bi_tempered_by_hand(),
          .at_zero = 5 - (1 - sum_of_powers(1.2)) / 1.2,  // with t2 = 1
@@ -352,7 +442,8 @@ inline const std::vector<NaiveLoss>& naive_losses() {
                     {0.5, 0.7, 0.1, 0},
                     {0, 0.5, 0.2, 5}},
          .row = naive_bi_tempered,
-         .masks_with = [](const double* a) { return a[0] < 1 || a[2] == 0; }},
+         .masks_with = [](const double* a) { return a[0] < 1 || a[2] == 0; },
+         .is_derivative = [](const double* a) { return a[1] == 1 || a[3] == 0; }},
         {.name = "hem",
          .hand_worked = (kLog3 + 0.2) / ((1 + 1e-6) * (1 + 1e-6)),  // one error, one active row
          .at_zero = kInfinity,

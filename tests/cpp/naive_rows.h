@@ -110,6 +110,67 @@ inline NaiveResult naive_ngce(const NaiveRow& row, const double* params) {
     return naive_normalized(row, [=](Real t) { return NaiveShare{1 - exp(q * t), q * exp(q * t)}; });
 }
 
+// params: gamma, detach, min_prob. 1 - (A - n_y) / sum_k (A - n_k), n_k = -(1 - p_k)^gamma max(log p_k, log min_prob)
+// and A its value at p = min_prob.
+inline NaiveResult naive_nnfl(const NaiveRow& row, const double* params) {
+    const Real gamma = params[0], least = log(Real(params[2])), largest = pow(1 - Real(params[2]), gamma) * -least;
+    const std::vector<Real> log_p = log_softmax(row);
+    std::vector<Real> n, w;  // w_k = -dn_k / dlog p_k
+    Real sum = 0, sum_w = 0;
+    for (const Real t : log_p) {
+        const Real miss = -expm1(t), factor = pow(miss, gamma), clamped = fmax(t, least);
+        const bool exact = params[1] == 0 && miss > 0;
+        n.push_back(-factor * clamped);
+        w.push_back((t < least ? 0 : factor) - (exact ? gamma * exp(t) * factor / miss * clamped : 0));
+        sum += largest - n.back(), sum_w += w.back();
+    }
+    const Real ratio = (largest - n[row.y]) / sum;
+    NaiveResult result{1 - ratio, (fabs(w[row.y]) + ratio * fabs(sum_w)) / sum};
+    for (int j = 0; j < row.classes(); ++j)
+        result.grad.push_back((-w[row.y] * ((j == row.y) - exp(log_p[j])) + ratio * (w[j] - sum_w * exp(log_p[j]))) /
+                              sum);
+    return result;
+}
+
+// ---- Powers of the probabilities -----------------------------------------------------------------------------------
+
+// params: q. (mean_k p_k^q - p_y^q) / q
+inline NaiveResult naive_sgce(const NaiveRow& row, const double* params) {
+    const Real q = params[0];
+    const std::vector<Real> log_p = log_softmax(row);
+    const int classes = row.classes();
+    const Real own = exp(q * log_p[row.y]);
+    Real sum = 0;
+    for (const Real t : log_p) sum += exp(q * t);
+    NaiveResult result{(sum / classes - own) / q, 1 / q};
+    for (int j = 0; j < classes; ++j) {
+        const Real p = exp(log_p[j]);
+        result.grad.push_back((exp(q * log_p[j]) - p * sum) / classes - own * ((j == row.y) - p));
+    }
+    return result;
+}
+
+// params: a. mean_k (a [k = y] - p_k)^2
+inline NaiveResult naive_amse(const NaiveRow& row, const double* params) {
+    const Real a = params[0];
+    const std::vector<Real> log_p = log_softmax(row);
+    const int classes = row.classes();
+    Real squares = 0;
+    NaiveResult result;
+    for (int k = 0; k < classes; ++k) {
+        const Real p = exp(log_p[k]), off = (k == row.y ? a : 0) - p;
+        squares += p * p;
+        result.value += off * off / classes;
+    }
+    const Real p_y = exp(log_p[row.y]);
+    result.magnitude = 4 * (a + 1) / classes;
+    for (int j = 0; j < classes; ++j) {
+        const Real p = exp(log_p[j]);
+        result.grad.push_back(2 * p * (p - (j == row.y ? a : 0) - squares + a * p_y) / classes);
+    }
+    return result;
+}
+
 // ---- Bi-tempered logistic ------------------------------------------------------------------------------------------
 
 inline Real log_t(Real x, Real t) { return t == 1 ? log(x) : (pow(x, 1 - t) - 1) / (1 - t); }

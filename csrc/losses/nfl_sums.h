@@ -1,0 +1,175 @@
+// NFL and a second loss with a sum of its own over the classes: the active negative losses (ANL) and the joint
+// asymmetric losses (JAL). Their cross entropy forms are those with gamma = 0.
+#pragma once
+
+#include "losses/normalized.h"
+#include "losses/powers.h"
+
+namespace fused_losses {
+inline namespace FL_ISA {
+
+// params: alpha, beta, gamma, detach, which second loss (0: NNFL, 1: AMSE), min_prob or a. alpha NFL + beta second.
+//
+// NNFL (A' - n_y) / sum_k (A' - n_k), from 1: n_k is that of NFL with log p_k at least log min_prob, of which A' is the
+// largest. So it is the normalised loss of A' - n, and the sign of its gradient is right: -d(A' - n) = dn.
+struct NFLSum {
+    static constexpr const char* name = "nfl_sum";
+    static constexpr int num_params = 6, min_classes = 2, num_shares = 2;
+
+    template <class T>
+    FL_HD static bool is_amse(const T* params) {
+        return math::to_scalar(params[4]) > math::scalar_t<T>(0);
+    }
+
+    template <class T>
+    FL_HD static bool detaches(const T* params) {
+        return math::to_scalar(params[3]) > math::scalar_t<T>(0);
+    }
+
+    template <class T>
+    FL_HD static Shares<T, 2> shares(T log_p, T p, const T* params) {
+        Share<T> nfl{-log_p, T(1)};
+        if (math::to_scalar(params[2]) != math::scalar_t<T>(0)) nfl = NFL::share(log_p, p, params + 2);
+        return {{nfl, is_amse(params) ? Share<T>{p * p, T(-2) * (p * p)} : clamped(nfl, log_p, p, params)}};
+    }
+
+    // Below min_prob only the factor (1 - p)^gamma moves, if it does; where it is a constant it is NFL's W.
+    template <class T>
+    FL_HD static Share<T> clamped(const Share<T>& nfl, T log_p, T p, const T* params) {
+        const T least = math::log(params[5]);
+        const auto is_low = log_p < least;
+        T factor = nfl.w, of_factor = T(0);
+        if (!detaches(params)) {
+            const T miss = T(1) - p;
+            factor = math::pow(math::select(is_low, miss, T(1)), params[2]);
+            of_factor = params[2] * p * factor / math::select(is_low, miss, T(1)) * -least;
+        }
+        return {math::select(is_low, factor * -least, nfl.n), math::select(is_low, of_factor, nfl.w)};
+    }
+
+    template <class T>
+    FL_HD static SharesRow<T, 2> eval(T log_p, const Shares<T, 2>& own, const Sums<T, 4>& sums, T num_classes,
+                                      const T* params) {
+        const AffineRow<T> nfl = normalized(own.of[0], sums.v[0], sums.v[1]);
+        AffineRow<T> second;
+        if (is_amse(params)) {
+            second = AMSERule::of_squares(log_p, own.of[1].n, sums.v[2], num_classes, params[5]);
+            second.gamma *= T(-0.5);  // of W = -2 p^2
+        } else {
+            const T largest = math::pow(T(1) - params[5], params[2]) * -math::log(params[5]);
+            second =
+                normalized(Share<T>{largest - own.of[1].n, own.of[1].w}, num_classes * largest - sums.v[2], sums.v[3]);
+            second.value = T(1) - second.value;
+        }
+        // Without a share in the sum, what is not finite must not count either.
+        const auto times = [](T share, T x) { return math::select(share == T(0), T(0), share * x); };
+        const T alpha = params[0], beta = params[1];
+        return {times(alpha, nfl.value) + times(beta, second.value),
+                times(alpha, nfl.alpha) + times(beta, second.alpha),
+                times(alpha, nfl.beta) + times(beta, second.beta),
+                {times(alpha, nfl.gamma), times(beta, second.gamma)}};
+    }
+};
+
+// A loss that is NFLSum with the parameters that Named::expand(own, full) makes of its own.
+template <class Named>
+struct AsNFLSum : Named {
+    static constexpr int min_classes = 2, num_shares = 2;
+
+    template <class T>
+    struct Full {
+        T params[NFLSum::num_params];
+
+        FL_HD explicit Full(const T* own) { Named::expand(own, params); }
+    };
+
+    template <class T>
+    FL_HD static Shares<T, 2> shares(T log_p, T p, const T* params) {
+        return NFLSum::shares(log_p, p, Full<T>(params).params);
+    }
+
+    template <class T>
+    FL_HD static SharesRow<T, 2> eval(T log_p, const Shares<T, 2>& own, const Sums<T, 4>& sums, T num_classes,
+                                      const T* params) {
+        return NFLSum::eval(log_p, own, sums, num_classes, Full<T>(params).params);
+    }
+};
+
+template <class T>
+FL_HD void fill(T* full, T alpha, T beta, T gamma, T detach, T is_amse, T last) {
+    full[0] = alpha, full[1] = beta, full[2] = gamma, full[3] = detach, full[4] = is_amse, full[5] = last;
+}
+
+// params: min_prob.
+struct NNCE {
+    static constexpr const char* name = "nnce";
+    static constexpr int num_params = 1;
+
+    template <class T>
+    FL_HD static void expand(const T* own, T* full) {
+        fill(full, T(0), T(1), T(0), T(1), T(0), own[0]);
+    }
+};
+
+// params: alpha, beta, min_prob.
+struct ANLCE {
+    static constexpr const char* name = "anl_ce";
+    static constexpr int num_params = 3;
+
+    template <class T>
+    FL_HD static void expand(const T* own, T* full) {
+        fill(full, own[0], own[1], T(0), T(1), T(0), own[2]);
+    }
+};
+
+// params: gamma, detach, min_prob.
+struct NNFL {
+    static constexpr const char* name = "nnfl";
+    static constexpr int num_params = 3;
+
+    template <class T>
+    FL_HD static void expand(const T* own, T* full) {
+        fill(full, T(0), T(1), own[0], own[1], T(0), own[2]);
+    }
+};
+
+// params: alpha, beta, gamma, detach, min_prob.
+struct ANLFL {
+    static constexpr const char* name = "anl_fl";
+    static constexpr int num_params = 5;
+
+    template <class T>
+    FL_HD static void expand(const T* own, T* full) {
+        fill(full, own[0], own[1], own[2], own[3], T(0), own[4]);
+    }
+};
+
+// params: alpha, beta, a.
+struct JALCE {
+    static constexpr const char* name = "jal_ce";
+    static constexpr int num_params = 3;
+
+    template <class T>
+    FL_HD static void expand(const T* own, T* full) {
+        fill(full, own[0], own[1], T(0), T(1), T(1), own[2]);
+    }
+};
+
+// params: alpha, beta, gamma, detach, a.
+struct JALFL {
+    static constexpr const char* name = "jal_fl";
+    static constexpr int num_params = 5;
+
+    template <class T>
+    FL_HD static void expand(const T* own, T* full) {
+        fill(full, own[0], own[1], own[2], own[3], T(1), own[4]);
+    }
+};
+
+template <class... Named>
+using EachAsNFLSum = TypeList<OfShares<AsNFLSum<Named>>...>;
+
+using NFLSumLosses = EachAsNFLSum<NNCE, ANLCE, NNFL, ANLFL, JALCE, JALFL>;
+
+}  // namespace FL_ISA
+}  // namespace fused_losses

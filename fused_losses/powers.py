@@ -1,0 +1,174 @@
+"""Losses of a sum of powers of the probabilities: SGCE, the asymmetric MSE, and its sums with a normalised loss.
+
+Each loss: the plain PyTorch formula, decorated into the fused function, then its Module. The C++ twins are in
+``csrc/losses/powers.h`` and ``csrc/losses/nfl_sums.h``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from fused_losses._arguments import LOSSES, CallOptions
+from fused_losses._common import RowLossModule, RowLossOptions
+from fused_losses._declare import loss_of_row
+from fused_losses._parameters import exponent, factor, nfl_focusing, positive_factor, switch
+from fused_losses._reference import Rows, expm1
+from fused_losses.normalized import weighted_sum
+
+# Its square is multiplied by beta.
+_label_value = replace(positive_factor, high=1e4)
+
+
+@loss_of_row({"q": exponent}, sums=("terms",))
+def sgce_loss(rows: Rows, *, q: float = 0.7, **options: Unpack[CallOptions]) -> Tensor:
+    """Symmetrised GCE: ``(mean_k p_k^q - p_y^q) / q``, that is GCE less its mean over all labels. 2605.20347.
+
+    For noisy labels; made symmetric by a difference where :func:`ngce_loss` divides: it sums to 0 over the labels, so
+    symmetric noise does not move its minimum. Below 0 for rows that are right: at least ``(1 / C - 1) / q``. A class
+    masked by a logit of -inf counts in ``C``.
+
+    Args:
+        q: exponent, > 0.
+
+    Example:
+        >>> sgce_loss(torch.tensor([[20.0, 0.0]]), torch.tensor([0]), q=1.0)
+        tensor(-0.5000)
+    """
+    # 1 - p^q where q is small and all powers are near 1.
+    own, total = rows.target_and_sum((lambda t: -expm1(q * t)) if q < 0.1 else lambda t: -torch.exp(q * t))
+    return (own - total / rows.num_classes) / q
+
+
+class SGCELoss(RowLossModule, stem="sgce"):
+    """Module form of :func:`sgce_loss`."""
+
+    q: float
+
+    def __init__(self, q: float = 0.7, **options: Unpack[RowLossOptions]) -> None:
+        super().__init__({"q": q}, **options)
+
+
+@loss_of_row({"a": _label_value}, sums=("terms",))
+def amse_loss(rows: Rows, *, a: float = 30.0, **options: Unpack[CallOptions]) -> Tensor:
+    """Asymmetric mean squared error: ``mean_k (a [k = y] - p_k)^2``. JAL, 2507.17692 (ICCV 2025).
+
+    A passive loss for sums with an active one (:func:`jal_ce_loss`). ``a = 1`` is the Brier score over C; the larger
+    ``a``, the closer to a multiple of MAE, ``-2 a p_y / C``, and the more asymmetric. Its value is mostly the constant
+    ``a^2 / C``: the gradient is computed without it, a loss added up in 16 bits would hold nothing else.
+
+    Args:
+        a: what the label's probability is to be, > 0.
+
+    Example:
+        >>> amse_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]), a=1.0)
+        tensor(0.2500)
+    """
+    square, total = rows.target_and_sum(lambda t: torch.exp(2.0 * t))
+    rest = (a - 1.0) - expm1(rows.log_p)
+    return (rest * rest + (total - square)) / rows.num_classes
+
+
+class AMSELoss(RowLossModule, stem="amse"):
+    """Module form of :func:`amse_loss`."""
+
+    a: float
+
+    def __init__(self, a: float = 30.0, **options: Unpack[RowLossOptions]) -> None:
+        super().__init__({"a": a}, **options)
+
+
+@loss_of_row({"alpha": factor, "beta": factor, "a": _label_value}, min_classes=2, sums=("log_probs", "terms"))
+def jal_ce_loss(
+    rows: Rows, *, alpha: float = 1.0, beta: float = 1.0, a: float = 30.0, **options: Unpack[CallOptions]
+) -> Tensor:
+    """``alpha NCE + beta AMSE``, the joint asymmetric loss JAL-CE. 2507.17692 (ICCV 2025).
+
+    For noisy labels; in its paper's CIFAR tables above ANL-CE and NCE+AGCE, by most at 80 % wrong labels. (alpha, beta,
+    a): CIFAR-10 (1, 1, 30), CIFAR-100 (5, 1, 20), WebVision (50, 1, 30).
+
+    Args:
+        alpha: weight of normalised cross entropy, >= 0.
+        beta: weight of the asymmetric mean squared error, >= 0.
+        a: as in :func:`amse_loss`.
+
+    Example:
+        >>> jal_ce_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]), a=1.0)
+        tensor(0.7500)
+    """
+    return weighted_sum(alpha, beta, lambda: LOSSES["nce"].formula(rows), lambda: LOSSES["amse"].formula(rows, a=a))
+
+
+class JALCELoss(RowLossModule, stem="jal_ce"):
+    """Module form of :func:`jal_ce_loss`."""
+
+    alpha: float
+    beta: float
+    a: float
+
+    def __init__(
+        self, alpha: float = 1.0, beta: float = 1.0, a: float = 30.0, **options: Unpack[RowLossOptions]
+    ) -> None:
+        super().__init__({"alpha": alpha, "beta": beta, "a": a}, **options)
+
+
+@loss_of_row(
+    {"alpha": factor, "beta": factor, "gamma": nfl_focusing, "detach": switch, "a": _label_value},
+    min_classes=2,
+    sums=("terms", "terms"),
+)
+def jal_fl_loss(
+    rows: Rows,
+    *,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    gamma: float = 0.5,
+    detach: bool = True,
+    a: float = 30.0,
+    **options: Unpack[CallOptions],
+) -> Tensor:
+    """``alpha NFL + beta AMSE``, the joint asymmetric loss JAL-FL. 2507.17692 (ICCV 2025).
+
+    As :func:`jal_ce_loss`, which it is for ``gamma = 0``.
+
+    Args:
+        alpha: weight of the normalised focal loss, >= 0.
+        beta: weight of the asymmetric mean squared error, >= 0.
+        gamma: focusing exponent, >= 0.
+        detach: whether the focal factor is a constant in every derivative; see :func:`nfl_loss`.
+        a: as in :func:`amse_loss`.
+
+    Example:
+        >>> jal_fl_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]), a=1.0)
+        tensor(0.7500)
+    """
+    return weighted_sum(
+        alpha,
+        beta,
+        lambda: LOSSES["nfl"].formula(rows, gamma=gamma, detach=detach),
+        lambda: LOSSES["amse"].formula(rows, a=a),
+    )
+
+
+class JALFLLoss(RowLossModule, stem="jal_fl"):
+    """Module form of :func:`jal_fl_loss`."""
+
+    alpha: float
+    beta: float
+    gamma: float
+    detach: bool
+    a: float
+
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        gamma: float = 0.5,
+        detach: bool = True,
+        a: float = 30.0,
+        **options: Unpack[RowLossOptions],
+    ) -> None:
+        super().__init__({"alpha": alpha, "beta": beta, "gamma": gamma, "detach": detach, "a": a}, **options)
