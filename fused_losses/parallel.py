@@ -33,7 +33,7 @@ class ClassParallel(HasProcessGroup):
     For heads whose weight is divided by classes, as ``ColwiseParallel`` does. All ranks of the group have the same rows
     and targets; each gives the logits of its classes and gets their gradient. The loss is the same on all ranks.
     Forward communicates 40 bytes in which an error of any rank becomes one of all, and 12 or 16 bytes per row in one
-    all-gather, with 8 more in an all-reduce for each sum of terms that need the normaliser (NFL, NGCE). Backward and
+    all-gather; for each sum of terms that need the normaliser (NFL, NGCE) 8 more in an all-reduce. Backward and
     ``no_grad`` add none. The first call also compares the ranks' classes.
 
     The gradient in the features is each rank's own part: :func:`sum_gradient` around them adds the parts up.

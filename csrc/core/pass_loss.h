@@ -5,19 +5,21 @@
 //     static constexpr const char* name;
 //     static constexpr int num_params, num_sums;
 //     static constexpr int num_early_sums;     passes but the last add to the first so many sums only
-//     static constexpr int num_kept;           numbers per class that a pass may leave for the next and the gradient
+//     static constexpr int num_kept;           numbers per class that passes leave for the next and for the gradient
 //     static constexpr bool needs_max;         whether RowInputs::max is to be found first
 //     what it asks of its arguments (losses/needs.h), where that is not the default
 //     template <class T> struct State;         numbers per row, floating point only; saved for backward as they are
 //     passes(params) -> int
 //     begin(row, params) -> State
-//     term<last>(pass, state, z, margin, is_target, params, T* kept) -> Sums     what one class adds in a pass
-//     end_pass(pass, state, sums, row, params)                                   sums over all classes
+//     term<last>(pass, state, z, margin, is_target, params, T* kept) -> Sums      what one class adds
+//     end_pass(pass, state, sums, row, params)                                    sums over all classes
 //     value(state) -> T
-//     keep(state, z, margin, is_target, params, T* kept)                         what all passes leave in kept
-//     gradient(state, kept, is_target, params) -> T                              dL/dz of one class
+//     keep(state, z, margin, is_target, params, T* kept)                          what passes have left in the end
+//     gradient(state, kept, is_target, params) -> T                               dL/dz of one class
 //
-// Kept is null in `term` where there is no room (CUDA): every pass then starts from the logits.
+// `last` says whether the pass is. Kept is null in `term` where there is no room: then every pass starts from the
+// logit. On CUDA the last kept number has the logit's place: only a pass that is the last to need the logit may write
+// it.
 //
 // Where the passes but the last add up reciprocals, of which two can share a division:
 //
@@ -63,17 +65,7 @@ constexpr bool kAddsReciprocals =
 template <class State, class T>
 constexpr int kStateSize = sizeof(State) / sizeof(T);
 
-// ---- Without room for kept numbers: everything from the logits -----------------------------------------------------
-
-template <class Loss, class State, class T>
-FL_HD Sums<T, Loss::num_sums> term_at(int pass, const State& s, T z, T margin, math::mask_t<T> is_target,
-                                      const T* params) {
-    T* const nothing = nullptr;
-    return pass == Loss::passes(params) - 1
-               ? Loss::template term<true>(pass, s, z, margin, is_target, params, nothing)
-               : Loss::template term<false>(pass, s, z, margin, is_target, params, nothing);
-}
-
+// Where nothing is kept: from the logit.
 template <class Loss, class State, class T>
 FL_HD T gradient_at(const State& s, T z, T margin, math::mask_t<T> is_target, const T* params) {
     T kept[Loss::num_kept];

@@ -39,12 +39,19 @@ Row random_row(Random& random, int classes) {
 template <class Loss>
 using StateOf = typename Loss::template State<double>;
 
+template <class Loss, class... Args>
+Sums<double, Loss::num_sums> term_of(bool last, Args... args) {
+    double* const nothing = nullptr;
+    return last ? Loss::template term<true>(args..., nothing) : Loss::template term<false>(args..., nothing);
+}
+
 // One pass over the row: the sums of the terms go to `state`.
 template <class Loss>
 Sums<double, Loss::num_sums> sums_of(int pass, const StateOf<Loss>& state, const Row& row, const double* params) {
     Sums<double, Loss::num_sums> sums = {};
+    const int last = Loss::passes(params) - 1;
     for (std::size_t j = 0; j < row.z.size(); ++j) {
-        const auto term = term_at<Loss>(pass, state, row.z[j], row.margin[j], int(j) == row.y, params);
+        const auto term = term_of<Loss>(pass == last, pass, state, row.z[j], row.margin[j], int(j) == row.y, params);
         for (int k = 0; k < Loss::num_sums; ++k) sums.v[k] += term.v[k];
     }
     return sums;
