@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.training.experiments import (
+    cost,
     fashion_mnist,
     hem,
     many_classes,
@@ -25,7 +26,17 @@ from benchmarks.training.experiments.runs import RESULTS, Runs, train_all
 
 EXPERIMENTS: dict[str, Any] = {
     experiment.NAME: experiment
-    for experiment in (many_classes, fashion_mnist, z_detection, z_labels, z_annealing, robust_regression, hem, scale)
+    for experiment in (
+        many_classes,
+        fashion_mnist,
+        z_detection,
+        z_labels,
+        z_annealing,
+        robust_regression,
+        hem,
+        scale,
+        cost,
+    )
 }
 
 
