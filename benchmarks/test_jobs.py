@@ -83,7 +83,7 @@ def test_the_try_with_the_fastest_copy_is_kept(threads: int, monkeypatch: pytest
 
     def times(calls: Any, *_: Any) -> Any:
         copy, others = next(tries)
-        return {key: Timing(copy if key[0] == "copy" else others, 1.0, 999.0, 9) for key in calls}
+        return {key: Timing(copy if key[0] == "copy" else others, 1.0, 999.0) for key in calls}
 
     monkeypatch.setattr(jobs_module, "time_calls", times)
     job = adjusted(Job(Case("cross_entropy", (4, 3)), ("fused",), threads=threads), "wall", tries=3)

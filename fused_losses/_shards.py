@@ -185,8 +185,8 @@ def _gather(of_rank: list[Tensor], linear: Tensor | None, shard: Shard) -> tuple
     dist.all_gather(list(found.unbind()), message, group=shard.group)
     rows = len(of_rank), of_rank[0].shape[0]
     if linear is None:
-        return found.unflatten(1, rows), None
-    return found[:, :-1].unflatten(1, rows), found[:, -1:]
+        return found.reshape(-1, *rows), None
+    return found[:, :-1].reshape(-1, *rows), found[:, -1:]
 
 
 class _Everywhere(NamedTuple):

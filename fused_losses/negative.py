@@ -35,7 +35,8 @@ def _missing(gamma: float, detach: bool, min_prob: float) -> Callable[[Tensor], 
         low = log_probs < least
         of_low = torch.where(low, log_probs.detach() if detach else log_probs, least)
         factor = 1.0 if gamma == 0.0 else (-expm1(of_low)) ** gamma
-        return largest - torch.where(low, -least * factor, above(torch.where(low, least, log_probs)))
+        missing: Tensor = largest - torch.where(low, -least * factor, above(torch.where(low, least, log_probs)))
+        return missing
 
     return term
 

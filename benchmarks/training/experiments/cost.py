@@ -8,6 +8,7 @@ torch's own function). On a GPU: ``python -m benchmarks.training --dataset synth
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,15 @@ def measure(runs: Runs, seeds: int, full: bool) -> None:
 def _calls(name: str, logits: Tensor, target: Tensor) -> dict[str, Callable[[], None]]:
     from benchmarks.training.criterion import PlainLoss
 
-    fused: Any = fl.LOSSES[name].module(**({"margin": 0.2} if name == "hem" else {}))
+    options: dict[str, Any] = {"margin": 0.2} if name == "hem" else {}
+    fused: Any = fl.LOSSES[name].module(**options)
     plain: Any = torch.nn.CrossEntropyLoss() if name == "cross_entropy" else PlainLoss(fused)
     losses = {"plain": plain, "fused": fused}
-    return {kind: (lambda loss=loss: loss(logits, target).backward()) for kind, loss in losses.items()}
+
+    def step(loss: Any) -> None:
+        loss(logits, target).backward()
+
+    return {kind: partial(step, loss) for kind, loss in losses.items()}
 
 
 def write(runs: Runs, folder: Path) -> None:
