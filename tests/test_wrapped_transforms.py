@@ -11,7 +11,7 @@ from wrapped_losses import CASES, CLASSES, TRANSITION, batch
 
 import fused_losses as fl
 
-NAMES = list(CASES)
+NAMES = [name for name in CASES if " " not in name]  # compositions are made of these
 STATEFUL = {
     "elr": lambda: fl.ELRLoss(12, CLASSES),
     "small": lambda: fl.SmallLoss("gce", 0.6, running=True),
@@ -26,7 +26,7 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", ["forward", "backward", "norm", "clip", "clipped", "gjs"])
+@pytest.mark.parametrize("name", ["forward", "backward", "clip", "gjs"])
 def test_compile_fullgraph_dynamic(name):
     case = CASES[name]
     module = case.make()
@@ -66,7 +66,7 @@ def test_a_memory_on_the_host_breaks_the_graph_and_is_right():
     torch.testing.assert_close(*(module.state_dict()["memory"] for module in modules))
 
 
-@pytest.mark.parametrize("name", ["forward", "backward", "norm clip", "elr", "small", "antidote", "super", "gjs"])
+@pytest.mark.parametrize("name", ["forward", "backward", "norm clip", "elr", "antidote", "gjs"])
 def test_export(name):
     case = CASES[name]
     module = case.make()
@@ -98,7 +98,7 @@ def test_function_transforms(name):
     torch.testing.assert_close(slope, (grads[0] * tangent).sum())
 
 
-@pytest.mark.parametrize("name", ["forward", "backward", "norm", "clip", "elr", "gjs"])
+@pytest.mark.parametrize("name", ["forward", "norm", "elr", "gjs"])
 def test_second_derivatives(name):
     case = CASES[name]
     logits, target = batch(rows=3)
