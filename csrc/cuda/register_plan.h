@@ -15,7 +15,7 @@ constexpr int kTileThreads = 128, kMostColumnThreads = 384, kColumnHeld = 16;
 
 // What a block may have where rows are read straight from memory: addresses of as many loads as a float row needs take
 // more registers.
-constexpr int most_direct_threads(int element) { return element == 4 ? 640 : kMostThreads; }
+constexpr int most_direct_threads(int element) { return element == 4 ? 608 : kMostThreads; }
 
 // Blocks of a tile's kernel that fit on a multiprocessor by their registers, and what a tile may take then.
 constexpr int tile_blocks(int held, bool spread) { return held < 16 && !spread ? 8 : 6; }
