@@ -159,18 +159,33 @@ def row_loss_gradient(ctx: Any, grad_loss: Tensor) -> Tensor:
         return torch.autograd.grad(loss, args.logits, grad_loss, create_graph=True)[0]
     if stats is None:  # the CPU starts from the logits again
         stats = denominator = args.logits.new_empty(0)
-    if written is not None and not hasattr(ctx, "given_away") and is_plain(grad_loss) and not _is_batched(grad_loss):
-        # The first backward scales the gradient in place and returns it; a second one computes its own. `data`, because
-        # autograd must not take that for a change of a saved tensor.
-        ctx.given_away = True
-        written = written.data
-        if not written.is_cpu:
-            _ops.row_loss_backward_(grad_loss, stats, denominator, written, *args)
-            return written  # type: ignore[no-any-return]
-        factor = grad_loss.item()
-        if factor == 1.0:
-            return written  # type: ignore[no-any-return]
-        # bfloat16 would be rounded twice; an infinite factor would turn the zeros of ignored rows into NaN.
-        if written.dtype is not torch.bfloat16 and math.isfinite(factor):
-            return written.mul_(factor)  # type: ignore[no-any-return]
+    given = give_away(ctx, written, grad_loss)
+    if given is not None and not given.is_cpu:
+        _ops.row_loss_backward_(grad_loss, stats, denominator, given, *args)
+        return given
+    if given is not None and complete(given, grad_loss):
+        return given
     return _ops.row_loss_backward(grad_loss, stats, denominator, *args)
+
+
+def give_away(ctx: Any, written: Tensor | None, grad_loss: Tensor) -> Tensor | None:
+    """The gradient that forward wrote, for the first backward to complete in place; None for later ones.
+
+    What is done to it from here on is not counted as a change of the saved tensor (`data`), which nobody reads again.
+    """
+    if written is None or hasattr(ctx, "given_away") or not is_plain(grad_loss) or _is_batched(grad_loss):
+        return None
+    ctx.given_away = True
+    return written.data
+
+
+def complete(written: Tensor, grad_loss: Tensor) -> bool:
+    """Multiplies what the CPU's forward wrote for an upstream gradient of 1, where that gives the right gradient."""
+    factor = grad_loss.item()
+    if factor == 1.0:
+        return True
+    # bfloat16 would be rounded twice, and infinity times the zeros of ignored rows is NaN.
+    if written.dtype is torch.bfloat16 or not math.isfinite(factor):
+        return False
+    written.mul_(factor)
+    return True

@@ -40,6 +40,9 @@ row_loss_with_stats: Callable[..., Tensors3] = torch.ops.fused_losses.row_loss_w
 row_loss_with_stats_and_grad: Callable[..., Tensors4] = torch.ops.fused_losses.row_loss_with_stats_and_grad.default
 row_loss_backward: Callable[..., Tensor] = torch.ops.fused_losses.row_loss_backward.default
 row_loss_backward_: Callable[..., None] = torch.ops.fused_losses.row_loss_backward_.default
+mixed_loss: Callable[..., Tensor] = torch.ops.fused_losses.mixed_loss.default
+mixed_loss_with_grad: Callable[..., Tensors2] = torch.ops.fused_losses.mixed_loss_with_grad.default
+mixed_loss_backward: Callable[..., Tensor] = torch.ops.fused_losses.mixed_loss_backward.default
 row_statistics: Callable[..., Tensors2] = torch.ops.fused_losses.row_statistics.default
 class_moments: Callable[..., Tensor] = torch.ops.fused_losses.class_moments.default
 z_error_mask: Callable[..., Tensors3] = torch.ops.fused_losses.z_error_mask.default
@@ -99,6 +102,23 @@ def _fake_row_loss_backward(
 @_fake
 def _fake_row_loss_backward_(*args: Any) -> None:
     return None
+
+
+@_fake
+def _fake_mixed_loss(target: Tensor, share: Tensor | None, share_of_all: float, *args: Any) -> Tensor:
+    return _empty_loss(RowLossArguments(*args))
+
+
+@_fake
+def _fake_mixed_loss_with_grad(target: Tensor, share: Tensor | None, share_of_all: float, *args: Any) -> Tensors2:
+    return _empty_loss(RowLossArguments(*args)), torch.empty_like(args[0])
+
+
+@_fake
+def _fake_mixed_loss_backward(
+    grad_loss: Tensor, target: Tensor, share: Tensor | None, share_of_all: float, logits: Tensor, *rest: Any
+) -> Tensor:
+    return torch.empty_like(logits)
 
 
 @_fake

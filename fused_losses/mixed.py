@@ -3,36 +3,133 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fused_losses._arguments import LOSSES, REDUCTIONS, check_reduction
+from fused_losses import _ops
+from fused_losses._arguments import LOSSES, REDUCTIONS, LossEntry, RowLossArguments, check_reduction
+from fused_losses._autograd import apply, complete, forward_writes_gradient, give_away, needs_reference
 from fused_losses._common import RowLossModule
-from fused_losses._parameters import closed_fraction
+from fused_losses._parameters import closed_fraction, plain
+from fused_losses._reference import row_loss_reference
+
+# The loss of one label, from the label, a weight per row and a reduction.
+LossOfLabel = Callable[[Tensor, "Tensor | None", str], Tensor]
 
 
 def _function_and_options(
     loss: str | Callable[..., Tensor] | nn.Module,
-) -> tuple[Callable[..., Tensor], dict[str, Any]]:
+) -> tuple[Callable[..., Tensor], LossEntry | None, dict[str, Any]]:
+    """The function of a loss, its entry if it is one of ours, and a Module's options."""
     if isinstance(loss, RowLossModule):
-        return LOSSES[loss.stem].function, loss.call_options() | {"reduction": loss.reduction}
+        entry = LOSSES[loss.stem]
+        return entry.function, entry, loss.call_options() | {"reduction": loss.reduction}
     if isinstance(loss, nn.Module):
         raise TypeError(f"loss must be a name, a function or a Module of a row loss, got {type(loss).__name__}")
     if callable(loss):
-        return loss, {}
+        return loss, next((entry for entry in LOSSES.values() if entry.function is loss), None), {}
     stem = str(loss).removesuffix("_loss")
     if stem not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
-    return LOSSES[stem].function, {}
+    return LOSSES[stem].function, LOSSES[stem], {}
 
 
-def _sum_of_weights(target: Tensor, samples: Tensor, options: dict[str, Any]) -> Tensor:
-    counted = target != options.get("ignore_index", -100)
-    weight = options.get("weight")
-    of_class = 1.0 if weight is None else weight[torch.where(counted, target.long(), 0)]
-    return torch.where(counted, samples * of_class, 0.0).sum()
+class _Labels(NamedTuple):
+    """Two labels a row: ``share`` of the first one, per row or of all, and what is left of the second one."""
+
+    first: Tensor
+    second: Tensor
+    share: Tensor | float
+
+    @property
+    def of_operator(self) -> tuple[Tensor, Tensor | None, float]:
+        """The operators' other_target, share and share_of_all."""
+        if not isinstance(self.share, Tensor):
+            return self.second, None, self.share
+        return (self.second, None, self.share.item()) if self.share.dim() == 0 else (self.second, self.share, 0.0)
+
+    def one_by_one(
+        self,
+        loss: LossOfLabel,
+        sample_weight: Tensor | None,
+        reduction: str,
+        weight: Tensor | None,
+        ignore_index: int,
+    ) -> Tensor:
+        """Their loss from that of each."""
+        share = self.share
+        if reduction == "none" or not isinstance(share, Tensor) or share.dim() == 0:
+            of_first = loss(self.first, sample_weight, reduction)
+            return share * of_first + (1.0 - share) * loss(self.second, sample_weight, reduction)
+        total, weights = torch.zeros((), device=share.device), torch.zeros((), device=share.device)
+        for target, part in ((self.first, share), (self.second, 1.0 - share)):
+            samples = part if sample_weight is None else part * sample_weight
+            total = total + loss(target, samples, "sum")
+            counted = target != ignore_index
+            of_class = 1.0 if weight is None else weight[torch.where(counted, target.long(), 0)]
+            weights = weights + torch.where(counted, samples * of_class, 0.0).sum()
+        if reduction == "sum":
+            return total
+        empty = weights == 0
+        return torch.where(empty, 0.0, total / torch.where(empty, 1.0, weights))
+
+    def by_formula(self, args: RowLossArguments) -> Tensor:
+        """Their loss by plain operations of torch."""
+
+        def loss(target: Tensor, samples: Tensor | None, reduction: str) -> Tensor:
+            return row_loss_reference(args._replace(target=target, sample_weight=samples, reduction=reduction))
+
+        return self.one_by_one(loss, args.sample_weight, args.reduction, args.weight, args.ignore_index)
+
+
+class _MixedLoss(torch.autograd.Function):
+    """The fused first derivative in the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, args: RowLossArguments, labels: _Labels) -> Tensor:
+        written = None
+        if forward_writes_gradient(args):
+            loss, written = _ops.mixed_loss_with_grad(*labels.of_operator, *args)
+        else:
+            loss = _ops.mixed_loss(*labels.of_operator, *args)
+        is_tensor = isinstance(labels.share, Tensor)
+        ctx.save_for_backward(*args[:6], labels.second, labels.share if is_tensor else None, written)
+        ctx.constants = args[6:], None if is_tensor else labels.share
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, second, share, written = ctx.saved_tensors
+        constants, share_of_all = ctx.constants
+        args = RowLossArguments(*inputs, *constants)
+        labels = _Labels(args.target, second, share_of_all if share is None else share)
+        return _gradient(ctx, args, labels, written, grad_outputs[0]), None, None
+
+
+def _gradient(ctx: Any, args: RowLossArguments, labels: _Labels, written: Tensor | None, grad_loss: Tensor) -> Tensor:
+    if torch.is_grad_enabled():  # under create_graph the gradient must itself be differentiable
+        return torch.autograd.grad(labels.by_formula(args), args.logits, grad_loss, create_graph=True)[0]
+    given = give_away(ctx, written, grad_loss)
+    if given is not None and complete(given, grad_loss):
+        return given
+    return _ops.mixed_loss_backward(grad_loss, *labels.of_operator, *args)
+
+
+def _in_one_read(entry: LossEntry, labels: _Labels, args: RowLossArguments) -> bool:
+    """Whether there is a kernel: for the CPU, for losses that are affine in the softmax, which a bias would change."""
+    share = labels.share
+    tensors = (*args[1:6], labels.second, share if isinstance(share, Tensor) else None)
+    return (
+        entry.takes_probabilities
+        and args.logits.is_cpu
+        and args.logit_bias == 0
+        and args.logit_bias_tensor is None
+        and not (args.target.is_floating_point() or labels.second.is_floating_point())
+        and not (torch.compiler.is_compiling() and isinstance(share, Tensor) and share.dim() == 0)
+        and not needs_reference(args.logits, *tensors)
+    )
 
 
 def mixed(
@@ -45,8 +142,8 @@ def mixed(
 ) -> Tensor:
     """``lam loss(a) + (1 - lam) loss(b)``: the loss of inputs that are mixed from two with different labels.
 
-    For mixup (1710.09412) and CutMix (1905.04899) with any row loss, without a matrix of targets. The logits are read
-    once for each label.
+    For mixup (1710.09412) and CutMix (1905.04899) with any row loss, without a matrix of targets. On the CPU the losses
+    that take probabilities, without ``logit_bias``, read the logits once; otherwise they are read once for each label.
 
     Args:
         loss: a name ("gce"), a function of :mod:`fused_losses.functional` or a Module, whose options are taken.
@@ -70,27 +167,32 @@ def mixed(
         >>> mixed("mae", logits, torch.tensor([0]), torch.tensor([1]), 0.75)
         tensor(0.6192)
     """
-    function, own = _function_and_options(loss)
+    function, entry, own = _function_and_options(loss)
     options = own | options
     reduction = options.setdefault("reduction", "mean")
     check_reduction(reduction, REDUCTIONS)
     if not isinstance(lam, Tensor):
-        closed_fraction.pack("lam", lam)
+        lam = plain(closed_fraction.pack("lam", lam))
     elif lam.dim() > 0 and lam.shape != target_a.shape:
         raise RuntimeError(
             f"lam must be a number, 0-dim or of the shape of target_a, {tuple(target_a.shape)}, got {tuple(lam.shape)}"
         )
-    if reduction == "none" or not isinstance(lam, Tensor) or lam.dim() == 0:
-        return lam * function(logits, target_a, **options) + (1.0 - lam) * function(logits, target_b, **options)
-    samples = options.pop("sample_weight", None)
-    samples = lam if samples is None else lam * samples, 1.0 - lam if samples is None else (1.0 - lam) * samples
-    options["reduction"] = "sum"
-    parts = [
-        function(logits, target, sample_weight=weight, **options)
-        for target, weight in zip((target_a, target_b), samples, strict=True)
-    ]
-    if reduction == "sum":
-        return parts[0] + parts[1]
-    total = _sum_of_weights(target_a, samples[0], options) + _sum_of_weights(target_b, samples[1], options)
-    empty = total == 0
-    return torch.where(empty, 0.0, (parts[0] + parts[1]) / torch.where(empty, 1.0, total))
+    if not isinstance(lam, Tensor) and lam in (0.0, 1.0):
+        return function(logits, target_a if lam == 1.0 else target_b, **options)
+    labels = _Labels(target_a, target_b, lam)
+    if entry is not None:
+        args = entry.arguments(logits, target_a, **options)
+        if _in_one_read(entry, labels, args):
+            return _mixed_loss(args, labels)
+
+    def of_label(target: Tensor, samples: Tensor | None, reduction: str) -> Tensor:
+        return function(logits, target, **(options | {"sample_weight": samples, "reduction": reduction}))
+
+    samples, weight = options.get("sample_weight"), options.get("weight")
+    return labels.one_by_one(of_label, samples, reduction, weight, options.get("ignore_index", -100))
+
+
+def _mixed_loss(args: RowLossArguments, labels: _Labels) -> Tensor:
+    if args.logits.requires_grad and torch.is_grad_enabled():
+        return apply(_MixedLoss, args.logits, args, labels)  # type: ignore[no-any-return]
+    return _ops.mixed_loss(*labels.of_operator, *args)

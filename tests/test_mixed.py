@@ -57,6 +57,99 @@ def test_one_factor_for_all_rows(name, batch):
             torch.testing.assert_close(actual, (lam * parts[0] + (1.0 - lam) * parts[1]).to(actual.dtype))
 
 
+IN_ONE_READ = [name for name, entry in fl.LOSSES.items() if entry.takes_probabilities]
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def one_by_one(entry, logits, a, b, lam, weight, sample_weight, reduction):
+    """From the plain formula of each label in float64."""
+    values = [
+        entry.reference(logits.double(), y, reduction="none", weight=weight.double()) * sample_weight for y in (a, b)
+    ]
+    shares = [torch.where(y == -100, 0.0, weight[y.clamp(min=0).long()] * sample_weight) for y in (a, b)]
+    if reduction == "none":
+        return lam * values[0] + (1.0 - lam) * values[1]
+    if reduction == "sum":
+        return (lam * values[0] + (1.0 - lam) * values[1]).sum()
+    if lam.dim() > 0:
+        return (lam * values[0] + (1.0 - lam) * values[1]).sum() / (lam * shares[0] + (1.0 - lam) * shares[1]).sum()
+    return lam * values[0].sum() / shares[0].sum() + (1.0 - lam) * values[1].sum() / shares[1].sum()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", [(37, 10), (70, 33), (19, 260), (3, 7, 5, 9)])
+def test_every_layout_and_dtype(shape, dtype, device):
+    """Blocks of rows, rows and pixels, with labels that are equal or ignored, and weights."""
+    generator = torch.Generator().manual_seed(1)
+    rows, classes = (shape[0], *shape[2:]), shape[1]
+    z = (3 * torch.randn(shape, generator=generator)).to(dtype).to(device)
+    a, b = (torch.randint(classes, rows, generator=generator).to(device) for _ in range(2))
+    a.view(-1)[1:3], b.view(-1)[2:4], b.view(-1)[5] = -100, -100, a.view(-1)[5]
+    weight, samples = torch.rand(classes, generator=generator) + 0.5, torch.rand(rows, generator=generator)
+    weight, samples, lam = weight.to(device), samples.to(device), torch.rand(rows, generator=generator).to(device)
+    for name, reduction, share, index in itertools.product(
+        ("cross_entropy", "gce", "nce_mae"), ("none", "sum", "mean"), (lam, lam.view(-1)[0]), (torch.int64, torch.uint8)
+    ):
+        if index is torch.uint8 and reduction != "mean":
+            continue
+        logits, entry = z.clone().requires_grad_(), fl.LOSSES[name]
+        ignored = -100 if index is torch.int64 else 255
+        targets = [torch.where(y == -100, ignored, y).to(index) for y in (a, b)]
+        options = {"weight": weight, "sample_weight": samples, "reduction": reduction, "ignore_index": ignored}
+        actual = fl.functional.mixed(name, logits, *targets, share, **options)
+        want = one_by_one(entry, logits, a, b, share.double(), weight, samples.double(), reduction)
+        torch.testing.assert_close(actual.double(), want, rtol=2e-5, atol=2e-5)
+        upstream = torch.rand(actual.shape, generator=generator).to(device)
+        gradient, expected = (torch.autograd.grad(x, logits, upstream.to(x.dtype))[0] for x in (actual, want))
+        torch.testing.assert_close(gradient, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] / 10)
+
+
+@pytest.mark.parametrize("name", IN_ONE_READ)
+def test_one_read(name):
+    """Where there is a kernel it is used; later backwards and the second derivative are right, too."""
+    logits = torch.randn(8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    a, b = torch.arange(8) % 5, torch.arange(8) % 3
+
+    def loss(x):
+        return fl.functional.mixed(name, x, a, b, 0.3)
+
+    assert "_MixedLoss" in type(loss(logits).grad_fn).__name__
+    first, second = loss(logits), loss(logits)
+    grads = [torch.autograd.grad(first, logits, torch.tensor(2.0), retain_graph=True)[0] for _ in range(2)]
+    torch.testing.assert_close(*grads)
+    torch.testing.assert_close(grads[0], 2.0 * torch.autograd.grad(second, logits)[0])
+    torch.testing.assert_close(torch.func.grad(loss)(logits.detach()) * 2.0, grads[0])
+    apart = 0.3 * fl.LOSSES[name].reference(logits, a) + 0.7 * fl.LOSSES[name].reference(logits, b)
+    slopes = [torch.autograd.grad(x, logits, create_graph=True)[0] for x in (loss(logits), apart)]
+    torch.testing.assert_close(*slopes)
+    torch.testing.assert_close(*(torch.autograd.grad(x[:, 0].sum(), logits)[0] for x in slopes))
+
+
+def test_in_compiled_code():
+    logits = torch.randn(8, 5, requires_grad=True)
+    a, b, lam = torch.arange(8) % 5, torch.arange(8) % 3, torch.rand(8)
+
+    def loss(x):
+        return fl.functional.mixed("gce", x, a, b, lam)
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for x, y in zip(value_and_grad(compiled(logits), logits), value_and_grad(loss(logits), logits), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_a_label_that_does_not_count_is_left_out():
+    logits = torch.tensor([[0.0, -torch.inf, 1.0]], requires_grad=True)
+    impossible, other = torch.tensor([1]), torch.tensor([0])
+    for lam in (0.0, torch.tensor(0.0), torch.zeros(1)):
+        actual = fl.functional.mixed("cross_entropy", logits, impossible, other, lam)
+        for x, y in zip(
+            value_and_grad(actual, logits),
+            value_and_grad(fl.functional.cross_entropy(logits, other), logits),
+            strict=True,
+        ):
+            torch.testing.assert_close(x, y)
+
+
 def test_options_of_a_module(batch):
     logits, a, b, lam = batch
     weight = torch.rand(5, device=logits.device)

@@ -23,13 +23,13 @@ const CpuKernels& kernels() {
 
 // Checks every target and returns the denominator of the mean. Chunks are fixed, so the sum has the same bits for any
 // number of threads.
-double check_targets(const RowProblem& p) {
+double check_targets(const RowProblem& p, bool other = false) {
     constexpr std::int64_t kChunk = 8192;
     const std::int64_t rows = p.rows(), chunks = (rows + kChunk - 1) / kChunk;
     std::vector<TargetSummary> summaries(chunks);
     for_stealing(chunks, /*grain=*/4, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t c = begin; c < end; ++c)
-            summaries[c] = kernels().summarize(p, c * kChunk, std::min(rows, (c + 1) * kChunk));
+            summaries[c] = kernels().summarize(p, other, c * kChunk, std::min(rows, (c + 1) * kChunk));
     });
     double weight = 0;
     for (const TargetSummary& s : summaries) {
@@ -102,8 +102,20 @@ TileSums run_tiles_then_gradient(RowProblem p) {
     return total;
 }
 
+// Of two labels with one share for all rows each has its mean; a share per row makes one mean of both.
+void take_means_of_labels(RowProblem& p) {
+    const double weights[] = {check_targets(p), check_targets(p, /*other=*/true)};
+    if (p.reduction != Reduction::kMean) return;
+    for (int k = 0; k < 2; ++k) {
+        const double weight = p.share ? weights[0] + weights[1] : weights[k];
+        p.label_scale[k] = weight == 0 ? 0.0 : 1 / weight;
+    }
+    p.reduction = Reduction::kSum;
+}
+
 void forward(RowProblem& p, void* loss, void* denominator) {
-    const double weight = check_targets(p);
+    if (p.other_target) take_means_of_labels(p);
+    const double weight = p.other_target ? 1.0 : check_targets(p);
     prefer_huge_pages(p);
     const Scalar divisor(weight);
     if (denominator) divisor.write(p, denominator);

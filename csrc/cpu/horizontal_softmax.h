@@ -131,11 +131,14 @@ private:
     // The row's logits in order as far as anybody needs that, else null.
     const A* ordered_logits(std::int64_t outer, std::int64_t row, int i, A* e) {
         if (unordered(i)) {
-            rows.target_logit[i] = widen(logits_at<Stored>(p, outer, row)[rows.target[i]]) + rows.bias;
+            const Stored* const stored = logits_at<Stored>(p, outer, row);
+            rows.target_logit[i] = widen(stored[rows.target[i]]) + rows.bias;
+            if (p.other_target) rows.other_logit[i] = widen(stored[rows.other_target[i]]);
             return nullptr;
         }
         const A* const x = Buffer::logits(p, outer, row, e);
         rows.target_logit[i] = p.target ? x[rows.target[i]] + rows.bias : A(0);
+        if (p.other_target) rows.other_logit[i] = x[rows.other_target[i]];
         return x;
     }
 
@@ -270,6 +273,7 @@ private:
             return g;
         });
         if (p.target) grad[rows.target[i] * p.grad_class_stride] = narrow<Stored>(rows.target_grad[i]);
+        if (p.other_target) grad[rows.other_target[i] * p.grad_class_stride] = narrow<Stored>(rows.other_grad[i]);
     }
 
     const RowProblem& p;

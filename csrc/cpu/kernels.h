@@ -25,8 +25,8 @@ struct TargetSummary {
 enum class Isa { baseline, avx2, avx512 };
 
 struct CpuKernels {
-    // Looks at the targets of rows [begin, end).
-    TargetSummary (*summarize)(const RowProblem&, std::int64_t begin, std::int64_t end);
+    // Looks at the targets of rows [begin, end), or at their second ones.
+    TargetSummary (*summarize)(const RowProblem&, bool other, std::int64_t begin, std::int64_t end);
     // Forward of tiles [begin, end): row values or per-tile sums, stats, gradient, as the problem asks.
     void (*forward)(const RowProblem&, std::int64_t begin, std::int64_t end, TileSums* tile_sums);
     // Bytes of RowProblem::bits; 0 for losses whose gradient needs more than a bit per class.

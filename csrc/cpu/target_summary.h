@@ -11,7 +11,12 @@ inline namespace FL_ISA {
 template <class Index, class A>
 class TargetSummaries {
 public:
-    explicit TargetSummaries(const RowProblem& problem) : p(problem) {}
+    // Of the rows' labels, or of their second ones.
+    TargetSummaries(const RowProblem& problem, bool other)
+        : p(problem),
+          labels(as<Index>(other ? p.other_target : p.target)),
+          label_stride(other ? p.other_target_stride : p.target_stride),
+          is_other(other) {}
 
     // Rows [begin, end) in the order of their numbers.
     TargetSummary rows(std::int64_t begin, std::int64_t end) const {
@@ -30,15 +35,15 @@ private:
     // Rows [first, first + n) of image `outer`.
     TargetSummary rows_of(std::int64_t outer, std::int64_t first, std::int64_t n) const {
         TargetSummary summary{double(n)};
-        if (p.target) {
-            const Index* const targets = as<Index>(p.target) + p.target_stride.at(outer, first);
-            const std::int64_t stride = p.target_stride.inner;
+        if (labels) {
+            const Index* const targets = labels + label_stride.at(outer, first);
+            const std::int64_t stride = label_stride.inner;
             const Found found =
                 stride == 1 ? look(targets, std::integral_constant<int, 1>{}, n) : look(targets, stride, n);
             summary.weight = double(found.counted);
             if (found.bad > 0) name_first_bad(summary, targets, outer * p.inner + first, n);
         }
-        if (!summary.is_bad() && ((p.target && p.class_weight) || p.sample_weight))
+        if (!summary.is_bad() && ((labels && p.class_weight) || p.sample_weight || p.share))
             summary.weight = weigh(outer, first, n);
         return summary;
     }
@@ -71,39 +76,45 @@ private:
 
     void name_first_bad(TargetSummary& summary, const Index* targets, std::int64_t row, std::int64_t n) const {
         for (std::int64_t i = 0; i < n && !summary.is_bad(); ++i) {
-            const std::int64_t y = targets[i * p.target_stride.inner];
+            const std::int64_t y = targets[i * label_stride.inner];
             if (target_check().is_bad(y)) summary.bad_row = row + i, summary.bad_target = y;
         }
     }
 
     double weigh(std::int64_t outer, std::int64_t first, std::int64_t n) const {
-        const A* const weights = p.target ? as<A>(p.class_weight) : nullptr;
-        const A* const samples = as<A>(p.sample_weight);
+        const A* const weights = labels ? as<A>(p.class_weight) : nullptr;
+        const A *const samples = as<A>(p.sample_weight), *const shares = as<A>(p.share);
         double sum = 0;
         for (std::int64_t i = first; i < first + n; ++i) {
-            const std::int64_t y = p.target ? as<Index>(p.target)[p.target_stride.at(outer, i)] : std::int64_t(0);
-            if (p.target && !target_check().counts(y)) continue;
-            const double weight = weights ? double(weights[y]) : 1.0;
+            const std::int64_t y = labels ? labels[label_stride.at(outer, i)] : std::int64_t(0);
+            if (labels && !target_check().counts(y)) continue;
+            double weight = weights ? double(weights[y]) : 1.0;
+            if (shares) weight *= share_of(double(shares[p.share_stride.at(outer, i)]));
             sum += samples ? weight * double(samples[p.sample_weight_stride.at(outer, i)]) : weight;
         }
         return sum;
     }
 
+    double share_of(double share) const { return is_other ? 1.0 - share : share; }
+
     const RowProblem& p;
+    const Index* const labels;
+    const RowStride label_stride;
+    const bool is_other;
 };
 
 template <class Index>
-TargetSummary summarize_as(const RowProblem& p, std::int64_t begin, std::int64_t end) {
-    return p.dtype == Dtype::kFloat64 ? TargetSummaries<Index, double>(p).rows(begin, end)
-                                      : TargetSummaries<Index, float>(p).rows(begin, end);
+TargetSummary summarize_as(const RowProblem& p, bool other, std::int64_t begin, std::int64_t end) {
+    return p.dtype == Dtype::kFloat64 ? TargetSummaries<Index, double>(p, other).rows(begin, end)
+                                      : TargetSummaries<Index, float>(p, other).rows(begin, end);
 }
 
-inline TargetSummary summarize_targets(const RowProblem& p, std::int64_t begin, std::int64_t end) {
+inline TargetSummary summarize_targets(const RowProblem& p, bool other, std::int64_t begin, std::int64_t end) {
     switch (p.index_type) {
-        case IndexType::kInt32: return summarize_as<std::int32_t>(p, begin, end);
-        case IndexType::kInt16: return summarize_as<std::int16_t>(p, begin, end);
-        case IndexType::kUInt8: return summarize_as<std::uint8_t>(p, begin, end);
-        default: return summarize_as<std::int64_t>(p, begin, end);
+        case IndexType::kInt32: return summarize_as<std::int32_t>(p, other, begin, end);
+        case IndexType::kInt16: return summarize_as<std::int16_t>(p, other, begin, end);
+        case IndexType::kUInt8: return summarize_as<std::uint8_t>(p, other, begin, end);
+        default: return summarize_as<std::int64_t>(p, other, begin, end);
     }
 }
 

@@ -44,6 +44,10 @@ struct alignas(64) TileRows {
     A sum_residual[kMax];  // sum exp(z - max) less `sum`, which is rounded
     // Set by finish or read_stats, scale included: grad_j = alpha exp(z_j - max) + gamma u_j, but target_grad for z_y
     A value[kMax], alpha[kMax], gamma[kMax], target_grad[kMax];
+    // Where rows have two labels: those of the second one, and what the losses of each are multiplied by. Where one is
+    // ignored the other stands in its place.
+    std::int64_t other_target[kMax];
+    A other_weight[kMax], other_logit[kMax], other_grad[kMax], factor[kMax], other_factor[kMax];
     A counted[kMax];                 // 1, or 0 for ignored rows and behind the last row
     bool any_ignored, any_residual;  // any_residual: sum_residual has other numbers than zeros
     int padded;                      // rows rounded up to whole vectors
@@ -73,6 +77,9 @@ struct alignas(64) TileRows {
             for (A* zero : {sum_residual, centred, sum_u, max, target_logit}) V(A(0)).store(zero + i);
             V(A(1)).store(sum + i);
         });
+        if (!p.other_target) return;
+        for (int i = 0; i < padded; ++i)
+            other_weight[i] = weights && !ignored(i) ? weights[other_target[i]] : A(1), other_logit[i] = A(0);
     }
 
     // Turns the sums of a pass over the logits into loss and gradient coefficients.
@@ -85,6 +92,7 @@ struct alignas(64) TileRows {
         for (int i = 0; i < n && values; ++i) values[row + i] = value[i];
         sums.value += sum_of_values();
         if (p.grad) scale_coefficients();
+        for (int i = 0; i < padded && p.other_target; ++i) other_grad[i] *= scale[i];
     }
 
     // Backward: what write_stats has saved, except of rows that have become ignored since.
@@ -170,35 +178,68 @@ private:
             for (int i = 0; i < n; ++i) target[i] = 0, counted[i] = A(1);
             return;
         }
+        const Labels first_ones{p.target, p.target_stride.at(outer, first), p.target_stride.inner, target, counted};
+        any_ignored = copy_labels(p, first_ones, n);
+        if (p.other_target) read_others(p, outer, first, n);
+    }
+
+    // What there is after the labels themselves: each row's second one, factors, and which rows have any label.
+    void read_others(const RowProblem& p, std::int64_t outer, std::int64_t first, int n) {
+        A* const other_counted = other_factor;
+        const RowStride& stride = p.other_target_stride;
+        copy_labels(p, {p.other_target, stride.at(outer, first), stride.inner, other_target, other_counted}, n);
+        any_ignored = false;
+        for (int i = 0; i < padded; ++i) {
+            const A mine = i < n ? counted[i] : A(0), theirs = i < n ? other_counted[i] : A(0);
+            if (theirs == A(0)) other_target[i] = mine == A(0) ? 0 : target[i];
+            if (mine == A(0)) target[i] = other_target[i];
+            const A share = p.share && i < n ? as<A>(p.share)[p.share_stride.at(outer, first + i)] : A(p.share_of_all);
+            factor[i] = mine == A(0) ? A(0) : share * A(p.label_scale[0]);
+            other_factor[i] = theirs == A(0) ? A(0) : (A(1) - share) * A(p.label_scale[1]);
+            counted[i] = std::max(mine, theirs);
+            any_ignored |= counted[i] == A(0);
+        }
+    }
+
+    struct Labels {
+        const void* from;
+        std::int64_t offset, stride;
+        std::int64_t* classes;  // 0 for ignored rows
+        A* counted;
+    };
+
+    // Returns whether any is ignored.
+    static bool copy_labels(const RowProblem& p, const Labels& labels, int n) {
         switch (p.index_type) {
-            case IndexType::kInt64: return copy_targets<std::int64_t>(p, outer, first, n);
-            case IndexType::kInt32: return copy_targets<std::int32_t>(p, outer, first, n);
-            case IndexType::kInt16: return copy_targets<std::int16_t>(p, outer, first, n);
-            case IndexType::kUInt8: return copy_targets<std::uint8_t>(p, outer, first, n);
+            case IndexType::kInt64: return copy_labels_as<std::int64_t>(p.ignore_index, labels, n);
+            case IndexType::kInt32: return copy_labels_as<std::int32_t>(p.ignore_index, labels, n);
+            case IndexType::kInt16: return copy_labels_as<std::int16_t>(p.ignore_index, labels, n);
+            default: return copy_labels_as<std::uint8_t>(p.ignore_index, labels, n);
         }
     }
 
     template <class Index>
-    void copy_targets(const RowProblem& p, std::int64_t outer, std::int64_t first, int n) {
-        const Index* const source = as<Index>(p.target) + p.target_stride.at(outer, first);
-        if (p.target_stride.inner == 1)
-            for (int i = 0; i < n; ++i) target[i] = source[i];
+    static bool copy_labels_as(std::int64_t ignore_index, const Labels& labels, int n) {
+        const Index* const source = as<Index>(labels.from) + labels.offset;
+        std::int64_t* const classes = labels.classes;
+        if (labels.stride == 1)
+            for (int i = 0; i < n; ++i) classes[i] = source[i];
         else
-            for (int i = 0; i < n; ++i) target[i] = source[i * p.target_stride.inner];
-        const std::int64_t ignore_index = p.ignore_index;
+            for (int i = 0; i < n; ++i) classes[i] = source[i * labels.stride];
         std::int64_t found = 0;
         for (int i = 0; i < n; ++i) {
-            const std::int64_t y = target[i], is_ignored = y == ignore_index;
-            counted[i] = A(1 - is_ignored);
+            const std::int64_t y = classes[i], is_ignored = y == ignore_index;
+            labels.counted[i] = A(1 - is_ignored);
             found |= is_ignored;
-            target[i] = is_ignored ? 0 : y;
+            classes[i] = is_ignored ? 0 : y;
         }
-        any_ignored = found;
+        return found;
     }
 
     void evaluate(const RowProblem& p) {
         if (p.spread == Spread::kSoftTarget) return evaluate_as<SoftCrossEntropy>(p);
-        visit_loss(SoftmaxLosses{}, p.loss, [&]<class Loss>() { evaluate_as<Loss>(p); });
+        visit_loss(SoftmaxLosses{}, p.loss,
+                   [&]<class Loss>() { p.other_target ? evaluate_both<Loss>(p) : evaluate_as<Loss>(p); });
     }
 
     template <class Loss>
@@ -220,6 +261,52 @@ private:
             (affine.alpha / total).store(alpha + i);
             affine.gamma.store(gamma + i);
             own_gradient(affine, log_p, p.spread == Spread::kOnes ? V(A(1)) : weight).store(target_grad + i);
+        });
+    }
+
+    // One label's part in the coefficients of its row.
+    struct OfLabel {
+        AffineRow<V> affine;
+        V log_p, u;
+
+        FL_ALWAYS_INLINE void multiply(V by) {
+            for (V* x : {&affine.value, &affine.alpha, &affine.beta, &affine.gamma})
+                *x = math::select(by == V(A(0)), V(A(0)), by * *x);
+        }
+        FL_ALWAYS_INLINE V gradient_at(const OfLabel& other) const {
+            return affine.alpha * math::exp(other.log_p) + affine.gamma * other.u;
+        }
+        FL_ALWAYS_INLINE V own() const { return own_gradient(affine, log_p, u); }
+    };
+
+    // Of two labels with one softmax: their coefficients add up, but for the gradients of the labels' own classes.
+    template <class Loss>
+    void evaluate_both(const RowProblem& p) {
+        V params[kMaxParams];
+        for (int i = 0; i < kMaxParams; ++i) params[i] = A(p.params[i]);
+        for_padded([&](int i) FL_INLINE {
+            const V total = V::load(sum + i), weighted = V::load(sum_u + i);
+            const V log_sum = math::log_normal(total) + V::load(sum_residual + i) / total;
+            const V sum_neg_log_p = weighted * log_sum - V::load(centred + i);
+            const auto of_label = [&](const A* logits, const A* weights, const A* factors) FL_INLINE {
+                const V below_max = V::load(logits + i) - V::load(max + i), log_p = below_max - log_sum;
+                const V weight = V::load(weights + i);
+                const SoftmaxRow<V> row{log_p, sum_neg_log_p, weighted, weight, A(p.num_classes), below_max};
+                OfLabel label{Loss::eval(row, params), log_p, p.spread == Spread::kOnes ? V(A(1)) : weight};
+                label.multiply(V::load(factors + i));
+                return label;
+            };
+            const OfLabel a = of_label(target_logit, class_weight, factor);
+            const OfLabel b = of_label(other_logit, other_weight, other_factor);
+            (a.affine.value + b.affine.value).store(value + i);
+            if (!p.grad) return;
+            ((a.affine.alpha + b.affine.alpha) / total).store(alpha + i);
+            (a.affine.gamma + b.affine.gamma).store(gamma + i);
+            A same[V::size];
+            for (int k = 0; k < V::size; ++k) same[k] = target[i + k] == other_target[i + k];
+            const auto is_same = V::load(same) == V(A(1));
+            (a.own() + math::select(is_same, b.own(), b.gradient_at(a))).store(target_grad + i);
+            (b.own() + math::select(is_same, a.own(), a.gradient_at(b))).store(other_grad + i);
         });
     }
 

@@ -122,19 +122,29 @@ private:
     // The blocks hold exp(z - max)
     void write_gradient(std::int64_t outer, std::int64_t first, int n) {
         for (int i = 0; i < rows.padded; ++i) target_class[i] = p.target ? A(rows.target[i]) : A(-1);
-        p.spread == Spread::kNone ? write_gradient_as<false>(outer, first, n)
-                                  : write_gradient_as<true>(outer, first, n);
+        if (p.other_target) return write_gradient_of_both(outer, first, n);
+        p.spread == Spread::kNone ? write_gradient_as<false, false>(outer, first, n)
+                                  : write_gradient_as<true, false>(outer, first, n);
     }
 
-    template <bool with_spread>
+    void write_gradient_of_both(std::int64_t outer, std::int64_t first, int n) {
+        for (int i = 0; i < rows.padded; ++i) other_class[i] = A(rows.other_target[i]);
+        p.spread == Spread::kNone ? write_gradient_as<false, true>(outer, first, n)
+                                  : write_gradient_as<true, true>(outer, first, n);
+    }
+
+    template <bool with_spread, bool two_labels>
     void write_gradient_as(std::int64_t outer, std::int64_t first, int n) const {
         const auto gradient_of = [&](int b) FL_INLINE {
             const A *const u = u_of(b), *const numbers = class_number.data();
             const V alpha = V::load(rows.alpha + b), gamma = V::load(rows.gamma + b);
             const V target_grad = V::load(rows.target_grad + b), target = V::load(target_class + b);
+            const V other_grad = two_labels ? V::load(rows.other_grad + b) : V(A(0));
+            const V other = two_labels ? V::load(other_class + b) : V(A(0));
             return [=, this](V e, std::int64_t c) FL_INLINE {
                 V g = alpha * e;
                 if constexpr (with_spread) g += gamma * spread(u, c);
+                if constexpr (two_labels) g = math::select(other == V(numbers[c]), other_grad, g);
                 return math::select(target == V(numbers[c]), target_grad, g);
             };
         };
@@ -145,6 +155,7 @@ private:
     Scratch<A> u_store;       // u_j, in blocks as the tile
     Scratch<A> class_number;  // read into all elements of a vector at once, unlike an integer
     alignas(64) A target_class[TileRows<A>::kMax];
+    alignas(64) A other_class[TileRows<A>::kMax];
 };
 
 }  // namespace FL_ISA

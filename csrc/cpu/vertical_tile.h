@@ -190,6 +190,8 @@ private:
             for (std::int64_t c = 0; c < p.num_classes && rows.ignored(b + i); ++c) z[c * kWidth + i] = A(0);
         for (int i = 0; i < n && rows.bias != A(0); ++i) z[rows.target[b + i] * kWidth + i] += rows.bias;
         for (int i = 0; i < kWidth; ++i) rows.target_logit[b + i] = z[rows.target[b + i] * kWidth + i];
+        for (int i = 0; i < kWidth && p.other_target; ++i)
+            rows.other_logit[b + i] = z[rows.other_target[b + i] * kWidth + i];
         if (rows.any_ignored || rows.bias != A(0)) Block::find_max(z, p.num_classes).store(rows.max + b);
     }
 

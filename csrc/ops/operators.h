@@ -13,6 +13,9 @@ void row_loss_with_stats(StableIValue* stack, std::uint64_t, std::uint64_t);
 void row_loss_backward(StableIValue* stack, std::uint64_t, std::uint64_t);
 void row_loss_with_stats_and_grad(StableIValue* stack, std::uint64_t, std::uint64_t);
 void row_loss_backward_(StableIValue* stack, std::uint64_t, std::uint64_t);
+void mixed_loss(StableIValue* stack, std::uint64_t, std::uint64_t);
+void mixed_loss_with_grad(StableIValue* stack, std::uint64_t, std::uint64_t);
+void mixed_loss_backward(StableIValue* stack, std::uint64_t, std::uint64_t);
 void row_statistics(StableIValue* stack, std::uint64_t, std::uint64_t);
 
 void class_moments(StableIValue* stack, std::uint64_t, std::uint64_t);

@@ -34,6 +34,13 @@ STABLE_TORCH_LIBRARY(fused_losses, m) {
     def("row_loss_with_stats_and_grad", "", "(Tensor loss, Tensor stats, Tensor denominator, Tensor grad_logits)");
     def("row_loss_backward_", "Tensor grad_loss, Tensor stats, Tensor denominator, Tensor(a!) grad_logits, ", "()");
 
+    // Losses of two labels a row, from one read: share (one per row, else share_of_all) times the loss of target, plus
+    // the rest times that of other_target. Losses that are affine in the softmax only; CPU only.
+    const std::string labels = "Tensor other_target, Tensor? share, float share_of_all, ";
+    def("mixed_loss", labels, "Tensor");
+    def("mixed_loss_with_grad", labels, "(Tensor loss, Tensor grad_logits)");
+    def("mixed_loss_backward", "Tensor grad_loss, " + labels, "Tensor");
+
     // What rows look like, from one read of the logits: log p of the target, largest probability, largest logit, the
     // target's logit less the largest other one, entropy; float32 (float64 for float64 logits), NaN for ignored rows.
     // argmax is int64. Rows are in logical order.
@@ -112,7 +119,12 @@ void implement(torch::stable::detail::StableLibrary& m) {
     m.impl("update_moments_", &update_moments_);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) {
+    implement(m);
+    m.impl("mixed_loss", &mixed_loss);
+    m.impl("mixed_loss_with_grad", &mixed_loss_with_grad);
+    m.impl("mixed_loss_backward", &mixed_loss_backward);
+}
 #ifdef FL_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(fused_losses, CUDA, m) { implement(m); }
 #endif

@@ -109,6 +109,21 @@ inline void check_margin(const RowLossArgs& args, const LossNeeds& needs) {
                 ": margin must be a number, 0-dim or of shape (", num_classes, ",), got shape ", margin.sizes());
 }
 
+inline void check_other_label(RowLossArgs& args, OtherLabel& other, const RowLossShape& shape) {
+    check(!shape.soft_target, args.loss, ": class probabilities cannot be mixed with a second target");
+    check_value(args.logit_bias == 0 && !args.logit_bias_tensor, args.loss, ": logit_bias is for one target");
+    check_value(!is_pass_loss(index_of(AllLosses{}, args.loss)), args.loss, ": takes one target only");
+    std::swap(args.target, *other.target);
+    check_target(args, shape.rows);
+    std::swap(args.target, *other.target);
+    if (!other.share) return;
+    const Tensor& share = *other.share;
+    check(share.is_floating() && share.device() == args.logits.device() && is_per_row(share, shape.rows), args.loss,
+          ": lam must be a floating point tensor with one entry per row, shape ", Sizes(shape.rows),
+          ", on the device of ", "logits (", args.logits.device(), "), got ", share.dtype(), " of shape ",
+          share.sizes(), " on ", share.device());
+}
+
 inline Reduction parse_reduction(const RowLossArgs& args) {
     const LossNeeds needs = needs_of(index_of(AllLosses{}, args.loss));
     if (args.reduction == "active_mean" && needs.has_margin) return Reduction::kActiveMean;

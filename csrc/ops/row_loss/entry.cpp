@@ -11,9 +11,11 @@ namespace {
 class RowLossCall {
 public:
     // given_grad: the gradient of an earlier call for the same rows.
-    RowLossCall(RowLossArgs arguments, bool with_grad, OptionalTensor grad_loss = {}, OptionalTensor given_grad = {})
-        : args(std::move(arguments)), shape(check_row_loss(args)), acc(acc_of(args.logits)) {
+    RowLossCall(RowLossArgs arguments, bool with_grad, OptionalTensor grad_loss = {}, OptionalTensor given_grad = {},
+                OtherLabel second = {})
+        : args(std::move(arguments)), other(std::move(second)), shape(check_row_loss(args)), acc(acc_of(args.logits)) {
         describe_loss();
+        if (other.target) take_other_label();
         if (shape.soft_target && args.target.dtype() != args.logits.dtype()) convert(args.target, acc);
         if (args.sample_weight) convert(*args.sample_weight, acc);
         if (grad_loss) take_upstream(std::move(*grad_loss));
@@ -89,6 +91,13 @@ private:
         }
     }
 
+    void take_other_label() {
+        check_other_label(args, other, shape);
+        convert(*other.target, args.target.dtype());
+        if (other.share) convert(*other.share, acc);
+        problem.share_of_all = other.share_of_all;
+    }
+
     void take_upstream(Tensor grad_loss) {
         check_upstream(grad_loss, args.logits, shape.rows);
         convert(grad_loss, acc);
@@ -99,6 +108,8 @@ private:
         RowTensor tensors[] = {{&args.target, shape.soft_target ? shape.class_dim : -1},
                                {args.sample_weight ? &*args.sample_weight : nullptr},
                                {upstream.defined() ? &upstream : nullptr},
+                               {other.target ? &*other.target : nullptr},
+                               {other.share ? &*other.share : nullptr},
                                {&args.logits, shape.class_dim},
                                {grad.defined() ? &grad : nullptr, shape.class_dim}};
         const RowLayout layout = lay_out_rows(shape.rows, tensors);
@@ -107,9 +118,11 @@ private:
         (shape.soft_target ? problem.soft_target_stride : problem.target_stride) = tensors[0].stride;
         problem.sample_weight_stride = tensors[1].stride;
         problem.upstream_stride = tensors[2].stride;
-        problem.logits_stride = tensors[3].stride;
-        problem.grad_stride = tensors[4].stride;
-        copied_grad = std::move(tensors[4].original);
+        problem.other_target_stride = tensors[3].stride;
+        problem.share_stride = tensors[4].stride;
+        problem.logits_stride = tensors[5].stride;
+        problem.grad_stride = tensors[6].stride;
+        copied_grad = std::move(tensors[6].original);
     }
 
     void point() {
@@ -133,6 +146,8 @@ private:
             problem.margin_stride = args.margin->dim();  // one number, or one after the other
         }
         if (args.sample_weight) problem.sample_weight = args.sample_weight->const_data_ptr();
+        if (other.target) problem.other_target = other.target->const_data_ptr();
+        if (other.share) problem.share = other.share->const_data_ptr();
         if (upstream.defined()) problem.upstream = upstream.const_data_ptr();
         if (!grad.defined()) return;
         problem.grad = grad.mutable_data_ptr();
@@ -146,6 +161,7 @@ private:
     }
 
     RowLossArgs args;
+    OtherLabel other;
     const RowLossShape shape;
     const DtypeCode acc;
     Tensor upstream, grad;
@@ -184,7 +200,33 @@ void backward(StableIValue* stack) {
     if (!in_place) Results(stack).push(written);
 }
 
+template <bool with_grad>
+void mixed_forward(StableIValue* stack) {
+    Arguments in(stack);
+    OtherLabel other(in);
+    RowLossCall call(RowLossArgs(in), with_grad, {}, {}, std::move(other));
+    Tensor loss = call.new_loss();
+    call.backend().row_loss(call.problem, loss.mutable_data_ptr(), nullptr);
+    Results out(stack);
+    out.push(loss);
+    if (with_grad) out.push(call.finished_grad());
+}
+
 }  // namespace
+
+void mixed_loss(StableIValue* stack, std::uint64_t, std::uint64_t) { mixed_forward<false>(stack); }
+void mixed_loss_with_grad(StableIValue* stack, std::uint64_t, std::uint64_t) { mixed_forward<true>(stack); }
+
+void mixed_loss_backward(StableIValue* stack, std::uint64_t, std::uint64_t) {
+    Arguments in(stack);
+    Tensor grad_loss;
+    in.read(grad_loss);
+    OtherLabel other(in);
+    RowLossCall call(RowLossArgs(in), /*with_grad=*/true, std::move(grad_loss), {}, std::move(other));
+    call.backend().row_loss(call.problem, nullptr, nullptr);
+    Tensor grad = call.finished_grad();
+    Results(stack).push(grad);
+}
 
 void row_loss(StableIValue* stack, std::uint64_t, std::uint64_t) { forward<false, false>(stack); }
 void row_loss_with_grad(StableIValue* stack, std::uint64_t, std::uint64_t) { forward<false, true>(stack); }
