@@ -26,16 +26,17 @@ _min_prob = replace(fraction, low=1e-30, high=1e-3)
 
 
 def _missing(gamma: float, detach: bool, min_prob: float) -> Callable[[Tensor], Tensor]:
-    """``A - n_k``: what a class's focal term lacks of that at ``min_prob``, below which the logarithm ends."""
+    """``A' - n_k``: what a class's focal term lacks of that at ``min_prob``, below which the logarithm ends."""
     least = math.log(min_prob)
-    largest = -least * (1.0 - min_prob) ** gamma
+    excess = -least * math.expm1(gamma * math.log1p(-min_prob))  # of A' over -log min_prob
     above = nfl_term(gamma, detach)
 
     def term(log_probs: Tensor) -> Tensor:
         low = log_probs < least
         of_low = torch.where(low, log_probs.detach() if detach else log_probs, least)
         factor = 1.0 if gamma == 0.0 else (-expm1(of_low)) ** gamma
-        missing: Tensor = largest - torch.where(low, -least * factor, above(torch.where(low, least, log_probs)))
+        n = torch.where(low, -least * factor, above(torch.where(low, least, log_probs)))
+        missing: Tensor = (-least - n) + excess
         return missing
 
     return term

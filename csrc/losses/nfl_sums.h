@@ -8,13 +8,15 @@
 namespace fused_losses {
 inline namespace FL_ISA {
 
-// params: alpha, beta, gamma, detach, which second loss (0: NNFL, 1: AMSE), min_prob or a. alpha NFL + beta second.
+// params: alpha, beta, gamma, detach, which second loss (0: NNFL, 1: AMSE), then A = -log min_prob and what A' exceeds
+// it by, or a. alpha NFL + beta second.
 //
-// NNFL (A' - n_y) / sum_k (A' - n_k), from 1: n_k is that of NFL with log p_k at least log min_prob, of which A' is the
-// largest. So it is the normalised loss of A' - n, and the sign of its gradient is right: -d(A' - n) = dn.
+// NNFL is 1 - (A' - n_y) / sum_k (A' - n_k): n_k is that of NFL with log p_k at least -A, A' what it is at min_prob. So
+// it is 1 less the normalised loss of A' - n, whose gradient has the sign of NFL's: -d(A' - n) = dn. A' - n is summed
+// as it is: the terms of classes below min_prob are next to nothing, and there are many.
 struct NFLSum {
     static constexpr const char* name = "nfl_sum";
-    static constexpr int num_params = 6, min_classes = 2, num_shares = 2;
+    static constexpr int num_params = 7, min_classes = 2, num_shares = 2;
 
     template <class T>
     FL_HD static bool is_amse(const T* params) {
@@ -36,15 +38,16 @@ struct NFLSum {
     // Below min_prob only the factor (1 - p)^gamma moves, if it does; where it is a constant it is NFL's W.
     template <class T>
     FL_HD static Share<T> clamped(const Share<T>& nfl, T log_p, T p, const T* params) {
-        const T least = math::log(params[5]);
-        const auto is_low = log_p < least;
+        const T most = params[5];
+        const auto is_low = log_p < -most;
         T factor = nfl.w, of_factor = T(0);
         if (!detaches(params)) {
-            const T miss = T(1) - p;
-            factor = math::pow(math::select(is_low, miss, T(1)), params[2]);
-            of_factor = params[2] * p * factor / math::select(is_low, miss, T(1)) * -least;
+            const T miss = math::select(is_low, T(1) - p, T(1));
+            factor = math::pow(miss, params[2]);
+            of_factor = params[2] * p * factor / miss * most;
         }
-        return {math::select(is_low, factor * -least, nfl.n), math::select(is_low, of_factor, nfl.w)};
+        return {(most - math::select(is_low, factor * most, nfl.n)) + params[6],
+                math::select(is_low, of_factor, nfl.w)};
     }
 
     template <class T>
@@ -56,9 +59,7 @@ struct NFLSum {
             second = AMSERule::of_squares(log_p, own.of[1].n, sums.v[2], num_classes, params[5]);
             second.gamma *= T(-0.5);  // of W = -2 p^2
         } else {
-            const T largest = math::pow(T(1) - params[5], params[2]) * -math::log(params[5]);
-            second =
-                normalized(Share<T>{largest - own.of[1].n, own.of[1].w}, num_classes * largest - sums.v[2], sums.v[3]);
+            second = normalized(own.of[1], sums.v[2], sums.v[3]);
             second.value = T(1) - second.value;
         }
         // Without a share in the sum, what is not finite must not count either.
@@ -98,6 +99,10 @@ struct AsNFLSum : Named {
 template <class T>
 FL_HD void fill(T* full, T alpha, T beta, T gamma, T detach, T is_amse, T last) {
     full[0] = alpha, full[1] = beta, full[2] = gamma, full[3] = detach, full[4] = is_amse, full[5] = last;
+    full[6] = T(0);
+    if (math::to_scalar(is_amse) != math::scalar_t<T>(0)) return;
+    full[5] = -math::log(last);
+    full[6] = full[5] * math::expm1(gamma * math::log1p(-last));
 }
 
 // params: min_prob.
