@@ -22,9 +22,34 @@ _SATISFIABLE = ("hem", "multi_margin")
 # cheaper than GEMMs of all, and the copies fit in chunk_bytes.
 _WORTH_SKIPPING = 0.5
 
-Sweep = tuple[
-    Tensor, Tensor, Tensor, Tensor
-]  # values, gradients of their sum in input, weight, bias (empty: not wanted)
+# Of the memory a call may take, the share of the logits; the rest is for what is copied or converted on the way.
+_SHARE_OF_LOGITS = 0.75
+
+
+class Layer(NamedTuple):
+    """A linear layer and its input."""
+
+    input: Tensor  # (N, D)
+    weight: Tensor  # (C, D)
+    bias: Tensor | None  # (C,)
+
+    def to(self, dtype: torch.dtype) -> Layer:
+        """All in one dtype."""
+        return Layer(*(None if t is None else t.to(dtype) for t in self))  # type: ignore[arg-type]
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype | None, ...]:
+        """Of each."""
+        return tuple(None if t is None else t.dtype for t in self)
+
+
+class Sweep(NamedTuple):
+    """Every row's loss, and the gradients of their sum (empty: not wanted)."""
+
+    values: Tensor
+    grad_input: Tensor
+    grad_weight: Tensor
+    grad_bias: Tensor
 
 
 class ChunkOptions(NamedTuple):
@@ -37,94 +62,65 @@ class ChunkOptions(NamedTuple):
     shard: Shard | None = None  # linear_weight has the classes of this rank only; no argument of the operator
 
 
-def stand_in(input: Tensor, linear_weight: Tensor, options: ChunkOptions) -> Tensor:
+def stand_in(layer: Layer, options: ChunkOptions) -> Tensor:
     """A tensor with the shape, dtype and device of the logits and memory for one number."""
-    classes = linear_weight.shape[0] if options.shard is None else options.shard.num_classes
-    return input.new_zeros((), dtype=options.dtype).expand(input.shape[0], classes)
+    classes = layer.weight.shape[0] if options.shard is None else options.shard.num_classes
+    return layer.input.new_zeros((), dtype=options.dtype).expand(layer.input.shape[0], classes)
 
 
 @torch.no_grad()
-def sweep(
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    args: RowLossArguments,
-    options: ChunkOptions,
-    wanted: Sequence[bool],
-) -> Sweep:
-    """Every row's loss, and the wanted gradients of their sum in ``input`` (N, D), weight and bias.
+def sweep(layer: Layer, args: RowLossArguments, options: ChunkOptions, wanted: Sequence[bool]) -> Sweep:
+    """Every row's loss, and the wanted gradients of their sum in input, weight and bias.
 
     ``args.logits`` is a :func:`stand_in`.
     """
-    with torch.autocast(input.device.type, enabled=False):
-        return _sweep(input, linear_weight, linear_bias, args._replace(reduction="none"), options, wanted)
-
-
-def _sweep(
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    args: RowLossArguments,
-    options: ChunkOptions,
-    wanted: Sequence[bool],
-) -> Sweep:
-    rows, matrix = input.to(options.dtype), linear_weight.to(options.dtype)
-    bias = None if linear_bias is None else linear_bias.to(options.dtype)
-    skips = input.is_cpu if options.skip_rows is None else options.skip_rows
-    kept = _worth_keeping(args.target != args.ignore_index) if skips and not args.target.is_floating_point() else None
-    count = rows.shape[0] if kept is None else kept.numel()
-    size = rows_per_chunk(count, matrix, options)
-    buffer = rows.new_empty((min(size, count), matrix.shape[0]))
-    values = rows.new_zeros(rows.shape[0], dtype=acc_dtype(rows))
-    grad_input = torch.zeros_like(rows) if wanted[0] else rows.new_empty(0)
-    sum_dtype = torch.promote_types(options.accumulate_dtype, linear_weight.dtype)
-    grad_weight = matrix.new_zeros(matrix.shape if wanted[1] else (0,), dtype=sum_dtype)
-    grad_bias = matrix.new_zeros(matrix.shape[0] if wanted[2] else (0,), dtype=sum_dtype)
-
-    for first in range(0, max(count, 1), size):  # without rows once, for the operators' checks
-        where: slice | Tensor = slice(first, min(first + size, count))
-        where = where if kept is None else kept[where]
-        part = rows[where]
-        samples = None if args.sample_weight is None else args.sample_weight[where]
-        chunk = args._replace(
-            logits=_logits(part, matrix, bias, buffer[: part.shape[0]]),
-            target=args.target[where],
-            sample_weight=samples,
-        )
-        if options.shard is not None:
-            values[where], grad_logits = _shards.values_and_gradient(chunk, options.shard, any(wanted))
-        elif any(wanted):
-            values[where], grad_logits = values_and_gradient(chunk)
-        else:
-            values[where] = _ops.row_loss(*chunk)
-        if not any(wanted):
-            continue
-        if skips and args.loss in _SATISFIABLE:
-            active = _worth_keeping(values[where] != 0)
+    with torch.autocast(layer.input.device.type, enabled=False):
+        made, dtype = _nothing_yet(layer, args, options, wanted), layer.input.dtype
+        layer, args = layer.to(options.dtype), args._replace(reduction="none")
+        skips = layer.input.is_cpu if options.skip_rows is None else options.skip_rows
+        skips_satisfied = skips and args.loss in _SATISFIABLE
+        counts = skips and not args.target.is_floating_point()
+        kept = _worth_keeping(args.target != args.ignore_index) if counts else None
+        count = layer.input.shape[0] if kept is None else kept.numel()
+        size = _rows_per_chunk(count, layer.weight, options, skips_satisfied)
+        buffer = layer.input.new_empty((min(size, count), layer.weight.shape[0]))
+        for first in range(0, max(count, 1), size):  # without rows once, for the operators' checks
+            rows = slice(first, min(first + size, count))
+            where = rows if kept is None else kept[rows]
+            part = layer.input[where]
+            values, grad_logits = _evaluate(args, where, _logits(part, layer, buffer), options, any(wanted))
+            made.values[where] = values
+            active = _worth_keeping(values != 0) if skips_satisfied and any(wanted) else None
             if active is not None:
                 where = active + first if isinstance(where, slice) else where[active]
                 part, grad_logits = part[active], grad_logits[active]
-        if wanted[0] and isinstance(where, slice):
-            torch.mm(grad_logits, matrix, out=grad_input[where])
-        elif wanted[0]:
-            grad_input[where] = grad_logits @ matrix
-        if wanted[1]:
-            _add_product(grad_weight, grad_logits, part, options.chunk_bytes)
-        if wanted[2]:
-            grad_bias += grad_logits.sum(0, dtype=sum_dtype)
-    return values, grad_input.to(input.dtype), grad_weight, grad_bias
+            _add_gradients(made, where, part, grad_logits, layer, options, wanted)
+        return made._replace(grad_input=made.grad_input.to(dtype))
 
 
-def rows_per_chunk(rows: int, matrix: Tensor, options: ChunkOptions) -> int:
-    """How many rows a chunk has: as many as fit with their gradient, in chunks of about equal size; at least one.
+def _nothing_yet(layer: Layer, args: RowLossArguments, options: ChunkOptions, wanted: Sequence[bool]) -> Sweep:
+    """Zeros to add to; but a row's gradient in the input is made at once, in the dtype of the logits."""
+    input, weight, _ = layer
+    sum_dtype = torch.promote_types(options.accumulate_dtype, weight.dtype)
+    return Sweep(
+        input.new_zeros(input.shape[0], dtype=acc_dtype(args.logits)),
+        input.new_zeros(input.shape if wanted[0] else (0,), dtype=options.dtype),
+        weight.new_zeros(weight.shape if wanted[1] else (0,), dtype=sum_dtype),
+        weight.new_zeros(weight.shape[0] if wanted[2] else (0,), dtype=sum_dtype),
+    )
+
+
+def _rows_per_chunk(rows: int, matrix: Tensor, options: ChunkOptions, copies: bool) -> int:
+    """How many rows a chunk has: as many as fit, in chunks of about equal size; at least one.
 
     Ranks with a share of the classes agree about it.
     """
-    if options.shard is None:
-        bytes_per_row = 2 * matrix.shape[0] * matrix.element_size()
-    else:  # made of torch's operators, which allocate intermediate results
-        bytes_per_row = 5 * options.shard.largest * max(4, matrix.element_size())
-    most = max(1, options.chunk_bytes // max(1, bytes_per_row))
+    if options.shard is not None:  # made of torch's operators, which allocate intermediate results
+        bytes_per_row = 5.0 * options.shard.largest * max(4, matrix.element_size())
+    else:
+        tensors = (1.0 if matrix.is_cpu else 2.0) + (_WORTH_SKIPPING if copies else 0.0)
+        bytes_per_row = tensors * matrix.shape[0] * matrix.element_size()
+    most = max(1, int(_SHARE_OF_LOGITS * options.chunk_bytes / max(1.0, bytes_per_row)))
     chunks = max(1, -(-rows // most))
     return max(1, -(-rows // chunks))
 
@@ -135,18 +131,46 @@ def _worth_keeping(mask: Tensor) -> Tensor | None:
     return found if found.numel() <= _WORTH_SKIPPING * mask.numel() else None
 
 
-def _logits(rows: Tensor, matrix: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
-    if bias is None:
-        return torch.mm(rows, matrix.t(), out=buffer)
-    return torch.addmm(bias, rows, matrix.t(), out=buffer)
+def _logits(rows: Tensor, layer: Layer, buffer: Tensor) -> Tensor:
+    logits, matrix = buffer[: rows.shape[0]], layer.weight.t()
+    if layer.bias is None:
+        return torch.mm(rows, matrix, out=logits)
+    return torch.addmm(layer.bias, rows, matrix, out=logits)
 
 
-def values_and_gradient(args: RowLossArguments) -> tuple[Tensor, Tensor]:
-    """Every row's loss and the gradient of their sum: one read of the logits, one write."""
-    if args.logits.is_cpu:
-        return _ops.row_loss_with_grad(*args)
+def _evaluate(
+    args: RowLossArguments, where: slice | Tensor, logits: Tensor, options: ChunkOptions, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """The losses of some rows and the gradient of their sum, which may take the place of their logits."""
+    samples = None if args.sample_weight is None else args.sample_weight[where]
+    args = args._replace(logits=logits, target=args.target[where], sample_weight=samples)
+    if options.shard is not None:
+        return _shards.values_and_gradient(args, options.shard, with_gradient)
+    if not with_gradient:
+        return _ops.row_loss(*args), logits
+    if logits.is_cpu:
+        return _ops.row_loss_with_grad_(logits, *args), logits
     values, _, _, grad_logits = _ops.row_loss_with_stats_and_grad(*args)
     return values, grad_logits
+
+
+def _add_gradients(
+    made: Sweep,
+    where: slice | Tensor,
+    rows: Tensor,
+    grad_logits: Tensor,
+    layer: Layer,
+    options: ChunkOptions,
+    wanted: Sequence[bool],
+) -> None:
+    if wanted[0] and isinstance(where, slice):
+        torch.mm(grad_logits, layer.weight, out=made.grad_input[where])
+    elif wanted[0]:
+        made.grad_input[where] = grad_logits @ layer.weight
+    if wanted[1]:
+        _add_product(made.grad_weight, grad_logits, rows, options.chunk_bytes)
+    if wanted[2]:
+        made.grad_bias.add_(grad_logits.sum(0, dtype=made.grad_bias.dtype))
 
 
 def _add_product(total: Tensor, grad_logits: Tensor, rows: Tensor, chunk_bytes: int) -> None:
@@ -174,41 +198,30 @@ _SCHEMA = (
 
 def _unflatten(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, *flat: object
-) -> tuple[Tensor, Tensor, Tensor | None, RowLossArguments, ChunkOptions, Sequence[bool]]:
+) -> tuple[Layer, RowLossArguments, ChunkOptions, Sequence[bool]]:
     """The operator's arguments as :func:`sweep` takes them."""
     *of_loss, dtype, accumulate_dtype, chunk_bytes, skip_rows, wanted = flat
+    layer = Layer(input, linear_weight, linear_bias)
     options = ChunkOptions(dtype, accumulate_dtype, chunk_bytes, skip_rows)  # type: ignore[arg-type]
-    args = RowLossArguments(stand_in(input, linear_weight, options), *of_loss, "none")  # type: ignore[arg-type, call-arg]
-    return input, linear_weight, linear_bias, args, options, wanted  # type: ignore[return-value]
+    args = RowLossArguments(stand_in(layer, options), *of_loss, "none")  # type: ignore[arg-type, call-arg]
+    return layer, args, options, wanted  # type: ignore[return-value]
 
 
 @torch.library.custom_op("fused_losses::linear_rows", mutates_args=(), schema=_SCHEMA)
-def _operator(*flat: object) -> Sweep:
+def _operator(*flat: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return sweep(*_unflatten(*flat))  # type: ignore[arg-type]
 
 
 @_operator.register_fake
 def _fake(*flat: object) -> Sweep:
-    input, linear_weight, _, args, options, wanted = _unflatten(*flat)  # type: ignore[arg-type]
-    sum_dtype = torch.promote_types(options.accumulate_dtype, linear_weight.dtype)
-    return (
-        input.new_empty(input.shape[0], dtype=acc_dtype(args.logits)),
-        input.new_empty(input.shape if wanted[0] else (0,)),
-        linear_weight.new_empty(linear_weight.shape if wanted[1] else (0,), dtype=sum_dtype),
-        linear_weight.new_empty(linear_weight.shape[0] if wanted[2] else (0,), dtype=sum_dtype),
-    )
+    layer, args, options, wanted = _unflatten(*flat)  # type: ignore[arg-type]
+    made = _nothing_yet(layer, args, options, wanted)
+    return made._replace(grad_input=made.grad_input.to(layer.input.dtype))
 
 
-def traced_sweep(
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    args: RowLossArguments,
-    options: ChunkOptions,
-    wanted: Sequence[bool],
-) -> Sweep:
+def traced_sweep(layer: Layer, args: RowLossArguments, options: ChunkOptions, wanted: Sequence[bool]) -> Sweep:
     """:func:`sweep` as one operator, which traces do not look into."""
     if options.shard is not None:
         raise RuntimeError("linear_loss over sharded classes cannot be traced by torch.compile yet: leave it out")
     of_loss = args[1:-1]  # without the logits, which are made of what is given, and the reduction
-    return _operator(input, linear_weight, linear_bias, *of_loss, *options[:-1], list(wanted))  # type: ignore[no-any-return]
+    return Sweep(*_operator(*layer, *of_loss, *options[:-1], list(wanted)))

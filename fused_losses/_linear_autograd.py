@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from fused_losses._agreement import Agreement
 from fused_losses._arguments import RowLossArguments, ZErrorRule
 from fused_losses._autograd import is_plain
 from fused_losses._checks import check_row_loss
-from fused_losses._chunks import ChunkOptions, Sweep, stand_in, sweep, traced_sweep
+from fused_losses._chunks import ChunkOptions, Layer, Sweep, stand_in, sweep, traced_sweep
 from fused_losses._reference import ACTIVE_GUARD, mean_of
 from fused_losses._shards import check_classes, check_loss, in_words
 from fused_losses._z_autograd import masked_first
@@ -26,25 +27,20 @@ _ONCE = (
     "linear_weight, linear_bias)"
 )
 
+_NOTHING = [False] * 3  # no gradient wanted
+
 
 class ChunkedLogits:
     """Logits ``input @ linear_weight.T + linear_bias`` that are computed in chunks whenever a loss reads them.
 
-    ``input`` is (N, D). Losses are described by arguments whose logits are ``self.stand_in``.
+    Losses are described by arguments whose logits are ``self.stand_in``.
     """
 
-    def __init__(
-        self,
-        input: Tensor,
-        linear_weight: Tensor,
-        linear_bias: Tensor | None,
-        options: ChunkOptions,
-        agreement: Agreement | None = None,
-    ) -> None:
-        self.agreement = agreement  # with ranks that have other classes
-        self.inputs = input, linear_weight, linear_bias
+    def __init__(self, layer: Layer, options: ChunkOptions, agreement: Agreement | None = None) -> None:
+        self.layer = layer
         self.options = options
-        self.stand_in = stand_in(input.detach(), linear_weight, options)
+        self.agreement = agreement  # with ranks that have other classes
+        self.stand_in = stand_in(layer, options).detach()
 
     def row_loss(self, args: RowLossArguments) -> Tensor:
         """The loss of these logits."""
@@ -60,15 +56,15 @@ class ChunkedLogits:
         """One loss per row; backward computes the logits again."""
         self._check(args)
         if self._differentiates():
-            return _ValuesOfRows.apply(*self.inputs, args, self.options)  # type: ignore[no-any-return, no-untyped-call]
-        return run(*self.inputs, args, self.options, [False] * 3)[0]
+            return _ValuesOfRows.apply(*self.layer, args, self.options)  # type: ignore[no-any-return, no-untyped-call]
+        return run(self.layer, args, self.options, _NOTHING).values
 
     def total(self, args: RowLossArguments) -> tuple[Tensor, Tensor]:
         """The sum of all rows' losses, and as a constant every row's; forward makes the gradients."""
         self._check(args)
         if self._differentiates():
-            return _SumOfRows.apply(*self.inputs, args, self.options)  # type: ignore[no-any-return, no-untyped-call]
-        values = run(*self.inputs, args, self.options, [False] * 3)[0]
+            return _SumOfRows.apply(*self.layer, args, self.options)  # type: ignore[no-any-return, no-untyped-call]
+        values = run(self.layer, args, self.options, _NOTHING).values
         return _sum(values), values
 
     def z_ops(self) -> ZOps:
@@ -95,7 +91,7 @@ class ChunkedLogits:
         return ZOps(self.row_loss, class_moments, z_error_row_loss, z_error_loss)
 
     def _differentiates(self) -> bool:
-        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self.inputs)
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self.layer)
 
     def _check(self, args: RowLossArguments) -> None:
         check_row_loss(args)
@@ -113,7 +109,7 @@ class ChunkedLogits:
     @torch.no_grad()
     def _target_logits(self, target: Tensor) -> Tensor:
         """Every row's logit of its target, by a gather instead of a GEMM. Rows without a class get some number."""
-        input, linear_weight, linear_bias = self.inputs
+        input, linear_weight, linear_bias = self.layer
         dtype, classes = self.options.dtype, linear_weight.shape[0]
         index = target.long().clamp(0, classes - 1)
         size = max(1, self.options.chunk_bytes // (8 * max(1, input.shape[1])))
@@ -140,17 +136,10 @@ def _check_constants(args: RowLossArguments) -> None:
             )
 
 
-def run(
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    args: RowLossArguments,
-    options: ChunkOptions,
-    wanted: list[bool],
-) -> Sweep:
+def run(layer: Layer, args: RowLossArguments, options: ChunkOptions, wanted: list[bool]) -> Sweep:
     """A sweep; one operator where somebody traces."""
-    function = sweep if is_plain(input) and is_plain(linear_weight) else traced_sweep
-    return function(input, linear_weight, linear_bias, args, options, wanted)
+    function = sweep if is_plain(layer.input) and is_plain(layer.weight) else traced_sweep
+    return function(layer, args, options, wanted)
 
 
 def _sum(values: Tensor) -> Tensor:
@@ -161,69 +150,53 @@ def _wanted(ctx: Any) -> list[bool]:
     return list(ctx.needs_input_grad[:3])
 
 
+def _results(ctx: Any, gradients: Iterable[Tensor]) -> tuple[Tensor | None, ...]:
+    """What a backward returns: the wanted gradients, in the dtypes of their tensors, and nothing for the options."""
+    made = zip(_wanted(ctx), gradients, ctx.dtypes, strict=True)
+    return *(gradient.to(dtype) if wanted else None for wanted, gradient, dtype in made), None, None
+
+
 class _SumOfRows(torch.autograd.Function):
     """The sum, whose gradients are made in forward, for an upstream gradient of 1."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        linear_weight: Tensor,
-        linear_bias: Tensor | None,
-        args: RowLossArguments,
-        options: ChunkOptions,
-    ) -> tuple[Tensor, Tensor]:
-        values, *gradients = run(input, linear_weight, linear_bias, args, options, _wanted(ctx))
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:
+        layer, (args, options) = Layer(*given[:3]), given[3:]
+        values, *gradients = run(layer, args, options, _wanted(ctx))
         ctx.save_for_backward(*gradients)
-        ctx.dtypes = input.dtype, linear_weight.dtype, None if linear_bias is None else linear_bias.dtype
+        ctx.dtypes = layer.dtypes
         ctx.mark_non_differentiable(values)
         return _sum(values), values
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         check_once()
-        in_place = is_last_backward(grad_outputs[0])
-        scaled: list[Tensor | None] = []
-        for wanted, made, dtype in zip(_wanted(ctx), ctx.saved_tensors, ctx.dtypes, strict=True):
-            if not wanted:
-                scaled.append(None)
-                continue
-            # `data`: autograd must not take scaling in place for a change of a saved tensor.
-            made = made.data.mul_(grad_outputs[0]) if in_place else made * grad_outputs[0]
-            scaled.append(made.to(dtype))
-        return *scaled, None, None
+        if not is_last_backward(grad_outputs[0]):
+            return _results(ctx, (made * grad_outputs[0] for made in ctx.saved_tensors))
+        # What is done to a gradient that is given away is no change of the saved tensor, which nobody reads again.
+        return _results(ctx, (made.data.mul_(grad_outputs[0]) for made in ctx.saved_tensors))
 
 
 class _ValuesOfRows(torch.autograd.Function):
     """One loss per row. Backward is the sweep of a sum in which every row's weight is its upstream gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        linear_weight: Tensor,
-        linear_bias: Tensor | None,
-        args: RowLossArguments,
-        options: ChunkOptions,
-    ) -> Tensor:
-        ctx.save_for_backward(input, linear_weight, linear_bias, *args[1:6])
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        layer, (args, options) = Layer(*given[:3]), given[3:]
+        ctx.save_for_backward(*layer, *args[1:6])
         ctx.constants = args[6:], options
-        return run(input, linear_weight, linear_bias, args, options, [False] * 3)[0]
+        ctx.dtypes = layer.dtypes
+        return run(layer, args, options, _NOTHING).values
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         check_once()
-        input, linear_weight, linear_bias, *of_loss = ctx.saved_tensors
+        layer, of_loss = Layer(*ctx.saved_tensors[:3]), ctx.saved_tensors[3:]
         constants, options = ctx.constants
-        logits = stand_in(input.detach(), linear_weight, options)
-        args = RowLossArguments(logits, *of_loss, *constants)
+        args = RowLossArguments(stand_in(layer, options).detach(), *of_loss, *constants)
         upstream = grad_outputs[0]
         args = args._replace(sample_weight=upstream if args.sample_weight is None else upstream * args.sample_weight)
-        wanted = _wanted(ctx)
-        _, *gradients = run(input, linear_weight, linear_bias, args, options, wanted)
-        dtypes = input.dtype, linear_weight.dtype, None if linear_bias is None else linear_bias.dtype
-        made = zip(wanted, gradients, dtypes, strict=True)
-        return *(g.to(dtype) if needed else None for needed, g, dtype in made), None, None
+        return _results(ctx, run(layer, args, options, _wanted(ctx))[1:])
 
 
 def check_once() -> None:

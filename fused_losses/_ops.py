@@ -36,6 +36,7 @@ Tensors6 = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 row_loss: Callable[..., Tensor] = torch.ops.fused_losses.row_loss.default
 row_loss_with_grad: Callable[..., Tensors2] = torch.ops.fused_losses.row_loss_with_grad.default
+row_loss_with_grad_: Callable[..., Tensor] = torch.ops.fused_losses.row_loss_with_grad_.default
 row_loss_with_stats: Callable[..., Tensors3] = torch.ops.fused_losses.row_loss_with_stats.default
 row_loss_with_stats_and_grad: Callable[..., Tensors4] = torch.ops.fused_losses.row_loss_with_stats_and_grad.default
 row_loss_backward: Callable[..., Tensor] = torch.ops.fused_losses.row_loss_backward.default
@@ -73,6 +74,11 @@ def _fake_row_loss(*args: Any) -> Tensor:
 @_fake
 def _fake_row_loss_with_grad(*args: Any) -> Tensors2:
     return _empty_loss(RowLossArguments(*args)), torch.empty_like(args[0])
+
+
+@_fake
+def _fake_row_loss_with_grad_(grad_logits: Tensor, *args: Any) -> Tensor:
+    return _empty_loss(RowLossArguments(*args))
 
 
 @_fake

@@ -183,10 +183,10 @@ def _gather(of_rank: list[Tensor], linear: Tensor | None, shard: Shard) -> tuple
     message = torch.cat(of_rank if linear is None else [*of_rank, linear.sum().reshape(1)])
     found = message.new_empty(dist.get_world_size(shard.group), message.numel())
     dist.all_gather(list(found.unbind()), message, group=shard.group)
-    rows = len(of_rank), of_rank[0].shape[0]
+    shape = found.shape[0], len(of_rank), of_rank[0].shape[0]
     if linear is None:
-        return found.reshape(-1, *rows), None
-    return found[:, :-1].reshape(-1, *rows), found[:, -1:]
+        return found.reshape(shape), None
+    return found[:, :-1].reshape(shape), found[:, -1:]
 
 
 class _Everywhere(NamedTuple):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fused_losses._agreement import Agreement
 from fused_losses._arguments import LOSSES, LossEntry, RowLossArguments, check_reduction, is_distributed
-from fused_losses._chunks import ChunkOptions
+from fused_losses._chunks import ChunkOptions, Layer
 from fused_losses._common import Criterion, RowLossModule
 from fused_losses._linear_autograd import ChunkedLogits
 from fused_losses._logit_bias import LogitBias
@@ -25,7 +25,6 @@ from fused_losses.z_cross_entropy import ZErrorCrossEntropyLoss
 CHUNK_BYTES = 64 << 20
 
 Loss = str | Callable[..., Any] | nn.Module
-Layer = tuple[Tensor, Tensor, Tensor | None]  # input, linear_weight, linear_bias
 _DEFAULTS: dict[str, Any] = {"weight": None, "ignore_index": -100, "logit_bias": 0.0}
 
 
@@ -90,7 +89,7 @@ def linear_loss(
     """
     options = {"weight": weight, "ignore_index": ignore_index, "logit_bias": logit_bias}
     of_chunks = ChunkOptions(torch.float32, accumulate_dtype, chunk_bytes, skip_rows)
-    layer = input, linear_weight, linear_bias
+    layer = Layer(input, linear_weight, linear_bias)
     group = _class_group(loss, linear_weight)
     if group is None:
         return _linear_loss(layer, target, sample_weight, loss, reduction, of_chunks, options, parameters)
@@ -213,7 +212,7 @@ def _chunked(
         raise ValueError(f"skip_rows must be True, False or None, got {skip!r}")
     options = options._replace(dtype=_dtype_of_logits(tensors))
     flat = input.reshape(-1, input.shape[-1])
-    return ChunkedLogits(flat, linear_weight, linear_bias, options, agreement), input.shape[:-1]
+    return ChunkedLogits(Layer(flat, linear_weight, linear_bias), options, agreement), input.shape[:-1]
 
 
 def _class_group(loss: Loss, linear_weight: Any) -> tuple[dist.ProcessGroup | None] | None:
@@ -228,11 +227,14 @@ def _class_group(loss: Loss, linear_weight: Any) -> tuple[dist.ProcessGroup | No
     return (linear_weight.device_mesh.get_group(0),)
 
 
-def _local_classes(loss: Loss, layer: tuple[Any, Any, Any]) -> tuple[Layer, Shard]:
+def _local_classes(loss: Loss, layer: Layer) -> tuple[Layer, Shard]:
     """The tensors of this rank, and which classes its weight has.
 
     A DTensor weight also means that the gradients of ``input`` are to be added up over its ranks.
     """
+    input: Any
+    linear_weight: Any
+    linear_bias: Any
     input, linear_weight, linear_bias = layer
     if isinstance(loss, ClassParallel):
         has_classes = isinstance(linear_weight, Tensor) and linear_weight.dim() == 2
@@ -251,7 +253,7 @@ def _local_classes(loss: Loss, layer: tuple[Any, Any, Any]) -> tuple[Layer, Shar
             raise ValueError(f"input must be replicated where linear_weight is sharded, got {input.placements}")
         input = input.to_local()
     shard = Shard(group, offset[0], classes, -(-classes // mesh.size()))
-    return (sum_gradient(input, group), linear_weight.to_local(), linear_bias), shard
+    return Layer(sum_gradient(input, group), linear_weight.to_local(), linear_bias), shard
 
 
 def _check_shapes(

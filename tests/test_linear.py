@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import fused_losses as fl
+from fused_losses import _ops
 from fused_losses.functional import linear_loss
 
 pytestmark = pytest.mark.any_cpu  # the kernels' callers
@@ -260,6 +261,22 @@ def test_satisfied_and_ignored_rows_reach_no_gemm(monkeypatch):
     rows.clear()
     linear_loss(x, w, torch.tensor([1] * 4 + [-100] * 6), "gce").backward()
     assert rows == [4]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", fl.LOSSES)
+def test_gradients_may_take_the_place_of_the_logits(name, dtype):
+    """On the CPU: to the last bit, for rows in lanes and lanes in rows, with and without what a bias or weights add."""
+    for classes in (3, 33, 101, 5003):
+        logits = (torch.randn(19, classes) * torch.linspace(0.1, 30, 19)[:, None]).to(dtype)
+        target = torch.arange(19) % classes
+        target[::7] = -100
+        for options in ({}, {"weight": torch.linspace(0.5, 2.0, classes), "logit_bias": -2.5}):
+            args = fl.LOSSES[name].arguments(logits, target, reduction="none", **options)
+            values, gradient = _ops.row_loss_with_grad(*args)
+            own = logits.clone()
+            assert torch.equal(_ops.row_loss_with_grad_(own, *args._replace(logits=own)), values)
+            assert torch.equal(own, gradient)
 
 
 def test_nothing_left_is_zero_and_nan_stays_in_its_row():

@@ -9,6 +9,7 @@ namespace fused_losses {
 
 void row_loss(StableIValue* stack, std::uint64_t, std::uint64_t);
 void row_loss_with_grad(StableIValue* stack, std::uint64_t, std::uint64_t);
+void row_loss_with_grad_(StableIValue* stack, std::uint64_t, std::uint64_t);
 void row_loss_with_stats(StableIValue* stack, std::uint64_t, std::uint64_t);
 void row_loss_backward(StableIValue* stack, std::uint64_t, std::uint64_t);
 void row_loss_with_stats_and_grad(StableIValue* stack, std::uint64_t, std::uint64_t);

@@ -22,6 +22,9 @@ STABLE_TORCH_LIBRARY(fused_losses, m) {
     // gradient 1.
     def("row_loss_with_grad", "", "(Tensor loss, Tensor grad_logits)");
 
+    // The same on the CPU, without tracing, into memory like that of the logits, which may be the logits themselves.
+    def("row_loss_with_grad_", "Tensor(a!) grad_logits, ", "Tensor");
+
     // Training forward that saves a few numbers per row instead: stats is [numbers, rows], denominator 0-dim (the two
     // means) or empty.
     def("row_loss_with_stats", "", "(Tensor loss, Tensor stats, Tensor denominator)");
@@ -106,6 +109,7 @@ namespace {
 void implement(torch::stable::detail::StableLibrary& m) {
     m.impl("row_loss", &row_loss);
     m.impl("row_loss_with_grad", &row_loss_with_grad);
+    m.impl("row_loss_with_grad_", &row_loss_with_grad_);
     m.impl("row_loss_with_stats", &row_loss_with_stats);
     m.impl("row_loss_backward", &row_loss_backward);
     m.impl("row_loss_with_stats_and_grad", &row_loss_with_stats_and_grad);

@@ -168,10 +168,13 @@ private:
     Tensor copied_grad;  // what the caller gets, where `grad` is a copy in another layout
 };
 
-template <bool with_stats, bool with_grad>
+// In place: the gradient goes to memory of the caller's.
+template <bool with_stats, bool with_grad, bool in_place = false>
 void forward(StableIValue* stack) {
     Arguments in(stack);
-    RowLossCall call(RowLossArgs(in), with_grad);
+    OptionalTensor grad;
+    if (in_place) in.read(Given{grad});
+    RowLossCall call(RowLossArgs(in), with_grad, {}, std::move(grad));
     Tensor loss = call.new_loss(), stats, denominator;
     if (with_stats) stats = call.new_stats(), denominator = call.new_denominator();
     const bool divides = with_stats && denominator.numel() > 0;
@@ -179,7 +182,8 @@ void forward(StableIValue* stack) {
     Results out(stack);
     out.push(loss);
     if (with_stats) out.push(stats, denominator);
-    if (with_grad) out.push(call.finished_grad());
+    Tensor written = call.finished_grad();
+    if (with_grad && !in_place) out.push(written);
 }
 
 // In place: completes the gradient that forward has written.
@@ -230,6 +234,7 @@ void mixed_loss_backward(StableIValue* stack, std::uint64_t, std::uint64_t) {
 
 void row_loss(StableIValue* stack, std::uint64_t, std::uint64_t) { forward<false, false>(stack); }
 void row_loss_with_grad(StableIValue* stack, std::uint64_t, std::uint64_t) { forward<false, true>(stack); }
+void row_loss_with_grad_(StableIValue* stack, std::uint64_t, std::uint64_t) { forward<false, true, true>(stack); }
 void row_loss_with_stats(StableIValue* stack, std::uint64_t, std::uint64_t) { forward<true, false>(stack); }
 void row_loss_with_stats_and_grad(StableIValue* stack, std::uint64_t, std::uint64_t) { forward<true, true>(stack); }
 void row_loss_backward(StableIValue* stack, std::uint64_t, std::uint64_t) { backward<false>(stack); }
