@@ -26,14 +26,14 @@ from benchmarks.training.experiments.runs import RESULTS, Runs, train_all
 
 EXPERIMENTS: dict[str, Any] = {
     experiment.NAME: experiment
-    for experiment in (
+    for experiment in (  # the order of "all"
         many_classes,
         fashion_mnist,
-        z_detection,
-        z_labels,
-        z_annealing,
         robust_regression,
+        z_annealing,
         hem,
+        z_labels,
+        z_detection,
         scale,
         cost,
     )
@@ -41,9 +41,9 @@ EXPERIMENTS: dict[str, Any] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the experiment that the command line names."""
+    """Runs the experiment that the command line names, or all in turn: one seed of each, then the next."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training.experiments", description=__doc__)
-    parser.add_argument("name", choices=EXPERIMENTS)
+    parser.add_argument("name", choices=[*EXPERIMENTS, "all"])
     parser.add_argument("--full", action="store_true", help="the size for a GPU; results apart, in a folder full")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run later; run again for the rest")
@@ -51,17 +51,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    experiment = EXPERIMENTS[options.name]
+    until = time.monotonic() + 60.0 * options.minutes
     folder = options.out / "full" if options.full else options.out
-    runs = Runs(folder / f"{options.name}.jsonl", until=time.monotonic() + 60.0 * options.minutes)
+    if options.name != "all":
+        complete = run(EXPERIMENTS[options.name], folder, options.seeds, options.full, until)
+    else:
+        rounds = [(seeds, each) for seeds in range(1, options.seeds + 1) for each in EXPERIMENTS.values()]
+        complete = min([run(each, folder, seeds, options.full, until) for seeds, each in rounds])  # all() would stop
+    print(f"{folder}/*.md{'' if complete else ', incomplete: run the same command again'}")
+
+
+def run(experiment: Any, folder: Path, seeds: int, full: bool, until: float) -> bool:
+    """Trains what is missing and writes table and plots; False if it got late."""
+    runs = Runs(folder / f"{experiment.NAME}.jsonl", until=until)
     if hasattr(experiment, "measure"):  # more than accuracy
-        experiment.measure(runs, options.seeds, options.full)
+        experiment.measure(runs, seeds, full)
         complete = not runs.late()
     else:
-        variants = experiment.variants(options.full)
-        complete = train_all(runs, experiment.recipe(options.full), variants, options.seeds)
-    experiment.write(runs, folder)
-    print(f"{folder / options.name}.md{'' if complete else ', incomplete: run the same command again'}")
+        complete = train_all(runs, experiment.recipe(full), experiment.variants(full), seeds)
+    if runs.rows:
+        experiment.write(runs, folder)
+    return complete
 
 
 if __name__ == "__main__":
