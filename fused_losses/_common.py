@@ -117,7 +117,8 @@ class RowLossModule(Criterion):
     ) -> Tensor | tuple[Tensor, RowStatistics]:
         """Computes the loss of ``logits`` for ``target``; ``sample_weight`` is one weight per row.
 
-        With ``return_row_stats`` it comes together with :func:`fused_losses.row_statistics` of the rows.
+        With ``return_row_stats`` it comes together with :func:`fused_losses.row_statistics` of the rows, a read of its
+        own that takes about as long as the loss and its gradient.
         """
         if type(logits) is not Tensor and is_distributed(logits):
             from fused_losses.parallel import distributed_loss  # it is made of this class
