@@ -14,14 +14,12 @@ from fused_losses.softmax import (
     GCELoss,
     JSLoss,
     MAELoss,
-    PHuberCELoss,
-    PHuberGCELoss,
     PolyLoss,
     RCELoss,
     SCELoss,
     TaylorCELoss,
-    TruncatedGCELoss,
 )
+from fused_losses.clipped import PHuberCELoss, PHuberGCELoss, TruncatedGCELoss
 from fused_losses.eps_softmax import ECELoss, ECEMAELoss, EFLMAELoss
 from fused_losses.mean_log import CORESLoss, UnhingedLoss
 from fused_losses.normalized import (

@@ -1,6 +1,7 @@
 """The fused losses as functions."""
 
 from fused_losses.bi_tempered import bi_tempered_loss
+from fused_losses.clipped import phuber_ce_loss, phuber_gce_loss, truncated_gce_loss
 from fused_losses.corrections import backward_correction_loss, forward_correction_loss
 from fused_losses.cross_entropy import cross_entropy
 from fused_losses.eps_softmax import ece_loss, ece_mae_loss, efl_mae_loss
@@ -32,13 +33,10 @@ from fused_losses.softmax import (
     gce_loss,
     js_loss,
     mae_loss,
-    phuber_ce_loss,
-    phuber_gce_loss,
     poly_loss,
     rce_loss,
     sce_loss,
     taylor_ce_loss,
-    truncated_gce_loss,
 )
 from fused_losses.z_bce import z_error_bce_with_logits
 from fused_losses.z_cross_entropy import z_error_cross_entropy

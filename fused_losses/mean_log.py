@@ -61,8 +61,8 @@ def unhinged_loss(rows: Rows, **options: Unpack[CallOptions]) -> Tensor:
     training diverges. It is :func:`cores_loss` with ``beta=1``. A class masked by a logit of -inf makes it -inf.
 
     Example:
-        >>> unhinged_loss(torch.tensor([[3.0, 0.0, 0.0]]), torch.tensor([0]))
-        tensor(-2.)
+        >>> unhinged_loss(torch.tensor([[1.0, 0.0]]), torch.tensor([0]))
+        tensor(-0.5000)
     """
     value: Tensor = LOSSES["cores"].formula(rows, beta=1.0)
     return value

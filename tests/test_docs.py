@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import importlib.util
 import pkgutil
 import re
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch._functorch.config
 
 import fused_losses as fl
@@ -84,6 +86,14 @@ def test_files_named_exist():
 def test_every_loss_is_listed():
     modules = [entry.module.__name__ for entry in fl.LOSSES.values()]
     assert [module for module in modules if not re.search(rf"\b{module}\b", TEXTS["docs/losses.md"])] == []
+
+
+@pytest.mark.parametrize("name", [n for n, e in fl.LOSSES.items() if ">>>" in (e.function.__doc__ or "")])
+def test_docstring_examples(name):
+    names = {"torch": torch} | {public: getattr(fl.functional, public) for public in fl.functional.__all__}
+    examples = doctest.DocTestParser().get_doctest(fl.LOSSES[name].function.__doc__, names, name, None, None)
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    assert runner.run(examples).failed == 0
 
 
 def test_readme_is_read_in_two_minutes():
