@@ -70,7 +70,7 @@ void test_large_clusters(Random& random) {
         const int loss =
             passes ? AllLosses::size - 1 - random.below(PassLosses::size) : random.below(SoftmaxLosses::size);
         // More than 8 blocks of 256 threads have room for: 48 numbers of one that keeps nothing else, 32 or fewer else.
-        const Shape shape{Kind::kRows, 1, 2, is_margin_loss(loss_names()[loss]) ? 98401 : 66001};
+        const Shape shape{Kind::kRows, 1, 2, needs_of(loss).has_margin ? 98401 : 66001};
         const std::vector<Params>& sets = naive_loss(loss_names()[loss]).params;
         const Params& params = sets[random.below(int(sets.size()))];
         visit_dtype(dtype, [&]<class Stored>() {

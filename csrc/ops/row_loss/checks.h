@@ -112,9 +112,10 @@ inline void check_margin(const RowLossArgs& args, const LossNeeds& needs) {
 inline void check_other_label(RowLossArgs& args, OtherLabel& other, const RowLossShape& shape) {
     check(!shape.soft_target, args.loss, ": class probabilities cannot be mixed with a second target");
     check_value(args.logit_bias == 0 && !args.logit_bias_tensor, args.loss, ": logit_bias is for one target");
-    check_value(!is_pass_loss(index_of(AllLosses{}, args.loss)), args.loss, ": takes one target only");
+    const int loss = index_of(AllLosses{}, args.loss);
+    check_value(!is_pass_loss(loss), args.loss, ": takes one target only");
     std::swap(args.target, *other.target);
-    check_target(args, shape.rows);
+    check_target(args, needs_of(loss), shape.rows);
     std::swap(args.target, *other.target);
     if (!other.share) return;
     const Tensor& share = *other.share;
