@@ -207,7 +207,11 @@ def picture(what: str, number: str, label: str, path: Path) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", label=provider)
     axes.set(
-        xscale="log", yscale="log", xlabel="classes", ylabel=label, title="cross entropy, N = 1024, D = 128, float32"
+        xscale="log",
+        yscale="linear" if what == "memory" else "log",
+        xlabel="classes",
+        ylabel=label,
+        title="cross entropy, N = 1024, D = 128, float32",
     )
     classes = sorted({row["shape"][-1] for row in ROWS})
     axes.set_xticks(classes, [f"{c:,}" for c in classes])
