@@ -2,6 +2,7 @@
 
     python -m benchmarks.linear memory                # T13: what a step needs beyond inputs and gradients
     python -m benchmarks.linear time                  # T14: against a linear layer and loss, and torch's chunked one
+    python -m benchmarks.linear sweep --out FILE      # both against the number of classes, with pictures
     python -m benchmarks.linear satisfied             # T15: HEM with 90 % of the rows satisfied
     python -m benchmarks.linear traffic --ranks 4     # T16: bytes per row and step
     python -m benchmarks.linear million               # T17: 10^6 classes on 2 processes
@@ -12,11 +13,13 @@ Every step runs in a process of its own where memory is measured. ``--device cud
 from __future__ import annotations
 
 import argparse
+import json
 import resource
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,11 +28,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fused_losses as fl
+from benchmarks.machine import describe
 from fused_losses.functional import linear_loss
 from fused_losses.parallel import ClassParallel, sum_gradient
 
 MIB = 1 << 20
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]
+ROWS: list[dict[str, Any]] = []
 
 
 def make(rows: int, features: int, classes: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,27 +101,39 @@ def _measure_peak(
     peak_of(PROVIDERS[provider](name), shape, dtype, device, q)
 
 
-def memory(device: str) -> None:
+def _extra(provider: str, name: str, shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> int:
+    """Bytes beyond inputs and gradients, in a process of their own."""
     context = torch.multiprocessing.get_context("spawn" if device == "cuda" else "fork")
+    queue = context.SimpleQueue()
+    process = context.Process(  # type: ignore[attr-defined]
+        target=_measure_peak, args=(provider, name, shape, dtype, device, queue)
+    )
+    process.start()
+    peak: int = queue.get()
+    process.join()
+    rows, features, classes = shape
+    return peak - (rows + classes) * features * dtype.itemsize
+
+
+def say(what: str, shape: tuple[int, ...], provider: str, loss: str, dtype: torch.dtype, **numbers: float) -> None:
+    """Prints a result and keeps it for the file."""
+    row = {"what": what, "shape": shape, "provider": provider, "loss": loss, "dtype": str(dtype)[6:], **numbers}
+    ROWS.append(row)
+    print(" ".join(f"{name}={value}" for name, value in row.items()), flush=True)
+
+
+def say_memory(provider: str, name: str, shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> None:
+    sums = shape[2] * shape[1] * 4 if dtype is not torch.float32 else 0
+    extra = _extra(provider, name, shape, dtype, device)
+    say("memory", shape, provider, name, dtype, extra_mib=round(extra / MIB, 1), float32_sum_mib=round(sums / MIB, 1))
+
+
+def memory(device: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for shape in ((1024, 128, 10_000), (1024, 128, 50_000), (4096, 128, 50_000)):
-            rows, features, classes = shape
-            gradients = (rows + classes) * features * dtype.itemsize
-            sums = classes * features * 4 if dtype is not torch.float32 else 0
             for provider, name in (("linear + fused loss", "cross_entropy"), ("linear_loss", "cross_entropy"),
                                    ("linear_loss", "hem"), ("torch chunked", "cross_entropy")):  # fmt: skip
-                queue = context.SimpleQueue()
-                process = context.Process(  # type: ignore[attr-defined]
-                    target=_measure_peak, args=(provider, name, shape, dtype, device, queue)
-                )
-                process.start()
-                extra = queue.get() - gradients
-                process.join()
-                print(
-                    f"{dtype} {rows}x{features}x{classes} {provider} {name}: beyond gradients {extra / MIB:.0f} MiB, "
-                    f"of which float32 sum {sums / MIB:.0f} MiB",
-                    flush=True,
-                )
+                say_memory(provider, name, shape, dtype, device)
 
 
 def seconds(step: Step, tensors: tuple[Tensor, Tensor, Tensor]) -> float:
@@ -140,22 +157,80 @@ def compare(steps: dict[str, Step], tensors: tuple[Tensor, Tensor, Tensor], repe
     return {name: statistics.median(times) for name, times in found.items()}
 
 
-def times(device: str, repeats: int) -> None:
+def say_times(steps: dict[str, Step], tensors: tuple[Tensor, Tensor, Tensor], name: str, repeats: int) -> None:
+    x, w, _ = tensors
+    found = compare(steps, tensors, repeats)
+    for provider, each in found.items():
+        ratio = each / found["linear_loss"]
+        say("time", (*x.shape, w.shape[0]), provider, name, x.dtype, ms=round(1e3 * each), over_ours=round(ratio, 2))
+
+
+def gemms(tensors: tuple[Tensor, Tensor, Tensor], repeats: int) -> None:
+    """The three GEMMs that no implementation can do without, of all rows at once."""
+    x, w, _ = (t.detach() for t in tensors)
+    logits, grad_x, grad_w = x @ w.t(), torch.empty_like(x), torch.empty_like(w)
+    taken = []
+    for _ in range(repeats + 1):
+        begin = time.perf_counter()
+        torch.mm(x, w.t(), out=logits)
+        torch.mm(logits, w, out=grad_x)
+        torch.mm(logits.t(), x, out=grad_w)
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - begin)
+    say("time", (*x.shape, w.shape[0]), "three GEMMs", "none", x.dtype, ms=round(1e3 * statistics.median(taken[1:])))
+
+
+def sweep(device: str, repeats: int, out: Path) -> None:
+    """Memory and time against the number of classes, and their two pictures."""
+    for classes in (2_500, 5_000, 10_000, 20_000, 50_000):
+        # torch's takes minutes of two cores for more classes.
+        providers = {name: of for name, of in PROVIDERS.items() if classes < 50_000 or name != "torch chunked"}
+        for provider in providers:
+            say_memory(provider, "cross_entropy", (1024, 128, classes), torch.float32, device)
+        tensors = make(1024, 128, classes, torch.float32, device)
+        say_times({name: of("cross_entropy") for name, of in providers.items()}, tensors, "cross_entropy", repeats)
+        gemms(tensors, repeats)
+    picture("memory", "extra_mib", "MiB beyond inputs and gradients", out.with_name(f"{out.stem}_memory.png"))
+    picture("time", "ms", "ms, forward and backward", out.with_name(f"{out.stem}_time.png"))
+
+
+def picture(what: str, number: str, label: str, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for provider in dict.fromkeys(row["provider"] for row in ROWS):
+        points = [(row["shape"][-1], row[number]) for row in ROWS if (row["what"], row["provider"]) == (what, provider)]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", label=provider)
+    axes.set(
+        xscale="log",
+        yscale="linear" if what == "memory" else "log",
+        xlabel="classes",
+        ylabel=label,
+        title="cross entropy, N = 1024, D = 128, float32",
+    )
+    classes = sorted({row["shape"][-1] for row in ROWS})
+    axes.set_xticks(classes, [f"{c:,}" for c in classes])
+    axes.xaxis.set_minor_locator(plt.NullLocator())
+    axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+def times(device: str, repeats: int, losses: list[str]) -> None:
     shapes = [(2048, 256, 20_000)] if device == "cpu" else [(4096, 512, 32_000), (8192, 768, 128_256)]
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     for shape in shapes:
         tensors = make(*shape, dtype, device)
-        for name in ("cross_entropy", "agce", "hem"):
+        gemms(tensors, repeats)
+        for name in losses:
             steps: dict[str, Step] = {"linear + fused loss": dense(name), "linear_loss": chunked(name)}
             if name == "cross_entropy":
                 steps["torch chunked"] = torch_chunked
-            found = compare(steps, tensors, repeats)
-            ours = found["linear_loss"]
-            print(
-                f"{'x'.join(map(str, shape))} {dtype} {name}: "
-                + ", ".join(f"{n} {1e3 * t:.0f} ms ({t / ours:.2f})" for n, t in found.items()),
-                flush=True,
-            )
+            say_times(steps, tensors, name, repeats)
 
 
 def satisfied(device: str, repeats: int) -> None:
@@ -172,10 +247,12 @@ def satisfied(device: str, repeats: int) -> None:
     found = compare(steps, tensors, repeats)
     with torch.no_grad():
         share = (linear_loss(*tensors, "hem", reduction="none") == 0).float().mean().item()
-    print(
-        f"{share:.0%} of the rows satisfied: " + ", ".join(f"{n} {1e3 * t:.0f} ms" for n, t in found.items()),
-        f"without / with skipping {found['skip_rows=False'] / found['skip_rows=True']:.2f}",
-    )
+    print(f"{share:.0%} of the rows satisfied")
+    for provider, each in found.items():
+        ratio = each / found["skip_rows=True"]
+        say(
+            "satisfied", (rows, features, classes), provider, "hem", w.dtype, ms=round(1e3 * each), over=round(ratio, 2)
+        )
 
 
 def _join(rank: int, ranks: int, folder: str) -> None:
@@ -231,23 +308,34 @@ def _million(rank: int, ranks: int, folder: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["memory", "time", "satisfied", "traffic", "million"])
+    parser.add_argument("what", choices=["memory", "time", "sweep", "satisfied", "traffic", "million"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--losses", nargs="+", default=["cross_entropy", "agce", "hem"], help="for time")
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="a JSON file for results and machine; sweep's pictures go beside it")
     given = parser.parse_args()
+    if given.what == "sweep" and given.out is None:
+        parser.error("sweep needs --out")
     torch.set_num_threads(given.threads)
+    about = describe(given.device)
     with tempfile.TemporaryDirectory() as folder:
         if given.what == "memory":
             memory(given.device)
         elif given.what == "time":
-            times(given.device, given.repeats)
+            times(given.device, given.repeats, given.losses)
+        elif given.what == "sweep":
+            sweep(given.device, given.repeats, given.out)
         elif given.what == "satisfied":
             satisfied(given.device, given.repeats)
         else:
             work = _traffic if given.what == "traffic" else _million
             torch.multiprocessing.spawn(work, (given.ranks, folder), nprocs=given.ranks)  # type: ignore[attr-defined]
+    if given.out is not None:
+        about["command"] = about["command"].replace("benchmarks", "benchmarks.linear", 1)
+        kept = json.loads(given.out.read_text()) if given.out.exists() else []
+        given.out.write_text(json.dumps([*kept, {"machine": about, "rows": ROWS}], indent=1) + "\n")
 
 
 if __name__ == "__main__":

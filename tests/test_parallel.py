@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -342,7 +343,23 @@ def check_data_parallel(rank, world_size):
                 torch.testing.assert_close(grad, expected, **CLOSE)
 
 
+def check_documented_head(rank, world_size):
+    """The head in docs/linear.md, with fewer classes: all ranks see the same loss, and it falls."""
+    text = (Path(__file__).resolve().parent.parent / "docs" / "linear.md").read_text()
+    code = next(block for block in text.split("```") if "# torchrun" in block).removeprefix("python")
+    code = code.replace('dist.init_process_group("gloo")', "losses = []").replace("1_000_000", "1_001")
+    code = code.replace("    loss.backward()", "    loss.backward(); losses.append(loss.detach())")
+    names = {}
+    exec(compile(code, "docs/linear.md", "exec"), names)
+    losses = torch.stack(names["losses"])
+    assert len(losses) == 3 and losses[2] < losses[0]
+    alike = [torch.empty_like(losses) for _ in range(world_size)]
+    dist.all_gather(alike, losses)
+    assert all(torch.equal(each, losses) for each in alike)
+
+
 CHECKS = {
+    "documented head": check_documented_head,
     "plain": check_plain,
     "traffic": check_traffic,
     "half": check_half,
