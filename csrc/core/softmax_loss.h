@@ -73,16 +73,6 @@ struct OfTarget {
     }
 };
 
-// Whether the loss may come with (kSpread) or without u_j, as far as that does not depend on its parameters.
-template <class Loss>
-concept FixedSpread = requires { typename std::integral_constant<Spread, Loss::spread(nullptr)>; };
-
-template <class Loss, bool kSpread>
-constexpr bool may_have_spread() {
-    if constexpr (FixedSpread<Loss>) return (Loss::spread(nullptr) != Spread::kNone) == kSpread;
-    return true;
-}
-
 template <class... Losses>
 struct TypeList {
     static constexpr int size = sizeof...(Losses);

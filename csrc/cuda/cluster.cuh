@@ -7,27 +7,30 @@
 
 namespace fused_losses::cuda {
 
+// The part of cooperative_groups::cluster_group that is used here; its header takes as long to read as a kernel.
+struct cluster_group {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-FL_DEVICE int cluster_size() { return 1; }
-FL_DEVICE int cluster_rank() { return 0; }
-FL_DEVICE void sync_cluster() { __syncthreads(); }
-template <class T>
-FL_DEVICE const T& of_rank(const T& mine, int) {
-    return mine;
-}
+    static FL_DEVICE int num_blocks() { return 1; }
+    static FL_DEVICE int block_rank() { return 0; }
+    static FL_DEVICE void sync() { __syncthreads(); }
+    template <class T>
+    static FL_DEVICE const T* map_shared_rank(const T* mine, int) {
+        return mine;
+    }
 #else
-FL_DEVICE int cluster_size() { return static_cast<int>(__clusterSizeInBlocks()); }
-FL_DEVICE int cluster_rank() { return static_cast<int>(__clusterRelativeBlockRank()); }
-// A barrier for all threads of the cluster, after which each sees what the others have written to shared memory.
-FL_DEVICE void sync_cluster() {
-    __cluster_barrier_arrive();
-    __cluster_barrier_wait();
-}
-// What block `rank` of the cluster has at the place of `mine`, a shared variable. That block must be running.
-template <class T>
-FL_DEVICE const T& of_rank(const T& mine, int rank) {
-    return *static_cast<const T*>(__cluster_map_shared_rank(&mine, static_cast<unsigned>(rank)));
-}
+    static FL_DEVICE int num_blocks() { return static_cast<int>(__clusterSizeInBlocks()); }
+    static FL_DEVICE int block_rank() { return static_cast<int>(__clusterRelativeBlockRank()); }
+    // After it each thread sees what the others have written to shared memory.
+    static FL_DEVICE void sync() {
+        __cluster_barrier_arrive();
+        __cluster_barrier_wait();
+    }
+    // Where block `rank` of the cluster, which must be running, has this shared variable.
+    template <class T>
+    static FL_DEVICE const T* map_shared_rank(const T* mine, int rank) {
+        return static_cast<const T*>(__cluster_map_shared_rank(mine, static_cast<unsigned>(rank)));
+    }
 #endif
+};
 
 }  // namespace fused_losses::cuda

@@ -19,18 +19,23 @@ FL_DEVICE bool arrives_last(unsigned* ticket, std::int64_t blocks) {
     return last;
 }
 
-// Every thread of the grid waits for all others; for kernels launched by launch_cooperative(). The counter starts at
-// zero and is used once.
-FL_DEVICE void wait_for_grid(unsigned* arrived) {
-    __threadfence();
-    __syncthreads();
-    if (gridDim.x > 1 && threadIdx.x == 0) {
-        atomicAdd(arrived, 1u);
-        while (atomicAdd(arrived, 0u) < gridDim.x) __nanosleep(100);
+// As cooperative_groups::grid_group, for kernels launched by launch_cooperative(). The counter starts at zero and is
+// used once.
+struct grid_group {
+    unsigned* const arrived;
+
+    // Every thread of the grid waits for all others.
+    FL_DEVICE void sync() const {
+        __threadfence();
+        __syncthreads();
+        if (gridDim.x > 1 && threadIdx.x == 0) {
+            atomicAdd(arrived, 1u);
+            while (atomicAdd(arrived, 0u) < gridDim.x) __nanosleep(100);
+        }
+        __syncthreads();
+        __threadfence();
     }
-    __syncthreads();
-    __threadfence();
-}
+};
 
 struct LossSums {
     double value, weight;

@@ -126,12 +126,15 @@ class Exponential {
 public:
     FL_DEVICE explicit Exponential(float pivot) : c(kAsPower ? pivot * kLog2E : pivot) {}
 
-    FL_DEVICE float distance(float z) const { return kAsPower ? std::fma(z, kLog2E, -c) * kLn2 : z - c; }
+    // Of z from the pivot, in units of kUnit.
+    static constexpr float kUnit = kAsPower ? kLn2 : 1.0f;
+    FL_DEVICE float argument(float z) const { return kAsPower ? std::fma(z, kLog2E, -c) : z - c; }
+    FL_DEVICE float distance(float z) const { return argument(z) * kUnit; }
     FL_DEVICE float operator()(float z) const {
         if constexpr (kAsPower)
-            return exp2_approximately(std::fma(z, kLog2E, -c));
+            return exp2_approximately(argument(z));
         else
-            return math::exp(z - c);
+            return math::exp(argument(z));
     }
 
     // The logarithm of a sum of exponentials, of which one at least is hardly below 1: its rounding is no smaller than

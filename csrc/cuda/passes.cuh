@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(kRowThreads<A, kKeeps>, sizeof(A) == 4 && Loss
     if (args.is_saved && is_already_written<A>(p)) return;
     RowTeam<A, true> team(args.plan);
     LossSums sums{0, 0};
-    const int classes = static_cast<int>(p.num_classes), begin = cluster_rank() * args.plan.share;
+    const int classes = static_cast<int>(p.num_classes), begin = cluster_group::block_rank() * args.plan.share;
     const PassRow<Loss, A, kKeeps> worker(
         args, ClassesOfThread(begin, min(classes, begin + args.plan.share), team.lane, team.threads), dynamic_shared);
     const std::int64_t rows = p.rows();

@@ -22,7 +22,7 @@ public:
 
     FL_DEVICE DirectPlace(const RegisterArgs& a, const RegisterTeam& t, std::int64_t i)
         : args(a), team(t), number(i), head(a.plan.is_ragged ? min(classes(), -misalignment(logits()) & (n - 1)) : 0) {
-        const int begin = cluster_rank() * args.plan.share;
+        const int begin = cluster_group::block_rank() * args.plan.share;
         left = min(accesses() - begin, args.plan.share) - team.lane;
     }
 
@@ -38,18 +38,18 @@ public:
     FL_DEVICE int first() const { return head + at() * n; }
     FL_DEVICE int extra() const {
         const int i = team.lane < head ? team.lane : team.lane + accesses() * n;
-        return i < classes() && cluster_rank() == 0 ? i : -1;
+        return i < classes() && cluster_group::block_rank() == 0 ? i : -1;
     }
     FL_DEVICE bool owns(int cls) const {
-        if (team.lane != 0 || cluster_size() == 1) return team.lane == 0;
+        if (team.lane != 0 || cluster_group::num_blocks() == 1) return team.lane == 0;
         const int access = cls < head ? accesses() : (cls - head) / n;
-        return (access < accesses() ? access / args.plan.share : 0) == cluster_rank();
+        return (access < accesses() ? access / args.plan.share : 0) == cluster_group::block_rank();
     }
 
 private:
     FL_DEVICE int classes() const { return static_cast<int>(args.problem.num_classes); }
     FL_DEVICE int accesses() const { return static_cast<int>(static_cast<unsigned>(classes() - head) / n); }
-    FL_DEVICE int at() const { return cluster_rank() * args.plan.share + team.lane; }
+    FL_DEVICE int at() const { return cluster_group::block_rank() * args.plan.share + team.lane; }
 
     const RegisterArgs& args;
     const RegisterTeam& team;

@@ -91,7 +91,7 @@ RegisterPlan plan_tiles(const RowProblem& p, int multiprocessors) {
     std::int64_t least = 0;
     for (int lanes = 1; lanes <= 32; lanes *= 2)
         for (const int held : kTileHeld) {
-            if (p.spread != Spread::kNone && held != kTileHeldWithSpread) continue;
+            if (reads_u(p) && held != kTileHeldWithSpread) continue;
             const int fewest = std::max<int>(1, divide_up(words, lanes)), most = held / per_word;
             for (int rounds = fewest; rounds <= std::min(fewest + 1, most); ++rounds) {
                 const std::int64_t cost = cost_of(row_bytes, lanes, rounds, most);
@@ -100,7 +100,7 @@ RegisterPlan plan_tiles(const RowProblem& p, int multiprocessors) {
                 plan.lanes = lanes, plan.rounds = rounds, plan.held = held;
             }
         }
-    fill_tile(p, most_tile_bytes(plan.held, p.spread != Spread::kNone), multiprocessors, plan);
+    fill_tile(p, most_tile_bytes(plan.held, reads_u(p)), multiprocessors, plan);
     plan.is_ragged = classes % per_word != 0;
     return plan;
 }
@@ -118,7 +118,7 @@ RegisterPlan plan_direct(const RowProblem& p, int largest_cluster) {
     RegisterPlan plan;
     std::int64_t least = 0;
     for (const int held : kDirectHeld) {
-        if ((p.spread != Spread::kNone) != (held == kDirectHeldWithSpread)) continue;
+        if (reads_u(p) != (held == kDirectHeldWithSpread)) continue;
         RegisterPlan with;
         const int rounds = held / numbers;
         while (with.cluster < largest_cluster && divide_up(accesses, with.cluster) > enough_threads * rounds)

@@ -21,6 +21,11 @@ constexpr int most_direct_threads(int element) { return element == 4 ? 608 : kMo
 constexpr int tile_blocks(int held, bool spread) { return held < 16 && !spread ? 8 : 6; }
 constexpr int most_tile_bytes(int held, bool spread) { return tile_blocks(held, spread) == 8 ? 3072 : 4096; }
 
+// Whether u_j are read: they may be left out, or 1 for all classes.
+inline bool reads_u(const RowProblem& p) {
+    return p.spread == Spread::kSoftTarget || (p.spread == Spread::kClassWeights && p.class_weight);
+}
+
 struct RegisterPlan {
     // Of a row: a power of two up to 32 in a tile; else a warp or a block, of a cluster perhaps.
     int lanes = 0;

@@ -67,9 +67,15 @@ public:
         }
         const Exponential<Stored> exponential(pivot);
         float e[kRounds * kNumbers];
-        SoftmaxState<float, kSpread> state{pivot, 0.0f, 0.0f, 0.0f};
+        SoftmaxState<float> state{pivot, 0.0f, 0.0f, 0.0f};
         const SpreadReader<float> spread(p, args, row);
-        take_exponentials(exponential, w, e, state, spread, reads ? place.left : 0, is_apart, target.cls, place);
+        const int left = reads ? place.left : 0;
+        if (!kSpread && has_ones() && !args.is_saved) {
+            take_exponentials<true>(exponential, w, e, state, spread, left, is_apart, target.cls, place);
+            if (is_apart) *centred() = centred_without(exponential, w, left, target.cls, place);
+        } else {
+            take_exponentials<false>(exponential, w, e, state, spread, left, is_apart, target.cls, place);
+        }
         const float extra_e = exponential(extra), target_e = exponential(target_logit);
         Coefficients<float> coefficients{};
         if (args.is_saved) {
@@ -78,15 +84,20 @@ public:
         } else {
             state.sum = sum_of(team, state.sum + extra_e);
             if (is_apart) state.sum += target_e;
+            const bool counts_extra =
+                args.plan.is_ragged && reads && place.extra() >= 0 && !(is_apart && place.extra() == target.cls);
             if constexpr (kSpread) {
-                if (args.plan.is_ragged && reads && place.extra() >= 0 && !(is_apart && place.extra() == target.cls))
-                    state.add(exponential.distance(extra), spread(place.extra()), 0.0f);
+                if (counts_extra) state.add(exponential.distance(extra), spread(place.extra()), 0.0f);
                 float sums[] = {state.centred, state.sum_u};
                 team.reduce(sums, 0.0f, Plus());
                 state.centred = sums[0], state.sum_u = sums[1];
                 if (is_apart) state.add(exponential.distance(target_logit), spread(target.cls), 0.0f);
+            } else if (has_ones()) {
+                const float all = sum_of(team, *centred() + (counts_extra ? exponential.distance(extra) : 0.0f));
+                *centred() = all + (is_apart ? exponential.distance(target_logit) : 0.0f);
             }
             if (place.exists && target.ignored) end.ignore(row, team.leads);
+            if (!kSpread && has_ones()) state.centred = *centred(), state.sum_u = static_cast<float>(p.num_classes);
             if (reads)
                 coefficients = end.finish(row, target, target_logit, exponential.distance(target_logit),
                                           exponential.log(state.sum), state, team.leads);
@@ -96,11 +107,11 @@ public:
         write(place, e, coefficients, spread);
         if (args.plan.is_ragged && place.exists && place.extra() >= 0)
             place.grad()[place.extra()] =
-                to_stored<Stored>(coefficients.of_exponential(extra_e, kSpread ? spread(place.extra()) : 0.0f, false));
+                to_stored<Stored>(coefficients.of_exponential(extra_e, kSpread ? spread(place.extra()) : 1.0f, false));
         team.sync();
         if (has_target && place.owns(target.cls))
             place.grad()[target.cls] =
-                to_stored<Stored>(coefficients.of_exponential(target_e, kSpread ? spread(target.cls) : 0.0f, true));
+                to_stored<Stored>(coefficients.of_exponential(target_e, kSpread ? spread(target.cls) : 1.0f, true));
     }
 
 private:
@@ -166,11 +177,38 @@ private:
         });
     }
 
+    // Without kSpread u_j is 1, and gamma of that, or neither is there.
+    FL_DEVICE bool has_ones() const { return p.spread != Spread::kNone; }
+
+    // What is summed with u_j = 1, where it takes no register of losses that do not ask for it.
+    static FL_DEVICE volatile float* centred() {
+        __shared__ float of_thread[kMostThreads];
+        return of_thread + threadIdx.x;
+    }
+
+    // The sum of distances but for the target's; kOnes leaves what is to be done with it to this.
     template <class Place>
+    FL_DEVICE float centred_without(const Exponential<Stored>& exponential, const unsigned* w, int left, int target,
+                                    const Place& place) const {
+        float sum = 0.0f;
+        each_round([&](int k) {
+            if (left <= k * place.step()) return;
+            float z[kNumbers];
+#pragma unroll
+            for (int i = 0; i < kWords; ++i) Word<Stored>::widen(w[k * kWords + i], z + i * kCount);
+#pragma unroll
+            for (int i = 0; i < kNumbers; ++i)
+                if (place.first() + k * place.step() * kNumbers + i != target) sum += exponential.distance(z[i]);
+        });
+        return sum;
+    }
+
+    template <bool kOnes, class Place>
     FL_DEVICE void take_exponentials(const Exponential<Stored>& exponential, const unsigned* w, float* e,
-                                     SoftmaxState<float, kSpread>& state, const SpreadReader<float>& spread, int left,
+                                     SoftmaxState<float>& state, const SpreadReader<float>& spread, int left,
                                      bool is_apart, int target, const Place& place) const {
         float odd = 0.0f;  // every other exponential: two sums that need not wait for each other
+        float arguments = 0.0f;
         each_round([&](int k) {
             float z[kNumbers];
 #pragma unroll
@@ -181,6 +219,10 @@ private:
                 x = exponential(z[i]);
                 (i % 2 == 1 || (kNumbers == 1 && k % 2 == 1) ? odd : state.sum) += x;
             }
+            if constexpr (kOnes)
+                if (left > k * place.step())
+#pragma unroll
+                    for (int i = 0; i < kNumbers; ++i) arguments += exponential.argument(z[i]);
             if constexpr (kSpread) {
                 if (args.is_saved || left <= k * place.step()) return;
                 const int cls = place.first() + k * place.step() * kNumbers;
@@ -190,6 +232,7 @@ private:
             }
         });
         state.sum += odd;
+        if constexpr (kOnes) *centred() = arguments * Exponential<Stored>::kUnit;
     }
 
     template <class Place>
@@ -205,7 +248,7 @@ private:
 #pragma unroll
                 for (int h = 0; h < kCount; ++h) {
                     const int at = i * kCount + h;
-                    g[h] = c.alpha * e[k * kNumbers + at];
+                    g[h] = c.alpha * e[k * kNumbers + at] + (kSpread ? 0.0f : c.gamma);
                     if constexpr (kSpread)  // beyond the row there is no u_j
                         if (left > 0) g[h] += c.gamma * spread(place.first() + k * place.step() * kNumbers + at);
                 }

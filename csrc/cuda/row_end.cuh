@@ -28,21 +28,18 @@ struct Coefficients {
 
 // The loss is a uniform branch, once a row: kernels are compiled once per dtype, not once per loss. Not inlined: powers
 // and logarithms would take the registers that hold a row.
-template <bool kSpread, bool kEither, class A>
+template <class A>
 __device__ __noinline__ AffineRow<A> evaluate_any(int loss, const A* params, SoftmaxRow<A> row) {
     AffineRow<A> affine{};
-    visit_loss(SoftmaxLosses{}, loss, [&]<class Loss>() {
-        if constexpr (kEither || may_have_spread<Loss, kSpread>()) affine = Loss::eval(row, params);
-    });
+    visit_loss(SoftmaxLosses{}, loss, [&]<class Loss>() { affine = Loss::eval(row, params); });
     return affine;
 }
 
-template <bool kSpread, bool kEither, class A>
+template <class A>
 FL_DEVICE AffineRow<A> evaluate(const RowProblem& p, const A* params, const SoftmaxRow<A>& row) {
-    if constexpr (kSpread)
-        if (p.spread == Spread::kSoftTarget) return SoftCrossEntropy::eval(row, params);
+    if (p.spread == Spread::kSoftTarget) return SoftCrossEntropy::eval(row, params);
     if (p.loss == kCrossEntropy) return CrossEntropy::eval(row, params);
-    return evaluate_any<kSpread, kEither>(p.loss, params, row);
+    return evaluate_any(p.loss, params, row);
 }
 
 // To an ulp, by one instruction for floats.
@@ -71,20 +68,18 @@ struct RowEnd {
 
     // From the sums over the classes to the coefficients of the gradient for a denominator of 1, which every thread of
     // the row gets; one `records`. target_distance: of the target's logit from state.max, as the exponentials have it.
-    // kEither: u_j may be there, or not.
-    template <bool kSpread, bool kEither = false>
     FL_DEVICE Coefficients<A> finish(const Row& row, const Target& target, A target_logit, A target_distance, A log_sum,
-                                     const SoftmaxState<A, kSpread>& state, bool records) {
+                                     const SoftmaxState<A>& state, bool records) {
         const RowProblem& p = args.problem;
         SoftmaxRow<A> softmax;
         const A log_p = target_distance - log_sum;
         softmax.log_p = log_p > A(0) ? A(0) : log_p;  // by rounding, where p_y is 1: powers of 1 - p_y
-        softmax.sum_neg_log_p = kSpread ? state.sum_u * log_sum - state.centred : A(0);
-        softmax.sum_u = kSpread ? state.sum_u : A(0);
+        softmax.sum_neg_log_p = state.sum_u * log_sum - state.centred;
+        softmax.sum_u = state.sum_u;
         softmax.class_weight = class_weight_of<A>(p, target);
         softmax.num_classes = A(p.num_classes);
         softmax.below_max = target_logit - state.max;
-        const AffineRow<A> affine = evaluate<kSpread, kEither>(p, args.params, softmax);
+        const AffineRow<A> affine = evaluate(p, args.params, softmax);
         const A sample_weight = sample_weight_of<A>(p, row);
         Coefficients<A> coefficients{state.max, affine.alpha * reciprocal(state.sum), affine.beta, affine.gamma};
         if (records)

@@ -79,14 +79,14 @@ public:
           lane(columns > 0     ? threadIdx.x / columns
                : threads == 32 ? threadIdx.x % 32
                                : threadIdx.x),
-          leads(lane == 0 && cluster_rank() == 0) {}
+          leads(lane == 0 && cluster_group::block_rank() == 0) {}
 
     // Of a block, which has rows first(), first() + 1, ... and then those `step()` further.
     FL_DEVICE int at_once() const {
         return kMayHaveColumns && columns > 0 ? columns : threads == 32 ? static_cast<int>(blockDim.x) / 32 : 1;
     }
-    FL_DEVICE std::int64_t first() const { return std::int64_t(blockIdx.x / cluster_size()) * at_once(); }
-    FL_DEVICE std::int64_t step() const { return std::int64_t(gridDim.x / cluster_size()) * at_once(); }
+    FL_DEVICE std::int64_t first() const { return std::int64_t(blockIdx.x / cluster_group::num_blocks()) * at_once(); }
+    FL_DEVICE std::int64_t step() const { return std::int64_t(gridDim.x / cluster_group::num_blocks()) * at_once(); }
     FL_DEVICE int place() const {
         return kMayHaveColumns && columns > 0 ? threadIdx.x % columns : threads == 32 ? threadIdx.x / 32 : 0;
     }
@@ -94,7 +94,7 @@ public:
     FL_DEVICE void sync() const { !(kMayHaveColumns && columns > 0) && threads == 32 ? __syncwarp() : __syncthreads(); }
     // For all threads, at the end: nobody may read the shared memory of a block that has finished.
     FL_DEVICE void part_company() const {
-        if (cluster_size() > 1) sync_cluster();
+        if (cluster_group::num_blocks() > 1) cluster_group::sync();
     }
 
     template <int n, class Combine>
@@ -114,11 +114,12 @@ public:
         __syncthreads();
         for (int i = 0; i < n; ++i) x[i] = me < threads / 32 ? of_warp[turn][i][me] : nothing;
         over_warp(x, combine);
-        if (cluster_size() == 1) return;
+        if (cluster_group::num_blocks() == 1) return;
         for (int i = 0; i < n; ++i)
             if (threadIdx.x == 0) of_block[turn][i] = x[i];
-        sync_cluster();
-        for (int i = 0; i < n; ++i) x[i] = me < cluster_size() ? of_rank(of_block[turn][i], me) : nothing;
+        cluster_group::sync();
+        for (int i = 0; i < n; ++i)
+            x[i] = me < cluster_group::num_blocks() ? *cluster_group::map_shared_rank(&of_block[turn][i], me) : nothing;
         over_warp(x, combine);
     }
 

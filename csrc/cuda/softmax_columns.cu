@@ -50,7 +50,7 @@ public:
     }
 
 private:
-    using State = SoftmaxState<float, kSpread>;
+    using State = SoftmaxState<float>;
 
     // In few registers.
     struct Column {
@@ -132,9 +132,10 @@ private:
             if (k == at) w[k] = (w[k] & ~own) | (Word<Stored>::lowest & own);
     }
 
+    FL_DEVICE bool sums_u() const { return kSpread || p.spread != Spread::kNone; }
     static FL_DEVICE Row row_of(const Row& first, int j) { return {first.number + j, first.outer, first.inner + j}; }
     FL_DEVICE float u_of(const Row& row, int cls) const {
-        return kSpread ? SpreadReader<float>(p, args, row)(cls) : 0.0f;
+        return kSpread ? SpreadReader<float>(p, args, row)(cls) : 1.0f;
     }
 
     FL_DEVICE void take_exponentials(const Words& w, const Column (&of)[n], const Row& row, const float (&pivot)[n],
@@ -151,27 +152,29 @@ private:
                 const float x = exponential(z[j]);
                 state[j].sum += x;
                 if constexpr (!kAgain) e[k][j] = x;
-                if constexpr (kSpread)
-                    if (k < count && of[j].reads() && !(is_apart(of[j]) && begin + k == of[j].cls))
-                        state[j].add(exponential.distance(z[j]), u_of(row_of(row, j), begin + k), 0.0f);
+                if (sums_u() && k < count && of[j].reads() && !(is_apart(of[j]) && begin + k == of[j].cls))
+                    state[j].add(exponential.distance(z[j]), u_of(row_of(row, j), begin + k), 0.0f);
             }
         }
         if (args.is_saved) return;
-        constexpr int of_each = kSpread ? 3 : 1;
-        float sums[n * of_each];
+        float sums[3 * n];
 #pragma unroll
-        for (int j = 0; j < n; ++j) {
-            sums[j * of_each] = state[j].sum;
-            if constexpr (kSpread) sums[j * of_each + 1] = state[j].centred, sums[j * of_each + 2] = state[j].sum_u;
+        for (int j = 0; j < n; ++j)
+            sums[j] = state[j].sum, sums[n + j] = state[j].centred, sums[2 * n + j] = state[j].sum_u;
+        if (sums_u()) {
+            reduce(sums, Plus());
+        } else {
+            float only[n];
+            for (int j = 0; j < n; ++j) only[j] = sums[j];
+            reduce(only, Plus());
+            for (int j = 0; j < n; ++j) sums[j] = only[j];
         }
-        reduce(sums, Plus());
 #pragma unroll
         for (int j = 0; j < n; ++j) {
-            state[j].sum = sums[j * of_each];
-            if constexpr (kSpread) state[j].centred = sums[j * of_each + 1], state[j].sum_u = sums[j * of_each + 2];
+            state[j].sum = sums[j], state[j].centred = sums[n + j], state[j].sum_u = sums[2 * n + j];
             if (!is_apart(of[j])) continue;
             const Exponential<Stored> exponential(pivot[j]);
-            state[j].add(exponential.distance(of[j].target_logit), u_of(row_of(row, j), of[j].cls),
+            state[j].add(exponential.distance(of[j].target_logit), sums_u() ? u_of(row_of(row, j), of[j].cls) : 0.0f,
                          exponential(of[j].target_logit));
         }
     }
@@ -187,9 +190,9 @@ private:
             if (args.is_saved || part != j % args.plan.lanes) continue;
             if (of[j].reads()) {
                 const Exponential<Stored> exponential(pivot[j]);
-                c[j] = end.template finish<kSpread>(row_of(row, j), Target{of[j].cls, false}, of[j].target_logit,
-                                                    exponential.distance(of[j].target_logit),
-                                                    exponential.log(state[j].sum), state[j], true);
+                c[j] =
+                    end.finish(row_of(row, j), Target{of[j].cls, false}, of[j].target_logit,
+                               exponential.distance(of[j].target_logit), exponential.log(state[j].sum), state[j], true);
                 c[j].scale(share);
             } else if (of[j].exists()) {
                 end.ignore(row_of(row, j), true);
@@ -217,8 +220,7 @@ private:
 #pragma unroll
             for (int j = 0; j < n; ++j) {
                 g[j] = c[j].alpha * (kAgain ? Exponential<Stored>(pivot[j])(z[j]) : e[k][j]);
-                if constexpr (kSpread)
-                    if (of[j].reads()) g[j] += c[j].gamma * u_of(row_of(row, j), begin + k);
+                if (!kSpread || of[j].reads()) g[j] += c[j].gamma * u_of(row_of(row, j), begin + k);
             }
             const unsigned word = Word<Stored>::narrow(g);
             if (is_whole) {

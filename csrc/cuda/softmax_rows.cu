@@ -21,8 +21,8 @@ public:
           bias(target.cls < 0 ? A(0) : bias_of(a)),
           spread(p, a, row) {}
 
-    FL_DEVICE SoftmaxState<A, true> sums() const {
-        auto state = SoftmaxState<A, true>::empty();
+    FL_DEVICE SoftmaxState<A> sums() const {
+        auto state = SoftmaxState<A>::empty();
         each_few([&](int k, A(&z)[kAtOnce]) {
             A u[kAtOnce];
 #pragma unroll
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kBlock, 2) softmax_of_rows(const __grid_consta
         const Row row = row_at(p, exists ? number : first);
         const Target target = exists ? target_of(p, row) : Target{0, true};
         const AnyRow<A> mine(args, row, target, classes, exists);
-        auto state = SoftmaxState<A, true>::empty();
+        auto state = SoftmaxState<A>::empty();
         if (!args.is_saved) {
             state = mine.sums();
             reduce_team(team, state);
@@ -122,8 +122,8 @@ __global__ void __launch_bounds__(kBlock, 2) softmax_of_rows(const __grid_consta
             coefficients = saved_coefficients<A>(p, row);
         } else {
             const A target_logit = mine.target_logit();
-            coefficients = end.template finish<true, true>(row, target, target_logit, target_logit - state.max,
-                                                           math::log(state.sum), state, team.leads);
+            coefficients = end.finish(row, target, target_logit, target_logit - state.max, math::log(state.sum), state,
+                                      team.leads);
             coefficients.scale(share);
         }
         if (p.grad) mine.write_gradient(coefficients);
@@ -178,8 +178,7 @@ cudaError_t enqueue_of(const RowProblem& p, const LossOutput& out, bool is_saved
     if constexpr (kIsForChecking<Stored>)
         return enqueue_any_rows(args, stream);
     else
-        return p.spread == Spread::kNone ? enqueue_held<Stored, false>(args, stream)
-                                         : enqueue_held<Stored, true>(args, stream);
+        return !reads_u(p) ? enqueue_held<Stored, false>(args, stream) : enqueue_held<Stored, true>(args, stream);
 }
 
 cudaError_t enqueue(const RowProblem& p, const LossOutput& out, bool is_saved, cudaStream_t stream) {

@@ -8,10 +8,10 @@
 
 namespace fused_losses::cuda {
 
-// Of the logits z seen so far: max, sum = sum exp(z - max) and, with kSpread, centred = sum u (z - pivot),
+// Of the logits z seen so far: max, sum = sum exp(z - max), centred = sum u (z - pivot),
 // sum_u = sum u. The pivot is max, or 0 as long as max is -inf: -inf - -inf must not turn a row with masked
 // classes into NaN. NaN never becomes max, but makes sum NaN; so does +inf.
-template <class A, bool kSpread>
+template <class A>
 struct SoftmaxState {
     A max, sum, centred, sum_u;
 
@@ -24,7 +24,7 @@ struct SoftmaxState {
     // it so.
     FL_DEVICE void move_to(A top, A pivot) {
         sum *= math::exp(max - pivot);
-        if constexpr (kSpread) centred += sum_u * (pivot_of(max) - pivot);
+        centred += sum_u * (pivot_of(max) - pivot);
         max = top;
     }
 
@@ -42,26 +42,21 @@ struct SoftmaxState {
     // One class, by its distance from the pivot.
     FL_DEVICE void add(A distance, A u, A exponential) {
         sum += exponential;
-        if constexpr (kSpread) {
-            // A class of weight zero contributes nothing, even at -inf.
-            centred += u == A(0) ? A(0) : u * distance;
-            sum_u += u;
-        }
+        // A class of weight zero contributes nothing, even at -inf.
+        centred += u == A(0) ? A(0) : u * distance;
+        sum_u += u;
     }
 };
 
 // The sums of all threads that share a row; each of them gets the result. Maxima first: no exponentials are taken on
 // the way.
-template <class Team, class A, bool kSpread>
-FL_DEVICE void reduce_team(Team& team, SoftmaxState<A, kSpread>& state) {
+template <class Team, class A>
+FL_DEVICE void reduce_team(Team& team, SoftmaxState<A>& state) {
     const A top = largest_of(team, state.max);
     state.move_to(top, state.pivot_of(top));
-    A sums[kSpread ? 3 : 1];
-    sums[0] = state.sum;
-    if constexpr (kSpread) sums[1] = state.centred, sums[2] = state.sum_u;
+    A sums[] = {state.sum, state.centred, state.sum_u};
     team.reduce(sums, A(0), Plus());
-    state.sum = sums[0];
-    if constexpr (kSpread) state.centred = sums[1], state.sum_u = sums[2];
+    state.sum = sums[0], state.centred = sums[1], state.sum_u = sums[2];
 }
 
 }  // namespace fused_losses::cuda

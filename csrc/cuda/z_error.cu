@@ -174,7 +174,7 @@ __device__ __forceinline__ void compute_entropies(const ZProblem& p) {
         RowPlace place{};
         place.from = static_cast<const char*>(e.logits.data) + e.logits.stride.at(row.outer, row.inner) * element;
         place.from_step = e.class_stride * element;
-        auto state = SoftmaxState<A, true>::empty();
+        auto state = SoftmaxState<A>::empty();
         for (int k = 0; k < classes.count; k += kAtOnce) {
             A z[kAtOnce], ones[kAtOnce];
             read_logits(dtype, place, classes, k, classes.count, z);
@@ -219,11 +219,11 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<double>)
                 const __grid_constant__ WorkShares shares, unsigned* barriers) {
     if constexpr (kEntropies) {
         compute_entropies<A>(p);
-        wait_for_grid(barriers);
+        grid_group{barriers}.sync();
     }
     if (p.own_moments) {
         compute_moments(p, moments, p.own_moments);
-        wait_for_grid(barriers + 1);
+        grid_group{barriers + 1}.sync();
     }
     LossSums total{0, 0};
     for (std::int64_t chunk = blockIdx.x; chunk < shares.chunks; chunk += gridDim.x) {

@@ -72,33 +72,34 @@ __global__ void use_tickets(unsigned* ticket, int* of_block, int* sum) {
 __global__ void use_grid(unsigned* arrived, int* of_block, int* wrong) {
     __shared__ int mine;
     if (threadIdx.x == 99) of_block[blockIdx.x] = mine = 7 * blockIdx.x;
-    wait_for_grid(arrived);
+    grid_group{arrived}.sync();
     const unsigned other = (blockIdx.x + 1) % gridDim.x;
     *wrong += of_block[other] != int(7 * other) || mine != int(7 * blockIdx.x);
 }
 
 // Blocks of a cluster copy numbers to shared memory and read those of each other.
 __global__ void use_cluster(const uint4* numbers, int* wrong) {
-    const int me = threadIdx.x, size = cluster_size();
+    const int me = threadIdx.x, size = cluster_group::num_blocks();
     __pipeline_memcpy_async(dynamic_shared + me, numbers + kBlock * blockIdx.x + me, sizeof(uint4));
     __pipeline_commit();
     __pipeline_wait_prior(0);
-    sync_cluster();
+    cluster_group::sync();
     for (int rank = 0; rank < size; ++rank) {
         const unsigned block = blockIdx.x / size * size + rank;
-        *wrong += of_rank(dynamic_shared[kBlock - 1 - me], rank).y != kBlock * block + kBlock - 1 - me;
+        *wrong += cluster_group::map_shared_rank(&dynamic_shared[kBlock - 1 - me], rank)->y !=
+                  kBlock * block + kBlock - 1 - me;
     }
-    *wrong += cluster_rank() != int(blockIdx.x % size);
-    sync_cluster();
+    *wrong += cluster_group::block_rank() != int(blockIdx.x % size);
+    cluster_group::sync();
 }
 
 // Whoever leaves the last barrier out reads from a block that may have finished.
 __global__ void leave_cluster(int* wrong) {
     __shared__ int mine;
     mine = threadIdx.x;
-    sync_cluster();
-    for (int rank = 0; rank < cluster_size(); ++rank) {
-        *wrong += of_rank(mine, rank) < 0;
+    cluster_group::sync();
+    for (int rank = 0; rank < cluster_group::num_blocks(); ++rank) {
+        *wrong += *cluster_group::map_shared_rank(&mine, rank) < 0;
         __syncwarp();
     }
 }
