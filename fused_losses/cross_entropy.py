@@ -18,7 +18,7 @@ from fused_losses._parameters import Range
 from fused_losses._reference import SOFT_TARGETS, Rows, reduce_rows, row_loss_reference, zero_at_zero
 from fused_losses.row_statistics import RowStatistics
 
-_smoothing = Range("be at most 1.0 and finite", lambda s: -math.inf < s <= 1.0, -1e15, 1.0)
+_smoothing = Range("be between 0.0 and 1.0, or negative and finite", lambda s: -math.inf < s <= 1.0, -1e15, 1.0)
 
 
 def _smoothed(rows: Rows, label_smoothing: float) -> Tensor:

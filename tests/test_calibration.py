@@ -206,8 +206,10 @@ def test_every_loss_agrees_with_a_simulation(name: str, num_classes: int) -> Non
     values = fl.LOSSES[name].reference(logits, target, reduction="none")
     slopes = torch.autograd.grad(values.sum(), logits)[0][:, 0]
     found = mean_target_error(name, num_classes, 1.0)
-    assert found < 0, "every loss raises the logit of the label"
-    assert abs(found - float(slopes.mean())) <= 5.0 * float(slopes.std()) / math.sqrt(len(slopes)) + 2e-3 * abs(found)
+    # Of a truncated loss hardly any row, or none, has a slope: 1e-5 of all may go undrawn.
+    assert found < 0 or (name == "truncated_gce" and found == 0), "every loss raises the logit of the label"
+    sampled = 5.0 * float(slopes.std()) / math.sqrt(len(slopes))
+    assert abs(found - float(slopes.mean())) <= sampled + 2e-3 * abs(found) + (name == "truncated_gce") * 1e-5
 
 
 @pytest.mark.parametrize("num_classes", [10, 1000, 100_000])

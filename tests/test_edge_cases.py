@@ -71,9 +71,17 @@ SPARSE = {
 }
 
 
+# Functions of log p_y alone have one kernel, which cross entropy takes through every layout; each other has a few.
+LAYOUTS = [
+    (name, layout)
+    for i, name in enumerate(NAMES)
+    for k, layout in enumerate([*DENSE, *SPARSE])
+    if fl.LOSSES[name].sums != () or name == "cross_entropy" or (i + k) % 6 == 0
+]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", [*DENSE, *SPARSE])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "layout"), LAYOUTS)
 def test_image_layouts(name, layout, dtype, device):
     generator = torch.Generator().manual_seed(0)
 

@@ -43,7 +43,9 @@ def test_compile_fullgraph_dynamic(name):
         torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in losses))
 
 
-@pytest.mark.parametrize("name", STATEFUL)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in ("elr", "small") else pytest.mark.long) for n in STATEFUL]
+)
 def test_compiled_state_is_updated(name):
     modules = STATEFUL[name](), STATEFUL[name]()
     compiled = torch.compile(modules[0], fullgraph=True, dynamic=True, backend="aot_eager")
