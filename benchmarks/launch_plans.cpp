@@ -1,4 +1,4 @@
-// Prints how the rows of an H100 are shared out, a line for each problem given as DTYPE:SPREAD:CLASSES:ROWS; for
+// Prints how the rows of an H100 are shared out, a line for each problem given as DTYPE:FACTORS:CLASSES:ROWS; for
 // issue_report.py. Compiled with the headers of tests/cpp/cuda_emulation: no GPU, no CUDA toolkit.
 #include <cstdio>
 #include <cstring>
@@ -9,12 +9,12 @@ int main(int argc, char** argv) {
     using namespace fused_losses;
     for (int i = 1; i < argc; ++i) {
         char dtype[16] = {};
-        int spread = 0;
+        int factors = 0;
         long long classes = 0, rows = 0;
-        if (std::sscanf(argv[i], "%15[a-z0-9]:%d:%lld:%lld", dtype, &spread, &classes, &rows) != 4) return 1;
+        if (std::sscanf(argv[i], "%15[a-z0-9]:%d:%lld:%lld", dtype, &factors, &classes, &rows) != 4) return 1;
         RowProblem p;
         p.dtype = std::strcmp(dtype, "float32") == 0 ? Dtype::kFloat32 : Dtype::kBFloat16;
-        p.spread = Spread(spread);
+        p.class_factors = ClassFactors(factors);
         p.inner = rows, p.num_classes = classes;
         p.logits_stride = p.grad_stride = {rows * classes, classes};
         constexpr int multiprocessors = 132, largest_cluster = 16;

@@ -64,7 +64,7 @@ int stats_count(const std::string& loss, const std::vector<double>& params, bool
     if (params.size() != expected)
         throw std::invalid_argument(loss + ": params must hold " + std::to_string(expected) + " numbers, got " +
                                     std::to_string(params.size()));
-    return stats_count_of(index, spread_of(index, params.data(), soft_target));
+    return stats_count_of(index, class_factors_of(index, params.data(), soft_target));
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_losses._logit_bias import LogitBias, resolve_logit_bias
-from fused_losses._parameters import Rule, one_of
+from fused_losses._parameters import ParameterRange, one_of
 
 if TYPE_CHECKING:
     from fused_losses._common import RowLossModule
@@ -95,7 +95,7 @@ class LossEntry:
     reference: Callable[..., Tensor]
     formula: Callable[..., Tensor]
     parameters: dict[str, Any]
-    ranges: Mapping[str, Rule]
+    ranges: Mapping[str, ParameterRange]
     constants: tuple[float, ...] = ()
     reductions: tuple[str, ...] = REDUCTIONS
     reduction: Callable[[dict[str, Any]], str] = lambda parameters: "mean"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fused_losses._arguments import LOSSES, REDUCTIONS, LossEntry, Own, RowLossArguments, RowLossFunction
 from fused_losses._autograd import row_loss
-from fused_losses._parameters import Rule
+from fused_losses._parameters import ParameterRange
 from fused_losses._reference import Rows, row_loss_reference
 
 _OPTIONS_DOC = """
@@ -100,7 +100,7 @@ def _describe(
 
 
 def loss_of_row(
-    ranges: dict[str, Rule],
+    ranges: dict[str, ParameterRange],
     *,
     constants: tuple[float, ...] = (),
     reductions: tuple[str, ...] = REDUCTIONS,
@@ -149,7 +149,7 @@ def loss_of_row(
 
 
 def loss_of_target(
-    *, constants: tuple[float, ...] = (), check: Callable[..., None] | None = None, **ranges: Rule
+    *, constants: tuple[float, ...] = (), check: Callable[..., None] | None = None, **ranges: ParameterRange
 ) -> Callable[[Callable[Concatenate[Tensor, Own], Tensor]], RowLossFunction[Own]]:
     """Declares a loss that is a function of ``t = log p_y``: ``x_loss(t, own parameters)``; see :func:`loss_of_row`."""
 

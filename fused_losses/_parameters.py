@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-class Rule(Protocol):
+class ParameterRange(Protocol):
     """The allowed values of a hyper-parameter."""
 
     def pack(self, name: str, value: Any) -> float:

@@ -20,7 +20,7 @@ enum class Reduction : std::uint8_t { kNone, kSum, kMean, kActiveMean };
 // Added to the number of active rows, as the authors of HEM do: no active row gives 0, not NaN.
 constexpr double kActiveGuard = 1e-6;
 // The u_j of a softmax loss (softmax_loss.h): not used, 1, the class weights (1 without), or the weighted soft target.
-enum class Spread : std::uint8_t { kNone, kOnes, kClassWeights, kSoftTarget };
+enum class ClassFactors : std::uint8_t { kNone, kOnes, kClassWeights, kSoftTarget };
 
 struct RowStride {
     std::int64_t outer = 0, inner = 0;
@@ -54,8 +54,8 @@ struct RowProblem {
     // The loss
     int loss = 0;  // index into AllLosses
     double params[8] = {};
-    Spread spread = Spread::kNone;
-    int stats_count = 0;  // numbers per row that its gradient needs: 3 or 4, or the state of a PassLoss
+    ClassFactors class_factors = ClassFactors::kNone;
+    int stats_count = 0;  // numbers per row that its gradient needs: 3 or 4, or the state of a MultiReductionLoss
     double logit_bias = 0;
     const void* margin = nullptr;  // acc [C] or one (stride 0); takes the place of params[0]
     std::int64_t margin_stride = 0;
@@ -83,7 +83,7 @@ struct RowProblem {
     double share_of_all = 1;
     double label_scale[2] = {1, 1};  // what each label's losses are multiplied by besides
 
-    // CPU only: a bit per logit, which forward makes and gradient takes where that says all (pass_loss.h).
+    // CPU only: a bit per logit, which forward makes and gradient takes where that says all (multi_reduction_loss.h).
     void* bits = nullptr;
 
     // CUDA forward writes the gradient before the denominator is known: it takes this one, or *denominator if this is

@@ -8,9 +8,9 @@
 // so forward and backward, on the CPU and on CUDA, need one `eval` per row and one loop over the classes that knows no
 // loss. A loss is a struct with
 //
-//     static constexpr const char* name;               its stem in the Python registry
-//     static constexpr int num_params;                 how many entries of `params` it reads
-//     static constexpr Spread spread(const double*)    the u_j, if eval reads sum_neg_log_p (a multiply-add per logit)
+//     static constexpr const char* name;                            its stem in the Python registry
+//     static constexpr int num_params;                              how many entries of `params` it reads
+//     static constexpr ClassFactors class_factors(const double*)    the u_j, if eval reads sum_neg_log_p
 //     template <class T> static AffineRow<T> eval(SoftmaxRow<T>, const T* params)
 //     what it asks of its arguments (losses/needs.h), where that is not the default
 #pragma once
@@ -43,8 +43,8 @@ struct AffineRow {
 
 // dL/dz_y. In a row that is nearly certain, alpha p_y and beta cancel: alpha (p_y - 1) is exact.
 template <class T>
-FL_HD T own_gradient(const AffineRow<T>& affine, T log_p, T own_u) {
-    return (affine.alpha + affine.beta + affine.gamma * own_u) + affine.alpha * math::expm1(log_p);
+FL_HD T target_gradient(const AffineRow<T>& affine, T log_p, T target_u) {
+    return (affine.alpha + affine.beta + affine.gamma * target_u) + affine.alpha * math::expm1(log_p);
 }
 
 template <class T>
@@ -65,7 +65,7 @@ struct OfTarget {
     static constexpr const char* name = Loss::name;
     static constexpr int num_params = Loss::num_params;
 
-    static constexpr Spread spread(const double*) { return Spread::kNone; }
+    static constexpr ClassFactors class_factors(const double*) { return ClassFactors::kNone; }
 
     template <class T>
     FL_HD static AffineRow<T> eval(const SoftmaxRow<T>& row, const T* params) {

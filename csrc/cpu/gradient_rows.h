@@ -30,14 +30,14 @@ public:
     // Of row `number` of image `outer`, the tile's i-th.
     template <class Stored>
     Stored* row(std::int64_t outer, std::int64_t number, int i) const {
-        if (!streams) return gradient_at<Stored>(p, outer, number);
+        if (!streams) return grad_at<Stored>(p, outer, number);
         return reinterpret_cast<Stored*>(scratch.data() + turn * tile_bytes + i * row_bytes);
     }
 
     // Memory worth fetching before the row is written; null if there is none.
     template <class Stored>
     const Stored* to_fetch(std::int64_t outer, std::int64_t number) const {
-        return p.grad && !streams ? gradient_at<Stored>(p, outer, number) : nullptr;
+        return p.grad && !streams ? grad_at<Stored>(p, outer, number) : nullptr;
     }
 
     // The tile's rows [first, first + n) are complete.
@@ -45,7 +45,7 @@ public:
     void finish(std::int64_t outer, std::int64_t first, int n) {
         if (!streams) return;
         lines.send_all();
-        lines = begin_stream(gradient_at<Stored>(p, outer, first), row<Stored>(outer, first, 0), n * p.num_classes);
+        lines = begin_stream(grad_at<Stored>(p, outer, first), row<Stored>(outer, first, 0), n * p.num_classes);
         turn = 1 - turn;
     }
 

@@ -24,7 +24,7 @@ public:
           in_place(std::is_same_v<Stored, A> && p.grad && p.grad_class_stride == 1),
           gradient(problem, tile_rows),
           buffer(in_place || (Buffer::reads_directly(p) && !p.grad) ? 0 : tile_rows * classes),
-          soft_target(p.spread == Spread::kSoftTarget ? tile_rows * classes : 0) {}
+          soft_target(p.class_factors == ClassFactors::kSoftTarget ? tile_rows * classes : 0) {}
 
     void forward(std::int64_t outer, std::int64_t first, int n, TileSums& sums) {
         rows.begin(p, outer, first, n);
@@ -47,7 +47,7 @@ public:
         for (int i = 0; i < n; ++i) {
             if (!rows.ignored(i)) {
                 A* e = exponentials(outer, first + i, i);
-                if (p.spread == Spread::kSoftTarget) load_soft_target(outer, first + i, i);
+                if (p.class_factors == ClassFactors::kSoftTarget) load_soft_target(outer, first + i, i);
                 const A* const x = ordered_logits(outer, first + i, i, e);
                 if (rows.bias != A(0))
                     exp_sum<true, false>(x, i, e, outer, first + i);
@@ -79,9 +79,9 @@ private:
     }
 
     // u_j of SoftmaxRow in memory; null means ones.
-    const A* spread_of(int i) const {
-        if (p.spread == Spread::kSoftTarget) return soft_target.data() + i * classes;
-        return p.spread == Spread::kClassWeights ? as<A>(p.class_weight) : nullptr;
+    const A* factors_of(int i) const {
+        if (p.class_factors == ClassFactors::kSoftTarget) return soft_target.data() + i * classes;
+        return p.class_factors == ClassFactors::kClassWeights ? as<A>(p.class_weight) : nullptr;
     }
 
     // A vector of logits with the target's replaced by the biased one.
@@ -99,7 +99,7 @@ private:
     // exponential is most of the sum, it would cancel.
     bool unordered(int i) const {
         const bool contiguous = p.logits_class_stride == 1 && p.grad_class_stride == 1;
-        return sizeof(Stored) == 2 && contiguous && rows.bias >= A(0) && !spread_of(i);
+        return sizeof(Stored) == 2 && contiguous && rows.bias >= A(0) && !factors_of(i);
     }
 
     // Calls body(logits, c, count, half) for every vector of classes [begin, end), a run of vectors; what it
@@ -147,9 +147,9 @@ private:
         A* const e = exponentials(outer, row, i);
         const A* const x = ordered_logits(outer, row, i, e);
         rows.max[i] = find_max<kBiased>(x, outer, row, i);
-        if (p.spread == Spread::kSoftTarget) load_soft_target(outer, row, i);
-        if (p.spread == Spread::kNone || spread_of(i)) {
-            if (p.spread != Spread::kNone) sum_spread<kBiased>(x, i);
+        if (p.class_factors == ClassFactors::kSoftTarget) load_soft_target(outer, row, i);
+        if (p.class_factors == ClassFactors::kNone || factors_of(i)) {
+            if (p.class_factors != ClassFactors::kNone) sum_factors<kBiased>(x, i);
             exp_sum<kBiased, false>(x, i, e, outer, row);
         } else {
             exp_sum<kBiased, true>(x, i, e, outer, row);
@@ -234,8 +234,8 @@ private:
     }
 
     template <bool kBiased>
-    void sum_spread(const A* x, int i) {
-        const A* u = spread_of(i);
+    void sum_factors(const A* x, int i) {
+        const A* u = factors_of(i);
         const V top = rows.max[i];
         V all_centred = A(0), all = A(0);
         for_runs(classes, kVectorsPerRun * V::size, [&](std::int64_t begin, std::int64_t end) {
@@ -264,12 +264,12 @@ private:
         Stored* const grad = gradient.row<Stored>(outer, row, i);
         if (rows.ignored(i)) return Buffer::zero_gradient(p, grad);
         A* const e = exponentials(outer, row, i);
-        const A* const u = spread_of(i);
+        const A* const u = factors_of(i);
         const V alpha = rows.alpha[i], gamma = rows.gamma[i];
-        const bool spread = p.spread != Spread::kNone;
+        const bool has_factors = p.class_factors != ClassFactors::kNone;
         Buffer::write_row(p, grad, unordered(i), [&](std::int64_t c, auto count) {
             V g = alpha * load_n_or(e + c, count, A(0));
-            if (spread) g += gamma * (u ? load_n_or(u + c, count, A(0)) : V(A(1)));
+            if (has_factors) g += gamma * (u ? load_n_or(u + c, count, A(0)) : V(A(1)));
             return g;
         });
         if (p.target) grad[rows.target[i] * p.grad_class_stride] = narrow<Stored>(rows.target_grad[i]);

@@ -3,7 +3,7 @@
 #include "cpu/kernels.h"
 
 #include "cpu/horizontal_softmax.h"
-#include "cpu/pass_tile.h"
+#include "cpu/multi_reduction_tile.h"
 #include "cpu/target_summary.h"
 #include "cpu/tiling.h"
 #include "cpu/vertical_softmax.h"
@@ -32,8 +32,8 @@ std::int64_t bits_bytes_in(const RowProblem& p) {
 
 std::int64_t bits_bytes(const RowProblem& p) {
     bool has_bits = false;
-    if (is_pass_loss(p.loss))
-        visit_pass_loss(p.loss, [&]<class Loss>() {
+    if (is_multi_reduction_loss(p.loss))
+        visit_multi_reduction_loss(p.loss, [&]<class Loss>() {
             if constexpr (kHasBits<Loss>) has_bits = Loss::bits_suffice(p.params);
         });
     if (!has_bits) return 0;
@@ -42,23 +42,25 @@ std::int64_t bits_bytes(const RowProblem& p) {
 }
 
 template <class A, class Loss, bool vertical, class Body>
-void run_pass_tiles(const RowProblem& p, const Tiling& tiling, std::int64_t begin, std::int64_t end, Body body) {
-    PassTile<A, Loss, vertical> kernel(p, tiling.tile_rows);
+void run_multi_reduction_tiles(const RowProblem& p, const Tiling& tiling, std::int64_t begin, std::int64_t end,
+                               Body body) {
+    MultiReductionTile<A, Loss, vertical> kernel(p, tiling.tile_rows);
     for_tiles(p, tiling, begin, end, kernel, body);
 }
 
 template <class Body>
-void run_pass_loss(const RowProblem& given, std::int64_t begin, std::int64_t end, Body body) {
+void run_multi_reduction_loss(const RowProblem& given, std::int64_t begin, std::int64_t end, Body body) {
     const Tiling tiling(given);
-    visit_pass_loss(given.loss, [&]<class Given>() {
+    visit_multi_reduction_loss(given.loss, [&]<class Given>() {
         RowProblem p = given;
         RunAs<Given>::convert(p.params);
         using Loss = typename RunAs<Given>::type;
         // Doubles are for checking, not for speed: one kernel serves all shapes and parameters, which saves build time.
-        if (p.dtype == Dtype::kFloat64) return run_pass_tiles<double, Loss, false>(p, tiling, begin, end, body);
+        if (p.dtype == Dtype::kFloat64)
+            return run_multi_reduction_tiles<double, Loss, false>(p, tiling, begin, end, body);
         visit_variant<Loss>(p.params, [&]<class Variant>() {
-            tiling.vertical ? run_pass_tiles<float, Variant, true>(p, tiling, begin, end, body)
-                            : run_pass_tiles<float, Variant, false>(p, tiling, begin, end, body);
+            tiling.vertical ? run_multi_reduction_tiles<float, Variant, true>(p, tiling, begin, end, body)
+                            : run_multi_reduction_tiles<float, Variant, false>(p, tiling, begin, end, body);
         });
     });
 }
@@ -77,7 +79,7 @@ void run_softmax_loss(const RowProblem& p, std::int64_t begin, std::int64_t end,
 
 template <class Body>
 void dispatch(const RowProblem& p, std::int64_t begin, std::int64_t end, Body body) {
-    if (is_pass_loss(p.loss)) return run_pass_loss(p, begin, end, body);
+    if (is_multi_reduction_loss(p.loss)) return run_multi_reduction_loss(p, begin, end, body);
     switch (p.dtype) {
         case Dtype::kFloat64: return run_softmax_loss<double>(p, begin, end, body);
         case Dtype::kFloat32: return run_softmax_loss<float>(p, begin, end, body);

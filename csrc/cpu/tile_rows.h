@@ -26,7 +26,7 @@ const Stored* logits_at(const RowProblem& p, std::int64_t outer, std::int64_t ro
     return as<Stored>(p.logits) + p.logits_stride.at(outer, row);
 }
 template <class Stored>
-Stored* gradient_at(const RowProblem& p, std::int64_t outer, std::int64_t row) {
+Stored* grad_at(const RowProblem& p, std::int64_t outer, std::int64_t row) {
     return static_cast<Stored*>(p.grad) + p.grad_stride.at(outer, row);
 }
 
@@ -104,7 +104,7 @@ struct alignas(64) TileRows {
             max[i] = stats[row + i];
             alpha[i] = stats[rows + row + i];
             target_grad[i] = stats[2 * rows + row + i];
-            gamma[i] = p.spread != Spread::kNone ? stats[3 * rows + row + i] : A(0);
+            gamma[i] = p.class_factors != ClassFactors::kNone ? stats[3 * rows + row + i] : A(0);
             if (ignored(i)) max[i] = alpha[i] = gamma[i] = target_grad[i] = A(0);
         }
         scale_coefficients();
@@ -237,7 +237,7 @@ private:
     }
 
     void evaluate(const RowProblem& p) {
-        if (p.spread == Spread::kSoftTarget) return evaluate_as<SoftCrossEntropy>(p);
+        if (p.class_factors == ClassFactors::kSoftTarget) return evaluate_as<SoftCrossEntropy>(p);
         visit_loss(SoftmaxLosses{}, p.loss,
                    [&]<class Loss>() { p.other_target ? evaluate_both<Loss>(p) : evaluate_as<Loss>(p); });
     }
@@ -260,7 +260,8 @@ private:
             if (!with_gradient) return;
             (affine.alpha / total).store(alpha + i);
             affine.gamma.store(gamma + i);
-            own_gradient(affine, log_p, p.spread == Spread::kOnes ? V(A(1)) : weight).store(target_grad + i);
+            target_gradient(affine, log_p, p.class_factors == ClassFactors::kOnes ? V(A(1)) : weight)
+                .store(target_grad + i);
         });
     }
 
@@ -276,7 +277,7 @@ private:
         FL_ALWAYS_INLINE V gradient_at(const OfLabel& other) const {
             return affine.alpha * math::exp(other.log_p) + affine.gamma * other.u;
         }
-        FL_ALWAYS_INLINE V own() const { return own_gradient(affine, log_p, u); }
+        FL_ALWAYS_INLINE V own() const { return target_gradient(affine, log_p, u); }
     };
 
     // Of two labels with one softmax: their coefficients add up, but for the gradients of the labels' own classes.
@@ -292,7 +293,8 @@ private:
                 const V below_max = V::load(logits + i) - V::load(max + i), log_p = below_max - log_sum;
                 const V weight = V::load(weights + i);
                 const SoftmaxRow<V> row{log_p, sum_neg_log_p, weighted, weight, A(p.num_classes), below_max};
-                OfLabel label{Loss::eval(row, params), log_p, p.spread == Spread::kOnes ? V(A(1)) : weight};
+                OfLabel label{Loss::eval(row, params), log_p,
+                              p.class_factors == ClassFactors::kOnes ? V(A(1)) : weight};
                 label.multiply(V::load(factors + i));
                 return label;
             };
@@ -317,7 +319,7 @@ private:
             stats[row + i] = max[i];
             stats[rows + row + i] = alpha[i];
             stats[2 * rows + row + i] = target_grad[i];
-            if (p.spread != Spread::kNone) stats[3 * rows + row + i] = gamma[i];
+            if (p.class_factors != ClassFactors::kNone) stats[3 * rows + row + i] = gamma[i];
         }
     }
 

@@ -19,7 +19,7 @@ public:
     VerticalSoftmax(const RowProblem& problem, std::int64_t tile_rows)
         : Tile(problem, tile_rows),
           classes(p.num_classes),
-          u_store(p.spread == Spread::kSoftTarget ? classes * tile_rows : 0),
+          u_store(p.class_factors == ClassFactors::kSoftTarget ? classes * tile_rows : 0),
           class_number(p.grad ? classes : 0) {
         for (std::int64_t c = 0; c < classes && p.grad; ++c) class_number.data()[c] = A(c);
     }
@@ -30,7 +30,7 @@ public:
         for_blocks(n, [&](int b, int count) {
             A *x = block(b), *u = u_of(b);
             if (u) load_soft_target(outer, first + b, count, u);
-            if (p.spread != Spread::kNone) sum_spread(x, u, b);
+            if (p.class_factors != ClassFactors::kNone) sum_factors(x, u, b);
             exponentials(x, b, outer, first + n);
         });
         rows.finish(p, outer, first, n, sums);
@@ -73,19 +73,19 @@ private:
     }
 
     // u_j of SoftmaxRow
-    V spread(const A* u, std::int64_t c) const {
+    V factor(const A* u, std::int64_t c) const {
         if (u) return V::load(u + c * kWidth);
-        const bool weighted = p.spread == Spread::kClassWeights && p.class_weight;
+        const bool weighted = p.class_factors == ClassFactors::kClassWeights && p.class_weight;
         return V(weighted ? as<A>(p.class_weight)[c] : A(1));
     }
 
-    void sum_spread(const A* x, const A* u, int b) {
+    void sum_factors(const A* x, const A* u, int b) {
         const V top = V::load(rows.max + b);
         V all_centred = A(0), all = A(0);
         for_runs(classes, kVectorsPerRun, [&](std::int64_t begin, std::int64_t end) {
             V centred = A(0), sum = A(0);
             for (std::int64_t c = begin; c < end; ++c) {
-                const V u_c = spread(u, c);
+                const V u_c = factor(u, c);
                 // A class of weight zero contributes nothing, even at -inf.
                 centred += math::select(u_c == V(A(0)), V(A(0)), u_c * (V::load(x + c * kWidth) - top));
                 sum += u_c;
@@ -100,7 +100,7 @@ private:
     // Computing takes longer than reading: meanwhile the next tile's block b is fetched. A prefetch may point anywhere.
     void exponentials(A* x, int b, std::int64_t outer, std::int64_t next) {
         const Stored* const next_logits = logits_at<Stored>(p, outer, next + b);
-        const Stored* const next_grad = p.grad ? gradient_at<Stored>(p, outer, next + b) : nullptr;
+        const Stored* const next_grad = p.grad ? grad_at<Stored>(p, outer, next + b) : nullptr;
         const bool fetch_grad = p.grad && p.grad_class_stride == 1;
         const std::int64_t step = p.logits_class_stride == 1 ? kWidth : p.logits_class_stride;
         const V top = V::load(rows.max + b);
@@ -123,17 +123,17 @@ private:
     void write_gradient(std::int64_t outer, std::int64_t first, int n) {
         for (int i = 0; i < rows.padded; ++i) target_class[i] = p.target ? A(rows.target[i]) : A(-1);
         if (p.other_target) return write_gradient_of_both(outer, first, n);
-        p.spread == Spread::kNone ? write_gradient_as<false, false>(outer, first, n)
-                                  : write_gradient_as<true, false>(outer, first, n);
+        p.class_factors == ClassFactors::kNone ? write_gradient_as<false, false>(outer, first, n)
+                                               : write_gradient_as<true, false>(outer, first, n);
     }
 
     void write_gradient_of_both(std::int64_t outer, std::int64_t first, int n) {
         for (int i = 0; i < rows.padded; ++i) other_class[i] = A(rows.other_target[i]);
-        p.spread == Spread::kNone ? write_gradient_as<false, true>(outer, first, n)
-                                  : write_gradient_as<true, true>(outer, first, n);
+        p.class_factors == ClassFactors::kNone ? write_gradient_as<false, true>(outer, first, n)
+                                               : write_gradient_as<true, true>(outer, first, n);
     }
 
-    template <bool with_spread, bool two_labels>
+    template <bool with_factors, bool two_labels>
     void write_gradient_as(std::int64_t outer, std::int64_t first, int n) const {
         const auto gradient_of = [&](int b) FL_INLINE {
             const A *const u = u_of(b), *const numbers = class_number.data();
@@ -143,7 +143,7 @@ private:
             const V other = two_labels ? V::load(other_class + b) : V(A(0));
             return [=, this](V e, std::int64_t c) FL_INLINE {
                 V g = alpha * e;
-                if constexpr (with_spread) g += gamma * spread(u, c);
+                if constexpr (with_factors) g += gamma * factor(u, c);
                 if constexpr (two_labels) g = math::select(other == V(numbers[c]), other_grad, g);
                 return math::select(target == V(numbers[c]), target_grad, g);
             };

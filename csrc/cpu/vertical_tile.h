@@ -154,7 +154,7 @@ public:
     template <class Stored, class Of>
     void store_gradient(std::int64_t outer, std::int64_t first, int n, Of of) const {
         using Block = VerticalBlock<Stored>;
-        Stored* const grad = gradient_at<Stored>(p, outer, first);
+        Stored* const grad = grad_at<Stored>(p, outer, first);
         const std::int64_t row_stride = p.grad_stride.inner, class_stride = p.grad_class_stride;
         const std::int64_t classes = p.num_classes;
         const A* const tile = block(0);

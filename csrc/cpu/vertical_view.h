@@ -102,7 +102,7 @@ public:
         const Prefetch next_tile = with_stored<A>(p, [&]<class Stored>() {
             const std::int64_t row = next + tile_rows - row_count + part * V::size, step = p.logits_class_stride;
             return Prefetch(p, reads ? logits_at<Stored>(p, outer, row) : nullptr, step == 1 ? V::size : step,
-                            p.grad && p.grad_class_stride == 1 ? gradient_at<Stored>(p, outer, row) : nullptr, V::size);
+                            p.grad && p.grad_class_stride == 1 ? grad_at<Stored>(p, outer, row) : nullptr, V::size);
         });
         const auto fetch_and_compute = [&](std::int64_t k, Whole, Mask<A> is_target, auto add) FL_INLINE {
             next_tile.fetch<2>(k);

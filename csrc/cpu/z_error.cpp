@@ -47,15 +47,16 @@ struct Chunks {
 };
 
 // The rules and their memory.
-class Rules : public ZErrorRules {
+class IntervalTable : public ZErrorIntervals {
 public:
-    explicit Rules(const ZProblem& p) { is_class(p.statistic) ? list(p) : spread(p); }
+    explicit IntervalTable(const ZProblem& p) { is_class(p.statistic) ? list(p) : spread(p); }
 
 private:
     void list(const ZProblem& p) {
         if (p.num_groups > p.rows()) return;
         rules.reserve(p.num_groups);
-        for (std::int64_t group = 0; group < p.num_groups; ++group) rules.push_back(z_error::rule_of(p, group));
+        for (std::int64_t group = 0; group < p.num_groups; ++group)
+            rules.push_back(z_error::keep_interval_of(p, group));
         of_group = rules.data();
     }
 
@@ -64,7 +65,7 @@ private:
         const TaskColumns columns(p);
         numbers.resize(columns.labels * kNumbers * columns.padded);
         for (std::int64_t group = 0; group < p.num_groups; ++group) {
-            const GroupRule rule = z_error::rule_of(p, group);
+            const KeepInterval rule = z_error::keep_interval_of(p, group);
             const double values[kNumbers] = {rule.mean, rule.std, rule.low, rule.high, rule.all ? 1.0 : 0.0};
             double* const of_label = numbers.data() + group % columns.labels * kNumbers * columns.padded;
             for (int i = 0; i < kNumbers; ++i)
@@ -74,7 +75,7 @@ private:
         of_column = numbers.data();
     }
 
-    std::vector<GroupRule> rules;
+    std::vector<KeepInterval> rules;
     std::vector<double> numbers;
 };
 
@@ -96,8 +97,8 @@ void compute_entropies(const ZProblem& p) {
     rows.ignore_index = p.ignore_index;
     rows.loss = index_of(AllLosses{}, CrossEntropy::name);
     rows.params[0] = e.label_smoothing;
-    rows.spread = spread_of(rows.loss, rows.params, /*soft_target=*/false);
-    rows.stats_count = stats_count_of(rows.loss, rows.spread);
+    rows.class_factors = class_factors_of(rows.loss, rows.params, /*soft_target=*/false);
+    rows.stats_count = stats_count_of(rows.loss, rows.class_factors);
     rows.logit_bias = e.logit_bias;
     rows.row_values = e.scores;
     cpu_row_loss(rows);
@@ -155,7 +156,7 @@ void cpu_update_moments(double* running, const double* batch, std::int64_t group
 }
 
 void cpu_z_error_mask(const ZProblem& p) {
-    const Rules rules(p);
+    const IntervalTable rules(p);
     Chunks::of_columns(p, kChunkRows).for_each([&](std::int64_t, std::int64_t begin, std::int64_t end) {
         z_kernels().mask(p, rules, begin, end);
     });
@@ -165,7 +166,7 @@ void cpu_z_error_loss(const ZProblem& p) {
     if (p.entropy.logits.data) compute_entropies(p);
     check_labels(p);
     if (p.own_moments) moments_of(p, p.own_moments);
-    const Rules rules(p);
+    const IntervalTable rules(p);
     const Chunks chunks = Chunks::of_columns(p, kChunkRows);
     std::vector<ZErrorSums> sums(chunks.count);
     chunks.for_each([&](std::int64_t chunk, std::int64_t begin, std::int64_t end) {

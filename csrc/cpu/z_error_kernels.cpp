@@ -138,9 +138,10 @@ void judge_block(const ZProblem& p, const double* rules, const TaskColumns& colu
         const auto number = [&](int which) {
             const double* const numbers = rules + which * columns.padded + column + i;
             if constexpr (!kBinary) return D::load(numbers);
-            return math::select(positive, D::load(numbers + ZErrorRules::kNumbers * columns.padded), D::load(numbers));
+            return math::select(positive, D::load(numbers + ZErrorIntervals::kNumbers * columns.padded),
+                                D::load(numbers));
         };
-        const RuleOf<D> rule{number(0), number(1), number(2), number(3), number(4) > D(0.0)};
+        const KeepIntervalOf<D> rule{number(0), number(1), number(2), number(3), number(4) > D(0.0)};
         const auto verdict = judge<D>(rule, D::load(block.score + i));
         using Bytes __attribute__((vector_size(D::size))) = std::int8_t;
         const Bytes bytes = __builtin_convertvector((known & verdict.kept).m, Bytes) & std::int8_t(1);
@@ -151,13 +152,13 @@ void judge_block(const ZProblem& p, const double* rules, const TaskColumns& colu
     if (p.scores) std::memcpy(p.scores + first, block.score, rows * sizeof(double));
 }
 
-void judge_classes(const ZProblem& p, const GroupRule* rules, std::int64_t first, int rows) {
+void judge_classes(const ZProblem& p, const KeepInterval* rules, std::int64_t first, int rows) {
     ClassBlock block;
     block.fill(p, first, rows);
     for (int r = 0; r < rows; ++r) {
         const std::int64_t group = block.group[r];
         Verdict<double> verdict{false, kNan};
-        if (group >= 0) verdict = judge<double>(rules ? rules[group] : rule_of(p, group), block.score[r]);
+        if (group >= 0) verdict = judge<double>(rules ? rules[group] : keep_interval_of(p, group), block.score[r]);
         record(p, first + r, verdict);
         if (p.kept_target) p.kept_target[first + r] = kept_target_of(p, block.target[r], group, verdict.kept);
     }
@@ -165,7 +166,7 @@ void judge_classes(const ZProblem& p, const GroupRule* rules, std::int64_t first
 
 // Calls then(first row, rows) after every block.
 template <class Then>
-void judge_rows(const ZProblem& p, const ZErrorRules& rules, std::int64_t begin, std::int64_t end, Then then) {
+void judge_rows(const ZProblem& p, const ZErrorIntervals& rules, std::int64_t begin, std::int64_t end, Then then) {
     if (is_class(p.statistic))
         return for_blocks(kBlockRows, begin, end, [&](std::int64_t first, std::int64_t, int rows) {
             judge_classes(p, rules.of_group, first, rows);
@@ -181,7 +182,7 @@ void judge_rows(const ZProblem& p, const ZErrorRules& rules, std::int64_t begin,
     });
 }
 
-void mask(const ZProblem& p, const ZErrorRules& rules, std::int64_t begin, std::int64_t end) {
+void mask(const ZProblem& p, const ZErrorIntervals& rules, std::int64_t begin, std::int64_t end) {
     judge_rows(p, rules, begin, end, [](std::int64_t, int) {});
 }
 
@@ -289,7 +290,7 @@ struct LaneSum {
 };
 
 template <class A>
-ZErrorSums loss_as(const ZProblem& p, const ZErrorRules& rules, std::int64_t begin, std::int64_t end) {
+ZErrorSums loss_as(const ZProblem& p, const ZErrorIntervals& rules, std::int64_t begin, std::int64_t end) {
     A* const row_values = static_cast<A*>(p.row_values);
     A* const row_weights = static_cast<A*>(p.row_weights);
     RowBlock<A> block;
@@ -328,7 +329,7 @@ void gradient_as(const ZProblem& p, std::int64_t begin, std::int64_t end) {
     });
 }
 
-ZErrorSums loss(const ZProblem& p, const ZErrorRules& rules, std::int64_t begin, std::int64_t end) {
+ZErrorSums loss(const ZProblem& p, const ZErrorIntervals& rules, std::int64_t begin, std::int64_t end) {
     return p.acc_is_double ? loss_as<double>(p, rules, begin, end) : loss_as<float>(p, rules, begin, end);
 }
 

@@ -31,9 +31,9 @@ struct TaskColumns {
 // How rows are judged. Classes: by the rule of their group; null where groups are more than rows, each row then makes
 // its own. Labels and numbers: by the rule of their label and column, [labels][kNumbers][padded]; the kNumbers are
 // mean, std, low, high, and 1 if every row is kept, else 0.
-struct ZErrorRules {
+struct ZErrorIntervals {
     static constexpr int kNumbers = 5;
-    const GroupRule* of_group = nullptr;
+    const KeepInterval* of_group = nullptr;
     const double* of_column = nullptr;
 };
 
@@ -46,9 +46,9 @@ struct ZErrorKernels {
     void (*moments)(const ZProblem&, std::int64_t begin, std::int64_t end, Moments* of_group);
     // Of all rows, for more classes than rows: merges them one by one into `moments`, [3][num_groups] zeros.
     void (*sparse_moments)(const ZProblem&, double* moments);
-    void (*mask)(const ZProblem&, const ZErrorRules&, std::int64_t begin, std::int64_t end);
+    void (*mask)(const ZProblem&, const ZErrorIntervals&, std::int64_t begin, std::int64_t end);
     // The mask and what the rows add to the loss.
-    ZErrorSums (*loss)(const ZProblem&, const ZErrorRules&, std::int64_t begin, std::int64_t end);
+    ZErrorSums (*loss)(const ZProblem&, const ZErrorIntervals&, std::int64_t begin, std::int64_t end);
     void (*gradient)(const ZProblem&, std::int64_t begin, std::int64_t end);
     // The first row whose label is none (binary), or -1.
     std::int64_t (*find_bad_label)(const ZProblem&, std::int64_t begin, std::int64_t end);

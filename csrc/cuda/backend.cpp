@@ -13,7 +13,8 @@ namespace fused_losses::cuda {
 namespace {
 
 void launch_gradient(const RowProblem& p, cudaStream_t stream) {
-    check_launch(is_pass_loss(p.loss) ? enqueue_pass_gradient(p, stream) : enqueue_gradient(p, stream));
+    check_launch(is_multi_reduction_loss(p.loss) ? enqueue_multi_reduction_gradient(p, stream)
+                                                 : enqueue_gradient(p, stream));
 }
 
 void check_classes(const RowProblem& p) {
@@ -66,7 +67,7 @@ void forward(RowProblem& p, void* loss, void* denominator) {
     check_classes(p);
     const DeviceScope device(p.device);
     const DtypeCode acc = p.dtype == Dtype::kFloat64 ? dtypes::float64 : dtypes::float32;
-    const auto enqueue = is_pass_loss(p.loss) ? &enqueue_pass_forward : &enqueue_forward;
+    const auto enqueue = is_multi_reduction_loss(p.loss) ? &enqueue_multi_reduction_forward : &enqueue_forward;
     if (p.reduction == Reduction::kNone) return check_launch(enqueue(p, {}, device.stream()));
     Sums sums(device);
     Tensor scratch, stats;

@@ -48,9 +48,9 @@ cudaError_t enqueue_denominator(const RowProblem& p, const LossOutput& out, cuda
 // Fills grad from stats, upstream and denominator, unless forward has already written just that.
 cudaError_t enqueue_gradient(const RowProblem& p, cudaStream_t stream);
 
-// The same for a loss of PassLosses.
-cudaError_t enqueue_pass_forward(const RowProblem& p, const LossOutput& out, cudaStream_t stream);
-cudaError_t enqueue_pass_gradient(const RowProblem& p, cudaStream_t stream);
+// The same for a loss of MultiReductionLosses.
+cudaError_t enqueue_multi_reduction_forward(const RowProblem& p, const LossOutput& out, cudaStream_t stream);
+cudaError_t enqueue_multi_reduction_gradient(const RowProblem& p, cudaStream_t stream);
 
 // Fills stats [kRowStatistics][rows] (core/row_statistics.h) and argmax; there is a row.
 cudaError_t enqueue_row_statistics(const RowProblem& p, cudaStream_t stream);

@@ -6,17 +6,18 @@ namespace {
 
 cudaError_t enqueue_passes(const RowProblem& p, const LossOutput& out, bool is_saved, cudaStream_t stream) {
     cudaError_t error = cudaErrorInvalidValue;
-    visit_pass_loss(p.loss, [&]<class Loss>() { error = enqueue_passes_of<Loss>(p, out, is_saved, stream); });
+    visit_multi_reduction_loss(p.loss,
+                               [&]<class Loss>() { error = enqueue_passes_of<Loss>(p, out, is_saved, stream); });
     return error;
 }
 
 }  // namespace
 
-cudaError_t enqueue_pass_forward(const RowProblem& p, const LossOutput& out, cudaStream_t stream) {
+cudaError_t enqueue_multi_reduction_forward(const RowProblem& p, const LossOutput& out, cudaStream_t stream) {
     return p.rows() == 0 && !out.loss ? cudaSuccess : enqueue_passes(p, out, false, stream);
 }
 
-cudaError_t enqueue_pass_gradient(const RowProblem& p, cudaStream_t stream) {
+cudaError_t enqueue_multi_reduction_gradient(const RowProblem& p, cudaStream_t stream) {
     return p.rows() == 0 ? cudaSuccess : enqueue_passes(p, {}, true, stream);
 }
 

@@ -1,6 +1,6 @@
-// Losses of several passes (core/pass_loss.h). A row is read once: until its gradient is written it stays with the
-// threads that share it, as floats whatever its dtype, each with what the loss keeps of it. Every thread has its
-// numbers for itself, in shared memory: formulas are long, and loops over registers would be as long once a number.
+// Losses of several passes (core/multi_reduction_loss.h). A row is read once: until its gradient is written it stays
+// with the threads that share it, as floats whatever its dtype, each with what the loss keeps of it. Every thread has
+// its numbers for itself, in shared memory: formulas are long, and loops over registers would be as long once a number.
 // Longer rows are read again in each pass. Forward with its gradient, or backward alone.
 #pragma once
 
@@ -118,8 +118,8 @@ private:
             A sums[count] = {};
             each_class(mine, [&](A* kept, int number) {
                 const auto term =
-                    Loss::template term<last>(pass, state, kept[n - 1], margin_of(args, class_at(number)),
-                                              number == mine.target_at, args.params, kKeeps ? kept : nullptr);
+                    Loss::template map<last>(pass, state, kept[n - 1], margin_of(args, class_at(number)),
+                                             number == mine.target_at, args.params, kKeeps ? kept : nullptr);
 #pragma unroll
                 for (int i = 0; i < count; ++i) sums[i] += term.v[i];
             });
@@ -127,7 +127,7 @@ private:
             Sums<A, Loss::num_sums> all{};
 #pragma unroll
             for (int i = 0; i < count; ++i) all.v[i] = sums[i];
-            Loss::end_pass(pass, state, all, inputs, args.params);
+            Loss::finalize(pass, state, all, inputs, args.params);
         }
     }
 

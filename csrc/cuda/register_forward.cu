@@ -57,7 +57,7 @@ private:
     const int head;
 };
 
-template <class Stored, bool kSpread, int kHeld>
+template <class Stored, bool kFactors, int kHeld>
 __global__ void __launch_bounds__(most_direct_threads(sizeof(Stored)), 1)
     softmax_in_registers(const __grid_constant__ RegisterArgs args) {
     const RowProblem& p = args.problem;
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(most_direct_threads(sizeof(Stored)), 1)
     __shared__ LossSums of_team[kMostWarps];
     LossSums& sums = of_team[threadIdx.x / 32];  // of the leading thread, whose registers have other uses
     if (team.leads) sums = {0, 0};
-    const RegisterRow<Stored, kSpread, uint4, kHeld / kVector<Stored>, RegisterTeam> worker(args, sums);
+    const RegisterRow<Stored, kFactors, uint4, kHeld / kVector<Stored>, RegisterTeam> worker(args, sums);
     const int rows = static_cast<int>(p.inner), step = static_cast<int>(team.step());
     int number = static_cast<int>(team.first()) + team.place();
     PackedTarget next(args, number, number < rows);
@@ -82,13 +82,13 @@ __global__ void __launch_bounds__(most_direct_threads(sizeof(Stored)), 1)
 
 }  // namespace
 
-template <class Stored, bool kSpread>
+template <class Stored, bool kFactors>
 cudaError_t enqueue_registers(RegisterArgs& args, cudaStream_t stream) {
     const auto with = [&]<int kHeld>() {
-        return launch_rows_resident(&softmax_in_registers<Stored, kSpread, kHeld>, args, stream);
+        return launch_rows_resident(&softmax_in_registers<Stored, kFactors, kHeld>, args, stream);
     };
-    if constexpr (kSpread)
-        return with.template operator()<kDirectHeldWithSpread>();
+    if constexpr (kFactors)
+        return with.template operator()<kDirectHeldWithFactors>();
     else
         return args.plan.held == 24 ? with.template operator()<24>() : with.template operator()<32>();
 }

@@ -18,11 +18,11 @@ struct PlannedArgs : RowArgs<A> {
 };
 using RegisterArgs = PlannedArgs<float>;
 
-template <class Stored, bool kSpread>
+template <class Stored, bool kFactors>
 cudaError_t enqueue_registers(RegisterArgs& args, cudaStream_t stream);
-template <class Stored, bool kSpread>
+template <class Stored, bool kFactors>
 cudaError_t enqueue_tiles(RegisterArgs& args, cudaStream_t stream);
-template <class Stored, bool kSpread>
+template <class Stored, bool kFactors>
 cudaError_t enqueue_columns(RegisterArgs& args, cudaStream_t stream);
 
 constexpr cudaError_t kDoesNotFit = cudaErrorInvalidClusterSize;

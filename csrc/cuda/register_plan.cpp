@@ -91,7 +91,7 @@ RegisterPlan plan_tiles(const RowProblem& p, int multiprocessors) {
     std::int64_t least = 0;
     for (int lanes = 1; lanes <= 32; lanes *= 2)
         for (const int held : kTileHeld) {
-            if (reads_u(p) && held != kTileHeldWithSpread) continue;
+            if (reads_u(p) && held != kTileHeldWithFactors) continue;
             const int fewest = std::max<int>(1, divide_up(words, lanes)), most = held / per_word;
             for (int rounds = fewest; rounds <= std::min(fewest + 1, most); ++rounds) {
                 const std::int64_t cost = cost_of(row_bytes, lanes, rounds, most);
@@ -118,7 +118,7 @@ RegisterPlan plan_direct(const RowProblem& p, int largest_cluster) {
     RegisterPlan plan;
     std::int64_t least = 0;
     for (const int held : kDirectHeld) {
-        if (reads_u(p) != (held == kDirectHeldWithSpread)) continue;
+        if (reads_u(p) != (held == kDirectHeldWithFactors)) continue;
         RegisterPlan with;
         const int rounds = held / numbers;
         while (with.cluster < largest_cluster && divide_up(accesses, with.cluster) > enough_threads * rounds)

@@ -10,7 +10,7 @@ namespace fused_losses::cuda {
 // threads that a multiprocessor can have are there. Kernels are compiled for each: a loop that ends early would cost as
 // much as what it leaves out.
 constexpr int kTileHeld[] = {10, 16, 20, 26}, kDirectHeld[] = {16, 24, 32};
-constexpr int kTileHeldWithSpread = 16, kDirectHeldWithSpread = 16;
+constexpr int kTileHeldWithFactors = 16, kDirectHeldWithFactors = 16;
 constexpr int kTileThreads = 128, kMostColumnThreads = 384, kColumnHeld = 16;
 
 // What a block may have where rows are read straight from memory: addresses of as many loads as a float row needs take
@@ -18,12 +18,13 @@ constexpr int kTileThreads = 128, kMostColumnThreads = 384, kColumnHeld = 16;
 constexpr int most_direct_threads(int element) { return element == 4 ? 608 : kMostThreads; }
 
 // Blocks of a tile's kernel that fit on a multiprocessor by their registers, and what a tile may take then.
-constexpr int tile_blocks(int held, bool spread) { return held < 16 && !spread ? 8 : 6; }
-constexpr int most_tile_bytes(int held, bool spread) { return tile_blocks(held, spread) == 8 ? 3072 : 4096; }
+constexpr int tile_blocks(int held, bool factor) { return held < 16 && !factor ? 8 : 6; }
+constexpr int most_tile_bytes(int held, bool factor) { return tile_blocks(held, factor) == 8 ? 3072 : 4096; }
 
 // Whether u_j are read: they may be left out, or 1 for all classes.
 inline bool reads_u(const RowProblem& p) {
-    return p.spread == Spread::kSoftTarget || (p.spread == Spread::kClassWeights && p.class_weight);
+    return p.class_factors == ClassFactors::kSoftTarget ||
+           (p.class_factors == ClassFactors::kClassWeights && p.class_weight);
 }
 
 struct RegisterPlan {

@@ -31,7 +31,7 @@ struct PackedTarget {
 //     exists               whether there is a row, not just something to do for the others' sake
 //     owns(cls)            whether this thread writes the gradient of the target's class
 // What it takes to find them is worked out when it is needed: registers are what is scarce.
-template <class Stored, bool kSpread, class Access, int kRounds, class Team>
+template <class Stored, bool kFactors, class Access, int kRounds, class Team>
 class RegisterRow {
     static constexpr int kWords = sizeof(Access) / 4, kCount = Word<Stored>::count, kNumbers = kWords * kCount;
     static constexpr float kLowest = -std::numeric_limits<float>::infinity();
@@ -68,13 +68,13 @@ public:
         const Exponential<Stored> exponential(pivot);
         float e[kRounds * kNumbers];
         SoftmaxState<float> state{pivot, 0.0f, 0.0f, 0.0f};
-        const SpreadReader<float> spread(p, args, row);
+        const ClassFactorReader<float> factor(p, args, row);
         const int left = reads ? place.left : 0;
-        if (!kSpread && has_ones() && !args.is_saved) {
-            take_exponentials<true>(exponential, w, e, state, spread, left, is_apart, target.cls, place);
+        if (!kFactors && has_ones() && !args.is_saved) {
+            take_exponentials<true>(exponential, w, e, state, factor, left, is_apart, target.cls, place);
             if (is_apart) *centred() = centred_without(exponential, w, left, target.cls, place);
         } else {
-            take_exponentials<false>(exponential, w, e, state, spread, left, is_apart, target.cls, place);
+            take_exponentials<false>(exponential, w, e, state, factor, left, is_apart, target.cls, place);
         }
         const float extra_e = exponential(extra), target_e = exponential(target_logit);
         Coefficients<float> coefficients{};
@@ -86,32 +86,32 @@ public:
             if (is_apart) state.sum += target_e;
             const bool counts_extra =
                 args.plan.is_ragged && reads && place.extra() >= 0 && !(is_apart && place.extra() == target.cls);
-            if constexpr (kSpread) {
-                if (counts_extra) state.add(exponential.distance(extra), spread(place.extra()), 0.0f);
+            if constexpr (kFactors) {
+                if (counts_extra) state.add(exponential.distance(extra), factor(place.extra()), 0.0f);
                 float sums[] = {state.centred, state.sum_u};
                 team.reduce(sums, 0.0f, Plus());
                 state.centred = sums[0], state.sum_u = sums[1];
-                if (is_apart) state.add(exponential.distance(target_logit), spread(target.cls), 0.0f);
+                if (is_apart) state.add(exponential.distance(target_logit), factor(target.cls), 0.0f);
             } else if (has_ones()) {
                 const float all = sum_of(team, *centred() + (counts_extra ? exponential.distance(extra) : 0.0f));
                 *centred() = all + (is_apart ? exponential.distance(target_logit) : 0.0f);
             }
             if (place.exists && target.ignored) end.ignore(row, team.leads);
-            if (!kSpread && has_ones()) state.centred = *centred(), state.sum_u = static_cast<float>(p.num_classes);
+            if (!kFactors && has_ones()) state.centred = *centred(), state.sum_u = static_cast<float>(p.num_classes);
             if (reads)
                 coefficients = end.finish(row, target, target_logit, exponential.distance(target_logit),
                                           exponential.log(state.sum), state, team.leads);
             coefficients.scale(of_block()->share);
         }
         if (!p.grad) return;
-        write(place, e, coefficients, spread);
+        write(place, e, coefficients, factor);
         if (args.plan.is_ragged && place.exists && place.extra() >= 0)
             place.grad()[place.extra()] =
-                to_stored<Stored>(coefficients.of_exponential(extra_e, kSpread ? spread(place.extra()) : 1.0f, false));
+                to_stored<Stored>(coefficients.of_exponential(extra_e, kFactors ? factor(place.extra()) : 1.0f, false));
         team.sync();
         if (has_target && place.owns(target.cls))
             place.grad()[target.cls] =
-                to_stored<Stored>(coefficients.of_exponential(target_e, kSpread ? spread(target.cls) : 1.0f, true));
+                to_stored<Stored>(coefficients.of_exponential(target_e, kFactors ? factor(target.cls) : 1.0f, true));
     }
 
 private:
@@ -177,8 +177,8 @@ private:
         });
     }
 
-    // Without kSpread u_j is 1, and gamma of that, or neither is there.
-    FL_DEVICE bool has_ones() const { return p.spread != Spread::kNone; }
+    // Without kFactors u_j is 1, and gamma of that, or neither is there.
+    FL_DEVICE bool has_ones() const { return p.class_factors != ClassFactors::kNone; }
 
     // What is summed with u_j = 1, where it takes no register of losses that do not ask for it.
     static FL_DEVICE volatile float* centred() {
@@ -205,7 +205,7 @@ private:
 
     template <bool kOnes, class Place>
     FL_DEVICE void take_exponentials(const Exponential<Stored>& exponential, const unsigned* w, float* e,
-                                     SoftmaxState<float>& state, const SpreadReader<float>& spread, int left,
+                                     SoftmaxState<float>& state, const ClassFactorReader<float>& factor, int left,
                                      bool is_apart, int target, const Place& place) const {
         float odd = 0.0f;  // every other exponential: two sums that need not wait for each other
         float arguments = 0.0f;
@@ -223,12 +223,12 @@ private:
                 if (left > k * place.step())
 #pragma unroll
                     for (int i = 0; i < kNumbers; ++i) arguments += exponential.argument(z[i]);
-            if constexpr (kSpread) {
+            if constexpr (kFactors) {
                 if (args.is_saved || left <= k * place.step()) return;
                 const int cls = place.first() + k * place.step() * kNumbers;
 #pragma unroll
                 for (int i = 0; i < kNumbers; ++i)
-                    if (!is_apart || cls + i != target) state.add(exponential.distance(z[i]), spread(cls + i), 0.0f);
+                    if (!is_apart || cls + i != target) state.add(exponential.distance(z[i]), factor(cls + i), 0.0f);
             }
         });
         state.sum += odd;
@@ -237,7 +237,7 @@ private:
 
     template <class Place>
     FL_DEVICE void write(const Place& place, const float* e, const Coefficients<float>& c,
-                         const SpreadReader<float>& spread) const {
+                         const ClassFactorReader<float>& factor) const {
         Access* to = place.to();
         int left = place.exists ? place.left : 0;
         each_round([&](int k) {
@@ -248,9 +248,9 @@ private:
 #pragma unroll
                 for (int h = 0; h < kCount; ++h) {
                     const int at = i * kCount + h;
-                    g[h] = c.alpha * e[k * kNumbers + at] + (kSpread ? 0.0f : c.gamma);
-                    if constexpr (kSpread)  // beyond the row there is no u_j
-                        if (left > 0) g[h] += c.gamma * spread(place.first() + k * place.step() * kNumbers + at);
+                    g[h] = c.alpha * e[k * kNumbers + at] + (kFactors ? 0.0f : c.gamma);
+                    if constexpr (kFactors)  // beyond the row there is no u_j
+                        if (left > 0) g[h] += c.gamma * factor(place.first() + k * place.step() * kNumbers + at);
                 }
                 words[i] = Word<Stored>::narrow(g);
             }

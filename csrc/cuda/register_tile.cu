@@ -41,8 +41,8 @@ private:
     const int skip;
 };
 
-template <class Stored, bool kSpread, int kHeld>
-__global__ void __launch_bounds__(kTileThreads, tile_blocks(kHeld, kSpread))
+template <class Stored, bool kFactors, int kHeld>
+__global__ void __launch_bounds__(kTileThreads, tile_blocks(kHeld, kFactors))
     softmax_in_tiles(const __grid_constant__ RegisterArgs args) {
     const RowProblem& p = args.problem;
     if (args.is_saved && is_already_written<float>(p)) return;
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks(kHeld, kSpread))
     __shared__ LossSums of_thread[kTileThreads];
     LossSums& sums = of_thread[threadIdx.x];  // registers have other uses
     sums = {0, 0};
-    const RegisterRow<Stored, kSpread, unsigned, kHeld / Word<Stored>::count, LaneTeam> worker(args, sums);
+    const RegisterRow<Stored, kFactors, unsigned, kHeld / Word<Stored>::count, LaneTeam> worker(args, sums);
     for_each_tile(args, [&](int first, int count, char* bytes, auto arrive) {
         Stored* const tile = reinterpret_cast<Stored*>(bytes);
         const int own = threadIdx.x % 32 / team.lanes, at_once = 32 / team.lanes;
@@ -71,13 +71,13 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks(kHeld, kSpread))
 
 }  // namespace
 
-template <class Stored, bool kSpread>
+template <class Stored, bool kFactors>
 cudaError_t enqueue_tiles(RegisterArgs& args, cudaStream_t stream) {
     const auto with = [&]<int kHeld>() {
-        return launch_tiles_resident(&softmax_in_tiles<Stored, kSpread, kHeld>, args, stream);
+        return launch_tiles_resident(&softmax_in_tiles<Stored, kFactors, kHeld>, args, stream);
     };
-    if constexpr (kSpread)
-        return with.template operator()<kTileHeldWithSpread>();
+    if constexpr (kFactors)
+        return with.template operator()<kTileHeldWithFactors>();
     else
         switch (args.plan.held) {
             case 10: return with.template operator()<10>();

@@ -134,16 +134,16 @@ FL_DEVICE A scale_of(const RowProblem& p, const Row& row) {
 
 // u_j of SoftmaxRow: 1, the class weights, or the weighted and smoothed soft target.
 template <class A>
-class SpreadReader {
+class ClassFactorReader {
 public:
-    FL_DEVICE SpreadReader(const RowProblem& problem, const RowArgs<A>& args, const Row& row)
+    FL_DEVICE ClassFactorReader(const RowProblem& problem, const RowArgs<A>& args, const Row& row)
         : p(problem),
           offset(p.soft_target ? p.soft_target_stride.at(row.outer, row.inner) : 0),
           keep(A(1) - args.params[0]),
           uniform(args.params[0] / A(p.num_classes)) {}
 
     FL_DEVICE A operator()(int cls) const {
-        if (p.spread <= Spread::kOnes) return A(1);  // without u_j, any number will do
+        if (p.class_factors <= ClassFactors::kOnes) return A(1);  // without u_j, any number will do
         const A weight = p.class_weight ? as<A>(p.class_weight)[cls] : A(1);
         if (!p.soft_target) return weight;
         return weight * (keep * label(offset + cls * p.soft_target_class_stride) + uniform);

@@ -37,7 +37,7 @@ __device__ __noinline__ AffineRow<A> evaluate_any(int loss, const A* params, Sof
 
 template <class A>
 FL_DEVICE AffineRow<A> evaluate(const RowProblem& p, const A* params, const SoftmaxRow<A>& row) {
-    if (p.spread == Spread::kSoftTarget) return SoftCrossEntropy::eval(row, params);
+    if (p.class_factors == ClassFactors::kSoftTarget) return SoftCrossEntropy::eval(row, params);
     if (p.loss == kCrossEntropy) return CrossEntropy::eval(row, params);
     return evaluate_any(p.loss, params, row);
 }
@@ -96,7 +96,7 @@ FL_DEVICE Coefficients<A> saved_coefficients(const RowProblem& p, const Row& row
     const std::int64_t rows = p.rows();
     const A* stats = as<A>(p.stats) + row.number;
     Coefficients<A> coefficients{stats[0], stats[rows], stats[2 * rows],
-                                 p.spread != Spread::kNone ? stats[3 * rows] : A(0)};
+                                 p.class_factors != ClassFactors::kNone ? stats[3 * rows] : A(0)};
     coefficients.scale(scale_of<A>(p, row));
     return coefficients;
 }

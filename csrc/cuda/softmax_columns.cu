@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kWarp = 32, kMostParts = kMostColumnThreads / kWarp;
 
-template <class Stored, bool kSpread>
+template <class Stored, bool kFactors>
 class Columns {
     static constexpr int n = Word<Stored>::count;
     static constexpr float kLowest = -std::numeric_limits<float>::infinity();
@@ -132,10 +132,10 @@ private:
             if (k == at) w[k] = (w[k] & ~own) | (Word<Stored>::lowest & own);
     }
 
-    FL_DEVICE bool sums_u() const { return kSpread || p.spread != Spread::kNone; }
+    FL_DEVICE bool sums_u() const { return kFactors || p.class_factors != ClassFactors::kNone; }
     static FL_DEVICE Row row_of(const Row& first, int j) { return {first.number + j, first.outer, first.inner + j}; }
     FL_DEVICE float u_of(const Row& row, int cls) const {
-        return kSpread ? SpreadReader<float>(p, args, row)(cls) : 1.0f;
+        return kFactors ? ClassFactorReader<float>(p, args, row)(cls) : 1.0f;
     }
 
     FL_DEVICE void take_exponentials(const Words& w, const Column (&of)[n], const Row& row, const float (&pivot)[n],
@@ -220,7 +220,7 @@ private:
 #pragma unroll
             for (int j = 0; j < n; ++j) {
                 g[j] = c[j].alpha * (kAgain ? Exponential<Stored>(pivot[j])(z[j]) : e[k][j]);
-                if (!kSpread || of[j].reads()) g[j] += c[j].gamma * u_of(row_of(row, j), begin + k);
+                if (!kFactors || of[j].reads()) g[j] += c[j].gamma * u_of(row_of(row, j), begin + k);
             }
             const unsigned word = Word<Stored>::narrow(g);
             if (is_whole) {
@@ -268,12 +268,12 @@ private:
     int turn = 0;
 };
 
-template <class Stored, bool kSpread>
+template <class Stored, bool kFactors>
 __global__ void __launch_bounds__(kMostColumnThreads, 2) softmax_in_columns(const __grid_constant__ RegisterArgs args) {
     const RowProblem& p = args.problem;
     if (args.is_saved && is_already_written<float>(p)) return;
     LossSums sums{0, 0};
-    Columns<Stored, kSpread> columns(args, sums);
+    Columns<Stored, kFactors> columns(args, sums);
     constexpr int at_once = kWarp * Word<Stored>::count;
     const std::int64_t of_image = (p.inner + at_once - 1) / at_once, all = of_image * p.outer;
     for (std::int64_t number = blockIdx.x; number < all; number += gridDim.x) {
@@ -285,11 +285,11 @@ __global__ void __launch_bounds__(kMostColumnThreads, 2) softmax_in_columns(cons
 
 }  // namespace
 
-template <class Stored, bool kSpread>
+template <class Stored, bool kFactors>
 cudaError_t enqueue_columns(RegisterArgs& args, cudaStream_t stream) {
     const RowProblem& p = args.problem;
     constexpr std::int64_t at_once = kWarp * Word<Stored>::count;
-    return launch_all_resident(&softmax_in_columns<Stored, kSpread>, {args.plan.threads, 0, 1},
+    return launch_all_resident(&softmax_in_columns<Stored, kFactors>, {args.plan.threads, 0, 1},
                                p.outer * ((p.inner + at_once - 1) / at_once), stream, args);
 }
 

@@ -19,7 +19,7 @@ public:
           classes(c),
           count(exists && !target.ignored ? classes.count : 0),
           bias(target.cls < 0 ? A(0) : bias_of(a)),
-          spread(p, a, row) {}
+          factor(p, a, row) {}
 
     FL_DEVICE SoftmaxState<A> sums() const {
         auto state = SoftmaxState<A>::empty();
@@ -54,7 +54,7 @@ public:
 
 private:
     FL_DEVICE int class_at(int k) const { return classes.first + k * classes.step; }
-    FL_DEVICE A u_of(int cls) const { return p.spread == Spread::kNone ? A(0) : spread(cls); }
+    FL_DEVICE A u_of(int cls) const { return p.class_factors == ClassFactors::kNone ? A(0) : factor(cls); }
 
     template <class Body>
     FL_DEVICE void each_few(Body body) const {
@@ -87,7 +87,7 @@ private:
     const ClassesOfThread classes;
     const int count;
     const A bias;
-    const SpreadReader<A> spread;
+    const ClassFactorReader<A> factor;
 };
 
 template <class A>
@@ -152,20 +152,20 @@ cudaError_t enqueue_any_rows(PlannedArgs<A>& args, cudaStream_t stream) {
 }
 
 // The first kernel that has room for the rows.
-template <class Stored, bool kSpread>
+template <class Stored, bool kFactors>
 cudaError_t enqueue_held(RegisterArgs& args, cudaStream_t stream) {
     const RowProblem& p = args.problem;
     int multiprocessors = 0;
     cudaError_t error = find_multiprocessors(multiprocessors);
     if (error != cudaSuccess) return error;
     if ((args.plan = plan_tiles(p, multiprocessors))) {
-        error = enqueue_tiles<Stored, kSpread>(args, stream);
+        error = enqueue_tiles<Stored, kFactors>(args, stream);
         if (error != kDoesNotFit) return error;
     }
-    if ((args.plan = plan_columns(p))) return enqueue_columns<Stored, kSpread>(args, stream);
+    if ((args.plan = plan_columns(p))) return enqueue_columns<Stored, kFactors>(args, stream);
     for (int largest = kMaxCluster; largest > 0; largest /= 2) {
         if (!(args.plan = plan_direct(p, largest))) continue;
-        error = enqueue_registers<Stored, kSpread>(args, stream);
+        error = enqueue_registers<Stored, kFactors>(args, stream);
         if (error != kDoesNotFit) return error;
     }
     return enqueue_any_rows(args, stream);

@@ -40,10 +40,10 @@ struct SharedMoments {
 
 // Who does what in a block that owns `width` groups: thread = segment * width + group. Segments are consecutive pieces
 // of the rows (or of the partial results); threads beyond the last whole segment are idle.
-struct Share {
+struct ThreadRole {
     int width, segments, group, segment;
 
-    __device__ __forceinline__ explicit Share(int groups)
+    __device__ __forceinline__ explicit ThreadRole(int groups)
         : width(groups), segments(kBlock / groups), group(threadIdx.x % groups), segment(threadIdx.x / groups) {}
 
     __device__ __forceinline__ bool idle() const { return segment >= segments; }
@@ -95,48 +95,48 @@ __device__ __forceinline__ void moments_of_share(const ZProblem& p, const WorkSh
     const std::int64_t range = item % shares.ranges, chunk = item / shares.ranges;
     const std::int64_t first = range * kBlock, groups = p.num_groups;
     const int width = static_cast<int>(groups - first < kBlock ? groups - first : kBlock);
-    const Share share(width);
+    const ThreadRole role(width);
     const std::int64_t chunk_begin = chunk * shares.chunk_rows;
     const std::int64_t chunk_end =
         chunk_begin + shares.chunk_rows < p.rows() ? chunk_begin + shares.chunk_rows : p.rows();
 
     ShiftedSums sums;
-    const int segment_rows = static_cast<int>((kTileRows + share.segments - 1) / share.segments);
+    const int segment_rows = static_cast<int>((kTileRows + role.segments - 1) / role.segments);
     for (std::int64_t begin = chunk_begin; begin < chunk_end; begin += kTileRows) {
         const int rows = static_cast<int>(chunk_end - begin < kTileRows ? chunk_end - begin : kTileRows);
         __syncthreads();  // the previous tile has been read
         shared.tile.fill(p, begin, rows, first, width);
         __syncthreads();
-        if (share.idle()) continue;
-        const int segment = share.segment * segment_rows;
+        if (role.idle()) continue;
+        const int segment = role.segment * segment_rows;
         const int end = segment + segment_rows < rows ? segment + segment_rows : rows;
         for (int i = segment; i < end; ++i)
-            if (shared.tile.group_in_range[i] == share.group) sums.push(shared.tile.score[i]);
+            if (shared.tile.group_in_range[i] == role.group) sums.push(shared.tile.score[i]);
     }
     __syncthreads();  // the moments of an earlier share have been read
-    Moments result = share.merge_segments(shared.moments, sums.moments());
+    Moments result = role.merge_segments(shared.moments, sums.moments());
 
     if (shares.chunks > 1) {
-        if (share.segment == 0) {
-            double* const mine = shares.partials + 3 * (chunk * groups + first + share.group);
+        if (role.segment == 0) {
+            double* const mine = shares.partials + 3 * (chunk * groups + first + role.group);
             mine[0] = result.count;
             mine[1] = result.mean;
             mine[2] = result.m2;
         }
         if (!arrives_last(shares.tickets + range, shares.chunks)) return;
         Moments total;
-        const std::int64_t segment_chunks = (shares.chunks + share.segments - 1) / share.segments;
-        const std::int64_t begin = share.segment * segment_chunks;
-        for (std::int64_t c = begin; c < begin + segment_chunks && c < shares.chunks && !share.idle(); ++c) {
-            const double* const other = shares.partials + 3 * (c * groups + first + share.group);
+        const std::int64_t segment_chunks = (shares.chunks + role.segments - 1) / role.segments;
+        const std::int64_t begin = role.segment * segment_chunks;
+        for (std::int64_t c = begin; c < begin + segment_chunks && c < shares.chunks && !role.idle(); ++c) {
+            const double* const other = shares.partials + 3 * (c * groups + first + role.group);
             total.merge({__ldcg(other), __ldcg(other + 1), __ldcg(other + 2)});
         }
-        result = share.merge_segments(shared.moments, total);
+        result = role.merge_segments(shared.moments, total);
     }
-    if (share.segment != 0) return;
-    out[first + share.group] = result.count;
-    out[groups + first + share.group] = result.mean;
-    out[2 * groups + first + share.group] = result.m2;
+    if (role.segment != 0) return;
+    out[first + role.group] = result.count;
+    out[groups + first + role.group] = result.mean;
+    out[2 * groups + first + role.group] = result.m2;
 }
 
 __device__ __forceinline__ void compute_moments(const ZProblem& p, const WorkShares& shares, double* out) {
@@ -203,7 +203,7 @@ __device__ __forceinline__ LossSums loss_of_share(const ZProblem& p, std::int64_
     LossSums sums{0, 0};
     for (std::int64_t n = chunk * kBlock + threadIdx.x; n < p.rows(); n += chunks * kBlock) {
         const Row row(p, n);
-        const auto share = z_error::share_of<A>(p, row, z_error::mask_row(p, row));
+        const auto share = z_error::weighted_loss_of<A>(p, row, z_error::mask_row(p, row));
         if (row_values) row_values[n] = share.value;
         if (row_weights) row_weights[n] = share.weight;
         sums.value += static_cast<double>(share.value);

@@ -13,8 +13,8 @@ struct CrossEntropy {
     static constexpr int num_params = 1;
     static constexpr bool takes_probabilities = true;
 
-    static constexpr Spread spread(const double* params) {
-        return float(params[0]) == 0.0f ? Spread::kNone : Spread::kClassWeights;
+    static constexpr ClassFactors class_factors(const double* params) {
+        return float(params[0]) == 0.0f ? ClassFactors::kNone : ClassFactors::kClassWeights;
     }
 
     template <class T>

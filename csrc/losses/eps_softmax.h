@@ -34,7 +34,7 @@ struct ECE {
     static constexpr const char* name = "ece";
     static constexpr int num_params = 1;
 
-    static constexpr Spread spread(const double*) { return Spread::kNone; }
+    static constexpr ClassFactors class_factors(const double*) { return ClassFactors::kNone; }
 
     template <class T>
     FL_HD static AffineRow<T> eval(const SoftmaxRow<T>& row, const T* params) {
@@ -48,7 +48,7 @@ struct ECEMAE {
     static constexpr const char* name = "ece_mae";
     static constexpr int num_params = 3;
 
-    static constexpr Spread spread(const double*) { return Spread::kNone; }
+    static constexpr ClassFactors class_factors(const double*) { return ClassFactors::kNone; }
 
     template <class T>
     FL_HD static AffineRow<T> eval(const SoftmaxRow<T>& row, const T* params) {
@@ -62,7 +62,7 @@ struct EFLMAE {
     static constexpr const char* name = "efl_mae";
     static constexpr int num_params = 4;
 
-    static constexpr Spread spread(const double*) { return Spread::kNone; }
+    static constexpr ClassFactors class_factors(const double*) { return ClassFactors::kNone; }
 
     template <class T>
     FL_HD static AffineRow<T> eval(const SoftmaxRow<T>& row, const T* params) {

@@ -2,19 +2,19 @@
 // other logit is `margin` below the target's.
 #pragma once
 
-#include "core/pass_loss.h"
+#include "core/multi_reduction_loss.h"
 
 namespace fused_losses {
 inline namespace FL_ISA {
 
 // Kept are the errors that are positive and at or above the threshold, the mean of all K errors (that of the target is
 // 0 and counts); without a threshold all positive ones. The value is the sum of e^p, p = 1 or 2, over K, or for p = 1
-// over their number. Threshold and number are constants for the gradient. Rule says what the parameters mean; params[0]
-// is the margin.
-template <class Rule>
+// over their number. Threshold and number are constants for the gradient. MarginPolicy says what the parameters mean;
+// params[0] is the margin.
+template <class MarginPolicy>
 struct MarginLoss {
-    static constexpr const char* name = Rule::name;
-    static constexpr int num_params = Rule::num_params, num_sums = 2, num_early_sums = 1, num_kept = 1;
+    static constexpr const char* name = MarginPolicy::name;
+    static constexpr int num_params = MarginPolicy::num_params, num_sums = 2, num_early_sums = 1, num_kept = 1;
     static constexpr bool needs_max = false, has_margin = true;
 
     // Logits, margins and errors are in units in which no error and no sum of errors of finite logits overflows.
@@ -29,20 +29,20 @@ struct MarginLoss {
     // Calls body.operator()<Loss>() with the loss that knows whether there is a threshold, and p. Not both: squares
     // have none.
     template <class Body>
-        requires requires { typename Rule::template Knowing<true, false>; }
+        requires requires { typename MarginPolicy::template Knowing<true, false>; }
     static void visit_variant(const double* params, Body body) {
-        if (Rule::has_threshold(params))
-            body.template operator()<MarginLoss<typename Rule::template Knowing<true, false>>>();
-        else if (Rule::is_squared(params))
-            body.template operator()<MarginLoss<typename Rule::template Knowing<false, true>>>();
+        if (MarginPolicy::has_threshold(params))
+            body.template operator()<MarginLoss<typename MarginPolicy::template Knowing<true, false>>>();
+        else if (MarginPolicy::is_squared(params))
+            body.template operator()<MarginLoss<typename MarginPolicy::template Knowing<false, true>>>();
         else
-            body.template operator()<MarginLoss<typename Rule::template Knowing<false, false>>>();
+            body.template operator()<MarginLoss<typename MarginPolicy::template Knowing<false, false>>>();
     }
 
     // The threshold is the first pass's.
     template <class T>
     FL_HD static int passes(const T* params) {
-        return Rule::has_threshold(params) ? 2 : 1;
+        return MarginPolicy::has_threshold(params) ? 2 : 1;
     }
 
     // With a masked target (-inf) all other classes have an infinite error: here the largest that is finite.
@@ -65,7 +65,7 @@ struct MarginLoss {
     // NaN and +inf stay what they are. A masked class (-inf) has no error.
     template <class T>
     FL_HD static T error(const State<T>& s, T z, T margin, math::mask_t<T> is_target, const T* params) {
-        const T of_class = math::select(Rule::competitors_margin(params), T(unit) * margin, s.margin);
+        const T of_class = math::select(MarginPolicy::competitors_margin(params), T(unit) * margin, s.margin);
         const T e = math::select(is_target, T(0), (T(unit) * z - s.target_logit) + of_class);
         return math::select(T(0) > e, T(0), e);
     }
@@ -89,31 +89,31 @@ struct MarginLoss {
 
     // Kept: the error.
     template <bool last, class T>
-    FL_HD static Sums<T, 2> term(int, const State<T>& s, T z, T margin, math::mask_t<T> is_target, const T* params,
-                                 T* kept) {
-        const bool again = last && Rule::has_threshold(params);
+    FL_HD static Sums<T, 2> map(int, const State<T>& s, T z, T margin, math::mask_t<T> is_target, const T* params,
+                                T* kept) {
+        const bool again = last && MarginPolicy::has_threshold(params);
         const T e = again && kept ? *kept : error(s, z, margin, is_target, params);
         if (!again && kept) *kept = e;
         if (!last) return {{e, T(0)}};
-        const T power = Rule::is_squared(params) ? e : T(1);
+        const T power = MarginPolicy::is_squared(params) ? e : T(1);
         const auto dropped = is_dropped(s, e);
         return {{math::select(dropped, T(0), e * power), math::select(dropped, T(0), power)}};
     }
 
     template <class T>
-    FL_HD static void end_pass(int pass, State<T>& s, const Sums<T, 2>& sums, const RowInputs<T>& row,
+    FL_HD static void finalize(int pass, State<T>& s, const Sums<T, 2>& sums, const RowInputs<T>& row,
                                const T* params) {
-        if (pass == 0 && Rule::has_threshold(params)) {
+        if (pass == 0 && MarginPolicy::has_threshold(params)) {
             s.below = math::select(has_masked_target(s), T(0), just_below(sums.v[0] / row.num_classes));
             return;
         }
-        const bool squared = Rule::is_squared(params);
+        const bool squared = MarginPolicy::is_squared(params);
         s.powers = sums.v[1];
         // One logit of +inf or NaN spoils the row: a factor of every gradient carries it. Squares overflow without one.
         const T infinity = T(std::numeric_limits<math::scalar_t<T>>::infinity());
         const T errors = squared ? sums.v[1] : sums.v[0];
         const auto finite = (errors < infinity) & (s.target_logit < infinity) & (s.margin < infinity);
-        const T divisor = math::select(Rule::by_count(params), s.powers + T(1e-6), row.num_classes);
+        const T divisor = math::select(MarginPolicy::by_count(params), s.powers + T(1e-6), row.num_classes);
         s.per_error = math::select(finite, T(squared ? 2 / unit : 1), nan<T>()) / divisor;
         const T value = sums.v[0] * s.per_error * T((squared ? 0.5f : 1.0f) / unit);
         s.value = math::select(has_masked_target(s) & (value > T(0)), infinity, value);
@@ -133,12 +133,12 @@ struct MarginLoss {
 
     template <class T>
     FL_HD static T gradient(const State<T>& s, const T* kept, math::mask_t<T> is_target, const T* params) {
-        if (!Rule::is_squared(params)) return gradient_of_bit(s, !is_dropped(s, *kept), is_target);
+        if (!MarginPolicy::is_squared(params)) return gradient_of_bit(s, !is_dropped(s, *kept), is_target);
         const T power = math::select(is_dropped(s, *kept), T(0), *kept);
         return math::select(is_target, -s.powers, power) * s.per_error;
     }
 
-    FL_HD static bool bits_suffice(const double* params) { return !Rule::is_squared(params); }
+    FL_HD static bool bits_suffice(const double* params) { return !MarginPolicy::is_squared(params); }
 
     // Whether the error was kept.
     template <class T>
@@ -153,7 +153,7 @@ struct MarginLoss {
 };
 
 // params: margin, whether to average over the kept errors only, whether to use the threshold, p.
-struct MultiMarginRule {
+struct MultiMarginPolicy {
     static constexpr const char* name = "multi_margin";
     static constexpr int num_params = 4;
 
@@ -176,7 +176,7 @@ struct MultiMarginRule {
 };
 
 // params: margin, margin_index (0: the margin of the target's class, 1: of the competing class).
-struct HEMRule {
+struct HEMPolicy {
     static constexpr const char* name = "hem";
     static constexpr int num_params = 2;
 
@@ -199,7 +199,7 @@ struct HEMRule {
 };
 
 // Both in one. params: those of multi_margin, margin_index.
-struct AnyMarginRule : MultiMarginRule {
+struct AnyMarginPolicy : MultiMarginPolicy {
     template <bool kThreshold, bool kSquared>
     struct Knowing;
 
@@ -210,7 +210,7 @@ struct AnyMarginRule : MultiMarginRule {
 };
 
 template <bool kThreshold, bool kSquared>
-struct AnyMarginRule::Knowing : AnyMarginRule {
+struct AnyMarginPolicy::Knowing : AnyMarginPolicy {
     template <class T>
     FL_HD static bool has_threshold(const T*) {
         return kThreshold;
@@ -221,8 +221,8 @@ struct AnyMarginRule::Knowing : AnyMarginRule {
     }
 };
 
-using MultiMargin = MarginLoss<MultiMarginRule>;
-using HEM = MarginLoss<HEMRule>;
+using MultiMargin = MarginLoss<MultiMarginPolicy>;
+using HEM = MarginLoss<HEMPolicy>;
 
 using MarginLosses = TypeList<HEM, MultiMargin>;
 

@@ -13,8 +13,8 @@ struct CORES {
     static constexpr const char* name = "cores";
     static constexpr int num_params = 1;
 
-    static constexpr Spread spread(const double* params) {
-        return float(params[0]) == 0.0f ? Spread::kNone : Spread::kOnes;
+    static constexpr ClassFactors class_factors(const double* params) {
+        return float(params[0]) == 0.0f ? ClassFactors::kNone : ClassFactors::kOnes;
     }
 
     template <class T>
@@ -32,7 +32,7 @@ struct Unhinged {
     static constexpr const char* name = "unhinged";
     static constexpr int num_params = 0;
 
-    static constexpr Spread spread(const double*) { return Spread::kOnes; }
+    static constexpr ClassFactors class_factors(const double*) { return ClassFactors::kOnes; }
 
     template <class T>
     FL_HD static AffineRow<T> eval(const SoftmaxRow<T>& row, const T*) {

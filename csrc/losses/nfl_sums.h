@@ -16,7 +16,7 @@ inline namespace FL_ISA {
 // as it is: the terms of classes below min_prob are next to nothing, and there are many.
 struct NFLSum {
     static constexpr const char* name = "nfl_sum";
-    static constexpr int num_params = 7, min_classes = 2, num_shares = 2;
+    static constexpr int num_params = 7, min_classes = 2, num_terms = 2;
 
     template <class T>
     FL_HD static bool is_amse(const T* params) {
@@ -29,15 +29,15 @@ struct NFLSum {
     }
 
     template <class T>
-    FL_HD static Shares<T, 2> shares(T log_p, T p, const T* params) {
-        Share<T> nfl{-log_p, T(1)};
-        if (math::to_scalar(params[2]) != math::scalar_t<T>(0)) nfl = NFL::share(log_p, p, params + 2);
-        return {{nfl, is_amse(params) ? Share<T>{p * p, T(-2) * (p * p)} : clamped(nfl, log_p, p, params)}};
+    FL_HD static NormalizedTerms<T, 2> terms(T log_p, T p, const T* params) {
+        NormalizedTerm<T> nfl{-log_p, T(1)};
+        if (math::to_scalar(params[2]) != math::scalar_t<T>(0)) nfl = NFL::normalized_term(log_p, p, params + 2);
+        return {{nfl, is_amse(params) ? NormalizedTerm<T>{p * p, T(-2) * (p * p)} : clamped(nfl, log_p, p, params)}};
     }
 
     // Below min_prob only the factor (1 - p)^gamma moves, if it does; where it is a constant it is NFL's W.
     template <class T>
-    FL_HD static Share<T> clamped(const Share<T>& nfl, T log_p, T p, const T* params) {
+    FL_HD static NormalizedTerm<T> clamped(const NormalizedTerm<T>& nfl, T log_p, T p, const T* params) {
         const T most = params[5];
         const auto is_low = log_p < -most;
         T factor = nfl.w, of_factor = T(0);
@@ -51,8 +51,8 @@ struct NFLSum {
     }
 
     template <class T>
-    FL_HD static SharesRow<T, 2> eval(T log_p, const Shares<T, 2>& own, const Sums<T, 4>& sums, T num_classes,
-                                      const T* params) {
+    FL_HD static NormalizedRow<T, 2> eval(T log_p, const NormalizedTerms<T, 2>& own, const Sums<T, 4>& sums,
+                                          T num_classes, const T* params) {
         const AffineRow<T> nfl = normalized(own.of[0], sums.v[0], sums.v[1]);
         AffineRow<T> second;
         if (is_amse(params)) {
@@ -75,7 +75,7 @@ struct NFLSum {
 // A loss that is NFLSum with the parameters that Named::expand(own, full) makes of its own.
 template <class Named>
 struct AsNFLSum : Named {
-    static constexpr int min_classes = 2, num_shares = 2;
+    static constexpr int min_classes = 2, num_terms = 2;
 
     template <class T>
     struct Full {
@@ -85,13 +85,13 @@ struct AsNFLSum : Named {
     };
 
     template <class T>
-    FL_HD static Shares<T, 2> shares(T log_p, T p, const T* params) {
-        return NFLSum::shares(log_p, p, Full<T>(params).params);
+    FL_HD static NormalizedTerms<T, 2> terms(T log_p, T p, const T* params) {
+        return NFLSum::terms(log_p, p, Full<T>(params).params);
     }
 
     template <class T>
-    FL_HD static SharesRow<T, 2> eval(T log_p, const Shares<T, 2>& own, const Sums<T, 4>& sums, T num_classes,
-                                      const T* params) {
+    FL_HD static NormalizedRow<T, 2> eval(T log_p, const NormalizedTerms<T, 2>& own, const Sums<T, 4>& sums,
+                                          T num_classes, const T* params) {
         return NFLSum::eval(log_p, own, sums, num_classes, Full<T>(params).params);
     }
 };
@@ -172,7 +172,7 @@ struct JALFL {
 };
 
 template <class... Named>
-using EachAsNFLSum = TypeList<OfShares<AsNFLSum<Named>>...>;
+using EachAsNFLSum = TypeList<NormalizedLoss<AsNFLSum<Named>>...>;
 
 using NFLSumLosses = EachAsNFLSum<NNCE, ANLCE, NNFL, ANLFL, JALCE, JALFL>;
 

@@ -2,7 +2,7 @@
 // symmetric (over the labels it sums to 1). They need at least two classes.
 #pragma once
 
-#include "core/pass_loss.h"
+#include "core/multi_reduction_loss.h"
 #include "losses/target_losses.h"
 
 namespace fused_losses {
@@ -24,11 +24,11 @@ struct NCE {
     static constexpr const char* name = "nce";
     static constexpr int num_params = 0, min_classes = 2;
 
-    static constexpr Spread spread(const double*) { return Spread::kOnes; }
+    static constexpr ClassFactors class_factors(const double*) { return ClassFactors::kOnes; }
 
     template <class T>
     FL_HD static AffineRow<T> eval(const SoftmaxRow<T>& row, const T*) {
-        const AffineRow<T> nce = normalized(Share<T>{-row.log_p, T(1)}, row.sum_neg_log_p, row.num_classes);
+        const AffineRow<T> nce = normalized(NormalizedTerm<T>{-row.log_p, T(1)}, row.sum_neg_log_p, row.num_classes);
         return add(nce, T(1), ValueSlope<T>{T(0), T(0)}, T(0), row.class_weight);
     }
 };
@@ -38,11 +38,11 @@ template <class Passive>
 struct NCEAnd {
     static constexpr int num_params = 2 + Passive::num_params, min_classes = 2;
 
-    static constexpr Spread spread(const double*) { return Spread::kOnes; }
+    static constexpr ClassFactors class_factors(const double*) { return ClassFactors::kOnes; }
 
     template <class T>
     FL_HD static AffineRow<T> eval(const SoftmaxRow<T>& row, const T* params) {
-        const AffineRow<T> nce = normalized(Share<T>{-row.log_p, T(1)}, row.sum_neg_log_p, row.num_classes);
+        const AffineRow<T> nce = normalized(NormalizedTerm<T>{-row.log_p, T(1)}, row.sum_neg_log_p, row.num_classes);
         return add(nce, params[0], Passive::eval(row.log_p, params + 2), params[1], row.class_weight);
     }
 };
@@ -63,10 +63,10 @@ struct NCEAUE : NCEAnd<AUE> {
 // params: gamma, detach. n_j = -(1 - p_j)^gamma log p_j. With detach the factor is a constant for the gradient.
 struct NFL {
     static constexpr const char* name = "nfl";
-    static constexpr int num_params = 2, min_classes = 2, num_shares = 1;
+    static constexpr int num_params = 2, min_classes = 2, num_terms = 1;
 
     template <class T>
-    FL_HD static Share<T> share(T log_p, T p, const T* params) {
+    FL_HD static NormalizedTerm<T> normalized_term(T log_p, T p, const T* params) {
         const T gamma = params[0], miss = -math::expm1_of(log_p, p), p_log_p = neg_p_log_p(p, log_p);
         const auto misses = miss > T(0);
         T factor, other;  // (1 - p)^gamma and, but for gamma, its derivative: p (1 - p)^(gamma - 1) (-log p)
@@ -83,12 +83,12 @@ struct NFL {
     }
 
     template <class T>
-    FL_HD static Shares<T, 1> shares(T log_p, T p, const T* params) {
-        return {{share(log_p, p, params)}};
+    FL_HD static NormalizedTerms<T, 1> terms(T log_p, T p, const T* params) {
+        return {{normalized_term(log_p, p, params)}};
     }
 
     template <class T>
-    FL_HD static SharesRow<T, 1> eval(T, const Shares<T, 1>& own, const Sums<T, 2>& sums, T, const T*) {
+    FL_HD static NormalizedRow<T, 1> eval(T, const NormalizedTerms<T, 1>& own, const Sums<T, 2>& sums, T, const T*) {
         const AffineRow<T> nfl = normalized(own.of[0], sums.v[0], sums.v[1]);
         return {nfl.value, nfl.alpha, nfl.beta, {nfl.gamma}};
     }
@@ -97,15 +97,16 @@ struct NFL {
 // params: alpha, beta, gamma, detach, then those of Passive. alpha NFL + beta Passive.
 template <class Passive>
 struct NFLAnd {
-    static constexpr int num_params = 4 + Passive::num_params, min_classes = 2, num_shares = 1;
+    static constexpr int num_params = 4 + Passive::num_params, min_classes = 2, num_terms = 1;
 
     template <class T>
-    FL_HD static Shares<T, 1> shares(T log_p, T p, const T* params) {
-        return NFL::shares(log_p, p, params + 2);
+    FL_HD static NormalizedTerms<T, 1> terms(T log_p, T p, const T* params) {
+        return NFL::terms(log_p, p, params + 2);
     }
 
     template <class T>
-    FL_HD static SharesRow<T, 1> eval(T log_p, const Shares<T, 1>& own, const Sums<T, 2>& sums, T, const T* params) {
+    FL_HD static NormalizedRow<T, 1> eval(T log_p, const NormalizedTerms<T, 1>& own, const Sums<T, 2>& sums, T,
+                                          const T* params) {
         const AffineRow<T> nfl = normalized(own.of[0], sums.v[0], sums.v[1]);
         const AffineRow<T> of = add(nfl, params[0], Passive::eval(log_p, params + 4), params[1], T(1));
         return {of.value, of.alpha, of.beta, {of.gamma}};
@@ -120,7 +121,7 @@ struct NFLRCE : NFLAnd<RCE> {
 };
 
 using NormalizedSoftmaxLosses = TypeList<NCE, NCEMAE, NCERCE, NCEAGCE, NCEAUE>;
-using NormalizedPassLosses = TypeList<OfShares<NFL>, OfShares<NFLMAE>, OfShares<NFLRCE>>;
+using NormalizedMultiReductionLosses = TypeList<NormalizedLoss<NFL>, NormalizedLoss<NFLMAE>, NormalizedLoss<NFLRCE>>;
 
 }  // namespace FL_ISA
 }  // namespace fused_losses

@@ -2,7 +2,7 @@
 // pass over the exponentials suffices.
 #pragma once
 
-#include "core/pass_loss.h"
+#include "core/multi_reduction_loss.h"
 
 namespace fused_losses {
 inline namespace FL_ISA {
@@ -26,7 +26,7 @@ struct PowerLoss {
 
     template <class T>
     struct State {
-        T max, value, alpha, gamma, own;  // alpha of exp(z - max), gamma of f
+        T max, value, alpha, gamma, target_grad;  // alpha of exp(z - max), gamma of f
     };
 
     template <class Body>
@@ -47,7 +47,7 @@ struct PowerLoss {
 
     // Kept: exp(z - max), f.
     template <bool last, class T>
-    FL_HD static Sums<T, 3> term(int, const State<T>& s, T z, T, math::mask_t<T>, const T* params, T* kept) {
+    FL_HD static Sums<T, 3> map(int, const State<T>& s, T z, T, math::mask_t<T>, const T* params, T* kept) {
         const T x = z - s.max, q = Rule::exponent(params), e = math::exp_not_positive(x),
                 f = math::exp_not_positive(q * x);
         if (kept) kept[0] = e, kept[1] = f;
@@ -56,7 +56,7 @@ struct PowerLoss {
     }
 
     template <class T>
-    FL_HD static void end_pass(int, State<T>& s, const Sums<T, 3>& sums, const RowInputs<T>& row, const T* params) {
+    FL_HD static void finalize(int, State<T>& s, const Sums<T, 3>& sums, const RowInputs<T>& row, const T* params) {
         const T q = Rule::exponent(params), log_sum = math::log(sums.v[0]), shift = -q * log_sum;
         const T log_p = (row.target_logit - s.max) - log_sum, scale = math::exp(shift);
         // 1 - p^q = (1 - e^shift) + e^shift (1 - f)
@@ -66,7 +66,7 @@ struct PowerLoss {
         s.value = affine.value;
         s.alpha = affine.alpha / sums.v[0];
         s.gamma = affine.gamma * scale;
-        s.own = own_gradient(affine, log_p, of.power);
+        s.target_grad = target_gradient(affine, log_p, of.power);
     }
 
     template <class T>
@@ -83,7 +83,7 @@ struct PowerLoss {
 
     template <class T>
     FL_HD static T gradient(const State<T>& s, const T* kept, math::mask_t<T> is_target, const T*) {
-        return math::select(is_target, s.own, s.alpha * kept[0] + s.gamma * kept[1]);
+        return math::select(is_target, s.target_grad, s.alpha * kept[0] + s.gamma * kept[1]);
     }
 };
 
@@ -100,8 +100,8 @@ struct NGCERule {
     template <class T>
     FL_HD static AffineRow<T> eval(const PowerRow<T>& row, const T* params) {
         const T q = params[0];
-        const Share<T> share{-math::expm1_of(q * row.log_p, row.power), q * row.power};
-        AffineRow<T> affine = normalized(share, row.sum_of_misses, q * row.sum);
+        const NormalizedTerm<T> of_target{-math::expm1_of(q * row.log_p, row.power), q * row.power};
+        AffineRow<T> affine = normalized(of_target, row.sum_of_misses, q * row.sum);
         affine.gamma *= q;
         return affine;
     }

@@ -20,13 +20,13 @@ TypeList<A..., B...> operator+(TypeList<A...>, TypeList<B...>);
 
 using SoftmaxLosses = decltype(TypeList<CrossEntropy>{} + TargetLosses{} + EpsSoftmaxLosses{} + MeanLogLosses{} +
                                NormalizedSoftmaxLosses{});
-using PassLosses =
-    decltype(NormalizedPassLosses{} + PowerLosses{} + NFLSumLosses{} + TypeList<BiTempered>{} + MarginLosses{});
-using AllLosses = decltype(SoftmaxLosses{} + PassLosses{});
+using MultiReductionLosses = decltype(NormalizedMultiReductionLosses{} + PowerLosses{} + NFLSumLosses{} +
+                                      TypeList<BiTempered>{} + MarginLosses{});
+using AllLosses = decltype(SoftmaxLosses{} + MultiReductionLosses{});
 
 constexpr int kCrossEntropy = 0;  // its place in SoftmaxLosses
 
-FL_HD bool is_pass_loss(int index) { return index >= SoftmaxLosses::size; }
+FL_HD bool is_multi_reduction_loss(int index) { return index >= SoftmaxLosses::size; }
 
 // Calls visitor.operator()<Loss>() for the loss at `index`.
 template <class... Losses, class Visitor>
@@ -35,10 +35,10 @@ FL_HD void visit_loss(TypeList<Losses...>, int index, Visitor&& visitor) {
     ((i++ == index ? (visitor.template operator()<Losses>(), true) : false) || ...);
 }
 
-// The same for a loss of PassLosses; `index` counts in AllLosses.
+// The same for a loss of MultiReductionLosses; `index` counts in AllLosses.
 template <class Visitor>
-FL_HD void visit_pass_loss(int index, Visitor&& visitor) {
-    visit_loss(PassLosses{}, index - SoftmaxLosses::size, visitor);
+FL_HD void visit_multi_reduction_loss(int index, Visitor&& visitor) {
+    visit_loss(MultiReductionLosses{}, index - SoftmaxLosses::size, visitor);
 }
 
 // Calls body.operator()<Loss>() with Loss, or with one that computes the same for these parameters alone, but faster.

@@ -13,13 +13,13 @@ struct RunAs {
     static void convert(double*) {}
 };
 template <>
-struct RunAs<OfShares<NFLRCE>> {  // its passive loss has MAE's formula
-    using type = OfShares<NFLMAE>;
+struct RunAs<NormalizedLoss<NFLRCE>> {  // its passive loss has MAE's formula
+    using type = NormalizedLoss<NFLMAE>;
     static void convert(double*) {}
 };
 template <>
-struct RunAs<OfShares<NFL>> {
-    using type = OfShares<NFLMAE>;
+struct RunAs<NormalizedLoss<NFL>> {
+    using type = NormalizedLoss<NFLMAE>;
     static void convert(double* params) {  // gamma, detach -> alpha, beta, gamma, detach, scale
         const double converted[] = {1, 0, params[0], params[1], 0};
         for (const double param : converted) *params++ = param;
@@ -27,8 +27,8 @@ struct RunAs<OfShares<NFL>> {
 };
 
 template <class Named>
-struct RunAs<OfShares<AsNFLSum<Named>>> {
-    using type = OfShares<NFLSum>;
+struct RunAs<NormalizedLoss<AsNFLSum<Named>>> {
+    using type = NormalizedLoss<NFLSum>;
     static void convert(double* params) {
         double own[Named::num_params];
         for (int i = 0; i < Named::num_params; ++i) own[i] = params[i];
@@ -56,7 +56,7 @@ struct RunAs<AMSE> : RunAsPower<2> {};
 
 template <>
 struct RunAs<HEM> {
-    using type = MarginLoss<AnyMarginRule>;
+    using type = MarginLoss<AnyMarginPolicy>;
     static void convert(double* params) {  // margin, margin_index
         const double converted[] = {params[0], 1, 1, 1, params[1]};
         for (const double param : converted) *params++ = param;
@@ -64,7 +64,7 @@ struct RunAs<HEM> {
 };
 template <>
 struct RunAs<MultiMargin> {
-    using type = MarginLoss<AnyMarginRule>;
+    using type = MarginLoss<AnyMarginPolicy>;
     static void convert(double* params) { params[4] = 0; }
 };
 

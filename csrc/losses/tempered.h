@@ -1,7 +1,7 @@
 // The bi-tempered logistic loss (1906.03361): a softmax with heavy tails (t2 > 1) under a bounded logarithm (t1 < 1).
 #pragma once
 
-#include "core/pass_loss.h"
+#include "core/multi_reduction_loss.h"
 
 namespace fused_losses {
 inline namespace FL_ISA {
@@ -174,8 +174,8 @@ struct BiTemperedOf {
     }
 
     template <bool last, class T>
-    FL_HD static Sums<T, 4> term(int pass, const State<T>& s, T z, T, math::mask_t<T> is_target, const T* params,
-                                 T* kept) {
+    FL_HD static Sums<T, 4> map(int pass, const State<T>& s, T z, T, math::mask_t<T> is_target, const T* params,
+                                T* kept) {
         const T x = z - s.max, none = T(0);
         if constexpr (last) {
             const Powers<T> of = powers(x - s.root, params);
@@ -218,7 +218,7 @@ struct BiTemperedOf {
     }
 
     template <class T>
-    FL_HD static void end_pass(int pass, State<T>& s, const Sums<T, 4>& sums, const RowInputs<T>& row,
+    FL_HD static void finalize(int pass, State<T>& s, const Sums<T, 4>& sums, const RowInputs<T>& row,
                                const T* params) {
         const auto t2 = math::to_scalar(params[1]), num_iters = math::to_scalar(params[3]);
         const int last = root_passes(t2, num_iters);
@@ -259,7 +259,7 @@ private:
     }
 
     // `lower` and `upper` bracket the root for the bisection. For the fixed point, which scales x, `lower` is the
-    // scale, and the root waits for the last step. In the end `lower` is what end_pass puts there.
+    // scale, and the root waits for the last step. In the end `lower` is what finalize puts there.
     template <class T>
     FL_HD static void refine_root(int pass, State<T>& s, const Sums<T, 4>& sums, Method method, T of_exp, bool last) {
         const T sum = sums.v[0], log_sum = math::log(sum);

@@ -69,12 +69,12 @@ enum class Tail : std::uint8_t { kBoth, kLow, kHigh };
 
 // What a group's statistics say about its rows.
 template <class T, class Mask>
-struct Rule {
+struct BasicKeepInterval {
     T mean, std;  // std NaN: no statistics
     T low, high;  // kept are rows with low <= (score - mean) / std <= high
     Mask all;     // ... or all whose score is finite
 };
-using GroupRule = Rule<double, bool>;
+using KeepInterval = BasicKeepInterval<double, bool>;
 
 // Scores that the loss computes first: the rows' cross entropies without class weights.
 struct EntropyScores {

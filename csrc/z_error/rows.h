@@ -118,10 +118,10 @@ struct Verdict {
 
 // T is double, or a vector of them for rows of several groups.
 template <class T>
-using RuleOf = Rule<T, math::mask_t<T>>;
+using KeepIntervalOf = BasicKeepInterval<T, math::mask_t<T>>;
 
 template <class T>
-FL_HD Verdict<T> judge(const RuleOf<T>& rule, T score) {
+FL_HD Verdict<T> judge(const KeepIntervalOf<T>& rule, T score) {
     using Mask = math::mask_t<T>;
     const T z = (score - rule.mean) / rule.std;
     const Mask finite = is_finite(score), near = (z >= rule.low) & (z <= rule.high);
@@ -130,13 +130,13 @@ FL_HD Verdict<T> judge(const RuleOf<T>& rule, T score) {
 }
 
 // The rules of 2506.02154, with those rows dropped by selection that its code lets poison the sum.
-FL_HD GroupRule rule_of(const ZProblem& p, std::int64_t group) {
+FL_HD KeepInterval keep_interval_of(const ZProblem& p, std::int64_t group) {
     const double infinity = std::numeric_limits<double>::infinity();
     const double count = p.moments[group];
     // One row has no unbiased standard deviation.
     if (!(count >= p.min_count && count > 1)) return {0, std::numeric_limits<double>::quiet_NaN(), 0, 0, p.keep_small};
-    GroupRule rule{p.moments[p.num_groups + group], std::sqrt(p.moments[2 * p.num_groups + group] / (count - 1)),
-                   -infinity, infinity, false};
+    KeepInterval rule{p.moments[p.num_groups + group], std::sqrt(p.moments[2 * p.num_groups + group] / (count - 1)),
+                      -infinity, infinity, false};
     if (is_regression(p.statistic)) {
         rule.std += 1e-8;
     } else if (rule.std < 1e-8) {
@@ -190,7 +190,7 @@ FL_HD ValueAndSlope<A> loss_of(const ZProblem& p, const Row& row) {
 
 // Weighted loss of a kept row, its weight: what the mean is made of. Zero for a dropped row, whatever it holds.
 template <class A>
-struct Share {
+struct WeightedLoss {
     A value, weight;
 };
 
@@ -201,7 +201,7 @@ FL_HD A class_weight_of(const ZProblem& p, const Row& row) {
 }
 
 template <class A>
-FL_HD Share<A> share_of(const ZProblem& p, const Row& row, bool kept) {
+FL_HD WeightedLoss<A> weighted_loss_of(const ZProblem& p, const Row& row, bool kept) {
     if (!kept) return {A(0), A(0)};
     const A weight = p.sample_weight.data ? row.of<A>(p.sample_weight) : A(1);
     if (is_class(p.statistic)) {
@@ -225,7 +225,7 @@ FL_HD std::int64_t kept_target_of(const ZProblem& p, std::int64_t target, std::i
 FL_HD bool mask_row(const ZProblem& p, const Row& row) {
     const std::int64_t group = group_of(p, row);
     Verdict<double> verdict{false, std::numeric_limits<double>::quiet_NaN()};
-    if (group >= 0) verdict = judge<double>(rule_of(p, group), score_of(p, row, group));
+    if (group >= 0) verdict = judge<double>(keep_interval_of(p, group), score_of(p, row, group));
     record(p, row.number, verdict);
     if (p.kept_target)
         p.kept_target[row.number] = kept_target_of(p, row.of<std::int64_t>(p.target), group, verdict.kept);

@@ -72,7 +72,7 @@ public:
         p.loss = loss;
         p.reduction = Reduction(random.below(4));  // the kernels deliver the same for each
         for (std::size_t k = 0; k < loss_params.size(); ++k) p.params[k] = double(A(loss_params[k]));
-        choose_spread();
+        choose_class_factors();
         p.logits = logits.data() + logits.layout.begin;
         set_strides(layout_of(s.kind, s.outer, s.inner, s.classes), p.logits_stride, p.logits_class_stride);
         choose_weights();
@@ -122,17 +122,17 @@ protected:
             for (std::int64_t i = 0; i < shape.inner; ++i) body(o, i);
     }
 
-    void choose_spread() {
-        p.spread = Spread::kNone;
+    void choose_class_factors() {
+        p.class_factors = ClassFactors::kNone;
         p.stats_count = 3;
-        if (is_pass_loss(p.loss)) {
-            visit_pass_loss(
+        if (is_multi_reduction_loss(p.loss)) {
+            visit_multi_reduction_loss(
                 p.loss, [&]<class Loss>() { p.stats_count = kStateSize<typename Loss::template State<float>, float>; });
             return;
         }
-        visit_loss(SoftmaxLosses{}, p.loss, [&]<class Loss>() { p.spread = Loss::spread(p.params); });
-        if (soft) p.spread = Spread::kSoftTarget;
-        if (p.spread != Spread::kNone) p.stats_count = 4;
+        visit_loss(SoftmaxLosses{}, p.loss, [&]<class Loss>() { p.class_factors = Loss::class_factors(p.params); });
+        if (soft) p.class_factors = ClassFactors::kSoftTarget;
+        if (p.class_factors != ClassFactors::kNone) p.stats_count = 4;
     }
 
     // Rounded where a test needs exact arithmetic.
@@ -239,7 +239,7 @@ protected:
 
     // Whether the loss of a row may be finite with class 0 at -inf.
     bool may_be_masked() const {
-        if (p.spread != Spread::kNone) return p.spread != Spread::kOnes && p.class_weight;
+        if (p.class_factors != ClassFactors::kNone) return p.class_factors != ClassFactors::kOnes && p.class_weight;
         return naive.masks && (!naive.masks_with || naive.masks_with(p.params));
     }
 

@@ -125,13 +125,14 @@ private:
     cudaError_t forward(const RowProblem& q, Result& result, bool any_grid) {
         shuffle_launches(any_grid);
         const cuda::LossOutput out = q.reduction == Reduction::kNone ? cuda::LossOutput{} : result.output(has_mean());
-        return is_pass_loss(q.loss) ? cuda::enqueue_pass_forward(q, out, nullptr)
-                                    : cuda::enqueue_forward(q, out, nullptr);
+        return is_multi_reduction_loss(q.loss) ? cuda::enqueue_multi_reduction_forward(q, out, nullptr)
+                                               : cuda::enqueue_forward(q, out, nullptr);
     }
 
     cudaError_t gradient(const RowProblem& q) {
         shuffle_launches(true);
-        return is_pass_loss(q.loss) ? cuda::enqueue_pass_gradient(q, nullptr) : cuda::enqueue_gradient(q, nullptr);
+        return is_multi_reduction_loss(q.loss) ? cuda::enqueue_multi_reduction_gradient(q, nullptr)
+                                               : cuda::enqueue_gradient(q, nullptr);
     }
 
     RowProblem with_outputs(Result& result) {
@@ -192,7 +193,7 @@ private:
     }
 
     void compare_reduction(Result& result) {
-        const bool guarded = p.reduction == Reduction::kActiveMean, active = guarded && is_pass_loss(p.loss);
+        const bool guarded = p.reduction == Reduction::kActiveMean, active = guarded && is_multi_reduction_loss(p.loss);
         double value = 0, weight = guarded ? kActiveGuard : 0, size = 0, unsure = 0, all = 0;
         for_rows([&](std::int64_t o, std::int64_t i) {
             value += double(result.values.at(o, i));

@@ -113,7 +113,7 @@ private:
 
     // Adds a row's weight if its loss is positive. Only losses of several passes count rows.
     void add_active(std::int64_t o, std::int64_t i, TileSums& total, TileSums& size) {
-        if (!is_pass_loss(p.loss)) return;
+        if (!is_multi_reduction_loss(p.loss)) return;
         const double of_class = p.class_weight ? double(class_weight.at(0, 0, target_of(o, i))) : 1.0;
         const double weight = sample_weight_of(o, i) * of_class;
         const bool either = may_be_zero(expected_of(o, i));

@@ -65,10 +65,11 @@ inline void test_assumed_denominator() {
 }
 
 // Every number of a row is held by one lane, as often as there is room for; tiles end within their memory.
-inline void test_register_plan(Dtype dtype, Spread spread, std::int64_t classes, std::int64_t rows, std::int64_t base) {
+inline void test_register_plan(Dtype dtype, ClassFactors factors, std::int64_t classes, std::int64_t rows,
+                               std::int64_t base) {
     const int element = bytes_of(dtype), per_word = 4 / element, per_access = 16 / element;
     RowProblem p;
-    p.dtype = dtype, p.spread = spread, p.inner = rows, p.num_classes = classes;
+    p.dtype = dtype, p.class_factors = factors, p.inner = rows, p.num_classes = classes;
     p.logits_stride = p.grad_stride = {rows * classes, classes};
     p.logits = p.grad = reinterpret_cast<void*>(base);
     const auto complain = [&](const RegisterPlan& plan, const char* what) {
@@ -101,10 +102,10 @@ inline void test_register_plan(Dtype dtype, Spread spread, std::int64_t classes,
 
 inline void test_register_plans() {
     for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16})
-        for (const Spread spread : {Spread::kNone, Spread::kOnes})
+        for (const ClassFactors factors : {ClassFactors::kNone, ClassFactors::kOnes})
             for (const int base : {0, bytes_of(dtype), 8})
                 for (int classes = 1; classes < 200000; classes += 1 + classes / 7)
-                    for (const int rows : {1, 1000, 1000000}) test_register_plan(dtype, spread, classes, rows, base);
+                    for (const int rows : {1, 1000, 1000000}) test_register_plan(dtype, factors, classes, rows, base);
     RowProblem p;
     p.dtype = Dtype::kFloat32, p.inner = 1000, p.num_classes = 100, p.logits_stride = p.grad_stride = {0, 100};
     check(bool(plan_tiles(p, 132)), "100 classes: no tiles");

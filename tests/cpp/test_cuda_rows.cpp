@@ -54,7 +54,7 @@ void test_offsets(Random& random) {
             for (int offset = 0; offset < int(16 / sizeof(Stored)); ++offset)
                 for (const bool passes : {false, true}) {
                     const Shape& shape = shapes[random.below(3)];
-                    const int loss = passes ? AllLosses::size - 1 - random.below(PassLosses::size) : 0;
+                    const int loss = passes ? AllLosses::size - 1 - random.below(MultiReductionLosses::size) : 0;
                     const std::vector<Params>& sets = naive_loss(loss_names()[loss]).params;
                     CudaCase<Stored> problem(shape, loss, sets[random.below(int(sets.size()))], random);
                     problem.test_offset(describe(shape, dtype, loss), offset);
@@ -68,7 +68,7 @@ void test_large_clusters(Random& random) {
     for (const bool passes : {false, true}) {
         const Dtype dtype = dtypes[random.below(3)];
         const int loss =
-            passes ? AllLosses::size - 1 - random.below(PassLosses::size) : random.below(SoftmaxLosses::size);
+            passes ? AllLosses::size - 1 - random.below(MultiReductionLosses::size) : random.below(SoftmaxLosses::size);
         // More than 8 blocks of 256 threads have room for: 48 numbers of one that keeps nothing else, 32 or fewer else.
         const Shape shape{Kind::kRows, 1, 2, needs_of(loss).has_margin ? 98401 : 66001};
         const std::vector<Params>& sets = naive_loss(loss_names()[loss]).params;

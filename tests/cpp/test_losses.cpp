@@ -38,9 +38,9 @@ struct RandomRow {
     std::vector<double> z, weight, soft, u;
     int y;
 
-    RandomRow(Random& random, int classes, bool weighted, Spread u_is, double smoothing = 0)
+    RandomRow(Random& random, int classes, bool weighted, ClassFactors u_is, double smoothing = 0)
         : y(random.below(classes)) {
-        const bool with_soft = u_is == Spread::kSoftTarget;
+        const bool with_soft = u_is == ClassFactors::kSoftTarget;
         const double spread = random.one_in(2) ? 1 : 4;
         double total = 0;
         for (int j = 0; j < classes; ++j) {
@@ -52,7 +52,7 @@ struct RandomRow {
         for (int j = 0; j < classes; ++j) {
             soft[j] /= total;
             const double share = with_soft ? (1 - smoothing) * soft[j] + smoothing / classes : 1;
-            u.push_back(u_is == Spread::kOnes ? 1 : weight[j] * share);
+            u.push_back(u_is == ClassFactors::kOnes ? 1 : weight[j] * share);
         }
         if (!with_soft) soft.clear();
     }
@@ -110,7 +110,7 @@ void test_gradients(int repeats) {
         const double kink = naive.kink ? naive.kink(params.data()) : 1.0;
         for (const int classes : {2, 3, 10, 1000}) {
             for (int i = 0; i < repeats; ++i) {
-                const RandomRow row(random, classes, i % 2 == 1, Loss::spread(params.data()));
+                const RandomRow row(random, classes, i % 2 == 1, Loss::class_factors(params.data()));
                 test_gradient(describe(Loss::name, params), row, row.naive(naive, params.data()), kink,
                               [&](const SoftmaxRow<double>& r) { return Loss::eval(r, params.data()); });
             }
@@ -119,7 +119,7 @@ void test_gradients(int repeats) {
     for (const double smoothing : {0.0, 0.1, 1.0}) {
         for (const int classes : {2, 3, 10, 1000}) {
             for (int i = 0; i < repeats; ++i) {
-                const RandomRow row(random, classes, i % 2 == 1, Spread::kSoftTarget, smoothing);
+                const RandomRow row(random, classes, i % 2 == 1, ClassFactors::kSoftTarget, smoothing);
                 test_gradient("soft cross entropy", row, row.naive(naive_loss("cross_entropy"), &smoothing), 1.0,
                               [&](const SoftmaxRow<double>& r) { return SoftCrossEntropy::eval(r, &smoothing); });
             }
@@ -208,18 +208,19 @@ void test_limits() {
     test_limit<OfTarget<Focal>, CrossEntropy>("focal, gamma = 0: cross entropy", {0}, {0}, 1e-13);
 }
 
-// The spread decides which numbers a kernel computes; what it leaves out must not matter.
-void test_spread() {
+// The class factors decide which numbers a kernel computes; what they leave out must not matter.
+void test_class_factors() {
     for_each_loss([]<class Loss>(const NaiveLoss&, const Params& params) {
-        const bool needed = Loss::spread(params.data()) != Spread::kNone;
+        const bool needed = Loss::class_factors(params.data()) != ClassFactors::kNone;
         const auto at = [&](double sum_neg_log_p, double sum_u) {
             return Loss::eval(SoftmaxRow<double>{-1.5, sum_neg_log_p, sum_u, 0.7, 10.0}, params.data());
         };
         const AffineRow<double> one = at(40, 10), other = at(50, 20);
         const bool differs = one.value != other.value || one.alpha != other.alpha || one.gamma != other.gamma;
         const bool no_share = Loss::name != CrossEntropy::name && params.size() > 0 && params[0] == 0;  // of NCE
-        check(differs == (needed && !no_share), "%s: spread is %d", describe(Loss::name, params).c_str(), needed);
-        check(needed || one.gamma == 0, "%s: gamma without spread", describe(Loss::name, params).c_str());
+        check(differs == (needed && !no_share), "%s: class factors are %d", describe(Loss::name, params).c_str(),
+              needed);
+        check(needed || one.gamma == 0, "%s: gamma without class factors", describe(Loss::name, params).c_str());
     });
 }
 
@@ -237,7 +238,7 @@ void test_names() {
 int main(int argc, char** argv) {
     const int repeats = argc > 1 ? std::max(1, std::atoi(argv[1])) : 12;
     test_names();
-    test_spread();
+    test_class_factors();
     test_gradients(repeats);
     test_float();
     test_masked_target<float>();

@@ -1,5 +1,5 @@
-// The losses of several passes (core/pass_loss.h) of losses/registry.h, run over one row of scalars: values and
-// gradients against naive_losses.h, gradients against finite differences of the values, and the limits in which one
+// The losses of several passes (core/multi_reduction_loss.h) of losses/registry.h, run over one row of scalars: values
+// and gradients against naive_losses.h, gradients against finite differences of the values, and the limits in which one
 // loss becomes another.
 #include <algorithm>
 #include <cstdlib>
@@ -40,9 +40,9 @@ template <class Loss>
 using StateOf = typename Loss::template State<double>;
 
 template <class Loss, class... Args>
-Sums<double, Loss::num_sums> term_of(bool last, Args... args) {
+Sums<double, Loss::num_sums> map_of(bool last, Args... args) {
     double* const nothing = nullptr;
-    return last ? Loss::template term<true>(args..., nothing) : Loss::template term<false>(args..., nothing);
+    return last ? Loss::template map<true>(args..., nothing) : Loss::template map<false>(args..., nothing);
 }
 
 // One pass over the row: the sums of the terms go to `state`.
@@ -51,7 +51,7 @@ Sums<double, Loss::num_sums> sums_of(int pass, const StateOf<Loss>& state, const
     Sums<double, Loss::num_sums> sums = {};
     const int last = Loss::passes(params) - 1;
     for (std::size_t j = 0; j < row.z.size(); ++j) {
-        const auto term = term_of<Loss>(pass == last, pass, state, row.z[j], row.margin[j], int(j) == row.y, params);
+        const auto term = map_of<Loss>(pass == last, pass, state, row.z[j], row.margin[j], int(j) == row.y, params);
         for (int k = 0; k < Loss::num_sums; ++k) sums.v[k] += term.v[k];
     }
     return sums;
@@ -62,7 +62,7 @@ StateOf<Loss> run(const Row& row, const Params& params) {
     const RowInputs<double> inputs = row.inputs();
     StateOf<Loss> state = Loss::begin(inputs, params.data());
     for (int pass = 0; pass < Loss::passes(params.data()); ++pass)
-        Loss::end_pass(pass, state, sums_of<Loss>(pass, state, row, params.data()), inputs, params.data());
+        Loss::finalize(pass, state, sums_of<Loss>(pass, state, row, params.data()), inputs, params.data());
     return state;
 }
 
@@ -74,7 +74,7 @@ double gradient(const StateOf<Loss>& state, const Row& row, const Params& params
 template <class Body>
 void for_each_loss(Body body) {
     for (int index = SoftmaxLosses::size; index < AllLosses::size; ++index) {
-        visit_pass_loss(index, [&]<class Loss>() {
+        visit_multi_reduction_loss(index, [&]<class Loss>() {
             const NaiveLoss& naive = naive_loss(Loss::name);
             for (const Params& params : naive.params) {
                 check(params.size() == Loss::num_params, "%s reads %d parameters", Loss::name, Loss::num_params);
@@ -173,7 +173,7 @@ void test_detached_factor(int repeats) {
         const Params params = {gamma, 1};
         for (int i = 0; i < repeats; ++i) {
             const Row row = random_row(random, 10);
-            const StateOf<OfShares<NFL>> state = run<OfShares<NFL>>(row, params);
+            const StateOf<NormalizedLoss<NFL>> state = run<NormalizedLoss<NFL>>(row, params);
             const auto log_p = [](const Row& r) { return log_softmax({{r.z.begin(), r.z.end()}, r.y, {}, {}, {}}); };
             std::vector<Real> factor;
             for (const Real t : log_p(row)) factor.push_back(std::pow(-std::expm1(t), Real(gamma)));
@@ -188,7 +188,7 @@ void test_detached_factor(int repeats) {
                 };
                 constexpr double h = 1e-4;
                 const double differences = double((value_at(h) - value_at(-h)) / (2 * h));
-                const double grad = gradient<OfShares<NFL>>(state, row, params, j);
+                const double grad = gradient<NormalizedLoss<NFL>>(state, row, params, j);
                 check(std::fabs(grad - differences) <= 1e-7, "nfl(%g) detached: gradient %.12g, differences %.12g",
                       gamma, grad, differences);
             }
@@ -215,17 +215,20 @@ void test_same(const char* what, const Params& a, const Params& b, double tolera
 }
 
 void test_limits() {
-    using Nfl = OfShares<NFL>;
-    test_same<OfShares<NFLMAE>, Nfl>("nfl_mae(1, 0): nfl", {1, 0, 0.5, 0, 1}, {0.5, 0}, 1e-13);
-    test_same<OfShares<NFLRCE>, OfShares<NFLMAE>>("nfl_rce: nfl_mae", {2, 3, 0.5, 1, 4}, {2, 3, 0.5, 1, 4}, 0);
+    using Nfl = NormalizedLoss<NFL>;
+    test_same<NormalizedLoss<NFLMAE>, Nfl>("nfl_mae(1, 0): nfl", {1, 0, 0.5, 0, 1}, {0.5, 0}, 1e-13);
+    test_same<NormalizedLoss<NFLRCE>, NormalizedLoss<NFLMAE>>("nfl_rce: nfl_mae", {2, 3, 0.5, 1, 4}, {2, 3, 0.5, 1, 4},
+                                                              0);
     test_same<Nfl, Nfl>("nfl, gamma = 0: nothing to detach", {0, 0}, {0, 1}, 1e-14);
     test_same<NGCE, Nfl>("ngce, q -> 0: nfl, gamma = 0", {1e-9}, {0, 0}, 1e-6);
-    test_same<OfShares<AsNFLSum<ANLCE>>, OfShares<AsNFLSum<NNCE>>>("anl_ce(0, 1): nnce", {0, 1, 1e-7}, {1e-7}, 0);
-    test_same<OfShares<AsNFLSum<ANLFL>>, Nfl>("anl_fl(1, 0): nfl", {1, 0, 0.5, 0, 1e-7}, {0.5, 0}, 1e-13);
-    test_same<OfShares<AsNFLSum<NNFL>>, OfShares<AsNFLSum<NNCE>>>("nnfl, gamma = 0: nnce", {0, 0, 1e-7}, {1e-7}, 1e-13);
-    test_same<OfShares<AsNFLSum<JALCE>>, AMSE>("jal_ce(0, 1): amse", {0, 1, 30}, {30}, 1e-13);
-    test_same<OfShares<AsNFLSum<JALFL>>, OfShares<AsNFLSum<JALCE>>>("jal_fl, gamma = 0: jal_ce", {2, 3, 0, 1, 30},
-                                                                    {2, 3, 30}, 1e-13);
+    test_same<NormalizedLoss<AsNFLSum<ANLCE>>, NormalizedLoss<AsNFLSum<NNCE>>>("anl_ce(0, 1): nnce", {0, 1, 1e-7},
+                                                                               {1e-7}, 0);
+    test_same<NormalizedLoss<AsNFLSum<ANLFL>>, Nfl>("anl_fl(1, 0): nfl", {1, 0, 0.5, 0, 1e-7}, {0.5, 0}, 1e-13);
+    test_same<NormalizedLoss<AsNFLSum<NNFL>>, NormalizedLoss<AsNFLSum<NNCE>>>("nnfl, gamma = 0: nnce", {0, 0, 1e-7},
+                                                                              {1e-7}, 1e-13);
+    test_same<NormalizedLoss<AsNFLSum<JALCE>>, AMSE>("jal_ce(0, 1): amse", {0, 1, 30}, {30}, 1e-13);
+    test_same<NormalizedLoss<AsNFLSum<JALFL>>, NormalizedLoss<AsNFLSum<JALCE>>>("jal_fl, gamma = 0: jal_ce",
+                                                                                {2, 3, 0, 1, 30}, {2, 3, 30}, 1e-13);
     test_same<PowerLoss<AnyPowerRule>, NGCE>("any_power: ngce", {0.7, 0, 0}, {0.7}, 0);
     test_same<PowerLoss<AnyPowerRule>, SGCE>("any_power: sgce", {0.7, 1, 0}, {0.7}, 0);
     test_same<PowerLoss<AnyPowerRule>, AMSE>("any_power: amse", {2, 2, 30}, {30}, 0);

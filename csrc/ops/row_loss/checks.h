@@ -113,7 +113,7 @@ inline void check_other_label(RowLossArgs& args, OtherLabel& other, const RowLos
     check(!shape.soft_target, args.loss, ": class probabilities cannot be mixed with a second target");
     check_value(args.logit_bias == 0 && !args.logit_bias_tensor, args.loss, ": logit_bias is for one target");
     const int loss = index_of(AllLosses{}, args.loss);
-    check_value(!is_pass_loss(loss), args.loss, ": takes one target only");
+    check_value(!is_multi_reduction_loss(loss), args.loss, ": takes one target only");
     std::swap(args.target, *other.target);
     check_target(args, needs_of(loss), shape.rows);
     std::swap(args.target, *other.target);

@@ -77,8 +77,8 @@ private:
             const double given = args.params.values[i];
             problem.params[i] = acc == dtypes::float64 ? given : static_cast<double>(static_cast<float>(given));
         }
-        problem.spread = spread_of(problem.loss, problem.params, shape.soft_target);
-        problem.stats_count = stats_count_of(problem.loss, problem.spread);
+        problem.class_factors = class_factors_of(problem.loss, problem.params, shape.soft_target);
+        problem.stats_count = stats_count_of(problem.loss, problem.class_factors);
         problem.ignore_index = args.ignore_index;
         problem.logit_bias = args.logit_bias;
         if (!args.logit_bias_tensor) return;

@@ -1,4 +1,4 @@
-// Losses of several passes (core/pass_loss.h) on a tile, vertical or horizontal.
+// Losses of several passes (core/multi_reduction_loss.h) on a tile, vertical or horizontal.
 #pragma once
 
 #include "cpu/horizontal_view.h"
@@ -8,7 +8,7 @@ namespace fused_losses {
 inline namespace FL_ISA {
 
 template <class A, class Loss, bool vertical>
-class PassTile {
+class MultiReductionTile {
     using V = Vec<A>;
     using View = std::conditional_t<vertical, VerticalView<A>, HorizontalView<A>>;
     using State = typename Loss::template State<V>;
@@ -19,7 +19,7 @@ class PassTile {
     static_assert(kStates <= kMaxState);
 
 public:
-    PassTile(const RowProblem& problem, std::int64_t tile_rows)
+    MultiReductionTile(const RowProblem& problem, std::int64_t tile_rows)
         : p(problem),
           passes(Loss::passes(problem.params)),
           view(problem, tile_rows),
@@ -95,7 +95,7 @@ private:
             for (int i = 0; i < Loss::num_sums; ++i) view.put_total(sums[group].v[i], part, partial.v[i]);
         });
         view.for_groups(
-            [&](int group, int, int) { Loss::end_pass(pass, states[group], sums[group], rows[group], params.data()); });
+            [&](int group, int, int) { Loss::finalize(pass, states[group], sums[group], rows[group], params.data()); });
     }
 
     static State in_part(const State& state, int part) {
@@ -110,7 +110,7 @@ private:
     template <bool last, bool keeps>
     AllSums sum_classes(int pass, int part, const State state, const RowInputs<V>& row) {
         constexpr int used = last ? Loss::num_sums : Loss::num_early_sums;
-        const std::array<V, kMaxParams> own = params;
+        const std::array<V, kMaxParams> local_params = params;
         const auto margins = class_margins(view.in_part(row.margin, part));
         const A* const logits = view.logits(part);
         V sums[used], runs[used];  // of this run of vectors, of those before
@@ -121,8 +121,9 @@ private:
         VectorBits<A>* const bits = makes_bits ? bits_of(part) : nullptr;
         const auto add_class = [&](std::int64_t k, auto count, Mask<A> is_target, auto add) FL_INLINE {
             const V z = load_n_or(logits + k * V::size, count, A(0));
-            const auto term = Loss::template term<last>(pass, state, z, margins.at(k, count), is_target, own.data(),
-                                                        keeps ? room + k * Loss::num_kept : nullptr);
+            const auto term =
+                Loss::template map<last>(pass, state, z, margins.at(k, count), is_target, local_params.data(),
+                                         keeps ? room + k * Loss::num_kept : nullptr);
             unrolled<used>([&](auto i) FL_INLINE { sums[i] = add(sums[i], term.v[i]); });
             if constexpr (makes_bits)
                 if (bits) bits[k] = nonzero_bits(Loss::bit(term));
@@ -142,7 +143,7 @@ private:
     // What a pass before the last adds up in one part if that are reciprocals: 1/a + 1/b = (a + b) / (a b).
     template <Early inputs>
     V sum_reciprocals(int part, const State state) const {
-        const std::array<V, kMaxParams> own = params;
+        const std::array<V, kMaxParams> local_params = params;
         const A* const logits = view.logits(part);
         V* const room = kept_of(part);
         const auto denominator = [&](std::int64_t k, auto count) FL_INLINE {
@@ -152,7 +153,7 @@ private:
             else
                 input = Loss::early_input(state, load_n_or(logits + k * V::size, count, A(0)));
             if constexpr (inputs == Early::kToKeep) room[k * Loss::num_kept] = input;
-            return Loss::denominator(state, input, own.data());
+            return Loss::denominator(state, input, local_params.data());
         };
         const std::int64_t pairs = view.whole / 2;
         V total = A(0);
@@ -195,7 +196,7 @@ private:
 
     template <Source source>
     void write_part(int part, const State state, V scale, V row_margin) {
-        const std::array<V, kMaxParams> own = params;
+        const std::array<V, kMaxParams> local_params = params;
         const auto margins = class_margins(row_margin);
         const A* const logits = view.logits(part);
         A* const gradient = view.gradient(part);
@@ -206,10 +207,10 @@ private:
             if constexpr (source == Source::kBits)
                 g = Loss::gradient_of_bit(state, from_bits<A>(bits[k]), is_target);
             else if constexpr (source == Source::kKept)
-                g = Loss::gradient(state, room + k * Loss::num_kept, is_target, own.data());
+                g = Loss::gradient(state, room + k * Loss::num_kept, is_target, local_params.data());
             else
                 g = gradient_at<Loss>(state, load_n_or(logits + k * V::size, count, A(0)), margins.at(k, count),
-                                      is_target, own.data());
+                                      is_target, local_params.data());
             store_n(gradient + k * V::size, scale * g, count);
         };
         if constexpr (source == Source::kKept)

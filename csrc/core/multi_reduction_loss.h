@@ -11,13 +11,13 @@
 //     template <class T> struct State;         numbers per row, floating point only; saved for backward as they are
 //     passes(params) -> int
 //     begin(row, params) -> State
-//     term<last>(pass, state, z, margin, is_target, params, T* kept) -> Sums      what one class adds
-//     end_pass(pass, state, sums, row, params)                                    sums over all classes
+//     map<last>(pass, state, z, margin, is_target, params, T* kept) -> Sums      what one class adds
+//     finalize(pass, state, sums, row, params)                                   sums over all classes
 //     value(state) -> T
-//     keep(state, z, margin, is_target, params, T* kept)                          what passes have left in the end
-//     gradient(state, kept, is_target, params) -> T                               dL/dz of one class
+//     keep(state, z, margin, is_target, params, T* kept)                         what passes have left in the end
+//     gradient(state, kept, is_target, params) -> T                              dL/dz of one class
 //
-// `last` says whether the pass is. Kept is null in `term` where there is no room: then every pass starts from the
+// `last` says whether the pass is. Kept is null in `map` where there is no room: then every pass starts from the
 // logit. On CUDA the last kept number has the logit's place: only a pass that is the last to need the logit may write
 // it.
 //
@@ -77,44 +77,44 @@ FL_HD T gradient_at(const State& s, T z, T margin, math::mask_t<T> is_target, co
 
 // n_j and W_j = -dn_j / dlog p_j
 template <class T>
-struct Share {
+struct NormalizedTerm {
     T n, w;
 };
 
 // From D = sum n_j: L = n_y / D, dL/dz_j = (W_y (p_j - [j = y]) - L (p_j sum W - W_j)) / D: affine in p with u_j = W_j.
 template <class T>
-FL_HD AffineRow<T> normalized(const Share<T>& own, T sum_n, T sum_w) {
-    const T value = own.n / sum_n;
-    return {value, (own.w - value * sum_w) / sum_n, -own.w / sum_n, value / sum_n};
+FL_HD AffineRow<T> normalized(const NormalizedTerm<T>& of_target, T sum_n, T sum_w) {
+    const T value = of_target.n / sum_n;
+    return {value, (of_target.w - value * sum_w) / sum_n, -of_target.w / sum_n, value / sum_n};
 }
 
 template <class T, int n>
-struct Shares {
-    Share<T> of[n];
+struct NormalizedTerms {
+    NormalizedTerm<T> of[n];
 };
 
-// dL/dz_j = alpha p_j + beta [j = y] + sum_i gamma[i] W_j of the i-th share
+// dL/dz_j = alpha p_j + beta [j = y] + sum_i gamma[i] W_j of the i-th term
 template <class T, int n>
-struct SharesRow {
+struct NormalizedRow {
     T value, alpha, beta, gamma[n];
 };
 
 // Adapts a loss of one or two such sums:
-//     static constexpr int num_shares;
-//     shares(log_p, p, params) -> Shares
-//     eval(log_p, own, sums, num_classes, params) -> SharesRow      own: of the target; sums: of n, of W, for each
-//     share
+//     static constexpr int num_terms;
+//     terms(log_p, p, params) -> NormalizedTerms
+//     eval(log_p, own, sums, num_classes, params) -> NormalizedRow      own: of the target; sums: of n, of W, for each
+//     term
 template <class Loss>
-struct OfShares {
-    static constexpr int num_shares = Loss::num_shares;
+struct NormalizedLoss {
+    static constexpr int num_terms = Loss::num_terms;
     static constexpr const char* name = Loss::name;
     static constexpr int num_params = Loss::num_params, min_classes = Loss::min_classes;
-    static constexpr int num_sums = 2 * num_shares, num_early_sums = 1, num_kept = 1 + num_shares;
+    static constexpr int num_sums = 2 * num_terms, num_early_sums = 1, num_kept = 1 + num_terms;
     static constexpr bool needs_max = true;
 
     template <class T>
     struct State {
-        T max, log_sum, value, alpha, own, gamma[num_shares];
+        T max, log_sum, value, alpha, target_grad, gamma[num_terms];
     };
 
     template <class T>
@@ -131,7 +131,7 @@ struct OfShares {
 
     // Kept: exp(z - max), in the end p; W.
     template <bool last, class T>
-    FL_HD static Sums<T, num_sums> term(int, const State<T>& s, T z, T, math::mask_t<T>, const T* params, T* kept) {
+    FL_HD static Sums<T, num_sums> map(int, const State<T>& s, T z, T, math::mask_t<T>, const T* params, T* kept) {
         const T e = last && kept ? kept[0] : math::exp_not_positive(z - s.max);
         if (kept) kept[0] = e;
         Sums<T, num_sums> sums{};
@@ -140,34 +140,34 @@ struct OfShares {
             return sums;
         }
         const T p = e * math::exp_not_positive(-s.log_sum);
-        const Shares<T, num_shares> shares = Loss::shares((z - s.max) - s.log_sum, p, params);
+        const NormalizedTerms<T, num_terms> terms = Loss::terms((z - s.max) - s.log_sum, p, params);
         if (kept) kept[0] = p;
-        for (int i = 0; i < num_shares; ++i) {
-            sums.v[2 * i] = shares.of[i].n, sums.v[2 * i + 1] = shares.of[i].w;
-            if (kept) kept[1 + i] = shares.of[i].w;
+        for (int i = 0; i < num_terms; ++i) {
+            sums.v[2 * i] = terms.of[i].n, sums.v[2 * i + 1] = terms.of[i].w;
+            if (kept) kept[1 + i] = terms.of[i].w;
         }
         return sums;
     }
 
     template <class T>
-    FL_HD static void end_pass(int pass, State<T>& s, const Sums<T, num_sums>& sums, const RowInputs<T>& row,
+    FL_HD static void finalize(int pass, State<T>& s, const Sums<T, num_sums>& sums, const RowInputs<T>& row,
                                const T* params) {
         if (pass == 0) {
             s.log_sum = math::log(sums.v[0]);
             return;
         }
         const T log_p = (row.target_logit - s.max) - s.log_sum;
-        const Shares<T, num_shares> own = Loss::shares(log_p, math::exp(log_p), params);
-        const SharesRow<T, num_shares> of = Loss::eval(log_p, own, sums, row.num_classes, params);
+        const NormalizedTerms<T, num_terms> own = Loss::terms(log_p, math::exp(log_p), params);
+        const NormalizedRow<T, num_terms> of = Loss::eval(log_p, own, sums, row.num_classes, params);
         s.value = of.value;
         s.alpha = of.alpha;
-        // As own_gradient.
+        // As target_gradient.
         T rest = of.alpha + of.beta;
-        for (int i = 0; i < num_shares; ++i) {
+        for (int i = 0; i < num_terms; ++i) {
             s.gamma[i] = of.gamma[i];
             rest += of.gamma[i] * own.of[i].w;
         }
-        s.own = rest + of.alpha * math::expm1(log_p);
+        s.target_grad = rest + of.alpha * math::expm1(log_p);
     }
 
     template <class T>
@@ -179,15 +179,15 @@ struct OfShares {
     FL_HD static void keep(const State<T>& s, T z, T, math::mask_t<T>, const T* params, T* kept) {
         const T log_p = (z - s.max) - s.log_sum;
         kept[0] = math::exp_not_positive(log_p);
-        const Shares<T, num_shares> shares = Loss::shares(log_p, kept[0], params);
-        for (int i = 0; i < num_shares; ++i) kept[1 + i] = shares.of[i].w;
+        const NormalizedTerms<T, num_terms> terms = Loss::terms(log_p, kept[0], params);
+        for (int i = 0; i < num_terms; ++i) kept[1 + i] = terms.of[i].w;
     }
 
     template <class T>
     FL_HD static T gradient(const State<T>& s, const T* kept, math::mask_t<T> is_target, const T*) {
         T g = s.alpha * kept[0];
-        for (int i = 0; i < num_shares; ++i) g += s.gamma[i] * kept[1 + i];
-        return math::select(is_target, s.own, g);
+        for (int i = 0; i < num_terms; ++i) g += s.gamma[i] * kept[1 + i];
+        return math::select(is_target, s.target_grad, g);
     }
 };
 
