@@ -6,11 +6,10 @@ import copy
 import math
 import os
 import pickle
-from datetime import timedelta
 
 import pytest
 import torch
-import torch.distributed as dist
+from gloo_group import gloo_group
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -213,15 +212,8 @@ def train(shares, rank, world_size, wrap):
 
 
 def worker(rank, world_size, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size,
-        timeout=timedelta(seconds=60),
-    )  # fmt: skip
-    try:
+    with gloo_group(rank, world_size, folder):
         torch.save(train([rank], rank, world_size, DistributedDataParallel), os.path.join(folder, f"rank{rank}.pt"))
-    finally:
-        dist.destroy_process_group()
 
 
 def test_ranks_with_their_own_rows_are_one_process(tmp_path):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from gloo_group import gloo_group
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -376,17 +376,10 @@ CHECKS = {
 
 
 def worker(rank, world_size, folder, names):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size,
-        timeout=timedelta(seconds=60),
-    )  # fmt: skip
-    try:
+    with gloo_group(rank, world_size, folder):
         for name in names:
             CHECKS[name](rank, world_size)
             open(os.path.join(folder, f"{name}{rank}"), "w").close()
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.slow

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from gloo_group import gloo_group
 from scipy.special import lambertw
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -198,16 +198,9 @@ def train_step(group, rows, wrap):
 
 
 def worker(rank, world_size, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size,
-        timeout=timedelta(seconds=60),
-    )  # fmt: skip
-    try:
+    with gloo_group(rank, world_size, folder):
         rows = (torch.arange(20) < 13) == (rank == 0)
         torch.save(train_step(dist.group.WORLD, rows, DistributedDataParallel), os.path.join(folder, f"rank{rank}.pt"))
-    finally:
-        dist.destroy_process_group()
 
 
 def test_ranks_together_are_one_process(tmp_path):

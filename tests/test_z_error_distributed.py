@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
+from gloo_group import gloo_group
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -87,19 +87,12 @@ def train_step(group, rows, wrap):
 
 
 def worker(rank, world_size, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size,
-        timeout=timedelta(seconds=60),
-    )  # fmt: skip
-    try:
+    with gloo_group(rank, world_size, folder):
         rows = share_of(rank, world_size)
         found = train_step(dist.group.WORLD, rows, DistributedDataParallel)
         x, target, _ = make_batch()
         statistics = fl.class_statistics(x[rows, 0], target[rows], CLASSES).all_reduce()
         torch.save((found, statistics), os.path.join(folder, f"rank{rank}.pt"))
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.long)])
