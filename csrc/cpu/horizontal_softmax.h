@@ -73,9 +73,9 @@ private:
             Buffer::widen_row(as<Stored>(p.soft_target) + offset, p.soft_target_class_stride, classes, u);
         else
             Buffer::widen_row(as<A>(p.soft_target) + offset, p.soft_target_class_stride, classes, u);
-        const A keep = A(1) - A(p.params[0]), uniform = A(p.params[0]) / A(classes);
+        const SmoothedTarget<A> smoothed(p.params, A(classes));
         const A* weight = as<A>(p.class_weight);
-        for (std::int64_t c = 0; c < classes; ++c) u[c] = (weight ? weight[c] : A(1)) * (keep * u[c] + uniform);
+        for (std::int64_t c = 0; c < classes; ++c) u[c] = smoothed(u[c], weight ? weight[c] : A(1));
     }
 
     // u_j of SoftmaxRow in memory; null means ones.

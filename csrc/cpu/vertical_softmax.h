@@ -64,12 +64,10 @@ private:
             Block::load_classes(as<Stored>(p.soft_target) + offset, row_stride, class_stride, classes, n, u);
         else
             Block::load_classes(as<A>(p.soft_target) + offset, row_stride, class_stride, classes, n, u);
-        const A keep = A(1) - A(p.params[0]), uniform = A(p.params[0]) / A(classes);
+        const SmoothedTarget<A> smoothed(p.params, A(classes));
         const A* weights = as<A>(p.class_weight);
-        for (std::int64_t c = 0; c < classes; ++c) {
-            const V share = V(keep) * V::load(u + c * kWidth) + V(uniform);
-            (V(weights ? weights[c] : A(1)) * share).store(u + c * kWidth);
-        }
+        for (std::int64_t c = 0; c < classes; ++c)
+            smoothed(V::load(u + c * kWidth), V(weights ? weights[c] : A(1))).store(u + c * kWidth);
     }
 
     // u_j of SoftmaxRow

@@ -15,6 +15,7 @@
 #include "core/row_problem.h"
 #include "core/softmax_loss.h"
 #include "cuda/launch.h"
+#include "losses/cross_entropy.h"
 
 namespace fused_losses::cuda {
 
@@ -139,14 +140,13 @@ public:
     FL_DEVICE ClassFactorReader(const RowProblem& problem, const RowArgs<A>& args, const Row& row)
         : p(problem),
           offset(p.soft_target ? p.soft_target_stride.at(row.outer, row.inner) : 0),
-          keep(A(1) - args.params[0]),
-          uniform(args.params[0] / A(p.num_classes)) {}
+          smoothed(args.params, A(p.num_classes)) {}
 
     FL_DEVICE A operator()(int cls) const {
         if (p.class_factors <= ClassFactors::kOnes) return A(1);  // without u_j, any number will do
         const A weight = p.class_weight ? as<A>(p.class_weight)[cls] : A(1);
         if (!p.soft_target) return weight;
-        return weight * (keep * label(offset + cls * p.soft_target_class_stride) + uniform);
+        return smoothed(label(offset + cls * p.soft_target_class_stride), weight);
     }
 
 private:
@@ -158,7 +158,7 @@ private:
 
     const RowProblem& p;
     const std::int64_t offset;
-    const A keep, uniform;
+    const SmoothedTarget<A> smoothed;
 };
 
 // ---- Memory ------------------------------------------------------------------------------------------------------

@@ -27,7 +27,22 @@ struct CrossEntropy {
     }
 };
 
-// Soft targets: sum_j u_j (-log p_j) with u_j = w_j ((1 - s) y_j + s / K), which the caller has put into u.
+// u_j of a soft target y_j: w_j ((1 - s) y_j + s / K).
+template <class T>
+struct SmoothedTarget {
+    T keep, uniform;
+
+    template <class Param>
+    FL_HD SmoothedTarget(const Param* params, T num_classes)
+        : keep(T(1) - T(params[0])), uniform(T(params[0]) / num_classes) {}
+
+    template <class V>
+    FL_HD V operator()(V label, V weight) const {
+        return weight * (V(keep) * label + V(uniform));
+    }
+};
+
+// Soft targets: sum_j u_j (-log p_j).
 struct SoftCrossEntropy {
     template <class T>
     FL_HD static AffineRow<T> eval(const SoftmaxRow<T>& row, const T*) {
