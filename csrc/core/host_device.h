@@ -4,6 +4,8 @@
 // For a lambda, behind its parameters; and for functions of the host alone.
 #define FL_INLINE __attribute__((always_inline))
 #define FL_ALWAYS_INLINE inline __attribute__((always_inline))
+// For what is called once per tile by many kernels: a copy in each only takes time to compile.
+#define FL_NOINLINE __attribute__((noinline))
 
 #ifdef __CUDACC__
 #define FL_HD __host__ __device__ __forceinline__

@@ -34,9 +34,9 @@ public:
         for (first_row = 0; first_row < n; first_row += strip_rows) {
             row_count = std::min(strip_rows + 0, n - first_row);
             next = first + first_row + row_count;
-            with_stored<A>(p, [&]<class Stored>() { take_rows<Stored>(); });
+            read_strip();
             body(outer * p.inner + first + first_row);
-            if (p.grad) with_stored<A>(p, [&]<class Stored>() { finish_gradient<Stored>(); });
+            if (p.grad) write_strip();
         }
     }
 
@@ -80,7 +80,7 @@ public:
         }
     };
 
-    PerGroup find_max() const {
+    FL_NOINLINE PerGroup find_max() const {
         constexpr A lowest = -std::numeric_limits<A>::infinity();
         PerGroup all;
         all.fill(V(A(0)));
@@ -128,6 +128,13 @@ public:
     TileRows<A> rows;
 
 private:
+    FL_NOINLINE void read_strip() {
+        with_stored<A>(p, [&]<class Stored>() { take_rows<Stored>(); });
+    }
+    FL_NOINLINE void write_strip() {
+        with_stored<A>(p, [&]<class Stored>() { finish_gradient<Stored>(); });
+    }
+
     // Finds a place for the gradient of the strip's rows, and their logits where they are asked for.
     template <class Stored>
     void take_rows() {

@@ -2,6 +2,7 @@
 // normaliser and the loss itself are vectorised too.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "core/math.h"
@@ -48,6 +49,7 @@ struct alignas(64) TileRows {
     // ignored the other stands in its place.
     std::int64_t other_target[kMax];
     A other_weight[kMax], other_logit[kMax], other_grad[kMax], factor[kMax], other_factor[kMax];
+    A first_value[kMax], first_alpha[kMax], first_gamma[kMax], first_grad[kMax];  // of the first one alone
     A counted[kMax];                 // 1, or 0 for ignored rows and behind the last row
     bool any_ignored, any_residual;  // any_residual: sum_residual has other numbers than zeros
     int padded;                      // rows rounded up to whole vectors
@@ -56,7 +58,7 @@ struct alignas(64) TileRows {
     bool ignored(int i) const { return counted[i] == A(0); }
 
     // Reads targets and weights of rows [first, first + n) of image `outer`; clears what follows, up to whole vectors.
-    void begin(const RowProblem& p, std::int64_t outer, std::int64_t first, int n) {
+    FL_NOINLINE void begin(const RowProblem& p, std::int64_t outer, std::int64_t first, int n) {
         padded = (n + kGranule - 1) / kGranule * kGranule;
         any_residual = false;
         bias = p.logit_bias_device ? *as<A>(p.logit_bias_device) : A(p.logit_bias);
@@ -237,9 +239,30 @@ private:
     }
 
     void evaluate(const RowProblem& p) {
+        evaluate_label(p);
+        if (!p.other_target) return;
+        // The second label has the same softmax: the loss once more, with that label's logit and weight.
+        for_padded([&](int i) {
+            V::load(value + i).store(first_value + i);
+            if (!p.grad) return;
+            V::load(alpha + i).store(first_alpha + i);
+            V::load(gamma + i).store(first_gamma + i);
+            V::load(target_grad + i).store(first_grad + i);
+        });
+        exchange_labels();
+        evaluate_label(p);
+        exchange_labels();
+        add_labels(p);
+    }
+
+    void exchange_labels() {
+        std::swap_ranges(target_logit, target_logit + padded, other_logit);
+        std::swap_ranges(class_weight, class_weight + padded, other_weight);
+    }
+
+    void evaluate_label(const RowProblem& p) {
         if (p.class_factors == ClassFactors::kSoftTarget) return evaluate_as<SoftCrossEntropy>(p);
-        visit_loss(SoftmaxLosses{}, p.loss,
-                   [&]<class Loss>() { p.other_target ? evaluate_both<Loss>(p) : evaluate_as<Loss>(p); });
+        visit_loss(SoftmaxLosses{}, p.loss, [&]<class Loss>() { evaluate_as<Loss>(p); });
     }
 
     template <class Loss>
@@ -265,50 +288,29 @@ private:
         });
     }
 
-    // One label's part in the coefficients of its row.
-    struct OfLabel {
-        AffineRow<V> affine;
-        V log_p, u;
-
-        FL_ALWAYS_INLINE void multiply(V by) {
-            for (V* x : {&affine.value, &affine.alpha, &affine.beta, &affine.gamma})
-                *x = math::select(by == V(A(0)), V(A(0)), by * *x);
-        }
-        FL_ALWAYS_INLINE V gradient_at(const OfLabel& other) const {
-            return affine.alpha * math::exp(other.log_p) + affine.gamma * other.u;
-        }
-        FL_ALWAYS_INLINE V own() const { return target_gradient(affine, log_p, u); }
-    };
-
     // Of two labels with one softmax: their coefficients add up, but for the gradients of the labels' own classes.
-    template <class Loss>
-    void evaluate_both(const RowProblem& p) {
-        V params[kMaxParams];
-        for (int i = 0; i < kMaxParams; ++i) params[i] = A(p.params[i]);
+    void add_labels(const RowProblem& p) {
+        const auto times = [](V factor, V x) FL_INLINE { return math::select(factor == V(A(0)), V(A(0)), factor * x); };
         for_padded([&](int i) FL_INLINE {
-            const V total = V::load(sum + i), weighted = V::load(sum_u + i);
-            const V log_sum = math::log_normal(total) + V::load(sum_residual + i) / total;
-            const V sum_neg_log_p = weighted * log_sum - V::load(centred + i);
-            const auto of_label = [&](const A* logits, const A* weights, const A* factors) FL_INLINE {
-                const V below_max = V::load(logits + i) - V::load(max + i), log_p = below_max - log_sum;
-                const V weight = V::load(weights + i);
-                const SoftmaxRow<V> row{log_p, sum_neg_log_p, weighted, weight, A(p.num_classes), below_max};
-                OfLabel label{Loss::eval(row, params), log_p,
-                              p.class_factors == ClassFactors::kOnes ? V(A(1)) : weight};
-                label.multiply(V::load(factors + i));
-                return label;
-            };
-            const OfLabel a = of_label(target_logit, class_weight, factor);
-            const OfLabel b = of_label(other_logit, other_weight, other_factor);
-            (a.affine.value + b.affine.value).store(value + i);
+            const V a = V::load(factor + i), b = V::load(other_factor + i);
+            (times(a, V::load(first_value + i)) + times(b, V::load(value + i))).store(value + i);
             if (!p.grad) return;
-            ((a.affine.alpha + b.affine.alpha) / total).store(alpha + i);
-            (a.affine.gamma + b.affine.gamma).store(gamma + i);
+            const V alpha_a = times(a, V::load(first_alpha + i)), gamma_a = times(a, V::load(first_gamma + i));
+            const V alpha_b = times(b, V::load(alpha + i)), gamma_b = times(b, V::load(gamma + i));
+            const V grad_a = times(a, V::load(first_grad + i)), grad_b = times(b, V::load(target_grad + i));
+            const auto gradient_at = [&](V alpha, V gamma, const A* logits, const A* weights) FL_INLINE {
+                const V u = p.class_factors == ClassFactors::kOnes ? V(A(1)) : V::load(weights + i);
+                return alpha * math::exp(V::load(logits + i) - V::load(max + i)) + gamma * u;
+            };
             A same[V::size];
             for (int k = 0; k < V::size; ++k) same[k] = target[i + k] == other_target[i + k];
             const auto is_same = V::load(same) == V(A(1));
-            (a.own() + math::select(is_same, b.own(), b.gradient_at(a))).store(target_grad + i);
-            (b.own() + math::select(is_same, a.own(), a.gradient_at(b))).store(other_grad + i);
+            const V b_at_a = gradient_at(alpha_b, gamma_b, target_logit, class_weight);
+            const V a_at_b = gradient_at(alpha_a, gamma_a, other_logit, other_weight);
+            (grad_a + math::select(is_same, grad_b, b_at_a)).store(target_grad + i);
+            (grad_b + math::select(is_same, grad_a, a_at_b)).store(other_grad + i);
+            (alpha_a + alpha_b).store(alpha + i);
+            (gamma_a + gamma_b).store(gamma + i);
         });
     }
 

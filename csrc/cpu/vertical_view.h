@@ -28,10 +28,7 @@ public:
     void for_strips(std::int64_t of_outer, std::int64_t first, int n, bool with_logits, Body body) {
         reads = with_logits;
         outer = of_outer;
-        rows.begin(p, outer, first, n);
-        with_stored<A>(p, [&]<class Stored>() {
-            if (reads) Tile::template load_logits<Stored>(outer, first, n);
-        });
+        read_tile(first, n);
         for (first_row = 0; first_row < n; first_row += strip_rows) {
             row_count = std::min(strip_rows + 0, n - first_row);
             next = first + first_row + row_count;
@@ -41,10 +38,7 @@ public:
             body(outer * p.inner + first + first_row);
             if (p.grad) clear_ignored();
         }
-        with_stored<A>(p, [&]<class Stored>() {
-            const auto as_it_is = [](int) FL_INLINE { return [](V x, std::int64_t) FL_INLINE { return x; }; };
-            if (p.grad) Tile::template store_gradient<Stored>(outer, first, n, as_it_is);
-        });
+        if (p.grad) write_tile(first, n);
     }
 
     template <class Body>
@@ -115,6 +109,20 @@ public:
     static constexpr int tail = 0;
 
 private:
+    FL_NOINLINE void read_tile(std::int64_t first, int n) {
+        rows.begin(p, outer, first, n);
+        with_stored<A>(p, [&]<class Stored>() {
+            if (reads) Tile::template load_logits<Stored>(outer, first, n);
+        });
+    }
+
+    FL_NOINLINE void write_tile(std::int64_t first, int n) {
+        with_stored<A>(p, [&]<class Stored>() {
+            const auto as_it_is = [](int) FL_INLINE { return [](V x, std::int64_t) FL_INLINE { return x; }; };
+            Tile::template store_gradient<Stored>(outer, first, n, as_it_is);
+        });
+    }
+
     A* block_of(int part) const { return Tile::block(first_row + part * V::size); }
 
     void clear_ignored() const {
