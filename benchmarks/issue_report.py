@@ -111,6 +111,8 @@ def trips(case: Case, plan: Plan) -> tuple[list[tuple[dict[str, int], bool, floa
     # Of three words at a time.
     largest = {"VHMNMX": plan.held // 4} if halves else {"FMNMX": plan.held - 1}
     exponentials = {"MUFU.EX2": plan.held, "LDG": 1, **scalars, **largest}
+    if case.loss == "NCE":  # sums of exponentials and of their arguments; those of floats are differences
+        exponentials["FADD"] = (2 if halves else 3) * plan.held - 4
     if plan.kind == "tile":
         accesses = -(-plan.tile_rows * case.classes * case.size // 512)
         moves = {"LDGSTS": accesses, "STG.128": accesses}
@@ -140,7 +142,7 @@ def units_of(kernel: sass.Kernel, work: Work, outermost: bool) -> Counter[str]:
 def count(case: Case, plan: Plan, kernels: Iterable[sass.Kernel]) -> Count:
     """Counts the case in its kernel."""
     base = "softmax_in_tiles" if plan.kind == "tile" else "softmax_in_registers"
-    name = rf"{base}I.*{MANGLED[case.dtype]}Lb{int(case.loss == 'NCE')}ELi{plan.held}E"
+    name = rf"{base}I.*{MANGLED[case.dtype]}Lb0ELi{plan.held}E"  # those that read no u_j
     kernel = next(k for k in kernels if re.search(name, k.name))
     by_class = dict.fromkeys(COUNTED, 0.0)
     levels, logits = trips(case, plan)

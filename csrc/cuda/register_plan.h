@@ -15,10 +15,10 @@ constexpr int kTileThreads = 128, kMostColumnThreads = 384, kColumnHeld = 16;
 
 // What a block may have where rows are read straight from memory: addresses of as many loads as a float row needs take
 // more registers.
-constexpr int most_direct_threads(int element) { return element == 4 ? 608 : kMostThreads; }
+constexpr int most_direct_threads(int element) { return element == 4 ? 512 : 640; }
 
 // Blocks of a tile's kernel that fit on a multiprocessor by their registers, and what a tile may take then.
-constexpr int tile_blocks(int held, bool factor) { return held < 16 && !factor ? 8 : 6; }
+constexpr int tile_blocks(int held, bool factor) { return held < 16 && !factor ? 8 : held > 20 ? 5 : 6; }
 constexpr int most_tile_bytes(int held, bool factor) { return tile_blocks(held, factor) == 8 ? 3072 : 4096; }
 
 // Whether u_j are read: they may be left out, or 1 for all classes.
