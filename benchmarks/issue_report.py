@@ -111,8 +111,8 @@ def trips(case: Case, plan: Plan) -> tuple[list[tuple[dict[str, int], bool, floa
     # Of three words at a time.
     largest = {"VHMNMX": plan.held // 4} if halves else {"FMNMX": plan.held - 1}
     exponentials = {"MUFU.EX2": plan.held, "LDG": 1, **scalars, **largest}
-    if case.loss == "NCE":  # sums of exponentials and of their arguments; those of floats are differences
-        exponentials["FADD"] = (2 if halves else 3) * plan.held - 4
+    if case.loss == "NCE":  # sums of exponentials and of arguments; expf has two itself
+        exponentials["FADD"] = (2 if halves else 4) * plan.held - 4
     if plan.kind == "tile":
         accesses = -(-plan.tile_rows * case.classes * case.size // 512)
         moves = {"LDGSTS": accesses, "STG.128": accesses}
