@@ -197,7 +197,10 @@ def results(request: pytest.FixtureRequest, workshop: Workshop) -> dict[tuple[st
 
 
 # Minutes of compiling: `make test-long`.
-LONG = {("pattern", "kernels"), ("sanitized", "kernels"), ("sanitized", "cuda_rows"), ("sanitized", "cuda_z_error")}
+LONG = {
+    *(("pattern", program) for program in ("kernels", "losses", "passes")),
+    *(("sanitized", program) for program in ("kernels", "cuda_rows", "cuda_z_error")),
+}
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,7 @@ def test_wrong_labels_are_dropped_more_often_than_right_ones(noise: float) -> No
     assert found.recall > 0.8
 
 
+@pytest.mark.long
 def test_a_large_threshold_finds_few_of_many_and_is_more_precise_on_few() -> None:
     many, few = (find_wrong_labels.train(noise, threshold=2.0, epochs=15, seed=7) for noise in (0.4, 0.05))
     assert many.drop_rate(wrong=True) < 0.05
@@ -119,12 +120,14 @@ def test_unit_errors_prints_every_loss_and_error(capsys: pytest.CaptureFixture[s
     assert [word for word in (*unit_errors.LOSSES, *unit_errors.ERRORS) if word not in printed] == []
 
 
+@pytest.mark.long
 def test_a_moved_decimal_point_hurts_squared_error_most_and_absolute_error_least() -> None:
     mse, target, loss, absolute = (mean_of("test_error", name, "x10", 0.1) for name in unit_errors.LOSSES)
     assert absolute < target < loss < mse
     assert target < 0.7 * mse
 
 
+@pytest.mark.long
 def test_the_statistic_of_the_targets_cannot_see_errors_within_their_range() -> None:
     assert mean_of("spoilt_dropped", "ZMSE target", "/10", 0.1) == 0.0
     spoilt = mean_of("spoilt_dropped", "ZMSE loss", "/10", 0.1)

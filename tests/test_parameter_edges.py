@@ -13,6 +13,8 @@ from naive import naive_losses
 import fused_losses as fl
 from fused_losses._parameters import OrNone, OrTensor, Range, Switch
 
+pytestmark = pytest.mark.any_cpu  # the C++ programs take every instruction set through the parameters
+
 NAMES = [name for name, entry in fl.LOSSES.items() if "margin" not in entry.parameters]
 # The promise is a hundredth of the value and of a row's largest gradient, but for what rounding leaves of the largest
 # among all rows: terms cancel in the gradient of a row that is nearly certain, or without hope, and in the value of one
