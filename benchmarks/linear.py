@@ -200,6 +200,7 @@ def picture(what: str, number: str, label: str, path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullLocator
 
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for provider in dict.fromkeys(row["provider"] for row in ROWS):
@@ -215,7 +216,7 @@ def picture(what: str, number: str, label: str, path: Path) -> None:
     )
     classes = sorted({row["shape"][-1] for row in ROWS})
     axes.set_xticks(classes, [f"{c:,}" for c in classes])
-    axes.xaxis.set_minor_locator(plt.NullLocator())
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.legend()
     figure.savefig(path, dpi=100)
 
