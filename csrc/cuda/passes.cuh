@@ -51,11 +51,13 @@ public:
             mine.target_at = classes.place_of(target.cls);
         }
         if (kKeeps) read(mine, 0);
-        State state;
+        State state{};
         A scale = A(0);
         if (args.is_saved) {
-            state = saved_state(row.number);
-            if (reads) scale = scale_of<A>(p, row) * class_weight_of<A>(p, target);
+            if (reads) {
+                state = saved_state(row.number);
+                scale = scale_of<A>(p, row) * class_weight_of<A>(p, target);
+            }
             team.sync();  // the target's logit has been read: the gradient may be written in its place
         } else {
             state = reduce(team, mine, target);
