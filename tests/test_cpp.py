@@ -78,12 +78,12 @@ CUDA_PARTS = {
 TEST_LEVEL = {"optimised": "-O1", "sanitized": "-O0", "pattern": "-O1"}  # of the long test sources
 # How many points, rows or cases a program tries; see the head of each source.
 ARGUMENTS = {
-    "optimised": {"math": "1031", "numeric": "1031", "vec": "1031", "losses": "12", "passes": "6", "kernels": "2"},
+    "optimised": {"math": "1031", "numeric": "1031", "vec": "1031", "losses": "12", "passes": "6", "kernels": "3"},
     "sanitized": {"math": "65537", "numeric": "65537", "vec": "65537", "losses": "2", "passes": "1", "kernels": "12"},
     "pattern": {"losses": "2", "passes": "1", "kernels": "4"},
 }
 ARGUMENTS["optimised"] |= {
-    "cuda_rows": "16 1 2",
+    "cuda_rows": "16 1",
     "cuda_z_error": "50 1 2 3",
     "cuda_statistics": "1 2",
     "cuda_emulation": "",
