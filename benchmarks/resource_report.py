@@ -19,9 +19,7 @@ from __future__ import annotations
 
 import argparse
 import collections
-import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -32,7 +30,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.sass import find_tool  # noqa: E402
+
 SOURCES = ROOT / "csrc" / "cuda"
 BLOCK_THREADS = 256  # kBlock in csrc/cuda/launch.cuh
 REGISTERS = 65536  # of a multiprocessor
@@ -71,22 +73,6 @@ class Instructions:
     narrow: int = 0
     split: int = 0
     votes: int = 0
-
-
-def find_cuobjdump() -> str | None:
-    """The toolkit's, else one that came with a Python package."""
-    nvcc = shutil.which("nvcc")
-    folders = [Path(nvcc).resolve().parent] if nvcc else []
-    folders += [Path(os.environ[name]) / "bin" for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
-    for package, inside in (
-        ("triton", "backends/nvidia/bin"),
-        ("nvidia", "cu13/bin"),
-        ("nvidia", "cuda_cuobjdump/bin"),
-    ):
-        spec = importlib.util.find_spec(package)
-        folders += [Path(place) / inside for place in (spec.submodule_search_locations or [])] if spec else []
-    places = [shutil.which("cuobjdump"), *(shutil.which("cuobjdump", path=str(folder)) for folder in folders)]
-    return next((place for place in places if place), None)
 
 
 STORE = re.compile(r"\bSTG((?:\.\w+)*) +(?:desc\[\w+\])?\[([^\]]+?)(?:\+(0x[0-9a-f]+))?\]")
@@ -187,7 +173,7 @@ def readable(names: Iterable[str]) -> list[str]:
 
 def report(sources: list[Path], arch: str) -> list[Kernel]:
     """The kernels of all files for one architecture, the worst first."""
-    cuobjdump = find_cuobjdump()
+    cuobjdump = find_tool("cuobjdump")
     with ThreadPoolExecutor(2) as pool:
         compiled = list(pool.map(lambda source: compile_verbosely(source, arch, cuobjdump), sources))
     kernels = [
@@ -258,7 +244,7 @@ def main() -> int:
     args = parser.parse_args()
     if shutil.which("nvcc") is None:
         parser.error("nvcc is not on PATH")
-    if args.strict and find_cuobjdump() is None:
+    if args.strict and find_tool("cuobjdump") is None:
         parser.error("--strict needs cuobjdump: the toolkit's, or that of the package nvidia-cuda-cuobjdump")
     sources = [SOURCES / name for name in args.source] if args.source else sorted(SOURCES.glob("*.cu"))
     missing = [source.name for source in sources if not source.exists()]

@@ -6,6 +6,7 @@ Reads what ``nvdisasm`` prints of a cubin (PyPI: nvidia-cuda-nvdisasm). No GPU i
 from __future__ import annotations
 
 import heapq
+import importlib.util
 import os
 import re
 import shutil
@@ -54,15 +55,27 @@ class Kernel:
         return sum(map(len, self.blocks))
 
 
-def disassembler() -> str | None:
-    """``nvdisasm``, from $NVDISASM or from PATH."""
-    return os.environ.get("NVDISASM") or shutil.which("nvdisasm")
+def find_tool(name: str) -> str | None:
+    """A program of the CUDA toolkit: what $NAME says, the toolkit's, else one that came with a Python package."""
+    nvcc = shutil.which("nvcc")
+    folders = [Path(nvcc).resolve().parent] if nvcc else []
+    folders += [Path(os.environ[home]) / "bin" for home in ("CUDA_HOME", "CUDA_PATH") if home in os.environ]
+    for package, inside in (
+        ("triton", "backends/nvidia/bin"),
+        ("nvidia", "cu13/bin"),
+        ("nvidia", f"cuda_{name}/bin"),
+    ):
+        spec = importlib.util.find_spec(package)
+        folders += [Path(place) / inside for place in (spec.submodule_search_locations or [])] if spec else []
+    places = [os.environ.get(name.upper()), shutil.which(name)]
+    places += [shutil.which(name, path=str(folder)) for folder in folders]
+    return next((place for place in places if place), None)
 
 
 def disassemble(cubin: Path) -> list[Kernel]:
     """All kernels of a cubin."""
-    tool = disassembler()
-    assert tool is not None, "nvdisasm is not on PATH (pip install nvidia-cuda-nvdisasm)"
+    tool = find_tool("nvdisasm")
+    assert tool is not None, "nvdisasm was not found (pip install nvidia-cuda-nvdisasm)"
     return parse(subprocess.run([tool, str(cubin)], capture_output=True, text=True, check=True).stdout)
 
 

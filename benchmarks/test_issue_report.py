@@ -103,7 +103,9 @@ def test_slots_of_a_copy() -> None:
     assert counted(case, 44.6).fill("H100") == pytest.approx(1, abs=0.01)
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None or sass.disassembler() is None, reason="nvcc and nvdisasm are needed")
+@pytest.mark.skipif(
+    shutil.which("nvcc") is None or sass.find_tool("nvdisasm") is None, reason="nvcc and nvdisasm are needed"
+)
 def test_no_kernel_has_grown(monkeypatch: pytest.MonkeyPatch) -> None:
     table = str(issue_report.ROOT / "benchmarks" / "results" / "cuda_issue.md")
     monkeypatch.setattr("sys.argv", ["issue_report", "--check", table])

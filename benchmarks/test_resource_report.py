@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from benchmarks import resource_report as report
+from benchmarks import sass
 from benchmarks.resource_report import Instructions
 
 HEAD = "\tcode for sm_90\n\t\tFunction : kernel\n"
@@ -58,7 +59,7 @@ def test_strict_objects_to_spills_split_stores_and_votes() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.skipif(report.find_cuobjdump() is None, reason="needs cuobjdump")
+@pytest.mark.skipif(sass.find_tool("cuobjdump") is None, reason="needs cuobjdump")
 def test_kernels_of_rows_store_sixteen_bytes_at_once_and_shuffle_without_votes() -> None:
     kernels = report.report([report.SOURCES / "register_forward.cu"], "90")
     assert len(kernels) == 9
