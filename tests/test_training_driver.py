@@ -313,6 +313,18 @@ def test_options_make_the_loss() -> None:
     assert float(loss.threshold) == 1.5
 
 
+def test_losses_of_more_than_a_row_train_too() -> None:
+    loss, _ = loss_of(loss="gce", wrap="logit_norm=.5")
+    assert isinstance(loss, fl.LogitNorm) and loss.t == 0.5 and isinstance(loss.loss, fl.GCELoss)
+    few = Options(device="cpu", quiet=True, samples=200, batch_size=50, epochs=1)
+    _, model = engine.fit(dataclasses.replace(few, loss="elr", loss_args=("beta=.9",)))
+    remembered = model.loss.memory.abs().sum(1)
+    assert model.loss.memory.shape == (200, 10) and bool((remembered > 0.0).all()), "every sample was seen"
+    runs = [engine.fit(dataclasses.replace(few, epochs=3, l1=l1))[1] for l1 in (0.0, 0.1)]
+    plain, small = (sum(float(p.detach().abs().sum()) for p in model.network.parameters()) for model in runs)
+    assert small < 0.9 * plain
+
+
 def test_the_plain_loss_is_the_same_loss() -> None:
     generator = torch.Generator().manual_seed(0)
     logits, target = torch.randn(8, 10, generator=generator), torch.arange(8)
@@ -334,13 +346,18 @@ BAD: list[tuple[list[str], str]] = [
     (["--noise-rate", "1.5"], "--noise-rate must be between 0 and 1, got 1.5"),
     (["--ema", "1"], "--ema must satisfy 0 < value < 1"),
     (["--log", "json,xml"], "--log must be of json, csv, tensorboard, got xml"),
-    (["--loss", "mea"], "--loss must be one of cross_entropy.*got 'mea'"),
+    (["--loss", "mea"], "--loss must be elr or one of cross_entropy.*got 'mea'"),
     (["--loss", "gce", "--loss-args", "p=.5"], r"a parameter of gce \(q\), got 'p=.5'"),
     (["--loss", "gce", "--loss-args", "q=-1"], "--loss gce: q must satisfy 0 < value"),
     (["--loss", "mae", "--logit-bias", "much"], "--loss mae: logit_bias must be"),
     (["--model", "resnet33"], "--model must be resnet32.*got 'resnet33'"),
     (["--batch-size", "2000"], "--batch-size must be at most the 1257 training samples, got 2000"),
     (["--noise", "asymmetric"], "--noise asymmetric has no pairs of classes for digits"),
+    (["--loss", "elr", "--loss-args", "lam=-1"], "--loss elr: lam must"),
+    (["--loss", "elr", "--logit-bias", "1"], "--loss elr excludes --logit-bias"),
+    (["--wrap", "softmax=1"], "--wrap must be NAME=NUMBER of logit_norm.*got 'softmax=1'"),
+    (["--wrap", "logit_clip=-1"], "--wrap must be .*got 'logit_clip=-1'"),
+    (["--wrap", "logit_norm=1", "--plain"], "--wrap excludes --plain"),
     (["--plain", "--z-threshold", "2"], "--plain and --z-threshold exclude each other"),
 ]
 

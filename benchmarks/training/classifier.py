@@ -20,6 +20,7 @@ from benchmarks.training.report import SampleReport
 from benchmarks.training.samples import Batch, EpochBatches, SyntheticSamples, random_bits
 from benchmarks.training.sources import Data, Samples
 from fused_losses.diagnostics import OutlierTracker
+from fused_losses.elr import ELRLoss
 from fused_losses.z_cross_entropy import ZErrorCrossEntropyLoss
 
 EARLY = 1 / 3  # the share of the epochs in which wrong labels are told apart best
@@ -150,15 +151,20 @@ class Classifier(lightning.LightningModule):
             torch.cuda.manual_seed(seed)
         logits = self.logits(batch.inputs)
         assert self.loss is not None
+        kept: Tensor | None = None
         if isinstance(self.loss, ZErrorCrossEntropyLoss):
             value, kept, _ = self.loss(logits, batch.target, return_mask=True)
+        elif isinstance(self.loss, ELRLoss):
+            value = self.loss(logits, batch.target, batch.numbers)
         else:
-            value, kept = self.loss(logits, batch.target), None
+            value = self.loss(logits, batch.target)
         with torch.no_grad():
             if self._train_loss.device != value.device:
                 self._train_loss = self._train_loss.to(value.device)
             self._train_loss += torch.stack([value.detach().double(), torch.ones_like(value, dtype=torch.float64)])
             self._observe(batch, logits, kept)
+        if self.options.l1 > 0.0:
+            value = value + self.options.l1 * sum(p.abs().sum() for p in self.network.parameters())
         return value
 
     def _observe(self, batch: Batch, logits: Tensor, kept: Tensor | None) -> None:

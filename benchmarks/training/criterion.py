@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,14 @@ from fused_losses.calibration import solve_logit_bias
 from fused_losses.schedules import LogitBiasSchedule, ThresholdSchedule
 
 ALIASES = {"ce": "cross_entropy"}
+ELR = {"beta": 0.7, "lam": 3.0}  # its parameters; it is no function of a row alone and in no registry
+WRAPPERS: dict[str, Any] = {
+    "logit_norm": fl.LogitNorm,
+    "logit_clip": fl.LogitClip,
+    "super_loss": fl.SuperLoss,
+    "small_loss": fl.SmallLoss,
+    "clipped_loss": fl.ClippedLoss,
+}
 START_THRESHOLD = 10.0  # drops nothing: at first the network knows nothing about any row
 
 Schedule = LogitBiasSchedule | ThresholdSchedule
@@ -34,7 +43,10 @@ class PlainLoss(nn.Module):
 
 def make_loss(options: Options, target: Tensor, num_classes: int, steps: int) -> tuple[nn.Module, list[Schedule]]:
     """The loss for labels ``target`` and what moves its numbers during ``steps`` steps."""
+    if options.loss == "elr":
+        return _elr(options, len(target), num_classes), []
     loss = _row_loss(options, target, num_classes)
+    wrapped = _wrapped(options, loss)
     schedules: list[Schedule] = []
     if options.bias_schedule != "none":
         start = _bias(options, num_classes)
@@ -59,7 +71,7 @@ def make_loss(options: Options, target: Tensor, num_classes: int, steps: int) ->
         return z_loss, schedules
     if options.plain:
         return PlainLoss(loss), schedules
-    return (fl.GlobalMean(loss) if world_size() > 1 else loss), schedules
+    return (fl.GlobalMean(loss) if world_size() > 1 else wrapped), schedules
 
 
 def world_size() -> int:
@@ -70,14 +82,10 @@ def world_size() -> int:
 def _row_loss(options: Options, target: Tensor, num_classes: int) -> Any:
     stem = ALIASES.get(options.loss, options.loss).removesuffix("_loss")
     if stem not in fl.LOSSES:
-        raise SystemExit(f"--loss must be one of {', '.join(fl.LOSSES)}, got {options.loss!r}")
-    given: dict[str, Any] = {}
-    for argument in options.loss_args:
-        name, equals, text = argument.partition("=")
-        if not equals or name not in fl.LOSSES[stem].parameters:
-            known = ", ".join(fl.LOSSES[stem].parameters) or "none"
-            raise SystemExit(f"--loss-args must be NAME=VALUE with a parameter of {stem} ({known}), got {argument!r}")
-        given[name] = _margin(text, target, num_classes) if name == "margin" else _value(text)
+        raise SystemExit(f"--loss must be elr or one of {', '.join(fl.LOSSES)}, got {options.loss!r}")
+    given: dict[str, Any] = _loss_args(options, stem, fl.LOSSES[stem].parameters)
+    if "margin" in given:
+        given["margin"] = _margin(given["margin"], target, num_classes)
     bias: float | str = "auto" if options.logit_bias == "auto" else _value(options.logit_bias)
     try:
         return fl.LOSSES[stem].module(logit_bias=bias, **given)
@@ -85,12 +93,55 @@ def _row_loss(options: Options, target: Tensor, num_classes: int) -> Any:
         raise SystemExit(f"--loss {stem}: {error}") from error
 
 
-def _margin(text: str, target: Tensor, num_classes: int) -> Any:
-    if text == "auto":
+def _loss_args(options: Options, stem: str, known: Mapping[str, Any]) -> dict[str, Any]:
+    given = {}
+    for argument in options.loss_args:
+        name, equals, text = argument.partition("=")
+        if not equals or name not in known:
+            names = ", ".join(known) or "none"
+            raise SystemExit(f"--loss-args must be NAME=VALUE with a parameter of {stem} ({names}), got {argument!r}")
+        given[name] = _value(text)
+    return given
+
+
+def _elr(options: Options, samples: int, num_classes: int) -> nn.Module:
+    """Early-learning regularisation; the batches of several processes are dealt out anew in every epoch."""
+    excluded = {
+        "several processes": world_size() > 1,
+        "--plain": options.plain,
+        "--wrap": options.wrap != "none",
+        "--z-threshold": options.z_threshold is not None,
+        "--logit-bias": options.logit_bias != "0",
+        "--bias-schedule": options.bias_schedule != "none",
+    }
+    if any(excluded.values()):
+        names = ", ".join(name for name, there in excluded.items() if there)
+        raise SystemExit(f"--loss elr excludes {names}")
+    try:
+        return fl.ELRLoss(samples, num_classes, **_loss_args(options, "elr", ELR))
+    except (TypeError, ValueError) as error:
+        raise SystemExit(f"--loss elr: {error}") from error
+
+
+def _wrapped(options: Options, loss: Any) -> Any:
+    if options.wrap == "none":
+        return loss
+    if options.plain or options.z_threshold is not None or world_size() > 1:
+        raise SystemExit("--wrap excludes --plain, --z-threshold and several processes")
+    name, _, text = options.wrap.partition("=")
+    try:
+        return WRAPPERS[name](loss, float(text))
+    except (KeyError, TypeError, ValueError) as error:
+        known = ", ".join(WRAPPERS)
+        raise SystemExit(f"--wrap must be NAME=NUMBER of {known}, got {options.wrap!r} ({error})") from error
+
+
+def _margin(value: Any, target: Tensor, num_classes: int) -> Any:
+    if value == "auto":
         return fl.hem_margin(len(target))
-    if text == "plus":
+    if value == "plus":
         return fl.hem_plus_margins(torch.bincount(target, minlength=num_classes).clamp(min=1))
-    return _value(text)
+    return value
 
 
 def _value(text: str) -> Any:

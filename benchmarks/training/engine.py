@@ -8,6 +8,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,11 @@ class Checkpoints(Checkpoint):
             trainer.save_checkpoint(self.folder / LAST)
 
 
-def fit(options: Options, data: Data | None = None) -> tuple[Trainer, Classifier]:
+def fit(options: Options, data: Data | None = None, watchers: Sequence[Callback] = ()) -> tuple[Trainer, Classifier]:
     """Trains as ``options`` say.
 
-    ``data`` may be given to save loading it again; its labels are replaced by those of ``options.noise``.
+    ``data`` may be given to save loading it again; its labels are replaced by those of ``options.noise``. ``watchers``
+    are further callbacks of the Trainer.
 
     Raises:
         SystemExit: an option, a file or a checkpoint does not fit; or SIGTERM arrived, after a checkpoint.
@@ -65,7 +67,7 @@ def fit(options: Options, data: Data | None = None) -> tuple[Trainer, Classifier
     checked(options)
     data = load(options) if data is None else data
     model = Classifier(options, data, apply_noise(data, options))
-    trainer = make_trainer(options)
+    trainer = make_trainer(options, watchers)
     try:
         trainer.fit(model, ckpt_path=_checkpoint(options), weights_only=False)
     except SIGTERMException:
@@ -97,9 +99,9 @@ def run(options: Options, data: Data | None = None) -> dict[str, Any]:
     return result
 
 
-def make_trainer(options: Options) -> Trainer:
+def make_trainer(options: Options, watchers: Sequence[Callback] = ()) -> Trainer:
     """Lightning's Trainer; the environment of torchrun or SLURM says how many processes there are."""
-    callbacks: list[Callback] = []
+    callbacks = [*watchers]
     if options.out is not None:
         callbacks.append(Checkpoints(options.out, options.checkpoint_steps))
     if options.ema is not None:

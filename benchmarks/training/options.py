@@ -44,8 +44,11 @@ class Options:
     noise_rate: float = option(0.4, "probability that a label is replaced")
 
     model: str = option("mlp", "resnet32, resnet34, resnet50, wide_resnet101_2, small_cnn, mlp, mlp:WIDTH or timm:NAME")
-    loss: str = option("cross_entropy", "name of a loss, as in `python -m fused_losses info`")
+    loss: str = option("cross_entropy", "name of a loss, as in `python -m fused_losses info`, or elr")
     loss_args: tuple[str, ...] = option((), "its parameters, as q=.7; margin=auto and margin=plus for HEM and HEM+")
+    wrap: str = option(
+        "none", "around the loss: logit_norm=T, logit_clip=TAU, super_loss=LAM, small_loss=KEEP, clipped_loss=C"
+    )
     logit_bias: str = option("0", "number added to the label's logit in training, or auto")
     bias_schedule: str = option("none", "bring the bias to 0 by the end", ("none", "linear", "cosine"))
     plain: bool = option(False, "the loss in plain PyTorch instead of the fused one")
@@ -66,6 +69,7 @@ class Options:
     warmup: float = option(0.0, "epochs in which the learning rate rises linearly")
     momentum: float = option(0.9, "of sgd")
     weight_decay: float = option(0.0, "of the optimizer")
+    l1: float = option(0.0, "factor of the sum of all parameters' absolute values, added to the loss")
     clip: float | None = option(None, "largest norm of the gradient")
     ema: float | None = option(None, "validate and keep a moving average of the weights, with this decay")
 

@@ -42,6 +42,7 @@ UNKNOWN: dict[str, dict[str, Any]] = {
     "MM": {"loss": "multi_margin", "loss_args": ("margin=auto",)},
     "MM + maz": _margin("auto", "mean_above_zero=True"),
     "MM + thres": _margin("auto", "threshold=True"),
+    "CE, LogitNorm": {**CE, "wrap": "logit_norm=.04"},
     **{f"HEM, margin {margin}": _margin(margin) for margin in (".1", ".2", ".5", "1.", "2.")},
 }
 NOISY = {"CE": {**CE, **NOISE}, "HEM": {**HEM, **NOISE}}
@@ -60,6 +61,7 @@ def recipe(full: bool) -> Options:
 def measure(runs: Runs, seeds: int, full: bool) -> None:
     """Trains what is missing."""
     from benchmarks.training.engine import fit
+    from benchmarks.training.logs import SatisfiedRows
     from benchmarks.training.sources import load
 
     whole = load(recipe(full))
@@ -73,9 +75,11 @@ def measure(runs: Runs, seeds: int, full: bool) -> None:
                 settings = json.loads(json.dumps(options.settings()))
                 if runs.late() or runs.has(name, group, seed, settings):
                     continue
-                model = fit(options, data)[1].eval()
+                satisfied = SatisfiedRows()
+                model = fit(options, data, [] if name.startswith("CE") else [satisfied])[1].eval()
                 row = {"label": name, "group": group, "seed": seed, "settings": settings}
                 row["top1"] = [round(epoch["top1"], 5) for epoch in model.history]
+                row["satisfied"] = satisfied.shares
                 row |= _rare(model, data) if group == "1:100" else _rejection(model, data, rows)
                 runs.add(row)
                 print(group, name, seed, {key: row[key] for key in row if key != "settings"}, flush=True)
@@ -157,8 +161,10 @@ def write(runs: Runs, folder: Path) -> None:
             if found := runs.of(name, group):
                 cells = [spread(row[column] for row in found) for column in SCORES]
                 label = name if group == "unknown" else f"{name}, {group}"
-                lines.append([label, *last_and_best(found), *cells, str(len(found))])
-    head = ["loss", "last epoch, %", "best epoch, %", "near, MSP", "near, MLS", "far, MSP", "far, MLS", "seeds"]
+                satisfied = spread(row["satisfied"][-1] for row in found if row["satisfied"])
+                lines.append([label, *last_and_best(found), *cells, satisfied, str(len(found))])
+    head = ["loss", "last epoch, %", "best epoch, %", "near, MSP", "near, MLS", "far, MSP", "far, MLS"]
+    head += ["rows satisfied at the end, %", "seeds"]
     text = f"# HEM: unknown classes, rare classes\n\n{(__doc__ or '').split(chr(10), 2)[2].strip()}\n\n"
     text += f"## Unknown classes\n\nAUROC in %.\n\n{table(head, lines)}\n\n"
     lines = []
@@ -171,11 +177,18 @@ def write(runs: Runs, folder: Path) -> None:
     head = ["loss", "last epoch, %", "best epoch, %", f"the {RARE} rarest classes, last epoch, %", "seeds"]
     text += f"## 1:100\n\n{table(head, lines)}\n"
     (folder / f"{NAME}.md").write_text(text, encoding="utf-8")
-    plot(folder / f"{NAME}.png", lambda figure: _draw(figure, runs), (8, 3.8))
+    plot(folder / f"{NAME}.png", lambda figure: _draw(figure, runs), (13, 3.8))
 
 
 def _draw(figure: Any, runs: Runs) -> None:
-    ax = figure.subplots()
+    ax, curves = figure.subplots(1, 2, width_ratios=(2, 1))
+    for name in UNKNOWN:
+        if found := [row["satisfied"] for row in runs.of(name, "unknown") if row["satisfied"]]:
+            curve = [100 * sum(shares) / len(shares) for shares in zip(*found, strict=True)]
+            curves.plot(range(1, len(curve) + 1), curve, label=name)
+    curves.set(xlabel="epoch", ylabel="training rows without margin errors, %", title="rows that are satisfied")
+    curves.grid(alpha=0.3)
+    curves.legend(fontsize=7)
     names = [name for name in UNKNOWN if runs.of(name, "unknown")]
     series = (("near_msp", "near, MSP"), ("near_mls", "near, MLS"), ("far_msp", "far, MSP"), ("far_mls", "far, MLS"))
     for place, (column, label) in enumerate(series):

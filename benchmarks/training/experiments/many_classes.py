@@ -18,6 +18,19 @@ NAME = "many_classes"
 CLASSES = 1000
 TARGETS = (0.05, 0.1, 0.15, 0.3)  # C, the mean activation that the bias is solved for
 NCE_AGCE = ("alpha=10", "beta=.1", "a=1.8", "q=3")  # the parameters of 2106.03110 for CIFAR-100
+# Losses that came later, with their papers' parameters for WebVision where they give some.
+LATER: dict[str, dict[str, Any]] = {
+    "CE, smoothing .1": {"loss": "cross_entropy", "loss_args": ("label_smoothing=.1",)},
+    "CE, smoothing -1": {"loss": "cross_entropy", "loss_args": ("label_smoothing=-1.",)},
+    "CORES": {"loss": "cores"},
+    "ANL-CE (20, 1)": {"loss": "anl_ce", "loss_args": ("alpha=20", "beta=1")},
+    "ANL-CE (20, 1), L1 5e-6": {"loss": "anl_ce", "loss_args": ("alpha=20", "beta=1"), "l1": 5e-6},
+    "JAL-CE (50, 1, 30)": {"loss": "jal_ce", "loss_args": ("alpha=50", "beta=1", "a=30")},
+    "ECE-MAE (.015, .3, 1e3)": {"loss": "ece_mae", "loss_args": ("alpha=.015", "beta=.3", "m=1e3")},
+    "ECE-MAE, m 1e4": {"loss": "ece_mae"},
+    "SGCE": {"loss": "sgce"},
+    "ELR (.9, 7)": {"loss": "elr", "loss_args": ("beta=.9", "lam=7")},
+}
 NF_MAE = ("alpha=10", "beta=1")  # those of 2006.13554 for CIFAR-100
 LOSSES = {
     "MAE": {"loss": "mae"},
@@ -68,6 +81,7 @@ def variants(full: bool) -> list[Variant]:
     found += [Variant(f"{name}**", starred(name, "cosine")) for name in ("MAE", "GCE", "NCE-AGCE")]
     found.append(Variant("NCE-AGCE (10, .1, 1.8, 3)", {"loss": "nce_agce", "loss_args": NCE_AGCE}))
     found.append(Variant("NF-MAE (10, 1)", {"loss": "nfl_mae", "loss_args": NF_MAE}))
+    found += [Variant(name, changes) for name, changes in LATER.items()]
     found.append(Variant("MAE** linear", starred("MAE", "linear"), seeds=1))
     for name in ("MAE", "GCE", "NCE-AGCE"):
         found += [Variant(sweep_label(name, c), starred(name, "none", c), seeds=1) for c in TARGETS if c != 0.15]
