@@ -320,6 +320,12 @@ def test_losses_of_more_than_a_row_train_too() -> None:
     _, model = engine.fit(dataclasses.replace(few, loss="elr", loss_args=("beta=.9",)))
     remembered = model.loss.memory.abs().sum(1)
     assert model.loss.memory.shape == (200, 10) and bool((remembered > 0.0).all()), "every sample was seen"
+    first, alone = (
+        engine.fit(dataclasses.replace(few, loss="cores", epochs=1, cross_entropy_epochs=epochs))[1]
+        for epochs in (1, 0)
+    )
+    cross_entropy = engine.fit(few)[1]
+    assert first.history[0]["train_loss"] == cross_entropy.history[0]["train_loss"] != alone.history[0]["train_loss"]
     runs = [engine.fit(dataclasses.replace(few, epochs=3, l1=l1))[1] for l1 in (0.0, 0.1)]
     plain, small = (sum(float(p.detach().abs().sum()) for p in model.network.parameters()) for model in runs)
     assert small < 0.9 * plain

@@ -41,6 +41,7 @@ class Classifier(lightning.LightningModule):
         self.register_buffer("mean", torch.tensor(data.mean or (0.0,)).view(shape), persistent=False)
         self.register_buffer("std", torch.tensor(data.std or (1.0,)).view(shape), persistent=False)
         self.loss: nn.Module | None = None
+        self.first_loss: nn.Module | None = None  # of the first epochs
         self.schedules: list[Schedule] = []
         self.history: list[dict[str, float]] = []
         self.tracker = OutlierTracker(len(data.train))
@@ -67,6 +68,8 @@ class Classifier(lightning.LightningModule):
         if self.loss is None:
             target = self.data.train.target
             self.loss, self.schedules = make_loss(self.options, target, self.data.num_classes, self.steps)
+            first = Options(loss="cross_entropy", plain=self.options.plain)
+            self.first_loss, _ = make_loss(first, target, self.data.num_classes, self.steps)
 
     def configure_model(self) -> None:
         """With FSDP2: shards every block of the network, then the rest, over the processes."""
@@ -150,14 +153,15 @@ class Classifier(lightning.LightningModule):
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
         logits = self.logits(batch.inputs)
-        assert self.loss is not None
+        loss = self.first_loss if self.current_epoch < self.options.cross_entropy_epochs else self.loss
+        assert loss is not None
         kept: Tensor | None = None
-        if isinstance(self.loss, ZErrorCrossEntropyLoss):
-            value, kept, _ = self.loss(logits, batch.target, return_mask=True)
-        elif isinstance(self.loss, ELRLoss):
-            value = self.loss(logits, batch.target, batch.numbers)
+        if isinstance(loss, ZErrorCrossEntropyLoss):
+            value, kept, _ = loss(logits, batch.target, return_mask=True)
+        elif isinstance(loss, ELRLoss):
+            value = loss(logits, batch.target, batch.numbers)
         else:
-            value = self.loss(logits, batch.target)
+            value = loss(logits, batch.target)
         with torch.no_grad():
             if self._train_loss.device != value.device:
                 self._train_loss = self._train_loss.to(value.device)

@@ -49,6 +49,7 @@ class Options:
     wrap: str = option(
         "none", "around the loss: logit_norm=T, logit_clip=TAU, super_loss=LAM, small_loss=KEEP, clipped_loss=C"
     )
+    cross_entropy_epochs: int = option(0, "epochs with cross entropy first, for losses that cannot begin by themselves")
     logit_bias: str = option("0", "number added to the label's logit in training, or auto")
     bias_schedule: str = option("none", "bring the bias to 0 by the end", ("none", "linear", "cosine"))
     plain: bool = option(False, "the loss in plain PyTorch instead of the fused one")
@@ -141,6 +142,8 @@ def checked(options: Options) -> Options:
     for name in ("batch_size", "accumulate", "epochs", "image_size"):
         if getattr(options, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    if options.cross_entropy_epochs < 0:
+        raise SystemExit(f"--cross-entropy-epochs must be at least 0, got {options.cross_entropy_epochs}")
     for name in ("noise_rate", "z_anneal"):
         if not 0.0 <= getattr(options, name) <= 1.0:
             raise SystemExit(f"--{name.replace('_', '-')} must be between 0 and 1, got {getattr(options, name)}")

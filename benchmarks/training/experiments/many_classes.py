@@ -23,6 +23,7 @@ LATER: dict[str, dict[str, Any]] = {
     "CE, smoothing .1": {"loss": "cross_entropy", "loss_args": ("label_smoothing=.1",)},
     "CE, smoothing -1": {"loss": "cross_entropy", "loss_args": ("label_smoothing=-1.",)},
     "CORES": {"loss": "cores"},
+    "CORES after 3 epochs of CE": {"loss": "cores", "cross_entropy_epochs": 3},
     "ANL-CE (20, 1)": {"loss": "anl_ce", "loss_args": ("alpha=20", "beta=1")},
     "ANL-CE (20, 1), L1 5e-6": {"loss": "anl_ce", "loss_args": ("alpha=20", "beta=1"), "l1": 5e-6},
     "JAL-CE (50, 1, 30)": {"loss": "jal_ce", "loss_args": ("alpha=50", "beta=1", "a=30")},
