@@ -90,7 +90,7 @@ def _draw(figure: Any, runs: Runs) -> None:
             if found:
                 for value in (row["top1"][-1] for row in found):
                     ax.plot(position, 100 * value, ".", color="black" if label == "CE" else "tab:blue")
-        ax.set(title=f"{100 * rate:g} % wrong", xticks=range(1 + len(labels)))
+        ax.set(title=f"digits, {100 * rate:g} % wrong", xticks=range(1 + len(labels)))
         ax.set_xticklabels(["CE", *labels], rotation=90, fontsize=7)
         ax.grid(alpha=0.3, axis="y")
     axes[0].set_ylabel("accuracy after the last epoch, %")
