@@ -115,8 +115,8 @@ def write(runs: Runs, folder: Path) -> None:
     text = (
         f"# Fashion-MNIST with label noise\n\n{recipe_text}. Accuracy on clean test labels, %: last / best epoch, mean "
         "± standard deviation (seeds). Symmetric labels are redrawn among all classes, so that 90 % of the rate is "
-        "wrong; asymmetric noise concerns half of the classes. `*`: with a logit bias. The rows after biTemp are of losses "
-        "that came later than the paper's table, whose own figures were not at hand.\n\n"
+        "wrong; asymmetric noise concerns half of the classes. `*`: with a logit bias. The rows after biTemp are of "
+        "losses that came later than the paper's table, whose own figures were not at hand.\n\n"
         f"{table(['loss', *noises], lines)}\n\n"
         "Wrong labels among those with the lowest mean probability in the first third of the epochs, as many as there "
         f"are: F1, %\n\n{table(['noise', 'loss', 'F1'], found_text)}\n"
