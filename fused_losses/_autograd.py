@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fused_losses import _ops
-from fused_losses._arguments import RowLossArguments
+from fused_losses._arguments import LOSSES, RowLossArguments
 from fused_losses._checks import check_row_loss
 from fused_losses._reference import SOFT_TARGETS, row_loss_reference
 
@@ -69,9 +69,11 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 
 def _has_no_kernel(args: RowLossArguments) -> bool:
-    """Class probabilities, but for cross entropy's."""
+    """Class probabilities: on CUDA for all losses but cross entropy, on the CPU for those that take none."""
     target = args.target
     if target.dtype is torch.int64 or not target.is_floating_point():
+        return False
+    if args.logits.is_cpu and LOSSES[args.loss].takes_probabilities:
         return False
     return target.dim() == args.logits.dim() and args.loss not in SOFT_TARGETS
 

@@ -6,18 +6,18 @@ import math
 
 import pytest
 import torch
+from conftest import GRAD_FLOOR, GRAD_TOLERANCE, LOSS_TOLERANCE
 
 import fused_losses as fl
 
-pytestmark = pytest.mark.any_cpu  # formulas in plain PyTorch
 NAMES = [name for name, entry in fl.LOSSES.items() if entry.takes_probabilities]
 ROWS, CLASSES = 6, 5
 
 
-def problem(shape=(ROWS, CLASSES), dtype=torch.float64):
+def problem(shape=(ROWS, CLASSES), dtype=torch.float64, device="cpu"):
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(shape, generator=generator, dtype=dtype)
-    share = torch.softmax(torch.randn(shape, generator=generator, dtype=torch.float64), 1)
+    logits = torch.randn(shape, generator=generator, dtype=dtype).to(device)
+    share = torch.softmax(torch.randn(shape, generator=generator, dtype=torch.float64), 1).to(device)
     return logits.requires_grad_(), share
 
 
@@ -31,17 +31,18 @@ def expected(name, logits, share, weight=None, sample_weight=None):
     return total if sample_weight is None else total * sample_weight
 
 
+@pytest.mark.any_cpu
 def test_which_losses_take_them():
     # Functions of log p_y and of the mean log-probability.
     assert [name for name, entry in fl.LOSSES.items() if entry.sums is not None and "terms" not in entry.sums] == NAMES
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-@pytest.mark.parametrize("shape", [(ROWS, CLASSES), (3, CLASSES, 2, 2)])
+@pytest.mark.parametrize("shape", [(ROWS, CLASSES), (3, CLASSES, 2, 2), (2, 37)])  # 37: vectors of classes
 @pytest.mark.parametrize("name", NAMES)
-def test_sum_of_the_classes_losses(name, shape, reduction):
-    logits, share = problem(shape)
-    weight, samples = torch.rand(CLASSES, dtype=torch.float64), torch.rand(share[:, 0].shape, dtype=torch.float64)
+def test_sum_of_the_classes_losses(name, shape, reduction, device):
+    logits, share = problem(shape, device=device)
+    weight, samples = torch.rand(shape[1]).double().to(device), torch.rand(share[:, 0].shape).double().to(device)
     rows = expected(name, logits, share, weight, samples)
     divisor = samples.sum() if reduction == "mean" else 1.0
     want = rows if reduction == "none" else rows.sum() / divisor
@@ -67,16 +68,73 @@ def test_certain_labels_are_class_indices(name):
         torch.testing.assert_close(*(torch.autograd.grad(loss, z)[0] for loss in losses))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", NAMES)
-def test_other_dtypes(name, dtype):
-    logits, share = problem(dtype=dtype)
-    value = fl.LOSSES[name].function(logits, share.to(torch.float32))
-    assert value.dtype == torch.float32
-    torch.testing.assert_close(value.double(), expected(name, logits.double(), share).mean(), rtol=1e-5, atol=1e-6)
-    assert torch.autograd.grad(value, logits)[0].dtype == dtype
+LAYOUTS = {  # of the logits and of the probabilities: contiguous, pixels, channels last, gaps
+    "rows": ((40, 10), lambda t: t),
+    "many classes": ((5, 230), lambda t: t),
+    "columns": ((5, 230), lambda t: t.t().contiguous().t()),
+    "pixels": ((2, 10, 3, 7), lambda t: t),
+    "channels last": ((2, 130, 2, 3), lambda t: t.contiguous(memory_format=torch.channels_last)),
+    "every other": ((2, 10, 3, 7), lambda t: t.repeat_interleave(2, -1)[..., ::2]),
+}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_dtypes_and_layouts(layout, dtype, device):
+    shape, arrange = LAYOUTS[layout]
+    logits, share = problem(shape, dtype, device)
+    weight = 0.5 + torch.rand(shape[1], device=device)
+    for name in NAMES:
+        z, exact = arrange(logits.detach()).requires_grad_(), logits.detach().double().requires_grad_()
+        for u in (share.to(dtype), arrange(share.to(torch.float32))):
+            value = fl.LOSSES[name].function(z, u, weight=weight)
+            want = fl.LOSSES[name].reference(exact, u.double(), weight=weight.double())
+            assert value.dtype == torch.float32
+            rtol = LOSS_TOLERANCE[dtype]
+            torch.testing.assert_close(value.double(), want, rtol=rtol, atol=rtol, msg=lambda m, n=name: f"{n}: {m}")
+            (grad,), (slope,) = torch.autograd.grad(value, z), torch.autograd.grad(want, exact)
+            assert grad.dtype == dtype and grad.stride() == torch.empty_like(z).stride()
+            atol = GRAD_TOLERANCE[dtype] * slope.abs().max().item() + GRAD_FLOOR[dtype]
+            torch.testing.assert_close(grad.double(), slope, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("name", ["gce", "nce_agce", "ece"])
+def test_upstream_gradients_and_second_backward(name, device):
+    logits, share = problem((4, 130), torch.float32, device)
+    upstream = torch.rand(4, device=device)
+    rows = expected(name, logits.double(), share)
+    for reduction, above in (("none", upstream), ("sum", torch.tensor(-3.0)), ("mean", torch.tensor(0.5))):
+        value = fl.LOSSES[name].function(logits, share, reduction=reduction)
+        want = (rows * above.double()).sum() / (4 if reduction == "mean" else 1)
+        slope = torch.autograd.grad(want, logits, retain_graph=True)[0]
+        for _ in range(2):
+            grad = torch.autograd.grad(value, logits, above.to(device), retain_graph=True)[0]
+            torch.testing.assert_close(grad, slope, rtol=1e-5, atol=1e-6)
+
+
+def test_a_share_of_zero_hides_its_class(device):
+    logits = torch.tensor([[0.0, -math.inf, 1.0]] * 2, device=device).repeat(1, 50).requires_grad_()
+    share = torch.tensor([[0.25, 0.0, 0.75], [0.0, 0.5, 0.5]], device=device).repeat(1, 50) / 50
+    for name in [n for n in NAMES if not n.startswith(("nce", "cores", "unhinged"))]:  # those sum over all classes
+        values, want = (
+            f(logits, share, reduction="none") for f in (fl.LOSSES[name].function, fl.LOSSES[name].reference)
+        )
+        assert values[0].isfinite()
+        torch.testing.assert_close(values, want, rtol=1e-5, atol=1e-6)
+        grads = [torch.autograd.grad(v[0], logits, retain_graph=True)[0] for v in (values, want)]
+        torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiled(reduction):
+    logits, share = problem((6, 40), torch.float32)
+    losses = [fl.GCELoss(reduction=reduction), torch.compile(fl.GCELoss(reduction=reduction), backend="aot_eager")]
+    values = [loss(logits, share) for loss in losses]
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*(torch.autograd.grad(v.sum(), logits)[0] for v in values))
+
+
+@pytest.mark.any_cpu
 def test_what_needs_one_label_is_refused():
     logits, share = problem()
     for name in NAMES:

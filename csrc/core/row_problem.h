@@ -20,7 +20,8 @@ enum class Reduction : std::uint8_t { kNone, kSum, kMean, kActiveMean };
 // Added to the number of active rows, as the authors of HEM do: no active row gives 0, not NaN.
 constexpr double kActiveGuard = 1e-6;
 // The u_j of a softmax loss (softmax_loss.h): not used, 1, the class weights (1 without), or the weighted soft target.
-enum class ClassFactors : std::uint8_t { kNone, kOnes, kClassWeights, kSoftTarget };
+// kClassLosses: each class has a loss of its own, whose share is the weighted soft target (cpu/class_losses.h).
+enum class ClassFactors : std::uint8_t { kNone, kOnes, kClassWeights, kSoftTarget, kClassLosses };
 
 struct RowStride {
     std::int64_t outer = 0, inner = 0;

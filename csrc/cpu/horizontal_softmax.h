@@ -2,6 +2,7 @@
 // pass are still in cache when the gradient pass scales them.
 #pragma once
 
+#include "cpu/class_losses.h"
 #include "cpu/gradient_rows.h"
 
 namespace fused_losses {
@@ -24,13 +25,16 @@ public:
           in_place(std::is_same_v<Stored, A> && p.grad && p.grad_class_stride == 1),
           gradient(problem, tile_rows),
           buffer(in_place || (Buffer::reads_directly(p) && !p.grad) ? 0 : tile_rows * classes),
-          soft_target(p.class_factors == ClassFactors::kSoftTarget ? tile_rows * classes : 0) {}
+          soft_target(p.soft_target ? tile_rows * classes : 0),
+          class_losses(problem) {}
 
     void forward(std::int64_t outer, std::int64_t first, int n, TileSums& sums) {
         rows.begin(p, outer, first, n);
         for (int i = 0; i < n; ++i) {
             if (rows.ignored(i)) continue;
-            if (rows.bias != A(0))
+            if (p.class_factors == ClassFactors::kClassLosses)
+                sum_class_losses(outer, first + i, i);
+            else if (rows.bias != A(0))
                 reduce_row<true>(outer, first + i, i);
             else
                 reduce_row<false>(outer, first + i, i);
@@ -41,13 +45,14 @@ public:
         gradient.finish<Stored>(outer, first, n);
     }
 
+    // Not for kClassLosses.
     void backward(std::int64_t outer, std::int64_t first, int n) {
         rows.begin(p, outer, first, n);
         rows.read_stats(p, outer, first, n);
         for (int i = 0; i < n; ++i) {
             if (!rows.ignored(i)) {
                 A* e = exponentials(outer, first + i, i);
-                if (p.class_factors == ClassFactors::kSoftTarget) load_soft_target(outer, first + i, i);
+                if (p.soft_target) load_soft_target(outer, first + i, i);
                 const A* const x = ordered_logits(outer, first + i, i, e);
                 if (rows.bias != A(0))
                     exp_sum<true, false>(x, i, e, outer, first + i);
@@ -73,14 +78,18 @@ private:
             Buffer::widen_row(as<Stored>(p.soft_target) + offset, p.soft_target_class_stride, classes, u);
         else
             Buffer::widen_row(as<A>(p.soft_target) + offset, p.soft_target_class_stride, classes, u);
-        const SmoothedTarget<A> smoothed(p.params, A(classes));
         const A* weight = as<A>(p.class_weight);
+        if (p.class_factors == ClassFactors::kClassLosses) {
+            for (std::int64_t c = 0; c < classes && weight; ++c) u[c] *= weight[c];
+            return;
+        }
+        const SmoothedTarget<A> smoothed(p.params, A(classes));
         for (std::int64_t c = 0; c < classes; ++c) u[c] = smoothed(u[c], weight ? weight[c] : A(1));
     }
 
     // u_j of SoftmaxRow in memory; null means ones.
     const A* factors_of(int i) const {
-        if (p.class_factors == ClassFactors::kSoftTarget) return soft_target.data() + i * classes;
+        if (p.soft_target) return soft_target.data() + i * classes;
         return p.class_factors == ClassFactors::kClassWeights ? as<A>(p.class_weight) : nullptr;
     }
 
@@ -147,17 +156,41 @@ private:
         A* const e = exponentials(outer, row, i);
         const A* const x = ordered_logits(outer, row, i, e);
         rows.max[i] = find_max<kBiased>(x, outer, row, i);
-        if (p.class_factors == ClassFactors::kSoftTarget) load_soft_target(outer, row, i);
+        if (p.soft_target) load_soft_target(outer, row, i);
         if (p.class_factors == ClassFactors::kNone || factors_of(i)) {
             if (p.class_factors != ClassFactors::kNone) sum_factors<kBiased>(x, i);
             exp_sum<kBiased, false>(x, i, e, outer, row);
         } else {
             exp_sum<kBiased, true>(x, i, e, outer, row);
         }
-        if (rows.sum[i] < A(kCertain)) {
-            rows.sum_residual[i] = sum_below_one<kBiased>(x, i, e, outer, row) - (rows.sum[i] - A(1));
-            rows.any_residual = true;
-        }
+        if (rows.sum[i] < A(kCertain)) find_residual<kBiased>(x, i, e, outer, row);
+    }
+
+    template <bool kBiased>
+    void find_residual(const A* x, int i, const A* e, std::int64_t outer, std::int64_t row) {
+        rows.sum_residual[i] = sum_below_one<kBiased>(x, i, e, outer, row) - (rows.sum[i] - A(1));
+        rows.any_residual = true;
+    }
+
+    void sum_class_losses(std::int64_t outer, std::int64_t row, int i) {
+        A *const e = exponentials(outer, row, i), *const shares = soft_target.data() + i * classes;
+        const A* const x =
+            ordered_logits(outer, row, i, e);  // which may be e: it is not written before the second pass
+        rows.max[i] = find_max<false>(x, outer, row, i);
+        load_soft_target(outer, row, i);
+        class_losses.sums_logs ? exp_sum<false, true>(x, i, nullptr, outer, row)
+                               : exp_sum<false, false>(x, i, nullptr, outer, row);
+        if (rows.sum[i] < A(kCertain)) find_residual<false>(x, i, nullptr, outer, row);
+        const A log_sum = rows.log_sums(i).v[0];
+        const V sum_neg_log_p = A(classes) * log_sum - rows.centred[i];
+        const auto sums =
+            class_losses.sum({rows.max[i], log_sum, sum_neg_log_p}, x, shares, p.grad ? e : nullptr, classes);
+        rows.value[i] = sums.value.sum();
+        rows.alpha[i] = sums.alpha.sum();
+        rows.gamma[i] = A(1);
+        if (!p.grad || !class_losses.sums_logs) return;
+        const A gamma = sums.gamma.sum();
+        for (std::int64_t c = 0; c < classes; ++c) shares[c] += gamma;
     }
 
     // The maximum may skip NaNs; the sum of exponentials does not.
@@ -281,6 +314,7 @@ private:
     const bool in_place;  // exponentials are written into the gradient and scaled there
     GradientRows gradient;
     Scratch<A> buffer, soft_target;
+    const ClassLosses<A> class_losses;
     TileRows<A> rows;
 };
 

@@ -84,6 +84,12 @@ struct alignas(64) TileRows {
             other_weight[i] = weights && !ignored(i) ? weights[other_target[i]] : A(1), other_logit[i] = A(0);
     }
 
+    // log sum exp(z - max) of a vector of rows.
+    V log_sums(int i) const {
+        const V total = V::load(sum + i), log_sum = math::log_normal(total);
+        return any_residual ? log_sum + V::load(sum_residual + i) / total : log_sum;
+    }
+
     // Turns the sums of a pass over the logits into loss and gradient coefficients.
     void finish(const RowProblem& p, std::int64_t outer, std::int64_t first, int n, TileSums& sums) {
         evaluate(p);
@@ -239,6 +245,7 @@ private:
     }
 
     void evaluate(const RowProblem& p) {
+        if (p.class_factors == ClassFactors::kClassLosses) return;  // the pass has done it
         evaluate_label(p);
         if (!p.other_target) return;
         // The second label has the same softmax: the loss once more, with that label's logit and weight.
@@ -271,9 +278,7 @@ private:
         for (int i = 0; i < kMaxParams; ++i) params[i] = A(p.params[i]);
         const bool with_gradient = p.grad || p.stats;
         for_padded([&](int i) FL_INLINE {
-            const V total = V::load(sum + i), weighted = V::load(sum_u + i);
-            V log_sum = math::log_normal(total);
-            if (any_residual) log_sum += V::load(sum_residual + i) / total;
+            const V total = V::load(sum + i), weighted = V::load(sum_u + i), log_sum = log_sums(i);
             const V below_max = V::load(target_logit + i) - V::load(max + i), log_p = below_max - log_sum;
             const V sum_neg_log_p = weighted * log_sum - V::load(centred + i);
             const V weight = V::load(class_weight + i);

@@ -1,6 +1,7 @@
 // Softmax losses on vertical tiles: few classes, and NCHW.
 #pragma once
 
+#include "cpu/class_losses.h"
 #include "cpu/vertical_tile.h"
 
 namespace fused_losses {
@@ -19,8 +20,9 @@ public:
     VerticalSoftmax(const RowProblem& problem, std::int64_t tile_rows)
         : Tile(problem, tile_rows),
           classes(p.num_classes),
-          u_store(p.class_factors == ClassFactors::kSoftTarget ? classes * tile_rows : 0),
-          class_number(p.grad ? classes : 0) {
+          u_store(p.soft_target ? classes * tile_rows : 0),
+          class_number(p.grad ? classes : 0),
+          class_losses(p) {
         for (std::int64_t c = 0; c < classes && p.grad; ++c) class_number.data()[c] = A(c);
     }
 
@@ -30,20 +32,22 @@ public:
         for_blocks(n, [&](int b, int count) {
             A *x = block(b), *u = u_of(b);
             if (u) load_soft_target(outer, first + b, count, u);
+            if (p.class_factors == ClassFactors::kClassLosses) return sum_class_losses(x, u, b, outer, first + n);
             if (p.class_factors != ClassFactors::kNone) sum_factors(x, u, b);
-            exponentials(x, b, outer, first + n);
+            exponentials<true>(x, b, outer, first + n);
         });
         rows.finish(p, outer, first, n, sums);
         if (p.grad) write_gradient(outer, first, n);
     }
 
+    // Not for kClassLosses.
     void backward(std::int64_t outer, std::int64_t first, int n) {
         rows.begin(p, outer, first, n);
         Tile::template load_logits<Stored>(outer, first, n);
         rows.read_stats(p, outer, first, n);
         for_blocks(n, [&](int b, int count) {
             if (u_of(b)) load_soft_target(outer, first + b, count, u_of(b));
-            exponentials(block(b), b, outer, first + n);
+            exponentials<true>(block(b), b, outer, first + n);
         });
         write_gradient(outer, first, n);
     }
@@ -64,8 +68,13 @@ private:
             Block::load_classes(as<Stored>(p.soft_target) + offset, row_stride, class_stride, classes, n, u);
         else
             Block::load_classes(as<A>(p.soft_target) + offset, row_stride, class_stride, classes, n, u);
-        const SmoothedTarget<A> smoothed(p.params, A(classes));
         const A* weights = as<A>(p.class_weight);
+        if (p.class_factors == ClassFactors::kClassLosses) {
+            for (std::int64_t c = 0; c < classes && weights; ++c)
+                (V::load(u + c * kWidth) * V(weights[c])).store(u + c * kWidth);
+            return;
+        }
+        const SmoothedTarget<A> smoothed(p.params, A(classes));
         for (std::int64_t c = 0; c < classes; ++c)
             smoothed(V::load(u + c * kWidth), V(weights ? weights[c] : A(1))).store(u + c * kWidth);
     }
@@ -95,7 +104,22 @@ private:
         all.store(rows.sum_u + b);
     }
 
-    // Computing takes longer than reading: meanwhile the next tile's block b is fetched. A prefetch may point anywhere.
+    void sum_class_losses(A* x, A* shares, int b, std::int64_t outer, std::int64_t next) {
+        if (class_losses.sums_logs) sum_factors(x, nullptr, b);
+        exponentials<false>(x, b, outer, next);
+        const V log_sum = rows.log_sums(b), sum_neg_log_p = V(A(classes)) * log_sum - V::load(rows.centred + b);
+        const auto sums = class_losses.sum({V::load(rows.max + b), log_sum, sum_neg_log_p}, x, shares,
+                                           p.grad ? x : nullptr, classes * kWidth);
+        sums.value.store(rows.value + b);
+        sums.alpha.store(rows.alpha + b);
+        V(A(1)).store(rows.gamma + b);
+        for (std::int64_t c = 0; c < classes && p.grad && class_losses.sums_logs; ++c)
+            (V::load(shares + c * kWidth) + sums.gamma).store(shares + c * kWidth);
+    }
+
+    // Sums them, and puts them in place of the logits if kKept. Computing takes longer than reading: meanwhile the next
+    // tile's block b is fetched. A prefetch may point anywhere.
+    template <bool kKept>
     void exponentials(A* x, int b, std::int64_t outer, std::int64_t next) {
         const Stored* const next_logits = logits_at<Stored>(p, outer, next + b);
         const Stored* const next_grad = p.grad ? grad_at<Stored>(p, outer, next + b) : nullptr;
@@ -109,7 +133,7 @@ private:
                 __builtin_prefetch(next_logits + c * step, /*for writing=*/0, /*into the second cache*/ 2);
                 if (fetch_grad) __builtin_prefetch(next_grad + c * kWidth, /*for writing=*/1);
                 const V e = exp_not_positive<Stored>(V::load(x + c * kWidth) - top);
-                e.store(x + c * kWidth);
+                if constexpr (kKept) e.store(x + c * kWidth);
                 sum += e;
             }
             all += sum;
@@ -152,6 +176,7 @@ private:
     const std::int64_t classes;
     Scratch<A> u_store;       // u_j, in blocks as the tile
     Scratch<A> class_number;  // read into all elements of a vector at once, unlike an integer
+    const ClassLosses<A> class_losses;
     alignas(64) A target_class[TileRows<A>::kMax];
     alignas(64) A other_class[TileRows<A>::kMax];
 };

@@ -11,7 +11,6 @@ inline namespace FL_ISA {
 struct CrossEntropy {
     static constexpr const char* name = "cross_entropy";
     static constexpr int num_params = 1;
-    static constexpr bool takes_probabilities = true;
 
     static constexpr ClassFactors class_factors(const double* params) {
         return float(params[0]) == 0.0f ? ClassFactors::kNone : ClassFactors::kClassWeights;

@@ -10,7 +10,7 @@ struct LossNeeds {
     int num_params = 0;
     int min_classes = 1;
     bool has_margin = false;           // margins may be a tensor in place of params[0]; reductions with active_mean
-    bool takes_probabilities = false;  // kernels take a target of class probabilities
+    bool takes_probabilities = false;  // kernels of the CPU take a target of class probabilities
 };
 
 template <class Loss>
@@ -19,13 +19,13 @@ constexpr LossNeeds needs_of() {
     needs.num_params = Loss::num_params;
     if constexpr (requires { Loss::min_classes; }) needs.min_classes = Loss::min_classes;
     if constexpr (requires { Loss::has_margin; }) needs.has_margin = Loss::has_margin;
-    if constexpr (requires { Loss::takes_probabilities; }) needs.takes_probabilities = Loss::takes_probabilities;
     return needs;
 }
 
 inline LossNeeds needs_of(int loss) {
     LossNeeds needs;
     visit_loss(AllLosses{}, loss, [&]<class Loss>() { needs = needs_of<Loss>(); });
+    needs.takes_probabilities = loss >= 0 && !is_multi_reduction_loss(loss);
     return needs;
 }
 

@@ -9,15 +9,16 @@ namespace fused_losses {
 inline namespace FL_ISA {
 
 inline ClassFactors class_factors_of(int loss, const double* params, bool soft_target) {
-    if (soft_target) return ClassFactors::kSoftTarget;
+    if (soft_target) return loss == kCrossEntropy ? ClassFactors::kSoftTarget : ClassFactors::kClassLosses;
     ClassFactors class_factors = ClassFactors::kNone;
     if (!is_multi_reduction_loss(loss))
         visit_loss(SoftmaxLosses{}, loss, [&]<class Loss>() { class_factors = Loss::class_factors(params); });
     return class_factors;
 }
 
-// Numbers per row that the gradient needs.
+// Numbers per row that the gradient needs; 0 where it starts from the logits.
 inline int stats_count_of(int loss, ClassFactors class_factors) {
+    if (class_factors == ClassFactors::kClassLosses) return 0;
     int count = class_factors == ClassFactors::kNone ? 3 : 4;
     if (is_multi_reduction_loss(loss))
         visit_multi_reduction_loss(

@@ -11,6 +11,7 @@
 #include "guarded.h"
 #include "losses/names.h"
 #include "losses/needs.h"
+#include "losses/stats_count.h"
 #include "naive_losses.h"
 
 namespace fused_losses_test {
@@ -49,11 +50,13 @@ struct Shape {
 template <class Stored>
 class CaseData {
 public:
-    CaseData(const Shape& s, int loss, const Params& loss_params, Random& r)
+    // class_losses: whether any softmax loss may have a soft target.
+    CaseData(const Shape& s, int loss, const Params& loss_params, Random& r, bool class_losses = false)
         : shape(s),
           random(r),
           naive(naive_loss(loss_names()[loss])),
-          soft(naive.name == std::string_view("cross_entropy") && random.one_in(3)),
+          soft((loss == kCrossEntropy || (class_losses && needs_of(loss).takes_probabilities && is_small(s))) &&
+               random.one_in(3)),
           exact(needs_of(loss).has_margin),
           logits(maybe_aligned(layout_of(s.kind, s.outer, s.inner, s.classes))),
           target64(per_row()),
@@ -123,17 +126,12 @@ protected:
     }
 
     void choose_class_factors() {
-        p.class_factors = ClassFactors::kNone;
-        p.stats_count = 3;
-        if (is_multi_reduction_loss(p.loss)) {
-            visit_multi_reduction_loss(
-                p.loss, [&]<class Loss>() { p.stats_count = kStateSize<typename Loss::template State<float>, float>; });
-            return;
-        }
-        visit_loss(SoftmaxLosses{}, p.loss, [&]<class Loss>() { p.class_factors = Loss::class_factors(p.params); });
-        if (soft) p.class_factors = ClassFactors::kSoftTarget;
-        if (p.class_factors != ClassFactors::kNone) p.stats_count = 4;
+        p.class_factors = class_factors_of(p.loss, p.params, soft);
+        p.stats_count = stats_count_of(p.loss, p.class_factors);
     }
+
+    // Whether a loss of every class can be computed for every class.
+    static bool is_small(const Shape& s) { return s.classes <= 101 && s.outer * s.inner <= 66; }
 
     // Rounded where a test needs exact arithmetic.
     double number(double x) const {
@@ -239,7 +237,9 @@ protected:
 
     // Whether the loss of a row may be finite with class 0 at -inf.
     bool may_be_masked() const {
-        if (p.class_factors != ClassFactors::kNone) return p.class_factors != ClassFactors::kOnes && p.class_weight;
+        const ClassFactors of_label = class_factors_of(p.loss, p.params, /*soft_target=*/false);
+        if (of_label == ClassFactors::kOnes) return false;
+        if (soft || of_label != ClassFactors::kNone) return p.class_weight;
         return naive.masks && (!naive.masks_with || naive.masks_with(p.params));
     }
 

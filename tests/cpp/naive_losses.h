@@ -312,8 +312,23 @@ inline double condition(const NaiveLoss& loss, const double* params) {
     return loss.condition ? loss.condition(params) : 1;
 }
 
+inline NaiveResult naive_row(const NaiveLoss& loss, const double* params, const NaiveRow& row);
+
+// The sum of every class's loss times its share of a soft target.
+inline NaiveResult naive_class_losses(const NaiveLoss& loss, const double* params, const NaiveRow& row) {
+    NaiveResult sum;
+    sum.grad.resize(row.logits.size());
+    NaiveRow of_label = row;
+    of_label.soft.clear();
+    for (of_label.y = 0; of_label.y < row.classes(); ++of_label.y)
+        if (row.soft[of_label.y] * row.weight_of(of_label.y) != 0)
+            sum.add(row.soft[of_label.y], naive_row(loss, params, of_label));
+    return sum;
+}
+
 inline NaiveResult naive_row(const NaiveLoss& loss, const double* params, const NaiveRow& row) {
-    if (loss.row == naive_cross_entropy || !row.soft.empty()) return naive_cross_entropy(row, params);
+    if (loss.row == naive_cross_entropy) return naive_cross_entropy(row, params);
+    if (!row.soft.empty()) return naive_class_losses(loss, params, row);
     const auto of_p = [&] {
         const Real t = log_softmax(row)[row.y], p = exp(t);
         return of_target(row, loss.value(p, t, params), loss.w(p, t, params));

@@ -35,7 +35,7 @@ Draw draw_loss(Random& random, std::int64_t classes) {
 void test_case(Dtype dtype, const Shape& shape, const Draw& draw, Random& random, bool isolation = false) {
     const std::string name = describe(shape, dtype, draw.loss);
     visit_dtype(dtype, [&]<class Stored>() {
-        Case<Stored> problem(shape, draw.loss, draw.params, random);
+        Case<Stored> problem(shape, draw.loss, draw.params, random, /*class_losses=*/true);
         isolation ? problem.test_isolation(name) : problem.test(name);
     });
 }
@@ -72,7 +72,7 @@ void test_losses(int thinning) {
             for (const Params& params : naive_loss(loss_names()[loss]).params) {
                 const int repeats = needs_of(loss).has_margin ? 8 : 1;
                 for (int i = 0; i < 2 * repeats; ++i) {
-                    const int classes = i % 2 ? 100 : 10;
+                    const int classes = i % 2 ? 101 : 10;
                     if (!random.one_in(thinning)) continue;
                     test_case(dtype, {Kind::kRows, 1, 33, classes}, {loss, params}, random);
                     test_case(dtype, {Kind::kPixels, 2, 33, classes}, {loss, params}, random);
