@@ -19,6 +19,7 @@ from fused_losses import _ops
 from fused_losses._arguments import LOSSES, RowLossArguments
 from fused_losses._checks import check_row_loss
 from fused_losses._reference import SOFT_TARGETS, row_loss_reference
+from fused_losses.row_statistics import RowStatistics, row_statistics
 
 _in_function_transform = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -59,6 +60,26 @@ def fused_row_loss(args: RowLossArguments) -> Tensor:
     if args.logits.requires_grad and torch.is_grad_enabled():
         return apply(_RowLoss, args.logits, args)  # type: ignore[no-any-return]
     return _ops.row_loss(*args)
+
+
+def row_loss_and_statistics(args: RowLossArguments) -> tuple[Tensor, RowStatistics]:
+    """The loss and the statistics of the logits' rows; on the CPU, outside of traces, from one read."""
+    if not _has_statistics(args):
+        return row_loss(args), row_statistics(args.logits, args.target, args.ignore_index)
+    if args.logits.requires_grad and torch.is_grad_enabled():
+        loss, stats, argmax = apply(_RowLossAndStatistics, args.logits, args)
+    else:
+        loss, stats, argmax = _ops.row_loss_and_statistics(*args)
+    return loss, RowStatistics.of_rows(stats, argmax, args.logits)
+
+
+def _has_statistics(args: RowLossArguments) -> bool:
+    """Whether the kernel of the loss makes row statistics too."""
+    logits, target = args.logits, args.target
+    if not (isinstance(logits, Tensor) and logits.is_cpu and is_plain(logits) and isinstance(target, Tensor)):
+        return False
+    dense = all(tensor is None or tensor.layout is torch.strided for tensor in args[:6])
+    return dense and not target.is_floating_point() and not needs_reference(*args[:6])
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
@@ -136,6 +157,21 @@ class _RowLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         return row_loss_gradient(ctx, grad_outputs[0]), None
+
+
+class _RowLossAndStatistics(_RowLoss):
+    """The same with row statistics, which are constants."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, args: RowLossArguments) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        written = None
+        if forward_writes_gradient(args):
+            loss, written, stats, argmax = _ops.row_loss_with_grad_and_statistics(*args)
+        else:
+            loss, stats, argmax = _ops.row_loss_and_statistics(*args)
+        save_row_loss(ctx, args, None, None, written)
+        ctx.mark_non_differentiable(stats, argmax)
+        return loss, stats, argmax
 
 
 def _is_batched(tensor: Tensor) -> bool:

@@ -8,10 +8,10 @@ from typing import Any, TypedDict
 from torch import Tensor, nn
 
 from fused_losses._arguments import LOSSES, RowLossArguments, check_reduction, is_distributed, pack_arguments
-from fused_losses._autograd import row_loss
+from fused_losses._autograd import row_loss, row_loss_and_statistics
 from fused_losses._logit_bias import LogitBias, check_logit_bias
 from fused_losses._parameters import plain
-from fused_losses.row_statistics import RowStatistics, row_statistics
+from fused_losses.row_statistics import RowStatistics
 
 
 class RowLossOptions(TypedDict, total=False):
@@ -117,15 +117,16 @@ class RowLossModule(Criterion):
     ) -> Tensor | tuple[Tensor, RowStatistics]:
         """Computes the loss of ``logits`` for ``target``; ``sample_weight`` is one weight per row.
 
-        With ``return_row_stats`` it comes together with :func:`fused_losses.row_statistics` of the rows, a read of its
-        own that takes about as long as the loss and its gradient.
+        With ``return_row_stats`` it comes together with :func:`fused_losses.row_statistics` of the rows: of the logits
+        as they are, without ``logit_bias``. On the CPU both come from one read of the logits; on CUDA and while tracing
+        the statistics are a read of their own.
         """
         if type(logits) is not Tensor and is_distributed(logits):
             from fused_losses.parallel import distributed_loss  # it is made of this class
 
             return distributed_loss(self, logits, target, sample_weight)
-        loss = row_loss(self._arguments(logits, target, sample_weight))
-        return (loss, row_statistics(logits, target, self.ignore_index)) if return_row_stats else loss
+        args = self._arguments(logits, target, sample_weight)
+        return row_loss_and_statistics(args) if return_row_stats else row_loss(args)
 
     def _arguments(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None) -> RowLossArguments:
         return pack_arguments(

@@ -45,6 +45,10 @@ mixed_loss: Callable[..., Tensor] = torch.ops.fused_losses.mixed_loss.default
 mixed_loss_with_grad: Callable[..., Tensors2] = torch.ops.fused_losses.mixed_loss_with_grad.default
 mixed_loss_backward: Callable[..., Tensor] = torch.ops.fused_losses.mixed_loss_backward.default
 row_statistics: Callable[..., Tensors2] = torch.ops.fused_losses.row_statistics.default
+row_loss_and_statistics: Callable[..., Tensors3] = torch.ops.fused_losses.row_loss_and_statistics.default
+row_loss_with_grad_and_statistics: Callable[..., Tensors4] = (
+    torch.ops.fused_losses.row_loss_with_grad_and_statistics.default
+)
 class_moments: Callable[..., Tensor] = torch.ops.fused_losses.class_moments.default
 z_error_mask: Callable[..., Tensors3] = torch.ops.fused_losses.z_error_mask.default
 z_error_class_loss: Callable[..., Tensors6] = torch.ops.fused_losses.z_error_class_loss.default
@@ -133,6 +137,18 @@ def _fake_row_statistics(logits: Tensor, target: Tensor, ignore_index: int) -> T
     for size in row_shape(logits):
         rows = rows * size
     return logits.new_empty((5, rows), dtype=acc_dtype(logits)), logits.new_empty((rows,), dtype=torch.int64)
+
+
+@_fake
+def _fake_row_loss_and_statistics(*flat: Any) -> Tensors3:
+    args = RowLossArguments(*flat)
+    return _empty_loss(args), *_fake_row_statistics(args.logits, args.target, args.ignore_index)
+
+
+@_fake
+def _fake_row_loss_with_grad_and_statistics(*flat: Any) -> Tensors4:
+    loss, *statistics = _fake_row_loss_and_statistics(*flat)
+    return loss, torch.empty_like(flat[0]), *statistics
 
 
 @_fake

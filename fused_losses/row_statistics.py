@@ -31,6 +31,12 @@ class RowStatistics(NamedTuple):
     argmax: Tensor
     """The class of the largest logit, the first of equals; int64."""
 
+    @staticmethod
+    def of_rows(stats: Tensor, argmax: Tensor, logits: Tensor) -> RowStatistics:
+        """Those that an operator has found of the rows of ``logits``."""
+        shape = row_shape(logits)
+        return RowStatistics._make(of_rows.view(shape) for of_rows in (*stats.unbind(), argmax))
+
 
 def row_statistics(logits: Tensor, target: Tensor, ignore_index: int = -100) -> RowStatistics:
     """Log-probability of the label, largest probability and logit, margin, entropy and prediction of each row.
@@ -58,6 +64,4 @@ def row_statistics(logits: Tensor, target: Tensor, ignore_index: int = -100) -> 
         >>> rows.margin, rows.argmax
         (tensor([ 2., -1.]), tensor([0, 1]))
     """
-    stats, argmax = _ops.row_statistics(logits.detach(), target, ignore_index)
-    shape = row_shape(logits)
-    return RowStatistics._make(of_rows.view(shape) for of_rows in (*stats.unbind(), argmax))
+    return RowStatistics.of_rows(*_ops.row_statistics(logits.detach(), target, ignore_index), logits)

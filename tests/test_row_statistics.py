@@ -153,3 +153,43 @@ def test_at_the_call_of_every_module(name, device):
     assert torch.equal(loss, criterion(logits, target)) and logits.grad.isfinite().all()
     for actual, field in zip(rows, fl.row_statistics(logits, target, 1), strict=True):
         torch.testing.assert_close(actual, field, equal_nan=True)
+
+
+LOGITS = {  # a block of rows, rows one by one, pixels, columns, gaps between the pixels
+    "few classes": lambda new: new(37, 10),
+    "many classes": lambda new: new(19, 300),
+    "pixels": lambda new: new(2, 10, 3, 7),
+    "columns": lambda new: new(300, 5).t(),
+    "every other": lambda new: new(2, 10, 3, 14)[..., ::2],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LOGITS)
+@pytest.mark.parametrize("name", ["gce", "nce", "ngce"])  # without and with sums over classes; of several passes
+def test_from_the_read_of_a_loss(name, layout, dtype, device, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    logits = LOGITS[layout](lambda *shape: (3 * torch.randn(shape, generator=generator)).to(device, dtype))
+    classes, rows = logits.shape[1], logits[:, 0].shape
+    target = torch.randint(classes, rows, generator=generator).to(device)
+    ignored = torch.where(torch.rand(rows, generator=generator).to(device) < 0.2, -100, target)
+    odd = logits.clone()  # rows that are not finite
+    odd[0, 1], odd[1, 0], odd[-1] = math.nan, math.inf, -math.inf
+    cases = [(z, labels, bias) for z in (logits, odd) for labels in (target, ignored) for bias in (0.0, 2.0, -1.0)]
+    expected = [fl.row_statistics(z, labels) for z, labels, _ in cases]
+    if device == "cpu":  # one operator does it
+        monkeypatch.setattr(fl._ops, "row_statistics", None)
+    for (z, labels, bias), fields in zip(cases, expected, strict=True):
+        for reduction in ("mean", "none"):
+            criterion = fl.LOSSES[name].module(reduction=reduction, logit_bias=bias)
+            z = z.detach().requires_grad_()
+            alone, (loss, found) = criterion(z, labels), criterion(z, labels, return_row_stats=True)
+            torch.testing.assert_close(loss, alone, rtol=0, atol=0, equal_nan=True)
+            grads = [torch.autograd.grad(value.sum(), z)[0] for value in (alone, loss)]
+            torch.testing.assert_close(*grads, rtol=0, atol=0, equal_nan=True)
+            assert not any(field.requires_grad for field in found)
+            with torch.no_grad():
+                without_gradient = criterion(z, labels, return_row_stats=True)[1]
+            for statistics in (found, without_gradient):
+                for actual, field in zip(statistics, fields, strict=True):
+                    torch.testing.assert_close(actual, field, rtol=1e-5, atol=1e-5, equal_nan=True)

@@ -66,8 +66,11 @@ struct RowProblem {
     void* row_values = nullptr;  // acc [rows], sample_weight * value
     // acc [stats_count][rows]. Softmax losses: max, alpha / sum exp(z - max), beta (on the CPU dL/dz_y)[, gamma]
     void* stats = nullptr;
-    std::int64_t* argmax = nullptr;  // [rows]; row statistics alone have it
-    void* grad = nullptr;            // dtype
+    // What rows look like (row_statistics.h): acc [kRowStatistics][rows] and [rows]. A loss fills both or, on CUDA,
+    // none.
+    void* row_statistics = nullptr;
+    std::int64_t* argmax = nullptr;
+    void* grad = nullptr;  // dtype
     RowStride grad_stride;
     std::int64_t grad_class_stride = 1;
 

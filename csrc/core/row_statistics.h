@@ -8,7 +8,7 @@
 namespace fused_losses {
 inline namespace FL_ISA {
 
-// In the order of RowProblem::stats.
+// In the order of RowProblem::row_statistics.
 enum RowStatistic { kLogProb, kMaxProb, kMaxLogit, kMargin, kEntropy, kRowStatistics };
 
 template <class T>

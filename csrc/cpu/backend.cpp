@@ -10,6 +10,7 @@
 #include "cpu/tiling.h"
 #include "cpu/work_stealing.h"
 #include "cpu/z_error.h"
+#include "losses/registry.h"
 #include "ops/backend.h"
 #include "ops/error.h"
 
@@ -46,11 +47,26 @@ std::int64_t grain_size(const RowProblem& p, const Tiling& tiling) {
     return std::max<std::int64_t>(1, kElements / std::max<std::int64_t>(1, tiling.tile_rows * p.num_classes));
 }
 
+RowStatisticsKernel statistics_kernel() {
+    static const RowStatisticsKernel chosen =
+        for_this_processor([]<Isa isa>() { return row_statistics_kernel<isa>(); });
+    return chosen;
+}
+
+// Softmax losses make row statistics by themselves. After others they are made while the tiles' logits are in cache.
 TileSums run_tiles(const RowProblem& p) {
     const Tiling tiling(p);
+    const std::int64_t grain = grain_size(p, tiling);
+    const RowRuns runs{tiling.tile_rows, tiling.tiles_per_outer};
     std::vector<TileSums> sums(tiling.tiles);
-    for_stealing(tiling.tiles, grain_size(p, tiling),
-                 [&](std::int64_t begin, std::int64_t end) { kernels().forward(p, begin, end, sums.data()); });
+    for_stealing(tiling.tiles, grain, [&](std::int64_t begin, std::int64_t end) {
+        if (!p.argmax || !is_multi_reduction_loss(p.loss)) return kernels().forward(p, begin, end, sums.data());
+        for (; begin < end; begin += grain) {
+            const std::int64_t piece_end = std::min(begin + grain, end);
+            kernels().forward(p, begin, piece_end, sums.data());
+            statistics_kernel()(p, runs, begin, piece_end);
+        }
+    });
     TileSums total;
     for (const TileSums& sum : sums) total.value += sum.value, total.weight += sum.weight;
     return total;
@@ -130,13 +146,12 @@ void forward(RowProblem& p, void* loss, void* denominator) {
 }
 
 void statistics(const RowProblem& p) {
-    static const RowStatisticsKernel kernel =
-        for_this_processor([]<Isa isa>() { return row_statistics_kernel<isa>(); });
     check_targets(p);
-    constexpr std::int64_t kElements = 32768;
-    const std::int64_t of_run = StatisticsRuns::kRows * std::max<std::int64_t>(1, p.num_classes);
-    for_stealing(StatisticsRuns(p).count, std::max<std::int64_t>(1, kElements / of_run),
-                 [&](std::int64_t begin, std::int64_t end) { kernel(p, begin, end); });
+    constexpr std::int64_t kRows = 16, kElements = 32768;  // whole vectors of any instruction set
+    const RowRuns runs{kRows, (p.inner + kRows - 1) / kRows};
+    const std::int64_t of_run = kRows * std::max<std::int64_t>(1, p.num_classes);
+    for_stealing(p.outer * runs.per_outer, std::max<std::int64_t>(1, kElements / of_run),
+                 [&](std::int64_t begin, std::int64_t end) { statistics_kernel()(p, runs, begin, end); });
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 
 #include "cpu/class_losses.h"
 #include "cpu/gradient_rows.h"
+#include "cpu/statistics_rows.h"
 
 namespace fused_losses {
 inline namespace FL_ISA {
@@ -24,20 +25,16 @@ public:
           classes(problem.num_classes),
           in_place(std::is_same_v<Stored, A> && p.grad && p.grad_class_stride == 1),
           gradient(problem, tile_rows),
-          buffer(in_place || (Buffer::reads_directly(p) && !p.grad) ? 0 : tile_rows * classes),
+          buffer(in_place || (Buffer::reads_directly(p) && !p.grad && !p.argmax) ? 0 : tile_rows * classes),
           soft_target(p.soft_target ? tile_rows * classes : 0),
-          class_losses(problem) {}
+          class_losses(problem),
+          statistics(problem) {}
 
     void forward(std::int64_t outer, std::int64_t first, int n, TileSums& sums) {
         rows.begin(p, outer, first, n);
         for (int i = 0; i < n; ++i) {
-            if (rows.ignored(i)) continue;
-            if (p.class_factors == ClassFactors::kClassLosses)
-                sum_class_losses(outer, first + i, i);
-            else if (rows.bias != A(0))
-                reduce_row<true>(outer, first + i, i);
-            else
-                reduce_row<false>(outer, first + i, i);
+            if (!rows.ignored(i)) reduce(outer, first + i, i);
+            if (p.argmax) take_statistics(outer, first + i, i);
         }
         rows.finish(p, outer, first, n, sums);
         if (!p.grad) return;
@@ -149,6 +146,15 @@ private:
         rows.target_logit[i] = p.target ? x[rows.target[i]] + rows.bias : A(0);
         if (p.other_target) rows.other_logit[i] = x[rows.other_target[i]];
         return x;
+    }
+
+    void reduce(std::int64_t outer, std::int64_t row, int i) {
+        if (p.class_factors == ClassFactors::kClassLosses)
+            sum_class_losses(outer, row, i);
+        else if (rows.bias != A(0))
+            reduce_row<true>(outer, row, i);
+        else
+            reduce_row<false>(outer, row, i);
     }
 
     template <bool kBiased>
@@ -288,6 +294,29 @@ private:
         rows.sum_u[i] = all.sum();
     }
 
+    // From the exponentials, if there are any and they are those of the logits.
+    void take_statistics(std::int64_t outer, std::int64_t row, int i) {
+        if (rows.ignored(i) || rows.bias != A(0) || p.logits_class_stride != 1) return statistics.run(outer, row, 1);
+        const Stored* const x = logits_at<Stored>(p, outer, row);
+        const A* const e = exponentials(outer, row, i);
+        const V top = rows.max[i];
+        V weighted = A(0);  // sum e (z - max)
+        const auto add = [&](V z, std::int64_t c, auto count, auto) FL_INLINE {
+            const V e_c = load_n_or(e + c, count, A(0));
+            weighted += math::select(e_c == V(A(0)), V(A(0)), e_c * (z - top));
+        };
+        if constexpr (sizeof(Stored) == 2) {
+            if (unordered(i)) {
+                for_pairs(x, 0, classes, add);
+                return statistics.take_row(outer, row, rows.sum[i], weighted.sum());
+            }
+        }
+        for_vectors<A>(classes, [&](std::int64_t c, auto count) {
+            add(load_n_or(x + c, count, kMinusInfinity), c, count, kFirst);
+        });
+        statistics.take_row(outer, row, rows.sum[i], weighted.sum());
+    }
+
     // Zeros behind the first `count` elements.
     static V first_of(V x, Whole) { return x; }
     static V first_of(V x, int count) { return math::select(first_n<A>(count), x, V(A(0))); }
@@ -315,6 +344,7 @@ private:
     GradientRows gradient;
     Scratch<A> buffer, soft_target;
     const ClassLosses<A> class_losses;
+    StatisticsRows<Stored> statistics;
     TileRows<A> rows;
 };
 

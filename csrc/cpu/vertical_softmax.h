@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cpu/class_losses.h"
-#include "cpu/vertical_tile.h"
+#include "cpu/statistics_rows.h"
 
 namespace fused_losses {
 inline namespace FL_ISA {
@@ -22,18 +22,22 @@ public:
           classes(p.num_classes),
           u_store(p.soft_target ? classes * tile_rows : 0),
           class_number(p.grad ? classes : 0),
-          class_losses(p) {
+          class_losses(p),
+          statistics(p) {
         for (std::int64_t c = 0; c < classes && p.grad; ++c) class_number.data()[c] = A(c);
     }
 
     void forward(std::int64_t outer, std::int64_t first, int n, TileSums& sums) {
         rows.begin(p, outer, first, n);
         Tile::template load_logits<Stored>(outer, first, n);
+        const bool holds_logits = !rows.any_ignored && rows.bias == A(0);  // of all rows, as they are
+        if (p.argmax && !holds_logits) statistics.run(outer, first, n);
         for_blocks(n, [&](int b, int count) {
             A *x = block(b), *u = u_of(b);
             if (u) load_soft_target(outer, first + b, count, u);
             if (p.class_factors == ClassFactors::kClassLosses) return sum_class_losses(x, u, b, outer, first + n);
             if (p.class_factors != ClassFactors::kNone) sum_factors(x, u, b);
+            if (p.argmax && holds_logits) return take_statistics(x, b, count, outer, first, n);
             exponentials<true>(x, b, outer, first + n);
         });
         rows.finish(p, outer, first, n, sums);
@@ -117,28 +121,38 @@ private:
             (V::load(shares + c * kWidth) + sums.gamma).store(shares + c * kWidth);
     }
 
+    // Together with the exponentials.
+    void take_statistics(A* x, int b, int count, std::int64_t outer, std::int64_t first, int n) {
+        auto all = statistics.compared_block(x);
+        all.weighted = exponentials<true, true>(x, b, outer, first + n);
+        all.sum = V::load(rows.sum + b);
+        statistics.write_block(outer, first + b, count, all, V::load(rows.target_logit + b));
+    }
+
     // Sums them, and puts them in place of the logits if kKept. Computing takes longer than reading: meanwhile the next
-    // tile's block b is fetched. A prefetch may point anywhere.
-    template <bool kKept>
-    void exponentials(A* x, int b, std::int64_t outer, std::int64_t next) {
+    // tile's block b is fetched. A prefetch may point anywhere. Returns sum e (z - max) if kWeighted.
+    template <bool kKept, bool kWeighted = false>
+    V exponentials(A* x, int b, std::int64_t outer, std::int64_t next) {
         const Stored* const next_logits = logits_at<Stored>(p, outer, next + b);
         const Stored* const next_grad = p.grad ? grad_at<Stored>(p, outer, next + b) : nullptr;
         const bool fetch_grad = p.grad && p.grad_class_stride == 1;
         const std::int64_t step = p.logits_class_stride == 1 ? kWidth : p.logits_class_stride;
         const V top = V::load(rows.max + b);
-        V all = A(0);
+        V all = A(0), weighted = A(0);
         for_runs(classes, kVectorsPerRun, [&](std::int64_t begin, std::int64_t end) {
             V sum = A(0);
             for (std::int64_t c = begin; c < end; ++c) {
                 __builtin_prefetch(next_logits + c * step, /*for writing=*/0, /*into the second cache*/ 2);
                 if (fetch_grad) __builtin_prefetch(next_grad + c * kWidth, /*for writing=*/1);
-                const V e = exp_not_positive<Stored>(V::load(x + c * kWidth) - top);
+                const V below = V::load(x + c * kWidth) - top, e = exp_not_positive<Stored>(below);
+                if constexpr (kWeighted) weighted += math::select(e == V(A(0)), V(A(0)), e * below);
                 if constexpr (kKept) e.store(x + c * kWidth);
                 sum += e;
             }
             all += sum;
         });
         all.store(rows.sum + b);
+        return weighted;
     }
 
     // The blocks hold exp(z - max)
@@ -177,6 +191,7 @@ private:
     Scratch<A> u_store;       // u_j, in blocks as the tile
     Scratch<A> class_number;  // read into all elements of a vector at once, unlike an integer
     const ClassLosses<A> class_losses;
+    StatisticsRows<Stored> statistics;
     alignas(64) A target_class[TileRows<A>::kMax];
     alignas(64) A other_class[TileRows<A>::kMax];
 };

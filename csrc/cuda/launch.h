@@ -52,7 +52,7 @@ cudaError_t enqueue_gradient(const RowProblem& p, cudaStream_t stream);
 cudaError_t enqueue_multi_reduction_forward(const RowProblem& p, const LossOutput& out, cudaStream_t stream);
 cudaError_t enqueue_multi_reduction_gradient(const RowProblem& p, cudaStream_t stream);
 
-// Fills stats [kRowStatistics][rows] (core/row_statistics.h) and argmax; there is a row.
+// Fills row_statistics and argmax; there is a row.
 cudaError_t enqueue_row_statistics(const RowProblem& p, cudaStream_t stream);
 
 }  // namespace fused_losses::cuda

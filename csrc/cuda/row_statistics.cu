@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kBlock) statistics(const __grid_constant__ Row
         }
         p.argmax[number] = all.index;
         for (int k = 0; k < kRowStatistics; ++k)
-            static_cast<A*>(p.stats)[k * p.rows() + number] =
+            static_cast<A*>(p.row_statistics)[k * p.rows() + number] =
                 target.ignored ? std::numeric_limits<A>::quiet_NaN() : found.v[k];
     }
 }

@@ -10,11 +10,11 @@ struct Backend {
     // ---- Row losses ----
     // Fills what is asked for: `loss` (acc, one; with Reduction::kNone it is p.row_values and nothing is left to do),
     // `denominator` (acc, one: the sum of the rows' weights; null if nobody wants it), p.stats, p.grad. On the CPU the
-    // gradient includes p.upstream, and the loss may be null.
+    // gradient includes p.upstream, the loss may be null, and p.row_statistics and p.argmax may be asked for.
     void (*row_loss)(RowProblem& p, void* loss, void* denominator);
     // Fills p.grad from p.stats, p.upstream and p.denominator.
     void (*row_loss_gradient)(const RowProblem& p);
-    // Fills p.stats [kRowStatistics][rows] (core/row_statistics.h) and p.argmax.
+    // Fills p.row_statistics and p.argmax.
     void (*row_statistics)(const RowProblem& p);
 
     // ---- Z-Error ----

@@ -17,6 +17,8 @@ void row_loss_backward_(StableIValue* stack, std::uint64_t, std::uint64_t);
 void mixed_loss(StableIValue* stack, std::uint64_t, std::uint64_t);
 void mixed_loss_with_grad(StableIValue* stack, std::uint64_t, std::uint64_t);
 void mixed_loss_backward(StableIValue* stack, std::uint64_t, std::uint64_t);
+void row_loss_and_statistics(StableIValue* stack, std::uint64_t, std::uint64_t);
+void row_loss_with_grad_and_statistics(StableIValue* stack, std::uint64_t, std::uint64_t);
 void row_statistics(StableIValue* stack, std::uint64_t, std::uint64_t);
 
 void class_moments(StableIValue* stack, std::uint64_t, std::uint64_t);
@@ -25,6 +27,13 @@ void z_error_class_loss(StableIValue* stack, std::uint64_t, std::uint64_t);
 void z_error_loss(StableIValue* stack, std::uint64_t, std::uint64_t);
 void z_error_loss_backward(StableIValue* stack, std::uint64_t, std::uint64_t);
 void update_moments_(StableIValue* stack, std::uint64_t, std::uint64_t);
+
+// The results of row statistics, to which it points `p`.
+struct RowStatisticsTensors {
+    Tensor stats, argmax;
+
+    RowStatisticsTensors(RowProblem& p, DtypeCode acc, Device device);
+};
 
 inline const Backend& backend_of([[maybe_unused]] Device device) {
 #ifdef FL_WITH_CUDA

@@ -49,6 +49,10 @@ STABLE_TORCH_LIBRARY(fused_losses, m) {
     // argmax is int64. Rows are in logical order.
     m.def("row_statistics(Tensor logits, Tensor target, int ignore_index) -> (Tensor stats, Tensor argmax)");
 
+    // The same from the read of a loss; CPU only, class indices only.
+    def("row_loss_and_statistics", "", "(Tensor loss, Tensor stats, Tensor argmax)");
+    def("row_loss_with_grad_and_statistics", "", "(Tensor loss, Tensor grad_logits, Tensor stats, Tensor argmax)");
+
     // ---- Z-Error (2506.02154) ----
     // Rows form groups and have scores, as `statistic` says:
     //   "class": target holds class indices; score is one number per row, or logits whose target's entry is the score
@@ -128,6 +132,8 @@ STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) {
     m.impl("mixed_loss", &mixed_loss);
     m.impl("mixed_loss_with_grad", &mixed_loss_with_grad);
     m.impl("mixed_loss_backward", &mixed_loss_backward);
+    m.impl("row_loss_and_statistics", &row_loss_and_statistics);
+    m.impl("row_loss_with_grad_and_statistics", &row_loss_with_grad_and_statistics);
 }
 #ifdef FL_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(fused_losses, CUDA, m) { implement(m); }

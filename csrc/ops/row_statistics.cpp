@@ -6,6 +6,14 @@
 
 namespace fused_losses {
 
+RowStatisticsTensors::RowStatisticsTensors(RowProblem& p, DtypeCode acc, Device device) {
+    const std::int64_t of_stats[] = {kRowStatistics, p.rows()}, of_argmax[] = {p.rows()};
+    stats = empty(of_stats, acc, device);
+    argmax = empty(of_argmax, dtypes::int64, device);
+    p.row_statistics = stats.mutable_data_ptr();
+    p.argmax = static_cast<std::int64_t*>(argmax.mutable_data_ptr());
+}
+
 void row_statistics(StableIValue* stack, std::uint64_t, std::uint64_t) {
     Arguments in(stack);
     RowLossArgs args;
@@ -25,13 +33,9 @@ void row_statistics(StableIValue* stack, std::uint64_t, std::uint64_t) {
     p.logits_class_stride = logits.stride(shape.class_dim);
     p.ignore_index = args.ignore_index;
 
-    const std::int64_t of_stats[] = {kRowStatistics, p.rows()}, of_argmax[] = {p.rows()};
-    Tensor stats = empty(of_stats, acc_of(logits), logits.device());
-    Tensor argmax = empty(of_argmax, dtypes::int64, logits.device());
-    p.stats = stats.mutable_data_ptr();
-    p.argmax = static_cast<std::int64_t*>(argmax.mutable_data_ptr());
+    RowStatisticsTensors found(p, acc_of(logits), logits.device());
     if (p.rows() > 0) backend_of(logits.device()).row_statistics(p);
-    Results(stack).push(stats, argmax);
+    Results(stack).push(found.stats, found.argmax);
 }
 
 }  // namespace fused_losses

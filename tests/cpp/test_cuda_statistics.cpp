@@ -66,7 +66,7 @@ void test(Dtype dtype, Kind kind, std::int64_t outer, std::int64_t inner, std::i
     p.outer = outer, p.inner = inner, p.num_classes = classes;
     p.logits = logits.data(), p.logits_stride = logits.layout.row, p.logits_class_stride = logits.layout.cls;
     p.target = target.data(), p.target_stride = target.layout.row;
-    p.stats = stats.data(), p.argmax = argmax.data();
+    p.row_statistics = stats.data(), p.argmax = argmax.data();
     const bool masked = random.one_in(8);
     for (std::int64_t o = 0; o < outer; ++o)
         for (std::int64_t i = 0; i < inner; ++i) {

@@ -45,6 +45,12 @@ public:
         return stats;
     }
 
+    // Allocates row statistics.
+    RowStatisticsTensors new_statistics() {
+        check(!shape.soft_target, args.loss, ": row statistics need class indices, got class probabilities");
+        return {problem, acc, args.logits.device()};
+    }
+
     // What forward has saved; empty if it has saved nothing.
     void take_saved(const Tensor& stats, const Tensor& denominator) {
         problem.stats = const_cast<void*>(stats.const_data_ptr());
@@ -205,6 +211,19 @@ void backward(StableIValue* stack) {
 }
 
 template <bool with_grad>
+void statistics_forward(StableIValue* stack) {
+    Arguments in(stack);
+    RowLossCall call(RowLossArgs(in), with_grad);
+    Tensor loss = call.new_loss();
+    RowStatisticsTensors found = call.new_statistics();
+    call.backend().row_loss(call.problem, loss.mutable_data_ptr(), nullptr);
+    Results out(stack);
+    out.push(loss);
+    if (with_grad) out.push(call.finished_grad());
+    out.push(found.stats, found.argmax);
+}
+
+template <bool with_grad>
 void mixed_forward(StableIValue* stack) {
     Arguments in(stack);
     OtherLabel other(in);
@@ -230,6 +249,11 @@ void mixed_loss_backward(StableIValue* stack, std::uint64_t, std::uint64_t) {
     call.backend().row_loss(call.problem, nullptr, nullptr);
     Tensor grad = call.finished_grad();
     Results(stack).push(grad);
+}
+
+void row_loss_and_statistics(StableIValue* stack, std::uint64_t, std::uint64_t) { statistics_forward<false>(stack); }
+void row_loss_with_grad_and_statistics(StableIValue* stack, std::uint64_t, std::uint64_t) {
+    statistics_forward<true>(stack);
 }
 
 void row_loss(StableIValue* stack, std::uint64_t, std::uint64_t) { forward<false, false>(stack); }
