@@ -82,8 +82,9 @@ class ChunkedLogits:
         def z_error_row_loss(
             args: RowLossArguments, rule: ZErrorRule, judged: ClassScore | None
         ) -> tuple[Tensor, Tensor, Tensor]:
-            of_logits = judged is not None and judged[0].dim() > 1  # those are the stand-in: no numbers to judge by
-            return masked_first(args, rule, None if of_logits else judged, self.row_loss, score_of)
+            if judged is None or judged[0].dim() > 1:  # the latter are the stand-in: no numbers to judge by
+                judged = score_of(rule.statistic, args)
+            return masked_first(args, rule, judged, self.row_loss)
 
         def z_error_loss(*args: Any) -> Any:
             raise NotImplementedError("the binary and the regression form of Z-Error have no class logits")

@@ -7,7 +7,6 @@ rows that are kept.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -37,10 +36,10 @@ def z_error_row_loss(args: RowLossArguments, rule: ZErrorRule, judged: ClassScor
     rows. Elsewhere the rows' losses come first, and one kernel makes statistics, mask and reduction of them.
     """
     if needs_reference(*args[:6]):
-        return masked_first(args, rule, judged, row_loss, partial(class_score, row_loss))
+        return masked_first(args, rule, judged or class_score(row_loss, rule.statistic, args), row_loss)
     differentiate = args.logits.requires_grad and torch.is_grad_enabled()
     if differentiate and args.logits.is_cpu and forward_writes_gradient(args):
-        return masked_first(args, rule, judged, fused_row_loss, partial(class_score, fused_row_loss))
+        return masked_first(args, rule, judged or class_score(fused_row_loss, rule.statistic, args), fused_row_loss)
     if differentiate:
         return apply(_ZErrorRowLoss, args.logits, args, rule)  # type: ignore[no-any-return]
     plan = _Plan.of(args, rule)
@@ -51,12 +50,11 @@ def z_error_row_loss(args: RowLossArguments, rule: ZErrorRule, judged: ClassScor
 def masked_first(
     args: RowLossArguments,
     rule: ZErrorRule,
-    judged: ClassScore | None,
+    judged: ClassScore,
     row_loss: Callable[[RowLossArguments], Tensor],
-    score_of: Callable[[str, RowLossArguments], ClassScore],
 ) -> Result:
-    """The row loss of the rows that a mask keeps; ``score_of`` says what they are judged by if that is not known."""
-    score, word = judged or score_of(rule.statistic, args)
+    """The row loss of the rows that a mask keeps, by what they are judged by."""
+    score, word = judged
     target, ignore_index = args.target, args.ignore_index
     moments, threshold_tensor, threshold, _, tail, min_count, keep_small, with_scores = rule
     if moments is None:

@@ -47,10 +47,10 @@ def resolve_base(base: str | RowLossModule, **options: Any) -> tuple[LossEntry, 
         return LOSSES[base.stem], base.call_options()
     if not isinstance(base, str):
         raise TypeError(f"base must be the name of a row loss or its Module, got {type(base).__name__}")
-    stem = base.removesuffix("_loss")
-    if stem not in LOSSES:
+    entry = LOSSES.get(base) or LOSSES.get(base.removesuffix("_loss"))
+    if entry is None:
         raise ValueError(f"base must be one of {', '.join(LOSSES)}, or a Module, got {base!r}")
-    return LOSSES[stem], options
+    return entry, options
 
 
 def classes_of(logits: Tensor) -> int:
@@ -77,7 +77,7 @@ class _Judge(NamedTuple):
 
 def _z_cross_entropy(
     ops: ZOps,
-    source: Source,
+    source_of_classes: Callable[[int], Source],
     logits: Tensor,
     target: Tensor,
     judge: _Judge,
@@ -95,11 +95,12 @@ def _z_cross_entropy(
     check_tensors(logits=logits, target=target)
     entry, keywords = resolve_base(base, weight=weight, ignore_index=ignore_index, logit_bias=logit_bias)
     numbers, tensor = pack_threshold(threshold)
+    num_classes = classes_of(logits)
+    source = source_of_classes(num_classes)
     mean_over_ranks = source.group is not None and reduction == "mean"
     arguments = entry.arguments(
         logits, target, reduction="sum" if mean_over_ranks else reduction, sample_weight=sample_weight, **keywords
     )
-    num_classes = classes_of(logits)
     judged = class_score(ops.row_loss, statistic, arguments) if source.wants_batch else None
 
     def moments_of_batch() -> Tensor:
@@ -185,9 +186,10 @@ def _z_error_cross_entropy(ops: ZOps) -> Callable[..., Any]:
             >>> z_error_cross_entropy(logits, torch.tensor([0, 0, 0, 1, 1]), threshold=1.0)
             tensor(0.1735)
         """
+        source = source_of(statistics, process_group, None)
         return _z_cross_entropy(
             ops,
-            source_of(statistics, process_group, None),
+            lambda num_classes: source,
             logits,
             target,
             _Judge.of(statistic, base, sided, min_count, small_class),
@@ -294,11 +296,9 @@ class ZErrorCrossEntropyLoss(ZErrorModule):
         return_mask: bool = False,
     ) -> Tensor | ZErrorResult:
         """The loss by other operators, or with another ``reduction``."""
-        check_tensors(logits=logits)
-        num_classes = classes_of(logits)
         return _z_cross_entropy(
             ops,
-            self._source(num_classes),
+            self._source,
             logits,
             target,
             self._settle() if self._judge is None else self._judge,
