@@ -87,7 +87,8 @@ class LossEntry:
     ``reduction`` the default one (None is another word for it if ``none_is_default``), and ``module`` the Module class.
     A target of class probabilities stands for the sum of the classes' losses if the loss ``takes_probabilities``.
     Logits must have ``min_classes`` classes. ``sums`` names what the formula adds up over the classes: "log_probs",
-    "terms" (:meth:`Rows.sum_log_probs`, :meth:`Rows.target_and_sum`); None: what needs all classes on one rank.
+    "p^q" with the name or value of the exponent, "terms" (:meth:`Rows.sum_log_probs`, :meth:`Rows.target_and_powers`,
+    :meth:`Rows.target_and_sum`); None: what needs all classes on one rank.
     """
 
     name: str

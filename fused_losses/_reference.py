@@ -28,6 +28,11 @@ def expm1(x: Tensor) -> Tensor:
     return torch.where(near, torch.expm1(torch.where(near, x, 0.0)), torch.exp(x) - 1.0)
 
 
+def power(log_p: Tensor, exponent: float, less_one: bool = False) -> Tensor:
+    """``p^q``, or ``p^q - 1``, which has digits where ``p^q`` is near 1."""
+    return expm1(exponent * log_p) if less_one else torch.exp(exponent * log_p)
+
+
 def log_near_one(x: Tensor, x_minus_1: Tensor) -> Tensor:
     """``log x`` where ``x - 1`` is known by itself, with digits that ``x`` has lost if it is near 1."""
     near = x > 0.5
@@ -149,6 +154,10 @@ class Rows:
         """``term(log p_y)`` and ``sum_j term(log p_j)``; ``term`` works entry by entry."""
         terms = term(self.log_probs)
         return self.of_target(terms), terms.sum(self.dim)
+
+    def target_and_powers(self, exponent: float, less_one: bool = False) -> tuple[Tensor, Tensor]:
+        """``p_y^q`` and ``sum_j p_j^q``, every power less 1 if ``less_one``."""
+        return self.target_and_sum(lambda log_p: power(log_p, exponent, less_one))
 
     def reduce(self, values: Tensor, reduction: str) -> Tensor:
         """Weighs ``values`` (class weights inside already) by sample and reduces them."""

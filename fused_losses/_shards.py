@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused_losses._arguments import LOSSES, RowLossArguments, acc_dtype
-from fused_losses._reference import Rows, zero_at_zero
+from fused_losses._reference import Rows, power, zero_at_zero
 from fused_losses.distributed import check_member
 
 
@@ -79,6 +79,15 @@ class RowNumbers(NamedTuple):
     log_p: Tensor  # of the target
     is_top: Tensor  # whether no logit is larger than the target's
     linear_sum: Tensor  # sum over the classes of weight * log p
+    powers: Powers
+    powers_change: Tensor  # 0, to differentiate in: what is added to the sum of powers
+
+
+class Powers(NamedTuple):
+    """A sum over the classes of ``p^q``, and of ``p^q - 1``: each has digits that the other may not show."""
+
+    whole: Tensor
+    less_one: Tensor
 
 
 @dataclass(frozen=True)
@@ -86,7 +95,7 @@ class ShardedRows(Rows):
     """Rows for a loss's formula, whose numbers per row come from all ranks."""
 
     shard: Shard
-    numbers: RowNumbers  # leaves, but for is_top
+    numbers: RowNumbers  # leaves, but for is_top and powers
     other_sum: Callable[[Callable[[Tensor], Tensor]], Tensor]
 
     @property
@@ -108,6 +117,11 @@ class ShardedRows(Rows):
         """The sum that :func:`_linear_weights` has weighted as this loss wants it."""
         return self.numbers.linear_sum
 
+    def target_and_powers(self, exponent: float, less_one: bool = False) -> tuple[Tensor, Tensor]:
+        """As for :class:`Rows`; the exponent is the one that :func:`_exponent` has found."""
+        own, powers = power(self.numbers.log_p, exponent, less_one), self.numbers.powers
+        return own, (powers.less_one if less_one else powers.whole) + self.numbers.powers_change
+
     def target_and_sum(self, term: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """``term(log p_y)`` and its sum over all classes."""
         return term(self.numbers.log_p), self.other_sum(term)
@@ -117,7 +131,7 @@ def values_and_gradient(args: RowLossArguments, shard: Shard, with_gradient: boo
     """Every row's weighted loss, the same on all ranks, and the gradient of their sum in this rank's logits.
 
     ``args.logits`` is (N, classes of this rank), targets count over all classes. All ranks have to call it: one
-    collective, and one more for a sum of terms that need the normaliser first.
+    collective, and one more for sums of terms that need the normaliser first.
     """
     with torch.no_grad():
         logits, target = args.logits, args.target.long()
@@ -126,29 +140,32 @@ def values_and_gradient(args: RowLossArguments, shard: Shard, with_gradient: boo
         own = (local >= 0) & (local < logits.shape[1])
         index = torch.where(own, local, 0).unsqueeze(1)
         z = _with_bias(logits.to(acc_dtype(logits)), args, own, index)
-        linear = _linear_weights(args, shard, z)
-        d, of_rank = _reduce_classes(z, ignored, own, index, linear)
+        linear, exponent = _linear_weights(args, shard, z), _exponent(args)
+        top, of_target, d = _reduce_classes(z, ignored, own, index)
         e = d.exp()
-        of_rank.insert(1, e.sum(1))
-        everywhere = _merge(_gather(of_rank, linear, shard))
-        below, log_sum = _below(of_rank[0], everywhere.top), everywhere.sum.log()
-        log_p = everywhere.target - everywhere.top - log_sum
-        linear_total = torch.zeros_like(log_p) + everywhere.linear - everywhere.linear_weight * log_sum
-        log_probs = d.add_((below - log_sum).unsqueeze(1))
-        numbers = RowNumbers(log_p, everywhere.target >= everywhere.top, linear_total)
-        values, slopes, terms = _evaluate(args, shard, ignored, numbers, log_probs)
+        of_rank = [top, of_target, e.sum(1)]
+        if linear is not None:
+            of_rank.append(zero_at_zero(linear.expand_as(d), d).sum(1))
+        if exponent is not None:
+            of_rank.append(_smaller_power_sum(d, exponent))
+        everywhere = _merge(of_rank, linear, exponent, d.shape[1], shard.group)
+        below = _below(top, everywhere.top)
+        log_probs = d.add_((below - everywhere.log_sum).unsqueeze(1))
+        values, slopes, terms = _evaluate(args, shard, ignored, everywhere, log_probs)
         if not with_gradient:
             return values, logits.new_empty(0)
-        of_target, of_linear, of_terms = slopes
         # d log p_k / d z_j is [k = j] - p_j, in every one of these numbers.
-        pull = of_target + of_linear * everywhere.linear_weight + of_terms
-        grad = e.mul_((-pull * below.exp() / everywhere.sum).unsqueeze(1))
+        pull = slopes.target + slopes.linear * everywhere.linear_weight + slopes.terms
+        if exponent is not None:
+            of_power = exponent * slopes.power
+            pull += of_power * everywhere.powers.whole
+            terms = terms + of_power.unsqueeze(1) * torch.exp(exponent * log_probs)
+        grad = e.mul_((-pull * (below - everywhere.log_sum).exp()).unsqueeze(1))
         if linear is not None:
-            grad += of_linear.unsqueeze(1) * linear
-        if terms is not None:
-            grad += terms
+            grad += slopes.linear.unsqueeze(1) * linear
+        grad += terms
         if grad.shape[1]:
-            grad.scatter_add_(1, index, torch.where(own, of_target, 0.0).unsqueeze(1))
+            grad.scatter_add_(1, index, torch.where(own, slopes.target, 0.0).unsqueeze(1))
         return values, grad.to(logits.dtype)
 
 
@@ -159,10 +176,8 @@ def _with_bias(z: Tensor, args: RowLossArguments, own: Tensor, index: Tensor) ->
     return z.scatter_add(1, index, (own.to(z.dtype) * bias).unsqueeze(1))
 
 
-def _reduce_classes(
-    z: Tensor, ignored: Tensor, own: Tensor, index: Tensor, linear: Tensor | None
-) -> tuple[Tensor, list[Tensor]]:
-    """``z`` less its rows' maxima, zeros in ignored rows; this rank's maximum, target's logit, linear sum.
+def _reduce_classes(z: Tensor, ignored: Tensor, own: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's maximum, the target's logit, and ``z`` less the maximum; zeros in ignored rows.
 
     A rank that has not the target's class, or no class at all, sends -inf, which loses against what others send.
     """
@@ -171,43 +186,65 @@ def _reduce_classes(
     of_target = torch.where(own, z.gather(1, index).squeeze(1), none) if z.shape[1] else none
     of_target = torch.where(ignored, 0.0, of_target)
     shift = torch.where(top == -torch.inf, 0.0, top)
-    d = torch.where(ignored.unsqueeze(1), 0.0, z - shift.unsqueeze(1))
-    numbers = [top, of_target]
-    if linear is not None:
-        numbers.append(zero_at_zero(linear.expand_as(d), d).sum(1))
-    return d, numbers
+    return top, of_target, torch.where(ignored.unsqueeze(1), 0.0, z - shift.unsqueeze(1))
 
 
-def _gather(of_rank: list[Tensor], linear: Tensor | None, shard: Shard) -> tuple[Tensor, Tensor | None]:
-    """Every rank's numbers [rank, number, row], and its linear weights' sum."""
-    message = torch.cat(of_rank if linear is None else [*of_rank, linear.sum().reshape(1)])
-    found = message.new_empty(dist.get_world_size(shard.group), message.numel())
-    dist.all_gather(list(found.unbind()), message, group=shard.group)
-    shape = found.shape[0], len(of_rank), of_rank[0].shape[0]
-    if linear is None:
-        return found.reshape(shape), None
-    return found[:, :-1].reshape(shape), found[:, -1:]
+def _smaller_power_sum(d: Tensor, exponent: float) -> Tensor:
+    """The sum of ``exp(q d)``, or of ``exp(q d) - 1``, which is not positive: the one nearer to 0.
+
+    The other one follows by the number of classes, and without loss of digits, as it is the larger.
+    """
+    whole, less_one = torch.exp(exponent * d).sum(1), torch.expm1(exponent * d).sum(1)
+    return torch.where((whole > 0) & (whole < 0.5 * d.shape[1]), whole, less_one)
 
 
 class _Everywhere(NamedTuple):
     """Numbers of each row, over all ranks."""
 
     top: Tensor  # the largest logit
-    sum: Tensor  # of exp(z - top)
+    log_sum: Tensor  # log of the sum of exp(z - top)
     target: Tensor  # its logit
     linear: Tensor | float  # sum of linear weight * (z - top)
     linear_weight: Tensor | float
+    powers: Powers
+
+    def of_rows(self) -> RowNumbers:
+        """As the loss's formula wants them."""
+        log_p = self.target - self.top - self.log_sum
+        linear = torch.zeros_like(log_p) + self.linear - self.linear_weight * self.log_sum
+        return RowNumbers(log_p, self.target >= self.top, linear, self.powers, torch.zeros_like(log_p))
 
 
-def _merge(found: tuple[Tensor, Tensor | None]) -> _Everywhere:
-    """Sums that are relative to each rank's maximum become relative to that of all, as in an online softmax."""
-    numbers, weights = found
-    top = numbers[:, 0].amax(0)
-    below = _below(numbers[:, 0], top)
-    total, of_target = (numbers[:, 1] * below.exp()).sum(0), numbers[:, 2].amax(0)
-    if weights is None:
-        return _Everywhere(top, total, of_target, 0.0, 0.0)
-    return _Everywhere(top, total, of_target, (numbers[:, 3] + weights * below).sum(0), weights.sum())
+def _merge(
+    of_rank: list[Tensor], linear: Tensor | None, exponent: float | None, classes: int, group: dist.ProcessGroup | None
+) -> _Everywhere:
+    """Sums that are relative to each rank's maximum become relative to that of all, as in an online softmax.
+
+    ``of_rank`` has this rank's maximum, target's logit, sum of exponentials, and where there are such the linear sum
+    and the smaller sum of powers. The one collective that all losses need.
+    """
+    rows = of_rank[0].shape[0]
+    weight = of_rank[0].new_zeros(()) if linear is None else linear.sum()
+    message = torch.cat([*of_rank, weight.reshape(1), weight.new_full((1,), classes)])
+    found = message.new_empty(dist.get_world_size(group), message.numel())
+    dist.all_gather(list(found.unbind()), message, group=group)
+    tops, targets, sums, *others = found[:, :-2].reshape(found.shape[0], -1, rows).unbind(1)
+    top = tops.amax(0)
+    below, weights, counts = _below(tops, top), found[:, -2:-1], found[:, -1:]
+    log_sum = (sums * below.exp()).sum(0).log()
+    linear_sum: Tensor | float = 0.0 if linear is None else (others.pop(0) + weights * below).sum(0)
+    powers = Powers(top, top) if exponent is None else _merge_powers(others[0], counts, exponent * (below - log_sum))
+    return _Everywhere(top, log_sum, targets.amax(0), linear_sum, weights.sum(), powers)
+
+
+def _merge_powers(smaller: Tensor, counts: Tensor, shift: Tensor) -> Powers:
+    """Both sums of powers, from the smaller one of each rank and what its logarithms of powers lack.
+
+    ``exp(a + s) - 1 = (exp(a) - 1) exp(s) + (exp(s) - 1)``, where no term is positive: none cancel.
+    """
+    is_whole = smaller > 0
+    whole, less_one = torch.where(is_whole, smaller, counts + smaller), torch.where(is_whole, smaller - counts, smaller)
+    return Powers((whole * shift.exp()).sum(0), (less_one * shift.exp() + counts * torch.expm1(shift)).sum(0))
 
 
 def _below(top: Tensor, of_all: Tensor) -> Tensor:
@@ -225,40 +262,83 @@ def _linear_weights(args: RowLossArguments, shard: Shard, z: Tensor) -> Tensor |
     return args.weight[shard.first_class : shard.first_class + z.shape[1]].to(z.dtype)
 
 
-def _evaluate(
-    args: RowLossArguments, shard: Shard, ignored: Tensor, numbers: RowNumbers, log_probs: Tensor
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor | float], Tensor | None]:
-    """Values; their derivatives in log p_y, in the linear sum, and through the terms of other sums: the total over all
-    classes, and that in each log p_j of this rank."""
-    made: list[tuple[Tensor, Tensor, Tensor]] = []  # sums, sums of their slopes, slopes
+def _exponent(args: RowLossArguments) -> float | None:
+    """Of the powers of the probabilities that the loss adds up; None where there are none."""
+    entry = LOSSES[args.loss]
+    names = [name.removeprefix("p^") for name in entry.sums or () if name.startswith("p^")]
+    own = entry.unpack(args.params)
+    return next((own[name] if name in own else float(name) for name in names), None)
 
-    def other_sum(term: Callable[[Tensor], Tensor]) -> Tensor:
+
+class _Slopes(NamedTuple):
+    """Derivatives of every row's loss, with its weights."""
+
+    target: Tensor  # in log p_y
+    linear: Tensor  # in the linear sum
+    power: Tensor  # in the sum of powers
+    terms: Tensor | float  # in all log p_j alike, through the sums of terms
+
+
+class _Sum(NamedTuple):
+    """A sum of terms over the classes; ``total`` and ``slope_total`` over all ranks."""
+
+    total: Tensor
+    slope_total: Tensor
+    slopes: Tensor  # of the terms of this rank
+
+
+def _evaluate(
+    args: RowLossArguments, shard: Shard, ignored: Tensor, everywhere: _Everywhere, log_probs: Tensor
+) -> tuple[Tensor, _Slopes, Tensor | float]:
+    """Values, their derivatives, and those in each log p_j of this rank through the sums of terms."""
+    entry, numbers = LOSSES[args.loss], everywhere.of_rows()
+    ones = torch.ones_like(numbers.log_p)
+    target = torch.where(ignored, 0, args.target.long())
+    class_weight = ones if args.weight is None else args.weight.to(ones.dtype)[target]
+    samples = ones if args.sample_weight is None else args.sample_weight.to(ones.dtype)
+    of_rows = log_probs, target, ignored, args.weight, class_weight, samples, shard
+
+    def values_of(numbers: RowNumbers, other_sum: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> Tensor:
+        rows = ShardedRows(*of_rows, numbers, other_sum)
+        values = entry.formula(rows, **entry.unpack(args.params))
+        return rows.reduce(values if entry.weighs_classes else class_weight * values, "none")
+
+    sums: list[_Sum] = []
+    if "terms" in (entry.sums or ()):
+        asked: list[Callable[[Tensor], Tensor]] = []
+
+        def note(term: Callable[[Tensor], Tensor]) -> Tensor:
+            asked.append(term)
+            return ones
+
+        values_of(numbers, note)  # for the terms that it asks for
+        sums = _sums_of_terms(asked, log_probs, shard)
+    with torch.enable_grad():
+        totals = iter([each.total.requires_grad_() for each in sums])
+        leaves = [numbers.log_p, numbers.linear_sum, numbers.powers_change]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        values = values_of(numbers, lambda term: next(totals))
+        leaves += [each.total for each in sums]
+        found = torch.autograd.grad(values.sum(), leaves, allow_unused=True, materialize_grads=True)
+    pull: Tensor | float = 0.0
+    terms: Tensor | float = 0.0
+    for of_sum, each in zip(found[3:], sums, strict=True):
+        pull = pull + of_sum * each.slope_total
+        terms = terms + of_sum.unsqueeze(1) * each.slopes
+    return values.detach(), _Slopes(found[0], found[1], found[2], pull), terms
+
+
+def _sums_of_terms(asked: list[Callable[[Tensor], Tensor]], log_probs: Tensor, shard: Shard) -> list[_Sum]:
+    """What the terms add up to over the classes of all ranks: one collective."""
+    made: list[Tensor] = []
+    for term in asked:
         with torch.enable_grad():
             leaf = log_probs.detach().requires_grad_()
             terms = term(leaf)
-            (slopes,) = torch.autograd.grad(terms.sum(), leaf)
-        sums = torch.stack([terms.detach().sum(1), slopes.sum(1)])
-        dist.all_reduce(sums, group=shard.group)
-        made.append((sums[0].clone().requires_grad_(), sums[1], slopes))
-        return made[-1][0]
-
-    with torch.enable_grad():
-        leaves = [numbers.log_p.requires_grad_(), numbers.linear_sum.requires_grad_()]
-        ones = torch.ones_like(leaves[0])
-        target = torch.where(ignored, 0, args.target.long())
-        class_weight = ones if args.weight is None else args.weight.to(ones.dtype)[target]
-        samples = ones if args.sample_weight is None else args.sample_weight.to(ones.dtype)
-        made_of = numbers._replace(log_p=leaves[0], linear_sum=leaves[1])
-        rows = ShardedRows(log_probs, target, ignored, args.weight, class_weight, samples, shard, made_of, other_sum)
-        entry = LOSSES[args.loss]
-        values = entry.formula(rows, **entry.unpack(args.params))
-        values = rows.reduce(values if entry.weighs_classes else class_weight * values, "none")
-        leaves.extend(total for total, _, _ in made)
-        found = torch.autograd.grad(values.sum(), leaves, allow_unused=True, materialize_grads=True)
-    of_linear = found[1]
-    pull: Tensor | float = 0.0
-    terms: Tensor | None = None
-    for of_sum, (_, slope_total, slopes) in zip(found[2:], made, strict=True):
-        pull = pull + of_sum * slope_total
-        terms = of_sum.unsqueeze(1) * slopes if terms is None else terms + of_sum.unsqueeze(1) * slopes
-    return values.detach(), (found[0], of_linear, pull), terms
+            made += [terms.detach(), *torch.autograd.grad(terms.sum(), leaf)]
+    if not made:  # a factor of 0 leaves the term out, on all ranks
+        return []
+    sums = torch.stack([each.sum(1) for each in made])
+    dist.all_reduce(sums, group=shard.group)
+    return [_Sum(sums[i].clone(), sums[i + 1], made[i + 1]) for i in range(0, len(made), 2)]

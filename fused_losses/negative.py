@@ -151,7 +151,7 @@ class NNFLLoss(RowLossModule, stem="nnfl"):
 @loss_of_row(
     {"alpha": factor, "beta": factor, "gamma": nfl_focusing, "detach": switch, "min_prob": _min_prob},
     min_classes=2,
-    sums=("terms", "terms"),
+    sums=("terms",),
 )
 def anl_fl_loss(
     rows: Rows,

@@ -77,7 +77,7 @@ class NFLLoss(RowLossModule, stem="nfl"):
         super().__init__({"gamma": gamma, "detach": detach}, **options)
 
 
-@loss_of_row({"q": exponent}, min_classes=2, sums=("terms",))
+@loss_of_row({"q": exponent}, min_classes=2, sums=("p^q",))
 def ngce_loss(rows: Rows, *, q: float = 0.7, **options: Unpack[CallOptions]) -> Tensor:
     """Normalised generalised cross entropy: ``(1 - p_y^q) / (C - sum_j p_j^q)``.
 
@@ -87,7 +87,7 @@ def ngce_loss(rows: Rows, *, q: float = 0.7, **options: Unpack[CallOptions]) -> 
     Args:
         q: exponent, > 0.
     """
-    own, total = rows.target_and_sum(lambda t: expm1(q * t))  # p^q - 1; C - sum p^q as it stands would cancel
+    own, total = rows.target_and_powers(q, less_one=True)  # C - sum p^q as it stands would cancel
     return own / total
 
 

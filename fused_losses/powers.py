@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -23,7 +22,7 @@ from fused_losses.normalized import weighted_sum
 _label_value = replace(positive_factor, high=1e4)
 
 
-@loss_of_row({"q": exponent}, sums=("terms",))
+@loss_of_row({"q": exponent}, sums=("p^q",))
 def sgce_loss(rows: Rows, *, q: float = 0.7, **options: Unpack[CallOptions]) -> Tensor:
     """Symmetrised GCE: ``(mean_k p_k^q - p_y^q) / q``, that is GCE less its mean over all labels. 2605.20347.
 
@@ -38,9 +37,8 @@ def sgce_loss(rows: Rows, *, q: float = 0.7, **options: Unpack[CallOptions]) -> 
         >>> sgce_loss(torch.tensor([[20.0, 0.0]]), torch.tensor([0]), q=1.0)
         tensor(-0.5000)
     """
-    # 1 - p^q where q is small and all powers are near 1.
-    own, total = rows.target_and_sum((lambda t: -expm1(q * t)) if q < 0.1 else lambda t: -torch.exp(q * t))
-    return (own - total / rows.num_classes) / q
+    own, total = rows.target_and_powers(q, less_one=q < 0.1)  # all powers are near 1 where q is small
+    return (total / rows.num_classes - own) / q
 
 
 class SGCELoss(RowLossModule, stem="sgce"):
@@ -52,7 +50,7 @@ class SGCELoss(RowLossModule, stem="sgce"):
         super().__init__({"q": q}, **options)
 
 
-@loss_of_row({"a": _label_value}, sums=("terms",))
+@loss_of_row({"a": _label_value}, sums=("p^2",))
 def amse_loss(rows: Rows, *, a: float = 30.0, **options: Unpack[CallOptions]) -> Tensor:
     """Asymmetric mean squared error: ``mean_k (a [k = y] - p_k)^2``. JAL, 2507.17692 (ICCV 2025).
 
@@ -67,7 +65,7 @@ def amse_loss(rows: Rows, *, a: float = 30.0, **options: Unpack[CallOptions]) ->
         >>> amse_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]), a=1.0)
         tensor(0.2500)
     """
-    square, total = rows.target_and_sum(lambda t: torch.exp(2.0 * t))
+    square, total = rows.target_and_powers(2.0)
     rest = (a - 1.0) - expm1(rows.log_p)
     return (rest * rest + (total - square)) / rows.num_classes
 
@@ -81,7 +79,7 @@ class AMSELoss(RowLossModule, stem="amse"):
         super().__init__({"a": a}, **options)
 
 
-@loss_of_row({"alpha": factor, "beta": factor, "a": _label_value}, min_classes=2, sums=("log_probs", "terms"))
+@loss_of_row({"alpha": factor, "beta": factor, "a": _label_value}, min_classes=2, sums=("log_probs", "p^2"))
 def jal_ce_loss(
     rows: Rows, *, alpha: float = 1.0, beta: float = 1.0, a: float = 30.0, **options: Unpack[CallOptions]
 ) -> Tensor:
@@ -118,7 +116,7 @@ class JALCELoss(RowLossModule, stem="jal_ce"):
 @loss_of_row(
     {"alpha": factor, "beta": factor, "gamma": nfl_focusing, "detach": switch, "a": _label_value},
     min_classes=2,
-    sums=("terms", "terms"),
+    sums=("terms", "p^2"),
 )
 def jal_fl_loss(
     rows: Rows,

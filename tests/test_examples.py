@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import os
+import re
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from gloo_group import gloo_group
 
 for needed in ("rich", "sklearn"):
     pytest.importorskip(needed)
@@ -29,6 +33,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
+class_parallel = load("class_parallel")
 find_wrong_labels = load("find_wrong_labels")
 rank_wrong_labels = load("rank_wrong_labels")
 unit_errors = load("unit_errors")
@@ -36,7 +41,7 @@ unit_errors = load("unit_errors")
 
 def test_every_example_is_tested_and_helps(capsys: pytest.CaptureFixture[str]) -> None:
     modules = {path.stem: globals()[path.stem] for path in EXAMPLES.glob("*.py")}
-    assert len(modules) == 3
+    assert len(modules) == 4
     for name, module in modules.items():
         with pytest.raises(SystemExit) as caught:
             module.main(["--help"])
@@ -58,6 +63,17 @@ def test_find_wrong_labels_prints_and_writes(tmp_path: Path, capsys: pytest.Capt
         rows = list(csv.DictReader(file))
     assert len(rows) == 1257
     assert {row["times_seen"] for row in rows} == {"10"}  # 15 epochs less the 5 in which the threshold comes down
+
+
+def test_a_head_on_two_processes_learns_what_it_learns_on_one(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "class_parallel.py"), "--quick"]
+    paths = os.pathsep.join(path for path in sys.path if path)
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    of_two = [float(loss) for loss in re.findall(r"\d\.\d{4}", done.stdout)]
+    with gloo_group(0, 1, str(tmp_path)):
+        assert of_two == pytest.approx(class_parallel.train(1_001), abs=1e-4)
+    assert len(of_two) == 3 and of_two[2] < of_two[0]
 
 
 @pytest.mark.parametrize("noise", [0.1, 0.4])
