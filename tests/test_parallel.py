@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -167,6 +168,10 @@ def check_half(rank, world_size):
         alike = [torch.empty_like(found) for _ in range(world_size)]
         dist.all_gather(alike, found.detach())
         assert all(torch.equal(a, alike[0]) for a in alike)
+        again = logits[:, first:end].clone().requires_grad_()
+        repeated = ClassParallel(loss, None, first, CLASSES)(again, target)
+        repeated.backward()
+        assert torch.equal(repeated, found) and torch.equal(again.grad, part.grad)
 
 
 def check_powers(rank, world_size):
@@ -355,7 +360,7 @@ def check_tensor_parallel_head(rank, world_size):
 
 
 def check_data_parallel(rank, world_size):
-    """DDP and FSDP2 of a LinearLoss, each rank with its rows."""
+    """DDP and FSDP2 of a LinearLoss, each rank with its rows; FSDP2 gathers the weight once for all chunks."""
     x, w, b, target, _ = problem()
     target = torch.arange(ROWS) % CLASSES
     dense = step(lambda x, w, b: fl.functional.gce_loss(F.linear(x, w, b), target), (x, w, b))
@@ -369,7 +374,11 @@ def check_data_parallel(rank, world_size):
                 criterion.linear.weight.copy_(w)
                 criterion.linear.bias.copy_(b)
             wrapped = wrap(criterion)
-            wrapped(x[rows], target[rows]).mean().backward()
+            with CommDebugMode() as sent:
+                wrapped(x[rows], target[rows]).mean().backward()
+            if wrap is fully_shard and world_size > 1:
+                counts = {str(op): count for op, count in sent.comm_counts.items() if count}
+                assert counts == {"c10d._allgather_base_": 1, "c10d._reduce_scatter_base_": 1}
             for p, expected in zip((criterion.linear.weight, criterion.linear.bias), dense[2:], strict=True):
                 grad = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
                 torch.testing.assert_close(grad, expected, **CLOSE)
