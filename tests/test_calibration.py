@@ -16,6 +16,8 @@ import fused_losses as fl
 from fused_losses import _logit_bias, _mean_error
 from fused_losses.calibration import match_parameter, mean_target_error, plot_mean_target_error, solve_logit_bias
 
+pytestmark = pytest.mark.any_cpu  # integrals and roots; other tests judge the kernels
+
 # Monte Carlo estimates of the root of Eq. 4 at C = 0.15; 4e5 draws leave a sampling error of up to 0.006.
 MONTE_CARLO_TABLE = {
     2: -2.31,

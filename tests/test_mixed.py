@@ -125,6 +125,7 @@ def test_one_read(name):
     torch.testing.assert_close(*(torch.autograd.grad(x[:, 0].sum(), logits)[0] for x in slopes))
 
 
+@pytest.mark.any_cpu
 def test_in_compiled_code():
     logits = torch.randn(8, 5, requires_grad=True)
     a, b, lam = torch.arange(8) % 5, torch.arange(8) % 3, torch.rand(8)

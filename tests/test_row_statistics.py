@@ -136,6 +136,7 @@ def test_same_bits_for_any_number_of_threads():
     assert all(torch.equal(a, b) for a, b in zip(one, many, strict=True))
 
 
+@pytest.mark.any_cpu
 def test_compiled():
     compiled = torch.compile(fl.row_statistics, backend="aot_eager", fullgraph=True, dynamic=True)
     logits, target = torch.randn(6, 5), torch.randint(5, (6,))

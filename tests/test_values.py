@@ -56,10 +56,10 @@ def check_against_float64(entry, logits, target, **options):
 @pytest.mark.parametrize("name", fl.LOSSES)
 def test_matches_float64_reference(name, shape, dtype, device):
     logits, target, weight, sample_weight = make_problem(shape, dtype, device)
-    for reduction in fl.LOSSES[name].reductions:
-        check_against_float64(fl.LOSSES[name], logits, target, reduction=reduction)
+    reductions = fl.LOSSES[name].reductions
+    check_against_float64(fl.LOSSES[name], logits, target, reduction=reductions[SHAPES.index(shape) % len(reductions)])
     options = {"weight": weight, "sample_weight": sample_weight, "logit_bias": 1.5}
-    for reduction in fl.LOSSES[name].reductions:
+    for reduction in reductions:
         check_against_float64(fl.LOSSES[name], logits, target, reduction=reduction, **options)
 
 

@@ -11,6 +11,7 @@ from wrapped_losses import CASES, CLASSES, TRANSITION, batch
 
 import fused_losses as fl
 
+pytestmark = pytest.mark.any_cpu  # what is done with a loss, whose kernels other tests judge
 NAMES = [name for name in CASES if " " not in name]  # compositions are made of these
 STATEFUL = {
     "elr": lambda: fl.ELRLoss(12, CLASSES),
