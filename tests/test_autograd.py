@@ -248,6 +248,7 @@ def tensors_of_size(like):
     return len({t.data_ptr() for t in found})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cross_entropy", "nce_mae", "hem", "z_ce"])
 def test_a_module_under_ddp(name, tmp_path):
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)

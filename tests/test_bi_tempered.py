@@ -125,6 +125,7 @@ def test_golden(made, target, t1, t2, smoothing, num_iters, value, gradient, dev
     assert grad[0].tolist() == pytest.approx(gradient, rel=1e-10, abs=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sd", [0.1, 1.0, 5.0])
 @pytest.mark.parametrize("classes", [2, 10, 100, 1000])
 @pytest.mark.parametrize("t2", [0.1, 0.5, 0.8, 0.99, 1.01, 1.1, 1.2, 1.5, 2.0, 4.0])

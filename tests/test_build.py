@@ -78,6 +78,7 @@ OLD_TORCH = ("1.13.1", "2.10.1+cu128")
 NEW_TORCH = ("2.11.0", "3.0.0a0+git123")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("newer", NEW_TORCH)
 def test_import_asks_for_a_torch_that_is_new_enough(newer):
     result = run_python(

@@ -198,6 +198,7 @@ def test_mean_errors_at_logit_zero(loss: str, options: dict[str, float], num_cla
     assert mean_target_error(loss, num_classes, 0.0, **options) == pytest.approx(expected, abs=0.51 * 10**-digits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_classes", [2, 10, 300])
 @pytest.mark.parametrize("name", sorted(fl.LOSSES))
 def test_every_loss_agrees_with_a_simulation(name: str, num_classes: int) -> None:

@@ -267,6 +267,7 @@ def _rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_see_the_sum(tmp_path: Path) -> None:
     # Sample 0 is on both ranks, as the padding of a DistributedSampler has it.
     mp.spawn(_rank, (str(tmp_path),), nprocs=2)

@@ -216,6 +216,7 @@ def worker(rank, world_size, folder):
         torch.save(train([rank], rank, world_size, DistributedDataParallel), os.path.join(folder, f"rank{rank}.pt"))
 
 
+@pytest.mark.slow
 @pytest.mark.any_cpu
 def test_ranks_with_their_own_rows_are_one_process(tmp_path):
     torch.multiprocessing.spawn(worker, (2, str(tmp_path)), nprocs=2)

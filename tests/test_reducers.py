@@ -203,6 +203,7 @@ def worker(rank, world_size, folder):
         torch.save(train_step(dist.group.WORLD, rows, DistributedDataParallel), os.path.join(folder, f"rank{rank}.pt"))
 
 
+@pytest.mark.slow
 @pytest.mark.any_cpu
 def test_ranks_together_are_one_process(tmp_path):
     torch.multiprocessing.spawn(worker, (2, str(tmp_path)), nprocs=2)

@@ -27,6 +27,7 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["forward", "backward", "clip", "gjs"])
 def test_compile_fullgraph_dynamic(name):
     case = CASES[name]
@@ -44,6 +45,7 @@ def test_compile_fullgraph_dynamic(name):
         torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in losses))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n in ("elr", "small") else pytest.mark.long) for n in STATEFUL]
 )
@@ -61,6 +63,7 @@ def test_compiled_state_is_updated(name):
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.slow
 def test_a_memory_on_the_host_breaks_the_graph_and_is_right():
     modules = [fl.ELRLoss(7, CLASSES, memory="host") for _ in range(2)]
     logits, target = batch(torch.float32)
@@ -69,6 +72,7 @@ def test_a_memory_on_the_host_breaks_the_graph_and_is_right():
     torch.testing.assert_close(*(module.state_dict()["memory"] for module in modules))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["forward", "backward", "norm clip", "elr", "antidote", "gjs"])
 def test_export(name):
     case = CASES[name]

@@ -95,6 +95,7 @@ def worker(rank, world_size, folder):
         torch.save((found, statistics), os.path.join(folder, f"rank{rank}.pt"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_ranks_together_are_one_process(world_size, tmp_path):
     shares = torch.stack([share_of(rank, world_size) for rank in range(world_size)])

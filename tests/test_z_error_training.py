@@ -216,6 +216,7 @@ def test_opcheck():
     ],
     ids=["mse", "bce", "logit", "loss", "prob"],
 )
+@pytest.mark.slow
 @pytest.mark.any_cpu
 def test_compile_fullgraph(make, running):
     torch._dynamo.reset()
