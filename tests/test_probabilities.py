@@ -84,7 +84,7 @@ def test_dtypes_and_layouts(layout, dtype, device):
     shape, arrange = LAYOUTS[layout]
     logits, share = problem(shape, dtype, device)
     weight = 0.5 + torch.rand(shape[1], device=device)
-    for name in NAMES:
+    for name in ("gce", "nce_agce", "ece", "unhinged"):  # tests/cpp has all of them
         z, exact = arrange(logits.detach()).requires_grad_(), logits.detach().double().requires_grad_()
         for u in (share.to(dtype), arrange(share.to(torch.float32))):
             value = fl.LOSSES[name].function(z, u, weight=weight)
@@ -102,7 +102,7 @@ def test_dtypes_and_layouts(layout, dtype, device):
 def test_upstream_gradients_and_second_backward(name, device):
     logits, share = problem((4, 130), torch.float32, device)
     upstream = torch.rand(4, device=device)
-    rows = expected(name, logits.double(), share)
+    rows = fl.LOSSES[name].reference(logits.double(), share, reduction="none")
     for reduction, above in (("none", upstream), ("sum", torch.tensor(-3.0)), ("mean", torch.tensor(0.5))):
         value = fl.LOSSES[name].function(logits, share, reduction=reduction)
         want = (rows * above.double()).sum() / (4 if reduction == "mean" else 1)
