@@ -125,6 +125,17 @@ def test_a_share_of_zero_hides_its_class(device):
         torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", ["gce", "nce"])
+def test_in_a_linear_loss(name):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(6, 4, generator=generator).requires_grad_(), torch.randn(7, 4, generator=generator)
+    share = torch.softmax(torch.randn(6, 7, generator=generator), 1)
+    value = fl.functional.linear_loss(x, weight, share, loss=name)
+    want = fl.LOSSES[name].reference(x @ weight.t(), share)
+    torch.testing.assert_close(value, want)
+    torch.testing.assert_close(*(torch.autograd.grad(v, x)[0] for v in (value, want)))
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiled(reduction):
     logits, share = problem((6, 40), torch.float32)
