@@ -18,12 +18,12 @@ int main(int argc, char** argv) {
         p.inner = rows, p.num_classes = classes;
         p.logits_stride = p.grad_stride = {rows * classes, classes};
         constexpr int multiprocessors = 132, largest_cluster = 16;
-        cuda::RegisterPlan plan = cuda::plan_tiles(p, multiprocessors);
+        cuda::RegisterPlan plan = cuda::plan_tiles(p, cuda::factors_of(p), multiprocessors);
         const bool tiled = bool(plan);
-        if (!plan) plan = cuda::plan_direct(p, largest_cluster);
+        if (!plan) plan = cuda::plan_direct(p, cuda::factors_of(p), largest_cluster);
         if (!plan) return 1;
-        std::printf("%s %d %d %d %d %d %d %d %d\n", tiled ? "tile" : "direct", plan.lanes, plan.held, plan.rounds,
-                    plan.tile_rows, plan.tile_bytes, plan.threads, plan.cluster,
+        std::printf("%s %d %d %d %d %d %d %d %d %d\n", tiled ? "tile" : "direct", int(plan.factors), plan.lanes,
+                    plan.held, plan.rounds, plan.tile_rows, plan.tile_bytes, plan.threads, plan.cluster,
                     tiled ? cuda::conflicts_of(p, plan) : 1);
     }
 }

@@ -204,9 +204,12 @@ def loops(kernel: Kernel) -> dict[int, set[int]]:
 
 
 def amount(op: str, pattern: str) -> bool:
-    """Whether an opcode is one of ``LDG.128|LDGSTS``: all parts of one alternative, in any place."""
+    """Whether an opcode is one of ``LDG.128|STS.!64``: all parts of an alternative, in any place; none that has a !."""
     parts = set(op.split("."))
-    return any(set(alternative.split(".")) <= parts for alternative in pattern.split("|"))
+    return any(
+        all((part[1:] not in parts) if part.startswith("!") else (part in parts) for part in alternative.split("."))
+        for alternative in pattern.split("|")
+    )
 
 
 def cheapest_trip(kernel: Kernel, work: Mapping[str, int], *, outermost: bool = True) -> list[str]:

@@ -82,7 +82,7 @@ def test_counts_the_cheaper_way() -> None:
 
 
 def counted(case: issue_report.Case, total: float) -> issue_report.Count:
-    plan = issue_report.Plan("direct", 32, 32, 0, 0, 0, 128, 1, 1)
+    plan = issue_report.Plan("direct", 0, 32, 32, 0, 0, 0, 128, 1, 1)
     return issue_report.Count(case, plan, total, {"ALU": total})
 
 
@@ -94,6 +94,18 @@ def test_fails_for_what_has_grown() -> None:
     (message,) = issue_report.grown([counted(case, 14.4), counted(other, 44.0)], table)
     assert message == "p_y bfloat16, 1000 classes: 14.4 instead of 13.0"
     assert len(issue_report.grown([counted(issue_report.Case("p_y", "float32", 7), 1.0)], table)) == 1
+
+
+def test_says_why_a_budget_is_missed() -> None:
+    page = issue_report.markdown([counted(issue_report.Case("p_y", "bfloat16", 257), 15.6)])
+    assert "0 of 1 within budget." in page and "Missed:\n257 classes of 16 bits: 8 rows are" in page
+    assert "no reason is known" in issue_report.markdown([counted(issue_report.Case("p_y", "float32", 7), 50.0)])
+    assert "no reason is known" not in (issue_report.ROOT / "benchmarks" / "results" / "cuda_issue.md").read_text()
+
+
+def test_opcodes_with_and_without_parts() -> None:
+    assert sass.amount("STS.U16", "STS") and not sass.amount("STS.U16", "STS.!64.!U16")
+    assert sass.amount("STS", "STS.!64.!U16") and sass.amount("HMNMX2.BF16_V2", "VHMNMX|HMNMX2")
 
 
 def test_slots_of_a_copy() -> None:

@@ -13,11 +13,9 @@ FL_DEVICE A written_share(const RowProblem& p) {
     return denominator == A(0) ? A(0) : A(1) / denominator;
 }
 
-// A row's value and its share of the denominator, both weighted, and what backward needs of it. Zeros for rows that are
-// ignored.
+// A row's weighted value and what backward needs of it. Zeros for rows that are ignored.
 template <class A, int n>
-FL_DEVICE void record_row(const RowProblem& p, LossSums& sums, const Row& row, A value, A weight, const A (&kept)[n]) {
-    sums.add({static_cast<double>(value), static_cast<double>(weight)});
+FL_DEVICE void keep_row(const RowProblem& p, const Row& row, A value, const A (&kept)[n]) {
     if (p.row_values) static_cast<A*>(p.row_values)[row.number] = value;
     if (!p.stats) return;
 #pragma unroll

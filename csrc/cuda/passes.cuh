@@ -148,7 +148,8 @@ private:
             value = Loss::value(state);
             if (p.reduction == Reduction::kActiveMean && value <= A(0)) counts = false;  // NaN counts
         }
-        record_row(p, sums, row, weight * value, counts ? weight : A(0), numbers);
+        sums.add({static_cast<double>(weight * value), static_cast<double>(counts ? weight : A(0))});
+        if (args.keeps_rows) keep_row(p, row, weight * value, numbers);
     }
 
     FL_DEVICE void write_gradient(const OfThread& mine, bool reads, const State& state, A scale) const {

@@ -6,6 +6,8 @@
 #include "cuda/row_access.cuh"
 
 #include <algorithm>
+#include <iterator>
+#include <utility>
 
 namespace fused_losses::cuda {
 
@@ -18,12 +20,20 @@ struct PlannedArgs : RowArgs<A> {
 };
 using RegisterArgs = PlannedArgs<float>;
 
-template <class Stored, bool kFactors>
+template <class Stored>
 cudaError_t enqueue_registers(RegisterArgs& args, cudaStream_t stream);
-template <class Stored, bool kFactors>
+template <class Stored>
 cudaError_t enqueue_tiles(RegisterArgs& args, cudaStream_t stream);
 template <class Stored, bool kFactors>
 cudaError_t enqueue_columns(RegisterArgs& args, cudaStream_t stream);
+
+// Calls visitor.operator()<i>() for i < n.
+template <std::size_t n, class Visitor>
+void visit_indices(Visitor visitor) {
+    [&]<std::size_t... i>(std::index_sequence<i...>) {
+        (visitor.template operator()<i>(), ...);
+    }(std::make_index_sequence<n>());
+}
 
 constexpr cudaError_t kDoesNotFit = cudaErrorInvalidClusterSize;
 

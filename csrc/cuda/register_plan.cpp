@@ -25,22 +25,36 @@ bool is_gradient_alike(const RowProblem& p) {
            (p.inner <= 1 || (p.logits_stride.inner - p.grad_stride.inner) * element % 16 == 0);
 }
 
-// How often the busiest bank is asked for different words where each lane reads the first of its `lane_bytes` of a row.
-int bank_conflicts(std::int64_t row_bytes, int lanes, int lane_bytes) {
+// Whether the bytes from a row to the next are numbers of 32 bits.
+bool has_narrow_steps(const RowProblem& p) {
+    constexpr std::int64_t most = std::int64_t(1) << 28;
+    return p.logits_stride.inner < most && p.grad_stride.inner < most && p.target_stride.inner < most;
+}
+
+void take_steps(const RowProblem& p, RegisterPlan& plan) {
+    const int element = bytes_of(p.dtype);
+    plan.logits_step = static_cast<unsigned>(p.logits_stride.inner * element);
+    plan.grad_step = static_cast<unsigned>(p.grad_stride.inner * element);
+    plan.target_step = static_cast<unsigned>(p.target_stride.inner * bytes_of(p.index_type));
+}
+
+// How often the busiest bank is asked for different words where each lane reads the first of its bytes of a row.
+template <class Begin>
+int bank_conflicts(std::int64_t row_bytes, int lanes, Begin begin_bytes) {
     std::set<std::int64_t> words;
     int asked[32] = {}, most = 0;
     for (int t = 0; t < 32; ++t) {
-        const std::int64_t word = (t / lanes * row_bytes + t % lanes * lane_bytes) / 4;
+        const std::int64_t word = (t / lanes * row_bytes + begin_bytes(t % lanes)) / 4;
         if (words.insert(word).second) most = std::max(most, ++asked[word % 32]);
     }
     return most;
 }
 
 // Instructions and accesses to shared memory are issued side by side; the latter one at a time for four schedulers.
-std::int64_t cost_of(std::int64_t row_bytes, int lanes, int rounds, int most_rounds) {
+std::int64_t cost_of(const RowProblem& p, const RegisterPlan& plan, int most_rounds) {
     constexpr int of_row = 140, of_word = 14;
     const std::int64_t instructions = of_row + of_word * most_rounds;
-    return lanes * std::max<std::int64_t>(instructions, 2 * 4 * rounds * bank_conflicts(row_bytes, lanes, 4 * rounds));
+    return plan.lanes * std::max<std::int64_t>(instructions, 2 * 4 * plan.rounds * conflicts_of(p, plan));
 }
 
 // Whether rows can be brought to shared memory, and written from there, as they follow each other.
@@ -81,56 +95,83 @@ bool are_columns(const RowProblem& p) {
 
 }  // namespace
 
-RegisterPlan plan_tiles(const RowProblem& p, int multiprocessors) {
-    if (!can_be_tiles(p)) return {};
+RegisterPlan plan_tiles(const RowProblem& p, Factors factors_wanted, int multiprocessors) {
+    if (!can_be_tiles(p) || !has_narrow_steps(p)) return {};
     const int element = bytes_of(p.dtype), per_word = 4 / element;
     const int classes = static_cast<int>(p.num_classes), row_bytes = classes * element, words = classes / per_word;
     const int shift = static_cast<int>(reinterpret_cast<std::uintptr_t>(p.logits) % 16);
     if (row_bytes % 4 == 0 && shift % 4 != 0) return {};  // a number beside the words at both ends of every row
-    RegisterPlan plan;
-    std::int64_t least = 0;
-    for (int lanes = 1; lanes <= 32; lanes *= 2)
-        for (const int held : kTileHeld) {
-            if (reads_u(p) && held != kTileHeldWithFactors) continue;
-            const int fewest = std::max<int>(1, divide_up(words, lanes)), most = held / per_word;
-            for (int rounds = fewest; rounds <= std::min(fewest + 1, most); ++rounds) {
-                const std::int64_t cost = cost_of(row_bytes, lanes, rounds, most);
-                if (plan && cost >= least) continue;
-                least = cost;
-                plan.lanes = lanes, plan.rounds = rounds, plan.held = held;
+    const auto plan_with = [&](Factors factors) {
+        RegisterPlan plan;
+        std::int64_t least = 0;
+        for (const TileKernel& kernel : kTileKernels)
+            for (int lanes = 1; lanes <= 32; lanes *= 2) {
+                if (kernel.factors != factors || (kernel.lanes > 0 && kernel.lanes != lanes)) continue;
+                const int fewest = std::max<int>(1, divide_up(words, lanes)), most = kernel.held / per_word;
+                RegisterPlan with;
+                with.kernel = static_cast<int>(&kernel - kTileKernels), with.factors = factors;
+                with.lanes = lanes, with.held = kernel.held;
+                const auto consider = [&](int rounds, int longer) {
+                    with.rounds = rounds, with.longer = longer;
+                    if (rounds > most || with.count_of(lanes - 1, words) < kernel.always(most)) return;
+                    const std::int64_t cost = cost_of(p, with, most);
+                    if (plan && cost >= least) return;
+                    least = cost;
+                    plan = with;
+                };
+                consider(fewest, lanes);  // the last lane has less, or the last ones,
+                consider(fewest + 1, lanes);
+                if (words % lanes > 0) consider(fewest, words % lanes);  // or all but a few
             }
-        }
-    fill_tile(p, most_tile_bytes(plan.held, reads_u(p)), multiprocessors, plan);
+        return plan;
+    };
+    RegisterPlan plan = plan_with(factors_wanted);
+    if (!plan && factors_wanted == Factors::kNone) plan = plan_with(Factors::kOnes);
+    if (!plan) return {};
+    take_steps(p, plan);
+    fill_tile(p, most_tile_bytes(plan.held), multiprocessors, plan);
     plan.is_ragged = classes % per_word != 0;
     return plan;
 }
 
 int conflicts_of(const RowProblem& p, const RegisterPlan& plan) {
-    return bank_conflicts(p.num_classes * bytes_of(p.dtype), plan.lanes, 4 * plan.rounds);
+    return bank_conflicts(p.num_classes * bytes_of(p.dtype), plan.lanes, [&](int l) { return 4 * plan.begin_of(l); });
 }
 
-RegisterPlan plan_direct(const RowProblem& p, int largest_cluster) {
+RegisterPlan plan_direct(const RowProblem& p, Factors factors_wanted, int largest_cluster) {
     constexpr int few_classes = 32, enough_threads = 256;  // four blocks on a multiprocessor
     const int element = bytes_of(p.dtype), numbers = 16 / element;
     const bool is_row_by_row = p.logits_class_stride == 1 && p.outer == 1 && p.inner <= kMostRows;
-    if (element == 8 || p.num_classes <= few_classes || !is_row_by_row || !is_gradient_alike(p)) return {};
-    const std::int64_t accesses = p.num_classes / numbers;
-    RegisterPlan plan;
-    std::int64_t least = 0;
-    for (const int held : kDirectHeld) {
-        if (reads_u(p) != (held == kDirectHeldWithFactors)) continue;
-        RegisterPlan with;
-        const int rounds = held / numbers;
-        while (with.cluster < largest_cluster && divide_up(accesses, with.cluster) > enough_threads * rounds)
-            with.cluster *= 2;
-        with.share = static_cast<int>(divide_up(accesses, with.cluster));
-        with.lanes = static_cast<int>(std::max<std::int64_t>(32, divide_up(with.share, 32 * rounds) * 32));
-        with.held = held;
-        const std::int64_t cost = with.lanes * with.cluster * (150 + 9 * held);
-        if (with.lanes > most_direct_threads(element) || (plan && cost >= least)) continue;
-        least = cost;
-        plan = with;
-    }
+    if (element == 8 || p.num_classes <= few_classes || !is_row_by_row || !is_gradient_alike(p) || !has_narrow_steps(p))
+        return {};
+    const std::int64_t accesses = p.num_classes / numbers, fewest = (p.num_classes - numbers + 1) / numbers;
+    const auto plan_with = [&](Factors factors) {
+        RegisterPlan plan;
+        std::int64_t least = 0;
+        for (const DirectKernel& kernel : kDirectKernels) {
+            if (kernel.factors != factors) continue;
+            RegisterPlan with;
+            const int rounds = kernel.held / numbers;
+            while (with.cluster < largest_cluster && divide_up(accesses, with.cluster) > enough_threads * rounds)
+                with.cluster *= 2;
+            with.share = static_cast<int>(divide_up(accesses, with.cluster));
+            with.lanes = static_cast<int>(std::max<std::int64_t>(32, divide_up(with.share, 32 * rounds) * 32));
+            with.kernel = static_cast<int>(&kernel - kDirectKernels);
+            with.held = kernel.held, with.factors = factors;
+            const std::int64_t cost = with.lanes * with.cluster * (150 + 9 * kernel.held);
+            const std::int64_t of_last = std::max<std::int64_t>(0, fewest - (with.cluster - 1) * with.share);
+            if (of_last < with.lanes * kernel.always(rounds) || with.lanes > kernel.most_threads(element) ||
+                (kernel.of_warps && with.lanes > 32) || (plan && cost >= least))
+                continue;
+            least = cost;
+            plan = with;
+        }
+        return plan;
+    };
+    RegisterPlan plan = plan_with(factors_wanted);
+    if (!plan && factors_wanted == Factors::kNone) plan = plan_with(Factors::kOnes);
+    if (!plan) return {};
+    take_steps(p, plan);
     plan.threads = plan.lanes == 32 ? kTileThreads : plan.lanes;
     plan.is_ragged = p.num_classes % numbers != 0 || reinterpret_cast<std::uintptr_t>(p.logits) % 16 != 0 ||
                      p.logits_stride.inner % numbers != 0;
@@ -161,7 +202,9 @@ RegisterPlan plan_pass_tiles(const RowProblem& p, int slots, int multiprocessors
     RegisterPlan plan;
     for (plan.lanes = 1; plan.lanes * most < classes;) plan.lanes *= 2;
     plan.rounds = static_cast<int>(divide_up(classes, plan.lanes));
-    const auto conflicts = [&](int each) { return bank_conflicts(classes * element, plan.lanes, each * element); };
+    const auto conflicts = [&](int each) {
+        return bank_conflicts(classes * element, plan.lanes, [&](int l) { return l * each * element; });
+    };
     if (plan.rounds < most && conflicts(plan.rounds + 1) < conflicts(plan.rounds)) ++plan.rounds;
     fill_tile(p, most_bytes, multiprocessors, plan);
     give_slots(plan.rounds, slots, 4, plan);

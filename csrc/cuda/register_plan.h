@@ -6,49 +6,86 @@
 
 namespace fused_losses::cuda {
 
-// How many numbers of its row a thread may hold, with all else in 64 or 80 registers: half, or three eighths, of the
-// threads that a multiprocessor can have are there. Kernels are compiled for each: a loop that ends early would cost as
-// much as what it leaves out.
-constexpr int kTileHeld[] = {10, 16, 20, 26}, kDirectHeld[] = {16, 24, 32};
-constexpr int kTileHeldWithFactors = 16, kDirectHeldWithFactors = 16;
 constexpr int kTileThreads = 128, kMostColumnThreads = 384, kColumnHeld = 16;
 
-// What a block may have where rows are read straight from memory: addresses of as many loads as a float row needs take
-// more registers.
-constexpr int most_direct_threads(int element) { return element == 4 ? 512 : 640; }
+// Blocks of a tile's kernel that fit on a multiprocessor by their registers, and what a tile may take then. Fewer
+// threads with larger tiles have as many bytes on their way as more threads have with smaller ones, and what is done
+// once for a tile costs less.
+constexpr int tile_blocks(int held) { return held < 16 ? 7 : 5; }
+constexpr int most_tile_bytes(int held) { return held < 16 ? 3072 : 5120; }
 
-// Blocks of a tile's kernel that fit on a multiprocessor by their registers, and what a tile may take then.
-constexpr int tile_blocks(int held, bool factor) { return held < 16 && !factor ? 8 : held > 20 ? 5 : 6; }
-constexpr int most_tile_bytes(int held, bool factor) { return tile_blocks(held, factor) == 8 ? 3072 : 4096; }
+// The u_j of a row as kernels are compiled for them: not used, 1 for all classes (or not used), or read.
+enum class Factors { kNone, kOnes, kRead };
 
-// Whether u_j are read: they may be left out, or 1 for all classes.
-inline bool reads_u(const RowProblem& p) {
-    return p.class_factors == ClassFactors::kSoftTarget ||
-           (p.class_factors == ClassFactors::kClassWeights && p.class_weight);
+inline Factors factors_of(const RowProblem& p) {
+    if (p.class_factors == ClassFactors::kNone) return Factors::kNone;
+    const bool are_read = p.class_factors == ClassFactors::kSoftTarget || p.class_weight;
+    return p.class_factors == ClassFactors::kOnes || !are_read ? Factors::kOnes : Factors::kRead;
 }
+
+// Kernels are compiled for so many numbers of a thread: a loop that ends early would cost as much as what it leaves
+// out. Of the accesses that these take, the first always() are there for every lane and row that the kernel is given.
+struct TileKernel {
+    Factors factors;
+    int lanes, held;  // lanes of a row, 0: any number
+
+    constexpr int always(int rounds) const { return factors != Factors::kNone ? 0 : held == 10 ? 1 : rounds * 11 / 20; }
+};
+constexpr TileKernel kTileKernels[] = {
+    {Factors::kNone, 1, 10},  {Factors::kNone, 1, 20}, {Factors::kNone, 1, 34}, {Factors::kNone, 2, 26},
+    {Factors::kNone, 2, 34},  {Factors::kNone, 4, 26}, {Factors::kNone, 8, 20}, {Factors::kNone, 8, 34},
+    {Factors::kNone, 16, 26}, {Factors::kOnes, 1, 10}, {Factors::kOnes, 0, 26}, {Factors::kRead, 0, 16},
+};
+struct DirectKernel {
+    Factors factors;
+    bool of_warps;  // a row each; else of blocks
+    int held;
+
+    constexpr int always(int rounds) const { return factors != Factors::kNone ? 0 : rounds / 2; }
+    // Of a block: addresses of as many loads as a float row needs take more registers, and so do sums with factors.
+    constexpr int most_threads(int element) const {
+        if (of_warps) return kTileThreads;
+        return element == 4 || factors == Factors::kOnes ? 512 : 640;
+    }
+};
+constexpr DirectKernel kDirectKernels[] = {
+    {Factors::kNone, true, 24},  {Factors::kNone, true, 32},  {Factors::kNone, false, 32},
+    {Factors::kOnes, false, 32}, {Factors::kRead, false, 16},
+};
 
 struct RegisterPlan {
     // Of a row: a power of two up to 32 in a tile; else a warp or a block, of a cluster perhaps.
     int lanes = 0;
+    int kernel = 0;                     // of kTileKernels or kDirectKernels
     int held = 0;                       // numbers that the kernel has room for
-    int rounds = 0;                     // accesses of a lane in a tile, of 4 bytes
+    int rounds = 0, longer = 32;        // accesses of a lane in a tile, of 4 bytes; one less from lane `longer` on
     int share = 0;                      // accesses of a block of a cluster, of 16 bytes
     int tile_rows = 0, tile_bytes = 0;  // of a warp's tile; all zeros: rows are read where they lie
     int threads = 0, cluster = 1;       // of a block, blocks of a row
+    Factors factors = Factors::kNone;   // that the kernel is compiled for
     bool is_column = false;             // neighbouring threads have neighbouring rows
     bool is_paired = false;             // two rows of 16-bit numbers are four aligned bytes, for every class
-    int pitch = 0, slot_bytes = 0;      // numbers of a thread in shared memory, bytes of a block
-    bool is_ragged = false;             // some rows have numbers beside their whole accesses
+    unsigned logits_step = 0, grad_step = 0, target_step = 0;  // bytes from a row to the next
+    int pitch = 0, slot_bytes = 0;                             // numbers of a thread in shared memory, bytes of a block
+    bool is_ragged = false;                                    // some rows have numbers beside their whole accesses
 
     explicit operator bool() const { return lanes > 0; }
+
+    // Of a lane, the first of its accesses, and how many of a row's it has.
+    constexpr int begin_of(int lane) const { return lane * rounds - (lane > longer ? lane - longer : 0); }
+    constexpr int count_of(int lane, int accesses) const {
+        const int own = rounds - (lane >= longer), left = accesses - begin_of(lane);
+        return left < 0 ? 0 : left < own ? left : own;
+    }
 };
 
-// For rows that tiles can hold, none else. And how many lanes ask the same bank of shared memory at the same time.
-RegisterPlan plan_tiles(const RowProblem& p, int multiprocessors);
+// For rows that tiles can hold, none else; with a kernel for such u_j, or one that does for these as well. And how many
+// lanes ask the same bank of shared memory at the same time.
+RegisterPlan plan_tiles(const RowProblem& p, Factors factors, int multiprocessors);
 int conflicts_of(const RowProblem& p, const RegisterPlan& plan);
 
 // For longer ones, with clusters of up to so many blocks.
-RegisterPlan plan_direct(const RowProblem& p, int largest_cluster);
+RegisterPlan plan_direct(const RowProblem& p, Factors factors, int largest_cluster);
 
 // For rows that lie side by side.
 RegisterPlan plan_columns(const RowProblem& p);

@@ -7,63 +7,87 @@
 namespace fused_losses::cuda {
 namespace {
 
-// The lane's part of a row in a tile.
+// The lane's part of the rows in a tile, the same in each but for where the row begins. Where an odd number of classes
+// have two bytes each, one of a row's numbers is beside its words, at either end.
+struct LanePart {
+    int lane, begin, words;
+    int beside;  // class of the number beside the words where that is the last one, -1 in lanes that have none
+
+    FL_DEVICE LanePart(const RegisterArgs& a, int l, int numbers_of_word)
+        : lane(l),
+          begin(a.plan.begin_of(l)),
+          words(a.plan.count_of(l, static_cast<int>(a.problem.num_classes) / numbers_of_word)),
+          beside(a.plan.is_ragged && l == 0 ? static_cast<int>(a.problem.num_classes) - 1 : -1) {
+#ifdef __CUDA_ARCH__
+        asm("" : "+r"(begin), "+r"(words), "+r"(beside));  // not to be worked out again for each row
+#endif
+    }
+};
+
 template <class Stored>
 class TilePlace {
     static constexpr int n = Word<Stored>::count;
 
 public:
+    static constexpr bool kIsMixed = true;
+    const int left;
     const bool exists;
-    int left;
 
-    FL_DEVICE TilePlace(const RegisterArgs& a, int l, Stored* tile, int at, bool there)
-        : exists(there), args(a), lane(l), row(tile + at), skip(n == 1 ? 0 : (misalignment(tile) + at) & (n - 1)) {
-        left = min(static_cast<int>(static_cast<unsigned>(classes() - skip) / n) - lane * args.plan.rounds,
-                   args.plan.rounds);
-    }
+    // before: numbers to the row's first whole word. ignored: zeros are read in its place.
+    FL_DEVICE TilePlace(const LanePart& p, Stored* x, int before, const unsigned* z, bool is_ignored, bool there)
+        : left(p.words), exists(there), part(p), row(x), skip(before), zeros(z), ignored(is_ignored) {}
 
     FL_DEVICE const Stored* logits() const { return row; }
     FL_DEVICE Stored* grad() const { return row; }
-    FL_DEVICE const unsigned* from() const { return to(); }
-    FL_DEVICE unsigned* to() const { return reinterpret_cast<unsigned*>(row + skip) + lane * args.plan.rounds; }
+    FL_DEVICE const unsigned* from() const { return ignored ? zeros : to(); }
+    FL_DEVICE unsigned* to() const { return reinterpret_cast<unsigned*>(row + skip) + part.begin; }
     static FL_DEVICE int step() { return 1; }
-    FL_DEVICE int first() const { return skip + lane * args.plan.rounds * n; }
-    // A row of an odd number of classes has one of them.
-    FL_DEVICE int extra() const { return lane > 0 || classes() % n == 0 ? -1 : (skip > 0 ? 0 : classes() - 1); }
-    FL_DEVICE bool owns(int) const { return lane == 0; }
+    FL_DEVICE int first() const { return skip + part.begin * n; }
+    FL_DEVICE int extra() const { return n == 1 ? -1 : skip > 0 ? part.beside >> 31 : part.beside; }
+    FL_DEVICE bool owns(int) const { return part.lane == 0; }
 
 private:
-    FL_DEVICE int classes() const { return static_cast<int>(args.problem.num_classes); }
-
-    const RegisterArgs& args;
-    const int lane;
+    const LanePart& part;
     Stored* const row;
     const int skip;
+    const unsigned* const zeros;
+    const bool ignored;
 };
 
-template <class Stored, bool kFactors, int kHeld>
-__global__ void __launch_bounds__(kTileThreads, tile_blocks(kHeld, kFactors))
+template <class Stored, Factors kFactors, int kLanes, int kHeld>
+__global__ void __launch_bounds__(kTileThreads, tile_blocks(kHeld))
     softmax_in_tiles(const __grid_constant__ RegisterArgs args) {
+    constexpr int n = Word<Stored>::count, rounds = kHeld / n;
+    constexpr int always = TileKernel{kFactors, kLanes, kHeld}.always(rounds);
     const RowProblem& p = args.problem;
     if (args.is_saved && is_already_written<float>(p)) return;
     const int classes = static_cast<int>(p.num_classes);
-    LaneTeam team(args.plan.lanes);
-    __shared__ LossSums of_thread[kTileThreads];
-    LossSums& sums = of_thread[threadIdx.x];  // registers have other uses
+    using Team = LaneTeam<kLanes>;
+    Team team(args.plan.lanes);
+    __shared__ struct {
+        LossSums of_thread[kTileThreads];  // registers have other uses
+        unsigned zeros[rounds];
+    } shared;
+    LossSums& sums = shared.of_thread[threadIdx.x];
     sums = {0, 0};
-    const RegisterRow<Stored, kFactors, unsigned, kHeld / Word<Stored>::count, LaneTeam> worker(args, sums);
+    for (int k = threadIdx.x; k < rounds; k += kTileThreads) shared.zeros[k] = 0;
+    __syncthreads();
+    const RegisterRow<Stored, kFactors, unsigned, rounds, always, Team> worker(args, sums);
+    const int own = threadIdx.x % 32 / team.lanes, at_once = 32 / team.lanes, rows = static_cast<int>(p.inner);
+    const LanePart part(args, team.lane, n);
     for_each_tile(args, [&](int first, int count, char* bytes, auto arrive) {
-        Stored* const tile = reinterpret_cast<Stored*>(bytes);
-        const int own = threadIdx.x % 32 / team.lanes, at_once = 32 / team.lanes;
-        PackedTarget next(args, first + own, own < count);
+        int number = first + own;
+        PackedTarget<kFactors> next(args, number, number < rows);
         arrive();
+        Stored* row = reinterpret_cast<Stored*>(bytes) + own * classes;
+        int skip = n == 1 ? 0 : misalignment(as<Stored>(p.logits)) + own * classes;
 #pragma unroll 1
-        for (int r = own; r - own < count; r += at_once) {
-            const bool exists = r < count;
-            const PackedTarget target = next;
-            next = PackedTarget(args, first + r + at_once, r + at_once < count);
-            worker.run(team, first + r, target,
-                       TilePlace<Stored>(args, team.lane, tile, exists ? r * classes : 0, exists));
+        for (int trips = (count + at_once - 1) / at_once; trips > 0; --trips) {
+            const PackedTarget<kFactors> target = next;
+            next = {args, number + at_once, trips > 1 && number + at_once < rows};
+            worker.run(team, number, target,
+                       TilePlace<Stored>(part, row, skip & (n - 1), shared.zeros, target.is_ignored(), number < rows));
+            number += at_once, row += at_once * classes, skip += at_once * classes;
         }
     });
     write_loss(args, sums);
@@ -71,25 +95,19 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks(kHeld, kFactors))
 
 }  // namespace
 
-template <class Stored, bool kFactors>
+template <class Stored>
 cudaError_t enqueue_tiles(RegisterArgs& args, cudaStream_t stream) {
-    const auto with = [&]<int kHeld>() {
-        return launch_tiles_resident(&softmax_in_tiles<Stored, kFactors, kHeld>, args, stream);
-    };
-    if constexpr (kFactors)
-        return with.template operator()<kTileHeldWithFactors>();
-    else
-        switch (args.plan.held) {
-            case 10: return with.template operator()<10>();
-            case 16: return with.template operator()<16>();
-            case 20: return with.template operator()<20>();
-            default: return with.template operator()<26>();
-        }
+    cudaError_t error = cudaErrorInvalidValue;
+    visit_indices<std::size(kTileKernels)>([&]<std::size_t i>() {
+        constexpr TileKernel kernel = kTileKernels[i];
+        if (args.plan.kernel == i)
+            error = launch_tiles_resident(&softmax_in_tiles<Stored, kernel.factors, kernel.lanes, kernel.held>, args,
+                                          stream);
+    });
+    return error;
 }
 
-#define FL_TILES(Stored)                                                            \
-    template cudaError_t enqueue_tiles<Stored, false>(RegisterArgs&, cudaStream_t); \
-    template cudaError_t enqueue_tiles<Stored, true>(RegisterArgs&, cudaStream_t);
+#define FL_TILES(Stored) template cudaError_t enqueue_tiles<Stored>(RegisterArgs&, cudaStream_t);
 FL_TILES(float)
 FL_TILES(Half)
 FL_TILES(BFloat16)

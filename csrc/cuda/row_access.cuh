@@ -33,9 +33,15 @@ struct RowArgs {
     LossOutput out;
     A params[kMaxParams];
     A bias;
+    // Whether there are weights, and places for what rows leave: asked for once a row, not for each pointer.
+    bool is_weighted, keeps_rows;
 
     explicit RowArgs(const RowProblem& p, const LossOutput& output = {})
-        : problem(p), out(output), bias(static_cast<A>(p.logit_bias)) {
+        : problem(p),
+          out(output),
+          bias(static_cast<A>(p.logit_bias)),
+          is_weighted(p.class_weight || p.sample_weight),
+          keeps_rows(p.row_values || p.stats) {
         for (int i = 0; i < kMaxParams; ++i) params[i] = static_cast<A>(p.params[i]);
     }
 };
@@ -90,22 +96,26 @@ struct Target {
     bool ignored;
 };
 
-FL_DEVICE std::int64_t read_index(const RowProblem& p, std::int64_t offset) {
-    switch (p.index_type) {
-        case IndexType::kInt64: return as<std::int64_t>(p.target)[offset];
-        case IndexType::kInt32: return as<std::int32_t>(p.target)[offset];
-        case IndexType::kInt16: return as<std::int16_t>(p.target)[offset];
-        case IndexType::kUInt8: return as<std::uint8_t>(p.target)[offset];
-    }
-    return 0;
+FL_DEVICE std::int64_t read_index(IndexType type, const void* at) {
+    if (type == IndexType::kInt64) return *as<std::int64_t>(at);  // first: nearly all are
+    if (type == IndexType::kInt32) return *as<std::int32_t>(at);
+    if (type == IndexType::kInt16) return *as<std::int16_t>(at);
+    return *as<std::uint8_t>(at);
+}
+
+// The target that lies so many bytes from the first, or a number that stands for ignored ones.
+FL_DEVICE int target_or(int ignored, const RowProblem& p, std::int64_t offset) {
+    const std::int64_t cls = read_index(p.index_type, static_cast<const char*>(p.target) + offset);
+    if (cls == p.ignore_index) return ignored;
+    assert(static_cast<std::uint64_t>(cls) < static_cast<std::uint64_t>(p.num_classes) &&
+           "fused_losses: target out of range");
+    return static_cast<int>(cls);
 }
 
 FL_DEVICE Target target_of(const RowProblem& p, const Row& row) {
     if (!p.target) return {-1, false};
-    const std::int64_t cls = read_index(p, p.target_stride.at(row.outer, row.inner));
-    if (cls == p.ignore_index) return {0, true};
-    assert(cls >= 0 && cls < p.num_classes && "fused_losses: target out of range");
-    return {static_cast<int>(cls), false};
+    const int cls = target_or(-1, p, p.target_stride.at(row.outer, row.inner) * bytes_of(p.index_type));
+    return {max(cls, 0), cls < 0};
 }
 
 template <class A>

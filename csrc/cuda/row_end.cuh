@@ -35,10 +35,14 @@ __device__ __noinline__ AffineRow<A> evaluate_any(int loss, const A* params, Sof
     return affine;
 }
 
-template <class A>
+template <Factors kFactors, class A>
 FL_DEVICE AffineRow<A> evaluate(const RowProblem& p, const A* params, const SoftmaxRow<A>& row) {
-    if (p.class_factors == ClassFactors::kSoftTarget) return SoftCrossEntropy::eval(row, params);
-    if (p.loss == kCrossEntropy) return CrossEntropy::eval(row, params);
+    if constexpr (kFactors == Factors::kNone) {
+        if (p.loss == kCrossEntropy) return affine_of(PlainCrossEntropy::eval(row.log_p, params), row.class_weight);
+    } else {
+        if (p.class_factors == ClassFactors::kSoftTarget) return SoftCrossEntropy::eval(row, params);
+        if (p.loss == kCrossEntropy) return CrossEntropy::eval(row, params);
+    }
     return evaluate_any(p.loss, params, row);
 }
 
@@ -63,28 +67,36 @@ struct RowEnd {
     FL_DEVICE RowEnd(const RowArgs<A>& a, LossSums& s) : args(a), sums(s) {}
 
     FL_DEVICE void ignore(const Row& row, bool records) {
-        if (records) record_row(args.problem, sums, row, A(0), A(0), {A(0), A(0), A(0), A(0)});
+        if (records && args.keeps_rows) keep_row(args.problem, row, A(0), {A(0), A(0), A(0), A(0)});
     }
 
     // From the sums over the classes to the coefficients of the gradient for a denominator of 1, which every thread of
     // the row gets; one `records`. target_distance: of the target's logit from state.max, as the exponentials have it.
+    // Factors::kNone: what is summed with u_j is not there.
+    template <Factors kFactors = Factors::kRead>
     FL_DEVICE Coefficients<A> finish(const Row& row, const Target& target, A target_logit, A target_distance, A log_sum,
                                      const SoftmaxState<A>& state, bool records) {
         const RowProblem& p = args.problem;
         SoftmaxRow<A> softmax;
         const A log_p = target_distance - log_sum;
         softmax.log_p = log_p > A(0) ? A(0) : log_p;  // by rounding, where p_y is 1: powers of 1 - p_y
-        softmax.sum_neg_log_p = state.sum_u * log_sum - state.centred;
-        softmax.sum_u = state.sum_u;
-        softmax.class_weight = class_weight_of<A>(p, target);
+        constexpr bool sums_u = kFactors != Factors::kNone;
+        softmax.sum_neg_log_p = sums_u ? state.sum_u * log_sum - state.centred : A(0);
+        softmax.sum_u = sums_u ? state.sum_u : A(0);
+        softmax.class_weight = A(1);
+        A sample_weight = A(1);
+        if (args.is_weighted)
+            softmax.class_weight = class_weight_of<A>(p, target), sample_weight = sample_weight_of<A>(p, row);
         softmax.num_classes = A(p.num_classes);
         softmax.below_max = target_logit - state.max;
-        const AffineRow<A> affine = evaluate(p, args.params, softmax);
-        const A sample_weight = sample_weight_of<A>(p, row);
+        const AffineRow<A> affine = evaluate<kFactors>(p, args.params, softmax);
         Coefficients<A> coefficients{state.max, affine.alpha * reciprocal(state.sum), affine.beta, affine.gamma};
-        if (records)
-            record_row(p, sums, row, sample_weight * affine.value, softmax.class_weight * sample_weight,
-                       {coefficients.max, coefficients.alpha, coefficients.beta, coefficients.gamma});
+        if (records) {
+            const A value = sample_weight * affine.value;
+            sums.add({static_cast<double>(value), static_cast<double>(softmax.class_weight * sample_weight)});
+            if (args.keeps_rows)
+                keep_row(p, row, value, {coefficients.max, coefficients.alpha, coefficients.beta, coefficients.gamma});
+        }
         coefficients.scale(sample_weight);
         return coefficients;
     }

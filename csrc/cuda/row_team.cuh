@@ -43,22 +43,61 @@ FL_DEVICE A sum_of(Team& team, A x) {
     return only[0];
 }
 
-// Lanes of a warp; all lanes of the warp take part.
+// x[i] over all lanes of a warp, for all of them.
+template <class A, int n, class Combine>
+FL_DEVICE void reduce_warp(A (&x)[n], Combine combine) {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2)
+#pragma unroll
+        for (int i = 0; i < n; ++i) x[i] = combine(x[i], __shfl_xor_sync(0xffffffffu, x[i], distance));
+}
+
+// Lanes of a warp; all lanes of the warp take part. kLanes: how many, where the compiler knows.
+template <int kLanes = 0>
 struct LaneTeam {
     const int lanes, lane;
     const bool leads;
 
-    FL_DEVICE explicit LaneTeam(int count) : lanes(count), lane(threadIdx.x % count), leads(lane == 0) {}
+    FL_DEVICE explicit LaneTeam(int count)
+        : lanes(kLanes > 0 ? kLanes : count), lane(threadIdx.x % lanes), leads(lane == 0) {}
 
     FL_DEVICE void sync() const {
         if (lanes > 1) __syncwarp();
     }
     template <class A, int n, class Combine>
     FL_DEVICE void reduce(A (&x)[n], A, Combine combine) const {
-#pragma unroll 1
-        for (int distance = lanes / 2; distance > 0; distance /= 2)
+        const auto step = [&](int distance) {
 #pragma unroll
             for (int i = 0; i < n; ++i) x[i] = combine(x[i], __shfl_xor_sync(0xffffffffu, x[i], distance));
+        };
+        if constexpr (kLanes > 0) {
+#pragma unroll
+            for (int distance = kLanes / 2; distance > 0; distance /= 2) step(distance);
+        } else {
+#pragma unroll 1
+            for (int distance = lanes / 2; distance > 0; distance /= 2) step(distance);
+        }
+    }
+};
+
+// A warp, which the compiler knows to have 32 lanes: those of RowTeam are known at run time.
+struct WarpTeam {
+    static constexpr int threads = 32;
+    const int lane;
+    const bool leads;
+
+    FL_DEVICE explicit WarpTeam(const RegisterPlan&) : lane(threadIdx.x % 32), leads(lane == 0) {}
+
+    static FL_DEVICE int num_blocks() { return 1; }
+    static FL_DEVICE int block_rank() { return 0; }
+    static FL_DEVICE std::int64_t first() { return std::int64_t(blockIdx.x) * (blockDim.x / 32); }
+    static FL_DEVICE std::int64_t step() { return std::int64_t(gridDim.x) * (blockDim.x / 32); }
+    static FL_DEVICE int place() { return threadIdx.x / 32; }
+    static FL_DEVICE void sync() { __syncwarp(); }
+    static FL_DEVICE void part_company() {}
+    template <class A, int n, class Combine>
+    FL_DEVICE void reduce(A (&x)[n], A, Combine combine) const {
+        reduce_warp(x, combine);
     }
 };
 
@@ -80,6 +119,9 @@ public:
                : threads == 32 ? threadIdx.x % 32
                                : threadIdx.x),
           leads(lane == 0 && cluster_group::block_rank() == 0) {}
+
+    static FL_DEVICE int num_blocks() { return cluster_group::num_blocks(); }
+    static FL_DEVICE int block_rank() { return cluster_group::block_rank(); }
 
     // Of a block, which has rows first(), first() + 1, ... and then those `step()` further.
     FL_DEVICE int at_once() const {
@@ -104,7 +146,7 @@ public:
             for (int i = 0; i < n; ++i) reduce_column(x[i], combine);
             return;
         }
-        over_warp(x, combine);
+        reduce_warp(x, combine);
         if (threads == 32) return;
         __shared__ A of_warp[2][n][kMostThreads / 32], of_block[2][n];
         const int me = threadIdx.x % 32;
@@ -113,25 +155,17 @@ public:
             if (me == 0) of_warp[turn][i][threadIdx.x / 32] = x[i];
         __syncthreads();
         for (int i = 0; i < n; ++i) x[i] = me < threads / 32 ? of_warp[turn][i][me] : nothing;
-        over_warp(x, combine);
+        reduce_warp(x, combine);
         if (cluster_group::num_blocks() == 1) return;
         for (int i = 0; i < n; ++i)
             if (threadIdx.x == 0) of_block[turn][i] = x[i];
         cluster_group::sync();
         for (int i = 0; i < n; ++i)
             x[i] = me < cluster_group::num_blocks() ? *cluster_group::map_shared_rank(&of_block[turn][i], me) : nothing;
-        over_warp(x, combine);
+        reduce_warp(x, combine);
     }
 
 private:
-    template <int n, class Combine>
-    static FL_DEVICE void over_warp(A (&x)[n], Combine combine) {
-#pragma unroll
-        for (int distance = 16; distance > 0; distance /= 2)
-#pragma unroll
-            for (int i = 0; i < n; ++i) x[i] = combine(x[i], __shfl_xor_sync(0xffffffffu, x[i], distance));
-    }
-
     template <class Combine>
     FL_DEVICE void reduce_column(A& x, Combine combine) {
         if (threads == 1) return;

@@ -152,20 +152,24 @@ cudaError_t enqueue_any_rows(PlannedArgs<A>& args, cudaStream_t stream) {
 }
 
 // The first kernel that has room for the rows.
-template <class Stored, bool kFactors>
+template <class Stored>
 cudaError_t enqueue_held(RegisterArgs& args, cudaStream_t stream) {
     const RowProblem& p = args.problem;
     int multiprocessors = 0;
     cudaError_t error = find_multiprocessors(multiprocessors);
     if (error != cudaSuccess) return error;
-    if ((args.plan = plan_tiles(p, multiprocessors))) {
-        error = enqueue_tiles<Stored, kFactors>(args, stream);
+    // Backward alone is the business of kernels that do it for u_j of 1 as well.
+    const Factors own = factors_of(p), factors = args.is_saved && own == Factors::kNone ? Factors::kOnes : own;
+    if ((args.plan = plan_tiles(p, factors, multiprocessors))) {
+        error = enqueue_tiles<Stored>(args, stream);
         if (error != kDoesNotFit) return error;
     }
-    if ((args.plan = plan_columns(p))) return enqueue_columns<Stored, kFactors>(args, stream);
+    if ((args.plan = plan_columns(p)))
+        return own == Factors::kRead ? enqueue_columns<Stored, true>(args, stream)
+                                     : enqueue_columns<Stored, false>(args, stream);
     for (int largest = kMaxCluster; largest > 0; largest /= 2) {
-        if (!(args.plan = plan_direct(p, largest))) continue;
-        error = enqueue_registers<Stored, kFactors>(args, stream);
+        if (!(args.plan = plan_direct(p, factors, largest))) continue;
+        error = enqueue_registers<Stored>(args, stream);
         if (error != kDoesNotFit) return error;
     }
     return enqueue_any_rows(args, stream);
@@ -178,7 +182,7 @@ cudaError_t enqueue_of(const RowProblem& p, const LossOutput& out, bool is_saved
     if constexpr (kIsForChecking<Stored>)
         return enqueue_any_rows(args, stream);
     else
-        return !reads_u(p) ? enqueue_held<Stored, false>(args, stream) : enqueue_held<Stored, true>(args, stream);
+        return enqueue_held<Stored>(args, stream);
 }
 
 cudaError_t enqueue(const RowProblem& p, const LossOutput& out, bool is_saved, cudaStream_t stream) {

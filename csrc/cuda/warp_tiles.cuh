@@ -13,50 +13,41 @@ extern __shared__ uint4 dynamic_shared[];
 // Consecutive numbers, alike aligned in device and in shared memory, moved by a warp: whole accesses of 16 bytes, and
 // the pairs of bytes beside them by a lane each.
 class TileCopy {
-    using Pair = std::uint16_t;
-    static constexpr int n = kVector<Pair>;
-
 public:
-    FL_DEVICE TileCopy(const char* from, int bytes, int l)
-        : lane(l),
-          head(min(bytes / 2, -misalignment(reinterpret_cast<const Pair*>(from)) & (n - 1))),
-          accesses(static_cast<unsigned>(bytes / 2 - head) / n) {
-        const int at = lane < head ? lane : lane + accesses * n;
-        extra = at < bytes / 2 && lane < 2 * n ? at : -1;
-    }
+    // ahead: bytes to the first whole access; from, to below: the lane's first access.
+    FL_DEVICE TileCopy(int ahead, int bytes, int l)
+        : lane(l), before(ahead), head(min(before, bytes)), rest(bytes - head) {}
 
     FL_DEVICE void begin_read(const char* from, char* to) const {
-        const uint4* const x = whole(from);
-        uint4* const y = const_cast<uint4*>(whole(to));
-        each_access([&](int i) { __pipeline_memcpy_async(y + i, x + i, 16); });
-        copy_extra(from, to);
+        each_access(from, to, [](const uint4* x, uint4* y) { __pipeline_memcpy_async(y, x, 16); });
     }
     FL_DEVICE void write(const char* from, char* to) const {
-        const uint4* const x = whole(from);
-        uint4* const y = const_cast<uint4*>(whole(to));
-        each_access([&](int i) { y[i] = x[i]; });
-        copy_extra(from, to);
+        each_access(from, to, [](const uint4* x, uint4* y) { *y = *x; });
     }
 
 private:
-    FL_DEVICE const uint4* whole(const char* x) const { return reinterpret_cast<const uint4*>(x + 2 * head) + lane; }
-
-    FL_DEVICE void copy_extra(const char* from, char* to) const {
-        if (extra >= 0) reinterpret_cast<Pair*>(to)[extra] = reinterpret_cast<const Pair*>(from)[extra];
-    }
-
-    template <class Body>
-    FL_DEVICE void each_access(Body body) const {
-        int i = 0, left = accesses - lane;
+    template <class Copy>
+    FL_DEVICE void each_access(const char* from, char* to, Copy copy) const {
+        auto* x = reinterpret_cast<const uint4*>(from);
+        auto* y = reinterpret_cast<uint4*>(to);
+        int left = static_cast<int>(rest / 16) - lane;
+        if (head != 0 || rest % 16 != 0) copy_beside(from - before - 16 * lane, to - before - 16 * lane);
 #pragma unroll 1
-        for (; left > 96; left -= 128, i += 128) body(i), body(i + 32), body(i + 64), body(i + 96);
-        if (left > 0) body(i);
-        if (left > 32) body(i + 32);
-        if (left > 64) body(i + 64);
+        for (; left > 96; left -= 128, x += 128, y += 128)
+            copy(x, y), copy(x + 32, y + 32), copy(x + 64, y + 64), copy(x + 96, y + 96);
+        if (left > 0) copy(x, y);
+        if (left > 32) copy(x + 32, y + 32);
+        if (left > 64) copy(x + 64, y + 64);
     }
 
-    const int lane, head, accesses;  // pairs before the accesses
-    int extra;                       // of the pairs beside them the lane's own, or -1
+    FL_DEVICE void copy_beside(const char* from, char* to) const {
+        const int at = 2 * lane < head ? 2 * lane : 2 * lane + static_cast<int>(rest / 16 * 16);
+        if (at < head + static_cast<int>(rest) && lane < 16)
+            *reinterpret_cast<std::uint16_t*>(to + at) = *reinterpret_cast<const std::uint16_t*>(from + at);
+    }
+
+    const int lane, before, head;
+    const unsigned rest;  // bytes from there on
 };
 
 // What the block has of dynamic shared memory beside its tiles.
@@ -73,36 +64,34 @@ FL_DEVICE void for_each_tile(const RegisterArgs& args, Body body) {
     const int row_bytes = static_cast<int>(p.num_classes) * bytes_of(p.dtype), rows = static_cast<int>(p.inner);
     const int step = gridDim.x * (kTileThreads / 32) * tile_rows;
     const auto rows_from = [&](int first) { return min(rows - first, tile_rows); };
-    const auto memory_of = [&](int first) {
-        return static_cast<const char*>(p.logits) + std::int64_t(first) * row_bytes;
-    };
-    int turn = 0;
-    const auto tile_of = [&](const char* memory) {
-        return reinterpret_cast<char*>(dynamic_shared) + (warp * 2 + turn) * args.plan.tile_bytes +
-               reinterpret_cast<std::uintptr_t>(memory) % 16;
-    };
-    const auto begin = [&](int first) {
-        const char* const from = memory_of(first);
-        TileCopy(from, rows_from(first) * row_bytes, me).begin_read(from, tile_of(from));
+    // Of every tile: their sizes are whole accesses.
+    const int shift = misalignment(static_cast<const char*>(p.logits)), before = -shift & 15;
+    const char* const logits = static_cast<const char*>(p.logits) + before + 16 * me;
+    char* const grad = static_cast<char*>(p.grad) + before + 16 * me;
+    char* tile = reinterpret_cast<char*>(dynamic_shared) + warp * 2 * args.plan.tile_bytes + shift;
+    char* other = tile + args.plan.tile_bytes;
+    const auto begin = [&](int first, char* to) {
+        const TileCopy copy(before, rows_from(first) * row_bytes, me);
+        copy.begin_read(logits + std::int64_t(first) * row_bytes, to + before + 16 * me);
         __pipeline_commit();
     };
     int first = (blockIdx.x * (kTileThreads / 32) + warp) * tile_rows;
-    if (first < rows) begin(first);
+    if (first < rows) begin(first, tile);
     for (; first < rows; first += step) {
-        char* const tile = tile_of(memory_of(first));
         const int count = rows_from(first);
         body(first, count, tile, [&] {
             __pipeline_wait_prior(0);
             __syncwarp();
-            turn ^= 1;
-            if (first + step < rows) begin(first + step);
+            if (first + step < rows) begin(first + step, other);
         });
         __syncwarp();
         if (p.grad) {
-            char* const to = static_cast<char*>(p.grad) + std::int64_t(first) * row_bytes;
-            TileCopy(to, count * row_bytes, me).write(tile, to);
+            const TileCopy copy(before, count * row_bytes, me);
+            copy.write(tile + before + 16 * me, grad + std::int64_t(first) * row_bytes);
             __syncwarp();  // before the tile is read into again
         }
+        char* const next = other;
+        other = tile, tile = next;
     }
 }
 

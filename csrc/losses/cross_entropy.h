@@ -26,6 +26,14 @@ struct CrossEntropy {
     }
 };
 
+// Without smoothing: a function of t = log p_y.
+struct PlainCrossEntropy {
+    template <class T>
+    FL_HD static ValueSlope<T> eval(T t, const T*) {
+        return {-t, T(-1)};
+    }
+};
+
 // u_j of a soft target y_j: w_j ((1 - s) y_j + s / K).
 template <class T>
 struct SmoothedTarget {

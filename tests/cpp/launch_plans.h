@@ -76,9 +76,19 @@ inline void test_register_plan(Dtype dtype, ClassFactors factors, std::int64_t c
         check(false, "%lld classes of %d bytes: %s: %d lanes of %d, %d rounds, share %d, %d blocks", (long long)classes,
               element, what, plan.lanes, plan.held, plan.rounds, plan.share, plan.cluster);
     };
-    if (const RegisterPlan plan = plan_tiles(p, 132)) {
+    if (const RegisterPlan plan = plan_tiles(p, factors_of(p), 132)) {
         const std::int64_t words = classes / per_word;
-        if (plan.rounds * plan.lanes < words || plan.rounds * per_word > plan.held) complain(plan, "no room");
+        const int always = kTileKernels[plan.kernel].always(plan.held / per_word);
+        std::int64_t shared_out = 0;
+        for (int lane = 0; lane < plan.lanes; ++lane) {
+            const int count = plan.count_of(lane, static_cast<int>(words));
+            if (count < always) complain(plan, "a lane with too little");
+            if (count > 0 && plan.begin_of(lane) != shared_out) complain(plan, "a gap");
+            shared_out += count;
+        }
+        if (p.class_factors == ClassFactors::kNone && classes > 3 && plan.factors != Factors::kNone)
+            complain(plan, "a kernel that sums up factors");
+        if (shared_out != words || plan.rounds * per_word > plan.held) complain(plan, "no room");
         if (plan.tile_bytes < plan.tile_rows * classes * element + base % 16 || plan.tile_bytes % 16 != 0 ||
             plan.tile_rows % (32 / plan.lanes) != 0)
             complain(plan, "tile");
@@ -86,7 +96,7 @@ inline void test_register_plan(Dtype dtype, ClassFactors factors, std::int64_t c
         complain(plan, "no tiles");
     }
     for (const int largest : {1, 4, 16}) {
-        const RegisterPlan plan = plan_direct(p, largest);
+        const RegisterPlan plan = plan_direct(p, factors_of(p), largest);
         const std::int64_t accesses = classes / per_access, most = std::int64_t(plan.lanes) * (plan.held / per_access);
         if (!plan) {
             if (classes > 32 && classes <= 10 * 1024) complain(plan, "not direct");
@@ -94,6 +104,9 @@ inline void test_register_plan(Dtype dtype, ClassFactors factors, std::int64_t c
         }
         if (plan.share * plan.cluster < accesses || plan.share > most || plan.cluster > largest)
             complain(plan, "no room");
+        const std::int64_t of_last = (classes - per_access + 1) / per_access - plan.share * (plan.cluster - 1);
+        if (of_last < plan.lanes * kDirectKernels[plan.kernel].always(plan.held / per_access))
+            complain(plan, "a thread with too little");
         if (plan.lanes % 32 != 0 || plan.threads % plan.lanes != 0 || plan.threads > kMostThreads)
             complain(plan, "threads");
         if (!plan.is_ragged && (classes % per_access != 0 || base % 16 != 0)) complain(plan, "not ragged");
@@ -108,16 +121,17 @@ inline void test_register_plans() {
                     for (const int rows : {1, 1000, 1000000}) test_register_plan(dtype, factors, classes, rows, base);
     RowProblem p;
     p.dtype = Dtype::kFloat32, p.inner = 1000, p.num_classes = 100, p.logits_stride = p.grad_stride = {0, 100};
-    check(bool(plan_tiles(p, 132)), "100 classes: no tiles");
+    check(bool(plan_tiles(p, factors_of(p), 132)), "100 classes: no tiles");
     p.grad = reinterpret_cast<void*>(4);
-    check(!plan_tiles(p, 132) && !plan_direct(p, 16), "a gradient that begins elsewhere within 16 bytes");
+    check(!plan_tiles(p, factors_of(p), 132) && !plan_direct(p, factors_of(p), 16),
+          "a gradient that begins elsewhere within 16 bytes");
     p.grad = nullptr;
     p.logits_stride.inner = 104;
-    check(!plan_tiles(p, 132) && plan_direct(p, 16), "rows with gaps: one by one");
+    check(!plan_tiles(p, factors_of(p), 132) && plan_direct(p, factors_of(p), 16), "rows with gaps: one by one");
     p.logits_class_stride = 2;
-    check(!plan_direct(p, 16), "every other class");
+    check(!plan_direct(p, factors_of(p), 16), "every other class");
     p.logits_class_stride = 1, p.dtype = Dtype::kFloat64;
-    check(!plan_direct(p, 16), "doubles");
+    check(!plan_direct(p, factors_of(p), 16), "doubles");
 }
 
 // Every class has one thread and one place there.
