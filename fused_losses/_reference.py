@@ -94,8 +94,10 @@ class Rows:
         sample_weight: Tensor | None,
         logit_bias: float | Tensor,
         ignore_index: int,
+        any_ignored: bool = True,
     ) -> Rows:
-        """Computes in float32 (float64 for float64 logits). Ignored rows become zeros with target 0 first of all."""
+        """Computes in float32 (float64 for float64 logits). Ignored rows become zeros with target 0 first of all; who
+        knows that there are none says so."""
         logits = logits.to(acc_dtype(logits))
         dim = class_dim(logits)
         if logits.dim() == 1:  # what belongs to the row may have shape (1,)
@@ -103,8 +105,9 @@ class Rows:
             sample_weight = None if sample_weight is None else sample_weight.reshape(())
         target = target.long()
         ignored = target == ignore_index
-        target = torch.where(ignored, 0, target)
-        logits = torch.where(ignored.unsqueeze(dim), 0.0, logits)
+        if any_ignored:
+            target = torch.where(ignored, 0, target)
+            logits = torch.where(ignored.unsqueeze(dim), 0.0, logits)
         if isinstance(logit_bias, Tensor) or logit_bias != 0.0:
             one_hot = torch.zeros_like(logits).scatter(dim, target.unsqueeze(dim), 1.0)
             logits = logits + one_hot * logit_bias

@@ -131,7 +131,7 @@ def plain_rows(
     )
     check_rows(args, REDUCTIONS, takes_probabilities=False)
     check_targets(target, ignore_index, logits.shape[class_dim(logits)])
-    return Rows.of(logits, target, weight, sample_weight, 0.0, ignore_index)
+    return Rows.of(logits, target, weight, sample_weight, 0.0, ignore_index, maybe_any(target == ignore_index))
 
 
 def check_plain(name: str, logits: Any, target: Any) -> None:
@@ -156,6 +156,11 @@ def check_targets(target: Tensor, ignore_index: int, num_classes: int) -> None:
             f"target must be in [0, {num_classes}) or equal ignore_index={ignore_index}: Target "
             f"{int(target.flatten()[row])} is out of bounds (row {row})"
         )
+
+
+def maybe_any(flags: Tensor) -> bool:
+    """Whether one may be True: False only where looking at them waits for nobody."""
+    return not reads_values(flags) or bool(flags.any())
 
 
 def reads_values(tensor: Tensor) -> bool:

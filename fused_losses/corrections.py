@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from fused_losses._arguments import check_reduction
 from fused_losses._arrays import as_tensor
+from fused_losses._autograd import is_plain, needs_reference
 from fused_losses._parameters import finite, plain, positive_integer
 from fused_losses._reference import Rows
-from fused_losses._row_values import RowsModule, RowValues, plain_rows, reads_values
+from fused_losses._row_values import RowsModule, RowValues, maybe_any, plain_rows, reads_values
 from fused_losses.cross_entropy import cross_entropy
 from fused_losses.noise import check_matrix
 
@@ -82,16 +83,13 @@ def check_transition(transition: Tensor, inverse: Tensor | None = None) -> None:
     """Raises a ValueError unless rows sum to 1, and the inverse, if it is wanted, is one."""
     check_matrix("transition", transition)
     if inverse is not None:
-        condition = float(_norm(transition.detach().double()) * _norm(inverse.detach()))
+        norms = [torch.linalg.matrix_norm(m.detach().double(), torch.inf) for m in (transition, inverse)]
+        condition = float(norms[0] * norms[1])
         if not condition < 1.0 / (len(transition) * torch.finfo(torch.float64).eps):
             raise ValueError(
                 f"transition must be invertible, got a singular matrix (condition number {condition:.3g}); "
                 "ForwardCorrectionLoss needs no inverse"
             )
-
-
-def _norm(matrix: Tensor) -> Tensor:
-    return matrix.abs().sum(1).amax()
 
 
 def _check_call(transition: Any, logits: Tensor, inverse: bool) -> Tensor | None:
@@ -120,6 +118,23 @@ def _of_target(matrix: Tensor, rows: Rows) -> Tensor:
 
 
 def _forward_values(rows: Rows, transition: Tensor) -> Tensor:
+    """With ``a = z + log T[:, y]``, ``-log q`` is the log-sum-exp of z less that of a, so the difference of two fused
+    cross entropies of any class, but for its ``log T[class, y]``. Digits are lost the least with z relative to its
+    maximum, and with the class where a is largest."""
+    if not is_plain(rows.logits) or needs_reference(rows.logits, transition):
+        return _forward_formula(rows, transition)
+    few = rows.target.numel() < rows.num_classes
+    columns = transition.t().to(rows.logits.dtype).contiguous()  # rows of it are read at once
+    a = rows.logits - rows.logits.detach().amax(rows.dim, keepdim=True)
+    a.add_(_of_target(columns, rows).log_() if few else _of_target(columns.log(), rows))
+    top = a.detach().max(rows.dim).indices
+    possible = transition[top, rows.target].to(a.dtype)
+    of_all = cross_entropy(rows.logits, top, reduction="none")
+    value = of_all - cross_entropy(a, top, reduction="none") - torch.log(possible)
+    return torch.where(possible == 0, of_all + torch.inf, value)
+
+
+def _forward_formula(rows: Rows, transition: Tensor) -> Tensor:
     column = _of_target(transition.t(), rows)
     log_p = rows.log_probs
     # q relative to the largest p that takes part in it: p that underflow still have a loss and a gradient.
@@ -129,11 +144,14 @@ def _forward_values(rows: Rows, transition: Tensor) -> Tensor:
     return -(shift.squeeze(rows.dim) + torch.log(q))
 
 
-def _backward_loss(logits: Tensor, rows: Rows, inverse: Tensor, sample_weight: Tensor | None, reduction: str) -> Tensor:
+def _backward_loss(logits: Tensor, rows: Rows, inverse: Tensor, reduction: str, weighted: bool = True) -> Tensor:
     """The fused cross entropy with rows of the inverse as targets."""
-    share = torch.where(rows.ignored.unsqueeze(rows.dim), 0.0, _of_target(inverse, rows))
-    kept = logits.masked_fill(rows.ignored.unsqueeze(rows.dim), 0.0)
-    return cross_entropy(kept, share, sample_weight=sample_weight, reduction=reduction)
+    weight = torch.where(rows.ignored, 0.0, rows.class_weight * rows.sample_weight) if weighted else None
+    share = _of_target(inverse, rows)
+    if maybe_any(rows.ignored):
+        ignored = rows.ignored.unsqueeze(rows.dim)
+        logits, share = logits.masked_fill(ignored, 0.0), share.masked_fill(ignored, 0.0)
+    return cross_entropy(logits, share, sample_weight=weight, reduction=reduction)
 
 
 @_documented(_ARGUMENTS.format(singular=""))
@@ -219,11 +237,7 @@ def backward_correction_loss(
     )
     inverse = _check_call(transition, logits, inverse=True)
     assert inverse is not None
-    return _backward_loss(logits, rows, inverse, _weight_of(rows), reduction)
-
-
-def _weight_of(rows: Rows) -> Tensor:
-    return torch.where(rows.ignored, 0.0, rows.class_weight * rows.sample_weight)
+    return _backward_loss(logits, rows, inverse, reduction)
 
 
 class TransitionMatrix(nn.Module):
@@ -377,9 +391,9 @@ class BackwardCorrectionLoss(_CorrectionLoss):
     def forward(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """The loss of ``logits`` for ``target``; ``sample_weight`` is one weight per row."""
         rows = self._rows(logits, target, sample_weight)
-        return _backward_loss(logits, rows, self._inverse(), _weight_of(rows), self.reduction)
+        return _backward_loss(logits, rows, self._inverse(), self.reduction)
 
     def rows(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> RowValues:
         """Every row's loss."""
         rows = self._rows(logits, target, sample_weight)
-        return RowValues.of(rows, _backward_loss(logits, rows, self._inverse(), None, "none"))
+        return RowValues.of(rows, _backward_loss(logits, rows, self._inverse(), "none", weighted=False))

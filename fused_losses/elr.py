@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fused_losses._arguments import check_reduction
+from fused_losses._closed_form import closed_form
 from fused_losses._logit_bias import class_dim
 from fused_losses._parameters import Choice, OrTensor, Range, closed_fraction, factor, plain, positive_integer
-from fused_losses._row_values import RowsModule, RowValues, plain_rows, reads_values
+from fused_losses._row_values import RowsModule, RowValues, maybe_any, plain_rows, reads_values
 
 _LOWEST = 1e-4  # probabilities are clamped to [_LOWEST, 1 - _LOWEST] before they are remembered
 # A memory of 1 makes the loss infinite; bfloat16 would round to it.
@@ -140,19 +142,24 @@ class ELRLoss(RowsModule):
             sample_weight=sample_weight,
         )
         place = self._place(index, logits, target)
-        log_p = rows.log_probs
-        p = log_p.movedim(rows.dim, -1).exp().flatten(0, -2) if logits.dim() > 1 else log_p.exp().unsqueeze(0)
+        z = rows.logits.movedim(rows.dim, -1).flatten(0, -2) if logits.dim() > 1 else rows.logits.unsqueeze(0)
+        p = torch.softmax(z.detach(), 1)
         memory = self._read(place, p)
         if self.training:
-            usable = ~rows.ignored.flatten() & p.detach().sum(1).isfinite()
-            memory = torch.where(usable.unsqueeze(1), self._updated(memory, p.detach()), memory)
+            usable = ~rows.ignored.flatten() & p.sum(1).isfinite()
+            memory = self._updated(memory, p, usable)
             self._write(place, memory, usable)
-        term = torch.log(((1.0 - memory) * p).sum(1)).view(rows.target.shape)  # 1 - s, without cancellation
-        return RowValues.of(rows, self.lam * term - rows.of_target(log_p))
+        fixed = memory, rows.target.flatten(), self.lam
+        values = closed_form(partial(_formula, *fixed), partial(_closed, *fixed, p), [z], self.lam, memory)
+        return RowValues.of(rows, values.view(rows.target.shape))
 
-    def _updated(self, memory: Tensor, p: Tensor) -> Tensor:
-        clamped = p.clamp(_LOWEST, 1.0 - _LOWEST)
-        return self.beta * memory + (1.0 - self.beta) * (clamped / clamped.sum(1, keepdim=True))
+    def _updated(self, memory: Tensor, p: Tensor, usable: Tensor) -> Tensor:
+        """What is remembered next, at most 1. Of rows that are all usable in the place of ``memory``."""
+        new = p.clamp(_LOWEST, 1.0 - _LOWEST)
+        new.mul_((1.0 - self.beta) / new.sum(1, keepdim=True))
+        if maybe_any(~usable):
+            return torch.where(usable.unsqueeze(1), (new + self.beta * memory).clamp_(max=1.0), memory)
+        return memory.mul_(self.beta).add_(new).clamp_(max=1.0)
 
     def _place(self, index: Any, logits: Tensor, target: Tensor) -> Tensor:
         """Where the rows' samples are in the memory."""
@@ -220,7 +227,10 @@ class ELRLoss(RowsModule):
         key = 2 * here + usable
         order = torch.argsort(key, stable=True)
         last = order[torch.searchsorted(key[order], 2 * here + 1, right=True) - 1]
-        stored = rows[last].clamp(max=_LARGEST[self.memory.dtype]).to(self.memory.dtype)
+        if maybe_any(last != torch.arange(len(last), device=last.device)):
+            rows = rows[last]
+        largest = _LARGEST[self.memory.dtype]
+        stored = (rows if largest == 1.0 else rows.clamp(max=largest)).to(self.memory.dtype)
         if self.on_host:
             self._write_host(place, stored)
         else:
@@ -277,6 +287,24 @@ class ELRLoss(RowsModule):
             "reduction": (self.reduction, "mean"),
         }
         return shown + "".join(f", {name}={value!r}" for name, (value, usual) in options.items() if value != usual)
+
+
+def _formula(memory: Tensor, target: Tensor, lam: float | Tensor, z: Tensor) -> Tensor:
+    """Every row's value."""
+    log_p = torch.log_softmax(z, 1)
+    rest = ((1.0 - memory) * log_p.exp()).sum(1)  # 1 - s, without cancellation
+    return lam * torch.log(rest) - log_p.gather(1, target.unsqueeze(1)).squeeze(1)
+
+
+def _closed(memory: Tensor, target: Tensor, lam: float | Tensor, p: Tensor, z: Tensor) -> tuple[Tensor, tuple[Tensor]]:
+    """The same, and its derivative in z, ``p - e - lam p (1 - (1 - t) / (1 - s))``."""
+    index = target.unsqueeze(1)
+    gradient = 1.0 - memory
+    rest = (gradient * p).sum(1, keepdim=True)
+    log_p = (z.gather(1, index) - z.amax(1, keepdim=True)) + torch.log(p.amax(1, keepdim=True))
+    gradient.mul_(lam / rest).add_(1.0 - lam).mul_(p)
+    gradient.scatter_add_(1, index, torch.full_like(rest, -1.0))
+    return (lam * torch.log(rest) - log_p).squeeze(1), (gradient,)
 
 
 def _check_shard(shard: Any, num_samples: int) -> tuple[int, int]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fused_losses._arguments import check_reduction
+from fused_losses._closed_form import closed_form
 from fused_losses._parameters import fraction, plain
 from fused_losses._reference import Rows, zero_at_zero
 from fused_losses._row_values import RowsModule, RowValues, plain_rows
@@ -69,13 +71,18 @@ def _rows(
         )
         for view in views
     ]
-    return RowValues.of(of_views[0], _divergence(of_views, weights))
+    first, logits = of_views[0], [of_view.logits for of_view in of_views]
+    values = closed_form(partial(_divergence, first, weights), partial(_closed, first, weights), logits)
+    return RowValues.of(first, values)
 
 
-def _divergence(views: list[Rows], weights: tuple[float, ...]) -> Tensor:
+def _normaliser(label: float) -> float:
+    return -(1.0 - label) * math.log1p(-label)
+
+
+def _divergence(first: Rows, weights: tuple[float, ...], *views: Tensor) -> Tensor:
     label, *shares = weights
-    first = views[0]
-    log_ps = [view.log_probs for view in views]
+    log_ps = [torch.log_softmax(view, first.dim) for view in views]
     ps = [log_p.exp() for log_p in log_ps]
     one_hot = torch.zeros_like(first.logits).scatter(first.dim, first.target.unsqueeze(first.dim), 1.0)
     mean = label * one_hot + torch.stack([share * p for share, p in zip(shares, ps, strict=True)]).sum(0)
@@ -83,7 +90,29 @@ def _divergence(views: list[Rows], weights: tuple[float, ...]) -> Tensor:
     value = -label * first.of_target(log_mean)
     for share, p, log_p in zip(shares, ps, log_ps, strict=True):
         value = value + share * zero_at_zero(p, log_p - log_mean).sum(first.dim)
-    return value / (-(1.0 - label) * math.log1p(-label))
+    return value / _normaliser(label)
+
+
+def _closed(first: Rows, weights: tuple[float, ...], *views: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The same, and its derivatives in the views. A p of 0 has no part: its logarithm is that of some small number."""
+    label, *shares = weights
+    dim, least, scale = first.dim, torch.finfo(first.logits.dtype).tiny, 1.0 / _normaliser(label)
+    ps = [torch.softmax(view, dim) for view in views]
+    mean = ps[0] * shares[0]
+    for share, p in zip(shares[1:], ps[1:], strict=True):
+        mean.add_(p, alpha=share)
+    mean.scatter_add_(
+        dim, first.target.unsqueeze(dim), torch.full_like(first.target.unsqueeze(dim), label, dtype=mean.dtype)
+    )
+    mean.clamp_(min=least)
+    value = -label * torch.log(first.of_target(mean))
+    gradients = []
+    for share, p in zip(shares, ps, strict=True):
+        v = torch.div(p, mean).clamp_(min=least).log_()
+        divergence = (p * v).sum(dim, keepdim=True)
+        value += share * divergence.squeeze(dim)
+        gradients.append(v.sub_(divergence).mul_(p).mul_(share * scale))
+    return value * scale, gradients
 
 
 def gjs_loss(

@@ -160,6 +160,14 @@ def test_corrections_keep_their_promises():
     torch.testing.assert_close(torch.exp(-rows), TRANSITION[0])
 
 
+def test_forward_correction_keeps_its_digits_far_from_zero():
+    z, target = batch(torch.float32, rows=40)
+    for far in (z + 1e4, z - 1e4, 1e3 * z):
+        found = fl.functional.forward_correction_loss(far, target, TRANSITION, reduction="none")
+        exact = fl.functional.forward_correction_loss(far.double(), target, TRANSITION, reduction="none")
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+
+
 def test_forward_correction_of_probabilities_that_underflow():
     logits = torch.tensor([[0.0, 300.0, 0.0, 0.0]], requires_grad=True)  # class 1 never has label 0
     loss = fl.functional.forward_correction_loss(logits, torch.tensor([0]), TRANSITION)
