@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_losses._logit_bias import LogitBias, resolve_logit_bias
-from fused_losses._parameters import ParameterRange, one_of
+from fused_losses._parameters import OrTensor, ParameterRange, one_of
 
 if TYPE_CHECKING:
     from fused_losses._common import RowLossModule
@@ -46,7 +46,7 @@ class RowLossArguments(NamedTuple):
     weight: Tensor | None
     sample_weight: Tensor | None
     logit_bias_tensor: Tensor | None  # takes the place of logit_bias
-    margin: Tensor | None  # takes the place of the first of params
+    first_param: Tensor | None  # takes the place of the first of params
     loss: str
     params: Sequence[float]
     logit_bias: float
@@ -108,11 +108,14 @@ class LossEntry:
     check: Callable[..., None] | None = None
     modules: list[type[RowLossModule]] = field(default_factory=list)
     packed: dict[str, float] = field(init=False)
+    tensor_parameter: str | None = field(init=False)  # the first, if a tensor may take its place
 
     def __post_init__(self) -> None:
         """Packs the defaults once."""
         packed = {name: self.ranges[name].pack(name, default) for name, default in self.parameters.items()}
         object.__setattr__(self, "packed", packed)
+        first = next(iter(self.ranges), "")
+        object.__setattr__(self, "tensor_parameter", first if isinstance(self.ranges.get(first), OrTensor) else None)
 
     def __reduce__(self) -> tuple[Callable[[str], LossEntry], tuple[str]]:
         """Copies and pickles are the entry itself: there is one of each loss."""
@@ -137,9 +140,12 @@ class LossEntry:
             self.check(**packed)
         return [*packed.values(), *self.constants]
 
-    def unpack(self, params: Sequence[Any]) -> dict[str, Any]:
-        """The hyper-parameters that ``params`` stand for."""
-        return {name: rule.unpack(number) for (name, rule), number in zip(self.ranges.items(), params, strict=False)}
+    def unpack(self, args: RowLossArguments) -> dict[str, Any]:
+        """The hyper-parameters of a call."""
+        own = {name: rule.unpack(x) for (name, rule), x in zip(self.ranges.items(), args.params, strict=False)}
+        if args.first_param is not None and self.tensor_parameter is not None:
+            own[self.tensor_parameter] = args.first_param
+        return own
 
     def arguments(
         self,
@@ -165,7 +171,7 @@ class LossEntry:
             weight,
             sample_weight,
             logit_bias,
-            parameters.get("margin"),
+            parameters.get(self.tensor_parameter) if self.tensor_parameter else None,
             self.pack(parameters),
             ignore_index,
             reduction,  # type: ignore[arg-type]
@@ -186,24 +192,23 @@ def pack_arguments(
     weight: Tensor | None,
     sample_weight: Tensor | None,
     logit_bias: LogitBias,
-    margin: float | Tensor | None,
+    first_param: float | Tensor | None,
     params: Sequence[float],
     ignore_index: int,
     reduction: str,
 ) -> RowLossArguments:
-    """The operators' arguments; ``params`` are packed already."""
+    """The operators' arguments; ``params`` are packed already. Of ``first_param`` only a tensor matters."""
     if logit_bias.__class__ is float and logit_bias == 0.0:  # nearly always
         bias, bias_tensor = 0.0, None
     else:
         bias, bias_tensor = resolve_logit_bias(logit_bias, logits)
-    margin_tensor = margin if isinstance(margin, Tensor) else None
     return RowLossArguments(
         logits,
         target,
         weight,
         sample_weight,
         bias_tensor,
-        margin_tensor,
+        first_param if isinstance(first_param, Tensor) else None,
         loss,
         params,
         bias,

@@ -39,7 +39,9 @@ def check_rows(args: RowLossArguments, reductions: tuple[str, ...], takes_probab
     if logits.dim() == 0:
         raise RuntimeError(f"{name}: logits must have shape (C,), (N, C) or (N, C, d1, ...), got a scalar")
     _check_target(args, takes_probabilities)
-    for argument, tensor in (("weight", args.weight), ("sample_weight", args.sample_weight), ("margin", args.margin)):
+    param = LOSSES[name].tensor_parameter if name in LOSSES else None
+    tensors = {"weight": args.weight, "sample_weight": args.sample_weight, param: args.first_param}
+    for argument, tensor in tensors.items():
         if tensor is not None and not (tensor.is_floating_point() and tensor.device == logits.device):
             raise RuntimeError(
                 f"{name}: {argument} must be a floating point tensor on the device of logits ({logits.device}), got "
@@ -56,9 +58,10 @@ def check_rows(args: RowLossArguments, reductions: tuple[str, ...], takes_probab
             f"{name}: sample_weight must have one entry per row, shape {list(rows)}, got "
             f"{list(args.sample_weight.shape)}"
         )
-    if args.margin is not None and args.margin.dim() == 1 and args.margin.shape != (classes,):
+    if args.first_param is not None and args.first_param.dim() == 1 and args.first_param.shape != (classes,):
         raise ValueError(
-            f"{name}: margin must be a number, 0-dim or of shape ({classes},), got shape {list(args.margin.shape)}"
+            f"{name}: {param} must be a number, 0-dim or of shape ({classes},), got shape "
+            f"{list(args.first_param.shape)}"
         )
 
 

@@ -190,7 +190,7 @@ def _add_product(total: Tensor, grad_logits: Tensor, rows: Tensor, chunk_bytes: 
 
 _SCHEMA = (
     "(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, Tensor? sample_weight, "
-    "Tensor? logit_bias_tensor, Tensor? margin, str loss, float[] params, float logit_bias, int ignore_index, "
+    "Tensor? logit_bias_tensor, Tensor? first_param, str loss, float[] params, float logit_bias, int ignore_index, "
     "ScalarType dtype, ScalarType accumulate_dtype, SymInt chunk_bytes, bool? skip_rows, bool[] wanted) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )

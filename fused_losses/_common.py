@@ -52,10 +52,10 @@ class Criterion(nn.Module):
 class RowLossModule(Criterion):
     """Base of the loss Modules: holds the options and calls the loss's function.
 
-    A tensor given for ``weight``, ``logit_bias`` or ``margin`` becomes a buffer: it moves with the Module, is saved in
-    its ``state_dict``, and a new value written into it takes effect at the next call, compiled or captured. Numbers
-    stay plain attributes and can be reassigned. ``logit_bias`` is for training: after ``eval()`` the loss is that of
-    the logits as they are.
+    A tensor given for ``weight``, ``logit_bias`` or a hyper-parameter becomes a buffer: it moves with the Module, is
+    saved in its ``state_dict``, and a new value written into it takes effect at the next call, compiled or captured.
+    Numbers stay plain attributes and can be reassigned. ``logit_bias`` is for training: after ``eval()`` the loss is
+    that of the logits as they are.
     """
 
     stem: str
@@ -129,6 +129,7 @@ class RowLossModule(Criterion):
         return row_loss_and_statistics(args) if return_row_stats else row_loss(args)
 
     def _arguments(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None) -> RowLossArguments:
+        first = LOSSES[self.stem].tensor_parameter
         return pack_arguments(
             self.stem,
             logits,
@@ -136,7 +137,7 @@ class RowLossModule(Criterion):
             self._tensor("weight"),
             sample_weight,
             self._tensor("logit_bias") if self.training else 0.0,  # 2306.05497: "removal of the bias during testing"
-            self._tensor("margin") if "margin" in self.parameter_names else None,
+            None if first is None else self._tensor(first),
             self._pack() if self._params is None else self._params,
             self.ignore_index,
             self.reduction,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_losses import _ops
 from fused_losses._agreement import Agreement
-from fused_losses._arguments import RowLossArguments, ZErrorRule
+from fused_losses._arguments import LOSSES, RowLossArguments, ZErrorRule
 from fused_losses._autograd import is_plain
 from fused_losses._checks import check_row_loss
 from fused_losses._chunks import ChunkOptions, Layer, Sweep, stand_in, sweep, traced_sweep
@@ -128,7 +128,7 @@ class ChunkedLogits:
 def _check_constants(args: RowLossArguments) -> None:
     """Raises where a tensor wants a gradient and would get none."""
     others = {"target": args.target, "weight": args.weight, "sample_weight": args.sample_weight}
-    others |= {"logit_bias": args.logit_bias_tensor, "margin": args.margin}
+    others |= {"logit_bias": args.logit_bias_tensor, LOSSES[args.loss].tensor_parameter or "": args.first_param}
     for name, tensor in others.items():
         if tensor is not None and tensor.requires_grad:
             raise RuntimeError(

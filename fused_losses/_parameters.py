@@ -147,20 +147,24 @@ class OrNone:
 
 @dataclass(frozen=True)
 class OrTensor:
-    """A range, or a floating point tensor, 0-dim or one entry per class, which the operator gets as it is."""
+    """A range, or a floating point tensor, 0-dim or, if ``per_class``, ``(C,)``, which the operator gets as it is."""
 
     range: Range
+    per_class: bool = False
 
     def pack(self, name: str, value: Any) -> float:
-        """``value``, or 0.0 to hold the place of a tensor. Entries of a tensor are not read: that may synchronise."""
+        """``value``, or 1.0 to hold the place of a tensor, for which kernels are chosen that take any number.
+
+        Entries of a tensor are not read: that may synchronise.
+        """
         if not isinstance(value, Tensor):
             return self.range.pack(name, value)
-        if value.dim() > 1 or not value.is_floating_point():
+        if value.dim() > self.per_class or not value.is_floating_point():
             raise ValueError(
-                f"{name} must be a number or a floating point tensor, 0-dim or of shape (C,), got a tensor of shape "
-                f"{tuple(value.shape)} and dtype {value.dtype}"
+                f"{name} must be a number or a floating point tensor, 0-dim{' or of shape (C,)' * self.per_class}, got "
+                f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
             )
-        return 0.0
+        return 1.0
 
     def unpack(self, number: Any) -> Any:
         """The number or the tensor itself."""

@@ -196,7 +196,7 @@ def probability_loss(args: RowLossArguments) -> Tensor:
     if args.weight is not None:
         share = share * args.weight.to(logits.dtype).view([-1 if d == dim else 1 for d in range(logits.dim())])
     entry = LOSSES[args.loss]
-    values = zero_at_zero(share, entry.formula(rows, **entry.unpack(args.params))).sum(dim)
+    values = zero_at_zero(share, entry.formula(rows, **entry.unpack(args))).sum(dim)
     samples = torch.ones_like(values) if args.sample_weight is None else args.sample_weight.to(values.dtype)
     return reduce_rows(values * samples, samples, args.reduction)
 
@@ -218,8 +218,5 @@ def row_loss_reference(args: RowLossArguments) -> Tensor:
         return probability_loss(args)
     bias = args.logit_bias if args.logit_bias_tensor is None else args.logit_bias_tensor
     rows = Rows.of(args.logits, args.target, args.weight, args.sample_weight, bias, args.ignore_index)
-    own = entry.unpack(args.params)
-    if args.margin is not None:
-        own["margin"] = args.margin
-    values = entry.formula(rows, **own)
+    values = entry.formula(rows, **entry.unpack(args))
     return rows.reduce(values if entry.weighs_classes else rows.class_weight * values, args.reduction)

@@ -266,7 +266,7 @@ def _exponent(args: RowLossArguments) -> float | None:
     """Of the powers of the probabilities that the loss adds up; None where there are none."""
     entry = LOSSES[args.loss]
     names = [name.removeprefix("p^") for name in entry.sums or () if name.startswith("p^")]
-    own = entry.unpack(args.params)
+    own = entry.unpack(args)
     return next((own[name] if name in own else float(name) for name in names), None)
 
 
@@ -300,7 +300,7 @@ def _evaluate(
 
     def values_of(numbers: RowNumbers, other_sum: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> Tensor:
         rows = ShardedRows(*of_rows, numbers, other_sum)
-        values = entry.formula(rows, **entry.unpack(args.params))
+        values = entry.formula(rows, **entry.unpack(args))
         return rows.reduce(values if entry.weighs_classes else class_weight * values, "none")
 
     sums: list[_Sum] = []

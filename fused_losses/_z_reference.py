@@ -103,7 +103,9 @@ def class_score(row_loss: Callable[[RowLossArguments], Tensor], statistic: str, 
     with torch.no_grad():
         if statistic == "loss":
             return row_loss(args), "class"
-        plain = args._replace(logit_bias_tensor=None, margin=None, loss="cross_entropy", params=[0.0], logit_bias=0.0)
+        plain = args._replace(
+            logit_bias_tensor=None, first_param=None, loss="cross_entropy", params=[0.0], logit_bias=0.0
+        )
         return row_loss(plain), "class_prob"
 
 

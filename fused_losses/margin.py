@@ -23,7 +23,7 @@ from fused_losses._reference import Rows
 # Beside a count of classes, as the reference code of 2501.12191 has it.
 COUNT_GUARD = 1e-6
 
-_margin = OrTensor(factor)
+_margin = OrTensor(factor, per_class=True)
 _power = Range("be 1 or 2", lambda v: v in (1, 2))
 _ACTIVE_DOC = """
             ``"active_mean"``: sum of weighted losses over 1e-6 + the sum of weights of rows whose loss is not 0."""

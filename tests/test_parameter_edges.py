@@ -15,7 +15,7 @@ from fused_losses._parameters import OrNone, OrTensor, Range, Switch
 
 pytestmark = pytest.mark.any_cpu  # the C++ programs take every instruction set through the parameters
 
-NAMES = [name for name, entry in fl.LOSSES.items() if "margin" not in entry.parameters]
+NAMES = [name for name, entry in fl.LOSSES.items() if "active_mean" not in entry.reductions]
 # The promise is a hundredth of the value and of a row's largest gradient, but for what rounding leaves of the largest
 # among all rows: terms cancel in the gradient of a row that is nearly certain, or without hope, and in the value of one
 # that is just right. NEGLIGIBLE: float32 flushes 1e-38 to zero, times the factors allowed.
@@ -36,6 +36,7 @@ def edges(rule) -> list:
         return [False, True]
     if isinstance(rule, OrNone):
         return [None]
+    rule = range_of(rule)
     candidates = [rule.low, rule.high, 0.0, 1.0, 1.0 - 1e-16, 1.0 + 1e-9, 1.01, 1e-6]
     return [v for v in dict.fromkeys(candidates) if rule.holds(v)]
 
@@ -95,7 +96,7 @@ def test_right_at_the_ends_of_every_range(name, device):
         except ValueError as error:  # each is in its range, but together they are not
             assert entry.check is not None
             parameter = str(error).partition(" must be at ")[0]
-            assert parameter in ("a", "q") and str(error).endswith(f", got {parameters[parameter]}")
+            assert parameter in ("a", "q", "margin") and str(error).endswith(f", got {parameters[parameter]}")
             continue
         tried += 1
         for logits, target in ROWS:

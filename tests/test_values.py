@@ -135,5 +135,5 @@ def test_cpp_and_python_agree():
         assert _C.loss_needs(name) == {
             "num_params": len(entry.pack({})),
             "min_classes": entry.min_classes,
-            "has_margin": "margin" in entry.parameters,
+            "has_margin": "active_mean" in entry.reductions,
         }

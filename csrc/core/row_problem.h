@@ -58,7 +58,7 @@ struct RowProblem {
     ClassFactors class_factors = ClassFactors::kNone;
     int stats_count = 0;  // numbers per row that its gradient needs: 3 or 4, or the state of a MultiReductionLoss
     double logit_bias = 0;
-    const void* margin = nullptr;  // acc [C] or one (stride 0); takes the place of params[0]
+    const void* margin = nullptr;  // acc [C] or one (stride 0); takes the place of params[0], of whatever loss
     std::int64_t margin_stride = 0;
     const void* logit_bias_device = nullptr;  // acc, on the logits' device; read by the kernel in place of logit_bias
 

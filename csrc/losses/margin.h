@@ -16,6 +16,7 @@ struct MarginLoss {
     static constexpr const char* name = MarginPolicy::name;
     static constexpr int num_params = MarginPolicy::num_params, num_sums = 2, num_early_sums = 1, num_kept = 1;
     static constexpr bool needs_max = false, has_margin = true;
+    static constexpr const char* tensor_param = "margin";
 
     // Logits, margins and errors are in units in which no error and no sum of errors of finite logits overflows.
     static constexpr float unit = 1.0f / (1 << 24);

@@ -10,7 +10,7 @@ inline namespace FL_ISA {
 
 // params: beta. -log p_y + beta mean_j log p_j: cross entropy less beta times that of a label drawn at random.
 struct CORES {
-    static constexpr const char* name = "cores";
+    static constexpr const char *name = "cores", *tensor_param = "beta";
     static constexpr int num_params = 1;
 
     static constexpr ClassFactors class_factors(const double* params) {

@@ -9,8 +9,9 @@ inline namespace FL_ISA {
 struct LossNeeds {
     int num_params = 0;
     int min_classes = 1;
-    bool has_margin = false;           // margins may be a tensor in place of params[0]; reductions with active_mean
-    bool takes_probabilities = false;  // kernels of the CPU take a target of class probabilities
+    const char* tensor_param = nullptr;  // params[0], if a 0-dim tensor may take its place
+    bool has_margin = false;             // that may be one per class, too; reductions with active_mean
+    bool takes_probabilities = false;    // kernels of the CPU take a target of class probabilities
 };
 
 template <class Loss>
@@ -18,6 +19,7 @@ constexpr LossNeeds needs_of() {
     LossNeeds needs;
     needs.num_params = Loss::num_params;
     if constexpr (requires { Loss::min_classes; }) needs.min_classes = Loss::min_classes;
+    if constexpr (requires { Loss::tensor_param; }) needs.tensor_param = Loss::tensor_param;
     if constexpr (requires { Loss::has_margin; }) needs.has_margin = Loss::has_margin;
     return needs;
 }

@@ -1,9 +1,10 @@
 // Every operator: its schema, and its entry for each device.
 //
-// `loss` is a name of loss_names(), `params` its parameters in the order its header states. Losses are returned in
-// float32 (float64 for float64 logits), gradients in the dtype of the logits. `reduction`: "none", "mean", "sum",
-// for margin losses also "active_mean", over the rows whose loss is positive. Derivatives and the kernels for tracing
-// (Meta) are registered in Python.
+// `loss` is a name of loss_names(), `params` its parameters in the order its header states; of some, a tensor
+// `first_param` takes the place of the first (losses/needs.h). Losses are returned in float32 (float64 for float64
+// logits), gradients in the dtype of the logits. `reduction`: "none", "mean", "sum", for margin losses also
+// "active_mean", over the rows whose loss is positive. Derivatives and the kernels for tracing (Meta) are registered in
+// Python.
 #include "ops/operators.h"
 
 #include <string>
@@ -11,7 +12,7 @@
 STABLE_TORCH_LIBRARY(fused_losses, m) {
     const std::string row_loss_arguments =
         "Tensor logits, Tensor target, Tensor? weight, Tensor? sample_weight, Tensor? logit_bias_tensor, "
-        "Tensor? margin, str loss, float[] params, float logit_bias, int ignore_index, str reduction";
+        "Tensor? first_param, str loss, float[] params, float logit_bias, int ignore_index, str reduction";
     const auto def = [&](const std::string& name, const std::string& more, const std::string& returns) {
         m.def((name + "(" + more + row_loss_arguments + ") -> " + returns).c_str());
     };

@@ -78,6 +78,7 @@ private:
         name = what + (soft ? " soft" : "");
         const Inputs before = inputs();
         compute_expected();
+        move_first_param();
         Result once(grad_layout, p), again(grad_layout, p);
         run(once);
         run(again);
@@ -90,6 +91,17 @@ private:
         compare_reduction(once);
         test_gradient_of_forward(grad_layout);
     }
+
+    // A parameter that may be a tensor is read from memory half of the time; the number in its place is none then.
+    void move_first_param() {
+        const LossNeeds needs = needs_of(p.loss);
+        if (!needs.tensor_param || needs.has_margin || p.class_factors == ClassFactors::kNone || random.one_in(2))
+            return;
+        first_param = A(p.params[0]);
+        p.margin = &first_param;
+        p.params[0] = std::numeric_limits<double>::quiet_NaN();
+    }
+    A first_param = A(0);
 
     struct Result : RowResult {
         Guarded<A> scalars;

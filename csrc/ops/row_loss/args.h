@@ -11,7 +11,7 @@ struct RowLossArgs {
     OptionalTensor weight;             // [C]
     OptionalTensor sample_weight;      // one per row: the shape of class indices
     OptionalTensor logit_bias_tensor;  // 0-dim; takes the place of logit_bias
-    OptionalTensor margin;             // [C] or 0-dim; takes the place of params[0] in margin losses
+    OptionalTensor first_param;        // takes the place of params[0]: 0-dim, of margin losses also [C]
     std::string loss;
     Numbers params;
     double logit_bias = 0;
@@ -20,7 +20,7 @@ struct RowLossArgs {
 
     RowLossArgs() = default;
     explicit RowLossArgs(Arguments& in) {
-        in.read(logits, target, weight, sample_weight, logit_bias_tensor, margin, loss, params, logit_bias,
+        in.read(logits, target, weight, sample_weight, logit_bias_tensor, first_param, loss, params, logit_bias,
                 ignore_index, reduction);
     }
 };

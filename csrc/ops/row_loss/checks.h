@@ -99,16 +99,21 @@ inline void check_logit_bias(const RowLossArgs& args) {
           bias.device());
 }
 
-inline void check_margin(const RowLossArgs& args, const LossNeeds& needs) {
-    if (!args.margin) return;
-    const Tensor &margin = *args.margin, &logits = args.logits;
-    check_value(needs.has_margin, args.loss, ": margin is for margin losses only");
+inline void check_first_param(const RowLossArgs& args, const LossNeeds& needs) {
+    if (!args.first_param) return;
+    check_value(needs.tensor_param, args.loss, ": has no parameter that may be a tensor");
+    const Tensor &param = *args.first_param, &logits = args.logits;
     const std::int64_t num_classes = logits.size(class_dim_of(logits));
-    check(margin.is_floating() && margin.device() == logits.device(), args.loss,
-          ": margin must be a floating point tensor on the device of logits (", logits.device(), "), got ",
-          margin.dtype(), " on ", margin.device());
-    check_value(margin.dim() == 0 || (margin.dim() == 1 && margin.size(0) == num_classes), args.loss,
-                ": margin must be a number, 0-dim or of shape (", num_classes, ",), got shape ", margin.sizes());
+    check(param.is_floating() && param.device() == logits.device(), args.loss, ": ", needs.tensor_param,
+          " must be a floating point tensor on the device of logits (", logits.device(), "), got ", param.dtype(),
+          " on ", param.device());
+    if (needs.has_margin) {
+        check_value(param.dim() == 0 || (param.dim() == 1 && param.size(0) == num_classes), args.loss,
+                    ": margin must be a number, 0-dim or of shape (", num_classes, ",), got shape ", param.sizes());
+    } else {
+        check_value(param.dim() == 0, args.loss, ": ", needs.tensor_param, " must be a number or 0-dim, got shape ",
+                    param.sizes());
+    }
 }
 
 inline void check_other_label(RowLossArgs& args, OtherLabel& other, const RowLossShape& shape) {
@@ -154,7 +159,7 @@ inline RowLossShape check_row_loss(const RowLossArgs& args) {
     shape.soft_target = check_target(args, needs, shape.rows);
     check_weights(args, shape.rows);
     check_logit_bias(args);
-    check_margin(args, needs);
+    check_first_param(args, needs);
     check_value(args.logits.size(shape.class_dim) >= needs.min_classes, args.loss,
                 ": logits must have at least two classes, got shape ", args.logits.sizes());
     return shape;

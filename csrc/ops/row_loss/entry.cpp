@@ -79,13 +79,11 @@ private:
         problem.loss = find_loss(args);
         problem.reduction = parse_reduction(args);
         // Rounded here, so that choices that depend on a parameter see the number that kernels compute with.
-        for (std::size_t i = 0; i < args.params.count; ++i) {
-            const double given = args.params.values[i];
-            problem.params[i] = acc == dtypes::float64 ? given : static_cast<double>(static_cast<float>(given));
-        }
+        for (std::size_t i = 0; i < args.params.count; ++i) problem.params[i] = rounded(args.params.values[i]);
         problem.class_factors = class_factors_of(problem.loss, problem.params, shape.soft_target);
         problem.stats_count = stats_count_of(problem.loss, problem.class_factors);
         problem.ignore_index = args.ignore_index;
+        if (args.first_param) take_first_param(*args.first_param);
         problem.logit_bias = args.logit_bias;
         if (!args.logit_bias_tensor) return;
         Tensor& bias = *args.logit_bias_tensor;
@@ -94,6 +92,18 @@ private:
         } else {
             convert(bias, acc);
             problem.logit_bias_device = bias.const_data_ptr();
+        }
+    }
+
+    double rounded(double x) const { return acc == dtypes::float64 ? x : static_cast<double>(static_cast<float>(x)); }
+
+    // The loss has been described with a number in its place: what depends on that holds for any.
+    void take_first_param(Tensor& param) {
+        if (param.device().is_cpu() && !needs_of(problem.loss).has_margin) {
+            problem.params[0] = rounded(number_in(param));
+        } else {
+            problem.margin = vector_in(param);
+            problem.margin_stride = param.dim();  // one number, or one after the other
         }
     }
 
@@ -147,10 +157,6 @@ private:
             problem.index_type = index_type_of(*element_type(target));
         }
         if (args.weight) problem.class_weight = vector_in(*args.weight);
-        if (args.margin) {
-            problem.margin = vector_in(*args.margin);
-            problem.margin_stride = args.margin->dim();  // one number, or one after the other
-        }
         if (args.sample_weight) problem.sample_weight = args.sample_weight->const_data_ptr();
         if (other.target) problem.other_target = other.target->const_data_ptr();
         if (other.share) problem.share = other.share->const_data_ptr();
