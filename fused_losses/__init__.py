@@ -35,6 +35,7 @@ from fused_losses.normalized import (
 )
 from fused_losses.powers import AMSELoss, JALCELoss, JALFLLoss, SGCELoss
 from fused_losses.negative import ANLCELoss, ANLFLLoss, NNCELoss, NNFLLoss
+from fused_losses.ldr_kl import LDRKLLoss
 from fused_losses.bi_tempered import BiTemperedLoss
 from fused_losses.margin import HEMLoss, MultiMarginLoss
 
@@ -111,6 +112,7 @@ __all__ = [
     "JALCELoss",
     "JALFLLoss",
     "JSLoss",
+    "LDRKLLoss",
     "LinearLoss",
     "LogitBiasSchedule",
     "LogitClip",

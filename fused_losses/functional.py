@@ -6,6 +6,7 @@ from fused_losses.corrections import backward_correction_loss, forward_correctio
 from fused_losses.cross_entropy import cross_entropy
 from fused_losses.eps_softmax import ece_loss, ece_mae_loss, efl_mae_loss
 from fused_losses.gjs import gjs_loss
+from fused_losses.ldr_kl import ldr_kl_loss
 from fused_losses.linear import linear_loss
 from fused_losses.margin import hem_loss, multi_margin_loss
 from fused_losses.mean_log import cores_loss, unhinged_loss
@@ -65,6 +66,7 @@ __all__ = [
     "jal_ce_loss",
     "jal_fl_loss",
     "js_loss",
+    "ldr_kl_loss",
     "linear_loss",
     "mae_loss",
     "mixed",

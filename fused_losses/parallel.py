@@ -39,8 +39,8 @@ class ClassParallel(HasProcessGroup):
     The gradient in the features is each rank's own part: :func:`sum_gradient` around them adds the parts up.
 
     Args:
-        loss: a row-loss Module; all but HEM, multi-margin and bi-tempered. Its ``weight`` has all classes, targets
-            count over all, and smoothing uses their number.
+        loss: a row-loss Module; all but HEM, multi-margin, LDR-KL and bi-tempered. Its ``weight`` has all classes,
+            targets count over all, and smoothing uses their number.
         process_group: the ranks that share the classes; None for the default group.
         first_class: number of this rank's first class.
         num_classes: C, of all ranks together. Shards may differ in size.

@@ -4,6 +4,7 @@
 
 #include "losses/cross_entropy.h"
 #include "losses/eps_softmax.h"
+#include "losses/ldr_kl.h"
 #include "losses/margin.h"
 #include "losses/mean_log.h"
 #include "losses/nfl_sums.h"
@@ -21,7 +22,7 @@ TypeList<A..., B...> operator+(TypeList<A...>, TypeList<B...>);
 using SoftmaxLosses = decltype(TypeList<CrossEntropy>{} + TargetLosses{} + EpsSoftmaxLosses{} + MeanLogLosses{} +
                                NormalizedSoftmaxLosses{});
 using MultiReductionLosses = decltype(NormalizedMultiReductionLosses{} + PowerLosses{} + NFLSumLosses{} +
-                                      TypeList<BiTempered>{} + MarginLosses{});
+                                      TypeList<LDRKL, BiTempered>{} + MarginLosses{});
 using AllLosses = decltype(SoftmaxLosses{} + MultiReductionLosses{});
 
 constexpr int kCrossEntropy = 0;  // its place in SoftmaxLosses

@@ -150,6 +150,29 @@ inline NaiveResult jal(const NaiveRow& row, const double* a, double gamma, doubl
     return nfl_and(row, a, gamma, detach, naive_amse(row, &of_amse));
 }
 
+// params: temperature, margin c. The log of the mean of exp((h_j + c [j != y]) / temperature) times it, less h_y; h_j
+// is log(1 + e^z_j) over its mean.
+inline NaiveResult ldr_kl(const NaiveRow& row, const double* a) {
+    const Real temperature = a[0], margin = a[1];
+    const int classes = row.classes();
+    std::vector<Real> s, h, q;
+    Real mean_s = 0, top = 0, sum = 0, mean_gh = 0;
+    for (const Real z : row.logits) s.push_back(fmax(z, Real(0)) + log1p(exp(-fabs(z)))), mean_s += s.back() / classes;
+    for (int j = 0; j < classes; ++j) h.push_back(s[j] / mean_s), top = fmax(top, h[j] + margin);
+    for (int j = 0; j < classes; ++j) q.push_back(exp((h[j] + (j == row.y ? 0 : margin) - top) / temperature));
+    for (const Real x : q) sum += x;
+    NaiveResult result{top - h[row.y] + temperature * log(sum / classes)};
+    for (int j = 0; j < classes; ++j) mean_gh += (q[j] / sum - (j == row.y)) * h[j] / classes;
+    for (int j = 0; j < classes; ++j) {
+        // The sigmoid over the mean; both may be tiny.
+        const Real z = row.logits[j], slope = (z > 0 ? 1 : exp(z)) / (1 + exp(-fabs(z))) / mean_s;
+        result.grad.push_back(slope * (q[j] / sum - (j == row.y) - mean_gh));
+        // Rounding of h is multiplied by 1 / temperature.
+        result.magnitude = fmax(result.magnitude, slope * (1 + fabs(mean_gh)) * (1 + top / temperature));
+    }
+    return result;
+}
+
 // NNCE by hand: A = 7 log 10 less -log p, of p = 1/4 and 3/4.
 inline const double kHandNNCE = 1 - (7 * std::log(10.0) - kLog4) / (14 * std::log(10.0) - kLog4 - std::log(4.0 / 3));
 // NNFL with gamma = 1/2.
@@ -158,6 +181,12 @@ inline double nnfl_by_hand() {
     return 1 - (largest - own) / (2 * largest - own - std::sqrt(0.25) * std::log(4.0 / 3));
 }
 inline const double kHandAMSE = (29.75 * 29.75 + 0.75 * 0.75) / 2, kAMSEAtZero = (900 + sum_of_powers(2)) / 3;
+// LDR-KL by hand: log(1 + e^z) of (0, log 3) is log 2 times (1, 2), of (-inf, 0, 1) it is 0, log 2, log(1 + e).
+inline const double kHandLDR = std::log((1 + std::exp(2.0 / 3 + 0.1)) / 2);
+inline double ldr_kl_at_zero() {
+    const double one = std::log(1 + std::exp(1.0)), mean = (kLog2 + one) / 3;
+    return std::log((1 + std::exp(kLog2 / mean + 0.1) + std::exp(one / mean + 0.1)) / 3);
+}
 // At p_y = 0 the numerator of NNCE's quotient is 0, that of NNFL is what (1 - p)^gamma changes.
 inline double nnfl_at_zero() {
     const double least = 7 * std::log(10.0), largest = std::sqrt(1 - 1e-7) * least;

@@ -271,6 +271,11 @@ inline const std::vector<NaiveLoss>& naive_losses() {
          .row = [](const NaiveRow& row, const double* a) { return jal(row, a, a[2], a[3], a[4]); },
          .masks = false,
          .is_derivative = [](const double* a) { return a[3] == 0; }},
+        {.name = "ldr_kl",
+         .hand_worked = kHandLDR,
+         .at_zero = ldr_kl_at_zero(),
+         .params = {{1, 0.1}, {10, 0.1}, {0.1, 2}, {0.02, 2}, {1, 0}, {300, 5}},
+         .row = ldr_kl},
         {.name = "bi_tempered",
          .hand_worked = bi_tempered_by_hand(),
          .at_zero = 5 - (1 - sum_of_powers(1.2)) / 1.2,  // with t2 = 1
