@@ -96,7 +96,7 @@ def check_threshold(threshold: Threshold) -> None:
 def pack_threshold(threshold: Threshold) -> tuple[list[float], Tensor | None]:
     """The operators' ``threshold`` and ``threshold_tensor``."""
     if threshold.__class__ is float and positive.holds(threshold):  # nearly always
-        return [threshold], None  # type: ignore[list-item]
+        return [threshold], None
     check_threshold(threshold)
     if isinstance(threshold, Tensor):
         return [], threshold.detach().reshape(-1) if threshold.dim() > 1 else threshold.detach()
