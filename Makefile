@@ -31,12 +31,13 @@ build: $(BUILD_DONE)
 # `python -m benchmarks`, even where Python is told not to look into the current folder by itself
 test check test-long bench bench-compile: export PYTHONPATH := $(CURDIR)
 
-# All tests on the kernels that this processor chooses; a file stays in one process, for its fixtures. Then those that
+# All tests on the kernels that this processor chooses; a file stays in one process, for its fixtures, and they come as
+# they are collected: by number of tests the C++ programs, minutes of compiling, would come last. Then those that
 # reach CPU kernels on its other instruction sets, and the benchmarks once each, on small inputs, for their checks; both
 # are left out when PYTEST_ARGS asks for certain tests. Threads that wait do not spin: others need the cores.
 test: export OMP_WAIT_POLICY ?= passive
 test: $(BUILD_DONE)
-	@$(PY) -m pytest --numprocesses $(JOBS) --dist loadfile -m "not long" $(PYTEST_ARGS)
+	@$(PY) -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder -m "not long" $(PYTEST_ARGS)
 	@$(if $(PYTEST_ARGS),,$(PY) tests/instruction_sets.py $(JOBS) --quiet)
 	@$(if $(PYTEST_ARGS),,$(PY) -m pytest benchmarks --benchmark-disable -m "not slow and not long" --quiet --numprocesses $(JOBS) --dist worksteal)
 
