@@ -34,6 +34,7 @@ STORED = {"bfloat16": "BFloat16", "float16": "Half", "float32": "float"}
 # How a kernel's name spells them.
 MANGLED = {"bfloat16": r"BFloat16E", "float16": r"4HalfE", "float32": r"f"}
 SOURCES = ("register_tile", "register_forward")
+KERNELS = (b"softmax_in_tiles", b"softmax_in_registers")  # in them
 BYTES_PER_SECOND = {"H100": 3.0e12, "H200": 4.3e12}  # of a copy, read and write
 SLOTS_PER_SECOND = 132 * 4 * 1.98e9
 GROWTH = 1.1
@@ -197,6 +198,22 @@ def compile_kernels(folder: Path) -> list[sass.Kernel]:
     return [kernel for source in SOURCES for kernel in sass.disassemble(folder / f"{source}.cubin")]
 
 
+def has_kernels(library: Path) -> bool:
+    """Whether it was built for sm_90, and there is a tool that takes its kernels out."""
+    tool = sass.find_tool("cuobjdump")
+    listed = tool and subprocess.run([tool, "-lelf", str(library)], capture_output=True, text=True, check=False).stdout
+    return "sm_90" in (listed or "")
+
+
+def kernels_in(library: Path, folder: Path) -> list[sass.Kernel]:
+    """The kernels of SOURCES for sm_90 in a library that has them."""
+    tool = sass.find_tool("cuobjdump")
+    assert tool is not None, "cuobjdump was not found (pip install nvidia-cuda-cuobjdump)"
+    subprocess.run([tool, "-xelf", "sm_90", str(library.resolve())], cwd=folder, capture_output=True, check=False)
+    counted = [path for path in folder.glob("*.cubin") if any(name in path.read_bytes() for name in KERNELS)]
+    return [kernel for path in counted for kernel in sass.disassemble(path)]
+
+
 def plans(cases: Sequence[Case], folder: Path) -> list[Plan]:
     """The launch plans of the cases, by the planning code itself."""
     program = folder / "launch_plans"
@@ -261,16 +278,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
     parser.add_argument("--check", type=Path, help="fail if a case needs a tenth more than in this table")
-    parser.add_argument("--cubins", type=Path, help="folder of cubins that are compiled already")
+    parser.add_argument("--library", type=Path, help="a built one, for sm_90 among others: saves compiling")
     args = parser.parse_args()
     cases = [Case("p_y", dtype, classes) for dtype in DTYPES for classes in CLASSES]
     cases += [Case("NCE", dtype, classes) for dtype in ("bfloat16", "float32") for classes in (10, 100, 1000)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if args.cubins:
-            kernels = [k for source in SOURCES for k in sass.disassemble(args.cubins / f"{source}.cubin")]
-        else:
-            kernels = compile_kernels(folder)
+        kernels = kernels_in(args.library, folder) if args.library else compile_kernels(folder)
         counts = []
         for case, plan in zip(cases, plans(cases, folder), strict=True):
             counts.append(count(case, plan, kernels))
