@@ -49,7 +49,7 @@ check: $(BUILD_DONE)
 
 # Trainings that are killed and resumed, or of several processes; C++ programs that take minutes to compile.
 test-long: $(BUILD_DONE)
-	@$(PY) -m pytest -m long $(PYTEST_ARGS)
+	@$(PY) -m pytest tests benchmarks --benchmark-disable -m long $(PYTEST_ARGS)
 
 # Five minutes of measurements; results.json, report.md and pictures go to benchmarks/results/cpu. See BENCH_ARGS=--help.
 bench bench-compile: export OMP_PROC_BIND ?= true

@@ -237,6 +237,7 @@ def test_long_logs_keep_both_ends(state: Path, tmp_path: Path) -> None:
     assert len(text) < 1.1 * gpu_check.LARGEST_LOG and text.startswith(b"begin") and text.endswith(b"end")
 
 
+@pytest.mark.long
 def test_a_run_of_tests_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
     (tmp_path / "test_some.py").write_text(
         "import pathlib, pytest\n"

@@ -65,6 +65,7 @@ def test_a_folder_gets_the_default_names(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.long
 def test_losses_that_drop_rows_report_the_wrong_labels_found(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

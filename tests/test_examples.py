@@ -101,6 +101,7 @@ def test_the_rival_flags_as_many_rows_as_are_wrong() -> None:
     assert 0.8 < f1 <= 1.0
 
 
+@pytest.mark.long
 def test_ranking_while_training_is_as_good_as_ranking_by_five_trainings_more(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -127,6 +128,7 @@ def mean_of(field: str, loss: str, error: str, share: float) -> float:
     return statistics.fmean(getattr(unit_errors.train(loss, error, share, seed), field) for seed in (5, 6, 7))
 
 
+@pytest.mark.long
 def test_unit_errors_prints_every_loss_and_error(capsys: pytest.CaptureFixture[str]) -> None:
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     assert unit_errors.main(["--quick"]) == 0
