@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 
 import pytest
 import torch
 import torch.distributed as dist
 from gloo_group import gloo_group
+from parallel_errors import check_errors, check_one_bad_rank, check_one_bad_rank_of_a_mesh
+from parallel_problem import CLASSES, CLOSE, FEATURES, ROWS, bounds, problem, step
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -26,26 +27,7 @@ pytestmark = [
     pytest.mark.any_cpu,
     pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo"),
 ]
-ROWS, FEATURES, CLASSES = 12, 5, 11
-CLOSE = {"rtol": 1e-10, "atol": 1e-12}  # float64: sums in another order
 NAMES = [name for name, entry in fl.LOSSES.items() if entry.sums is not None]
-
-
-def problem(dtype=torch.float64):
-    generator = torch.Generator().manual_seed(2)
-    x, w, b = (
-        torch.randn(s, generator=generator, dtype=dtype) for s in [(ROWS, FEATURES), (CLASSES, FEATURES), (CLASSES,)]
-    )
-    target = torch.arange(ROWS) % CLASSES  # in every shard
-    target[3] = -100
-    sample_weight = torch.rand(ROWS, generator=generator, dtype=dtype) + 0.5
-    return x, w, b, target, sample_weight
-
-
-def bounds(rank, world_size):
-    """Uneven shards: 5, 2, 2, 2 of four."""
-    ends = [CLASSES - 2 * (world_size - 1 - r) for r in range(world_size)]
-    return (ends[rank - 1] if rank else 0), ends[rank]
 
 
 def losses(reduction):
@@ -61,15 +43,8 @@ def losses(reduction):
     yield "exact nfl", fl.NFLLoss(detach=False, reduction=reduction)
     yield "ngce of a small power", fl.NGCELoss(1e-3, reduction=reduction)
     yield "sgce of a small power", fl.SGCELoss(1e-3, reduction=reduction)
+    yield "cores of a tensor", fl.CORESLoss(torch.tensor(0.7), reduction=reduction)
     yield "half of a sum", fl.JALFLLoss(alpha=0.0, reduction=reduction)
-
-
-def step(head, tensors):
-    """Loss and gradients of ``head(x, w, b)`` under an upstream gradient other than 1."""
-    tensors = [t.detach().clone().requires_grad_() for t in tensors]
-    loss = head(*tensors)
-    (loss * torch.linspace(1.0, 3.0, loss.numel(), dtype=loss.dtype).reshape(loss.shape)).sum().backward()
-    return [loss.detach(), *(t.grad for t in tensors)]
 
 
 class Count:
@@ -220,86 +195,6 @@ def check_images(rank, world_size):
         expected.sum().backward()
         found.sum().backward()
         torch.testing.assert_close(part.grad, whole.grad[:, first:end], **CLOSE)
-
-
-def check_errors(rank, world_size):
-    first, end = bounds(rank, world_size)
-    logits, target = torch.zeros(4, end - first), torch.zeros(4, dtype=torch.int64)
-    sharded = ClassParallel(fl.GCELoss(), None, first, CLASSES)
-    with pytest.raises(IndexError, match=rf"target {CLASSES} is out of range \[0, {CLASSES}\)"):
-        sharded(logits, target + CLASSES)
-    with pytest.raises(ValueError, match="first_class and the logits of all ranks must divide"):
-        ClassParallel(fl.GCELoss(), None, first, CLASSES + 1)(logits, target)
-    with pytest.raises(TypeError, match="form for sharded classes"):
-        ClassParallel(fl.HEMLoss(), None, first, CLASSES)
-    with pytest.raises(TypeError, match="row-loss Module"):
-        ClassParallel(nn.CrossEntropyLoss(), None, first, CLASSES)
-    total = sharded(logits.requires_grad_(), target)
-    with pytest.raises(RuntimeError, match="first derivative only"):
-        torch.autograd.grad(total, logits, create_graph=True)
-
-
-# What only one rank gets wrong, and what it is told; the others are told so, or that calls differ where none raises.
-ONE_RANK = {
-    "target out of range": ({"target": torch.full((4,), CLASSES)}, "IndexError.*out of range"),
-    "shape of target": ({"target": torch.zeros(3, dtype=torch.int64)}, "(Value|Runtime)Error.*target"),
-    "type of target": ({"target": [0] * 4}, "TypeError.*target"),
-    "dtype of target": ({"target": torch.zeros(4, dtype=torch.bool)}, "RuntimeError.*target"),
-    "probabilities": ({"target": torch.zeros(4)}, "RuntimeError.*target"),
-    "rows": ({"rows": 5, "target": torch.zeros(5, dtype=torch.int64)}, "the same call.*5 rows"),
-    "other targets": ({"target": torch.tensor([0, 1, 0, 0])}, "target must be the same on all ranks"),
-    "dtype": ({"dtype": torch.float64}, "the same call.*torch.float64"),
-    "integers": ({"dtype": torch.int64}, "RuntimeError.*(floating point|float64, float32)"),
-    "classes": ({"more": 1}, "ValueError.*classes of this rank"),
-    "sample_weight": ({"sample_weight": torch.ones(4, dtype=torch.int64)}, "RuntimeError.*sample_weight"),
-    "its shape": ({"sample_weight": torch.ones(3)}, "(Value|Runtime)Error.*sample_weight"),
-    "weight": ({"loss": fl.GCELoss(weight=torch.ones(3))}, "RuntimeError.*weight"),
-    "NaN bias": ({"loss": fl.GCELoss(logit_bias=1.0), "logit_bias": torch.nan}, "ValueError.*logit_bias"),
-    "another loss": ({"loss": fl.NCELoss()}, "the same call.*nce"),
-    "another parameter": ({"loss": fl.GCELoss(0.5)}, "the same call.*0.5"),
-}
-
-
-def check_one_bad_rank(rank, world_size):
-    """An error of one rank ends the call on all, and the next call works."""
-    first, end = bounds(rank, world_size)
-    sharded = ClassParallel(fl.GCELoss(), None, first, CLASSES)
-    fine = {"target": torch.zeros(4, dtype=torch.int64), "sample_weight": None}
-
-    def of_logits(target, sample_weight, rows=4, dtype=torch.float32, more=0):
-        return sharded(torch.zeros(rows, end - first + more, dtype=dtype), target, sample_weight)
-
-    def of_features(target, sample_weight, rows=4, dtype=torch.float32, more=0):
-        x, w = torch.zeros(rows, FEATURES, dtype=dtype), torch.zeros(end - first + more, FEATURES, dtype=dtype)
-        return linear_loss(x, w, target, sharded, sample_weight=sample_weight)
-
-    for call in (of_logits, of_features):
-        call(**fine)
-        for bad, (name, (given, message)) in enumerate(ONE_RANK.items()):
-            is_bad = rank == bad % world_size
-            given = {**fine, **given} if is_bad else fine
-            sharded.loss = given.get("loss", sharded.loss)
-            sharded.loss.logit_bias = given.get("logit_bias", 0.0)
-            with pytest.raises((RuntimeError, ValueError, TypeError, IndexError)) as caught:
-                call(**{k: v for k, v in given.items() if k not in ("loss", "logit_bias")})
-            told = f"{type(caught.value).__name__}: {caught.value}"
-            assert re.search(message, told), (name, told)
-            sharded.loss = fl.GCELoss()
-        call(**fine)
-
-
-def check_one_bad_rank_of_a_mesh(rank, world_size):
-    """Where rows are sharded one rank's rows are its own; ranks that share neither rows nor classes are told too."""
-    shape, names = ((2, 2), ("rows", "classes")) if world_size == 4 else ((world_size,), ("rows",))
-    placements = [Shard(0), Shard(1)][: len(shape)]
-    logits = distribute_tensor(
-        torch.zeros(8, CLASSES), init_device_mesh("cpu", shape, mesh_dim_names=names), placements
-    )
-    for target in (torch.full((8,), CLASSES + 1), None, torch.zeros(3)):
-        given = target if rank == world_size - 1 else torch.zeros(8, dtype=torch.int64)
-        with pytest.raises((RuntimeError, ValueError, TypeError, IndexError), match=r"target|expected|another rank"):
-            fl.GCELoss()(logits, given)
-    fl.GCELoss()(logits, torch.zeros(8, dtype=torch.int64))
 
 
 def check_dtensor(rank, world_size):

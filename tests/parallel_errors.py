@@ -1,0 +1,96 @@
+"""What ranks are told about wrong calls, their own and those of others, for test_parallel.py."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from parallel_problem import CLASSES, FEATURES, bounds
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+import fused_losses as fl
+from fused_losses.functional import linear_loss
+from fused_losses.parallel import ClassParallel
+
+
+def check_errors(rank, world_size):
+    first, end = bounds(rank, world_size)
+    logits, target = torch.zeros(4, end - first), torch.zeros(4, dtype=torch.int64)
+    sharded = ClassParallel(fl.GCELoss(), None, first, CLASSES)
+    with pytest.raises(IndexError, match=rf"target {CLASSES} is out of range \[0, {CLASSES}\)"):
+        sharded(logits, target + CLASSES)
+    with pytest.raises(ValueError, match="first_class and the logits of all ranks must divide"):
+        ClassParallel(fl.GCELoss(), None, first, CLASSES + 1)(logits, target)
+    with pytest.raises(TypeError, match="form for sharded classes"):
+        ClassParallel(fl.HEMLoss(), None, first, CLASSES)
+    with pytest.raises(TypeError, match="row-loss Module"):
+        ClassParallel(nn.CrossEntropyLoss(), None, first, CLASSES)
+    total = sharded(logits.requires_grad_(), target)
+    with pytest.raises(RuntimeError, match="first derivative only"):
+        torch.autograd.grad(total, logits, create_graph=True)
+
+
+# What only one rank gets wrong, and what it is told; the others are told so, or that calls differ where none raises.
+ONE_RANK = {
+    "target out of range": ({"target": torch.full((4,), CLASSES)}, "IndexError.*out of range"),
+    "shape of target": ({"target": torch.zeros(3, dtype=torch.int64)}, "(Value|Runtime)Error.*target"),
+    "type of target": ({"target": [0] * 4}, "TypeError.*target"),
+    "dtype of target": ({"target": torch.zeros(4, dtype=torch.bool)}, "RuntimeError.*target"),
+    "probabilities": ({"target": torch.zeros(4)}, "RuntimeError.*target"),
+    "rows": ({"rows": 5, "target": torch.zeros(5, dtype=torch.int64)}, "the same call.*5 rows"),
+    "other targets": ({"target": torch.tensor([0, 1, 0, 0])}, "target must be the same on all ranks"),
+    "dtype": ({"dtype": torch.float64}, "the same call.*torch.float64"),
+    "integers": ({"dtype": torch.int64}, "RuntimeError.*(floating point|float64, float32)"),
+    "classes": ({"more": 1}, "ValueError.*classes of this rank"),
+    "sample_weight": ({"sample_weight": torch.ones(4, dtype=torch.int64)}, "RuntimeError.*sample_weight"),
+    "its shape": ({"sample_weight": torch.ones(3)}, "(Value|Runtime)Error.*sample_weight"),
+    "weight": ({"loss": fl.GCELoss(weight=torch.ones(3))}, "RuntimeError.*weight"),
+    "NaN bias": ({"loss": fl.GCELoss(logit_bias=1.0), "logit_bias": torch.nan}, "ValueError.*logit_bias"),
+    "another loss": ({"loss": fl.NCELoss()}, "the same call.*nce"),
+    "another parameter": ({"loss": fl.GCELoss(0.5)}, "the same call.*0.5"),
+}
+
+
+def check_one_bad_rank(rank, world_size):
+    """An error of one rank ends the call on all, and the next call works."""
+    first, end = bounds(rank, world_size)
+    sharded = ClassParallel(fl.GCELoss(), None, first, CLASSES)
+    fine = {"target": torch.zeros(4, dtype=torch.int64), "sample_weight": None}
+
+    def of_logits(target, sample_weight, rows=4, dtype=torch.float32, more=0):
+        return sharded(torch.zeros(rows, end - first + more, dtype=dtype), target, sample_weight)
+
+    def of_features(target, sample_weight, rows=4, dtype=torch.float32, more=0):
+        x, w = torch.zeros(rows, FEATURES, dtype=dtype), torch.zeros(end - first + more, FEATURES, dtype=dtype)
+        return linear_loss(x, w, target, sharded, sample_weight=sample_weight)
+
+    for call in (of_logits, of_features):
+        call(**fine)
+        for bad, (name, (given, message)) in enumerate(ONE_RANK.items()):
+            is_bad = rank == bad % world_size
+            given = {**fine, **given} if is_bad else fine
+            sharded.loss = given.get("loss", sharded.loss)
+            sharded.loss.logit_bias = given.get("logit_bias", 0.0)
+            with pytest.raises((RuntimeError, ValueError, TypeError, IndexError)) as caught:
+                call(**{k: v for k, v in given.items() if k not in ("loss", "logit_bias")})
+            told = f"{type(caught.value).__name__}: {caught.value}"
+            assert re.search(message, told), (name, told)
+            sharded.loss = fl.GCELoss()
+        call(**fine)
+
+
+def check_one_bad_rank_of_a_mesh(rank, world_size):
+    """Where rows are sharded one rank's rows are its own; ranks that share neither rows nor classes are told too."""
+    shape, names = ((2, 2), ("rows", "classes")) if world_size == 4 else ((world_size,), ("rows",))
+    placements = [Shard(0), Shard(1)][: len(shape)]
+    logits = distribute_tensor(
+        torch.zeros(8, CLASSES), init_device_mesh("cpu", shape, mesh_dim_names=names), placements
+    )
+    for target in (torch.full((8,), CLASSES + 1), None, torch.zeros(3)):
+        given = target if rank == world_size - 1 else torch.zeros(8, dtype=torch.int64)
+        with pytest.raises((RuntimeError, ValueError, TypeError, IndexError), match=r"target|expected|another rank"):
+            fl.GCELoss()(logits, given)
+    fl.GCELoss()(logits, torch.zeros(8, dtype=torch.int64))
