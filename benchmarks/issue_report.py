@@ -6,8 +6,8 @@ A kernel at the speed of a copy may issue so many warp instructions per logit (3
 multiprocessors with 4 issue slots at 1.98 GHz): what fills more than 70 % of them does not hide behind memory. For
 every case the launch plan says how a row is shared out, and ``sass.cheapest_trip`` finds the fewest instructions with
 which a warp can do that: so many loads, exponentials, shuffles, stores, the target of the next row, and the loss added
-up in doubles. What runs once a block is left out. ``--check`` fails if
-a case needs a tenth more than the table says. Needs nvcc, g++ and nvdisasm (PyPI: nvidia-cuda-nvdisasm).
+up in doubles. What runs once a block is left out. ``--check`` fails if a case needs a tenth more than the table says.
+Needs nvcc, g++ and nvdisasm (PyPI: nvidia-cuda-nvdisasm).
 """
 
 from __future__ import annotations

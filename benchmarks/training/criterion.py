@@ -84,7 +84,7 @@ def _row_loss(options: Options, target: Tensor, num_classes: int) -> Any:
     if stem not in fl.LOSSES:
         raise SystemExit(f"--loss must be elr or one of {', '.join(fl.LOSSES)}, got {options.loss!r}")
     given: dict[str, Any] = _loss_args(options, stem, fl.LOSSES[stem].parameters)
-    if "margin" in given:
+    if fl.LOSSES[stem].tensor_parameter == "margin" and "margin" in given:
         given["margin"] = _margin(given["margin"], target, num_classes)
     bias: float | str = "auto" if options.logit_bias == "auto" else _value(options.logit_bias)
     try:

@@ -58,8 +58,8 @@ struct RowProblem {
     ClassFactors class_factors = ClassFactors::kNone;
     int stats_count = 0;  // numbers per row that its gradient needs: 3 or 4, or the state of a MultiReductionLoss
     double logit_bias = 0;
-    const void* margin = nullptr;  // acc [C] or one (stride 0); takes the place of params[0], of whatever loss
-    std::int64_t margin_stride = 0;
+    const void* first_param = nullptr;  // acc, one (stride 0) or, of margin losses, [C]; takes the place of params[0]
+    std::int64_t first_param_stride = 0;
     const void* logit_bias_device = nullptr;  // acc, on the logits' device; read by the kernel in place of logit_bias
 
     // Outputs of forward

@@ -171,7 +171,9 @@ private:
         return total + math::select(is_class, math::reciprocal(denominator(view.whole, view.tail)), V(A(0)));
     }
 
-    typename View::ClassMargins class_margins(V of_row) const { return {as<A>(p.margin), p.margin_stride, of_row}; }
+    typename View::ClassMargins class_margins(V of_row) const {
+        return {as<A>(p.first_param), p.first_param_stride, of_row};
+    }
 
     // Null if there are none.
     VectorBits<A>* bits_of(int part) const {

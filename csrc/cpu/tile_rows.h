@@ -149,9 +149,9 @@ struct alignas(64) TileRows {
 
     // The margin of each row's target.
     V margins(const RowProblem& p, int at) const {
-        if (!p.margin) return A(p.params[0]);
+        if (!p.first_param) return A(p.params[0]);
         A margins[V::size];
-        for (int i = 0; i < V::size; ++i) margins[i] = as<A>(p.margin)[target[at + i] * p.margin_stride];
+        for (int i = 0; i < V::size; ++i) margins[i] = as<A>(p.first_param)[target[at + i] * p.first_param_stride];
         return V::load(margins);
     }
 

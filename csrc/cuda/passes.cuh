@@ -21,7 +21,7 @@ constexpr int kSlots = kKeeps ? Loss::num_kept : 1;
 template <class A>
 FL_DEVICE A margin_of(const RowArgs<A>& args, int cls) {
     const RowProblem& p = args.problem;
-    return p.margin ? as<A>(p.margin)[cls * p.margin_stride] : args.params[0];
+    return p.first_param ? as<A>(p.first_param)[cls * p.first_param_stride] : args.params[0];
 }
 
 // kKeeps: the whole row has a place in shared memory.

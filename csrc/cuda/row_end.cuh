@@ -42,7 +42,7 @@ FL_DEVICE AffineRow<A> evaluate(const RowProblem& p, const A* params, const Soft
     } else {
         if (p.class_factors == ClassFactors::kSoftTarget) return SoftCrossEntropy::eval(row, params);
         if (p.loss == kCrossEntropy) return CrossEntropy::eval(row, params);
-        if (p.margin) params = as<A>(p.margin);  // a parameter on the device is the only one of its loss
+        if (p.first_param) params = as<A>(p.first_param);  // a parameter on the device is the only one of its loss
     }
     return evaluate_any(p.loss, params, row);
 }

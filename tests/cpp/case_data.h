@@ -144,8 +144,8 @@ protected:
     void choose_margins() {
         for (int c = 0; c < shape.classes; ++c) margin.at(0, 0, c) = A(number(random.uniform(0, 3)));
         if (!exact || random.one_in(3)) return;
-        p.margin = margin.data();
-        p.margin_stride = random.below(2);
+        p.first_param = margin.data();
+        p.first_param_stride = random.below(2);
     }
 
     // Class 0 may have weight zero: then an infinite logit of it must not matter to a sum over classes.

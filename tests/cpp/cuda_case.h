@@ -98,7 +98,7 @@ private:
         if (!needs.tensor_param || needs.has_margin || p.class_factors == ClassFactors::kNone || random.one_in(2))
             return;
         first_param = A(p.params[0]);
-        p.margin = &first_param;
+        p.first_param = &first_param;
         p.params[0] = std::numeric_limits<double>::quiet_NaN();
     }
     A first_param = A(0);

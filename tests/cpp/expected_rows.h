@@ -134,7 +134,7 @@ private:
         for (int c = 0; c < shape.classes; ++c) {
             row.logits.push_back(Real(widen(logits.at(o, i, c))) + (!soft && c == row.y ? bias : 0));
             if (p.class_weight) row.weight.push_back(double(class_weight.at(0, 0, c)));
-            if (p.margin) row.margin.push_back(double(margin.data()[c * p.margin_stride]));
+            if (p.first_param) row.margin.push_back(double(margin.data()[c * p.first_param_stride]));
             if (soft) row.soft.push_back(soft_of(o, i, c));
         }
         return naive_row(naive, p.params, row);

@@ -102,8 +102,8 @@ private:
         if (param.device().is_cpu() && !needs_of(problem.loss).has_margin) {
             problem.params[0] = rounded(number_in(param));
         } else {
-            problem.margin = vector_in(param);
-            problem.margin_stride = param.dim();  // one number, or one after the other
+            problem.first_param = vector_in(param);
+            problem.first_param_stride = param.dim();  // one number, or one after the other
         }
     }
 
