@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <limits>
 #include <numeric>
 #include <set>
 
@@ -178,14 +179,28 @@ RegisterPlan plan_direct(const RowProblem& p, Factors factors_wanted, int larges
     return plan;
 }
 
-RegisterPlan plan_columns(const RowProblem& p) {
+RegisterPlan plan_columns(const RowProblem& p, Factors factors) {
+    constexpr std::int64_t most_step = std::numeric_limits<unsigned>::max();
+    const int element = bytes_of(p.dtype);
     RegisterPlan plan;
-    const std::int64_t parts = divide_up(p.num_classes, kColumnHeld);
-    if (bytes_of(p.dtype) == 8 || !are_columns(p) || parts * 32 > kMostColumnThreads) return plan;
+    if (element == 8 || !are_columns(p) || p.logits_class_stride * element > most_step ||
+        p.grad_class_stride * element > most_step)
+        return plan;
+    std::int64_t least = 0;
+    for (const ColumnKernel& kernel : kColumnKernels) {
+        const std::int64_t parts = divide_up(p.num_classes, kernel.held), cost = parts * (20 + kernel.held);
+        if (kernel.factors != factors || parts * 32 > kMostColumnThreads || p.num_classes / parts < kernel.always() ||
+            (plan && cost >= least))
+            continue;
+        least = cost;
+        plan.kernel = static_cast<int>(&kernel - kColumnKernels), plan.held = kernel.held, plan.factors = factors;
+        plan.lanes = static_cast<int>(parts);
+    }
+    if (!plan) return plan;
     plan.is_column = true;
-    plan.lanes = static_cast<int>(parts);
-    plan.share = static_cast<int>(divide_up(p.num_classes, parts));
     plan.threads = 32 * plan.lanes;
+    plan.logits_step = static_cast<unsigned>(p.logits_class_stride * element);
+    plan.grad_step = static_cast<unsigned>(p.grad_class_stride * element);
     const auto is_paired = [](const void* begin, const RowStride& row, std::int64_t classes) {
         return row.inner == 1 && row.outer % 2 == 0 && classes % 2 == 0 &&
                reinterpret_cast<std::uintptr_t>(begin) % 4 == 0;

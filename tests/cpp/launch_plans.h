@@ -177,19 +177,27 @@ inline void test_pass_plans() {
 inline void test_column_plans() {
     RowProblem p;
     p.dtype = Dtype::kBFloat16, p.outer = 2, p.inner = 64 * 64;
-    for (const int classes : {17, 150, 192}) {
-        p.num_classes = classes, p.logits_class_stride = p.grad_class_stride = p.inner;
-        p.logits_stride = p.grad_stride = {p.inner * classes, 1};
-        const RegisterPlan plan = plan_columns(p);
-        check(plan && plan.is_paired && plan.share <= kColumnHeld && plan.share * plan.lanes >= classes,
-              "%d classes: %d parts of %d", classes, plan.lanes, plan.share);
-    }
+    for (int classes = 1; classes <= 192; ++classes)
+        for (const Factors factors : {Factors::kNone, Factors::kOnes, Factors::kRead}) {
+            p.num_classes = classes, p.logits_class_stride = p.grad_class_stride = p.inner;
+            p.logits_stride = p.grad_stride = {p.inner * classes, 1};
+            const RegisterPlan plan = plan_columns(p, factors);
+            check(plan && plan.is_paired && plan.factors == factors, "%d classes: not in columns", classes);
+            if (!plan) continue;
+            const ColumnKernel& kernel = kColumnKernels[plan.kernel];
+            check(kernel.factors == factors && kernel.held * plan.lanes >= classes &&
+                      classes / plan.lanes >= kernel.always() && plan.threads <= kMostColumnThreads,
+                  "%d classes: %d parts of %d", classes, plan.lanes, plan.held);
+        }
     p.num_classes = 5000;
-    check(!plan_columns(p) && !plan_pass_rows(p, 1, 16) && plan_any_rows(p, 1), "5000 classes: any rows");
+    check(!plan_columns(p, Factors::kNone) && !plan_pass_rows(p, 1, 16) && plan_any_rows(p, 1),
+          "5000 classes: any rows");
     p.num_classes = 150, p.inner = p.logits_class_stride = p.grad_class_stride = 63 * 63;
-    check(plan_columns(p) && !plan_columns(p).is_paired, "an odd number of pixels");
+    check(plan_columns(p, Factors::kNone) && !plan_columns(p, Factors::kNone).is_paired, "an odd number of pixels");
+    p.logits_class_stride = std::int64_t(1) << 31;
+    check(!plan_columns(p, Factors::kNone), "classes too far apart");
     p.dtype = Dtype::kFloat64;
-    check(!plan_columns(p), "doubles");
+    check(!plan_columns(p, Factors::kNone), "doubles");
 }
 
 }  // namespace fused_losses_test
