@@ -247,10 +247,12 @@ def cheapest_path(
     best = {start: len(kernel.blocks[header])}
     via: dict[tuple[int, tuple[int, ...]], tuple[int, tuple[int, ...]]] = {}
     heap = [(best[start], *start)]
+    left: dict[int, list[tuple[int, ...]]] = defaultdict(list)  # what was done when a block was left, at less cost
     while heap:
         cost, block, done = heapq.heappop(heap)
-        if cost > best[block, done]:
+        if cost > best[block, done] or any(all(map(int.__ge__, other, done)) for other in left[block]):
             continue
+        left[block].append(done)
         for b in kernel.to[block]:
             if b == header and done == needed:
                 state, path = (block, done), [block]

@@ -75,9 +75,10 @@ struct RegisterPlan {
     Factors factors = Factors::kNone;   // that the kernel is compiled for
     bool is_column = false;             // neighbouring threads have neighbouring rows
     bool is_paired = false;             // two rows of 16-bit numbers are four aligned bytes, for every class
-    unsigned logits_step = 0, grad_step = 0, target_step = 0;  // bytes from a row to the next; in columns, a class
-    int pitch = 0, slot_bytes = 0;                             // numbers of a thread in shared memory, bytes of a block
-    bool is_ragged = false;                                    // some rows have numbers beside their whole accesses
+    unsigned logits_step = 0, grad_step = 0,
+             target_step = 0;       // bytes from a row to the next, or from one of a thread's classes
+    int pitch = 0, slot_bytes = 0;  // numbers of a thread in shared memory, bytes of a block
+    bool is_ragged = false;         // some rows have numbers beside their whole accesses
 
     explicit operator bool() const { return lanes > 0; }
 
@@ -100,10 +101,15 @@ RegisterPlan plan_direct(const RowProblem& p, Factors factors, int largest_clust
 // For rows that lie side by side.
 RegisterPlan plan_columns(const RowProblem& p, Factors factors);
 
-// The same for losses of several passes, which have their numbers in shared memory, `slots` to a class: rows in tiles,
-// and rows that lie anyhow.
-RegisterPlan plan_pass_tiles(const RowProblem& p, int slots, int multiprocessors);
-RegisterPlan plan_pass_rows(const RowProblem& p, int slots, int largest_cluster);
+// The same for losses of several passes, which keep so many numbers of a class in registers or in shared memory: rows
+// in tiles, and rows that lie anyhow.
+constexpr int kMostKeptInRegisters = 32;  // numbers of a thread
+struct PassNumbers {
+    int of_class;
+    bool in_registers;
+};
+RegisterPlan plan_pass_tiles(const RowProblem& p, PassNumbers numbers, int multiprocessors);
+RegisterPlan plan_pass_rows(const RowProblem& p, PassNumbers numbers, int largest_cluster);
 
 // For rows of any length that lie anyhow: threads have a few of their numbers at a time.
 RegisterPlan plan_any_rows(const RowProblem& p, int slots);

@@ -153,16 +153,16 @@ inline void check_shared_out(const char* what, std::int64_t classes, int lanes, 
 
 inline void test_pass_plans() {
     for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16})
-        for (const int slots : {1, 2, 3})
+        for (const PassNumbers numbers : {PassNumbers{1, false}, {2, false}, {3, false}, {1, true}, {2, true}})
             for (int classes = 1; classes < 200000; classes += 1 + classes / 3) {
                 RowProblem p;
                 p.dtype = dtype, p.inner = 1000, p.num_classes = classes;
                 p.logits_stride = p.grad_stride = {0, classes};
-                if (const RegisterPlan plan = plan_pass_tiles(p, slots, 132))
+                if (const RegisterPlan plan = plan_pass_tiles(p, numbers, 132))
                     check_shared_out("tiles", classes, plan.lanes, plan.held,
                                      [&](int lane) { return ClassesOfThread(classes, lane, plan.rounds); });
-                check(classes > 400 || plan_pass_tiles(p, slots, 132), "%d classes: no tiles", classes);
-                const RegisterPlan plan = plan_pass_rows(p, slots, 16);
+                check(classes > 400 || plan_pass_tiles(p, numbers, 132), "%d classes: no tiles", classes);
+                const RegisterPlan plan = plan_pass_rows(p, numbers, 16);
                 check(plan || classes > 65536, "%d classes: no room", classes);
                 for (int rank = 0; rank < plan.cluster && plan; ++rank) {
                     const int begin = std::min(classes, rank * plan.share);
@@ -190,7 +190,7 @@ inline void test_column_plans() {
                   "%d classes: %d parts of %d", classes, plan.lanes, plan.held);
         }
     p.num_classes = 5000;
-    check(!plan_columns(p, Factors::kNone) && !plan_pass_rows(p, 1, 16) && plan_any_rows(p, 1),
+    check(!plan_columns(p, Factors::kNone) && !plan_pass_rows(p, {1, false}, 16) && plan_any_rows(p, 1),
           "5000 classes: any rows");
     p.num_classes = 150, p.inner = p.logits_class_stride = p.grad_class_stride = 63 * 63;
     check(plan_columns(p, Factors::kNone) && !plan_columns(p, Factors::kNone).is_paired, "an odd number of pixels");
