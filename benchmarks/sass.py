@@ -235,6 +235,20 @@ def cheapest_trip(kernel: Kernel, work: Mapping[str, int], *, outermost: bool = 
     raise ValueError(f"no loop of {kernel.name} does {dict(work)}")
 
 
+def most_on_the_way(kernel: Kernel, header: int, members: set[int], done_by: list[int], needed: int) -> dict[int, int]:
+    """How much a way from each block back to the loop's first one can do at most, as far as it is needed."""
+    most = dict.fromkeys(members, 0)
+    changed = True
+    while changed:
+        changed = False
+        for block in sorted(members, reverse=True):
+            further = max((most[b] for b in kernel.to[block] if b in members and b != header), default=0)
+            new = min(needed, done_by[block] + further)
+            changed |= new != most[block]
+            most[block] = new
+    return most
+
+
 def cheapest_path(
     kernel: Kernel, header: int, members: set[int], done_by: list[tuple[int, ...]], needed: tuple[int, ...]
 ) -> list[int]:
@@ -243,14 +257,17 @@ def cheapest_path(
     def after(done: tuple[int, ...], block: int) -> tuple[int, ...]:
         return tuple(min(n, d + more) for n, d, more in zip(needed, done, done_by[block], strict=True))
 
+    within_reach = [most_on_the_way(kernel, header, members, [d[k] for d in done_by], n) for k, n in enumerate(needed)]
     start = (header, after((0,) * len(needed), header))
     best = {start: len(kernel.blocks[header])}
     via: dict[tuple[int, tuple[int, ...]], tuple[int, tuple[int, ...]]] = {}
     heap = [(best[start], *start)]
+    left: dict[int, list[tuple[int, ...]]] = defaultdict(list)  # what was done when a block was left, at less cost
     while heap:
         cost, block, done = heapq.heappop(heap)
-        if cost > best[block, done]:
+        if cost > best[block, done] or any(all(map(int.__ge__, other, done)) for other in left[block]):
             continue
+        left[block].append(done)
         for b in kernel.to[block]:
             if b == header and done == needed:
                 state, path = (block, done), [block]
@@ -261,6 +278,9 @@ def cheapest_path(
             if b not in members or b == header:
                 continue
             state = (b, after(done, b))
+            # What `done` lacks even with all that is on the way from b on.
+            if any(d + reach[b] < n for d, reach, n in zip(done, within_reach, needed, strict=True)):
+                continue
             total = cost + len(kernel.blocks[b])
             if total < best.get(state, 1 << 60):
                 best[state], via[state] = total, (block, done)

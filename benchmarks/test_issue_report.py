@@ -72,6 +72,44 @@ def test_counts_a_loop_within_a_loop() -> None:
     assert len(sass.cheapest_trip(kernel, {"MUFU.EX2": 2}, outermost=False)) == 4
 
 
+# A pass over two chunks of two classes, of which the second may be left out, then the stores. By hand, of 4 classes:
+# 1 + 3 + 3 + 4 = 11; of 2: 1 + 3 + 4 = 8.
+CHUNKS = """
+    MOV R1, c[0x0][0x28]
+.L_x_0:
+    LDG.E.64 R4, desc[UR4][R2.64]
+    FADD R6, R4, R6
+    FADD R7, R5, R7
+    @!P0 BRA `(.L_x_1)
+    FADD R6, R4, R6
+    FADD R7, R5, R7
+    NOP
+.L_x_1:
+    STS.U16 [R9], R6
+    STS.U16 [R9+0x2], R7
+    ISETP.GE.AND P0, PT, R0, R6, PT
+    @!P0 BRA `(.L_x_0)
+    EXIT
+"""
+
+
+def test_counts_chunks_that_may_be_left_out() -> None:
+    (kernel,) = sass.parse(listing(CHUNKS))
+    assert len(sass.cheapest_trip(kernel, {"FADD": 4, "STS.U16": 2})) == 11
+    assert len(sass.cheapest_trip(kernel, {"FADD": 2, "STS.U16": 2})) == 8
+    with pytest.raises(ValueError, match="no loop of kernel does"):
+        sass.cheapest_trip(kernel, {"FADD": 5})
+
+
+def test_counts_pixels_that_warps_share() -> None:
+    """Of 8 warps one finishes each of the two columns of a lane; all have the rest of the work."""
+    plan = issue_report.Plan("columns", 0, 8, 19, 0, 0, 0, 256, 1, 1)
+    levels, logits = issue_report.trips(issue_report.Case("pixels p_y", "bfloat16", 150), plan)
+    assert [times for _, _, times in levels] == [2, 6] and logits == 300
+    (finishing, _, _), (others, _, _) = levels
+    assert finishing == others | {"DADD": 2, "MUFU.RCP": 1}
+
+
 def test_counts_the_cheaper_way() -> None:
     (kernel,) = sass.parse(listing(TWO_WAYS))
     path = sass.cheapest_trip(kernel, {"STG": 1, "MUFU.RCP": 1})

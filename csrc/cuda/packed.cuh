@@ -36,6 +36,7 @@ struct Word<float> {
     static constexpr int count = 1;
     static constexpr unsigned lowest = 0xff800000u;  // -inf
 
+    static FL_DEVICE unsigned of(float x, float) { return std::bit_cast<unsigned>(x); }
     static FL_DEVICE void widen(unsigned w, float* z) { z[0] = std::bit_cast<float>(w); }
     static FL_DEVICE unsigned narrow(const float* z) { return std::bit_cast<unsigned>(z[0]); }
     // NaN loses
@@ -49,6 +50,7 @@ struct PackedPair {
     static constexpr int count = 2;
 
     static FL_DEVICE void split(unsigned w, Stored (&x)[2]) { std::memcpy(x, &w, sizeof w); }
+    static FL_DEVICE unsigned of(Stored first, Stored second) { return join({first, second}); }
     static FL_DEVICE unsigned join(const Stored (&x)[2]) {
         unsigned w;
         std::memcpy(&w, x, sizeof w);

@@ -24,7 +24,7 @@ template <class Stored>
 cudaError_t enqueue_registers(RegisterArgs& args, cudaStream_t stream);
 template <class Stored>
 cudaError_t enqueue_tiles(RegisterArgs& args, cudaStream_t stream);
-template <class Stored, bool kFactors>
+template <class Stored>
 cudaError_t enqueue_columns(RegisterArgs& args, cudaStream_t stream);
 
 // Calls visitor.operator()<i>() for i < n.

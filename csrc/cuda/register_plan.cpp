@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <limits>
 #include <numeric>
 #include <set>
 
@@ -36,6 +37,16 @@ void take_steps(const RowProblem& p, RegisterPlan& plan) {
     plan.logits_step = static_cast<unsigned>(p.logits_stride.inner * element);
     plan.grad_step = static_cast<unsigned>(p.grad_stride.inner * element);
     plan.target_step = static_cast<unsigned>(p.target_stride.inner * bytes_of(p.index_type));
+}
+
+// Steps over so many classes, if they are numbers of 32 bits.
+bool take_class_steps(const RowProblem& p, int classes, RegisterPlan& plan) {
+    const std::int64_t bytes = std::int64_t(classes) * bytes_of(p.dtype);
+    constexpr std::int64_t most = std::numeric_limits<unsigned>::max();
+    if (p.logits_class_stride > most / bytes || p.grad_class_stride > most / bytes) return false;
+    plan.logits_step = static_cast<unsigned>(p.logits_class_stride * bytes);
+    plan.grad_step = static_cast<unsigned>(p.grad_class_stride * bytes);
+    return true;
 }
 
 // How often the busiest bank is asked for different words where each lane reads the first of its bytes of a row.
@@ -83,6 +94,15 @@ void give_slots(int held, int slots, int bytes, RegisterPlan& plan) {
     plan.held = held;
     plan.pitch = slots > 0 ? held * slots | 1 : 0;
     plan.slot_bytes = plan.threads * plan.pitch * bytes;
+}
+
+void give_room(int held, const PassNumbers& numbers, RegisterPlan& plan) {
+    numbers.in_registers ? void(plan.held = held) : give_slots(held, numbers.of_class, 4, plan);
+}
+
+// Of a thread.
+int most_classes(const PassNumbers& numbers) {
+    return (numbers.in_registers ? kMostKeptInRegisters : kMostSlots) / numbers.of_class;
 }
 
 // NCHW: neighbouring threads read neighbouring pixels, if there are enough of them to fill the device. And rows of so
@@ -178,13 +198,21 @@ RegisterPlan plan_direct(const RowProblem& p, Factors factors_wanted, int larges
     return plan;
 }
 
-RegisterPlan plan_columns(const RowProblem& p) {
+RegisterPlan plan_columns(const RowProblem& p, Factors factors) {
     RegisterPlan plan;
-    const std::int64_t parts = divide_up(p.num_classes, kColumnHeld);
-    if (bytes_of(p.dtype) == 8 || !are_columns(p) || parts * 32 > kMostColumnThreads) return plan;
+    if (bytes_of(p.dtype) == 8 || !are_columns(p) || !take_class_steps(p, 1, plan)) return plan;
+    std::int64_t least = 0;
+    for (const ColumnKernel& kernel : kColumnKernels) {
+        const std::int64_t parts = divide_up(p.num_classes, kernel.held), cost = parts * (20 + kernel.held);
+        if (kernel.factors != factors || parts * 32 > kMostColumnThreads || p.num_classes / parts < kernel.always() ||
+            (plan && cost >= least))
+            continue;
+        least = cost;
+        plan.kernel = static_cast<int>(&kernel - kColumnKernels), plan.held = kernel.held, plan.factors = factors;
+        plan.lanes = static_cast<int>(parts);
+    }
+    if (!plan) return plan;
     plan.is_column = true;
-    plan.lanes = static_cast<int>(parts);
-    plan.share = static_cast<int>(divide_up(p.num_classes, parts));
     plan.threads = 32 * plan.lanes;
     const auto is_paired = [](const void* begin, const RowStride& row, std::int64_t classes) {
         return row.inner == 1 && row.outer % 2 == 0 && classes % 2 == 0 &&
@@ -195,10 +223,10 @@ RegisterPlan plan_columns(const RowProblem& p) {
     return plan;
 }
 
-RegisterPlan plan_pass_tiles(const RowProblem& p, int slots, int multiprocessors) {
+RegisterPlan plan_pass_tiles(const RowProblem& p, PassNumbers numbers, int multiprocessors) {
     constexpr int most_bytes = 2048;
     if (!can_be_tiles(p)) return {};
-    const int element = bytes_of(p.dtype), classes = static_cast<int>(p.num_classes), most = kMostSlots / slots;
+    const int element = bytes_of(p.dtype), classes = static_cast<int>(p.num_classes), most = most_classes(numbers);
     RegisterPlan plan;
     for (plan.lanes = 1; plan.lanes * most < classes;) plan.lanes *= 2;
     plan.rounds = static_cast<int>(divide_up(classes, plan.lanes));
@@ -207,13 +235,13 @@ RegisterPlan plan_pass_tiles(const RowProblem& p, int slots, int multiprocessors
     };
     if (plan.rounds < most && conflicts(plan.rounds + 1) < conflicts(plan.rounds)) ++plan.rounds;
     fill_tile(p, most_bytes, multiprocessors, plan);
-    give_slots(plan.rounds, slots, 4, plan);
+    give_room(plan.rounds, numbers, plan);
     return plan;
 }
 
-RegisterPlan plan_pass_rows(const RowProblem& p, int slots, int largest_cluster) {
+RegisterPlan plan_pass_rows(const RowProblem& p, PassNumbers numbers, int largest_cluster) {
     constexpr int enough_threads = 256;
-    const int most = kMostSlots / slots;
+    const int most = most_classes(numbers);
     RegisterPlan plan;
     if ((plan.is_column = are_columns(p))) {
         if (p.num_classes > most * (kMostColumnThreads / 32)) return {};
@@ -229,7 +257,8 @@ RegisterPlan plan_pass_rows(const RowProblem& p, int slots, int largest_cluster)
         plan.lanes = static_cast<int>(lanes);
         plan.threads = plan.lanes == 32 ? kTileThreads : plan.lanes;
     }
-    give_slots(static_cast<int>(divide_up(plan.share, plan.lanes)), slots, 4, plan);
+    if (!take_class_steps(p, plan.lanes, plan)) return {};
+    give_room(static_cast<int>(divide_up(plan.share, plan.lanes)), numbers, plan);
     return plan;
 }
 

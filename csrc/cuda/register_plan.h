@@ -6,7 +6,7 @@
 
 namespace fused_losses::cuda {
 
-constexpr int kTileThreads = 128, kMostColumnThreads = 384, kColumnHeld = 16;
+constexpr int kTileThreads = 128, kMostColumnThreads = 384;
 
 // Blocks of a tile's kernel that fit on a multiprocessor by their registers, and what a tile may take then. Fewer
 // threads with larger tiles have as many bytes on their way as more threads have with smaller ones, and what is done
@@ -53,10 +53,20 @@ constexpr DirectKernel kDirectKernels[] = {
     {Factors::kOnes, false, 32}, {Factors::kRead, false, 16},
 };
 
+// For rows side by side: a thread has so many classes of a row at most, and the first always() of them.
+struct ColumnKernel {
+    Factors factors;
+    int held;
+
+    constexpr int always() const { return factors != Factors::kNone ? 0 : held == 11 ? 1 : held / 2; }
+};
+constexpr ColumnKernel kColumnKernels[] = {
+    {Factors::kNone, 11}, {Factors::kNone, 19}, {Factors::kOnes, 16}, {Factors::kRead, 16}};
+
 struct RegisterPlan {
     // Of a row: a power of two up to 32 in a tile; else a warp or a block, of a cluster perhaps.
     int lanes = 0;
-    int kernel = 0;                     // of kTileKernels or kDirectKernels
+    int kernel = 0;                     // of kTileKernels, kDirectKernels or kColumnKernels
     int held = 0;                       // numbers that the kernel has room for
     int rounds = 0, longer = 32;        // accesses of a lane in a tile, of 4 bytes; one less from lane `longer` on
     int share = 0;                      // accesses of a block of a cluster, of 16 bytes
@@ -65,9 +75,10 @@ struct RegisterPlan {
     Factors factors = Factors::kNone;   // that the kernel is compiled for
     bool is_column = false;             // neighbouring threads have neighbouring rows
     bool is_paired = false;             // two rows of 16-bit numbers are four aligned bytes, for every class
-    unsigned logits_step = 0, grad_step = 0, target_step = 0;  // bytes from a row to the next
-    int pitch = 0, slot_bytes = 0;                             // numbers of a thread in shared memory, bytes of a block
-    bool is_ragged = false;                                    // some rows have numbers beside their whole accesses
+    unsigned logits_step = 0, grad_step = 0,
+             target_step = 0;       // bytes from a row to the next, or from one of a thread's classes
+    int pitch = 0, slot_bytes = 0;  // numbers of a thread in shared memory, bytes of a block
+    bool is_ragged = false;         // some rows have numbers beside their whole accesses
 
     explicit operator bool() const { return lanes > 0; }
 
@@ -88,12 +99,17 @@ int conflicts_of(const RowProblem& p, const RegisterPlan& plan);
 RegisterPlan plan_direct(const RowProblem& p, Factors factors, int largest_cluster);
 
 // For rows that lie side by side.
-RegisterPlan plan_columns(const RowProblem& p);
+RegisterPlan plan_columns(const RowProblem& p, Factors factors);
 
-// The same for losses of several passes, which have their numbers in shared memory, `slots` to a class: rows in tiles,
-// and rows that lie anyhow.
-RegisterPlan plan_pass_tiles(const RowProblem& p, int slots, int multiprocessors);
-RegisterPlan plan_pass_rows(const RowProblem& p, int slots, int largest_cluster);
+// The same for losses of several passes, which keep so many numbers of a class in registers or in shared memory: rows
+// in tiles, and rows that lie anyhow.
+constexpr int kMostKeptInRegisters = 32;  // numbers of a thread
+struct PassNumbers {
+    int of_class;
+    bool in_registers;
+};
+RegisterPlan plan_pass_tiles(const RowProblem& p, PassNumbers numbers, int multiprocessors);
+RegisterPlan plan_pass_rows(const RowProblem& p, PassNumbers numbers, int largest_cluster);
 
 // For rows of any length that lie anyhow: threads have a few of their numbers at a time.
 RegisterPlan plan_any_rows(const RowProblem& p, int slots);

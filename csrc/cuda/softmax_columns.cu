@@ -1,58 +1,85 @@
 // Softmax losses of rows that lie side by side, such as the pixels of NCHW: a lane has neighbouring rows, as many as
-// four bytes hold, and a few classes of them in registers; the warps of a block share the classes. So all accesses of a
+// four bytes hold, and some classes of them in registers; the warps of a block share the classes. So all accesses of a
 // warp are to neighbours, and packed numbers are of different rows. Forward with its gradient, or backward alone.
 #include "cuda/packed.cuh"
 #include "cuda/row_end.cuh"
+#include "cuda/row_team.cuh"
 
 namespace fused_losses::cuda {
 namespace {
 
 constexpr int kWarp = 32, kMostParts = kMostColumnThreads / kWarp;
 
-template <class Stored, bool kFactors>
+// Some numbers of a thread, to be moved at once.
+template <class T, int m>
+struct alignas(m % 4 == 0   ? 16
+               : m % 2 == 0 ? 8
+                            : 4) Numbers {
+    T of[m];
+};
+
+template <class Stored, Factors kFactors, int kHeld>
 class Columns {
     static constexpr int n = Word<Stored>::count;
+    static constexpr int kAlways = ColumnKernel{kFactors, kHeld}.always();
     static constexpr float kLowest = -std::numeric_limits<float>::infinity();
-    using Words = unsigned[kColumnHeld];
-    // Of two columns there is no room for them: they are one instruction then.
+    static constexpr bool kReadsU = kFactors == Factors::kRead;
+    // Of two columns there is no room for the exponentials, and they are one instruction then; else they take the
+    // place of their logits.
     static constexpr bool kAgain = n == 2;
-    using Exponentials = float[kAgain ? 1 : kColumnHeld][n];
+    static constexpr int kSums = kFactors == Factors::kNone ? 1 : kReadsU ? 3 : 2;
+    using Words = unsigned[kHeld];
+    using State = SoftmaxState<float>;
 
 public:
-    FL_DEVICE Columns(const RegisterArgs& a, LossSums& sums)
+    struct Shared {
+        unsigned top[kMostParts][kWarp];
+        Numbers<float, kSums * n> sums[kMostParts][kWarp];
+        Coefficients<float> coefficients[n][kWarp];
+    };
+
+    FL_DEVICE Columns(const RegisterArgs& a, LossSums& sums, Shared& s)
         : args(a),
           p(a.problem),
+          shared(s),
           end(a, sums),
           bias(bias_of(a)),
           share(written_share<float>(p)),
           lane(threadIdx.x % kWarp),
           part(threadIdx.x / kWarp),
-          begin(part * a.plan.share),
-          count(max(0, min(a.plan.share, static_cast<int>(p.num_classes) - begin))) {}
+          begin(part * static_cast<int>(p.num_classes) / a.plan.lanes),
+          count((part + 1) * static_cast<int>(p.num_classes) / a.plan.lanes - begin) {}
 
     // The columns from `first` on, of an image of the problem's `inner`. For all threads of the block.
     FL_DEVICE void run(std::int64_t outer, std::int64_t first) {
-        const Row row{outer * p.inner + first + lane * n, outer, first + lane * n};
+        const Place place{outer, first + lane * n};
         Column of[n];
 #pragma unroll
-        for (int j = 0; j < n; ++j) of[j] = column(row_of(row, j));
-        const Stored* const logits = as<Stored>(p.logits) + p.logits_stride.at(outer, row.inner);
+        for (int j = 0; j < n; ++j) of[j] = column(row_of(place, j));
+        // Who has nothing to read reads what others do.
+        const bool reads = of[0].reads() || of[n - 1].reads();
+        const Stored* const logits = as<Stored>(p.logits) + p.logits_stride.at(outer, reads ? place.inner : 0);
+#pragma unroll
+        for (int j = 0; j < n; ++j)
+            if (of[j].cls >= 0)
+                of[j].target_logit =
+                    to_acc(logits[j * p.logits_stride.inner + of[j].cls * p.logits_class_stride]) + bias;
         Words w;
         read(logits, of, w);
         float pivot[n];
-        find_pivots(w, of, row, logits, pivot);
-        Exponentials e;
+        find_pivots(w, of, place, pivot);
         State state[n];
-        take_exponentials(w, of, row, pivot, e, state);
+        take_exponentials(w, of, place, pivot, state);
         Coefficients<float> c[n];
-        find_coefficients(of, row, pivot, state, c);
-        if (p.grad) write(of, row, pivot, w, e, c);
+        find_coefficients(of, place, pivot, state, c);
+        if (p.grad && of[0].exists()) write(of, place, pivot, w, c);
     }
 
 private:
-    using State = SoftmaxState<float>;
-
-    // In few registers.
+    // Of a lane's first column: in few registers, as all that stays.
+    struct Place {
+        std::int64_t outer, inner;
+    };
     struct Column {
         static constexpr int kIgnored = -2, kMissing = -3;
         int cls;
@@ -67,57 +94,74 @@ private:
         const Target target = target_of(p, row);
         return {target.ignored ? Column::kIgnored : target.cls, 0.0f};
     }
+    // With a bias, the target's logit is not that of the column: it counts as -inf there, for itself after the sums.
     FL_DEVICE bool is_apart(const Column& of) const { return bias != 0.0f && of.cls >= 0; }
+    // Kernels that sum no u_j are for forward alone.
+    FL_DEVICE bool is_saved() const { return kFactors != Factors::kNone && args.is_saved; }
+    FL_DEVICE bool has(int k) const { return k < kAlways || k < count; }
+    static FL_DEVICE unsigned half(int j) { return n == 1 ? 0xffffffffu : 0xffffu << 16 * j; }
+    FL_DEVICE Row row_of(const Place& first, int j) const {
+        return {first.outer * p.inner + first.inner + j, first.outer, first.inner + j};
+    }
+    FL_DEVICE float u_of(const Row& row, int cls) const {
+        return kReadsU ? ClassFactorReader<float>(p, args, row)(cls) : 1.0f;
+    }
+    template <class Body>
+    FL_DEVICE void each_class(Body body) const {
+#pragma unroll
+        for (int k = 0; k < kHeld; ++k) body(k);
+    }
+
+    // For the compiler another number, so that it does not keep what it has made of the first.
+    static FL_DEVICE unsigned as_new(unsigned word) {
+#ifdef __CUDA_ARCH__
+        asm volatile("" : "+r"(word));
+#endif
+        return word;
+    }
 
     // What is not read is -inf.
     FL_DEVICE void read(const Stored* x, const Column (&of)[n], Words& w) const {
+        const char* const from = reinterpret_cast<const char*>(x) + std::uint64_t(args.plan.logits_step) * begin;
+        const auto at = [&](int k) { return from + std::uint64_t(args.plan.logits_step) * k; };
+        if (n == 1 || args.plan.is_paired) {
+            each_class(
+                [&](int k) { w[k] = has(k) ? *reinterpret_cast<const unsigned*>(at(k)) : Word<Stored>::lowest; });
+        } else {
+            const std::int64_t beside = of[n - 1].exists() ? p.logits_stride.inner : 0;
+            each_class([&](int k) {
+                const auto* const each = reinterpret_cast<const Stored*>(at(k));
+                w[k] = has(k) ? Word<Stored>::of(each[0], each[beside]) : Word<Stored>::lowest;
+            });
+        }
         unsigned taken = 0;
 #pragma unroll
         for (int j = 0; j < n; ++j)
-            if (of[j].reads()) taken |= n == 1 ? 0xffffffffu : 0xffffu << 16 * j;
-        x += begin * p.logits_class_stride;
-        const bool is_whole = args.plan.is_paired && of[n - 1].exists();
+            if (of[j].reads()) taken |= half(j);
+        each_class([&](int k) { w[k] = (w[k] & taken) | (Word<Stored>::lowest & ~taken); });
+        if (bias == 0.0f) return;
 #pragma unroll
-        for (int k = 0; k < kColumnHeld; ++k, x += p.logits_class_stride) {
-            w[k] = Word<Stored>::lowest;
-            if (k >= count || taken == 0) continue;
-            if (is_whole)
-                w[k] = *reinterpret_cast<const unsigned*>(x);
-            else
-                w[k] = join(x, p.logits_stride.inner, of);
-            w[k] = (w[k] & taken) | (Word<Stored>::lowest & ~taken);
-        }
+        for (int j = 0; j < n; ++j)
+            each_class([&](int k) {
+                if (k + begin == of[j].cls) w[k] = (w[k] & ~half(j)) | (Word<Stored>::lowest & half(j));
+            });
     }
 
-    static FL_DEVICE unsigned join(const Stored* x, std::int64_t stride, const Column (&of)[n]) {
-        if constexpr (n == 1) {
-            return std::bit_cast<unsigned>(*x);
-        } else {
-            Stored both[2] = {x[0], x[0]};
-            if (of[1].exists()) both[1] = x[stride];
-            return Word<Stored>::join(both);
-        }
-    }
-
-    // Maxima of the columns. With a bias, the target's logit is not that of the column: it counts as -inf in w, for
-    // itself after the sums.
-    FL_DEVICE void find_pivots(Words& w, Column (&of)[n], const Row& row, const Stored* x, float (&pivot)[n]) {
+    FL_DEVICE void find_pivots(const Words& w, const Column (&of)[n], const Place& place, float (&pivot)[n]) const {
+        if (is_saved()) {
 #pragma unroll
-        for (int j = 0; j < n; ++j) {
-            if (of[j].cls >= 0)
-                of[j].target_logit = to_acc(x[j * p.logits_stride.inner + of[j].cls * p.logits_class_stride]) + bias;
-            if (is_apart(of[j])) set_apart(w, of[j].cls - begin, j);
-        }
-        if (args.is_saved) {
-#pragma unroll
-            for (int j = 0; j < n; ++j) pivot[j] = of[j].reads() ? as<float>(p.stats)[(row.number + j)] : 0.0f;
+            for (int j = 0; j < n; ++j) pivot[j] = of[j].reads() ? as<float>(p.stats)[row_of(place, j).number] : 0.0f;
             return;
         }
         unsigned top = w[0];
 #pragma unroll
-        for (int k = 1; k < kColumnHeld; ++k) top = Word<Stored>::larger(top, w[k]);
+        for (int k = 1; k < kHeld; ++k) top = Word<Stored>::larger(top, w[k]);
+        if (const int parts = args.plan.lanes; parts > 1) {
+            shared.top[part][lane] = top;
+            __syncthreads();
+            for (int other = 0; other < parts; ++other) top = Word<Stored>::larger(top, shared.top[other][lane]);
+        }
         Word<Stored>::widen(top, pivot);
-        reduce(pivot, Larger());
 #pragma unroll
         for (int j = 0; j < n; ++j) {
             if (is_apart(of[j])) pivot[j] = std::fmax(pivot[j], of[j].target_logit);
@@ -125,155 +169,150 @@ private:
         }
     }
 
-    static FL_DEVICE void set_apart(Words& w, int at, int j) {
-        const unsigned own = n == 1 ? 0xffffffffu : 0xffffu << 16 * j;
-#pragma unroll
-        for (int k = 0; k < kColumnHeld; ++k)
-            if (k == at) w[k] = (w[k] & ~own) | (Word<Stored>::lowest & own);
-    }
-
-    FL_DEVICE bool sums_u() const { return kFactors || p.class_factors != ClassFactors::kNone; }
-    static FL_DEVICE Row row_of(const Row& first, int j) { return {first.number + j, first.outer, first.inner + j}; }
-    FL_DEVICE float u_of(const Row& row, int cls) const {
-        return kFactors ? ClassFactorReader<float>(p, args, row)(cls) : 1.0f;
-    }
-
-    FL_DEVICE void take_exponentials(const Words& w, const Column (&of)[n], const Row& row, const float (&pivot)[n],
-                                     Exponentials& e, State (&state)[n]) {
+    FL_DEVICE void take_exponentials(Words& w, const Column (&of)[n], const Place& place, const float (&pivot)[n],
+                                     State (&state)[n]) const {
 #pragma unroll
         for (int j = 0; j < n; ++j) state[j] = {pivot[j], 0.0f, 0.0f, 0.0f};
-#pragma unroll
-        for (int k = 0; k < kColumnHeld; ++k) {
+        each_class([&](int k) {
             float z[n];
             Word<Stored>::widen(w[k], z);
 #pragma unroll
             for (int j = 0; j < n; ++j) {
                 const Exponential<Stored> exponential(pivot[j]);
-                const float x = exponential(z[j]);
-                state[j].sum += x;
-                if constexpr (!kAgain) e[k][j] = x;
-                if (sums_u() && k < count && of[j].reads() && !(is_apart(of[j]) && begin + k == of[j].cls))
-                    state[j].add(exponential.distance(z[j]), u_of(row_of(row, j), begin + k), 0.0f);
+                const float e = exponential(z[j]);
+                if constexpr (kFactors != Factors::kNone)
+                    if (!is_saved() && has(k) && of[j].reads() && !(is_apart(of[j]) && begin + k == of[j].cls))
+                        state[j].add(exponential.distance(z[j]), u_of(row_of(place, j), begin + k), 0.0f);
+                state[j].sum += e;
+                z[j] = e;
             }
-        }
-        if (args.is_saved) return;
-        float sums[3 * n];
+            if constexpr (!kAgain) w[k] = Word<Stored>::narrow(z);
+        });
+    }
+
+    // Over the classes of all warps.
+    FL_DEVICE void gather(int j, State& state) const {
+        const int parts = args.plan.lanes;
+        if (parts == 1) return;
+        float sums[kSums] = {};
+        for (int other = 0; other < parts; ++other)
 #pragma unroll
-        for (int j = 0; j < n; ++j)
-            sums[j] = state[j].sum, sums[n + j] = state[j].centred, sums[2 * n + j] = state[j].sum_u;
-        if (sums_u()) {
-            reduce(sums, Plus());
-        } else {
-            float only[n];
-            for (int j = 0; j < n; ++j) only[j] = sums[j];
-            reduce(only, Plus());
-            for (int j = 0; j < n; ++j) sums[j] = only[j];
-        }
-#pragma unroll
-        for (int j = 0; j < n; ++j) {
-            state[j].sum = sums[j], state[j].centred = sums[n + j], state[j].sum_u = sums[2 * n + j];
-            if (!is_apart(of[j])) continue;
-            const Exponential<Stored> exponential(pivot[j]);
-            state[j].add(exponential.distance(of[j].target_logit), sums_u() ? u_of(row_of(row, j), of[j].cls) : 0.0f,
-                         exponential(of[j].target_logit));
-        }
+            for (int i = 0; i < kSums; ++i) sums[i] += shared.sums[other][lane].of[i * n + j];
+        state.sum = sums[0];
+        if constexpr (kFactors != Factors::kNone) state.centred = sums[1];
+        if constexpr (kReadsU) state.sum_u = sums[2];
     }
 
     // The end of each column, by one of its threads.
-    FL_DEVICE void find_coefficients(const Column (&of)[n], const Row& row, const float (&pivot)[n],
-                                     const State (&state)[n], Coefficients<float> (&c)[n]) {
-        __shared__ Coefficients<float> of_column[n][kWarp];
-#pragma unroll
-        for (int j = 0; j < n; ++j) {
-            c[j] = {pivot[j], 0.0f, 0.0f, 0.0f};
-            if (args.is_saved && of[j].reads()) c[j] = saved_coefficients<float>(p, row_of(row, j));
-            if (args.is_saved || part != j % args.plan.lanes) continue;
-            if (of[j].reads()) {
-                const Exponential<Stored> exponential(pivot[j]);
-                c[j] =
-                    end.finish(row_of(row, j), Target{of[j].cls, false}, of[j].target_logit,
-                               exponential.distance(of[j].target_logit), exponential.log(state[j].sum), state[j], true);
-                c[j].scale(share);
-            } else if (of[j].exists()) {
-                end.ignore(row_of(row, j), true);
-            }
-            of_column[j][lane] = c[j];
-        }
-        if (args.is_saved || args.plan.lanes == 1) return;
-        __syncthreads();  // of_column is written again after one more barrier
-#pragma unroll
-        for (int j = 0; j < n; ++j) c[j] = of_column[j][lane];
-    }
-
-    FL_DEVICE void write(const Column (&of)[n], const Row& row, const float (&pivot)[n], const Words& w,
-                         const Exponentials& e, const Coefficients<float> (&c)[n]) const {
-        if (!of[0].exists()) return;
-        const std::int64_t next = p.grad_class_stride, beside = p.grad_stride.inner;
-        Stored* const grad = static_cast<Stored*>(p.grad) + p.grad_stride.at(row.outer, row.inner) + begin * next;
-        const bool is_whole = args.plan.is_paired && of[n - 1].exists();
-        Stored* to = grad;
-#pragma unroll
-        for (int k = 0; k < kColumnHeld; ++k, to += next) {
-            if (k >= count) continue;
-            float g[n], z[n];
-            Word<Stored>::widen(w[k], z);
+    FL_DEVICE void find_coefficients(const Column (&of)[n], const Place& place, const float (&pivot)[n],
+                                     State (&state)[n], Coefficients<float> (&c)[n]) {
+        const int parts = args.plan.lanes;
+        if (is_saved()) {
 #pragma unroll
             for (int j = 0; j < n; ++j) {
-                g[j] = c[j].alpha * (kAgain ? Exponential<Stored>(pivot[j])(z[j]) : e[k][j]);
-                if (!kFactors || of[j].reads()) g[j] += c[j].gamma * u_of(row_of(row, j), begin + k);
+                c[j] = {pivot[j], 0.0f, 0.0f, 0.0f};
+                if (of[j].reads()) c[j] = saved_coefficients<float>(p, row_of(place, j));
             }
-            const unsigned word = Word<Stored>::narrow(g);
-            if (is_whole) {
-                *reinterpret_cast<unsigned*>(to) = word;
-            } else {
-                Stored numbers[n];
-                std::memcpy(numbers, &word, sizeof(word));
-#pragma unroll
-                for (int j = 0; j < n; ++j)
-                    if (of[j].exists()) to[j * beside] = numbers[j];
-            }
+            return;
         }
+        if (parts > 1) {
+            Numbers<float, kSums * n> own;
+#pragma unroll
+            for (int j = 0; j < n; ++j) {
+                const float sums[] = {state[j].sum, state[j].centred, state[j].sum_u};
+                for (int i = 0; i < kSums; ++i) own.of[i * n + j] = sums[i];
+            }
+            shared.sums[part][lane] = own;
+            __syncthreads();
+        }
+#pragma unroll
+        for (int j = 0; j < n; ++j) {
+            if (part != j % parts) continue;
+            gather(j, state[j]);
+            c[j] = {pivot[j], 0.0f, 0.0f, 0.0f};
+            if (of[j].reads()) {
+                finish(of[j], row_of(place, j), pivot[j], state[j], c[j]);
+            } else if (of[j].exists()) {
+                end.ignore(row_of(place, j), true);
+            }
+            if (parts > 1) shared.coefficients[j][lane] = c[j];
+        }
+        if (parts == 1) return;
+        __syncthreads();
+#pragma unroll
+        for (int j = 0; j < n; ++j) c[j] = shared.coefficients[j][lane];
+    }
+
+    FL_DEVICE void finish(const Column& of, const Row& row, float pivot, State& state, Coefficients<float>& c) {
+        const Exponential<Stored> exponential(pivot);
+        const float distance = exponential.distance(of.target_logit);
+        if constexpr (kFactors == Factors::kOnes) state.sum_u = static_cast<float>(p.num_classes);
+        if (is_apart(of)) {
+            const float u = kReadsU ? u_of(row, of.cls) : 0.0f;
+            state.add(distance, kFactors == Factors::kOnes ? 1.0f : u, exponential(of.target_logit));
+            if constexpr (kFactors == Factors::kOnes) state.sum_u -= 1.0f;
+        }
+        c = end.template finish<kFactors>(row, Target{of.cls, false}, of.target_logit, distance,
+                                          exponential.log(state.sum), state, true);
+        c.scale(share);
+    }
+
+    FL_DEVICE void write(const Column (&of)[n], const Place& place, const float (&pivot)[n], const Words& w,
+                         const Coefficients<float> (&c)[n]) const {
+        Stored* const grad = static_cast<Stored*>(p.grad) + p.grad_stride.at(place.outer, place.inner);
+        const std::int64_t beside = p.grad_stride.inner;
+        char* const to = reinterpret_cast<char*>(grad) + std::uint64_t(args.plan.grad_step) * begin;
+        const auto write_words = [&](auto store) {
+            each_class([&](int k) {
+                float z[n], g[n];
+                Word<Stored>::widen(kAgain ? as_new(w[k]) : w[k], z);
+#pragma unroll
+                for (int j = 0; j < n; ++j) {
+                    g[j] = c[j].alpha * (kAgain ? Exponential<Stored>(pivot[j])(z[j]) : z[j]);
+                    if constexpr (kFactors != Factors::kNone)
+                        if (has(k) && of[j].reads()) g[j] += c[j].gamma * u_of(row_of(place, j), begin + k);
+                }
+                const unsigned word = Word<Stored>::narrow(g);
+                if (has(k)) store(to + std::uint64_t(args.plan.grad_step) * k, word);
+            });
+        };
+        if (n == 1 || args.plan.is_paired)
+            write_words([](char* at, unsigned word) { *reinterpret_cast<unsigned*>(at) = word; });
+        else
+            write_words([&](char* at, unsigned word) {
+                Stored each[n];
+                std::memcpy(each, &word, sizeof word);
+                reinterpret_cast<Stored*>(at)[0] = each[0];
+                if (of[n - 1].exists()) reinterpret_cast<Stored*>(at)[beside] = each[n - 1];
+            });
 #pragma unroll
         for (int j = 0; j < n; ++j) {
             const int at = of[j].cls - begin;
-            if (!of[j].reads() || static_cast<unsigned>(at) >= static_cast<unsigned>(count)) continue;
-            const float target_e = Exponential<Stored>(pivot[j])(of[j].target_logit);
-            grad[at * next + j * beside] =
-                to_stored<Stored>(c[j].of_exponential(target_e, u_of(row_of(row, j), of[j].cls), true));
-        }
-    }
-
-    // Over the warps of the block, for all of them.
-    template <int m, class Combine>
-    FL_DEVICE void reduce(float (&x)[m], Combine combine) {
-        const int parts = args.plan.lanes;
-        if (parts == 1) return;
-        __shared__ float of_thread[2][m][kMostColumnThreads];
-        turn ^= 1;  // who is late reads one half while others write to the other
-#pragma unroll
-        for (int i = 0; i < m; ++i) of_thread[turn][i][threadIdx.x] = x[i];
-        __syncthreads();
-#pragma unroll
-        for (int i = 0; i < m; ++i) {
-            x[i] = of_thread[turn][i][lane];
-            for (int other = 1; other < parts; ++other) x[i] = combine(x[i], of_thread[turn][i][lane + other * kWarp]);
+            if (of[j].cls < 0 || static_cast<unsigned>(at) >= static_cast<unsigned>(count)) continue;
+            const float e = Exponential<Stored>(pivot[j])(of[j].target_logit);
+            const float g = c[j].of_exponential(e, u_of(row_of(place, j), of[j].cls), true);
+            grad[of[j].cls * p.grad_class_stride + j * beside] = to_stored<Stored>(g);
         }
     }
 
     const RegisterArgs& args;
     const RowProblem& p;
+    Shared& shared;  // each part of it is read between barriers that no thread passes before its other use
     RowEnd<float> end;
     const float bias, share;
     const int lane, part, begin, count;
-    int turn = 0;
 };
 
-template <class Stored, bool kFactors>
+template <class Stored, Factors kFactors, int kHeld>
 __global__ void __launch_bounds__(kMostColumnThreads, 2) softmax_in_columns(const __grid_constant__ RegisterArgs args) {
     const RowProblem& p = args.problem;
     if (args.is_saved && is_already_written<float>(p)) return;
-    LossSums sums{0, 0};
-    Columns<Stored, kFactors> columns(args, sums);
+    using Worker = Columns<Stored, kFactors, kHeld>;
+    __shared__ typename Worker::Shared shared;
+    __shared__ LossSums of_thread[kMostColumnThreads];
+    LossSums& sums = of_thread[threadIdx.x];  // registers have other uses
+    sums = {0, 0};
+    Worker columns(args, sums, shared);
     constexpr int at_once = kWarp * Word<Stored>::count;
     const std::int64_t of_image = (p.inner + at_once - 1) / at_once, all = of_image * p.outer;
     for (std::int64_t number = blockIdx.x; number < all; number += gridDim.x) {
@@ -285,17 +324,22 @@ __global__ void __launch_bounds__(kMostColumnThreads, 2) softmax_in_columns(cons
 
 }  // namespace
 
-template <class Stored, bool kFactors>
+template <class Stored>
 cudaError_t enqueue_columns(RegisterArgs& args, cudaStream_t stream) {
     const RowProblem& p = args.problem;
     constexpr std::int64_t at_once = kWarp * Word<Stored>::count;
-    return launch_all_resident(&softmax_in_columns<Stored, kFactors>, {args.plan.threads, 0, 1},
-                               p.outer * ((p.inner + at_once - 1) / at_once), stream, args);
+    const std::int64_t wanted = p.outer * ((p.inner + at_once - 1) / at_once);
+    cudaError_t error = cudaErrorInvalidValue;
+    visit_indices<std::size(kColumnKernels)>([&]<std::size_t i>() {
+        constexpr ColumnKernel kernel = kColumnKernels[i];
+        if (args.plan.kernel == i)
+            error = launch_all_resident(&softmax_in_columns<Stored, kernel.factors, kernel.held>,
+                                        {args.plan.threads, 0, 1}, wanted, stream, args);
+    });
+    return error;
 }
 
-#define FL_COLUMNS(Stored)                                                            \
-    template cudaError_t enqueue_columns<Stored, false>(RegisterArgs&, cudaStream_t); \
-    template cudaError_t enqueue_columns<Stored, true>(RegisterArgs&, cudaStream_t);
+#define FL_COLUMNS(Stored) template cudaError_t enqueue_columns<Stored>(RegisterArgs&, cudaStream_t);
 FL_COLUMNS(float)
 FL_COLUMNS(Half)
 FL_COLUMNS(BFloat16)

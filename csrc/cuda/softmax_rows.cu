@@ -164,9 +164,7 @@ cudaError_t enqueue_held(RegisterArgs& args, cudaStream_t stream) {
         error = enqueue_tiles<Stored>(args, stream);
         if (error != kDoesNotFit) return error;
     }
-    if ((args.plan = plan_columns(p)))
-        return own == Factors::kRead ? enqueue_columns<Stored, true>(args, stream)
-                                     : enqueue_columns<Stored, false>(args, stream);
+    if ((args.plan = plan_columns(p, factors))) return enqueue_columns<Stored>(args, stream);
     for (int largest = kMaxCluster; largest > 0; largest /= 2) {
         if (!(args.plan = plan_direct(p, factors, largest))) continue;
         error = enqueue_registers<Stored>(args, stream);

@@ -153,16 +153,16 @@ inline void check_shared_out(const char* what, std::int64_t classes, int lanes, 
 
 inline void test_pass_plans() {
     for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16})
-        for (const int slots : {1, 2, 3})
+        for (const PassNumbers numbers : {PassNumbers{1, false}, {2, false}, {3, false}, {1, true}, {2, true}})
             for (int classes = 1; classes < 200000; classes += 1 + classes / 3) {
                 RowProblem p;
                 p.dtype = dtype, p.inner = 1000, p.num_classes = classes;
                 p.logits_stride = p.grad_stride = {0, classes};
-                if (const RegisterPlan plan = plan_pass_tiles(p, slots, 132))
+                if (const RegisterPlan plan = plan_pass_tiles(p, numbers, 132))
                     check_shared_out("tiles", classes, plan.lanes, plan.held,
                                      [&](int lane) { return ClassesOfThread(classes, lane, plan.rounds); });
-                check(classes > 400 || plan_pass_tiles(p, slots, 132), "%d classes: no tiles", classes);
-                const RegisterPlan plan = plan_pass_rows(p, slots, 16);
+                check(classes > 400 || plan_pass_tiles(p, numbers, 132), "%d classes: no tiles", classes);
+                const RegisterPlan plan = plan_pass_rows(p, numbers, 16);
                 check(plan || classes > 65536, "%d classes: no room", classes);
                 for (int rank = 0; rank < plan.cluster && plan; ++rank) {
                     const int begin = std::min(classes, rank * plan.share);
@@ -177,19 +177,27 @@ inline void test_pass_plans() {
 inline void test_column_plans() {
     RowProblem p;
     p.dtype = Dtype::kBFloat16, p.outer = 2, p.inner = 64 * 64;
-    for (const int classes : {17, 150, 192}) {
-        p.num_classes = classes, p.logits_class_stride = p.grad_class_stride = p.inner;
-        p.logits_stride = p.grad_stride = {p.inner * classes, 1};
-        const RegisterPlan plan = plan_columns(p);
-        check(plan && plan.is_paired && plan.share <= kColumnHeld && plan.share * plan.lanes >= classes,
-              "%d classes: %d parts of %d", classes, plan.lanes, plan.share);
-    }
+    for (int classes = 1; classes <= 192; ++classes)
+        for (const Factors factors : {Factors::kNone, Factors::kOnes, Factors::kRead}) {
+            p.num_classes = classes, p.logits_class_stride = p.grad_class_stride = p.inner;
+            p.logits_stride = p.grad_stride = {p.inner * classes, 1};
+            const RegisterPlan plan = plan_columns(p, factors);
+            check(plan && plan.is_paired && plan.factors == factors, "%d classes: not in columns", classes);
+            if (!plan) continue;
+            const ColumnKernel& kernel = kColumnKernels[plan.kernel];
+            check(kernel.factors == factors && kernel.held * plan.lanes >= classes &&
+                      classes / plan.lanes >= kernel.always() && plan.threads <= kMostColumnThreads,
+                  "%d classes: %d parts of %d", classes, plan.lanes, plan.held);
+        }
     p.num_classes = 5000;
-    check(!plan_columns(p) && !plan_pass_rows(p, 1, 16) && plan_any_rows(p, 1), "5000 classes: any rows");
+    check(!plan_columns(p, Factors::kNone) && !plan_pass_rows(p, {1, false}, 16) && plan_any_rows(p, 1),
+          "5000 classes: any rows");
     p.num_classes = 150, p.inner = p.logits_class_stride = p.grad_class_stride = 63 * 63;
-    check(plan_columns(p) && !plan_columns(p).is_paired, "an odd number of pixels");
+    check(plan_columns(p, Factors::kNone) && !plan_columns(p, Factors::kNone).is_paired, "an odd number of pixels");
+    p.logits_class_stride = std::int64_t(1) << 31;
+    check(!plan_columns(p, Factors::kNone), "classes too far apart");
     p.dtype = Dtype::kFloat64;
-    check(!plan_columns(p), "doubles");
+    check(!plan_columns(p, Factors::kNone), "doubles");
 }
 
 }  // namespace fused_losses_test
