@@ -64,10 +64,9 @@ struct RowProblem {
 
     // Outputs of forward
     void* row_values = nullptr;  // acc [rows], sample_weight * value
-    // acc [stats_count][rows]. Softmax losses: max, alpha / sum exp(z - max), beta (on the CPU dL/dz_y)[, gamma]
+    // acc [stats_count][rows]. Softmax losses: in the order of SavedNumber (softmax_loss.h).
     void* stats = nullptr;
-    // What rows look like (row_statistics.h): acc [kRowStatistics][rows] and [rows]. A loss fills both or, on CUDA,
-    // none.
+    // What rows look like (row_statistics.h): acc [kRowStatistics][rows] and [rows].
     void* row_statistics = nullptr;
     std::int64_t* argmax = nullptr;
     void* grad = nullptr;  // dtype

@@ -115,7 +115,7 @@ public:
             if (reads) {
                 coefficients =
                     end.template finish<kFactors>(row, target, target_logit, exponential.distance(target_logit),
-                                                  exponential.log(state.sum), state, team.leads);
+                                                  target_e, exponential.log(state.sum), state, team.leads);
                 coefficients.scale(share);
             } else if (place.exists) {
                 ignore(team, number);
@@ -128,10 +128,8 @@ public:
             place.grad()[extra_class] = to_stored<Stored>(g);
         }
         team.sync();
-        if (has_target && place.owns(target.cls)) {
-            const float g = gradient_of(coefficients, target_e, u_of(factor, target.cls));
-            place.grad()[target.cls] = to_stored<Stored>(g + coefficients.beta);
-        }
+        if (has_target && place.owns(target.cls))
+            place.grad()[target.cls] = to_stored<Stored>(coefficients.target_grad);
     }
 
 private:
@@ -151,7 +149,7 @@ private:
     }
     // Kernels that sum no u_j are for forward alone.
     FL_DEVICE bool is_saved() const { return kFactors != Factors::kNone && args.is_saved; }
-    // But for beta.
+    // Of a class that is not the target.
     static FL_DEVICE float gradient_of(const Coefficients<float>& c, float exponential, float u) {
         const float g = c.alpha * exponential;
         return kFactors == Factors::kNone ? g : g + c.gamma * u;

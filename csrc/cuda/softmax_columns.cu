@@ -190,9 +190,9 @@ private:
             if (args.is_saved || part != j % args.plan.lanes) continue;
             if (of[j].reads()) {
                 const Exponential<Stored> exponential(pivot[j]);
-                c[j] =
-                    end.finish(row_of(row, j), Target{of[j].cls, false}, of[j].target_logit,
-                               exponential.distance(of[j].target_logit), exponential.log(state[j].sum), state[j], true);
+                c[j] = end.finish(row_of(row, j), Target{of[j].cls, false}, of[j].target_logit,
+                                  exponential.distance(of[j].target_logit), exponential(of[j].target_logit),
+                                  exponential.log(state[j].sum), state[j], true);
                 c[j].scale(share);
             } else if (of[j].exists()) {
                 end.ignore(row_of(row, j), true);
@@ -237,9 +237,7 @@ private:
         for (int j = 0; j < n; ++j) {
             const int at = of[j].cls - begin;
             if (!of[j].reads() || static_cast<unsigned>(at) >= static_cast<unsigned>(count)) continue;
-            const float target_e = Exponential<Stored>(pivot[j])(of[j].target_logit);
-            grad[at * next + j * beside] =
-                to_stored<Stored>(c[j].of_exponential(target_e, u_of(row_of(row, j), of[j].cls), true));
+            grad[at * next + j * beside] = to_stored<Stored>(c[j].target_grad);
         }
     }
 

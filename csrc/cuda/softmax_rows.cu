@@ -122,8 +122,9 @@ __global__ void __launch_bounds__(kBlock, 2) softmax_of_rows(const __grid_consta
             coefficients = saved_coefficients<A>(p, row);
         } else {
             const A target_logit = mine.target_logit();
-            coefficients = end.finish(row, target, target_logit, target_logit - state.max, math::log(state.sum), state,
-                                      team.leads);
+            const A target_distance = target_logit - state.max;
+            coefficients = end.finish(row, target, target_logit, target_distance, math::exp(target_distance),
+                                      math::log(state.sum), state, team.leads);
             coefficients.scale(share);
         }
         if (p.grad) mine.write_gradient(coefficients);

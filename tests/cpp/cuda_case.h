@@ -86,6 +86,7 @@ private:
         check(before == inputs(), "%s: an input was written to", name.c_str());
         for_rows([&](std::int64_t o, std::int64_t i) {
             Base::compare_value(o, i, once.values.at(o, i));
+            Base::compare_saved(once.stats, o, i);
             Base::compare_gradient(once.grad, "backward", o, i);
         });
         compare_reduction(once);

@@ -99,6 +99,28 @@ protected:
         }
     }
 
+    // What a softmax loss saves of a row, as SavedNumber says: the gradient follows, and so does that of the label.
+    void compare_saved(Guarded<A>& stats, std::int64_t o, std::int64_t i) {
+        if (is_multi_reduction_loss(p.loss) || p.stats_count == 0) return;
+        double saved[4] = {};
+        for (int k = 0; k < p.stats_count; ++k) saved[k] = double(stats.at(0, k * p.rows() + o * p.inner + i));
+        if (ignored(o, i)) {
+            for (const double x : saved) check(x == 0, "%s: an ignored row has saved %.9g", name.c_str(), x);
+            return;
+        }
+        const NaiveResult& want = expected_of(o, i);
+        const std::int64_t label = soft ? -1 : target_of(o, i);
+        for (int c = 0; c < shape.classes; ++c) {
+            const double z = double(widen(logits.at(o, i, c)));
+            const double of_others =
+                saved[kSavedAlpha] * std::exp(z - saved[kSavedMax]) + saved[kSavedGamma] * factor_of(o, i, c);
+            const double got = c == label ? saved[kSavedTargetGrad] : of_others, exact = double(want.grad[c]);
+            check(std::fabs(got - exact) <= tolerance_of(want), "%s: saved numbers give the gradient %.9g, not %.9g",
+                  name.c_str(), got, exact);
+        }
+        check(!soft || saved[kSavedTargetGrad] == 0, "%s: a row without a label has saved its gradient", name.c_str());
+    }
+
     // NaN or +inf makes its own row not finite and changes no bit of any other row. run(result) fills values and grad.
     template <class Result, class Run>
     void check_isolation(const Layout& grad_layout, Run run) {
@@ -128,6 +150,13 @@ protected:
     std::string name;
 
 private:
+    // u_j of SoftmaxRow
+    double factor_of(std::int64_t o, std::int64_t i, int c) {
+        if (p.class_factors == ClassFactors::kOnes) return 1;
+        const double weight = p.class_weight ? double(class_weight.at(0, 0, c)) : 1.0, s = p.params[0];
+        return soft ? weight * ((1 - s) * soft_of(o, i, c) + s / double(shape.classes)) : weight;
+    }
+
     NaiveResult naive_result(std::int64_t o, std::int64_t i) {
         NaiveRow row;
         row.y = soft ? 0 : int(target_of(o, i));

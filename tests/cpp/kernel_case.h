@@ -102,6 +102,7 @@ private:
         TileSums total, size, sums;
         for_rows([&](std::int64_t o, std::int64_t i) {
             if (values) Base::compare_value(o, i, result.values.at(o, i));
+            if (values) Base::compare_saved(result.stats, o, i);
             Base::compare_gradient(result.grad, pass, o, i);
             if (ignored(o, i)) return;
             total.value += sample_weight_of(o, i) * double(expected_of(o, i).value);
