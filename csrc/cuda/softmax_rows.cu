@@ -199,7 +199,8 @@ cudaError_t enqueue(const RowProblem& p, const LossOutput& out, bool is_saved, c
 }  // namespace
 
 cudaError_t enqueue_forward(const RowProblem& p, const LossOutput& out, cudaStream_t stream) {
-    return p.rows() == 0 && !out.loss ? cudaSuccess : enqueue(p, out, false, stream);
+    if (p.rows() == 0 && !out.loss) return cudaSuccess;
+    return is_about_labels(p) ? enqueue_labels(p, out, stream) : enqueue(p, out, false, stream);
 }
 
 cudaError_t enqueue_gradient(const RowProblem& p, cudaStream_t stream) {

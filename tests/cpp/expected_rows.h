@@ -14,9 +14,9 @@ public:
     using Base::Base;
 
 protected:
-    using Base::for_rows, Base::ignored, Base::soft_of, Base::target_of;
+    using Base::for_rows, Base::ignored, Base::labels_of, Base::soft_of, Base::target_of;
     using Base::logits, Base::class_weight, Base::margin, Base::sample_weight, Base::upstream, Base::scalars;
-    using Base::shape, Base::random, Base::naive, Base::soft, Base::bias, Base::p;
+    using Base::shape, Base::random, Base::naive, Base::soft, Base::mixes, Base::bias, Base::p;
     using typename Base::A, typename Base::P;
 
     template <class T>
@@ -140,7 +140,10 @@ protected:
                 finite &= bool(std::isfinite(widen(poisoned.grad.at(o, i, c))));
             }
             // A class of weight zero may hide what its rows' values are, not what their gradients are.
-            const bool weightless = bad && p.class_weight && !soft && class_weight.at(0, 0, target_of(o, i)) == A(0);
+            double weight = 0;
+            for (const auto& label : labels_of(o, i)) weight += soft ? 1 : label.factor * weight_of_class(label.cls);
+            const bool weightless = bad && weight == 0;
+            if (weightless && mixes) return;
             finite |= !weightless && bool(std::isfinite(poisoned.values.at(o, i)));
             check(bad ? !finite : same, "%s: row %lld, %lld beside a poisoned one", name.c_str(), (long long)o,
                   (long long)i);
@@ -150,6 +153,10 @@ protected:
     std::string name;
 
 private:
+    double weight_of_class(std::int64_t cls) {
+        return p.class_weight && cls >= 0 && cls < shape.classes ? double(class_weight.at(0, 0, cls)) : 1.0;
+    }
+
     // u_j of SoftmaxRow
     double factor_of(std::int64_t o, std::int64_t i, int c) {
         if (p.class_factors == ClassFactors::kOnes) return 1;
@@ -158,8 +165,18 @@ private:
     }
 
     NaiveResult naive_result(std::int64_t o, std::int64_t i) {
+        if (mixes) {
+            NaiveResult sum;
+            sum.grad.resize(shape.classes);
+            for (const auto& label : labels_of(o, i)) sum.add(label.factor, naive_result(o, i, int(label.cls)));
+            return sum;
+        }
+        return naive_result(o, i, soft ? 0 : int(target_of(o, i)));
+    }
+
+    NaiveResult naive_result(std::int64_t o, std::int64_t i, int label) {
         NaiveRow row;
-        row.y = soft ? 0 : int(target_of(o, i));
+        row.y = label;
         for (int c = 0; c < shape.classes; ++c) {
             row.logits.push_back(Real(widen(logits.at(o, i, c))) + (!soft && c == row.y ? bias : 0));
             if (p.class_weight) row.weight.push_back(double(class_weight.at(0, 0, c)));
