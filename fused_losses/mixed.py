@@ -125,15 +125,15 @@ def _in_one_read(entry: LossEntry, labels: _Labels, args: RowLossArguments) -> b
 
     It wants one share for all rows as a number, for which CUDA would wait, and tracing too.
     """
-    share = labels.share
-    is_scalar = isinstance(share, Tensor) and share.dim() == 0
-    tensors = (*args[1:6], labels.second, share if isinstance(share, Tensor) else None)
+    share = labels.share if isinstance(labels.share, Tensor) else None
+    waits = share is not None and share.dim() == 0 and (torch.compiler.is_compiling() or not share.is_cpu)
+    tensors = (*args[1:6], labels.second, share)
     return (
         entry.takes_probabilities
         and args.logit_bias == 0
         and args.logit_bias_tensor is None
         and not (args.target.is_floating_point() or labels.second.is_floating_point())
-        and not (is_scalar and (torch.compiler.is_compiling() or not share.is_cpu))
+        and not waits
         and not needs_reference(args.logits, *tensors)
     )
 
