@@ -53,8 +53,8 @@ cudaError_t enqueue_gradient(const RowProblem& p, cudaStream_t stream);
 cudaError_t enqueue_multi_reduction_forward(const RowProblem& p, const LossOutput& out, cudaStream_t stream);
 cudaError_t enqueue_multi_reduction_gradient(const RowProblem& p, cudaStream_t stream);
 
-// Of a softmax loss: whether more is asked than the loss of one label, and what does it. Fills row_values, grad, for any
-// upstream gradient (unless forward has already written just that), row_statistics, argmax and `out`, but no stats.
+// Of a softmax loss: whether more is asked than the loss of one label, and what does it. Fills row_values, grad, for
+// any upstream gradient (unless forward has already written just that), row_statistics, argmax and `out`, but no stats.
 bool is_about_labels(const RowProblem& p);
 cudaError_t enqueue_labels(const RowProblem& p, const LossOutput& out, cudaStream_t stream);
 
