@@ -2,18 +2,12 @@
 // factor each, or a share of every class; and the gradient from the logits alone.
 #pragma once
 
-#include "core/row_statistics.h"
 #include "cuda/row_end.cuh"
 #include "cuda/row_part.cuh"
+#include "cuda/statistics_output.cuh"
 #include "cuda/warp_tiles.cuh"
 
 namespace fused_losses::cuda {
-struct Smaller {  // NaN loses
-    template <class A>
-    FL_DEVICE A operator()(A a, A b) const {
-        return std::fmin(a, b);
-    }
-};
 
 template <class A>
 struct LabelArgs : PlannedArgs<A> {
@@ -176,23 +170,9 @@ private:
         team.reduce(sums, A(0), Plus());
         if (!team.leads || !exists) return;
         all.sum = sums[0], all.weighted = sums[1], all.index = first[0] == infinity ? 0 : static_cast<int>(first[0]);
-        write_statistics(mine, target, all);
-    }
-
-    FL_DEVICE void write_statistics(const OfThread& mine, const Target& target, RowSummary<A, int>& all) const {
         const auto logit_of = [&](int cls) { return read_logit<A>(p.dtype, mine.place, cls); };
-        RowStatisticsOf<A> found = all.finish(logit_of(target.cls), target.cls);
-        if (!(all.sum > A(0))) {  // rare
-            const int end = static_cast<int>(p.num_classes);
-            int nan = 0;
-            while (nan < end && logit_of(nan) == logit_of(nan)) ++nan;
-            if (nan < end) all.index = nan;
-            leave_undefined(found, nan < end);
-        }
-        p.argmax[mine.row.number] = all.index;
-        A* const to = static_cast<A*>(p.row_statistics) + mine.row.number;
-        for (int k = 0; k < kRowStatistics; ++k)
-            to[k * p.rows()] = target.ignored ? std::numeric_limits<A>::quiet_NaN() : found.v[k];
+        write_row_statistics(p, mine.row.number, target, all.sum, all.index,
+                             all.finish(logit_of(target.cls), target.cls), logit_of);
     }
 
     // The softmax sums relative to state.max, which is no infinity of a row whose classes are all masked.

@@ -1,6 +1,7 @@
-// Softmax losses of which more is asked than the loss of one label (label_row.cuh). As in passes.cuh a row is read
-// once: until its gradient is written it stays with the threads that share it, in shared memory, as floats whatever its
-// dtype. Longer rows are read again in each pass.
+// Softmax losses of which more is asked than the loss of one label: statistics where the kernels of register_row.cuh can
+// make them, and all the rest (label_row.cuh). As in passes.cuh a row is read once: until its gradient is written it
+// stays with the threads that share it, in shared memory, as floats whatever its dtype. Longer rows are read again in
+// each pass.
 #include "cuda/label_row.cuh"
 
 namespace fused_losses::cuda {
@@ -78,6 +79,42 @@ cudaError_t enqueue_of(const RowProblem& p, const LossOutput& out, cudaStream_t 
     return enqueue_any_rows<float, kShares>(args, stream);
 }
 
+// Statistics beside the loss of one label, of rows that fit into registers.
+template <class Stored>
+cudaError_t enqueue_held(RegisterArgs& args, cudaStream_t stream) {
+    constexpr Factors factors = Factors::kOnesAndStatistics;
+    int multiprocessors = 0;
+    cudaError_t error = find_multiprocessors(multiprocessors);
+    if (error != cudaSuccess) return error;
+    if ((args.plan = plan_tiles(args.problem, factors, multiprocessors))) {
+        error = enqueue_tiles<Stored>(args, stream);
+        if (error != kDoesNotFit) return error;
+    }
+    for (int largest = kMaxCluster; largest > 0; largest /= 2) {
+        if (!(args.plan = plan_direct(args.problem, factors, largest))) continue;
+        error = enqueue_registers<Stored>(args, stream);
+        if (error != kDoesNotFit) return error;
+    }
+    return kDoesNotFit;
+}
+
+bool is_for_registers(const RowProblem& p) {
+    const bool has_bias = p.logit_bias != 0 || p.logit_bias_device;
+    return p.argmax && !p.other_target && !has_bias && !(p.grad && p.upstream) && factors_of(p) != Factors::kRead;
+}
+
+cudaError_t enqueue_statistics_in_registers(const RowProblem& p, const LossOutput& out, cudaStream_t stream) {
+    if (!is_for_registers(p)) return kDoesNotFit;
+    RegisterArgs args(p, out);
+    switch (p.dtype) {
+        case Dtype::kFloat64: return kDoesNotFit;
+        case Dtype::kFloat32: return enqueue_held<float>(args, stream);
+        case Dtype::kFloat16: return enqueue_held<Half>(args, stream);
+        case Dtype::kBFloat16: return enqueue_held<BFloat16>(args, stream);
+    }
+    return cudaErrorInvalidValue;
+}
+
 // The weights of the rows' first labels and of their second ones. Where each row has a share, its weights are parts of
 // one denominator.
 template <class A>
@@ -108,6 +145,7 @@ bool is_about_labels(const RowProblem& p) {
 }
 
 cudaError_t enqueue_labels(const RowProblem& p, const LossOutput& out, cudaStream_t stream) {
+    if (const cudaError_t error = enqueue_statistics_in_registers(p, out, stream); error != kDoesNotFit) return error;
     constexpr std::int64_t exact = 1 << 24;  // class numbers are floats
     if (p.argmax && p.num_classes > exact && p.dtype != Dtype::kFloat64) {
         if (const cudaError_t error = enqueue_row_statistics(p, stream); error != cudaSuccess) return error;

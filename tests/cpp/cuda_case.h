@@ -100,6 +100,7 @@ private:
         });
         compare_reduction(once);
         test_gradient_of_forward(grad_layout);
+        if (looks) test_statistics_of_odd_rows(grad_layout);
     }
 
     // A parameter that may be a tensor is read from memory half of the time; the number in its place is none then.
@@ -167,6 +168,21 @@ private:
             check(close(got, want.v[k], P::computed), "%s: statistic %d: %.9g, not %.9g", name.c_str(), k, got,
                   want.v[k]);
         }
+    }
+
+    // Of rows with NaN, infinities and masked classes the losses are not finite, but statistics say why.
+    void test_statistics_of_odd_rows(const Layout& grad_layout) {
+        const double odd[] = {HUGE_VAL, -HUGE_VAL, std::nan("")};
+        for_rows([&](std::int64_t o, std::int64_t i) {
+            const bool all = random.one_in(8);
+            const double z = odd[random.below(3)];
+            for (int c = 0; c < shape.classes; ++c)
+                if (all || random.one_in(int(shape.classes))) logits.at(o, i, c) = narrow<Stored>(A(z));
+        });
+        Result result(grad_layout, p);
+        check(forward(with_outputs(result), result, true) == cudaSuccess, "%s: odd rows were not launched",
+              name.c_str());
+        for_rows([&](std::int64_t o, std::int64_t i) { compare_statistics(result, o, i); });
     }
 
     // The logits' own in half of the cases, so that rows can be read and written by vectors.
