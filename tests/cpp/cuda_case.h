@@ -75,14 +75,14 @@ public:
     }
 
     void test_isolation(const std::string& what) {
-        name = what;
+        name = full_name(what);
         choose_device();
         Base::template check_isolation<Result>(any_grad_layout(), [&](Result& r) { run(r); });
     }
 
 private:
     void test(const std::string& what, const Layout& grad_layout) {
-        name = what + (soft ? " soft" : "") + (mixes ? " mixed" : "") + (looks ? " with statistics" : "");
+        name = full_name(what);
         if (mixes) choose_label_denominators();
         const Inputs before = inputs();
         compute_expected();
@@ -101,6 +101,10 @@ private:
         compare_reduction(once);
         test_gradient_of_forward(grad_layout);
         if (looks) test_statistics_of_odd_rows(grad_layout);
+    }
+
+    std::string full_name(const std::string& what) const {
+        return what + (soft ? " soft" : "") + (mixes ? " mixed" : "") + (looks ? " with statistics" : "");
     }
 
     // A parameter that may be a tensor is read from memory half of the time; the number in its place is none then.

@@ -141,7 +141,8 @@ protected:
             }
             // A class of weight zero may hide what its rows' values are, not what their gradients are.
             double weight = 0;
-            for (const auto& label : labels_of(o, i)) weight += soft ? 1 : label.factor * weight_of_class(label.cls);
+            for (const auto& label : labels_of(o, i)) weight += soft ? 0 : label.factor * weight_of_class(label.cls);
+            for (int c = 0; c < shape.classes && soft; ++c) weight += soft_of(o, i, c) * weight_of_class(c);
             const bool weightless = bad && weight == 0;
             if (weightless && mixes) return;
             finite |= !weightless && bool(std::isfinite(poisoned.values.at(o, i)));
