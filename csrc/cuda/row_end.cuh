@@ -94,9 +94,9 @@ struct RowEnd {
         Coefficients<A> coefficients{state.max, affine.alpha * reciprocal(state.sum), affine.beta, affine.gamma};
         if (!sums_u || target.cls >= 0) {
             coefficients.target_grad += coefficients.alpha * target_e;
-            if constexpr (sums_u)
-                coefficients.target_grad +=
-                    affine.gamma * (p.class_factors == ClassFactors::kOnes ? A(1) : softmax.class_weight);
+            constexpr bool are_ones = kFactors == Factors::kOnes || kFactors == Factors::kOnesAndStatistics;
+            const bool is_one = are_ones || p.class_factors == ClassFactors::kOnes;
+            if (sums_u) coefficients.target_grad += is_one ? affine.gamma : affine.gamma * softmax.class_weight;
         }
         if (records) {
             const A value = sample_weight * affine.value;
