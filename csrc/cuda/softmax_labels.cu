@@ -1,7 +1,7 @@
-// Softmax losses of which more is asked than the loss of one label: statistics where the kernels of register_row.cuh can
-// make them, and all the rest (label_row.cuh). As in passes.cuh a row is read once: until its gradient is written it
-// stays with the threads that share it, in shared memory, as floats whatever its dtype. Longer rows are read again in
-// each pass.
+// Softmax losses of which more is asked than the loss of one label: statistics where the kernels of register_row.cuh
+// can make them, and all the rest (label_row.cuh). As in passes.cuh a row is read once: until its gradient is written
+// it stays with the threads that share it, in shared memory, as floats whatever its dtype. Longer rows are read again
+// in each pass.
 #include "cuda/label_row.cuh"
 
 namespace fused_losses::cuda {
