@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from fused_losses import _ops
 from fused_losses._arguments import LOSSES, RowLossArguments
 from fused_losses._checks import check_row_loss
-from fused_losses._reference import SOFT_TARGETS, row_loss_reference
+from fused_losses._reference import row_loss_reference
 from fused_losses.row_statistics import RowStatistics, row_statistics
 
 _in_function_transform = torch._C._are_functorch_transforms_active
@@ -63,7 +63,7 @@ def fused_row_loss(args: RowLossArguments) -> Tensor:
 
 
 def row_loss_and_statistics(args: RowLossArguments) -> tuple[Tensor, RowStatistics]:
-    """The loss and the statistics of the logits' rows; on the CPU, outside of traces, from one read."""
+    """The loss and the statistics of the logits' rows; from one read outside of traces, if there is such a kernel."""
     if not _has_statistics(args):
         return row_loss(args), row_statistics(args.logits, args.target, args.ignore_index)
     if args.logits.requires_grad and torch.is_grad_enabled():
@@ -74,9 +74,11 @@ def row_loss_and_statistics(args: RowLossArguments) -> tuple[Tensor, RowStatisti
 
 
 def _has_statistics(args: RowLossArguments) -> bool:
-    """Whether the kernel of the loss makes row statistics too."""
+    """Whether the kernel of the loss makes row statistics too: on CUDA where it is affine in the softmax."""
     logits, target = args.logits, args.target
-    if not (isinstance(logits, Tensor) and logits.is_cpu and is_plain(logits) and isinstance(target, Tensor)):
+    if not (isinstance(logits, Tensor) and is_plain(logits) and isinstance(target, Tensor)):
+        return False
+    if not (logits.is_cpu or LOSSES[args.loss].takes_probabilities):
         return False
     dense = all(tensor is None or tensor.layout is torch.strided for tensor in args[:6])
     return dense and not target.is_floating_point() and not needs_reference(*args[:6])
@@ -90,13 +92,11 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 
 def _has_no_kernel(args: RowLossArguments) -> bool:
-    """Class probabilities: on CUDA for all losses but cross entropy, on the CPU for those that take none."""
+    """Class probabilities, for losses whose kernels take none."""
     target = args.target
     if target.dtype is torch.int64 or not target.is_floating_point():
         return False
-    if args.logits.is_cpu and LOSSES[args.loss].takes_probabilities:
-        return False
-    return target.dim() == args.logits.dim() and args.loss not in SOFT_TARGETS
+    return target.dim() == args.logits.dim() and not LOSSES[args.loss].takes_probabilities
 
 
 def needs_reference(differentiable: Tensor, *others: Tensor | None) -> bool:
@@ -195,7 +195,7 @@ def row_loss_gradient(ctx: Any, grad_loss: Tensor) -> Tensor:
     if torch.is_grad_enabled():  # under create_graph the gradient must itself be differentiable
         loss = row_loss_reference(args)
         return torch.autograd.grad(loss, args.logits, grad_loss, create_graph=True)[0]
-    if stats is None:  # the CPU starts from the logits again
+    if stats is None:  # nothing was saved: it starts from the logits again
         stats = denominator = args.logits.new_empty(0)
     given = give_away(ctx, written, grad_loss)
     if given is not None and not given.is_cpu:

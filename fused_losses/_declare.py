@@ -43,7 +43,7 @@ _OPTIONS_DOC = """
 
 _PROBABILITIES_DOC = """ Or floating point probabilities
             ``u`` of the shape of ``logits``, as Mixup and CutMix make them: ``sum_k u_k weight[k] loss(logits, k)``,
-            the mean over rows, without ``logit_bias``; on CUDA in plain PyTorch."""
+            the mean over rows, without ``logit_bias``."""
 
 _COMMON = [
     inspect.Parameter("weight", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="Tensor | None"),

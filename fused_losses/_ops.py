@@ -44,6 +44,7 @@ row_loss_backward_: Callable[..., None] = torch.ops.fused_losses.row_loss_backwa
 mixed_loss: Callable[..., Tensor] = torch.ops.fused_losses.mixed_loss.default
 mixed_loss_with_grad: Callable[..., Tensors2] = torch.ops.fused_losses.mixed_loss_with_grad.default
 mixed_loss_backward: Callable[..., Tensor] = torch.ops.fused_losses.mixed_loss_backward.default
+mixed_loss_backward_: Callable[..., None] = torch.ops.fused_losses.mixed_loss_backward_.default
 row_statistics: Callable[..., Tensors2] = torch.ops.fused_losses.row_statistics.default
 row_loss_and_statistics: Callable[..., Tensors3] = torch.ops.fused_losses.row_loss_and_statistics.default
 row_loss_with_grad_and_statistics: Callable[..., Tensors4] = (
@@ -129,6 +130,11 @@ def _fake_mixed_loss_backward(
     grad_loss: Tensor, target: Tensor, share: Tensor | None, share_of_all: float, logits: Tensor, *rest: Any
 ) -> Tensor:
     return torch.empty_like(logits)
+
+
+@_fake
+def _fake_mixed_loss_backward_(*args: Any) -> None:
+    return None
 
 
 @_fake

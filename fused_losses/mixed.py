@@ -112,22 +112,28 @@ def _gradient(ctx: Any, args: RowLossArguments, labels: _Labels, written: Tensor
     if torch.is_grad_enabled():  # under create_graph the gradient must itself be differentiable
         return torch.autograd.grad(labels.by_formula(args), args.logits, grad_loss, create_graph=True)[0]
     given = give_away(ctx, written, grad_loss)
+    if given is not None and not given.is_cpu:
+        _ops.mixed_loss_backward_(grad_loss, given, *labels.of_operator, *args)
+        return given
     if given is not None and complete(given, grad_loss):
         return given
     return _ops.mixed_loss_backward(grad_loss, *labels.of_operator, *args)
 
 
 def _in_one_read(entry: LossEntry, labels: _Labels, args: RowLossArguments) -> bool:
-    """Whether there is a kernel: for the CPU, for losses that are affine in the softmax, which a bias would change."""
-    share = labels.share
-    tensors = (*args[1:6], labels.second, share if isinstance(share, Tensor) else None)
+    """Whether there is a kernel: for losses that are affine in the softmax, which a bias would change.
+
+    It wants one share for all rows as a number, for which CUDA would wait, and tracing too.
+    """
+    share = labels.share if isinstance(labels.share, Tensor) else None
+    waits = share is not None and share.dim() == 0 and (torch.compiler.is_compiling() or not share.is_cpu)
+    tensors = (*args[1:6], labels.second, share)
     return (
         entry.takes_probabilities
-        and args.logits.is_cpu
         and args.logit_bias == 0
         and args.logit_bias_tensor is None
         and not (args.target.is_floating_point() or labels.second.is_floating_point())
-        and not (torch.compiler.is_compiling() and isinstance(share, Tensor) and share.dim() == 0)
+        and not waits
         and not needs_reference(args.logits, *tensors)
     )
 
@@ -142,8 +148,9 @@ def mixed(
 ) -> Tensor:
     """``lam loss(a) + (1 - lam) loss(b)``: the loss of inputs that are mixed from two with different labels.
 
-    For mixup (1710.09412) and CutMix (1905.04899) with any row loss, without a matrix of targets. On the CPU the losses
-    that take probabilities, without ``logit_bias``, read the logits once; otherwise they are read once for each label.
+    For mixup (1710.09412) and CutMix (1905.04899) with any row loss, without a matrix of targets. The losses that take
+    probabilities, without ``logit_bias``, read the logits once; otherwise, and on CUDA where ``lam`` is a 0-dim tensor,
+    they are read once for each label.
 
     Args:
         loss: a name ("gce"), a function of :mod:`fused_losses.functional` or a Module, whose options are taken.

@@ -64,6 +64,48 @@ def test_a_captured_step_sees_new_logits_targets_and_bias(name: str, classes: in
             assert torch.equal(one, other)
 
 
+def with_shares(loss: fl.GCELoss, logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    shares = torch.nn.functional.one_hot(target, logits.shape[1]) * 0.75 + 0.25 / logits.shape[1]
+    return (loss(logits, shares),)
+
+
+def with_two_labels(loss: fl.GCELoss, logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    return (functional.mixed(loss, logits, target, target.flip(0), 0.3),)
+
+
+def with_statistics(loss: fl.GCELoss, logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    value, rows = loss(logits, target, return_row_stats=True)
+    return value, *rows
+
+
+MORE = {"shares": with_shares, "two labels": with_two_labels, "statistics": with_statistics}
+
+
+@pytest.mark.parametrize("classes", [10, 100, 1001, 30_000])
+@pytest.mark.parametrize("name", ["cross_entropy", "gce", "nce_agce"])
+@pytest.mark.parametrize("more", MORE)
+def test_a_captured_step_of_more_than_one_label(more: str, name: str, classes: int) -> None:
+    """In a graph, so nothing waits for the device; the same as on the CPU."""
+    torch.manual_seed(0)
+    logits, target = problem(70, classes)
+    loss = fl.LOSSES[name].module(weight=torch.rand(classes) + 0.5).cuda()
+
+    def step() -> tuple[Tensor, ...]:
+        found = MORE[more](loss, logits, target)
+        return *found, torch.autograd.grad(found[0], logits)[0]
+
+    graph, results = capture(step)
+    with torch.no_grad():
+        logits.copy_(torch.randn_like(logits))
+        target.copy_(torch.randint_like(target, classes))
+    graph.replay()
+    on_cpu = logits.detach().cpu().requires_grad_()
+    found = MORE[more](loss.cpu(), on_cpu, target.cpu())
+    expected = (*found, torch.autograd.grad(found[0], on_cpu)[0])
+    for one, other in zip(results, expected, strict=True):
+        torch.testing.assert_close(one.cpu(), other.detach(), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("statistic", ["logit", "prob", "loss"])
 @pytest.mark.parametrize("rows", [500, 20_000])
 def test_a_captured_step_sees_a_new_threshold(rows: int, statistic: str) -> None:

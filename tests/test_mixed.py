@@ -105,17 +105,18 @@ def test_every_layout_and_dtype(shape, dtype, device):
 
 
 @pytest.mark.parametrize("name", IN_ONE_READ)
-def test_one_read(name):
+def test_one_read(name, device):
     """Where there is a kernel it is used; later backwards and the second derivative are right, too."""
-    logits = torch.randn(8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    a, b = torch.arange(8) % 5, torch.arange(8) % 3
+    logits = torch.randn(8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
+    logits.requires_grad_()
+    a, b = torch.arange(8, device=device) % 5, torch.arange(8, device=device) % 3
 
     def loss(x):
         return fl.functional.mixed(name, x, a, b, 0.3)
 
     assert "_MixedLoss" in type(loss(logits).grad_fn).__name__
     first, second = loss(logits), loss(logits)
-    grads = [torch.autograd.grad(first, logits, torch.tensor(2.0), retain_graph=True)[0] for _ in range(2)]
+    grads = [torch.autograd.grad(first, logits, torch.tensor(2.0).to(first), retain_graph=True)[0] for _ in range(2)]
     torch.testing.assert_close(*grads)
     torch.testing.assert_close(grads[0], 2.0 * torch.autograd.grad(second, logits)[0])
     torch.testing.assert_close(torch.func.grad(loss)(logits.detach()) * 2.0, grads[0])

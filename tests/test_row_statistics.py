@@ -144,6 +144,10 @@ def test_compiled():
         assert torch.equal(a, b)
 
 
+# With statistics the CPU computes the loss as it does without, to the bit; CUDA has another kernel.
+ROUNDING = {"cpu": 0.0, "cuda": 1e-5}
+
+
 @pytest.mark.parametrize("name", fl.LOSSES)
 def test_at_the_call_of_every_module(name, device):
     logits = torch.randn(6, 5, device=device, requires_grad=True)
@@ -151,7 +155,8 @@ def test_at_the_call_of_every_module(name, device):
     criterion = fl.LOSSES[name].module(ignore_index=1)
     loss, rows = criterion(logits, target, return_row_stats=True)
     loss.backward()
-    assert torch.equal(loss, criterion(logits, target)) and logits.grad.isfinite().all()
+    torch.testing.assert_close(loss, criterion(logits, target), rtol=ROUNDING[device], atol=ROUNDING[device])
+    assert logits.grad.isfinite().all()
     for actual, field in zip(rows, fl.row_statistics(logits, target, 1), strict=True):
         torch.testing.assert_close(actual, field, equal_nan=True)
 
@@ -178,16 +183,19 @@ def test_from_the_read_of_a_loss(name, layout, dtype, device, monkeypatch):
     odd[0, 1], odd[1, 0], odd[-1] = math.nan, math.inf, -math.inf
     cases = [(z, labels, bias) for z in (logits, odd) for labels in (target, ignored) for bias in (0.0, 2.0, -1.0)]
     expected = [fl.row_statistics(z, labels) for z, labels, _ in cases]
-    if device == "cpu":  # one operator does it
+    if device == "cpu" or fl.LOSSES[name].takes_probabilities:  # one operator does it
         monkeypatch.setattr(fl._ops, "row_statistics", None)
     for (z, labels, bias), fields in zip(cases, expected, strict=True):
         for reduction in ("mean", "none"):
             criterion = fl.LOSSES[name].module(reduction=reduction, logit_bias=bias)
             z = z.detach().requires_grad_()
             alone, (loss, found) = criterion(z, labels), criterion(z, labels, return_row_stats=True)
-            torch.testing.assert_close(loss, alone, rtol=0, atol=0, equal_nan=True)
+            rounding = ROUNDING[device]
+            torch.testing.assert_close(loss, alone, rtol=rounding, atol=rounding, equal_nan=True)
             grads = [torch.autograd.grad(value.sum(), z)[0] for value in (alone, loss)]
-            torch.testing.assert_close(*grads, rtol=0, atol=0, equal_nan=True)
+            if device == "cuda":
+                rounding = max(rounding, torch.finfo(dtype).eps)
+            torch.testing.assert_close(*grads, rtol=rounding, atol=rounding, equal_nan=True)
             assert not any(field.requires_grad for field in found)
             with torch.no_grad():
                 without_gradient = criterion(z, labels, return_row_stats=True)[1]

@@ -64,10 +64,9 @@ struct RowProblem {
 
     // Outputs of forward
     void* row_values = nullptr;  // acc [rows], sample_weight * value
-    // acc [stats_count][rows]. Softmax losses: max, alpha / sum exp(z - max), beta (on the CPU dL/dz_y)[, gamma]
+    // acc [stats_count][rows]. Softmax losses: in the order of SavedNumber (softmax_loss.h).
     void* stats = nullptr;
-    // What rows look like (row_statistics.h): acc [kRowStatistics][rows] and [rows]. A loss fills both or, on CUDA,
-    // none.
+    // What rows look like (row_statistics.h): acc [kRowStatistics][rows] and [rows].
     void* row_statistics = nullptr;
     std::int64_t* argmax = nullptr;
     void* grad = nullptr;  // dtype
@@ -79,13 +78,14 @@ struct RowProblem {
     RowStride upstream_stride;
     const void* denominator = nullptr;  // acc, one; null means 1, zero makes the gradient zero
 
-    // CPU only: two labels a row. The loss is `share` times that of target and 1 - share times that of other_target.
+    // Two labels a row. The loss is `share` times that of target and 1 - share times that of other_target.
     const void* other_target = nullptr;  // index_type; null: there is one label
     RowStride other_target_stride;
     const void* share = nullptr;  // acc, one per row; null: share_of_all
     RowStride share_stride;
     double share_of_all = 1;
-    double label_scale[2] = {1, 1};  // what each label's losses are multiplied by besides
+    double label_scale[2] = {1, 1};            // what each label's losses are multiplied by besides, on the CPU
+    const void* label_denominators = nullptr;  // and divided by on CUDA; acc [2], zero makes them zero
 
     // CPU only: a bit per logit, which forward makes and gradient takes where that says all (multi_reduction_loss.h).
     void* bits = nullptr;

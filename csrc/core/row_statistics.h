@@ -16,6 +16,13 @@ struct RowStatisticsOf {
     T v[kRowStatistics];
 };
 
+// From log p of the target, e and logit of the likeliest class, and the sums of RowSummary.
+template <class T>
+FL_HD RowStatisticsOf<T> row_statistics_of(T log_p, T top_e, T top, T margin, T sum, T weighted) {
+    const T entropy = math::log(sum) - weighted / sum;
+    return {{log_p, top_e / sum, top, margin, math::select(entropy < T(0), T(0), entropy)}};
+}
+
 // A reduction over classes. T is a float, a double, or a vector of them; I holds a class number.
 template <class T, class I>
 struct RowSummary {
@@ -67,12 +74,10 @@ struct RowSummary {
         weighted += theirs.weighted;
     }
 
-    // Where `sum` is a positive number. Otherwise see undefined().
+    // Where `sum` is a positive number. Otherwise see leave_undefined().
     FL_HD RowStatisticsOf<T> finish(T target_logit, I target) const {
-        const T log_sum = math::log(sum), entropy = log_sum - weighted / sum;
-        return {{(target_logit - top) - log_sum, T(1) / sum, top,
-                 target_logit - Traits::select(index == target, second, top),
-                 Traits::select(entropy < T(0), T(0), entropy)}};
+        const T margin = target_logit - Traits::select(index == target, second, top);
+        return row_statistics_of((target_logit - top) - math::log(sum), T(1), top, margin, sum, weighted);
     }
 
 private:

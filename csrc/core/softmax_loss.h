@@ -41,6 +41,11 @@ struct AffineRow {
     T value, alpha, beta, gamma;
 };
 
+// What forward saves of a row, the same on every device: dL/dz_j = kSavedAlpha exp(z_j - kSavedMax) + kSavedGamma u_j
+// but for the label's class, where it is kSavedTargetGrad (0 without a label). The sample weight is not in them.
+// Without u_j there is no kSavedGamma. An ignored row has zeros.
+enum SavedNumber { kSavedMax, kSavedAlpha, kSavedTargetGrad, kSavedGamma };
+
 // dL/dz_y. In a row that is nearly certain, alpha p_y and beta cancel: alpha (p_y - 1) is exact.
 template <class T>
 FL_HD T target_gradient(const AffineRow<T>& affine, T log_p, T target_u) {

@@ -105,14 +105,14 @@ struct alignas(64) TileRows {
 
     // Backward: what write_stats has saved, except of rows that have become ignored since.
     void read_stats(const RowProblem& p, std::int64_t outer, std::int64_t first, int n) {
-        const A* stats = as<A>(p.stats);
-        const std::int64_t rows = p.rows(), row = outer * p.inner + first;
+        const A* const stats = as<A>(p.stats) + outer * p.inner + first;
+        const std::int64_t rows = p.rows();
         for (int i = n; i < padded; ++i) alpha[i] = gamma[i] = target_grad[i] = A(0);
         for (int i = 0; i < n; ++i) {
-            max[i] = stats[row + i];
-            alpha[i] = stats[rows + row + i];
-            target_grad[i] = stats[2 * rows + row + i];
-            gamma[i] = p.class_factors != ClassFactors::kNone ? stats[3 * rows + row + i] : A(0);
+            max[i] = stats[kSavedMax * rows + i];
+            alpha[i] = stats[kSavedAlpha * rows + i];
+            target_grad[i] = stats[kSavedTargetGrad * rows + i];
+            gamma[i] = p.class_factors != ClassFactors::kNone ? stats[kSavedGamma * rows + i] : A(0);
             if (ignored(i)) max[i] = alpha[i] = gamma[i] = target_grad[i] = A(0);
         }
         scale_coefficients();
@@ -320,13 +320,14 @@ private:
     }
 
     void write_stats(const RowProblem& p, std::int64_t row, int n) const {
-        A* stats = static_cast<A*>(p.stats);
+        A* const stats = static_cast<A*>(p.stats) + row;
         const std::int64_t rows = p.rows();
         for (int i = 0; i < n; ++i) {
-            stats[row + i] = max[i];
-            stats[rows + row + i] = alpha[i];
-            stats[2 * rows + row + i] = target_grad[i];
-            if (p.class_factors != ClassFactors::kNone) stats[3 * rows + row + i] = gamma[i];
+            const bool is_ignored = ignored(i);
+            stats[kSavedMax * rows + i] = is_ignored ? A(0) : max[i];
+            stats[kSavedAlpha * rows + i] = is_ignored ? A(0) : alpha[i];
+            stats[kSavedTargetGrad * rows + i] = is_ignored || !p.target ? A(0) : target_grad[i];
+            if (p.class_factors != ClassFactors::kNone) stats[kSavedGamma * rows + i] = is_ignored ? A(0) : gamma[i];
         }
     }
 

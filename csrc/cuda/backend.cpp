@@ -12,6 +12,18 @@
 namespace fused_losses::cuda {
 namespace {
 
+DtypeCode acc_of(const RowProblem& p) { return p.dtype == Dtype::kFloat64 ? dtypes::float64 : dtypes::float32; }
+
+// Of two labels with one share for all rows each has its mean; a share per row makes one mean of both.
+void take_means_of_labels(RowProblem& p, LossOutput out, Tensor& denominators, const DeviceScope& device) {
+    if (p.reduction != Reduction::kMean) return;
+    denominators = device.scratch(2, acc_of(p));
+    out.denominator = denominators.mutable_data_ptr();
+    check_launch(enqueue_label_weights(p, out, device.stream()));
+    p.label_denominators = out.denominator;
+    p.reduction = Reduction::kSum;
+}
+
 void launch_gradient(const RowProblem& p, cudaStream_t stream) {
     check_launch(is_multi_reduction_loss(p.loss) ? enqueue_multi_reduction_gradient(p, stream)
                                                  : enqueue_gradient(p, stream));
@@ -66,24 +78,26 @@ bool is_mean(const RowProblem& p) { return p.reduction == Reduction::kMean || p.
 void forward(RowProblem& p, void* loss, void* denominator) {
     check_classes(p);
     const DeviceScope device(p.device);
-    const DtypeCode acc = p.dtype == Dtype::kFloat64 ? dtypes::float64 : dtypes::float32;
+    check(!is_multi_reduction_loss(p.loss) || !is_about_labels(p),
+          "fused_losses: on CUDA this loss makes no row statistics, and no gradient from the logits alone");
     const auto enqueue = is_multi_reduction_loss(p.loss) ? &enqueue_multi_reduction_forward : &enqueue_forward;
     if (p.reduction == Reduction::kNone) return check_launch(enqueue(p, {}, device.stream()));
     Sums sums(device);
     Tensor scratch, stats;
-    if (is_mean(p) && !denominator) scratch = device.scratch(1, acc), denominator = scratch.mutable_data_ptr();
+    if (p.other_target) take_means_of_labels(p, sums.to, scratch, device);
+    if (is_mean(p) && !denominator) scratch = device.scratch(1, acc_of(p)), denominator = scratch.mutable_data_ptr();
     sums.to.loss = loss;
     sums.to.denominator = denominator;
     if (!p.grad) return check_launch(enqueue(p, sums.to, device.stream()));
     // Nobody can put a wrong gradient right later without stats.
     p.assumed_denominator = p.stats ? assumed_denominator(p) : 0.0;
-    if (p.reduction == Reduction::kMean && p.assumed_denominator == 0) {
+    if (p.reduction == Reduction::kMean && p.assumed_denominator == 0 && !p.denominator) {
         check_launch(enqueue_denominator(p, sums.to, device.stream()));
         p.denominator = denominator;
     }
     if (p.reduction != Reduction::kActiveMean) return check_launch(enqueue(p, sums.to, device.stream()));
     // The number of active rows is known only after all of them.
-    if (!p.stats) stats = device.scratch(p.stats_count * p.rows(), acc), p.stats = stats.mutable_data_ptr();
+    if (!p.stats) stats = device.scratch(p.stats_count * p.rows(), acc_of(p)), p.stats = stats.mutable_data_ptr();
     RowProblem first = p;
     first.grad = nullptr;
     check_launch(enqueue(first, sums.to, device.stream()));

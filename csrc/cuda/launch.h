@@ -35,7 +35,8 @@ struct LossOutput {
     int own_ticket = 0;           // which: launches that may run at the same time take different ones
 };
 
-// Fills row_values, stats, grad (for an upstream gradient of 1) and `out`, as far as they are not null.
+// Fills row_values, stats, grad (for an upstream gradient of 1) and `out`, as far as they are not null. And what
+// enqueue_labels() does.
 cudaError_t enqueue_forward(const RowProblem& p, const LossOutput& out, cudaStream_t stream);
 
 // Forward writes the gradient of a mean before it knows the sum of weights. What it divides by: the number of rows,
@@ -51,6 +52,14 @@ cudaError_t enqueue_gradient(const RowProblem& p, cudaStream_t stream);
 // The same for a loss of MultiReductionLosses.
 cudaError_t enqueue_multi_reduction_forward(const RowProblem& p, const LossOutput& out, cudaStream_t stream);
 cudaError_t enqueue_multi_reduction_gradient(const RowProblem& p, cudaStream_t stream);
+
+// Of a softmax loss: whether more is asked than the loss of one label, and what does it. Fills row_values, grad, for
+// any upstream gradient (unless forward has already written just that), row_statistics, argmax and `out`, but no stats.
+bool is_about_labels(const RowProblem& p);
+cudaError_t enqueue_labels(const RowProblem& p, const LossOutput& out, cudaStream_t stream);
+
+// out.denominator [2] = what the losses of either label are divided by, from the targets alone.
+cudaError_t enqueue_label_weights(const RowProblem& p, const LossOutput& out, cudaStream_t stream);
 
 // Fills row_statistics and argmax; there is a row.
 cudaError_t enqueue_row_statistics(const RowProblem& p, cudaStream_t stream);

@@ -84,7 +84,7 @@ __global__ void __launch_bounds__((kKernel<kFactors, kHeld, Team>.most_threads(s
         const PackedTarget<kFactors> target = next;
         next = {args, number + step, number + step < rows};  // arrives while this row is worked on
         const DirectPlace<Stored, Team> place(args, team, number);
-        if (target.is_ignored()) {
+        if (!worker.is_read(target, true)) {
             worker.ignore(team, number);
             worker.write_zeros(place);
         } else {

@@ -14,8 +14,9 @@ constexpr int kTileThreads = 128, kMostColumnThreads = 384;
 constexpr int tile_blocks(int held) { return held < 16 ? 7 : 5; }
 constexpr int most_tile_bytes(int held) { return held < 16 ? 3072 : 5120; }
 
-// The u_j of a row as kernels are compiled for them: not used, 1 for all classes (or not used), or read.
-enum class Factors { kNone, kOnes, kRead };
+// The u_j of a row as kernels are compiled for them: not used, 1 for all classes (or not used), or read; and as kOnes,
+// but with row statistics, in forward, without a bias.
+enum class Factors { kNone, kOnes, kRead, kOnesAndStatistics };
 
 inline Factors factors_of(const RowProblem& p) {
     if (p.class_factors == ClassFactors::kNone) return Factors::kNone;
@@ -32,9 +33,20 @@ struct TileKernel {
     constexpr int always(int rounds) const { return factors != Factors::kNone ? 0 : held == 10 ? 1 : rounds * 11 / 20; }
 };
 constexpr TileKernel kTileKernels[] = {
-    {Factors::kNone, 1, 10},  {Factors::kNone, 1, 20}, {Factors::kNone, 1, 34}, {Factors::kNone, 2, 26},
-    {Factors::kNone, 2, 34},  {Factors::kNone, 4, 26}, {Factors::kNone, 8, 20}, {Factors::kNone, 8, 34},
-    {Factors::kNone, 16, 26}, {Factors::kOnes, 1, 10}, {Factors::kOnes, 0, 26}, {Factors::kRead, 0, 16},
+    {Factors::kNone, 1, 10},
+    {Factors::kNone, 1, 20},
+    {Factors::kNone, 1, 34},
+    {Factors::kNone, 2, 26},
+    {Factors::kNone, 2, 34},
+    {Factors::kNone, 4, 26},
+    {Factors::kNone, 8, 20},
+    {Factors::kNone, 8, 34},
+    {Factors::kNone, 16, 26},
+    {Factors::kOnes, 1, 10},
+    {Factors::kOnes, 0, 26},
+    {Factors::kRead, 0, 16},
+    {Factors::kOnesAndStatistics, 1, 10},
+    {Factors::kOnesAndStatistics, 0, 26},
 };
 struct DirectKernel {
     Factors factors;
@@ -45,12 +57,12 @@ struct DirectKernel {
     // Of a block: addresses of as many loads as a float row needs take more registers, and so do sums with factors.
     constexpr int most_threads(int element) const {
         if (of_warps) return kTileThreads;
-        return element == 4 || factors == Factors::kOnes ? 512 : 640;
+        return element == 4 || factors == Factors::kOnes || factors == Factors::kOnesAndStatistics ? 512 : 640;
     }
 };
 constexpr DirectKernel kDirectKernels[] = {
     {Factors::kNone, true, 24},  {Factors::kNone, true, 32},  {Factors::kNone, false, 32},
-    {Factors::kOnes, false, 32}, {Factors::kRead, false, 16},
+    {Factors::kOnes, false, 32}, {Factors::kRead, false, 16}, {Factors::kOnesAndStatistics, false, 32},
 };
 
 // For rows side by side: a thread has so many classes of a row at most, and the first always() of them.

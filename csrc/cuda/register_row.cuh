@@ -8,6 +8,7 @@
 #include "cuda/register_launch.cuh"
 #include "cuda/row_end.cuh"
 #include "cuda/row_team.cuh"
+#include "cuda/statistics_output.cuh"
 
 namespace fused_losses::cuda {
 
@@ -43,13 +44,19 @@ struct PackedTarget {
 // that a thread has room for, every thread has the first kAlways.
 template <class Stored, Factors kFactors, class Access, int kRounds, int kAlways, class Team>
 class RegisterRow {
-    static constexpr bool kReadsU = kFactors == Factors::kRead, kOnes = kFactors == Factors::kOnes;
+    static constexpr bool kLooks = kFactors == Factors::kOnesAndStatistics;
+    static constexpr bool kReadsU = kFactors == Factors::kRead, kOnes = kFactors == Factors::kOnes || kLooks;
     static constexpr int kWords = sizeof(Access) / 4, kCount = Word<Stored>::count, kNumbers = kWords * kCount;
     static constexpr float kLowest = -std::numeric_limits<float>::infinity();
 
 public:
     FL_DEVICE RegisterRow(const RegisterArgs& a, LossSums& sums)
         : args(a), p(a.problem), end(a, sums), bias(bias_of(a)), share(written_share<float>(p)) {}
+
+    // Whether the logits of a row are read: those of an ignored one for its statistics alone.
+    static FL_DEVICE bool is_read(PackedTarget<kFactors> target, bool exists) {
+        return kLooks ? exists : !target.is_ignored();
+    }
 
     // What is kept of an ignored row. For all threads of the team.
     FL_DEVICE void ignore(const Team& team, int number) const {
@@ -68,26 +75,27 @@ public:
     // For all threads of the team.
     template <class Place>
     FL_DEVICE void run(Team& team, int number, PackedTarget<kFactors> packed, const Place& place) const {
-        const bool reads = !Place::kIsMixed || !packed.is_ignored();
+        const bool reads = (!Place::kIsMixed && !kLooks) || !packed.is_ignored();
         const bool has_target = kReadsU ? packed.cls >= 0 : reads;
         const Target target{packed.cls, !reads};
         const Row row{number, 0, number};
-        const bool is_apart = bias != 0.0f && has_target;
+        // A bias, and the margin, ask for the largest of the other logits.
+        const bool is_apart = (kLooks || bias != 0.0f) && has_target;
         unsigned w[kRounds * kWords];
         read(place, w);
         const int extra_class = place.extra();
         float extra = kLowest;
-        if (reads && extra_class >= 0) extra = to_acc(place.logits()[extra_class]);
+        if (is_read(packed, place.exists) && extra_class >= 0) extra = to_acc(place.logits()[extra_class]);
         const float target_logit = has_target ? to_acc(place.logits()[target.cls]) + bias : 0.0f;
         if (is_apart) set_apart(w, extra, target.cls, place);
 
-        float pivot;
+        float pivot, others = 0.0f;
         if (is_saved()) {
             pivot = reads ? as<float>(p.stats)[number] : 0.0f;
         } else {
-            pivot = largest_of(team, std::fmax(largest(w), extra));
+            others = pivot = largest_of(team, std::fmax(largest(w), extra));
             if (is_apart) pivot = std::fmax(pivot, target_logit);
-            if (pivot == kLowest || !reads) pivot = 0.0f;
+            if (pivot == kLowest || !is_read(packed, place.exists)) pivot = 0.0f;
         }
         const Exponential<Stored> exponential(pivot);
         float e[kRounds * kNumbers];
@@ -95,8 +103,10 @@ public:
         const ClassFactorReader<float> factor(p, args, row);
         take_exponentials(exponential, w, e, state);
         if constexpr (kFactors != Factors::kNone)
-            if (reads && !is_saved()) add_factors(exponential, w, state, factor, is_apart ? target.cls : -1, place);
-        const float extra_e = exponential(extra), target_e = exponential(target_logit);
+            if (reads && !is_saved() && (!kLooks || p.class_factors != ClassFactors::kNone))
+                add_factors(exponential, w, state, factor, is_apart ? target.cls : -1, place);
+        float extra_e = exponential(extra);
+        const float target_e = exponential(target_logit);
         Coefficients<float> coefficients{};
         if (is_saved()) {
             if (reads) coefficients = saved_coefficients<float>(p, row);
@@ -104,6 +114,13 @@ public:
         } else {
             state.sum = sum_of(team, state.sum + extra_e);
             if (is_apart) state.sum += target_e;
+            if constexpr (kLooks) {
+                const RowSummary<float, int> all = summary(team, place, exponential, w, e, extra, extra_e, others,
+                                                           state.sum, is_apart ? target.cls : -1, target_logit);
+                if (team.leads && place.exists) write_statistics(number, target, place, exponential, target_logit, all);
+                team.sync();  // before the gradient takes the place of the logits
+                if (!reads) forget(e, extra_e);
+            }
             if constexpr (kFactors != Factors::kNone) {
                 if (reads && extra_class >= 0 && !(is_apart && extra_class == target.cls))
                     state.add(exponential.distance(extra), u_of(factor, extra_class), 0.0f);
@@ -115,7 +132,7 @@ public:
             if (reads) {
                 coefficients =
                     end.template finish<kFactors>(row, target, target_logit, exponential.distance(target_logit),
-                                                  exponential.log(state.sum), state, team.leads);
+                                                  target_e, exponential.log(state.sum), state, team.leads);
                 coefficients.scale(share);
             } else if (place.exists) {
                 ignore(team, number);
@@ -128,10 +145,8 @@ public:
             place.grad()[extra_class] = to_stored<Stored>(g);
         }
         team.sync();
-        if (has_target && place.owns(target.cls)) {
-            const float g = gradient_of(coefficients, target_e, u_of(factor, target.cls));
-            place.grad()[target.cls] = to_stored<Stored>(g + coefficients.beta);
-        }
+        if (has_target && place.owns(target.cls))
+            place.grad()[target.cls] = to_stored<Stored>(coefficients.target_grad);
     }
 
 private:
@@ -149,9 +164,9 @@ private:
         std::memcpy(&x, words, sizeof x);
         return x;
     }
-    // Kernels that sum no u_j are for forward alone.
-    FL_DEVICE bool is_saved() const { return kFactors != Factors::kNone && args.is_saved; }
-    // But for beta.
+    // Kernels that sum no u_j, or make statistics, are for forward alone.
+    FL_DEVICE bool is_saved() const { return kFactors != Factors::kNone && !kLooks && args.is_saved; }
+    // Of a class that is not the target.
     static FL_DEVICE float gradient_of(const Coefficients<float>& c, float exponential, float u) {
         const float g = c.alpha * exponential;
         return kFactors == Factors::kNone ? g : g + c.gamma * u;
@@ -261,6 +276,64 @@ private:
             else
                 store_at_once(to + k * place.step(), join(words));
         });
+    }
+
+    // What RowSummary says of the row, with the largest of all logits but the target's as second; relative to the
+    // exponential's pivot. `target` is apart, -1 in an ignored row, which needs none.
+    template <class Place>
+    FL_DEVICE RowSummary<float, int> summary(Team& team, const Place& place, const Exponential<Stored>& exponential,
+                                             const unsigned* w, const float* e, float extra, float extra_e,
+                                             float others, float sum, int target, float target_logit) const {
+        constexpr float infinity = std::numeric_limits<float>::infinity();
+        const float top = target >= 0 ? std::fmax(others, target_logit) : others;
+        float weighted = extra_e * distance_of(exponential, extra);
+        int first = kRounds * kNumbers;  // of the thread's numbers that are the largest
+#pragma unroll
+        for (int i = kRounds * kWords - 1; i >= 0; --i) {
+            float z[kCount];
+            Word<Stored>::widen(w[i], z);
+#pragma unroll
+            for (int h = kCount - 1; h >= 0; --h) {
+                weighted += e[i * kCount + h] * distance_of(exponential, z[h]);
+                if (z[h] == top) first = i * kCount + h;
+            }
+        }
+        const int round = first / kNumbers;
+        const int own = place.first() + round * place.step() * kNumbers + first % kNumbers;
+        float lowest[] = {first < kRounds * kNumbers ? static_cast<float>(own) : infinity};
+        if (extra == top && place.extra() >= 0) lowest[0] = std::fmin(lowest[0], static_cast<float>(place.extra()));
+        team.reduce(lowest, infinity, Smaller());
+        weighted = sum_of(team, weighted);
+        if (target >= 0) {
+            weighted += exponential(target_logit) * distance_of(exponential, target_logit);
+            if (target_logit == top) lowest[0] = std::fmin(lowest[0], static_cast<float>(target));
+        }
+        // All masked, or NaN: numbers beyond the row are as large.
+        const int index = top == kLowest || lowest[0] == infinity ? 0 : static_cast<int>(lowest[0]);
+        return {top, others, index, sum, weighted};
+    }
+
+    // Finite where the exponential is 0.
+    static FL_DEVICE float distance_of(const Exponential<Stored>& exponential, float z) {
+        return std::fmax(exponential.distance(z), -1e4f);
+    }
+
+    template <class Place>
+    FL_DEVICE void write_statistics(int number, const Target& target, const Place& place,
+                                    const Exponential<Stored>& exponential, float target_logit,
+                                    const RowSummary<float, int>& all) const {
+        const float log_p = exponential.distance(target_logit) - exponential.log(all.sum);
+        RowStatisticsOf<float> found =
+            row_statistics_of(log_p, exponential(all.top), all.top, target_logit - all.second, all.sum, all.weighted);
+        write_row_statistics(p, number, target, all.sum, all.index, found,
+                             [&](int cls) { return to_acc(place.logits()[cls]); });
+    }
+
+    // The exponentials of an ignored row may be infinite or NaN.
+    static FL_DEVICE void forget(float* e, float& extra_e) {
+#pragma unroll
+        for (int i = 0; i < kRounds * kNumbers; ++i) e[i] = 0.0f;
+        extra_e = 0.0f;
     }
 
     const RegisterArgs& args;

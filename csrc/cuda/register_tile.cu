@@ -33,13 +33,13 @@ public:
     const int left;
     const bool exists;
 
-    // before: numbers to the row's first whole word. ignored: zeros are read in its place.
-    FL_DEVICE TilePlace(const LanePart& p, Stored* x, int before, const unsigned* z, bool is_ignored, bool there)
-        : left(p.words), exists(there), part(p), row(x), skip(before), zeros(z), ignored(is_ignored) {}
+    // before: numbers to the row's first whole word. is_left_out: zeros are read in its place.
+    FL_DEVICE TilePlace(const LanePart& p, Stored* x, int before, const unsigned* z, bool is_left_out, bool there)
+        : left(p.words), exists(there), part(p), row(x), skip(before), zeros(z), left_out(is_left_out) {}
 
     FL_DEVICE const Stored* logits() const { return row; }
     FL_DEVICE Stored* grad() const { return row; }
-    FL_DEVICE const unsigned* from() const { return ignored ? zeros : to(); }
+    FL_DEVICE const unsigned* from() const { return left_out ? zeros : to(); }
     FL_DEVICE unsigned* to() const { return reinterpret_cast<unsigned*>(row + skip) + part.begin; }
     static FL_DEVICE int step() { return 1; }
     FL_DEVICE int first() const { return skip + part.begin * n; }
@@ -51,7 +51,7 @@ private:
     Stored* const row;
     const int skip;
     const unsigned* const zeros;
-    const bool ignored;
+    const bool left_out;
 };
 
 template <class Stored, Factors kFactors, int kLanes, int kHeld>
@@ -86,7 +86,8 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks(kHeld))
             const PackedTarget<kFactors> target = next;
             next = {args, number + at_once, trips > 1 && number + at_once < rows};
             worker.run(team, number, target,
-                       TilePlace<Stored>(part, row, skip & (n - 1), shared.zeros, target.is_ignored(), number < rows));
+                       TilePlace<Stored>(part, row, skip & (n - 1), shared.zeros,
+                                         !worker.is_read(target, number < rows), number < rows));
             number += at_once, row += at_once * classes, skip += at_once * classes;
         }
     });

@@ -103,13 +103,17 @@ FL_DEVICE std::int64_t read_index(IndexType type, const void* at) {
     return *as<std::uint8_t>(at);
 }
 
-// The target that lies so many bytes from the first, or a number that stands for ignored ones.
-FL_DEVICE int target_or(int ignored, const RowProblem& p, std::int64_t offset) {
-    const std::int64_t cls = read_index(p.index_type, static_cast<const char*>(p.target) + offset);
+// The label that lies so many bytes from the first, or a number that stands for ignored ones.
+FL_DEVICE int label_or(int ignored, const RowProblem& p, const void* labels, std::int64_t offset) {
+    const std::int64_t cls = read_index(p.index_type, static_cast<const char*>(labels) + offset);
     if (cls == p.ignore_index) return ignored;
     assert(static_cast<std::uint64_t>(cls) < static_cast<std::uint64_t>(p.num_classes) &&
            "fused_losses: target out of range");
     return static_cast<int>(cls);
+}
+
+FL_DEVICE int target_or(int ignored, const RowProblem& p, std::int64_t offset) {
+    return label_or(ignored, p, p.target, offset);
 }
 
 FL_DEVICE Target target_of(const RowProblem& p, const Row& row) {
@@ -156,16 +160,18 @@ public:
         if (p.class_factors <= ClassFactors::kOnes) return A(1);  // without u_j, any number will do
         const A weight = p.class_weight ? as<A>(p.class_weight)[cls] : A(1);
         if (!p.soft_target) return weight;
-        return smoothed(label(offset + cls * p.soft_target_class_stride), weight);
+        return smoothed(label(cls), weight);
     }
 
-private:
-    FL_DEVICE A label(std::int64_t at) const {
+    // The class's part of a soft target.
+    FL_DEVICE A label(int cls) const {
+        const std::int64_t at = offset + cls * p.soft_target_class_stride;
         if (p.soft_target_is_stored && p.dtype == Dtype::kFloat16) return to_acc(as<Half>(p.soft_target)[at]);
         if (p.soft_target_is_stored && p.dtype == Dtype::kBFloat16) return to_acc(as<BFloat16>(p.soft_target)[at]);
         return as<A>(p.soft_target)[at];
     }
 
+private:
     const RowProblem& p;
     const std::int64_t offset;
     const SmoothedTarget<A> smoothed;

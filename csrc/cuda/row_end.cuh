@@ -9,20 +9,20 @@
 
 namespace fused_losses::cuda {
 
-// grad_j = scale (alpha p_j + beta [j = y] + gamma u_j), with p_j = exp(z_j - max) / sum: alpha multiplies
-// exp(z - max). All but max include the row's scale. No loss is known here.
+// grad_j = alpha exp(z_j - max) + gamma u_j, but target_grad for the target's class. All but max include the row's
+// scale. No loss is known here.
 template <class A>
 struct Coefficients {
-    A max, alpha, beta, gamma;
+    A max, alpha, target_grad, gamma;
 
     FL_DEVICE void scale(A by) {
         alpha *= by;
-        beta *= by;
+        target_grad *= by;
         gamma *= by;
     }
 
     FL_DEVICE A of_exponential(A e, A u, bool is_target) const {
-        return alpha * e + gamma * u + (is_target ? beta : A(0));
+        return is_target ? target_grad : alpha * e + gamma * u;
     }
 };
 
@@ -72,11 +72,11 @@ struct RowEnd {
     }
 
     // From the sums over the classes to the coefficients of the gradient for a denominator of 1, which every thread of
-    // the row gets; one `records`. target_distance: of the target's logit from state.max, as the exponentials have it.
-    // Factors::kNone: what is summed with u_j is not there.
+    // the row gets; one `records`. target_distance, target_e: of the target's logit from state.max, and its
+    // exponential, as those of the others have been taken. Factors::kNone: what is summed with u_j is not there.
     template <Factors kFactors = Factors::kRead>
-    FL_DEVICE Coefficients<A> finish(const Row& row, const Target& target, A target_logit, A target_distance, A log_sum,
-                                     const SoftmaxState<A>& state, bool records) {
+    FL_DEVICE Coefficients<A> finish(const Row& row, const Target& target, A target_logit, A target_distance,
+                                     A target_e, A log_sum, const SoftmaxState<A>& state, bool records) {
         const RowProblem& p = args.problem;
         SoftmaxRow<A> softmax;
         const A log_p = target_distance - log_sum;
@@ -92,11 +92,18 @@ struct RowEnd {
         softmax.below_max = target_logit - state.max;
         const AffineRow<A> affine = evaluate<kFactors>(p, args.params, softmax);
         Coefficients<A> coefficients{state.max, affine.alpha * reciprocal(state.sum), affine.beta, affine.gamma};
+        if (!sums_u || target.cls >= 0) {
+            coefficients.target_grad += coefficients.alpha * target_e;
+            constexpr bool are_ones = kFactors == Factors::kOnes || kFactors == Factors::kOnesAndStatistics;
+            const bool is_one = are_ones || p.class_factors == ClassFactors::kOnes;
+            if (sums_u) coefficients.target_grad += is_one ? affine.gamma : affine.gamma * softmax.class_weight;
+        }
         if (records) {
             const A value = sample_weight * affine.value;
             sums.add({static_cast<double>(value), static_cast<double>(softmax.class_weight * sample_weight)});
             if (args.keeps_rows)
-                keep_row(p, row, value, {coefficients.max, coefficients.alpha, coefficients.beta, coefficients.gamma});
+                keep_row(p, row, value,
+                         {coefficients.max, coefficients.alpha, coefficients.target_grad, coefficients.gamma});
         }
         coefficients.scale(sample_weight);
         return coefficients;
@@ -108,8 +115,8 @@ template <class A>
 FL_DEVICE Coefficients<A> saved_coefficients(const RowProblem& p, const Row& row) {
     const std::int64_t rows = p.rows();
     const A* stats = as<A>(p.stats) + row.number;
-    Coefficients<A> coefficients{stats[0], stats[rows], stats[2 * rows],
-                                 p.class_factors != ClassFactors::kNone ? stats[3 * rows] : A(0)};
+    Coefficients<A> coefficients{stats[kSavedMax * rows], stats[kSavedAlpha * rows], stats[kSavedTargetGrad * rows],
+                                 p.class_factors != ClassFactors::kNone ? stats[kSavedGamma * rows] : A(0)};
     coefficients.scale(scale_of<A>(p, row));
     return coefficients;
 }

@@ -4,6 +4,7 @@
 
 #include "cuda/launch.cuh"
 #include "cuda/row_access.cuh"
+#include "cuda/statistics_output.cuh"
 
 namespace fused_losses::cuda {
 namespace {
@@ -41,17 +42,7 @@ __global__ void __launch_bounds__(kBlock) statistics(const __grid_constant__ Row
         for (int c = lane; c < classes; c += kThreads) all.push(logit(c), c);
         if constexpr (kThreads > 1) all = merge_over_warp(all);
         if (lane > 0) continue;
-        RowStatisticsOf<A> found = all.finish(logit(target.cls), target.cls);
-        if (!(all.sum > A(0))) {  // rare
-            int nan = 0;
-            while (nan < classes && logit(nan) == logit(nan)) ++nan;
-            if (nan < classes) all.index = nan;
-            leave_undefined(found, nan < classes);
-        }
-        p.argmax[number] = all.index;
-        for (int k = 0; k < kRowStatistics; ++k)
-            static_cast<A*>(p.row_statistics)[k * p.rows() + number] =
-                target.ignored ? std::numeric_limits<A>::quiet_NaN() : found.v[k];
+        write_row_statistics(p, number, target, all.sum, all.index, all.finish(logit(target.cls), target.cls), logit);
     }
 }
 

@@ -245,14 +245,14 @@ private:
 
     FL_DEVICE void finish(const Column& of, const Row& row, float pivot, State& state, Coefficients<float>& c) {
         const Exponential<Stored> exponential(pivot);
-        const float distance = exponential.distance(of.target_logit);
+        const float distance = exponential.distance(of.target_logit), target_e = exponential(of.target_logit);
         if constexpr (kFactors == Factors::kOnes) state.sum_u = static_cast<float>(p.num_classes);
         if (is_apart(of)) {
             const float u = kReadsU ? u_of(row, of.cls) : 0.0f;
-            state.add(distance, kFactors == Factors::kOnes ? 1.0f : u, exponential(of.target_logit));
+            state.add(distance, kFactors == Factors::kOnes ? 1.0f : u, target_e);
             if constexpr (kFactors == Factors::kOnes) state.sum_u -= 1.0f;
         }
-        c = end.template finish<kFactors>(row, Target{of.cls, false}, of.target_logit, distance,
+        c = end.template finish<kFactors>(row, Target{of.cls, false}, of.target_logit, distance, target_e,
                                           exponential.log(state.sum), state, true);
         c.scale(share);
     }
@@ -289,9 +289,7 @@ private:
         for (int j = 0; j < n; ++j) {
             const int at = of[j].cls - begin;
             if (of[j].cls < 0 || static_cast<unsigned>(at) >= static_cast<unsigned>(count)) continue;
-            const float e = Exponential<Stored>(pivot[j])(of[j].target_logit);
-            const float g = c[j].of_exponential(e, u_of(row_of(place, j), of[j].cls), true);
-            grad[of[j].cls * p.grad_class_stride + j * beside] = to_stored<Stored>(g);
+            grad[of[j].cls * p.grad_class_stride + j * beside] = to_stored<Stored>(c[j].target_grad);
         }
     }
 

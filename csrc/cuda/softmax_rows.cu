@@ -122,8 +122,9 @@ __global__ void __launch_bounds__(kBlock, 2) softmax_of_rows(const __grid_consta
             coefficients = saved_coefficients<A>(p, row);
         } else {
             const A target_logit = mine.target_logit();
-            coefficients = end.finish(row, target, target_logit, target_logit - state.max, math::log(state.sum), state,
-                                      team.leads);
+            const A target_distance = target_logit - state.max;
+            coefficients = end.finish(row, target, target_logit, target_distance, math::exp(target_distance),
+                                      math::log(state.sum), state, team.leads);
             coefficients.scale(share);
         }
         if (p.grad) mine.write_gradient(coefficients);
@@ -196,7 +197,8 @@ cudaError_t enqueue(const RowProblem& p, const LossOutput& out, bool is_saved, c
 }  // namespace
 
 cudaError_t enqueue_forward(const RowProblem& p, const LossOutput& out, cudaStream_t stream) {
-    return p.rows() == 0 && !out.loss ? cudaSuccess : enqueue(p, out, false, stream);
+    if (p.rows() == 0 && !out.loss) return cudaSuccess;
+    return is_about_labels(p) ? enqueue_labels(p, out, stream) : enqueue(p, out, false, stream);
 }
 
 cudaError_t enqueue_gradient(const RowProblem& p, cudaStream_t stream) {

@@ -11,7 +11,7 @@ struct LossNeeds {
     int min_classes = 1;
     const char* tensor_param = nullptr;  // params[0], if a 0-dim tensor may take its place
     bool has_margin = false;             // that may be one per class, too; reductions with active_mean
-    bool takes_probabilities = false;    // kernels of the CPU take a target of class probabilities
+    bool takes_probabilities = false;    // kernels take a target of class probabilities
 };
 
 template <class Loss>

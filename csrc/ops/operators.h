@@ -17,6 +17,7 @@ void row_loss_backward_(StableIValue* stack, std::uint64_t, std::uint64_t);
 void mixed_loss(StableIValue* stack, std::uint64_t, std::uint64_t);
 void mixed_loss_with_grad(StableIValue* stack, std::uint64_t, std::uint64_t);
 void mixed_loss_backward(StableIValue* stack, std::uint64_t, std::uint64_t);
+void mixed_loss_backward_(StableIValue* stack, std::uint64_t, std::uint64_t);
 void row_loss_and_statistics(StableIValue* stack, std::uint64_t, std::uint64_t);
 void row_loss_with_grad_and_statistics(StableIValue* stack, std::uint64_t, std::uint64_t);
 void row_statistics(StableIValue* stack, std::uint64_t, std::uint64_t);

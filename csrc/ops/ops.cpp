@@ -30,7 +30,8 @@ STABLE_TORCH_LIBRARY(fused_losses, m) {
     // means) or empty.
     def("row_loss_with_stats", "", "(Tensor loss, Tensor stats, Tensor denominator)");
 
-    // Its backward, from the logits and stats. On the CPU both may be empty: then it starts from the logits alone.
+    // Its backward, from the logits and stats. Both may be empty where forward has not filled them (and, on CUDA, the
+    // loss is affine in the softmax): then it starts from the logits alone.
     def("row_loss_backward", "Tensor grad_loss, Tensor stats, Tensor denominator, ", "Tensor");
 
     // The same pair for CUDA outside of traces. Forward writes the gradient for upstream gradient 1 and for a
@@ -39,18 +40,20 @@ STABLE_TORCH_LIBRARY(fused_losses, m) {
     def("row_loss_backward_", "Tensor grad_loss, Tensor stats, Tensor denominator, Tensor(a!) grad_logits, ", "()");
 
     // Losses of two labels a row, from one read: share (one per row, else share_of_all) times the loss of target, plus
-    // the rest times that of other_target. Losses that are affine in the softmax only; CPU only.
+    // the rest times that of other_target. Losses that are affine in the softmax only. Backward starts from the logits;
+    // in place (CUDA) it completes what forward wrote.
     const std::string labels = "Tensor other_target, Tensor? share, float share_of_all, ";
     def("mixed_loss", labels, "Tensor");
     def("mixed_loss_with_grad", labels, "(Tensor loss, Tensor grad_logits)");
     def("mixed_loss_backward", "Tensor grad_loss, " + labels, "Tensor");
+    def("mixed_loss_backward_", "Tensor grad_loss, Tensor(a!) grad_logits, " + labels, "()");
 
     // What rows look like, from one read of the logits: log p of the target, largest probability, largest logit, the
     // target's logit less the largest other one, entropy; float32 (float64 for float64 logits), NaN for ignored rows.
     // argmax is int64. Rows are in logical order.
     m.def("row_statistics(Tensor logits, Tensor target, int ignore_index) -> (Tensor stats, Tensor argmax)");
 
-    // The same from the read of a loss; CPU only, class indices only.
+    // The same from the read of a loss; class indices only, on CUDA losses that are affine in the softmax only.
     def("row_loss_and_statistics", "", "(Tensor loss, Tensor stats, Tensor argmax)");
     def("row_loss_with_grad_and_statistics", "", "(Tensor loss, Tensor grad_logits, Tensor stats, Tensor argmax)");
 
@@ -119,7 +122,13 @@ void implement(torch::stable::detail::StableLibrary& m) {
     m.impl("row_loss_backward", &row_loss_backward);
     m.impl("row_loss_with_stats_and_grad", &row_loss_with_stats_and_grad);
     m.impl("row_loss_backward_", &row_loss_backward_);
+    m.impl("mixed_loss", &mixed_loss);
+    m.impl("mixed_loss_with_grad", &mixed_loss_with_grad);
+    m.impl("mixed_loss_backward", &mixed_loss_backward);
+    m.impl("mixed_loss_backward_", &mixed_loss_backward_);
     m.impl("row_statistics", &row_statistics);
+    m.impl("row_loss_and_statistics", &row_loss_and_statistics);
+    m.impl("row_loss_with_grad_and_statistics", &row_loss_with_grad_and_statistics);
     m.impl("class_moments", &class_moments);
     m.impl("z_error_mask", &z_error_mask);
     m.impl("z_error_class_loss", &z_error_class_loss);
@@ -128,14 +137,7 @@ void implement(torch::stable::detail::StableLibrary& m) {
     m.impl("update_moments_", &update_moments_);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) {
-    implement(m);
-    m.impl("mixed_loss", &mixed_loss);
-    m.impl("mixed_loss_with_grad", &mixed_loss_with_grad);
-    m.impl("mixed_loss_backward", &mixed_loss_backward);
-    m.impl("row_loss_and_statistics", &row_loss_and_statistics);
-    m.impl("row_loss_with_grad_and_statistics", &row_loss_with_grad_and_statistics);
-}
+STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) { implement(m); }
 #ifdef FL_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(fused_losses, CUDA, m) { implement(m); }
 #endif

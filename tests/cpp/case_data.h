@@ -50,30 +50,33 @@ struct Shape {
 template <class Stored>
 class CaseData {
 public:
-    // class_losses: whether any softmax loss may have a soft target.
-    CaseData(const Shape& s, int loss, const Params& loss_params, Random& r, bool class_losses = false)
+    // more_labels: whether a softmax loss may have a soft target, or two labels a row.
+    CaseData(const Shape& s, int loss, const Params& loss_params, Random& r, bool more_labels)
         : shape(s),
           random(r),
           naive(naive_loss(loss_names()[loss])),
-          soft((loss == kCrossEntropy || (class_losses && needs_of(loss).takes_probabilities && is_small(s))) &&
+          soft((loss == kCrossEntropy || (more_labels && needs_of(loss).takes_probabilities && is_small(s))) &&
                random.one_in(3)),
+          mixes(!soft && more_labels && needs_of(loss).takes_probabilities && random.one_in(4)),
           exact(needs_of(loss).has_margin),
           logits(maybe_aligned(layout_of(s.kind, s.outer, s.inner, s.classes))),
           target64(per_row()),
           target32(per_row()),
           target16(per_row()),
           target8(per_row()),
+          other32(per_row()),
+          share(per_row()),
           soft_acc(any_layout()),
           soft_stored(any_layout()),
           class_weight(layout_of(Kind::kRows, 1, 1, s.classes)),
           margin(layout_of(Kind::kRows, 1, 1, s.classes)),
           sample_weight(per_row()),
           upstream(per_row()),
-          scalars(layout_of(Kind::kRows, 1, 1, 2)) {
+          scalars(layout_of(Kind::kRows, 1, 1, 4)) {
         p.dtype = P::dtype;
         p.outer = s.outer, p.inner = s.inner, p.num_classes = s.classes;
         p.loss = loss;
-        p.reduction = Reduction(random.below(4));  // the kernels deliver the same for each
+        p.reduction = mixes ? Reduction::kSum : Reduction(random.below(4));  // the kernels deliver the same for each
         for (std::size_t k = 0; k < loss_params.size(); ++k) p.params[k] = double(A(loss_params[k]));
         choose_class_factors();
         p.logits = logits.data() + logits.layout.begin;
@@ -95,15 +98,16 @@ protected:
         Guarded<std::int32_t> target32;
         Guarded<std::int16_t> target16;
         Guarded<std::uint8_t> target8;
-        Guarded<A> soft_acc, class_weight, margin, sample_weight, upstream, scalars;
+        Guarded<std::int32_t> other32;
+        Guarded<A> share, soft_acc, class_weight, margin, sample_weight, upstream, scalars;
         Guarded<Stored> soft_stored;
 
         bool operator==(const Inputs&) const = default;
     };
 
     Inputs inputs() const {
-        return {logits,       target64, target32,      target16, target8, soft_acc,
-                class_weight, margin,   sample_weight, upstream, scalars, soft_stored};
+        return {logits,   target64,     target32, target16,      target8,  other32, share,
+                soft_acc, class_weight, margin,   sample_weight, upstream, scalars, soft_stored};
     }
 
     Layout per_row() {
@@ -127,7 +131,7 @@ protected:
 
     void choose_class_factors() {
         p.class_factors = class_factors_of(p.loss, p.params, soft);
-        p.stats_count = stats_count_of(p.loss, p.class_factors);
+        p.stats_count = mixes ? 0 : stats_count_of(p.loss, p.class_factors);
     }
 
     // Whether a loss of every class can be computed for every class.
@@ -170,7 +174,22 @@ protected:
         });
     }
 
+    // Second labels, whether the first ones are ignored or not, and what the losses of either are multiplied by.
+    void choose_second_labels() {
+        fill_target(target32, IndexType::kInt32);
+        p.other_target = other32.data(), p.other_target_stride = other32.layout.row;
+        p.share_of_all = double(A(random.uniform(0, 1)));
+        for_rows([&](std::int64_t o, std::int64_t i) {
+            other32.at(o, i) = random.one_in(4) ? int(p.ignore_index) : random.below(int(shape.classes));
+            if (p.ignore_index == -7 && other32.at(o, i) < 0) other32.at(o, i) = 0;
+            share.at(o, i) = A(random.one_in(5) ? random.below(2) : random.uniform(0, 1));
+        });
+        if (random.one_in(2)) p.share = share.data(), p.share_stride = share.layout.row;
+        for (double& scale : p.label_scale) scale = random.one_in(2) ? 1.0 : double(A(random.uniform(0, 1)));
+    }
+
     void choose_targets() {
+        if (mixes) return choose_second_labels();
         switch (random.below(4)) {
             case 0: fill_target(target64, IndexType::kInt64); break;
             case 1: fill_target(target32, IndexType::kInt32); break;
@@ -194,7 +213,26 @@ protected:
         }
     }
 
-    bool ignored(std::int64_t o, std::int64_t i) { return !soft && target_of(o, i) == p.ignore_index; }
+    bool ignored(std::int64_t o, std::int64_t i) {
+        const bool of_other = !mixes || other32.at(o, i) == p.ignore_index;
+        return !soft && of_other && target_of(o, i) == p.ignore_index;
+    }
+
+    // A label of a row, and what its loss is multiplied by.
+    struct Label {
+        std::int64_t cls;
+        double factor;
+    };
+    std::vector<Label> labels_of(std::int64_t o, std::int64_t i) {
+        if (!mixes) return {{target_of(o, i), 1.0}};
+        const double first = p.share ? double(share.at(o, i)) : p.share_of_all;
+        const Label both[] = {{target_of(o, i), first * p.label_scale[0]},
+                              {other32.at(o, i), (1 - first) * p.label_scale[1]}};
+        std::vector<Label> counted;
+        for (const Label& label : both)
+            if (label.cls != p.ignore_index) counted.push_back(label);
+        return counted;
+    }
 
     void fill_soft_target() {
         p.soft_target_is_stored = random.one_in(2);
@@ -247,7 +285,9 @@ protected:
         const double spread = random.one_in(2) ? 1 : 4, offset = random.uniform(-20, 20);
         const bool maskable = shape.classes > 1 && may_be_masked();
         for_rows([&](std::int64_t o, std::int64_t i) {
-            const bool masked = maskable && random.one_in(6) && (soft || target_of(o, i) != 0);
+            bool masked = maskable && random.one_in(6);
+            if (!soft)
+                for (const Label& label : labels_of(o, i)) masked &= label.cls != 0;
             for (int c = 0; c < shape.classes; ++c) {
                 const double z = masked && c == 0 ? -HUGE_VAL : number(offset + spread * random.bell());
                 logits.at(o, i, c) = narrow<Stored>(A(ignored(o, i) ? std::nan("") : z));
@@ -259,6 +299,7 @@ protected:
     Random& random;
     const NaiveLoss& naive;
     const bool soft;
+    const bool mixes;  // two labels a row
     const bool exact;  // numbers are few bits long and sums of them exact: errors may tie with the threshold
     double bias = 0;
     Guarded<Stored> logits;
@@ -266,7 +307,8 @@ protected:
     Guarded<std::int32_t> target32;
     Guarded<std::int16_t> target16;
     Guarded<std::uint8_t> target8;
-    Guarded<A> soft_acc;
+    Guarded<std::int32_t> other32;
+    Guarded<A> share, soft_acc;
     Guarded<Stored> soft_stored;
     Guarded<A> class_weight, margin, sample_weight, upstream, scalars;
     RowProblem p;

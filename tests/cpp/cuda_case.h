@@ -4,6 +4,7 @@
 #include "cuda/launch.h"
 #include "cuda_emulation/scheduler.h"
 #include "expected_rows.h"
+#include "naive_statistics.h"
 
 #include <utility>
 
@@ -40,12 +41,18 @@ template <class Stored>
 class CudaCase : ExpectedRows<Stored> {
     using Base = ExpectedRows<Stored>;
     using Base::any_layout, Base::for_rows, Base::ignored, Base::inputs, Base::set_strides, Base::target_of;
-    using Base::class_weight, Base::logits, Base::random, Base::soft, Base::p, Base::name;
+    using Base::class_weight, Base::logits, Base::random, Base::scalars, Base::shape, Base::soft, Base::mixes, Base::p,
+        Base::name;
     using Base::compute_expected, Base::expected_of, Base::sample_weight_of, Base::may_be_zero;
     using typename Base::A, typename Base::P, typename Base::Inputs, typename Base::RowResult;
 
 public:
-    using Base::Base;
+    // more: whether a softmax loss may be asked for more than the loss of one label; must_look: for row statistics.
+    CudaCase(const Shape& s, int loss, const Params& params, Random& r, bool more = true, bool must_look = false)
+        : Base(s, loss, params, r, more && !must_look),
+          looks(must_look || (more && !soft && !mixes && !is_multi_reduction_loss(loss) && r.one_in(3))) {
+        if (looks) p.stats_count = 0;
+    }
 
     void test(const std::string& what) {
         choose_device();
@@ -68,14 +75,15 @@ public:
     }
 
     void test_isolation(const std::string& what) {
-        name = what;
+        name = full_name(what);
         choose_device();
         Base::template check_isolation<Result>(any_grad_layout(), [&](Result& r) { run(r); });
     }
 
 private:
     void test(const std::string& what, const Layout& grad_layout) {
-        name = what + (soft ? " soft" : "");
+        name = full_name(what);
+        if (mixes) choose_label_denominators();
         const Inputs before = inputs();
         compute_expected();
         move_first_param();
@@ -86,10 +94,17 @@ private:
         check(before == inputs(), "%s: an input was written to", name.c_str());
         for_rows([&](std::int64_t o, std::int64_t i) {
             Base::compare_value(o, i, once.values.at(o, i));
+            Base::compare_saved(once.stats, o, i);
+            if (looks) compare_statistics(once, o, i);
             Base::compare_gradient(once.grad, "backward", o, i);
         });
         compare_reduction(once);
         test_gradient_of_forward(grad_layout);
+        if (looks) test_statistics_of_odd_rows(grad_layout);
+    }
+
+    std::string full_name(const std::string& what) const {
+        return what + (soft ? " soft" : "") + (mixes ? " mixed" : "") + (looks ? " with statistics" : "");
     }
 
     // A parameter that may be a tensor is read from memory half of the time; the number in its place is none then.
@@ -103,15 +118,29 @@ private:
     }
     A first_param = A(0);
 
+    // In place of the factors of the CPU's kernels.
+    void choose_label_denominators() {
+        for (int k = 0; k < 2; ++k) {
+            const A denominator = random.one_in(5) ? A(0) : A(random.uniform(1, 5));
+            scalars.at(0, 0, 2 + k) = denominator;
+            p.label_scale[k] = denominator == A(0) ? 0.0 : 1 / double(denominator);
+        }
+        p.label_denominators = &scalars.at(0, 0, 2);
+    }
+
     struct Result : RowResult {
         Guarded<A> scalars;
         Guarded<double> scratch;
+        Guarded<A> row_statistics;
+        Guarded<std::int64_t> argmax;
         unsigned ticket = 0;
 
         Result(const Layout& grad, const RowProblem& p)
             : RowResult(grad, p),
               scalars(layout_of(Kind::kRows, 1, 3, 1)),
-              scratch(layout_of(Kind::kRows, 1, cuda::kPartials, 1)) {}
+              scratch(layout_of(Kind::kRows, 1, cuda::kPartials, 1)),
+              row_statistics(layout_of(Kind::kRows, 1, kRowStatistics * p.rows(), 1)),
+              argmax(layout_of(Kind::kRows, 1, p.rows(), 1)) {}
 
         cuda::LossOutput output(bool mean) {
             void* const denominator = mean ? &scalars.at(0, 1) : nullptr;
@@ -120,13 +149,45 @@ private:
             return {&scalars.at(0, 0), denominator, scratch.data(), own ? nullptr : &ticket, own ? number : 0};
         }
         bool operator==(const Result& other) const {
-            return RowResult::operator==(other) && scalars == other.scalars && ticket == other.ticket;
+            return RowResult::operator==(other) && scalars == other.scalars && ticket == other.ticket &&
+                   row_statistics == other.row_statistics && argmax == other.argmax;
         }
         bool only_elements_written() const {
             return RowResult::only_elements_written() && scalars.only_elements_written() &&
-                   scratch.only_elements_written();
+                   scratch.only_elements_written() && row_statistics.only_elements_written() &&
+                   argmax.only_elements_written();
         }
     };
+
+    void compare_statistics(Result& result, std::int64_t o, std::int64_t i) {
+        std::vector<double> z;
+        for (int c = 0; c < shape.classes; ++c) z.push_back(double(widen(logits.at(o, i, c))));
+        const bool is_ignored = ignored(o, i);
+        const NaiveStatistics want = statistics_of(z, is_ignored ? 0 : target_of(o, i), is_ignored);
+        const std::int64_t row = o * p.inner + i;
+        check(result.argmax.at(0, row) == want.argmax, "%s: argmax %lld, not %lld", name.c_str(),
+              (long long)result.argmax.at(0, row), (long long)want.argmax);
+        for (int k = 0; k < kRowStatistics; ++k) {
+            const double got = double(result.row_statistics.at(0, k * p.rows() + row));
+            check(close(got, want.v[k], P::computed), "%s: statistic %d: %.9g, not %.9g", name.c_str(), k, got,
+                  want.v[k]);
+        }
+    }
+
+    // Of rows with NaN, infinities and masked classes the losses are not finite, but statistics say why.
+    void test_statistics_of_odd_rows(const Layout& grad_layout) {
+        const double odd[] = {HUGE_VAL, -HUGE_VAL, std::nan("")};
+        for_rows([&](std::int64_t o, std::int64_t i) {
+            const bool all = random.one_in(8);
+            const double z = odd[random.below(3)];
+            for (int c = 0; c < shape.classes; ++c)
+                if (all || random.one_in(int(shape.classes))) logits.at(o, i, c) = narrow<Stored>(A(z));
+        });
+        Result result(grad_layout, p);
+        check(forward(with_outputs(result), result, true) == cudaSuccess, "%s: odd rows were not launched",
+              name.c_str());
+        for_rows([&](std::int64_t o, std::int64_t i) { compare_statistics(result, o, i); });
+    }
 
     // The logits' own in half of the cases, so that rows can be read and written by vectors.
     Layout any_grad_layout() { return random.one_in(2) ? logits.layout : any_layout(); }
@@ -141,16 +202,23 @@ private:
                                                : cuda::enqueue_forward(q, out, nullptr);
     }
 
-    cudaError_t gradient(const RowProblem& q) {
+    // Where forward has saved nothing it is forward again, for any upstream gradient.
+    cudaError_t gradient(RowProblem q) {
         shuffle_launches(true);
+        if (q.stats_count == 0) {
+            if (!q.upstream) q.upstream = &one, q.upstream_stride = {};
+            q.row_values = q.row_statistics = nullptr, q.argmax = nullptr;
+            return cuda::enqueue_forward(q, {}, nullptr);
+        }
         return is_multi_reduction_loss(q.loss) ? cuda::enqueue_multi_reduction_gradient(q, nullptr)
                                                : cuda::enqueue_gradient(q, nullptr);
     }
 
     RowProblem with_outputs(Result& result) {
         RowProblem q = p;
+        if (looks) q.row_statistics = result.row_statistics.data(), q.argmax = result.argmax.data();
         q.row_values = result.values.data();
-        q.stats = result.stats.data();
+        q.stats = p.stats_count > 0 ? result.stats.data() : nullptr;
         q.grad = result.grad.data() + result.grad_layout.begin;
         set_strides(result.grad_layout, q.grad_stride, q.grad_class_stride);
         return q;
@@ -168,8 +236,9 @@ private:
               "%s: gradient changed what forward saved", name.c_str());
         shuffle_launches(false);
         cuda::LossOutput out = result.output(true);
-        out.denominator = &result.scalars.at(0, 2);
-        check(cuda::enqueue_denominator(p, out, nullptr) == cudaSuccess, "%s: no sum of weights", name.c_str());
+        out.denominator = &result.scalars.at(0, mixes ? 1 : 2);
+        const auto sum_weights = mixes ? &cuda::enqueue_label_weights : &cuda::enqueue_denominator;
+        check(sum_weights(p, out, nullptr) == cudaSuccess, "%s: no sum of weights", name.c_str());
         check(result.ticket == 0, "%s: the ticket is not what it was", name.c_str());
         check(result.only_elements_written(), "%s: a kernel wrote outside its outputs", name.c_str());
     }
@@ -190,7 +259,7 @@ private:
         q.stats = nullptr;  // must not be read
         check(gradient(q) == cudaSuccess && result == written, "%s: backward touched a finished gradient",
               name.c_str());
-        q.stats = result.stats.data();
+        q.stats = p.stats_count > 0 ? result.stats.data() : nullptr;
         q.assumed_denominator = 12345;
         check(gradient(q) == cudaSuccess, "%s: backward was not launched", name.c_str());
         for_rows([&](std::int64_t o, std::int64_t i) { Base::compare_gradient(result.grad, "completed", o, i); });
@@ -204,18 +273,40 @@ private:
         return active && !(expected_of(o, i).value > 0) ? 0.0 : sample_weight_of(o, i) * of_class;
     }
 
+    void compare_label_weights(Result& result) {
+        double want[2] = {};
+        for_rows([&](std::int64_t o, std::int64_t i) {
+            const std::int64_t of_row[] = {target_of(o, i), Base::other32.at(o, i)};
+            for (int k = 0; k < 2; ++k) {
+                if (of_row[k] == p.ignore_index) continue;
+                const double first = double(Base::share.at(o, i)), share = k == 0 ? first : 1 - first;
+                const double of_class = p.class_weight ? double(class_weight.at(0, 0, of_row[k])) : 1.0;
+                want[p.share ? 0 : k] += sample_weight_of(o, i) * of_class * (p.share ? share : 1.0);
+            }
+        });
+        if (p.share) want[1] = want[0];
+        for (int k = 0; k < 2; ++k) {
+            const double got = double(result.scalars.at(0, 1 + k));
+            check(std::fabs(got - want[k]) <= 1e-6 * want[k], "%s: weight of labels %.9g, not %.9g", name.c_str(), got,
+                  want[k]);
+        }
+    }
+
     void compare_reduction(Result& result) {
         const bool guarded = p.reduction == Reduction::kActiveMean, active = guarded && is_multi_reduction_loss(p.loss);
+        if (mixes) compare_label_weights(result);
         double value = 0, weight = guarded ? kActiveGuard : 0, size = 0, unsure = 0, all = 0;
         for_rows([&](std::int64_t o, std::int64_t i) {
             value += double(result.values.at(o, i));
             size += std::fabs(double(result.values.at(o, i)));
+            if (mixes) return;
             weight += weight_of(o, i, active);
             all += weight_of(o, i, false);
             if (active && may_be_zero(expected_of(o, i))) unsure += weight_of(o, i, false);
         });
         const double counted = double(result.scalars.at(0, 2));
-        check(std::fabs(counted - all) <= 1e-6 * all, "%s: weights %.9g, not %.9g", name.c_str(), counted, all);
+        check(mixes || std::fabs(counted - all) <= 1e-6 * all, "%s: weights %.9g, not %.9g", name.c_str(), counted,
+              all);
         if (p.reduction == Reduction::kNone) return;
         if (has_mean()) {
             const double denominator = double(result.scalars.at(0, 1));
@@ -227,6 +318,9 @@ private:
         const double got = double(result.scalars.at(0, 0)), want = value / divisor;
         check(std::fabs(got - want) <= 1e-6 * size / divisor, "%s: loss %.9g, not %.9g", name.c_str(), got, want);
     }
+
+    const bool looks;  // row statistics are asked for, too
+    const A one = A(1);
 };
 
 }  // namespace fused_losses_test

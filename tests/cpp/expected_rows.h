@@ -14,9 +14,9 @@ public:
     using Base::Base;
 
 protected:
-    using Base::for_rows, Base::ignored, Base::soft_of, Base::target_of;
+    using Base::for_rows, Base::ignored, Base::labels_of, Base::soft_of, Base::target_of;
     using Base::logits, Base::class_weight, Base::margin, Base::sample_weight, Base::upstream, Base::scalars;
-    using Base::shape, Base::random, Base::naive, Base::soft, Base::bias, Base::p;
+    using Base::shape, Base::random, Base::naive, Base::soft, Base::mixes, Base::bias, Base::p;
     using typename Base::A, typename Base::P;
 
     template <class T>
@@ -99,6 +99,28 @@ protected:
         }
     }
 
+    // What a softmax loss saves of a row, as SavedNumber says: the gradient follows, and so does that of the label.
+    void compare_saved(Guarded<A>& stats, std::int64_t o, std::int64_t i) {
+        if (is_multi_reduction_loss(p.loss) || p.stats_count == 0) return;
+        double saved[4] = {};
+        for (int k = 0; k < p.stats_count; ++k) saved[k] = double(stats.at(0, k * p.rows() + o * p.inner + i));
+        if (ignored(o, i)) {
+            for (const double x : saved) check(x == 0, "%s: an ignored row has saved %.9g", name.c_str(), x);
+            return;
+        }
+        const NaiveResult& want = expected_of(o, i);
+        const std::int64_t label = soft ? -1 : target_of(o, i);
+        for (int c = 0; c < shape.classes; ++c) {
+            const double z = double(widen(logits.at(o, i, c)));
+            const double of_others =
+                saved[kSavedAlpha] * std::exp(z - saved[kSavedMax]) + saved[kSavedGamma] * factor_of(o, i, c);
+            const double got = c == label ? saved[kSavedTargetGrad] : of_others, exact = double(want.grad[c]);
+            check(std::fabs(got - exact) <= tolerance_of(want), "%s: saved numbers give the gradient %.9g, not %.9g",
+                  name.c_str(), got, exact);
+        }
+        check(!soft || saved[kSavedTargetGrad] == 0, "%s: a row without a label has saved its gradient", name.c_str());
+    }
+
     // NaN or +inf makes its own row not finite and changes no bit of any other row. run(result) fills values and grad.
     template <class Result, class Run>
     void check_isolation(const Layout& grad_layout, Run run) {
@@ -118,7 +140,11 @@ protected:
                 finite &= bool(std::isfinite(widen(poisoned.grad.at(o, i, c))));
             }
             // A class of weight zero may hide what its rows' values are, not what their gradients are.
-            const bool weightless = bad && p.class_weight && !soft && class_weight.at(0, 0, target_of(o, i)) == A(0);
+            double weight = 0;
+            for (const auto& label : labels_of(o, i)) weight += soft ? 0 : label.factor * weight_of_class(label.cls);
+            for (int c = 0; c < shape.classes && soft; ++c) weight += soft_of(o, i, c) * weight_of_class(c);
+            const bool weightless = bad && weight == 0;
+            if (weightless && mixes) return;
             finite |= !weightless && bool(std::isfinite(poisoned.values.at(o, i)));
             check(bad ? !finite : same, "%s: row %lld, %lld beside a poisoned one", name.c_str(), (long long)o,
                   (long long)i);
@@ -128,9 +154,30 @@ protected:
     std::string name;
 
 private:
+    double weight_of_class(std::int64_t cls) {
+        return p.class_weight && cls >= 0 && cls < shape.classes ? double(class_weight.at(0, 0, cls)) : 1.0;
+    }
+
+    // u_j of SoftmaxRow
+    double factor_of(std::int64_t o, std::int64_t i, int c) {
+        if (p.class_factors == ClassFactors::kOnes) return 1;
+        const double weight = p.class_weight ? double(class_weight.at(0, 0, c)) : 1.0, s = p.params[0];
+        return soft ? weight * ((1 - s) * soft_of(o, i, c) + s / double(shape.classes)) : weight;
+    }
+
     NaiveResult naive_result(std::int64_t o, std::int64_t i) {
+        if (mixes) {
+            NaiveResult sum;
+            sum.grad.resize(shape.classes);
+            for (const auto& label : labels_of(o, i)) sum.add(label.factor, naive_result(o, i, int(label.cls)));
+            return sum;
+        }
+        return naive_result(o, i, soft ? 0 : int(target_of(o, i)));
+    }
+
+    NaiveResult naive_result(std::int64_t o, std::int64_t i, int label) {
         NaiveRow row;
-        row.y = soft ? 0 : int(target_of(o, i));
+        row.y = label;
         for (int c = 0; c < shape.classes; ++c) {
             row.logits.push_back(Real(widen(logits.at(o, i, c))) + (!soft && c == row.y ? bias : 0));
             if (p.class_weight) row.weight.push_back(double(class_weight.at(0, 0, c)));

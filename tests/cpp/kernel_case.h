@@ -16,15 +16,16 @@ template <class Stored>
 class Case : ExpectedRows<Stored> {
     using Base = ExpectedRows<Stored>;
     using Base::any_layout, Base::for_rows, Base::ignored, Base::inputs, Base::set_strides, Base::target_of;
-    using Base::class_weight, Base::random, Base::naive, Base::soft, Base::p, Base::name;
+    using Base::class_weight, Base::random, Base::naive, Base::soft, Base::mixes, Base::p, Base::name;
     using Base::compute_expected, Base::expected_of, Base::sample_weight_of, Base::value_tolerance, Base::may_be_zero;
     using typename Base::A, typename Base::P, typename Base::Inputs, typename Base::RowResult;
 
 public:
-    using Base::Base;
+    Case(const Shape& shape, int loss, const Params& params, Random& r)
+        : Base(shape, loss, params, r, /*more_labels=*/true) {}
 
     void test(const std::string& what) {
-        name = what + (soft ? " soft" : "");
+        name = what + (soft ? " soft" : "") + (mixes ? " mixed" : "");
         const Layout grad_layout = any_layout();
         const Inputs before = inputs();
         compute_expected();
@@ -102,6 +103,7 @@ private:
         TileSums total, size, sums;
         for_rows([&](std::int64_t o, std::int64_t i) {
             if (values) Base::compare_value(o, i, result.values.at(o, i));
+            if (values) Base::compare_saved(result.stats, o, i);
             Base::compare_gradient(result.grad, pass, o, i);
             if (ignored(o, i)) return;
             total.value += sample_weight_of(o, i) * double(expected_of(o, i).value);

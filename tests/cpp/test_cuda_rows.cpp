@@ -62,19 +62,20 @@ void test_offsets(Random& random) {
         });
 }
 
-// Of a softmax loss and of a loss of several passes. Doubles have none.
+// Of a softmax loss, of one of which more is asked and of a loss of several passes. Doubles have none.
 void test_large_clusters(Random& random) {
     const Dtype dtypes[] = {Dtype::kFloat32, Dtype::kFloat16, Dtype::kBFloat16};
-    for (const bool passes : {false, true}) {
+    for (int kind = 0; kind < 3; ++kind) {
+        const bool passes = kind == 2, more = kind == 1;
         const Dtype dtype = dtypes[random.below(3)];
         const int loss =
             passes ? AllLosses::size - 1 - random.below(MultiReductionLosses::size) : random.below(SoftmaxLosses::size);
         // More than 8 blocks of 256 threads have room for: 48 numbers of one that keeps nothing else, 32 or fewer else.
-        const Shape shape{Kind::kRows, 1, 2, needs_of(loss).has_margin ? 98401 : 66001};
+        const Shape shape{Kind::kRows, 1, 2, needs_of(loss).has_margin || more ? 98401 : 66001};
         const std::vector<Params>& sets = naive_loss(loss_names()[loss]).params;
         const Params& params = sets[random.below(int(sets.size()))];
         visit_dtype(dtype, [&]<class Stored>() {
-            CudaCase<Stored> problem(shape, loss, params, random);
+            CudaCase<Stored> problem(shape, loss, params, random, more, more);
             problem.test_large_cluster(describe(shape, dtype, loss));
         });
         check(std::exchange(cuda_emulation::widest_launch, 0) == 16, "no launch had clusters of 16 blocks");

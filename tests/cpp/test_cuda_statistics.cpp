@@ -7,45 +7,15 @@
 #include <vector>
 
 #include "core/numeric.h"
-#include "core/row_statistics.h"
 #include "cuda/launch.h"
 #include "cuda_emulation/scheduler.h"
 #include "guarded.h"
+#include "naive_statistics.h"
 
 namespace {
 
 using namespace fused_losses;
 using namespace fused_losses_test;
-
-struct Expected {
-    double v[kRowStatistics];
-    std::int64_t argmax = 0;
-};
-
-Expected statistics_of(const std::vector<double>& z, std::int64_t target, bool ignored) {
-    Expected e{};
-    double top = -HUGE_VAL, other = -HUGE_VAL, sum = 0, entropy = 0;
-    bool has_nan = false;
-    for (std::int64_t c = 0; c < std::int64_t(z.size()); ++c) {
-        if (!has_nan && (z[c] > top || std::isnan(z[c]))) e.argmax = c, top = z[c];
-        has_nan |= std::isnan(z[c]);
-        if (c != target && z[c] > other) other = z[c];
-    }
-    for (const double x : z) sum += std::exp(x - top);
-    for (const double x : z) {
-        const double log_p = (x - top) - std::log(sum), p = std::exp(log_p);
-        entropy -= p == 0 ? 0 : p * log_p;
-    }
-    const double values[] = {(z[target] - top) - std::log(sum), 1 / sum, top,
-                             has_nan ? std::nan("") : z[target] - other, entropy};
-    for (int k = 0; k < kRowStatistics; ++k) e.v[k] = ignored ? std::nan("") : values[k];
-    return e;
-}
-
-bool close(double a, double b, double tolerance) {
-    if (std::isnan(b) || std::isinf(b)) return std::isnan(b) ? std::isnan(a) : a == b;
-    return std::fabs(a - b) <= tolerance * (1 + std::fabs(b));
-}
 
 template <class Stored>
 double any_logit(Random& random) {
@@ -83,7 +53,7 @@ void test(Dtype dtype, Kind kind, std::int64_t outer, std::int64_t inner, std::i
             std::vector<double> z;
             for (std::int64_t c = 0; c < classes; ++c) z.push_back(double(widen(logits.at(o, i, c))));
             const bool ignored = target.at(o, i) == -100;
-            const Expected expected = statistics_of(z, ignored ? 0 : target.at(o, i), ignored);
+            const NaiveStatistics expected = statistics_of(z, ignored ? 0 : target.at(o, i), ignored);
             const std::int64_t row = o * inner + i;
             check(argmax.at(0, row) == expected.argmax, "argmax %lld, not %lld", (long long)argmax.at(0, row),
                   (long long)expected.argmax);

@@ -35,7 +35,7 @@ Draw draw_loss(Random& random, std::int64_t classes) {
 void test_case(Dtype dtype, const Shape& shape, const Draw& draw, Random& random, bool isolation = false) {
     const std::string name = describe(shape, dtype, draw.loss);
     visit_dtype(dtype, [&]<class Stored>() {
-        Case<Stored> problem(shape, draw.loss, draw.params, random, /*class_losses=*/true);
+        Case<Stored> problem(shape, draw.loss, draw.params, random);
         isolation ? problem.test_isolation(name) : problem.test(name);
     });
 }

@@ -48,8 +48,6 @@ inline bool check_target(const RowLossArgs& args, const LossNeeds& needs, const 
               "; one-hot labels are passed as class indices, target.argmax(", class_dim_of(logits), ")");
         check(needs.takes_probabilities, args.loss, ": target must hold class indices of shape ", rows,
               "; it takes no class probabilities, got shape ", target.sizes());
-        check(logits.is_cpu() || args.loss == CrossEntropy::name, args.loss,
-              ": class probabilities have a kernel for the CPU alone, got logits on ", logits.device());
         check(args.ignore_index < 0, args.loss, ": ignore_index is not supported for floating point target, got ",
               args.ignore_index);
         check_value(args.logit_bias == 0 && !args.logit_bias_tensor, args.loss,

@@ -209,7 +209,7 @@ void backward(StableIValue* stack) {
     RowLossCall call(RowLossArgs(in), /*with_grad=*/true, std::move(grad_loss), std::move(grad));
     call.take_saved(stats, denominator);
     if (!call.problem.stats && call.problem.rows() > 0)
-        call.backend().row_loss(call.problem, nullptr, nullptr);  // it kept nothing (CPU) and is run again
+        call.backend().row_loss(call.problem, nullptr, nullptr);  // it kept nothing and is run again
     else
         call.backend().row_loss_gradient(call.problem);
     Tensor written = call.finished_grad();
@@ -241,21 +241,27 @@ void mixed_forward(StableIValue* stack) {
     if (with_grad) out.push(call.finished_grad());
 }
 
+template <bool in_place>
+void mixed_backward(StableIValue* stack) {
+    Arguments in(stack);
+    Tensor grad_loss;
+    OptionalTensor grad;
+    in.read(grad_loss);
+    if (in_place) in.read(Given{grad});
+    OtherLabel other(in);
+    RowLossCall call(RowLossArgs(in), /*with_grad=*/true, std::move(grad_loss), std::move(grad), std::move(other));
+    call.backend().row_loss(call.problem, nullptr, nullptr);
+    Tensor written = call.finished_grad();
+    if (!in_place) Results(stack).push(written);
+}
+
 }  // namespace
 
 void mixed_loss(StableIValue* stack, std::uint64_t, std::uint64_t) { mixed_forward<false>(stack); }
 void mixed_loss_with_grad(StableIValue* stack, std::uint64_t, std::uint64_t) { mixed_forward<true>(stack); }
 
-void mixed_loss_backward(StableIValue* stack, std::uint64_t, std::uint64_t) {
-    Arguments in(stack);
-    Tensor grad_loss;
-    in.read(grad_loss);
-    OtherLabel other(in);
-    RowLossCall call(RowLossArgs(in), /*with_grad=*/true, std::move(grad_loss), {}, std::move(other));
-    call.backend().row_loss(call.problem, nullptr, nullptr);
-    Tensor grad = call.finished_grad();
-    Results(stack).push(grad);
-}
+void mixed_loss_backward(StableIValue* stack, std::uint64_t, std::uint64_t) { mixed_backward<false>(stack); }
+void mixed_loss_backward_(StableIValue* stack, std::uint64_t, std::uint64_t) { mixed_backward<true>(stack); }
 
 void row_loss_and_statistics(StableIValue* stack, std::uint64_t, std::uint64_t) { statistics_forward<false>(stack); }
 void row_loss_with_grad_and_statistics(StableIValue* stack, std::uint64_t, std::uint64_t) {

@@ -1,0 +1,169 @@
+// Softmax losses of which more is asked than the loss of one label: statistics where the kernels of register_row.cuh
+// can make them, and all the rest (label_row.cuh). As in passes.cuh a row is read once: until its gradient is written
+// it stays with the threads that share it, in shared memory, as floats whatever its dtype. Longer rows are read again
+// in each pass.
+#include "cuda/label_row.cuh"
+
+namespace fused_losses::cuda {
+namespace {
+
+template <bool kShares>
+__global__ void __launch_bounds__(kTileThreads, 4) labels_in_tiles(const __grid_constant__ LabelArgs<float> args) {
+    const RowProblem& p = args.problem;
+    if (is_already_written<float>(p)) return;
+    const int classes = static_cast<int>(p.num_classes), element = bytes_of(p.dtype), lanes = args.plan.lanes;
+    const LaneTeam team(lanes);
+    LossSums sums{0, 0};
+    const LabelRow<float, true, kShares> worker(args, ClassesOfThread(classes, team.lane, args.plan.rounds),
+                                                behind_tiles(args.plan));
+    for_each_tile(args, [&](int first, int count, char* tile, auto arrive) {
+        const int own = threadIdx.x % 32 / lanes;
+        arrive();
+#pragma unroll 1
+        for (int r = own; r - own < count; r += 32 / lanes) {
+            const bool exists = r < count;
+            char* const at = tile + (exists ? r * classes * element : 0);
+            worker.run(team, {first + r, 0, first + r}, exists, RowPlace{at, at, element, element}, sums);
+        }
+    });
+    write_loss(args, sums);
+}
+
+template <class A, bool kKeeps, bool kShares>
+__global__ void __launch_bounds__(kKeeps ? kMostColumnThreads : kBlock)
+    labels_of_rows(const __grid_constant__ LabelArgs<A> args) {
+    const RowProblem& p = args.problem;
+    if (is_already_written<A>(p)) return;
+    RowTeam<A, true> team(args.plan);
+    LossSums sums{0, 0};
+    const int classes = static_cast<int>(p.num_classes), begin = cluster_group::block_rank() * args.plan.share;
+    const LabelRow<A, kKeeps, kShares> worker(
+        args, ClassesOfThread(begin, min(classes, begin + args.plan.share), team.lane, team.threads), dynamic_shared);
+    const std::int64_t rows = p.rows();
+    for (std::int64_t first = team.first(); first < rows; first += team.step()) {
+        const std::int64_t number = first + team.place();
+        const bool exists = number < rows;
+        const Row row = row_at(p, exists ? number : first);
+        worker.run(team, row, exists, place_of(p, row), sums);
+    }
+    team.part_company();
+    write_loss(args, sums);
+}
+
+template <class A, bool kShares>
+cudaError_t enqueue_any_rows(LabelArgs<A>& args, cudaStream_t stream) {
+    args.plan = plan_any_rows(args.problem, LabelRow<A, false, kShares>::n);
+    return launch_rows_resident(&labels_of_rows<A, false, kShares>, args, stream);
+}
+
+template <bool kShares>
+cudaError_t enqueue_of(const RowProblem& p, const LossOutput& out, cudaStream_t stream) {
+    if (p.dtype == Dtype::kFloat64) {
+        LabelArgs<double> args(p, out);
+        return enqueue_any_rows<double, kShares>(args, stream);
+    }
+    constexpr int slots = LabelRow<float, true, kShares>::n;
+    LabelArgs<float> args(p, out);
+    int multiprocessors = 0;
+    cudaError_t error = find_multiprocessors(multiprocessors);
+    if (error != cudaSuccess) return error;
+    if ((args.plan = plan_pass_tiles(p, slots, multiprocessors))) {
+        error = launch_tiles_resident(&labels_in_tiles<kShares>, args, stream);
+        if (error != kDoesNotFit) return error;
+    }
+    for (int largest = kMaxCluster; largest > 0; largest /= 2) {
+        if (!(args.plan = plan_pass_rows(p, slots, largest))) continue;
+        error = launch_rows_resident(&labels_of_rows<float, true, kShares>, args, stream);
+        if (error != kDoesNotFit) return error;
+    }
+    return enqueue_any_rows<float, kShares>(args, stream);
+}
+
+// Statistics beside the loss of one label, of rows that fit into registers.
+template <class Stored>
+cudaError_t enqueue_held(RegisterArgs& args, cudaStream_t stream) {
+    constexpr Factors factors = Factors::kOnesAndStatistics;
+    int multiprocessors = 0;
+    cudaError_t error = find_multiprocessors(multiprocessors);
+    if (error != cudaSuccess) return error;
+    if ((args.plan = plan_tiles(args.problem, factors, multiprocessors))) {
+        error = enqueue_tiles<Stored>(args, stream);
+        if (error != kDoesNotFit) return error;
+    }
+    for (int largest = kMaxCluster; largest > 0; largest /= 2) {
+        if (!(args.plan = plan_direct(args.problem, factors, largest))) continue;
+        error = enqueue_registers<Stored>(args, stream);
+        if (error != kDoesNotFit) return error;
+    }
+    return kDoesNotFit;
+}
+
+bool is_for_registers(const RowProblem& p) {
+    const bool has_bias = p.logit_bias != 0 || p.logit_bias_device;
+    return p.argmax && !p.other_target && !has_bias && !(p.grad && p.upstream) && factors_of(p) != Factors::kRead;
+}
+
+cudaError_t enqueue_statistics_in_registers(const RowProblem& p, const LossOutput& out, cudaStream_t stream) {
+    if (!is_for_registers(p)) return kDoesNotFit;
+    RegisterArgs args(p, out);
+    switch (p.dtype) {
+        case Dtype::kFloat64: return kDoesNotFit;
+        case Dtype::kFloat32: return enqueue_held<float>(args, stream);
+        case Dtype::kFloat16: return enqueue_held<Half>(args, stream);
+        case Dtype::kBFloat16: return enqueue_held<BFloat16>(args, stream);
+    }
+    return cudaErrorInvalidValue;
+}
+
+// The weights of the rows' first labels and of their second ones. Where each row has a share, its weights are parts of
+// one denominator.
+template <class A>
+__global__ void __launch_bounds__(kBlock) sum_label_weights(const __grid_constant__ RowArgs<A> args) {
+    const RowProblem& p = args.problem;
+    LossSums sums{0, 0};
+    const std::int64_t step = std::int64_t(gridDim.x) * kBlock, rows = p.rows();
+    for (std::int64_t number = std::int64_t(blockIdx.x) * kBlock + threadIdx.x; number < rows; number += step) {
+        const Row row = row_at(p, number);
+        const Labels labels = labels_of(p, row);
+        const auto weight = [&](int k) {
+            if (labels.of[k].ignored) return 0.0;
+            const A share = p.share ? share_of_label<A>(p, row, k) : A(1);
+            return static_cast<double>(share * class_weight_of<A>(p, labels.of[k]) * sample_weight_of<A>(p, row));
+        };
+        sums.add({weight(0), weight(1)});
+    }
+    if (!sum_over_grid(sums, args.out)) return;
+    A* const denominators = static_cast<A*>(args.out.denominator);
+    denominators[0] = static_cast<A>(p.share ? sums.value + sums.weight : sums.value);
+    denominators[1] = static_cast<A>(p.share ? sums.value + sums.weight : sums.weight);
+}
+
+}  // namespace
+
+bool is_about_labels(const RowProblem& p) {
+    return p.argmax || p.other_target || p.class_factors == ClassFactors::kClassLosses || (p.grad && p.upstream);
+}
+
+cudaError_t enqueue_labels(const RowProblem& p, const LossOutput& out, cudaStream_t stream) {
+    if (const cudaError_t error = enqueue_statistics_in_registers(p, out, stream); error != kDoesNotFit) return error;
+    constexpr std::int64_t exact = 1 << 24;  // class numbers are floats
+    if (p.argmax && p.num_classes > exact && p.dtype != Dtype::kFloat64) {
+        if (const cudaError_t error = enqueue_row_statistics(p, stream); error != cudaSuccess) return error;
+        RowProblem rest = p;
+        rest.argmax = nullptr;
+        return enqueue_of<false>(rest, out, stream);
+    }
+    return p.class_factors == ClassFactors::kClassLosses ? enqueue_of<true>(p, out, stream)
+                                                         : enqueue_of<false>(p, out, stream);
+}
+
+cudaError_t enqueue_label_weights(const RowProblem& p, const LossOutput& out, cudaStream_t stream) {
+    constexpr std::int64_t rows_per_block = 4 * kBlock;
+    const auto run = [&](auto kernel, const auto& args) {
+        return launch_over_rows(kernel, p.rows(), rows_per_block, stream, args);
+    };
+    if (p.dtype == Dtype::kFloat64) return run(sum_label_weights<double>, RowArgs<double>(p, out));
+    return run(sum_label_weights<float>, RowArgs<float>(p, out));
+}
+
+}  // namespace fused_losses::cuda
