@@ -41,7 +41,7 @@ ARGUMENTS = {
 }
 ARGUMENTS["optimised"] |= {
     "cuda_rows": "16 1",
-    "cuda_z_error": "50 1 2 3",
+    "cuda_z_error": "30 1 2",
     "cuda_statistics": "1 2",
     "cuda_emulation": "",
 }

@@ -108,13 +108,15 @@ public:
                 state = saved_state(row.number);
                 scale = scale_of<A>(p, row) * class_weight_of<A>(p, target);
             }
-            team.sync();  // the target's logit has been read: the gradient may be written in its place
         } else {
             state = reduce(team, mine, target);
             const A weight = reads ? class_weight_of<A>(p, target) * sample_weight_of<A>(p, row) : A(0);
             if (team.leads && exists) record(row, reads, weight, state, sums);
             scale = weight * share;
         }
+        // All have read the target's logit: in a tile, the gradient may be written in its place. Shuffles do not
+        // promise that.
+        if (args.is_saved || std::is_same_v<std::remove_const_t<Team>, LaneTeam<>>) team.sync();
         if (p.grad && exists) write_gradient(mine, reads, state, scale);
     }
 

@@ -110,7 +110,6 @@ public:
         Coefficients<float> coefficients{};
         if (is_saved()) {
             if (reads) coefficients = saved_coefficients<float>(p, row);
-            team.sync();  // the target's logit has been read: the gradient may be written in its place
         } else {
             state.sum = sum_of(team, state.sum + extra_e);
             if (is_apart) state.sum += target_e;
@@ -139,6 +138,8 @@ public:
             }
         }
         if (!p.grad) return;
+        // All have read the target's logit: the gradient may be written in its place. Shuffles do not promise that.
+        if (Place::kIsMixed || is_saved()) team.sync();
         write(place, reads, e, coefficients, factor);
         if (extra_class >= 0) {
             const float g = gradient_of(coefficients, extra_e, reads ? u_of(factor, extra_class) : 0.0f);

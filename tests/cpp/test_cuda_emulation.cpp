@@ -96,7 +96,7 @@ __global__ void use_cluster(const uint4* numbers, int* wrong) {
 // Whoever leaves the last barrier out reads from a block that may have finished.
 __global__ void leave_cluster(int* wrong) {
     __shared__ int mine;
-    mine = threadIdx.x;
+    if (threadIdx.x == 0) mine = 1;
     cluster_group::sync();
     for (int rank = 0; rank < cluster_group::num_blocks(); ++rank) {
         *wrong += *cluster_group::map_shared_rank(&mine, rank) < 0;
@@ -200,6 +200,38 @@ void test_deaths() {
     expect_death(endless, "wait for ever");
 }
 
+// ---- Races (races.h) -----------------------------------------------------------------------------------------------
+
+#ifdef __SANITIZE_THREAD__
+// Shuffles do not say that memory has been read or written.
+__device__ int through_memory(int mine, bool with_barrier, int distance) {
+    __shared__ int numbers[kBlock];
+    numbers[threadIdx.x] = mine;
+    if (with_barrier) __syncwarp();
+    __shfl_xor_sync(kAll, mine, 1);
+    return numbers[threadIdx.x ^ distance];
+}
+__global__ void read_too_early(int* wrong) { *wrong += through_memory(threadIdx.x, false, 1) < 0; }
+__global__ void read_of_another_warp(int* wrong) { *wrong += through_memory(threadIdx.x, true, 32) < 0; }
+__global__ void overwrite_too_early(int* wrong) {
+    __shared__ int first;
+    if (threadIdx.x == 0) first = 1;
+    __syncthreads();
+    if (threadIdx.x >= 32) return;
+    const int x = __shfl_xor_sync(kAll, int(first), 1);
+    if (threadIdx.x == 0) first = x + 1;
+    *wrong += x != 1;
+}
+
+void test_races() {
+    expect_death(read_too_early, "wrote what is read");
+    expect_death(read_of_another_warp, "wrote what is read");
+    expect_death(overwrite_too_early, "read what is overwritten");
+}
+#else
+void test_races() {}  // nobody watches in the other build
+#endif
+
 // ---- Planning of launches ------------------------------------------------------------------------------------------
 
 void test_planning() {
@@ -214,6 +246,7 @@ int main() {
     test_promises();
     test_clusters();
     test_deaths();
+    test_races();
     test_planning();
     test_grids();
     test_assumed_denominator();

@@ -72,8 +72,8 @@ void test_large_clusters(Random& random) {
             passes ? AllLosses::size - 1 - random.below(MultiReductionLosses::size) : random.below(SoftmaxLosses::size);
         // More than 8 blocks of 256 threads have room for: 48 numbers of one that keeps nothing else, 32 or fewer else.
         const Shape shape{Kind::kRows, 1, 2, needs_of(loss).has_margin || more ? 98401 : 66001};
-        const std::vector<Params>& sets = naive_loss(loss_names()[loss]).params;
-        const Params& params = sets[random.below(int(sets.size()))];
+        // Others may cut off what is less likely than 1e-3, which is all classes here.
+        const Params& params = naive_loss(loss_names()[loss]).params.front();
         visit_dtype(dtype, [&]<class Stored>() {
             CudaCase<Stored> problem(shape, loss, params, random, more, more);
             problem.test_large_cluster(describe(shape, dtype, loss));

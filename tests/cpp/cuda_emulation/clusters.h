@@ -33,6 +33,7 @@ inline void wait_for_cluster(const char* function, const Location& where) {
     for (unsigned rank = 0; rank < cluster_size && complete; ++rank) {
         Block& block = block_of_cluster(rank);
         block.at_cluster = 0;
+        block.period = ++periods;
         for (Thread& thread : block.threads) {
             if (thread.state != State::kAtCluster) continue;
             thread.state = State::kReady;

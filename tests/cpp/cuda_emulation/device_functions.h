@@ -5,6 +5,7 @@
 #include <bit>
 
 #include "clusters.h"
+#include "races.h"
 #include "scheduler.h"
 
 using std::max, std::min;
@@ -64,7 +65,7 @@ inline int __syncthreads_and(int predicate, FL_WHERE) {
     return cuda_emulation::wait_for_block("__syncthreads_and", predicate == 0, where) == 0;
 }
 inline void __syncwarp(unsigned mask = 0xffffffffu, FL_WHERE) {
-    cuda_emulation::exchange("__syncwarp", mask, 0, where);
+    cuda_emulation::exchange("__syncwarp", mask, 0, where, /*is_barrier=*/true);
 }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
@@ -209,8 +210,10 @@ namespace cuda_emulation {
 template <class T, class Update>
 T atomic_update(T* address, Update update) {
     maybe_yield();
+    in_atomic_function = true;
     const T old = *address;
     *address = update(old);
+    in_atomic_function = false;
     maybe_yield();
     return old;
 }

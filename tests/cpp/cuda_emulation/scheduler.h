@@ -1,5 +1,6 @@
 // Runs the threads of a CUDA launch on the host, one at a time: each is a fiber that gives way where it has to wait for
-// others, in an order drawn from a seed. What is left out of a kernel, a barrier above all, then shows in its results.
+// others, in an order drawn from a seed. What is left out of a kernel, a barrier above all, then shows in its results;
+// or races.h finds it, where every order that can be had here gives the right ones.
 //
 // - Shared memory is thread_local memory of the program's one OS thread: its contents are exchanged when another block
 //   takes over. A block begins with 0xff bytes, a NaN in every format, or sometimes with zeros, which are `false`, too.
@@ -137,6 +138,7 @@ inline void open_barrier() {
         make_ready(thread);
     }
     block.at_barrier = 0;
+    block.period = ++periods;
 }
 
 inline unsigned wait_for_block(const char* function, bool predicate, const Location& where) {
@@ -149,8 +151,10 @@ inline unsigned wait_for_block(const char* function, bool predicate, const Locat
 
 inline int lane() { return current->number % 32; }
 
-// Waits for the lanes of `mask` and returns what each of them brought.
-inline const std::uint64_t* exchange(const char* function, unsigned mask, std::uint64_t mine, const Location& where) {
+// Waits for the lanes of `mask` and returns what each of them brought. is_barrier: whether it keeps accesses to memory
+// apart, too.
+inline const std::uint64_t* exchange(const char* function, unsigned mask, std::uint64_t mine, const Location& where,
+                                     bool is_barrier = false) {
     Thread* const warp = current - lane();
     wait(State::kInWarp, function, mask, mine, where);
     if (!(mask >> lane() & 1)) die(std::string(function) + ": the mask lacks a lane that takes part");
@@ -160,8 +164,10 @@ inline const std::uint64_t* exchange(const char* function, unsigned mask, std::u
     for (std::size_t i = 0; i < lanes && complete; ++i)
         if (mask >> i & 1)
             complete = warp[i].state == State::kInWarp && warp[i].mask == mask && same_place(warp[i], *current);
+    const std::uint64_t sync = is_barrier && complete ? ++periods : 0;
     for (std::size_t to = 0; to < lanes && complete; ++to) {
         if (!(mask >> to & 1)) continue;
+        if (is_barrier) warp[to].sync = sync;
         for (std::size_t from = 0; from < lanes; ++from) warp[to].received[from] = warp[from].brought;
         make_ready(warp[to]);
     }
@@ -200,6 +206,7 @@ inline void begin(Block& block, unsigned number, std::size_t slot) {
     block.index = {number % gridDim.x, number / gridDim.x % gridDim.y, number / gridDim.x / gridDim.y};
     block.order = Order(random() % 3);
     block.running = count;
+    block.period = ++periods;
     block.threads.resize(count);
     block.priority.resize(count);
     std::vector<int> priority_of_warp(count / 32 + 1);
@@ -230,18 +237,23 @@ inline void reorder(Block& block) {
     }
 }
 
+// Which of those that are ready. Most of the emulation's time is spent here, so races.h does not watch.
+[[gnu::no_sanitize("thread")]] inline std::size_t highest(const int* ready, std::size_t count, const int* priority,
+                                                          std::size_t at) {
+    int most = priority[ready[at]];
+    for (std::size_t i = 0; i < count; ++i) {
+        if (priority[ready[i]] <= most) continue;
+        most = priority[ready[i]];
+        at = i;
+    }
+    return at;
+}
+
 inline Thread* next_thread(Block& block) {
     std::size_t at = random() % block.ready.size();
     if (block.order != Order::kAny) {
         if (one_in(kReorderOneIn)) reorder(block);
-        int highest = block.priority[block.ready[at]];  // most of the emulation's time is spent here
-        for (std::size_t i = 0; i < block.ready.size(); ++i) {
-            const int priority = block.priority[block.ready[i]];
-            if (priority > highest) {
-                highest = priority;
-                at = i;
-            }
-        }
+        at = highest(block.ready.data(), block.ready.size(), block.priority.data(), at);
     }
     std::swap(block.ready[at], block.ready.back());
     Thread* const thread = &block.threads[block.ready.back()];

@@ -65,6 +65,7 @@ struct Thread {
     Location where;
     unsigned mask;
     std::uint64_t brought, received[32];
+    std::uint64_t sync = 0;  // its last __syncwarp, a number of all that took part
     std::vector<Copy> copies;
 };
 
@@ -77,6 +78,7 @@ struct Block {
     int lowest_priority = 0;
     unsigned running = 0;                     // threads that have not finished
     unsigned at_barrier = 0, at_cluster = 0;  // those of them that wait for all of the block, of the cluster
+    std::uint64_t period = 0;                 // since its last barrier
     std::vector<Thread> threads;
     // Side by side, as a turn reads those of all threads that are ready
     std::vector<int> priority;
@@ -90,8 +92,9 @@ inline Block* current_block = nullptr;
 inline std::vector<Block> blocks;  // those that run at the same time
 inline unsigned cluster_size = 1;  // consecutive blocks
 inline std::function<void()> kernel;
-inline long naps = 0;  // since something else happened
-inline long stay = 0;  // turns until another block takes over
+inline std::uint64_t periods = 0;  // between barriers, so far: each gets a number of its own
+inline long naps = 0;              // since something else happened
+inline long stay = 0;              // turns until another block takes over
 
 // ---- Messages ------------------------------------------------------------------------------------------------------
 
