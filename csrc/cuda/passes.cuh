@@ -116,7 +116,7 @@ public:
         }
         // All have read the target's logit: in a tile, the gradient may be written in its place. Shuffles do not
         // promise that.
-        if (args.is_saved || std::is_same_v<std::remove_const_t<Team>, LaneTeam<>>) team.sync();
+        if (args.is_saved || kIsTile) team.sync();
         if (p.grad && exists) write_gradient(mine, reads, state, scale);
     }
 
