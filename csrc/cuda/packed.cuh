@@ -23,6 +23,9 @@ FL_DEVICE float log2_approximately(float x) {  // to 2^-22 in [0.5, 2], else 2 u
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+#elif defined(FL_CUDA_EMULATION)
+FL_DEVICE float exp2_approximately(float x) { return cuda_emulation::approximately(std::exp2(x)); }
+FL_DEVICE float log2_approximately(float x) { return cuda_emulation::approximately(std::log2(x)); }
 #else
 FL_DEVICE float exp2_approximately(float x) { return std::exp2(x); }
 FL_DEVICE float log2_approximately(float x) { return std::log2(x); }

@@ -3,6 +3,7 @@
 // random. First argument: one case in so many; the others: seeds of their choice and of the order in which threads run.
 #include <cstdlib>
 
+#include "cuda_accuracy.h"
 #include "cuda_case.h"
 
 namespace {
@@ -98,6 +99,7 @@ void test_shapes(int thinning, Random& random) {
 
 int main(int argc, char** argv) {
     const int thinning = argc > 1 ? std::max(1, std::atoi(argv[1])) : 1;
+    test_accuracies();
     for (int k = 2; k < argc; ++k) {
         Random random(std::strtoull(argv[k], nullptr, 10));
         cuda_emulation::random.seed(random.bits());
