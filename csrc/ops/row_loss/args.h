@@ -13,7 +13,7 @@ namespace fused_losses {
 // What a call says besides its tensors. torch takes longer to hand it over than a small loss does to compute, so it may
 // come as one tensor that holds this struct.
 struct RowLossConstants {
-    int loss = 0;  // index into AllLosses
+    int loss = -1;  // index into AllLosses; -1: none of them
     Reduction reduction = Reduction::kMean;
     int num_params = 0;
     std::array<double, 8> params{};
