@@ -54,6 +54,10 @@ class RowLossArguments(NamedTuple):
     reduction: str
 
 
+# Its fields from `loss` on.
+RowLossConstants = tuple[str, tuple[float, ...], float, int, str]
+
+
 class ZErrorRule(NamedTuple):
     """How a Z-Error operator judges rows, in the order of the schemas; ``csrc/ops/ops.cpp`` explains the words."""
 
@@ -126,10 +130,10 @@ class LossEntry:
         """The Module class."""
         return self.modules[0]
 
-    def pack(self, parameters: dict[str, Any]) -> list[float]:
+    def pack(self, parameters: dict[str, Any]) -> tuple[float, ...]:
         """The operators' ``params``: checked numbers in the order of the C++ header, then constants."""
         if not parameters:
-            return [*self.packed.values(), *self.constants]
+            return (*self.packed.values(), *self.constants)
         packed = self.packed.copy()
         for name, value in parameters.items():
             rule = self.ranges.get(name)
@@ -138,7 +142,7 @@ class LossEntry:
             packed[name] = rule.pack(name, value)
         if self.check is not None:
             self.check(**packed)
-        return [*packed.values(), *self.constants]
+        return (*packed.values(), *self.constants)
 
     def unpack(self, args: RowLossArguments) -> dict[str, Any]:
         """The hyper-parameters of a call."""

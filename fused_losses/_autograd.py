@@ -18,11 +18,13 @@ from torch.autograd import forward_ad
 from fused_losses import _ops
 from fused_losses._arguments import LOSSES, RowLossArguments
 from fused_losses._checks import check_row_loss
+from fused_losses._ops import PackedConstants, pack_constants
 from fused_losses._reference import row_loss_reference
 from fused_losses.row_statistics import RowStatistics, row_statistics
 
 _in_function_transform = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_batched, _is_legacy_batched = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
 
 
 def row_loss(args: RowLossArguments) -> Tensor:
@@ -57,9 +59,78 @@ def _row_loss(args: RowLossArguments) -> Tensor:
 
 def fused_row_loss(args: RowLossArguments) -> Tensor:
     """The loss by the fused kernels, for who knows that no other derivative is asked for."""
+    small = _small_call(args)
+    if small is not None:
+        return small_row_loss(args.logits, args.target, small)
     if args.logits.requires_grad and torch.is_grad_enabled():
         return apply(_RowLoss, args.logits, args)  # type: ignore[no-any-return]
     return _ops.row_loss(*args)
+
+
+# Of small calls all that is around the loss takes longer than the loss. They go a short way on the CPU: for logits and
+# class indices alone, with operators that have few arguments.
+_MOST_LOGITS = 8192
+_trace = torch._C._get_tracing_state
+
+
+def is_small(logits: Tensor, target: Tensor) -> bool:
+    """Whether :func:`small_row_loss` takes the call."""
+    return (
+        not torch.compiler.is_compiling()
+        and (type(logits) is Tensor or type(logits) is torch.nn.Parameter)
+        and type(target) is Tensor
+        and target.dtype is torch.int64
+        and logits.layout is target.layout is torch.strided
+        and logits.is_cpu
+        and target.is_cpu
+        and logits.numel() <= _MOST_LOGITS
+        and not _dispatch_modes()
+        and not _in_function_transform()
+        and forward_ad._current_level < 0
+        and _trace() is None
+    )
+
+
+def _small_call(args: RowLossArguments) -> PackedConstants | None:
+    """The constants for :func:`small_row_loss` if it takes the call."""
+    if not (args[2] is args[3] is args[4] is args[5] is None and is_small(args.logits, args.target)):
+        return None
+    return pack_constants(args[6:]) if type(args.ignore_index) is int and type(args.params) is tuple else None
+
+
+def small_row_loss(logits: Tensor, target: Tensor, constants: PackedConstants) -> Tensor:
+    """The loss by the fused kernels, differentiable in every way."""
+    if logits.requires_grad and torch.is_grad_enabled():
+        return _apply_small(logits, (target, constants))  # type: ignore[no-any-return, no-untyped-call]
+    return _ops.packed_row_loss(logits, target, constants.tensor)
+
+
+class _SmallRowLoss(torch.autograd.Function):
+    """The fused first derivative in the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, given: tuple[Tensor, PackedConstants]) -> Tensor:
+        target, constants = given
+        ctx.constants, written = constants, None
+        if logits.dtype is torch.float16 or constants.values[4] == "none":  # as in forward_writes_gradient
+            loss = _ops.packed_row_loss(logits, target, constants.tensor)
+        else:
+            loss, written = _ops.packed_row_loss_with_grad(logits, target, constants.tensor)
+        ctx.save_for_backward(logits, target, written)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        grad_loss = grad_outputs[0]
+        logits, target, written = ctx.saved_tensors
+        given = give_away(ctx, written, grad_loss)
+        if given is not None and complete(given, grad_loss):
+            return given, None
+        args = RowLossArguments(logits, target, None, None, None, None, *ctx.constants.values)
+        return gradient_from_logits(args, grad_loss), None
+
+
+_apply_small = super(torch.autograd.Function, _SmallRowLoss).apply  # is_small has asked what its part in Python would
 
 
 def row_loss_and_statistics(args: RowLossArguments) -> tuple[Tensor, RowStatistics]:
@@ -174,12 +245,6 @@ class _RowLossAndStatistics(_RowLoss):
         return loss, stats, argmax
 
 
-def _is_batched(tensor: Tensor) -> bool:
-    """Whether it stands for many tensors, as under ``is_grads_batched``, which calls operators once for each."""
-    functorch = torch._C._functorch
-    return functorch.is_legacy_batchedtensor(tensor) or functorch.is_batchedtensor(tensor)
-
-
 def save_row_loss(
     ctx: Any, args: RowLossArguments, stats: Tensor | None, denominator: Tensor | None, written: Tensor | None
 ) -> None:
@@ -192,18 +257,26 @@ def row_loss_gradient(ctx: Any, grad_loss: Tensor) -> Tensor:
     """The gradient in the logits from what was saved."""
     *inputs, stats, denominator, written = ctx.saved_tensors
     args = RowLossArguments(*inputs, *ctx.constants)
-    if torch.is_grad_enabled():  # under create_graph the gradient must itself be differentiable
-        loss = row_loss_reference(args)
-        return torch.autograd.grad(loss, args.logits, grad_loss, create_graph=True)[0]
-    if stats is None:  # nothing was saved: it starts from the logits again
-        stats = denominator = args.logits.new_empty(0)
     given = give_away(ctx, written, grad_loss)
+    if given is not None and given.is_cpu and complete(given, grad_loss):
+        return given
+    if torch.is_grad_enabled():
+        return gradient_from_logits(args, grad_loss)
+    if stats is None:  # nothing was saved
+        stats = denominator = args.logits.new_empty(0)
     if given is not None and not given.is_cpu:
         _ops.row_loss_backward_(grad_loss, stats, denominator, given, *args)
         return given
-    if given is not None and complete(given, grad_loss):
-        return given
     return _ops.row_loss_backward(grad_loss, stats, denominator, *args)
+
+
+def gradient_from_logits(args: RowLossArguments, grad_loss: Tensor) -> Tensor:
+    """The gradient in the logits from nothing but the arguments."""
+    if torch.is_grad_enabled():  # under create_graph the gradient must itself be differentiable
+        loss = row_loss_reference(args)
+        return torch.autograd.grad(loss, args.logits, grad_loss, create_graph=True)[0]
+    nothing = args.logits.new_empty(0)
+    return _ops.row_loss_backward(grad_loss, nothing, nothing, *args)
 
 
 def give_away(ctx: Any, written: Tensor | None, grad_loss: Tensor) -> Tensor | None:
@@ -211,7 +284,10 @@ def give_away(ctx: Any, written: Tensor | None, grad_loss: Tensor) -> Tensor | N
 
     What is done to it from here on is not counted as a change of the saved tensor (`data`), which nobody reads again.
     """
-    if written is None or hasattr(ctx, "given_away") or not is_plain(grad_loss) or _is_batched(grad_loss):
+    if written is None or torch.is_grad_enabled() or hasattr(ctx, "given_away"):
+        return None
+    # A batched one stands for many, as under is_grads_batched, where operators are called once for each.
+    if not is_plain(grad_loss) or _is_legacy_batched(grad_loss) or _is_batched(grad_loss):
         return None
     ctx.given_away = True
     return written.data

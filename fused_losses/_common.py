@@ -7,9 +7,16 @@ from typing import Any, TypedDict
 
 from torch import Tensor, nn
 
-from fused_losses._arguments import LOSSES, RowLossArguments, check_reduction, is_distributed, pack_arguments
-from fused_losses._autograd import row_loss, row_loss_and_statistics
+from fused_losses._arguments import (
+    LOSSES,
+    RowLossArguments,
+    check_reduction,
+    is_distributed,
+    pack_arguments,
+)
+from fused_losses._autograd import is_small, row_loss, row_loss_and_statistics, small_row_loss
 from fused_losses._logit_bias import LogitBias, check_logit_bias
+from fused_losses._ops import PackedConstants, pack_constants
 from fused_losses._parameters import plain
 from fused_losses.row_statistics import RowStatistics
 
@@ -61,6 +68,8 @@ class RowLossModule(Criterion):
     stem: str
     weight: Tensor | None
     parameter_names: tuple[str, ...] = ()
+    # Of calls with nothing but logits and target; empty: there are none; None: not known yet.
+    _constants: PackedConstants | tuple[()] | None = None
 
     def __init_subclass__(cls, stem: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -79,7 +88,7 @@ class RowLossModule(Criterion):
     ) -> None:
         super().__init__()
         entry = LOSSES[self.stem]
-        self._params: list[float] | None = entry.pack(parameters)
+        self._params: tuple[float, ...] | None = entry.pack(parameters)
         check_reduction(reduction, entry.reductions)
         check_logit_bias(logit_bias)
         for name, value in parameters.items():
@@ -99,13 +108,23 @@ class RowLossModule(Criterion):
     def __setattr__(self, name: str, value: Any) -> None:
         """Notices that a hyper-parameter has a new value, so that calls need not look."""
         super().__setattr__(name, value)
-        if name in self.parameter_names:
-            self._params = None
+        if name in self.parameter_names or name in ("ignore_index", "reduction", "logit_bias"):
+            self._params = self._constants = None
 
-    def _pack(self) -> list[float]:
+    def _pack(self) -> tuple[float, ...]:
         params = LOSSES[self.stem].pack({name: getattr(self, name) for name in self.parameter_names})
         self._params = params
         return params
+
+    def _settle(self) -> PackedConstants | tuple[()]:
+        bias, ignore_index, reduction = self.logit_bias, self.ignore_index, self.reduction
+        own = [getattr(self, name) for name in self.parameter_names]
+        numbers = (type(bias), type(ignore_index), type(reduction)) == (float, int, str) and bias == 0.0
+        if numbers and not any(isinstance(value, Tensor) for value in own):
+            self._constants = pack_constants((self.stem, self._pack(), 0.0, ignore_index, reduction))
+        else:
+            self._constants = ()
+        return self._constants
 
     def forward(
         self,
@@ -121,6 +140,10 @@ class RowLossModule(Criterion):
         as they are, without ``logit_bias``. On the CPU both come from one read of the logits; on CUDA and while tracing
         the statistics are a read of their own.
         """
+        if sample_weight is None and not return_row_stats and is_small(logits, target):
+            constants = self._settle() if self._constants is None else self._constants
+            if constants and self._buffers["weight"] is None:
+                return small_row_loss(logits, target, constants)
         if type(logits) is not Tensor and is_distributed(logits):
             from fused_losses.parallel import distributed_loss  # it is made of this class
 

@@ -9,10 +9,13 @@ from typing import Any, Concatenate
 
 from torch import Tensor
 
-from fused_losses._arguments import LOSSES, REDUCTIONS, LossEntry, Own, RowLossArguments, RowLossFunction
-from fused_losses._autograd import row_loss
+from fused_losses._arguments import LOSSES, REDUCTIONS, LossEntry, Own, RowLossFunction
+from fused_losses._autograd import is_small, row_loss, small_row_loss
+from fused_losses._ops import PackedConstants, pack_constants
 from fused_losses._parameters import ParameterRange
 from fused_losses._reference import Rows, row_loss_reference
+
+_PLAIN = {float, int, bool, str, type(None)}  # types of options that decide a call
 
 _OPTIONS_DOC = """
     Args:
@@ -54,11 +57,29 @@ _COMMON = [
 ]
 
 
-def make_function(name: str, evaluate: Callable[[RowLossArguments], Tensor]) -> Callable[..., Any]:
-    """The public function of the loss ``name`` that hands its packed arguments to ``evaluate``."""
+def _make_fused(name: str) -> Callable[..., Tensor]:
+    """The public function of the loss ``name``."""
+
+    @functools.lru_cache(maxsize=100, typed=True)
+    def constants_of(**options: Any) -> PackedConstants | None:
+        if type(options.get("logit_bias")) is str:  # depends on the logits
+            return None
+        args = LOSSES[name].arguments(None, None, **options)  # type: ignore[arg-type]
+        return pack_constants(args[6:]) if type(args.ignore_index) is int else None
 
     def function(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
-        return evaluate(LOSSES[name].arguments(logits, target, **options))
+        if is_small(logits, target) and _PLAIN.issuperset(map(type, options.values())):
+            constants = constants_of(**options)
+            if constants is not None:
+                return small_row_loss(logits, target, constants)
+        return row_loss(LOSSES[name].arguments(logits, target, **options))
+
+    return function
+
+
+def _make_reference(name: str) -> Callable[..., Tensor]:
+    def function(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
+        return row_loss_reference(LOSSES[name].arguments(logits, target, **options))
 
     return function
 
@@ -124,7 +145,7 @@ def loss_of_row(
     def decorate(formula: Callable[Concatenate[Rows, Own], Tensor]) -> RowLossFunction[Own]:
         name = formula.__name__.removesuffix("_loss")
         own = [p for p in inspect.signature(formula).parameters.values() if p.name in ranges]
-        function, reference = make_function(name, row_loss), make_function(name, row_loss_reference)
+        function, reference = _make_fused(name), _make_reference(name)
         for made, module in ((function, formula.__module__), (reference, "fused_losses.reference")):
             _describe(made, module, formula, own, reduction, takes_probabilities)
         LOSSES[name] = LossEntry(

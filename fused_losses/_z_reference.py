@@ -99,14 +99,12 @@ def class_score(row_loss: Callable[[RowLossArguments], Tensor], statistic: str, 
     logits = args.logits.detach()
     if statistic == "logit":
         return logits, "class"
-    args = args._replace(logits=logits, weight=None, sample_weight=None, reduction="none")
-    with torch.no_grad():
-        if statistic == "loss":
-            return row_loss(args), "class"
-        plain = args._replace(
-            logit_bias_tensor=None, first_param=None, loss="cross_entropy", params=[0.0], logit_bias=0.0
-        )
+    if statistic == "prob":
+        nothing = (None, None, None, None)
+        plain = RowLossArguments(logits, args.target, *nothing, "cross_entropy", (0.0,), 0.0, args.ignore_index, "none")
         return row_loss(plain), "class_prob"
+    with torch.no_grad():
+        return row_loss(args._replace(logits=logits, weight=None, sample_weight=None, reduction="none")), "class"
 
 
 def z_error_row_loss(

@@ -34,6 +34,44 @@ def test_duplicates_compute_the_same_and_share_nothing(name, duplicate):
     assert torch.equal(fresh.weight, torch.zeros(3)) and fresh.logit_bias == module.logit_bias
 
 
+def loss_and_gradient(module, logits, target):
+    leaf = logits.clone().requires_grad_()
+    loss = module(leaf, target)
+    upstream = torch.linspace(-1.0, 2.0, loss.numel()).reshape(loss.shape)
+    return loss.detach(), *(torch.autograd.grad(loss, leaf, upstream, retain_graph=True)[0] for _ in range(2))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_small_calls_compute_what_others_do(name, monkeypatch):
+    logits, target = torch.randn(9, 3), torch.tensor([0, 1, 2, -1, 0, 1, 2, 0, 1])
+    modules = [fl.LOSSES[name].module(ignore_index=-1, reduction=r) for r in fl.LOSSES[name].reductions]
+    assert all(m(logits, target) is not None and m._constants for m in modules)
+    small = [loss_and_gradient(m, logits, target) for m in modules]
+    copies = [loss_and_gradient(pickle.loads(pickle.dumps(m)), logits, target) for m in modules]
+    monkeypatch.setattr("fused_losses._autograd._MOST_LOGITS", -1)
+    large = [loss_and_gradient(m, logits, target) for m in modules]
+    torch.testing.assert_close([small, copies], [large, large], rtol=1e-6, atol=1e-7)
+
+
+NEW_VALUES = {
+    "q": 0.3,
+    "reduction": "sum",
+    "ignore_index": 2,
+    "logit_bias": 0.5,
+    "weight": torch.tensor([1.0, 2.0, 0.5]),
+}
+
+
+@pytest.mark.parametrize("option", NEW_VALUES)
+def test_a_new_value_counts_from_the_next_call_on(option):
+    logits, target = torch.randn(9, 3), torch.tensor([0, 1, 2, 1, 0, 1, 2, 0, 1])
+    module, value = fl.GCELoss(), NEW_VALUES[option]
+    before = module(logits, target)
+    setattr(module, option, value)
+    assert module(logits, target) != before
+    assert torch.equal(module(logits, target), fl.functional.gce_loss(logits, target, **{option: value}))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_repr_names_the_parameters(name):
     entry = fl.LOSSES[name]

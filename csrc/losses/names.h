@@ -22,6 +22,12 @@ int index_of(TypeList<Losses...>, std::string_view name) {
     return found ? index : -1;
 }
 
+template <class... Losses>
+const char* name_of(TypeList<Losses...>, int index) {
+    static constexpr const char* kNames[] = {Losses::name...};
+    return kNames[index];
+}
+
 inline std::vector<std::string> loss_names() { return names_of(AllLosses{}); }
 
 }  // namespace FL_ISA

@@ -7,6 +7,9 @@
 
 namespace fused_losses {
 
+void row_loss_constants(StableIValue* stack, std::uint64_t, std::uint64_t);
+void packed_row_loss(StableIValue* stack, std::uint64_t, std::uint64_t);
+void packed_row_loss_with_grad(StableIValue* stack, std::uint64_t, std::uint64_t);
 void row_loss(StableIValue* stack, std::uint64_t, std::uint64_t);
 void row_loss_with_grad(StableIValue* stack, std::uint64_t, std::uint64_t);
 void row_loss_with_grad_(StableIValue* stack, std::uint64_t, std::uint64_t);

@@ -10,9 +10,11 @@
 #include <string>
 
 STABLE_TORCH_LIBRARY(fused_losses, m) {
+    const std::string constants = "str loss, float[] params, float logit_bias, int ignore_index, str reduction";
     const std::string row_loss_arguments =
         "Tensor logits, Tensor target, Tensor? weight, Tensor? sample_weight, Tensor? logit_bias_tensor, "
-        "Tensor? first_param, str loss, float[] params, float logit_bias, int ignore_index, str reduction";
+        "Tensor? first_param, " +
+        constants;
     const auto def = [&](const std::string& name, const std::string& more, const std::string& returns) {
         m.def((name + "(" + more + row_loss_arguments + ") -> " + returns).c_str());
     };
@@ -38,6 +40,14 @@ STABLE_TORCH_LIBRARY(fused_losses, m) {
     // denominator that it assumes; backward corrects it, at no cost where both were right.
     def("row_loss_with_stats_and_grad", "", "(Tensor loss, Tensor stats, Tensor denominator, Tensor grad_logits)");
     def("row_loss_backward_", "Tensor grad_loss, Tensor stats, Tensor denominator, Tensor(a!) grad_logits, ", "()");
+
+    // For small calls on the CPU outside of traces, where torch takes longer to hand over the arguments than the loss
+    // takes: constants is what row_loss_constants made of them.
+    m.def(("row_loss_constants(" + constants + ") -> Tensor").c_str());
+    m.def("row_loss.packed(Tensor logits, Tensor target, Tensor constants) -> Tensor");
+    m.def(
+        "row_loss_with_grad.packed(Tensor logits, Tensor target, Tensor constants) -> "
+        "(Tensor loss, Tensor grad_logits)");
 
     // Losses of two labels a row, from one read: share (one per row, else share_of_all) times the loss of target, plus
     // the rest times that of other_target. Losses that are affine in the softmax only. Backward starts from the logits;
@@ -137,7 +147,14 @@ void implement(torch::stable::detail::StableLibrary& m) {
     m.impl("update_moments_", &update_moments_);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(fused_losses, CompositeExplicitAutograd, m) {
+    m.impl("row_loss_constants", &row_loss_constants);
+}
+STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) {
+    implement(m);
+    m.impl("row_loss.packed", &packed_row_loss);
+    m.impl("row_loss_with_grad.packed", &packed_row_loss_with_grad);
+}
 #ifdef FL_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(fused_losses, CUDA, m) { implement(m); }
 #endif

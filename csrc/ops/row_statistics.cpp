@@ -18,7 +18,7 @@ void row_statistics(StableIValue* stack, std::uint64_t, std::uint64_t) {
     Arguments in(stack);
     RowLossArgs args;
     args.loss = "row_statistics";
-    in.read(args.logits, args.target, args.ignore_index);
+    in.read(args.logits, args.target, args.constants.ignore_index);
     const RowLossShape shape = check_row_loss(args);
     RowTensor tensors[] = {{&args.target, -1}, {&args.logits, shape.class_dim}};
     const RowLayout layout = lay_out_rows(shape.rows, tensors);
@@ -31,7 +31,7 @@ void row_statistics(StableIValue* stack, std::uint64_t, std::uint64_t) {
     p.target = args.target.const_data_ptr(), p.target_stride = tensors[0].stride;
     p.logits = logits.const_data_ptr(), p.logits_stride = tensors[1].stride;
     p.logits_class_stride = logits.stride(shape.class_dim);
-    p.ignore_index = args.ignore_index;
+    p.ignore_index = args.constants.ignore_index;
 
     RowStatisticsTensors found(p, acc_of(logits), logits.device());
     if (p.rows() > 0) backend_of(logits.device()).row_statistics(p);

@@ -1,9 +1,69 @@
 // The parameters that all row-loss operators share.
 #pragma once
 
+#include <cstring>
+
+#include "core/row_problem.h"
+#include "losses/names.h"
+#include "losses/needs.h"
 #include "ops/stack.h"
 
 namespace fused_losses {
+
+// What a call says besides its tensors. torch takes longer to hand it over than a small loss does to compute, so it may
+// come as one tensor that holds this struct.
+struct RowLossConstants {
+    int loss = -1;  // index into AllLosses; -1: none of them
+    Reduction reduction = Reduction::kMean;
+    int num_params = 0;
+    std::array<double, 8> params{};
+    double logit_bias = 0;
+    std::int64_t ignore_index = -100;
+
+    // In the order of the schema.
+    static RowLossConstants read(Arguments& in) {
+        std::string loss, reduction;
+        Numbers params;
+        RowLossConstants constants;
+        in.read(loss, params, constants.logit_bias, constants.ignore_index, reduction);
+        constants.loss = index_of(AllLosses{}, loss);
+        check_value(constants.loss >= 0, "loss must be one of the names in loss_names(), got '", loss, "'");
+        const LossNeeds needs = needs_of(constants.loss);
+        check_value(params.count == static_cast<std::size_t>(needs.num_params), loss, ": params must hold ",
+                    needs.num_params, " numbers, got ", params.count);
+        constants.num_params = needs.num_params;
+        constants.params = params.values;
+        constants.reduction = parse_reduction(loss, needs, reduction);
+        return constants;
+    }
+
+    static RowLossConstants unpack(const Tensor& packed) {
+        RowLossConstants constants;
+        const bool fits = packed.is_cpu() && packed.dtype() == dtypes::uint8 && packed.numel() == sizeof(constants);
+        if (fits) std::memcpy(&constants, packed.const_data_ptr(), sizeof(constants));
+        check(fits && constants.loss >= 0 && constants.loss < AllLosses::size,
+              "constants must come from row_loss_constants");
+        return constants;
+    }
+
+    Tensor pack() const {
+        const std::int64_t size[] = {sizeof(*this)};
+        Tensor packed = empty(size, dtypes::uint8, {aoti_torch_device_type_cpu(), 0});
+        std::memcpy(packed.mutable_data_ptr(), this, sizeof(*this));
+        return packed;
+    }
+
+private:
+    static Reduction parse_reduction(const std::string& loss, const LossNeeds& needs, const std::string& reduction) {
+        if (reduction == "active_mean" && needs.has_margin) return Reduction::kActiveMean;
+        if (reduction == "mean") return Reduction::kMean;
+        if (reduction == "sum") return Reduction::kSum;
+        check_value(reduction == "none", loss, ": reduction must be ",
+                    needs.has_margin ? "'none', 'mean', 'sum' or 'active_mean'" : "'none', 'mean' or 'sum'", ", got '",
+                    reduction, "'");
+        return Reduction::kNone;
+    }
+};
 
 struct RowLossArgs {
     Tensor logits;                     // [C], [N, C] or [N, C, d1, ...]
@@ -12,16 +72,28 @@ struct RowLossArgs {
     OptionalTensor sample_weight;      // one per row: the shape of class indices
     OptionalTensor logit_bias_tensor;  // 0-dim; takes the place of logit_bias
     OptionalTensor first_param;        // takes the place of params[0]: 0-dim, of margin losses also [C]
-    std::string loss;
-    Numbers params;
-    double logit_bias = 0;
-    std::int64_t ignore_index = -100;
-    std::string reduction;
+    RowLossConstants constants;
+    const char* loss = "";  // its name, for messages
 
     RowLossArgs() = default;
     explicit RowLossArgs(Arguments& in) {
-        in.read(logits, target, weight, sample_weight, logit_bias_tensor, first_param, loss, params, logit_bias,
-                ignore_index, reduction);
+        in.read(logits, target, weight, sample_weight, logit_bias_tensor, first_param);
+        take(RowLossConstants::read(in));
+    }
+
+    // Of the overloads called "packed".
+    static RowLossArgs packed(Arguments& in) {
+        RowLossArgs args;
+        Tensor constants;
+        in.read(args.logits, args.target, constants);
+        args.take(RowLossConstants::unpack(constants));
+        return args;
+    }
+
+private:
+    void take(const RowLossConstants& given) {
+        constants = given;
+        loss = name_of(AllLosses{}, given.loss);
     }
 };
 

@@ -2,8 +2,6 @@
 #pragma once
 
 #include "core/row_problem.h"
-#include "losses/names.h"
-#include "losses/needs.h"
 #include "losses/stats_count.h"
 #include "ops/row_loss/args.h"
 
@@ -48,9 +46,9 @@ inline bool check_target(const RowLossArgs& args, const LossNeeds& needs, const 
               "; one-hot labels are passed as class indices, target.argmax(", class_dim_of(logits), ")");
         check(needs.takes_probabilities, args.loss, ": target must hold class indices of shape ", rows,
               "; it takes no class probabilities, got shape ", target.sizes());
-        check(args.ignore_index < 0, args.loss, ": ignore_index is not supported for floating point target, got ",
-              args.ignore_index);
-        check_value(args.logit_bias == 0 && !args.logit_bias_tensor, args.loss,
+        check(args.constants.ignore_index < 0, args.loss,
+              ": ignore_index is not supported for floating point target, got ", args.constants.ignore_index);
+        check_value(args.constants.logit_bias == 0 && !args.logit_bias_tensor, args.loss,
                     ": logit_bias is not supported for class probabilities, which have no single target class");
         return true;
     }
@@ -116,8 +114,8 @@ inline void check_first_param(const RowLossArgs& args, const LossNeeds& needs) {
 
 inline void check_other_label(RowLossArgs& args, OtherLabel& other, const RowLossShape& shape) {
     check(!shape.soft_target, args.loss, ": class probabilities cannot be mixed with a second target");
-    check_value(args.logit_bias == 0 && !args.logit_bias_tensor, args.loss, ": logit_bias is for one target");
-    const int loss = index_of(AllLosses{}, args.loss);
+    check_value(args.constants.logit_bias == 0 && !args.logit_bias_tensor, args.loss, ": logit_bias is for one target");
+    const int loss = args.constants.loss;
     check_value(!is_multi_reduction_loss(loss), args.loss, ": takes one target only");
     std::swap(args.target, *other.target);
     check_target(args, needs_of(loss), shape.rows);
@@ -130,28 +128,8 @@ inline void check_other_label(RowLossArgs& args, OtherLabel& other, const RowLos
           share.sizes(), " on ", share.device());
 }
 
-inline Reduction parse_reduction(const RowLossArgs& args) {
-    const LossNeeds needs = needs_of(index_of(AllLosses{}, args.loss));
-    if (args.reduction == "active_mean" && needs.has_margin) return Reduction::kActiveMean;
-    if (args.reduction == "mean") return Reduction::kMean;
-    if (args.reduction == "sum") return Reduction::kSum;
-    check_value(args.reduction == "none", args.loss, ": reduction must be ",
-                needs.has_margin ? "'none', 'mean', 'sum' or 'active_mean'" : "'none', 'mean' or 'sum'", ", got '",
-                args.reduction, "'");
-    return Reduction::kNone;
-}
-
-inline int find_loss(const RowLossArgs& args) {
-    const int index = index_of(AllLosses{}, args.loss);
-    check_value(index >= 0, "loss must be one of the names in loss_names(), got '", args.loss, "'");
-    const int expected = needs_of(index).num_params;
-    check_value(static_cast<int>(args.params.count) == expected, args.loss, ": params must hold ", expected,
-                " numbers, got ", args.params.count);
-    return index;
-}
-
 inline RowLossShape check_row_loss(const RowLossArgs& args) {
-    const LossNeeds needs = needs_of(index_of(AllLosses{}, args.loss));
+    const LossNeeds needs = needs_of(args.constants.loss);
     check_logits(args);
     RowLossShape shape{false, class_dim_of(args.logits), without_class_dim(args.logits)};
     shape.soft_target = check_target(args, needs, shape.rows);

@@ -76,15 +76,16 @@ private:
     }
 
     void describe_loss() {
-        problem.loss = find_loss(args);
-        problem.reduction = parse_reduction(args);
+        const RowLossConstants& constants = args.constants;
+        problem.loss = constants.loss;
+        problem.reduction = constants.reduction;
         // Rounded here, so that choices that depend on a parameter see the number that kernels compute with.
-        for (std::size_t i = 0; i < args.params.count; ++i) problem.params[i] = rounded(args.params.values[i]);
+        for (int i = 0; i < constants.num_params; ++i) problem.params[i] = rounded(constants.params[i]);
         problem.class_factors = class_factors_of(problem.loss, problem.params, shape.soft_target);
         problem.stats_count = stats_count_of(problem.loss, problem.class_factors);
-        problem.ignore_index = args.ignore_index;
+        problem.ignore_index = constants.ignore_index;
         if (args.first_param) take_first_param(*args.first_param);
-        problem.logit_bias = args.logit_bias;
+        problem.logit_bias = constants.logit_bias;
         if (!args.logit_bias_tensor) return;
         Tensor& bias = *args.logit_bias_tensor;
         if (bias.device().is_cpu()) {
@@ -230,6 +231,17 @@ void statistics_forward(StableIValue* stack) {
 }
 
 template <bool with_grad>
+void packed_forward(StableIValue* stack) {
+    Arguments in(stack);
+    RowLossCall call(RowLossArgs::packed(in), with_grad);
+    Tensor loss = call.new_loss();
+    call.backend().row_loss(call.problem, loss.mutable_data_ptr(), nullptr);
+    Results out(stack);
+    out.push(loss);
+    if (with_grad) out.push(call.finished_grad());
+}
+
+template <bool with_grad>
 void mixed_forward(StableIValue* stack) {
     Arguments in(stack);
     OtherLabel other(in);
@@ -256,6 +268,15 @@ void mixed_backward(StableIValue* stack) {
 }
 
 }  // namespace
+
+void row_loss_constants(StableIValue* stack, std::uint64_t, std::uint64_t) {
+    Arguments in(stack);
+    Tensor packed = RowLossConstants::read(in).pack();
+    Results(stack).push(packed);
+}
+
+void packed_row_loss(StableIValue* stack, std::uint64_t, std::uint64_t) { packed_forward<false>(stack); }
+void packed_row_loss_with_grad(StableIValue* stack, std::uint64_t, std::uint64_t) { packed_forward<true>(stack); }
 
 void mixed_loss(StableIValue* stack, std::uint64_t, std::uint64_t) { mixed_forward<false>(stack); }
 void mixed_loss_with_grad(StableIValue* stack, std::uint64_t, std::uint64_t) { mixed_forward<true>(stack); }
