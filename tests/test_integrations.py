@@ -233,6 +233,11 @@ def test_mixup_refuses_what_it_cannot_give() -> None:
     torch.testing.assert_close(
         MixupLoss(fl.CrossEntropyLoss())(logits, smooth), F.cross_entropy(logits, smooth), msg="probabilities: any"
     )
+    torch.testing.assert_close(MixupLoss(fl.GCELoss())(logits, smooth).double(), expanded("gce", logits, smooth).mean())
+    with pytest.raises(ValueError, match="target must have two labels in a row"):
+        MixupLoss(fl.GCELoss(logit_bias=2.0))(logits, smooth)
+    with pytest.raises(ValueError, match="target must have two labels in a row"):
+        MixupLoss(fl.GCELoss(weight=torch.ones(5)))(logits, smooth)
     with pytest.raises(ValueError, match=r"target must have two labels in a row .* got a row with 0.0"):
         MixupLoss(fl.HEMLoss(reduction="mean"))(logits, smooth)
     with pytest.raises(ValueError, match="reduction must be 'none', 'mean' or 'sum', got 'active_mean'"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_losses._arguments import REDUCTIONS, check_reduction
+from fused_losses._arguments import LOSSES, REDUCTIONS, check_reduction
 from fused_losses._common import RowLossModule
 from fused_losses._reference import SOFT_TARGETS
 from fused_losses.mixed import mixed
@@ -16,10 +16,10 @@ __all__ = ["MixupLoss"]
 class MixupLoss(torch.nn.Module):
     """Lets any row loss take the targets of ``timm.data.Mixup``, as criterion of a loop or of ``timm.task``.
 
-    With target probabilities ``u`` a row's loss is ``sum_k u_k loss(logits, k)``. A mixed row has two labels: they are
-    found in ``u`` and handed to :func:`fused_losses.functional.mixed`. Losses that take probabilities themselves get
-    ``u`` as it is, and only they allow timm's ``label_smoothing``. Class indices are passed on, so the same criterion
-    serves validation.
+    With target probabilities ``u`` a row's loss is ``sum_k u_k loss(logits, k)``. Losses that take probabilities
+    themselves get ``u`` as it is, and only they allow timm's ``label_smoothing``. For the others, and for all but cross
+    entropy with class weights or a logit bias, the two labels of a mixed row are found in ``u`` and handed to
+    :func:`fused_losses.functional.mixed`. Class indices are passed on, so the same criterion serves validation.
 
     Args:
         loss: a row loss Module; its own options apply, with ``reduction`` "mean", "sum" or "none".
@@ -27,8 +27,8 @@ class MixupLoss(torch.nn.Module):
     Raises:
         TypeError: ``loss`` is no row loss Module. Z-Error losses are none: they compare a row with others of its class,
             and a mixed row has two.
-        ValueError: its mean is over active rows ("active_mean"); at a call, a row has more than two labels although
-            ``loss`` takes no probabilities (on CUDA: a device assertion).
+        ValueError: its mean is over active rows ("active_mean"); at a call, a row has more than two labels where
+            ``loss`` does not get ``u`` as it is (on CUDA: a device assertion).
 
     Example:
         >>> task = timm.task.ClassificationTask(model, MixupLoss(fl.GCELoss()))  # doctest: +SKIP
@@ -43,7 +43,7 @@ class MixupLoss(torch.nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """The loss of ``logits`` ``(N, C)`` for probabilities ``(N, C)`` or class indices ``(N,)``."""
-        if not target.is_floating_point() or self.loss.stem in SOFT_TARGETS:
+        if not target.is_floating_point() or self._takes_probabilities():
             whole: Tensor = self.loss(logits, target)
             return whole
         shares, labels = _two_labels(target)
@@ -51,12 +51,21 @@ class MixupLoss(torch.nn.Module):
         second = torch.where(shares[1] > 0.0, labels[1], labels[0])
         return mixed(self.loss, logits, labels[0], second, shares[0].clamp(max=1.0))
 
+    def _takes_probabilities(self) -> bool:
+        loss = self.loss
+        if loss.stem in SOFT_TARGETS:
+            return True
+        bias = loss.logit_bias if loss.training else 0.0
+        has_bias = isinstance(bias, (Tensor, str)) or bias != 0.0
+        # With class weights the mean is over the weights of the labels, as if each were a row's only one.
+        return LOSSES[loss.stem].takes_probabilities and loss.weight is None and not has_bias
+
 
 def _two_labels(target: Tensor) -> tuple[Tensor, Tensor]:
     """The shares and the labels of the two classes that have any, each ``(2, N)``."""
     shares, labels = (found.T.contiguous() for found in target.topk(2, dim=1))
     rest = target.sum(1) - shares.sum(0)
-    message = "target must have two labels in a row for a loss that takes no probabilities (label_smoothing=0)"
+    message = "target must have two labels in a row where the loss takes no probabilities (label_smoothing=0)"
     if target.device.type == "cpu":
         if rest.numel() and float(rest.max()) > 1e-3:
             raise ValueError(f"{message}, got a row with {float(rest.max()):.3g} on others")
