@@ -88,7 +88,7 @@ public:
         if (kKeeps) read(mine, 0);
         if (!kShares && p.argmax) take_statistics(team, mine, labels.of[0], exists);
         if (!counts) mine.count = 0;
-        Softmax softmax{sum_up(team, mine)};  // from here on the gradient may take the place of the logits
+        Softmax softmax{sum_up(team, mine)};
         softmax.log_sum = math::log(softmax.state.sum);
         Result of{};
         if constexpr (kShares)
@@ -96,6 +96,9 @@ public:
         else if (counts)
             of = of_labels(mine, labels, softmax);
         if (team.leads && exists) record(row, labels.of[0], counts, of.value, sums);
+        // All have read the labels' logits: in a tile, the gradient may be written in their place. Shuffles do not promise
+        // that.
+        if constexpr (std::is_same_v<std::remove_const_t<Team>, LaneTeam<>>) team.sync();
         if (p.grad && exists) write_gradient(mine, labels, counts, softmax, of);
     }
 

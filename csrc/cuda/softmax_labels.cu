@@ -62,17 +62,17 @@ cudaError_t enqueue_of(const RowProblem& p, const LossOutput& out, cudaStream_t 
         LabelArgs<double> args(p, out);
         return enqueue_any_rows<double, kShares>(args, stream);
     }
-    constexpr int slots = LabelRow<float, true, kShares>::n;
+    constexpr PassNumbers numbers{LabelRow<float, true, kShares>::n, /*in_registers=*/false};
     LabelArgs<float> args(p, out);
     int multiprocessors = 0;
     cudaError_t error = find_multiprocessors(multiprocessors);
     if (error != cudaSuccess) return error;
-    if ((args.plan = plan_pass_tiles(p, slots, multiprocessors))) {
+    if ((args.plan = plan_pass_tiles(p, numbers, multiprocessors))) {
         error = launch_tiles_resident(&labels_in_tiles<kShares>, args, stream);
         if (error != kDoesNotFit) return error;
     }
     for (int largest = kMaxCluster; largest > 0; largest /= 2) {
-        if (!(args.plan = plan_pass_rows(p, slots, largest))) continue;
+        if (!(args.plan = plan_pass_rows(p, numbers, largest))) continue;
         error = launch_rows_resident(&labels_of_rows<float, true, kShares>, args, stream);
         if (error != kDoesNotFit) return error;
     }
