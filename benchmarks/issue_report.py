@@ -34,8 +34,10 @@ DTYPES = ("bfloat16", "float32")  # float16 differs from bfloat16 in two convers
 STORED = {"bfloat16": "BFloat16", "float16": "Half", "float32": "float"}
 # How a kernel's name spells them.
 MANGLED = {"bfloat16": r"BFloat16E", "float16": r"4HalfE", "float32": r"f"}
-SOURCES = ("register_tile", "register_forward", "softmax_columns", "passes", "tempered_passes")
-KERNELS = (b"softmax_in_tiles", b"softmax_in_registers", b"softmax_in_columns", b"passes_in_tiles")  # in them
+# Sources, and a kernel that they alone have. Disassembling those of several passes takes most of the time.
+SOFTMAX = {"register_tile": b"softmax_in_tiles", "register_forward": b"softmax_in_registers"}
+SOFTMAX |= {"softmax_columns": b"softmax_in_columns"}
+SEVERAL_PASSES = {"passes": b"passes_in_tiles", "tempered_passes": b"passes_in_tiles"}
 
 
 @dataclass(frozen=True)
@@ -259,8 +261,8 @@ def count(case: Case, plan: Plan, kernels: Iterable[sass.Kernel]) -> Count:
     return Count(case, plan, sum(by_class.values()), by_class)
 
 
-def compile_kernels(folder: Path) -> list[sass.Kernel]:
-    """The kernels of SOURCES for sm_90, two files at a time."""
+def compile_kernels(sources: Iterable[str], folder: Path) -> list[sass.Kernel]:
+    """Their kernels for sm_90, two files at a time."""
 
     def compiled(source: str) -> list[sass.Kernel]:
         virtual = 80 if source in ("register_tile", "softmax_columns") else 90  # as CMakeLists.txt does by default
@@ -271,7 +273,7 @@ def compile_kernels(folder: Path) -> list[sass.Kernel]:
         return sass.disassemble(cubin)
 
     with ThreadPoolExecutor(2) as pool:
-        return [kernel for kernels in pool.map(compiled, SOURCES) for kernel in kernels]
+        return [kernel for kernels in pool.map(compiled, sources) for kernel in kernels]
 
 
 def has_kernels(library: Path) -> bool:
@@ -281,12 +283,12 @@ def has_kernels(library: Path) -> bool:
     return "sm_90" in (listed or "")
 
 
-def kernels_in(library: Path, folder: Path) -> list[sass.Kernel]:
-    """The kernels of SOURCES for sm_90 in a library that has them."""
+def kernels_in(library: Path, sources: dict[str, bytes], folder: Path) -> list[sass.Kernel]:
+    """Their kernels for sm_90 in a library that has them."""
     tool = sass.find_tool("cuobjdump")
     assert tool is not None, "cuobjdump was not found (pip install nvidia-cuda-cuobjdump)"
     subprocess.run([tool, "-xelf", "sm_90", str(library.resolve())], cwd=folder, capture_output=True, check=False)
-    counted = [path for path in folder.glob("*.cubin") if any(name in path.read_bytes() for name in KERNELS)]
+    counted = [path for path in folder.glob("*.cubin") if any(name in path.read_bytes() for name in sources.values())]
     return [kernel for path in counted for kernel in sass.disassemble(path)]
 
 
@@ -366,16 +368,18 @@ def main() -> int:
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
     parser.add_argument("--check", type=Path, help="fail if a case needs a tenth more than in this table")
     parser.add_argument("--library", type=Path, help="a built one, for sm_90 among others: saves compiling")
+    parser.add_argument("--quick", action="store_true", help="without losses of several passes, which take longest")
     args = parser.parse_args()
     cases = [Case("p_y", dtype, classes) for dtype in DTYPES for classes in CLASSES]
     cases += [Case("NCE", dtype, classes) for dtype in ("bfloat16", "float32") for classes in (10, 100, 1000)]
     cases += [Case("pixels p_y", dtype, classes) for dtype in DTYPES for classes in (19, 150)]
-    cases += [
-        Case(loss, dtype, classes) for loss, passes in PASSES.items() for dtype in DTYPES for classes in passes.classes
-    ]
+    sources = SOFTMAX
+    if not args.quick:
+        sources = SOFTMAX | SEVERAL_PASSES
+        cases += [Case(loss, dtype, classes) for loss in PASSES for dtype in DTYPES for classes in PASSES[loss].classes]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        kernels = kernels_in(args.library, folder) if args.library else compile_kernels(folder)
+        kernels = kernels_in(args.library, sources, folder) if args.library else compile_kernels(sources, folder)
         counts = []
         for case, plan in zip(cases, plans(cases, folder), strict=True):
             counts.append(count(case, plan, kernels))

@@ -156,9 +156,11 @@ def test_slots_of_a_copy() -> None:
 @pytest.mark.skipif(
     shutil.which("nvcc") is None or sass.find_tool("nvdisasm") is None, reason="nvcc and nvdisasm are needed"
 )
-def test_no_kernel_has_grown(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kernels", ["softmax", pytest.param("all", marks=pytest.mark.long)])
+def test_no_kernel_has_grown(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     table = str(issue_report.ROOT / "benchmarks" / "results" / "cuda_issue.md")
     library = issue_report.ROOT / "fused_losses" / "libfused_losses_ops.so"
     built = ["--library", str(library)] if issue_report.has_kernels(library) else []
-    monkeypatch.setattr("sys.argv", ["issue_report", "--check", table, *built])
+    quick = ["--quick"] if kernels == "softmax" else []
+    monkeypatch.setattr("sys.argv", ["issue_report", "--check", table, *built, *quick])
     assert issue_report.main() == 0

@@ -96,8 +96,8 @@ public:
         else if (counts)
             of = of_labels(mine, labels, softmax);
         if (team.leads && exists) record(row, labels.of[0], counts, of.value, sums);
-        // All have read the labels' logits: in a tile, the gradient may be written in their place. Shuffles do not promise
-        // that.
+        // All have read the labels' logits: in a tile, the gradient may be written in their place. Shuffles do not
+        // promise that.
         if constexpr (std::is_same_v<std::remove_const_t<Team>, LaneTeam<>>) team.sync();
         if (p.grad && exists) write_gradient(mine, labels, counts, softmax, of);
     }
