@@ -108,8 +108,17 @@ class RowLossModule(Criterion):
     def __setattr__(self, name: str, value: Any) -> None:
         """Notices that a hyper-parameter has a new value, so that calls need not look."""
         super().__setattr__(name, value)
-        if name in self.parameter_names or name in ("ignore_index", "reduction", "logit_bias"):
+        if name in self.parameter_names:
             self._params = self._constants = None
+        elif name in ("ignore_index", "reduction", "logit_bias"):
+            self._constants = None
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """The same: a schedule makes a number a buffer."""
+        super().register_buffer(name, tensor, persistent)
+        self._constants = None
+        if name in self.parameter_names:
+            self._pack()  # now: done by a compiled call, it would be a reason to compile again
 
     def _pack(self) -> tuple[float, ...]:
         params = LOSSES[self.stem].pack({name: getattr(self, name) for name in self.parameter_names})

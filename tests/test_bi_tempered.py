@@ -247,5 +247,5 @@ def test_number_of_iterations():
             fl.BiTemperedLoss(num_iters=value)
         with pytest.raises(error, match=r"^num_iters must be "):
             fl.functional.bi_tempered_loss(*problem, num_iters=value)
-    assert fl.LOSSES["bi_tempered"].pack({"num_iters": None}) == [0.8, 1.2, 0.0, 0.0]
+    assert fl.LOSSES["bi_tempered"].pack({"num_iters": None}) == (0.8, 1.2, 0.0, 0.0)
     assert fl.BiTemperedLoss(num_iters=None).num_iters is None

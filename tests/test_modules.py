@@ -72,6 +72,15 @@ def test_a_new_value_counts_from_the_next_call_on(option):
     assert torch.equal(module(logits, target), fl.functional.gce_loss(logits, target, **{option: value}))
 
 
+@pytest.mark.parametrize(("module", "name"), [(fl.GCELoss(), "logit_bias"), (fl.HEMLoss(), "margin")])
+def test_a_number_that_becomes_a_buffer_counts_from_the_next_call_on(module, name):
+    logits, target = torch.randn(9, 3), torch.tensor([0, 1, 2, 1, 0, 1, 2, 0, 1])
+    module(logits, target)
+    delattr(module, name)  # as schedules do
+    module.register_buffer(name, torch.tensor(2.0))
+    assert torch.equal(module(logits, target), type(module)(**{name: 2.0})(logits, target))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_repr_names_the_parameters(name):
     entry = fl.LOSSES[name]

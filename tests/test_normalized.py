@@ -238,8 +238,8 @@ def test_constructor_positions():
         4.0,
         False,
     )
-    assert fl.LOSSES["nfl_mae"].pack({"mae_scale": 4.0, "detach": False}) == [1.0, 1.0, 0.5, 0.0, 4.0]
-    assert fl.LOSSES["nfl_rce"].pack({"A": 2.0, "gamma": 3.0}) == [1.0, 1.0, 3.0, 1.0, 2.0]
+    assert fl.LOSSES["nfl_mae"].pack({"mae_scale": 4.0, "detach": False}) == (1.0, 1.0, 0.5, 0.0, 4.0)
+    assert fl.LOSSES["nfl_rce"].pack({"A": 2.0, "gamma": 3.0}) == (1.0, 1.0, 3.0, 1.0, 2.0)
 
 
 @pytest.mark.parametrize("name", [*NORMALISED, *SUMS])
