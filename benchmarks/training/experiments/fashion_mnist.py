@@ -54,6 +54,8 @@ LATER: dict[str, dict[str, Any]] = {
     "ECE-MAE, m 1e4": {"loss": "ece_mae", "loss_args": ("m=1e4",)},
     "ECE-MAE, m 1e3": {"loss": "ece_mae", "loss_args": ("m=1e3",)},
     "SGCE": {"loss": "sgce"},
+    "LDR-KL": {"loss": "ldr_kl"},
+    "LDR-KL (10)": {"loss": "ldr_kl", "loss_args": ("temperature=10",)},
     "truncated GCE": {"loss": "truncated_gce"},
     "truncated GCE after 3 epochs of CE": {"loss": "truncated_gce", "cross_entropy_epochs": 3},
     "CE, LogitClip 1": {"loss": "cross_entropy", "wrap": "logit_clip=1"},

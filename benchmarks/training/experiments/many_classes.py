@@ -30,6 +30,7 @@ LATER: dict[str, dict[str, Any]] = {
     "ECE-MAE (.015, .3, 1e3)": {"loss": "ece_mae", "loss_args": ("alpha=.015", "beta=.3", "m=1e3")},
     "ECE-MAE, m 1e4": {"loss": "ece_mae"},
     "SGCE": {"loss": "sgce"},
+    "LDR-KL": {"loss": "ldr_kl"},
     "ELR (.9, 7)": {"loss": "elr", "loss_args": ("beta=.9", "lam=7")},
 }
 NF_MAE = ("alpha=10", "beta=1")  # those of 2006.13554 for CIFAR-100
