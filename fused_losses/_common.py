@@ -146,12 +146,12 @@ class RowLossModule(Criterion):
         """Computes the loss of ``logits`` for ``target``; ``sample_weight`` is one weight per row.
 
         With ``return_row_stats`` it comes together with :func:`fused_losses.row_statistics` of the rows: of the logits
-        as they are, without ``logit_bias``. On the CPU both come from one read of the logits; on CUDA and while tracing
-        the statistics are a read of their own.
+        as they are, without ``logit_bias``. Both come from one read of the logits, but while tracing, and on CUDA for
+        losses of several passes, where the statistics are a read of their own.
         """
         if sample_weight is None and not return_row_stats and is_small(logits, target):
             constants = self._settle() if self._constants is None else self._constants
-            if constants and self._buffers["weight"] is None:
+            if constants and self._tensor("weight") is None:
                 return small_row_loss(logits, target, constants)
         if type(logits) is not Tensor and is_distributed(logits):
             from fused_losses.parallel import distributed_loss  # it is made of this class

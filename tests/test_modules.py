@@ -72,6 +72,14 @@ def test_a_new_value_counts_from_the_next_call_on(option):
     assert torch.equal(module(logits, target), fl.functional.gce_loss(logits, target, **{option: value}))
 
 
+def test_a_weight_may_become_a_parameter():
+    logits, target, weight = torch.randn(9, 3), torch.tensor([0, 1, 2, 1, 0, 1, 2, 0, 1]), torch.rand(3)
+    module = fl.GCELoss()
+    module(logits, target)
+    module.weight = torch.nn.Parameter(weight)
+    torch.testing.assert_close(module(logits, target).detach(), fl.GCELoss(weight=weight)(logits, target))
+
+
 @pytest.mark.parametrize(("module", "name"), [(fl.GCELoss(), "logit_bias"), (fl.HEMLoss(), "margin")])
 def test_a_number_that_becomes_a_buffer_counts_from_the_next_call_on(module, name):
     logits, target = torch.randn(9, 3), torch.tensor([0, 1, 2, 1, 0, 1, 2, 0, 1])
