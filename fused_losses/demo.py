@@ -247,6 +247,8 @@ def run(args: argparse.Namespace) -> int:
         for choice in args.losses:
             progress.update(task, description=choice.label)
             results.append(measure(choice, data, recipe, args.seeds, lambda: progress.advance(task)))
+            if not console.is_terminal:  # no bar is shown there, and minutes of silence look like a hang
+                console.print(f"{choice.label}: trained, {len(results)} of {len(args.losses)} losses")
 
     print_accuracy(console, results, args.batch_size)
     corruption = f"{args.noise:.0%} of the training labels redrawn at random"
