@@ -1,4 +1,5 @@
-"""What a small call costs on one thread: every loss Module at 32 x 10 beside ``torch.nn.CrossEntropyLoss``.
+"""What a small call costs on one thread: every loss Module beside ``torch.nn.CrossEntropyLoss``, at 32 x 10, and
+Z-Error losses at 256 x 10, since statistics of a class need rows.
 
     python -m benchmarks.small_calls [losses]        (two minutes)
 
@@ -10,17 +11,18 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import fused_losses as fl
 from benchmarks.cpu_profile import shortest
 from fused_losses._arguments import LOSSES
 
-SHAPE = (32, 10)
+SHAPE, Z_SHAPE = (32, 10), (256, 10)
 BUNDLE, REPEATS = 10, 10
 STATES = ("no grad", "forward", "step")
 
@@ -44,26 +46,35 @@ class SmallCall:
             loss.backward()
 
 
-def microseconds(modules: list[Callable[..., Tensor]], state: str) -> list[float]:
+def microseconds(modules: list[Callable[..., Tensor]], state: str, shape: tuple[int, int]) -> list[float]:
     """Of one call each."""
-    logits, target = torch.randn(SHAPE), torch.arange(SHAPE[0]) % SHAPE[1]
+    logits, target = torch.randn(shape), torch.arange(shape[0]) % shape[1]
     calls = [SmallCall(m, state, logits.clone().requires_grad_(state != "no grad"), target) for m in modules]
     turns = [shortest(calls, BUNDLE, time.thread_time) for _ in range(REPEATS)]
     return [min(times) for times in zip(*turns, strict=True)]
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    names = sys.argv[1:] or list(LOSSES)
-    modules: list[Callable[..., Tensor]] = [nn.CrossEntropyLoss()]
-    for name in names:
-        make: Callable[..., nn.Module] = LOSSES[name].module
-        modules.append(make())
-    columns = [microseconds(modules, state) for state in STATES]
-    print(f"{'':22}" + "".join(f"{state:>18}" for state in STATES))
-    for name, *times in zip(["torch", *names], *columns, strict=True):
+def table(losses: Mapping[str, Callable[..., Tensor]], shape: tuple[int, int]) -> None:
+    """Prints times and torch's over ours."""
+    modules: dict[str, Callable[..., Tensor]] = {"torch": nn.CrossEntropyLoss(), **losses}
+    columns = [microseconds(list(modules.values()), state, shape) for state in STATES]
+    print(f"{'x'.join(map(str, shape)):22}" + "".join(f"{state:>18}" for state in STATES))
+    for name, *times in zip(modules, *columns, strict=True):
         cells = (f"{t:8.1f} us {column[0] / t:5.2f} " for t, column in zip(times, columns, strict=True))
         print(f"{name:22}" + " ".join(f"{cell:>17}" for cell in cells))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    losses: dict[str, Callable[..., nn.Module]] = {name: LOSSES[name].module for name in sys.argv[1:] or LOSSES}
+    table({name: make() for name, make in losses.items()}, SHAPE)
+    chosen: dict[str, Any] = {"threshold": 1.0, "statistic": "prob", "sided": "lower"}
+    z_error = {
+        "z_error": fl.ZErrorCrossEntropyLoss(),
+        "z_error running": fl.ZErrorCrossEntropyLoss(running=True, num_classes=Z_SHAPE[1]),
+        "z_error prob": fl.ZErrorCrossEntropyLoss(running=True, num_classes=Z_SHAPE[1], **chosen),
+    }
+    table(z_error, Z_SHAPE)
 
 
 if __name__ == "__main__":

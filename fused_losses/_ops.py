@@ -58,12 +58,16 @@ z_error_loss: Callable[..., Tensors4] = torch.ops.fused_losses.z_error_loss.defa
 update_moments_: Callable[..., None] = torch.ops.fused_losses.update_moments_.default
 z_error_loss_backward: Callable[..., Tensor] = torch.ops.fused_losses.z_error_loss_backward.default
 
-
-# For small calls; the last argument is a PackedConstants.tensor. `_op` saves a tenth of the time.
+# For small calls; the last argument is what packs a call's constants. `_op` saves a tenth of the time.
 packed_row_loss: Callable[[Tensor, Tensor, Tensor], Tensor] = torch.ops.fused_losses.row_loss.packed._op
 packed_row_loss_with_grad: Callable[[Tensor, Tensor, Tensor], Tensors2] = (
     torch.ops.fused_losses.row_loss_with_grad.packed._op
 )
+z_error_kept_target: Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor] = (
+    torch.ops.fused_losses.z_error_kept_target.default._op
+)
+# threshold, statistic, tail, min_count, keep_small, ignore_index, momentum
+ZErrorConstants = tuple[float, str, str, int, bool, int, float]
 
 
 class PackedConstants(NamedTuple):
@@ -81,6 +85,12 @@ class PackedConstants(NamedTuple):
 def pack_constants(values: RowLossConstants) -> PackedConstants:
     """Packs them for operators. Raises a ValueError for an unknown reduction. Not for traces."""
     return PackedConstants(values, torch.ops.fused_losses.row_loss_constants(*values))
+
+
+@functools.lru_cache(maxsize=1000)
+def pack_z_error_constants(values: ZErrorConstants) -> Tensor:
+    """Packs them for :data:`z_error_kept_target`. Not for traces."""
+    return torch.ops.fused_losses.z_error_constants(*values)  # type: ignore[no-any-return]
 
 
 def _fake(implementation: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,9 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_losses._arguments import LOSSES, LossEntry, ZErrorRule, check_reduction
+from fused_losses._arguments import LOSSES, LossEntry, RowLossConstants, ZErrorRule, check_reduction
+from fused_losses._autograd import is_small, small_row_loss
 from fused_losses._common import RowLossModule
 from fused_losses._logit_bias import LogitBias, check_logit_bias, class_dim
+from fused_losses._ops import ZErrorConstants, pack_constants, pack_z_error_constants, z_error_kept_target
 from fused_losses._running import Source, source_of
 from fused_losses._z_error import (
     FUSED,
@@ -226,6 +228,8 @@ class ZErrorCrossEntropyLoss(ZErrorModule):
     """
 
     weight: Tensor | None
+    # Of calls with nothing but logits and target; empty: there are none; None: not known yet.
+    _small: tuple[ZErrorConstants, RowLossConstants] | tuple[()] | None = None
 
     def __init__(
         self,
@@ -272,17 +276,60 @@ class ZErrorCrossEntropyLoss(ZErrorModule):
         """Notices that an option has a new value, so that calls need not look."""
         super().__setattr__(name, value)
         if name in ("statistic", "base", "sided", "min_count", "small_class"):
-            self._judge = None
+            self._judge = self._small = None
+        elif name in ("threshold", "ignore_index", "reduction", "logit_bias", "momentum", "process_group"):
+            self._small = None
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """The same: a schedule makes a number a buffer."""
+        super().register_buffer(name, tensor, persistent)
+        self._small = None
 
     def _settle(self) -> _Judge:
         judge = _Judge.of(self.statistic, self.base, self.sided, self.min_count, self.small_class)
         self._judge = judge
         return judge
 
+    def _settle_small(self) -> tuple[ZErrorConstants, RowLossConstants] | tuple[()]:
+        statistic, base, tail, min_count, keep_small = self._settle() if self._judge is None else self._judge
+        numbers, tensor = pack_threshold(self.threshold)
+        bias, ignore_index, reduction = self.logit_bias, self.ignore_index, self.reduction
+        self._small = ()
+        if tensor is not None or len(numbers) != 1 or self.process_group is not None:
+            return ()
+        if (type(bias), type(ignore_index), type(reduction)) != (float, int, str) or bias != 0.0:
+            return ()
+        if not isinstance(base, str):  # a Module may change its options
+            return ()
+        entry, _ = resolve_base(base)
+        if statistic != "loss" or entry.name == "cross_entropy":  # other losses take an operator of their own
+            rule = (numbers[0], statistic, tail, min_count, keep_small, ignore_index, float(self.momentum))
+            self._small = rule, (entry.name, entry.pack({}), 0.0, ignore_index, reduction)
+        return self._small
+
+    def _small_call(self, logits: Tensor, target: Tensor) -> Tensor | None:
+        """The loss of a small call; None where another way must take it."""
+        small = self._settle_small() if self._small is None else self._small
+        if not small or logits.dim() != 2 or self._tensor("weight") is not None:
+            return None
+        running, classes = None, logits.shape[1]
+        if self.running:
+            running = self._running_moments()
+            if not self.training or running.shape[1] != classes:
+                return None
+        elif self.num_groups not in (None, classes):
+            return None
+        kept_target = z_error_kept_target(logits, target, running, pack_z_error_constants(small[0]))
+        return small_row_loss(logits, kept_target, pack_constants(small[1]))
+
     def forward(
         self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None, *, return_mask: bool = False
     ) -> Tensor | ZErrorResult:
         """The loss of ``logits`` for ``target``; see :func:`z_error_cross_entropy`."""
+        if sample_weight is None and not return_mask and is_small(logits, target):
+            loss = self._small_call(logits, target)
+            if loss is not None:
+                return loss
         return self.evaluate(FUSED, logits, target, sample_weight, return_mask=return_mask)
 
     def evaluate(

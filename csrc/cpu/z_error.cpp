@@ -147,6 +147,7 @@ void check_labels(const ZProblem& p) {
 }  // namespace
 
 void cpu_class_moments(const ZProblem& p, double* out) {
+    if (p.entropy.logits.data) compute_entropies(p);
     check_labels(p);
     moments_of(p, out);
 }

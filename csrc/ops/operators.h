@@ -26,6 +26,8 @@ void row_loss_with_grad_and_statistics(StableIValue* stack, std::uint64_t, std::
 void row_statistics(StableIValue* stack, std::uint64_t, std::uint64_t);
 
 void class_moments(StableIValue* stack, std::uint64_t, std::uint64_t);
+void z_error_constants(StableIValue* stack, std::uint64_t, std::uint64_t);
+void z_error_kept_target(StableIValue* stack, std::uint64_t, std::uint64_t);
 void z_error_mask(StableIValue* stack, std::uint64_t, std::uint64_t);
 void z_error_class_loss(StableIValue* stack, std::uint64_t, std::uint64_t);
 void z_error_loss(StableIValue* stack, std::uint64_t, std::uint64_t);

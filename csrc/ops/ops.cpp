@@ -94,6 +94,14 @@ STABLE_TORCH_LIBRARY(fused_losses, m) {
            "(Tensor mask, Tensor kept_target, Tensor scores)")
               .c_str());
 
+    // The kept target alone, for small calls on the CPU: from logits [N, C] that are judged by themselves ("logit") or
+    // by their probabilities ("prob") or cross entropies ("loss"). running, [3, C], is updated and then judges; where
+    // it is absent, the rows' own moments do.
+    m.def(
+        "z_error_constants(float threshold, str statistic, str tail, int min_count, bool keep_small, int ignore_index, "
+        "float momentum) -> Tensor");
+    m.def("z_error_kept_target(Tensor logits, Tensor target, Tensor(a!)? running, Tensor constants) -> Tensor");
+
     // A row loss without its unlikely rows, from the rows' losses in `values`: statistics where moments are absent,
     // then mask and reduction in one pass. If values are `unweighted`, this multiplies them by the class weights, and
     // row_weight returns each row's factor; else it is empty. Two more statistics judge by the logits in score:
@@ -149,11 +157,13 @@ void implement(torch::stable::detail::StableLibrary& m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fused_losses, CompositeExplicitAutograd, m) {
     m.impl("row_loss_constants", &row_loss_constants);
+    m.impl("z_error_constants", &z_error_constants);
 }
 STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) {
     implement(m);
     m.impl("row_loss.packed", &packed_row_loss);
     m.impl("row_loss_with_grad.packed", &packed_row_loss_with_grad);
+    m.impl("z_error_kept_target", &z_error_kept_target);
 }
 #ifdef FL_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(fused_losses, CUDA, m) { implement(m); }

@@ -1,11 +1,10 @@
 // The parameters that all row-loss operators share.
 #pragma once
 
-#include <cstring>
-
 #include "core/row_problem.h"
 #include "losses/names.h"
 #include "losses/needs.h"
+#include "ops/packed.h"
 #include "ops/stack.h"
 
 namespace fused_losses {
@@ -38,19 +37,10 @@ struct RowLossConstants {
     }
 
     static RowLossConstants unpack(const Tensor& packed) {
-        RowLossConstants constants;
-        const bool fits = packed.is_cpu() && packed.dtype() == dtypes::uint8 && packed.numel() == sizeof(constants);
-        if (fits) std::memcpy(&constants, packed.const_data_ptr(), sizeof(constants));
-        check(fits && constants.loss >= 0 && constants.loss < AllLosses::size,
+        const auto constants = fused_losses::unpack<RowLossConstants>(packed);
+        check(constants && constants->loss >= 0 && constants->loss < AllLosses::size,
               "constants must come from row_loss_constants");
-        return constants;
-    }
-
-    Tensor pack() const {
-        const std::int64_t size[] = {sizeof(*this)};
-        Tensor packed = empty(size, dtypes::uint8, {aoti_torch_device_type_cpu(), 0});
-        std::memcpy(packed.mutable_data_ptr(), this, sizeof(*this));
-        return packed;
+        return *constants;
     }
 
 private:

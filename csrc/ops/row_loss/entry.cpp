@@ -271,7 +271,7 @@ void mixed_backward(StableIValue* stack) {
 
 void row_loss_constants(StableIValue* stack, std::uint64_t, std::uint64_t) {
     Arguments in(stack);
-    Tensor packed = RowLossConstants::read(in).pack();
+    Tensor packed = pack(RowLossConstants::read(in));
     Results(stack).push(packed);
 }
 

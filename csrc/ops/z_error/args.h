@@ -23,10 +23,10 @@ struct ZErrorArgs {
     Numbers threshold;                // one, or (binary) one per label
     std::string tail;
     std::int64_t min_count;
-    bool keep_small, with_scores;
+    bool keep_small, with_scores = false;
 
     // Scores that are cross entropies
-    double label_smoothing, logit_bias;
+    double label_smoothing = 0, logit_bias = 0;
     OptionalTensor logit_bias_tensor;  // takes the place of logit_bias
 
     // Backward

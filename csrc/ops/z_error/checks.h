@@ -3,6 +3,7 @@
 
 #include <string_view>
 
+#include "ops/packed.h"
 #include "ops/z_error/args.h"
 #include "z_error/problem.h"
 
@@ -129,15 +130,16 @@ inline std::int64_t check_moments(const ZErrorArgs& args, Statistic statistic) {
     return -1;
 }
 
+inline void check_moments_of(std::int64_t groups, const Tensor& moments, const Tensor& input) {
+    check(moments.dtype() == dtypes::float64, "moments must be float64, got ", moments.dtype());
+    check_value(moments.dim() == 2 && moments.size(0) == 3 && moments.size(1) == groups, "moments must have shape (3, ",
+                groups, "), got ", moments.sizes());
+    check_same_device("moments", moments, input);
+}
+
 inline void check_rule(const ZErrorArgs& args, std::int64_t groups, bool binary) {
     const Tensor& input = args.input;
-    if (args.moments) {
-        const Tensor& moments = *args.moments;
-        check(moments.dtype() == dtypes::float64, "moments must be float64, got ", moments.dtype());
-        check_value(moments.dim() == 2 && moments.size(0) == 3 && moments.size(1) == groups,
-                    "moments must have shape (3, ", groups, "), got ", moments.sizes());
-        check_same_device("moments", moments, input);
-    }
+    if (args.moments) check_moments_of(groups, *args.moments, input);
     const auto fits = [&](std::int64_t n) { return n == 1 || n == groups || (binary && n == 2); };
     if (!args.threshold_tensor) {
         check_value(args.threshold.count == 1 || (binary && args.threshold.count == 2), "threshold must be one number",
@@ -169,5 +171,44 @@ inline Statistic check_loss(const ZErrorArgs& args) {
                 "pos_weight must hold one number or one per task (", tasks, "), got shape ", pos_weight.sizes());
     return statistic;
 }
+
+// What a call of z_error_kept_target says besides its tensors.
+struct ZErrorConstants {
+    Statistic statistic = Statistic::kClassScore;
+    Tail tail = Tail::kBoth;
+    bool by_entropy = false, keep_small = false;
+    double threshold = 0, min_count = 0, momentum = 0;
+    std::int64_t ignore_index = 0;
+
+    static ZErrorConstants of(const ZErrorArgs& args, double threshold, double momentum) {
+        const std::string& name = args.statistic;
+        check_value(name == "logit" || name == "prob" || name == "loss",
+                    "statistic must be 'logit', 'prob' or 'loss', got '", name, "'");
+        ZErrorConstants constants;
+        constants.statistic = name == "prob" ? Statistic::kClassProb : Statistic::kClassScore;
+        constants.tail = parse_tail(args.tail);
+        constants.by_entropy = name != "logit";
+        constants.keep_small = args.keep_small;
+        constants.threshold = threshold;
+        constants.min_count = static_cast<double>(args.min_count);
+        constants.momentum = momentum;
+        constants.ignore_index = args.ignore_index;
+        return constants;
+    }
+
+    static ZErrorConstants unpack(const Tensor& packed) {
+        const auto constants = fused_losses::unpack<ZErrorConstants>(packed);
+        check(constants.has_value(), "constants must come from z_error_constants");
+        return *constants;
+    }
+
+    void set_rule(ZProblem& p) const {
+        p.tail = tail;
+        p.min_count = min_count;
+        p.keep_small = keep_small;
+        p.thresholds[0] = threshold;
+        p.ignore_index = ignore_index;
+    }
+};
 
 }  // namespace fused_losses

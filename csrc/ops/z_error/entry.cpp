@@ -1,5 +1,8 @@
 // Entry of the Z-Error operators: checks, allocates, describes the call as a ZProblem, hands it to the device's
 // backend. Nothing here differs between devices.
+#include <memory>
+#include <vector>
+
 #include "ops/operators.h"
 #include "ops/row_layout.h"
 #include "ops/z_error/checks.h"
@@ -183,6 +186,46 @@ void class_moments(StableIValue* stack, std::uint64_t, std::uint64_t) {
     Tensor moments = call.empty_moments();
     call.backend().class_moments(call.p, static_cast<double*>(moments.mutable_data_ptr()));
     Results(stack).push(moments);
+}
+
+void z_error_constants(StableIValue* stack, std::uint64_t, std::uint64_t) {
+    double threshold = 0, momentum = 0;
+    ZErrorArgs args;
+    Arguments(stack).read(threshold, args.statistic, args.tail, args.min_count, args.keep_small, args.ignore_index,
+                          momentum);
+    Tensor packed = pack(ZErrorConstants::of(args, threshold, momentum));
+    Results(stack).push(packed);
+}
+
+void z_error_kept_target(StableIValue* stack, std::uint64_t, std::uint64_t) {
+    ZErrorArgs args;
+    Tensor packed;
+    Arguments(stack).read(args.input, args.target, args.moments, packed);
+    const ZErrorConstants constants = ZErrorConstants::unpack(packed);
+    const std::int64_t classes = args.input.dim() == 2 ? args.input.size(1) : 0;
+    check_value(classes >= 1, "logits must have shape (N, C), got ", args.input.sizes());
+    const std::int64_t class_dim = check_scores(args, classes);
+    if (args.moments) {
+        check_moments_of(classes, *args.moments, args.input);
+        check_value(args.moments->is_contiguous(), "running must be contiguous");
+    }
+    ZErrorCall call(args, constants.statistic, class_dim, classes);
+    if (constants.by_entropy) call.score_by_entropy();
+    ZProblem& p = call.p;
+    constants.set_rule(p);
+    std::vector<double> moments(3 * classes);
+    call.backend().class_moments(p, moments.data());
+    p.moments = moments.data();
+    if (args.moments) {
+        auto* const running = static_cast<double*>(args.moments->mutable_data_ptr());
+        call.backend().update_moments(running, moments.data(), classes, constants.momentum, p.device);
+        p.moments = running;
+    }
+    const auto mask = std::make_unique<bool[]>(p.rows());
+    p.mask = mask.get();
+    Tensor kept_target = call.new_kept_target();
+    call.backend().z_error_mask(p);
+    Results(stack).push(kept_target);
 }
 
 void z_error_mask(StableIValue* stack, std::uint64_t, std::uint64_t) {

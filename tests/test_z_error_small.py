@@ -1,0 +1,125 @@
+"""Small calls of the Z-Error loss for classes, which have one operator for statistics and mask."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+
+import fused_losses as fl
+from fused_losses import _autograd, _ops
+
+
+def steps(module, dtype=torch.float32):
+    """Two training steps and a step in eval mode: losses, gradients, running statistics."""
+    torch.manual_seed(0)
+    results = []
+    for training in (True, True, False):
+        module.train(training)
+        logits = torch.randn(40, 3, dtype=dtype, requires_grad=True)
+        target = torch.randint(-1, 3, (40,))
+        loss = module(logits, target)
+        upstream = torch.linspace(-1.0, 2.0, loss.numel()).reshape(loss.shape).to(loss)
+        results += [loss.detach(), torch.autograd.grad(loss, logits, upstream)[0]]
+        with torch.no_grad():
+            results.append(module.train(False)(logits, target))
+    return results, [b for b in module.buffers() if b is not None]
+
+
+GRID = list(itertools.product(("logit", "prob", "loss"), ("two", "lower"), ("drop", "keep"), (False, True)))
+
+
+@pytest.mark.parametrize(("statistic", "sided", "small_class", "running"), GRID)
+def test_small_calls_compute_what_others_do(statistic, sided, small_class, running, monkeypatch):
+    options = {"sided": sided, "small_class": small_class, "running": running, "ignore_index": -1}
+    modules = [
+        fl.ZErrorCrossEntropyLoss(0.9, statistic, base, reduction=reduction, min_count=12, num_classes=3, **options)
+        for base in ("cross_entropy",) + ("gce_loss",) * (statistic != "loss")
+        for reduction in ("mean", "sum", "none")
+    ]
+    others = [copy.deepcopy(m) for m in modules]
+    calls = []
+    monkeypatch.setattr(
+        "fused_losses.z_cross_entropy.z_error_kept_target",
+        lambda *args: calls.append(1) or _ops.z_error_kept_target(*args),
+    )
+    dtypes = (torch.float32, torch.float64, torch.bfloat16)
+    small = [steps(m, dtype) for m, dtype in zip(modules, itertools.cycle(dtypes))]
+    assert len(calls) == len(modules) * (2 if running else 6)
+    calls.clear()
+    pickled = [pickle.loads(pickle.dumps(m)) for m in modules]
+    monkeypatch.setattr(_autograd, "_MOST_LOGITS", -1)
+    large = [steps(m, dtype) for m, dtype in zip(others, itertools.cycle(dtypes))]
+    assert not calls
+    torch.testing.assert_close(small, large, rtol=1e-6, atol=1e-7)
+    assert [repr(m) for m in pickled] == [repr(m) for m in others]
+
+
+NEW_VALUES = {
+    "threshold": [0.5, torch.tensor([0.5, 9.0, 0.9])],
+    "statistic": ["prob"],
+    "base": ["mae", fl.GCELoss(q=0.2)],
+    "sided": ["lower"],
+    "min_count": [14],
+    "small_class": ["drop"],
+    "ignore_index": [1],
+    "reduction": ["sum"],
+    "logit_bias": [2.0, torch.tensor(2.0), "auto"],
+    "weight": [torch.tensor([1.0, 2.0, 5.0])],
+}
+
+
+@pytest.mark.parametrize("option", NEW_VALUES)
+def test_a_new_value_counts_from_the_next_call_on(option):
+    torch.manual_seed(0)
+    logits, target = 2 * torch.randn(40, 3), torch.randint(0, 3, (40,)).sort().values
+    logits[target == 2, 2] += 3
+    options = {"threshold": 1.5, "min_count": 13} | ({"min_count": 15} if option == "small_class" else {})
+    for value in NEW_VALUES[option]:
+        module = fl.ZErrorCrossEntropyLoss(**options)
+        before = module(logits, target)
+        setattr(module, option, value)
+        expected = fl.ZErrorCrossEntropyLoss(**options | {option: value})(logits, target)
+        assert not torch.equal(expected, before) or value == "auto"  # which is 0 for three classes
+        assert torch.equal(module(logits, target), expected)
+
+
+def test_a_number_that_becomes_a_buffer_counts_from_the_next_call_on():
+    logits, target = torch.randn(40, 3), torch.randint(0, 3, (40,))
+    for name in ("threshold", "logit_bias"):
+        module = fl.ZErrorCrossEntropyLoss()
+        module(logits, target)
+        delattr(module, name)  # as schedules do
+        module.register_buffer(name, torch.tensor(0.7))
+        expected = fl.ZErrorCrossEntropyLoss(**{name: torch.tensor(0.7)})(logits, target)
+        assert torch.equal(module(logits, target), expected)
+
+
+def test_momentum_may_change():
+    logits, target = torch.randn(2, 40, 3), torch.randint(0, 3, (40,))
+    fresh, changed = fl.ZErrorCrossEntropyLoss(running=True, momentum=0.5), fl.ZErrorCrossEntropyLoss(running=True)
+    for part in logits:
+        fresh(part, target), changed(part, target)
+        changed.momentum = 0.5
+    torch.testing.assert_close(changed.running_moments, fresh.running_moments)
+
+
+def test_the_operator_refuses_what_does_not_fit():
+    logits, target = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    constants = _ops.pack_z_error_constants((2.0, "logit", "both", 2, True, -100, 0.1))
+    moments = torch.zeros(3, 3, dtype=torch.float64)
+    for error, message, args in (
+        (ValueError, r"logits must have shape \(N, C\)", (logits[0], target, None, constants)),
+        (ValueError, "target must have the shape", (logits, target[:2], None, constants)),
+        (ValueError, r"moments must have shape \(3, 3\)", (logits, target, moments[:, :2].contiguous(), constants)),
+        (ValueError, "running must be contiguous", (logits, target, moments.t(), constants)),
+        (RuntimeError, "moments must be float64", (logits, target, moments.float(), constants)),
+        (RuntimeError, "constants must come from z_error_constants", (logits, target, None, constants[1:])),
+    ):
+        with pytest.raises(error, match=message):
+            _ops.z_error_kept_target(*args)
+    with pytest.raises(ValueError, match="statistic must be 'logit', 'prob' or 'loss', got 'x'"):
+        _ops.pack_z_error_constants((2.0, "x", "both", 2, True, -100, 0.1))
