@@ -15,6 +15,7 @@ import fused_losses.integrations.timm  # noqa: F401
 from fused_losses import LOSSES
 
 RESULTS = "benchmarks/results/cpu"
+_SECTION = re.compile(r"^<!-- (?P<file>[A-Z]+\.md): (?P<heading>.+) -->$", re.M)
 _ROLE = re.compile(r":(?:class|data|func|meth|mod):`~?([^`]+)`")
 
 
@@ -27,11 +28,25 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **_: object) -> str:
-    """Lists the losses of the registry; makes links right in the site that are right in the repository."""
+def on_page_markdown(markdown: str, config: MkDocsConfig, **_: object) -> str:
+    """Lists the losses of the registry, brings in sections of other files, makes links right in the site.
+
+    ``<!-- FILE: HEADING -->`` stands for that section of a file outside of docs/, which readers of the repository find
+    behind the link above it.
+    """
     modules = "\n".join(f"        - {entry.module.__name__}" for entry in LOSSES.values())
     markdown = markdown.replace("        - EVERY_ROW_LOSS", modules)
+    root = Path(config.config_file_path).parent
+    markdown = _SECTION.sub(lambda match: _section(root / match["file"], match["heading"]), markdown)
     return markdown.replace(f"](../{RESULTS}/", "](results/")
+
+
+def _section(path: Path, heading: str) -> str:
+    """The text under a heading of the second level, with links as from docs/."""
+    _, _, after = path.read_text(encoding="utf-8").partition(f"\n## {heading}\n")
+    if not after:
+        raise ValueError(f"{path} has no section {heading!r}")
+    return after.partition("\n## ")[0].replace("](docs/", "](")
 
 
 class Roles(griffe.Extension):

@@ -17,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 
-# --8<-- [start:head]
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -45,7 +44,6 @@ def train(classes: int, features: int = 128, steps: int = 3) -> list[float]:
         optimizer.step()
         losses.append(loss.item())
     return losses
-    # --8<-- [end:head]
 
 
 def work(rank: int, ranks: int, rendezvous: str, classes: int) -> None:

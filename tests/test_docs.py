@@ -88,6 +88,12 @@ def test_every_loss_is_listed():
     assert [module for module in modules if not re.search(rf"\b{module}\b", TEXTS["docs/losses.md"])] == []
 
 
+def test_losses_that_take_no_probabilities_are_listed():
+    sentence = re.search(r"Targets may be class probabilities.*?ZErrorCrossEntropyLoss", TEXTS["docs/losses.md"], re.S)
+    named = set(re.findall(r"`(\w+)`", sentence[0]))
+    assert named == {entry.module.__name__ for entry in fl.LOSSES.values() if not entry.takes_probabilities}
+
+
 @pytest.mark.parametrize("name", [n for n, e in fl.LOSSES.items() if ">>>" in (e.function.__doc__ or "")])
 def test_docstring_examples(name):
     names = {"torch": torch} | {public: getattr(fl.functional, public) for public in fl.functional.__all__}
