@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -104,7 +103,7 @@ def solve_logit_bias(num_classes: int, target_activation: float = 0.15) -> float
     if torch.compiler.is_compiling():
         # With dynamic=True both may be symbols. Text cannot hold one; the round trip is exact.
         count, target = int(f"{count}"), float(f"{target}")
-    return _solve(count, target)
+    return _look_up(count, target)
 
 
 def check_num_classes(num_classes: int) -> int:
@@ -155,10 +154,9 @@ def _look_up(num_classes: int, target_activation: float) -> float:
     return _solve_cached(num_classes, target_activation)
 
 
-# A constant to the compiler, which must not trace the quadrature (and sees through a cache, hence _look_up).
-_solve: Callable[[int, float], float] = torch.compiler.assume_constant_result(  # type: ignore[no-untyped-call]
-    _look_up
-)
+# A constant to the compiler, which must not trace the quadrature; it sees through a cache, hence _look_up. The mark is
+# what torch.compiler.assume_constant_result sets, which imports the compiler: that takes as long as torch itself.
+_look_up._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _mean_activation_logit(bias: float, num_classes: int) -> float:

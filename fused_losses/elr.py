@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # torch.compiler.disable imports the compiler at once
 from torch.nn import functional as F
 
 from fused_losses._arguments import check_reduction
@@ -213,7 +214,7 @@ class ELRLoss(RowsModule):
         rows: Tensor = self._read_host(place, like.device)
         return rows.to(like.dtype)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_disable_dynamo
     def _read_host(self, place: Tensor, device: torch.device) -> Tensor:
         self.flush()
         rows = torch.empty(len(place), self.num_classes, dtype=self.memory.dtype, pin_memory=device.type == "cuda")
@@ -236,7 +237,7 @@ class ELRLoss(RowsModule):
         else:
             self.memory.index_copy_(0, place, stored)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_disable_dynamo
     def _write_host(self, place: Tensor, rows: Tensor) -> None:
         on_cuda = rows.is_cuda
         staged = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=on_cuda)
