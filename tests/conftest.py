@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -29,3 +32,18 @@ GRAD_FLOOR = {torch.float64: 0.0, torch.float32: 1e-12, torch.float16: 1.2e-7, t
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+def one_in(number: int, *axes: Iterable[Any]) -> list[Any]:
+    """Parameters of a test: every combination of the axes' values, of which one in so many runs by default.
+
+    The others are marked ``long``. Each value of every axis is among those that run if two axes have ``number`` values
+    or more, and each pair of values if three have.
+    """
+    parameters = []
+    for numbered in itertools.product(*(enumerate(axis) for axis in axes)):
+        places, values = zip(*numbered, strict=True)
+        marks = () if sum(places) % number == 0 else pytest.mark.long
+        name = "-".join(str(getattr(value, "__name__", value)) for value in values)
+        parameters.append(pytest.param(*values, marks=marks, id=name))
+    return parameters

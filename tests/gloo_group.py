@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import multiprocessing
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# Imported once, in the process that all ranks are forked from: it takes seconds, most of what such a test does.
+PRELOADED = ["fused_losses", "pytest", "torch._dynamo", "torch.distributed.fsdp"]
+
+
+def run_ranks(worker: Callable[..., None], world_size: int, folder: Path, *args: Any) -> None:
+    """Runs ``worker(rank, world_size, folder, *args)`` on so many processes; ``worker`` is a function of a module."""
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    arguments = (world_size, str(folder), *args)
+    torch.multiprocessing.start_processes(worker, arguments, nprocs=world_size, start_method="forkserver")
 
 
 @contextmanager

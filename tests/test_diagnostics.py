@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import DEVICES
+from gloo_group import gloo_group, run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -256,21 +255,20 @@ def test_state_is_restored() -> None:
 RANKS = [[(0, False, 1.0), (1, True, 2.0), (4, False, 0.5)], [(2, True, 4.0), (3, False, 8.0), (0, True, 3.0)]]
 
 
-def _rank(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def worker(rank: int, world_size: int, folder: str) -> None:
     tracker, collector = OutlierTracker(6), CutoffCollector()
     record(tracker, RANKS[rank])
     collector.update(torch.arange(rank + 1.0), torch.full((rank + 1,), rank))
-    for _ in range(2):  # a second call must not count anything twice
-        reduced, collected = tracker.all_reduce(), collector.all_reduce()
+    with gloo_group(rank, world_size, folder):
+        for _ in range(2):  # a second call must not count anything twice
+            reduced, collected = tracker.all_reduce(), collector.all_reduce()
     torch.save({"tracker": reduced.state_dict(), "collector": collected.state_dict()}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_processes_see_the_sum(tmp_path: Path) -> None:
     # Sample 0 is on both ranks, as the padding of a DistributedSampler has it.
-    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+    run_ranks(worker, 2, tmp_path)
     whole = OutlierTracker(6)
     for rows in RANKS:
         record(whole, rows)

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GRAD_FLOOR, GRAD_TOLERANCE, LOSS_TOLERANCE
+from conftest import GRAD_FLOOR, GRAD_TOLERANCE, LOSS_TOLERANCE, one_in
 from naive import naive_losses
 from test_values import make_problem
 
@@ -344,8 +344,7 @@ def test_small_losses_keep_their_digits(name, dtype, bias, device):
     assert ((loss - expected).abs() <= 3e-5 * expected).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "dtype"), one_in(2, NAMES, [torch.float32, torch.bfloat16]))
 def test_many_classes(name, dtype, device):
     logits, target, _, _ = make_problem((4, 70_000), dtype, device)
     target[1:] = torch.tensor([0, 69_999, 35_000], device=device)  # the first and the last class among them
@@ -353,9 +352,20 @@ def test_many_classes(name, dtype, device):
     assert_matches_reference(name, logits, target)
 
 
+# Around the sizes of vectors and tiles; one loss of each kind takes every number, the others do under `make test-long`.
+COUNTS = {
+    "some": [1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 65, 99, 100, 101, 104, 128],
+    "all": [*range(1, 71), *range(99, 118), 128],
+}
+ONE_OF_EACH_KIND = ("cross_entropy", "nce", "ngce", "hem")
+
+
+@pytest.mark.parametrize("counts", ["some", pytest.param("all", marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", NAMES)
-def test_every_small_number_of_classes(name, device):
-    for classes in (*range(2 if name in NORMALISED else 1, 71), 99, 100, 101, 128):
+def test_every_small_number_of_classes(name, counts, device):
+    for classes in COUNTS["all" if name in ONE_OF_EACH_KIND else counts]:
+        if classes < fl.LOSSES[name].min_classes:
+            continue
         logits, target, _, _ = make_problem((7, classes), torch.float32, device, seed=classes)
         target[1:3] = torch.tensor([0, classes - 1], device=device)
         grad = assert_matches_reference(name, logits, target, reduction="none")

@@ -9,7 +9,7 @@ import pickle
 
 import pytest
 import torch
-from gloo_group import gloo_group
+from gloo_group import gloo_group, run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -219,7 +219,7 @@ def worker(rank, world_size, folder):
 @pytest.mark.slow
 @pytest.mark.any_cpu
 def test_ranks_with_their_own_rows_are_one_process(tmp_path):
-    torch.multiprocessing.spawn(worker, (2, str(tmp_path)), nprocs=2)
+    run_ranks(worker, 2, tmp_path)
     memory, parameters = train([0, 1], 0, 2, lambda model: model)
     assert memory.any(1).all()
     for rank in range(2):

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from gloo_group import gloo_group
+from gloo_group import gloo_group, run_ranks
 from parallel_errors import check_errors, check_one_bad_rank, check_one_bad_rank_of_a_mesh
 from parallel_problem import CLASSES, CLOSE, FEATURES, ROWS, bounds, problem, step
 from torch import nn
@@ -307,5 +307,5 @@ def worker(rank, world_size, folder, names):
 @pytest.mark.parametrize("world_size", [2, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 3, 4))])
 def test_ranks_together_are_one_process(world_size, tmp_path):
     names = [n for n in CHECKS if (n != "mesh" or world_size == 4) and ("bad" not in n or world_size in (2, 4))]
-    torch.multiprocessing.spawn(worker, (world_size, str(tmp_path), names), nprocs=world_size)
+    run_ranks(worker, world_size, tmp_path, names)
     assert all((tmp_path / f"{n}{r}").exists() for n in names for r in range(world_size))

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import GRAD_FLOOR, GRAD_TOLERANCE, LOSS_TOLERANCE
+from conftest import GRAD_FLOOR, GRAD_TOLERANCE, LOSS_TOLERANCE, one_in
 
 import fused_losses as fl
 
@@ -37,9 +37,10 @@ def test_which_losses_take_them():
     assert [name for name, entry in fl.LOSSES.items() if entry.sums in ((), ("log_probs",))] == NAMES
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-@pytest.mark.parametrize("shape", [(ROWS, CLASSES), (3, CLASSES, 2, 2), (2, 37)])  # 37: vectors of classes
-@pytest.mark.parametrize("name", NAMES)
+SHAPES = [(ROWS, CLASSES), (3, CLASSES, 2, 2), (2, 37)]  # 37: vectors of classes
+
+
+@pytest.mark.parametrize(("name", "shape", "reduction"), one_in(3, NAMES, SHAPES, ["none", "sum", "mean"]))
 def test_sum_of_the_classes_losses(name, shape, reduction, device):
     logits, share = problem(shape, device=device)
     weight, samples = torch.rand(shape[1]).double().to(device), torch.rand(share[:, 0].shape).double().to(device)

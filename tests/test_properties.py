@@ -207,9 +207,10 @@ def assert_close(problem: Problem, actual, expected, reduction: str | None = Non
     assert ((grad.double().cpu() - expected_grad).abs() <= allowed).all()
 
 
+@pytest.mark.parametrize("number", [20, pytest.param(100, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", NAMES)
-def test_equals_the_float64_reference(name, device):
-    @examples(60)
+def test_equals_the_float64_reference(name, number, device):
+    @examples(number)
     @given(problems(names=[name], dtypes=ALL_DTYPES, grid=False))
     def check(problem):
         exact = {k: v.double() for k, v in problem.options.items() if isinstance(v, torch.Tensor)}

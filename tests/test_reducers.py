@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from gloo_group import gloo_group
+from gloo_group import gloo_group, run_ranks
 from scipy.special import lambertw
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -206,7 +206,7 @@ def worker(rank, world_size, folder):
 @pytest.mark.slow
 @pytest.mark.any_cpu
 def test_ranks_together_are_one_process(tmp_path):
-    torch.multiprocessing.spawn(worker, (2, str(tmp_path)), nprocs=2)
+    run_ranks(worker, 2, tmp_path)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     alone = train_step(None, slice(None), lambda model: model)
     local = train_step(None, slice(13), lambda model: model)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from conftest import one_in
 from test_edge_cases import DENSE, SPARSE
 
 import fused_losses as fl
@@ -170,9 +171,10 @@ LOGITS = {  # a block of rows, rows one by one, pixels, columns, gaps between th
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LOGITS)
-@pytest.mark.parametrize("name", ["gce", "nce", "ngce"])  # without and with sums over classes; of several passes
+NAMES = ["gce", "nce", "ngce"]  # without and with sums over classes; of several passes
+
+
+@pytest.mark.parametrize(("name", "layout", "dtype"), one_in(3, NAMES, LOGITS, DTYPES))
 def test_from_the_read_of_a_loss(name, layout, dtype, device, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     logits = LOGITS[layout](lambda *shape: (3 * torch.randn(shape, generator=generator)).to(device, dtype))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import one_in
 from torch.library import opcheck
 
 import fused_losses as fl
@@ -11,6 +12,10 @@ import fused_losses as fl
 pytestmark = pytest.mark.any_cpu  # of the operators, not of their results
 
 NAMES = list(fl.LOSSES)
+# An operator's registration and the Python code around it depend on the kind of a loss alone: functions of log p_y,
+# losses with a sum over all classes, losses of several passes without and with margins.
+ONE_OF_EACH_KIND = ("cross_entropy", "gce", "nce", "ngce", "hem")
+KINDS = [name if name in ONE_OF_EACH_KIND else pytest.param(name, marks=pytest.mark.long) for name in NAMES]
 # What makes a gradient the derivative of the loss where the default, as in the papers' code, does not.
 EXACT = {
     **{name: {"detach": False} for name, entry in fl.LOSSES.items() if "detach" in entry.parameters},
@@ -19,8 +24,7 @@ EXACT = {
 OPS = torch.ops.fused_losses
 
 
-@pytest.mark.parametrize("options", [{}, {"reduction": "none", "logit_bias": 0.7}], ids=["mean", "none"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "options"), one_in(2, NAMES, [{}, {"reduction": "none", "logit_bias": 0.7}]))
 def test_gradcheck_and_gradgradcheck(name, options):
     torch.manual_seed(0)
     logits = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
@@ -63,8 +67,9 @@ def test_other_inputs_are_differentiable(argument):
     assert torch.autograd.gradcheck(lambda x, v: fl.functional.gce_loss(x, target, **{argument: v}), (logits, value))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", KINDS)
 def test_opcheck(name, reduction):
     torch.manual_seed(0)
     args = (
@@ -81,11 +86,9 @@ def test_opcheck(name, reduction):
     assert set(checked.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize(
-    "name, backend",
-    [(name, "aot_eager") for name in NAMES] + [("cross_entropy", "inductor"), ("agce", "inductor")],
-)
-def test_compile_fullgraph_dynamic(name, backend):
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*KINDS])
+def test_compile_fullgraph_dynamic(name, backend="aot_eager"):
     torch._dynamo.reset()
     module = fl.LOSSES[name].module(logit_bias="auto")
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=backend)
@@ -95,6 +98,12 @@ def test_compile_fullgraph_dynamic(name, backend):
         grads = [torch.autograd.grad(loss, logits)[0] for loss in losses]
         torch.testing.assert_close(*losses)
         torch.testing.assert_close(*grads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["agce", pytest.param("cross_entropy", marks=pytest.mark.long)])
+def test_inductor(name):
+    test_compile_fullgraph_dynamic(name, "inductor")
 
 
 def test_a_bias_tensor_is_seen_by_compiled_code():

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from gloo_group import gloo_group
+from gloo_group import gloo_group, run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -100,7 +100,7 @@ def worker(rank, world_size, folder):
 def test_ranks_together_are_one_process(world_size, tmp_path):
     shares = torch.stack([share_of(rank, world_size) for rank in range(world_size)])
     assert (shares.sum(0) == 1).all() and len(set(shares.sum(1).tolist())) > 1
-    torch.multiprocessing.spawn(worker, (world_size, str(tmp_path)), nprocs=world_size)
+    run_ranks(worker, world_size, tmp_path)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(world_size)]
 
     alone = train_step(None, torch.ones(ROWS, dtype=torch.bool), lambda model: model)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import one_in
 from torch.autograd import DeviceType
 from torch.library import opcheck
 from torch.nn import functional as F
@@ -204,24 +205,22 @@ def test_opcheck():
             assert set(opcheck(OPS.z_error_loss_backward.default, backward).values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("running", [False, True])
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda running: fl.ZMSELoss(1.2, running=running),
-        lambda running: fl.ZErrorBCEWithLogitsLoss((1.2, 1.3), running=running),
-        lambda running: fl.ZErrorCrossEntropyLoss(torch.tensor(1.2), running=running),
-        lambda running: fl.ZErrorCrossEntropyLoss(1.2, "loss", fl.GCELoss(q=0.4), running=running),
-        lambda running: fl.ZErrorCrossEntropyLoss(1.2, "prob", "mae", running=running),
-    ],
-    ids=["mse", "bce", "logit", "loss", "prob"],
-)
+COMPILED = {
+    "mse": lambda running: fl.ZMSELoss(1.2, running=running),
+    "bce": lambda running: fl.ZErrorBCEWithLogitsLoss((1.2, 1.3), running=running),
+    "logit": lambda running: fl.ZErrorCrossEntropyLoss(torch.tensor(1.2), running=running),
+    "loss": lambda running: fl.ZErrorCrossEntropyLoss(1.2, "loss", fl.GCELoss(q=0.4), running=running),
+    "prob": lambda running: fl.ZErrorCrossEntropyLoss(1.2, "prob", "mae", running=running),
+}
+
+
+@pytest.mark.parametrize(("name", "running"), one_in(2, COMPILED, [True, False]))
 @pytest.mark.slow
 @pytest.mark.any_cpu
-def test_compile_fullgraph(make, running):
+def test_compile_fullgraph(name, running):
     torch._dynamo.reset()
     torch.manual_seed(0)
-    module, other = make(running), make(running)
+    module, other = COMPILED[name](running), COMPILED[name](running)
     compiled = torch.compile(other, fullgraph=True, dynamic=True, backend="aot_eager")
     classes = isinstance(module, fl.ZErrorCrossEntropyLoss)
     for rows in (40, 50, 60):
