@@ -120,16 +120,17 @@ def results(request: pytest.FixtureRequest, build_folder: Path) -> Iterator[dict
         pool.shutdown(cancel_futures=True)
 
 
-# Minutes of compiling: `make test-long`.
+# Minutes of compiling: `make test-long`. The newest instruction set's fused multiply-adds are in "kernels", too.
 LONG = {
-    *(("pattern", program) for program in ("kernels", "losses", "passes")),
-    *(("sanitized", program) for program in ("kernels", "cuda_rows", "cuda_z_error")),
+    *(("pattern", program, "baseline") for program in ("kernels", "losses", "passes")),
+    *(("sanitized", program, "baseline") for program in ("kernels", "losses", "passes", "cuda_rows", "cuda_z_error")),
+    *(("optimised", program, ENDS[-1]) for program in ("losses", "passes") if len(ENDS) > 1),
 }
 
 
 @pytest.mark.parametrize(
     ("build", "program", "isa"),
-    [pytest.param(*run, marks=pytest.mark.long if run[:2] in LONG else ()) for run in RUNS],
+    [pytest.param(*run, marks=pytest.mark.long if run in LONG else ()) for run in RUNS],
 )
 def test_program(results: dict[tuple[str, str, str], Future[Result]], build: str, program: str, isa: str) -> None:
     if not runs_here(isa):

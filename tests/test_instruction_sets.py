@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
-from instruction_sets import others
+from instruction_sets import files, others
 
 
 def test_torch_uses_the_instruction_set_that_was_asked_for() -> None:
@@ -21,3 +22,10 @@ def test_every_older_instruction_set_is_run() -> None:
     assert others("AVX512") == ("default", "avx2")
     assert others("AVX2") == ("default",)
     assert others("DEFAULT") == others("SVE256") == ()
+
+
+@pytest.mark.any_cpu
+def test_files_that_judge_no_kernel_are_left_out() -> None:
+    names = {Path(path).name for path in files()}
+    assert {"test_values.py", "test_z_error.py", "test_instruction_sets.py"} <= names
+    assert not names & {"test_transforms.py", "test_parallel.py"}

@@ -221,6 +221,8 @@ def test_equals_the_float64_reference(name, number, device):
     check()
 
 
+# What follows holds of the formulas; the kernels of every instruction set are compared with them above.
+@pytest.mark.any_cpu
 @examples(150)
 @given(problem=problems(names=OF_DIFFERENCES))
 def test_gradient_of_a_row_sums_to_zero(problem, device):
@@ -230,6 +232,7 @@ def test_gradient_of_a_row_sums_to_zero(problem, device):
     assert (total <= rounding + rounding_of_gradient(problem, problem.options["reduction"])).all()
 
 
+@pytest.mark.any_cpu
 @examples(150)
 @given(problem=problems(names=OF_DIFFERENCES))
 def test_a_constant_added_to_a_row_changes_nothing(problem, device):
@@ -239,6 +242,7 @@ def test_a_constant_added_to_a_row_changes_nothing(problem, device):
     assert_close(problem, problem.run(logits=shifted), problem.run())
 
 
+@pytest.mark.any_cpu
 @examples(150)
 @given(problem=problems())
 def test_classes_can_be_renamed(problem, device):
@@ -259,6 +263,7 @@ def test_classes_can_be_renamed(problem, device):
     assert_close(problem, renamed, (loss, grad.index_select(problem.class_dim, order)))
 
 
+@pytest.mark.any_cpu
 @examples(150)
 @given(problem=problems(shapes=BATCH | IMAGES, reduction="none"))
 def test_rows_are_independent(problem, device):
@@ -271,6 +276,7 @@ def test_rows_are_independent(problem, device):
     assert_close(problem, together, [tensor[order] for tensor in problem.run()])
 
 
+@pytest.mark.any_cpu
 @examples(150)
 @given(problem=problems(), factor=st.sampled_from([0.125, 0.5, 2.0, 64.0]))
 def test_reductions_agree(problem, factor, device):
@@ -289,6 +295,7 @@ def test_reductions_agree(problem, factor, device):
     assert_close(problem, (loss.double() / factor, grad_of_scaled.double() / factor), (total, grad), "sum")
 
 
+@pytest.mark.any_cpu
 @examples(150)
 @given(problem=problems())
 def test_logit_bias_is_an_addition_to_the_target(problem, device):
@@ -297,6 +304,7 @@ def test_logit_bias_is_an_addition_to_the_target(problem, device):
     assert_close(problem, problem.run(), problem.run(logits=biased, logit_bias=0.0))
 
 
+@pytest.mark.any_cpu
 @examples(150)
 @given(problem=problems(names=list(VALUE_RANGE), smoothing=False, shapes=BATCH, reduction="none", weight=None))
 def test_values_stay_in_their_range_and_reach_its_ends(problem, device):
@@ -312,6 +320,7 @@ def test_values_stay_in_their_range_and_reach_its_ends(problem, device):
     assert high == math.inf or ((impossible - high).abs() <= tolerance).all()
 
 
+@pytest.mark.any_cpu
 @examples(150)
 @given(problem=problems(names=list(VALUE_RANGE), smoothing=False, shapes=ROW, weight=None, sample_weight=None))
 def test_loss_falls_as_the_targets_logit_rises(problem, device):
@@ -329,6 +338,7 @@ def test_loss_falls_as_the_targets_logit_rises(problem, device):
     assert (grad[:, cls] <= rounding).all() and (grad[:, others] >= -rounding).all()
 
 
+@pytest.mark.any_cpu
 @examples(150)
 @given(problem=problems(smoothing=False, shapes=BATCH | IMAGES, dtypes=ALL_DTYPES))
 def test_rows_of_weight_zero_have_no_gradient_and_no_influence(problem, device):
@@ -352,6 +362,7 @@ def in_layout(dense: torch.Tensor, random: torch.Generator) -> torch.Tensor:
     return view[tuple(slice(1, None, step) for step in steps)].copy_(dense)
 
 
+@pytest.mark.any_cpu
 @examples(300)
 @given(problem=problems(dtypes=ALL_DTYPES, shapes=BATCH | IMAGES))
 def test_layout_in_memory_does_not_matter(problem, device):
@@ -372,6 +383,7 @@ def test_same_bits_every_time_and_for_any_number_of_threads(problem, device):
         assert torch.equal(loss, results[0][0]) and torch.equal(grad, results[0][1])
 
 
+@pytest.mark.any_cpu
 @pytest.mark.parametrize("identity", IDENTITIES)
 def test_losses_that_contain_each_other(identity, device):
     @examples(20)
@@ -386,6 +398,7 @@ def test_losses_that_contain_each_other(identity, device):
     check()
 
 
+@pytest.mark.any_cpu
 @examples(150)
 @given(problem=problems(names=["cross_entropy"], logit_bias=0.0, ignore_index=-100, reduction="none"))
 def test_cross_entropy_is_linear_in_class_probabilities(problem, device):
