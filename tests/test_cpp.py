@@ -35,7 +35,7 @@ ENDS = list(dict.fromkeys([ISAS[0], ISAS[-1]]))
 CUDA_PROGRAMS = ("cuda_rows", "cuda_z_error", "cuda_statistics", "cuda_emulation")
 # How many points, rows or cases a program tries; see the head of each source.
 ARGUMENTS = {
-    "optimised": {"math": "1031", "numeric": "1031", "vec": "1031", "losses": "12", "passes": "6", "kernels": "3"},
+    "optimised": {"math": "1031", "numeric": "1031", "vec": "1031", "losses": "12", "passes": "6", "kernels": "5"},
     "sanitized": {"math": "65537", "numeric": "65537", "vec": "65537", "losses": "2", "passes": "1", "kernels": "12"},
     "pattern": {"losses": "2", "passes": "1", "kernels": "4"},
 }
