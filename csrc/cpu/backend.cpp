@@ -53,7 +53,7 @@ RowStatisticsKernel statistics_kernel() {
     return chosen;
 }
 
-// Softmax losses make row statistics by themselves. After others they are made while the tiles' logits are in cache.
+// Kernels of softmax losses compute row statistics, too. After others, piece by piece, logits are still in cache.
 TileSums run_tiles(const RowProblem& p) {
     const Tiling tiling(p);
     const std::int64_t grain = grain_size(p, tiling);
@@ -72,7 +72,7 @@ TileSums run_tiles(const RowProblem& p) {
     return total;
 }
 
-// A number in the type that kernels read.
+// A number as kernels read it: double where the logits are double, else float.
 class Scalar {
 public:
     explicit Scalar(double x) : as_double(x), as_float(static_cast<float>(x)) {}
@@ -100,13 +100,13 @@ void gradient(const RowProblem& p) {
                  [&](std::int64_t begin, std::int64_t end) { kernels().gradient(p, begin, end); });
 }
 
-// The mean over active rows divides by their number, which is known only after all rows. So a second run writes the
-// gradient; where forward leaves a bit per class, it does not read the logits again.
+// The mean over active rows divides by their number, which is known only after all rows. So a second run over the tiles
+// writes the gradient. Where the first run leaves a bit per class, the second one does not read the logits.
 TileSums run_tiles_then_gradient(RowProblem p) {
     void* const grad = std::exchange(p.grad, nullptr);
     const std::int64_t stats_bytes = p.stats_count * p.rows() * (p.dtype == Dtype::kFloat64 ? 8 : 4);
     const std::int64_t bits_bytes = kernels().bits_bytes(p);
-    // Not tensors: a small block behind the gradient's could keep the allocator from using the gradient's memory again.
+    // Not tensors: a small block behind the gradient could keep the allocator from reusing the gradient's memory.
     const auto scratch = std::make_unique_for_overwrite<char[]>(stats_bytes + bits_bytes);
     p.stats = scratch.get();
     p.bits = bits_bytes > 0 ? scratch.get() + stats_bytes : nullptr;
@@ -118,7 +118,8 @@ TileSums run_tiles_then_gradient(RowProblem p) {
     return total;
 }
 
-// Of two labels with one share for all rows each has its mean; a share per row makes one mean of both.
+// Rows with two labels. Where all rows have one share, each label has a mean of its own; with a share per row there is
+// one mean of both.
 void take_means_of_labels(RowProblem& p) {
     const double weights[] = {check_targets(p), check_targets(p, /*other=*/true)};
     if (p.reduction != Reduction::kMean) return;

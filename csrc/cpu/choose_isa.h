@@ -1,4 +1,4 @@
-// Which of the kernels' compilations this processor runs.
+// Chooses the instruction set whose kernels this process runs.
 #pragma once
 
 #include <cstdlib>
@@ -8,8 +8,8 @@
 
 namespace fused_losses {
 
-// The best that the processor and its operating system have. Torch's own variable, ATEN_CPU_CAPABILITY, asks for less:
-// "default" or "avx2".
+// The best one that the processor and its operating system support. The environment variable ATEN_CPU_CAPABILITY, which
+// torch reads as well, asks for an older one: "default" or "avx2".
 inline Isa isa_of_this_processor() {
     [[maybe_unused]] const char* const asked = std::getenv("ATEN_CPU_CAPABILITY");
     [[maybe_unused]] const std::string_view limit = asked ? asked : "";

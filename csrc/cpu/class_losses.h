@@ -15,7 +15,7 @@
 namespace fused_losses {
 inline namespace FL_ISA {
 
-// Of one row, or of a vector of rows.
+// Sums over the classes of one row, or of a vector of rows.
 template <class V>
 struct ClassLossSums {
     V value, alpha, gamma;
@@ -37,18 +37,18 @@ public:
         for (int i = 0; i < kMaxParams; ++i) params[i] = A(p.params[i]);
         if (p.class_factors != ClassFactors::kClassLosses) return;
         visit_loss(SoftmaxLosses{}, p.loss, [&]<class Loss>() {
-            if constexpr (!std::is_same_v<Loss, CrossEntropy>) {  // it has a kernel of its own
+            if constexpr (!std::is_same_v<Loss, CrossEntropy>) {  // which has a kernel of its own for them
                 sums_logs = Loss::class_factors(p.params) == ClassFactors::kOnes;
                 add = &add_as<Loss>;
             }
         });
     }
 
-    // Whether losses read sum_neg_log_p; their gradient then has a gamma.
+    // Whether the loss reads sum_neg_log_p. Its gradient then has a gamma.
     bool sums_logs = false;
 
-    // Sums over n numbers, vector by vector: logits x, shares s. Where p is not null it becomes the probabilities, and
-    // s what is added to alpha p in the gradient but for gamma. p may be x.
+    // Sums over n classes with logits x and shares s. Unless p is null, the probabilities are written to p, and
+    // s_j beta_j, the part of the gradient that belongs to one class alone, takes the place of s_j. p may be x.
     Sums sum(const Row& row, const A* x, A* s, A* p, std::int64_t n) const {
         Sums all{V(A(0)), V(A(0)), V(A(0))};
         const std::int64_t vectors = n / kSize;
@@ -73,7 +73,7 @@ private:
         for (std::int64_t i = 0; i < vectors; ++i, x += kSize, s += kSize, p += p ? kSize : 0) {
             const V below_max = V::load(x) - row.max, log_p = below_max - row.log_sum, share = V::load(s);
             if (p) math::exp(log_p).store(p);
-            if (nonzero_bits(share) == 0) continue;  // nearly always where two labels are mixed
+            if (nonzero_bits(share) == 0) continue;  // where two labels are mixed nearly all are 0
             const AffineRow<V> affine = Loss::eval(
                 SoftmaxRow<V>{log_p, row.sum_neg_log_p, num_classes, V(A(1)), num_classes, below_max}, params.data());
             // A class without a share contributes nothing, even at -inf.
@@ -88,7 +88,7 @@ private:
         all.value += sums.value, all.alpha += sums.alpha, all.gamma += sums.gamma;
     }
 
-    // Less than a vector: filled up with classes that have no share.
+    // The last classes, fewer than a vector has elements. The vector is filled up with classes without a share.
     void add_rest(const Row& row, const A* x, A* s, A* p, int n, Sums& all) const {
         alignas(64) A logits[kSize], shares[kSize];
         load_n_or(x, n, A(0)).store(logits);

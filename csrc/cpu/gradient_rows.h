@@ -9,8 +9,8 @@ namespace fused_losses {
 inline namespace FL_ISA {
 
 class GradientRows {
-    // Ordinary stores first read the line that they overwrite. For less memory than this, or shorter rows, they took no
-    // longer all the same: the allocator hands out memory that is in a cache, or that the system has just cleared.
+    // An ordinary store first reads the cache line that it overwrites. For less memory than this, or shorter rows, this
+    // cost no time: the allocator then hands out memory that is in a cache, or that the system has just cleared.
     static constexpr std::int64_t kStreamedBytes = 64 << 20, kStreamedRow = 16 << 10;
 
 public:
@@ -27,7 +27,7 @@ public:
         if (streams) stream_fence();
     }
 
-    // Of row `number` of image `outer`, the tile's i-th.
+    // Where the gradient of row `number` of image `outer` is to be written, the i-th row of its tile.
     template <class Stored>
     Stored* row(std::int64_t outer, std::int64_t number, int i) const {
         if (!streams) return grad_at<Stored>(p, outer, number);
@@ -40,7 +40,7 @@ public:
         return p.grad && !streams ? grad_at<Stored>(p, outer, number) : nullptr;
     }
 
-    // The tile's rows [first, first + n) are complete.
+    // To be called when the gradient of the tile's rows [first, first + n) is complete.
     template <class Stored>
     void finish(std::int64_t outer, std::int64_t first, int n) {
         if (!streams) return;

@@ -16,7 +16,7 @@ class HorizontalSoftmax {
     using Buffer = RowBuffer<Stored>;
     static constexpr std::integral_constant<int, 0> kFirst{};
     static constexpr std::integral_constant<int, 1> kSecond{};
-    static constexpr double kCertain = 1.0 + 1.0 / 64;  // sum exp(z - max) of a row that is
+    static constexpr double kCertain = 1.0 + 1.0 / 64;  // a row below this sum exp(z - max) is certain
     static constexpr A kMinusInfinity = -std::numeric_limits<A>::infinity();
 
 public:
@@ -42,7 +42,7 @@ public:
         gradient.finish<Stored>(outer, first, n);
     }
 
-    // Not for kClassLosses.
+    // From what forward has saved, which is nothing for kClassLosses: their backward runs `forward`.
     void backward(std::int64_t outer, std::int64_t first, int n) {
         rows.begin(p, outer, first, n);
         rows.read_stats(p, outer, first, n);
@@ -84,7 +84,7 @@ private:
         for (std::int64_t c = 0; c < classes; ++c) u[c] = smoothed(u[c], weight ? weight[c] : A(1));
     }
 
-    // u_j of SoftmaxRow in memory; null means ones.
+    // The factors u_j of SoftmaxRow; null means that all are 1.
     const A* factors_of(int i) const {
         if (p.soft_target) return soft_target.data() + i * classes;
         return p.class_factors == ClassFactors::kClassWeights ? as<A>(p.class_weight) : nullptr;
@@ -95,7 +95,7 @@ private:
     V biased(const Logit* x, std::int64_t c, Count count, int i) const {
         const V z = load_n_or(x + c, count, kMinusInfinity);
         if constexpr (!kBiased) return z;
-        const V offset = A(rows.target[i] - c);  // exact as far as it can matter
+        const V offset = A(rows.target[i] - c);  // exact wherever it is below V::size
         return math::select(V::iota() == offset, V(rows.target_logit[i]), z);
     }
 
@@ -134,7 +134,7 @@ private:
         });
     }
 
-    // The row's logits in order as far as anybody needs that, else null.
+    // The row's logits in the order of the classes; null where unordered(i): then nobody needs them in order.
     const A* ordered_logits(std::int64_t outer, std::int64_t row, int i, A* e) {
         if (unordered(i)) {
             const Stored* const stored = logits_at<Stored>(p, outer, row);
@@ -180,8 +180,7 @@ private:
 
     void sum_class_losses(std::int64_t outer, std::int64_t row, int i) {
         A *const e = exponentials(outer, row, i), *const shares = soft_target.data() + i * classes;
-        const A* const x =
-            ordered_logits(outer, row, i, e);  // which may be e: it is not written before the second pass
+        const A* const x = ordered_logits(outer, row, i, e);  // may be e, which nothing writes before the second pass
         rows.max[i] = find_max<false>(x, outer, row, i);
         load_soft_target(outer, row, i);
         class_losses.sums_logs ? exp_sum<false, true>(x, i, nullptr, outer, row)
@@ -264,7 +263,7 @@ private:
             if (!x) add_bias<kOnes>(i, widen(logits_at<Stored>(p, outer, row)[rows.target[i]]));
     }
 
-    // What the sums lack that were taken without the bias.
+    // Adds what the bias of the target contributes to sums that were taken without it.
     template <bool kOnes>
     void add_bias(int i, A unbiased) {
         const A with = rows.target_logit[i] - rows.max[i], without = unbiased - rows.max[i];
@@ -294,7 +293,7 @@ private:
         rows.sum_u[i] = all.sum();
     }
 
-    // From the exponentials, if there are any and they are those of the logits.
+    // From the row's exponentials where those are of the logits as given: without a bias, classes contiguous.
     void take_statistics(std::int64_t outer, std::int64_t row, int i) {
         if (rows.ignored(i) || rows.bias != A(0) || p.logits_class_stride != 1) return statistics.run(outer, row, 1);
         const Stored* const x = logits_at<Stored>(p, outer, row);
@@ -317,7 +316,7 @@ private:
         statistics.take_row(outer, row, rows.sum[i], weighted.sum());
     }
 
-    // Zeros behind the first `count` elements.
+    // x with zeros behind its first `count` elements.
     static V first_of(V x, Whole) { return x; }
     static V first_of(V x, int count) { return math::select(first_n<A>(count), x, V(A(0))); }
 

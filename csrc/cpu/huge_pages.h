@@ -23,7 +23,7 @@ inline void prefer_huge_pages(void* begin, std::int64_t bytes) {
 #endif
 }
 
-// The gradient of a call, which has just been allocated without gaps.
+// For the gradient of a call: memory that has just been allocated, without gaps.
 inline void prefer_huge_pages(const RowProblem& p) {
     if (p.grad) prefer_huge_pages(p.grad, p.rows() * p.num_classes * bytes_of(p.dtype));
 }

@@ -13,7 +13,7 @@ struct TileSums {
     double value = 0, weight = 0;
 };
 
-// What a chunk of targets says: the sum of its rows' weights and the first row that is out of range.
+// Of a chunk of targets: the sum of their rows' weights, and the first row whose target is out of range.
 struct TargetSummary {
     double weight = 0;
     std::int64_t bad_row = std::numeric_limits<std::int64_t>::max();
@@ -25,7 +25,7 @@ struct TargetSummary {
 enum class Isa { baseline, avx2, avx512 };
 
 struct CpuKernels {
-    // Looks at the targets of rows [begin, end), or at their second ones.
+    // Of the targets of rows [begin, end), with `other` of their second ones.
     TargetSummary (*summarize)(const RowProblem&, bool other, std::int64_t begin, std::int64_t end);
     // Forward of tiles [begin, end): row values or per-tile sums, stats, gradient, as the problem asks.
     void (*forward)(const RowProblem&, std::int64_t begin, std::int64_t end, TileSums* tile_sums);

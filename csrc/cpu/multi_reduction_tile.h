@@ -140,7 +140,7 @@ private:
         return result;
     }
 
-    // What a pass before the last adds up in one part if that are reciprocals: 1/a + 1/b = (a + b) / (a b).
+    // The same for an early pass whose terms are reciprocals. Two share a division: 1/a + 1/b = (a + b) / (a b).
     template <Early inputs>
     V sum_reciprocals(int part, const State state) const {
         const std::array<V, kMaxParams> local_params = params;
@@ -175,7 +175,7 @@ private:
         return {as<A>(p.first_param), p.first_param_stride, of_row};
     }
 
-    // Null if there are none.
+    // Where the part's bits are kept; null if the problem asks for none.
     VectorBits<A>* bits_of(int part) const {
         return p.bits ? static_cast<VectorBits<A>*>(p.bits) + view.first_bit_vector(part) : nullptr;
     }

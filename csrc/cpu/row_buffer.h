@@ -38,8 +38,8 @@ struct RowBuffer {
         for (std::int64_t c = 0; c < p.num_classes; ++c) grad[c * p.grad_class_stride] = narrow<Stored>(A(0));
     }
 
-    // The gradient of a row, value(c, count) being that of the classes from c on; `unordered`: in the order of pairs
-    // (cpu/memory.h).
+    // Writes the gradient of a row; value(c, count) is that of the classes from c on. If `unordered`, values come in
+    // the order of pairs (cpu/memory.h).
     template <class Value>
     static void write_row(const RowProblem& p, Stored* grad, bool unordered, Value value) {
         const auto write = [&](std::int64_t c, auto count) { store_n(grad + c, value(c, count), count); };

@@ -10,7 +10,7 @@ struct RowRuns {
     std::int64_t rows, per_outer;
 };
 
-// Of runs [begin, end): p.row_statistics and p.argmax.
+// Writes p.row_statistics and p.argmax of the rows in runs [begin, end).
 using RowStatisticsKernel = void (*)(const RowProblem& p, const RowRuns& runs, std::int64_t begin, std::int64_t end);
 
 template <Isa>

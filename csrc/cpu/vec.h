@@ -216,13 +216,13 @@ FL_ALWAYS_INLINE Mask<A> from_bits(VectorBits<A> bits) {
 }
 
 template <class A>
-FL_ALWAYS_INLINE Vec<A> max(Vec<A> a, Vec<A> b) {  // NaN never becomes the maximum of a number and NaN in b
+FL_ALWAYS_INLINE Vec<A> max(Vec<A> a, Vec<A> b) {  // a where either is NaN
     return math::select(b > a, b, a);
 }
 
-// kFunction for callers outside of the kernels. Functions that get vectors as arguments may return with the upper
-// halves of registers in use (GCC 12); from then on SSE instructions, all of torch's and Python's, would wait for each
-// other.
+// Wraps kFunction for callers outside of the kernels. A function with vectors as arguments may return with the upper
+// halves of registers in use (GCC 12). From then on the SSE instructions of its callers, torch and Python, would wait
+// for each other.
 template <auto kFunction>
 struct Entry;
 template <class Result, class... Args, Result (*kFunction)(Args...)>

@@ -30,7 +30,7 @@ public:
     void forward(std::int64_t outer, std::int64_t first, int n, TileSums& sums) {
         rows.begin(p, outer, first, n);
         Tile::template load_logits<Stored>(outer, first, n);
-        const bool holds_logits = !rows.any_ignored && rows.bias == A(0);  // of all rows, as they are
+        const bool holds_logits = !rows.any_ignored && rows.bias == A(0);  // as given
         if (p.argmax && !holds_logits) statistics.run(outer, first, n);
         for_blocks(n, [&](int b, int count) {
             A *x = block(b), *u = u_of(b);
@@ -44,7 +44,7 @@ public:
         if (p.grad) write_gradient(outer, first, n);
     }
 
-    // Not for kClassLosses.
+    // From what forward has saved, which is nothing for kClassLosses: their backward runs `forward`.
     void backward(std::int64_t outer, std::int64_t first, int n) {
         rows.begin(p, outer, first, n);
         Tile::template load_logits<Stored>(outer, first, n);
@@ -83,7 +83,7 @@ private:
             smoothed(V::load(u + c * kWidth), V(weights ? weights[c] : A(1))).store(u + c * kWidth);
     }
 
-    // u_j of SoftmaxRow
+    // Sums with the factors u_j of SoftmaxRow.
     V factor(const A* u, std::int64_t c) const {
         if (u) return V::load(u + c * kWidth);
         const bool weighted = p.class_factors == ClassFactors::kClassWeights && p.class_weight;
@@ -121,7 +121,7 @@ private:
             (V::load(shares + c * kWidth) + sums.gamma).store(shares + c * kWidth);
     }
 
-    // Together with the exponentials.
+    // Row statistics in the pass that takes the exponentials.
     void take_statistics(A* x, int b, int count, std::int64_t outer, std::int64_t first, int n) {
         auto all = statistics.compared_block(x);
         all.weighted = exponentials<true, true>(x, b, outer, first + n);
@@ -129,8 +129,9 @@ private:
         statistics.write_block(outer, first + b, count, all, V::load(rows.target_logit + b));
     }
 
-    // Sums them, and puts them in place of the logits if kKept. Computing takes longer than reading: meanwhile the next
-    // tile's block b is fetched. A prefetch may point anywhere. Returns sum e (z - max) if kWeighted.
+    // Sums the exponentials e of block b, which take the place of the logits if kKept. Returns sum e (z - max) if
+    // kWeighted. As computing takes longer than reading, the next tile's block b is fetched meanwhile; a prefetch may
+    // point anywhere.
     template <bool kKept, bool kWeighted = false>
     V exponentials(A* x, int b, std::int64_t outer, std::int64_t next) {
         const Stored* const next_logits = logits_at<Stored>(p, outer, next + b);

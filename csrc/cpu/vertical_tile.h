@@ -41,7 +41,7 @@ public:
 
     static V find_max(const A* block, std::int64_t classes) {
         constexpr A lowest = -std::numeric_limits<A>::infinity();
-        V top = lowest, other = lowest;  // two chains: one would wait for each of its comparisons
+        V top = lowest, other = lowest;  // two chains, as each comparison waits for the last of its chain
         for (std::int64_t c = 0; c + 1 < classes; c += 2) {
             top = max(top, V::load(block + c * kWidth));
             other = max(other, V::load(block + (c + 1) * kWidth));

@@ -24,13 +24,13 @@ const ZErrorKernels& z_kernels() {
     return chosen;
 }
 
-// Pieces of the rows.
+// The rows in pieces of `size`, the last may be shorter.
 struct Chunks {
     std::int64_t rows, size, count;
 
     Chunks(const ZProblem& p, std::int64_t of_size) : rows(p.rows()), size(of_size), count(divide_up(rows, size)) {}
 
-    // Pieces of at least that size that begin with a column 0.
+    // Chunks of at least so many rows that begin in column 0 (TaskColumns).
     static Chunks of_columns(const ZProblem& p, std::int64_t at_least) {
         const std::int64_t width = is_class(p.statistic) ? 1 : TaskColumns(p).width;
         return {p, divide_up(at_least, width) * width};
@@ -46,7 +46,7 @@ struct Chunks {
     }
 };
 
-// The rules and their memory.
+// What ZErrorIntervals points to.
 class IntervalTable : public ZErrorIntervals {
 public:
     explicit IntervalTable(const ZProblem& p) { is_class(p.statistic) ? list(p) : spread(p); }
@@ -60,7 +60,7 @@ private:
         of_group = rules.data();
     }
 
-    // Every task's rules into all of its columns.
+    // Copies every task's rules to all of its columns.
     void spread(const ZProblem& p) {
         const TaskColumns columns(p);
         numbers.resize(columns.labels * kNumbers * columns.padded);
@@ -79,7 +79,7 @@ private:
     std::vector<double> numbers;
 };
 
-// The rows' scores, where those are cross entropies.
+// Where rows are judged by their cross entropy: computes it.
 void compute_entropies(const ZProblem& p) {
     const EntropyScores& e = p.entropy;
     RowProblem rows;

@@ -37,7 +37,8 @@ FL_ALWAYS_INLINE T number(Stored x) {
         return static_cast<T>(x);
 }
 
-// Calls body(r, row, n) for runs of n rows, of `rows` from number `begin`, with one outer index; `row` is the first.
+// Cuts rows [begin, begin + rows) where the outer index changes. Calls body(r, row, n) for each run of n rows; `row` is
+// its first row, number begin + r.
 template <class Body>
 FL_ALWAYS_INLINE void for_runs(const ZProblem& p, std::int64_t begin, int rows, Body body) {
     Row row(p, begin);
@@ -86,13 +87,13 @@ void store(void* data, ElementType type, std::int64_t begin, int rows, const A* 
     }
 }
 
-// Calls body(i) for the first elements of the vectors that cover `rows` rows.
+// Calls body(i) for every vector of rows; i is the number of its first one.
 template <class A, class Body>
 FL_ALWAYS_INLINE void for_whole_vectors(int rows, Body body) {
     for (int i = 0; i < rows; i += Vec<A>::size) body(i);
 }
 
-// Rows that are classes: targets, groups and scores.
+// Rows of classification losses: targets, groups and scores.
 struct ClassBlock {
     alignas(64) std::int64_t target[kBlockRows];
     alignas(64) std::int64_t group[kBlockRows];
@@ -111,7 +112,7 @@ struct ClassBlock {
     }
 
 private:
-    // The targets' logits.
+    // The logits of the targets as scores.
     void gather(const ZProblem& p, std::int64_t begin, int rows) {
         visit_type(p.input.type, [&]<class Stored>() {
             for_runs(p, begin, rows, [&](int first, const Row& row, int n) {

@@ -229,7 +229,7 @@ struct RowBlock {
         }
     }
 
-    // Loss and slope of vector i, of dropped rows, too.
+    // Loss and slope of vector i, those of dropped rows included.
     template <bool kBinary>
     FL_ALWAYS_INLINE ValueAndSlope<V> loss(int i) const {
         const V x = V::load(input + i), y = V::load(target + i);

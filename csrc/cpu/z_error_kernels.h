@@ -28,9 +28,10 @@ struct TaskColumns {
 
 }  // namespace FL_ISA
 
-// How rows are judged. Classes: by the rule of their group; null where groups are more than rows, each row then makes
-// its own. Labels and numbers: by the rule of their label and column, [labels][kNumbers][padded]; the kNumbers are
-// mean, std, low, high, and 1 if every row is kept, else 0.
+// How rows are judged. Classification: by the rule of their group. of_group is null where there are more groups than
+// rows; then each row computes the rule of its group. Binary and regression losses: by the rule of their label and
+// column, in of_column [labels][kNumbers][padded]. The kNumbers are mean, std, low, high, and 1 if every row is kept,
+// else 0.
 struct ZErrorIntervals {
     static constexpr int kNumbers = 5;
     const KeepInterval* of_group = nullptr;
@@ -41,10 +42,10 @@ struct ZErrorSums {
     double value = 0, weight = 0;
 };
 
-// Row `begin` is in column 0, but for the gradient, which knows no columns.
+// Row `begin` must be in column 0, except for the gradient, which has no columns.
 struct ZErrorKernels {
     void (*moments)(const ZProblem&, std::int64_t begin, std::int64_t end, Moments* of_group);
-    // Of all rows, for more classes than rows: merges them one by one into `moments`, [3][num_groups] zeros.
+    // For more groups than rows: merges all rows, one by one, into `moments`, which are zeros [3][num_groups].
     void (*sparse_moments)(const ZProblem&, double* moments);
     void (*mask)(const ZProblem&, const ZErrorIntervals&, std::int64_t begin, std::int64_t end);
     // The mask and what the rows add to the loss.
