@@ -1,6 +1,6 @@
 """Noise-robust losses for PyTorch at the price of one read of the logits and one write of the gradient."""
 
-from fused_losses import _ops as _ops  # first: it checks that torch is the one this was built for
+from fused_losses import _ops as _ops  # first: it checks that torch is new enough
 
 # The order of these is that of the registry and of csrc/losses/registry.h.
 # isort: off

@@ -16,7 +16,7 @@ from fused_losses import demo
 
 __all__ = ["info", "main"]
 
-_KILLED_BY_SIGPIPE = 128 + 13  # the status of any other program that such a reader leaves behind
+_KILLED_BY_SIGPIPE = 128 + 13  # the exit status of other programs whose reader has gone
 
 
 def cuda_warning(built: str | None, running: str | None) -> str | None:
@@ -83,8 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             print(end="", flush=True)
     except BrokenPipeError:
-        # The reader, such as `head -1`, has left. What is still in the buffer goes nowhere, or the interpreter would
-        # complain at its end.
+        # The reader, such as `head -1`, has gone. What is still in the buffer is thrown away; otherwise the interpreter
+        # would try to write it at its end, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _KILLED_BY_SIGPIPE
 

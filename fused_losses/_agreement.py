@@ -60,7 +60,7 @@ def _tell(group: Group, error: Exception | None, call: str = "", target: Tensor 
     """
     device = "cpu" if "cpu" in dist.get_backend_config(group) else "cuda"
     number = zlib.crc32(call.encode())
-    # Filled where they are: a copy from the host would wait for a GPU.
+    # Made on their device: a copy from the host would wait for the GPU.
     words = [torch.full((), n, dtype=torch.int64, device=device) for n in (int(error is not None), number, -number, 0)]
     checksum = words[3] if target is None else _checksum(target).to(device)
     found = torch.stack([*words[:3], checksum, -checksum])

@@ -61,7 +61,7 @@ RowLossConstants = tuple[str, tuple[float, ...], float, int, str]
 class ZErrorRule(NamedTuple):
     """How a Z-Error operator judges rows, in the order of the schemas; ``csrc/ops/ops.cpp`` explains the words."""
 
-    moments: Tensor | None  # of the groups; None: those of the rows at hand
+    moments: Tensor | None  # of the groups; None: computed from the rows of the call
     threshold_tensor: Tensor | None  # takes the place of threshold
     threshold: Sequence[float]
     statistic: str

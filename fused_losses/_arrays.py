@@ -22,11 +22,11 @@ def as_tensor(name: str, values: Any) -> Tensor:
         return values.detach()
     kind = type(values).__name__
     try:
-        # A copy: torch takes neither negative strides nor arrays that are read-only, nor foreign byte orders.
+        # A copy: torch takes no negative strides, no read-only arrays and no foreign byte order.
         array = np.array(values)
         array = array.astype(array.dtype.newbyteorder("="))
         if array.size == 0 and not isinstance(values, np.ndarray):
-            array = array.astype(np.int64)  # of an empty list it is not known what it would hold
+            array = array.astype(np.int64)  # an empty list does not say what it would hold
         kind = f"{kind} of {array.dtype}"
         return torch.from_numpy(array)
     except (TypeError, ValueError, RuntimeError):

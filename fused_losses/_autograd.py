@@ -33,7 +33,7 @@ def row_loss(args: RowLossArguments) -> Tensor:
         _refuse(args)  # type: ignore[unreachable]
     try:
         return _row_loss(args)
-    except NotImplementedError:  # of this layout
+    except NotImplementedError:  # no kernel for this layout
         for name, tensor in zip(RowLossArguments._fields[:6], args[:6], strict=True):
             if isinstance(tensor, Tensor) and tensor.layout is not torch.strided:
                 raise RuntimeError(
@@ -47,7 +47,7 @@ def _refuse(args: RowLossArguments) -> None:
     for name, value in (("logits", args.logits), ("target", args.target)):
         if value is None:
             raise TypeError(f"{args.loss}: {name} must be a Tensor, got None")
-    _ops.row_loss(*args)  # says what it expects
+    _ops.row_loss(*args)  # its error says what it expects
 
 
 def _row_loss(args: RowLossArguments) -> Tensor:
@@ -67,8 +67,8 @@ def fused_row_loss(args: RowLossArguments) -> Tensor:
     return _ops.row_loss(*args)
 
 
-# Of small calls all that is around the loss takes longer than the loss. They go a short way on the CPU: for logits and
-# class indices alone, with operators that have few arguments.
+# In small calls everything around the loss takes longer than the loss. On the CPU those with nothing but logits and
+# class indices take a shorter way, by operators with few arguments.
 _MOST_LOGITS = 8192
 _trace = torch._C._get_tracing_state
 
@@ -130,7 +130,8 @@ class _SmallRowLoss(torch.autograd.Function):
         return gradient_from_logits(args, grad_loss), None
 
 
-_apply_small = super(torch.autograd.Function, _SmallRowLoss).apply  # is_small has asked what its part in Python would
+# Without the Python part of apply, whose checks is_small has made.
+_apply_small = super(torch.autograd.Function, _SmallRowLoss).apply
 
 
 def row_loss_and_statistics(args: RowLossArguments) -> tuple[Tensor, RowStatistics]:
@@ -156,7 +157,7 @@ def _has_statistics(args: RowLossArguments) -> bool:
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply``; outside of traces without its part in Python, which looks for the wrappers of torch.func."""
+    """``function.apply``, outside of traces without its Python part, which only looks for torch.func's wrappers."""
     if torch.compiler.is_compiling():
         return function.apply(*args)  # type: ignore[no-untyped-call]
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
@@ -286,7 +287,7 @@ def give_away(ctx: Any, written: Tensor | None, grad_loss: Tensor) -> Tensor | N
     """
     if written is None or torch.is_grad_enabled() or hasattr(ctx, "given_away"):
         return None
-    # A batched one stands for many, as under is_grads_batched, where operators are called once for each.
+    # A batched gradient stands for many (is_grads_batched): backward is one call, the operators are called for each.
     if not is_plain(grad_loss) or _is_legacy_batched(grad_loss) or _is_batched(grad_loss):
         return None
     ctx.given_away = True

@@ -94,7 +94,7 @@ class BatchReducer(RunningMoments, RowsModule):
     def rows(self, logits: Tensor, target: Tensor, *inputs: Any, **options: Any) -> RowValues:
         """Every row's loss as this one weighs it."""
         inner = row_values(self.loss, logits, target, *inputs, **options)
-        # Weights are constants in forward mode too, where no_grad alone lets derivatives through.
+        # Weights are constants in forward mode, too; no_grad alone would let derivatives through there.
         with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
             losses = inner.values.detach()
             values = losses.flatten()

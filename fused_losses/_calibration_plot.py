@@ -53,7 +53,7 @@ def plot_mean_target_error(
         raise ImportError(
             "plot_mean_target_error needs matplotlib: pip install 'fused_losses[demo]' or pip install matplotlib"
         ) from error
-    from fused_losses.calibration import mean_target_error  # it imports this file
+    from fused_losses.calibration import mean_target_error  # here: calibration imports this file
 
     named = _named(losses)
     counts = list(num_classes) if isinstance(num_classes, Iterable) else [num_classes]

@@ -16,13 +16,13 @@ from fused_losses import _ops, _shards
 from fused_losses._arguments import RowLossArguments, acc_dtype
 from fused_losses._shards import Shard
 
-# Losses with rows whose value and gradient are exactly 0: every margin is satisfied.
+# Losses that are exactly 0, with gradient 0, for rows that satisfy every margin.
 _SATISFIABLE = ("hem", "multi_margin")
-# Rows without gradient are left out of the GEMMs where at most this share of the rows remains: copying those is then
-# cheaper than GEMMs of all, and the copies fit in chunk_bytes.
+# Rows without gradient are left out of the GEMMs if at most this share of the rows remains. Copying the remaining rows
+# is then cheaper than GEMMs of all rows, and the copies fit in chunk_bytes.
 _WORTH_SKIPPING = 0.5
 
-# Of the memory a call may take, the share of the logits; the rest is for what is copied or converted on the way.
+# The share of the logits in the memory that a call may take; the rest is for copies and conversions.
 _SHARE_OF_LOGITS = 0.75
 
 
@@ -58,8 +58,8 @@ class ChunkOptions(NamedTuple):
     dtype: torch.dtype  # of the logits
     accumulate_dtype: torch.dtype  # of the sums that become the gradients of weight and bias
     chunk_bytes: int  # for a chunk's logits and their gradient
-    skip_rows: bool | None  # leave rows without gradient out; None: on the CPU only, CUDA would wait for their number
-    shard: Shard | None = None  # linear_weight has the classes of this rank only; no argument of the operator
+    skip_rows: bool | None  # leave out rows without gradient; None: on the CPU only, CUDA would wait for their number
+    shard: Shard | None = None  # if linear_weight has this rank's classes only; no argument of the operator
 
 
 def stand_in(layer: Layer, options: ChunkOptions) -> Tensor:
@@ -84,7 +84,7 @@ def sweep(layer: Layer, args: RowLossArguments, options: ChunkOptions, wanted: S
         count = layer.input.shape[0] if kept is None else kept.numel()
         size = _rows_per_chunk(count, layer.weight, options, skips_satisfied)
         buffer = layer.input.new_empty((min(size, count), layer.weight.shape[0]))
-        for first in range(0, max(count, 1), size):  # without rows once, for the operators' checks
+        for first in range(0, max(count, 1), size):  # once even without rows, for the operators' checks
             rows = slice(first, min(first + size, count))
             where = rows if kept is None else kept[rows]
             part = layer.input[where]
@@ -179,7 +179,7 @@ def _add_product(total: Tensor, grad_logits: Tensor, rows: Tensor, chunk_bytes: 
         total.addmm_(grad_logits.t(), rows)
     elif total.is_cuda and total.dtype == torch.float32:
         torch.addmm(total, grad_logits.t(), rows, out_dtype=torch.float32, out=total)
-    else:  # torch has no GEMM of half precision that sums in float32 here: converts some classes at a time
+    else:  # torch has no half precision GEMM that sums in float32 here, so some classes at a time are converted
         rows = rows.to(total.dtype)
         bytes_per_class = max(1, grad_logits.shape[0] * total.element_size())
         step = max(1, chunk_bytes // 8 // bytes_per_class)
@@ -223,5 +223,5 @@ def traced_sweep(layer: Layer, args: RowLossArguments, options: ChunkOptions, wa
     """:func:`sweep` as one operator, which traces do not look into."""
     if options.shard is not None:
         raise RuntimeError("linear_loss over sharded classes cannot be traced by torch.compile yet: leave it out")
-    of_loss = args[1:-1]  # without the logits, which are made of what is given, and the reduction
+    of_loss = args[1:-1]  # all but the logits, which are computed from the layer, and the reduction
     return Sweep(*_operator(*layer, *of_loss, *options[:-1], list(wanted)))

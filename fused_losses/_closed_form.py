@@ -12,8 +12,8 @@ from torch import Tensor
 from fused_losses._autograd import apply, is_plain, needs_reference
 from fused_losses._logit_bias import class_dim
 
-Formula = Callable[..., Tensor]  # every row's value, of one or several logits
-ClosedForm = Callable[..., tuple[Tensor, Sequence[Tensor]]]  # the same, and its derivative in each of them
+Formula = Callable[..., Tensor]  # from one or several logits: the value of every row
+ClosedForm = Callable[..., tuple[Tensor, Sequence[Tensor]]]  # the same, and its derivative in each of the logits
 
 
 def closed_form(formula: Formula, closed: ClosedForm, logits: Sequence[Tensor], *constants: Any) -> Tensor:

@@ -33,7 +33,7 @@ class RowLossOptions(TypedDict, total=False):
 class Criterion(nn.Module):
     """Base of all loss Modules."""
 
-    _precise: tuple[str, ...] = ()  # buffers that half() and the like do not round
+    _precise: tuple[str, ...] = ()  # buffers that keep their dtype under half() and the like
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Criterion:
         before = {name: self._buffers.get(name) for name in self._precise}
@@ -51,7 +51,7 @@ class Criterion(nn.Module):
         )
 
     def _tensor(self, name: str) -> Any:
-        # Module's own look-up takes as long as a small loss.
+        # Not by getattr: nn.Module's look-up takes as long as a small loss.
         buffers = self._buffers
         return buffers[name] if name in buffers else getattr(self, name)
 
@@ -68,7 +68,7 @@ class RowLossModule(Criterion):
     stem: str
     weight: Tensor | None
     parameter_names: tuple[str, ...] = ()
-    # Of calls with nothing but logits and target; empty: there are none; None: not known yet.
+    # For calls with nothing but logits and target. Empty: this loss cannot have them; None: not made yet.
     _constants: PackedConstants | tuple[()] | None = None
 
     def __init_subclass__(cls, stem: str | None = None, **kwargs: Any) -> None:
@@ -118,7 +118,7 @@ class RowLossModule(Criterion):
         super().register_buffer(name, tensor, persistent)
         self._constants = None
         if name in self.parameter_names:
-            self._pack()  # now: done by a compiled call, it would be a reason to compile again
+            self._pack()  # not later: done within a compiled call, it would cause another compilation
 
     def _pack(self) -> tuple[float, ...]:
         params = LOSSES[self.stem].pack({name: getattr(self, name) for name in self.parameter_names})
@@ -154,7 +154,7 @@ class RowLossModule(Criterion):
             if constants and self._tensor("weight") is None:
                 return small_row_loss(logits, target, constants)
         if type(logits) is not Tensor and is_distributed(logits):
-            from fused_losses.parallel import distributed_loss  # it is made of this class
+            from fused_losses.parallel import distributed_loss  # here: it imports this file
 
             return distributed_loss(self, logits, target, sample_weight)
         args = self._arguments(logits, target, sample_weight)

@@ -38,8 +38,8 @@ def gaussian_crossing(mean_0: float, std_0: float, mean_1: float, std_1: float) 
     discriminant = 4.0 * half**2 * precision_0 * precision_1 + 2.0 * (precision_0 - precision_1) * log_ratio
     q = -0.5 * (b + math.copysign(math.sqrt(discriminant), b))
     roots = [c / q] if a == 0.0 else [q / a, c / q]
-    # The interval in which the narrower density is larger holds its mean, so at most one root is between the means; it
-    # is the nearest one, because every other is further from the midpoint than the means are.
+    # The narrower density is the larger one in an interval around its mean, so at most one root lies between the means.
+    # It is the nearest to the midpoint: every other root is further from it than the means are.
     return 0.5 * (mean_0 + mean_1) + min(roots, key=abs) * unit
 
 
@@ -56,7 +56,7 @@ class SkewNormal:
         """Maximum likelihood."""
         stats = _scipy("stats")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # trial values out of range; the result is checked
+            warnings.simplefilter("ignore", RuntimeWarning)  # of trial values out of range; the result is checked
             try:
                 shape, location, scale = map(float, stats.skewnorm.fit(samples))
             except (RuntimeError, ValueError) as error:

@@ -15,7 +15,7 @@ from fused_losses._ops import PackedConstants, pack_constants
 from fused_losses._parameters import ParameterRange
 from fused_losses._reference import Rows, row_loss_reference
 
-_PLAIN = {float, int, bool, str, type(None)}  # types of options that decide a call
+_PLAIN = {float, int, bool, str, type(None)}  # types of options whose value is known without a tensor
 
 _OPTIONS_DOC = """
     Args:

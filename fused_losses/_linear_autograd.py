@@ -82,7 +82,7 @@ class ChunkedLogits:
         def z_error_row_loss(
             args: RowLossArguments, rule: ZErrorRule, judged: ClassScore | None
         ) -> tuple[Tensor, Tensor, Tensor]:
-            if judged is None or judged[0].dim() > 1:  # the latter are the stand-in: no numbers to judge by
+            if judged is None or judged[0].dim() > 1:  # logits are a stand-in here, without numbers
                 judged = score_of(rule.statistic, args)
             return masked_first(args, rule, judged, self.row_loss)
 
@@ -174,7 +174,7 @@ class _SumOfRows(torch.autograd.Function):
         check_once()
         if not is_last_backward(grad_outputs[0]):
             return _results(ctx, (made * grad_outputs[0] for made in ctx.saved_tensors))
-        # What is done to a gradient that is given away is no change of the saved tensor, which nobody reads again.
+        # `.data`: autograd need not notice the change, as this saved tensor is given away and nobody reads it again.
         return _results(ctx, (made.data.mul_(grad_outputs[0]) for made in ctx.saved_tensors))
 
 

@@ -29,7 +29,7 @@ def resolve_logit_bias(logit_bias: LogitBias, logits: Tensor) -> tuple[float, Te
         return 0.0, logit_bias
     if isinstance(logit_bias, str):
         check_logit_bias(logit_bias)
-        has_classes = isinstance(logits, Tensor) and logits.dim() > 0  # the operators name what is wrong otherwise
+        has_classes = isinstance(logits, Tensor) and logits.dim() > 0  # if not, the operators say what is wrong
         num_classes = int(logits.shape[class_dim(logits)]) if has_classes else 1
         return (max(0.0, solve_logit_bias(num_classes)) if num_classes > 1 else 0.0), None
     check_logit_bias(logit_bias)
@@ -101,7 +101,7 @@ def solve_logit_bias(num_classes: int, target_activation: float = 0.15) -> float
     count = check_num_classes(num_classes)
     target = _check_target_activation(target_activation)
     if torch.compiler.is_compiling():
-        # With dynamic=True both may be symbols. Text cannot hold one; the round trip is exact.
+        # With dynamic=True both may be symbols. Text holds none, so this gives numbers; the round trip is exact.
         count, target = int(f"{count}"), float(f"{target}")
     return _look_up(count, target)
 

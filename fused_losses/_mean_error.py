@@ -62,7 +62,7 @@ def depends_on_target_only(loss: RowLoss, num_classes: int) -> bool:
     expected = target_slopes(loss, logits)
     try:
         found = target_slopes(loss, merged)
-    except (IndexError, RuntimeError, ValueError):  # it holds something per class, class weights for example
+    except (IndexError, RuntimeError, ValueError):  # it has something per class, for example class weights
         return False
     # No coarser than rounding: the sum of K exponentials is good to 1e-13 for a million classes.
     return all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(found, expected, strict=True))
@@ -78,7 +78,7 @@ def _exact_means(loss: RowLoss, num_classes: int, z: Array) -> Array:
 
 
 def _sample_means(loss: RowLoss, num_classes: int, z: Array) -> Array:
-    # Rows come in pairs with opposite signs, which removes the error of every odd function. All values of z see the
+    # Rows come in pairs of opposite sign: the errors of odd functions cancel. All values of z are averaged over the
     # same rows, so the means are smooth in z and in the parameters of the loss.
     rows = min(max(_SAMPLE_ELEMENTS // num_classes, _SAMPLE_ROWS[0]), _SAMPLE_ROWS[1]) // 2
     chunk = max(1, _CHUNK_ELEMENTS // (2 * num_classes))
@@ -123,7 +123,7 @@ def _fourier_distribution(count: int) -> tuple[Array, Array]:
     spectrum[: len(frequency)] = np.exp(np.conj(_log_characteristic(frequency, count)) + 1j * frequency * low)
     weight = np.fft.irfft(spectrum, size)
     node = low + (high - low) / size * np.arange(size)
-    kept = (node > 0.0) & (weight > 1e-18)  # the rest is rounding of the transform
+    kept = (node > 0.0) & (weight > 1e-18)  # the others are rounding errors of the transform
     return np.log(node[kept]), weight[kept] / weight[kept].sum()
 
 

@@ -74,14 +74,14 @@ fraction = Range("satisfy 0 < value < 1", lambda v: 0.0 < v < 1.0)
 closed_fraction = Range("be between 0.0 and 1.0", lambda v: 0.0 <= v <= 1.0)
 positive_integer = Range("be an integer >= 1", lambda v: 1.0 <= v < math.inf and v == int(v))
 iterations = replace(positive_integer, high=1000)  # of a loop that kernels run for every row
-# What logits and losses are multiplied by or added to: products of two of them stay far from the ends of float32.
+# Numbers that logits and losses are multiplied with or added to. Products of two stay far from the ends of float32.
 finite = Range("satisfy -inf < value < inf", lambda v: -math.inf < v < math.inf, -1e15, 1e15)
 factor = replace(non_negative, low=1e-15, high=1e15)
 positive_factor = replace(positive, low=1e-15, high=1e15)
-# Exponents of p and of 1 - p: one so large does not yet depend on digits that p does not have.
+# Exponents of p and of 1 - p, small enough that the power does not depend on digits that p does not have.
 exponent = replace(positive, low=1e-15, high=1e4)
 focusing = replace(non_negative, low=1e-15, high=1e4)
-# ... of terms that are divided by their sum: of two equal classes they are 2^-gamma each.
+# Exponents of terms that are divided by their sum: with two equal classes each term is 2^-gamma.
 nfl_focusing = replace(non_negative, low=1e-15, high=50.0)
 
 

@@ -12,7 +12,7 @@ from fused_losses._arguments import LOSSES, RowLossArguments, acc_dtype, check_r
 from fused_losses._checks import check_num_classes
 from fused_losses._logit_bias import class_dim
 
-# In the denominator of a mean over active rows, as the reference code of 2501.12191 has it.
+# Added to the denominator of a mean over active rows, as in the reference code of 2501.12191.
 ACTIVE_GUARD = 1e-6
 
 
@@ -100,7 +100,7 @@ class Rows:
         knows that there are none says so."""
         logits = logits.to(acc_dtype(logits))
         dim = class_dim(logits)
-        if logits.dim() == 1:  # what belongs to the row may have shape (1,)
+        if logits.dim() == 1:  # an option of the one row may have shape (1,)
             target = target.reshape(())
             sample_weight = None if sample_weight is None else sample_weight.reshape(())
         target = target.long()

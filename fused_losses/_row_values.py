@@ -49,7 +49,7 @@ class RowsModule(Criterion):
     """
 
     reduction: str
-    rows: Callable[..., RowValues]  # of the arguments of forward
+    rows: Callable[..., RowValues]  # takes the arguments of forward
 
     def forward(self, logits: Tensor, target: Tensor, *inputs: Any, **options: Any) -> Any:
         """The loss of ``logits`` for ``target``; ``sample_weight`` is one weight per row."""
@@ -68,7 +68,7 @@ class RowsModule(Criterion):
 def as_module(loss: Loss, options: dict[str, Any]) -> nn.Module:
     """The Module of a row loss given by name, function or as a Module; ``options`` are for the first two."""
     if not isinstance(loss, nn.Module):
-        from fused_losses.linear import find_loss  # it knows all losses, these included
+        from fused_losses.linear import find_loss  # here: it imports all losses, these included
 
         return find_loss(loss).module(**options)
     for name, value in options.items():

@@ -86,14 +86,14 @@ class RunningMoments(HasProcessGroup):
         """
         running = self._running_moments()
         if running.shape[1] == 0:
-            with torch.inference_mode(False):  # later batches must be able to change it
+            with torch.inference_mode(False):  # so that later batches can change the buffer
                 running = torch.zeros(batch.shape, dtype=torch.float64, device=batch.device)
             self.running_moments = running
         _ops.update_moments_(running, batch, self.momentum)
         return running
 
     def _running_moments(self) -> Tensor:
-        # Module's own look-up takes as long as a small operator.
+        # Not by getattr: nn.Module's look-up takes as long as a small operator.
         return self._buffers["running_moments"]  # type: ignore[return-value]
 
     def _or_batch(self, batch: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ class Shard(NamedTuple):
     group: dist.ProcessGroup | None
     first_class: int
     num_classes: int
-    largest: int  # classes of the rank that has most
+    largest: int  # number of classes of the rank that has most
 
 
 def find_shard(group: dist.ProcessGroup | None, first_class: int, classes: int, num_classes: int) -> Shard:
@@ -80,7 +80,7 @@ class RowNumbers(NamedTuple):
     is_top: Tensor  # whether no logit is larger than the target's
     linear_sum: Tensor  # sum over the classes of weight * log p
     powers: Powers
-    powers_change: Tensor  # 0, to differentiate in: what is added to the sum of powers
+    powers_change: Tensor  # zeros added to the sum of powers, to differentiate with respect to it
 
 
 class Powers(NamedTuple):
@@ -95,7 +95,7 @@ class ShardedRows(Rows):
     """Rows for a loss's formula, whose numbers per row come from all ranks."""
 
     shard: Shard
-    numbers: RowNumbers  # leaves, but for is_top and powers
+    numbers: RowNumbers  # leaves of the graph, except for is_top and powers
     other_sum: Callable[[Callable[[Tensor], Tensor]], Tensor]
 
     @property
@@ -337,7 +337,7 @@ def _sums_of_terms(asked: list[Callable[[Tensor], Tensor]], log_probs: Tensor, s
             leaf = log_probs.detach().requires_grad_()
             terms = term(leaf)
             made += [terms.detach(), *torch.autograd.grad(terms.sum(), leaf)]
-    if not made:  # a factor of 0 leaves the term out, on all ranks
+    if not made:  # the loss leaves the term out where its factor is 0, on all ranks alike
         return []
     sums = torch.stack([each.sum(1) for each in made])
     dist.all_reduce(sums, group=shard.group)

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-# Where the wrapped Module is. A wrapper that exists has been imported: importing all of them would take seconds.
+# Where each wrapper keeps the wrapped Module. Wrappers are looked up among the modules that are imported already: to
+# import them all would take seconds, and one that wraps something has been imported.
 _WRAPPERS = (
     ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
     ("torch.nn.parallel", "DataParallel", "module"),

@@ -83,7 +83,7 @@ class _Plan(NamedTuple):
 
     args: RowLossArguments
     rule: ZErrorRule
-    rows: RowLossArguments  # for one loss per row, not multiplied by sample_weight
+    rows: RowLossArguments  # that give one loss per row, not yet multiplied by sample_weight
     by_values: bool = False  # judge rows by these losses
     unweighted: bool = False  # the reduction multiplies the losses by the class weights
     label_smoothing: float = 0.0
@@ -103,7 +103,7 @@ class _Plan(NamedTuple):
                 return _Plan(args, rule._replace(statistic="class_prob"), rows, by_values=True)
             return _Plan(args, rule._replace(statistic="class_softmax"), rows)
         if smooth and args.weight is not None:
-            # Smoothing sums over all classes, each with its weight: dividing by the target's weight does not undo that.
+            # Smoothing sums over all classes, each with its weight. Dividing by the target's weight does not undo that.
             rule = rule._replace(statistic="class_cross_entropy")
             options = (args.params[0], args.logit_bias, args.logit_bias_tensor)
             return _Plan(args, rule, rows, False, False, *options)

@@ -30,8 +30,8 @@ class _Temperature(Range):
         return super().pack(name, value)
 
 
-# t1: the loss divides by 1 - t1, of which float32 must have some digits. t2: the normaliser reaches C^(t2 - 1), which
-# must be a normal number for a million classes.
+# The loss divides by 1 - t1, which must have some digits in float32. The normaliser grows to C^(t2 - 1), which must be
+# a normal number for a million classes.
 _t1 = _Temperature("be between 0.0 and 1.0", lambda t: 0.0 <= t <= 1.0, 0.0, 1.0 - 1e-5)
 _t2 = _Temperature("satisfy 0 < value < inf", lambda t: 0.0 < t < math.inf, 1e-15, 7.0)
 
@@ -69,7 +69,7 @@ def _published_normaliser(x: Tensor, t2: float, num_iters: int, dim: int) -> Ten
         for _ in range(num_iters):
             scaled = x * total(scaled).pow(1.0 - t2)
         return -_log_t(1.0 / total(scaled), t2)
-    # Bisection: at 0 the maximum alone gives 1; at the other end none of the classes in play exceeds its equal share.
+    # Bisection. At 0 the largest logit alone has probability 1; at the other end no class has more than an equal share.
     in_play = (x > -1.0 / (1.0 - t2)).sum(dim, keepdim=True).to(x.dtype)
     lower, upper = torch.zeros_like(in_play), -_log_t(1.0 / in_play, t2)
     for _ in range(num_iters):
@@ -102,8 +102,8 @@ def _log_probabilities(logits: Tensor, t2: float, num_iters: int | None, dim: in
     derivative, the second makes second derivatives right too.
     """
     top = logits.detach().amax(dim, keepdim=True)
-    top = torch.where(top == math.inf, math.nan, top)  # makes the whole row NaN, as a NaN does by itself
-    x = logits - top  # from here on lambda is relative to the maximum, or a large maximum would round it off
+    top = torch.where(top == math.inf, math.nan, top)  # a row with +inf becomes NaN as a whole, as one with NaN does
+    x = logits - top  # lambda is relative to the maximum, too: beside a large maximum it would be rounded
     constant = x.detach()
     if num_iters is None:
         root = _converged_normaliser(constant, t2, dim)

@@ -160,7 +160,7 @@ def _walk(
         there = here + step
         try:
             at_there = gap(there) if holds(there) else math.nan
-        except ValueError:  # out of range beside the loss's other parameters
+        except ValueError:  # not allowed together with the loss's other parameters
             at_there = math.nan
         if math.isfinite(at_there):
             yield here, at_here, there, at_there
@@ -179,7 +179,7 @@ def _root(gap: Callable[[float], float], a: float, at_a: float, b: float, at_b: 
         if at_middle * at_b < 0.0:
             a, at_a = b, at_b
         else:
-            at_a *= 0.5  # the end that stays is pulled in, or convergence would be linear
+            at_a *= 0.5  # Illinois rule: without it the same end would stay, and convergence be linear
         moved, b, at_b = abs(middle - b), middle, at_middle
         if moved <= 1e-13 * abs(b):
             break

@@ -20,7 +20,7 @@ from fused_losses._parameters import exponent, fraction
 from fused_losses._reference import expm1
 from fused_losses.softmax import above_one_factor
 
-# tau^(-1 / (1 - q)) depends on all digits of 1 - q.
+# For q near 1 tau^(-1 / (1 - q)) depends on digits of 1 - q that q does not have.
 _below_one = replace(fraction, low=1e-15, high=0.999)
 _truncation = replace(fraction, low=1e-15, high=0.9999)
 

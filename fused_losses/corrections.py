@@ -18,7 +18,8 @@ from fused_losses._row_values import RowsModule, RowValues, maybe_any, plain_row
 from fused_losses.cross_entropy import cross_entropy
 from fused_losses.noise import check_matrix
 
-# exp of it is far from the end of float32. Only classes that cannot have the label come near it, and their share is 0.
+# Its exponential is far from the end of float32. Only classes that cannot have the label come near it; their
+# share is 0.
 _LARGEST_LOG = 80.0
 
 _ARGUMENTS = """
@@ -124,7 +125,7 @@ def _forward_values(rows: Rows, transition: Tensor) -> Tensor:
     if not is_plain(rows.logits) or needs_reference(rows.logits, transition):
         return _forward_formula(rows, transition)
     few = rows.target.numel() < rows.num_classes
-    columns = transition.t().to(rows.logits.dtype).contiguous()  # rows of it are read at once
+    columns = transition.t().to(rows.logits.dtype).contiguous()  # its rows are read as a whole
     a = rows.logits - rows.logits.detach().amax(rows.dim, keepdim=True)
     a.add_(_of_target(columns, rows).log_() if few else _of_target(columns.log(), rows))
     top = a.detach().max(rows.dim).indices
@@ -137,7 +138,7 @@ def _forward_values(rows: Rows, transition: Tensor) -> Tensor:
 def _forward_formula(rows: Rows, transition: Tensor) -> Tensor:
     column = _of_target(transition.t(), rows)
     log_p = rows.log_probs
-    # q relative to the largest p that takes part in it: p that underflow still have a loss and a gradient.
+    # q is computed relative to the largest p that contributes: so p that underflow still have a loss and a gradient.
     largest = torch.where(column > 0, log_p, -torch.inf).amax(rows.dim, keepdim=True).detach()
     shift = torch.where(largest == -torch.inf, 0.0, largest)
     q = (torch.exp((log_p - shift).clamp(max=_LARGEST_LOG)) * column).sum(rows.dim)

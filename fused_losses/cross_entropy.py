@@ -121,7 +121,7 @@ def _reference(input: Tensor, target: Tensor, weight: Tensor | None = None, **op
     return row_loss_reference(LOSSES["cross_entropy"].arguments(input, target, weight=weight, **options))
 
 
-_reference.__module__ = "fused_losses.reference"  # where pickle finds it
+_reference.__module__ = "fused_losses.reference"  # pickle looks for it there
 LOSSES["cross_entropy"] = LossEntry(
     "cross_entropy",
     cross_entropy,

@@ -288,7 +288,7 @@ class OutlierTracker:
             raise RuntimeError("all_reduce needs torch.distributed.init_process_group() first")
         result = self._copy()
         for own in (result._counts, result._sums):
-            # NCCL moves tensors of CUDA devices only.
+            # NCCL takes tensors on CUDA devices only.
             moved = own.cuda() if dist.get_backend(group) == "nccl" else own
             dist.all_reduce(moved, group=group)
             if moved is not own:
@@ -338,7 +338,7 @@ def _rows(name: str, values: Numbers, shape: torch.Size | None) -> Tensor:
     if tensor.numel() == 0 and not isinstance(values, (Tensor, np.ndarray)):
         tensor = tensor.to({"index": torch.int64, "mask": torch.bool}.get(name, torch.float64))
     elif name not in ("index", "mask") and isinstance(values, (list, tuple)) and tensor.dtype == torch.int64:
-        tensor = tensor.double()  # [0, 1] is a list of numbers like any other
+        tensor = tensor.double()  # a list such as [0, 1] may hold probabilities
     number = tensor.is_floating_point()
     if name == "index" and (number or tensor.is_complex() or tensor.dtype == torch.bool):
         raise TypeError(f"index must hold integers, got {tensor.dtype}")

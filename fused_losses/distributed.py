@@ -61,7 +61,7 @@ def sum_of_weights(args: RowLossArguments, values: Tensor) -> Tensor:
 
     ``values`` are the rows' losses, whose zeros a mean over active rows leaves out.
     """
-    if args.target.is_floating_point():  # class probabilities: class weights are in the values already
+    if args.target.is_floating_point():  # class probabilities: the values contain the class weights
         everywhere = torch.zeros(values.shape, dtype=torch.int64, device=values.device)
         return kept_weight(everywhere == 0, everywhere, None, args.sample_weight)
     counted = args.target != args.ignore_index

@@ -86,7 +86,7 @@ def _divergence(first: Rows, weights: tuple[float, ...], *views: Tensor) -> Tens
     ps = [log_p.exp() for log_p in log_ps]
     one_hot = torch.zeros_like(first.logits).scatter(first.dim, first.target.unsqueeze(first.dim), 1.0)
     mean = label * one_hot + torch.stack([share * p for share, p in zip(shares, ps, strict=True)]).sum(0)
-    log_mean = torch.log(torch.where(mean == 0.0, 1.0, mean))  # where nobody expects a class, nothing is added
+    log_mean = torch.log(torch.where(mean == 0.0, 1.0, mean))  # a class that no distribution expects adds nothing
     value = -label * first.of_target(log_mean)
     for share, p, log_p in zip(shares, ps, log_ps, strict=True):
         value = value + share * zero_at_zero(p, log_p - log_mean).sum(first.dim)

@@ -20,7 +20,7 @@ from fused_losses._logit_bias import LogitBias
 from fused_losses._parameters import Choice, OrTensor, Range, factor, switch
 from fused_losses._reference import Rows
 
-# Beside a count of classes, as the reference code of 2501.12191 has it.
+# Added to a number of classes, as in the reference code of 2501.12191.
 COUNT_GUARD = 1e-6
 
 _margin = OrTensor(factor, per_class=True)
@@ -62,7 +62,7 @@ def _margin_value(rows: Rows, margin: Tensor, mean_above_zero: bool, threshold: 
     index = rows.target.unsqueeze(dim)
     raw = logits - logits.gather(dim, index) + margin
     is_target = torch.zeros_like(logits, dtype=torch.bool).scatter(dim, index, True)
-    # The comparison also drops a masked class, -inf, beside a target of -inf.
+    # The comparison also drops masked classes (-inf) where the target is -inf, too.
     errors = torch.where((raw > 0.0) & ~is_target, raw, 0.0)
     counted = errors > 0.0
     if threshold:

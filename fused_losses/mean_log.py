@@ -44,7 +44,7 @@ def cores_loss(rows: Rows, *, beta: float | Tensor = 2.0, **options: Unpack[Call
     if not isinstance(beta, Tensor):
         return -rows.log_p if beta == 0.0 else beta * (rows.sum_log_probs() / rows.num_classes) - rows.log_p
     beta, random_label = beta.to(rows.logits), rows.sum_log_probs() / rows.num_classes
-    hidden = (beta == 0.0) & (random_label == -torch.inf)  # 0 times the logarithm of a masked class
+    hidden = (beta == 0.0) & (random_label == -torch.inf)  # 0 times the infinite logarithm of a masked class
     return beta * torch.where(hidden, 0.0, random_label) - rows.log_p
 
 

@@ -15,7 +15,7 @@ from fused_losses._common import RowLossModule
 from fused_losses._parameters import closed_fraction, plain
 from fused_losses._reference import row_loss_reference
 
-# The loss of one label, from the label, a weight per row and a reduction.
+# The loss of one label: takes the label, a weight per row and a reduction.
 LossOfLabel = Callable[[Tensor, "Tensor | None", str], Tensor]
 
 

@@ -21,7 +21,7 @@ from fused_losses._parameters import factor, fraction, nfl_focusing, switch
 from fused_losses._reference import Rows, expm1
 from fused_losses.normalized import nfl_term, weighted_sum
 
-# The sum over the classes must not consist of classes below it.
+# Classes below it must not make up the sum over the classes.
 _min_prob = replace(fraction, low=1e-30, high=1e-3)
 
 

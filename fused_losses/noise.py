@@ -232,7 +232,7 @@ def instance_dependent(
     projections = torch.empty(features.shape[1], num_classes)
     for cls, rows in _rows_of_classes(given, ignore_index):
         torch.randn(projections.shape, generator=generator, out=projections)
-        rows = rows[flips[rows]]  # given that the label changes, q no longer matters
+        rows = rows[flips[rows]]  # these labels change for certain: q no longer matters
         scores = features[rows.to(features.device)].cpu().float() @ projections
         scores[:, cls] = -torch.inf
         if len(rows):
@@ -313,7 +313,7 @@ def estimate_transition(probabilities: Tensor, quantile: float | None = None) ->
     if probabilities.dim() != 2 or 0 in probabilities.shape:
         raise ValueError(f"probabilities must have shape (N, C), got {tuple(probabilities.shape)}")
     p = probabilities.detach().double()
-    # Half precision sums to 1 within C roundings of at most 2^-9 each, near enough to be rescaled.
+    # In half precision rows sum to 1 within C roundings of at most 2^-9 each: near enough to be rescaled.
     if not ((p >= 0).all() and (p.sum(1) - 1).abs().max() <= 0.01):
         raise ValueError("probabilities must be >= 0 with rows that sum to 1; pass logits.softmax(1)")
     if quantile is None:
@@ -355,7 +355,7 @@ def check_matrix(name: str, matrix: Tensor) -> Tensor:
         raise ValueError(f"{name} must be a tensor of shape (C, C), got {shape}")
     transition = matrix.detach().to("cpu", torch.float64)
     sums = transition.sum(1)
-    # What float32 rows of 10,000 classes may be off by; NaN fails both tests.
+    # The rounding error of float32 rows of 10,000 classes. NaN fails both tests.
     wrong = ~((transition >= 0).all(1) & ((sums - 1).abs() <= 1e-4))
     if wrong.any():
         row = int(wrong.nonzero()[0])

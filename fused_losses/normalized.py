@@ -87,7 +87,7 @@ def ngce_loss(rows: Rows, *, q: float = 0.7, **options: Unpack[CallOptions]) -> 
     Args:
         q: exponent, > 0.
     """
-    own, total = rows.target_and_powers(q, less_one=True)  # C - sum p^q as it stands would cancel
+    own, total = rows.target_and_powers(q, less_one=True)  # computed as it stands, C - sum p^q would cancel
     return own / total
 
 

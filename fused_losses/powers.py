@@ -18,7 +18,7 @@ from fused_losses._parameters import exponent, factor, nfl_focusing, positive_fa
 from fused_losses._reference import Rows, expm1
 from fused_losses.normalized import weighted_sum
 
-# Its square is multiplied by beta.
+# For `a`, whose square is multiplied by beta.
 _label_value = replace(positive_factor, high=1e4)
 
 

@@ -15,7 +15,7 @@ from fused_losses._row_values import Loss, RowValues
 _KEEP = OrTensor(Range("satisfy 0 < value <= 1", lambda v: 0.0 < v <= 1.0))
 _FACTOR = OrTensor(positive_factor)
 _ROUNDING = 1e-6  # keep * n may miss a whole number by this much
-_DIGITS = 12  # to the base 4, of the logarithm of Antidote's temperature: its bounds are never 4**12 roundings apart
+_DIGITS = 12  # to base 4 of log temperature in Antidote, whose bounds are never 4**12 roundings apart
 
 
 @documented("the largest loss that is kept")
@@ -76,7 +76,7 @@ class SmallLoss(BatchReducer):
         integer, size = (torch.int64, 64) if values.dtype == torch.float64 else (torch.int32, 32)
         ends = torch.iinfo(integer)
 
-        def turned(bits: Tensor) -> Tensor:  # integers in the order of the numbers they are the bits of, and back
+        def turned(bits: Tensor) -> Tensor:  # bits to integers in the order of the numbers, and back
             return torch.where(bits < 0, bits ^ ends.max, bits)
 
         order = turned(values.view(integer)).long()

@@ -10,4 +10,4 @@ z_error_bce_with_logits = z_bce.z_error_bce_with_logits_reference
 z_error_cross_entropy = z_cross_entropy.z_error_cross_entropy_reference
 z_mse_loss = z_mse.z_mse_loss_reference
 
-__all__ = [name for name in functional.__all__ if name in globals()]  # what is no loss of its own has no formula
+__all__ = [name for name in functional.__all__ if name in globals()]  # the others are no losses and have no formula

@@ -39,7 +39,7 @@ __all__ = ["LogitBiasSchedule", "ThresholdSchedule", "get_sigma_threshold"]
 
 _MODES = ("linear", "cosine", "peak", "plateau")
 _PATIENCE = {"peak": 1, "plateau": 5}
-_SNAP = 1e-3  # what a plateau leaves of the way is dropped below this share
+_SNAP = 1e-3  # a rest of the way smaller than this share is skipped
 
 
 def get_sigma_threshold(epoch: float, max_epochs: int, start_sigma: float = 100.0, end_sigma: float = 2.0) -> float:
@@ -218,7 +218,7 @@ class _Schedule:
                 "class or from a Module inside it: pass that one, or set the attribute"
             )
         current: Any = getattr(self.module, self.name)
-        if isinstance(current, str):  # "auto": a number is needed to start from, and C is not known here
+        if isinstance(current, str):  # "auto" depends on the number of classes, which is not known here
             return math.nan
         if isinstance(current, Tensor):
             return current

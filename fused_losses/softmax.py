@@ -111,7 +111,7 @@ class AGCELoss(RowLossModule, stem="agce"):
 
 def check_aue(a: float, q: float) -> None:
     """Raises where the two do not fit together."""
-    if q < 0.5 and a < 1.0 + 1e-6:  # (a - 1)^q then depends on digits of a that float32 does not have
+    if q < 0.5 and a < 1.0 + 1e-6:  # (a - 1)^q would depend on digits of a that float32 does not have
         raise ValueError(f"a must be at least {1.0 + 1e-6} with q = {q}, where float32 can compute it, got {a}")
     check_power(a, q, "a")
 
@@ -125,7 +125,7 @@ def aue_loss(t: Tensor, *, a: float = 5.5, q: float = 3.0, **options: Unpack[Cal
         q: exponent, > 0.
     """
     miss = -expm1(t)
-    gap = max(a - 1.0, torch.finfo(t.dtype).eps)  # a number that t's dtype cannot tell from 1 is the next one
+    gap = max(a - 1.0, torch.finfo(t.dtype).eps)  # where a rounds to 1 in the dtype of t, the next number
     return (gap + miss).pow(q) * expm1(-q * torch.log1p(miss / gap)) / -q
 
 

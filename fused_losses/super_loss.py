@@ -15,7 +15,7 @@ from fused_losses._parameters import OrTensor, finite, positive_factor
 from fused_losses._row_values import Loss, RowValues
 
 _LAM, _TAU = OrTensor(positive_factor), OrTensor(finite)
-_HALLEY_STEPS = 4  # cubic from two digits on; near -1/e the series starts them closer
+_HALLEY_STEPS = 4  # they converge cubically from two digits on; near -1/e the series starts them closer
 
 
 def lambert_w(x: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class SuperLoss(BatchReducer):
         x = 0.5 * ((losses.double() - statistic) / self.lam).clamp(min=-2.0 / math.e)
         log_sigma = -lambert_w(x)
         sigma = torch.exp(log_sigma)
-        endless = losses == torch.inf  # of infinite loss and weight 0
+        endless = losses == torch.inf  # such rows get weight 0
         rest = self.lam * log_sigma.square() - sigma * statistic
         return sigma.to(losses.dtype), rest.to(losses.dtype), endless
 

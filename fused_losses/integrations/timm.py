@@ -47,7 +47,7 @@ class MixupLoss(torch.nn.Module):
             whole: Tensor = self.loss(logits, target)
             return whole
         shares, labels = _two_labels(target)
-        # The second label of a row that was mixed with its like has share 0, and would be any class.
+        # Of a row that was mixed with one of its own class the second label has share 0; it could be any class.
         second = torch.where(shares[1] > 0.0, labels[1], labels[0])
         return mixed(self.loss, logits, labels[0], second, shares[0].clamp(max=1.0))
 
@@ -57,7 +57,7 @@ class MixupLoss(torch.nn.Module):
             return True
         bias = loss.logit_bias if loss.training else 0.0
         has_bias = isinstance(bias, (Tensor, str)) or bias != 0.0
-        # With class weights the mean is over the weights of the labels, as if each were a row's only one.
+        # With class weights the mean divides by the weights of both labels, as if each were the only one of a row.
         return LOSSES[loss.stem].takes_probabilities and loss.weight is None and not has_bias
 
 
