@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-# torch.compile's cache on disk tells neither instruction sets nor builds of this library apart: a graph vectorised for
-# AVX-512 would be compiled for AVX2, and wrong. Every process has its own.
+# torch.compile's cache on disk does not tell instruction sets or builds of this library apart: under AVX2 it would take
+# a graph vectorised for AVX-512, and be wrong. So every process has a cache of its own.
 _compiled = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = _compiled.name
 

@@ -27,8 +27,8 @@ class NaiveLoss(NamedTuple):
     """A row of naive_losses.h."""
 
     index: int
-    hand_worked: float  # of the defaults, for logits (0, log 3) and label 0
-    at_zero: float  # of the defaults, for logits (-inf, 0, 1) and label 0
+    hand_worked: float  # value with default parameters for logits (0, log 3) and label 0
+    at_zero: float  # value with default parameters for logits (-inf, 0, 1) and label 0
 
     def row(self, params: Sequence[float], logits: Sequence[float], target: int) -> tuple[float, list[float]]:
         """Value and gradient of one row."""
@@ -70,7 +70,7 @@ def _compiled() -> Path:
         for quad in (
             ["-DFL_QUAD", "-x", "c++", source, "-lquadmath"],
             ["-DFL_QUAD", source],
-        ):  # not every machine has it
+        ):  # not every machine has a quad precision library
             command = [*CXX, "-std=gnu++20", "-O1", "-shared", "-fPIC", "-o", str(partial), *quad]
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode == 0:

@@ -33,7 +33,8 @@ def check_errors(rank, world_size):
         torch.autograd.grad(total, logits, create_graph=True)
 
 
-# What only one rank gets wrong, and what it is told; the others are told so, or that calls differ where none raises.
+# What only one rank gets wrong, and the error it gets. The other ranks are told that a rank has failed, or, where none
+# has, that their calls differ.
 ONE_RANK = {
     "target out of range": ({"target": torch.full((4,), CLASSES)}, "IndexError.*out of range"),
     "shape of target": ({"target": torch.zeros(3, dtype=torch.int64)}, "(Value|Runtime)Error.*target"),

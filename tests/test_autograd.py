@@ -28,7 +28,7 @@ Z_LOSSES = {
 }
 NAMES = [*fl.LOSSES, *Z_LOSSES]
 ROWS, CLASSES = 40, 3
-EXACT = {  # the default gradient of these is the papers', not the value's derivative; the plain formula has only that
+EXACT = {  # by default their gradient is the one of the papers, not the derivative that the plain formula has
     "bi_tempered": {"num_iters": None},
 }
 

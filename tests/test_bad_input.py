@@ -119,7 +119,7 @@ def test_reduction(name, problem):
     entry = fl.LOSSES[name]
     allowed = one_of(entry.reductions)
     message = f"reduction must be {allowed}, got 'average'"
-    none = [] if name == "multi_margin" else [None]  # where it is the default
+    none = [] if name == "multi_margin" else [None]  # multi_margin's default
     for made in (entry.function, entry.reference):
         with pytest.raises(ValueError, match=message):
             made(*problem, reduction="average")
@@ -179,7 +179,7 @@ def test_target(name, problem):
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_target_out_of_range(name, requires_grad):
-    # Only on the CPU: a GPU answers with an assertion that ends the process's use of it.
+    # On the CPU only: on a GPU a device assertion fails, after which the process cannot use it any more.
     logits = torch.randn(4, 3, requires_grad=requires_grad)
     for reduction in ("mean", "none"):
         for wrong, dtype in [(3, torch.uint8), (-1, torch.int16), (-99, torch.int32), (2**40, torch.int64)]:

@@ -101,7 +101,7 @@ def test_forty_digits(made, t1, t2, smoothing, num_iters, device):
         torch.testing.assert_close(grad, grads, rtol=1e-9, atol=1e-12)
 
 
-# Logits (1, -0.5, 2, 0, -3); the numbers of `exact`, written down so that a change of both sides is seen.
+# For logits (1, -0.5, 2, 0, -3). The numbers come from `exact`; written down, they show a change of both sides, too.
 GOLDEN = [
     (0, 0.8, 1.2, 0.0, 5, 1.075204539994362,
      [-0.4460991885750532, 0.02724825716071671, 0.37200014901763934, 0.042888078708805104, 0.0039627036878920459]),
@@ -173,7 +173,7 @@ def test_bounds(made, t2, device):
     target = torch.arange(200, device=device) % 8
     function = getattr(fl.LOSSES["bi_tempered"], made)
     loss = function(logits, target, reduction="none", t2=t2, num_iters=None)
-    # -log_t1(0) + 1 / (2 - t1) times sum p^(2 - t1) - 1, which is at most 0
+    # The upper bound is -log_t1(0): the other term, (sum p^(2 - t1) - 1) / (2 - t1), is at most 0.
     assert (loss >= -1e-12).all() and (loss <= 5.0 + 1e-12).all()
 
 
@@ -185,7 +185,7 @@ def test_masked_classes_and_non_finite_rows(made, t2, device):
     short = torch.tensor([[0.3, -0.2]], dtype=torch.float64, device=device)
     masked = torch.tensor([[0.3, -inf, -0.2, -inf]], dtype=torch.float64, device=device)
     first = torch.tensor([0], device=device)
-    # One start of the bisection depends on the classes in play only, so masking changes nothing at all.
+    # The bisection starts from bounds of the classes in play alone, so masked classes change nothing at all.
     loss, grad = loss_and_grad(function, masked, first, t2=t2)
     expected, expected_grad = loss_and_grad(function, short, first, t2=t2)
     torch.testing.assert_close(loss, expected)
@@ -196,7 +196,7 @@ def test_masked_classes_and_non_finite_rows(made, t2, device):
             row = torch.tensor([[0.3, bad, -0.2]], dtype=torch.float64, device=device)
             loss, grad = loss_and_grad(function, row, torch.tensor([label], device=device), t2=t2)
             assert loss.isnan() and grad.isnan().all()
-    # A target without probability: the bound for t1 < 1.
+    # A target of probability 0: for t1 < 1 the loss is at its bound.
     loss, grad = loss_and_grad(function, masked, torch.tensor([1], device=device), t2=t2)
     assert 3.0 < loss.item() <= 5.0 and grad.isfinite().all()
 

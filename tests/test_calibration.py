@@ -208,7 +208,7 @@ def test_every_loss_agrees_with_a_simulation(name: str, num_classes: int) -> Non
     values = fl.LOSSES[name].reference(logits, target, reduction="none")
     slopes = torch.autograd.grad(values.sum(), logits)[0][:, 0]
     found = mean_target_error(name, num_classes, 1.0)
-    # Of a truncated loss hardly any row, or none, has a slope: 1e-5 of all may go undrawn.
+    # A truncated loss has a slope in few rows: if they are 1e-5 of all, perhaps none is drawn.
     assert found < 0 or (name == "truncated_gce" and found == 0), "every loss raises the logit of the label"
     sampled = 5.0 * float(slopes.std()) / math.sqrt(len(slopes))
     assert abs(found - float(slopes.mean())) <= sampled + 2e-3 * abs(found) + (name == "truncated_gce") * 1e-5
@@ -242,7 +242,7 @@ def test_losses_of_all_classes_are_sampled_and_others_integrated() -> None:
 
 
 def test_mean_error_takes_numbers_tensors_and_arrays() -> None:
-    # One logit or several take other loops, which round in another order.
+    # One z and several z take different loops, which round in another order.
     expected = [pytest.approx(mean_target_error("mae", 10, logit), rel=1e-14) for logit in (-1.0, 2.0)]
     tensor = mean_target_error("mae_loss", 10, torch.tensor([[-1.0], [2.0]], dtype=torch.float16))
     assert isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64
@@ -297,7 +297,7 @@ def test_matching_other_parameters() -> None:
     pi = match_parameter(fl.JSLoss(), "pi", 100, 10, 0.5)
     assert 0.0 < pi < 0.5
     assert mean_target_error("js", 100, 0.0, pi=pi) == pytest.approx(mean_target_error("js", 10, 0.0), rel=1e-9)
-    # What a Module or a partial sets besides stays.
+    # What a Module or a partial sets for the other parameters stays.
     kept = match_parameter(fl.AGCELoss(a=2.0), "q", 12, 10, 0.6)
     assert kept == match_parameter(functools.partial(fl.functional.agce_loss, a=2.0), "q", 12, 10, 0.6)
     assert kept != match_parameter("agce", "q", 12, 10, 0.6)

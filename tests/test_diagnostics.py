@@ -260,7 +260,7 @@ def worker(rank: int, world_size: int, folder: str) -> None:
     record(tracker, RANKS[rank])
     collector.update(torch.arange(rank + 1.0), torch.full((rank + 1,), rank))
     with gloo_group(rank, world_size, folder):
-        for _ in range(2):  # a second call must not count anything twice
+        for _ in range(2):  # the second call must not count rows twice
             reduced, collected = tracker.all_reduce(), collector.all_reduce()
     torch.save({"tracker": reduced.state_dict(), "collector": collected.state_dict()}, f"{folder}/{rank}.pt")
 

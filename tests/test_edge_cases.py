@@ -16,9 +16,9 @@ import fused_losses as fl
 
 NAMES = list(fl.LOSSES)
 REDUCTIONS = ["none", "mean", "sum"]
-# Divided by a sum over all classes: at least two are needed, and a class of probability 0 makes the sum infinite.
+# Losses divided by a sum over all classes: they need two classes, and a class of probability 0 makes the sum infinite.
 NORMALISED = [name for name, entry in fl.LOSSES.items() if entry.min_classes > 1]
-# With the mean of log p_j as a term, which a class of probability 0 makes infinite.
+# Losses with a term that is the mean of log p_j, which a class of probability 0 makes infinite.
 WITH_MEAN_LOG = [
     name
     for name, entry in fl.LOSSES.items()
@@ -71,8 +71,8 @@ SPARSE = {
 }
 
 
-# Cross entropy takes the kernel of all functions of log p_y through every layout and dtype; each other has a few. Of
-# losses with kernels of their own every layout has one dtype in turn.
+# Cross entropy takes the kernel that all functions of log p_y share through every layout and dtype; the others of them
+# take a few. Losses with kernels of their own take every layout, with one dtype in turn.
 LAYOUTS = [
     (name, layout, dtype)
     for i, name in enumerate(NAMES)
@@ -269,7 +269,7 @@ def test_a_non_finite_logit_spoils_only_its_row(name, bad, shape, device):
         assert not grad[~other].isfinite().any()
 
 
-# Where the number of classes does not enter; the others' own tests say what a masked class means to them.
+# Losses that do not depend on the number of classes; for the others their own tests say what a masked class means.
 @pytest.mark.parametrize(
     "name",
     [
@@ -298,7 +298,7 @@ def test_a_target_of_probability_zero(name, device):
     target = torch.tensor([0], device=device)
     options = {"t2": 1.0} if name == "bi_tempered" else {}
     loss = fl.LOSSES[name].function(logits, target, **options)
-    expected = naive_losses()[name].at_zero  # only what contains -log p is infinite there
+    expected = naive_losses()[name].at_zero  # infinite only for losses that contain -log p
     assert loss.item() == pytest.approx(expected, rel=1e-12, nan_ok=True)
 
 

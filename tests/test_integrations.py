@@ -209,7 +209,7 @@ def dense(shares: Tensor, first: Tensor, second: Tensor, classes: int) -> Tensor
 def test_mixup_targets_by_their_definition(stem: str, reduction: str) -> None:
     logits, first = rows(9)
     logits.requires_grad_()
-    target = dense(torch.rand(9), first, first.flip(0), 5)  # the row in the middle is mixed with its like
+    target = dense(torch.rand(9), first, first.flip(0), 5)  # the row in the middle is mixed with one of its own class
     expected = expanded(stem, logits, target)
     expected = expected if reduction == "none" else getattr(expected, reduction)()
     found = MixupLoss(fl.LOSSES[stem].module(reduction=reduction))(logits, target)

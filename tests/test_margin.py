@@ -94,7 +94,7 @@ def test_multi_margin_is_torchs(made, margin, p, reduction, device):
     torchs = torch.nn.MultiMarginLoss(p=p, margin=margin, reduction=reduction)
     ours = getattr(fl.LOSSES["multi_margin"], made)
     expected = loss_and_grad(torchs, logits, target)
-    # torch counts an error of exactly 0, which random logits do not have
+    # torch counts errors of exactly 0, too; random logits have none
     actual = loss_and_grad(ours, logits, target, margin=margin, p=p, reduction=reduction)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
     weight = torch.rand(7, dtype=torch.float64, device=device)
@@ -152,8 +152,8 @@ def test_an_error_at_the_threshold_counts(made, dtype, device):
 
 @pytest.mark.parametrize("made", MADE)
 def test_the_threshold_divides_by_the_number_of_classes(made, device):
-    # Errors 0, 2 and 47 times 1 have mean 49 / 49, so all 48 count. Times the rounded 1 / 49 it would not be 1 (which
-    # is why the division stays a division).
+    # Errors 0, 2 and 47 times 1 have the mean 49 / 49 = 1, so all 48 that are not 0 count. Multiplied with the rounded
+    # 1 / 49 the mean would not be 1, which is why the kernel divides.
     logits = torch.ones(1, 49, device=device)
     logits[0, 0] = 0.0
     logits[0, 1] = 2.0

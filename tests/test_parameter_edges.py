@@ -16,9 +16,10 @@ from fused_losses._parameters import OrNone, OrTensor, Range, Switch
 pytestmark = pytest.mark.any_cpu  # the C++ programs take every instruction set through the parameters
 
 NAMES = [name for name, entry in fl.LOSSES.items() if "active_mean" not in entry.reductions]
-# The promise is a hundredth of the value and of a row's largest gradient, but for what rounding leaves of the largest
-# among all rows: terms cancel in the gradient of a row that is nearly certain, or without hope, and in the value of one
-# that is just right. NEGLIGIBLE: float32 flushes 1e-38 to zero, times the factors allowed.
+# Promised: an error of at most a hundredth of the value, and of the largest gradient of the row. Besides it may be as
+# large as ROUNDING times the largest of all rows, because terms cancel: in the gradient of a row that is nearly certain
+# or hopeless, and in the value of one that is just right. NEGLIGIBLE: what float32 flushes to zero, below 1e-38, times
+# the largest factors that are allowed.
 TOLERANCE, ROUNDING, NEGLIGIBLE = 1e-2, 1e-6, 1e-20
 
 
@@ -93,7 +94,7 @@ def test_right_at_the_ends_of_every_range(name, device):
     for parameters in [parameters for of, parameters in CASES if of == name]:
         try:
             entry.pack(parameters)
-        except ValueError as error:  # each is in its range, but together they are not
+        except ValueError as error:  # each is in its range, but together they are refused
             assert entry.check is not None
             parameter = str(error).partition(" must be at ")[0]
             assert parameter in ("a", "q", "margin") and str(error).endswith(f", got {parameters[parameter]}")

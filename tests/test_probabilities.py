@@ -33,7 +33,7 @@ def expected(name, logits, share, weight=None, sample_weight=None):
 
 @pytest.mark.any_cpu
 def test_which_losses_take_them():
-    # Functions of log p_y and of the mean log-probability.
+    # Functions of log p_y, and of the mean log-probability besides.
     assert [name for name, entry in fl.LOSSES.items() if entry.sums in ((), ("log_probs",))] == NAMES
 
 
@@ -116,7 +116,7 @@ def test_upstream_gradients_and_second_backward(name, device):
 def test_a_share_of_zero_hides_its_class(device):
     logits = torch.tensor([[0.0, -math.inf, 1.0]] * 2, device=device).repeat(1, 50).requires_grad_()
     share = torch.tensor([[0.25, 0.0, 0.75], [0.0, 0.5, 0.5]], device=device).repeat(1, 50) / 50
-    for name in [n for n in NAMES if not n.startswith(("nce", "cores", "unhinged"))]:  # those sum over all classes
+    for name in [n for n in NAMES if not n.startswith(("nce", "cores", "unhinged"))]:  # the others sum over all classes
         values, want = (
             f(logits, share, reduction="none") for f in (fl.LOSSES[name].function, fl.LOSSES[name].reference)
         )

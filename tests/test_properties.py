@@ -17,11 +17,11 @@ import fused_losses as fl
 
 NAMES = list(fl.LOSSES)
 ALL_DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-EXACT_DTYPES = [torch.float64, torch.float32]  # a gradient stored in half precision hides what is compared here
+EXACT_DTYPES = [torch.float64, torch.float32]  # the rounding of a gradient in half precision would hide differences
 
-# Where parameters are drawn from; a loss or parameter that is missing keeps its default. The ends stay where float32
-# can tell the loss from a constant: values are quotients by q, by a - 1 and by (1 - pi) log(1 - pi), and a power above
-# 5 or so makes the gradient of most rows vanish. The edges that are allowed and mean something (0, 1) are named.
+# Ranges of drawn parameters; what is not listed keeps its default. Within these ends float32 can tell the loss from
+# a constant: values are divided by q, by a - 1 and by (1 - pi) log(1 - pi), and with a power above 5 or so the gradient
+# of most rows vanishes. Edges that have a meaning of their own (0, 1) are listed one by one.
 PARAMETERS: dict[str, dict[str, st.SearchStrategy[float]]] = {
     "cross_entropy": {"label_smoothing": st.sampled_from([0.0, 1.0]) | st.floats(0.01, 0.99)},
     "mae": {"scale": st.floats(0.1, 4.0)},
@@ -65,7 +65,8 @@ IDENTITIES = {
     "focal is cross entropy": lambda x: ("focal", {"gamma": 0.0}, [(1.0, "cross_entropy", {})]),
 }
 
-OF_DIFFERENCES = [name for name in NAMES if name != "ldr_kl"]  # of logits; softplus looks at each by itself
+# Losses of differences between logits; ldr_kl applies softplus to each logit by itself.
+OF_DIFFERENCES = [name for name in NAMES if name != "ldr_kl"]
 
 CLASSES = st.integers(2, 70)
 ROW = st.tuples(CLASSES)
@@ -76,7 +77,7 @@ LARGE = st.sampled_from([(30_000, 5), (2000, 70), (9, 13, 50, 50), (3, 70, 30, 3
 
 
 def examples(number: int) -> settings:
-    same_device = [HealthCheck.function_scoped_fixture]  # warns of fixtures that should differ between examples
+    same_device = [HealthCheck.function_scoped_fixture]  # `device` may be the same for all examples
     return settings(deadline=None, derandomize=True, max_examples=number, suppress_health_check=same_device)
 
 

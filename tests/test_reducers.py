@@ -51,7 +51,7 @@ def test_worked_by_hand():
     assert fl.SmallLoss("cross_entropy", 0.01)(logits, target).item() == pytest.approx(0.1)
     assert fl.SmallLoss("cross_entropy", 1.0)(logits, target).item() == pytest.approx(3.7 / 4)
     assert fl.ClippedLoss("cross_entropy", 1.0)(logits, target).item() == pytest.approx(1.7 / 4)
-    # of losses 0 and log 3 the weights at temperature 1 are 3/4 and 1/4: KL = log 2 - H(1/4) = .1308
+    # for losses 0 and log 3 the weights at temperature 1 are 3/4 and 1/4: KL = log 2 - H(1/4) = .1308
     logits, target = logits_of([1e-9, math.log(3)])
     found = fl.Antidote("cross_entropy", math.log(2) - (math.log(4) - 0.75 * math.log(3)), 0.25)(logits, target)
     assert found.item() == pytest.approx(0.25 * math.log(3) + 0.25 * 0.130812, abs=1e-6)

@@ -111,7 +111,7 @@ def test_plateau_halves_the_distance_after_more_than_patience_bad_steps() -> Non
 
 def test_annealing_ends_where_the_figure_peaks() -> None:
     schedule = ThresholdSchedule(Thresholded(), end=1.0, mode="peak")
-    # One dip is forgiven; the second call in a row without a new best comes after the peak. Then it stays at the end.
+    # One dip is forgiven. After the peak a second call in a row brings no new best; from then on the value is the end.
     accuracy = [0.5, 0.6, 0.55, 0.7, 0.7, 0.69, 0.9, 0.1]
     assert values(schedule, 8, accuracy) == [10.0] * 6 + [1.0] * 3
 
@@ -231,7 +231,7 @@ def test_a_wrapped_module_is_scheduled_inside(wrapper: str, start: float | None,
     module = Thresholded(threshold.clone() if isinstance(threshold, Tensor) else threshold)
     wrapped = WRAPPED[wrapper](module)
     rows = torch.arange(5.0)
-    assert wrapped(rows) == 6.0  # compiled with what the threshold is now
+    assert wrapped(rows) == 6.0  # compiled with the present threshold
     schedule = ThresholdSchedule(wrapped, start, 1.0, 1)
     first = 3.0 if start is None else start
     assert module.threshold.item() == first and [*module.state_dict()] == ["threshold"]

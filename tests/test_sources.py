@@ -34,7 +34,7 @@ def lasting_variables(source: str) -> list[str]:
         lasting = re.match(r"(inline\s+|const\s+)*(static|thread_local)\b", match["text"])
         if not lasting and match["indent"]:
             continue
-        # Up to what ends a variable's declaration, or begins a function's body.
+        # Up to the end of a variable's declaration or the beginning of a function's body.
         text = source[match.start("text") :]
         end = re.search(r";|\)\s*(const\s*)?(noexcept\s*)?\{", text)
         if end is None or end[0] != ";":
@@ -92,6 +92,6 @@ def test_what_keeps_no_tensor_is_left_alone(source: str) -> None:
 def test_nothing_of_torchs_allocator_outlives_a_call() -> None:
     assert len(SOURCES) > 50
     variables = {path: lasting_variables(path.read_text()) for path in SOURCES}
-    assert sum(map(len, variables.values())) > 10  # the search finds what there is
+    assert sum(map(len, variables.values())) > 10  # the search finds variables at all
     kept = {str(path.relative_to(ROOT)): kept_memory(path.read_text()) for path in SOURCES}
     assert {name: found for name, found in kept.items() if found} == {}

@@ -17,9 +17,9 @@ LIBRARY = Path(fused_losses.__file__).parent / "libfused_losses_ops.so"
 # torch's C functions; the second prefix are those added since 2.10.
 STABLE = re.compile(r"(aoti_torch|torch)_\w+")
 SYSTEM_LIBRARIES = ["libc.so.6", "libm.so.6", "libstdc++.so.6", "libgcc_s.so.1"]
-# Old C libraries keep these apart.
+# Libraries of their own in old C libraries.
 SYSTEM_PARTS = {"libdl.so.2", "libpthread.so.0", "librt.so.1"}
-# Weak, resolved only where a profiler or transactional memory is there.
+# Weak symbols, resolved only where there is a profiler or transactional memory.
 OPTIONAL = {"__gmon_start__", "_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable"}
 DYNAMIC, DYNSYM, NEEDED = 6, 11, 1
 

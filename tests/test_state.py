@@ -51,7 +51,7 @@ def test_a_given_number_fixes_the_shape_from_the_start(kind):
     averaged.update_parameters(module)
     torch.testing.assert_close(averaged.module.running_moments, module.running_moments)
     resumed = MAKE[kind](**FIXED[kind])
-    for name, buffer in resumed.state_dict().items():  # as a distributed checkpoint: in place, into what is there
+    for name, buffer in resumed.state_dict().items():  # in place, as a distributed checkpoint does it
         buffer.copy_(module.state_dict()[name])
     assert torch.equal(resumed.running_moments, module.running_moments)
 

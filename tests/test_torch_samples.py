@@ -73,7 +73,7 @@ def test_operator_samples(dtype, device):
 
 
 def test_the_operator_has_no_error_samples():
-    # Whoever sees this fail: torch has added some, so run them here like those of the Module.
+    # If this fails, torch has added such samples: run them here like those of the Module.
     assert OPERATOR.error_inputs_func is None
 
 

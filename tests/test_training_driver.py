@@ -204,8 +204,8 @@ def test_sigterm_saves_between_two_steps(tmp_path: Path, monkeypatch: pytest.Mon
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-# What 2 processes do to the sums of a batch: float32 roundings, which Adam's division keeps relative to each weight's
-# step of at most the learning rate, 1e-3.
+# With 2 processes the sums over a batch are rounded differently. Adam divides gradients by their size, so the error
+# stays small beside each weight's step, which is at most the learning rate of 1e-3.
 PROCESSES_TOLERANCE = 1e-5
 PROCESSES = """
 import dataclasses, pathlib, sys, torch

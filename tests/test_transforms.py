@@ -16,7 +16,7 @@ NAMES = list(fl.LOSSES)
 # losses with a sum over all classes, losses of several passes without and with margins.
 ONE_OF_EACH_KIND = ("cross_entropy", "gce", "nce", "ngce", "hem")
 KINDS = [name if name in ONE_OF_EACH_KIND else pytest.param(name, marks=pytest.mark.long) for name in NAMES]
-# What makes a gradient the derivative of the loss where the default, as in the papers' code, does not.
+# Options that make the gradient the derivative of the loss; by default it is the one of the papers' code.
 EXACT = {
     **{name: {"detach": False} for name, entry in fl.LOSSES.items() if "detach" in entry.parameters},
     "bi_tempered": {"num_iters": None},
@@ -78,7 +78,7 @@ def test_opcheck(name, reduction):
     )  # fmt: skip
     for op in (OPS.row_loss, OPS.row_loss_with_stats, *([OPS.row_loss_with_grad] if reduction == "mean" else [])):
         assert set(opcheck(op.default, args).values()) == {"SUCCESS"}
-    if name in ("gce", "ngce") and reduction == "mean":  # the same entry for all losses
+    if name in ("gce", "ngce") and reduction == "mean":  # all losses have the same entry
         for op in (OPS.row_loss_and_statistics, OPS.row_loss_with_grad_and_statistics):
             assert set(opcheck(op.default, args).values()) == {"SUCCESS"}
     loss, stats, denominator = OPS.row_loss_with_stats(*args)

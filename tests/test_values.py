@@ -122,7 +122,7 @@ def test_published_formula(name, device):
         (grad,) = torch.autograd.grad(loss.sum(), x)
         for of_row, of_grad, (value, expected) in zip(loss.tolist(), grad.tolist(), rows, strict=True):
             assert of_row == pytest.approx(value, rel=1e-12, abs=1e-12)
-            # Of bi_tempered the reference differentiates p, whose sum is off by the error of a few iterations.
+            # bi_tempered's reference differentiates p, whose sum differs from 1 by the error of a few iterations.
             rough = 1e-3 if name == "bi_tempered" else 1e-11
             assert of_grad == pytest.approx(expected, rel=rough, abs=rough)
 

@@ -115,7 +115,7 @@ def test_a_masked_class_is_a_class_that_is_not_there(name):
     found, grad = value_and_grad(case, case.make(reduction="none"), logits, target)
     there = target != -100
     values, kept = case.rows(logits[there], target[there], torch.ones(ROWS - 1))
-    if "norm" not in name and "clip" not in name:  # their reference divides infinities
+    if "norm" not in name and "clip" not in name:  # their reference formula divides infinities
         torch.testing.assert_close(found[there], torch.where(kept, values, 0.0))
     assert found.isfinite().all() and grad.isfinite().all() and not grad[:, 3].any() and grad.any()
 

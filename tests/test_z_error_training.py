@@ -45,7 +45,7 @@ def test_running_statistics_are_a_fading_merge(device):
         x = torch.cat([x1[y1 == c], x2[y2 == c]])
         weight = torch.cat([torch.full((10,), 0.75), torch.ones(10)]).to(x)
         mean = (weight * x).sum() / weight.sum()
-        # Each part's spread fades around its own mean; what lies between the means is added.
+        # The spread of each part fades around its own mean; the spread of the means is added.
         m2 = (weight * (x - mean) ** 2).sum()
         torch.testing.assert_close(module.running_statistics.count[c], weight.sum())
         torch.testing.assert_close(module.running_statistics.mean[c], mean)

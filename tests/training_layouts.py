@@ -54,7 +54,7 @@ def cifar10_python(folder: Path) -> tuple[Tensor, Tensor]:
     pixels, labels = _random(60, 3072), [i % 10 for i in range(60)]
     for i, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
         part = slice(10 * i, 10 * i + 10)
-        # Python 2 wrote the published ones, whose strings are byte strings.
+        # The published files were written by Python 2: their strings are byte strings.
         content = pickle.dumps({b"data": pixels[part], b"labels": labels[part]}, protocol=4)
         (inner / name).write_bytes(content)
     return torch.from_numpy(pixels[:50]).view(50, 3, 32, 32), torch.arange(50) % 10
