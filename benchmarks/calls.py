@@ -45,7 +45,7 @@ class Buffers:
         return Buffers(
             leaves=[logits.detach().clone().requires_grad_() for _ in range(count)],
             targets=[target.clone() for _ in range(count)],
-            copies=[logits.clone() for _ in range(count)],  # pages that exist
+            copies=[logits.clone() for _ in range(count)],  # clones, so that their pages exist
             upstream=torch.tensor(UPSTREAM, dtype=value_dtype, device=case.device),
         )
 

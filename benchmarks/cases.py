@@ -107,7 +107,7 @@ class Case:
             target = torch.randint(0, 2, self.shape, generator=generator).float()
         else:
             shape = (self.shape[0], *self.shape[2:])
-            # Z-Error drops rows of classes too small for statistics, and would then have nothing to do.
+            # Few classes: in classes too small for statistics Z-Error drops all rows, and would have nothing to do.
             used = max(1, math.prod(shape) // ROWS_PER_CLASS) if self.by_class else self.shape[1]
             target = torch.randint(0, min(used, self.shape[1]), shape, generator=generator)
         return logits, target.to(self.device)

@@ -147,7 +147,7 @@ def by_size(case: Case) -> Shares:
     few, one = shortest([step_of(cached, 1), step_of(with_rows(case, 1), 1)], BUNDLE)
     a_row = max(0.0, few - one) / (row_count(cached) - 1)
     call = min(whole, max(0.0, one - a_row))
-    arithmetic = min(a_row * row_count(case), whole - call)  # on a busy machine it may seem more
+    arithmetic = min(a_row * row_count(case), whole - call)  # measured apart, it may exceed the whole on a busy machine
     return Shares(case, whole, copy, cross_entropy, call, arithmetic)
 
 

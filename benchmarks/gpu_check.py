@@ -43,9 +43,9 @@ STATE = ROOT / "build" / "gpu"
 LOGS, SITE, REPORT = STATE / "logs", STATE / "site", STATE / "report"
 RESULTS, PASSED_TESTS = STATE / "results.json", STATE / "passed-tests.txt"
 STAGE_SECONDS = 540
-SPARE_SECONDS = 15  # what a step that ends by itself is told less than its limit
+SPARE_SECONDS = 15  # a step that ends by itself is told to end so much before its limit
 LARGEST_LOG = 2 << 20
-UNFINISHED = b"UNFINISHED: "  # says what has stopped by itself; with --resume it goes on
+UNFINISHED = b"UNFINISHED: "  # printed by a step that has stopped by itself; with --resume it goes on
 CODE = {".py", ".sh", ".h", ".cpp", ".cu", ".cuh", ".txt"}
 
 
@@ -80,7 +80,7 @@ def stages(python: str, architecture: str, wheels: Path | None) -> list[Stage]:
 
     def measured(name: str, seconds: int, suite: str, parts: str) -> Step:
         command = (python, "-m", "benchmarks", "--suite", suite, "--resume", "--parts", parts)
-        # Compilers run beside each other: what is timed here is the GPU.
+        # Compilers may run beside each other, as only the GPU is timed here.
         threads = (("TORCHINDUCTOR_COMPILE_THREADS", "8"),)
         return Step(name, seconds, (*command, "--minutes", "{minutes}", "--out", str(RESULTS)), environment=threads)
 

@@ -20,8 +20,9 @@ from benchmarks.snippets import SNIPPETS
 
 Make = Callable[[Case], "LossFunction | None"]
 
-# Norm of the difference over norm of the exact result. Norms, because a threshold (HEM) may put a handful of classes
-# on the other side in float32, in any implementation. Half precision: others may round on their way, we may not.
+# Norm of the difference over the norm of the exact result. Norms, because in float32 a few classes may fall on the
+# other side of a threshold (HEM), in any implementation. In half precision others may round intermediate results, but
+# not ours.
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 OUR_TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "float16": 2e-3, "bfloat16": 1e-2}
 LOSS_SCALE = 4096
@@ -52,7 +53,7 @@ def _snippet(case: Case) -> LossFunction | None:
 def _torch(case: Case) -> LossFunction | None:
     if case.loss == "cross_entropy":
         return F.cross_entropy
-    if case.loss == "smoothed_cross_entropy" and case.dtype != "float16":  # there its sum over all classes overflows
+    if case.loss == "smoothed_cross_entropy" and case.dtype != "float16":  # float16: its sum overflows
         return functools.partial(F.cross_entropy, **case.spec.options)
     if case.loss == "multi_margin" and len(case.shape) == 2 and case.dtype in ("float32", "float64"):
         return F.multi_margin_loss
@@ -122,12 +123,12 @@ PROVIDERS = {
         Provider("torch", _torch),
         Provider("autocast", _autocast),
         Provider("compile", _compiled, copies={}),
-        # Two reads and a gradient in place of the logits in its forward; backward multiplies unless upstream is 1.
+        # Its forward reads twice and writes the gradient over the logits; backward multiplies unless upstream is 1.
         Provider("liger", _liger, True, {"fwd": 1, "fwd_train": 3, "fwd_bwd": 3, "fwd_bwd_scaled": 5}),
         Provider("quack", _quack, False, {"fwd": 1, "fwd_train": 1, "fwd_bwd": 3, "fwd_bwd_scaled": 3}),
     )
 }
-# Spellings without a kernel of their own. Ratios to "plain PyTorch" are to the fastest of them.
+# Ways to write a loss without a kernel of its own. Ratios to "plain PyTorch" are to the fastest of them.
 PLAIN = ("reference", "snippet", "torch")
 
 

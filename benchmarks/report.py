@@ -79,7 +79,7 @@ def loss_table(index: Index, shape: tuple[int, ...], dtype: str, device: str) ->
         return row.provider == "fused" and where and row.mode == "fwd_bwd" and row.threads == 1
 
     measured: dict[str, Row] = {}
-    for row in filter(ours, index.rows):  # of several suites the one with most to compare
+    for row in filter(ours, index.rows):  # of several suites that have it, the one with the most competitors
         best = measured.get(row.loss)
         if best is None or len(index.peers(row)) > len(index.peers(best)):
             measured[row.loss] = row

@@ -61,4 +61,4 @@ class Resumed:
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and self.file is not None and self.file.exists():
-            session.exitstatus = pytest.ExitCode.OK  # all have passed before
+            session.exitstatus = pytest.ExitCode.OK  # nothing is left to run: all have passed before

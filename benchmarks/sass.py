@@ -278,7 +278,7 @@ def cheapest_path(
             if b not in members or b == header:
                 continue
             state = (b, after(done, b))
-            # What `done` lacks even with all that is on the way from b on.
+            # Not by way of b if even all that is reachable from b would leave something needed undone.
             if any(d + reach[b] < n for d, reach, n in zip(done, within_reach, needed, strict=True)):
                 continue
             total = cost + len(kernel.blocks[b])

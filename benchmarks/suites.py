@@ -32,7 +32,7 @@ def cpu_summary() -> Iterator[Job]:
     for threads in (1, 2):
         for shape in ((32, 10), (256, 10), (4096, 1000), (65536, 10), (2048, 10_000)):
             if threads == 1 and shape in MAIN_SHAPES:
-                continue  # is in the loop below, with more providers
+                continue  # the loop below has it, with more providers
             yield Job(Case("cross_entropy", shape), both, MAIN_MODES, threads)
         yield Job(Case("cross_entropy", PIXELS), both, ("fwd_bwd",), threads)
         yield Job(Case("cross_entropy", PIXELS_LAST, layout="channels_last"), both, ("fwd_bwd",), threads)

@@ -166,7 +166,7 @@ def _against_torch(cases: str, at_least: float, of_shape: Condition) -> Goal:
     return Goal(TORCH_TIME, f"cross entropy, {cases}, 1 and 2 threads", where, at_least, device="cpu")
 
 
-# Without other words: forward + backward. A goal without a device is meant for GPUs and asked of the CPU all the same.
+# By default of forward + backward. Goals without a device are meant for GPUs, and judged on the CPU, too.
 GOALS = (
     Goal(COPIES, "cross entropy", (large, CROSS_ENTROPY, classes(lambda count: count in CLASS_COUNTS)), at_most=1.15),
     Goal(OVER_CROSS_ENTROPY, "every loss but bi-tempered", (large, like_cross_entropy), at_most=1.05),
@@ -246,7 +246,7 @@ def judge(goal: Goal, index: Index, device: str) -> Verdict:
     return Verdict(value, len(found), worst, passed)
 
 
-# Results rounded to the same dtype differ by luck.
+# Results that are rounded to the same dtype differ by so much at random.
 LUCK = 1.05
 
 

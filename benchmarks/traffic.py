@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# These touch as many entries of their large operand as they return.
+# Operators that read as many entries of their large operand as they return.
 _READ_FEW = ("gather", "nll_loss_forward", "nll_loss2d_forward", "index_select")
-# These only write, whatever they are given.
+# Operators that only write, whatever they are given.
 _WRITE_ONLY = ("zero_", "fill_", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
 _NO_TRAFFIC = ("empty", "empty_like", "new_empty", "empty_strided", "lift_fresh")
 

@@ -54,7 +54,7 @@ class Agreement:
 
 
 def _tell(group: Group, error: Exception | None, call: str = "", target: Tensor | None = None) -> Exception | None:
-    """This rank's error, or what to raise instead: another's, or that the calls differ.
+    """This rank's error, or else what to raise instead: the error of another rank, or that the calls differ.
 
     Where the group communicates between GPUs only, nobody waits for the answer: others get a device assertion.
     """
@@ -84,7 +84,7 @@ def _tell(group: Group, error: Exception | None, call: str = "", target: Tensor 
 
 
 def _checksum(target: Tensor) -> Tensor:
-    """A number that other targets, or the same in another order, hardly have."""
+    """A number that tells targets apart, and orders of the same targets, but for rare coincidences."""
     places = torch.arange(1, target.numel() + 1, device=target.device)
     return (target.reshape(-1).long() * places).sum()
 

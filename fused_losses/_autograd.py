@@ -58,7 +58,7 @@ def _row_loss(args: RowLossArguments) -> Tensor:
 
 
 def fused_row_loss(args: RowLossArguments) -> Tensor:
-    """The loss by the fused kernels, for who knows that no other derivative is asked for."""
+    """The loss by the fused kernels, for callers that need no derivative but the first in the logits."""
     small = _small_call(args)
     if small is not None:
         return small_row_loss(args.logits, args.target, small)
@@ -164,7 +164,7 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 
 def _has_no_kernel(args: RowLossArguments) -> bool:
-    """Class probabilities, for losses whose kernels take none."""
+    """Whether the target holds class probabilities and the loss has no kernel for them."""
     target = args.target
     if target.dtype is torch.int64 or not target.is_floating_point():
         return False
@@ -295,7 +295,7 @@ def give_away(ctx: Any, written: Tensor | None, grad_loss: Tensor) -> Tensor | N
 
 
 def complete(written: Tensor, grad_loss: Tensor) -> bool:
-    """Multiplies what the CPU's forward wrote for an upstream gradient of 1, where that gives the right gradient."""
+    """Multiplies the gradient that the CPU's forward wrote by the upstream one; False where that would not be right."""
     factor = grad_loss.item()
     if factor == 1.0:
         return True

@@ -1,4 +1,4 @@
-"""What losses share that weigh the rows of a batch by their own losses."""
+"""The common parts of losses that weigh the rows of a batch by their losses."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class BatchReducer(RunningMoments, RowsModule):
         raise NotImplementedError
 
     def _constants(self, losses: Tensor, statistic: Any) -> tuple[Tensor, ...]:
-        """What follows from it for every row."""
+        """What follows from the statistic for every row."""
         raise NotImplementedError
 
     def _weigh(self, inner: RowValues, constants: tuple[Tensor, ...]) -> RowValues:

@@ -31,7 +31,7 @@ def check_row_loss(args: RowLossArguments) -> None:
 
 
 def check_rows(args: RowLossArguments, reductions: tuple[str, ...], takes_probabilities: bool) -> None:
-    """The same for any loss of rows, in the registry or not."""
+    """As :func:`check_row_loss`, for any loss of rows, in the registry or not."""
     name, logits = args.loss, args.logits
     check_reduction(args.reduction, reductions)
     if logits.dtype not in _FLOATING:

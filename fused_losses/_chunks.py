@@ -39,7 +39,7 @@ class Layer(NamedTuple):
 
     @property
     def dtypes(self) -> tuple[torch.dtype | None, ...]:
-        """Of each."""
+        """The dtype of each."""
         return tuple(None if t is None else t.dtype for t in self)
 
 
@@ -99,7 +99,7 @@ def sweep(layer: Layer, args: RowLossArguments, options: ChunkOptions, wanted: S
 
 
 def _nothing_yet(layer: Layer, args: RowLossArguments, options: ChunkOptions, wanted: Sequence[bool]) -> Sweep:
-    """Zeros to add to; but a row's gradient in the input is made at once, in the dtype of the logits."""
+    """Zeros to add to. The gradient in the input is no sum, as each row is written once: it has the logits' dtype."""
     input, weight, _ = layer
     sum_dtype = torch.promote_types(options.accumulate_dtype, weight.dtype)
     return Sweep(

@@ -17,9 +17,10 @@ ClosedForm = Callable[..., tuple[Tensor, Sequence[Tensor]]]  # the same, and its
 
 
 def closed_form(formula: Formula, closed: ClosedForm, logits: Sequence[Tensor], *constants: Any) -> Tensor:
-    """``formula(*logits)`` with the first derivative that ``closed(*logits)`` makes.
+    """``formula(*logits)``, whose first derivative comes from ``closed(*logits)`` where nothing else is asked for.
 
-    Only where nothing else is asked for: ``constants`` are what besides the logits may want a derivative.
+    ``constants`` are the other tensors that the formula depends on. If one of them wants a derivative, that is
+    something else.
     """
     others = [tensor for tensor in constants if isinstance(tensor, Tensor)]
     if (

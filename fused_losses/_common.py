@@ -114,7 +114,7 @@ class RowLossModule(Criterion):
             self._constants = None
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        """The same: a schedule makes a number a buffer."""
+        """Notices that a buffer takes the place of a number, as schedules do it."""
         super().register_buffer(name, tensor, persistent)
         self._constants = None
         if name in self.parameter_names:

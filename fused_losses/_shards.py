@@ -179,7 +179,7 @@ def _with_bias(z: Tensor, args: RowLossArguments, own: Tensor, index: Tensor) ->
 def _reduce_classes(z: Tensor, ignored: Tensor, own: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's maximum, the target's logit, and ``z`` less the maximum; zeros in ignored rows.
 
-    A rank that has not the target's class, or no class at all, sends -inf, which loses against what others send.
+    A rank without the target's class, or without any, sends -inf: the maximum over ranks is then another rank's number.
     """
     none = torch.full((z.shape[0],), -torch.inf, dtype=z.dtype, device=z.device)
     top = torch.where(ignored, 0.0, z.amax(1)) if z.shape[1] else none
@@ -238,7 +238,7 @@ def _merge(
 
 
 def _merge_powers(smaller: Tensor, counts: Tensor, shift: Tensor) -> Powers:
-    """Both sums of powers, from the smaller one of each rank and what its logarithms of powers lack.
+    """Both sums of powers, from the smaller one of each rank; ``shift`` is added to the logarithm of its powers.
 
     ``exp(a + s) - 1 = (exp(a) - 1) exp(s) + (exp(s) - 1)``, where no term is positive: none cancel.
     """

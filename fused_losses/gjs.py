@@ -94,7 +94,7 @@ def _divergence(first: Rows, weights: tuple[float, ...], *views: Tensor) -> Tens
 
 
 def _closed(first: Rows, weights: tuple[float, ...], *views: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The same, and its derivatives in the views. A p of 0 has no part: its logarithm is that of some small number."""
+    """The same, and its derivatives in the views. A p of 0 adds nothing: any finite logarithm will do."""
     label, *shares = weights
     dim, least, scale = first.dim, torch.finfo(first.logits.dtype).tiny, 1.0 / _normaliser(label)
     ps = [torch.softmax(view, dim) for view in views]

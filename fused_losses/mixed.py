@@ -123,7 +123,7 @@ def _gradient(ctx: Any, args: RowLossArguments, labels: _Labels, written: Tensor
 def _in_one_read(entry: LossEntry, labels: _Labels, args: RowLossArguments) -> bool:
     """Whether there is a kernel: for losses that are affine in the softmax, which a bias would change.
 
-    It wants one share for all rows as a number, for which CUDA would wait, and tracing too.
+    The kernel takes one share of all rows as a number. Reading it would make CUDA wait, and tracing cannot.
     """
     share = labels.share if isinstance(labels.share, Tensor) else None
     waits = share is not None and share.dim() == 0 and (torch.compiler.is_compiling() or not share.is_cpu)

@@ -26,7 +26,7 @@ _min_prob = replace(fraction, low=1e-30, high=1e-3)
 
 
 def _missing(gamma: float, detach: bool, min_prob: float) -> Callable[[Tensor], Tensor]:
-    """``A' - n_k``: what a class's focal term lacks of that at ``min_prob``, below which the logarithm ends."""
+    """``A' - n_k``: the focal term at ``min_prob``, below which the logarithm stays the same, less that of a class."""
     least = math.log(min_prob)
     excess = -least * math.expm1(gamma * math.log1p(-min_prob))  # of A' over -log min_prob
     above = nfl_term(gamma, detach)

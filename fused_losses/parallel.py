@@ -246,7 +246,7 @@ def _groups(logits: Any, dim: int) -> tuple[list[dist.ProcessGroup], list[dist.P
 
 
 def _local_rows(rows: Any, here: slice, everywhere: int) -> Any:
-    """This rank's rows, of a DTensor, of all rows or of these."""
+    """This rank's rows, of a DTensor, of a tensor of all rows, or of one that has only these."""
     if is_distributed(rows):
         return rows.to_local()
     whole = isinstance(rows, Tensor) and rows.dim() > 0 and rows.shape[0] == everywhere

@@ -13,7 +13,7 @@ HIDDEN = frozenset({"PIL", "expecttest", "lightning", "liger_kernel", "matplotli
 
 
 class Others:
-    """All finders, but for what is hidden; `find_spec` returns None for that, as for any missing module."""
+    """All finders. For what is hidden `find_spec` returns None, as for any missing module."""
 
     def __init__(self, finders: Sequence[Any]) -> None:
         self.finders = finders

@@ -26,7 +26,7 @@ def others(own: str) -> tuple[str, ...]:
 
 
 def files() -> list[str]:
-    """Those with tests that judge a kernel."""
+    """The files with tests that judge a kernel."""
     marked = re.compile(r"^pytestmark = (\[\n(    .*\n)*?    )?pytest\.mark\.any_cpu", re.M)
     return [
         str(path) for path in sorted(Path(__file__).parent.glob("test_*.py")) if not marked.search(path.read_text())

@@ -89,7 +89,7 @@ def build_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def environment() -> dict[str, str]:
-    """For CMake, should it configure: with CUDA if the package has it."""
+    """For CMake, in case it configures again: with CUDA if the package has it."""
     return {**os.environ, "FUSED_LOSSES_CUDA": "0" if fl.build_info()["cuda"] is None else "1"}
 
 

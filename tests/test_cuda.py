@@ -85,7 +85,7 @@ MORE = {"shares": with_shares, "two labels": with_two_labels, "statistics": with
 @pytest.mark.parametrize("name", ["cross_entropy", "gce", "nce_agce"])
 @pytest.mark.parametrize("more", MORE)
 def test_a_captured_step_of_more_than_one_label(more: str, name: str, classes: int) -> None:
-    """In a graph, so nothing waits for the device; the same as on the CPU."""
+    """It can be captured, so nothing waits for the device, and gives what the CPU gives."""
     torch.manual_seed(0)
     logits, target = problem(70, classes)
     loss = fl.LOSSES[name].module(weight=torch.rand(classes) + 0.5).cuda()

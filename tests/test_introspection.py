@@ -102,7 +102,7 @@ def look_at_everything(thing: Any) -> None:
 
 
 def state(thing: Any) -> Any:
-    """What makes two of a kind equal, as something that compares."""
+    """What equal objects of a kind have in common, in a form that can be compared."""
     if isinstance(thing, Tensor):
         return thing.dtype, thing.nan_to_num(-1e9).tolist()
     if isinstance(thing, (dict, tuple, list)):

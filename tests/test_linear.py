@@ -265,7 +265,7 @@ def test_satisfied_and_ignored_rows_reach_no_gemm(monkeypatch):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", fl.LOSSES)
 def test_gradients_may_take_the_place_of_the_logits(name, dtype):
-    """On the CPU: to the last bit, for rows in lanes and lanes in rows, with and without what a bias or weights add."""
+    """On the CPU: to the last bit, in vertical and horizontal tiles, with and without what a bias or weights add."""
     for classes in (3, 33, 101, 5003):
         logits = (torch.randn(19, classes) * torch.linspace(0.1, 30, 19)[:, None]).to(dtype)
         target = torch.arange(19) % classes

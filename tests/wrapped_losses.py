@@ -53,7 +53,7 @@ def clipped(z: Tensor, tau: float) -> Tensor:
 
 
 def elr_memory() -> Tensor:
-    """Of the batch's samples, as if from earlier steps; the sample of the ignored row is never looked at."""
+    """The memory of the batch's samples, as if from earlier steps; nobody reads that of the ignored row."""
     memory = 0.9 * p_of(torch.randn(ROWS, CLASSES, generator=torch.Generator().manual_seed(1)))
     return memory
 

@@ -192,7 +192,8 @@ class Classifier(lightning.LightningModule):
             lr *= options.batch_size * options.accumulate / options.lr_batch
         parameters = [p for p in self.parameters() if p.requires_grad]
         given: dict[str, Any] = {"lr": lr, "weight_decay": options.weight_decay}
-        # One kernel a step. Lightning scales and clips float16 gradients itself, which torch's fused step would repeat.
+        # One kernel a step. Not for float16: Lightning scales and clips the gradients itself, and torch's fused step
+        # would do so again.
         given["fused"] = options.amp != "fp16" and options.strategy != "fsdp"
         optimizer: torch.optim.Optimizer
         if options.optimizer == "sgd":
@@ -261,7 +262,7 @@ class Classifier(lightning.LightningModule):
         self.history, self._train_loss = list(state["history"]), state["train_loss"].to(self.device)
         for schedule, saved in zip(self.schedules, state["schedules"], strict=True):
             schedule.load_state_dict(saved)
-        if self.trainer.is_global_zero:  # the sum over processes; the others go on from nothing
+        if self.trainer.is_global_zero:  # it saves the sum over processes; the others continue from zeros
             self.tracker.load_state_dict(state["tracker"])
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         self._batches_done = progress["total"]["processed"]

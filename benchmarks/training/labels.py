@@ -22,7 +22,7 @@ def apply_noise(data: Data, options: Options) -> Tensor | None:
 
 def _noisy(data: Data, options: Options) -> Tensor:
     target, rate, classes = data.published, options.noise_rate, data.num_classes
-    # Not the seed itself: weights and order of the batches are drawn from that.
+    # Not the seed itself, from which weights and the order of batches are drawn.
     seed = torch.Generator().manual_seed(1_000_003 * (options.seed + 1))
     if options.noise == "none":
         return target

@@ -59,7 +59,7 @@ class Runs:
 
     def has(self, label: str, group: str, seed: int, settings: dict[str, Any]) -> bool:
         """Whether this run is there, with the same settings."""
-        default = json.loads(json.dumps(Options().settings()))  # of options that came later than the row
+        default = json.loads(json.dumps(Options().settings()))  # of options that are newer than the row
         return any(
             (row["label"], row["group"], row["seed"]) == (label, group, seed)
             and {**default, **row["settings"]} == settings

@@ -93,7 +93,7 @@ def collectives(loss: Any, classes: int) -> dict[str, int]:
 
         return call
 
-    loss(logits, target)  # what is agreed on in the first call only
+    loss(logits, target)  # ranks agree about some things in the first call only
     try:
         for name in originals:
             setattr(dist, name, counted(name))
