@@ -41,8 +41,8 @@ test: $(BUILD_DONE)
 	@$(if $(PYTEST_ARGS),,$(PY) tests/instruction_sets.py $(JOBS) --quiet)
 	@$(if $(PYTEST_ARGS),,$(PY) -m pytest benchmarks --benchmark-disable -m "not slow and not long" --quiet --numprocesses $(JOBS) --dist worksteal)
 
-# What is tested at a desk, in two or three minutes: the kernels that this processor chooses, without what is slow (marked
-# so: several processes, compilers, simulations), the C++ programs and the runs of demo and examples.
+# What is tested at a desk, in about two minutes: the kernels that this processor chooses, without what is marked slow
+# (compilers, several processes, simulations), the C++ programs and the runs of demo and examples.
 check: $(BUILD_DONE)
 	@$(PY) -m pytest --numprocesses $(JOBS) --dist loadfile -m "not slow and not long" --quiet \
 		--ignore tests/test_cpp.py --ignore tests/test_demo.py --ignore tests/test_examples.py $(PYTEST_ARGS)

@@ -12,6 +12,7 @@ import math
 
 import pytest
 import torch
+from conftest import one_in
 from torch.utils.checkpoint import checkpoint
 
 import fused_losses as fl
@@ -171,8 +172,7 @@ USES = [
 ]
 
 
-@pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "use"), one_in(3, NAMES, USES))
 def test_gradient(name, use):
     for reduction in ("none", "mean", "sum"):
         logits, target, upstream = problem(name, reduction)
@@ -230,6 +230,7 @@ def test_without_gradients(name):
             torch.testing.assert_close(loss_of(name, logits, target, "mean"), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cross_entropy", "agce", "hem"])
 def test_a_checkpoint_frees_the_memory_of_the_gradient(name):
     """Nothing of the logits' size stays alive where torch's saved-tensor hooks cannot reach it."""

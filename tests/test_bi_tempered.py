@@ -132,6 +132,7 @@ def test_golden(made, target, t1, t2, smoothing, num_iters, value, gradient, dev
 T2 = [0.1, 0.5, 0.8, 0.99, 1.01, 1.1, 1.2, 1.5, 2.0, 4.0]
 
 
+@pytest.mark.slow
 @pytest.mark.any_cpu  # torch's operators
 @pytest.mark.parametrize(("t2", "classes", "sd"), one_in(4, T2, [2, 10, 100, 1000], [0.1, 1.0, 5.0]))
 def test_newton_converges(t2, classes, sd):
@@ -201,6 +202,7 @@ def test_masked_classes_and_non_finite_rows(made, t2, device):
     assert 3.0 < loss.item() <= 5.0 and grad.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.any_cpu
 @pytest.mark.parametrize("t1, t2", [(0.8, 1.2), (0.3, 0.7), (0.6, 1.0), (1.0, 1.4), (0.2, 3.0)])
 def test_every_derivative(t1, t2):

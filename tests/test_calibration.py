@@ -168,6 +168,7 @@ def mean_power(power: float, num_classes: int, z: float) -> float:
     return float(terms.sum() * step / math.gamma(power))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_classes", [2, 3, 4, 10, 100, 1000, 100_000])
 @pytest.mark.parametrize("z", [-4.0, 0.0, 3.0])
 def test_mean_error_is_the_integral(num_classes: int, z: float) -> None:
@@ -214,6 +215,7 @@ def test_every_loss_agrees_with_a_simulation(name: str, num_classes: int) -> Non
     assert abs(found - float(slopes.mean())) <= sampled + 2e-3 * abs(found) + (name == "truncated_gce") * 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_classes", [10, 1000, 100_000])
 @pytest.mark.parametrize("name", ["gce", "mae", "js"])
 def test_the_fixed_sample_is_good_to_half_a_per_cent(name: str, num_classes: int) -> None:

@@ -104,6 +104,7 @@ def test_image_layouts(name, layout, dtype, device):
 
 # Gradients of more than 8 MiB: images whose rows are whole vectors in memory, and some whose rows are not; a number of
 # pixels that ends in the middle of a tile. More classes than a tile of 256 pixels takes.
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(2, 21, 320, 336), (2, 21, 321, 335), (1, 600, 81, 96)], ids=str)
 def test_large_images(shape, dtype, device):
@@ -385,6 +386,7 @@ def test_one_row_and_no_batch(name, device):
         assert torch.equal(single[0], batch[0].squeeze()) and torch.equal(single[1], batch[1][0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_float16_gradient_of_a_large_batch_survives_loss_scaling(name, device):
     # 1 / 100000 is below the smallest normal float16; the scale must come in before the rounding.

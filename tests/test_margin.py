@@ -318,6 +318,7 @@ def test_non_finite_logits(made, name, parameters, device):
     assert loss[1] == inf and (grad[:, 1] == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.any_cpu
 @pytest.mark.parametrize("name, parameters", VARIANTS)
 def test_derivatives_and_torch_func(name, parameters):

@@ -87,6 +87,7 @@ def assert_right(loss, grad, expected, context):
 CASES = list({repr(case): case for case in cases()}.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_right_at_the_ends_of_every_range(name, device):
     entry = fl.LOSSES[name]

@@ -129,6 +129,7 @@ class Killed(Exception):
     """Stands for the end of the process."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [1, 4, 5, 6, 10])
 @pytest.mark.parametrize("recipe", ["scheduled bias", "z-error"])
 def test_a_run_that_breaks_off_anywhere_ends_like_an_unbroken_one(

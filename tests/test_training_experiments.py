@@ -43,6 +43,7 @@ def test_numbers_are_shown_with_their_spread() -> None:
     assert table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.jsonl")), ids=lambda path: path.stem)
 def test_committed_tables_are_those_of_the_numbers(path: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")

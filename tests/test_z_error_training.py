@@ -179,6 +179,7 @@ def test_same_bits_for_any_number_of_threads():
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.any_cpu  # of the registration: an operator against itself
 def test_opcheck():
     torch.manual_seed(0)
