@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "core/elr_memory.h"
 #include "core/row_problem.h"
 
 namespace fused_losses::cuda {
@@ -63,5 +64,8 @@ cudaError_t enqueue_label_weights(const RowProblem& p, const LossOutput& out, cu
 
 // Fills row_statistics and argmax; there is a row.
 cudaError_t enqueue_row_statistics(const RowProblem& p, cudaStream_t stream);
+
+// Fills row_values, grad and the memory as elr_rows_ (ops.cpp) says; there is a row.
+cudaError_t enqueue_elr(const RowProblem& p, const ElrMemory& m, cudaStream_t stream);
 
 }  // namespace fused_losses::cuda

@@ -1,6 +1,7 @@
 // What a device provides. Arguments are checked and outputs allocated before any of it is called.
 #pragma once
 
+#include "core/elr_memory.h"
 #include "core/row_problem.h"
 #include "z_error/problem.h"
 
@@ -16,6 +17,8 @@ struct Backend {
     void (*row_loss_gradient)(const RowProblem& p);
     // Fills p.row_statistics and p.argmax.
     void (*row_statistics)(const RowProblem& p);
+    // A step of early-learning regularisation: fills p.row_values and, where there is one, p.grad (acc).
+    void (*elr)(const RowProblem& p, const ElrMemory& m);
 
     // ---- Z-Error ----
     // moments: double [3][num_groups], count, mean, m2; zeros for a group without rows.

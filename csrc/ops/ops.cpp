@@ -67,6 +67,16 @@ STABLE_TORCH_LIBRARY(fused_losses, m) {
     def("row_loss_and_statistics", "", "(Tensor loss, Tensor stats, Tensor argmax)");
     def("row_loss_with_grad_and_statistics", "", "(Tensor loss, Tensor grad_logits, Tensor stats, Tensor argmax)");
 
+    // A step of early-learning regularisation (losses/elr.h) from one read of the logits and of memory [samples,
+    // classes], float32 or bfloat16, which is written if it `updates`. place: where each row's sample is, int64 [rows];
+    // order: row numbers by place, equal ones in their order, null if no sample has two rows (the CPU finds out by
+    // itself). parameters: beta and lam on the device, in their place. values are [rows]; grad_logits, in float32
+    // (float64) and empty unless asked for, is multiplied by scale [rows].
+    m.def(
+        "elr_rows_(Tensor logits, Tensor target, Tensor place, Tensor? order, Tensor(a!) memory, Tensor? parameters, "
+        "Tensor? scale, float beta, float lam, int ignore_index, bool updates, bool with_grad) -> "
+        "(Tensor values, Tensor grad_logits)");
+
     // ---- Z-Error (2506.02154) ----
     // Rows form groups and have scores, as `statistic` says:
     //   "class": target holds class indices; score is one number per row, or logits whose target's entry is the score
@@ -145,6 +155,7 @@ void implement(torch::stable::detail::StableLibrary& m) {
     m.impl("mixed_loss_backward", &mixed_loss_backward);
     m.impl("mixed_loss_backward_", &mixed_loss_backward_);
     m.impl("row_statistics", &row_statistics);
+    m.impl("elr_rows_", &elr_rows_);
     m.impl("row_loss_and_statistics", &row_loss_and_statistics);
     m.impl("row_loss_with_grad_and_statistics", &row_loss_with_grad_and_statistics);
     m.impl("class_moments", &class_moments);
