@@ -43,7 +43,7 @@ public:
         const A top = max_of(z), sum = exponentials(z, top);
         Kept* const memory = static_cast<Kept*>(m.rows) + m.place[number] * classes;
         const bool usable = sum == sum;
-        const A rest = writes && usable ? remember(memory, A(1) / sum) : recall(memory, A(1) / sum);
+        const A rest = m.updates && usable ? remember(memory, A(1) / sum, writes) : recall(memory, A(1) / sum);
         const A log_p = (z[target] - top) - math::log_normal(sum);
         value = ELR::value(log_p, rest, lam);
         if (grad) write_gradient(grad, m.scale ? as<A>(m.scale)[number] : A(1), lam / rest, target, log_p);
@@ -78,16 +78,15 @@ private:
         });
     }
 
-    A remember(Kept* memory, A of_sum) const {
+    A remember(Kept* memory, A of_sum, bool writes) const {
         const A sum = sum_over_classes([&](std::int64_t c, auto count) FL_INLINE {
             return without_rest(ELR::clamped(probability_at(c, count, of_sum)), count);
         });
         const V share = (A(1) - beta) / sum;
         return sum_over_classes([&](std::int64_t c, auto count) FL_INLINE {
             const V probability = probability_at(c, count, of_sum);
-            const V t =
-                keep(memory + c, count,
-                     ELR::remembered<Kept>(kept_at(memory + c, count), ELR::clamped(probability), V(beta), share));
+            const V next = ELR::remembered<Kept>(kept_at(memory + c, count), ELR::clamped(probability), V(beta), share);
+            const V t = writes ? keep(memory + c, count, next) : as_kept(next);
             store_n(probabilities.data() + c, probability, count);
             store_n(remembered.data() + c, t, count);
             return probability * (V(A(1)) - t);
@@ -132,16 +131,22 @@ private:
         }
     }
 
-    // Returns what is remembered of t in the end.
+    // As it is when it has been kept.
+    FL_ALWAYS_INLINE static V as_kept(V t) {
+        if constexpr (sizeof(A) == 8)
+            for (int i = 0; i < V::size; ++i) t.v[i] = widen(narrow<Kept>(static_cast<float>(t.v[i])));
+        else if constexpr (sizeof(Kept) == 2)
+            t = widen_bits<Kept, V>(narrow_bits<Kept>(t));
+        return t;
+    }
+
     template <class Count>
     FL_ALWAYS_INLINE static V keep(Kept* to, Count count, V t) {
-        if constexpr (sizeof(A) == 4) {
+        if constexpr (sizeof(A) == 4)
             store_n(to, t, count);
-            if constexpr (sizeof(Kept) == 2) t = widen_bits<Kept, V>(narrow_bits<Kept>(t));
-        } else {
-            for (int i = 0; i < elements(count); ++i) t.v[i] = widen(to[i] = narrow<Kept>(static_cast<float>(t.v[i])));
-        }
-        return t;
+        else
+            for (int i = 0; i < elements(count); ++i) to[i] = narrow<Kept>(static_cast<float>(t.v[i]));
+        return as_kept(t);
     }
 
     static int elements(Whole) { return V::size; }
