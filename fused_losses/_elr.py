@@ -77,8 +77,9 @@ class _FusedLoss(torch.autograd.Function):
             return torch.autograd.grad(values, logits, upstream, create_graph=True)[0], None, None
         if scale is not None and written.dtype == logits.dtype and is_one(grad_loss):
             return written, None, None
-        upstream = grad_loss if scale is not None else _per_row(grad_loss, logits)
-        return (written * upstream).to(logits.dtype), None, None
+        if scale is not None:  # infinity times the zeros of ignored rows is NaN
+            grad_loss = torch.where(scale == 0, 0.0, grad_loss)
+        return (written * _per_row(grad_loss, logits)).to(logits.dtype), None, None
 
 
 def _per_row(numbers: Tensor, logits: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ def _formula_again(
     z, dim = rows.logits, rows.dim
     with torch.no_grad():
         p = torch.softmax(z, dim)
-        factor = torch.ones_like(p).mean(dim, keepdim=True) if scale is None else _per_row(scale, logits)
+        factor = _per_row(torch.ones_like(rows.target, dtype=z.dtype) if scale is None else scale, logits)
         unknown = (factor == 0) | rows.ignored.unsqueeze(dim)  # has no gradient
         one_hot = torch.zeros_like(p).scatter_(dim, rows.target.unsqueeze(dim), 1.0)
         lam = torch.as_tensor(lam, dtype=z.dtype, device=z.device)

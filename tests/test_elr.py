@@ -127,6 +127,9 @@ def test_reduced_by_the_kernel_and_by_rows(reduction):
     for found in (losses, grads):
         torch.testing.assert_close(found[0], found[2])
         torch.testing.assert_close(found[1], found[3])
+    loss = fl.ELRLoss(SAMPLES, CLASSES)(logits, target, index)
+    (grad,) = torch.autograd.grad(loss, logits, torch.tensor(math.inf, dtype=torch.float64))
+    assert not grad[1].any() and grad[0].isinf().all()
     nothing = fl.ELRLoss(SAMPLES, CLASSES)(logits, torch.full((6,), -100), index)
     assert nothing == 0 and not torch.autograd.grad(nothing, logits)[0].any()
 

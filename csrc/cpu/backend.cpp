@@ -7,8 +7,10 @@
 
 #include "cpu/choose_isa.h"
 #include "cpu/elr_kernels.h"
+#include "cpu/gjs_kernels.h"
 #include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
+#include "cpu/rescale_kernels.h"
 #include "cpu/row_statistics_kernels.h"
 #include "cpu/tiling.h"
 #include "cpu/work_stealing.h"
@@ -157,6 +159,13 @@ void statistics(const RowProblem& p) {
                  [&](std::int64_t begin, std::int64_t end) { statistics_kernel()(p, runs, begin, end); });
 }
 
+// Calls body(begin, end) for runs of rows that are worth a thread.
+template <class Body>
+void for_rows(const RowProblem& p, const Body& body) {
+    constexpr std::int64_t kElements = 8192;
+    for_stealing(p.rows(), std::max<std::int64_t>(1, kElements / p.num_classes), body);
+}
+
 // Whether a number occurs twice.
 bool has_repeats(const std::int64_t* numbers, std::int64_t count) {
     const int bits = std::max(1, static_cast<int>(std::bit_width(static_cast<std::uint64_t>(2 * count))));
@@ -184,17 +193,34 @@ void elr(const RowProblem& p, const ElrMemory& given) {
                          [&](std::int64_t a, std::int64_t b) { return m.place[a] < m.place[b]; });
         m.order = order.data();
     }
-    constexpr std::int64_t kElements = 8192;
-    for_stealing(rows, std::max<std::int64_t>(1, kElements / p.num_classes),
-                 [&](std::int64_t begin, std::int64_t end) { kernel(p, m, begin, end); });
+    for_rows(p, [&](std::int64_t begin, std::int64_t end) { kernel(p, m, begin, end); });
+}
+
+void rescale(const RowProblem& p, const LogitRescale& of) {
+    static const RescaleKernel kernel = for_this_processor([]<Isa isa>() { return rescale_kernel<isa>(); });
+    for_rows(p, [&](std::int64_t begin, std::int64_t end) { kernel(p, of, begin, end); });
+}
+
+void gjs(const RowProblem& p, const GjsViews& views) {
+    static const GjsKernel kernel = for_this_processor([]<Isa isa>() { return gjs_kernel<isa>(); });
+    check_targets(p);
+    for_rows(p, [&](std::int64_t begin, std::int64_t end) { kernel(p, views, begin, end); });
 }
 
 }  // namespace
 
 void cpu_row_loss(RowProblem& p) { forward(p, nullptr, nullptr); }
 
-const Backend cpu_backend{&forward,           &gradient,         &statistics,       &elr,
-                          &cpu_class_moments, &cpu_z_error_mask, &cpu_z_error_loss, &cpu_z_error_gradient,
+const Backend cpu_backend{&forward,
+                          &gradient,
+                          &statistics,
+                          &elr,
+                          &rescale,
+                          &gjs,
+                          &cpu_class_moments,
+                          &cpu_z_error_mask,
+                          &cpu_z_error_loss,
+                          &cpu_z_error_gradient,
                           &cpu_update_moments};
 
 }  // namespace fused_losses

@@ -2,6 +2,7 @@
 #include "cpu/elr_kernels.h"
 
 #include "cpu/row_buffer.h"
+#include "cpu/row_sums.h"
 #include "cpu/scratch.h"
 #include "losses/elr.h"
 
@@ -16,7 +17,6 @@ class ElrRows {
     using A = acc_t<Stored>;
     using V = Vec<A>;
     static constexpr A kLowest = -std::numeric_limits<A>::infinity();
-    static constexpr int kAhead = 4;
 
 public:
     ElrRows(const RowProblem& problem, const ElrMemory& memory)
@@ -40,7 +40,7 @@ public:
             return false;
         }
         const A* const z = RowBuffer<Stored>::logits(p, outer, row, logits.data());
-        const A top = max_of(z), sum = exponentials(z, top);
+        const A top = max_of_row(z, classes), sum = exponentials(z, top);
         Kept* const memory = static_cast<Kept*>(m.rows) + m.place[number] * classes;
         const bool usable = sum == sum;
         const A rest = m.updates && usable ? remember(memory, A(1) / sum, writes) : recall(memory, A(1) / sum);
@@ -51,17 +51,9 @@ public:
     }
 
 private:
-    A max_of(const A* z) const {
-        V top[kAhead] = {kLowest, kLowest, kLowest, kLowest};
-        for_vectors_ahead<A, kAhead>(classes, [&](std::int64_t c, auto count, auto k) FL_INLINE {
-            top[k] = max(top[k], load_n_or(z + c, count, kLowest));
-        });
-        return max(max(top[0], top[1]), max(top[2], top[3])).max();
-    }
-
     // Leaves exp(z - top) in scratch and returns their sum.
     A exponentials(const A* z, A top) const {
-        return sum_over_classes([&](std::int64_t c, auto count) FL_INLINE {
+        return sum_of_row<A>(classes, [&](std::int64_t c, auto count) FL_INLINE {
             const V e = exp_not_positive<Stored>(load_n_or(z + c, count, kLowest) - V(top));
             store_n(probabilities.data() + c, e, count);
             return e;
@@ -70,7 +62,7 @@ private:
 
     // Both make probabilities of the exponentials, leave what is remembered in scratch and return 1 - s.
     A recall(const Kept* memory, A of_sum) const {
-        return sum_over_classes([&](std::int64_t c, auto count) FL_INLINE {
+        return sum_of_row<A>(classes, [&](std::int64_t c, auto count) FL_INLINE {
             const V probability = probability_at(c, count, of_sum), t = kept_at(memory + c, count);
             store_n(probabilities.data() + c, probability, count);
             store_n(remembered.data() + c, t, count);
@@ -79,11 +71,11 @@ private:
     }
 
     A remember(Kept* memory, A of_sum, bool writes) const {
-        const A sum = sum_over_classes([&](std::int64_t c, auto count) FL_INLINE {
+        const A sum = sum_of_row<A>(classes, [&](std::int64_t c, auto count) FL_INLINE {
             return without_rest(ELR::clamped(probability_at(c, count, of_sum)), count);
         });
         const V share = (A(1) - beta) / sum;
-        return sum_over_classes([&](std::int64_t c, auto count) FL_INLINE {
+        return sum_of_row<A>(classes, [&](std::int64_t c, auto count) FL_INLINE {
             const V probability = probability_at(c, count, of_sum);
             const V next = ELR::remembered<Kept>(kept_at(memory + c, count), ELR::clamped(probability), V(beta), share);
             const V t = writes ? keep(memory + c, count, next) : as_kept(next);
@@ -109,15 +101,6 @@ private:
 
     static V without_rest(V x, Whole) { return x; }
     static V without_rest(V x, int count) { return math::select(first_n<A>(count), x, V(A(0))); }
-
-    // body(c, count) is what the classes from c on add; zeros behind the last.
-    template <class Body>
-    FL_ALWAYS_INLINE A sum_over_classes(Body body) const {
-        V sums[kAhead] = {A(0), A(0), A(0), A(0)};
-        for_vectors_ahead<A, kAhead>(classes,
-                                     [&](std::int64_t c, auto count, auto k) FL_INLINE { sums[k] += body(c, count); });
-        return ((sums[0] + sums[1]) + (sums[2] + sums[3])).sum();
-    }
 
     // Doubles are for checking, not for speed.
     template <class Count>

@@ -4,11 +4,10 @@
 
 #include "cuda/launch.cuh"
 #include "cuda/row_access.cuh"
+#include "cuda/row_sums.cuh"
 
 namespace fused_losses::cuda {
 namespace {
-
-constexpr int kWarp = 32;
 
 // kThreads threads to a row.
 template <class Stored, class Kept, int kThreads>
@@ -19,8 +18,7 @@ public:
     FL_DEVICE ElrRows(const RowProblem& problem, const ElrMemory& memory)
         : p(problem),
           m(memory),
-          lane(threadIdx.x % kThreads),
-          classes(static_cast<int>(p.num_classes)),
+          lane(problem),
           beta(m.parameters ? as<A>(m.parameters)[0] : A(m.beta)),
           lam(m.parameters ? as<A>(m.parameters)[1] : A(m.lam)) {}
 
@@ -30,70 +28,47 @@ public:
         A* const grad = p.grad ? static_cast<A*>(p.grad) + p.grad_stride.at(row.outer, row.inner) : nullptr;
         A* const value = static_cast<A*>(p.row_values) + number;
         if (target.ignored) {
-            if (lane == 0) *value = A(0);
-            for (int c = lane; c < classes && grad; c += kThreads) grad[c * p.grad_class_stride] = A(0);
+            if (lane.first == 0) *value = A(0);
+            if (grad) lane.each([&](int c) { grad[c * p.grad_class_stride] = A(0); });
             return false;
         }
         const Stored* const x = as<Stored>(p.logits) + p.logits_stride.at(row.outer, row.inner);
         const auto logit = [&](int c) { return to_acc(x[c * p.logits_class_stride]); };
-        const A top = max_over_row(logit);
-        const A sum = sum_over_row([&](int c) { return math::exp(logit(c) - top); }), of_sum = A(1) / sum;
+        const A top = lane.template max<A>(logit);
+        const A sum = lane.template sum<A>([&](int c) { return math::exp(logit(c) - top); }), of_sum = A(1) / sum;
         const auto probability = [&](int c) { return math::exp(logit(c) - top) * of_sum; };
         const bool usable = sum == sum, updates = m.updates && usable;
         A share = A(0);
-        if (updates) share = (A(1) - beta) / sum_over_row([&](int c) { return ELR::clamped(probability(c)); });
-        Kept* const memory = static_cast<Kept*>(m.rows) + m.place[number] * classes;
+        if (updates) share = (A(1) - beta) / lane.template sum<A>([&](int c) { return ELR::clamped(probability(c)); });
+        Kept* const memory = static_cast<Kept*>(m.rows) + m.place[number] * p.num_classes;
         const auto remembered = [&](int c, A of_class) {
             if (!updates) return memory[c];
             const A t = ELR::remembered<Kept>(A(widen(memory[c])), ELR::clamped(of_class), beta, share);
             return narrow<Kept>(static_cast<float>(t));
         };
-        const A rest = sum_over_row([&](int c) {
+        const A rest = lane.template sum<A>([&](int c) {
             const A of_class = probability(c);
             return of_class * (A(1) - A(widen(remembered(c, of_class))));
         });
         const A log_p = (logit(target.cls) - top) - math::log(sum), rest_share = lam / rest;
         const A scale = m.scale ? as<A>(m.scale)[number] : A(1);
-        if (lane == 0) *value = ELR::value(log_p, rest, lam);
-        for (int c = lane; c < classes; c += kThreads) {
+        if (lane.first == 0) *value = ELR::value(log_p, rest, lam);
+        lane.each([&](int c) {
             const A of_class = probability(c);
             const Kept kept = remembered(c, of_class);
             const A t = A(widen(kept));
             if (writes && updates) memory[c] = kept;
-            if (grad)
-                grad[c * p.grad_class_stride] =
-                    scale * (c == target.cls ? ELR::target_gradient(log_p, t, lam, rest_share)
-                                             : ELR::gradient(of_class, t, lam, rest_share));
-        }
+            if (!grad) return;
+            grad[c * p.grad_class_stride] = scale * (c == target.cls ? ELR::target_gradient(log_p, t, lam, rest_share)
+                                                                     : ELR::gradient(of_class, t, lam, rest_share));
+        });
         return usable;
     }
 
 private:
-    template <class Of>
-    FL_DEVICE A max_over_row(Of of) const {
-        A top = -std::numeric_limits<A>::infinity();  // NaN skipped
-        for (int c = lane; c < classes; c += kThreads) top = of(c) > top ? of(c) : top;
-#pragma unroll
-        for (int distance = kThreads / 2; distance > 0; distance /= 2) {
-            const A other = __shfl_xor_sync(0xffffffffu, top, distance);
-            top = other > top ? other : top;
-        }
-        return top;
-    }
-
-    template <class Of>
-    FL_DEVICE A sum_over_row(Of of) const {
-        A sum = A(0);
-        for (int c = lane; c < classes; c += kThreads) sum += of(c);
-#pragma unroll
-        for (int distance = kThreads / 2; distance > 0; distance /= 2)
-            sum += __shfl_xor_sync(0xffffffffu, sum, distance);
-        return sum;
-    }
-
     const RowProblem& p;
     const ElrMemory& m;
-    const int lane, classes;
+    const ClassesOfLane<kThreads> lane;
     const A beta, lam;
 };
 
@@ -109,8 +84,7 @@ __global__ void __launch_bounds__(kBlock)
 
 template <class Stored, class Kept>
 cudaError_t enqueue_kept(const RowProblem& p, const ElrMemory& m, cudaStream_t stream) {
-    constexpr int kFew = 16;  // less than half of a warp would have something to do
-    if (p.logits_class_stride == 1 && p.num_classes > kFew)
+    if (p.logits_class_stride == 1 && p.num_classes > kFewClasses)
         return launch(elr_rows<Stored, Kept, kWarp>, blocks_for(p.rows(), kBlock / kWarp), stream, p, m);
     return launch(elr_rows<Stored, Kept, 1>, blocks_for(p.rows(), kBlock), stream, p, m);
 }

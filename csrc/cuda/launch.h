@@ -9,6 +9,8 @@
 
 #include "core/elr_memory.h"
 #include "core/row_problem.h"
+#include "losses/gjs.h"
+#include "losses/rescale.h"
 
 namespace fused_losses::cuda {
 
@@ -67,5 +69,11 @@ cudaError_t enqueue_row_statistics(const RowProblem& p, cudaStream_t stream);
 
 // Fills row_values, grad and the memory as elr_rows_ (ops.cpp) says; there is a row.
 cudaError_t enqueue_elr(const RowProblem& p, const ElrMemory& m, cudaStream_t stream);
+
+// Fills grad and norms as losses/rescale.h says; there is a row.
+cudaError_t enqueue_rescale(const RowProblem& p, const LogitRescale& of, cudaStream_t stream);
+
+// Fills row_values and the views' gradients; there is a row.
+cudaError_t enqueue_gjs(const RowProblem& p, const GjsViews& views, cudaStream_t stream);
 
 }  // namespace fused_losses::cuda
