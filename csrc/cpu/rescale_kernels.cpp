@@ -1,9 +1,7 @@
 // Compiled once per instruction set (FL_ISA), as kernels.cpp.
 #include "cpu/rescale_kernels.h"
 
-#include "cpu/row_buffer.h"
 #include "cpu/row_sums.h"
-#include "cpu/scratch.h"
 
 namespace fused_losses {
 inline namespace FL_ISA {
@@ -26,33 +24,28 @@ public:
             if (!of.upstream) norm = A(0);
             return of.upstream ? zeros<Stored>(outer, row) : zeros<A>(outer, row);
         }
-        const A* const z = RowBuffer<Stored>::logits(p, outer, row, logits.data());
+        const A* const z = logits.read(logits_at<Stored>(p, outer, row), p.logits_class_stride);
         if (of.upstream) return write_gradient(outer, row, z, RescaleFactor<A>(of.clips, parameter, norm));
-        norm = std::sqrt(sum_of_row<A>(p.num_classes, [&](std::int64_t c, auto count) FL_INLINE {
-            const V x = unless_masked(load_n_or(z + c, count, A(0)));
+        norm = std::sqrt(sum_of_row<A>(logits.padded, [&](std::int64_t c) FL_INLINE {
+            const V x = unless_masked(V::load(z + c));
             return x * x;
         }));
         const V factor = RescaleFactor<A>(of.clips, parameter, norm).factor;
         RowBuffer<A>::write_row(p, grad_at<A>(p, outer, row), /*unordered=*/false,
-                                [&](std::int64_t c, auto count)
-                                    FL_INLINE { return load_n_or(z + c, count, A(0)) * factor; });
+                                [&](std::int64_t c, auto) FL_INLINE { return V::load(z + c) * factor; });
     }
 
 private:
     void write_gradient(std::int64_t outer, std::int64_t row, const A* z, RescaleFactor<A> by) const {
-        const A* g = as<A>(of.upstream) + of.upstream_stride.at(outer, row);
-        if (of.upstream_class_stride != 1) {
-            RowBuffer<A>::widen_row(g, of.upstream_class_stride, p.num_classes, upstream.data());
-            g = upstream.data();
-        }
-        const A dot = sum_of_row<A>(p.num_classes, [&](std::int64_t c, auto count) FL_INLINE {
-            return unless_masked(load_n_or(z + c, count, A(0))) * load_n_or(g + c, count, A(0));
-        });
+        const A* const g =
+            upstream.read(as<A>(of.upstream) + of.upstream_stride.at(outer, row), of.upstream_class_stride);
+        const A dot = sum_of_row<A>(
+            logits.padded, [&](std::int64_t c) FL_INLINE { return unless_masked(V::load(z + c)) * V::load(g + c); });
         const V factor = by.factor, along = by.slope * dot;
-        RowBuffer<Stored>::write_row(
-            p, grad_at<Stored>(p, outer, row), /*unordered=*/false, [&](std::int64_t c, auto count) FL_INLINE {
-                return load_n_or(g + c, count, A(0)) * factor + unless_masked(load_n_or(z + c, count, A(0))) * along;
-            });
+        RowBuffer<Stored>::write_row(p, grad_at<Stored>(p, outer, row), /*unordered=*/false,
+                                     [&](std::int64_t c, auto) FL_INLINE {
+                                         return V::load(g + c) * factor + unless_masked(V::load(z + c)) * along;
+                                     });
     }
 
     template <class Written>
@@ -63,7 +56,7 @@ private:
     const RowProblem& p;
     const LogitRescale& of;
     const A parameter;
-    const Scratch<A> logits, upstream;
+    const PaddedRow<A> logits, upstream;
 };
 
 template <class Stored>
