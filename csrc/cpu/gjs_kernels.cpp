@@ -20,7 +20,7 @@ public:
           logits(p.num_classes, -std::numeric_limits<A>::infinity()),
           padded(logits.padded),
           mean(padded),
-          logs(padded),
+          logs(views.count * padded),
           probabilities(views.count * padded) {}
 
     void take(std::int64_t number) const {
@@ -29,7 +29,9 @@ public:
         for (std::int64_t c = 0; c < padded; c += V::size) V(A(0)).store(mean.data() + c);
         for (int i = 0; i < views.count; ++i) add_view(i, outer, row);
         mean.data()[target] += A(views.label_share);
-        A value = A(-views.label_share) * math::log_normal(mean.data()[target]);
+        for (std::int64_t c = 0; c < padded; c += V::size)
+            GJS::log_mean(V::load(mean.data() + c)).store(mean.data() + c);
+        A value = A(-views.label_share) * mean.data()[target];
         for (int i = 0; i < views.count; ++i) {
             const A divergence = divergence_of(i);
             value += A(views.views[i].share) * divergence;
@@ -41,32 +43,37 @@ public:
 private:
     A* probabilities_of(int i) const { return probabilities.data() + i * padded; }
 
-    // Makes the view's probabilities and adds its share of them to the mean.
+    A* logs_of(int i) const { return logs.data() + i * padded; }
+
+    // Makes the view's probabilities and their logarithms, and adds its share of them to the mean.
     void add_view(int i, std::int64_t outer, std::int64_t row) const {
         const GjsView& view = views.views[i];
         const A* const z =
             logits.read(as<A>(view.logits) + view.logits_stride.at(outer, row), view.logits_class_stride);
         A* const to = probabilities_of(i);
         const V top = max_of_row(z, padded);
-        const V of_sum = A(1) / sum_of_row<A>(padded, [&](std::int64_t c) FL_INLINE {
-                             const V e = math::exp_not_positive(V::load(z + c) - top);
-                             e.store(to + c);
-                             return e;
-                         });
+        const A sum = sum_of_row<A>(padded, [&](std::int64_t c) FL_INLINE {
+            const V below = V::load(z + c) - top, e = math::exp_not_positive(below);
+            e.store(to + c);
+            below.store(logs_of(i) + c);
+            return e;
+        });
+        const V of_sum = A(1) / sum, log_sum = math::log_normal(sum), share = A(view.share);
         for (std::int64_t c = 0; c < padded; c += V::size) {
             const V probability = V::load(to + c) * of_sum;
             probability.store(to + c);
-            (V::load(mean.data() + c) + V(A(view.share)) * probability).store(mean.data() + c);
+            (V::load(logs_of(i) + c) - log_sum).store(logs_of(i) + c);
+            (V::load(mean.data() + c) + share * probability).store(mean.data() + c);
         }
     }
 
-    // Leaves the logarithms in scratch.
+    // Once the mean is its logarithm. Leaves v in the place of log p.
     A divergence_of(int i) const {
         return sum_of_row<A>(padded, [&](std::int64_t c) FL_INLINE {
             const V probability = V::load(probabilities_of(i) + c);
-            const V log_ratio = GJS::log_ratio(probability, V::load(mean.data() + c));
-            log_ratio.store(logs.data() + c);
-            return probability * log_ratio;
+            const V v = GJS::log_ratio(probability, V::load(logs_of(i) + c), V::load(mean.data() + c));
+            v.store(logs_of(i) + c);
+            return probability * v;
         });
     }
 
@@ -77,7 +84,7 @@ private:
         RowProblem of_view;
         of_view.num_classes = p.num_classes, of_view.grad_class_stride = view.grad_class_stride;
         RowBuffer<A>::write_row(of_view, grad, /*unordered=*/false, [&](std::int64_t c, auto) FL_INLINE {
-            return factor * V::load(probabilities_of(i) + c) * (V::load(logs.data() + c) - V(divergence));
+            return factor * V::load(probabilities_of(i) + c) * (V::load(logs_of(i) + c) - V(divergence));
         });
     }
 

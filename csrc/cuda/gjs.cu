@@ -18,35 +18,39 @@ __global__ void __launch_bounds__(kBlock)
     for (; number < p.rows(); number += step) {  // of all lanes of a warp alike
         const Row row = row_at(p, number);
         const int target = target_of(p, row).cls;
-        A top[kMostViews], of_sum[kMostViews];
+        A top[kMostViews], of_sum[kMostViews], log_sum[kMostViews];
         const auto logit = [&](int i, int c) {
             const GjsView& view = views.views[i];
             return as<A>(view.logits)[view.logits_stride.at(row.outer, row.inner) + c * view.logits_class_stride];
         };
         for (int i = 0; i < views.count; ++i) {
             top[i] = lane.template max<A>([&](int c) { return logit(i, c); });
-            of_sum[i] = A(1) / lane.template sum<A>([&](int c) { return math::exp(logit(i, c) - top[i]); });
+            const A sum = lane.template sum<A>([&](int c) { return math::exp(logit(i, c) - top[i]); });
+            of_sum[i] = A(1) / sum, log_sum[i] = math::log(sum);
         }
         const auto probability = [&](int i, int c) { return math::exp(logit(i, c) - top[i]) * of_sum[i]; };
-        const auto mean = [&](int c) {
+        const auto log_mean = [&](int c) {
             A m = c == target ? A(views.label_share) : A(0);
             for (int i = 0; i < views.count; ++i) m += A(views.views[i].share) * probability(i, c);
-            return m;
+            return GJS::log_mean(m);
         };
-        A value = A(-views.label_share) * math::log(mean(target));
+        const auto log_ratio = [&](int i, int c, A of_class) {
+            return GJS::log_ratio(of_class, logit(i, c) - top[i] - log_sum[i], log_mean(c));
+        };
+        A value = A(-views.label_share) * log_mean(target);
         for (int i = 0; i < views.count; ++i) {
             const GjsView& view = views.views[i];
             const A divergence = lane.template sum<A>([&](int c) {
                 const A of_class = probability(i, c);
-                return of_class * GJS::log_ratio(of_class, mean(c));
+                return of_class * log_ratio(i, c, of_class);
             });
             value += A(view.share) * divergence;
             if (!view.grad) continue;
             A* const grad = static_cast<A*>(view.grad) + view.grad_stride.at(row.outer, row.inner);
             lane.each([&](int c) {
                 const A of_class = probability(i, c);
-                const A ratio = GJS::log_ratio(of_class, mean(c));
-                grad[c * view.grad_class_stride] = normaliser * A(view.share) * of_class * (ratio - divergence);
+                grad[c * view.grad_class_stride] =
+                    normaliser * A(view.share) * of_class * (log_ratio(i, c, of_class) - divergence);
             });
         }
         if (lane.first == 0) static_cast<A*>(p.row_values)[number] = normaliser * value;

@@ -35,17 +35,17 @@ inline namespace FL_ISA {
 // normaliser,
 //   value = Z (-a log m_y + sum_i a_i D_i), D_i = sum_j p_ij v_ij, v_ij = log(p_ij / m_j)
 //   gradient in z_ij = Z a_i p_ij (v_ij - D_i)
-// A p of 0 has no part: its logarithm is that of the smallest normal number.
+// v is a difference of logarithms, of which that of m serves all views. A p of 0 has no part.
 struct GJS {
     template <class T>
-    FL_HD static T log_ratio(T p, T m) {
-        return math::log_normal(positive(p / positive(m)));
+    FL_HD static T log_mean(T m) {  // which is 0 where nobody expects a class
+        const T least = T(std::numeric_limits<math::scalar_t<T>>::min());
+        return math::log_normal(math::select(m < least, least, m));
     }
 
     template <class T>
-    FL_HD static T positive(T x) {
-        const T least = T(std::numeric_limits<math::scalar_t<T>>::min());
-        return math::select(x < least, least, x);
+    FL_HD static T log_ratio(T p, T log_p, T log_mean) {
+        return math::select(p == T(0), T(0), log_p - log_mean);
     }
 };
 
