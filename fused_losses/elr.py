@@ -79,9 +79,9 @@ class ELRLoss(RowsModule):
         IndexError: a sample that does not exist or is another rank's, a target out of range (on CUDA: device
             assertions).
 
-    A step reads and writes the memory's rows once. A row whose logits are not finite has loss NaN and leaves the memory
-    alone. Of a sample that occurs twice in a batch the last row is remembered. ``state_dict`` holds the memory, so that
-    training resumes exactly.
+    A step reads and writes the memory's rows once, together with logits and gradient. A row whose logits are not finite
+    has loss NaN and leaves the memory alone. Of a sample that occurs twice in a batch the last row is remembered.
+    ``state_dict`` holds the memory, so that training resumes exactly.
 
     Under DistributedDataParallel every rank has a memory of its own, so a sample must always come to the same rank.
     ``DistributedSampler`` deals them out anew in every epoch: give each rank its share of the data instead, shuffled by

@@ -211,16 +211,11 @@ void gjs(const RowProblem& p, const GjsViews& views) {
 
 void cpu_row_loss(RowProblem& p) { forward(p, nullptr, nullptr); }
 
-const Backend cpu_backend{&forward,
-                          &gradient,
-                          &statistics,
-                          &elr,
-                          &rescale,
-                          &gjs,
-                          &cpu_class_moments,
-                          &cpu_z_error_mask,
-                          &cpu_z_error_loss,
-                          &cpu_z_error_gradient,
+const Backend cpu_backend{&forward,           &gradient,
+                          &statistics,        &elr,
+                          &rescale,           &gjs,
+                          &cpu_class_moments, &cpu_z_error_mask,
+                          &cpu_z_error_loss,  &cpu_z_error_gradient,
                           &cpu_update_moments};
 
 }  // namespace fused_losses
