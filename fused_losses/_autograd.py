@@ -294,6 +294,13 @@ def give_away(ctx: Any, written: Tensor | None, grad_loss: Tensor) -> Tensor | N
     return written.data
 
 
+def is_one(number: Tensor) -> bool:
+    """Whether it is 1, where looking at it waits for nobody."""
+    if not (number.is_cpu and is_plain(number)) or _is_legacy_batched(number) or _is_batched(number):
+        return False
+    return number.item() == 1.0
+
+
 def complete(written: Tensor, grad_loss: Tensor) -> bool:
     """Multiplies the gradient that the CPU's forward wrote by the upstream one; False where that would not be right."""
     factor = grad_loss.item()

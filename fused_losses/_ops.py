@@ -47,6 +47,10 @@ mixed_loss_with_grad: Callable[..., Tensors2] = torch.ops.fused_losses.mixed_los
 mixed_loss_backward: Callable[..., Tensor] = torch.ops.fused_losses.mixed_loss_backward.default
 mixed_loss_backward_: Callable[..., None] = torch.ops.fused_losses.mixed_loss_backward_.default
 row_statistics: Callable[..., Tensors2] = torch.ops.fused_losses.row_statistics.default
+elr_rows_: Callable[..., Tensors2] = torch.ops.fused_losses.elr_rows_.default
+gjs_rows_: Callable[..., Tensor] = torch.ops.fused_losses.gjs_rows_.default
+rescale_logits: Callable[..., Tensors2] = torch.ops.fused_losses.rescale_logits.default
+rescale_logits_backward: Callable[..., Tensor] = torch.ops.fused_losses.rescale_logits_backward.default
 row_loss_and_statistics: Callable[..., Tensors3] = torch.ops.fused_losses.row_loss_and_statistics.default
 row_loss_with_grad_and_statistics: Callable[..., Tensors4] = (
     torch.ops.fused_losses.row_loss_with_grad_and_statistics.default
@@ -190,6 +194,28 @@ def _fake_row_loss_and_statistics(*flat: Any) -> Tensors3:
 def _fake_row_loss_with_grad_and_statistics(*flat: Any) -> Tensors4:
     loss, *statistics = _fake_row_loss_and_statistics(*flat)
     return loss, torch.empty_like(flat[0]), *statistics
+
+
+@_fake
+def _fake_elr_rows_(logits: Tensor, target: Tensor, *args: Any) -> Tensors2:
+    values, with_grad = logits.new_empty(target.numel(), dtype=acc_dtype(logits)), args[-1]
+    return values, values.new_empty(logits.shape if with_grad else (0,))
+
+
+@_fake
+def _fake_gjs_rows_(views: list[Tensor], target: Tensor, *args: Any) -> Tensor:
+    return views[0].new_empty(target.numel())
+
+
+@_fake
+def _fake_rescale_logits(logits: Tensor, target: Tensor | None, *args: Any) -> Tensors2:
+    rescaled = torch.empty_like(logits, dtype=acc_dtype(logits))
+    return rescaled, rescaled.new_empty(rescaled.numel() // rescaled.shape[0 if logits.dim() == 1 else 1])
+
+
+@_fake
+def _fake_rescale_logits_backward(grad_rescaled: Tensor, norms: Tensor, logits: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(logits)
 
 
 @_fake

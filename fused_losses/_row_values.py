@@ -99,10 +99,10 @@ def _registered(loss: RowLossModule, logits: Tensor, target: Tensor, sample_weig
     check_row_loss(args)
     by_class = not target.is_floating_point()  # weights of probabilities are in the values, as torch has it
     values = row_loss(args._replace(weight=None if by_class else args.weight, sample_weight=None, reduction="none"))
-    return RowValues(values, *_weights(args, by_class))
+    return RowValues(values, *row_weights(args, by_class))
 
 
-def _weights(args: RowLossArguments, by_class: bool) -> tuple[Tensor, Tensor]:
+def row_weights(args: RowLossArguments, by_class: bool = True) -> tuple[Tensor, Tensor]:
     """Every row's weight and whether it counts."""
     shape = row_shape(args.logits)
     weight = args.logits.new_ones(shape, dtype=acc_dtype(args.logits))
@@ -113,7 +113,7 @@ def _weights(args: RowLossArguments, by_class: bool) -> tuple[Tensor, Tensor]:
     return (weight if args.sample_weight is None else weight * args.sample_weight.reshape(shape)), kept
 
 
-def plain_rows(
+def plain_arguments(
     name: str,
     logits: Tensor,
     target: Tensor,
@@ -122,16 +122,28 @@ def plain_rows(
     ignore_index: int,
     sample_weight: Tensor | None,
     reduction: str = "mean",
-) -> Rows:
-    """The checked arguments of a loss that is computed by operations of torch."""
+) -> RowLossArguments:
+    """The arguments of a loss that is in no registry, checked but for classes out of range."""
     check_reduction(reduction)
     check_plain(name, logits, target)
     args = RowLossArguments(
         logits, target, weight, sample_weight, None, None, name, (), 0.0, int(plain(ignore_index)), reduction
     )
     check_rows(args, REDUCTIONS, takes_probabilities=False)
-    check_targets(target, ignore_index, logits.shape[class_dim(logits)])
-    return Rows.of(logits, target, weight, sample_weight, 0.0, ignore_index, maybe_any(target == ignore_index))
+    return args
+
+
+def plain_rows(name: str, logits: Tensor, target: Tensor, **options: Any) -> Rows:
+    """The checked arguments of a loss that is computed by operations of torch; options as for plain_arguments."""
+    return checked_rows(plain_arguments(name, logits, target, **options))
+
+
+def checked_rows(args: RowLossArguments) -> Rows:
+    """Of :func:`plain_arguments`, once their classes are checked, too."""
+    logits, target = args.logits, args.target
+    check_targets(target, args.ignore_index, logits.shape[class_dim(logits)])
+    maybe_ignored = maybe_any(target == args.ignore_index)
+    return Rows.of(logits, target, args.weight, args.sample_weight, 0.0, args.ignore_index, maybe_ignored)
 
 
 def check_plain(name: str, logits: Any, target: Any) -> None:

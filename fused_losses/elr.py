@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,15 +9,21 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable imports the compiler at once
 from torch.nn import functional as F
 
-from fused_losses._arguments import check_reduction
-from fused_losses._closed_form import closed_form
+from fused_losses._arguments import RowLossArguments, check_reduction
+from fused_losses._autograd import is_plain, needs_reference
+from fused_losses._checks import row_shape
+from fused_losses._elr import LARGEST, ElrStep, fused_loss, next_memory, plain_values
 from fused_losses._logit_bias import class_dim
 from fused_losses._parameters import Choice, OrTensor, Range, closed_fraction, factor, plain, positive_integer
-from fused_losses._row_values import RowsModule, RowValues, maybe_any, plain_rows, reads_values
-
-_LOWEST = 1e-4  # probabilities are clamped to [_LOWEST, 1 - _LOWEST] before they are remembered
-# A memory of 1 makes the loss infinite; bfloat16 would round to it.
-_LARGEST = {torch.float32: 1.0, torch.bfloat16: 1.0 - 2.0**-8}
+from fused_losses._row_values import (
+    RowsModule,
+    RowValues,
+    checked_rows,
+    maybe_any,
+    plain_arguments,
+    reads_values,
+    row_weights,
+)
 
 _several_classes = Range("be an integer >= 2", lambda v: v >= 2 and v == int(v))
 _places = Choice(("device", "host"))
@@ -75,9 +80,9 @@ class ELRLoss(RowsModule):
         IndexError: a sample that does not exist or is another rank's, a target out of range (on CUDA: device
             assertions).
 
-    A step reads and writes the memory's rows once. A row whose logits are not finite has loss NaN and leaves the memory
-    alone. Of a sample that occurs twice in a batch the last row is remembered. ``state_dict`` holds the memory, so that
-    training resumes exactly.
+    A step reads and writes the memory's rows once, together with logits and gradient. A row whose logits are not finite
+    has loss NaN and leaves the memory alone. Of a sample that occurs twice in a batch the last row is remembered.
+    ``state_dict`` holds the memory, so that training resumes exactly.
 
     Under DistributedDataParallel every rank has a memory of its own, so a sample must always come to the same rank.
     ``DistributedSampler`` deals them out anew in every epoch: give each rank its share of the data instead, shuffled by
@@ -119,7 +124,7 @@ class ELRLoss(RowsModule):
         self.num_classes = int(_several_classes.pack("num_classes", num_classes))
         self._set("beta", beta, _BETA)
         self._set("lam", lam, _LAM)
-        if memory_dtype not in _LARGEST:
+        if memory_dtype not in LARGEST:
             raise ValueError(f"memory_dtype must be torch.float32 or torch.bfloat16, got {memory_dtype}")
         self.on_host = bool(_places.pack("memory", memory))
         self.shard = (0, 1) if shard is None else _check_shard(shard, self.num_samples)
@@ -132,9 +137,26 @@ class ELRLoss(RowsModule):
         self.register_buffer("memory", torch.zeros(shape, dtype=memory_dtype, device=device, pin_memory=pinned))
         self._pending: _Pending | None = None
 
+    def forward(self, logits: Tensor, target: Tensor, *inputs: Any, **options: Any) -> Tensor:
+        """The loss of ``logits`` for ``target`` and ``index``; ``sample_weight`` is one weight per row."""
+        args, place = self._call(logits, target, *inputs, **options)
+        if self.reduction == "none" or not self._is_fused(args):
+            return self._rows(args, place).reduce(self.reduction)
+        weight, kept = row_weights(args)
+        scale = torch.where(kept, weight, 0.0).flatten()
+        if self.reduction == "mean":
+            total = scale.sum()
+            scale = scale / torch.where(total == 0, 1.0, total)
+        return self._fused(args, place, scale)
+
     def rows(self, logits: Tensor, target: Tensor, index: Tensor, sample_weight: Tensor | None = None) -> RowValues:
         """Every row's loss; in training mode the memory is updated."""
-        rows = plain_rows(
+        return self._rows(*self._call(logits, target, index, sample_weight))
+
+    def _call(
+        self, logits: Tensor, target: Tensor, index: Tensor, sample_weight: Tensor | None = None
+    ) -> tuple[RowLossArguments, Tensor]:
+        args = plain_arguments(
             "ELRLoss",
             logits,
             target,
@@ -142,25 +164,45 @@ class ELRLoss(RowsModule):
             ignore_index=self.ignore_index,
             sample_weight=sample_weight,
         )
-        place = self._place(index, logits, target)
-        z = rows.logits.movedim(rows.dim, -1).flatten(0, -2) if logits.dim() > 1 else rows.logits.unsqueeze(0)
-        p = torch.softmax(z.detach(), 1)
-        memory = self._read(place, p)
-        if self.training:
-            usable = ~rows.ignored.flatten() & p.sum(1).isfinite()
-            memory = self._updated(memory, p, usable)
-            self._write(place, memory, usable)
-        fixed = memory, rows.target.flatten(), self.lam
-        values = closed_form(partial(_formula, *fixed), partial(_closed, *fixed, p), [z], self.lam, memory)
-        return RowValues.of(rows, values.view(rows.target.shape))
+        return args, self._place(index, logits, target)
 
-    def _updated(self, memory: Tensor, p: Tensor, usable: Tensor) -> Tensor:
-        """What is remembered next, at most 1. Of rows that are all usable in the place of ``memory``."""
-        new = p.clamp(_LOWEST, 1.0 - _LOWEST)
-        new.mul_((1.0 - self.beta) / new.sum(1, keepdim=True))
-        if maybe_any(~usable):
-            return torch.where(usable.unsqueeze(1), (new + self.beta * memory).clamp_(max=1.0), memory)
-        return memory.mul_(self.beta).add_(new).clamp_(max=1.0)
+    def _is_fused(self, args: RowLossArguments) -> bool:
+        """Whether the kernel takes the call: no other derivative than that in the logits, nothing traced."""
+        logits, *others = args.logits, args.weight, args.sample_weight, self.memory, self.beta, self.lam
+        tensors = [other for other in others if isinstance(other, Tensor)]
+        on_device = logits.is_cpu or logits.is_cuda
+        return on_device and is_plain(logits) and is_plain(self.memory) and not needs_reference(logits, *tensors)
+
+    def _rows(self, args: RowLossArguments, place: Tensor) -> RowValues:
+        if self._is_fused(args):
+            return RowValues(self._fused(args, place).view(row_shape(args.logits)), *row_weights(args))
+        rows = checked_rows(args)
+        z = rows.logits.movedim(rows.dim, -1).flatten(0, -2) if args.logits.dim() > 1 else rows.logits.unsqueeze(0)
+        memory = self._read(place, z.device).to(z.dtype)
+        if self.training:
+            p = torch.softmax(z.detach(), 1)
+            usable = ~rows.ignored.flatten() & p.sum(1).isfinite()
+            memory = next_memory(memory, p, usable, self.beta, self.memory.dtype)
+            self._write(place, memory, usable)
+        return RowValues.of(rows, plain_values(memory, rows.target.flatten(), self.lam, z).view(rows.target.shape))
+
+    def _fused(self, args: RowLossArguments, place: Tensor, scale: Tensor | None = None) -> Tensor:
+        """As :func:`fused_loss`. Of a memory elsewhere the kernel gets the rows of the samples that it is about."""
+        logits, device = args.logits, args.logits.device
+        self.flush()
+        staged = self.memory.device != device
+        memory, samples, one_row_each = self.memory, place, False
+        if staged:
+            samples, place = torch.unique(place.cpu(), return_inverse=True)
+            one_row_each = len(samples) == len(place)
+            memory = self._read_host(samples, device)
+            place = place.pin_memory().to(device, non_blocking=True)
+        target, updates = args.target, self.training
+        step = ElrStep(target, args.ignore_index, place, memory, self.beta, self.lam, updates, one_row_each)
+        loss = fused_loss(step, logits, scale)
+        if staged and updates:
+            self._write_host(samples, memory)
+        return loss
 
     def _place(self, index: Any, logits: Tensor, target: Tensor) -> Tensor:
         """Where the rows' samples are in the memory."""
@@ -188,7 +230,7 @@ class ELRLoss(RowsModule):
                     f"{self.memory.device}: move the loss there, or keep it in memory='host'"
                 )
             index = index.to(logits.device)
-        return torch.div(index, self.shard[1], rounding_mode="floor")
+        return torch.div(index, self.shard[1], rounding_mode="floor") if self.shard[1] > 1 else index
 
     def _check_index(self, index: Tensor) -> None:
         """Raises on the CPU; on CUDA a device assertion."""
@@ -200,19 +242,18 @@ class ELRLoss(RowsModule):
             return
         if not good.all():
             raise IndexError(f"index must be in [0, {self.num_samples}), got {int(index[~good][0])}")
-        other = index[index % world_size != rank]
+        other = index[index % world_size != rank] if world_size > 1 else index[:0]
         if len(other):
             raise IndexError(
                 f"index must be a sample of this shard, index % {world_size} == {rank}, got {int(other[0])}; every "
                 "rank has samples of its own (see the class)"
             )
 
-    def _read(self, place: Tensor, like: Tensor) -> Tensor:
-        """The memory of the rows' samples, on the device and in the dtype of ``like``."""
+    def _read(self, place: Tensor, device: torch.device) -> Tensor:
+        """The memory of the rows' samples on that device."""
         if not self.on_host:
-            return F.embedding(place, self.memory).to(like.dtype)
-        rows: Tensor = self._read_host(place, like.device)
-        return rows.to(like.dtype)
+            return F.embedding(place, self.memory)
+        return self._read_host(place, device)  # type: ignore[no-any-return]
 
     @_disable_dynamo
     def _read_host(self, place: Tensor, device: torch.device) -> Tensor:
@@ -230,8 +271,7 @@ class ELRLoss(RowsModule):
         last = order[torch.searchsorted(key[order], 2 * here + 1, right=True) - 1]
         if maybe_any(last != torch.arange(len(last), device=last.device)):
             rows = rows[last]
-        largest = _LARGEST[self.memory.dtype]
-        stored = (rows if largest == 1.0 else rows.clamp(max=largest)).to(self.memory.dtype)
+        stored = rows.to(self.memory.dtype)
         if self.on_host:
             self._write_host(place, stored)
         else:
@@ -288,24 +328,6 @@ class ELRLoss(RowsModule):
             "reduction": (self.reduction, "mean"),
         }
         return shown + "".join(f", {name}={value!r}" for name, (value, usual) in options.items() if value != usual)
-
-
-def _formula(memory: Tensor, target: Tensor, lam: float | Tensor, z: Tensor) -> Tensor:
-    """Every row's value."""
-    log_p = torch.log_softmax(z, 1)
-    rest = ((1.0 - memory) * log_p.exp()).sum(1)  # 1 - s, without cancellation
-    return lam * torch.log(rest) - log_p.gather(1, target.unsqueeze(1)).squeeze(1)
-
-
-def _closed(memory: Tensor, target: Tensor, lam: float | Tensor, p: Tensor, z: Tensor) -> tuple[Tensor, tuple[Tensor]]:
-    """The same, and its derivative in z, ``p - e - lam p (1 - (1 - t) / (1 - s))``."""
-    index = target.unsqueeze(1)
-    gradient = 1.0 - memory
-    rest = (gradient * p).sum(1, keepdim=True)
-    log_p = (z.gather(1, index) - z.amax(1, keepdim=True)) + torch.log(p.amax(1, keepdim=True))
-    gradient.mul_(lam / rest).add_(1.0 - lam).mul_(p)
-    gradient.scatter_add_(1, index, torch.full_like(rest, -1.0))
-    return (lam * torch.log(rest) - log_p).squeeze(1), (gradient,)
 
 
 def _check_shard(shard: Any, num_samples: int) -> tuple[int, int]:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fused_losses import _ops
 from fused_losses._arguments import check_reduction
-from fused_losses._closed_form import closed_form
+from fused_losses._autograd import apply, is_plain, needs_reference
 from fused_losses._parameters import fraction, plain
 from fused_losses._reference import Rows, zero_at_zero
 from fused_losses._row_values import RowsModule, RowValues, plain_rows
 
 _SUM_TOLERANCE = 1e-6
+_MOST_VIEWS = 7  # of the kernel
 
 
 def pack_weights(weights: Any) -> tuple[float, ...]:
@@ -72,8 +73,7 @@ def _rows(
         for view in views
     ]
     first, logits = of_views[0], [of_view.logits for of_view in of_views]
-    values = closed_form(partial(_divergence, first, weights), partial(_closed, first, weights), logits)
-    return RowValues.of(first, values)
+    return RowValues.of(first, _values(first, weights, logits))
 
 
 def _normaliser(label: float) -> float:
@@ -93,26 +93,48 @@ def _divergence(first: Rows, weights: tuple[float, ...], *views: Tensor) -> Tens
     return value / _normaliser(label)
 
 
-def _closed(first: Rows, weights: tuple[float, ...], *views: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The same, and its derivatives in the views. A p of 0 adds nothing: any finite logarithm will do."""
-    label, *shares = weights
-    dim, least, scale = first.dim, torch.finfo(first.logits.dtype).tiny, 1.0 / _normaliser(label)
-    ps = [torch.softmax(view, dim) for view in views]
-    mean = ps[0] * shares[0]
-    for share, p in zip(shares[1:], ps[1:], strict=True):
-        mean.add_(p, alpha=share)
-    mean.scatter_add_(
-        dim, first.target.unsqueeze(dim), torch.full_like(first.target.unsqueeze(dim), label, dtype=mean.dtype)
-    )
-    mean.clamp_(min=least)
-    value = -label * torch.log(first.of_target(mean))
-    gradients = []
-    for share, p in zip(shares, ps, strict=True):
-        v = torch.div(p, mean).clamp_(min=least).log_()
-        divergence = (p * v).sum(dim, keepdim=True)
-        value += share * divergence.squeeze(dim)
-        gradients.append(v.sub_(divergence).mul_(p).mul_(share * scale))
-    return value * scale, gradients
+def _is_fused(views: Sequence[Tensor]) -> bool:
+    """Whether the kernel takes the views: few, alike, with no other derivative than the first, nothing traced."""
+    first = views[0]
+    alike = all(view.dtype == first.dtype and view.device == first.device for view in views)
+    if len(views) > _MOST_VIEWS or not alike or not (first.is_cpu or first.is_cuda):
+        return False
+    return all(is_plain(view) and not needs_reference(view) for view in views)
+
+
+def _values(first: Rows, weights: tuple[float, ...], views: Sequence[Tensor]) -> Tensor:
+    """Every row's value."""
+    if not _is_fused(views):
+        return _divergence(first, weights, *views)
+    if torch.is_grad_enabled() and any(view.requires_grad for view in views):
+        return apply(_FusedDivergence, first, weights, *views)  # type: ignore[no-any-return]
+    return _ops.gjs_rows_(views, first.target, weights, []).view(first.target.shape)
+
+
+class _FusedDivergence(torch.autograd.Function):
+    """The first derivative in the views, written with the value."""
+
+    @staticmethod
+    def forward(ctx: Any, first: Rows, weights: tuple[float, ...], *views: Tensor) -> Tensor:
+        gradients = [view.new_empty(view.shape) for view in views]
+        values = _ops.gjs_rows_(views, first.target, weights, gradients)
+        ctx.rest = first, weights
+        ctx.save_for_backward(*views, *gradients)
+        return values.view(first.target.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_values,), (first, weights) = grad_outputs, ctx.rest
+        saved = ctx.saved_tensors
+        views, written = saved[: len(saved) // 2], saved[len(saved) // 2 :]
+        if torch.is_grad_enabled():  # under create_graph the gradient must itself be differentiable
+            wanted = ctx.needs_input_grad[2:]
+            asked = [view for view, is_wanted in zip(views, wanted, strict=True) if is_wanted]
+            values = _divergence(first, weights, *views)
+            found = iter(torch.autograd.grad(values, asked, grad_values, create_graph=True))
+            return None, None, *(next(found) if is_wanted else None for is_wanted in wanted)
+        upstream = grad_values.unsqueeze(first.dim)
+        return None, None, *(gradient * upstream for gradient in written)
 
 
 def gjs_loss(

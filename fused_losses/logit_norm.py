@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fused_losses import _ops
 from fused_losses._arguments import acc_dtype
-from fused_losses._autograd import apply, needs_reference
+from fused_losses._autograd import apply, is_plain, needs_reference
 from fused_losses._checks import is_per_row, row_shape
 from fused_losses._logit_bias import class_dim
 from fused_losses._parameters import OrTensor, positive_factor
@@ -20,7 +21,6 @@ from fused_losses._row_values import (
     as_module,
     check_has_rows,
     check_plain,
-    reads_values,
     row_values,
 )
 
@@ -62,26 +62,34 @@ def _gradient(grad: Tensor, z: Tensor, factor_of: _Factor) -> Tensor:
     return (grad * factor).addcmul_(z, along)
 
 
+class _Kernel(NamedTuple):
+    """What the operators are given besides the logits."""
+
+    target: Tensor | None  # where its rows may be ignored
+    on_device: Tensor | None
+    parameter: float
+    clips: bool
+    ignore_index: int
+
+
 class _Rescale(torch.autograd.Function):
-    """The first derivative in the logits. Where the CPU sees that all norms are finite, no class is masked."""
+    """The first derivative in the logits."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, ignore_index: int, factor_of: _Factor) -> Tensor:
-        ctx.save_for_backward(logits, target)
-        ctx.rest = ignore_index, factor_of
-        z = logits.to(acc_dtype(logits))
-        norm = _norm(z)
-        ctx.finite = reads_values(logits) and bool(norm.isfinite().all())
-        return z * factor_of(norm)[0] if ctx.finite else _rescaled(logits, target, *ctx.rest)
+    def forward(ctx: Any, logits: Tensor, target: Tensor, kernel: _Kernel, factor_of: _Factor) -> Tensor:
+        rescaled, norms = _ops.rescale_logits(logits, *kernel)
+        ctx.save_for_backward(logits, target, norms)
+        ctx.kernel, ctx.factor_of = kernel, factor_of
+        return rescaled
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        logits, target = ctx.saved_tensors
-        ignore_index, factor_of = ctx.rest
-        z = logits.to(acc_dtype(logits))
-        if not ctx.finite:
-            z = _clean(z, target, ignore_index)
-        return _gradient(grad_outputs[0], z, factor_of).to(logits.dtype), None, None, None
+        logits, target, norms = ctx.saved_tensors
+        (grad,) = grad_outputs
+        if torch.is_grad_enabled() or not is_plain(grad):  # under create_graph it must itself be differentiable
+            z = _clean(logits.to(acc_dtype(logits)), target, ctx.kernel.ignore_index)
+            return _gradient(grad, z, ctx.factor_of).to(logits.dtype), None, None, None
+        return _ops.rescale_logits_backward(grad, norms, logits, *ctx.kernel), None, None, None
 
 
 def _ignore_index(loss: nn.Module) -> int:
@@ -107,10 +115,25 @@ class _LogitWrapper(RowsModule):
     def rescale(self, logits: Tensor, target: Tensor) -> Tensor:
         """The logits that the loss gets."""
         check_plain(type(self).__name__, logits, target)
-        rest = _ignore_index(self.loss), self._factor
-        if torch.compiler.is_compiling() or needs_reference(logits, *self.buffers(False), *self.parameters(False)):
-            return _rescaled(logits, target, *rest)
-        return apply(_Rescale, logits, target, *rest)  # type: ignore[no-any-return]
+        ignore_index = _ignore_index(self.loss)
+        if not self._is_fused(logits, target):
+            return _rescaled(logits, target, ignore_index, self._factor)
+        parameter, clips = self._parameter()
+        on_device = parameter if isinstance(parameter, Tensor) and not parameter.is_cpu else None
+        number = 0.0 if on_device is not None else float(parameter)
+        by_class = target if is_per_row(target, logits) and not target.is_floating_point() else None
+        kernel = _Kernel(by_class, on_device, number, clips, ignore_index)
+        return apply(_Rescale, logits, target, kernel, self._factor)  # type: ignore[no-any-return]
+
+    def _is_fused(self, logits: Tensor, target: Tensor) -> bool:
+        """Whether the kernels take the call: no other derivative than that in the logits, nothing traced."""
+        others = [*self.buffers(False), *self.parameters(False)]
+        on_device = logits.is_cpu or logits.is_cuda
+        return on_device and is_plain(logits) and is_plain(target) and not needs_reference(logits, *others)
+
+    def _parameter(self) -> tuple[float | Tensor, bool]:
+        """What the factor depends on besides the norm, and whether it bounds the norm."""
+        raise NotImplementedError
 
     def _factor(self, norm: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
@@ -151,9 +174,8 @@ class LogitNorm(_LogitWrapper):
     A logit of -inf masks its class: it has no part in the norm. A row of zeros keeps loss log C; its gradient is
     multiplied by ``1e7 / t``, so heads should not start at zero.
 
-    The norm is made by operations of torch, which read and write the logits several times more: a step of 4096 x 1000
-    float32 logits took 25 to 46 ms on one CPU thread, where plain cross entropy took 6. Masked classes, or infinite
-    logits in ignored rows, take twice that on the CPU. ``torch.compile`` fuses the operations.
+    The logits are read once and written once more than by the loss alone, and backward reads both them and the loss's
+    gradient: a step of 4096 x 1000 float32 logits took 22 ms on one CPU thread, where cross entropy took 7.
 
     Example:
         >>> criterion = LogitNorm("cross_entropy", t=0.5)
@@ -168,6 +190,9 @@ class LogitNorm(_LogitWrapper):
     def __init__(self, loss: Loss, t: float | Tensor = 0.04, **options: Any) -> None:
         super().__init__(loss, options)
         self._set("t", t, _FACTOR)
+
+    def _parameter(self) -> tuple[float | Tensor, bool]:
+        return self.t, False
 
     def _factor(self, norm: Tensor) -> tuple[Tensor, Tensor]:
         factor = 1.0 / (self.t * (norm + _GUARD))
@@ -201,7 +226,7 @@ class LogitClip(_LogitWrapper):
         TypeError: no such loss; logits that are a DTensor.
         ValueError: ``tau`` out of range, options beside a Module.
 
-    A logit of -inf masks its class: it has no part in the norm, which costs what it does in :class:`LogitNorm`.
+    A logit of -inf masks its class: it has no part in the norm. The cost is that of :class:`LogitNorm`.
 
     Example:
         >>> criterion = LogitClip("cross_entropy", tau=2.5)
@@ -216,6 +241,9 @@ class LogitClip(_LogitWrapper):
     def __init__(self, loss: Loss, tau: float | Tensor, **options: Any) -> None:
         super().__init__(loss, options)
         self._set("tau", tau, _FACTOR)
+
+    def _parameter(self) -> tuple[float | Tensor, bool]:
+        return self.tau, True
 
     def _factor(self, norm: Tensor) -> tuple[Tensor, Tensor]:
         long = norm > self.tau

@@ -32,7 +32,15 @@ pytestmark = [
 
 ISAS: list[str] = fl.build_info()["isa"]  # oldest first
 ENDS = list(dict.fromkeys([ISAS[0], ISAS[-1]]))
-CUDA_PROGRAMS = ("cuda_rows", "cuda_z_error", "cuda_statistics", "cuda_emulation")
+CUDA_PROGRAMS = (
+    "cuda_rows",
+    "cuda_z_error",
+    "cuda_statistics",
+    "cuda_elr",
+    "cuda_rescale",
+    "cuda_gjs",
+    "cuda_emulation",
+)
 # How many points, rows or cases a program tries; see the head of each source.
 ARGUMENTS = {
     "optimised": {"math": "1031", "numeric": "1031", "vec": "1031", "losses": "12", "passes": "6", "kernels": "5"},
@@ -43,9 +51,20 @@ ARGUMENTS["optimised"] |= {
     "cuda_rows": "16 1",
     "cuda_z_error": "30 1 2",
     "cuda_statistics": "1 2",
+    "cuda_elr": "1 2",
+    "cuda_rescale": "1 2",
+    "cuda_gjs": "1 2",
     "cuda_emulation": "",
 }
-ARGUMENTS["sanitized"] |= {"cuda_rows": "40 4", "cuda_z_error": "30 4", "cuda_statistics": "3", "cuda_emulation": ""}
+ARGUMENTS["sanitized"] |= {
+    "cuda_rows": "40 4",
+    "cuda_z_error": "30 4",
+    "cuda_statistics": "3",
+    "cuda_elr": "3",
+    "cuda_rescale": "3",
+    "cuda_gjs": "3",
+    "cuda_emulation": "",
+}
 # Longest runs first. What is made of scalars is the same for every instruction set but for fused multiply-adds, so the
 # slower builds try it once.
 RUNS = [

@@ -57,6 +57,101 @@ def test_several_steps_by_hand(where):
     torch.testing.assert_close(criterion.state_dict()["memory"], torch.tensor(memory), rtol=1e-6, atol=1e-6)
 
 
+# What logits and gradients, or the memory, are rounded to; sums of 300 classes in float32 lose no more than 1e-5.
+ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+@pytest.mark.parametrize("memory_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("shape", [(9, 2), (9, 10), (6, 37), (5, 300), (2, 19, 3, 2), (300,)])
+def test_every_dtype_and_layout(shape, dtype, memory_dtype):
+    """Repeated samples see what was remembered before, and the last one that can be judged is remembered."""
+    generator = torch.Generator().manual_seed(len(shape))
+    classes, rows = shape[min(1, len(shape) - 1)], math.prod(shape) // shape[min(1, len(shape) - 1)]
+    z = (3 * torch.randn(shape, generator=generator)).to(dtype)
+    target = torch.randint(classes, shape[:1] + shape[2:] if len(shape) > 1 else (), generator=generator)
+    index = torch.randint(rows, target.shape, generator=generator)
+    if rows > 4:
+        target.view(-1)[2], index.view(-1)[2], index.view(-1)[0] = -100, rows - 1, index.view(-1)[1]
+        z.select(0, -1)[...] = math.nan
+    weight, share = torch.linspace(0.5, 2, classes), torch.rand(target.shape, generator=generator)
+    criterion = fl.ELRLoss(rows, classes, 0.6, 2.0, memory_dtype=memory_dtype, weight=weight, reduction="none")
+    before = (0.5 * torch.rand(rows, classes, generator=generator) / classes).to(memory_dtype)
+    criterion.memory.copy_(before)
+
+    flat = z.double().reshape(1, -1) if len(shape) == 1 else z.double().movedim(1, -1).flatten(0, -2)
+    flat.requires_grad_()
+    memory, losses = before.clone(), []
+    for row, y, i, w in zip(flat, target.flatten(), index.flatten(), share.flatten(), strict=True):
+        p = row.softmax(0)
+        if y == -100 or row.isnan().any():
+            losses.append(torch.zeros(()).double() if y == -100 else row.sum())
+            continue
+        clamped = p.detach().clamp(1e-4, 1 - 1e-4)
+        t = (0.6 * before[i].double() + 0.4 * clamped / clamped.sum()).to(memory_dtype)
+        memory[i] = t
+        losses.append(w * weight[y] * (-p[y].log() + 2.0 * torch.log(1 - t.double() @ p)))
+    expected = torch.stack(losses)
+    (right,) = torch.autograd.grad(expected.nan_to_num().sum(), flat)
+
+    leaf = z[..., ::1].clone().requires_grad_()
+    strided = leaf if len(shape) == 4 else torch.stack([leaf, leaf], -1)[..., 0]  # its classes have gaps
+    found = criterion(strided, target, index, sample_weight=share)
+    (grad,) = torch.autograd.grad(torch.where(found.isnan(), 0.0, found).sum(), leaf)
+    kept = ROUNDING[memory_dtype] if memory_dtype == torch.bfloat16 else 1e-6  # rounding may go the other way
+    torch.testing.assert_close(criterion.memory, memory, rtol=2 * kept, atol=1e-7)
+    torch.testing.assert_close(found.view(-1).double(), expected, rtol=2e-5 + kept, atol=2e-5 + kept, equal_nan=True)
+    flat_grad = grad.double().reshape(1, -1) if len(shape) == 1 else grad.double().movedim(1, -1).flatten(0, -2)
+    judged = ~expected.isnan()
+    tolerance = ROUNDING[dtype] + kept
+    torch.testing.assert_close(flat_grad[judged], right[judged], rtol=tolerance, atol=tolerance / 10)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_reduced_by_the_kernel_and_by_rows(reduction):
+    logits, target, index = next(batches())
+    target[1] = -100
+    weights = torch.rand(6, dtype=torch.float64)
+    losses, grads = [], []
+    for wrapper in (lambda loss: loss, lambda loss: fl.ClippedLoss(loss, 1e9)):  # which asks for the rows
+        criterion = wrapper(
+            fl.ELRLoss(SAMPLES, CLASSES, weight=torch.tensor([1.0, 2.0, 0.5, 1.0]), reduction=reduction)
+        )
+        if isinstance(criterion, fl.ClippedLoss):
+            criterion.reduction = reduction
+        for scale in (1.0, 3.0):
+            loss = scale * criterion(logits, target, index, sample_weight=weights)
+            losses.append(loss)
+            grads.append(torch.autograd.grad(loss, logits, retain_graph=True)[0])
+            assert torch.equal(torch.autograd.grad(loss, logits)[0], grads[-1])
+    for found in (losses, grads):
+        torch.testing.assert_close(found[0], found[2])
+        torch.testing.assert_close(found[1], found[3])
+    loss = fl.ELRLoss(SAMPLES, CLASSES)(logits, target, index)
+    (grad,) = torch.autograd.grad(loss, logits, torch.tensor(math.inf, dtype=torch.float64))
+    assert not grad[1].any() and grad[0].isinf().all()
+    nothing = fl.ELRLoss(SAMPLES, CLASSES)(logits, torch.full((6,), -100), index)
+    assert nothing == 0 and not torch.autograd.grad(nothing, logits)[0].any()
+
+
+def test_second_derivative_of_a_step_although_the_memory_goes_on():
+    logits, target, index = next(batches())
+    for lam in (0.0, 2.0, torch.tensor(2.0)):
+        criterion = fl.ELRLoss(SAMPLES, CLASSES, lam=lam)
+        criterion(logits, target, index)
+        state = copy.deepcopy(criterion)
+        (grad,) = torch.autograd.grad(criterion(logits, target, index), logits, create_graph=True)
+        criterion(5 * logits, target, index)
+        (found,) = torch.autograd.grad((grad * logits.detach().sin()).sum(), logits)
+        state(logits, target, index)
+        t, z = state.memory[index].double(), logits.detach().clone().requires_grad_()
+        p = z.softmax(1)
+        value = (-p.log()[torch.arange(6), target] + float(lam) * torch.log(1 - (t * p).sum(1))).mean()
+        (grad,) = torch.autograd.grad(value, z, create_graph=True)
+        (right,) = torch.autograd.grad((grad * z.detach().sin()).sum(), z)
+        torch.testing.assert_close(found, right, rtol=1e-6, atol=1e-7)
+
+
 def test_worked_by_hand():
     criterion = fl.ELRLoss(1, 2, beta=0.5, lam=3.0)
     # p = (.8, .2); t = .5 p = (.4, .1); s = .34; -log .8 + 3 log .66

@@ -37,6 +37,10 @@ struct FloatFormat<float> {
     // (e^r - 1 - r) / r^2 for |r| <= log(2) / 2, highest power first: minimax, relative error of e^r 3.1e-9.
     static constexpr float exp_tail[] = {1.38145986467e-3f, 8.36871687973e-3f, 4.16683880453e-2f, 1.66665206317e-1f,
                                          4.99999934478e-1f};
+    // (log(1 + x) / x - 1) / x for 0 <= x <= 1: minimax, relative error of log(1 + x) 5.2e-9.
+    static constexpr float log1p_tail[] = {-3.31847459e-3f, 2.02045942e-2f,  -5.76644617e-2f,
+                                           1.06805573e-1f,  -1.53553974e-1f, 1.96954009e-1f,
+                                           -2.49585875e-1f, 3.33305113e-1f,  -4.99999328e-1f};
     static constexpr float ln2 = 0.69314718f;
     static constexpr float coarse_exp_tail[] = {8.31471526e-3f, 4.18902520e-2f, 1.66670898e-1f,
                                                 4.99992319e-1f};  // 1.1e-7
@@ -211,6 +215,12 @@ FL_HD T reciprocal(T x) {
 #endif
 }
 
+// -|x|
+template <class T>
+FL_HD T minus_abs(T x) {
+    return Traits<T>::from_bits(Traits<T>::bits(x) | Traits<T>::bits(T(-scalar_t<T>(0))));
+}
+
 // 1 / sqrt(x). Max Error: 3 ulp. Valid Range: normal x > 0.
 template <class T>
 FL_HD T rsqrt(T x) {
@@ -290,6 +300,21 @@ FL_HD T log1p(T x) {
     const auto exact = (u == T(S(0))) | (u == T(std::numeric_limits<S>::infinity()));
     return log(u) + select(exact, T(S(0)), lost / u);
 #endif
+}
+
+// log(1 + x) / x, 1 at 0.
+// Max Error: 3 ulp. Valid Range: 0 <= x <= 1, NaN.
+template <class T>
+FL_HD T log1p_over(T x) {
+    using S = scalar_t<T>;
+    if constexpr (sizeof(S) == 4) {
+        return polynomial(FloatFormat<S>::log1p_tail, x) * x + T(S(1));
+    } else {  // 2 atanh(a), a at most 1/3
+        const T of = T(S(1)) / (T(S(2)) + x), a = x * of;
+        T tail = T(S(0));
+        for (int i = 17; i >= 1; --i) tail = a * a * (tail + T(S(2) / S(2 * i + 1)));
+        return of * (T(S(2)) + tail);
+    }
 }
 
 // log(x) where x - 1 is known by itself, with digits that x has lost if it is near 1.

@@ -1,11 +1,16 @@
 // Row losses on the CPU: picks the kernels for this processor and spreads tiles over threads.
+#include <bit>
 #include <memory>
+#include <numeric>
 #include <utility>
 #include <vector>
 
 #include "cpu/choose_isa.h"
+#include "cpu/elr_kernels.h"
+#include "cpu/gjs_kernels.h"
 #include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
+#include "cpu/rescale_kernels.h"
 #include "cpu/row_statistics_kernels.h"
 #include "cpu/tiling.h"
 #include "cpu/work_stealing.h"
@@ -155,11 +160,63 @@ void statistics(const RowProblem& p) {
                  [&](std::int64_t begin, std::int64_t end) { statistics_kernel()(p, runs, begin, end); });
 }
 
+// Calls body(begin, end) for runs of rows that are worth a thread.
+template <class Body>
+void for_rows(const RowProblem& p, const Body& body) {
+    constexpr std::int64_t kElements = 8192;
+    for_stealing(p.rows(), std::max<std::int64_t>(1, kElements / p.num_classes), body);
+}
+
+// Whether a number occurs twice.
+bool has_repeats(const std::int64_t* numbers, std::int64_t count) {
+    const int bits = std::max(1, static_cast<int>(std::bit_width(static_cast<std::uint64_t>(2 * count))));
+    const std::uint64_t mask = (std::uint64_t(1) << bits) - 1;
+    std::vector<std::int64_t> table(mask + 1, -1);
+    for (std::int64_t i = 0; i < count; ++i) {
+        std::uint64_t at = static_cast<std::uint64_t>(numbers[i]) * 0x9e3779b97f4a7c15u >> (64 - bits);
+        while (table[at] >= 0 && table[at] != numbers[i]) at = (at + 1) & mask;
+        if (table[at] >= 0) return true;
+        table[at] = numbers[i];
+    }
+    return false;
+}
+
+void elr(const RowProblem& p, const ElrMemory& given) {
+    static const ElrKernel kernel = for_this_processor([]<Isa isa>() { return elr_kernel<isa>(); });
+    check_targets(p);
+    ElrMemory m = given;
+    const std::int64_t rows = p.rows();
+    std::vector<std::int64_t> order;
+    if (m.updates && !m.order && has_repeats(m.place, rows)) {
+        order.resize(rows);
+        std::iota(order.begin(), order.end(), 0);
+        std::stable_sort(order.begin(), order.end(),
+                         [&](std::int64_t a, std::int64_t b) { return m.place[a] < m.place[b]; });
+        m.order = order.data();
+    }
+    for_rows(p, [&](std::int64_t begin, std::int64_t end) { kernel(p, m, begin, end); });
+}
+
+void rescale(const RowProblem& p, const LogitRescale& of) {
+    static const RescaleKernel kernel = for_this_processor([]<Isa isa>() { return rescale_kernel<isa>(); });
+    for_rows(p, [&](std::int64_t begin, std::int64_t end) { kernel(p, of, begin, end); });
+}
+
+void gjs(const RowProblem& p, const GjsViews& views) {
+    static const GjsKernel kernel = for_this_processor([]<Isa isa>() { return gjs_kernel<isa>(); });
+    check_targets(p);
+    for_rows(p, [&](std::int64_t begin, std::int64_t end) { kernel(p, views, begin, end); });
+}
+
 }  // namespace
 
 void cpu_row_loss(RowProblem& p) { forward(p, nullptr, nullptr); }
 
-const Backend cpu_backend{&forward,          &gradient,         &statistics,           &cpu_class_moments,
-                          &cpu_z_error_mask, &cpu_z_error_loss, &cpu_z_error_gradient, &cpu_update_moments};
+const Backend cpu_backend{&forward,           &gradient,
+                          &statistics,        &elr,
+                          &rescale,           &gjs,
+                          &cpu_class_moments, &cpu_z_error_mask,
+                          &cpu_z_error_loss,  &cpu_z_error_gradient,
+                          &cpu_update_moments};
 
 }  // namespace fused_losses

@@ -74,14 +74,7 @@ private:
     };
 
     Label label(std::int64_t outer, std::int64_t row) const {
-        const std::int64_t at = p.target_stride.at(outer, row);
-        std::int64_t cls = 0;
-        switch (p.index_type) {
-            case IndexType::kInt64: cls = as<std::int64_t>(p.target)[at]; break;
-            case IndexType::kInt32: cls = as<std::int32_t>(p.target)[at]; break;
-            case IndexType::kInt16: cls = as<std::int16_t>(p.target)[at]; break;
-            case IndexType::kUInt8: cls = as<std::uint8_t>(p.target)[at]; break;
-        }
+        const std::int64_t cls = class_index(p, p.target_stride.at(outer, row));
         return cls == p.ignore_index ? Label{0, true} : Label{cls, false};
     }
 

@@ -31,6 +31,16 @@ Stored* grad_at(const RowProblem& p, std::int64_t outer, std::int64_t row) {
     return static_cast<Stored*>(p.grad) + p.grad_stride.at(outer, row);
 }
 
+// The label that lies so many elements from the first; may be ignore_index.
+inline std::int64_t class_index(const RowProblem& p, std::int64_t at) {
+    switch (p.index_type) {
+        case IndexType::kInt64: return as<std::int64_t>(p.target)[at];
+        case IndexType::kInt32: return as<std::int32_t>(p.target)[at];
+        case IndexType::kInt16: return as<std::int16_t>(p.target)[at];
+        default: return as<std::uint8_t>(p.target)[at];
+    }
+}
+
 template <class A>
 struct alignas(64) TileRows {
     using V = Vec<A>;

@@ -120,12 +120,31 @@ void statistics(const RowProblem& p) {
     check_launch(enqueue_row_statistics(p, device.stream()));
 }
 
+void elr(const RowProblem& p, const ElrMemory& m) {
+    check_classes(p);
+    const DeviceScope device(p.device);
+    check_launch(enqueue_elr(p, m, device.stream()));
+}
+
+void rescale(const RowProblem& p, const LogitRescale& of) {
+    check_classes(p);
+    const DeviceScope device(p.device);
+    check_launch(enqueue_rescale(p, of, device.stream()));
+}
+
+void gjs(const RowProblem& p, const GjsViews& views) {
+    check_classes(p);
+    const DeviceScope device(p.device);
+    check_launch(enqueue_gjs(p, views, device.stream()));
+}
+
 }  // namespace
 }  // namespace fused_losses::cuda
 
 namespace fused_losses {
 
-const Backend cuda_backend{&cuda::forward,      &cuda::gradient,     &cuda::statistics,       &cuda::class_moments,
-                           &cuda::z_error_mask, &cuda::z_error_loss, &cuda::z_error_gradient, &cuda::update_moments};
+const Backend cuda_backend{&cuda::forward,          &cuda::gradient,      &cuda::statistics,   &cuda::elr,
+                           &cuda::rescale,          &cuda::class_moments, &cuda::z_error_mask, &cuda::z_error_loss,
+                           &cuda::z_error_gradient, &cuda::update_moments};
 
 }  // namespace fused_losses

@@ -7,7 +7,10 @@
 
 #include <cstdint>
 
+#include "core/elr_memory.h"
 #include "core/row_problem.h"
+#include "losses/gjs.h"
+#include "losses/rescale.h"
 
 namespace fused_losses::cuda {
 
@@ -63,5 +66,14 @@ cudaError_t enqueue_label_weights(const RowProblem& p, const LossOutput& out, cu
 
 // Fills row_statistics and argmax; there is a row.
 cudaError_t enqueue_row_statistics(const RowProblem& p, cudaStream_t stream);
+
+// Fills row_values, grad and the memory as elr_rows_ (ops.cpp) says; there is a row.
+cudaError_t enqueue_elr(const RowProblem& p, const ElrMemory& m, cudaStream_t stream);
+
+// Fills grad and norms as losses/rescale.h says; there is a row.
+cudaError_t enqueue_rescale(const RowProblem& p, const LogitRescale& of, cudaStream_t stream);
+
+// Fills row_values and the views' gradients; there is a row.
+cudaError_t enqueue_gjs(const RowProblem& p, const GjsViews& views, cudaStream_t stream);
 
 }  // namespace fused_losses::cuda

@@ -51,18 +51,11 @@ struct LDRKL {
 
     template <class T>
     FL_HD static Score<T> score(T z, T shift) {
-        using S = math::scalar_t<T>;
-        const T x = z - shift, e = math::exp_not_positive(math::select(x > T(0), -x, x));
-        // 1 / (1 + e) and a = e / (2 + e) from one division; log(1 + e) = 2 atanh(a), a at most 1/3.
-        const T u = T(1) + e, v = T(2) + e, of_uv = math::reciprocal(u * v), of_u = v * of_uv, a = e * u * of_uv;
-        constexpr int terms = sizeof(S) == 4 ? 7 : 17;
-        T tail = T(0);
-        for (int i = terms; i >= 1; --i) tail = a * a * (tail + T(S(2) / S(2 * i + 1)));
-        const T log_u = T(2) * a + a * tail;
-        const auto all_tiny = shift < T(0);
+        const T x = z - shift, e = math::exp_not_positive(math::minus_abs(x));
         const auto positive = x > T(0);
-        return {math::select(all_tiny, e, math::select(positive, x, T(0)) + log_u) * T(unit),
-                math::select(all_tiny, e, math::select(positive, T(1), e) * of_u)};
+        const T damped = math::select(shift < T(0), T(0), T(1)) * e;  // log(1 + 0 e) / 0 is 1
+        return {(math::select(positive, x, T(0)) + e * math::log1p_over(damped)) * T(unit),
+                math::select(positive, T(1), e) * math::reciprocal(T(1) + damped)};
     }
 
     template <class T>
@@ -74,11 +67,20 @@ struct LDRKL {
         return s;
     }
 
-    // Of t: relative to the largest class and half a margin.
+    // Relative to the largest class and half a margin, at most 50; what it adds is -that for the target.
     template <class T>
-    FL_HD static T exponent(const State<T>& s, T t, math::mask_t<T> is_target, const T* params) {
-        const T half = T(0.5) * params[1] / params[0];
-        return (t - s.top) * s.scale + math::select(is_target, -half, half);
+    FL_HD static T exponent(const State<T>& s, T t, T half_margin) {
+        return (t - s.top) * s.scale + half_margin;
+    }
+    template <class T>
+    FL_HD static T half_margin(const T* params) {
+        return T(0.5) * params[1] / params[0];
+    }
+
+    // At high temperatures all exponentials are near 1.
+    template <class T>
+    FL_HD static bool is_hot(const T* params) {
+        return math::to_scalar(params[0]) > math::scalar_t<T>(2);
     }
 
     // Kept: t, in the end its exponential; the slope of s.
@@ -90,11 +92,12 @@ struct LDRKL {
             return {{of.t, T(0), T(0)}};
         }
         const T t = kept ? kept[0] : score(z, s.shift).t;
-        const T x = exponent(s, t, is_target, params), w = math::exp(x), of_other = math::select(is_target, T(0), w);
+        const T x = exponent(s, t, half_margin(params)), w = math::exp_not_positive(x);  // which does not overflow
+        const T of_other = math::select(is_target, T(0), w);
         if (kept) kept[0] = w;
-        // At high temperatures all exponentials are near 1.
-        const bool hot = math::to_scalar(params[0]) > math::scalar_t<T>(2);
-        return {{of_other, of_other * (t - s.of_target), hot ? math::expm1_of(x, w) : w - T(1)}};
+        // What the exponentials are beyond 1, for the target 0, or -1 where that is one operation less.
+        const T beyond = is_hot(params) ? math::select(is_target, T(0), math::expm1_of(x, w)) : of_other - T(1);
+        return {{of_other, of_other * (t - s.of_target), beyond}};
     }
 
     template <class T>
@@ -105,8 +108,9 @@ struct LDRKL {
             s.scale = row.num_classes / (temperature * sums.v[0]);
             return;
         }
-        const T own = math::exp(exponent(s, s.of_target, T(0) <= T(0), params)), sum = sums.v[0] + own;
-        const T mean_beyond_one = sums.v[2] / row.num_classes;
+        const T x = exponent(s, s.of_target, -half_margin(params)), own = math::exp_not_positive(x);
+        const T sum = sums.v[0] + own;
+        const T mean_beyond_one = (sums.v[2] + (is_hot(params) ? math::expm1_of(x, own) : own)) / row.num_classes;
         const T below_top = (s.top - s.of_target) * (s.scale * temperature);
         s.value =
             temperature * math::log_near_one(sum / row.num_classes, mean_beyond_one) + (below_top + T(0.5) * params[1]);
@@ -121,9 +125,9 @@ struct LDRKL {
     }
 
     template <class T>
-    FL_HD static void keep(const State<T>& s, T z, T, math::mask_t<T> is_target, const T* params, T* kept) {
+    FL_HD static void keep(const State<T>& s, T z, T, math::mask_t<T>, const T* params, T* kept) {
         const Score<T> of = score(z, s.shift);
-        kept[0] = math::exp(exponent(s, of.t, is_target, params));
+        kept[0] = math::exp_not_positive(exponent(s, of.t, half_margin(params)));
         kept[1] = of.slope;
     }
 

@@ -1,7 +1,10 @@
 // What a device provides. Arguments are checked and outputs allocated before any of it is called.
 #pragma once
 
+#include "core/elr_memory.h"
 #include "core/row_problem.h"
+#include "losses/gjs.h"
+#include "losses/rescale.h"
 #include "z_error/problem.h"
 
 namespace fused_losses {
@@ -16,6 +19,12 @@ struct Backend {
     void (*row_loss_gradient)(const RowProblem& p);
     // Fills p.row_statistics and p.argmax.
     void (*row_statistics)(const RowProblem& p);
+    // A step of early-learning regularisation: fills p.row_values and, where there is one, p.grad (acc).
+    void (*elr)(const RowProblem& p, const ElrMemory& m);
+    // Fills p.grad and, forward, norms.
+    void (*rescale)(const RowProblem& p, const LogitRescale& of);
+    // Fills p.row_values and the views' gradients.
+    void (*gjs)(const RowProblem& p, const GjsViews& views);
 
     // ---- Z-Error ----
     // moments: double [3][num_groups], count, mean, m2; zeros for a group without rows.

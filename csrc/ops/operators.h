@@ -24,6 +24,10 @@ void mixed_loss_backward_(StableIValue* stack, std::uint64_t, std::uint64_t);
 void row_loss_and_statistics(StableIValue* stack, std::uint64_t, std::uint64_t);
 void row_loss_with_grad_and_statistics(StableIValue* stack, std::uint64_t, std::uint64_t);
 void row_statistics(StableIValue* stack, std::uint64_t, std::uint64_t);
+void elr_rows_(StableIValue* stack, std::uint64_t, std::uint64_t);
+void gjs_rows_(StableIValue* stack, std::uint64_t, std::uint64_t);
+void rescale_logits(StableIValue* stack, std::uint64_t, std::uint64_t);
+void rescale_logits_backward(StableIValue* stack, std::uint64_t, std::uint64_t);
 
 void class_moments(StableIValue* stack, std::uint64_t, std::uint64_t);
 void z_error_constants(StableIValue* stack, std::uint64_t, std::uint64_t);

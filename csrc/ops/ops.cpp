@@ -67,6 +67,30 @@ STABLE_TORCH_LIBRARY(fused_losses, m) {
     def("row_loss_and_statistics", "", "(Tensor loss, Tensor stats, Tensor argmax)");
     def("row_loss_with_grad_and_statistics", "", "(Tensor loss, Tensor grad_logits, Tensor stats, Tensor argmax)");
 
+    // A step of early-learning regularisation (losses/elr.h) from one read of the logits and of memory [samples,
+    // classes], float32 or bfloat16, which is written if it `updates`. place: where each row's sample is, int64 [rows];
+    // order: row numbers by place, equal ones in their order, null if no sample has two rows (the CPU finds out by
+    // itself). parameters: beta and lam on the device, in their place. values are [rows]; grad_logits, in float32
+    // (float64) and empty unless asked for, is multiplied by scale [rows].
+    m.def(
+        "elr_rows_(Tensor logits, Tensor target, Tensor place, Tensor? order, Tensor(a!) memory, Tensor? parameters, "
+        "Tensor? scale, float beta, float lam, int ignore_index, bool updates, bool with_grad) -> "
+        "(Tensor values, Tensor grad_logits)");
+
+    // Logits whose norm is fixed by a temperature, or at most the parameter if it `clips` (losses/rescale.h), in
+    // float32 (float64), and the norms [rows]. Rows whose target is ignore_index become zeros. on_device: takes the
+    // place of parameter. Backward makes the gradient in the logits of that in the rescaled ones, in the dtype of the
+    // logits.
+    const std::string rescale =
+        "Tensor logits, Tensor? target, Tensor? on_device, float parameter, bool clips, int ignore_index) -> ";
+    m.def(("rescale_logits(" + rescale + "(Tensor rescaled, Tensor norms)").c_str());
+    m.def(("rescale_logits_backward(Tensor grad_rescaled, Tensor norms, " + rescale + "Tensor").c_str());
+
+    // The generalised Jensen-Shannon divergence of a label and views of float32 or float64 logits: values [rows] and,
+    // where there are grads, the gradient in each view. weights: the label's, then one per view. Every target is a
+    // class.
+    m.def("gjs_rows_(Tensor[] views, Tensor target, float[] weights, Tensor(a!)[] grads) -> Tensor");
+
     // ---- Z-Error (2506.02154) ----
     // Rows form groups and have scores, as `statistic` says:
     //   "class": target holds class indices; score is one number per row, or logits whose target's entry is the score
@@ -145,6 +169,10 @@ void implement(torch::stable::detail::StableLibrary& m) {
     m.impl("mixed_loss_backward", &mixed_loss_backward);
     m.impl("mixed_loss_backward_", &mixed_loss_backward_);
     m.impl("row_statistics", &row_statistics);
+    m.impl("elr_rows_", &elr_rows_);
+    m.impl("gjs_rows_", &gjs_rows_);
+    m.impl("rescale_logits", &rescale_logits);
+    m.impl("rescale_logits_backward", &rescale_logits_backward);
     m.impl("row_loss_and_statistics", &row_loss_and_statistics);
     m.impl("row_loss_with_grad_and_statistics", &row_loss_with_grad_and_statistics);
     m.impl("class_moments", &class_moments);

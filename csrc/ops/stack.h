@@ -5,6 +5,7 @@
 #include <bit>
 #include <cstddef>
 #include <string>
+#include <vector>
 
 #include "ops/tensor.h"
 
@@ -60,6 +61,18 @@ private:
         check_torch(torch_string_c_str(handle, &data), "read a string");
         text.assign(data, length);
         check_torch(torch_delete_string(handle), "delete a string");
+    }
+
+    void take(std::vector<Tensor>& tensors) {
+        const auto list = pop<StableListHandle>();
+        std::size_t count = 0;
+        check_torch(torch_list_size(list, &count), "read a list");
+        for (std::size_t i = 0; i < count; ++i) {
+            StableIValue item = 0;
+            check_torch(torch_list_get_item(list, i, &item), "read a list");
+            tensors.emplace_back(torch::stable::detail::to<AtenTensorHandle>(item));
+        }
+        check_torch(torch_delete_list(list), "delete a list");
     }
 
     void take(Numbers& numbers) {

@@ -249,6 +249,24 @@ void test_products(const char* type, int points) {
     check(inverse.ulps < 2 && root.ulps < 3 && power.ulps < 1, "1/x, 1/sqrt(x) or x^n of %s", type);
 }
 
+template <class T>
+void test_unit_interval(const char* type, int points) {
+    Random random(4);
+    Worst log;
+    for (int i = 0; i < points; ++i) {
+        const T x = T(random.one_in(2) ? random.uniform(0, 1) : std::ldexp(random.uniform(0, 1), -random.below(60)));
+        const wider_t<T> exact = x == T(0) ? wider_t<T>(1) : std::log1p(wider_t<T>(x)) / wider_t<T>(x);
+        const T of_vector = math::log1p_over(Vec<T>(x)).v[i % Vec<T>::size];
+        log.see(std::max(ulps<T>(math::log1p_over(x), exact, false), ulps<T>(of_vector, exact, false)), x);
+        check(math::minus_abs(x) == -x && math::minus_abs(Vec<T>(-x)).v[0] == -x, "-|x| of %s", type);
+    }
+    std::printf("%s: log(1 + x) / x %.3f ulp at %.9g\n", type, log.ulps, log.at);
+    check(log.ulps < 3 && math::log1p_over(T(0)) == T(1), "log(1 + x) / x of %s: %.3f ulp", type, log.ulps);
+    const T nan = std::numeric_limits<T>::quiet_NaN(), inf = std::numeric_limits<T>::infinity();
+    check(std::isnan(math::log1p_over(nan)) && std::isnan(math::minus_abs(nan)) && math::minus_abs(inf) == -inf,
+          "NaN and infinity of %s", type);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -262,6 +280,8 @@ int main(int argc, char** argv) {
     test_coarse_exp(points);
     test_pow<float>("float", points);
     test_pow<double>("double", points);
+    test_unit_interval<float>("float", points / 4);
+    test_unit_interval<double>("double", points / 4);
     test_products<float>("float", points / 4);
     test_products<double>("double", points / 4);
     return fused_losses_test::report("math.h");

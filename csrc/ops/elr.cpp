@@ -1,0 +1,77 @@
+// Entry of the operator elr_rows_, with the checks of row losses.
+#include "ops/operators.h"
+#include "ops/row_layout.h"
+#include "ops/row_loss/checks.h"
+
+namespace fused_losses {
+namespace {
+
+// One entry per row, in the order of row numbers.
+const void* of_rows(const char* name, const Tensor& t, DtypeCode dtype, const Tensor& logits, std::int64_t rows) {
+    check(t.dtype() == dtype && t.device() == logits.device() && t.numel() == rows && t.is_contiguous(),
+          "ELRLoss: ", name, " must hold ", rows, " contiguous numbers of ", dtype, " on ", logits.device(),
+          ", got shape ", t.sizes(), " of ", t.dtype(), " on ", t.device());
+    return t.const_data_ptr();
+}
+
+void check_memory(const Tensor& memory, const Tensor& logits, std::int64_t classes) {
+    const bool has_shape = memory.dim() == 2 && memory.size(1) == classes && memory.is_contiguous();
+    check(has_shape && (memory.dtype() == dtypes::float32 || memory.dtype() == dtypes::bfloat16),
+          "ELRLoss: memory must ", "be contiguous, float32 or bfloat16, of shape [samples, ", classes, "], got ",
+          memory.dtype(), " of shape ", memory.sizes());
+    check_same_device("memory", memory, logits);
+}
+
+}  // namespace
+
+void elr_rows_(StableIValue* stack, std::uint64_t, std::uint64_t) {
+    Arguments in(stack);
+    RowLossArgs args;
+    args.loss = "ELRLoss";
+    Tensor place, memory;
+    OptionalTensor order, parameters, scale;
+    ElrMemory m;
+    bool with_grad = false;
+    in.read(args.logits, args.target, place, order, memory, parameters, scale, m.beta, m.lam,
+            args.constants.ignore_index, m.updates, with_grad);
+    const RowLossShape shape = check_row_loss(args);
+    const Tensor& logits = args.logits;
+    const DtypeCode acc = acc_of(logits);
+    Tensor grad;
+    if (with_grad) grad = empty(logits.sizes(), acc, logits.device());
+    RowTensor tensors[] = {
+        {&args.target, -1}, {&args.logits, shape.class_dim}, {with_grad ? &grad : nullptr, shape.class_dim}};
+    const RowLayout layout = lay_out_rows(shape.rows, tensors);
+
+    RowProblem p;
+    p.dtype = dtype_of(*element_type(logits)), p.index_type = index_type_of(*element_type(args.target));
+    p.device = logits.device().index;
+    p.outer = layout.outer, p.inner = layout.inner, p.num_classes = logits.size(shape.class_dim);
+    p.target = args.target.const_data_ptr(), p.target_stride = tensors[0].stride;
+    p.logits = logits.const_data_ptr(), p.logits_stride = tensors[1].stride;
+    p.logits_class_stride = logits.stride(shape.class_dim);
+    p.ignore_index = args.constants.ignore_index;
+    const std::int64_t of_values[] = {p.rows()}, nothing[] = {0};
+    Tensor values = empty(of_values, acc, logits.device());
+    p.row_values = values.mutable_data_ptr();
+    if (with_grad) {
+        p.grad = grad.mutable_data_ptr(), p.grad_stride = tensors[2].stride;
+        p.grad_class_stride = grad.stride(shape.class_dim);
+    } else {
+        grad = empty(nothing, acc, logits.device());
+    }
+
+    check_memory(memory, logits, p.num_classes);
+    m.rows = memory.mutable_data_ptr(), m.is_bfloat16 = memory.dtype() == dtypes::bfloat16;
+    m.place = static_cast<const std::int64_t*>(of_rows("place", place, dtypes::int64, logits, p.rows()));
+    if (order) m.order = static_cast<const std::int64_t*>(of_rows("order", *order, dtypes::int64, logits, p.rows()));
+    if (scale) m.scale = of_rows("scale", *scale, acc, logits, p.rows());
+    if (parameters) m.parameters = of_rows("parameters", *parameters, acc, logits, 2);
+    for (std::int64_t i = 0; i < p.rows() && place.is_cpu(); ++i)
+        check_index(m.place[i] >= 0 && m.place[i] < memory.size(0), "ELRLoss: place must be in [0, ", memory.size(0),
+                    "), got ", m.place[i]);
+    if (p.rows() > 0) backend_of(logits.device()).elr(p, m);
+    Results(stack).push(values, grad);
+}
+
+}  // namespace fused_losses
