@@ -4,10 +4,7 @@
 // again in each pass. Forward with its gradient, or backward alone.
 #pragma once
 
-#include "cuda/loss_output.cuh"
-#include "cuda/row_part.cuh"
-#include "cuda/row_team.cuh"
-#include "cuda/warp_tiles.cuh"
+#include "cuda/kept_rows.cuh"
 #include "losses/run_as.h"
 
 namespace fused_losses::cuda {
@@ -91,8 +88,8 @@ public:
     // For all threads of the team. Those of rows that do not exist, or are ignored, have something to do for the
     // others' sake.
     template <class Team>
-    FL_DEVICE void run(Team& team, const Row& row, const Target& target, bool exists, const RowPlace& place,
-                       LossSums& sums) const {
+    FL_DEVICE void run(Team& team, const Row& row, bool exists, const RowPlace& place, LossSums& sums) const {
+        const Target target = exists ? target_of(p, row) : Target{0, true};
         const bool reads = exists && !target.ignored;
         Numbers numbers{slots};
         OfThread mine{numbers, place, reads ? classes.count : 0, -1, A(0)};
@@ -265,28 +262,7 @@ private:
 template <class Loss, Kept kKept>
 __global__ void __launch_bounds__(kTileThreads, kKept == Kept::kRegisters ? 5 : 6)
     passes_in_tiles(const __grid_constant__ RegisterArgs args) {
-    const RowProblem& p = args.problem;
-    if (args.is_saved && is_already_written<float>(p)) return;
-    const int classes = static_cast<int>(p.num_classes), element = bytes_of(p.dtype), lanes = args.plan.lanes;
-    const LaneTeam team(lanes);
-    const int own = threadIdx.x % 32 / lanes, at_once = 32 / lanes;
-    __shared__ LossSums of_thread[kTileThreads];
-    LossSums& sums = of_thread[threadIdx.x];  // registers have other uses
-    sums = {0, 0};
-    const PassRow<Loss, float, kKept, true> worker(args, ClassesOfThread(classes, team.lane, args.plan.rounds),
-                                                   behind_tiles(args.plan));
-    for_each_tile(args, [&](int first, int count, char* tile, auto arrive) {
-        arrive();
-#pragma unroll 1
-        for (int r = own; r - own < count; r += at_once) {
-            const bool exists = r < count;
-            const Row row{first + r, 0, first + r};
-            char* const at = tile + (exists ? r * classes * element : 0);
-            worker.run(team, row, exists ? target_of(p, row) : Target{0, true}, exists,
-                       RowPlace{at, at, element, element}, sums);
-        }
-    });
-    write_loss(args, sums);
+    work_on_tiles<PassRow<Loss, float, kKept, true>>(args);
 }
 
 template <class A, Kept kKept>
@@ -296,22 +272,7 @@ template <class Loss, class A, Kept kKept>
 __global__ void __launch_bounds__(kRowThreads<A, kKept>,
                                   sizeof(A) == 4 && Loss::num_kept < 3 && kKept != Kept::kRegisters ? 2 : 1)
     passes_of_rows(const __grid_constant__ PlannedArgs<A> args) {
-    const RowProblem& p = args.problem;
-    if (args.is_saved && is_already_written<A>(p)) return;
-    RowTeam<A, true> team(args.plan);
-    LossSums sums{0, 0};
-    const int classes = static_cast<int>(p.num_classes), begin = cluster_group::block_rank() * args.plan.share;
-    const PassRow<Loss, A, kKept, false> worker(
-        args, ClassesOfThread(begin, min(classes, begin + args.plan.share), team.lane, team.threads), dynamic_shared);
-    const std::int64_t rows = p.rows();
-    for (std::int64_t first = team.first(); first < rows; first += team.step()) {
-        const std::int64_t number = first + team.place();
-        const bool exists = number < rows;
-        const Row row = row_at(p, exists ? number : first);
-        worker.run(team, row, exists ? target_of(p, row) : Target{0, true}, exists, place_of(p, row), sums);
-    }
-    team.part_company();
-    write_loss(args, sums);
+    work_on_rows<A, PassRow<Loss, A, kKept, false>>(args);
 }
 
 template <class Loss, class A>
@@ -320,29 +281,15 @@ cudaError_t enqueue_any_rows(PlannedArgs<A>& args, cudaStream_t stream) {
     return launch_rows_resident(&passes_of_rows<Loss, A, Kept::kNot>, args, stream);
 }
 
-template <class Loss, Kept kKept>
-cudaError_t enqueue_kept_rows(RegisterArgs& args, cudaStream_t stream) {
-    for (int largest = kMaxCluster; largest > 0; largest /= 2) {
-        if (!(args.plan = plan_pass_rows(args.problem, {kSlots<Loss, kKept>, kKept == Kept::kRegisters}, largest)))
-            continue;
-        const cudaError_t error = launch_rows_resident(&passes_of_rows<Loss, float, kKept>, args, stream);
-        if (error != kDoesNotFit) return error;
-    }
-    return kDoesNotFit;
-}
-
 // Rows that stay with their threads; kDoesNotFit if there is no room for them.
 template <class Loss, Kept kKept>
-cudaError_t enqueue_kept(RegisterArgs& args, int multiprocessors, cudaStream_t stream) {
-    const RowProblem& p = args.problem;
-    const PassNumbers numbers{kSlots<Loss, kKept>, kKept == Kept::kRegisters};
-    if ((args.plan = plan_pass_tiles(p, numbers, multiprocessors))) {
-        const cudaError_t error = launch_tiles_resident(&passes_in_tiles<Loss, kKept>, args, stream);
-        if (error != kDoesNotFit) return error;
-    }
+cudaError_t enqueue_kept(RegisterArgs& args, cudaStream_t stream) {
     // Of rows that lie anyhow, pairs of numbers take too many registers beside the addresses.
     constexpr Kept of_rows = Loss::num_kept == 1 ? kKept : Kept::kShared;
-    return enqueue_kept_rows<Loss, of_rows>(args, stream);
+    constexpr auto numbers = [](Kept kept) { return PassNumbers{Loss::num_kept, kept == Kept::kRegisters}; };
+    return launch_kept<RegisterArgs>(
+        {&passes_in_tiles<Loss, kKept>, numbers(kKept), &passes_of_rows<Loss, float, of_rows>, numbers(of_rows)}, args,
+        stream);
 }
 
 template <class Given>
@@ -357,16 +304,14 @@ cudaError_t enqueue_passes_of(const RowProblem& given, const LossOutput& out, bo
     }
     RegisterArgs args(p, out);
     args.is_saved = is_saved;
-    int multiprocessors = 0;
-    cudaError_t error = find_multiprocessors(multiprocessors);
-    if (error != cudaSuccess) return error;
+    cudaError_t error = kDoesNotFit;
     visit_variant<Loss>(p.params, [&]<class Variant>() {
         if constexpr (kIsShort<Variant>)
             if (!p.first_param) {
-                error = enqueue_kept<Variant, Kept::kRegisters>(args, multiprocessors, stream);
+                error = enqueue_kept<Variant, Kept::kRegisters>(args, stream);
                 return;
             }
-        error = enqueue_kept<Loss, Kept::kShared>(args, multiprocessors, stream);
+        error = enqueue_kept<Loss, Kept::kShared>(args, stream);
     });
     return error == kDoesNotFit ? enqueue_any_rows<Loss>(args, stream) : error;
 }

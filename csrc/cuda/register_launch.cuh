@@ -69,4 +69,24 @@ cudaError_t launch_rows_resident(void (*kernel)(Args), const Args& args, cudaStr
     return launch_all_resident(kernel, {plan.threads, plan.slot_bytes, plan.cluster}, wanted, stream, args);
 }
 
+// By the first kernel for such u_j that has room for the rows; kDoesNotFit if none has.
+template <class Stored>
+cudaError_t enqueue_held(RegisterArgs& args, Factors factors, cudaStream_t stream) {
+    const RowProblem& p = args.problem;
+    int multiprocessors = 0;
+    cudaError_t error = find_multiprocessors(multiprocessors);
+    if (error != cudaSuccess) return error;
+    if ((args.plan = plan_tiles(p, factors, multiprocessors))) {
+        error = enqueue_tiles<Stored>(args, stream);
+        if (error != kDoesNotFit) return error;
+    }
+    if ((args.plan = plan_columns(p, factors))) return enqueue_columns<Stored>(args, stream);
+    for (int largest = kMaxCluster; largest > 0; largest /= 2) {
+        if (!(args.plan = plan_direct(p, factors, largest))) continue;
+        error = enqueue_registers<Stored>(args, stream);
+        if (error != kDoesNotFit) return error;
+    }
+    return kDoesNotFit;
+}
+
 }  // namespace fused_losses::cuda
