@@ -57,13 +57,12 @@ FL_DEVICE void work_on_rows(const Args& args) {
     write_loss(args, sums);
 }
 
-// The kernels for either, and what they keep.
+// The kernels for either, and how many numbers of a class they keep.
 template <class Args>
 struct KeptKernels {
     void (*in_tiles)(Args);
-    PassNumbers numbers_in_tiles;
     void (*of_rows)(Args);
-    PassNumbers numbers_of_rows;
+    int numbers;
 };
 
 // By the first that has room for the rows; kDoesNotFit if none has.
@@ -72,12 +71,12 @@ cudaError_t launch_kept(const KeptKernels<Args>& kernels, Args& args, cudaStream
     int multiprocessors = 0;
     cudaError_t error = find_multiprocessors(multiprocessors);
     if (error != cudaSuccess) return error;
-    if ((args.plan = plan_pass_tiles(args.problem, kernels.numbers_in_tiles, multiprocessors))) {
+    if ((args.plan = plan_kept_tiles(args.problem, kernels.numbers, multiprocessors))) {
         error = launch_tiles_resident(kernels.in_tiles, args, stream);
         if (error != kDoesNotFit) return error;
     }
     for (int largest = kMaxCluster; largest > 0; largest /= 2) {
-        if (!(args.plan = plan_pass_rows(args.problem, kernels.numbers_of_rows, largest))) continue;
+        if (!(args.plan = plan_kept_rows(args.problem, kernels.numbers, largest))) continue;
         error = launch_rows_resident(kernels.of_rows, args, stream);
         if (error != kDoesNotFit) return error;
     }

@@ -14,9 +14,12 @@ constexpr int kTileThreads = 128, kMostColumnThreads = 384;
 constexpr int tile_blocks(int held) { return held < 16 ? 7 : 5; }
 constexpr int most_tile_bytes(int held) { return held < 16 ? 3072 : 5120; }
 
-// The u_j of a row as kernels are compiled for them: not used, 1 for all classes (or not used), or read; and as kOnes,
-// but with row statistics, in forward, without a bias.
-enum class Factors { kNone, kOnes, kRead, kOnesAndStatistics };
+// What kernels are compiled for. Softmax losses, by the u_j of a row: not used, 1 for all classes (or not used), or
+// read; and as kOnes, but with row statistics, in forward, without a bias. Losses of several passes that keep one
+// number of each class, or two.
+enum class Factors { kNone, kOnes, kRead, kOnesAndStatistics, kOneKept, kTwoKept };
+
+constexpr bool have_passes(Factors factors) { return factors >= Factors::kOneKept; }
 
 inline Factors factors_of(const RowProblem& p) {
     if (p.class_factors == ClassFactors::kNone) return Factors::kNone;
@@ -30,7 +33,12 @@ struct TileKernel {
     Factors factors;
     int lanes, held;  // lanes of a row, 0: any number
 
-    constexpr int always(int rounds) const { return factors != Factors::kNone ? 0 : held == 10 ? 1 : rounds * 11 / 20; }
+    // Whether a number beside the words of a row has a place.
+    constexpr bool takes_ragged() const { return !have_passes(factors) || lanes == 0; }
+    constexpr int always(int rounds) const {
+        if (factors != Factors::kNone && !have_passes(factors)) return 0;
+        return held == 10 ? 1 : rounds * 11 / 20;
+    }
 };
 constexpr TileKernel kTileKernels[] = {
     {Factors::kNone, 1, 10},
@@ -47,22 +55,31 @@ constexpr TileKernel kTileKernels[] = {
     {Factors::kRead, 0, 16},
     {Factors::kOnesAndStatistics, 1, 10},
     {Factors::kOnesAndStatistics, 0, 26},
+    {Factors::kOneKept, 1, 10},
+    {Factors::kOneKept, 0, 10},
+    {Factors::kOneKept, 0, 26},
+    {Factors::kTwoKept, 1, 10},
+    {Factors::kTwoKept, 0, 10},
+    {Factors::kTwoKept, 0, 26},
 };
 struct DirectKernel {
     Factors factors;
     bool of_warps;  // a row each; else of blocks
     int held;
 
-    constexpr int always(int rounds) const { return factors != Factors::kNone ? 0 : rounds / 2; }
+    constexpr int always(int rounds) const {
+        return factors == Factors::kNone ? rounds / 2 : have_passes(factors) ? rounds / 4 : 0;
+    }
     // Of a block: addresses of as many loads as a float row needs take more registers, and so do sums with factors.
     constexpr int most_threads(int element) const {
         if (of_warps) return kTileThreads;
-        return element == 4 || factors == Factors::kOnes || factors == Factors::kOnesAndStatistics ? 512 : 640;
+        return element == 4 || factors == Factors::kOnes || factors >= Factors::kOnesAndStatistics ? 512 : 640;
     }
 };
 constexpr DirectKernel kDirectKernels[] = {
-    {Factors::kNone, true, 24},  {Factors::kNone, true, 32},  {Factors::kNone, false, 32},
-    {Factors::kOnes, false, 32}, {Factors::kRead, false, 16}, {Factors::kOnesAndStatistics, false, 32},
+    {Factors::kNone, true, 24},    {Factors::kNone, true, 32},     {Factors::kNone, false, 32},
+    {Factors::kOnes, false, 32},   {Factors::kRead, false, 16},    {Factors::kOnesAndStatistics, false, 32},
+    {Factors::kOneKept, true, 32}, {Factors::kOneKept, false, 32}, {Factors::kTwoKept, false, 16},
 };
 
 // For rows side by side: a thread has so many classes of a row at most, and the first always() of them.
@@ -113,15 +130,9 @@ RegisterPlan plan_direct(const RowProblem& p, Factors factors, int largest_clust
 // For rows that lie side by side.
 RegisterPlan plan_columns(const RowProblem& p, Factors factors);
 
-// The same for losses of several passes, which keep so many numbers of a class in registers or in shared memory: rows
-// in tiles, and rows that lie anyhow.
-constexpr int kMostKeptInRegisters = 32;  // numbers of a thread
-struct PassNumbers {
-    int of_class;
-    bool in_registers;
-};
-RegisterPlan plan_pass_tiles(const RowProblem& p, PassNumbers numbers, int multiprocessors);
-RegisterPlan plan_pass_rows(const RowProblem& p, PassNumbers numbers, int largest_cluster);
+// The same for rows of which so many numbers of a class stay in shared memory: rows in tiles, and rows that lie anyhow.
+RegisterPlan plan_kept_tiles(const RowProblem& p, int numbers, int multiprocessors);
+RegisterPlan plan_kept_rows(const RowProblem& p, int numbers, int largest_cluster);
 
 // For rows of any length that lie anyhow: threads have a few of their numbers at a time.
 RegisterPlan plan_any_rows(const RowProblem& p, int slots);

@@ -30,10 +30,10 @@ cudaError_t enqueue_of(const RowProblem& p, const LossOutput& out, cudaStream_t 
         LabelArgs<double> args(p, out);
         return enqueue_any_rows<double, kShares>(args, stream);
     }
-    constexpr PassNumbers numbers{LabelRow<float, true, kShares>::n, /*in_registers=*/false};
     LabelArgs<float> args(p, out);
     const cudaError_t error = launch_kept<LabelArgs<float>>(
-        {&labels_in_tiles<kShares>, numbers, &labels_of_rows<float, true, kShares>, numbers}, args, stream);
+        {&labels_in_tiles<kShares>, &labels_of_rows<float, true, kShares>, LabelRow<float, true, kShares>::n}, args,
+        stream);
     return error == kDoesNotFit ? enqueue_any_rows<float, kShares>(args, stream) : error;
 }
 
