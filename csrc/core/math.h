@@ -335,7 +335,7 @@ FL_HD T integer_power(T a, int n) {
     return product;
 }
 
-// x^y where its relative error may be some ulp of |y log x|, and 3 ulp. Valid Range: normal x > 0, NaN.
+// x^y where some ulp do not matter. Max Error: 4 + 2 |log x| ulp. Valid Range: normal x > 0, NaN; |y| <= 1/2.
 template <class T>
 FL_HD T coarse_pow(T x, T y) {
 #ifdef __CUDA_ARCH__

@@ -29,7 +29,7 @@ FL_DEVICE void work_on_tiles(const Args& args) {
 #pragma unroll 1
         for (int r = own; r - own < count; r += at_once) {
             const bool exists = r < count;
-            char* const at = tile + (exists ? r * classes * element : 0);
+            char* const at = tile + (exists ? r * args.plan.row_bytes : 0);
             worker.run(team, {first + r, 0, first + r}, exists, RowPlace{at, at, element, element}, sums);
         }
     });

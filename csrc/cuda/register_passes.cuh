@@ -225,7 +225,7 @@ private:
 };
 
 template <class Loss, class Stored, int kLanes, int kHeld>
-__global__ void __launch_bounds__(kTileThreads, tile_blocks(kHeld))
+__global__ void __launch_bounds__(kTileThreads, tile_blocks(kKeptBy<Loss>, kHeld))
     passes_in_register_tiles(const __grid_constant__ RegisterArgs args) {
     constexpr TileKernel kernel{kKeptBy<Loss>, kLanes, kHeld};
     constexpr int rounds = kHeld / Word<Stored>::count, always = kernel.always(rounds);

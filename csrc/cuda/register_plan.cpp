@@ -84,7 +84,7 @@ void fill_tile(const RowProblem& p, int most_bytes, int multiprocessors, Registe
     int rows = std::max(32 / plan.lanes, 16 / std::gcd(row_bytes, 16));
     while (2 * rows * row_bytes <= most_bytes && p.rows() >= std::int64_t(2) * rows * warps * multiprocessors)
         rows *= 2;
-    plan.tile_rows = rows;
+    plan.row_bytes = row_bytes, plan.tile_rows = rows;
     plan.tile_bytes = rows * row_bytes + (reinterpret_cast<std::uintptr_t>(p.logits) % 16 == 0 ? 0 : 16);
     plan.threads = kTileThreads;
 }

@@ -8,10 +8,8 @@ namespace fused_losses::cuda {
 
 constexpr int kTileThreads = 128, kMostColumnThreads = 384;
 
-// Blocks of a tile's kernel that fit on a multiprocessor by their registers, and what a tile may take then. Fewer
-// threads with larger tiles have as many bytes on their way as more threads have with smaller ones, and what is done
-// once for a tile costs less.
-constexpr int tile_blocks(int held) { return held < 16 ? 7 : 5; }
+// What a tile may take. Fewer threads with larger tiles have as many bytes on their way as more threads have with
+// smaller ones, and what is done once for a tile costs less.
 constexpr int most_tile_bytes(int held) { return held < 16 ? 3072 : 5120; }
 
 // What kernels are compiled for. Softmax losses, by the u_j of a row: not used, 1 for all classes (or not used), or
@@ -25,6 +23,12 @@ inline Factors factors_of(const RowProblem& p) {
     if (p.class_factors == ClassFactors::kNone) return Factors::kNone;
     const bool are_read = p.class_factors == ClassFactors::kSoftTarget || p.class_weight;
     return p.class_factors == ClassFactors::kOnes || !are_read ? Factors::kOnes : Factors::kRead;
+}
+
+// Blocks of a tile's kernel that fit on a multiprocessor by their registers: with more of them, numbers are spilled.
+constexpr int tile_blocks(Factors factors, int held) {
+    if (held < 16) return factors == Factors::kOneKept ? 8 : 7;
+    return factors == Factors::kOnesAndStatistics || factors == Factors::kTwoKept ? 4 : 5;
 }
 
 // Kernels are compiled for so many numbers of a thread: a loop that ends early would cost as much as what it leaves
@@ -78,7 +82,7 @@ struct DirectKernel {
 };
 constexpr DirectKernel kDirectKernels[] = {
     {Factors::kNone, true, 24},    {Factors::kNone, true, 32},     {Factors::kNone, false, 32},
-    {Factors::kOnes, false, 32},   {Factors::kRead, false, 16},    {Factors::kOnesAndStatistics, false, 32},
+    {Factors::kOnes, false, 32},   {Factors::kRead, false, 16},    {Factors::kOnesAndStatistics, false, 24},
     {Factors::kOneKept, true, 32}, {Factors::kOneKept, false, 32}, {Factors::kTwoKept, false, 16},
 };
 
@@ -95,15 +99,15 @@ constexpr ColumnKernel kColumnKernels[] = {
 struct RegisterPlan {
     // Of a row: a power of two up to 32 in a tile; else a warp or a block, of a cluster perhaps.
     int lanes = 0;
-    int kernel = 0;                     // of kTileKernels, kDirectKernels or kColumnKernels
-    int held = 0;                       // numbers that the kernel has room for
-    int rounds = 0, longer = 32;        // accesses of a lane in a tile, of 4 bytes; one less from lane `longer` on
-    int share = 0;                      // accesses of a block of a cluster, of 16 bytes
-    int tile_rows = 0, tile_bytes = 0;  // of a warp's tile; all zeros: rows are read where they lie
-    int threads = 0, cluster = 1;       // of a block, blocks of a row
-    Factors factors = Factors::kNone;   // that the kernel is compiled for
-    bool is_column = false;             // neighbouring threads have neighbouring rows
-    bool is_paired = false;             // two rows of 16-bit numbers are four aligned bytes, for every class
+    int kernel = 0;               // of kTileKernels, kDirectKernels or kColumnKernels
+    int held = 0;                 // numbers that the kernel has room for
+    int rounds = 0, longer = 32;  // accesses of a lane in a tile, of 4 bytes; one less from lane `longer` on
+    int share = 0;                // accesses of a block of a cluster, of 16 bytes
+    int row_bytes = 0, tile_rows = 0, tile_bytes = 0;  // of a warp's tile; all zeros: rows are read where they lie
+    int threads = 0, cluster = 1;                      // of a block, blocks of a row
+    Factors factors = Factors::kNone;                  // that the kernel is compiled for
+    bool is_column = false;                            // neighbouring threads have neighbouring rows
+    bool is_paired = false;  // two rows of 16-bit numbers are four aligned bytes, for every class
     unsigned logits_step = 0, grad_step = 0,
              target_step = 0;       // bytes from a row to the next, or from one of a thread's classes
     int pitch = 0, slot_bytes = 0;  // numbers of a thread in shared memory, bytes of a block

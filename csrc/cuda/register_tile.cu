@@ -6,7 +6,7 @@ namespace fused_losses::cuda {
 namespace {
 
 template <class Stored, Factors kFactors, int kLanes, int kHeld>
-__global__ void __launch_bounds__(kTileThreads, tile_blocks(kHeld))
+__global__ void __launch_bounds__(kTileThreads, tile_blocks(kFactors, kHeld))
     softmax_in_tiles(const __grid_constant__ RegisterArgs args) {
     constexpr int rounds = kHeld / Word<Stored>::count, always = TileKernel{kFactors, kLanes, kHeld}.always(rounds);
     work_on_register_tiles<RegisterRow<Stored, kFactors, unsigned, rounds, always, LaneTeam<kLanes>>>(args);

@@ -13,7 +13,7 @@ __global__ void __launch_bounds__(kTileThreads, 4) labels_in_tiles(const __grid_
 }
 
 template <class A, bool kKeeps, bool kShares>
-__global__ void __launch_bounds__(kKeeps ? kMostColumnThreads : kBlock)
+__global__ void __launch_bounds__(kKeeps ? kMostColumnThreads : kBlock, 1)
     labels_of_rows(const __grid_constant__ LabelArgs<A> args) {
     work_on_rows<A, LabelRow<A, kKeeps, kShares>>(args);
 }

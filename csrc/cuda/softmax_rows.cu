@@ -91,7 +91,8 @@ private:
 };
 
 template <class A>
-__global__ void __launch_bounds__(kBlock, 2) softmax_of_rows(const __grid_constant__ PlannedArgs<A> args) {
+__global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : 2)
+    softmax_of_rows(const __grid_constant__ PlannedArgs<A> args) {
     const RowProblem& p = args.problem;
     if (args.is_saved && is_already_written<A>(p)) return;
     RowTeam<A, true> team(args.plan);
