@@ -37,7 +37,9 @@ MANGLED = {"bfloat16": r"BFloat16E", "float16": r"4HalfE", "float32": r"f"}
 # Sources, and a kernel that they alone have. Disassembling those of several passes takes most of the time.
 SOFTMAX = {"register_tile": b"softmax_in_tiles", "register_forward": b"softmax_in_registers"}
 SOFTMAX |= {"softmax_columns": b"softmax_in_columns"}
-SEVERAL_PASSES = {"passes": b"passes_in_tiles", "tempered_passes": b"passes_in_tiles"}
+SEVERAL_PASSES = {"passes": b"passes_in_register_tiles", "tempered_passes": b"passes_in_register_tiles"}
+# Of the C++ enumeration.
+FACTORS = {"p_y": 0, "NCE": 1, "pixels p_y": 0}
 
 
 @dataclass(frozen=True)
@@ -49,27 +51,24 @@ class Passes:
     kernel: str  # how the name of its kernels spells it
     sums: int  # that the lanes of a row add up together, or largest numbers
     per_class: dict[str, int]  # instructions that forward needs for each class, among others
-    classes: tuple[int, ...]  # counted; NGCE has longer rows in shared memory
     miss: str  # why it misses its budget
 
 
 MARGIN = (
-    "HEM and multi-margin: 28 instructions a class for its error, its part of the sums and its gradient, each with a "
-    "test for the target, for conversions and for tests of the row's end; 150 a row"
+    "HEM and multi-margin in float32, 10 classes: the budget is that of 16 bits; 10 instructions a class for memory "
+    "and tiles, 14 for its error, its part of the sums and its gradient, 110 a row"
 )
 POWER = (
-    "NGCE: 28 instructions a class, 18 of them for two exponentials, as exact for 16 bits as for 32; 400 a row, for "
-    "its logarithm, powers and divisions, of 13 classes to a lane"
+    "NGCE in float32: the budget is that of 16 bits; 18 instructions a class for two exponentials as exact as logits "
+    "of 32 bits ask for, and 250 a row for a logarithm, powers and a division"
 )
-TEMPERED = "bi-tempered: six sums of fifth powers, and the logarithms and powers of each of six row ends"
 PASSES = {
-    "HEM": Passes(1, 30, r"MarginLossI.*KnowingILb1ELb0E", 3, {"FSETP": 3, "FADD": 4}, (10, 100, 1000), MARGIN),
-    "multi-margin": Passes(
-        1, 30, r"MarginLossI.*KnowingILb0ELb0E", 2, {"FSETP": 3, "FADD": 3}, (10, 100, 1000), MARGIN
-    ),
-    "NGCE": Passes(2, 45, r"PowerLossI.*ELb1E", 4, {"MUFU.EX2": 2, "FADD": 4}, (10, 100), POWER),
-    "bi-tempered": Passes(1, 90, r"BiTemperedOfILi5ELb1E", 10, {"MUFU.RCP": 7}, (10,), TEMPERED),
+    "HEM": Passes(1, 30, r"MarginLossI.*KnowingILb1ELb0E", 3, {"FADD": 2}, MARGIN),
+    "multi-margin": Passes(1, 30, r"MarginLossI.*KnowingILb0ELb0E", 2, {"FADD": 1}, MARGIN),
+    "NGCE": Passes(2, 45, r"PowerLossI.*ELb1E", 4, {"MUFU.EX2": 2, "FADD": 4}, POWER),
+    "bi-tempered": Passes(1, 90, r"BiTemperedOfILi5ELb1E", 10, {"MUFU.RCP": 7}, "no reason is known"),
 }
+PASSES_CLASSES = (10, 100, 1000)
 BYTES_PER_SECOND = {"H100": 3.0e12, "H200": 4.3e12}  # of a copy, read and write
 SLOTS_PER_SECOND = 132 * 4 * 1.98e9
 GROWTH = 1.1
@@ -106,6 +105,11 @@ class Case:
     def rows(self) -> int:
         """Enough to fill the device many times over."""
         return max(1000, (1 << 30) // self.classes)
+
+    @property
+    def kind(self) -> str:
+        """How its rows lie, as launch_plans.cpp calls it."""
+        return "pixels" if self.loss == "pixels p_y" else "rows"
 
     @property
     def budget(self) -> int:
@@ -162,24 +166,34 @@ class Count:
 Work = tuple[tuple[str, int], ...]
 
 
+def work_of_row(case: Case, plan: Plan) -> tuple[dict[str, int], int]:
+    """What a thread has to do for its part of a row besides reading and writing it, and how many numbers it reduces."""
+    row = {"LDG.64": 1, "DADD": 2}  # the target, which is read in good time, and the loss, which is added up in doubles
+    if case.loss in PASSES:
+        loss = PASSES[case.loss]
+        return row | {op: n * plan.held for op, n in loss.per_class.items()}, loss.sums
+    row |= {"MUFU.EX2": plan.held, "MUFU.RCP": 1}
+    if case.size == 2:
+        row |= {"MUFU.LG2": 1, "VHMNMX|HMNMX2": plan.held // 4}
+    else:
+        row |= {"FMNMX": plan.held - 1}
+    if case.loss == "NCE":  # sums of exponentials and of arguments; expf has two itself
+        row["FADD"] = (2 if case.size == 2 else 4) * plan.held - 4
+    return row, 4 if case.loss == "NCE" else 2
+
+
 def trips(case: Case, plan: Plan) -> tuple[list[tuple[dict[str, int], bool, float]], float]:
     """Work of a loop's trip, whether that is the outermost loop, and how many trips; for how many logits / 32."""
-    if case.loss in PASSES:
-        return trips_of_passes(case, plan)
     if plan.kind == "columns":
         return trips_of_columns(case, plan)
     halves = case.size == 2
     words = plan.held // 2 if halves else plan.held
     beside = case.classes * case.size % (4 if plan.kind == "tile" else 16) != 0  # numbers beside the whole accesses
-    # A row's exponentials, its target, which is read in good time, and its loss, which is added up in doubles.
-    row = {"MUFU.EX2": plan.held, "MUFU.RCP": 1, "LDG.64": 1, "DADD": 2}
-    row |= {"MUFU.LG2": 1, "VHMNMX|HMNMX2": words // 2} if halves else {"FMNMX": plan.held - 1}
-    if case.loss == "NCE":  # sums of exponentials and of arguments; expf has two itself
-        row["FADD"] = (2 if halves else 4) * plan.held - 4
+    row, reduced = work_of_row(case, plan)
     if plan.kind == "tile":
         accesses = -(-plan.tile_rows * case.classes * case.size // 512)
         steps = plan.lanes.bit_length() - 1
-        row |= {"SHFL": (4 if case.loss == "NCE" else 2) * steps} if steps else {}
+        row |= {"SHFL": reduced * steps} if steps else {}
         if halves:
             row |= {"LDS.!64.!U16": words, "LDS.U16": 1 + beside, "STS.!64.!U16": words, "STS.U16": 1 + beside}
         else:
@@ -189,7 +203,7 @@ def trips(case: Case, plan: Plan) -> tuple[list[tuple[dict[str, int], bool, floa
             (row, False, plan.tile_rows * plan.lanes / 32),
         ], plan.tile_rows * case.classes / 32
     accesses, single = plan.held * case.size // 16, "U16" if halves else "!64.!128"
-    row |= {"LDG.128": accesses, "STG.128": accesses, "SHFL": 10}
+    row |= {"LDG.128": accesses, "STG.128": accesses, "SHFL": 10 if case.loss == "NCE" else 5 * reduced}
     row |= {f"LDG.{single}": 1 + beside, f"STG.{single}": 1 + beside}
     return [(row, True, plan.lanes / 32 * plan.cluster)], case.classes / 32
 
@@ -208,21 +222,6 @@ def trips_of_columns(case: Case, plan: Plan) -> tuple[list[tuple[dict[str, int],
     return [finishing, (work, True, plan.lanes - columns)], columns * case.classes
 
 
-def trips_of_passes(case: Case, plan: Plan) -> tuple[list[tuple[dict[str, int], bool, float]], float]:
-    """The same for losses of several passes."""
-    loss, tile = PASSES[case.loss], plan.kind == "tile"
-    single, memory = ("U16" if case.size == 2 else "!64.!128.!U16"), ("S" if tile else "G")
-    row = {"LDG.64": 1, "DADD": 2, f"LD{memory}.{single}": plan.held + 1, f"ST{memory}.{single}": plan.held}
-    row |= {op: n * plan.held for op, n in loss.per_class.items()}
-    steps = min(plan.lanes, 32).bit_length() - 1
-    row |= {"SHFL": loss.sums * steps} if steps else {}
-    if not tile:
-        return [(row, True, plan.lanes / 32 * plan.cluster)], case.classes / 32
-    accesses = -(-plan.tile_rows * case.classes * case.size // 512)
-    moves = {"LDGSTS": accesses, "STG.128": accesses}
-    return [(moves, True, 1), (row, False, plan.tile_rows * plan.lanes / 32)], plan.tile_rows * case.classes / 32
-
-
 FOUND: dict[tuple[str, Work, bool], Counter[str]] = {}
 
 
@@ -237,8 +236,12 @@ def units_of(kernel: sass.Kernel, work: Work, outermost: bool) -> Counter[str]:
 def kernel_name(case: Case, plan: Plan) -> str:
     """A pattern that finds the kernel of a plan by its parameters."""
     if case.loss in PASSES:
-        where = "in_tiles" if plan.kind == "tile" else "of_rows"
-        return rf"passes_{where}I.*{PASSES[case.loss].kernel}.*4KeptE2E"
+        loss = PASSES[case.loss].kernel
+        if plan.kind == "tile":
+            lanes = 1 if plan.lanes == 1 and plan.held == 10 else 0
+            return rf"passes_in_register_tilesI.*{loss}.*{MANGLED[case.dtype]}Li{lanes}ELi{plan.held}E"
+        team = "WarpTeam" if plan.lanes == 32 and PASSES[case.loss].kept == 1 else "RowTeam"
+        return rf"passes_in_registersI.*{loss}.*{MANGLED[case.dtype]}Li{plan.held}E.*{team}"
     factors = rf"LNS0_7FactorsE{plan.factors}E"
     if plan.kind == "columns":
         return rf"softmax_in_columnsI.*{MANGLED[case.dtype]}{factors}Li{plan.held}E"
@@ -299,11 +302,8 @@ def plans(cases: Sequence[Case], folder: Path) -> list[Plan]:
     sources += [ROOT / "csrc" / "cuda" / name for name in ("register_plan.cpp", "launch.cpp")]
     includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'cpp' / 'cuda_emulation'}", f"-I{ROOT / 'tests' / 'cpp'}"]
     subprocess.run(["g++", "-std=c++20", "-O1", *includes, *map(str, sources), "-o", str(program)], check=True)
-    kinds = {"pixels p_y": "pixels"} | {name: f"passes{loss.kept}" for name, loss in PASSES.items()}
-    asked = [
-        f"{kinds.get(case.loss, 'rows')}:{case.dtype}:{int(case.loss == 'NCE')}:{case.classes}:{case.rows}"
-        for case in cases
-    ]
+    factors = FACTORS | {name: 3 + loss.kept for name, loss in PASSES.items()}
+    asked = [":".join(map(str, (case.kind, case.dtype, factors[case.loss], case.classes, case.rows))) for case in cases]
     lines = subprocess.run([str(program), *asked], capture_output=True, text=True, check=True).stdout.splitlines()
     return [Plan(kind, *map(int, numbers)) for kind, *numbers in map(str.split, lines)]
 
@@ -371,12 +371,12 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="without losses of several passes, which take longest")
     args = parser.parse_args()
     cases = [Case("p_y", dtype, classes) for dtype in DTYPES for classes in CLASSES]
-    cases += [Case("NCE", dtype, classes) for dtype in ("bfloat16", "float32") for classes in (10, 100, 1000)]
+    cases += [Case("NCE", dtype, classes) for dtype in DTYPES for classes in PASSES_CLASSES]
     cases += [Case("pixels p_y", dtype, classes) for dtype in DTYPES for classes in (19, 150)]
     sources = SOFTMAX
     if not args.quick:
         sources = SOFTMAX | SEVERAL_PASSES
-        cases += [Case(loss, dtype, classes) for loss in PASSES for dtype in DTYPES for classes in PASSES[loss].classes]
+        cases += [Case(loss, dtype, classes) for loss in PASSES for dtype in DTYPES for classes in PASSES_CLASSES]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         kernels = kernels_in(args.library, sources, folder) if args.library else compile_kernels(sources, folder)

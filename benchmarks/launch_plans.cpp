@@ -1,6 +1,6 @@
 // Prints how the rows of an H100 are shared out, a line for each problem given as KIND:DTYPE:FACTORS:CLASSES:ROWS; for
-// issue_report.py. KIND: rows, pixels, or passes1 and passes2 for rows of losses of several passes that keep so many
-// numbers of a class in registers. Compiled with the headers of tests/cpp/cuda_emulation: no GPU, no CUDA toolkit.
+// issue_report.py. KIND: rows, or pixels. FACTORS: the number of a Factors. Compiled with the headers of
+// tests/cpp/cuda_emulation: no GPU, no CUDA toolkit.
 #include <cstdio>
 #include <cstring>
 
@@ -14,28 +14,23 @@ int main(int argc, char** argv) {
         long long classes = 0, rows = 0;
         if (std::sscanf(argv[i], "%15[a-z0-9]:%15[a-z0-9]:%d:%lld:%lld", kind, dtype, &factors, &classes, &rows) != 5)
             return 1;
-        const bool is_pixels = std::strcmp(kind, "pixels") == 0, has_passes = std::strncmp(kind, "passes", 6) == 0;
+        const bool is_pixels = std::strcmp(kind, "pixels") == 0;
         RowProblem p;
         p.dtype = std::strcmp(dtype, "float32") == 0 ? Dtype::kFloat32 : Dtype::kBFloat16;
-        p.class_factors = ClassFactors(factors);
         p.inner = rows, p.num_classes = classes;
         p.logits_stride = p.grad_stride = {rows * classes, is_pixels ? 1 : classes};
         p.logits_class_stride = p.grad_class_stride = is_pixels ? rows : 1;
         constexpr int multiprocessors = 132, largest_cluster = 16;
         const char* found = "tile";
         cuda::RegisterPlan plan;
-        if (has_passes) {
-            const cuda::PassNumbers numbers{kind[6] - '0', true};
-            plan = cuda::plan_pass_tiles(p, numbers, multiprocessors);
-            if (!plan) found = "direct", plan = cuda::plan_pass_rows(p, numbers, largest_cluster);
-        } else if (is_pixels) {
-            found = "columns", plan = cuda::plan_columns(p, cuda::factors_of(p));
+        if (is_pixels) {
+            found = "columns", plan = cuda::plan_columns(p, cuda::Factors(factors));
         } else {
-            plan = cuda::plan_tiles(p, cuda::factors_of(p), multiprocessors);
-            if (!plan) found = "direct", plan = cuda::plan_direct(p, cuda::factors_of(p), largest_cluster);
+            plan = cuda::plan_tiles(p, cuda::Factors(factors), multiprocessors);
+            if (!plan) found = "direct", plan = cuda::plan_direct(p, cuda::Factors(factors), largest_cluster);
         }
         if (!plan) return 1;
-        const bool conflicts = !has_passes && std::strcmp(found, "tile") == 0;
+        const bool conflicts = std::strcmp(found, "tile") == 0;
         std::printf("%s %d %d %d %d %d %d %d %d %d\n", found, int(plan.factors), plan.lanes, plan.held, plan.rounds,
                     plan.tile_rows, plan.tile_bytes, plan.threads, plan.cluster,
                     conflicts ? cuda::conflicts_of(p, plan) : 1);

@@ -5,6 +5,7 @@
 // over the Valid Range. Where no range is stated it is every number, infinities and NaN included.
 #pragma once
 
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstddef>
@@ -35,15 +36,15 @@ struct FloatFormat<float> {
     static constexpr float log_tiny_exponent = 24;
     static constexpr int log_terms = 5;  // of the atanh series; the first term left out is below 2e-9
     // (e^r - 1 - r) / r^2 for |r| <= log(2) / 2, highest power first: minimax, relative error of e^r 3.1e-9.
-    static constexpr float exp_tail[] = {1.38145986467e-3f, 8.36871687973e-3f, 4.16683880453e-2f, 1.66665206317e-1f,
-                                         4.99999934478e-1f};
+    static constexpr std::array exp_tail = {1.38145986467e-3f, 8.36871687973e-3f, 4.16683880453e-2f, 1.66665206317e-1f,
+                                            4.99999934478e-1f};
     // (log(1 + x) / x - 1) / x for 0 <= x <= 1: minimax, relative error of log(1 + x) 5.2e-9.
-    static constexpr float log1p_tail[] = {-3.31847459e-3f, 2.02045942e-2f,  -5.76644617e-2f,
-                                           1.06805573e-1f,  -1.53553974e-1f, 1.96954009e-1f,
-                                           -2.49585875e-1f, 3.33305113e-1f,  -4.99999328e-1f};
+    static constexpr std::array log1p_tail = {-3.31847459e-3f, 2.02045942e-2f,  -5.76644617e-2f,
+                                              1.06805573e-1f,  -1.53553974e-1f, 1.96954009e-1f,
+                                              -2.49585875e-1f, 3.33305113e-1f,  -4.99999328e-1f};
     static constexpr float ln2 = 0.69314718f;
-    static constexpr float coarse_exp_tail[] = {8.31471526e-3f, 4.18902520e-2f, 1.66670898e-1f,
-                                                4.99992319e-1f};  // 1.1e-7
+    static constexpr std::array coarse_exp_tail = {8.31471526e-3f, 4.18902520e-2f, 1.66670898e-1f,
+                                                   4.99992319e-1f};  // 1.1e-7
 };
 
 template <>
@@ -61,9 +62,9 @@ struct FloatFormat<double> {
     static constexpr double log_tiny_exponent = 54;
     static constexpr int log_terms = 12;
     // Taylor, relative error of e^r 4e-18.
-    static constexpr double exp_tail[] = {1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0,
-                                          1.0 / 362880.0,     1.0 / 40320.0,     1.0 / 5040.0,     1.0 / 720.0,
-                                          1.0 / 120.0,        1.0 / 24.0,        1.0 / 6.0,        0.5};
+    static constexpr std::array exp_tail = {1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0,
+                                            1.0 / 362880.0,     1.0 / 40320.0,     1.0 / 5040.0,     1.0 / 720.0,
+                                            1.0 / 120.0,        1.0 / 24.0,        1.0 / 6.0,        0.5};
 };
 
 // What arithmetic operators do not cover: the view as bits and the choice between two numbers.
@@ -103,8 +104,8 @@ FL_HD scalar_t<T> to_scalar(T x) {
     return Traits<T>::first(x);
 }
 
-template <std::size_t n, class S, class T>
-FL_HD T polynomial(const S (&coefficients)[n], T r) {
+template <class S, std::size_t n, class T>
+FL_HD T polynomial(const std::array<S, n>& coefficients, T r) {
     T p = T(coefficients[0]);
     for (std::size_t i = 1; i < n; ++i) p = p * r + T(coefficients[i]);
     return p;
@@ -112,7 +113,8 @@ FL_HD T polynomial(const S (&coefficients)[n], T r) {
 
 template <class T>
 FL_HD T exp_tail(T r) {
-    return polynomial(FloatFormat<scalar_t<T>>::exp_tail, r);
+    constexpr auto coefficients = FloatFormat<scalar_t<T>>::exp_tail;  // CUDA has no place for the array itself
+    return polynomial(coefficients, r);
 }
 
 // x = n log 2 + r with |r| <= log(2) / 2, as it is needed for 2^n e^r.
@@ -158,12 +160,22 @@ FL_HD T exp_not_positive(T x) {
 template <class T>
 FL_HD T coarse_exp_not_positive(T x) {
 #ifdef __CUDA_ARCH__
-    return ::exp(x);
+    if constexpr (sizeof(T) == 8) {
+        return ::exp(x);
+    } else {
+        T y;
+        asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f));
+        return y;
+    }
 #else
     using F = FloatFormat<scalar_t<T>>;
-    const ReducedExponent<T> reduced(x);
-    const T r = x - reduced.n * T(F::ln2);
-    return reduced.exp(x, r, polynomial(F::coarse_exp_tail, r));
+    if constexpr (sizeof(scalar_t<T>) == 8) {
+        return exp_not_positive(x);
+    } else {
+        const ReducedExponent<T> reduced(x);
+        const T r = x - reduced.n * T(F::ln2);
+        return reduced.exp(x, r, polynomial(F::coarse_exp_tail, r));
+    }
 #endif
 }
 
@@ -184,19 +196,19 @@ FL_HD T exp(T x) {
 // Max Error: 5 ulp, just above the switch to exp(x) - 1, which is small against exp(x) there.
 template <class T>
 FL_HD T expm1_of(T x, T exp_x) {
-#ifdef __CUDA_ARCH__
-    return ::expm1(x);
-#else
     using S = scalar_t<T>;
     const T near_zero = x * x * exp_tail(x) + x;
     return select(x * x < T(S(0.1156)), near_zero, exp_x - T(S(1)));
-#endif
 }
 
 // Max Error: 5 ulp.
 template <class T>
 FL_HD T expm1(T x) {
+#ifdef __CUDA_ARCH__
+    return ::expm1(x);
+#else
     return expm1_of(x, exp(x));
+#endif
 }
 
 // Max Error: 2 ulp. Valid Range: from the smallest normal number to its inverse, NaN.
@@ -219,6 +231,16 @@ FL_HD T reciprocal(T x) {
 template <class T>
 FL_HD T minus_abs(T x) {
     return Traits<T>::from_bits(Traits<T>::bits(x) | Traits<T>::bits(T(-scalar_t<T>(0))));
+}
+
+// 1 / x, and 0 for x beyond 1e30. Valid Range: normal x > 0, +inf, NaN.
+template <class T>
+FL_HD T reciprocal_or_zero(T x) {
+#ifdef __CUDA_ARCH__
+    return reciprocal(x);  // that of +inf is 0
+#else
+    return select(x > T(1e30), T(0), reciprocal(x));
+#endif
 }
 
 // 1 / sqrt(x). Max Error: 3 ulp. Valid Range: normal x > 0.
@@ -336,6 +358,33 @@ FL_HD T integer_power(T a, int n) {
         if (n % 2) product *= a;
     }
     return product;
+}
+
+// x^y where some ulp do not matter. Max Error: 4 + 2 |log x| ulp. Valid Range: normal x > 0, NaN; |y| <= 1/2.
+template <class T>
+FL_HD T coarse_pow(T x, T y) {
+#ifdef __CUDA_ARCH__
+    if constexpr (sizeof(T) == 4) {
+        T log2, power;
+        asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(log2) : "f"(x));
+        asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(y * log2));
+        return power;
+    }
+#endif
+    return exp(y * log(x));
+}
+
+// 0 for x < 0; NaN stays.
+template <class T>
+FL_HD T not_negative(T x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    if constexpr (sizeof(T) == 4) {
+        T y;
+        asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
+        return y;
+    }
+#endif
+    return select(T(0) > x, T(0), x);
 }
 
 // pow(0, 0) = 1. Max Error: 2 + 2.6 |b log a| ulp. Valid Range: a >= 0, NaN.

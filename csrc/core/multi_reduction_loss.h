@@ -31,6 +31,12 @@
 //     bits_suffice(const double* params)               whether they do
 //     bit(sums) -> T                                   from what the class has added in the last pass; 0 is no
 //     gradient_of_bit(state, bit, is_target) -> T
+//
+// Where the gradient is proportional to some numbers of the state:
+//
+//     scale(state, by)                                 multiplies them
+//
+// Where logits and gradient of 16 bits allow for shorter formulas: a loss `Coarse` that has them.
 #pragma once
 
 #include "core/math.h"
@@ -84,8 +90,8 @@ struct NormalizedTerm {
 // From D = sum n_j: L = n_y / D, dL/dz_j = (W_y (p_j - [j = y]) - L (p_j sum W - W_j)) / D: affine in p with u_j = W_j.
 template <class T>
 FL_HD AffineRow<T> normalized(const NormalizedTerm<T>& of_target, T sum_n, T sum_w) {
-    const T value = of_target.n / sum_n;
-    return {value, (of_target.w - value * sum_w) / sum_n, -of_target.w / sum_n, value / sum_n};
+    const T of_one = T(1) / sum_n, value = of_target.n * of_one;
+    return {value, (of_target.w - value * sum_w) * of_one, -of_target.w * of_one, value * of_one};
 }
 
 template <class T, int n>

@@ -19,7 +19,7 @@ void take_means_of_labels(RowProblem& p, LossOutput out, Tensor& denominators, c
     if (p.reduction != Reduction::kMean) return;
     denominators = device.scratch(2, acc_of(p));
     out.denominator = denominators.mutable_data_ptr();
-    check_launch(enqueue_label_weights(p, out, device.stream()));
+    check_launch(enqueue_denominators(p, out, device.stream()));
     p.label_denominators = out.denominator;
     p.reduction = Reduction::kSum;
 }
@@ -92,7 +92,7 @@ void forward(RowProblem& p, void* loss, void* denominator) {
     // Nobody can put a wrong gradient right later without stats.
     p.assumed_denominator = p.stats ? assumed_denominator(p) : 0.0;
     if (p.reduction == Reduction::kMean && p.assumed_denominator == 0 && !p.denominator) {
-        check_launch(enqueue_denominator(p, sums.to, device.stream()));
+        check_launch(enqueue_denominators(p, sums.to, device.stream()));
         p.denominator = denominator;
     }
     if (p.reduction != Reduction::kActiveMean) return check_launch(enqueue(p, sums.to, device.stream()));

@@ -2,10 +2,9 @@
 // factor each, or a share of every class; and the gradient from the logits alone.
 #pragma once
 
+#include "cuda/kept_rows.cuh"
 #include "cuda/row_end.cuh"
-#include "cuda/row_part.cuh"
 #include "cuda/statistics_output.cuh"
-#include "cuda/warp_tiles.cuh"
 
 namespace fused_losses::cuda {
 

@@ -46,8 +46,9 @@ cudaError_t enqueue_forward(const RowProblem& p, const LossOutput& out, cudaStre
 // where it may well be right (backward puts a wrong gradient right), or 0 for the sum of weights, counted first.
 double assumed_denominator(const RowProblem& p);
 
-// out.denominator = the sum of the weights of all rows, from the targets alone.
-cudaError_t enqueue_denominator(const RowProblem& p, const LossOutput& out, cudaStream_t stream);
+// out.denominator = the sum of the weights of all rows, from the targets alone; of two labels [2], what the losses of
+// either are divided by.
+cudaError_t enqueue_denominators(const RowProblem& p, const LossOutput& out, cudaStream_t stream);
 
 // Fills grad from stats, upstream and denominator, unless forward has already written just that.
 cudaError_t enqueue_gradient(const RowProblem& p, cudaStream_t stream);
@@ -60,9 +61,6 @@ cudaError_t enqueue_multi_reduction_gradient(const RowProblem& p, cudaStream_t s
 // any upstream gradient (unless forward has already written just that), row_statistics, argmax and `out`, but no stats.
 bool is_about_labels(const RowProblem& p);
 cudaError_t enqueue_labels(const RowProblem& p, const LossOutput& out, cudaStream_t stream);
-
-// out.denominator [2] = what the losses of either label are divided by, from the targets alone.
-cudaError_t enqueue_label_weights(const RowProblem& p, const LossOutput& out, cudaStream_t stream);
 
 // Fills row_statistics and argmax; there is a row.
 cudaError_t enqueue_row_statistics(const RowProblem& p, cudaStream_t stream);

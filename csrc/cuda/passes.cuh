@@ -1,85 +1,32 @@
 // Losses of several passes (core/multi_reduction_loss.h). A row is read once: until its gradient is written it stays
-// with the threads that share it, as floats whatever its dtype, each with what the loss keeps of it: in registers where
-// formulas are short, in shared memory where loops over registers would be as long once a number. Longer rows are read
-// again in each pass. Forward with its gradient, or backward alone.
+// with the threads that share it, in registers where formulas are short (register_passes.cuh), else in shared memory,
+// as floats whatever its dtype, with what the loss keeps of each class. Longer rows are read again in each pass.
+// Forward with its gradient, or backward alone.
 #pragma once
 
-#include "cuda/loss_output.cuh"
-#include "cuda/row_part.cuh"
-#include "cuda/row_team.cuh"
-#include "cuda/warp_tiles.cuh"
+#include "cuda/kept_rows.cuh"
+#include "cuda/register_passes.cuh"
 #include "losses/run_as.h"
 
 namespace fused_losses::cuda {
 
-// Where the numbers of a thread are.
-enum class Kept { kNot, kShared, kRegisters };
-
-// Losses whose rows stay in registers: those that know their parameters.
-template <class Loss>
-constexpr bool kIsShort = false;
-template <bool kThreshold, bool kSquared>
-constexpr bool kIsShort<MarginLoss<AnyMarginPolicy::Knowing<kThreshold, kSquared>>> = true;
-template <class Rule, bool kOrdinary>
-constexpr bool kIsShort<PowerLoss<Rule, kOrdinary>> = kOrdinary;
-template <int kN>
-constexpr bool kIsShort<BiTemperedOf<kN, true>> = true;
-// Whether a class that is masked, with a logit of -inf, adds something to the sums.
-template <class Loss>
-constexpr bool kCountsMasked = false;
-template <class Rule, bool kOrdinary>
-constexpr bool kCountsMasked<PowerLoss<Rule, kOrdinary>> = true;
-
-// Numbers that a loss keeps of each class, the last of them in the place of the logit: what is kept last is kept by the
-// last pass that needs the logit.
-template <class Loss, Kept kKept>
-constexpr int kSlots = kKept == Kept::kNot ? 1 : Loss::num_kept;
-
-template <class A, int n>
-struct SharedNumbers {
-    const Slots<A, n>& slots;
-
-    template <int kUnroll, class Body>
-    FL_DEVICE void each(int, int count, Body body) {
-#pragma unroll kUnroll
-        for (int k = 0; k < count; ++k) body(slots.of(k), k);
-    }
-};
-
-template <class A, int n>
-struct RegisterNumbers {
-    static constexpr int kHeld = kMostKeptInRegisters / n, kChunk = 5;  // of which all or none are left out
-    A numbers[kHeld][n];
-
-    FL_DEVICE explicit RegisterNumbers(const Slots<A, n>&) {}
-
-    // Those beyond the thread's are worked on along with them, up to a chunk's end. most: of a thread of the team.
-    template <int, class Body>
-    FL_DEVICE void each(int most, int, Body body) {
-#pragma unroll
-        for (int k = 0; k < kHeld; ++k) {
-            if (k > 0 && k % kChunk == 0 && k >= most) break;
-            body(numbers[k], k);
-        }
-    }
-};
-
-// The margin of a class. Rows in registers have the same for all.
-template <bool kSame, class A>
+template <class A>
 FL_DEVICE A margin_of(const RowArgs<A>& args, int cls) {
     const RowProblem& p = args.problem;
-    return !kSame && p.first_param ? as<A>(p.first_param)[cls * p.first_param_stride] : args.params[0];
+    return p.first_param ? as<A>(p.first_param)[cls * p.first_param_stride] : args.params[0];
 }
 
-// kIsTile: a class follows the other.
-template <class Loss, class A, Kept kKept, bool kIsTile>
+// kKeeps: the whole row has a place in shared memory.
+template <class Loss, class A, bool kKeeps>
 class PassRow {
     using State = typename Loss::template State<A>;
-    static constexpr int kState = kStateSize<State, A>, n = kSlots<Loss, kKept>;
-    static constexpr bool kKeeps = kKept != Kept::kNot, kIsPadded = kKept == Kept::kRegisters;
-    using Numbers = std::conditional_t<kKept == Kept::kRegisters, RegisterNumbers<A, n>, SharedNumbers<A, n>>;
+    static constexpr int kState = kStateSize<State, A>;
 
 public:
+    // Numbers of a class, the last of them in the place of the logit: what is kept last is kept by the last pass that
+    // needs the logit.
+    static constexpr int n = kKeeps ? Loss::num_kept : 1;
+
     FL_DEVICE PassRow(const PlannedArgs<A>& a, const ClassesOfThread& c, void* memory)
         : args(a),
           p(a.problem),
@@ -91,11 +38,10 @@ public:
     // For all threads of the team. Those of rows that do not exist, or are ignored, have something to do for the
     // others' sake.
     template <class Team>
-    FL_DEVICE void run(Team& team, const Row& row, const Target& target, bool exists, const RowPlace& place,
-                       LossSums& sums) const {
+    FL_DEVICE void run(Team& team, const Row& row, bool exists, const RowPlace& place, LossSums& sums) const {
+        const Target target = exists ? target_of(p, row) : Target{0, true};
         const bool reads = exists && !target.ignored;
-        Numbers numbers{slots};
-        OfThread mine{numbers, place, reads ? classes.count : 0, -1, A(0)};
+        OfThread mine{place, reads ? classes.count : 0, -1, A(0)};
         if (reads) {
             mine.target_logit = read_logit<A>(p.dtype, place, target.cls) + bias;
             mine.target_at = classes.place_of(target.cls);
@@ -116,13 +62,12 @@ public:
         }
         // All have read the target's logit: in a tile, the gradient may be written in its place. Shuffles do not
         // promise that.
-        if (args.is_saved || kIsTile) team.sync();
+        if (args.is_saved || std::is_same_v<std::remove_const_t<Team>, LaneTeam<>>) team.sync();
         if (p.grad && exists) write_gradient(mine, reads, state, scale);
     }
 
 private:
     struct OfThread {
-        Numbers& numbers;
         RowPlace place;
         int count, target_at;
         A target_logit;  // bias added
@@ -133,24 +78,8 @@ private:
 
     FL_DEVICE void read(const OfThread& mine, int begin) const {
         const int count = min(mine.count - begin, held()), own = mine.target_at - begin;
-        if constexpr (kKept == Kept::kRegisters) {
-            with_stored<A>(p.dtype, [&]<class Stored>() {
-                const char* const from = mine.place.from + classes.first * mine.place.from_step;
-                const std::uint64_t step = kIsTile ? sizeof(Stored) : args.plan.logits_step;
-                mine.numbers.template each<1>(classes.most, count, [&](A* kept, int k) {
-                    kept[n - 1] = k < count ? to_acc(*reinterpret_cast<const Stored*>(from + k * step))
-                                            : -std::numeric_limits<A>::infinity();
-                });
-            });
-            if (bias == A(0)) return;
-            mine.numbers.template each<1>(classes.most, count, [&](A* kept, int k) {
-                if (k == own) kept[n - 1] = mine.target_logit;
-            });
-        } else {
-            read_into(slots, p.dtype, mine.place, classes, begin, count);
-            if (static_cast<unsigned>(own) < static_cast<unsigned>(max(count, 0)))
-                slots.of(own)[n - 1] = mine.target_logit;
-        }
+        read_into(slots, p.dtype, mine.place, classes, begin, count);
+        if (static_cast<unsigned>(own) < static_cast<unsigned>(max(count, 0))) slots.of(own)[n - 1] = mine.target_logit;
     }
 
     // body(numbers of the class, its number among the thread's) for `count` of them.
@@ -159,7 +88,8 @@ private:
         for (int begin = 0; begin < mine.count; begin += held()) {
             if (!kKeeps) read(mine, begin);
             const int count = min(mine.count - begin, held());
-            mine.numbers.template each<kUnroll>(classes.most, count, [&](A* kept, int k) { body(kept, begin + k); });
+#pragma unroll kUnroll
+            for (int k = 0; k < count; ++k) body(slots.of(k), begin + k);
             if (kKeeps) break;
         }
     }
@@ -167,7 +97,7 @@ private:
 
     template <class Team>
     FL_DEVICE State reduce(Team& team, const OfThread& mine, const Target& target) const {
-        RowInputs<A> inputs{A(0), mine.target_logit, margin_of<kIsPadded>(args, target.cls), A(p.num_classes)};
+        RowInputs<A> inputs{A(0), mine.target_logit, margin_of(args, target.cls), A(p.num_classes)};
         if constexpr (Loss::needs_max) {
             A top = -std::numeric_limits<A>::infinity();
             each_class(mine, [&](const A* kept, int) { top = Larger()(top, kept[n - 1]); });
@@ -188,11 +118,10 @@ private:
             A sums[count] = {};
             each_class(mine, [&](A* kept, int number) {
                 const auto term =
-                    Loss::template map<last>(pass, state, kept[n - 1], margin_of<kIsPadded>(args, class_at(number)),
+                    Loss::template map<last>(pass, state, kept[n - 1], margin_of(args, class_at(number)),
                                              number == mine.target_at, args.params, kKeeps ? kept : nullptr);
 #pragma unroll
-                for (int i = 0; i < count; ++i)
-                    sums[i] += kIsPadded && kCountsMasked<Loss> && number >= mine.count ? A(0) : term.v[i];
+                for (int i = 0; i < count; ++i) sums[i] += term.v[i];
             });
             team.reduce(sums, A(0), Plus());
             Sums<A, Loss::num_sums> all{};
@@ -225,124 +154,44 @@ private:
         for (int begin = 0; begin < classes.count; begin += held()) {
             const int count = min(classes.count - begin, held());
             if (!kKeeps) read(mine, begin);
-            const auto put = [&](A* kept, int k) {
+#pragma unroll kUnroll
+            for (int k = 0; k < count; ++k) {
+                A* const kept = slots.of(k);
                 const bool own = begin + k == mine.target_at;
-                const A margin = margin_of<kIsPadded>(args, class_at(begin + k));
-                kept[n - 1] = scale * (kKeeps && !args.is_saved
-                                           ? Loss::gradient(state, kept, own, args.params)
-                                           : gradient_at<Loss>(state, kept[n - 1], margin, own, args.params));
-            };
-            if (reads)
-                mine.numbers.template each<kUnroll>(classes.most, count, put);
-            else
-                mine.numbers.template each<1>(classes.most, count, [](A* kept, int) { kept[n - 1] = A(0); });
-            write(mine, begin, count);
-            if (kKeeps) break;
-        }
-    }
-
-    FL_DEVICE void write(const OfThread& mine, int begin, int count) const {
-        if constexpr (kKept == Kept::kRegisters) {
-            with_stored<A>(p.dtype, [&]<class Stored>() {
-                char* const to = mine.place.to + classes.first * mine.place.to_step;
-                const std::uint64_t step = kIsTile ? sizeof(Stored) : args.plan.grad_step;
-                mine.numbers.template each<1>(classes.most, count, [&](const A* kept, int k) {
-                    if (k < count) *reinterpret_cast<Stored*>(to + k * step) = to_stored<Stored>(kept[n - 1]);
-                });
-            });
-        } else {
+                const A margin = margin_of(args, class_at(begin + k));
+                A g = A(0);
+                if (reads)
+                    g = kKeeps && !args.is_saved ? Loss::gradient(state, kept, own, args.params)
+                                                 : gradient_at<Loss>(state, kept[n - 1], margin, own, args.params);
+                kept[n - 1] = scale * g;
+            }
             write_from(slots, p.dtype, mine.place, classes, begin, count);
+            if (kKeeps) break;
         }
     }
 
     const PlannedArgs<A>& args;
     const RowProblem& p;
     const ClassesOfThread classes;
-    const Slots<A, n> slots;  // not of kRegisters
+    const Slots<A, n> slots;
     const A bias, share;
 };
 
-template <class Loss, Kept kKept>
-__global__ void __launch_bounds__(kTileThreads, kKept == Kept::kRegisters ? 5 : 6)
-    passes_in_tiles(const __grid_constant__ RegisterArgs args) {
-    const RowProblem& p = args.problem;
-    if (args.is_saved && is_already_written<float>(p)) return;
-    const int classes = static_cast<int>(p.num_classes), element = bytes_of(p.dtype), lanes = args.plan.lanes;
-    const LaneTeam team(lanes);
-    const int own = threadIdx.x % 32 / lanes, at_once = 32 / lanes;
-    __shared__ LossSums of_thread[kTileThreads];
-    LossSums& sums = of_thread[threadIdx.x];  // registers have other uses
-    sums = {0, 0};
-    const PassRow<Loss, float, kKept, true> worker(args, ClassesOfThread(classes, team.lane, args.plan.rounds),
-                                                   behind_tiles(args.plan));
-    for_each_tile(args, [&](int first, int count, char* tile, auto arrive) {
-        arrive();
-#pragma unroll 1
-        for (int r = own; r - own < count; r += at_once) {
-            const bool exists = r < count;
-            const Row row{first + r, 0, first + r};
-            char* const at = tile + (exists ? r * classes * element : 0);
-            worker.run(team, row, exists ? target_of(p, row) : Target{0, true}, exists,
-                       RowPlace{at, at, element, element}, sums);
-        }
-    });
-    write_loss(args, sums);
+template <class Loss>
+__global__ void __launch_bounds__(kTileThreads, 6) passes_in_tiles(const __grid_constant__ RegisterArgs args) {
+    work_on_tiles<PassRow<Loss, float, true>>(args);
 }
 
-template <class A, Kept kKept>
-constexpr int kRowThreads = kKept != Kept::kNot && sizeof(A) == 4 ? kMostColumnThreads : kBlock;
-
-template <class Loss, class A, Kept kKept>
-__global__ void __launch_bounds__(kRowThreads<A, kKept>,
-                                  sizeof(A) == 4 && Loss::num_kept < 3 && kKept != Kept::kRegisters ? 2 : 1)
+template <class Loss, class A, bool kKeeps>
+__global__ void __launch_bounds__(kKeeps ? kMostColumnThreads : kBlock, sizeof(A) == 4 && Loss::num_kept < 3 ? 2 : 1)
     passes_of_rows(const __grid_constant__ PlannedArgs<A> args) {
-    const RowProblem& p = args.problem;
-    if (args.is_saved && is_already_written<A>(p)) return;
-    RowTeam<A, true> team(args.plan);
-    LossSums sums{0, 0};
-    const int classes = static_cast<int>(p.num_classes), begin = cluster_group::block_rank() * args.plan.share;
-    const PassRow<Loss, A, kKept, false> worker(
-        args, ClassesOfThread(begin, min(classes, begin + args.plan.share), team.lane, team.threads), dynamic_shared);
-    const std::int64_t rows = p.rows();
-    for (std::int64_t first = team.first(); first < rows; first += team.step()) {
-        const std::int64_t number = first + team.place();
-        const bool exists = number < rows;
-        const Row row = row_at(p, exists ? number : first);
-        worker.run(team, row, exists ? target_of(p, row) : Target{0, true}, exists, place_of(p, row), sums);
-    }
-    team.part_company();
-    write_loss(args, sums);
+    work_on_rows<A, PassRow<Loss, A, kKeeps>>(args);
 }
 
 template <class Loss, class A>
 cudaError_t enqueue_any_rows(PlannedArgs<A>& args, cudaStream_t stream) {
-    args.plan = plan_any_rows(args.problem, kSlots<Loss, Kept::kNot>);
-    return launch_rows_resident(&passes_of_rows<Loss, A, Kept::kNot>, args, stream);
-}
-
-template <class Loss, Kept kKept>
-cudaError_t enqueue_kept_rows(RegisterArgs& args, cudaStream_t stream) {
-    for (int largest = kMaxCluster; largest > 0; largest /= 2) {
-        if (!(args.plan = plan_pass_rows(args.problem, {kSlots<Loss, kKept>, kKept == Kept::kRegisters}, largest)))
-            continue;
-        const cudaError_t error = launch_rows_resident(&passes_of_rows<Loss, float, kKept>, args, stream);
-        if (error != kDoesNotFit) return error;
-    }
-    return kDoesNotFit;
-}
-
-// Rows that stay with their threads; kDoesNotFit if there is no room for them.
-template <class Loss, Kept kKept>
-cudaError_t enqueue_kept(RegisterArgs& args, int multiprocessors, cudaStream_t stream) {
-    const RowProblem& p = args.problem;
-    const PassNumbers numbers{kSlots<Loss, kKept>, kKept == Kept::kRegisters};
-    if ((args.plan = plan_pass_tiles(p, numbers, multiprocessors))) {
-        const cudaError_t error = launch_tiles_resident(&passes_in_tiles<Loss, kKept>, args, stream);
-        if (error != kDoesNotFit) return error;
-    }
-    // Of rows that lie anyhow, pairs of numbers take too many registers beside the addresses.
-    constexpr Kept of_rows = Loss::num_kept == 1 ? kKept : Kept::kShared;
-    return enqueue_kept_rows<Loss, of_rows>(args, stream);
+    args.plan = plan_any_rows(args.problem, PassRow<Loss, A, false>::n);
+    return launch_rows_resident(&passes_of_rows<Loss, A, false>, args, stream);
 }
 
 template <class Given>
@@ -357,16 +206,13 @@ cudaError_t enqueue_passes_of(const RowProblem& given, const LossOutput& out, bo
     }
     RegisterArgs args(p, out);
     args.is_saved = is_saved;
-    int multiprocessors = 0;
-    cudaError_t error = find_multiprocessors(multiprocessors);
-    if (error != cudaSuccess) return error;
+    cudaError_t error = kDoesNotFit;
     visit_variant<Loss>(p.params, [&]<class Variant>() {
-        if constexpr (kIsShort<Variant>)
-            if (!p.first_param) {
-                error = enqueue_kept<Variant, Kept::kRegisters>(args, multiprocessors, stream);
-                return;
-            }
-        error = enqueue_kept<Loss, Kept::kShared>(args, multiprocessors, stream);
+        if (!p.first_param) error = enqueue_passes_in_registers<Variant>(args, stream);
+        using Kept = std::conditional_t<RegisterTraits<Variant>::is_short, Variant, Loss>;
+        if (error == kDoesNotFit)
+            error = launch_kept<RegisterArgs>(
+                {&passes_in_tiles<Loss>, &passes_of_rows<Kept, float, true>, Loss::num_kept}, args, stream);
     });
     return error == kDoesNotFit ? enqueue_any_rows<Loss>(args, stream) : error;
 }

@@ -69,4 +69,33 @@ cudaError_t launch_rows_resident(void (*kernel)(Args), const Args& args, cudaStr
     return launch_all_resident(kernel, {plan.threads, plan.slot_bytes, plan.cluster}, wanted, stream, args);
 }
 
+// By the first kernel that is for such factors and has room for the rows; kDoesNotFit if none has. The others launch
+// the kernel of args.plan.
+template <class Tiles, class Columns, class Rows>
+cudaError_t launch_held(RegisterArgs& args, Factors factors, Tiles launch_tiles, Columns launch_columns,
+                        Rows launch_rows) {
+    const RowProblem& p = args.problem;
+    int multiprocessors = 0;
+    cudaError_t error = find_multiprocessors(multiprocessors);
+    if (error != cudaSuccess) return error;
+    if ((args.plan = plan_tiles(p, factors, multiprocessors))) {
+        error = launch_tiles();
+        if (error != kDoesNotFit) return error;
+    }
+    if ((args.plan = plan_columns(p, factors))) return launch_columns();
+    for (int largest = kMaxCluster; largest > 0; largest /= 2) {
+        if (!(args.plan = plan_direct(p, factors, largest))) continue;
+        error = launch_rows();
+        if (error != kDoesNotFit) return error;
+    }
+    return kDoesNotFit;
+}
+
+template <class Stored>
+cudaError_t enqueue_held(RegisterArgs& args, Factors factors, cudaStream_t stream) {
+    return launch_held(
+        args, factors, [&] { return enqueue_tiles<Stored>(args, stream); },
+        [&] { return enqueue_columns<Stored>(args, stream); }, [&] { return enqueue_registers<Stored>(args, stream); });
+}
+
 }  // namespace fused_losses::cuda

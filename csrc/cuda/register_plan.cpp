@@ -84,7 +84,7 @@ void fill_tile(const RowProblem& p, int most_bytes, int multiprocessors, Registe
     int rows = std::max(32 / plan.lanes, 16 / std::gcd(row_bytes, 16));
     while (2 * rows * row_bytes <= most_bytes && p.rows() >= std::int64_t(2) * rows * warps * multiprocessors)
         rows *= 2;
-    plan.tile_rows = rows;
+    plan.row_bytes = row_bytes, plan.tile_rows = rows;
     plan.tile_bytes = rows * row_bytes + (reinterpret_cast<std::uintptr_t>(p.logits) % 16 == 0 ? 0 : 16);
     plan.threads = kTileThreads;
 }
@@ -94,15 +94,6 @@ void give_slots(int held, int slots, int bytes, RegisterPlan& plan) {
     plan.held = held;
     plan.pitch = slots > 0 ? held * slots | 1 : 0;
     plan.slot_bytes = plan.threads * plan.pitch * bytes;
-}
-
-void give_room(int held, const PassNumbers& numbers, RegisterPlan& plan) {
-    numbers.in_registers ? void(plan.held = held) : give_slots(held, numbers.of_class, 4, plan);
-}
-
-// Of a thread.
-int most_classes(const PassNumbers& numbers) {
-    return (numbers.in_registers ? kMostKeptInRegisters : kMostSlots) / numbers.of_class;
 }
 
 // NCHW: neighbouring threads read neighbouring pixels, if there are enough of them to fill the device. And rows of so
@@ -127,6 +118,7 @@ RegisterPlan plan_tiles(const RowProblem& p, Factors factors_wanted, int multipr
         for (const TileKernel& kernel : kTileKernels)
             for (int lanes = 1; lanes <= 32; lanes *= 2) {
                 if (kernel.factors != factors || (kernel.lanes > 0 && kernel.lanes != lanes)) continue;
+                if (classes % per_word != 0 && !kernel.takes_ragged()) continue;
                 const int fewest = std::max<int>(1, divide_up(words, lanes)), most = kernel.held / per_word;
                 RegisterPlan with;
                 with.kernel = static_cast<int>(&kernel - kTileKernels), with.factors = factors;
@@ -223,10 +215,10 @@ RegisterPlan plan_columns(const RowProblem& p, Factors factors) {
     return plan;
 }
 
-RegisterPlan plan_pass_tiles(const RowProblem& p, PassNumbers numbers, int multiprocessors) {
+RegisterPlan plan_kept_tiles(const RowProblem& p, int numbers, int multiprocessors) {
     constexpr int most_bytes = 2048;
     if (!can_be_tiles(p)) return {};
-    const int element = bytes_of(p.dtype), classes = static_cast<int>(p.num_classes), most = most_classes(numbers);
+    const int element = bytes_of(p.dtype), classes = static_cast<int>(p.num_classes), most = kMostSlots / numbers;
     RegisterPlan plan;
     for (plan.lanes = 1; plan.lanes * most < classes;) plan.lanes *= 2;
     plan.rounds = static_cast<int>(divide_up(classes, plan.lanes));
@@ -235,13 +227,13 @@ RegisterPlan plan_pass_tiles(const RowProblem& p, PassNumbers numbers, int multi
     };
     if (plan.rounds < most && conflicts(plan.rounds + 1) < conflicts(plan.rounds)) ++plan.rounds;
     fill_tile(p, most_bytes, multiprocessors, plan);
-    give_room(plan.rounds, numbers, plan);
+    give_slots(plan.rounds, numbers, 4, plan);
     return plan;
 }
 
-RegisterPlan plan_pass_rows(const RowProblem& p, PassNumbers numbers, int largest_cluster) {
+RegisterPlan plan_kept_rows(const RowProblem& p, int numbers, int largest_cluster) {
     constexpr int enough_threads = 256;
-    const int most = most_classes(numbers);
+    const int most = kMostSlots / numbers;
     RegisterPlan plan;
     if ((plan.is_column = are_columns(p))) {
         if (p.num_classes > most * (kMostColumnThreads / 32)) return {};
@@ -258,7 +250,7 @@ RegisterPlan plan_pass_rows(const RowProblem& p, PassNumbers numbers, int larges
         plan.threads = plan.lanes == 32 ? kTileThreads : plan.lanes;
     }
     if (!take_class_steps(p, plan.lanes, plan)) return {};
-    give_room(static_cast<int>(divide_up(plan.share, plan.lanes)), numbers, plan);
+    give_slots(static_cast<int>(divide_up(plan.share, plan.lanes)), numbers, 4, plan);
     return plan;
 }
 

@@ -8,20 +8,27 @@ namespace fused_losses::cuda {
 
 constexpr int kTileThreads = 128, kMostColumnThreads = 384;
 
-// Blocks of a tile's kernel that fit on a multiprocessor by their registers, and what a tile may take then. Fewer
-// threads with larger tiles have as many bytes on their way as more threads have with smaller ones, and what is done
-// once for a tile costs less.
-constexpr int tile_blocks(int held) { return held < 16 ? 7 : 5; }
+// What a tile may take. Fewer threads with larger tiles have as many bytes on their way as more threads have with
+// smaller ones, and what is done once for a tile costs less.
 constexpr int most_tile_bytes(int held) { return held < 16 ? 3072 : 5120; }
 
-// The u_j of a row as kernels are compiled for them: not used, 1 for all classes (or not used), or read; and as kOnes,
-// but with row statistics, in forward, without a bias.
-enum class Factors { kNone, kOnes, kRead, kOnesAndStatistics };
+// What kernels are compiled for. Softmax losses, by the u_j of a row: not used, 1 for all classes (or not used), or
+// read; and as kOnes, but with row statistics, in forward, without a bias. Losses of several passes that keep one
+// number of each class, or two.
+enum class Factors { kNone, kOnes, kRead, kOnesAndStatistics, kOneKept, kTwoKept };
+
+constexpr bool have_passes(Factors factors) { return factors >= Factors::kOneKept; }
 
 inline Factors factors_of(const RowProblem& p) {
     if (p.class_factors == ClassFactors::kNone) return Factors::kNone;
     const bool are_read = p.class_factors == ClassFactors::kSoftTarget || p.class_weight;
     return p.class_factors == ClassFactors::kOnes || !are_read ? Factors::kOnes : Factors::kRead;
+}
+
+// Blocks of a tile's kernel that fit on a multiprocessor by their registers: with more of them, numbers are spilled.
+constexpr int tile_blocks(Factors factors, int held) {
+    if (held < 16) return factors == Factors::kOneKept ? 8 : 7;
+    return factors == Factors::kOnesAndStatistics || factors == Factors::kTwoKept ? 4 : 5;
 }
 
 // Kernels are compiled for so many numbers of a thread: a loop that ends early would cost as much as what it leaves
@@ -30,7 +37,12 @@ struct TileKernel {
     Factors factors;
     int lanes, held;  // lanes of a row, 0: any number
 
-    constexpr int always(int rounds) const { return factors != Factors::kNone ? 0 : held == 10 ? 1 : rounds * 11 / 20; }
+    // Whether a number beside the words of a row has a place.
+    constexpr bool takes_ragged() const { return !have_passes(factors) || lanes == 0; }
+    constexpr int always(int rounds) const {
+        if (factors != Factors::kNone && !have_passes(factors)) return 0;
+        return held == 10 ? 1 : rounds * 11 / 20;
+    }
 };
 constexpr TileKernel kTileKernels[] = {
     {Factors::kNone, 1, 10},
@@ -47,22 +59,31 @@ constexpr TileKernel kTileKernels[] = {
     {Factors::kRead, 0, 16},
     {Factors::kOnesAndStatistics, 1, 10},
     {Factors::kOnesAndStatistics, 0, 26},
+    {Factors::kOneKept, 1, 10},
+    {Factors::kOneKept, 0, 10},
+    {Factors::kOneKept, 0, 26},
+    {Factors::kTwoKept, 1, 10},
+    {Factors::kTwoKept, 0, 10},
+    {Factors::kTwoKept, 0, 26},
 };
 struct DirectKernel {
     Factors factors;
     bool of_warps;  // a row each; else of blocks
     int held;
 
-    constexpr int always(int rounds) const { return factors != Factors::kNone ? 0 : rounds / 2; }
+    constexpr int always(int rounds) const {
+        return factors == Factors::kNone ? rounds / 2 : have_passes(factors) ? rounds / 4 : 0;
+    }
     // Of a block: addresses of as many loads as a float row needs take more registers, and so do sums with factors.
     constexpr int most_threads(int element) const {
         if (of_warps) return kTileThreads;
-        return element == 4 || factors == Factors::kOnes || factors == Factors::kOnesAndStatistics ? 512 : 640;
+        return element == 4 || factors == Factors::kOnes || factors >= Factors::kOnesAndStatistics ? 512 : 640;
     }
 };
 constexpr DirectKernel kDirectKernels[] = {
-    {Factors::kNone, true, 24},  {Factors::kNone, true, 32},  {Factors::kNone, false, 32},
-    {Factors::kOnes, false, 32}, {Factors::kRead, false, 16}, {Factors::kOnesAndStatistics, false, 32},
+    {Factors::kNone, true, 24},    {Factors::kNone, true, 32},     {Factors::kNone, false, 32},
+    {Factors::kOnes, false, 32},   {Factors::kRead, false, 16},    {Factors::kOnesAndStatistics, false, 24},
+    {Factors::kOneKept, true, 32}, {Factors::kOneKept, false, 32}, {Factors::kTwoKept, false, 16},
 };
 
 // For rows side by side: a thread has so many classes of a row at most, and the first always() of them.
@@ -78,15 +99,15 @@ constexpr ColumnKernel kColumnKernels[] = {
 struct RegisterPlan {
     // Of a row: a power of two up to 32 in a tile; else a warp or a block, of a cluster perhaps.
     int lanes = 0;
-    int kernel = 0;                     // of kTileKernels, kDirectKernels or kColumnKernels
-    int held = 0;                       // numbers that the kernel has room for
-    int rounds = 0, longer = 32;        // accesses of a lane in a tile, of 4 bytes; one less from lane `longer` on
-    int share = 0;                      // accesses of a block of a cluster, of 16 bytes
-    int tile_rows = 0, tile_bytes = 0;  // of a warp's tile; all zeros: rows are read where they lie
-    int threads = 0, cluster = 1;       // of a block, blocks of a row
-    Factors factors = Factors::kNone;   // that the kernel is compiled for
-    bool is_column = false;             // neighbouring threads have neighbouring rows
-    bool is_paired = false;             // two rows of 16-bit numbers are four aligned bytes, for every class
+    int kernel = 0;               // of kTileKernels, kDirectKernels or kColumnKernels
+    int held = 0;                 // numbers that the kernel has room for
+    int rounds = 0, longer = 32;  // accesses of a lane in a tile, of 4 bytes; one less from lane `longer` on
+    int share = 0;                // accesses of a block of a cluster, of 16 bytes
+    int row_bytes = 0, tile_rows = 0, tile_bytes = 0;  // of a warp's tile; all zeros: rows are read where they lie
+    int threads = 0, cluster = 1;                      // of a block, blocks of a row
+    Factors factors = Factors::kNone;                  // that the kernel is compiled for
+    bool is_column = false;                            // neighbouring threads have neighbouring rows
+    bool is_paired = false;  // two rows of 16-bit numbers are four aligned bytes, for every class
     unsigned logits_step = 0, grad_step = 0,
              target_step = 0;       // bytes from a row to the next, or from one of a thread's classes
     int pitch = 0, slot_bytes = 0;  // numbers of a thread in shared memory, bytes of a block
@@ -113,15 +134,9 @@ RegisterPlan plan_direct(const RowProblem& p, Factors factors, int largest_clust
 // For rows that lie side by side.
 RegisterPlan plan_columns(const RowProblem& p, Factors factors);
 
-// The same for losses of several passes, which keep so many numbers of a class in registers or in shared memory: rows
-// in tiles, and rows that lie anyhow.
-constexpr int kMostKeptInRegisters = 32;  // numbers of a thread
-struct PassNumbers {
-    int of_class;
-    bool in_registers;
-};
-RegisterPlan plan_pass_tiles(const RowProblem& p, PassNumbers numbers, int multiprocessors);
-RegisterPlan plan_pass_rows(const RowProblem& p, PassNumbers numbers, int largest_cluster);
+// The same for rows of which so many numbers of a class stay in shared memory: rows in tiles, and rows that lie anyhow.
+RegisterPlan plan_kept_tiles(const RowProblem& p, int numbers, int multiprocessors);
+RegisterPlan plan_kept_rows(const RowProblem& p, int numbers, int largest_cluster);
 
 // For rows of any length that lie anyhow: threads have a few of their numbers at a time.
 RegisterPlan plan_any_rows(const RowProblem& p, int slots);

@@ -4,59 +4,32 @@
 // together: few calls have weights or statistics.
 #pragma once
 
-#include "cuda/packed.cuh"
-#include "cuda/register_launch.cuh"
+#include "cuda/register_words.cuh"
 #include "cuda/row_end.cuh"
-#include "cuda/row_team.cuh"
 #include "cuda/statistics_output.cuh"
 
 namespace fused_losses::cuda {
 
-// In one register. A row that does not exist is an ignored one, of which nothing is kept.
-template <Factors kFactors>
-struct PackedTarget {
-    static constexpr int kIgnored = -2;
-    int cls;
-
-    FL_DEVICE PackedTarget(const RegisterArgs& args, int number, bool exists) : cls(kIgnored) {
-        if (!exists) return;
-        if (kFactors == Factors::kRead && !args.problem.target) {
-            cls = -1;
-            return;
-        }
-        const auto offset = std::uint64_t(args.plan.target_step) * static_cast<unsigned>(number);
-        cls = target_or(kIgnored, args.problem, static_cast<std::int64_t>(offset));
-    }
-    FL_DEVICE bool is_ignored() const { return cls == kIgnored; }
-};
-
-// Place: where a thread finds its part of a row, as whole accesses `step()` apart.
-//     from(), to()         the first; the k-th is there if k * step() < left
-//     first()              class of the first number
-//     extra()              class of a number beside the accesses, -1 if there is none
-//     logits(), grad()     the row, from its first class on
-//     kIsMixed             whether the warp has other rows as well: those that are ignored, or do not exist, are then
-//                          worked on along with the others, but read numbers that are finite; else run() is not called
-//                          for them
-//     exists               whether there is a row
-//     owns(cls)            whether this thread writes the gradient of the target's class
-// What it takes to find them is worked out when it is needed: registers are what is scarce. Of the kRounds accesses
-// that a thread has room for, every thread has the first kAlways.
-template <class Stored, Factors kFactors, class Access, int kRounds, int kAlways, class Team>
+template <class S, Factors kFactors, class Access, int kNumRounds, int kAlways, class T>
 class RegisterRow {
     static constexpr bool kLooks = kFactors == Factors::kOnesAndStatistics;
     static constexpr bool kReadsU = kFactors == Factors::kRead, kOnes = kFactors == Factors::kOnes || kLooks;
-    static constexpr int kWords = sizeof(Access) / 4, kCount = Word<Stored>::count, kNumbers = kWords * kCount;
-    static constexpr float kLowest = -std::numeric_limits<float>::infinity();
+    using Words = RegisterWords<S, Access, kNumRounds, kAlways>;
+    static constexpr int kCount = Words::kCount, kNumbers = Words::kNumbers, kHeld = Words::kHeld;
+    static constexpr float kLowest = Words::kLowest;
 
 public:
+    using Stored = S;
+    using Team = T;
+    using Packed = PackedTarget<kFactors>;
+    static constexpr int kRounds = kNumRounds;
+    static constexpr bool kRagged = true;
+
     FL_DEVICE RegisterRow(const RegisterArgs& a, LossSums& sums)
         : args(a), p(a.problem), end(a, sums), bias(bias_of(a)), share(written_share<float>(p)) {}
 
     // Whether the logits of a row are read: those of an ignored one for its statistics alone.
-    static FL_DEVICE bool is_read(PackedTarget<kFactors> target, bool exists) {
-        return kLooks ? exists : !target.is_ignored();
-    }
+    static FL_DEVICE bool is_read(const Packed& target, bool exists) { return kLooks ? exists : !target.is_ignored(); }
 
     // What is kept of an ignored row. For all threads of the team.
     FL_DEVICE void ignore(const Team& team, int number) const {
@@ -66,45 +39,42 @@ public:
     // The gradient of a row that the team leaves out.
     template <class Place>
     FL_DEVICE void write_zeros(const Place& place) const {
-        if (!p.grad) return;
-        const unsigned zeros[kWords] = {};
-        for (int k = 0; k * place.step() < place.left; ++k) place.to()[k * place.step()] = join(zeros);
-        if (place.extra() >= 0) place.grad()[place.extra()] = to_stored<Stored>(0.0f);
+        if (p.grad) Words::write_zeros(place);
     }
 
     // For all threads of the team.
     template <class Place>
-    FL_DEVICE void run(Team& team, int number, PackedTarget<kFactors> packed, const Place& place) const {
+    FL_DEVICE void run(Team& team, int number, const Packed& packed, const Place& place) const {
         const bool reads = (!Place::kIsMixed && !kLooks) || !packed.is_ignored();
         const bool has_target = kReadsU ? packed.cls >= 0 : reads;
         const Target target{packed.cls, !reads};
         const Row row{number, 0, number};
         // A bias, and the margin, ask for the largest of the other logits.
         const bool is_apart = (kLooks || bias != 0.0f) && has_target;
-        unsigned w[kRounds * kWords];
-        read(place, w);
+        Words words;
+        words.read(place);
         const int extra_class = place.extra();
         float extra = kLowest;
         if (is_read(packed, place.exists) && extra_class >= 0) extra = to_acc(place.logits()[extra_class]);
         const float target_logit = has_target ? to_acc(place.logits()[target.cls]) + bias : 0.0f;
-        if (is_apart) set_apart(w, extra, target.cls, place);
+        if (is_apart) words.set_apart(extra, target.cls, place);
 
         float pivot, others = 0.0f;
         if (is_saved()) {
             pivot = reads ? as<float>(p.stats)[number] : 0.0f;
         } else {
-            others = pivot = largest_of(team, std::fmax(largest(w), extra));
+            others = pivot = largest_of(team, std::fmax(words.largest(), extra));
             if (is_apart) pivot = std::fmax(pivot, target_logit);
             if (pivot == kLowest || !is_read(packed, place.exists)) pivot = 0.0f;
         }
         const Exponential<Stored> exponential(pivot);
-        float e[kRounds * kNumbers];
+        float e[kHeld];
         SoftmaxState<float> state{pivot, 0.0f, 0.0f, 0.0f};
         const ClassFactorReader<float> factor(p, args, row);
-        take_exponentials(exponential, w, e, state);
+        take_exponentials(exponential, words.w, e, state);
         if constexpr (kFactors != Factors::kNone)
             if (reads && !is_saved() && (!kLooks || p.class_factors != ClassFactors::kNone))
-                add_factors(exponential, w, state, factor, is_apart ? target.cls : -1, place);
+                add_factors(exponential, words.w, state, factor, is_apart ? target.cls : -1, place);
         float extra_e = exponential(extra);
         const float target_e = exponential(target_logit);
         Coefficients<float> coefficients{};
@@ -114,7 +84,7 @@ public:
             state.sum = sum_of(team, state.sum + extra_e);
             if (is_apart) state.sum += target_e;
             if constexpr (kLooks) {
-                const RowSummary<float, int> all = summary(team, place, exponential, w, e, extra, extra_e, others,
+                const RowSummary<float, int> all = summary(team, place, exponential, words.w, e, extra, extra_e, others,
                                                            state.sum, is_apart ? target.cls : -1, target_logit);
                 if (team.leads && place.exists) write_statistics(number, target, place, exponential, target_logit, all);
                 team.sync();  // before the gradient takes the place of the logits
@@ -140,7 +110,10 @@ public:
         if (!p.grad) return;
         // All have read the target's logit: the gradient may be written in its place. Shuffles do not promise that.
         if (Place::kIsMixed || is_saved()) team.sync();
-        write(place, reads, e, coefficients, factor);
+        Words::write(place, [&](int i, bool is_there) {
+            const bool reads_u = kReadsU && reads && is_there;  // beyond the row there is none
+            return gradient_of(coefficients, e[i], reads_u ? factor(Words::class_of(place, i)) : 1.0f);
+        });
         if (extra_class >= 0) {
             const float g = gradient_of(coefficients, extra_e, reads ? u_of(factor, extra_class) : 0.0f);
             place.grad()[extra_class] = to_stored<Stored>(g);
@@ -151,20 +124,6 @@ public:
     }
 
 private:
-    template <class Body>
-    static FL_DEVICE void each_round(Body body) {
-#pragma unroll
-        for (int k = 0; k < kRounds; ++k) body(k);
-    }
-    template <class Place>
-    static FL_DEVICE bool has_round(const Place& place, int k) {
-        return k < kAlways || place.left > k * place.step();
-    }
-    static FL_DEVICE Access join(const unsigned* words) {
-        Access x;
-        std::memcpy(&x, words, sizeof x);
-        return x;
-    }
     // Kernels that sum no u_j, or make statistics, are for forward alone.
     FL_DEVICE bool is_saved() const { return kFactors != Factors::kNone && !kLooks && args.is_saved; }
     // Of a class that is not the target.
@@ -176,48 +135,11 @@ private:
         return kReadsU ? factor(cls) : 1.0f;
     }
 
-    FL_DEVICE float largest(const unsigned* w) const {
-        unsigned top = w[0];
-#pragma unroll
-        for (int i = 1; i < kRounds * kWords; ++i) top = Word<Stored>::larger(top, w[i]);
-        float z[kCount];
-        Word<Stored>::widen(top, z);
-        return kCount == 1 ? z[0] : std::fmax(z[0], z[kCount - 1]);
-    }
-
-    template <class Place>
-    FL_DEVICE void read(const Place& place, unsigned* w) const {
-        const Access* const from = place.from();
-        each_round([&](int k) {
-            unsigned lowest[kWords];
-#pragma unroll
-            for (int i = 0; i < kWords; ++i) lowest[i] = Word<Stored>::lowest;
-            const Access x = has_round(place, k) ? from[k * place.step()] : join(lowest);
-            std::memcpy(w + k * kWords, &x, sizeof x);
-        });
-    }
-
-    // With a bias, the target's logit is not that of the row: it counts as -inf here, for itself after the sums.
-    template <class Place>
-    FL_DEVICE void set_apart(unsigned* w, float& extra, int target, const Place& place) const {
-        if (target == place.extra()) extra = kLowest;
-        each_round([&](int k) {
-#pragma unroll
-            for (int i = 0; i < kWords; ++i) {
-                const int at = target - (place.first() + (k * place.step() * kWords + i) * kCount);
-                if (static_cast<unsigned>(at) >= kCount) continue;
-                const unsigned own = kCount == 1 ? 0xffffffffu : 0xffffu << 16 * at;
-                unsigned& word = w[k * kWords + i];
-                word = (word & ~own) | (Word<Stored>::lowest & own);
-            }
-        });
-    }
-
     FL_DEVICE void take_exponentials(const Exponential<Stored>& exponential, const unsigned* w, float* e,
                                      SoftmaxState<float>& state) const {
         float sums[2];  // of every other one: they need not wait for each other
 #pragma unroll
-        for (int i = 0; i < kRounds * kWords; ++i) {
+        for (int i = 0; i < Words::kWords; ++i) {
             Word<Stored>::widen(w[i], e + i * kCount);
 #pragma unroll
             for (int at = i * kCount; at < (i + 1) * kCount; ++at) {
@@ -225,7 +147,7 @@ private:
                 sums[at % 2] = at < 2 ? e[at] : sums[at % 2] + e[at];
             }
         }
-        state.sum = kRounds * kNumbers > 1 ? sums[0] + sums[1] : sums[0];
+        state.sum = kHeld > 1 ? sums[0] + sums[1] : sums[0];
     }
 
     // The classes' factors and distances but for those of the class apart.
@@ -233,12 +155,12 @@ private:
     FL_DEVICE void add_factors(const Exponential<Stored>& exponential, const unsigned* w, SoftmaxState<float>& state,
                                const ClassFactorReader<float>& factor, int apart, const Place& place) const {
         float arguments = 0.0f;
-        each_round([&](int k) {
-            if (!has_round(place, k)) return;
-            const int cls = place.first() + k * place.step() * kNumbers;
+        Words::each_round([&](int k) {
+            if (!Words::has_round(place, k)) return;
+            const int cls = Words::class_of(place, k * kNumbers);
             float z[kNumbers];
 #pragma unroll
-            for (int i = 0; i < kWords; ++i) Word<Stored>::widen(w[k * kWords + i], z + i * kCount);
+            for (int i = 0; i < Words::kOfAccess; ++i) Word<Stored>::widen(w[k * Words::kOfAccess + i], z + i * kCount);
             if (kOnes && apart < 0) {
 #pragma unroll
                 for (int i = 0; i < kNumbers; ++i) arguments += exponential.argument(z[i]);
@@ -252,33 +174,6 @@ private:
         state.centred += arguments * Exponential<Stored>::kUnit;
     }
 
-    template <class Place>
-    FL_DEVICE void write(const Place& place, bool reads, const float* e, const Coefficients<float>& c,
-                         const ClassFactorReader<float>& factor) const {
-        Access* const to = place.to();
-        each_round([&](int k) {
-            unsigned words[kWords];
-#pragma unroll
-            for (int i = 0; i < kWords; ++i) {
-                float g[kCount];
-#pragma unroll
-                for (int h = 0; h < kCount; ++h) {
-                    const int at = i * kCount + h;
-                    float u = 1.0f;
-                    if (kReadsU && reads && has_round(place, k))  // beyond the row there is none
-                        u = factor(place.first() + k * place.step() * kNumbers + at);
-                    g[h] = gradient_of(c, e[k * kNumbers + at], u);
-                }
-                words[i] = Word<Stored>::narrow(g);
-            }
-            if (!has_round(place, k)) return;
-            if constexpr (kWords == 1)
-                to[k * place.step()] = join(words);
-            else
-                store_at_once(to + k * place.step(), join(words));
-        });
-    }
-
     // What RowSummary says of the row, with the largest of all logits but the target's as second; relative to the
     // exponential's pivot. `target` is apart, -1 in an ignored row, which needs none.
     template <class Place>
@@ -288,9 +183,9 @@ private:
         constexpr float infinity = std::numeric_limits<float>::infinity();
         const float top = target >= 0 ? std::fmax(others, target_logit) : others;
         float weighted = extra_e * distance_of(exponential, extra);
-        int first = kRounds * kNumbers;  // of the thread's numbers that are the largest
+        int first = kHeld;  // of the thread's numbers that are the largest
 #pragma unroll
-        for (int i = kRounds * kWords - 1; i >= 0; --i) {
+        for (int i = Words::kWords - 1; i >= 0; --i) {
             float z[kCount];
             Word<Stored>::widen(w[i], z);
 #pragma unroll
@@ -299,9 +194,7 @@ private:
                 if (z[h] == top) first = i * kCount + h;
             }
         }
-        const int round = first / kNumbers;
-        const int own = place.first() + round * place.step() * kNumbers + first % kNumbers;
-        float lowest[] = {first < kRounds * kNumbers ? static_cast<float>(own) : infinity};
+        float lowest[] = {first < kHeld ? static_cast<float>(Words::class_of(place, first)) : infinity};
         if (extra == top && place.extra() >= 0) lowest[0] = std::fmin(lowest[0], static_cast<float>(place.extra()));
         team.reduce(lowest, infinity, Smaller());
         weighted = sum_of(team, weighted);
@@ -333,7 +226,7 @@ private:
     // The exponentials of an ignored row may be infinite or NaN.
     static FL_DEVICE void forget(float* e, float& extra_e) {
 #pragma unroll
-        for (int i = 0; i < kRounds * kNumbers; ++i) e[i] = 0.0f;
+        for (int i = 0; i < kHeld; ++i) e[i] = 0.0f;
         extra_e = 0.0f;
     }
 

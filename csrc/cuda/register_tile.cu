@@ -1,97 +1,15 @@
-// Softmax losses of rows of up to 256 classes: a warp brings a tile of whole rows to shared memory with accesses of 16
-// bytes, whatever the number of classes, while it works on another; a row is then in the registers of one to 32 lanes.
-// Forward with its gradient, or backward alone.
+// Softmax losses of rows of up to 256 classes. Forward with its gradient, or backward alone.
 #include "cuda/register_row.cuh"
-#include "cuda/warp_tiles.cuh"
+#include "cuda/register_tile.cuh"
 
 namespace fused_losses::cuda {
 namespace {
 
-// The lane's part of the rows in a tile, the same in each but for where the row begins. Where an odd number of classes
-// have two bytes each, one of a row's numbers is beside its words, at either end.
-struct LanePart {
-    int lane, begin, words;
-    int beside;  // class of the number beside the words where that is the last one, -1 in lanes that have none
-
-    FL_DEVICE LanePart(const RegisterArgs& a, int l, int numbers_of_word)
-        : lane(l),
-          begin(a.plan.begin_of(l)),
-          words(a.plan.count_of(l, static_cast<int>(a.problem.num_classes) / numbers_of_word)),
-          beside(a.plan.is_ragged && l == 0 ? static_cast<int>(a.problem.num_classes) - 1 : -1) {
-#ifdef __CUDA_ARCH__
-        asm("" : "+r"(begin), "+r"(words), "+r"(beside));  // not to be worked out again for each row
-#endif
-    }
-};
-
-template <class Stored>
-class TilePlace {
-    static constexpr int n = Word<Stored>::count;
-
-public:
-    static constexpr bool kIsMixed = true;
-    const int left;
-    const bool exists;
-
-    // before: numbers to the row's first whole word. is_left_out: zeros are read in its place.
-    FL_DEVICE TilePlace(const LanePart& p, Stored* x, int before, const unsigned* z, bool is_left_out, bool there)
-        : left(p.words), exists(there), part(p), row(x), skip(before), zeros(z), left_out(is_left_out) {}
-
-    FL_DEVICE const Stored* logits() const { return row; }
-    FL_DEVICE Stored* grad() const { return row; }
-    FL_DEVICE const unsigned* from() const { return left_out ? zeros : to(); }
-    FL_DEVICE unsigned* to() const { return reinterpret_cast<unsigned*>(row + skip) + part.begin; }
-    static FL_DEVICE int step() { return 1; }
-    FL_DEVICE int first() const { return skip + part.begin * n; }
-    FL_DEVICE int extra() const { return n == 1 ? -1 : skip > 0 ? part.beside >> 31 : part.beside; }
-    FL_DEVICE bool owns(int) const { return part.lane == 0; }
-
-private:
-    const LanePart& part;
-    Stored* const row;
-    const int skip;
-    const unsigned* const zeros;
-    const bool left_out;
-};
-
 template <class Stored, Factors kFactors, int kLanes, int kHeld>
-__global__ void __launch_bounds__(kTileThreads, tile_blocks(kHeld))
+__global__ void __launch_bounds__(kTileThreads, tile_blocks(kFactors, kHeld))
     softmax_in_tiles(const __grid_constant__ RegisterArgs args) {
-    constexpr int n = Word<Stored>::count, rounds = kHeld / n;
-    constexpr int always = TileKernel{kFactors, kLanes, kHeld}.always(rounds);
-    const RowProblem& p = args.problem;
-    if (args.is_saved && is_already_written<float>(p)) return;
-    const int classes = static_cast<int>(p.num_classes);
-    using Team = LaneTeam<kLanes>;
-    Team team(args.plan.lanes);
-    __shared__ struct {
-        LossSums of_thread[kTileThreads];  // registers have other uses
-        unsigned zeros[rounds];
-    } shared;
-    LossSums& sums = shared.of_thread[threadIdx.x];
-    sums = {0, 0};
-    for (int k = threadIdx.x; k < rounds; k += kTileThreads) shared.zeros[k] = 0;
-    __syncthreads();
-    const RegisterRow<Stored, kFactors, unsigned, rounds, always, Team> worker(args, sums);
-    const int own = threadIdx.x % 32 / team.lanes, at_once = 32 / team.lanes, rows = static_cast<int>(p.inner);
-    const LanePart part(args, team.lane, n);
-    for_each_tile(args, [&](int first, int count, char* bytes, auto arrive) {
-        int number = first + own;
-        PackedTarget<kFactors> next(args, number, number < rows);
-        arrive();
-        Stored* row = reinterpret_cast<Stored*>(bytes) + own * classes;
-        int skip = n == 1 ? 0 : misalignment(as<Stored>(p.logits)) + own * classes;
-#pragma unroll 1
-        for (int trips = (count + at_once - 1) / at_once; trips > 0; --trips) {
-            const PackedTarget<kFactors> target = next;
-            next = {args, number + at_once, trips > 1 && number + at_once < rows};
-            worker.run(team, number, target,
-                       TilePlace<Stored>(part, row, skip & (n - 1), shared.zeros,
-                                         !worker.is_read(target, number < rows), number < rows));
-            number += at_once, row += at_once * classes, skip += at_once * classes;
-        }
-    });
-    write_loss(args, sums);
+    constexpr int rounds = kHeld / Word<Stored>::count, always = TileKernel{kFactors, kLanes, kHeld}.always(rounds);
+    work_on_register_tiles<RegisterRow<Stored, kFactors, unsigned, rounds, always, LaneTeam<kLanes>>>(args);
 }
 
 }  // namespace
@@ -101,9 +19,10 @@ cudaError_t enqueue_tiles(RegisterArgs& args, cudaStream_t stream) {
     cudaError_t error = cudaErrorInvalidValue;
     visit_indices<std::size(kTileKernels)>([&]<std::size_t i>() {
         constexpr TileKernel kernel = kTileKernels[i];
-        if (args.plan.kernel == i)
-            error = launch_tiles_resident(&softmax_in_tiles<Stored, kernel.factors, kernel.lanes, kernel.held>, args,
-                                          stream);
+        if constexpr (!have_passes(kernel.factors))
+            if (args.plan.kernel == i)
+                error = launch_tiles_resident(&softmax_in_tiles<Stored, kernel.factors, kernel.lanes, kernel.held>,
+                                              args, stream);
     });
     return error;
 }

@@ -8,7 +8,7 @@
 namespace fused_losses::cuda {
 namespace {
 
-constexpr int kWarp = 32, kMostParts = kMostColumnThreads / kWarp;
+constexpr int kWarp = 32;
 
 // Some numbers of a thread, to be moved at once.
 template <class T, int m>
@@ -33,6 +33,7 @@ class Columns {
 
 public:
     struct Shared {
+        static constexpr int kMostParts = kMostColumnThreads / kWarp;
         unsigned top[kMostParts][kWarp];
         Numbers<float, kSums * n> sums[kMostParts][kWarp];
         Coefficients<float> coefficients[n][kWarp];

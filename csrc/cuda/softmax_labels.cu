@@ -9,45 +9,13 @@ namespace {
 
 template <bool kShares>
 __global__ void __launch_bounds__(kTileThreads, 4) labels_in_tiles(const __grid_constant__ LabelArgs<float> args) {
-    const RowProblem& p = args.problem;
-    if (is_already_written<float>(p)) return;
-    const int classes = static_cast<int>(p.num_classes), element = bytes_of(p.dtype), lanes = args.plan.lanes;
-    const LaneTeam team(lanes);
-    LossSums sums{0, 0};
-    const LabelRow<float, true, kShares> worker(args, ClassesOfThread(classes, team.lane, args.plan.rounds),
-                                                behind_tiles(args.plan));
-    for_each_tile(args, [&](int first, int count, char* tile, auto arrive) {
-        const int own = threadIdx.x % 32 / lanes;
-        arrive();
-#pragma unroll 1
-        for (int r = own; r - own < count; r += 32 / lanes) {
-            const bool exists = r < count;
-            char* const at = tile + (exists ? r * classes * element : 0);
-            worker.run(team, {first + r, 0, first + r}, exists, RowPlace{at, at, element, element}, sums);
-        }
-    });
-    write_loss(args, sums);
+    work_on_tiles<LabelRow<float, true, kShares>>(args);
 }
 
 template <class A, bool kKeeps, bool kShares>
-__global__ void __launch_bounds__(kKeeps ? kMostColumnThreads : kBlock)
+__global__ void __launch_bounds__(kKeeps ? kMostColumnThreads : kBlock, 1)
     labels_of_rows(const __grid_constant__ LabelArgs<A> args) {
-    const RowProblem& p = args.problem;
-    if (is_already_written<A>(p)) return;
-    RowTeam<A, true> team(args.plan);
-    LossSums sums{0, 0};
-    const int classes = static_cast<int>(p.num_classes), begin = cluster_group::block_rank() * args.plan.share;
-    const LabelRow<A, kKeeps, kShares> worker(
-        args, ClassesOfThread(begin, min(classes, begin + args.plan.share), team.lane, team.threads), dynamic_shared);
-    const std::int64_t rows = p.rows();
-    for (std::int64_t first = team.first(); first < rows; first += team.step()) {
-        const std::int64_t number = first + team.place();
-        const bool exists = number < rows;
-        const Row row = row_at(p, exists ? number : first);
-        worker.run(team, row, exists, place_of(p, row), sums);
-    }
-    team.part_company();
-    write_loss(args, sums);
+    work_on_rows<A, LabelRow<A, kKeeps, kShares>>(args);
 }
 
 template <class A, bool kShares>
@@ -62,40 +30,11 @@ cudaError_t enqueue_of(const RowProblem& p, const LossOutput& out, cudaStream_t 
         LabelArgs<double> args(p, out);
         return enqueue_any_rows<double, kShares>(args, stream);
     }
-    constexpr PassNumbers numbers{LabelRow<float, true, kShares>::n, /*in_registers=*/false};
     LabelArgs<float> args(p, out);
-    int multiprocessors = 0;
-    cudaError_t error = find_multiprocessors(multiprocessors);
-    if (error != cudaSuccess) return error;
-    if ((args.plan = plan_pass_tiles(p, numbers, multiprocessors))) {
-        error = launch_tiles_resident(&labels_in_tiles<kShares>, args, stream);
-        if (error != kDoesNotFit) return error;
-    }
-    for (int largest = kMaxCluster; largest > 0; largest /= 2) {
-        if (!(args.plan = plan_pass_rows(p, numbers, largest))) continue;
-        error = launch_rows_resident(&labels_of_rows<float, true, kShares>, args, stream);
-        if (error != kDoesNotFit) return error;
-    }
-    return enqueue_any_rows<float, kShares>(args, stream);
-}
-
-// Statistics beside the loss of one label, of rows that fit into registers.
-template <class Stored>
-cudaError_t enqueue_held(RegisterArgs& args, cudaStream_t stream) {
-    constexpr Factors factors = Factors::kOnesAndStatistics;
-    int multiprocessors = 0;
-    cudaError_t error = find_multiprocessors(multiprocessors);
-    if (error != cudaSuccess) return error;
-    if ((args.plan = plan_tiles(args.problem, factors, multiprocessors))) {
-        error = enqueue_tiles<Stored>(args, stream);
-        if (error != kDoesNotFit) return error;
-    }
-    for (int largest = kMaxCluster; largest > 0; largest /= 2) {
-        if (!(args.plan = plan_direct(args.problem, factors, largest))) continue;
-        error = enqueue_registers<Stored>(args, stream);
-        if (error != kDoesNotFit) return error;
-    }
-    return kDoesNotFit;
+    const cudaError_t error = launch_kept<LabelArgs<float>>(
+        {&labels_in_tiles<kShares>, &labels_of_rows<float, true, kShares>, LabelRow<float, true, kShares>::n}, args,
+        stream);
+    return error == kDoesNotFit ? enqueue_any_rows<float, kShares>(args, stream) : error;
 }
 
 bool is_for_registers(const RowProblem& p) {
@@ -103,22 +42,24 @@ bool is_for_registers(const RowProblem& p) {
     return p.argmax && !p.other_target && !has_bias && !(p.grad && p.upstream) && factors_of(p) != Factors::kRead;
 }
 
+// Statistics beside the loss of one label, of rows that fit into registers.
 cudaError_t enqueue_statistics_in_registers(const RowProblem& p, const LossOutput& out, cudaStream_t stream) {
     if (!is_for_registers(p)) return kDoesNotFit;
     RegisterArgs args(p, out);
+    constexpr Factors factors = Factors::kOnesAndStatistics;
     switch (p.dtype) {
         case Dtype::kFloat64: return kDoesNotFit;
-        case Dtype::kFloat32: return enqueue_held<float>(args, stream);
-        case Dtype::kFloat16: return enqueue_held<Half>(args, stream);
-        case Dtype::kBFloat16: return enqueue_held<BFloat16>(args, stream);
+        case Dtype::kFloat32: return enqueue_held<float>(args, factors, stream);
+        case Dtype::kFloat16: return enqueue_held<Half>(args, factors, stream);
+        case Dtype::kBFloat16: return enqueue_held<BFloat16>(args, factors, stream);
     }
     return cudaErrorInvalidValue;
 }
 
-// The weights of the rows' first labels and of their second ones. Where each row has a share, its weights are parts of
-// one denominator.
+// The weights of the rows' labels, of which there are two where each has a denominator. Where each row has a share, its
+// weights are parts of one denominator.
 template <class A>
-__global__ void __launch_bounds__(kBlock) sum_label_weights(const __grid_constant__ RowArgs<A> args) {
+__global__ void __launch_bounds__(kBlock) sum_weights(const __grid_constant__ RowArgs<A> args) {
     const RowProblem& p = args.problem;
     LossSums sums{0, 0};
     const std::int64_t step = std::int64_t(gridDim.x) * kBlock, rows = p.rows();
@@ -134,8 +75,9 @@ __global__ void __launch_bounds__(kBlock) sum_label_weights(const __grid_constan
     }
     if (!sum_over_grid(sums, args.out)) return;
     A* const denominators = static_cast<A*>(args.out.denominator);
-    denominators[0] = static_cast<A>(p.share ? sums.value + sums.weight : sums.value);
-    denominators[1] = static_cast<A>(p.share ? sums.value + sums.weight : sums.weight);
+    if (p.share) sums.value = sums.weight = sums.value + sums.weight;
+    denominators[0] = static_cast<A>(sums.value);
+    if (p.other_target) denominators[1] = static_cast<A>(sums.weight);
 }
 
 }  // namespace
@@ -157,13 +99,13 @@ cudaError_t enqueue_labels(const RowProblem& p, const LossOutput& out, cudaStrea
                                                          : enqueue_of<false>(p, out, stream);
 }
 
-cudaError_t enqueue_label_weights(const RowProblem& p, const LossOutput& out, cudaStream_t stream) {
+cudaError_t enqueue_denominators(const RowProblem& p, const LossOutput& out, cudaStream_t stream) {
     constexpr std::int64_t rows_per_block = 4 * kBlock;
     const auto run = [&](auto kernel, const auto& args) {
         return launch_over_rows(kernel, p.rows(), rows_per_block, stream, args);
     };
-    if (p.dtype == Dtype::kFloat64) return run(sum_label_weights<double>, RowArgs<double>(p, out));
-    return run(sum_label_weights<float>, RowArgs<float>(p, out));
+    if (p.dtype == Dtype::kFloat64) return run(sum_weights<double>, RowArgs<double>(p, out));
+    return run(sum_weights<float>, RowArgs<float>(p, out));
 }
 
 }  // namespace fused_losses::cuda

@@ -91,7 +91,8 @@ private:
 };
 
 template <class A>
-__global__ void __launch_bounds__(kBlock, 2) softmax_of_rows(const __grid_constant__ PlannedArgs<A> args) {
+__global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : 2)
+    softmax_of_rows(const __grid_constant__ PlannedArgs<A> args) {
     const RowProblem& p = args.problem;
     if (args.is_saved && is_already_written<A>(p)) return;
     RowTeam<A, true> team(args.plan);
@@ -133,55 +134,21 @@ __global__ void __launch_bounds__(kBlock, 2) softmax_of_rows(const __grid_consta
 }
 
 template <class A>
-__global__ void __launch_bounds__(kBlock) sum_weights(const __grid_constant__ RowArgs<A> args) {
-    const RowProblem& p = args.problem;
-    LossSums sums{0, 0};
-    const std::int64_t step = std::int64_t(gridDim.x) * kBlock, rows = p.rows();
-    for (std::int64_t number = std::int64_t(blockIdx.x) * kBlock + threadIdx.x; number < rows; number += step) {
-        const Row row = row_at(p, number);
-        const Target target = target_of(p, row);
-        const A weight = class_weight_of<A>(p, target) * sample_weight_of<A>(p, row);
-        if (!target.ignored) sums.weight += static_cast<double>(weight);
-    }
-    if (sum_over_grid(sums, args.out)) *static_cast<A*>(args.out.denominator) = static_cast<A>(sums.weight);
-}
-
-template <class A>
 cudaError_t enqueue_any_rows(PlannedArgs<A>& args, cudaStream_t stream) {
     args.plan = plan_any_rows(args.problem, 0);
     return launch_rows_resident(&softmax_of_rows<A>, args, stream);
-}
-
-// The first kernel that has room for the rows.
-template <class Stored>
-cudaError_t enqueue_held(RegisterArgs& args, cudaStream_t stream) {
-    const RowProblem& p = args.problem;
-    int multiprocessors = 0;
-    cudaError_t error = find_multiprocessors(multiprocessors);
-    if (error != cudaSuccess) return error;
-    // Backward alone is the business of kernels that do it for u_j of 1 as well.
-    const Factors own = factors_of(p), factors = args.is_saved && own == Factors::kNone ? Factors::kOnes : own;
-    if ((args.plan = plan_tiles(p, factors, multiprocessors))) {
-        error = enqueue_tiles<Stored>(args, stream);
-        if (error != kDoesNotFit) return error;
-    }
-    if ((args.plan = plan_columns(p, factors))) return enqueue_columns<Stored>(args, stream);
-    for (int largest = kMaxCluster; largest > 0; largest /= 2) {
-        if (!(args.plan = plan_direct(p, factors, largest))) continue;
-        error = enqueue_registers<Stored>(args, stream);
-        if (error != kDoesNotFit) return error;
-    }
-    return enqueue_any_rows(args, stream);
 }
 
 template <class Stored>
 cudaError_t enqueue_of(const RowProblem& p, const LossOutput& out, bool is_saved, cudaStream_t stream) {
     PlannedArgs<acc_t<Stored>> args(p, out);
     args.is_saved = is_saved;
-    if constexpr (kIsForChecking<Stored>)
-        return enqueue_any_rows(args, stream);
-    else
-        return enqueue_held<Stored>(args, stream);
+    if constexpr (!kIsForChecking<Stored>) {
+        // Backward alone is the business of kernels that do it for u_j of 1 as well.
+        const Factors own = factors_of(p), factors = is_saved && own == Factors::kNone ? Factors::kOnes : own;
+        if (const cudaError_t error = enqueue_held<Stored>(args, factors, stream); error != kDoesNotFit) return error;
+    }
+    return enqueue_any_rows(args, stream);
 }
 
 cudaError_t enqueue(const RowProblem& p, const LossOutput& out, bool is_saved, cudaStream_t stream) {
@@ -203,15 +170,6 @@ cudaError_t enqueue_forward(const RowProblem& p, const LossOutput& out, cudaStre
 
 cudaError_t enqueue_gradient(const RowProblem& p, cudaStream_t stream) {
     return p.rows() == 0 ? cudaSuccess : enqueue(p, {}, true, stream);
-}
-
-cudaError_t enqueue_denominator(const RowProblem& p, const LossOutput& out, cudaStream_t stream) {
-    constexpr std::int64_t rows_per_block = 4 * kBlock;
-    const auto run = [&](auto kernel, const auto& args) {
-        return launch_over_rows(kernel, p.rows(), rows_per_block, stream, args);
-    };
-    if (p.dtype == Dtype::kFloat64) return run(sum_weights<double>, RowArgs<double>(p, out));
-    return run(sum_weights<float>, RowArgs<float>(p, out));
 }
 
 }  // namespace fused_losses::cuda

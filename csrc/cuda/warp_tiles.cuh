@@ -60,8 +60,8 @@ FL_DEVICE void* behind_tiles(const RegisterPlan& plan) {
 template <class Body>
 FL_DEVICE void for_each_tile(const RegisterArgs& args, Body body) {
     const RowProblem& p = args.problem;
-    const int me = threadIdx.x % 32, warp = threadIdx.x / 32, tile_rows = args.plan.tile_rows;
-    const int row_bytes = static_cast<int>(p.num_classes) * bytes_of(p.dtype), rows = static_cast<int>(p.inner);
+    const int me = threadIdx.x % 32, warp = threadIdx.x / 32, rows = static_cast<int>(p.inner);
+    const int tile_rows = args.plan.tile_rows, row_bytes = args.plan.row_bytes;
     const int step = gridDim.x * (kTileThreads / 32) * tile_rows;
     const auto rows_from = [&](int first) { return min(rows - first, tile_rows); };
     // Of every tile: their sizes are whole accesses.

@@ -68,7 +68,7 @@ struct MarginLoss {
     FL_HD static T error(const State<T>& s, T z, T margin, math::mask_t<T> is_target, const T* params) {
         const T of_class = math::select(MarginPolicy::competitors_margin(params), T(unit) * margin, s.margin);
         const T e = math::select(is_target, T(0), (T(unit) * z - s.target_logit) + of_class);
-        return math::select(T(0) > e, T(0), e);
+        return math::not_negative(e);
     }
 
     template <class T>
@@ -88,17 +88,26 @@ struct MarginLoss {
         return math::select(x > T(0), math::Traits<T>::from_bits(math::Traits<T>::bits(x) - 1), x);
     }
 
-    // Kept: the error.
+    // e^(p-1) of errors that are kept, else 0: what is dropped is finite.
+    template <class T>
+    FL_HD static T power(const State<T>& s, T e, const T* params) {
+        const T is_kept = math::select(is_dropped(s, e), T(0), T(1));
+        return MarginPolicy::is_squared(params) ? e * is_kept : is_kept;
+    }
+
+    // Kept: the error, in the end its power.
     template <bool last, class T>
     FL_HD static Sums<T, 2> map(int, const State<T>& s, T z, T margin, math::mask_t<T> is_target, const T* params,
                                 T* kept) {
         const bool again = last && MarginPolicy::has_threshold(params);
         const T e = again && kept ? *kept : error(s, z, margin, is_target, params);
-        if (!again && kept) *kept = e;
-        if (!last) return {{e, T(0)}};
-        const T power = MarginPolicy::is_squared(params) ? e : T(1);
-        const auto dropped = is_dropped(s, e);
-        return {{math::select(dropped, T(0), e * power), math::select(dropped, T(0), power)}};
+        if (!last) {
+            if (kept) *kept = e;
+            return {{e, T(0)}};
+        }
+        const T of = power(s, e, params);
+        if (kept) *kept = of;
+        return {{e * of, of}};
     }
 
     template <class T>
@@ -115,7 +124,7 @@ struct MarginLoss {
         const T errors = squared ? sums.v[1] : sums.v[0];
         const auto finite = (errors < infinity) & (s.target_logit < infinity) & (s.margin < infinity);
         const T divisor = math::select(MarginPolicy::by_count(params), s.powers + T(1e-6), row.num_classes);
-        s.per_error = math::select(finite, T(squared ? 2 / unit : 1), nan<T>()) / divisor;
+        s.per_error = math::select(finite, T(squared ? 2 / unit : 1), nan<T>()) * math::reciprocal(divisor);
         const T value = sums.v[0] * s.per_error * T((squared ? 0.5f : 1.0f) / unit);
         s.value = math::select(has_masked_target(s) & (value > T(0)), infinity, value);
         // The largest number: an error times that is infinite, no error times that is nothing.
@@ -129,14 +138,19 @@ struct MarginLoss {
 
     template <class T>
     FL_HD static void keep(const State<T>& s, T z, T margin, math::mask_t<T> is_target, const T* params, T* kept) {
-        *kept = error(s, z, margin, is_target, params);
+        *kept = power(s, error(s, z, margin, is_target, params), params);
     }
 
     template <class T>
-    FL_HD static T gradient(const State<T>& s, const T* kept, math::mask_t<T> is_target, const T* params) {
-        if (!MarginPolicy::is_squared(params)) return gradient_of_bit(s, !is_dropped(s, *kept), is_target);
-        const T power = math::select(is_dropped(s, *kept), T(0), *kept);
-        return math::select(is_target, -s.powers, power) * s.per_error;
+    FL_HD static T gradient(const State<T>& s, const T* kept, math::mask_t<T> is_target, const T*) {
+        return math::select(is_target, -s.powers, *kept) * s.per_error;
+    }
+
+    // The largest number stays what it is.
+    template <class T>
+    FL_HD static void scale(State<T>& s, T by) {
+        const T scaled = s.per_error * by;
+        s.per_error = math::select(scaled > -lowest<T>(), -lowest<T>(), scaled);
     }
 
     FL_HD static bool bits_suffice(const double* params) { return !MarginPolicy::is_squared(params); }

@@ -17,8 +17,11 @@ struct PowerRow {
 
 // Rule gives the exponent, and the loss as an AffineRow with u_j = p_j^q. kOrdinary: q is not so small that 1 - f would
 // lose its digits in all classes.
-template <class Rule, bool kOrdinary = false>
+// kCoarse: logits and gradient are numbers of 16 bits.
+template <class Rule, bool kOrdinary = false, bool kCoarse = false>
 struct PowerLoss {
+    using Coarse = PowerLoss<Rule, kOrdinary, true>;
+
     static constexpr const char* name = Rule::name;
     static constexpr int num_params = Rule::num_params, min_classes = Rule::min_classes;
     static constexpr int num_sums = 3, num_early_sums = 0, num_kept = 2;
@@ -48,8 +51,7 @@ struct PowerLoss {
     // Kept: exp(z - max), f.
     template <bool last, class T>
     FL_HD static Sums<T, 3> map(int, const State<T>& s, T z, T, math::mask_t<T>, const T* params, T* kept) {
-        const T x = z - s.max, q = Rule::exponent(params), e = math::exp_not_positive(x),
-                f = math::exp_not_positive(q * x);
+        const T x = z - s.max, q = Rule::exponent(params), e = exponential(x), f = exponential(q * x);
         if (kept) kept[0] = e, kept[1] = f;
         // Where all f are near 1, the sum of 1 - f is not K - sum f.
         return {{e, f, kOrdinary ? T(1) - f : -math::expm1_of(q * x, f)}};
@@ -64,7 +66,7 @@ struct PowerLoss {
         const PowerRow<T> of{log_p, math::exp(q * log_p), scale * sums.v[1], misses, row.num_classes};
         const AffineRow<T> affine = Rule::eval(of, params);
         s.value = affine.value;
-        s.alpha = affine.alpha / sums.v[0];
+        s.alpha = affine.alpha * math::reciprocal(sums.v[0]);
         s.gamma = affine.gamma * scale;
         s.target_grad = target_gradient(affine, log_p, of.power);
     }
@@ -77,13 +79,26 @@ struct PowerLoss {
     template <class T>
     FL_HD static void keep(const State<T>& s, T z, T, math::mask_t<T>, const T* params, T* kept) {
         const T x = z - s.max;
-        kept[0] = math::exp_not_positive(x);
-        kept[1] = math::exp_not_positive(Rule::exponent(params) * x);
+        kept[0] = exponential(x);
+        kept[1] = exponential(Rule::exponent(params) * x);
+    }
+
+    template <class T>
+    FL_HD static void scale(State<T>& s, T by) {
+        s.alpha *= by;
+        s.gamma *= by;
+        s.target_grad *= by;
     }
 
     template <class T>
     FL_HD static T gradient(const State<T>& s, const T* kept, math::mask_t<T> is_target, const T*) {
         return math::select(is_target, s.target_grad, s.alpha * kept[0] + s.gamma * kept[1]);
+    }
+
+private:
+    template <class T>
+    FL_HD static T exponential(T x) {
+        return kCoarse ? math::coarse_exp_not_positive(x) : math::exp_not_positive(x);
     }
 };
 

@@ -123,8 +123,7 @@ struct BiTemperedOf {
     // b = exp_t2(x)^(t2-1) for whole n, x <= 0: 0 at -inf.
     template <class T>
     FL_HD static T quotient(T x, T of_exp) {
-        const T inside = T(1) - of_exp * x;
-        return math::select(inside > T(1e30), T(0), math::reciprocal(inside));
+        return math::reciprocal_or_zero(T(1) - of_exp * x);
     }
 
     // exp_t2(scale x)
@@ -225,7 +224,7 @@ struct BiTemperedOf {
         if (pass == last) return finish(s, sums, row, params);
         const bool is_found = pass == last - 1;
         refine_root(pass, s, sums, method(t2, num_iters), excess(params).of_exp, is_found);
-        if (is_found) s.lower = spread(row, params);
+        if (is_found && !kDefaults) s.lower = spread(row, params);
     }
 
     template <class T>
@@ -262,19 +261,19 @@ private:
     // scale, and the root waits for the last step. In the end `lower` is what finalize puts there.
     template <class T>
     FL_HD static void refine_root(int pass, State<T>& s, const Sums<T, 4>& sums, Method method, T of_exp, bool last) {
-        const T sum = sums.v[0], log_sum = math::log(sum);
+        const T sum = sums.v[0];
+        if (method == Method::kFixedPoint && !last) {
+            s.lower = math::coarse_pow(sum, -of_exp);  // steps to come make the error smaller
+            return;
+        }
+        const T log_sum = math::log(sum);
         switch (method) {
             case Method::kExact: s.root = log_sum; return;
             // Newton on log_t2(sum exp_t2(x - root)) = 0 from the left of the root: never overshoots.
             case Method::kNewton:
                 s.root += sum * math::exp(of_exp * log_sum) * log_t(log_sum, -of_exp) / sums.v[1];
                 return;
-            case Method::kFixedPoint:
-                if (last)
-                    s.root = log_t(log_sum, of_exp);
-                else
-                    s.lower = math::exp(-of_exp * log_sum);
-                return;
+            case Method::kFixedPoint: s.root = log_t(log_sum, of_exp); return;
             case Method::kBisection: break;
         }
         const T middle = (s.lower + s.upper) * T(0.5);
@@ -287,13 +286,14 @@ private:
     template <class T>
     FL_HD static void finish(State<T>& s, const Sums<T, 4>& sums, const RowInputs<T>& row, const T* params) {
         const Excess<T> t = excess(params);
-        const T power = T(1) + t.of_log;
-        const T log_t_p = log_t(log_exp((row.target_logit - s.max) - s.root, t.of_exp), t.of_log);
+        const T power = T(1) + t.of_log, x = (row.target_logit - s.max) - s.root;
         s.ratio = sums.v[2] / sums.v[1];
-        if constexpr (kDefaults) {  // labels 1 and 0
-            s.value = (sums.v[0] - T(1)) / power - log_t_p;
+        if constexpr (kDefaults) {  // labels 1 and 0; log_t1 p = (b - 1) / of_log = x b
+            const T b = quotient(x, t.of_exp), log_t_p = math::select(b == T(0), T(-1) / t.of_log, x * b);
+            s.value = (sums.v[0] - T(1)) * (T(1) / power) - log_t_p;
             return;
         }
+        const T log_t_p = log_t(log_exp(x, t.of_exp), t.of_log);
         const T own = T(1) - params[2], other = s.lower, others = row.num_classes - T(1);
         const T of_own = math::select(own == T(0), T(0), own * log_t_p);  // a label of 0 hides an infinite logarithm
         const T of_others = math::select(other == T(0), T(0), other * sums.v[3]);  // without the target's

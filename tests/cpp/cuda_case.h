@@ -237,8 +237,7 @@ private:
         shuffle_launches(false);
         cuda::LossOutput out = result.output(true);
         out.denominator = &result.scalars.at(0, mixes ? 1 : 2);
-        const auto sum_weights = mixes ? &cuda::enqueue_label_weights : &cuda::enqueue_denominator;
-        check(sum_weights(p, out, nullptr) == cudaSuccess, "%s: no sum of weights", name.c_str());
+        check(cuda::enqueue_denominators(p, out, nullptr) == cudaSuccess, "%s: no sum of weights", name.c_str());
         check(result.ticket == 0, "%s: the ticket is not what it was", name.c_str());
         check(result.only_elements_written(), "%s: a kernel wrote outside its outputs", name.c_str());
     }

@@ -65,18 +65,18 @@ inline void test_assumed_denominator() {
 }
 
 // Every number of a row is held by one lane, as often as there is room for; tiles end within their memory.
-inline void test_register_plan(Dtype dtype, ClassFactors factors, std::int64_t classes, std::int64_t rows,
+inline void test_register_plan(Dtype dtype, Factors factors, std::int64_t classes, std::int64_t rows,
                                std::int64_t base) {
     const int element = bytes_of(dtype), per_word = 4 / element, per_access = 16 / element;
     RowProblem p;
-    p.dtype = dtype, p.class_factors = factors, p.inner = rows, p.num_classes = classes;
+    p.dtype = dtype, p.inner = rows, p.num_classes = classes;
     p.logits_stride = p.grad_stride = {rows * classes, classes};
     p.logits = p.grad = reinterpret_cast<void*>(base);
     const auto complain = [&](const RegisterPlan& plan, const char* what) {
         check(false, "%lld classes of %d bytes: %s: %d lanes of %d, %d rounds, share %d, %d blocks", (long long)classes,
               element, what, plan.lanes, plan.held, plan.rounds, plan.share, plan.cluster);
     };
-    if (const RegisterPlan plan = plan_tiles(p, factors_of(p), 132)) {
+    if (const RegisterPlan plan = plan_tiles(p, factors, 132)) {
         const std::int64_t words = classes / per_word;
         const int always = kTileKernels[plan.kernel].always(plan.held / per_word);
         std::int64_t shared_out = 0;
@@ -86,20 +86,21 @@ inline void test_register_plan(Dtype dtype, ClassFactors factors, std::int64_t c
             if (count > 0 && plan.begin_of(lane) != shared_out) complain(plan, "a gap");
             shared_out += count;
         }
-        if (p.class_factors == ClassFactors::kNone && classes > 3 && plan.factors != Factors::kNone)
-            complain(plan, "a kernel that sums up factors");
+        if (classes > 3 && plan.factors != factors) complain(plan, "a kernel for other factors");
         if (shared_out != words || plan.rounds * per_word > plan.held) complain(plan, "no room");
         if (plan.tile_bytes < plan.tile_rows * classes * element + base % 16 || plan.tile_bytes % 16 != 0 ||
             plan.tile_rows % (32 / plan.lanes) != 0)
             complain(plan, "tile");
-    } else if (classes <= 200 && (classes % per_word != 0 || base % 4 == 0)) {
+    } else if (classes <= 200 && (classes >= per_word || !have_passes(factors)) &&
+               (classes % per_word != 0 || base % 4 == 0)) {
         complain(plan, "no tiles");
     }
     for (const int largest : {1, 4, 16}) {
-        const RegisterPlan plan = plan_direct(p, factors_of(p), largest);
+        const RegisterPlan plan = plan_direct(p, factors, largest);
         const std::int64_t accesses = classes / per_access, most = std::int64_t(plan.lanes) * (plan.held / per_access);
         if (!plan) {
-            if (classes > 32 && classes <= 10 * 1024) complain(plan, "not direct");
+            const int fewest = have_passes(factors) ? 300 : 32;  // below that, rows are in tiles
+            if (classes > fewest && classes <= 8 * 1024) complain(plan, "not direct");
             continue;
         }
         if (plan.share * plan.cluster < accesses || plan.share > most || plan.cluster > largest)
@@ -115,7 +116,7 @@ inline void test_register_plan(Dtype dtype, ClassFactors factors, std::int64_t c
 
 inline void test_register_plans() {
     for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16})
-        for (const ClassFactors factors : {ClassFactors::kNone, ClassFactors::kOnes})
+        for (const Factors factors : {Factors::kNone, Factors::kOnes, Factors::kOneKept, Factors::kTwoKept})
             for (const int base : {0, bytes_of(dtype), 8})
                 for (int classes = 1; classes < 200000; classes += 1 + classes / 7)
                     for (const int rows : {1, 1000, 1000000}) test_register_plan(dtype, factors, classes, rows, base);
@@ -151,18 +152,18 @@ inline void check_shared_out(const char* what, std::int64_t classes, int lanes, 
           (long long)classes, lanes, held, what);
 }
 
-inline void test_pass_plans() {
+inline void test_kept_plans() {
     for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16})
-        for (const PassNumbers numbers : {PassNumbers{1, false}, {2, false}, {3, false}, {1, true}, {2, true}})
+        for (const int numbers : {1, 2, 3})
             for (int classes = 1; classes < 200000; classes += 1 + classes / 3) {
                 RowProblem p;
                 p.dtype = dtype, p.inner = 1000, p.num_classes = classes;
                 p.logits_stride = p.grad_stride = {0, classes};
-                if (const RegisterPlan plan = plan_pass_tiles(p, numbers, 132))
+                if (const RegisterPlan plan = plan_kept_tiles(p, numbers, 132))
                     check_shared_out("tiles", classes, plan.lanes, plan.held,
                                      [&](int lane) { return ClassesOfThread(classes, lane, plan.rounds); });
-                check(classes > 400 || plan_pass_tiles(p, numbers, 132), "%d classes: no tiles", classes);
-                const RegisterPlan plan = plan_pass_rows(p, numbers, 16);
+                check(classes > 400 || plan_kept_tiles(p, numbers, 132), "%d classes: no tiles", classes);
+                const RegisterPlan plan = plan_kept_rows(p, numbers, 16);
                 check(plan || classes > 65536, "%d classes: no room", classes);
                 for (int rank = 0; rank < plan.cluster && plan; ++rank) {
                     const int begin = std::min(classes, rank * plan.share);
@@ -190,7 +191,7 @@ inline void test_column_plans() {
                   "%d classes: %d parts of %d", classes, plan.lanes, plan.held);
         }
     p.num_classes = 5000;
-    check(!plan_columns(p, Factors::kNone) && !plan_pass_rows(p, {1, false}, 16) && plan_any_rows(p, 1),
+    check(!plan_columns(p, Factors::kNone) && !plan_kept_rows(p, 1, 16) && plan_any_rows(p, 1),
           "5000 classes: any rows");
     p.num_classes = 150, p.inner = p.logits_class_stride = p.grad_class_stride = 63 * 63;
     check(plan_columns(p, Factors::kNone) && !plan_columns(p, Factors::kNone).is_paired, "an odd number of pixels");

@@ -251,7 +251,7 @@ int main() {
     test_grids();
     test_assumed_denominator();
     test_register_plans();
-    test_pass_plans();
+    test_kept_plans();
     test_column_plans();
     return report("CUDA emulation");
 }

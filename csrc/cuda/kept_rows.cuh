@@ -1,0 +1,86 @@
+// The frame of kernels whose threads keep their classes of a row as floats, whatever the dtype, from the only read to
+// the write of the gradient. What is done with a row is a Worker's business:
+//
+//     Worker(args, classes of the thread, shared memory for its numbers)
+//     run(team, row, exists, place, sums)      for all threads of the team; of a row that is not there, too
+#pragma once
+
+#include "cuda/loss_output.cuh"
+#include "cuda/row_part.cuh"
+#include "cuda/row_team.cuh"
+#include "cuda/warp_tiles.cuh"
+
+namespace fused_losses::cuda {
+
+// Rows in tiles, of some lanes of a warp each.
+template <class Worker, class Args>
+FL_DEVICE void work_on_tiles(const Args& args) {
+    const RowProblem& p = args.problem;
+    if (is_already_written<float>(p)) return;
+    const int classes = static_cast<int>(p.num_classes), element = bytes_of(p.dtype), lanes = args.plan.lanes;
+    const LaneTeam team(lanes);
+    const int own = threadIdx.x % 32 / lanes, at_once = 32 / lanes;
+    __shared__ LossSums of_thread[kTileThreads];
+    LossSums& sums = of_thread[threadIdx.x];  // registers have other uses
+    sums = {0, 0};
+    const Worker worker(args, ClassesOfThread(classes, team.lane, args.plan.rounds), behind_tiles(args.plan));
+    for_each_tile(args, [&](int first, int count, char* tile, auto arrive) {
+        arrive();
+#pragma unroll 1
+        for (int r = own; r - own < count; r += at_once) {
+            const bool exists = r < count;
+            char* const at = tile + (exists ? r * args.plan.row_bytes : 0);
+            worker.run(team, {first + r, 0, first + r}, exists, RowPlace{at, at, element, element}, sums);
+        }
+    });
+    write_loss(args, sums);
+}
+
+// Rows that lie anyhow, of a RowTeam each.
+template <class A, class Worker, class Args>
+FL_DEVICE void work_on_rows(const Args& args) {
+    const RowProblem& p = args.problem;
+    if (is_already_written<A>(p)) return;
+    RowTeam<A, true> team(args.plan);
+    LossSums sums{0, 0};
+    const int classes = static_cast<int>(p.num_classes), begin = cluster_group::block_rank() * args.plan.share;
+    const Worker worker(args, ClassesOfThread(begin, min(classes, begin + args.plan.share), team.lane, team.threads),
+                        dynamic_shared);
+    const std::int64_t rows = p.rows();
+    for (std::int64_t first = team.first(); first < rows; first += team.step()) {
+        const std::int64_t number = first + team.place();
+        const bool exists = number < rows;
+        const Row row = row_at(p, exists ? number : first);
+        worker.run(team, row, exists, place_of(p, row), sums);
+    }
+    team.part_company();
+    write_loss(args, sums);
+}
+
+// The kernels for either, and how many numbers of a class they keep.
+template <class Args>
+struct KeptKernels {
+    void (*in_tiles)(Args);
+    void (*of_rows)(Args);
+    int numbers;
+};
+
+// By the first that has room for the rows; kDoesNotFit if none has.
+template <class Args>
+cudaError_t launch_kept(const KeptKernels<Args>& kernels, Args& args, cudaStream_t stream) {
+    int multiprocessors = 0;
+    cudaError_t error = find_multiprocessors(multiprocessors);
+    if (error != cudaSuccess) return error;
+    if ((args.plan = plan_kept_tiles(args.problem, kernels.numbers, multiprocessors))) {
+        error = launch_tiles_resident(kernels.in_tiles, args, stream);
+        if (error != kDoesNotFit) return error;
+    }
+    for (int largest = kMaxCluster; largest > 0; largest /= 2) {
+        if (!(args.plan = plan_kept_rows(args.problem, kernels.numbers, largest))) continue;
+        error = launch_rows_resident(kernels.of_rows, args, stream);
+        if (error != kDoesNotFit) return error;
+    }
+    return kDoesNotFit;
+}
+
+}  // namespace fused_losses::cuda

@@ -1,0 +1,97 @@
+// Rows that are longer than a few lanes can hold: a warp, a block or the blocks of a cluster have the row in registers,
+// read straight from device memory by 16 bytes whatever its alignment: the few numbers before the first and after the
+// last such boundary are a lane's each.
+#pragma once
+
+#include "cuda/register_words.cuh"
+
+namespace fused_losses::cuda {
+
+constexpr int kMostWarps = kMostThreads / 32;
+
+using BlockTeam = RowTeam<float, false>;
+
+// The thread's part of a row, of which each block of a cluster has consecutive accesses. What is beside the accesses is
+// the first block's.
+template <class Stored, class Team>
+class DirectPlace {
+    static constexpr int n = kVector<Stored>;
+
+public:
+    static constexpr bool kIsMixed = false, kMayHaveExtra = true, exists = true;
+    const int head, left;
+
+    FL_DEVICE DirectPlace(const RegisterArgs& a, const Team& t, int i)
+        : head(-misalignment(row_of(a.problem.logits, a.plan.logits_step, i)) & (n - 1)),
+          left(min(accesses_of(a, head) - t.block_rank() * a.plan.share, a.plan.share) - t.lane),
+          args(a),
+          team(t),
+          number(i) {}
+
+    FL_DEVICE const Stored* logits() const { return row_of(args.problem.logits, args.plan.logits_step, number); }
+    FL_DEVICE Stored* grad() const {
+        return const_cast<Stored*>(row_of(args.problem.grad, args.plan.grad_step, number));
+    }
+    FL_DEVICE const uint4* from() const { return reinterpret_cast<const uint4*>(logits() + head) + at(); }
+    FL_DEVICE uint4* to() const { return reinterpret_cast<uint4*>(grad() + head) + at(); }
+    FL_DEVICE int step() const { return team.threads; }
+    FL_DEVICE int first() const { return head + at() * n; }
+    FL_DEVICE int extra() const {
+        if (!args.plan.is_ragged) return -1;
+        const int i = team.lane < head ? team.lane : team.lane + accesses_of(args, head) * n;
+        return i < classes_of(args) && team.block_rank() == 0 ? i : -1;
+    }
+    FL_DEVICE bool owns(int cls) const {
+        if (team.lane != 0 || team.num_blocks() == 1) return team.lane == 0;
+        const int accesses = accesses_of(args, head), access = cls < head ? accesses : (cls - head) / n;
+        return (access < accesses ? access / args.plan.share : 0) == team.block_rank();
+    }
+
+private:
+    // Rows are so many bytes apart: one multiplication of 32 bits.
+    static FL_DEVICE const Stored* row_of(const void* rows, unsigned step, int number) {
+        return reinterpret_cast<const Stored*>(static_cast<const char*>(rows) +
+                                               std::uint64_t(step) * static_cast<unsigned>(number));
+    }
+    static FL_DEVICE int classes_of(const RegisterArgs& a) { return static_cast<int>(a.problem.num_classes); }
+    static FL_DEVICE int accesses_of(const RegisterArgs& a, int head) {
+        return static_cast<int>(static_cast<unsigned>(classes_of(a) - head) / n);
+    }
+    FL_DEVICE int at() const { return team.block_rank() * args.plan.share + team.lane; }
+
+    const RegisterArgs& args;
+    const Team& team;
+    const int number;
+};
+
+// The frame of a kernel; Worker is as RegisterRow.
+template <class Worker>
+FL_DEVICE void work_on_direct_rows(const RegisterArgs& args) {
+    using Packed = typename Worker::Packed;
+    const RowProblem& p = args.problem;
+    if (is_already_written<float>(p)) return;
+    typename Worker::Team team(args.plan);
+    __shared__ LossSums of_team[kMostWarps];
+    LossSums& sums = of_team[threadIdx.x / 32];  // of the leading thread, whose registers have other uses
+    if (team.leads) sums = {0, 0};
+    const Worker worker(args, sums);
+    const int rows = static_cast<int>(p.inner), step = static_cast<int>(team.step());
+    int number = static_cast<int>(team.first()) + team.place();
+    Packed next(args, number, number < rows);
+    for (; number < rows; number += step) {
+        const Packed target = next;
+        next = {args, number + step, number + step < rows};  // arrives while this row is worked on
+        const DirectPlace<typename Worker::Stored, typename Worker::Team> place(args, team, number);
+        if (!worker.is_read(target, true)) {
+            worker.ignore(team, number);
+            worker.write_zeros(place);
+        } else {
+            worker.run(team, number, target, place);
+        }
+    }
+    team.part_company();
+    __syncwarp();
+    write_loss(args, team.leads ? sums : LossSums{0, 0});
+}
+
+}  // namespace fused_losses::cuda

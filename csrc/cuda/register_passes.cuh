@@ -1,0 +1,295 @@
+// Losses of several passes whose formulas are short, on rows in registers: read once, then the numbers that the loss
+// keeps of each class take the place of the logits, and in the end the gradient does.
+#pragma once
+
+#include "cuda/register_direct.cuh"
+#include "cuda/register_tile.cuh"
+#include "losses/registry.h"
+
+namespace fused_losses::cuda {
+
+// Losses that know enough of their parameters: what else it takes to keep their rows in registers.
+template <class Loss>
+struct RegisterTraits {
+    static constexpr bool is_short = false;
+};
+struct ShortLoss {
+    static constexpr bool is_short = true;
+    static constexpr bool leaves_target_out = false;  // the target adds nothing to any sum, nor does a logit of -inf
+    static constexpr bool counts_masked = false;      // a class that is masked, with a logit of -inf, adds something
+};
+template <bool kThreshold, bool kSquared>
+struct RegisterTraits<MarginLoss<AnyMarginPolicy::Knowing<kThreshold, kSquared>>> : ShortLoss {
+    static constexpr bool leaves_target_out = true;
+};
+template <class Rule, bool kCoarse>
+struct RegisterTraits<PowerLoss<Rule, true, kCoarse>> : ShortLoss {
+    static constexpr bool counts_masked = true;
+};
+template <int kN>
+struct RegisterTraits<BiTemperedOf<kN, true>> : ShortLoss {};
+
+// Kernels are compiled for losses that keep one number of a class, or two.
+template <class Loss>
+constexpr Factors kKeptBy = Loss::num_kept == 1 ? Factors::kOneKept : Factors::kTwoKept;
+
+// As RegisterRow.
+template <class Loss, class S, class Access, int kNumRounds, int kAlways, class T, bool kMayBeRagged = true>
+class RegisterPasses {
+    using Words = RegisterWords<S, Access, kNumRounds, kAlways>;
+    using Traits = RegisterTraits<Loss>;
+    using State = typename Loss::template State<float>;
+    static constexpr int kState = kStateSize<State, float>, n = Loss::num_kept;
+
+public:
+    using Stored = S;
+    using Team = T;
+    using Packed = PackedTarget<Factors::kNone>;
+    static constexpr int kRounds = kNumRounds;
+    static constexpr bool kRagged = kMayBeRagged;
+
+    FL_DEVICE RegisterPasses(const RegisterArgs& a, LossSums& s)
+        : args(a), p(a.problem), sums_of_rows(s), bias(bias_of(a)), share(written_share<float>(p)) {}
+
+    static FL_DEVICE bool is_read(const Packed& target, bool) { return !target.is_ignored(); }
+
+    FL_DEVICE void ignore(const Team& team, int number) const {
+        if (!args.is_saved && team.leads) record(number, false, 0.0f, State{}, 0.0f);
+    }
+
+    template <class Place>
+    FL_DEVICE void write_zeros(const Place& place) const {
+        if (p.grad) Words::write_zeros(place);
+    }
+
+    template <class Place>
+    FL_DEVICE void run(Team& team, int number, const Packed& packed, const Place& place) const {
+        const bool reads = !Place::kIsMixed || !packed.is_ignored(), is_apart = Traits::leaves_target_out || bias != 0;
+        OfRow of{number, packed.cls, reads ? to_acc(place.logits()[packed.cls]) + bias : 0.0f, args.params[0]};
+        Numbers numbers;
+        const float top = read(team, of, reads, is_apart, place, numbers);  // 0 from now on, where a loss asks for it
+        State state{};
+        float scale = 0.0f;
+        if (args.is_saved) {
+            if (reads) {
+                state = saved_state(number);
+                scale = scale_of<float>(p, row_of(number)) * class_weight_of<float>(p, {of.target, false});
+            }
+            each(place, of, numbers, [&](float (&kept)[n], bool is_target) {
+                Loss::keep(state, kept[n - 1], of.margin, is_target, args.params, kept);
+            });
+        } else {
+            state = reduce(team, of, place, numbers);
+            scale = reads ? 1.0f : 0.0f;
+            if (args.is_weighted && reads)
+                scale = class_weight_of<float>(p, {of.target, false}) * sample_weight_of<float>(p, row_of(number));
+            if (team.leads && place.exists) record(number, reads, scale, state, top);
+            scale *= share;
+        }
+        if (p.grad) write_gradient(team, of, reads, place, numbers, state, scale);
+    }
+
+private:
+    struct Numbers {
+        float of[Words::kHeld][n], extra[n];
+    };
+    struct OfRow {
+        int number, target;
+        float target_logit, margin;  // bias added
+    };
+
+    static FL_DEVICE Row row_of(int number) { return {number, 0, number}; }
+
+    // The logits, as the last numbers of each class, with that of the target as it counts; relative to the largest one,
+    // which is the result, if forward needs that.
+    template <class Place>
+    FL_DEVICE float read(Team& team, OfRow& of, bool reads, bool is_apart, const Place& place, Numbers& numbers) const {
+        if (Place::kIsMixed && is_apart) {
+            team.sync();  // all have read the target's logit
+            if (reads && place.owns(of.target)) place.grad()[of.target] = to_stored<Stored>(Words::kLowest);
+            team.sync();
+        }
+        Words words;
+        words.read(place);
+        float& extra = numbers.extra[n - 1] = Words::kLowest;
+        const int extra_class = place.extra();
+        if (reads && extra_class >= 0) extra = to_acc(place.logits()[extra_class]);
+        if (!Place::kIsMixed && is_apart) words.set_apart(extra, of.target, place);
+#pragma unroll
+        for (int i = 0; i < Words::kWords; ++i) {
+            float z[Words::kCount];
+            Word<Stored>::widen(words.w[i], z);
+#pragma unroll
+            for (int h = 0; h < Words::kCount; ++h) numbers.of[i * Words::kCount + h][n - 1] = z[h];
+        }
+        if (!Traits::leaves_target_out && is_apart)
+            each(place, of, numbers, [&](float (&kept)[n], bool is_target) {
+                if (is_target) kept[n - 1] = of.target_logit;
+            });
+        if (!Loss::needs_max || args.is_saved) return 0.0f;
+        float top = largest_of(team, std::fmax(words.largest(), extra));
+        if (is_apart) top = std::fmax(top, of.target_logit);
+        of.target_logit -= top;
+        each(place, of, numbers, [&](float (&kept)[n], bool) { kept[n - 1] -= top; });
+        return top;
+    }
+
+    // body(numbers of the class, whether it is the target) for the thread's classes. Beyond the row they are -inf.
+    template <class Place, class Body>
+    FL_DEVICE void each(const Place& place, const OfRow& of, Numbers& numbers, Body body) const {
+#pragma unroll
+        for (int i = 0; i < Words::kHeld; ++i)
+            if (!Traits::counts_masked || Words::has_round(place, i / Words::kNumbers))
+                body(numbers.of[i], !Traits::leaves_target_out && Words::class_of(place, i) == of.target);
+        if (!Place::kMayHaveExtra || !args.plan.is_ragged) return;
+        if (const int cls = place.extra(); cls >= 0)
+            body(numbers.extra, !Traits::leaves_target_out && cls == of.target);
+    }
+
+    template <class Place>
+    FL_DEVICE State reduce(Team& team, const OfRow& of, const Place& place, Numbers& numbers) const {
+        const RowInputs<float> inputs{0.0f, of.target_logit, of.margin,
+                                      static_cast<float>(static_cast<int>(p.num_classes))};
+        State state = Loss::begin(inputs, args.params);
+        const int last = Loss::passes(args.params) - 1;
+#pragma unroll 1
+        for (int pass = 0; pass < last; ++pass) run_pass<false>(team, pass, of, place, numbers, state, inputs);
+        run_pass<true>(team, last, of, place, numbers, state, inputs);
+        return state;
+    }
+
+    template <bool last, class Place>
+    FL_DEVICE void run_pass(Team& team, int pass, const OfRow& of, const Place& place, Numbers& numbers, State& state,
+                            const RowInputs<float>& inputs) const {
+        constexpr int count = last ? Loss::num_sums : Loss::num_early_sums;
+        if constexpr (count > 0) {
+            float sums[count] = {};
+            each(place, of, numbers, [&](float (&kept)[n], bool is_target) {
+                const auto term =
+                    Loss::template map<last>(pass, state, kept[n - 1], of.margin, is_target, args.params, kept);
+#pragma unroll
+                for (int i = 0; i < count; ++i) sums[i] += term.v[i];
+            });
+            team.reduce(sums, 0.0f, Plus());
+            Sums<float, Loss::num_sums> all{};
+#pragma unroll
+            for (int i = 0; i < count; ++i) all.v[i] = sums[i];
+            Loss::finalize(pass, state, all, inputs, args.params);
+        }
+    }
+
+    FL_DEVICE State saved_state(int row) const {
+        float numbers[kState];
+        for (int k = 0; k < kState; ++k) numbers[k] = as<float>(p.stats)[k * p.rows() + row];
+        State state;
+        std::memcpy(&state, numbers, sizeof(state));
+        return state;
+    }
+
+    FL_DEVICE void record(int number, bool counts, float weight, State state, float top) const {
+        float numbers[kState] = {}, value = 0.0f;
+        if (counts) {
+            if constexpr (Loss::needs_max) state.max = top;
+            std::memcpy(numbers, &state, sizeof(state));
+            value = Loss::value(state);
+            if (p.reduction == Reduction::kActiveMean && value <= 0.0f) counts = false;  // NaN counts
+        }
+        sums_of_rows.add({static_cast<double>(weight * value), static_cast<double>(counts ? weight : 0.0f)});
+        if (args.keeps_rows) keep_row(p, row_of(number), weight * value, numbers);
+    }
+
+    template <class Place>
+    FL_DEVICE void write_gradient(const Team& team, const OfRow& of, bool reads, const Place& place, Numbers& numbers,
+                                  State& state, float scale) const {
+        if (!reads) state = State{}, scale = 0.0f;  // what is kept of zeros is finite
+        if constexpr (requires { Loss::scale(state, scale); }) Loss::scale(state, scale), scale = 1.0f;
+        const auto gradient = [&](const float (&kept)[n]) {
+            return scale * Loss::gradient(state, kept, false, args.params);
+        };
+        // All have read the target's logit: in a tile, the gradient may be written in its place. Shuffles do not
+        // promise that.
+        if (Place::kIsMixed) team.sync();
+        Words::write(place, [&](int i, bool) { return gradient(numbers.of[i]); });
+        if (const int cls = place.extra(); cls >= 0) place.grad()[cls] = to_stored<Stored>(gradient(numbers.extra));
+        team.sync();
+        if (reads && place.owns(of.target)) {
+            const float g = gradient_at<Loss>(state, of.target_logit, of.margin, true, args.params);
+            place.grad()[of.target] = to_stored<Stored>(scale * g);
+        }
+    }
+
+    const RegisterArgs& args;
+    const RowProblem& p;
+    LossSums& sums_of_rows;
+    const float bias, share;
+};
+
+template <class Loss, class Stored, int kLanes, int kHeld>
+__global__ void __launch_bounds__(kTileThreads, tile_blocks(kKeptBy<Loss>, kHeld))
+    passes_in_register_tiles(const __grid_constant__ RegisterArgs args) {
+    constexpr TileKernel kernel{kKeptBy<Loss>, kLanes, kHeld};
+    constexpr int rounds = kHeld / Word<Stored>::count, always = kernel.always(rounds);
+    using Team = LaneTeam<kLanes>;
+    work_on_register_tiles<RegisterPasses<Loss, Stored, unsigned, rounds, always, Team, kernel.takes_ragged()>>(args);
+}
+
+template <class Loss, class Stored, int kHeld, class Team>
+__global__ void __launch_bounds__(
+    (DirectKernel{kKeptBy<Loss>, std::is_same_v<Team, WarpTeam>, kHeld}.most_threads(sizeof(Stored))), 1)
+    passes_in_registers(const __grid_constant__ RegisterArgs args) {
+    constexpr int rounds = kHeld / kVector<Stored>, always = DirectKernel{kKeptBy<Loss>, false, kHeld}.always(rounds);
+    work_on_direct_rows<RegisterPasses<Loss, Stored, uint4, rounds, always, Team>>(args);
+}
+
+// For a dtype.
+template <class Loss, class Stored>
+struct LossFor {
+    using type = Loss;
+};
+template <class Loss, class Stored>
+    requires(sizeof(Stored) == 2 && requires { typename Loss::Coarse; })
+struct LossFor<Loss, Stored> {
+    using type = typename Loss::Coarse;
+};
+
+template <class Given, class Stored>
+cudaError_t enqueue_passes_as(RegisterArgs& args, cudaStream_t stream) {
+    using Loss = typename LossFor<Given, Stored>::type;
+    constexpr Factors factors = kKeptBy<Loss>;
+    cudaError_t error = cudaErrorInvalidValue;
+    const auto launch_tiles = [&] {
+        visit_indices<std::size(kTileKernels)>([&]<std::size_t i>() {
+            constexpr TileKernel kernel = kTileKernels[i];
+            if constexpr (kernel.factors == factors)
+                if (args.plan.kernel == i)
+                    error = launch_tiles_resident(&passes_in_register_tiles<Loss, Stored, kernel.lanes, kernel.held>,
+                                                  args, stream);
+        });
+        return error;
+    };
+    const auto launch_rows = [&] {
+        visit_indices<std::size(kDirectKernels)>([&]<std::size_t i>() {
+            constexpr DirectKernel kernel = kDirectKernels[i];
+            using Team = std::conditional_t<kernel.of_warps, WarpTeam, BlockTeam>;
+            if constexpr (kernel.factors == factors)
+                if (args.plan.kernel == i)
+                    error = launch_rows_resident(&passes_in_registers<Loss, Stored, kernel.held, Team>, args, stream);
+        });
+        return error;
+    };
+    return launch_held(args, factors, launch_tiles, [] { return kDoesNotFit; }, launch_rows);
+}
+
+// Rows that registers can hold; kDoesNotFit if they cannot, or for other losses.
+template <class Loss>
+cudaError_t enqueue_passes_in_registers(RegisterArgs& args, cudaStream_t stream) {
+    if constexpr (RegisterTraits<Loss>::is_short) switch (args.problem.dtype) {
+            case Dtype::kFloat32: return enqueue_passes_as<Loss, float>(args, stream);
+            case Dtype::kFloat16: return enqueue_passes_as<Loss, Half>(args, stream);
+            case Dtype::kBFloat16: return enqueue_passes_as<Loss, BFloat16>(args, stream);
+            default: break;
+        }
+    return kDoesNotFit;
+}
+
+}  // namespace fused_losses::cuda

@@ -1,0 +1,138 @@
+// The part of a row that a thread has in registers, as it travels: read by a few accesses, written by as many.
+#pragma once
+
+#include "cuda/loss_output.cuh"
+#include "cuda/packed.cuh"
+#include "cuda/register_launch.cuh"
+#include "cuda/row_team.cuh"
+
+namespace fused_losses::cuda {
+
+// In one register. A row that does not exist is an ignored one, of which nothing is kept.
+template <Factors kFactors>
+struct PackedTarget {
+    static constexpr int kIgnored = -2;
+    int cls;
+
+    FL_DEVICE PackedTarget(const RegisterArgs& args, int number, bool exists) : cls(kIgnored) {
+        if (!exists) return;
+        if (kFactors == Factors::kRead && !args.problem.target) {
+            cls = -1;
+            return;
+        }
+        const auto offset = std::uint64_t(args.plan.target_step) * static_cast<unsigned>(number);
+        cls = target_or(kIgnored, args.problem, static_cast<std::int64_t>(offset));
+    }
+    FL_DEVICE bool is_ignored() const { return cls == kIgnored; }
+};
+
+// Place: where a thread finds its part of a row, as whole accesses `step()` apart.
+//     from(), to()         the first; the k-th is there if k * step() < left
+//     first()              class of the first number
+//     extra()              class of a number beside the accesses, -1 if there is none
+//     kMayHaveExtra        whether there may be one
+//     logits(), grad()     the row, from its first class on
+//     kIsMixed             whether the warp has other rows as well: those that are ignored, or do not exist, are then
+//                          worked on along with the others, but read numbers that are finite; else run() is not called
+//                          for them. The row is in a tile, where its gradient takes its place
+//     exists               whether there is a row
+//     owns(cls)            whether this thread writes the gradient of the target's class
+// What it takes to find them is worked out when it is needed: registers are what is scarce. Of the kRounds accesses
+// that a thread has room for, every thread has the first kAlways.
+template <class Stored, class Access, int kRounds, int kAlways>
+struct RegisterWords {
+    static constexpr int kOfAccess = sizeof(Access) / 4, kCount = Word<Stored>::count, kNumbers = kOfAccess * kCount;
+    static constexpr int kWords = kRounds * kOfAccess, kHeld = kRounds * kNumbers;
+    static constexpr float kLowest = -std::numeric_limits<float>::infinity();
+    unsigned w[kWords];
+
+    template <class Body>
+    static FL_DEVICE void each_round(Body body) {
+#pragma unroll
+        for (int k = 0; k < kRounds; ++k) body(k);
+    }
+    template <class Place>
+    static FL_DEVICE bool has_round(const Place& place, int k) {
+        return k < kAlways || place.left > k * place.step();
+    }
+
+    // What is not there is -inf.
+    template <class Place>
+    FL_DEVICE void read(const Place& place) {
+        const Access* const from = place.from();
+        each_round([&](int k) {
+            unsigned lowest[kOfAccess];
+#pragma unroll
+            for (int i = 0; i < kOfAccess; ++i) lowest[i] = Word<Stored>::lowest;
+            const Access x = has_round(place, k) ? from[k * place.step()] : join(lowest);
+            std::memcpy(w + k * kOfAccess, &x, sizeof x);
+        });
+    }
+
+    FL_DEVICE float largest() const {
+        unsigned top = w[0];
+#pragma unroll
+        for (int i = 1; i < kWords; ++i) top = Word<Stored>::larger(top, w[i]);
+        float z[kCount];
+        Word<Stored>::widen(top, z);
+        return kCount == 1 ? z[0] : std::fmax(z[0], z[kCount - 1]);
+    }
+
+    // The target's logit counts as -inf.
+    template <class Place>
+    FL_DEVICE void set_apart(float& extra, int target, const Place& place) {
+        if (target == place.extra()) extra = kLowest;
+        each_round([&](int k) {
+            const int in_access = target - (place.first() + k * place.step() * kNumbers);
+            if (static_cast<unsigned>(in_access) >= kNumbers) return;
+#pragma unroll
+            for (int i = 0; i < kOfAccess; ++i) {
+                const int at = in_access - i * kCount;
+                if (static_cast<unsigned>(at) >= kCount) continue;
+                const unsigned own = kCount == 1 ? 0xffffffffu : 0xffffu << 16 * at;
+                unsigned& word = w[k * kOfAccess + i];
+                word = (word & ~own) | (Word<Stored>::lowest & own);
+            }
+        });
+    }
+
+    // gradient(i, there): of the thread's i-th number.
+    template <class Place, class Gradient>
+    static FL_DEVICE void write(const Place& place, Gradient gradient) {
+        Access* const to = place.to();
+        each_round([&](int k) {
+            unsigned words[kOfAccess];
+#pragma unroll
+            for (int i = 0; i < kOfAccess; ++i) {
+                float g[kCount];
+#pragma unroll
+                for (int h = 0; h < kCount; ++h) g[h] = gradient(k * kNumbers + i * kCount + h, has_round(place, k));
+                words[i] = Word<Stored>::narrow(g);
+            }
+            if (has_round(place, k)) store(to + k * place.step(), join(words));
+        });
+    }
+    template <class Place>
+    static FL_DEVICE void write_zeros(const Place& place) {
+        const unsigned zeros[kOfAccess] = {};
+        for (int k = 0; k * place.step() < place.left; ++k) place.to()[k * place.step()] = join(zeros);
+        if (place.extra() >= 0) place.grad()[place.extra()] = to_stored<Stored>(0.0f);
+    }
+
+    // Of the thread's i-th number.
+    template <class Place>
+    static FL_DEVICE int class_of(const Place& place, int i) {
+        return place.first() + i / kNumbers * place.step() * kNumbers + i % kNumbers;
+    }
+
+private:
+    static FL_DEVICE Access join(const unsigned* words) {
+        Access x;
+        std::memcpy(&x, words, sizeof x);
+        return x;
+    }
+    static FL_DEVICE void store(unsigned* to, unsigned x) { *to = x; }
+    static FL_DEVICE void store(uint4* to, uint4 x) { store_at_once(to, x); }
+};
+
+}  // namespace fused_losses::cuda
