@@ -330,7 +330,8 @@ template <class T>
 FL_HD T log1p_over(T x) {
     using S = scalar_t<T>;
     if constexpr (sizeof(S) == 4) {
-        return polynomial(FloatFormat<S>::log1p_tail, x) * x + T(S(1));
+        constexpr auto tail = FloatFormat<S>::log1p_tail;  // as in exp_tail
+        return polynomial(tail, x) * x + T(S(1));
     } else {  // 2 atanh(a), a at most 1/3
         const T of = T(S(1)) / (T(S(2)) + x), a = x * of;
         T tail = T(S(0));
