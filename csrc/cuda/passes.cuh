@@ -20,7 +20,6 @@ FL_DEVICE A margin_of(const RowArgs<A>& args, int cls) {
 template <class Loss, class A, bool kKeeps>
 class PassRow {
     using State = typename Loss::template State<A>;
-    static constexpr int kState = kStateSize<State, A>;
 
 public:
     // Numbers of a class, the last of them in the place of the logit: what is kept last is kept by the last pass that
@@ -51,13 +50,13 @@ public:
         A scale = A(0);
         if (args.is_saved) {
             if (reads) {
-                state = saved_state(row.number);
+                state = saved_state<State, A>(p, row.number);
                 scale = scale_of<A>(p, row) * class_weight_of<A>(p, target);
             }
         } else {
             state = reduce(team, mine, target);
             const A weight = reads ? class_weight_of<A>(p, target) * sample_weight_of<A>(p, row) : A(0);
-            if (team.leads && exists) record(row, reads, weight, state, sums);
+            if (team.leads && exists) record_row<Loss>(args, row, reads, weight, state, sums);
             scale = weight * share;
         }
         // All have read the target's logit: in a tile, the gradient may be written in its place. Shuffles do not
@@ -129,25 +128,6 @@ private:
             for (int i = 0; i < count; ++i) all.v[i] = sums[i];
             Loss::finalize(pass, state, all, inputs, args.params);
         }
-    }
-
-    FL_DEVICE State saved_state(std::int64_t row) const {
-        A numbers[kState];
-        for (int k = 0; k < kState; ++k) numbers[k] = as<A>(p.stats)[k * p.rows() + row];
-        State state;
-        std::memcpy(&state, numbers, sizeof(state));
-        return state;
-    }
-
-    FL_DEVICE void record(const Row& row, bool counts, A weight, const State& state, LossSums& sums) const {
-        A numbers[kState] = {}, value = A(0);
-        if (counts) {
-            std::memcpy(numbers, &state, sizeof(state));
-            value = Loss::value(state);
-            if (p.reduction == Reduction::kActiveMean && value <= A(0)) counts = false;  // NaN counts
-        }
-        sums.add({static_cast<double>(weight * value), static_cast<double>(counts ? weight : A(0))});
-        if (args.keeps_rows) keep_row(p, row, weight * value, numbers);
     }
 
     FL_DEVICE void write_gradient(const OfThread& mine, bool reads, const State& state, A scale) const {

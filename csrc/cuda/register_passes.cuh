@@ -8,6 +8,34 @@
 
 namespace fused_losses::cuda {
 
+// ---- What is kept of a row ----------------------------------------------------------------------------------------
+
+template <class State, class A>
+FL_DEVICE State saved_state(const RowProblem& p, std::int64_t row) {
+    constexpr int count = kStateSize<State, A>;
+    A numbers[count];
+    for (int k = 0; k < count; ++k) numbers[k] = as<A>(p.stats)[k * p.rows() + row];
+    State state;
+    std::memcpy(&state, numbers, sizeof(state));
+    return state;
+}
+
+// For the thread that leads. Of a row that does not count, zeros.
+template <class Loss, class State, class A>
+FL_DEVICE void record_row(const RowArgs<A>& args, const Row& row, bool counts, A weight, const State& state,
+                          LossSums& sums) {
+    A numbers[kStateSize<State, A>] = {}, value = A(0);
+    if (counts) {
+        std::memcpy(numbers, &state, sizeof(state));
+        value = Loss::value(state);
+        if (args.problem.reduction == Reduction::kActiveMean && value <= A(0)) counts = false;  // NaN counts
+    }
+    sums.add({static_cast<double>(weight * value), static_cast<double>(counts ? weight : A(0))});
+    if (args.keeps_rows) keep_row(args.problem, row, weight * value, numbers);
+}
+
+// ---- Rows in registers --------------------------------------------------------------------------------------------
+
 // Losses that know enough of their parameters: what else it takes to keep their rows in registers.
 template <class Loss>
 struct RegisterTraits {
@@ -39,7 +67,7 @@ class RegisterPasses {
     using Words = RegisterWords<S, Access, kNumRounds, kAlways>;
     using Traits = RegisterTraits<Loss>;
     using State = typename Loss::template State<float>;
-    static constexpr int kState = kStateSize<State, float>, n = Loss::num_kept;
+    static constexpr int n = Loss::num_kept;
 
 public:
     using Stored = S;
@@ -54,7 +82,7 @@ public:
     static FL_DEVICE bool is_read(const Packed& target, bool) { return !target.is_ignored(); }
 
     FL_DEVICE void ignore(const Team& team, int number) const {
-        if (!args.is_saved && team.leads) record(number, false, 0.0f, State{}, 0.0f);
+        if (!args.is_saved && team.leads) record_row<Loss>(args, row_of(number), false, 0.0f, State{}, sums_of_rows);
     }
 
     template <class Place>
@@ -72,7 +100,7 @@ public:
         float scale = 0.0f;
         if (args.is_saved) {
             if (reads) {
-                state = saved_state(number);
+                state = saved_state<State, float>(p, number);
                 scale = scale_of<float>(p, row_of(number)) * class_weight_of<float>(p, {of.target, false});
             }
             each(place, of, numbers, [&](float (&kept)[n], bool is_target) {
@@ -83,7 +111,11 @@ public:
             scale = reads ? 1.0f : 0.0f;
             if (args.is_weighted && reads)
                 scale = class_weight_of<float>(p, {of.target, false}) * sample_weight_of<float>(p, row_of(number));
-            if (team.leads && place.exists) record(number, reads, scale, state, top);
+            if (team.leads && place.exists) {
+                State whole = state;
+                if constexpr (Loss::needs_max) whole.max = top;
+                record_row<Loss>(args, row_of(number), reads, scale, whole, sums_of_rows);
+            }
             scale *= share;
         }
         if (p.grad) write_gradient(team, of, reads, place, numbers, state, scale);
@@ -176,26 +208,6 @@ private:
             for (int i = 0; i < count; ++i) all.v[i] = sums[i];
             Loss::finalize(pass, state, all, inputs, args.params);
         }
-    }
-
-    FL_DEVICE State saved_state(int row) const {
-        float numbers[kState];
-        for (int k = 0; k < kState; ++k) numbers[k] = as<float>(p.stats)[k * p.rows() + row];
-        State state;
-        std::memcpy(&state, numbers, sizeof(state));
-        return state;
-    }
-
-    FL_DEVICE void record(int number, bool counts, float weight, State state, float top) const {
-        float numbers[kState] = {}, value = 0.0f;
-        if (counts) {
-            if constexpr (Loss::needs_max) state.max = top;
-            std::memcpy(numbers, &state, sizeof(state));
-            value = Loss::value(state);
-            if (p.reduction == Reduction::kActiveMean && value <= 0.0f) counts = false;  // NaN counts
-        }
-        sums_of_rows.add({static_cast<double>(weight * value), static_cast<double>(counts ? weight : 0.0f)});
-        if (args.keeps_rows) keep_row(p, row_of(number), weight * value, numbers);
     }
 
     template <class Place>
