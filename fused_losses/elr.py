@@ -253,7 +253,7 @@ class ELRLoss(RowsModule):
         """The memory of the rows' samples on that device."""
         if not self.on_host:
             return F.embedding(place, self.memory)
-        return self._read_host(place, device)  # type: ignore[no-any-return]
+        return self._read_host(place, device)
 
     @_disable_dynamo
     def _read_host(self, place: Tensor, device: torch.device) -> Tensor:
