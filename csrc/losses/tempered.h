@@ -263,7 +263,8 @@ private:
     FL_HD static void refine_root(int pass, State<T>& s, const Sums<T, 4>& sums, Method method, T of_exp, bool last) {
         const T sum = sums.v[0];
         if (method == Method::kFixedPoint && !last) {
-            s.lower = math::coarse_pow(sum, -of_exp);  // steps to come make the error smaller
+            // Steps to come make the error smaller, by much where t2 is at most 1.5.
+            s.lower = kN > 0 ? math::coarse_pow(sum, -of_exp) : math::exp(-of_exp * math::log(sum));
             return;
         }
         const T log_sum = math::log(sum);
