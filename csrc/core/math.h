@@ -113,7 +113,7 @@ FL_HD T polynomial(const std::array<S, n>& coefficients, T r) {
 
 template <class T>
 FL_HD T exp_tail(T r) {
-    constexpr auto coefficients = FloatFormat<scalar_t<T>>::exp_tail;  // CUDA has no place for the array itself
+    constexpr auto coefficients = FloatFormat<scalar_t<T>>::exp_tail;  // a copy: CUDA has no place for the array itself
     return polynomial(coefficients, r);
 }
 
@@ -174,7 +174,8 @@ FL_HD T coarse_exp_not_positive(T x) {
     } else {
         const ReducedExponent<T> reduced(x);
         const T r = x - reduced.n * T(F::ln2);
-        return reduced.exp(x, r, polynomial(F::coarse_exp_tail, r));
+        constexpr auto coefficients = F::coarse_exp_tail;  // as in exp_tail
+        return reduced.exp(x, r, polynomial(coefficients, r));
     }
 #endif
 }
