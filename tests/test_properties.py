@@ -81,6 +81,11 @@ def examples(number: int) -> settings:
     return settings(deadline=None, derandomize=True, max_examples=number, suppress_health_check=same_device)
 
 
+def of_formulas(number: int, **strategies: Any) -> Any:
+    """Examples for what holds of the formulas, with which the kernels of every instruction set are compared anyway."""
+    return lambda test: pytest.mark.any_cpu(examples(number)(given(**strategies)(test)))
+
+
 @dataclass(frozen=True)
 class Problem:
     """A loss with everything that is passed to it. ``random`` is for what a test adds to it."""
@@ -222,10 +227,7 @@ def test_equals_the_float64_reference(name, number, device):
     check()
 
 
-# What follows holds of the formulas; the kernels of every instruction set are compared with them above.
-@pytest.mark.any_cpu
-@examples(150)
-@given(problem=problems(names=OF_DIFFERENCES))
+@of_formulas(150, problem=problems(names=OF_DIFFERENCES))
 def test_gradient_of_a_row_sums_to_zero(problem, device):
     _, grad = problem.on(device).run()
     total = grad.double().sum(problem.class_dim).abs().cpu()
@@ -233,9 +235,7 @@ def test_gradient_of_a_row_sums_to_zero(problem, device):
     assert (total <= rounding + rounding_of_gradient(problem, problem.options["reduction"])).all()
 
 
-@pytest.mark.any_cpu
-@examples(150)
-@given(problem=problems(names=OF_DIFFERENCES))
+@of_formulas(150, problem=problems(names=OF_DIFFERENCES))
 def test_a_constant_added_to_a_row_changes_nothing(problem, device):
     constants = torch.randint(-1000, 1000, problem.target.shape, generator=problem.random)
     shifted = problem.logits + constants.unsqueeze(problem.class_dim)
@@ -243,9 +243,7 @@ def test_a_constant_added_to_a_row_changes_nothing(problem, device):
     assert_close(problem, problem.run(logits=shifted), problem.run())
 
 
-@pytest.mark.any_cpu
-@examples(150)
-@given(problem=problems())
+@of_formulas(150, problem=problems())
 def test_classes_can_be_renamed(problem, device):
     order = torch.randperm(problem.num_classes, generator=problem.random).to(device)
     problem = problem.on(device)
@@ -264,9 +262,7 @@ def test_classes_can_be_renamed(problem, device):
     assert_close(problem, renamed, (loss, grad.index_select(problem.class_dim, order)))
 
 
-@pytest.mark.any_cpu
-@examples(150)
-@given(problem=problems(shapes=BATCH | IMAGES, reduction="none"))
+@of_formulas(150, problem=problems(shapes=BATCH | IMAGES, reduction="none"))
 def test_rows_are_independent(problem, device):
     rows = len(problem.target)
     order = torch.randperm(rows, generator=problem.random).to(device)
@@ -277,9 +273,7 @@ def test_rows_are_independent(problem, device):
     assert_close(problem, together, [tensor[order] for tensor in problem.run()])
 
 
-@pytest.mark.any_cpu
-@examples(150)
-@given(problem=problems(), factor=st.sampled_from([0.125, 0.5, 2.0, 64.0]))
+@of_formulas(150, problem=problems(), factor=st.sampled_from([0.125, 0.5, 2.0, 64.0]))
 def test_reductions_agree(problem, factor, device):
     problem = problem.on(device)
     rows, grad = problem.run(reduction="none", upstream=torch.ones_like(problem.upstream))
@@ -296,18 +290,16 @@ def test_reductions_agree(problem, factor, device):
     assert_close(problem, (loss.double() / factor, grad_of_scaled.double() / factor), (total, grad), "sum")
 
 
-@pytest.mark.any_cpu
-@examples(150)
-@given(problem=problems())
+@of_formulas(150, problem=problems())
 def test_logit_bias_is_an_addition_to_the_target(problem, device):
     problem = problem.on(device)
     biased = problem.logits + problem.one_hot() * float(problem.options["logit_bias"])
     assert_close(problem, problem.run(), problem.run(logits=biased, logit_bias=0.0))
 
 
-@pytest.mark.any_cpu
-@examples(150)
-@given(problem=problems(names=list(VALUE_RANGE), smoothing=False, shapes=BATCH, reduction="none", weight=None))
+@of_formulas(
+    150, problem=problems(names=list(VALUE_RANGE), smoothing=False, shapes=BATCH, reduction="none", weight=None)
+)
 def test_values_stay_in_their_range_and_reach_its_ends(problem, device):
     low, high = VALUE_RANGE[problem.entry.name](**problem.entry.parameters | problem.parameters)
     problem = problem.on(device)
@@ -321,9 +313,9 @@ def test_values_stay_in_their_range_and_reach_its_ends(problem, device):
     assert high == math.inf or ((impossible - high).abs() <= tolerance).all()
 
 
-@pytest.mark.any_cpu
-@examples(150)
-@given(problem=problems(names=list(VALUE_RANGE), smoothing=False, shapes=ROW, weight=None, sample_weight=None))
+@of_formulas(
+    150, problem=problems(names=list(VALUE_RANGE), smoothing=False, shapes=ROW, weight=None, sample_weight=None)
+)
 def test_loss_falls_as_the_targets_logit_rises(problem, device):
     problem = problem.on(device)
     cls, steps = int(torch.randint(0, problem.num_classes, (), generator=problem.random)), 60
@@ -339,9 +331,7 @@ def test_loss_falls_as_the_targets_logit_rises(problem, device):
     assert (grad[:, cls] <= rounding).all() and (grad[:, others] >= -rounding).all()
 
 
-@pytest.mark.any_cpu
-@examples(150)
-@given(problem=problems(smoothing=False, shapes=BATCH | IMAGES, dtypes=ALL_DTYPES))
+@of_formulas(150, problem=problems(smoothing=False, shapes=BATCH | IMAGES, dtypes=ALL_DTYPES))
 def test_rows_of_weight_zero_have_no_gradient_and_no_influence(problem, device):
     problem = problem.on(device)
     idle = problem.row_weights() == 0
@@ -363,9 +353,7 @@ def in_layout(dense: torch.Tensor, random: torch.Generator) -> torch.Tensor:
     return view[tuple(slice(1, None, step) for step in steps)].copy_(dense)
 
 
-@pytest.mark.any_cpu
-@examples(300)
-@given(problem=problems(dtypes=ALL_DTYPES, shapes=BATCH | IMAGES))
+@of_formulas(300, problem=problems(dtypes=ALL_DTYPES, shapes=BATCH | IMAGES))
 def test_layout_in_memory_does_not_matter(problem, device):
     problem = problem.on(device)
     moved = {name: in_layout(tensor, problem.random) for name, tensor in problem.per_row.items()}
@@ -399,9 +387,7 @@ def test_losses_that_contain_each_other(identity, device):
     check()
 
 
-@pytest.mark.any_cpu
-@examples(150)
-@given(problem=problems(names=["cross_entropy"], logit_bias=0.0, ignore_index=-100, reduction="none"))
+@of_formulas(150, problem=problems(names=["cross_entropy"], logit_bias=0.0, ignore_index=-100, reduction="none"))
 def test_cross_entropy_is_linear_in_class_probabilities(problem, device):
     share = float(torch.rand((), generator=problem.random))
     problem = replace(problem, target=problem.target % problem.num_classes).on(device)
