@@ -1,7 +1,7 @@
 // Entry of the operator elr_rows_, with the checks of row losses.
 #include "ops/operators.h"
-#include "ops/row_layout.h"
 #include "ops/row_loss/checks.h"
+#include "ops/row_loss/describe.h"
 
 namespace fused_losses {
 namespace {
@@ -43,13 +43,7 @@ void elr_rows_(StableIValue* stack, std::uint64_t, std::uint64_t) {
         {&args.target, -1}, {&args.logits, shape.class_dim}, {with_grad ? &grad : nullptr, shape.class_dim}};
     const RowLayout layout = lay_out_rows(shape.rows, tensors);
 
-    RowProblem p;
-    p.dtype = dtype_of(*element_type(logits)), p.index_type = index_type_of(*element_type(args.target));
-    p.device = logits.device().index;
-    p.outer = layout.outer, p.inner = layout.inner, p.num_classes = logits.size(shape.class_dim);
-    p.target = args.target.const_data_ptr(), p.target_stride = tensors[0].stride;
-    p.logits = logits.const_data_ptr(), p.logits_stride = tensors[1].stride;
-    p.logits_class_stride = logits.stride(shape.class_dim);
+    RowProblem p = describe_rows(layout, tensors[1], tensors[0]);
     p.ignore_index = args.constants.ignore_index;
     const std::int64_t of_values[] = {p.rows()}, nothing[] = {0};
     Tensor values = empty(of_values, acc, logits.device());

@@ -2,8 +2,8 @@
 #include "losses/gjs.h"
 
 #include "ops/operators.h"
-#include "ops/row_layout.h"
 #include "ops/row_loss/checks.h"
+#include "ops/row_loss/describe.h"
 
 namespace fused_losses {
 
@@ -40,11 +40,7 @@ void gjs_rows_(StableIValue* stack, std::uint64_t, std::uint64_t) {
     }
     const RowLayout layout = lay_out_rows(rows, tensors);
 
-    RowProblem p;
-    p.dtype = dtype_of(*element_type(first)), p.index_type = index_type_of(*element_type(args.target));
-    p.device = first.device().index;
-    p.outer = layout.outer, p.inner = layout.inner, p.num_classes = first.size(class_dim);
-    p.target = args.target.const_data_ptr(), p.target_stride = tensors[0].stride;
+    RowProblem p = describe_rows(layout, tensors[1], tensors[0]);
     const std::int64_t of_values[] = {p.rows()};
     Tensor values = empty(of_values, first.dtype(), first.device());
     p.row_values = values.mutable_data_ptr();

@@ -1,7 +1,7 @@
 // Entries of the operators rescale_logits and rescale_logits_backward, with the checks of row losses.
 #include "ops/operators.h"
-#include "ops/row_layout.h"
 #include "ops/row_loss/checks.h"
+#include "ops/row_loss/describe.h"
 
 namespace fused_losses {
 namespace {
@@ -40,17 +40,8 @@ Tensor rescaled(RescaleArgs& a) {
                            {&out, class_dim}};
     const RowLayout layout = lay_out_rows(shape, tensors);
 
-    RowProblem p;
-    p.dtype = dtype_of(*element_type(logits));
-    p.device = logits.device().index;
-    p.outer = layout.outer, p.inner = layout.inner, p.num_classes = logits.size(class_dim);
+    RowProblem p = describe_rows(layout, tensors[2], tensors[0]);
     p.ignore_index = a.ignore_index;
-    if (args.target.defined()) {
-        p.target = args.target.const_data_ptr(), p.target_stride = tensors[0].stride;
-        p.index_type = index_type_of(*element_type(args.target));
-    }
-    p.logits = logits.const_data_ptr(), p.logits_stride = tensors[2].stride;
-    p.logits_class_stride = logits.stride(class_dim);
     p.grad = out.mutable_data_ptr(), p.grad_stride = tensors[3].stride, p.grad_class_stride = out.stride(class_dim);
 
     if (a.on_device) {

@@ -1,8 +1,8 @@
 // Entry of the operator row_statistics, with the checks of row losses.
 #include "core/row_statistics.h"
 #include "ops/operators.h"
-#include "ops/row_layout.h"
 #include "ops/row_loss/checks.h"
+#include "ops/row_loss/describe.h"
 
 namespace fused_losses {
 
@@ -24,13 +24,7 @@ void row_statistics(StableIValue* stack, std::uint64_t, std::uint64_t) {
     const RowLayout layout = lay_out_rows(shape.rows, tensors);
     const Tensor& logits = args.logits;
 
-    RowProblem p;
-    p.dtype = dtype_of(*element_type(logits)), p.index_type = index_type_of(*element_type(args.target));
-    p.device = logits.device().index;
-    p.outer = layout.outer, p.inner = layout.inner, p.num_classes = logits.size(shape.class_dim);
-    p.target = args.target.const_data_ptr(), p.target_stride = tensors[0].stride;
-    p.logits = logits.const_data_ptr(), p.logits_stride = tensors[1].stride;
-    p.logits_class_stride = logits.stride(shape.class_dim);
+    RowProblem p = describe_rows(layout, tensors[1], tensors[0]);
     p.ignore_index = args.constants.ignore_index;
 
     RowStatisticsTensors found(p, acc_of(logits), logits.device());
