@@ -249,3 +249,16 @@ def test_float32(name, device):
     expected, expected_grad = loss_and_grad(fl.LOSSES[name].reference, logits.float().double(), target)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert (grad.double() - expected_grad).abs().max() <= GRAD_TOLERANCE[torch.float32] * expected_grad.abs().max()
+
+
+@pytest.mark.parametrize("classes", [64, 1000])
+@pytest.mark.parametrize("name", ["nnfl", "anl_fl"])
+def test_what_each_of_many_improbable_classes_adds_is_not_lost(name, classes, device):
+    # 8e-7 for each, beside a sum of 16 whose neighbouring numbers are 2e-6 away.
+    logits = torch.full((1, classes), -30.0, device=device)
+    logits[0, 0] = 0.0
+    target = torch.tensor([0], device=device)
+    loss, _ = loss_and_grad(fl.LOSSES[name].function, logits, target)
+    expected, _ = loss_and_grad(fl.LOSSES[name].reference, logits.double(), target)
+    assert expected.abs() > 1e-6
+    assert loss.item() == pytest.approx(expected.item(), rel=0.0, abs=1e-6)

@@ -12,8 +12,8 @@ inline namespace FL_ISA {
 // it by, or a. alpha NFL + beta second.
 //
 // NNFL is 1 - (A' - n_y) / sum_k (A' - n_k): n_k is that of NFL with log p_k at least -A, A' what it is at min_prob. So
-// it is 1 less the normalised loss of A' - n, whose gradient has the sign of NFL's: -d(A' - n) = dn. A' - n is summed
-// as it is: the terms of classes below min_prob are next to nothing, and there are many.
+// it is 1 less the normalised loss of A' - n, whose gradient has the sign of NFL's: -d(A' - n) = dn. Summed is A - n:
+// the many classes below min_prob add next to nothing, and what A' exceeds A by would be lost in a sum of many.
 struct NFLSum {
     static constexpr const char* name = "nfl_sum";
     static constexpr int num_params = 7, min_classes = 2, num_terms = 2;
@@ -46,8 +46,7 @@ struct NFLSum {
             factor = math::pow(miss, params[2]);
             of_factor = params[2] * p * factor / miss * most;
         }
-        return {(most - math::select(is_low, factor * most, nfl.n)) + params[6],
-                math::select(is_low, of_factor, nfl.w)};
+        return {most - math::select(is_low, factor * most, nfl.n), math::select(is_low, of_factor, nfl.w)};
     }
 
     template <class T>
@@ -59,7 +58,8 @@ struct NFLSum {
             second = AMSERule::of_squares(log_p, own.of[1].n, sums.v[2], num_classes, params[5]);
             second.gamma *= T(-0.5);  // of W = -2 p^2
         } else {
-            second = normalized(own.of[1], sums.v[2], sums.v[3]);
+            const NormalizedTerm<T> of_own{own.of[1].n + params[6], own.of[1].w};
+            second = normalized(of_own, sums.v[2] + num_classes * params[6], sums.v[3]);
             second.value = T(1) - second.value;
         }
         // Without a share in the sum, what is not finite must not count either.
