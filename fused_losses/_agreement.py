@@ -1,86 +1,221 @@
-"""An error of one rank is an error of all: ranks agree about a call before they wait for each other's numbers."""
+"""Collectives that bring the news of a failure along: an error of one rank is an error of all, and nobody waits.
+
+A loss lists the collectives that its call takes, in an :class:`Agreement` around what may raise. A rank with an error
+takes part in the next one with nothing but that news, and raises; the others learn of it there and raise as well. Where
+ranks communicate between GPUs nobody waits to look: there the others get a device assertion.
+"""
 
 from __future__ import annotations
 
+import threading
 import zlib
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
-from fused_losses.distributed import check_member
+Group: TypeAlias = "dist.ProcessGroup | None"  # quoted: torch may have been built without
 
-Group = dist.ProcessGroup | None
+MOST_SUMS = 2  # numbers of a sum: with the news they make a message of one length for all calls
+_HEADER = 16  # bytes before what is gathered: a number for the call and one for the target
+_FAILED = -1  # in place of the call's number
+_TOO_LONG = 4  # times a message that is gathered: ranks agree about a shorter one
+_NEWS = "another rank of the process group has raised an error, or was given other arguments"
+
+
+class Exchange(NamedTuple):
+    """A collective of a call: a sum, or a gathering with a name of its own."""
+
+    group: dist.ProcessGroup
+    gathers: str = ""
+
+    @staticmethod
+    def over(group: Group, gathers: str = "") -> Exchange:
+        """Checks that this process may take part; None is the default group."""
+        check_member(group)
+        group = dist.group.WORLD if group is None else group
+        assert group is not None
+        return Exchange(group, gathers)
+
+
+class _Known:
+    """What the ranks of a group have agreed upon, in the same way on each of them."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        # Of the tensors that are exchanged. Before the first, of those that the group is for.
+        on_gpu = "nccl" in dist.get_backend_config(group) and torch.cuda.is_available()
+        self.device = torch.device("cuda" if on_gpu else "cpu")
+        self.lengths: dict[str, int] = {}  # of the messages that are gathered, in bytes
+
+
+_known: WeakKeyDictionary[dist.ProcessGroup, _Known] = WeakKeyDictionary()
+
+
+class _Open(threading.local):
+    """The agreements that a call is within, the innermost last."""
+
+    def __init__(self) -> None:
+        self.agreements: list[Agreement] = []
+
+
+_open = _Open()
+
+
+def check_member(group: Group) -> None:
+    """Raises unless torch.distributed is initialised and this process belongs to the group."""
+    if not dist.is_initialized():
+        raise RuntimeError("torch.distributed must be initialised before a loss uses process_group")
+    if dist.get_rank(group) < 0:
+        raise ValueError(f"process_group must contain the calling process, got a group without rank {dist.get_rank()}")
 
 
 class Agreement:
-    """What a call's checks stand in, between its start and its first collective.
+    """Whatever raises within it is told to the ranks that wait in one of these exchanges.
 
-    Whoever has passed them calls :meth:`reach`; an exception before that is told to the other ranks, which raise as
-    well. One collective of a few numbers per group, whatever the shapes of a rank's arguments are.
-
-    Args:
-        group: ranks with the same rows and targets, which they compare too.
-        others: groups of ranks that have rows of their own.
+    Agreements may be nested: an exchange is over in all of them, and nobody is told twice. One that is traced by
+    torch.compile tells nobody.
     """
 
-    def __init__(self, group: Group, *others: Group) -> None:
-        self.groups = group, *others
-        for each in self.groups:
-            check_member(each)
-        self.pending = True
+    def __init__(self, *exchanges: Exchange) -> None:
+        self.ahead = list(exchanges)
 
     def __enter__(self) -> Agreement:
+        if not torch.compiler.is_compiling():
+            _open.agreements.append(self)
         return self
-
-    def reach(self, call: str, target: Tensor | None = None) -> None:
-        """Raises unless all ranks reach this; those of ``group`` with the same ``call``, in words, and target."""
-        self.pending = False
-        error = _tell(self.groups[0], None, call, target)
-        for group in self.groups[1:]:
-            error = _tell(group, error)
-        if error is not None:
-            raise error
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.pending and isinstance(error, Exception):
-            self.pending = False
-            for group in self.groups:
-                _tell(group, error)
+        if torch.compiler.is_compiling():
+            return
+        _open.agreements.remove(self)
+        if isinstance(error, Exception):
+            for exchange in self.ahead:
+                if exchange.group not in _who_knows(error):
+                    _tell(exchange, error)
 
 
-def _tell(group: Group, error: Exception | None, call: str = "", target: Tensor | None = None) -> Exception | None:
-    """This rank's error, or else what to raise instead: the error of another rank, or that the calls differ.
+def sum_over_ranks(numbers: Tensor, group: Group) -> Tensor:
+    """Sums over the ranks of up to ``MOST_SUMS`` numbers, in float64; one all-reduce."""
+    exchange = Exchange.over(group)
+    message = F.pad(numbers.detach().double(), (0, MOST_SUMS + 1 - len(numbers)))
+    if torch.compiler.is_compiling():
+        dist.all_reduce(message, group=exchange.group)
+        return message[: len(numbers)]
+    _take_part(exchange, message)
+    if message.is_cpu:
+        if message[MOST_SUMS].item() != 0.0:
+            raise _error_of_another(exchange)
+    else:
+        torch._assert_async(message[MOST_SUMS] == 0, _NEWS)
+    return message[: len(numbers)]
 
-    Where the group communicates between GPUs only, nobody waits for the answer: others get a device assertion.
+
+def gather(exchange: Exchange, call: str, numbers: Tensor, target: Tensor | None = None) -> Tensor:
+    """``numbers`` of every rank, ``(ranks, ...)``. Raises unless all ranks make the same call, in words.
+
+    One all-gather of a message as long as all ranks expect it, so that a rank can take part that has nothing to say. A
+    call that needs a longer one needs it on all ranks; they gather once more. ``target`` has to be the same, too.
     """
-    device = "cpu" if "cpu" in dist.get_backend_config(group) else "cuda"
+    if torch.compiler.is_compiling():
+        parts = [torch.empty_like(numbers) for _ in range(dist.get_world_size(exchange.group))]
+        dist.all_gather(parts, numbers.contiguous(), group=exchange.group)
+        return torch.stack(parts)
+    size = numbers.numel() * numbers.element_size()
+    needed = _HEADER + -(-size // 8) * 8
+    known = _known_of(exchange.group)
+    length = known.lengths.get(exchange.gathers, _HEADER)
     number = zlib.crc32(call.encode())
-    # Made on their device: a copy from the host would wait for the GPU.
-    words = [torch.full((), n, dtype=torch.int64, device=device) for n in (int(error is not None), number, -number, 0)]
-    checksum = words[3] if target is None else _checksum(target).to(device)
-    found = torch.stack([*words[:3], checksum, -checksum])
-    dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
-    if device != "cpu":
-        if error is None:
-            alike = (found[0] == 0) & (found[1] == -found[2]) & (found[3] == -found[4])
-            torch._assert_async(alike, "a rank of the group has raised an error, or was given other arguments")
-        return error
-    failed, most, least, most_target, least_target = found.tolist()
-    if failed:
-        texts = _gather(None if error is None else f"{type(error).__name__}: {error}", group)
-        rank, text = next((rank, text) for rank, text in texts if text is not None)
-        return error or RuntimeError(f"the loss was given bad arguments on another rank. Rank {rank} raised {text}")
-    if most != -least:
-        calls = "; ".join(f"rank {rank}: {text}" for rank, text in _gather(call, group))
-        return RuntimeError(f"the ranks that share the classes must make the same call, got {calls}")
-    if most_target != -least_target:
-        return RuntimeError("target must be the same on all ranks that share the classes, got different ones")
-    return None
+    message = torch.empty(max(length, needed), dtype=torch.uint8, device=numbers.device)
+    message[_HEADER : _HEADER + size] = numbers.contiguous().view(-1).view(torch.uint8)
+    header = message[:_HEADER].view(torch.int64)
+    header[0] = number
+    header[1] = 0 if target is None else _checksum(target)
+    found = _take_part(exchange, message[:length])
+    _check_alike(exchange, found[:, :_HEADER].view(torch.int64), number, call)
+    if needed > length:
+        found = _take_part(exchange, message)
+    if not needed <= length <= _TOO_LONG * needed:
+        known.lengths[exchange.gathers] = needed
+    return found[:, _HEADER : _HEADER + size].view(numbers.dtype).reshape(len(found), *numbers.shape)
+
+
+def _take_part(exchange: Exchange, message: Tensor) -> Tensor:
+    """The collective. Whatever becomes of it, the exchange is over."""
+    for agreement in _open.agreements:
+        if exchange in agreement.ahead:
+            agreement.ahead.remove(exchange)
+    _known_of(exchange.group).device = message.device
+    try:
+        if not exchange.gathers:
+            dist.all_reduce(message, group=exchange.group)
+            return message
+        found = message.new_empty(dist.get_world_size(exchange.group), len(message))
+        dist.all_gather(list(found.unbind()), message, group=exchange.group)
+        return found
+    except Exception as error:  # the others cannot be reached
+        _who_knows(error).add(exchange.group)
+        raise
+
+
+def _known_of(group: dist.ProcessGroup) -> _Known:
+    if group not in _known:
+        _known[group] = _Known(group)
+    return _known[group]
+
+
+def _tell(exchange: Exchange, error: Exception) -> None:
+    """Takes part with the news that this rank has failed."""
+    known = _known_of(exchange.group)
+    _who_knows(error).add(exchange.group)
+    if exchange.gathers:
+        length = known.lengths.get(exchange.gathers, _HEADER)
+        message = torch.zeros(length, dtype=torch.uint8, device=known.device)
+        message[:_HEADER].view(torch.int64).fill_(_FAILED)
+    else:
+        message = torch.zeros(MOST_SUMS + 1, dtype=torch.float64, device=known.device)
+        message[MOST_SUMS].fill_(1.0)
+    _take_part(exchange, message)
+    if message.is_cpu:
+        _gather_texts(f"{type(error).__name__}: {error}", exchange.group)
+
+
+def _check_alike(exchange: Exchange, headers: Tensor, number: int, call: str) -> None:
+    if not headers.is_cpu:
+        own = headers[dist.get_rank(exchange.group)]
+        torch._assert_async((headers == own).all(), _NEWS)
+        return
+    calls, targets = (set(each) for each in zip(*headers.tolist(), strict=True))
+    if _FAILED in calls:
+        raise _error_of_another(exchange)
+    error = None
+    if len(calls) > 1:
+        texts = "; ".join(f"rank {rank}: {text}" for rank, text in _gather_texts(call, exchange.group))
+        error = RuntimeError(f"all ranks of the process group must make the same call, got {texts}")
+    elif len(targets) > 1:
+        error = RuntimeError("target must be the same on all ranks that share the classes, got different ones")
+    if error is not None:
+        _who_knows(error).add(exchange.group)
+        raise error
+
+
+def _error_of_another(exchange: Exchange) -> RuntimeError:
+    """What a rank raises that learns of another's failure."""
+    rank, text = next((rank, text) for rank, text in _gather_texts(None, exchange.group) if text is not None)
+    error = RuntimeError(f"the loss was given bad arguments on another rank. Rank {rank} raised {text}")
+    _who_knows(error).add(exchange.group)
+    return error
+
+
+def _who_knows(error: Exception) -> set[dist.ProcessGroup]:
+    """The groups whose ranks have been told of an error."""
+    found: set[dist.ProcessGroup] = error.__dict__.setdefault("_groups_that_know", set())
+    return found
 
 
 def _checksum(target: Tensor) -> Tensor:
@@ -89,7 +224,7 @@ def _checksum(target: Tensor) -> Tensor:
     return (target.reshape(-1).long() * places).sum()
 
 
-def _gather(text: str | None, group: Group) -> list[tuple[int, str | None]]:
+def _gather_texts(text: str | None, group: dist.ProcessGroup) -> list[tuple[int, str | None]]:
     """Every rank's text, with its number among all processes."""
     found: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, text, group=group)

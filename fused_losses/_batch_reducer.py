@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fused_losses._agreement import Agreement, Exchange, sum_over_ranks
 from fused_losses._arguments import check_reduction
-from fused_losses._row_values import Loss, RowsModule, RowValues, as_module, check_has_rows, row_values
+from fused_losses._row_values import Loss, RowsModule, RowValues, as_module, check_has_rows, row_exchanges, row_values
 from fused_losses._running import RunningMoments
-from fused_losses.distributed import check_member
 
 OPTIONS = """
         reduction: ``"none"``, ``"sum"`` or ``"mean"``: sum of weighted losses over sum of weights of the rows that
@@ -89,7 +89,22 @@ class BatchReducer(RunningMoments, RowsModule):
 
     def forward(self, logits: Tensor, target: Tensor, *inputs: Any, **options: Any) -> Tensor:
         """The loss of ``logits`` for ``target``; further arguments are those of the loss inside."""
-        return self.rows(logits, target, *inputs, **options).reduce(self.reduction, self.process_group)
+        with Agreement(*self._exchanges()):
+            return self.rows(logits, target, *inputs, **options).reduce(self.reduction, self.process_group)
+
+    def _exchanges(self) -> list[Exchange]:
+        """What a call communicates, as the first thing of either part."""
+        divisor = self.process_group is not None and self.reduction == "mean"
+        return self._row_exchanges() + ([Exchange.over(self.process_group)] if divisor else [])
+
+    def _row_exchanges(self) -> list[Exchange]:
+        """Those of :meth:`rows`."""
+        own = self.process_group is not None and self._asks_ranks()
+        return row_exchanges(self.loss) + ([Exchange.over(self.process_group)] if own else [])
+
+    def _asks_ranks(self) -> bool:
+        """Whether the statistic is of all ranks' rows."""
+        return True
 
     def rows(self, logits: Tensor, target: Tensor, *inputs: Any, **options: Any) -> RowValues:
         """Every row's loss as this one weighs it."""
@@ -122,10 +137,13 @@ class BatchReducer(RunningMoments, RowsModule):
         moments = self._update(batch) if self.training else self._or_batch(batch)
         return moments[1, 0].to(value.dtype)
 
+    def _first_sums(self, numbers: Tensor) -> Tensor:
+        """One or two sums over all ranks of the group, before any other: with news of a rank's failure."""
+        return numbers if self.process_group is None else sum_over_ranks(numbers, self.process_group)
+
     def _over_ranks(self, sums: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
         """Sums over all ranks of the group."""
         if self.process_group is not None:
-            check_member(self.process_group)
             sums = sums.contiguous()
             dist.all_reduce(sums, op, group=self.process_group)
         return sums

@@ -7,6 +7,7 @@ from typing import Any, TypedDict
 
 from torch import Tensor, nn
 
+from fused_losses._agreement import Exchange
 from fused_losses._arguments import (
     LOSSES,
     RowLossArguments,
@@ -49,6 +50,10 @@ class Criterion(nn.Module):
             f"{type(self).__name__} cannot be scripted by torch.jit.script, which knows no autograd in Python: "
             "use torch.compile or torch.export"
         )
+
+    def _exchanges(self) -> list[Exchange]:
+        """What a call communicates, as far as it may bring news of a failure."""
+        return []
 
     def _tensor(self, name: str) -> Any:
         # Not by getattr: nn.Module's look-up takes as long as a small loss.

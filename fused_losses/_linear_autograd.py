@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from fused_losses import _ops
-from fused_losses._agreement import Agreement
 from fused_losses._arguments import LOSSES, RowLossArguments, ZErrorRule
 from fused_losses._autograd import is_plain
 from fused_losses._checks import check_row_loss
 from fused_losses._chunks import ChunkOptions, Layer, Sweep, stand_in, sweep, traced_sweep
 from fused_losses._reference import ACTIVE_GUARD, mean_of
-from fused_losses._shards import check_classes, check_loss, in_words
+from fused_losses._shards import agree_about_call, check_classes, check_loss
 from fused_losses._z_autograd import masked_first
 from fused_losses._z_error import ZOps
 from fused_losses._z_reference import ClassScore, class_score
@@ -36,10 +35,9 @@ class ChunkedLogits:
     Losses are described by arguments whose logits are ``self.stand_in``.
     """
 
-    def __init__(self, layer: Layer, options: ChunkOptions, agreement: Agreement | None = None) -> None:
+    def __init__(self, layer: Layer, options: ChunkOptions) -> None:
         self.layer = layer
         self.options = options
-        self.agreement = agreement  # with ranks that have other classes
         self.stand_in = stand_in(layer, options).detach()
 
     def row_loss(self, args: RowLossArguments) -> Tensor:
@@ -98,14 +96,14 @@ class ChunkedLogits:
         check_row_loss(args)
         if torch.is_grad_enabled():
             _check_constants(args)
-        if self.options.shard is not None:
+        shard = self.options.shard
+        if shard is not None:
             check_loss(args.loss, args.loss)
             if args.target.is_floating_point():
                 raise RuntimeError(f"{args.loss}: target must hold class indices where classes are sharded")
-            check_classes(args, self.options.shard.num_classes)
-        if self.agreement is not None:
+            check_classes(args, shard.num_classes)
             how = f"chunk_bytes={self.options.chunk_bytes}, skip_rows={self.options.skip_rows}"
-            self.agreement.reach(f"{in_words(args)}, {how}", args.target)
+            agree_about_call(args, shard, how)
 
     @torch.no_grad()
     def _target_logits(self, target: Tensor) -> Tensor:

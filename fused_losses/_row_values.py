@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fused_losses._agreement import Exchange
 from fused_losses._arguments import REDUCTIONS, RowLossArguments, acc_dtype, check_reduction, is_distributed
 from fused_losses._autograd import is_plain, row_loss
 from fused_losses._checks import check_row_loss, check_rows, row_shape
@@ -55,6 +56,10 @@ class RowsModule(Criterion):
         """The loss of ``logits`` for ``target``; ``sample_weight`` is one weight per row."""
         return self.rows(logits, target, *inputs, **options).reduce(self.reduction)
 
+    def _row_exchanges(self) -> list[Exchange]:
+        """What :attr:`rows` communicates."""
+        return []
+
     def _set(self, name: str, value: float | Tensor, rule: OrTensor) -> None:
         """Checks a hyper-parameter and keeps it."""
         rule.pack(name, value)
@@ -83,6 +88,16 @@ def check_has_rows(loss: nn.Module) -> None:
             "loss must be a name, a function or a Module of a row loss of fused_losses, or a wrapper around one, got "
             f"{type(loss).__name__}"
         )
+
+
+def exchanges(loss: nn.Module) -> list[Exchange]:
+    """What calling the Module communicates, as far as it says."""
+    return loss._exchanges() if isinstance(loss, Criterion) else []
+
+
+def row_exchanges(loss: nn.Module) -> list[Exchange]:
+    """What :func:`row_values` communicates."""
+    return loss._row_exchanges() if isinstance(loss, RowsModule) else []
 
 
 def row_values(loss: nn.Module, logits: Tensor, target: Tensor, *inputs: Any, **options: Any) -> RowValues:

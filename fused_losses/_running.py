@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused_losses import _ops
+from fused_losses._agreement import Exchange
 from fused_losses._parameters import closed_fraction
 from fused_losses.distributed import HasProcessGroup
-from fused_losses.statistics import ClassStatistics, all_reduce_moments
+from fused_losses.statistics import MOMENTS, ClassStatistics, all_reduce_moments
 
 
 class Source(NamedTuple):
@@ -29,6 +30,13 @@ class Source(NamedTuple):
     def wants_batch(self) -> bool:
         """Whether :meth:`moments` looks at those of the batch."""
         return self.given is None and not (self.group is None and self.update is None)
+
+    def exchanges(self, reduction: str) -> list[Exchange]:
+        """What a call communicates: moments, and what a mean over all ranks divides by."""
+        if self.group is None:
+            return []
+        moments = [Exchange.over(self.group, MOMENTS)] if self.given is None else []
+        return [*moments, Exchange.over(self.group)] if reduction == "mean" else moments
 
     def moments(self, groups: int, of_batch: Callable[[], Tensor]) -> Tensor | None:
         """Moments ``(3, groups)`` to judge the rows by; None for those of the batch as it is."""

@@ -15,9 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fused_losses._agreement import Exchange, check_member, gather
 from fused_losses._arguments import LOSSES, RowLossArguments, acc_dtype
 from fused_losses._reference import Rows, power, zero_at_zero
-from fused_losses.distributed import check_member
+
+ROWS, CALL = "rows", "call"  # names of the exchanges: numbers of all rows, or only that ranks make the same call
 
 
 class Shard(NamedTuple):
@@ -127,11 +129,20 @@ class ShardedRows(Rows):
         return term(self.numbers.log_p), self.other_sum(term)
 
 
-def values_and_gradient(args: RowLossArguments, shard: Shard, with_gradient: bool) -> tuple[Tensor, Tensor]:
+def agree_about_call(args: RowLossArguments, shard: Shard, how: str) -> None:
+    """Raises unless all ranks make the same call in the same way: for the collectives that follow."""
+    nothing = torch.empty(0, device=args.target.device)
+    gather(Exchange.over(shard.group, CALL), f"{in_words(args)}, {how}", nothing, args.target)
+
+
+def values_and_gradient(
+    args: RowLossArguments, shard: Shard, with_gradient: bool, agreed: bool = False
+) -> tuple[Tensor, Tensor]:
     """Every row's weighted loss, the same on all ranks, and the gradient of their sum in this rank's logits.
 
     ``args.logits`` is (N, classes of this rank), targets count over all classes. All ranks have to call it: one
-    collective, and one more for sums of terms that need the normaliser first.
+    collective, and one more for sums of terms that need the normaliser first. The first raises unless all make the same
+    call, if they have not ``agreed`` about it.
     """
     with torch.no_grad():
         logits, target = args.logits, args.target.long()
@@ -148,7 +159,8 @@ def values_and_gradient(args: RowLossArguments, shard: Shard, with_gradient: boo
             of_rank.append(zero_at_zero(linear.expand_as(d), d).sum(1))
         if exponent is not None:
             of_rank.append(_smaller_power_sum(d, exponent))
-        everywhere = _merge(of_rank, linear, exponent, d.shape[1], shard.group)
+        message = torch.cat([*of_rank, _of_no_row(linear, d)])
+        everywhere = _merge(_gather(message, args, shard, agreed), len(top), linear is not None, exponent)
         below = _below(top, everywhere.top)
         log_probs = d.add_((below - everywhere.log_sum).unsqueeze(1))
         values, slopes, terms = _evaluate(args, shard, ignored, everywhere, log_probs)
@@ -215,24 +227,32 @@ class _Everywhere(NamedTuple):
         return RowNumbers(log_p, self.target >= self.top, linear, self.powers, torch.zeros_like(log_p))
 
 
-def _merge(
-    of_rank: list[Tensor], linear: Tensor | None, exponent: float | None, classes: int, group: dist.ProcessGroup | None
-) -> _Everywhere:
+def _of_no_row(linear: Tensor | None, d: Tensor) -> Tensor:
+    """What a rank tells once: the sum of its linear weights, and how many classes it has."""
+    weight = d.new_zeros(()) if linear is None else linear.sum()
+    return torch.stack([weight, weight.new_full((), d.shape[1])])
+
+
+def _gather(message: Tensor, args: RowLossArguments, shard: Shard, agreed: bool) -> Tensor:
+    """The messages of all ranks."""
+    if not agreed:
+        return gather(Exchange.over(shard.group, ROWS), in_words(args), message, args.target)
+    found = message.new_empty(dist.get_world_size(shard.group), message.numel())
+    dist.all_gather(list(found.unbind()), message, group=shard.group)
+    return found
+
+
+def _merge(found: Tensor, rows: int, has_linear: bool, exponent: float | None) -> _Everywhere:
     """Sums that are relative to each rank's maximum become relative to that of all, as in an online softmax.
 
-    ``of_rank`` has this rank's maximum, target's logit, sum of exponentials, and where there are such the linear sum
-    and the smaller sum of powers. The one collective that all losses need.
+    ``found`` has every rank's maximum, target's logit, sum of exponentials, and where there are such the linear sum and
+    the smaller sum of powers, of all rows; then what is told once.
     """
-    rows = of_rank[0].shape[0]
-    weight = of_rank[0].new_zeros(()) if linear is None else linear.sum()
-    message = torch.cat([*of_rank, weight.reshape(1), weight.new_full((1,), classes)])
-    found = message.new_empty(dist.get_world_size(group), message.numel())
-    dist.all_gather(list(found.unbind()), message, group=group)
     tops, targets, sums, *others = found[:, :-2].reshape(found.shape[0], -1, rows).unbind(1)
     top = tops.amax(0)
     below, weights, counts = _below(tops, top), found[:, -2:-1], found[:, -1:]
     log_sum = (sums * below.exp()).sum(0).log()
-    linear_sum: Tensor | float = 0.0 if linear is None else (others.pop(0) + weights * below).sum(0)
+    linear_sum: Tensor | float = 0.0 if not has_linear else (others.pop(0) + weights * below).sum(0)
     powers = Powers(top, top) if exponent is None else _merge_powers(others[0], counts, exponent * (below - log_sum))
     return _Everywhere(top, log_sum, targets.amax(0), linear_sum, weights.sum(), powers)
 

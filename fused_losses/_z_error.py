@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused_losses import _ops, _z_autograd, _z_reference
+from fused_losses._agreement import Exchange
 from fused_losses._arguments import RowLossArguments, ZErrorLossArguments, ZErrorRule, check_reduction
 from fused_losses._autograd import row_loss
 from fused_losses._parameters import plain, positive, positive_integer
@@ -148,7 +149,7 @@ def masked_loss(
     arguments = ZErrorLossArguments(input, target, pos_weight, weights, "sum" if mean_over_ranks else reduction)
     rule = ZErrorRule(moments, tensor, numbers, statistic, tail, min_count, keep_small, return_mask)
     loss, denominator, mask, scores = ops.z_error_loss(arguments, rule)
-    if mean_over_ranks and source.group is not None:
+    if mean_over_ranks:
         loss = global_mean(loss, denominator, source.group)
     if reduction == "none":
         loss = _tasks_back(loss, per_task)
@@ -216,6 +217,11 @@ class ZErrorModule(RunningMoments):
         else:
             self.threshold = threshold
         self.reduction = reduction
+
+    def _exchanges(self, reduction: str | None = None) -> list[Exchange]:
+        """What a call communicates, under another ``reduction`` than the loss's if given."""
+        group = self.process_group if self.training or not self.running else None
+        return Source(group=group).exchanges(reduction or self.reduction)
 
     def _shown(self) -> dict[str, Any]:
         """Options for ``repr``; those at their defaults are left out."""

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fused_losses._agreement import Agreement, Exchange, sum_over_ranks
 from fused_losses._arguments import RowLossArguments
 from fused_losses._autograd import row_loss
 from fused_losses._checks import row_shape
@@ -36,14 +37,6 @@ class HasProcessGroup(Criterion):
                 "process_group to None before and to the other process's group after, or save state_dict()"
             )
         return self.__dict__.copy()
-
-
-def check_member(group: dist.ProcessGroup | None) -> None:
-    """Raises unless torch.distributed is initialised and this process belongs to the group."""
-    if not dist.is_initialized():
-        raise RuntimeError("torch.distributed must be initialised before a loss uses process_group")
-    if dist.get_rank(group) < 0:
-        raise ValueError(f"process_group must contain the calling process, got a group without rank {dist.get_rank()}")
 
 
 def kept_weight(mask: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None) -> Tensor:
@@ -76,10 +69,8 @@ def global_mean(total: Tensor, denominator: Tensor, group: dist.ProcessGroup | N
     DistributedDataParallel averages gradients over ranks, which takes that factor back; the mean of the losses over
     ranks is the loss of the whole batch. ``guard`` is added to the denominator. All ranks synchronise here.
     """
-    check_member(group)
-    everywhere = denominator.detach().clone()
-    dist.all_reduce(everywhere, group=group)
-    return mean_of(total * dist.get_world_size(group), everywhere, guard)
+    (everywhere,) = sum_over_ranks(denominator.reshape(1), group).unbind()
+    return mean_of(total * dist.get_world_size(group), everywhere.to(total.dtype), guard)
 
 
 class GlobalMean(HasProcessGroup):
@@ -117,20 +108,25 @@ class GlobalMean(HasProcessGroup):
     def forward(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """The loss of ``logits`` for ``target``."""
         loss = self.loss
-        if loss.reduction in ("none", "sum"):
-            return loss(logits, target, sample_weight)  # type: ignore[no-any-return]
-        return self.evaluate(loss._arguments(logits, target, sample_weight), _total_and_values)
+        with Agreement(*self._exchanges(loss.reduction)) as agreement:
+            if not agreement.ahead:
+                return loss(logits, target, sample_weight)  # type: ignore[no-any-return]
+            return self.evaluate(loss._arguments(logits, target, sample_weight), _total_and_values)
+
+    def _exchanges(self, reduction: str | None = None) -> list[Exchange]:
+        """What a call communicates, under another ``reduction`` than the loss's if given."""
+        reduces = (reduction or self.loss.reduction) not in ("none", "sum")
+        return [Exchange.over(self.process_group)] if reduces else []
 
     def evaluate(
         self, args: RowLossArguments, total_and_values: Callable[[RowLossArguments], tuple[Tensor, Tensor]]
     ) -> Tensor:
         """The mean, from the sum of the rows' losses and those losses themselves."""
-        check_member(self.process_group)
         total, values = total_and_values(args)
         with torch.no_grad():
             denominator = sum_of_weights(args, values)
         guard = ACTIVE_GUARD if args.reduction == "active_mean" else 0.0
-        return global_mean(total, denominator.to(total.dtype), self.process_group, guard)
+        return global_mean(total, denominator, self.process_group, guard)
 
 
 def _total_and_values(args: RowLossArguments) -> tuple[Tensor, Tensor]:

@@ -10,14 +10,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fused_losses._agreement import Agreement
+from fused_losses._agreement import Agreement, Exchange
 from fused_losses._arguments import LOSSES, LossEntry, RowLossArguments, check_reduction, is_distributed
 from fused_losses._chunks import ChunkOptions, Layer
 from fused_losses._common import Criterion, RowLossModule
 from fused_losses._linear_autograd import ChunkedLogits
 from fused_losses._logit_bias import LogitBias
 from fused_losses._parameters import positive_integer
-from fused_losses._shards import Shard
+from fused_losses._shards import CALL, Shard
 from fused_losses.distributed import GlobalMean
 from fused_losses.parallel import ClassParallel, sum_gradient
 from fused_losses.z_cross_entropy import ZErrorCrossEntropyLoss
@@ -91,10 +91,11 @@ def linear_loss(
     of_chunks = ChunkOptions(torch.float32, accumulate_dtype, chunk_bytes, skip_rows)
     layer = Layer(input, linear_weight, linear_bias)
     group = _class_group(loss, linear_weight)
-    if group is None:
-        return _linear_loss(layer, target, sample_weight, loss, reduction, of_chunks, options, parameters)
-    with Agreement(*group) as agreement:
-        return _linear_loss(layer, target, sample_weight, loss, reduction, of_chunks, options, parameters, agreement)
+    with Agreement(*_exchanges(loss, group, reduction)):
+        shares_classes = group is not None
+        return _linear_loss(
+            layer, target, sample_weight, loss, reduction, of_chunks, options, parameters, shares_classes
+        )
 
 
 def _linear_loss(
@@ -106,10 +107,10 @@ def _linear_loss(
     of_chunks: ChunkOptions,
     options: dict[str, Any],
     parameters: dict[str, Any],
-    agreement: Agreement | None = None,
+    shares_classes: bool,
 ) -> Tensor:
-    layer, shard = (layer, None) if agreement is None else _local_classes(loss, layer)
-    logits, shape = _chunked(layer, target, of_chunks._replace(shard=shard), agreement)
+    layer, shard = _local_classes(loss, layer) if shares_classes else (layer, None)
+    logits, shape = _chunked(layer, target, of_chunks._replace(shard=shard))
     rows = target.reshape(-1, logits.stand_in.shape[1]) if target.shape != shape else target.reshape(-1)
     samples = None if sample_weight is None else _flat_weights(sample_weight, shape)
     values = _loss_of(loss, logits, rows, samples, reduction, options, parameters)
@@ -192,9 +193,7 @@ def _flat_weights(sample_weight: Tensor, shape: torch.Size) -> Tensor:
     return sample_weight.reshape(-1)
 
 
-def _chunked(
-    layer: Layer, target: Tensor, options: ChunkOptions, agreement: Agreement | None
-) -> tuple[ChunkedLogits, torch.Size]:
+def _chunked(layer: Layer, target: Tensor, options: ChunkOptions) -> tuple[ChunkedLogits, torch.Size]:
     """The logits in chunks, and the shape of the rows."""
     input, linear_weight, linear_bias = layer
     tensors = {"input": input, "linear_weight": linear_weight, "target": target}
@@ -212,7 +211,7 @@ def _chunked(
         raise ValueError(f"skip_rows must be True, False or None, got {skip!r}")
     options = options._replace(dtype=_dtype_of_logits(tensors))
     flat = input.reshape(-1, input.shape[-1])
-    return ChunkedLogits(Layer(flat, linear_weight, linear_bias), options, agreement), input.shape[:-1]
+    return ChunkedLogits(Layer(flat, linear_weight, linear_bias), options), input.shape[:-1]
 
 
 def _class_group(loss: Loss, linear_weight: Any) -> tuple[dist.ProcessGroup | None] | None:
@@ -225,6 +224,15 @@ def _class_group(loss: Loss, linear_weight: Any) -> tuple[dist.ProcessGroup | No
     if len(placements) != 1 or not placements[0].is_shard(0):
         raise ValueError(f"linear_weight must be sharded over one mesh dimension by Shard(0), got {placements}")
     return (linear_weight.device_mesh.get_group(0),)
+
+
+def _exchanges(
+    loss: Loss, class_group: tuple[dist.ProcessGroup | None] | None, reduction: str | None
+) -> list[Exchange]:
+    """What a call communicates, as far as it may bring news."""
+    if class_group is not None:
+        return [Exchange.over(class_group[0], CALL)]
+    return loss._exchanges(reduction) if isinstance(loss, (GlobalMean, ZErrorCrossEntropyLoss)) else []
 
 
 def _local_classes(loss: Loss, layer: Layer) -> tuple[Layer, Shard]:

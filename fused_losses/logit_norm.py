@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_losses import _ops
+from fused_losses._agreement import Agreement, Exchange
 from fused_losses._arguments import acc_dtype
 from fused_losses._autograd import apply, is_plain, needs_reference
 from fused_losses._checks import is_per_row, row_shape
@@ -21,6 +22,8 @@ from fused_losses._row_values import (
     as_module,
     check_has_rows,
     check_plain,
+    exchanges,
+    row_exchanges,
     row_values,
 )
 
@@ -140,7 +143,16 @@ class _LogitWrapper(RowsModule):
 
     def forward(self, logits: Tensor, target: Tensor, *inputs: Any, **options: Any) -> Any:
         """The loss of the rescaled logits; further arguments are the loss's."""
-        return self.loss(self.rescale(logits, target), target, *inputs, **options)
+        with Agreement(*self._exchanges()):
+            return self.loss(self.rescale(logits, target), target, *inputs, **options)
+
+    def _exchanges(self) -> list[Exchange]:
+        """What a call communicates: what the loss does."""
+        return exchanges(self.loss)
+
+    def _row_exchanges(self) -> list[Exchange]:
+        """What :meth:`rows` communicates."""
+        return row_exchanges(self.loss)
 
     def rows(self, logits: Tensor, target: Tensor, *inputs: Any, **options: Any) -> RowValues:
         """Every row's loss."""

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_losses._agreement import Agreement
+from fused_losses._agreement import Agreement, Exchange, sum_over_ranks
 from fused_losses._arguments import RowLossArguments, is_distributed
 from fused_losses._autograd import row_loss
 from fused_losses._checks import check_row_loss
@@ -16,14 +16,7 @@ from fused_losses._common import RowLossModule
 from fused_losses._logit_bias import class_dim
 from fused_losses._parameters import positive_integer
 from fused_losses._reference import ACTIVE_GUARD, mean_of
-from fused_losses._shards import (
-    Shard,
-    check_classes,
-    check_loss,
-    find_shard,
-    in_words,
-    values_and_gradient,
-)
+from fused_losses._shards import ROWS, Shard, check_classes, check_loss, find_shard, values_and_gradient
 from fused_losses.distributed import HasProcessGroup, sum_of_weights
 
 
@@ -90,12 +83,15 @@ class ClassParallel(HasProcessGroup):
 
     def forward(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """The loss for this rank's classes of the logits."""
-        with Agreement(self.process_group) as agreement:
+        with Agreement(*self._exchanges()):
             shard = self.shard(logits.shape[1] if isinstance(logits, Tensor) and logits.dim() > 1 else 0)
             args = _arguments(self.loss, self.num_classes, logits, target, sample_weight)
-            agreement.reach(in_words(args), args.target)
-        values = _values(logits, args, shard)
+            values = _values(logits, args, shard)
         return values.reshape(target.shape) if args.reduction == "none" else _reduced(values, args, [])
+
+    def _exchanges(self) -> list[Exchange]:
+        """What a call communicates, as far as it may bring news."""
+        return [Exchange.over(self.process_group, ROWS)]
 
     def extra_repr(self) -> str:
         """Which classes."""
@@ -130,16 +126,17 @@ def _values(logits: Tensor, args: RowLossArguments, shard: Shard) -> Tensor:
 
 
 def _reduced(values: Tensor, args: RowLossArguments, row_groups: list[dist.ProcessGroup]) -> Tensor:
-    """Sum or mean over the rows of all ranks of the groups."""
+    """Sum or mean over the rows of all ranks of the groups: one collective for each."""
     total = values.sum()
-    for group in row_groups:
-        total = _SumOverRanks.apply(total, group)  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        denominator = total.double() if args.reduction == "sum" else sum_of_weights(args, values)
+        sums = torch.stack([total.double(), denominator])
+        for group in row_groups:
+            sums = sum_over_ranks(sums, group)
+    if row_groups:
+        total, denominator = _Everywhere.apply(total, sums[0].to(total.dtype)), sums[1]  # type: ignore[no-untyped-call]
     if args.reduction == "sum":
         return total
-    with torch.no_grad():
-        denominator = sum_of_weights(args, values)
-        for group in row_groups:
-            dist.all_reduce(denominator, group=group)
     guard = ACTIVE_GUARD if args.reduction == "active_mean" else 0.0
     return mean_of(total, denominator.to(total.dtype), guard)
 
@@ -183,12 +180,12 @@ def sum_gradient(input: Tensor, process_group: dist.ProcessGroup | None = None) 
     return _SumGradient.apply(input, process_group)  # type: ignore[no-any-return, no-untyped-call]
 
 
-class _SumOverRanks(torch.autograd.Function):
+class _Everywhere(torch.autograd.Function):
+    """The sum over all ranks, of which this rank's is a part."""
+
     @staticmethod
-    def forward(ctx: Any, total: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        total = total.clone()
-        dist.all_reduce(total, group=group)
-        return total
+    def forward(ctx: Any, total: Tensor, everywhere: Tensor) -> Tensor:
+        return everywhere.clone()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -205,20 +202,19 @@ def distributed_loss(loss: RowLossModule, logits: Any, target: Any, sample_weigh
     if not class_groups and (loss.reduction == "none" or not row_groups):
         local, target, sample_weight, _ = _local_parts(logits, target, sample_weight)
         return row_loss(loss._arguments(local, target, sample_weight))
-    with Agreement(*class_groups, *row_groups) as agreement:
+    sums = [] if loss.reduction == "none" else [Exchange.over(group) for group in row_groups]
+    with Agreement(*(Exchange.over(group, ROWS) for group in class_groups), *sums):
         local, target, sample_weight, offset = _local_parts(logits, target, sample_weight)
         if class_groups:
             check_loss(loss.stem, type(loss).__name__)
             classes, group = logits.shape[dim], class_groups[0]
             shard = Shard(group, offset[dim], classes, -(-classes // dist.get_world_size(group)))
             args = _arguments(loss, classes, local, target, sample_weight)
-            agreement.reach(in_words(args), args.target)
             values = _values(local, args, shard)
         else:
             args = loss._arguments(local, target, sample_weight)
             values = row_loss(args._replace(reduction="none"))
-            agreement.reach(args.loss)
-    return values.reshape(target.shape) if args.reduction == "none" else _reduced(values, args, row_groups)
+        return values.reshape(target.shape) if args.reduction == "none" else _reduced(values, args, row_groups)
 
 
 def _local_parts(logits: Any, target: Any, sample_weight: Any) -> tuple[Tensor, Any, Any, tuple[int, ...]]:

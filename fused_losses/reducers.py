@@ -62,7 +62,7 @@ class SmallLoss(BatchReducer):
 
     def _statistic(self, judged: Judged, logits: Tensor) -> Tensor:
         values = torch.where(judged.known, judged.values, torch.inf)
-        count = self._over_ranks(judged.known.sum(dtype=torch.float64))
+        (count,) = self._first_sums(judged.known.sum(dtype=torch.float64).reshape(1)).unbind()
         wanted = torch.floor(self.keep * count + _ROUNDING).clamp(min=1.0)
         if self.process_group is None:
             at = (wanted.long() - 1).clamp(max=max(values.numel() - 1, 0))
@@ -132,6 +132,9 @@ class ClippedLoss(BatchReducer):
     ) -> None:
         super().__init__(loss, options, reduction=reduction, process_group=process_group)
         self._set("c", c, _FACTOR)
+
+    def _asks_ranks(self) -> bool:
+        return False
 
     def _statistic(self, judged: Judged, logits: Tensor) -> float | Tensor:
         return self.c
@@ -204,9 +207,9 @@ class Antidote(BatchReducer):
         """The temperature, the smallest loss, and the log of the mean of ``exp((smallest - l) / s)``."""
         finite = judged.known & judged.values.isfinite()
         weight = torch.where(judged.known, judged.weight, 0.0)
+        count = self._first_sums(torch.stack([judged.known.sum(dtype=weight.dtype), weight.sum()])).to(weight.dtype)
         lowest, spread = self._ends(judged.values, finite)
         above = torch.where(finite, judged.values - lowest, torch.inf)  # exp of minus it is a row's part
-        count = self._over_ranks(torch.stack([judged.known.sum(dtype=weight.dtype), weight.sum()]))
         # KL(p || u) is below (spread / s)^2 / 8: the variance of losses within ``spread`` is at most spread^2 / 4.
         least = torch.zeros_like(spread) + self.kappa
         factor = torch.log(torch.maximum(spread / (8.0 * self.delta) ** 0.5, least) / least)

@@ -9,7 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused_losses import _ops
-from fused_losses.distributed import check_member
+from fused_losses._agreement import Exchange, gather
+
+MOMENTS = "moments"  # the name of the exchange
 
 
 def merge_moments(parts: Tensor) -> Tensor:
@@ -31,10 +33,8 @@ def merge_moments(parts: Tensor) -> Tensor:
 
 def all_reduce_moments(moments: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Moments of the rows of all ranks of ``group``: the same bits on each of them. All ranks synchronise here."""
-    check_member(group)
-    parts = [torch.empty_like(moments) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, moments.contiguous(), group=group)
-    return merge_moments(torch.stack(parts))
+    call = f"the statistics of {moments.shape[1]} classes"
+    return merge_moments(gather(Exchange.over(group, MOMENTS), call, moments))
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +93,7 @@ class ClassStatistics:
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> ClassStatistics:
         """Statistics of the rows of all ranks, as a new object with the same bits on each of them.
 
-        Every rank of ``group`` (default: all processes) has to call this.
+        Every rank of ``group`` (default: all processes) has to call this, with statistics of as many classes.
         """
         return self._of(all_reduce_moments(self.moments(), group))
 

@@ -86,6 +86,9 @@ class SuperLoss(BatchReducer):
         else:
             self._set("tau", tau, _TAU)
 
+    def _asks_ranks(self) -> bool:
+        return self.running and self.tau is None
+
     def _statistic(self, judged: Judged, logits: Tensor) -> Tensor | float:
         if self.tau is not None:
             return self.tau
@@ -93,7 +96,7 @@ class SuperLoss(BatchReducer):
             return math.log(logits.shape[class_dim(logits)])
         finite = judged.known & judged.values.isfinite()
         sums = torch.stack([torch.where(finite, judged.values, 0.0).sum(dtype=torch.float64), finite.sum()])
-        total, count = self._over_ranks(sums).unbind()
+        total, count = self._first_sums(sums).unbind()
         return self._remembered(total / count.clamp(min=1.0), count)
 
     def _constants(self, losses: Tensor, statistic: Tensor | float) -> tuple[Tensor, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from fused_losses._agreement import Agreement
 from fused_losses._running import Source, source_of
 from fused_losses._z_error import (
     FUSED,
@@ -111,21 +112,23 @@ def _z_error_bce_with_logits(ops: ZOps) -> Callable[..., Any]:
             >>> z_error_bce_with_logits(logits, torch.tensor([1, 1, 0, 1, 0, 1]), threshold=1.1)
             tensor(0.1565)
         """
-        return _z_bce(
-            ops,
-            source_of(statistics, process_group, None),
-            logits,
-            target,
-            space=space,
-            sided=sided,
-            min_count=min_count,
-            small_class=small_class,
-            threshold=threshold,
-            pos_weight=pos_weight,
-            reduction=reduction,
-            sample_weight=sample_weight,
-            return_mask=return_mask,
-        )
+        source = source_of(statistics, process_group, None)
+        with Agreement(*source.exchanges(reduction)):
+            return _z_bce(
+                ops,
+                source,
+                logits,
+                target,
+                space=space,
+                sided=sided,
+                min_count=min_count,
+                small_class=small_class,
+                threshold=threshold,
+                pos_weight=pos_weight,
+                reduction=reduction,
+                sample_weight=sample_weight,
+                return_mask=return_mask,
+            )
 
     return z_error_bce_with_logits
 
@@ -183,21 +186,22 @@ class ZErrorBCEWithLogitsLoss(ZErrorModule):
         self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None, *, return_mask: bool = False
     ) -> Tensor | ZErrorResult:
         """The loss of ``logits`` for labels ``target``; see :func:`z_error_bce_with_logits`."""
-        return _z_bce(
-            FUSED,
-            self._source(2 * tasks_of(logits)),
-            logits,
-            target,
-            space=self.space,
-            sided=self.sided,
-            min_count=self.min_count,
-            small_class=self.small_class,
-            threshold=self.threshold,
-            pos_weight=self.pos_weight,
-            reduction=self.reduction,
-            sample_weight=sample_weight,
-            return_mask=return_mask,
-        )
+        with Agreement(*self._exchanges()):
+            return _z_bce(
+                FUSED,
+                self._source(2 * tasks_of(logits)),
+                logits,
+                target,
+                space=self.space,
+                sided=self.sided,
+                min_count=self.min_count,
+                small_class=self.small_class,
+                threshold=self.threshold,
+                pos_weight=self.pos_weight,
+                reduction=self.reduction,
+                sample_weight=sample_weight,
+                return_mask=return_mask,
+            )
 
     def _shown(self) -> dict[str, Any]:
         return {**super()._shown(), "space": self.space, "sided": self.sided}

@@ -9,11 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fused_losses._agreement import Agreement
 from fused_losses._arguments import LOSSES, LossEntry, RowLossConstants, ZErrorRule, check_reduction
 from fused_losses._autograd import is_small, small_row_loss
+from fused_losses._checks import check_row_loss
 from fused_losses._common import RowLossModule
 from fused_losses._logit_bias import LogitBias, check_logit_bias, class_dim
 from fused_losses._ops import ZErrorConstants, pack_constants, pack_z_error_constants, z_error_kept_target
+from fused_losses._row_values import check_targets
 from fused_losses._running import Source, source_of
 from fused_losses._z_error import (
     FUSED,
@@ -103,6 +106,9 @@ def _z_cross_entropy(
     arguments = entry.arguments(
         logits, target, reduction="sum" if mean_over_ranks else reduction, sample_weight=sample_weight, **keywords
     )
+    if source.group is not None:  # while other ranks can still be told
+        check_row_loss(arguments)
+        check_targets(target, arguments.ignore_index, num_classes)
     judged = class_score(ops.row_loss, statistic, arguments) if source.wants_batch else None
 
     def moments_of_batch() -> Tensor:
@@ -112,9 +118,9 @@ def _z_cross_entropy(
     moments = source.moments(num_classes, moments_of_batch)
     rule = ZErrorRule(moments, tensor, numbers, statistic, tail, min_count, keep_small, return_mask)
     loss, mask, scores = ops.z_error_row_loss(arguments, rule, judged)
-    if mean_over_ranks and source.group is not None:
+    if mean_over_ranks:
         denominator = kept_weight(mask, target, keywords["weight"], sample_weight)
-        loss = global_mean(loss, denominator.to(loss.dtype), source.group)
+        loss = global_mean(loss, denominator, source.group)
     return ZErrorResult(loss, mask, scores) if return_mask else loss
 
 
@@ -189,20 +195,21 @@ def _z_error_cross_entropy(ops: ZOps) -> Callable[..., Any]:
             tensor(0.1735)
         """
         source = source_of(statistics, process_group, None)
-        return _z_cross_entropy(
-            ops,
-            lambda num_classes: source,
-            logits,
-            target,
-            _Judge.of(statistic, base, sided, min_count, small_class),
-            threshold=threshold,
-            weight=weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            logit_bias=logit_bias,
-            sample_weight=sample_weight,
-            return_mask=return_mask,
-        )
+        with Agreement(*source.exchanges(reduction)):
+            return _z_cross_entropy(
+                ops,
+                lambda num_classes: source,
+                logits,
+                target,
+                _Judge.of(statistic, base, sided, min_count, small_class),
+                threshold=threshold,
+                weight=weight,
+                ignore_index=ignore_index,
+                reduction=reduction,
+                logit_bias=logit_bias,
+                sample_weight=sample_weight,
+                return_mask=return_mask,
+            )
 
     return z_error_cross_entropy
 
@@ -343,20 +350,21 @@ class ZErrorCrossEntropyLoss(ZErrorModule):
         return_mask: bool = False,
     ) -> Tensor | ZErrorResult:
         """The loss by other operators, or with another ``reduction``."""
-        return _z_cross_entropy(
-            ops,
-            self._source,
-            logits,
-            target,
-            self._settle() if self._judge is None else self._judge,
-            threshold=self._tensor("threshold"),
-            weight=self._tensor("weight"),
-            ignore_index=self.ignore_index,
-            reduction=self.reduction if reduction is None else reduction,
-            logit_bias=self._tensor("logit_bias") if self.training else 0.0,
-            sample_weight=sample_weight,
-            return_mask=return_mask,
-        )
+        with Agreement(*self._exchanges(reduction)):
+            return _z_cross_entropy(
+                ops,
+                self._source,
+                logits,
+                target,
+                self._settle() if self._judge is None else self._judge,
+                threshold=self._tensor("threshold"),
+                weight=self._tensor("weight"),
+                ignore_index=self.ignore_index,
+                reduction=self.reduction if reduction is None else reduction,
+                logit_bias=self._tensor("logit_bias") if self.training else 0.0,
+                sample_weight=sample_weight,
+                return_mask=return_mask,
+            )
 
     def _shown(self) -> dict[str, Any]:
         base = self.base if isinstance(self.base, str) else type(self.base).__name__

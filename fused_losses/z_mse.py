@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from fused_losses._agreement import Agreement
 from fused_losses._running import Source, source_of
 from fused_losses._z_error import (
     FUSED,
@@ -88,18 +89,20 @@ def _z_mse_loss(ops: ZOps) -> Callable[..., Any]:
             >>> z_mse_loss(torch.zeros(6), target)
             tensor(3.8000)
         """
-        return _z_mse(
-            ops,
-            source_of(statistics, process_group, None),
-            input,
-            target,
-            statistic,
-            per_task=per_task,
-            threshold=threshold,
-            reduction=reduction,
-            sample_weight=sample_weight,
-            return_mask=return_mask,
-        )
+        source = source_of(statistics, process_group, None)
+        with Agreement(*source.exchanges(reduction)):
+            return _z_mse(
+                ops,
+                source,
+                input,
+                target,
+                statistic,
+                per_task=per_task,
+                threshold=threshold,
+                reduction=reduction,
+                sample_weight=sample_weight,
+                return_mask=return_mask,
+            )
 
     return z_mse_loss
 
@@ -146,18 +149,19 @@ class ZMSELoss(ZErrorModule):
         self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None, *, return_mask: bool = False
     ) -> Tensor | ZErrorResult:
         """The loss of predictions ``input`` for ``target``; see :func:`z_mse_loss`."""
-        return _z_mse(
-            FUSED,
-            self._source(tasks_of(input) if self.per_task else 1),
-            input,
-            target,
-            self.statistic,
-            per_task=self.per_task,
-            threshold=self.threshold,
-            reduction=self.reduction,
-            sample_weight=sample_weight,
-            return_mask=return_mask,
-        )
+        with Agreement(*self._exchanges()):
+            return _z_mse(
+                FUSED,
+                self._source(tasks_of(input) if self.per_task else 1),
+                input,
+                target,
+                self.statistic,
+                per_task=self.per_task,
+                threshold=self.threshold,
+                reduction=self.reduction,
+                sample_weight=sample_weight,
+                return_mask=return_mask,
+            )
 
     def _shown(self) -> dict[str, Any]:
         return {**super()._shown(), "statistic": self.statistic}

@@ -1,0 +1,121 @@
+"""What one rank gets wrong ends the call on all ranks: none waits for a rank that has raised."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from gloo_group import gloo_group, run_ranks
+
+import fused_losses as fl
+from fused_losses.functional import linear_loss, z_error_cross_entropy
+
+pytestmark = [
+    pytest.mark.any_cpu,
+    pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo"),
+]
+
+CLASSES = 3
+FINE = {"logits": torch.arange(12.0).reshape(4, CLASSES).cos(), "target": torch.tensor([0, 1, 2, 1])}
+
+# Every loss that communicates, with what its call takes beside logits and target.
+LOSSES = {
+    "mean": lambda g: fl.GlobalMean(fl.GCELoss(), g),
+    "mean of active rows": lambda g: fl.GlobalMean(fl.HEMLoss(), g),
+    "Z-Error": lambda g: fl.ZErrorCrossEntropyLoss(process_group=g),
+    "Z-Error, sum": lambda g: fl.ZErrorCrossEntropyLoss(statistic="prob", base="gce", reduction="sum", process_group=g),
+    "Z-Error, running": lambda g: fl.ZErrorCrossEntropyLoss(num_classes=CLASSES, running=True, process_group=g),
+    "Z-Error function": lambda g: lambda *a: z_error_cross_entropy(*a[:2], sample_weight=a[2], process_group=g),
+    "Z-Error binary": lambda g: binary(fl.ZErrorBCEWithLogitsLoss(process_group=g)),
+    "Z-Error binary, sum": lambda g: binary(fl.ZErrorBCEWithLogitsLoss(reduction="sum", process_group=g)),
+    "Z-Error squares": lambda g: squares(fl.ZMSELoss(process_group=g)),
+    "small": lambda g: fl.SmallLoss("gce", 0.5, process_group=g),
+    "small, none": lambda g: fl.SmallLoss("gce", 0.5, running=True, reduction="none", process_group=g),
+    "clipped": lambda g: fl.ClippedLoss("gce", 0.5, process_group=g),
+    "antidote": lambda g: fl.Antidote("gce", 0.5, process_group=g),
+    "super": lambda g: fl.SuperLoss("gce", running=True, process_group=g),
+    "super, given tau": lambda g: fl.SuperLoss("gce", tau=0.5, process_group=g),
+    "wrapper around": lambda g: fl.LogitNorm(fl.SuperLoss("gce", running=True, process_group=g)),
+    "wrapper within": lambda g: fl.SmallLoss(fl.LogitClip("gce", 2.0), 0.5, process_group=g),
+    "both ask": lambda g: fl.SuperLoss(fl.SmallLoss("gce", 0.5, process_group=g), running=True, process_group=g),
+    "linear": lambda g: linear(fl.GlobalMean(fl.GCELoss(), g)),
+    "linear, Z-Error": lambda g: linear(fl.ZErrorCrossEntropyLoss(process_group=g)),
+}
+# What one rank gets wrong.
+BAD = {
+    "target out of range": {"target": torch.tensor([0, 1, CLASSES, 1])},
+    "rows of target": {"target": torch.tensor([0, 1])},
+    "no tensor": {"target": [0, 1, 2, 1]},
+    "dtype": {"logits": torch.zeros(4, CLASSES, dtype=torch.int64)},
+    "a scalar": {"logits": torch.tensor(1.0)},
+    "rows of sample_weight": {"sample_weight": torch.ones(3)},
+}
+
+
+def binary(loss):
+    def run(logits, target, weight):  # half a label for class 1; what is no class is no label
+        return loss(first(logits), target / 2 if isinstance(target, torch.Tensor) else target, weight)
+
+    return run
+
+
+def squares(loss):
+    def run(logits, target, weight):
+        return loss(first(logits), target.float() if isinstance(target, torch.Tensor) else target, weight)
+
+    return run
+
+
+def first(logits):
+    return logits[:, 0] if logits.dim() > 1 else logits
+
+
+def linear(loss):
+    return lambda features, target, weight: linear_loss(
+        features, torch.ones(CLASSES, CLASSES), target, loss, sample_weight=weight
+    )
+
+
+def call(loss, **given):
+    return loss(*({"sample_weight": None, **FINE, **given}[name] for name in ("logits", "target", "sample_weight")))
+
+
+def error_of(loss, given):
+    try:
+        call(loss, **given)
+    except Exception as error:
+        return error
+    return None
+
+
+def check(rank, world_size, name, make, bad_rank, bad, given):
+    loss = make(dist.group.WORLD)
+    call(loss)
+    error = error_of(loss, given if rank == bad_rank else {})
+    told = f"{type(error).__name__}: {error}"
+    if name == "Z-Error squares" and bad == "target out of range":  # any number is fine there
+        assert error is None
+    elif rank == bad_rank:
+        assert error is not None and "another rank" not in told, (name, bad, told)
+    else:
+        assert re.search(rf"another rank\. Rank {bad_rank} raised \w+Error: ", told), (name, bad, told)
+    call(loss)  # nothing is left over of it
+
+
+def worker(rank: int, world_size: int, folder: str) -> None:
+    with gloo_group(rank, world_size, folder):
+        turn = 0
+        for name, make in LOSSES.items():
+            for bad, given in BAD.items():
+                turn += 1
+                check(rank, world_size, name, make, turn % world_size, bad, given)
+        Path(folder, f"done{rank}").touch()
+
+
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.long)])
+def test_all_ranks_are_told(world_size: int, tmp_path: Path) -> None:
+    run_ranks(worker, world_size, tmp_path)
+    assert all((tmp_path / f"done{rank}").exists() for rank in range(world_size))
