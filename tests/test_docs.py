@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib.util
+import os
 import pkgutil
 import re
 import subprocess
@@ -48,7 +49,30 @@ def test_python_blocks_run(name, tmp_path, monkeypatch):
         torch.manual_seed(0)
         for line, needs, code in blocks(TEXTS[name], "python"):
             if needs is None or are_there(needs):
-                exec(compile("\n" * line + code, name, "exec"), namespace)
+                with monkeypatch.context() as patch:
+                    if is_for_torchrun(code):  # here of one process
+                        for variable, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": 0}.items():
+                            patch.setenv(variable, str(value))
+                        patch.setenv("MASTER_ADDR", "localhost")
+                    exec(compile("\n" * line + code, name, "exec"), namespace)
+
+
+def is_for_torchrun(code: str) -> bool:
+    return "init_process_group(" in code
+
+
+@pytest.mark.long
+def test_torchrun_runs_the_blocks_for_it(tmp_path):
+    pages = [text for text in TEXTS.values() if "init_process_group(" in text]
+    found = [code for text in pages for _, _, code in blocks(text, "python") if is_for_torchrun(code)]
+    assert len(found) == 3
+    script = tmp_path / "block.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    for code in found:  # one at a time: torch joins processes of torchrun once
+        script.write_text(code + "print('through')\n")
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0 and done.stdout.count("through") == 2, done.stderr
 
 
 def test_blocks_are_found():
