@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from fused_losses import _ops
-from fused_losses._arguments import LOSSES, REDUCTIONS, LossEntry, RowLossArguments, check_reduction
+from fused_losses._arguments import LOSSES, REDUCTIONS, LossEntry, RowLossArguments, acc_dtype, check_reduction
 from fused_losses._autograd import apply, complete, forward_writes_gradient, give_away, needs_reference
 from fused_losses._common import RowLossModule
 from fused_losses._parameters import closed_fraction, plain
 from fused_losses._reference import row_loss_reference
+from fused_losses.distributed import sum_of_weights
 
 # The loss of one label: takes the label, a weight per row and a reduction.
 LossOfLabel = Callable[[Tensor, "Tensor | None", str], Tensor]
@@ -121,21 +122,45 @@ def _gradient(ctx: Any, args: RowLossArguments, labels: _Labels, written: Tensor
 
 
 def _in_one_read(entry: LossEntry, labels: _Labels, args: RowLossArguments) -> bool:
-    """Whether there is a kernel: for losses that are affine in the softmax, which a bias would change.
-
-    The kernel takes one share of all rows as a number. Reading it would make CUDA wait, and tracing cannot.
-    """
+    """Whether there is a kernel: for losses that are affine in the softmax, which a bias would change."""
     share = labels.share if isinstance(labels.share, Tensor) else None
-    waits = share is not None and share.dim() == 0 and (torch.compiler.is_compiling() or not share.is_cpu)
     tensors = (*args[1:6], labels.second, share)
     return (
         entry.takes_probabilities
         and args.logit_bias == 0
         and args.logit_bias_tensor is None
         and not (args.target.is_floating_point() or labels.second.is_floating_point())
-        and not waits
         and not needs_reference(args.logits, *tensors)
     )
+
+
+def _may_be_read(share: Tensor) -> bool:
+    """Whether a tensor's number is there: on CUDA it would have to be waited for, tracing has none."""
+    return share.is_cpu and not torch.compiler.is_compiling()
+
+
+def _by_rows(args: RowLossArguments, labels: _Labels, share: Tensor) -> tuple[RowLossArguments, _Labels]:
+    """The same call with a share per row, all of them the 0-dim ``share``, as the kernel takes one for all by number.
+
+    In a mean with a share per row both labels have one divisor. Here each has its own, which becomes part of the
+    shares: with ``lam / (weights of a)`` and ``(1 - lam) / (weights of b)`` it is a sum.
+    """
+    dtype, rows = acc_dtype(args.logits), args.target.shape
+    if args.reduction == "mean":
+        share = share.double()
+        of_first, of_second = (
+            torch.where(weights == 0, 0.0, part / torch.where(weights == 0, 1.0, weights))
+            for part, weights in (
+                (share, sum_of_weights(args, share)),
+                (1.0 - share, sum_of_weights(args._replace(target=labels.second), share)),
+            )
+        )
+        both = of_first + of_second
+        share = of_first / torch.where(both == 0, 1.0, both)
+        samples = both.to(dtype).expand(rows)
+        samples = samples if args.sample_weight is None else samples * args.sample_weight.to(dtype)
+        args = args._replace(sample_weight=samples, reduction="sum")
+    return args, labels._replace(share=share.to(dtype).expand(rows))
 
 
 def mixed(
@@ -149,8 +174,7 @@ def mixed(
     """``lam loss(a) + (1 - lam) loss(b)``: the loss of inputs that are mixed from two with different labels.
 
     For mixup (1710.09412) and CutMix (1905.04899) with any row loss, without a matrix of targets. The losses that take
-    probabilities, without ``logit_bias``, read the logits once; otherwise, and on CUDA where ``lam`` is a 0-dim tensor,
-    they are read once for each label.
+    probabilities, without ``logit_bias``, read the logits once; otherwise they are read once for each label.
 
     Args:
         loss: a name ("gce"), a function of :mod:`fused_losses.functional` or a Module, whose options are taken.
@@ -190,6 +214,8 @@ def mixed(
     if entry is not None:
         args = entry.arguments(logits, target_a, **options)
         if _in_one_read(entry, labels, args):
+            if isinstance(lam, Tensor) and lam.dim() == 0 and not _may_be_read(lam):
+                args, labels = _by_rows(args, labels, lam)
             return _mixed_loss(args, labels)
 
     def of_label(target: Tensor, samples: Tensor | None, reduction: str) -> Tensor:

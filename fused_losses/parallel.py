@@ -25,10 +25,10 @@ class ClassParallel(HasProcessGroup):
 
     For heads whose weight is divided by classes, as ``ColwiseParallel`` does. All ranks of the group have the same rows
     and targets; each gives the logits of its classes and gets their gradient. The loss is the same on all ranks.
-    Forward communicates 12 to 20 bytes per row in one all-gather, and with them 24 in which an error of any rank becomes
-    one of all; sums of terms that need the normaliser first (NFL, NNCE) are 8 more each, in one all-reduce. Backward and
-    ``no_grad`` add none. The first call also compares the ranks' classes; a call with more rows than those before
-    gathers once more, in order to agree about the length.
+    Forward communicates 12 to 20 bytes per row in one all-gather, and with them 24 in which an error of any rank
+    becomes one of all; sums of terms that need the normaliser first (NFL, NNCE) are 8 more each, in one all-reduce.
+    Backward and ``no_grad`` add none. The first call also compares the ranks' classes; a call with more rows than those
+    before gathers once more, in order to agree about the length.
 
     The gradient in the features is each rank's own part: :func:`sum_gradient` around them adds the parts up.
 

@@ -126,10 +126,36 @@ def test_one_read(name, device):
     torch.testing.assert_close(*(torch.autograd.grad(x[:, 0].sum(), logits)[0] for x in slopes))
 
 
+@pytest.mark.parametrize("name", IN_ONE_READ)
+def test_one_factor_that_must_not_be_looked_at(name, batch, monkeypatch):
+    """As on CUDA, where reading it would wait: the same from one read; with nothing to average, too."""
+    logits, a, b, _ = batch
+    lam = torch.tensor(0.3, device=logits.device, dtype=torch.float64)
+    weight = torch.linspace(0.5, 1.5, 5, dtype=torch.float64, device=logits.device)
+    samples = torch.linspace(0.2, 2.0, 6, dtype=torch.float64, device=logits.device)
+    none = torch.full_like(b, -100)
+    for own, reduction, second in itertools.product(
+        ({}, {"weight": weight, "sample_weight": samples}), ("none", "sum", "mean"), (b, none)
+    ):
+        parts = [fl.LOSSES[name].reference(logits, y, reduction=reduction, **own) for y in (a, second)]
+        expected = value_and_grad(lam * parts[0] + (1.0 - lam) * parts[1], logits)
+        with monkeypatch.context() as patch:
+            patch.setattr("fused_losses.mixed._may_be_read", lambda share: False)
+            patch.setattr(torch.Tensor, "item", None)
+            loss = fl.functional.mixed(name, logits, a, second, lam, reduction=reduction, **own)
+            assert "_MixedLoss" in type(loss.grad_fn).__name__
+        for x, y in zip(value_and_grad(loss, logits), expected, strict=True):
+            torch.testing.assert_close(x, y)
+    monkeypatch.setattr("fused_losses.mixed._may_be_read", lambda share: False)
+    loss = fl.functional.mixed(name, logits, none, none, lam)
+    assert [t.abs().max() for t in value_and_grad(loss, logits)] == [0.0, 0.0]
+
+
 @pytest.mark.any_cpu
-def test_in_compiled_code():
+@pytest.mark.parametrize("lam", [torch.rand(8), torch.tensor(0.3)], ids=["by rows", "of all rows"])
+def test_in_compiled_code(lam):
     logits = torch.randn(8, 5, requires_grad=True)
-    a, b, lam = torch.arange(8) % 5, torch.arange(8) % 3, torch.rand(8)
+    a, b = torch.arange(8) % 5, torch.arange(8) % 3
 
     def loss(x):
         return fl.functional.mixed("gce", x, a, b, lam)
