@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import zlib
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
@@ -98,6 +99,14 @@ class Agreement:
             for exchange in self.ahead:
                 if exchange.group not in _who_knows(error):
                     _tell(exchange, error)
+
+
+_nobody_waits: AbstractContextManager[Any] = nullcontext()
+
+
+def telling(exchanges: list[Exchange]) -> AbstractContextManager[Any]:
+    """An agreement about these exchanges; nothing, and no time, where there are none."""
+    return Agreement(*exchanges) if exchanges else _nobody_waits
 
 
 def sum_over_ranks(numbers: Tensor, group: Group) -> Tensor:

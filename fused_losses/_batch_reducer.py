@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fused_losses._agreement import Agreement, Exchange, sum_over_ranks
+from fused_losses._agreement import Exchange, sum_over_ranks, telling
 from fused_losses._arguments import check_reduction
 from fused_losses._row_values import Loss, RowsModule, RowValues, as_module, check_has_rows, row_exchanges, row_values
 from fused_losses._running import RunningMoments
@@ -89,7 +89,7 @@ class BatchReducer(RunningMoments, RowsModule):
 
     def forward(self, logits: Tensor, target: Tensor, *inputs: Any, **options: Any) -> Tensor:
         """The loss of ``logits`` for ``target``; further arguments are those of the loss inside."""
-        with Agreement(*self._exchanges()):
+        with telling(self._exchanges()):
             return self.rows(logits, target, *inputs, **options).reduce(self.reduction, self.process_group)
 
     def _exchanges(self) -> list[Exchange]:

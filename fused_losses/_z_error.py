@@ -220,8 +220,9 @@ class ZErrorModule(RunningMoments):
 
     def _exchanges(self, reduction: str | None = None) -> list[Exchange]:
         """What a call communicates, under another ``reduction`` than the loss's if given."""
-        group = self.process_group if self.training or not self.running else None
-        return Source(group=group).exchanges(reduction or self.reduction)
+        if self.process_group is None or (self.running and not self.training):
+            return []
+        return Source(group=self.process_group).exchanges(reduction or self.reduction)
 
     def _shown(self) -> dict[str, Any]:
         """Options for ``repr``; those at their defaults are left out."""

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_losses._agreement import Agreement, Exchange, sum_over_ranks
+from fused_losses._agreement import Exchange, sum_over_ranks, telling
 from fused_losses._arguments import RowLossArguments
 from fused_losses._autograd import row_loss
 from fused_losses._checks import row_shape
@@ -108,9 +108,10 @@ class GlobalMean(HasProcessGroup):
     def forward(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """The loss of ``logits`` for ``target``."""
         loss = self.loss
-        with Agreement(*self._exchanges(loss.reduction)) as agreement:
-            if not agreement.ahead:
-                return loss(logits, target, sample_weight)  # type: ignore[no-any-return]
+        exchanges = self._exchanges()
+        if not exchanges:
+            return loss(logits, target, sample_weight)  # type: ignore[no-any-return]
+        with telling(exchanges):
             return self.evaluate(loss._arguments(logits, target, sample_weight), _total_and_values)
 
     def _exchanges(self, reduction: str | None = None) -> list[Exchange]:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fused_losses._agreement import Agreement, Exchange
+from fused_losses._agreement import Exchange, telling
 from fused_losses._arguments import LOSSES, LossEntry, RowLossArguments, check_reduction, is_distributed
 from fused_losses._chunks import ChunkOptions, Layer
 from fused_losses._common import Criterion, RowLossModule
@@ -91,7 +91,7 @@ def linear_loss(
     of_chunks = ChunkOptions(torch.float32, accumulate_dtype, chunk_bytes, skip_rows)
     layer = Layer(input, linear_weight, linear_bias)
     group = _class_group(loss, linear_weight)
-    with Agreement(*_exchanges(loss, group, reduction)):
+    with telling(_exchanges(loss, group, reduction)):
         shares_classes = group is not None
         return _linear_loss(
             layer, target, sample_weight, loss, reduction, of_chunks, options, parameters, shares_classes

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_losses import _ops
-from fused_losses._agreement import Agreement, Exchange
+from fused_losses._agreement import Exchange, telling
 from fused_losses._arguments import acc_dtype
 from fused_losses._autograd import apply, is_plain, needs_reference
 from fused_losses._checks import is_per_row, row_shape
@@ -143,7 +143,7 @@ class _LogitWrapper(RowsModule):
 
     def forward(self, logits: Tensor, target: Tensor, *inputs: Any, **options: Any) -> Any:
         """The loss of the rescaled logits; further arguments are the loss's."""
-        with Agreement(*self._exchanges()):
+        with telling(self._exchanges()):
             return self.loss(self.rescale(logits, target), target, *inputs, **options)
 
     def _exchanges(self) -> list[Exchange]:

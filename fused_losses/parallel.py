@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_losses._agreement import Agreement, Exchange, sum_over_ranks
+from fused_losses._agreement import Exchange, sum_over_ranks, telling
 from fused_losses._arguments import RowLossArguments, is_distributed
 from fused_losses._autograd import row_loss
 from fused_losses._checks import check_row_loss
@@ -84,7 +84,7 @@ class ClassParallel(HasProcessGroup):
 
     def forward(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """The loss for this rank's classes of the logits."""
-        with Agreement(*self._exchanges()):
+        with telling(self._exchanges()):
             shard = self.shard(logits.shape[1] if isinstance(logits, Tensor) and logits.dim() > 1 else 0)
             args = _arguments(self.loss, self.num_classes, logits, target, sample_weight)
             values = _values(logits, args, shard)
@@ -204,7 +204,7 @@ def distributed_loss(loss: RowLossModule, logits: Any, target: Any, sample_weigh
         local, target, sample_weight, _ = _local_parts(logits, target, sample_weight)
         return row_loss(loss._arguments(local, target, sample_weight))
     sums = [] if loss.reduction == "none" else [Exchange.over(group) for group in row_groups]
-    with Agreement(*(Exchange.over(group, ROWS) for group in class_groups), *sums):
+    with telling([*(Exchange.over(group, ROWS) for group in class_groups), *sums]):
         local, target, sample_weight, offset = _local_parts(logits, target, sample_weight)
         if class_groups:
             check_loss(loss.stem, type(loss).__name__)

@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_losses._agreement import Agreement
+from fused_losses._agreement import telling
 from fused_losses._running import Source, source_of
 from fused_losses._z_error import (
     FUSED,
@@ -113,7 +113,7 @@ def _z_error_bce_with_logits(ops: ZOps) -> Callable[..., Any]:
             tensor(0.1565)
         """
         source = source_of(statistics, process_group, None)
-        with Agreement(*source.exchanges(reduction)):
+        with telling(source.exchanges(reduction)):
             return _z_bce(
                 ops,
                 source,
@@ -186,7 +186,7 @@ class ZErrorBCEWithLogitsLoss(ZErrorModule):
         self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None, *, return_mask: bool = False
     ) -> Tensor | ZErrorResult:
         """The loss of ``logits`` for labels ``target``; see :func:`z_error_bce_with_logits`."""
-        with Agreement(*self._exchanges()):
+        with telling(self._exchanges()):
             return _z_bce(
                 FUSED,
                 self._source(2 * tasks_of(logits)),

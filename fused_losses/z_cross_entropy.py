@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_losses._agreement import Agreement
+from fused_losses._agreement import telling
 from fused_losses._arguments import LOSSES, LossEntry, RowLossConstants, ZErrorRule, check_reduction
 from fused_losses._autograd import is_small, small_row_loss
 from fused_losses._checks import check_row_loss
@@ -195,7 +195,7 @@ def _z_error_cross_entropy(ops: ZOps) -> Callable[..., Any]:
             tensor(0.1735)
         """
         source = source_of(statistics, process_group, None)
-        with Agreement(*source.exchanges(reduction)):
+        with telling(source.exchanges(reduction)):
             return _z_cross_entropy(
                 ops,
                 lambda num_classes: source,
@@ -350,7 +350,7 @@ class ZErrorCrossEntropyLoss(ZErrorModule):
         return_mask: bool = False,
     ) -> Tensor | ZErrorResult:
         """The loss by other operators, or with another ``reduction``."""
-        with Agreement(*self._exchanges(reduction)):
+        with telling(self._exchanges(reduction)):
             return _z_cross_entropy(
                 ops,
                 self._source,

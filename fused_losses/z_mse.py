@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_losses._agreement import Agreement
+from fused_losses._agreement import telling
 from fused_losses._running import Source, source_of
 from fused_losses._z_error import (
     FUSED,
@@ -90,7 +90,7 @@ def _z_mse_loss(ops: ZOps) -> Callable[..., Any]:
             tensor(3.8000)
         """
         source = source_of(statistics, process_group, None)
-        with Agreement(*source.exchanges(reduction)):
+        with telling(source.exchanges(reduction)):
             return _z_mse(
                 ops,
                 source,
@@ -149,7 +149,7 @@ class ZMSELoss(ZErrorModule):
         self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None, *, return_mask: bool = False
     ) -> Tensor | ZErrorResult:
         """The loss of predictions ``input`` for ``target``; see :func:`z_mse_loss`."""
-        with Agreement(*self._exchanges()):
+        with telling(self._exchanges()):
             return _z_mse(
                 FUSED,
                 self._source(tasks_of(input) if self.per_task else 1),

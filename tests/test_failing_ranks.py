@@ -115,7 +115,18 @@ def worker(rank: int, world_size: int, folder: str) -> None:
         Path(folder, f"done{rank}").touch()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_all_ranks_are_told(world_size: int, tmp_path: Path) -> None:
     run_ranks(worker, world_size, tmp_path)
     assert all((tmp_path / f"done{rank}").exists() for rank in range(world_size))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["mean", "Z-Error, running", "small", "super"])
+def test_compiled_code_communicates(name: str, tmp_path: Path) -> None:
+    with gloo_group(0, 1, str(tmp_path)):
+        loss = LOSSES[name](dist.group.WORLD)
+        expected = call(loss)
+        compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(call(compiled), expected)
