@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fused_losses._agreement import Exchange, gather
 from fused_losses._arrays import Numbers, as_tensor
 
 __all__ = ["OutlierTracker"]
@@ -282,10 +283,13 @@ class OutlierTracker:
             group: process group, None for the default one.
 
         Raises:
-            RuntimeError: ``torch.distributed`` is not initialised.
+            RuntimeError: ``torch.distributed`` is not initialised; trackers of other ranks are for more or fewer
+                samples (between GPUs: a device assertion).
         """
         if not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError("all_reduce needs torch.distributed.init_process_group() first")
+        nothing = torch.empty(0, device="cuda" if dist.get_backend(group) == "nccl" else "cpu")
+        gather(Exchange.over(group, "tracker"), f"all_reduce of {self.num_samples} samples", nothing)
         result = self._copy()
         for own in (result._counts, result._sums):
             # NCCL takes tensors on CUDA devices only.

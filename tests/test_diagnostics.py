@@ -262,6 +262,10 @@ def worker(rank: int, world_size: int, folder: str) -> None:
     with gloo_group(rank, world_size, folder):
         for _ in range(2):  # the second call must not count rows twice
             reduced, collected = tracker.all_reduce(), collector.all_reduce()
+        with pytest.raises(RuntimeError, match=r"the same call, .* of 7 samples; rank 1: .* of 8 samples"):
+            OutlierTracker(7 + rank).all_reduce()
+        with pytest.raises(RuntimeError, match=r"the same call, .* of 2 classes; rank 1: .* of 3 classes"):
+            fl.class_statistics(torch.zeros(1), torch.zeros(1, dtype=torch.int64), 2 + rank).all_reduce()
     torch.save({"tracker": reduced.state_dict(), "collector": collected.state_dict()}, f"{folder}/{rank}.pt")
 
 
