@@ -248,7 +248,8 @@ def _merge(found: Tensor, rows: int, has_linear: bool, exponent: float | None) -
     ``found`` has every rank's maximum, target's logit, sum of exponentials, and where there are such the linear sum and
     the smaller sum of powers, of all rows; then what is told once.
     """
-    tops, targets, sums, *others = found[:, :-2].reshape(found.shape[0], -1, rows).unbind(1)
+    of_row = 3 + has_linear + (exponent is not None)
+    tops, targets, sums, *others = found[:, :-2].reshape(found.shape[0], of_row, rows).unbind(1)
     top = tops.amax(0)
     below, weights, counts = _below(tops, top), found[:, -2:-1], found[:, -1:]
     log_sum = (sums * below.exp()).sum(0).log()

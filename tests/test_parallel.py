@@ -130,6 +130,26 @@ def check_traffic(rank, world_size):
     assert found == {name: more.get(name, (1, 12)) for name in NAMES}
 
 
+def check_lengths(rank, world_size):
+    """Batches of any size, with one collective unless ranks must agree about a longer message."""
+    first, end = bounds(rank, world_size)
+    loss = fl.GCELoss(reduction="sum")
+    sharded = ClassParallel(loss, None, first, CLASSES)
+    sharded.shard(end - first)
+    _agreement._known.clear()
+    for rows, collectives in ((3, 2), (40, 2), (40, 1), (30, 1), (2, 1), (0, 1), (40, 2)):
+        logits, target = torch.arange(float(rows * CLASSES)).view(rows, CLASSES).sin(), torch.arange(rows) % CLASSES
+        with Count() as sent:
+            found = sharded(logits[:, first:end], target)
+        assert sent.calls == collectives, rows
+        torch.testing.assert_close(found, loss(logits, target))
+    for name in NAMES:
+        logits = torch.zeros(0, end - first, requires_grad=True)
+        nothing = ClassParallel(fl.LOSSES[name].module(), None, first, CLASSES)(logits, torch.zeros(0).long())
+        nothing.backward()
+        assert nothing == 0.0 and logits.grad.shape == logits.shape, name
+
+
 def check_half(rank, world_size):
     x, w, b, target, _ = problem(torch.bfloat16)
     first, end = bounds(rank, world_size)
@@ -285,6 +305,7 @@ def check_data_parallel(rank, world_size):
 CHECKS = {
     "plain": check_plain,
     "traffic": check_traffic,
+    "lengths": check_lengths,
     "half": check_half,
     "images": check_images,
     "powers": check_powers,
