@@ -29,6 +29,7 @@ OPTIONS = """
     Raises:
         TypeError: ``loss`` is none of these; logits that are a DTensor.
         ValueError: an argument out of range, options beside a Module.
+        RuntimeError: another rank of ``process_group`` was given bad arguments (between GPUs: a device assertion).
 
     The weights are constants for autograd. A row whose loss is NaN cannot be judged: it stays in, so that the loss says
     so, and has no part in what the other rows are judged by. Nothing waits for the device.

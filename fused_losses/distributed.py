@@ -80,7 +80,7 @@ class GlobalMean(HasProcessGroup):
     mean of the whole batch where those sums differ: with ``ignore_index``, weights, shares of unequal size, and always
     for the number of active rows of :class:`HEMLoss`. This divides by the sum over all ranks and multiplies by their
     number, which DDP's average of gradients takes back. The mean of the losses over ranks is the whole batch's loss.
-    One all-reduce of one number per call; all ranks must call it.
+    One all-reduce of 24 bytes per call, which also tells whether a rank has failed; all ranks must call it.
 
     Args:
         loss: a row-loss Module. With ``reduction`` "none" or "sum" it is called as it is.
@@ -91,7 +91,8 @@ class GlobalMean(HasProcessGroup):
 
     Raises:
         TypeError: ``loss`` is no row-loss Module.
-        RuntimeError: torch.distributed has not been initialised.
+        RuntimeError: torch.distributed has not been initialised; another rank was given bad arguments (between GPUs: a
+            device assertion).
 
     Example:
         >>> criterion = GlobalMean(HEMLoss(margin=0.2))

@@ -101,7 +101,8 @@ def _z_error_bce_with_logits(ops: ZOps) -> Callable[..., Any]:
         Raises:
             ValueError: shapes that do not fit, options out of range, a label outside [0, 1] (on CUDA: a device
                 assertion).
-            RuntimeError: dtypes or devices that do not fit.
+            RuntimeError: dtypes or devices that do not fit; another rank of ``process_group`` was given bad arguments
+                (between GPUs: a device assertion).
 
         Deviations from the paper's code: dropped by selection, not by multiplication, so a NaN or infinite logit leaves
         loss and gradient of the other rows alone, and drops its row but not its class; statistics in float64; a label

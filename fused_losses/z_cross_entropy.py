@@ -182,7 +182,8 @@ def _z_error_cross_entropy(ops: ZOps) -> Callable[..., Any]:
 
         Raises:
             ValueError: options out of range, an unknown ``base``, shapes that do not fit.
-            RuntimeError: shapes or dtypes that do not fit.
+            RuntimeError: shapes or dtypes that do not fit; another rank of ``process_group`` was given bad arguments
+                (between GPUs: a device assertion).
             IndexError: a target out of range (on CUDA: a device assertion).
 
         Deviations from the paper's code, besides the extension: a non-finite score drops its row, never its class; a

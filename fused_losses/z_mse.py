@@ -78,7 +78,8 @@ def _z_mse_loss(ops: ZOps) -> Callable[..., Any]:
 
         Raises:
             ValueError: shapes that differ, options out of range.
-            RuntimeError: dtypes or devices that do not fit.
+            RuntimeError: dtypes or devices that do not fit; another rank of ``process_group`` was given bad arguments
+                (between GPUs: a device assertion).
 
         Deviations from the paper's code: dropped by selection, not by multiplication, so a NaN or infinite row that is
         dropped leaves loss and gradient alone; a non-finite score drops its row only; statistics in float64; a single
