@@ -17,7 +17,7 @@ from fused_losses._arguments import (
 from fused_losses._autograd import is_small, row_loss, row_loss_and_statistics, small_row_loss
 from fused_losses._logit_bias import LogitBias, check_logit_bias
 from fused_losses._ops import PackedConstants, pack_constants
-from fused_losses._parameters import plain
+from fused_losses._parameters import integer, plain
 from fused_losses.row_statistics import RowStatistics
 
 
@@ -85,7 +85,10 @@ class RowLossModule(Criterion):
         ignore_index: int = -100,
         reduction: str = "mean",
         logit_bias: LogitBias = 0.0,
+        **unknown: Any,
     ) -> None:
+        for name in unknown:
+            raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}")
         super().__init__()
         entry = LOSSES[self.stem]
         self._params: tuple[float, ...] | None = entry.pack(parameters)
@@ -98,7 +101,7 @@ class RowLossModule(Criterion):
                 setattr(self, name, plain(value))
         self.parameter_names = tuple(parameters)
         self.register_buffer("weight", weight)
-        self.ignore_index = plain(ignore_index)
+        self.ignore_index = integer("ignore_index", ignore_index)
         self.reduction = reduction
         if isinstance(logit_bias, Tensor):
             self.register_buffer("logit_bias", logit_bias)

@@ -46,6 +46,8 @@ def source_of(
     statistics: ClassStatistics | None, group: dist.ProcessGroup | None, update: Callable[[Tensor], Tensor] | None
 ) -> Source:
     """The source for a function's arguments."""
+    if not isinstance(statistics, (ClassStatistics, type(None))):
+        raise TypeError(f"statistics must be ClassStatistics or None, got {type(statistics).__name__}")
     return Source(None if statistics is None else statistics.moments(), group, update)
 
 

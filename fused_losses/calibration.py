@@ -19,7 +19,7 @@ from fused_losses._arrays import as_tensor
 from fused_losses._calibration_plot import plot_mean_target_error
 from fused_losses._logit_bias import check_num_classes, check_number, solve_logit_bias
 from fused_losses._mean_error import RowLoss, mean_slopes
-from fused_losses._parameters import OrTensor, Range, iterations
+from fused_losses._parameters import OrTensor, Range, iterations, positive
 from fused_losses._unwrap import unwrap
 
 __all__ = [
@@ -280,9 +280,9 @@ def hem_margin(num_samples: int, M: float = 2000.0) -> float:
 
     Source: 2501.12191, mu = sqrt(M / N) with M = 2000.
     """
-    if not 1 <= num_samples < math.inf:
+    if not 1 <= check_number("num_samples", num_samples) < math.inf:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-    _check_constant(M)
+    positive.pack("M", check_number("M", M))
     return math.sqrt(M / num_samples)
 
 
@@ -313,18 +313,13 @@ def hem_plus_margins(
     Source: 2501.12191, mu_i = sqrt(M / (n s_i)). Other code clamps ``mu_i`` relative to the mean; nothing is clamped
     here.
     """
-    _check_constant(M)
-    if isinstance(class_counts, Tensor):
-        class_counts = class_counts.detach().cpu().numpy()
-    counts = np.asarray(class_counts, dtype=np.float64)
+    positive.pack("M", check_number("M", M))
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating point dtype, got {dtype}")
+    counts = as_tensor("class_counts", class_counts).to("cpu", torch.float64).numpy()
     if counts.ndim != 1 or counts.size == 0:
         raise ValueError(f"class_counts must have one count per class, got shape {counts.shape}")
     bad = np.flatnonzero(~((counts >= 1.0) & (counts < math.inf)))
     if bad.size:
         raise ValueError(f"class_counts must be at least 1 for every class, got {counts[bad[0]]:g} for class {bad[0]}")
     return torch.from_numpy(np.sqrt(M / (counts.size * counts))).to(dtype or torch.get_default_dtype())
-
-
-def _check_constant(M: float) -> None:
-    if not 0.0 < M < math.inf:
-        raise ValueError(f"M must satisfy 0 < value < inf, got {M}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from fused_losses._arguments import check_reduction
 from fused_losses._arrays import as_tensor
 from fused_losses._autograd import is_plain, needs_reference
-from fused_losses._parameters import finite, plain, positive_integer
+from fused_losses._parameters import finite, integer, positive_integer
 from fused_losses._reference import Rows
 from fused_losses._row_values import RowsModule, RowValues, maybe_any, plain_rows, reads_values
 from fused_losses.cross_entropy import cross_entropy
@@ -87,9 +88,10 @@ def check_transition(transition: Tensor, inverse: Tensor | None = None) -> None:
         norms = [torch.linalg.matrix_norm(m.detach().double(), torch.inf) for m in (transition, inverse)]
         condition = float(norms[0] * norms[1])
         if not condition < 1.0 / (len(transition) * torch.finfo(torch.float64).eps):
+            found = f"condition number {condition:.3g}" if math.isfinite(condition) else "it has no inverse"
             raise ValueError(
-                f"transition must be invertible, got a singular matrix (condition number {condition:.3g}); "
-                "ForwardCorrectionLoss needs no inverse"
+                f"transition must be invertible, got a singular matrix ({found}); ForwardCorrectionLoss needs no "
+                "inverse"
             )
 
 
@@ -304,7 +306,7 @@ class _CorrectionLoss(RowsModule):
         else:
             self.register_buffer("transition", as_tensor("transition", transition))
         self.register_buffer("weight", weight)
-        self.ignore_index, self.reduction = plain(ignore_index), reduction
+        self.ignore_index, self.reduction = integer("ignore_index", ignore_index), reduction
         with torch.no_grad():
             self._accept(self.matrix())
 

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from fused_losses._arrays import as_tensor
 from fused_losses._crossings import SkewNormal, gaussian_crossing, skewnorm_crossing
+from fused_losses._logit_bias import check_number
+from fused_losses._parameters import positive
 
 __all__ = [
     "CutoffCollector",
@@ -210,7 +212,13 @@ class CutoffCollector:
         return optimal_prob_cutoff_from_skewnorm(self.logits, self.labels, z_threshold)
 
     def merge(self, other: CutoffCollector) -> CutoffCollector:
-        """A new collector with the rows of both."""
+        """A new collector with the rows of both.
+
+        Raises:
+            TypeError: ``other`` is something else.
+        """
+        if not isinstance(other, CutoffCollector):
+            raise TypeError(f"other must be a CutoffCollector, got {type(other).__name__}")
         return _collector([self.logits, other.logits], [self.labels, other.labels])
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> CutoffCollector:
@@ -258,8 +266,7 @@ def _collector(logits: Sequence[Tensor], labels: Sequence[Tensor]) -> CutoffColl
 
 
 def _check_threshold(name: str, threshold: float) -> None:
-    if not 0.0 < threshold < math.inf:
-        raise ValueError(f"{name} must satisfy 0 < value < inf, got {threshold}")
+    positive.pack(name, check_number(name, threshold))
 
 
 def _tensors(logits: Tensor | npt.NDArray[Any], labels: Tensor | npt.NDArray[Any]) -> tuple[Tensor, Tensor]:

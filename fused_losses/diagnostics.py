@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused_losses._arrays import Numbers, as_tensor
+from fused_losses._logit_bias import check_number
 
 __all__ = ["OutlierTracker"]
 
@@ -196,9 +197,10 @@ class OutlierTracker:
             Their indices, int64, ascending.
 
         Raises:
+            TypeError: ``min_rate`` is no number.
             ValueError: an argument is out of range.
         """
-        if not 0.0 <= min_rate <= 1.0:
+        if not 0.0 <= check_number("min_rate", min_rate) <= 1.0:
             raise ValueError(f"min_rate must be between 0 and 1, got {min_rate}")
         _check_min_seen(min_seen)
         judged = self._counts[:, _Count.JUDGED] >= min_seen
@@ -264,8 +266,11 @@ class OutlierTracker:
         """A new tracker with the observations of both.
 
         Raises:
+            TypeError: ``other`` is something else.
             ValueError: they are for data sets of different size.
         """
+        if not isinstance(other, OutlierTracker):
+            raise TypeError(f"other must be an OutlierTracker, got {type(other).__name__}")
         if other.num_samples != self.num_samples:
             raise ValueError(f"other must have num_samples={self.num_samples}, got {other.num_samples}")
         result = self._copy()

@@ -41,7 +41,9 @@ class HasProcessGroup(Criterion):
 def check_member(group: dist.ProcessGroup | None) -> None:
     """Raises unless torch.distributed is initialised and this process belongs to the group."""
     if not dist.is_initialized():
-        raise RuntimeError("torch.distributed must be initialised before a loss uses process_group")
+        raise RuntimeError(
+            "torch.distributed must be initialised (init_process_group) before process_group or all_reduce is used"
+        )
     if dist.get_rank(group) < 0:
         raise ValueError(f"process_group must contain the calling process, got a group without rank {dist.get_rank()}")
 

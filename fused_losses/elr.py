@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from fused_losses._autograd import is_plain, needs_reference
 from fused_losses._checks import row_shape
 from fused_losses._elr import LARGEST, ElrStep, fused_loss, next_memory, plain_values
 from fused_losses._logit_bias import class_dim
-from fused_losses._parameters import Choice, OrTensor, Range, closed_fraction, factor, plain, positive_integer
+from fused_losses._parameters import Choice, OrTensor, Range, closed_fraction, factor, integer, positive_integer
 from fused_losses._row_values import (
     RowsModule,
     RowValues,
@@ -125,12 +126,12 @@ class ELRLoss(RowsModule):
         self._set("beta", beta, _BETA)
         self._set("lam", lam, _LAM)
         if memory_dtype not in LARGEST:
-            raise ValueError(f"memory_dtype must be torch.float32 or torch.bfloat16, got {memory_dtype}")
+            raise ValueError(f"memory_dtype must be torch.float32 or torch.bfloat16, got {memory_dtype!r}")
         self.on_host = bool(_places.pack("memory", memory))
         self.shard = (0, 1) if shard is None else _check_shard(shard, self.num_samples)
         check_reduction(reduction)
         self.register_buffer("weight", weight)
-        self.ignore_index, self.reduction = plain(ignore_index), reduction
+        self.ignore_index, self.reduction = integer("ignore_index", ignore_index), reduction
         shape = len(range(self.shard[0], self.num_samples, self.shard[1])), self.num_classes
         pinned = self.on_host and torch.cuda.is_available()
         device = "cpu" if self.on_host else None
@@ -333,9 +334,9 @@ class ELRLoss(RowsModule):
 def _check_shard(shard: Any, num_samples: int) -> tuple[int, int]:
     """A rank and the number of ranks."""
     try:
-        rank, world_size = (int(number) for number in shard)
+        rank, world_size = (operator.index(number) for number in shard)
     except (TypeError, ValueError):
-        raise TypeError(f"shard must be a pair (rank, world_size), got {shard!r}") from None
+        raise TypeError(f"shard must be a pair of integers (rank, world_size), got {shard!r}") from None
     if not 0 <= rank < world_size <= num_samples:
         raise ValueError(f"shard must satisfy 0 <= rank < world_size <= num_samples, got {(rank, world_size)}")
     return rank, world_size

@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_losses import _ops
 from fused_losses._arguments import check_reduction
 from fused_losses._autograd import apply, is_plain, needs_reference
-from fused_losses._parameters import fraction, plain
+from fused_losses._parameters import fraction, integer
 from fused_losses._reference import Rows, zero_at_zero
 from fused_losses._row_values import RowsModule, RowValues, plain_rows
 
@@ -25,7 +25,9 @@ def pack_weights(weights: Any) -> tuple[float, ...]:
     if isinstance(weights, Tensor):
         weights = weights.tolist()
     if isinstance(weights, str) or not hasattr(weights, "__len__") or len(weights) < 2:
-        raise ValueError(f"weights must be those of the label and of at least one view, got {weights!r}")
+        raise ValueError(
+            f"weights must be those of the label and of at least one view, as (0.5, 0.25, 0.25), got {weights!r}"
+        )
     packed = tuple(float(fraction.pack(f"weights[{i}]", value)) for i, value in enumerate(weights))
     if abs(sum(packed) - 1.0) > _SUM_TOLERANCE:
         raise ValueError(f"weights must sum to 1, got {sum(packed):.6g}")
@@ -40,7 +42,9 @@ def _check_views(views: Any, count: int) -> Sequence[Tensor]:
     elif isinstance(views, (list, tuple)) and all(isinstance(view, Tensor) for view in views):
         found = views
     else:
-        raise TypeError(f"views must be a Tensor (M, N, C) or a list of M tensors (N, C), got {type(views).__name__}")
+        kinds = {type(view).__name__ for view in views} if isinstance(views, (list, tuple)) else set()
+        got = f"{type(views).__name__}{' of ' * bool(kinds)}{' and '.join(sorted(kinds))}"
+        raise TypeError(f"views must be a Tensor (M, N, C) or a list of M tensors (N, C), got {got}")
     if len(found) != count:
         raise ValueError(f"views must be {count}, one for each weight after the label's, got {len(found)}")
     if any(view.shape != found[0].shape for view in found):
@@ -192,7 +196,7 @@ def gjs_loss(
         target,
         pack_weights(weights),
         weight=weight,
-        ignore_index=plain(ignore_index),
+        ignore_index=ignore_index,
         sample_weight=sample_weight,
         reduction=reduction,
     ).reduce(reduction)
@@ -230,7 +234,7 @@ class GJSLoss(RowsModule):
         check_reduction(reduction)
         self.weights = pack_weights(weights)
         self.register_buffer("weight", weight)
-        self.ignore_index, self.reduction = plain(ignore_index), reduction
+        self.ignore_index, self.reduction = integer("ignore_index", ignore_index), reduction
 
     def rows(self, views: Tensor | Sequence[Tensor], target: Tensor, sample_weight: Tensor | None = None) -> RowValues:
         """Every row's loss."""

@@ -283,6 +283,8 @@ def _dtype_of_logits(tensors: dict[str, Tensor]) -> torch.dtype:
             continue
         allowed = (torch.float32, torch.float16, torch.bfloat16) if autocast else (input.dtype,)
         if tensor.dtype not in allowed or not tensor.is_floating_point():
+            if name == "input":
+                raise RuntimeError(f"input must be float64, float32, float16 or bfloat16, got {tensor.dtype}")
             raise RuntimeError(
                 f"{name} must be floating point, of the dtype of input unless autocast is enabled: got {tensor.dtype} "
                 f"beside {input.dtype}"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_losses._parameters import closed_fraction, positive
+from fused_losses._parameters import closed_fraction, integer, positive
 
 __all__ = [
     "CIFAR100_SUPERCLASSES",
@@ -223,7 +223,8 @@ def instance_dependent(
             f"labels must have shape (N,) and inputs (N, ...), got {tuple(given.shape)} and {tuple(inputs.shape)}"
         )
     if not inputs.isfinite().all():
-        raise ValueError("inputs must be finite")
+        bad = inputs[~inputs.isfinite()].flatten()[0].item()
+        raise ValueError(f"inputs must be finite, got {bad}")
     generator = _generator(seed)
     rates = _truncated_normal(rate, std, len(given), generator)
     flips = torch.rand(len(given), generator=generator, dtype=torch.float64) < rates
@@ -270,6 +271,8 @@ def pair_matrix(rate: float, num_classes: int, pairs: Mapping[int, int] | str) -
         if pairs not in PAIRS:
             raise ValueError(f"pairs must be a mapping or one of {', '.join(PAIRS)}, got {pairs!r}")
         pairs = PAIRS[pairs]
+    if not isinstance(pairs, Mapping):
+        raise TypeError(f"pairs must be a mapping or one of {', '.join(PAIRS)}, got {type(pairs).__name__}")
     matrix = torch.eye(num_classes, dtype=torch.float64)
     for source, to in pairs.items():
         if not (0 <= source < num_classes and 0 <= to < num_classes and source != to):
@@ -315,7 +318,11 @@ def estimate_transition(probabilities: Tensor, quantile: float | None = None) ->
     p = probabilities.detach().double()
     # In half precision rows sum to 1 within C roundings of at most 2^-9 each: near enough to be rescaled.
     if not ((p >= 0).all() and (p.sum(1) - 1).abs().max() <= 0.01):
-        raise ValueError("probabilities must be >= 0 with rows that sum to 1; pass logits.softmax(1)")
+        raise ValueError(
+            "probabilities must be >= 0 with rows that sum to 1, got entries from "
+            f"{float(p.min()):.4g} and sums from {float(p.sum(1).min()):.4g} to {float(p.sum(1).max()):.4g}; pass "
+            "logits.softmax(1)"
+        )
     if quantile is None:
         quantile = max(0.97, 1.0 - 0.5 / p.shape[1])
     closed_fraction.pack("quantile", quantile)
@@ -341,6 +348,7 @@ def _check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor
         or labels.dtype == torch.bool
     ):
         raise TypeError(f"labels must be an integer tensor, got {getattr(labels, 'dtype', type(labels).__name__)}")
+    integer("ignore_index", ignore_index)
     given = labels.detach().to("cpu", torch.int64).contiguous()
     bad = (given != ignore_index) & ((given < 0) | (given >= num_classes))
     if bad.any():
@@ -359,9 +367,9 @@ def check_matrix(name: str, matrix: Tensor) -> Tensor:
     wrong = ~((transition >= 0).all(1) & ((sums - 1).abs() <= 1e-4))
     if wrong.any():
         row = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"{name} must be >= 0 with rows that sum to 1, got a sum of {float(sums[row]):.6g} in row {row}"
-        )
+        least = float(transition[row].min())
+        what = f"an entry of {least:.6g}" if least < 0 else f"a sum of {float(sums[row]):.6g}"
+        raise ValueError(f"{name} must be >= 0 with rows that sum to 1, got {what} in row {row}")
     return transition / sums[:, None]
 
 

@@ -14,7 +14,7 @@ from fused_losses._autograd import row_loss
 from fused_losses._checks import check_row_loss
 from fused_losses._common import RowLossModule
 from fused_losses._logit_bias import class_dim
-from fused_losses._parameters import positive_integer
+from fused_losses._parameters import integer, positive_integer
 from fused_losses._reference import ACTIVE_GUARD, mean_of
 from fused_losses._shards import (
     Shard,
@@ -70,6 +70,7 @@ class ClassParallel(HasProcessGroup):
             raise TypeError(f"loss must be a row-loss Module of fused_losses, got {type(loss).__name__}")
         check_loss(loss.stem, type(loss).__name__)
         positive_integer.pack("num_classes", num_classes)
+        integer("first_class", first_class)
         if not 0 <= first_class <= num_classes:
             raise ValueError(f"first_class must be between 0 and num_classes = {num_classes}, got {first_class}")
         self.loss = loss
@@ -180,6 +181,8 @@ def sum_gradient(input: Tensor, process_group: dist.ProcessGroup | None = None) 
     For the features before a head whose classes are divided among the ranks: each has the gradient through its own
     classes only.
     """
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
     return _SumGradient.apply(input, process_group)  # type: ignore[no-any-return, no-untyped-call]
 
 

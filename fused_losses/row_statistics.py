@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fused_losses import _ops
 from fused_losses._checks import row_shape
+from fused_losses._parameters import integer
 
 
 class RowStatistics(NamedTuple):
@@ -55,6 +56,7 @@ def row_statistics(logits: Tensor, target: Tensor, ignore_index: int = -100) -> 
         :class:`RowStatistics`.
 
     Raises:
+        TypeError: ``logits`` or ``target`` is no tensor.
         ValueError: mismatching batch sizes, no class.
         RuntimeError: shapes or dtypes that do not fit.
         IndexError: a target out of range (on CUDA: a device assertion).
@@ -64,4 +66,8 @@ def row_statistics(logits: Tensor, target: Tensor, ignore_index: int = -100) -> 
         >>> rows.margin, rows.argmax
         (tensor([ 2., -1.]), tensor([0, 1]))
     """
-    return RowStatistics.of_rows(*_ops.row_statistics(logits.detach(), target, ignore_index), logits)
+    for name, value in (("logits", logits), ("target", target)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+    found = _ops.row_statistics(logits.detach(), target, integer("ignore_index", ignore_index))
+    return RowStatistics.of_rows(*found, logits)

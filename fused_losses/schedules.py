@@ -33,12 +33,15 @@ import torch
 from torch import Tensor, nn
 
 from fused_losses._arrays import Numbers, as_tensor
+from fused_losses._logit_bias import check_number
+from fused_losses._parameters import Range, non_negative, positive
 from fused_losses._unwrap import owns, unwrap
 
 __all__ = ["LogitBiasSchedule", "ThresholdSchedule", "get_sigma_threshold"]
 
 _MODES = ("linear", "cosine", "peak", "plateau")
 _PATIENCE = {"peak": 1, "plateau": 5}
+_below_one = Range("satisfy 0 <= value < 1", lambda v: 0.0 <= v < 1.0)
 _SNAP = 1e-3  # a rest of the way smaller than this share is skipped
 
 
@@ -60,6 +63,7 @@ def get_sigma_threshold(epoch: float, max_epochs: int, start_sigma: float = 100.
         The threshold in standard deviations.
 
     Raises:
+        TypeError: an argument is no number.
         ValueError: an argument is out of range.
 
     Example:
@@ -71,11 +75,10 @@ def get_sigma_threshold(epoch: float, max_epochs: int, start_sigma: float = 100.
     """
     if not max_epochs >= 1:
         raise ValueError(f"max_epochs must be at least 1, got {max_epochs}")
-    if math.isnan(epoch):
+    if math.isnan(check_number("epoch", epoch)):
         raise ValueError(f"epoch must be a number, got {epoch}")
     for name, sigma in (("start_sigma", start_sigma), ("end_sigma", end_sigma)):
-        if not 0.0 < sigma < math.inf:
-            raise ValueError(f"{name} must satisfy 0 < value < inf, got {sigma}")
+        positive.pack(name, check_number(name, sigma))
     progress = min(max(epoch / max_epochs, 0.0), 1.0)
     return float(end_sigma if progress == 1.0 else start_sigma + (end_sigma - start_sigma) * progress)
 
@@ -115,11 +118,9 @@ class _Schedule:
             raise ValueError(f"steps must be left out with mode='plateau', got {steps}")
         if steps is not None or mode in ("linear", "cosine"):
             steps = _whole("steps", steps, 1, f" with mode={mode!r}")
-        if not 0.0 <= factor < 1.0:
-            raise ValueError(f"factor must satisfy 0 <= value < 1, got {factor}")
+        _below_one.pack("factor", check_number("factor", factor))
         patience = _PATIENCE.get(mode, 0) if patience is None else _whole("patience", patience, 0)
-        if not 0.0 <= min_delta < math.inf:
-            raise ValueError(f"min_delta must satisfy 0 <= value < inf, got {min_delta}")
+        non_negative.pack("min_delta", check_number("min_delta", min_delta))
         maximize = mode == "peak" if maximize is None else maximize
         module = unwrap(module)
         self.module = module
@@ -152,18 +153,19 @@ class _Schedule:
                 pass the same number on every rank.
 
         Raises:
-            TypeError: ``metric`` is missing, or given with a mode that does not watch one.
+            TypeError: ``metric`` is missing or no number, or given with a mode that does not watch one.
         """
         watching = self.mode in _PATIENCE
         if watching != (metric is not None):
             rule = "needs a metric" if watching else "takes no metric"
             raise TypeError(f"step() {rule} with mode={self.mode!r}, got {metric!r}")
+        number = None if metric is None else check_number("metric", metric)
         self.step_count += 1
         if self.steps is not None and self.fraction < 1.0:
             progress = min(self.step_count / self.steps, 1.0)
             self.fraction = 0.5 - 0.5 * math.cos(math.pi * progress) if self.mode == "cosine" else progress
-        if metric is not None:
-            self._watch(float(metric))
+        if number is not None:
+            self._watch(number)
         self._write()
 
     def _watch(self, metric: float) -> None:
@@ -223,8 +225,9 @@ class _Schedule:
         if isinstance(current, Tensor):
             return current
         if isinstance(current, bool) or not isinstance(current, (int, float, np.number)):
+            hint = ": give torch.tensor(...)" if isinstance(current, (tuple, list)) else ""
             raise TypeError(
-                f"module.{self.name} must be a number or a tensor to be scheduled, got {type(current).__name__}"
+                f"module.{self.name} must be a number or a tensor to be scheduled, got {type(current).__name__}{hint}"
             )
         return float(current)
 
@@ -236,7 +239,8 @@ class _Schedule:
                 f"got shape {tuple(result.shape)}"
             )
         if not (result.isfinite() & self._holds(result)).all():
-            hint = f"; module.{self.name} is no number" if result.isnan().any() else ""
+            auto = argument == "start" and isinstance(getattr(self.module, self.name), str)
+            hint = f"; module.{self.name} is no number: give start" if auto else ""
             raise ValueError(f"{argument} must {self.rule}, got {result.tolist()}{hint}")
         return result.expand(shape).clone()
 
@@ -281,7 +285,7 @@ class ThresholdSchedule(_Schedule):
         maximize: True if a larger metric is better; by default True with "peak", False with "plateau".
 
     Raises:
-        TypeError: ``module`` has no ``threshold`` that can be scheduled.
+        TypeError: ``module`` has no ``threshold`` that can be scheduled, or an argument is no number.
         ValueError: an argument is out of range.
 
     Example:
@@ -335,7 +339,7 @@ class LogitBiasSchedule(_Schedule):
         maximize: True if a larger metric is better; by default True with "peak", False with "plateau".
 
     Raises:
-        TypeError: ``module`` has no ``logit_bias`` that can be scheduled.
+        TypeError: ``module`` has no ``logit_bias`` that can be scheduled, or an argument is no number.
         ValueError: an argument is out of range.
 
     Example:

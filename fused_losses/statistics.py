@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused_losses import _ops
+from fused_losses._parameters import integer
 from fused_losses.distributed import check_member
 
 
@@ -78,8 +79,11 @@ class ClassStatistics:
         """Statistics of both sets of rows together, as a new object; exact up to rounding.
 
         Raises:
+            TypeError: ``other`` is something else.
             ValueError: ``other`` has another number of classes.
         """
+        if not isinstance(other, ClassStatistics):
+            raise TypeError(f"other must be ClassStatistics, got {type(other).__name__}")
         if other.count.shape != self.count.shape:
             raise ValueError(
                 f"other must have statistics of {self.count.numel()} classes, got shape {tuple(other.count.shape)}"
@@ -121,8 +125,9 @@ def class_statistics(score: Tensor, target: Tensor, num_classes: int) -> ClassSt
         >>> class_statistics(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 1]), 2).mean
         tensor([2., 5.], dtype=torch.float64)
     """
-    if not isinstance(score, Tensor):
-        raise TypeError(f"score must be a Tensor, got {type(score).__name__}")
-    moments = _ops.class_moments(score.detach(), target, num_classes, "class", -100)
+    for name, value in (("score", score), ("target", target)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+    moments = _ops.class_moments(score.detach(), target, integer("num_classes", num_classes), "class", -100)
     statistics = ClassStatistics.from_moments(moments)
     return ClassStatistics(statistics.count.long(), statistics.mean, statistics.std)

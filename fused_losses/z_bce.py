@@ -46,7 +46,7 @@ def _z_bce(
     pair = isinstance(logits, Tensor) and isinstance(target, Tensor)
     if pair and target.dim() == 1 and logits.dim() == 2 and logits.shape[1] == 1:
         target = target.unsqueeze(1)
-    check_pair(logits, target)
+    check_pair("logits", logits, target)
     rest: dict[str, Any] = {"per_task": True, "labels": 2, "tail": tail, "min_count": min_count}
     return masked_loss(ops, source, logits, target, word, keep_small=keep_small, **rest, **options)
 
@@ -185,7 +185,7 @@ class ZErrorBCEWithLogitsLoss(ZErrorModule):
         """The loss of ``logits`` for labels ``target``; see :func:`z_error_bce_with_logits`."""
         return _z_bce(
             FUSED,
-            self._source(2 * tasks_of(logits)),
+            self._source(2 * tasks_of("logits", logits)),
             logits,
             target,
             space=self.space,

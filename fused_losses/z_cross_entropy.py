@@ -14,6 +14,7 @@ from fused_losses._autograd import is_small, small_row_loss
 from fused_losses._common import RowLossModule
 from fused_losses._logit_bias import LogitBias, check_logit_bias, class_dim
 from fused_losses._ops import ZErrorConstants, pack_constants, pack_z_error_constants, z_error_kept_target
+from fused_losses._parameters import integer
 from fused_losses._running import Source, source_of
 from fused_losses._z_error import (
     FUSED,
@@ -265,7 +266,7 @@ class ZErrorCrossEntropyLoss(ZErrorModule):
         resolve_base(base, weight=weight, ignore_index=ignore_index, logit_bias=logit_bias)
         self.statistic, self.sided, self.min_count, self.small_class = statistic, sided, min_count, small_class
         self.base = base
-        self.ignore_index = ignore_index
+        self.ignore_index = integer("ignore_index", ignore_index)
         self.register_buffer("weight", weight)
         if isinstance(logit_bias, Tensor):
             self.register_buffer("logit_bias", logit_bias)

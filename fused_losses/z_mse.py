@@ -30,7 +30,7 @@ def _z_mse(
     ops: ZOps, source: Source, input: Tensor, target: Tensor, statistic: str, **options: Any
 ) -> Tensor | ZErrorResult:
     word = choose("statistic", statistic, _STATISTICS)
-    check_pair(input, target)
+    check_pair("input", input, target)
     # One row says nothing about itself: it is kept.
     rest: dict[str, Any] = {"labels": 1, "tail": "both", "min_count": 2, "keep_small": True, "pos_weight": None}
     return masked_loss(ops, source, input, target, word, **rest, **options)
@@ -148,7 +148,7 @@ class ZMSELoss(ZErrorModule):
         """The loss of predictions ``input`` for ``target``; see :func:`z_mse_loss`."""
         return _z_mse(
             FUSED,
-            self._source(tasks_of(input) if self.per_task else 1),
+            self._source(tasks_of("input", input) if self.per_task else 1),
             input,
             target,
             self.statistic,

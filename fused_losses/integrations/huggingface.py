@@ -41,6 +41,10 @@ def compute_loss(criterion: Callable[[Tensor, Tensor], Tensor], *, causal: bool 
     Example:
         >>> trainer = Trainer(model, args, compute_loss_func=compute_loss(fl.GCELoss()))  # doctest: +SKIP
     """
+    if not callable(criterion):
+        raise TypeError(f"criterion must be a Module or a function, got {type(criterion).__name__}")
+    if causal not in (True, False, None):
+        raise TypeError(f"causal must be True, False or None, got {causal!r}")
     reduction = getattr(criterion, "reduction", "mean")
     if reduction in ("sum", "none"):
         raise ValueError(f"criterion must give a mean, got one with reduction={reduction!r}")
@@ -54,6 +58,8 @@ def _compute_loss(
     labels: Tensor,
     num_items_in_batch: Tensor | int | None = None,
 ) -> Tensor:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a Tensor, got {type(labels).__name__}: the Trainer found none in the batch")
     logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
     ignore_index = getattr(criterion, "ignore_index", -100)
     labels = labels.to(logits.device)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_losses import _arguments, z_cross_entropy
+from fused_losses._parameters import finite
 
 try:
     from mmengine.registry import MODELS
@@ -57,6 +58,7 @@ class FusedLoss(nn.Module):
         **parameters: Any,
     ) -> None:
         super().__init__()
+        finite.pack("loss_weight", loss_weight)
         stem = loss.removesuffix("_loss")
         modules: dict[str, Any] = {name: entry.module for name, entry in _arguments.LOSSES.items()}
         modules["z_error_cross_entropy"] = z_cross_entropy.ZErrorCrossEntropyLoss
