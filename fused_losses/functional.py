@@ -1,4 +1,4 @@
-"""The fused losses as functions."""
+"""The losses as functions; each has a Module of the same parameters in :mod:`fused_losses`."""
 
 from fused_losses.bi_tempered import bi_tempered_loss
 from fused_losses.clipped import phuber_ce_loss, phuber_gce_loss, truncated_gce_loss

@@ -1,8 +1,8 @@
 """Losses divided by their sum over all labels, which makes any loss symmetric, and their sums with a passive loss.
 
-"Normalized Loss Functions for Deep Learning with Noisy Labels", 2006.13554 (Eq. 3 and 8 and section 4). Each loss: the
-plain PyTorch formula, decorated into the fused function, then its Module. The C++ twins are in
-``csrc/losses/normalized.h``.
+Source: 2006.13554, "Normalized Loss Functions for Deep Learning with Noisy Labels", Eq. 3 and 8 and section 4. Each
+loss: its formula in plain PyTorch, which a decorator turns into the fused function, then its Module. The C++ forms are
+in ``csrc/losses/normalized.h``.
 """
 
 from __future__ import annotations
@@ -22,11 +22,17 @@ from fused_losses.softmax import RCE_A, above_one_factor, check_aue
 
 @loss_of_row({}, takes_probabilities=True, min_classes=2, sums=("log_probs",))
 def nce_loss(rows: Rows, **options: Unpack[CallOptions]) -> Tensor:
-    """Normalised cross entropy: ``log p_y / sum_j log p_j``. 2006.13554 Eq. 8.
+    """Normalised cross entropy: ``log p_y / sum_j log p_j``.
 
-    In (0, 1), and symmetric: its sum over all labels is 1, so symmetric label noise does not move its minimum. Alone
-    it underfits; the sums with a passive loss (:func:`nce_mae_loss` and the like) are made to be trained with. Needs
-    at least two classes. A class masked by a logit of -inf makes the denominator infinite and the loss 0.
+    A part of sums for noisy labels (:func:`nce_mae_loss`, :func:`nce_agce_loss`); alone it learns too little. It is in
+    (0, 1), and its sum over all labels is 1, so symmetric label noise does not move its minimum. It needs at least two
+    classes. A masked class (logit -inf) makes the denominator infinite, and the loss and its gradient 0.
+
+    Source: 2006.13554, Eq. 8.
+
+    Example:
+        >>> nce_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]))
+        tensor(0.5000)
     """
     return rows.log_p / rows.sum_log_probs()
 
@@ -53,14 +59,21 @@ def nfl_term(gamma: float, detach: bool) -> Callable[[Tensor], Tensor]:
 def nfl_loss(rows: Rows, *, gamma: float = 0.5, detach: bool = True, **options: Unpack[CallOptions]) -> Tensor:
     """Normalised focal loss: ``n_y / sum_j n_j`` with ``n_j = -(1 - p_j)^gamma log p_j``.
 
-    In [0, 1] and symmetric, as :func:`nce_loss`, which it is for ``gamma = 0``. 2006.13554 Eq. 3 applied to the focal
-    loss. 2306.05497 Table 1 prints the factor inside the logarithm, which is no sensible loss; this follows the code.
-    Needs at least two classes.
+    A part of sums for noisy labels (:func:`nfl_mae_loss`, :func:`nfl_rce_loss`), as :func:`nce_loss`, which it equals
+    for ``gamma = 0``. It is in [0, 1] and its sum over all labels is 1. It needs at least two classes. A masked class
+    (logit -inf) makes the loss and its gradient 0.
+
+    Source: 2006.13554, Eq. 3 applied to the focal loss. 2306.05497 prints the factor inside the logarithm (Table 1);
+    this is the formula of the papers' code.
 
     Args:
-        gamma: focusing exponent, >= 0.
-        detach: whether ``(1 - p_j)^gamma`` is a constant in every derivative, as in the papers' code; False gives the
-            exact gradient.
+        gamma: focusing exponent, from 0 to 50. 0.5 is the value of the papers' code.
+        detach: True: ``(1 - p_j)^gamma`` is a constant in every derivative, as in the papers' code. False: the exact
+            gradient.
+
+    Example:
+        >>> nfl_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]))
+        tensor(0.5000)
     """
 
     own, total = rows.target_and_sum(nfl_term(gamma, detach))
@@ -81,11 +94,19 @@ class NFLLoss(RowLossModule, stem="nfl"):
 def ngce_loss(rows: Rows, *, q: float = 0.7, **options: Unpack[CallOptions]) -> Tensor:
     """Normalised generalised cross entropy: ``(1 - p_y^q) / (C - sum_j p_j^q)``.
 
-    In [0, 1] and symmetric, as :func:`nce_loss`. 2006.13554 Eq. 3 applied to GCE (1805.07836). Nothing is clamped:
-    other code clamps p at 1e-7. Needs at least two classes; one masked by a logit of -inf counts in ``C``.
+    For noisy labels, as :func:`nce_loss`: it is in [0, 1] and its sum over all labels is 1. It needs at least two
+    classes; a masked class (logit -inf) counts in ``C``.
+
+    Source: 2006.13554, Eq. 3 applied to GCE (1805.07836). Deviation: nothing is clamped, where other code clamps p at
+    1e-7.
 
     Args:
-        q: exponent, > 0.
+        q: exponent, > 0. 0.7 is the value of GCE; 2006.13554's code takes 0.1 for CIFAR-10 and 0.7 for CIFAR-100
+            (beside MAE).
+
+    Example:
+        >>> ngce_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]))
+        tensor(0.5000)
     """
     own, total = rows.target_and_powers(q, less_one=True)  # computed as it stands, C - sum p^q would cancel
     return own / total
@@ -115,14 +136,22 @@ def weighted_sum(alpha: float, beta: float, active: Callable[[], Tensor], passiv
 def nce_mae_loss(
     rows: Rows, *, alpha: float = 1.0, beta: float = 1.0, mae_scale: float = 1.0, **options: Unpack[CallOptions]
 ) -> Tensor:
-    """``alpha NCE + beta MAE``, the active-passive loss NCE+MAE. 2006.13554 section 4; symmetric.
+    """``alpha NCE + beta MAE``, the active-passive loss NCE+MAE.
 
-    The papers' code has (alpha, beta) = (1, 10) for MNIST, (1, 1) for CIFAR-10, (10, 1) for CIFAR-100.
+    For noisy labels, of about 100 classes with ``alpha=10``. NCE (:func:`nce_loss`) learns fast, MAE resists wrong
+    labels; the sum is symmetric.
+
+    Source: 2006.13554, section 4.
 
     Args:
-        alpha: weight of normalised cross entropy, >= 0.
+        alpha: weight of normalised cross entropy, >= 0. (alpha, beta) of the authors' code: MNIST (1, 10), CIFAR-10 (1,
+            1), the default, CIFAR-100 (10, 1).
         beta: weight of MAE, >= 0.
-        mae_scale: MAE is ``mae_scale (1 - p_y)``; 1 in 2006.13554, 2 in 2306.05497; > 0.
+        mae_scale: MAE is ``mae_scale (1 - p_y)``, > 0: 1 in 2006.13554, 2 in 2306.05497.
+
+    Example:
+        >>> nce_mae_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]))
+        tensor(1.)
     """
     return weighted_sum(
         alpha, beta, lambda: LOSSES["nce"].formula(rows), lambda: LOSSES["mae"].formula(rows, scale=mae_scale)
@@ -151,15 +180,22 @@ class NCEMAELoss(RowLossModule, stem="nce_mae"):
 def nce_rce_loss(
     rows: Rows, *, alpha: float = 1.0, beta: float = 1.0, A: float = RCE_A, **options: Unpack[CallOptions]
 ) -> Tensor:
-    """``alpha NCE + beta RCE``, the active-passive loss NCE+RCE. 2006.13554 section 4; symmetric.
+    """``alpha NCE + beta RCE``, the active-passive loss NCE+RCE.
 
-    The paper's code has (alpha, beta) = (1, 10) for MNIST, (1, 1) for CIFAR-10, (10, 0.1) for CIFAR-100; that of
-    2106.03110 has (1, 100), (1, 1), (10, 1).
+    For noisy labels. NCE (:func:`nce_loss`) learns fast, RCE (:func:`rce_loss`) resists wrong labels; the sum is
+    symmetric.
+
+    Source: 2006.13554, section 4.
 
     Args:
-        alpha: weight of normalised cross entropy, >= 0.
+        alpha: weight of normalised cross entropy, >= 0. (alpha, beta) of the authors' code: MNIST (1, 10), CIFAR-10 (1,
+            1), the default, CIFAR-100 (10, 0.1). The code of 2106.03110 has (1, 100), (1, 1), (10, 1).
         beta: weight of reverse cross entropy, >= 0.
-        A: minus the log of zero in ``RCE = A (1 - p_y)``, > 0; the default is -log(1e-4) = 9.21.
+        A: minus the value taken for log 0 in ``RCE = A (1 - p_y)``, > 0. The default is -log(1e-4) = 9.21.
+
+    Example:
+        >>> nce_rce_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]))
+        tensor(5.1052)
     """
     return weighted_sum(alpha, beta, lambda: LOSSES["nce"].formula(rows), lambda: LOSSES["rce"].formula(rows, A=A))
 
@@ -192,14 +228,22 @@ def nfl_mae_loss(
     mae_scale: float = 1.0,
     **options: Unpack[CallOptions],
 ) -> Tensor:
-    """``alpha NFL + beta MAE``, the active-passive loss NFL+MAE. 2006.13554 section 4; symmetric.
+    """``alpha NFL + beta MAE``, the active-passive loss NFL+MAE.
+
+    As :func:`nce_mae_loss`, which it equals for ``gamma = 0``; NFL as in :func:`nfl_loss`.
+
+    Source: 2006.13554, section 4.
 
     Args:
-        alpha: weight of the normalised focal loss, >= 0.
+        alpha: weight of the normalised focal loss, >= 0. (alpha, beta) as for NCE+MAE.
         beta: weight of MAE, >= 0.
-        gamma: focusing exponent, >= 0.
-        detach: whether the focal factor is a constant in every derivative; see :func:`nfl_loss`.
-        mae_scale: MAE is ``mae_scale (1 - p_y)``; 1 in 2006.13554, 2 in 2306.05497; > 0.
+        gamma: focusing exponent, from 0 to 50.
+        detach: True: the focal factor is a constant in every derivative, as in :func:`nfl_loss`.
+        mae_scale: MAE is ``mae_scale (1 - p_y)``, > 0: 1 in 2006.13554, 2 in 2306.05497.
+
+    Example:
+        >>> nfl_mae_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]))
+        tensor(1.)
     """
     return weighted_sum(
         alpha,
@@ -247,14 +291,22 @@ def nfl_rce_loss(
     A: float = RCE_A,
     **options: Unpack[CallOptions],
 ) -> Tensor:
-    """``alpha NFL + beta RCE``, the active-passive loss NFL+RCE. 2006.13554 section 4; symmetric.
+    """``alpha NFL + beta RCE``, the active-passive loss NFL+RCE.
+
+    As :func:`nce_rce_loss`, which it equals for ``gamma = 0``; NFL as in :func:`nfl_loss`.
+
+    Source: 2006.13554, section 4.
 
     Args:
-        alpha: weight of the normalised focal loss, >= 0.
+        alpha: weight of the normalised focal loss, >= 0. (alpha, beta) as for NCE+RCE.
         beta: weight of reverse cross entropy, >= 0.
-        gamma: focusing exponent, >= 0.
-        detach: whether the focal factor is a constant in every derivative; see :func:`nfl_loss`.
-        A: minus the log of zero in ``RCE = A (1 - p_y)``, > 0; the default is -log(1e-4) = 9.21.
+        gamma: focusing exponent, from 0 to 50.
+        detach: True: the focal factor is a constant in every derivative, as in :func:`nfl_loss`.
+        A: minus the value taken for log 0 in ``RCE = A (1 - p_y)``, > 0. The default is -log(1e-4) = 9.21.
+
+    Example:
+        >>> nfl_rce_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]))
+        tensor(5.1052)
     """
     return weighted_sum(
         alpha,
@@ -300,16 +352,22 @@ def _check_agce(alpha: float, beta: float, a: float, q: float) -> None:
 def nce_agce_loss(
     rows: Rows, *, alpha: float = 1.0, beta: float = 4.0, a: float = 6.0, q: float = 1.5, **options: Unpack[CallOptions]
 ) -> Tensor:
-    """``alpha NCE + beta AGCE``, with AGCE as in :func:`agce_loss`. 2106.03110.
+    """``alpha NCE + beta AGCE``, with NCE as in :func:`nce_loss` and AGCE as in :func:`agce_loss`.
 
-    The defaults are those of the paper's code for CIFAR-10; it has (alpha, beta, a, q) = (0, 1, 4, 0.2) for MNIST and
-    (10, 0.1, 1.8, 3) for CIFAR-100.
+    For noisy labels, about 10 classes and training to the end. NCE learns fast, AGCE resists wrong labels.
+
+    Source: 2106.03110.
 
     Args:
-        alpha: weight of normalised cross entropy, >= 0.
+        alpha: weight of normalised cross entropy, >= 0. (alpha, beta, a, q) of the paper's code: MNIST (0, 1, 4, 0.2),
+            CIFAR-10 (1, 4, 6, 1.5), the default, CIFAR-100 (10, 0.1, 1.8, 3).
         beta: weight of AGCE, >= 0.
         a: offset of AGCE, > 0.
         q: exponent of AGCE, > 0.
+
+    Example:
+        >>> nce_agce_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]), beta=1.0, a=1.0, q=1.0)
+        tensor(1.)
     """
     return weighted_sum(
         alpha, beta, lambda: LOSSES["nce"].formula(rows), lambda: LOSSES["agce"].formula(rows, a=a, q=q)
@@ -350,14 +408,15 @@ def _check_aue_of(alpha: float, beta: float, a: float, q: float) -> None:
 def nce_aue_loss(
     rows: Rows, *, alpha: float = 1.0, beta: float = 4.0, a: float = 6.3, q: float = 1.5, **options: Unpack[CallOptions]
 ) -> Tensor:
-    """``alpha NCE + beta AUE``, with AUE as in :func:`aue_loss`; the tables of papers call it NCE+AUL. 2106.03110.
+    """``alpha NCE + beta AUE``, with NCE as in :func:`nce_loss` and AUE as in :func:`aue_loss`.
 
-    For noisy labels, beside :func:`nce_agce_loss`: the active part drives, the asymmetric one protects. The defaults
-    are those of the paper's code for CIFAR-10; it has (alpha, beta, a, q) = (0, 1, 3, 0.1) for MNIST and
-    (10, 0.015, 6, 3) for CIFAR-100.
+    For noisy labels, as :func:`nce_agce_loss`. Papers call it NCE+AUL in their tables.
+
+    Source: 2106.03110.
 
     Args:
-        alpha: weight of normalised cross entropy, >= 0.
+        alpha: weight of normalised cross entropy, >= 0. (alpha, beta, a, q) of the paper's code: MNIST (0, 1, 3, 0.1),
+            CIFAR-10 (1, 4, 6.3, 1.5), the default, CIFAR-100 (10, 0.015, 6, 3).
         beta: weight of AUE, >= 0.
         a: offset of AUE, > 1.
         q: exponent of AUE, > 0.
