@@ -151,44 +151,49 @@ def gjs_loss(
     reduction: str = "mean",
     sample_weight: Tensor | None = None,
 ) -> Tensor:
-    r"""How far a label and the predictions for several views of one input are from their common mean.
+    r"""Generalised Jensen-Shannon divergence: how far a label and the predictions for several views are from their
+    mean.
 
-    Against wrong labels, for training with augmentations: the more views agree with each other, the less a label that
-    contradicts them counts. With :math:`p^{(i)}` the probabilities of view i, e the label's one-hot vector,
-    :math:`\pi_1` its weight, :math:`\pi_{i+1}` that of view i and :math:`m = \pi_1 e + \sum_i \pi_{i+1} p^{(i)}`, the
-    value is :math:`Z (\pi_1 KL(e \| m) + \sum_i \pi_{i+1} KL(p^{(i)} \| m))` with :math:`Z = -1 / ((1 - \pi_1)
-    \log(1 - \pi_1))`; its gradient in a logit of view i is :math:`Z \pi_{i+1} p_j (v_j - \sum_k p_k v_k)` with :math:`v
-    = \log(p^{(i)} / m)`. One view is :func:`js_loss`. Known against it: M views cost M forward passes; the weights have
-    to fit the share of wrong labels and the number of classes.
+    For wrong labels, in training with augmentations: the more the views agree with each other, the less a label that
+    contradicts them counts. With :math:`p^{(i)}` the probabilities of view i, e the one-hot label, :math:`\pi_1` its
+    weight, :math:`\pi_{i+1}` the weight of view i and :math:`m = \pi_1 e + \sum_i \pi_{i+1} p^{(i)}`, the value is
+    :math:`Z (\pi_1 KL(e \| m) + \sum_i \pi_{i+1} KL(p^{(i)} \| m))` with :math:`Z = -1 / ((1 - \pi_1) \log(1 -
+    \pi_1))`. Its gradient in a logit of view i is :math:`Z \pi_{i+1} p_j (v_j - \sum_k p_k v_k)` with :math:`v =
+    \log(p^{(i)} / m)`. With one view it is :func:`js_loss`.
+
+    Drawbacks: M views cost M forward passes, and the weights have to fit the share of wrong labels and the number of
+    classes.
 
     Args:
         views: logits ``(M, N, C)`` or ``(M, N, C, d1, ...)``, or a list of M tensors ``(N, C, ...)``; float64, float32,
             float16 or bfloat16.
         target: class indices in ``[0, C)`` or ``ignore_index``, ``(N,)`` or ``(N, d1, ...)``, for all views.
-        weights: M + 1 numbers between 0 and 1 that sum to 1 (to 1e-6), the label's first. The authors use .9, .05, .05
-            for CIFAR-10 with symmetric noise, .5, .25, .25 for CIFAR-100 and .1, .45, .45 for WebVision.
-        weight: class weights ``(C,)``; a row counts ``weight[target]``.
-        ignore_index: rows with this target have loss and gradient zero and do not count in the mean.
-        reduction: ``"none"``, ``"sum"`` or ``"mean"``: sum of weighted losses over sum of weights; 0 where that is 0.
-        sample_weight: weight per row, the shape of ``target``.
+        weights: M + 1 numbers between 0 and 1 that sum to 1 (within 1e-6), the label's first. The authors use .9, .05,
+            .05 for CIFAR-10 with symmetric noise, .5, .25, .25 for CIFAR-100 and .1, .45, .45 for WebVision.
+        weight: class weights ``(C,)``: a row's loss is multiplied by ``weight[target]``.
+        ignore_index: rows with this target have loss and gradient 0 and do not count in the mean.
+        reduction: ``"none"``, ``"sum"``, or ``"mean"``: the sum of the weighted losses divided by the sum of the
+            weights, or 0 where that is 0.
+        sample_weight: one weight per row, the shape of ``target``.
 
     Returns:
         The loss in float32, float64 for float64 logits; a scalar unless ``reduction="none"``.
 
     Raises:
-        TypeError: ``views`` is neither tensor nor list.
-        ValueError: weights out of range or not one more than views; views of different shapes.
-        RuntimeError: shapes or dtypes that do not fit.
-        IndexError: a target out of range (on CUDA: a device assertion).
+        TypeError: ``views`` is neither a tensor nor a list of tensors, or ``ignore_index`` no integer.
+        ValueError: weights are out of range or not one more than views; views differ in shape; ``reduction`` is
+            unknown; batch sizes differ.
+        RuntimeError: shapes, dtypes or devices do not fit.
+        IndexError: a target is out of range (on CUDA: a device assertion).
 
-    A masked class (logit -inf) adds nothing. ``logit_bias`` and probabilities as targets are not taken.
+    A masked class (logit -inf) adds nothing. There is no ``logit_bias``, and targets cannot be class probabilities.
 
     Example:
         >>> views = torch.tensor([[[2.0, 0.0]], [[0.0, 0.0]]])
         >>> gjs_loss(views, torch.tensor([0]), (0.5, 0.25, 0.25))
         tensor(0.4799)
 
-    Source: 2105.04522, Eq. 3 to 5. Deviation: no clamp of m at 1e-7, which its code has.
+    Source: 2105.04522, Eq. 3 to 5. Deviation: its code clamps m at 1e-7; here nothing is clamped.
     """
     return _rows(
         "gjs_loss",
@@ -203,7 +208,9 @@ def gjs_loss(
 
 
 class GJSLoss(RowsModule):
-    """Module form of :func:`gjs_loss`.
+    """Generalised Jensen-Shannon divergence: how far a label and the predictions for several views are from their mean.
+
+    Module form of :func:`fused_losses.functional.gjs_loss`, which explains the loss.
 
     Args:
         weights, ignore_index, reduction: as for the function.
@@ -213,11 +220,13 @@ class GJSLoss(RowsModule):
         Called with ``(views, target, sample_weight=None)``: the loss.
 
     Raises:
-        ValueError: an argument out of range.
+        TypeError: ``ignore_index`` is no integer.
+        ValueError: an argument is out of range.
 
     Example:
         >>> criterion = GJSLoss((0.5, 0.25, 0.25))
-        >>> criterion([model(augment(images)), model(augment(images))], labels).backward()
+        >>> views = [torch.randn(8, 3, requires_grad=True) for _ in range(2)]  # of the same 8 inputs, augmented twice
+        >>> criterion(views, torch.arange(8) % 3).backward()
     """
 
     weight: Tensor | None

@@ -301,8 +301,8 @@ def js_loss(t: Tensor, *, pi: float = 0.5, **options: Unpack[CallOptions]) -> Te
             .3.
 
     Example:
-        >>> js_loss(torch.tensor([[20.0, 0.0]]), torch.tensor([1]))  # the largest value for pi = 0.5
-        tensor(2.0000)
+        >>> js_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]))
+        tensor(0.6226)
     """
     p, rest, log_rest = t.exp(), 1.0 - pi, math.log1p(-pi)
     m, small = pi + rest * p, p < pi
