@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import textwrap
 from collections.abc import Callable
 from typing import Any, Concatenate
 
@@ -105,7 +106,7 @@ def _parts(formula: Callable[..., Tensor]) -> tuple[str, str, str]:
         own, header, example = own.partition("\nExample:\n")
     else:
         summary, header, example = summary.partition("\nExample:\n")
-    lines = "".join(f"        {line}\n" for line in inspect.cleandoc(own).splitlines())
+    lines = "".join(f"        {line}\n" for line in textwrap.dedent(own).strip("\n").splitlines())
     return summary.rstrip(), lines, header + example
 
 
@@ -113,7 +114,8 @@ def describe_module(module: type, entry: LossEntry) -> None:
     """Gives a loss's Module a whole docstring in place of one line, and its constructor a signature of all options."""
     summary, own, _ = _parts(entry.formula)
     if "\n" not in (module.__doc__ or ""):
-        doc = _MODULE_DOC.format(summary=summary.partition("\n\n")[0], function=entry.function.__name__, own=own)
+        first = summary.partition("\n\n")[0].replace("\n", "\n    ")
+        doc = _MODULE_DOC.format(summary=first, function=entry.function.__name__, own=own)
         module.__doc__ = doc.rstrip() + "\n    "
     make: Any = module.__init__  # type: ignore[misc]  # of the class, not of an instance
     signature = inspect.signature(make)

@@ -75,7 +75,7 @@ class RunningMoments(HasProcessGroup):
 
     @property
     def running_statistics(self) -> ClassStatistics:
-        """The running statistics by class; counts are those of a decaying memory and not integers."""
+        """The running statistics of each class. Counts fade with the batches and are no integers."""
         if not self.running:
             raise AttributeError(f"{type(self).__name__} has running_statistics only with running=True")
         return ClassStatistics.from_moments(self.running_moments)

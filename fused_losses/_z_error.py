@@ -28,8 +28,8 @@ class ZErrorResult(NamedTuple):
 
     Attributes:
         loss: as without it.
-        mask: bool, one per row, True for kept rows.
-        scores: float64, one per row: (score - mean) / std of the row's class; NaN for rows that were not judged: those
+        mask: bool, one per row, True for rows that are kept.
+        scores: z of every row, ``(score - mean) / std`` of the row's class, float64. NaN for rows that have none: rows
             without a class (ignored, missing label), with a score that is not finite, or with too few rows in their
             class.
     """

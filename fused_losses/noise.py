@@ -1,9 +1,8 @@
-"""Label noise for experiments: wrong labels of a known kind, and the transition matrix that a trained network reveals.
+"""Label noise for experiments: wrong labels of a known kind, and an estimate of the transition matrix of real ones.
 
 Each function takes correct labels and returns :class:`NoisyLabels`: the labels to train on, and which of them changed.
-Draws happen on the CPU from ``seed``, so that a seed means the same labels on every device. An integer seed is used
-through a generator of its own (torch's global random state stays as it is); a ``torch.Generator`` goes on from where it
-is. Rows labelled ``ignore_index`` stay as they are.
+Draws happen on the CPU from ``seed``, so that a seed gives the same labels on every device. An integer seed does not
+touch torch's global random state; a ``torch.Generator`` is advanced. Rows labelled ``ignore_index`` stay as they are.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ PAIRS: dict[str, dict[int, int]] = {
 
 
 class NoisyLabels(NamedTuple):
-    """``labels`` to train on, of dtype, shape and device of those given; ``flipped`` (bool) where they differ."""
+    """``labels`` to train on, in dtype, shape and device of those given; ``flipped`` (bool): where they changed."""
 
     labels: Tensor
     flipped: Tensor
@@ -83,13 +82,17 @@ def symmetric(
         labels: class indices in ``[0, num_classes)``, integers of any shape and device.
         rate: probability that a label is replaced, 0 to 1.
         num_classes: number of classes C, at least 1 (2 if ``redraw`` is False).
-        redraw: True: the new label is drawn from all C classes and may be the old one, so that a share of
-            ``rate (C - 1) / C`` becomes wrong. False: drawn from the other C - 1, so that a share of ``rate`` does.
-        seed: integer or CPU generator.
+        redraw: True: the new label is drawn from all C classes and may be the old one, so a share of ``rate (C - 1) /
+            C`` becomes wrong. False: it is drawn from the other C - 1, so a share of ``rate`` becomes wrong.
+        seed: an integer or a generator on the CPU.
         ignore_index: label of rows that stay as they are.
 
+    Returns:
+        :class:`NoisyLabels`.
+
     Raises:
-        TypeError: ``labels`` is no integer tensor, or ``rate`` no number.
+        TypeError: ``labels`` is no integer tensor, ``rate`` no number, ``num_classes``, ``seed`` or ``ignore_index`` no
+            integer.
         ValueError: an argument is out of range.
 
     Example:
@@ -97,8 +100,8 @@ def symmetric(
         >>> torch.equal(flipped, labels != torch.arange(10))
         True
 
-    Source: True is the noise of 2306.05497, False that of 2006.13554 and most tables of other papers: compare rates
-    accordingly.
+    Source: ``redraw=True`` is the noise of 2306.05497, False that of 2006.13554 and most tables of other papers. The
+    same rate means different shares of wrong labels.
     """
     given = _check_labels(labels, num_classes, ignore_index)
     closed_fraction.pack("rate", rate)
@@ -122,39 +125,45 @@ def asymmetric(
     seed: Seed = 0,
     ignore_index: int = -100,
 ) -> NoisyLabels:
-    """Replaces labels by that of one similar class.
+    """Replaces labels by the label of one similar class.
 
     Args:
         labels: class indices in ``[0, num_classes)``, integers of any shape and device.
-        rate: probability that a label of a class in ``pairs`` is replaced, 0 to 1. The share of wrong labels is smaller
-            where classes have no pair: half of it for CIFAR-10 and Fashion-MNIST.
+        rate: probability that a label of a class in ``pairs`` is replaced, 0 to 1. Where classes have no pair, the
+            share of wrong labels is smaller: half of it for CIFAR-10 and Fashion-MNIST.
         num_classes: number of classes.
-        pairs: which class each class is mistaken for, or a name in :data:`PAIRS`.
-        seed: integer or CPU generator.
+        pairs: a mapping from each class to the one it is mistaken for, or a name in :data:`PAIRS`.
+        seed: an integer or a generator on the CPU.
         ignore_index: label of rows that stay as they are.
 
+    Returns:
+        :class:`NoisyLabels`.
+
     Raises:
-        TypeError: ``labels`` is no integer tensor, or ``rate`` no number.
+        TypeError: ``labels`` is no integer tensor, ``rate`` no number, ``pairs`` no mapping.
         ValueError: an argument is out of range, or the name is unknown.
 
     Example:
         >>> asymmetric(torch.tensor([9, 8]), 1.0, 10, "cifar10").labels  # truck -> car; ships stay ships
         tensor([1, 8])
 
-    Source: 1609.03683; the pairs of Fashion-MNIST from 1805.07836.
+    Source: 1609.03683; the pairs of Fashion-MNIST are those of 1805.07836.
     """
     return from_matrix(labels, pair_matrix(rate, num_classes, pairs), seed=seed, ignore_index=ignore_index)
 
 
 def from_matrix(labels: Tensor, matrix: Tensor, *, seed: Seed = 0, ignore_index: int = -100) -> NoisyLabels:
-    """Draws each label from the row of its class in a transition matrix.
+    """Draws each label anew from the row of its class in a transition matrix.
 
     Args:
         labels: class indices in ``[0, C)``, integers of any shape and device.
-        matrix: ``(C, C)``, ``matrix[i, j]`` the probability that label j is given to a sample of class i; >= 0, rows
-            summing to 1.
-        seed: integer or CPU generator.
+        matrix: ``(C, C)``, a tensor: ``matrix[i, j]`` is the probability of label j for a sample of class i; >= 0, rows
+            sum to 1.
+        seed: an integer or a generator on the CPU.
         ignore_index: label of rows that stay as they are.
+
+    Returns:
+        :class:`NoisyLabels`.
 
     Raises:
         TypeError: ``labels`` is no integer tensor.
@@ -185,29 +194,37 @@ def instance_dependent(
     seed: Seed = 0,
     ignore_index: int = -100,
 ) -> NoisyLabels:
-    """Noise that depends on what a sample looks like, so that similar samples get the same wrong label.
+    r"""Noise that depends on the input: similar samples of a class get the same wrong label.
 
-    Each sample has its own rate q, normal around ``rate`` and truncated to [0, 1]. Class y has a random projection
+    Each sample has a rate q of its own, normal around ``rate`` and truncated to [0, 1]. Class y has a random projection
     :math:`W_y` (features x C, standard normal). A sample x of class y keeps its label with probability 1 - q and gets
-    label j != y with probability :math:`q\\,\\mathrm{softmax}_{j \\ne y}(x W_y)_j`.
+    label j != y with probability :math:`q\,\mathrm{softmax}_{j \ne y}(x W_y)_j`.
 
     Args:
-        inputs: ``(N, ...)``, floating point; flattened to features. As the authors, pass pixels in [0, 1] or
-            standardised ones: the larger the inputs, the surer is one wrong label for each sample.
+        inputs: ``(N, ...)``, floating point and finite; flattened to features. Give pixels in [0, 1] or standardised
+            ones, as the authors do: the larger the inputs, the more one wrong label wins for each sample.
         labels: class indices ``(N,)`` in ``[0, num_classes)``.
         rate: mean share of wrong labels, 0 to 1. Truncation moves it away from 0 and 1: ``rate=0`` with ``std=0.1``
             makes 8 % wrong.
         num_classes: number of classes C, at least 2.
-        std: spread of q, > 0.
-        seed: integer or CPU generator.
+        std: spread of q, > 0. 0.1 is the authors' value.
+        seed: an integer or a generator on the CPU.
         ignore_index: label of rows that stay as they are.
 
+    Returns:
+        :class:`NoisyLabels`.
+
     Raises:
-        TypeError: ``labels`` is no integer tensor, ``inputs`` not floating point.
+        TypeError: ``labels`` is no integer tensor, or ``inputs`` no floating point tensor.
         ValueError: an argument is out of range.
 
-    Source: Xia et al. 2020 (2006.07836), algorithm 2. Deviation: the projections of one class at a time are in memory,
-    so that many classes fit.
+    Example:
+        >>> labels = torch.arange(8) % 4
+        >>> instance_dependent(torch.rand(8, 16), labels, 0.4, num_classes=4).labels.shape
+        torch.Size([8])
+
+    Source: Xia et al. 2020 (2006.07836), algorithm 2. Deviation: only the projections of one class at a time are in
+    memory, so that many classes fit.
     """
     given = _check_labels(labels, num_classes, ignore_index)
     closed_fraction.pack("rate", rate)
@@ -244,6 +261,8 @@ def instance_dependent(
 def symmetric_matrix(rate: float, num_classes: int, redraw: bool = True) -> Tensor:
     """The transition matrix of :func:`symmetric`: float64 ``(C, C)``, as :func:`from_matrix` takes it.
 
+    Arguments and errors are those of :func:`symmetric`.
+
     Example:
         >>> symmetric_matrix(0.4, 2)
         tensor([[0.8000, 0.2000],
@@ -259,6 +278,8 @@ def symmetric_matrix(rate: float, num_classes: int, redraw: bool = True) -> Tens
 
 def pair_matrix(rate: float, num_classes: int, pairs: Mapping[int, int] | str) -> Tensor:
     """The transition matrix of :func:`asymmetric`: float64 ``(C, C)``, as :func:`from_matrix` takes it.
+
+    Arguments and errors are those of :func:`asymmetric`.
 
     Example:
         >>> pair_matrix(0.4, 2, {0: 1})
@@ -282,25 +303,25 @@ def pair_matrix(rate: float, num_classes: int, pairs: Mapping[int, int] | str) -
 
 
 def estimate_transition(probabilities: Tensor, quantile: float | None = None) -> Tensor:
-    """Estimates the transition matrix from the predictions of a network trained on noisy labels.
+    """Estimates the transition matrix of the labels, from a network trained on them.
 
-    An anchor point of class i is a sample that belongs to it for certain; what the network predicts for it is then the
-    distribution of the noisy labels of class i. The sample with the highest predicted probability of i is taken for
-    one.
+    For :class:`fused_losses.ForwardCorrectionLoss`. An anchor point of class i is a sample that surely belongs to it;
+    what the network predicts for it is the distribution of the noisy labels of class i. The sample with the highest
+    predicted probability of i is taken for one.
 
     Args:
-        probabilities: predicted ``(N, C)``, rows summing to 1, of a network trained on the noisy labels with a proper
-            loss such as cross entropy, for as long as it has not learned them by heart: on a validation set, or early.
-        quantile: the anchor of a class is the sample at this quantile of its predicted probability, 0 to 1; 1 is the
-            highest, where one odd sample decides. None: .97, the authors', or the median of a class that has its equal
-            share of the rows, ``1 - .5 / C``, whichever is higher.
+        probabilities: predicted ``(N, C)``, rows sum to 1, of a network trained on the noisy labels with a proper loss
+            such as cross entropy and not yet memorising them: on a validation set, or early in training.
+        quantile: the anchor of a class is the sample at this quantile of its predicted probability, 0 to 1. 1 is the
+            highest, which one odd sample decides. None: .97, the authors' value, or the median of a class with its
+            equal share of the rows, ``1 - .5 / C``, whichever is higher.
 
     Returns:
-        ``(C, C)``, ``[i, j]`` the probability of label j for a sample of class i, rows summing to 1; float64 on the
-        device of ``probabilities``. What correction losses take as their transition matrix.
+        ``(C, C)``: entry [i, j] is the probability of label j for a sample of class i, rows sum to 1; float64 on the
+        device of ``probabilities``.
 
     Raises:
-        TypeError: ``probabilities`` is not floating point.
+        TypeError: ``probabilities`` is no floating point tensor.
         ValueError: a row is no distribution, or an argument is out of range.
 
     Example:

@@ -255,7 +255,7 @@ def test_weights(name, problem):
         function(logits, target, weight=[1.0, 1.0, 1.0])
     with pytest.raises(TypeError, match="buffer 'weight'"):
         fl.LOSSES[name].module(weight=[1.0, 1.0, 1.0])
-    with pytest.raises(TypeError, match="^ignore_index must be an integer, got 1.5"):
+    with pytest.raises(TypeError, match=r"^ignore_index must be an integer, got 1\.5"):
         function(logits, target, ignore_index=1.5)
 
 
