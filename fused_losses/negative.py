@@ -47,9 +47,9 @@ def _missing(gamma: float, detach: bool, min_prob: float) -> Callable[[Tensor], 
 def nnce_loss(rows: Rows, *, min_prob: float = 1e-7, **options: Unpack[CallOptions]) -> Tensor:
     """Normalised negative cross entropy: ``1 - (A + l_y) / sum_k (A + l_k)`` with ``l = max(log p, -A)``.
 
-    ``A = -log min_prob``. A part of sums for noisy labels (:func:`anl_ce_loss`); alone it learns slowly. It trains on the labels that a row
-    does not have, as MAE does, with more weight where the network is unsure. It is in [0, 1], and its sum over all
-    labels is constant. It needs at least two classes, and a class above ``min_prob`` in every row.
+    A part of sums for noisy labels (:func:`anl_ce_loss`); alone it learns slowly. ``A = -log min_prob``. It trains on
+    the labels that a row does not have, as MAE does, with more weight where the network is unsure. It is in [0, 1], and
+    its sum over all labels is constant. It needs at least two classes, and a class above ``min_prob`` in every row.
 
     Source: ANL, NeurIPS 2023.
 
