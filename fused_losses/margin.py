@@ -181,9 +181,9 @@ class MultiMarginLoss(RowLossModule, stem="multi_margin"):
         threshold: bool = False,
         *,
         p: int = 1,
-        reduction: str | None = None,
         weight: Tensor | None = None,
         ignore_index: int = -100,
+        reduction: str | None = None,
         logit_bias: LogitBias = 0.0,
     ) -> None:
         super().__init__(

@@ -149,12 +149,12 @@ class ZErrorBCEWithLogitsLoss(ZErrorModule):
         threshold: as for the function; a tensor becomes a buffer.
         space, sided, min_count, small_class, reduction, process_group: as for the function.
         pos_weight: as for the function; a buffer.
-        num_tasks: T. It gives running statistics their shape from the start, which copies (``AveragedModel``) and
-            distributed checkpoints need.
         running: True: use statistics over batches, which are in ``state_dict``. A batch is added before it is used. In
             eval mode they stay as they are; before any training batch, an eval call uses its own batch.
         momentum: how fast earlier batches fade, in [0, 1]: their weight is multiplied by ``1 - momentum`` with every
             batch. 0.1 remembers about 10 batches, 0 all of them.
+        num_tasks: T. It gives running statistics their shape from the start, which copies (``AveragedModel``) and
+            distributed checkpoints need.
 
     Returns:
         Called with ``(logits, target, sample_weight=None, *, return_mask=False)``: the loss, or

@@ -227,13 +227,13 @@ class ZErrorCrossEntropyLoss(ZErrorModule):
         statistic, base, sided, min_count, small_class, ignore_index, reduction, process_group: as for the function.
         weight: as for the function; a buffer.
         logit_bias: as for the function, but only in training mode: ``eval()`` leaves it out. A tensor becomes a buffer.
-        num_classes: C. It gives running statistics their shape from the start, which copies (``AveragedModel``) and
-            distributed checkpoints need.
         running: True: use statistics over batches, which are in ``state_dict``. A batch is added before it is used; a
             class that is not in it keeps what it has. In eval mode they stay as they are; before any training batch, an
             eval call uses its own batch.
         momentum: how fast earlier batches fade, in [0, 1]: a class's earlier weight is multiplied by ``1 - momentum``
             with every batch that has the class. 0.1 remembers about 10 such batches, 0 all of them.
+        num_classes: C. It gives running statistics their shape from the start, which copies (``AveragedModel``) and
+            distributed checkpoints need.
 
     Returns:
         Called with ``(logits, target, sample_weight=None, *, return_mask=False)``: the loss, or
@@ -262,14 +262,14 @@ class ZErrorCrossEntropyLoss(ZErrorModule):
         base: str | RowLossModule = "cross_entropy",
         *,
         sided: str = "two",
-        running: bool = False,
-        momentum: float = 0.1,
         min_count: int = 2,
         small_class: str = "keep",
         weight: Tensor | None = None,
         ignore_index: int = -100,
         reduction: str = "mean",
         logit_bias: LogitBias = 0.0,
+        running: bool = False,
+        momentum: float = 0.1,
         process_group: dist.ProcessGroup | None = None,
         num_classes: int | None = None,
     ) -> None:

@@ -121,11 +121,11 @@ class ZMSELoss(ZErrorModule):
     Args:
         threshold: as for the function; a tensor becomes a buffer.
         statistic, per_task, reduction, process_group: as for the function.
-        num_tasks: T, with ``per_task``. It gives running statistics their shape from the start.
         running: True: use statistics over batches, which are in ``state_dict``. A batch is added before it is used. In
             eval mode they stay as they are; before any training batch, an eval call uses its own batch.
         momentum: how fast earlier batches fade, in [0, 1]: their weight is multiplied by ``1 - momentum`` with every
             batch. 0.1 remembers about 10 batches, 0 all of them.
+        num_tasks: T, with ``per_task``. It gives running statistics their shape from the start.
 
     Returns:
         Called with ``(input, target, sample_weight=None, *, return_mask=False)``: the loss, or
@@ -147,11 +147,11 @@ class ZMSELoss(ZErrorModule):
         statistic: str = "target",
         *,
         per_task: bool = False,
-        num_tasks: int | None = None,
         reduction: str = "mean",
         running: bool = False,
         momentum: float = 0.1,
         process_group: dist.ProcessGroup | None = None,
+        num_tasks: int | None = None,
     ) -> None:
         super().__init__(
             threshold,
