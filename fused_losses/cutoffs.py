@@ -222,7 +222,7 @@ class CutoffCollector:
         return _collector([self.logits, other.logits], [self.labels, other.labels])
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> CutoffCollector:
-        """A new collector with the rows of all ranks, in the order of the ranks; a collective call.
+        """A new collector with the rows of all ranks, in the order of the ranks; every rank has to call it.
 
         ``DistributedSampler`` repeats a few rows to fill the last batch unless told to drop them; they count twice.
 
