@@ -1,10 +1,8 @@
 """Losses for PyTorch that resist wrong labels, computed in one read of the logits and one write of the gradient.
 
-Modules such as :class:`GCELoss` replace :class:`torch.nn.CrossEntropyLoss`; :mod:`fused_losses.functional` has the same
-losses as functions and :mod:`fused_losses.reference` in plain PyTorch. Tools: :mod:`~fused_losses.calibration`,
-:mod:`~fused_losses.schedules`, :mod:`~fused_losses.diagnostics`, :mod:`~fused_losses.cutoffs`,
-:mod:`~fused_losses.noise`, :mod:`~fused_losses.scores`, :mod:`~fused_losses.parallel`,
-:mod:`~fused_losses.integrations`.
+Modules such as ``GCELoss`` replace ``torch.nn.CrossEntropyLoss``. ``fused_losses.functional`` has the same losses as
+functions, ``fused_losses.reference`` in plain PyTorch. Tools are in ``calibration``, ``schedules``, ``diagnostics``,
+``cutoffs``, ``noise``, ``scores``, ``parallel`` and ``integrations``.
 """
 
 from fused_losses import _ops as _ops  # first: it checks that torch is new enough

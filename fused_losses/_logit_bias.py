@@ -60,18 +60,14 @@ _NORMAL_WEIGHT = np.exp(-0.5 * _NORMAL**2) * (_STEP / math.sqrt(2.0 * math.pi))
 
 
 def solve_logit_bias(num_classes: int, target_activation: float = 0.15) -> float:
-    r"""The logit bias that gives the labelled class a chosen mean probability at the start of training.
+    """The logit bias that gives the labelled class a chosen mean probability at the start of training.
 
     For bounded losses with many classes (``logit_bias="auto"`` calls it): MAE and its like learn nothing from a row
-    whose label has a probability near 0, and in an untrained network with many classes that is every row. With logits
-    :math:`z \sim N(0, 1)^K`, ``K = num_classes`` and ``C = target_activation``, the bias :math:`\epsilon` is the root
-    of
-
-    .. math:: E\left[\frac{e^{z_y + \epsilon}}{e^{z_y + \epsilon} + \sum_{j \ne y} e^{z_j}}\right] = C .
-
-    There is exactly one root. It is negative where the probability is above C without a bias (``K <= 6`` for the
-    default); ``logit_bias="auto"`` takes 0 instead, this function returns it as it is. It is computed by quadrature, to
-    1e-12 for K from 2 to 1e6 and C from 0.001 to 0.999, and cached.
+    whose label has a probability near 0, and in an untrained network with many classes that is every row. With ``K =
+    num_classes`` logits z drawn from N(0, 1) and ``C = target_activation``, the bias is the root of ``E[exp(z_y + bias)
+    / (exp(z_y + bias) + sum_{j != y} exp(z_j))] = C``. There is exactly one root. It is negative where the probability
+    is above C without a bias (``K <= 6`` for the default); ``logit_bias="auto"`` takes 0 instead, this function returns
+    it as it is. It is computed by quadrature, to 1e-12 for K from 2 to 1e6 and C from 0.001 to 0.999, and cached.
 
     Args:
         num_classes: number of classes K, an integer of at least 2.

@@ -133,20 +133,20 @@ def bi_tempered_loss(
     num_iters: int | None = 5,
     **options: Unpack[CallOptions],
 ) -> Tensor:
-    r"""Bi-tempered logistic loss: a Bregman divergence of label and tempered softmax.
+    """Bi-tempered logistic loss: a Bregman divergence of label and tempered softmax.
 
     For noisy labels, with early stopping; trained to the end it learns wrong labels as cross entropy does. With
-    :math:`\log_t x = (x^{1-t} - 1) / (1 - t)`, its inverse :math:`\exp_t`, and :math:`p_j = \exp_{t_2}(z_j - \lambda)`
-    where lambda makes them sum to 1, the loss of labels q is :math:`\sum_j q_j (\log_{t_1} q_j - \log_{t_1} p_j) -
-    (q_j^{2-t_1} - p_j^{2-t_1}) / (2 - t_1)`. ``t1 < 1`` bounds it by ``1 / (1 - t1)``, against labels that are far off.
-    ``t2 > 1`` gives p heavy tails, against wrong labels near the boundary. ``t1 = t2 = 1`` is cross entropy.
+    ``log_t(x) = (x^(1 - t) - 1) / (1 - t)``, its inverse ``exp_t``, and ``p_j = exp_t2(z_j - lambda)`` where lambda
+    makes them sum to 1, the loss of labels q is ``sum_j q_j (log_t1(q_j) - log_t1(p_j)) - (q_j^(2 - t1) - p_j^(2 - t1))
+    / (2 - t1)``. ``t1 < 1`` bounds it by ``1 / (1 - t1)``, against labels that are far off. ``t2 > 1`` gives p heavy
+    tails, against wrong labels near the boundary. ``t1 = t2 = 1`` is cross entropy.
 
-    The gradient is the published one, :math:`d_j - s_j \sum_i d_i` with :math:`d_j = (p_j - q_j) p_j^{t_2 - t_1}` and
-    :math:`s_j = p_j^{t_2} / \sum_i p_i^{t_2}`. It takes lambda as exact. For ``t2 < 1`` some classes have probability
-    0; they get no gradient here (the published one is infinite for ``t2 < t1``).
+    The gradient is the published one, ``d_j - s_j sum_i d_i`` with ``d_j = (p_j - q_j) p_j^(t2 - t1)`` and ``s_j =
+    p_j^t2 / sum_i p_i^t2``. It takes lambda as exact. For ``t2 < 1`` some classes have probability 0; they get no
+    gradient here (the published one is infinite for ``t2 < t1``).
 
-    Source: 1906.03361, Eq. 6 and section 3. Deviation: the authors' code adds 1e-10 inside :math:`\log_{t_1} q_j`; this
-    does not.
+    Source: 1906.03361, Eq. 6 and section 3. Deviation: the authors' code adds 1e-10 inside ``log_t1(q_j)``; this does
+    not.
 
     Args:
         t1: temperature of the logarithm, from 0 to 1. The defaults of t1 and t2 appear in the authors' tests.

@@ -37,15 +37,12 @@ _Numbers = TypeVar("_Numbers", float, Tensor, npt.NDArray[Any])
 
 
 def mean_target_error(loss: Loss, num_classes: int, z: _Numbers, **parameters: float) -> _Numbers:
-    r"""The mean derivative of a loss in the logit of the labelled class, for an untrained network.
+    """The mean derivative of a loss in the logit of the labelled class, for an untrained network.
 
-    For the labelled class k with logit ``z``, and the other ``K - 1 = num_classes - 1`` logits drawn from N(0, 1):
-
-    .. math:: \langle\delta_k\rangle(z) = E\left[\frac{\partial L}{\partial z_k} \,\Big|\, z_k = z\right] .
-
-    It is negative where gradient descent raises the logit. Where it is nearly 0 for every initial logit (``z`` from
-    about -2 to 2), the loss does not start to learn: use ``logit_bias``, or match a parameter
-    (:func:`match_parameter`).
+    It is ``E[dL / dz_k | z_k = z]`` for the labelled class k with logit ``z``, and the other ``K - 1 = num_classes -
+    1`` logits drawn from N(0, 1); the paper writes ``<delta_k>(z)``. It is negative where gradient descent raises the
+    logit. Where it is nearly 0 for every initial logit (``z`` from about -2 to 2), the loss does not start to learn:
+    use ``logit_bias``, or match a parameter (:func:`match_parameter`).
 
     A loss of ``p_y`` alone is integrated, to about 1e-11 (phuber_ce, whose slope has a kink, to 1e-5 of the value). Any
     other loss is averaged over a fixed sample of about 2^20 logits, or 16 rows of K from 2^16 classes on, so repeated

@@ -40,24 +40,24 @@ class _Pending(NamedTuple):
 
 
 class ELRLoss(RowsModule):
-    r"""Cross entropy plus a term that pulls every prediction towards the sample's earlier predictions.
+    """Cross entropy plus a term that pulls every prediction towards the sample's earlier predictions.
 
     For training to the end with many wrong labels: early in training predictions are right even where labels are wrong,
     and the term holds on to them. With p the probabilities of a row and t the memory of its sample, ``(C,)`` and 0 at
-    first, a step in training mode first sets :math:`t \leftarrow \beta t + (1 - \beta) \tilde p`, where :math:`\tilde
-    p` is p clamped to ``[1e-4, 1 - 1e-4]`` and divided by its sum. The loss is then :math:`-\log p_y + \lambda \log(1 -
-    s)` with :math:`s = \langle t, p \rangle`, and its gradient in a logit :math:`p_j - e_j - \lambda p_j (t_j - s) / (1
-    - s)`. It can be negative. In eval mode the memory is read and not changed.
+    first, a step in training mode first replaces t by ``beta t + (1 - beta) c``, where c is p clamped to ``[1e-4, 1 -
+    1e-4]`` and divided by its sum. The loss is then ``-log p_y + lam log(1 - s)`` with ``s = sum_k t_k p_k``, and its
+    gradient in a logit ``p_j - [j = y] - lam p_j (t_j - s) / (1 - s)``. It can be negative. In eval mode the memory is
+    read and not changed.
 
-    Drawbacks: it needs the number of every sample, and a memory of ``num_samples * num_classes`` numbers; beta and
-    lambda depend on the data; early mistakes are remembered as well.
+    Drawbacks: it needs the number of every sample, and a memory of ``num_samples * num_classes`` numbers; ``beta`` and
+    ``lam`` depend on the data; early mistakes are remembered as well.
 
     Args:
         num_samples: size of the training set, at least 1.
         num_classes: C, at least 2.
         beta: how much of the memory an update keeps, in [0, 1], a number or a 0-dim tensor. .7 for CIFAR-10, .9 for
             CIFAR-100.
-        lam: lambda, the weight of the term, >= 0, a number or a 0-dim tensor. 3 for CIFAR-10, 7 for CIFAR-100.
+        lam: weight of the term, >= 0, a number or a 0-dim tensor. 3 for CIFAR-10, 7 for CIFAR-100.
         memory_dtype: ``torch.float32`` or ``torch.bfloat16``. The latter takes half the space, and does not follow
             changes ``|t - p|`` below ``t / (512 (1 - beta))``: .7 % of t for ``beta=.7``, 2 % for .9.
         memory: ``"device"``: a buffer that moves with the Module. ``"host"``: the memory stays on the CPU, pinned where

@@ -151,15 +151,13 @@ def gjs_loss(
     reduction: str = "mean",
     sample_weight: Tensor | None = None,
 ) -> Tensor:
-    r"""Generalised Jensen-Shannon divergence: how far a label and the predictions for several views are from their
-    mean.
+    """Generalised Jensen-Shannon divergence: how far a label and the predictions for several views are from their mean.
 
     For wrong labels, in training with augmentations: the more the views agree with each other, the less a label that
-    contradicts them counts. With :math:`p^{(i)}` the probabilities of view i, e the one-hot label, :math:`\pi_1` its
-    weight, :math:`\pi_{i+1}` the weight of view i and :math:`m = \pi_1 e + \sum_i \pi_{i+1} p^{(i)}`, the value is
-    :math:`Z (\pi_1 KL(e \| m) + \sum_i \pi_{i+1} KL(p^{(i)} \| m))` with :math:`Z = -1 / ((1 - \pi_1) \log(1 -
-    \pi_1))`. Its gradient in a logit of view i is :math:`Z \pi_{i+1} p_j (v_j - \sum_k p_k v_k)` with :math:`v =
-    \log(p^{(i)} / m)`. With one view it is :func:`js_loss`.
+    contradicts them counts. With ``p_i`` the probabilities of view i, e the one-hot label, ``w = weights`` and their
+    weighted mean ``m = w_0 e + sum_i w_i p_i``, the value is ``Z (w_0 KL(e, m) + sum_i w_i KL(p_i, m))`` with ``Z = -1
+    / ((1 - w_0) log(1 - w_0))`` and the Kullback-Leibler divergence KL. Its gradient in logit j of view i is ``Z w_i
+    p_ij (v_j - sum_k p_ik v_k)`` with ``v = log(p_i / m)``. With one view it is :func:`js_loss`.
 
     Drawbacks: M views cost M forward passes, and the weights have to fit the share of wrong labels and the number of
     classes.

@@ -149,11 +149,11 @@ class _LogitWrapper(RowsModule):
 
 
 class LogitNorm(_LogitWrapper):
-    r"""Any loss of logits that are divided by their norm.
+    """Any loss of logits that are divided by their norm.
 
     For rejecting inputs of unknown classes and against over-confidence; not made for wrong labels. Longer logits always
-    lower cross entropy; here only their direction counts. With z the logits of a row, the loss gets :math:`z / (t
-    (\lVert z \rVert_2 + 10^{-7}))`. Predict from the logits as they are; for :mod:`fused_losses.scores` take the
+    lower cross entropy; here only their direction counts. With z the logits of a row, the loss gets ``z / (t (|z| +
+    1e-7))`` with the Euclidean norm. Predict from the logits as they are; for :mod:`fused_losses.scores` take the
     normalised ones (:meth:`rescale`).
 
     Args:
@@ -204,10 +204,10 @@ class LogitNorm(_LogitWrapper):
 
 
 class LogitClip(_LogitWrapper):
-    r"""Any loss of logits whose norm is at most a constant.
+    """Any loss of logits whose norm is at most a constant.
 
     For wrong labels: it bounds any loss, and the gradient of a row that the network finds impossible. With z the logits
-    of a row, the loss gets :math:`\tau z / \lVert z \rVert_2` where the norm exceeds :math:`\tau`, else z.
+    of a row, the loss gets ``tau z / |z|`` where the Euclidean norm ``|z|`` exceeds ``tau``, else z.
 
     Args:
         loss: a name ("cross_entropy"), a function of :mod:`fused_losses.functional`, or any Module that is called with

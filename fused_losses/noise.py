@@ -194,11 +194,11 @@ def instance_dependent(
     seed: Seed = 0,
     ignore_index: int = -100,
 ) -> NoisyLabels:
-    r"""Noise that depends on the input: similar samples of a class get the same wrong label.
+    """Noise that depends on the input: similar samples of a class get the same wrong label.
 
     Each sample has a rate q of its own, normal around ``rate`` and truncated to [0, 1]. Class y has a random projection
-    :math:`W_y` (features x C, standard normal). A sample x of class y keeps its label with probability 1 - q and gets
-    label j != y with probability :math:`q\,\mathrm{softmax}_{j \ne y}(x W_y)_j`.
+    ``W_y`` (features x C, standard normal). A sample x of class y keeps its label with probability 1 - q and gets label
+    j != y with probability q times the softmax of ``x W_y`` over the classes other than y.
 
     Args:
         inputs: ``(N, ...)``, floating point and finite; flattened to features. Give pixels in [0, 1] or standardised

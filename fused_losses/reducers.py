@@ -154,17 +154,17 @@ class ClippedLoss(BatchReducer):
 
 @documented("the temperature s")
 class Antidote(BatchReducer):
-    r"""The mean loss of a batch under those weights, not too far from equal ones, that make it smallest.
+    """The mean loss of a batch under those weights, not too far from equal ones, that make it smallest.
 
-    For wrong labels: rows with large losses get small weights, and ``delta`` says how many. With :math:`l_i` the losses
-    of the rows and :math:`u_i` their shares of the weights (1 / n without weights), the value is
+    For wrong labels: rows with large losses get small weights, and ``delta`` says how many. With ``l_i`` the losses of
+    the rows and ``u_i`` their shares of the weights (1 / n without weights), the value is the minimum of ``sum_i p_i
+    l_i + kappa KL(p, u)`` over all weights p that sum to 1 and have ``KL(p, u) <= delta``, where KL is the
+    Kullback-Leibler divergence.
 
-    .. math:: \min_{p:\ KL(p \| u) \le \delta} \sum_i p_i l_i + \kappa KL(p \| u) ,
-
-    reached at :math:`p_i \propto u_i e^{-l_i / s}`. The temperature s is ``kappa`` if :math:`KL(p \| u) \le \delta`
-    holds there, else the root of :math:`KL(p \| u) = \delta`, found on the device. The gradient of the value in
-    :math:`l_i` is :math:`p_i`. Under "none" and "sum" the value of a row is ``r (l + s log r) - (s - kappa) delta``
-    with ``r = p / u``, times its weight, so that the mean is the value above. A row of infinite loss has weight 0.
+    The minimum is at ``p_i`` proportional to ``u_i exp(-l_i / s)``. The temperature s is ``kappa`` if ``KL(p, u) <=
+    delta`` holds there, else the root of ``KL(p, u) = delta``, found on the device. The gradient of the value in
+    ``l_i`` is ``p_i``. Under "none" and "sum" the value of a row is ``r (l + s log r) - (s - kappa) delta`` with ``r =
+    p / u``, times its weight, so that the mean is the value above. A row of infinite loss has weight 0.
 
     Drawbacks: ``delta`` has to fit the share of wrong labels, and hard rows lose weight too.
 
@@ -180,8 +180,8 @@ class Antidote(BatchReducer):
         >>> criterion(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0]))
         tensor(0.2089)
 
-    Source: 2508.06622, with KL as the divergence. s is :math:`\lambda + \kappa`, with :math:`\lambda \ge 0` minimising
-    the dual problem :math:`\lambda \delta + s \log \sum_i u_i e^{-l_i / s}`.
+    Source: 2508.06622, with KL as the divergence. It is computed from the dual problem: s is ``lambda + kappa``, with
+    the ``lambda >= 0`` that minimises ``lambda delta + s log sum_i u_i exp(-l_i / s)``.
     """
 
     delta: float | Tensor

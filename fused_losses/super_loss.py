@@ -35,21 +35,20 @@ def lambert_w(x: Tensor) -> Tensor:
 
 @documented("the mean loss")
 class SuperLoss(BatchReducer):
-    r"""A loss whose rows have larger weights the smaller their losses are, in closed form.
+    """A loss whose rows have larger weights the smaller their losses are, in closed form.
 
     For noisy labels, as a curriculum without a schedule: easy rows come first, rows with wrong labels count little.
-    With :math:`l` the loss of a row and :math:`W` Lambert's function, the confidence of the row is :math:`\sigma =
-    \exp(-W(\max(-2/e, (l - \tau) / \lambda) / 2))`: e for the easiest rows, 1 at :math:`l = \tau`, towards 0 for large
-    losses. The value of the row is :math:`(l - \tau) \sigma + \lambda \log^2 \sigma`, which is negative below
-    :math:`\tau`. :math:`\sigma` minimises it, so its derivative in l is :math:`\sigma`.
+    With l the loss of a row and W Lambert's function, the weight of the row is ``sigma = exp(-W(max(-2 / e, (l - tau) /
+    lam) / 2))``: e for the easiest rows, 1 at ``l = tau``, towards 0 for large losses. The value of the row is ``(l -
+    tau) sigma + lam log(sigma)^2``, which is negative below ``tau``. ``sigma`` minimises it, so its derivative in l is
+    ``sigma``.
 
     Drawbacks: with many wrong labels the weights do not fall fast enough, and wrong labels are learnt in the end; rows
     of rare classes count less.
 
     Args:
         {loss}
-        lam: lambda, > 0, a number or a 0-dim tensor: the larger, the more equal the weights. 1 for CIFAR-10, .25 for
-            CIFAR-100.
+        lam: > 0, a number or a 0-dim tensor: the larger, the more equal the weights. 1 for CIFAR-10, .25 for CIFAR-100.
         tau: the loss of weight 1: a number, a 0-dim tensor, or None: log C, the cross entropy of a guess. With
             ``running`` it must be None, and is the running mean of the losses (without weights).
         {options}
