@@ -51,7 +51,8 @@ _PROBABILITIES_DOC = """ Or class probabilities u, of the shape of ``logits`` an
 _MODULE_DOC = """{summary}
 
     Module form of :func:`fused_losses.functional.{function}`, which explains the loss. Called with ``(logits, target,
-    sample_weight=None)``.
+    sample_weight=None, *, return_row_stats=False)``: the loss, or with ``return_row_stats`` a pair of it and
+    :class:`fused_losses.RowStatistics` of the logits.
 
     Args:
 {own}        weight: class weights ``(C,)``, a buffer.

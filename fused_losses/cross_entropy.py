@@ -141,7 +141,8 @@ class CrossEntropyLoss(RowLossModule, stem="cross_entropy"):
     """Cross entropy: everything :class:`torch.nn.CrossEntropyLoss` does, fused.
 
     Module form of :func:`fused_losses.functional.cross_entropy`, which explains the loss. Called with ``(input, target,
-    sample_weight=None)``.
+    sample_weight=None, *, return_row_stats=False)``: the loss, or with ``return_row_stats`` a pair of it and
+    :class:`fused_losses.RowStatistics` of the logits.
 
     Args:
         weight: class weights ``(C,)``, a buffer.

@@ -30,7 +30,9 @@ def _function_and_options(
         raise TypeError(f"loss must be a name, a function or a Module of a row loss, got {type(loss).__name__}")
     if callable(loss):
         return loss, next((entry for entry in LOSSES.values() if entry.function is loss), None), {}
-    stem = str(loss).removesuffix("_loss")
+    if not isinstance(loss, str):
+        raise TypeError(f"loss must be a name, a function or a Module of a row loss, got {type(loss).__name__}")
+    stem = loss.removesuffix("_loss")
     if stem not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
     return LOSSES[stem].function, LOSSES[stem], {}
@@ -159,8 +161,7 @@ def mixed(
         target_b: class indices of the labels with share ``1 - lam``, the shape of ``target_a``.
         lam: in [0, 1]: a number, or a tensor, 0-dim or of the shape of the targets.
         **options: of the loss: its parameters, ``weight``, ``ignore_index``, ``reduction`` (``"mean"`` by default),
-            ``logit_bias``, ``sample_weight``. They take the place of those of a Module. The ``reduction`` of a Module
-            is not used.
+            ``logit_bias``, ``sample_weight``. They take the place of those of a Module.
 
     Returns:
         As the loss does. With one ``lam`` the mean is ``lam`` times the mean of one label plus ``1 - lam`` times that
