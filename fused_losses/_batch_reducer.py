@@ -16,9 +16,9 @@ from fused_losses._running import RunningMoments
 from fused_losses.distributed import check_member
 
 OPTIONS = """
-        reduction: ``"none"``, ``"sum"``, or ``"mean"``: the sum of the weighted losses divided by the weights of the
-            rows that count, or 0 with gradient 0 where these sum to 0. The ``reduction`` of a Module given as ``loss``
-            is not used.
+        reduction: ``"none"``, ``"sum"``, or ``"mean"``: the sum of the weighted losses divided by the sum of the
+            weights of the rows that count, or 0 with gradient 0 where that is 0. The ``reduction`` of a Module given as
+            ``loss`` is not used.
         process_group: {group}the mean is scaled so that DistributedDataParallel's
             average of the gradients is the gradient of one process with the whole batch. Every rank has to call the
             loss. None: every rank on its own.
