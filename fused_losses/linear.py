@@ -16,7 +16,7 @@ from fused_losses._chunks import ChunkOptions, Layer
 from fused_losses._common import Criterion, RowLossModule
 from fused_losses._linear_autograd import ChunkedLogits
 from fused_losses._logit_bias import LogitBias
-from fused_losses._parameters import positive_integer
+from fused_losses._parameters import integer, positive_integer
 from fused_losses._shards import Shard
 from fused_losses.distributed import GlobalMean
 from fused_losses.parallel import ClassParallel, sum_gradient
@@ -314,7 +314,7 @@ class LinearLoss(Criterion):
         Called with ``(input, target, sample_weight=None)``: the loss of features ``(..., D)``.
 
     Raises:
-        TypeError: ``loss`` is none of these, or an option is unknown.
+        TypeError: ``loss`` is none of these, an option is unknown, or a size is no integer.
         ValueError: an argument is out of range, or options are given beside a Module.
 
     Example:
@@ -352,6 +352,8 @@ class LinearLoss(Criterion):
             self.loss = find_loss(loss).module(**options)
         if reduction is not None and isinstance(loss, RowLossModule):
             check_reduction(reduction, LOSSES[loss.stem].reductions)
+        integer("in_features", in_features)
+        integer("num_classes", num_classes)
         self.linear = nn.Linear(in_features, num_classes, bias, device=device, dtype=dtype)
         self.reduction = reduction
         self.chunk_bytes = chunk_bytes
