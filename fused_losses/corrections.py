@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -16,8 +15,8 @@ from fused_losses._autograd import is_plain, needs_reference
 from fused_losses._parameters import finite, integer, positive_integer
 from fused_losses._reference import Rows
 from fused_losses._row_values import RowsModule, RowValues, maybe_any, plain_rows, reads_values
+from fused_losses._transition import check_transition, invert
 from fused_losses.cross_entropy import cross_entropy
-from fused_losses.noise import check_matrix
 
 # Its exponential is far from the end of float32. Only classes that cannot have the label come near it; their
 # share is 0.
@@ -77,26 +76,6 @@ def _documented(arguments: str) -> Callable[[_Documented], _Documented]:
         return thing
 
     return decorate
-
-
-def invert(transition: Tensor) -> Tensor:
-    """The inverse in float64; infinite or NaN where there is none. Does not wait for a device."""
-    found: Tensor = torch.linalg.inv_ex(transition.double()).inverse
-    return found
-
-
-def check_transition(transition: Tensor, inverse: Tensor | None = None) -> None:
-    """Raises a ValueError unless rows sum to 1, and the inverse, if it is wanted, is one."""
-    check_matrix("transition", transition)
-    if inverse is not None:
-        norms = [torch.linalg.matrix_norm(m.detach().double(), torch.inf) for m in (transition, inverse)]
-        condition = float(norms[0] * norms[1])
-        if not condition < 1.0 / (len(transition) * torch.finfo(torch.float64).eps):
-            found = f"condition number {condition:.3g}" if math.isfinite(condition) else "it has no inverse"
-            raise ValueError(
-                f"transition must be invertible, got a singular matrix ({found}); ForwardCorrectionLoss needs no "
-                "inverse"
-            )
 
 
 def _check_call(transition: Any, logits: Tensor, inverse: bool) -> Tensor | None:

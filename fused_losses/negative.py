@@ -20,7 +20,8 @@ from fused_losses._common import RowLossModule, RowLossOptions
 from fused_losses._declare import loss_of_row
 from fused_losses._parameters import factor, fraction, nfl_focusing, switch
 from fused_losses._reference import Rows, expm1
-from fused_losses.normalized import nfl_term, weighted_sum
+from fused_losses.active_passive import weighted_sum
+from fused_losses.normalized import nfl_term
 
 # Classes below it must not make up the sum over the classes.
 _min_prob = replace(fraction, low=1e-30, high=1e-3)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_losses._parameters import closed_fraction, integer, positive
+from fused_losses._transition import check_matrix
 
 __all__ = [
     "CIFAR100_SUPERCLASSES",
@@ -87,9 +88,6 @@ def symmetric(
         seed: an integer or a generator on the CPU.
         ignore_index: label of rows that stay as they are.
 
-    Returns:
-        :class:`NoisyLabels`.
-
     Raises:
         TypeError: ``labels`` is no integer tensor, ``rate`` no number, ``num_classes``, ``seed`` or ``ignore_index`` no
             integer.
@@ -136,9 +134,6 @@ def asymmetric(
         seed: an integer or a generator on the CPU.
         ignore_index: label of rows that stay as they are.
 
-    Returns:
-        :class:`NoisyLabels`.
-
     Raises:
         TypeError: ``labels`` is no integer tensor, ``rate`` no number, ``pairs`` no mapping.
         ValueError: an argument is out of range, or the name is unknown.
@@ -161,9 +156,6 @@ def from_matrix(labels: Tensor, matrix: Tensor, *, seed: Seed = 0, ignore_index:
             sum to 1.
         seed: an integer or a generator on the CPU.
         ignore_index: label of rows that stay as they are.
-
-    Returns:
-        :class:`NoisyLabels`.
 
     Raises:
         TypeError: ``labels`` is no integer tensor.
@@ -210,9 +202,6 @@ def instance_dependent(
         std: spread of q, > 0. 0.1 is the authors' value.
         seed: an integer or a generator on the CPU.
         ignore_index: label of rows that stay as they are.
-
-    Returns:
-        :class:`NoisyLabels`.
 
     Raises:
         TypeError: ``labels`` is no integer tensor, or ``inputs`` no floating point tensor.
@@ -375,23 +364,6 @@ def _check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor
     if bad.any():
         raise ValueError(f"labels must be in [0, {num_classes}) or {ignore_index}, got {int(given[bad][0])}")
     return given
-
-
-def check_matrix(name: str, matrix: Tensor) -> Tensor:
-    """Rows of probabilities as float64 on the CPU, summing to 1. Raises a ValueError on anything else."""
-    if not isinstance(matrix, Tensor) or matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix):
-        shape = tuple(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
-        raise ValueError(f"{name} must be a tensor of shape (C, C), got {shape}")
-    transition = matrix.detach().to("cpu", torch.float64)
-    sums = transition.sum(1)
-    # The rounding error of float32 rows of 10,000 classes. NaN fails both tests.
-    wrong = ~((transition >= 0).all(1) & ((sums - 1).abs() <= 1e-4))
-    if wrong.any():
-        row = int(wrong.nonzero()[0])
-        least = float(transition[row].min())
-        what = f"an entry of {least:.6g}" if least < 0 else f"a sum of {float(sums[row]):.6g}"
-        raise ValueError(f"{name} must be >= 0 with rows that sum to 1, got {what} in row {row}")
-    return transition / sums[:, None]
 
 
 def _generator(seed: Seed) -> torch.Generator:

@@ -16,7 +16,7 @@ from fused_losses._common import RowLossModule, RowLossOptions
 from fused_losses._declare import loss_of_row
 from fused_losses._parameters import exponent, factor, nfl_focusing, positive_factor, switch
 from fused_losses._reference import Rows, expm1
-from fused_losses.normalized import weighted_sum
+from fused_losses.active_passive import weighted_sum
 
 # For `a`, whose square is multiplied by beta.
 _label_value = replace(positive_factor, high=1e4)

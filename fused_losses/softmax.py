@@ -45,7 +45,6 @@ def mae_loss(t: Tensor, *, scale: float = 2.0, **options: Unpack[CallOptions]) -
     For noisy labels and up to about 10 classes. It is symmetric (its sum over all labels is constant) and bounded, so
     symmetric label noise does not move its minimum. With many classes it learns slowly or not at all, unless
     ``logit_bias`` is used.
-
     Source: 2306.05497, Table 1, with ``scale=2``; 2006.13554 uses ``scale=1`` inside NCE+MAE.
 
     Args:
@@ -142,7 +141,6 @@ def aue_loss(t: Tensor, *, a: float = 5.5, q: float = 3.0, **options: Unpack[Cal
     """Asymmetric unhinged loss: ``((a - p_y)^q - (a - 1)^q) / q``.
 
     For noisy labels, as :func:`agce_loss`; mostly as a part of NCE+AUE (:func:`nce_aue_loss`).
-
     Source: 2106.03110, which also calls it AUL.
 
     Args:
@@ -173,7 +171,6 @@ def ae_loss(t: Tensor, *, a: float = 2.5, **options: Unpack[CallOptions]) -> Ten
     """Asymmetric exponential loss: ``exp(-p_y / a)``.
 
     For noisy labels, as :func:`agce_loss`. Its minimum is ``exp(-1 / a)``, not 0.
-
     Source: 2106.03110, which also calls it AEL.
 
     Args:
@@ -200,7 +197,6 @@ def rce_loss(t: Tensor, *, A: float = RCE_A, **options: Unpack[CallOptions]) -> 
     """Reverse cross entropy: ``A (1 - p_y)``, where ``-A`` stands for log 0.
 
     A part of sums (:func:`sce_loss`, :func:`nce_rce_loss`); alone it is MAE with another scale.
-
     Source: 1908.06112, Eq. 5. Deviation: nothing is clamped. Code that clamps p at 1e-7 gives up to 9.2e-7 (C - 1)
     more.
 
@@ -228,7 +224,6 @@ def sce_loss(t: Tensor, *, alpha: float = 0.1, beta: float = 1.0, **options: Unp
     """Symmetric cross entropy: ``alpha CE + beta RCE``, with RCE as in :func:`rce_loss` and A = -log(1e-4).
 
     For noisy labels. It learns as fast as cross entropy and keeps part of its weakness: it is not bounded.
-
     Source: 1908.06112, Eq. 7.
 
     Args:
@@ -259,7 +254,6 @@ def taylor_ce_loss(t: Tensor, *, order: int = 2, **options: Unpack[CallOptions])
     """Taylor cross entropy: ``sum_{k=1..order} (1 - p_y)^k / k``.
 
     For noisy labels. ``order=1`` is MAE with scale 1; the more terms, the closer to cross entropy.
-
     Source: Feng et al., IJCAI 2020, "Can Cross Entropy Loss Be Robust to Label Noise?". The default order is ours.
 
     Args:
@@ -328,7 +322,6 @@ def focal_loss(t: Tensor, *, gamma: float = 2.0, **options: Unpack[CallOptions])
 
     For rare classes and clean labels: it gives more weight to rows that the network finds hard, and wrong labels are
     such rows.
-
     Source: 1708.02002, Eq. 4, with the exact gradient. Code of the noisy-label papers treats the factor as a constant.
 
     Args:
@@ -355,7 +348,6 @@ def bounded_ce_loss(t: Tensor, *, a: float = 0.1, **options: Unpack[CallOptions]
     """Bounded cross entropy: ``log((1 + a) / (p_y + a))``, the limit of :func:`agce_loss` for ``q -> 0``.
 
     For noisy labels: cross entropy with a largest value of ``log(1 + 1 / a)``.
-
     Source: our reading of "bounded cross entropy" in 2306.05497, whose formula we could not read.
 
     Args:
@@ -386,7 +378,6 @@ def poly_loss(t: Tensor, *, epsilon: float = 2.0, **options: Unpack[CallOptions]
     from 1 to ``1 + epsilon``. The gradient is that of cross entropy times ``1 + epsilon p_y``: a positive ``epsilon``
     goes on pushing rows that are already right. It is not bounded and does not resist wrong labels; :func:`sce_loss` is
     the same sum with weights that do.
-
     Source: 2204.12511. The paper searches ``epsilon`` for every task.
 
     Args:
