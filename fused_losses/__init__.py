@@ -1,8 +1,13 @@
-"""Noise-robust losses for PyTorch at the price of one read of the logits and one write of the gradient."""
+"""Losses for PyTorch that resist wrong labels, computed in one read of the logits and one write of the gradient.
+
+Modules such as ``GCELoss`` replace ``torch.nn.CrossEntropyLoss``. ``fused_losses.functional`` has the same losses as
+functions, ``fused_losses.reference`` in plain PyTorch. Tools are in ``calibration``, ``schedules``, ``diagnostics``,
+``cutoffs``, ``noise``, ``scores``, ``parallel`` and ``integrations``.
+"""
 
 from fused_losses import _ops as _ops  # first: it checks that torch is new enough
 
-# The order of these is that of the registry and of csrc/losses/registry.h.
+# The order of these is that of LOSSES.
 # isort: off
 from fused_losses.cross_entropy import CrossEntropyLoss
 from fused_losses.softmax import (
@@ -22,16 +27,14 @@ from fused_losses.softmax import (
 from fused_losses.clipped import PHuberCELoss, PHuberGCELoss, TruncatedGCELoss
 from fused_losses.eps_softmax import ECELoss, ECEMAELoss, EFLMAELoss
 from fused_losses.mean_log import CORESLoss, UnhingedLoss
-from fused_losses.normalized import (
+from fused_losses.normalized import NCELoss, NFLLoss, NGCELoss
+from fused_losses.active_passive import (
     NCEAGCELoss,
     NCEAUELoss,
-    NCELoss,
     NCEMAELoss,
     NCERCELoss,
-    NFLLoss,
     NFLMAELoss,
     NFLRCELoss,
-    NGCELoss,
 )
 from fused_losses.powers import AMSELoss, JALCELoss, JALFLLoss, SGCELoss
 from fused_losses.negative import ANLCELoss, ANLFLLoss, NNCELoss, NNFLLoss

@@ -69,7 +69,9 @@ _open = _Open()
 def check_member(group: Group) -> None:
     """Raises unless torch.distributed is initialised and this process belongs to the group."""
     if not dist.is_initialized():
-        raise RuntimeError("torch.distributed must be initialised before a loss uses process_group")
+        raise RuntimeError(
+            "torch.distributed must be initialised (init_process_group) before process_group or all_reduce is used"
+        )
     if dist.get_rank(group) < 0:
         raise ValueError(f"process_group must contain the calling process, got a group without rank {dist.get_rank()}")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_losses._logit_bias import LogitBias, resolve_logit_bias
-from fused_losses._parameters import OrTensor, ParameterRange, one_of
+from fused_losses._parameters import OrTensor, ParameterRange, integer, one_of
 
 if TYPE_CHECKING:
     from fused_losses._common import RowLossModule
@@ -206,6 +206,8 @@ def pack_arguments(
         bias, bias_tensor = 0.0, None
     else:
         bias, bias_tensor = resolve_logit_bias(logit_bias, logits)
+    if ignore_index.__class__ is not int:
+        ignore_index = integer("ignore_index", ignore_index)
     return RowLossArguments(
         logits,
         target,

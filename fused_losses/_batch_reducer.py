@@ -16,31 +16,33 @@ from fused_losses._row_values import Loss, RowsModule, RowValues, as_module, che
 from fused_losses._running import RunningMoments
 
 OPTIONS = """
-        reduction: ``"none"``, ``"sum"`` or ``"mean"``: sum of weighted losses over sum of weights of the rows that
-            count; 0 with zero gradient where that is 0. That of a Module given as ``loss`` is not looked at.
-        process_group: {group}
-            means are scaled so that DistributedDataParallel's average is the gradient of one process with the whole
-            batch. Every rank has to call the loss.
-        **options: of ``loss``, as its Module takes them, beside a name or a function.
+        reduction: ``"none"``, ``"sum"``, or ``"mean"``: the sum of the weighted losses divided by the sum of the
+            weights of the rows that count, or 0 with gradient 0 where that is 0. The ``reduction`` of a Module given as
+            ``loss`` is not used.
+        process_group: {group}the mean is scaled so that DistributedDataParallel's
+            average of the gradients is the gradient of one process with the whole batch. Every rank has to call the
+            loss. None: every rank on its own.
+        **options: those of the Module of ``loss``, where ``loss`` is a name or a function.
 
     Returns:
         Called as ``loss`` is, with ``(logits, target, ...)``: the loss in float32, float64 for float64 logits.
 
     Raises:
-        TypeError: ``loss`` is none of these; logits that are a DTensor.
-        ValueError: an argument out of range, options beside a Module.
+        TypeError: ``loss`` is none of these, an argument is no number, or logits are a DTensor.
+        ValueError: an argument is out of range, or options are given beside a Module.
         RuntimeError: another rank of ``process_group`` was given bad arguments (between GPUs: a device assertion).
 
-    The weights are constants for autograd. A row whose loss is NaN cannot be judged: it stays in, so that the loss says
-    so, and has no part in what the other rows are judged by. Nothing waits for the device.
+    The weights that the rows get are constants for autograd. A row whose loss is NaN counts, so that the result is NaN,
+    but it does not influence the other rows. Nothing waits for the device.
 """
 RUNNING = """
-        running: judge by {what} as it has been over batches: a mean in which older batches fade,
-            starting with the first batch, the current one included; frozen in eval mode (before any training batch it
-            judges by the batch itself), saved in ``state_dict``.
-        momentum: share of its weight that the memory loses with every batch, in [0, 1]; 0 forgets nothing.
+        running: True: use a running mean of {what} over batches, which is in ``state_dict``. A batch is
+            added before it is used. In eval mode the mean stays as it is; before any training batch, an eval call uses
+            its own batch.
+        momentum: how fast earlier batches fade, in [0, 1]: their weight is multiplied by ``1 - momentum`` with every
+            batch. 0.1 remembers about 10 batches, 0 all of them.
 """
-LOSS = """loss: a name ("gce"), a function of :mod:`fused_losses.functional` or a Module: of a row loss, or another
+LOSS = """loss: a row loss: its name ("gce"), its function in :mod:`fused_losses.functional` or its Module; or another
             wrapper of this package around one."""
 
 
@@ -48,9 +50,9 @@ def documented(what: str | None) -> Callable[[type], type]:
     """Puts what the docstrings share in their places; ``what`` can be remembered over batches."""
 
     def decorate(made: type) -> type:
-        group = "" if what is None else f"rows of all its ranks decide on {what};"
+        group = "" if what is None else f"its ranks find {what} together, and "
         running = "" if what is None else RUNNING.format(what=what).strip("\n")
-        shared = OPTIONS.format(group=group).replace("process_group: \n            ", "process_group: ")
+        shared = OPTIONS.format(group=group)
         options = "\n".join(part for part in (running, shared.strip("\n")) if part)
         made.__doc__ = (made.__doc__ or "").replace("{loss}", LOSS).replace("        {options}", options)
         return made

@@ -21,11 +21,10 @@ def plot_mean_target_error(
     *,
     initial_logits: Tensor | npt.NDArray[Any] | None = None,
 ) -> Figure:
-    """Plots the average error of the labelled class against its logit, over a histogram of initial logits.
+    """Plots the mean derivative of a loss against the logit of the labelled class, over a histogram of initial logits.
 
     A loss can learn where its curve is away from 0 under the histogram. Curves that leave the histogram as the number
-    of classes grows show why bounded losses stop learning, and what a ``logit_bias`` does about it (it shifts the
-    curve to the left).
+    of classes grows show why bounded losses stop learning. ``logit_bias`` shifts a curve to the left.
 
     Args:
         losses: a loss as :func:`fused_losses.calibration.mean_target_error` takes it, several of them, or a dict from
@@ -36,14 +35,16 @@ def plot_mean_target_error(
             curves assume of the other classes anyway.
 
     Returns:
-        A matplotlib ``Figure``; ``.savefig(path)`` writes it. No window is opened and no global state touched.
+        A matplotlib ``Figure``; ``.savefig(path)`` writes it. No window is opened.
 
     Raises:
         ImportError: matplotlib is not installed.
         ValueError: there is nothing to draw, or an argument of ``mean_target_error`` is out of range.
 
     Example:
-        >>> plot_mean_target_error({"MAE": "mae", "MAE*": fl.MAELoss(logit_bias="auto")}, [10, 100]).savefig("mae.png")
+        >>> losses = {"MAE": "mae", "MAE with bias": fl.MAELoss(logit_bias="auto")}
+        >>> figure = plot_mean_target_error(losses, 100, z=np.array([-2.0, 0.0, 2.0]))
+        >>> figure.savefig("mae.png")  # doctest: +SKIP
 
     Source: 2306.05497, Figures 1 to 3. The sign is that of the derivative: below 0, descent raises the logit.
     """

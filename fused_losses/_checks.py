@@ -8,7 +8,7 @@ from torch import Tensor
 from fused_losses._arguments import LOSSES, RowLossArguments, check_reduction
 from fused_losses._logit_bias import class_dim
 
-_FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _INDEX = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
@@ -34,7 +34,7 @@ def check_rows(args: RowLossArguments, reductions: tuple[str, ...], takes_probab
     """As :func:`check_row_loss`, for any loss of rows, in the registry or not."""
     name, logits = args.loss, args.logits
     check_reduction(args.reduction, reductions)
-    if logits.dtype not in _FLOATING:
+    if logits.dtype not in FLOATING:
         raise RuntimeError(f"{name}: logits must be float64, float32, float16 or bfloat16, got {logits.dtype}")
     if logits.dim() == 0:
         raise RuntimeError(f"{name}: logits must have shape (C,), (N, C) or (N, C, d1, ...), got a scalar")

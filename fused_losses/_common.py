@@ -16,9 +16,10 @@ from fused_losses._arguments import (
     pack_arguments,
 )
 from fused_losses._autograd import is_small, row_loss, row_loss_and_statistics, small_row_loss
+from fused_losses._declare import describe_module
 from fused_losses._logit_bias import LogitBias, check_logit_bias
 from fused_losses._ops import PackedConstants, pack_constants
-from fused_losses._parameters import plain
+from fused_losses._parameters import integer, plain
 from fused_losses.row_statistics import RowStatistics
 
 
@@ -62,12 +63,11 @@ class Criterion(nn.Module):
 
 
 class RowLossModule(Criterion):
-    """Base of the loss Modules: holds the options and calls the loss's function.
+    """Base of the Modules of losses that give one value per row.
 
-    A tensor given for ``weight``, ``logit_bias`` or a hyper-parameter becomes a buffer: it moves with the Module, is
-    saved in its ``state_dict``, and a new value written into it takes effect at the next call, compiled or captured.
-    Numbers stay plain attributes and can be reassigned. ``logit_bias`` is for training: after ``eval()`` the loss is
-    that of the logits as they are.
+    A tensor given for ``weight``, ``logit_bias`` or a parameter becomes a buffer: it moves with the Module and is in
+    its ``state_dict``, and a value written into it counts from the next call on, also in compiled code and captured
+    CUDA graphs. Numbers are plain attributes and can be assigned. ``logit_bias`` is applied in training mode only.
     """
 
     stem: str
@@ -81,6 +81,7 @@ class RowLossModule(Criterion):
         if stem is not None:
             cls.stem = stem
             LOSSES[stem].modules.append(cls)
+            describe_module(cls, LOSSES[stem])
 
     def __init__(
         self,
@@ -90,7 +91,10 @@ class RowLossModule(Criterion):
         ignore_index: int = -100,
         reduction: str = "mean",
         logit_bias: LogitBias = 0.0,
+        **unknown: Any,
     ) -> None:
+        for name in unknown:
+            raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}")
         super().__init__()
         entry = LOSSES[self.stem]
         self._params: tuple[float, ...] | None = entry.pack(parameters)
@@ -103,7 +107,7 @@ class RowLossModule(Criterion):
                 setattr(self, name, plain(value))
         self.parameter_names = tuple(parameters)
         self.register_buffer("weight", weight)
-        self.ignore_index = plain(ignore_index)
+        self.ignore_index = integer("ignore_index", ignore_index)
         self.reduction = reduction
         if isinstance(logit_bias, Tensor):
             self.register_buffer("logit_bias", logit_bias)
@@ -148,11 +152,18 @@ class RowLossModule(Criterion):
         *,
         return_row_stats: bool = False,
     ) -> Tensor | tuple[Tensor, RowStatistics]:
-        """Computes the loss of ``logits`` for ``target``; ``sample_weight`` is one weight per row.
+        """The loss of ``logits`` for ``target``.
 
-        With ``return_row_stats`` it comes together with :func:`fused_losses.row_statistics` of the rows: of the logits
-        as they are, without ``logit_bias``. Both come from one read of the logits, but while tracing, and on CUDA for
-        losses of several passes, where the statistics are a read of their own.
+        Args:
+            logits: as for the loss's function.
+            target: as for the loss's function.
+            sample_weight: one weight per row, the shape of ``target``.
+            return_row_stats: also return :func:`fused_losses.row_statistics` of the logits as they are (without
+                ``logit_bias``). Mostly one read of the logits gives both; compiled code, and CUDA for losses that
+                read a row several times, read them once more.
+
+        Returns:
+            The loss, or a pair of loss and :class:`fused_losses.RowStatistics`.
         """
         if sample_weight is None and not return_row_stats and is_small(logits, target):
             constants = self._settle() if self._constants is None else self._constants

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import textwrap
 from collections.abc import Callable
 from typing import Any, Concatenate
 
@@ -19,34 +20,49 @@ _PLAIN = {float, int, bool, str, type(None)}  # types of options whose value is 
 
 _OPTIONS_DOC = """
     Args:
-        logits: ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``, any strides; float64, float32, float16 or bfloat16.
-            Channels-last and NCHW images are read in place. A logit of -inf masks its class: probability 0 and no
-            gradient. As a target it has loss -log 0. Where log-probabilities are summed over the classes it makes the
-            sum infinite (label smoothing; a loss divided by the sum is 0), unless its weight or share there is 0.
-        target: class indices in ``[0, C)`` or ``ignore_index``, the shape of ``logits`` without its class
-            dimension; int64, int32, int16 or uint8.{probabilities}
-{own}        weight: class weights ``(C,)``; a row counts ``weight[target]``. As in ``torch`` a weight of 0
-            is a factor: it does not hide a row that is not finite, ``ignore_index`` does.
-        ignore_index: rows with this target have loss and gradient zero and do not count in the mean.
-        reduction: ``"none"`` (weighted loss per row), ``"sum"``, or ``"mean"``: sum of weighted losses over sum of
-            weights; 0 with zero gradient where that sum is 0 (``torch`` gives NaN).{reduction}
+        logits: ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``, any strides; float64, float32, float16 or bfloat16. Called
+            z above; p is its softmax. A logit of -inf masks its class: probability 0. If the target is masked, the loss
+            is its limit at ``p_y = 0`` (infinite for cross entropy, NaN for NCE and NFL).
+        target: class indices, called y above, in ``[0, C)`` or ``ignore_index``; the shape of ``logits`` without its
+            class dimension; int64, int32, int16 or uint8.{probabilities}
+{own}        weight: class weights ``(C,)``, floating point: a row's loss is multiplied by ``weight[target]``. As in
+            ``torch``, 0 does not hide a row whose loss is NaN or infinite; ``ignore_index`` does.
+        ignore_index: rows with this target have loss and gradient 0 and do not count in the mean.
+        reduction: ``"none"`` (the weighted loss of each row), ``"sum"``, or ``"mean"``: the sum of the weighted losses
+            divided by the sum of the weights, or 0 with gradient 0 where that is 0 (``torch`` gives NaN).{reduction}
         logit_bias: added to the target's logit before the softmax (2306.05497): a number, a 0-dim tensor, or
-            ``"auto"``, which solves Eq. 4 for the number of classes (:func:`fused_losses.calibration.solve_logit_bias`,
-            not below 0).
-        sample_weight: weight per row, the shape of ``target``.
+            ``"auto"``, the value of :func:`fused_losses.calibration.solve_logit_bias` for C classes, at least 0.
+        sample_weight: one weight per row, the shape of ``target``; multiplies the class weight.
 
     Returns:
         The loss in float32, float64 for float64 logits; a scalar unless ``reduction="none"``.
 
     Raises:
-        ValueError: a hyper-parameter out of range, an unknown ``reduction``, mismatching batch sizes.
-        RuntimeError: shapes or dtypes that do not fit.
-        IndexError: a target out of range (on CUDA: a device assertion).
+        TypeError: a parameter is no number, or ``ignore_index`` no integer.
+        ValueError: a parameter is out of range, ``reduction`` is unknown, batch sizes differ.
+        RuntimeError: shapes, dtypes or devices do not fit.
+        IndexError: a target is out of range (on CUDA: a device assertion).
 """
 
-_PROBABILITIES_DOC = """ Or floating point probabilities
-            ``u`` of the shape of ``logits``, as Mixup and CutMix make them: ``sum_k u_k weight[k] loss(logits, k)``,
-            the mean over rows, without ``logit_bias``."""
+_PROBABILITIES_DOC = """ Or class probabilities u, of the shape of ``logits`` and
+            floating point, as Mixup and CutMix make them: the loss of a row is then
+            ``sum_k u_k weight[k] loss(logits, k)``, the mean is over rows, and ``logit_bias`` must be 0."""
+
+_MODULE_DOC = """{summary}
+
+    Module form of :func:`fused_losses.functional.{function}`, which explains the loss. Called with ``(logits, target,
+    sample_weight=None, *, return_row_stats=False)``: the loss, or with ``return_row_stats`` a pair of it and
+    :class:`fused_losses.RowStatistics` of the logits.
+
+    Args:
+{own}        weight: class weights ``(C,)``, a buffer.
+        ignore_index, reduction: as for the function.
+        logit_bias: as for the function, but only in training mode: ``eval()`` leaves it out.
+
+    Raises:
+        TypeError: a parameter is no number, or ``ignore_index`` no integer.
+        ValueError: a parameter is out of range.
+"""
 
 _COMMON = [
     inspect.Parameter("weight", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="Tensor | None"),
@@ -84,6 +100,32 @@ def _make_reference(name: str) -> Callable[..., Tensor]:
     return function
 
 
+def _parts(formula: Callable[..., Tensor]) -> tuple[str, str, str]:
+    """A formula's docstring: what comes before the arguments, the arguments, the example."""
+    summary, _, own = (inspect.getdoc(formula) or "").partition("\nArgs:\n")
+    if own:
+        own, header, example = own.partition("\nExample:\n")
+    else:
+        summary, header, example = summary.partition("\nExample:\n")
+    lines = "".join(f"        {line}\n" for line in textwrap.dedent(own).strip("\n").splitlines())
+    return summary.rstrip(), lines, header + example
+
+
+def describe_module(module: type, entry: LossEntry) -> None:
+    """Gives a loss's Module a whole docstring in place of one line, and its constructor a signature of all options."""
+    summary, own, _ = _parts(entry.formula)
+    if "\n" not in (module.__doc__ or ""):
+        first = summary.partition("\n\n")[0].replace("\n", "\n    ")
+        doc = _MODULE_DOC.format(summary=first, function=entry.function.__name__, own=own)
+        module.__doc__ = doc.rstrip() + "\n    "
+    make: Any = module.__init__  # type: ignore[misc]  # of the class, not of an instance
+    signature = inspect.signature(make)
+    given = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    if len(given) < len(signature.parameters):
+        common = [p.replace(default=entry.reduction({})) if p.name == "reduction" else p for p in _COMMON[:-1]]
+        make.__signature__ = signature.replace(parameters=[*given, *common])
+
+
 def _describe(
     made: Callable[..., Tensor],
     module: str,
@@ -104,9 +146,7 @@ def _describe(
     common = [
         p.replace(default=default_reduction, annotation=annotation) if p.name == "reduction" else p for p in _COMMON
     ]
-    summary, _, own_doc = (inspect.getdoc(formula) or "").partition("\nArgs:\n")
-    own_doc, header, example = own_doc.partition("\nExample:\n")
-    own_doc = "".join(f"        {line}\n" for line in inspect.cleandoc(own_doc).splitlines())
+    summary, own_doc, example = _parts(formula)
     made.__name__ = made.__qualname__ = formula.__name__
     made.__module__ = module
     options_doc = inspect.cleandoc(
@@ -114,7 +154,7 @@ def _describe(
             own=own_doc, reduction=reduction_doc, probabilities=_PROBABILITIES_DOC if takes_probabilities else ""
         )
     )
-    made.__doc__ = f"{summary.rstrip()}\n\n{options_doc}\n{header}{example}"
+    made.__doc__ = f"{summary}\n\n{options_doc}\n{example}"
     made.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [*tensors, *keywords, *common], return_annotation="Tensor"
     )

@@ -60,43 +60,33 @@ _NORMAL_WEIGHT = np.exp(-0.5 * _NORMAL**2) * (_STEP / math.sqrt(2.0 * math.pi))
 
 
 def solve_logit_bias(num_classes: int, target_activation: float = 0.15) -> float:
-    r"""The bias ``eps`` that gives the labelled class a chosen mean probability at the start of training.
+    """The logit bias that gives the labelled class a chosen mean probability at the start of training.
 
-    A bounded loss such as MAE learns nothing from a row whose labelled class has a probability close to zero,
-    which is every row of an untrained network with many classes. Adding ``eps`` to the logit of the labelled
-    class, in training only, removes that dependence on the number of classes. With logits
-    :math:`z \sim N(0, 1)^K`, ``K = num_classes`` and ``C = target_activation``, ``eps`` is the root of
-
-    .. math:: E\left[\frac{e^{z_y + \epsilon}}{e^{z_y + \epsilon} + \sum_{j \ne y} e^{z_j}}\right] = C .
-
-    The left side increases in ``eps`` from 0 to 1, so there is exactly one root. It is negative where an
-    unbiased softmax already exceeds the target (``K <= 6`` for the default); ``logit_bias="auto"`` replaces a
-    negative value by 0, this function returns it as it is.
-
-    The expectation is computed by quadrature, without sampling, and the result is cached. Its error is below
-    1e-12: for ``K`` from 2 to 1e6 and ``C`` from 0.001 to 0.999 it differs by at most 4e-14 from the root on
-    a wider grid with a third of the step, and for ``K = 2`` by at most 2e-14 from the one-dimensional
-    integral worked out in 30 digits. Monte Carlo estimates with 4e5 draws agree within their sampling error,
-    0.006.
+    For bounded losses with many classes (``logit_bias="auto"`` calls it): MAE and its like learn nothing from a row
+    whose label has a probability near 0, and in an untrained network with many classes that is every row. With ``K =
+    num_classes`` logits z drawn from N(0, 1) and ``C = target_activation``, the bias is the root of ``E[exp(z_y + bias)
+    / (exp(z_y + bias) + sum_{j != y} exp(z_j))] = C``. There is exactly one root. It is negative where the probability
+    is above C without a bias (``K <= 6`` for the default); ``logit_bias="auto"`` takes 0 instead, this function returns
+    it as it is. It is computed by quadrature, to 1e-12 for K from 2 to 1e6 and C from 0.001 to 0.999, and cached.
 
     Args:
-        num_classes: number of classes ``K``, an integer of at least 2.
-        target_activation: wanted mean probability ``C`` of the labelled class, 0 < C < 1.
+        num_classes: number of classes K, an integer of at least 2.
+        target_activation: wanted mean probability C of the labelled class, 0 < C < 1. 0.15 is the paper's value.
 
     Returns:
-        ``eps``, in units of the logits.
+        The bias, in units of the logits.
 
     Raises:
-        TypeError: ``num_classes`` is not an integer or ``target_activation`` not a real number.
-        ValueError: an argument is out of its range.
+        TypeError: ``num_classes`` is no integer, or ``target_activation`` no number.
+        ValueError: an argument is out of range.
 
     Example:
         >>> round(solve_logit_bias(100), 3)
         3.034
 
-    Source: Staats, Thamm, Rosenow, "Enhancing Noise-Robust Losses for Large-Scale Noisy Data Learning"
-    (arXiv 2306.05497), Eq. 4. The paper uses 0.5 for K = 10 and 3.0 for K = 100, the rounded roots; for
-    K = 1000 it uses 5.2 where the equation with ``C = 0.15`` gives 5.36.
+    Source: Staats, Thamm, Rosenow, "Enhancing Noise-Robust Losses for Large-Scale Noisy Data Learning" (2306.05497),
+    Eq. 4. The paper uses 0.5 for K = 10 and 3.0 for K = 100, the rounded roots; for K = 1000 it uses 5.2 where the
+    equation gives 5.36.
     """
     count = check_num_classes(num_classes)
     target = _check_target_activation(target_activation)

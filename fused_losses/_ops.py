@@ -6,7 +6,7 @@ A kernel sees memory; beside each operator is what tracing sees of it, shapes an
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,8 +100,26 @@ def pack_z_error_constants(values: ZErrorConstants) -> Tensor:
 def _fake(implementation: Callable[..., Any]) -> Callable[..., Any]:
     """Registers what tracing sees of the operator of that name."""
     name = implementation.__name__.removeprefix("_fake_")
-    torch.library.register_fake(f"fused_losses::{name}", implementation)
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        result = implementation(*args, **kwargs)
+        _check_meta(name, args)
+        return result
+
+    torch.library.register_fake(f"fused_losses::{name}", checked)
     return implementation
+
+
+def _check_meta(name: str, args: Sequence[Any]) -> None:
+    """Raises where some tensors are on the meta device: a call with real ones would return memory that nobody wrote."""
+    tensors = {i: arg for i, arg in enumerate(args) if isinstance(arg, Tensor) and arg.dim() > 0}
+    if len({tensor.is_meta for tensor in tensors.values()}) < 2:
+        return
+    names = [argument.name for argument in getattr(torch.ops.fused_losses, name).default._schema.arguments]
+    (first, device), *_ = [(names[i], tensor.device) for i, tensor in tensors.items()]
+    for i, tensor in tensors.items():
+        if tensor.device != device:
+            raise RuntimeError(f"{name}: {names[i]} must be on the device of {first} ({device}), got {tensor.device}")
 
 
 def _empty_loss(args: RowLossArguments) -> Tensor:

@@ -27,6 +27,14 @@ def plain(value: Any) -> Any:
     return value.item() if isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0 else value
 
 
+def integer(name: str, value: Any) -> int:
+    """``value``, an integer of Python, NumPy or a 0-dim tensor. Raises a TypeError on anything else."""
+    value = plain(value)
+    if not isinstance(value, (int, torch.SymInt)) and not (isinstance(value, Tensor) and value.dim() == 0):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    return value  # type: ignore[return-value]  # symbolic while tracing, or a tensor, which operators take
+
+
 @dataclass(frozen=True)
 class Range:
     """Numbers; ``rule`` completes the sentence "x must ..." for those that the loss is defined for.

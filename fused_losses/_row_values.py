@@ -15,7 +15,7 @@ from fused_losses._autograd import is_plain, row_loss
 from fused_losses._checks import check_row_loss, check_rows, row_shape
 from fused_losses._common import Criterion, RowLossModule
 from fused_losses._logit_bias import class_dim
-from fused_losses._parameters import OrTensor, plain
+from fused_losses._parameters import OrTensor, integer, plain
 from fused_losses._reference import Rows, reduce_rows
 from fused_losses.distributed import global_mean
 
@@ -141,9 +141,8 @@ def plain_arguments(
     """The arguments of a loss that is in no registry, checked but for classes out of range."""
     check_reduction(reduction)
     check_plain(name, logits, target)
-    args = RowLossArguments(
-        logits, target, weight, sample_weight, None, None, name, (), 0.0, int(plain(ignore_index)), reduction
-    )
+    ignored = int(integer("ignore_index", ignore_index))
+    args = RowLossArguments(logits, target, weight, sample_weight, None, None, name, (), 0.0, ignored, reduction)
     check_rows(args, REDUCTIONS, takes_probabilities=False)
     return args
 

@@ -54,6 +54,8 @@ def source_of(
     statistics: ClassStatistics | None, group: dist.ProcessGroup | None, update: Callable[[Tensor], Tensor] | None
 ) -> Source:
     """The source for a function's arguments."""
+    if not isinstance(statistics, (ClassStatistics, type(None))):
+        raise TypeError(f"statistics must be ClassStatistics or None, got {type(statistics).__name__}")
     return Source(None if statistics is None else statistics.moments(), group, update)
 
 
@@ -81,7 +83,7 @@ class RunningMoments(HasProcessGroup):
 
     @property
     def running_statistics(self) -> ClassStatistics:
-        """The running statistics by class; counts are those of a decaying memory and not integers."""
+        """The running statistics of each class. Counts fade with the batches and are no integers."""
         if not self.running:
             raise AttributeError(f"{type(self).__name__} has running_statistics only with running=True")
         return ClassStatistics.from_moments(self.running_moments)

@@ -14,7 +14,8 @@ from fused_losses import _ops, _z_autograd, _z_reference
 from fused_losses._agreement import Exchange
 from fused_losses._arguments import RowLossArguments, ZErrorLossArguments, ZErrorRule, check_reduction
 from fused_losses._autograd import row_loss
-from fused_losses._parameters import plain, positive, positive_integer
+from fused_losses._checks import FLOATING
+from fused_losses._parameters import one_of, plain, positive, positive_integer
 from fused_losses._reference import row_loss_reference
 from fused_losses._running import RunningMoments, Source
 from fused_losses.distributed import global_mean
@@ -28,8 +29,8 @@ class ZErrorResult(NamedTuple):
 
     Attributes:
         loss: as without it.
-        mask: bool, one per row, True for kept rows.
-        scores: float64, one per row: (score - mean) / std of the row's class; NaN for rows that were not judged: those
+        mask: bool, one per row, True for rows that are kept.
+        scores: z of every row, ``(score - mean) / std`` of the row's class, float64. NaN for rows that have none: rows
             without a class (ignored, missing label), with a score that is not finite, or with too few rows in their
             class.
     """
@@ -67,7 +68,7 @@ def fused_and_plain(make: Callable[[ZOps], Callable[..., Any]]) -> tuple[Callabl
 def choose(name: str, value: str, choices: dict[str, str]) -> str:
     """The operator's word for an option; raises a ValueError that lists the choices."""
     if value not in choices:
-        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
+        raise ValueError(f"{name} must be {one_of(tuple(choices))}, got {value!r}")
     return choices[value]
 
 
@@ -110,10 +111,8 @@ def spread_weight(sample_weight: Tensor | None, like: Tensor) -> Tensor | None:
         return sample_weight
     if sample_weight.dim() == 1 and like.dim() > 1 and sample_weight.shape[0] == like.shape[0]:
         return sample_weight.reshape([-1] + [1] * (like.dim() - 1)).expand(like.shape)
-    raise ValueError(
-        f"sample_weight must have shape {tuple(like.shape)} or ({like.shape[0] if like.dim() else 1},), "
-        f"got {tuple(sample_weight.shape)}"
-    )
+    per_row = f" or ({like.shape[0]},)" if like.dim() > 1 else ""
+    raise ValueError(f"sample_weight must have shape {tuple(like.shape)}{per_row}, got {tuple(sample_weight.shape)}")
 
 
 def masked_loss(
@@ -181,16 +180,18 @@ def check_tensors(**values: Any) -> None:
             raise RuntimeError(f"{name} must be dense, got a tensor of layout {value.layout}")
 
 
-def check_pair(input: Tensor, target: Tensor) -> None:
-    """Raises unless both are dense tensors of one shape."""
-    check_tensors(input=input, target=target)
+def check_pair(name: str, input: Tensor, target: Tensor) -> None:
+    """Raises unless both are dense tensors of one shape, and the first, called ``name``, a floating point one."""
+    check_tensors(**{name: input, "target": target})
+    if input.dtype not in FLOATING:
+        raise RuntimeError(f"{name} must be float64, float32, float16 or bfloat16, got {input.dtype}")
     if input.shape != target.shape:
         raise ValueError(f"target must have the shape of the input, {list(input.shape)}, got {list(target.shape)}")
 
 
-def tasks_of(input: Tensor) -> int:
-    """How many tasks (N, T, d1, ...) has."""
-    check_tensors(input=input)
+def tasks_of(name: str, input: Tensor) -> int:
+    """How many tasks (N, T, d1, ...), called ``name``, has."""
+    check_tensors(**{name: input})
     return input.shape[1] if input.dim() > 1 else 1
 
 

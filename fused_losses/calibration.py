@@ -1,4 +1,4 @@
-"""Hyper-parameters from the number of classes, or of training samples, instead of being tuned by training."""
+"""Parameters computed from the number of classes or of training samples, instead of found by training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fused_losses._arrays import as_tensor
 from fused_losses._calibration_plot import plot_mean_target_error
 from fused_losses._logit_bias import check_num_classes, check_number, solve_logit_bias
 from fused_losses._mean_error import RowLoss, mean_slopes
-from fused_losses._parameters import OrTensor, Range, iterations
+from fused_losses._parameters import OrTensor, Range, iterations, positive
 from fused_losses._unwrap import unwrap
 
 __all__ = [
@@ -37,39 +37,35 @@ _Numbers = TypeVar("_Numbers", float, Tensor, npt.NDArray[Any])
 
 
 def mean_target_error(loss: Loss, num_classes: int, z: _Numbers, **parameters: float) -> _Numbers:
-    r"""How hard a loss pulls on the logit of the labelled class of an untrained network, on average.
+    """The mean derivative of a loss in the logit of the labelled class, for an untrained network.
 
-    For the labelled class ``k`` with logit ``z`` and the other ``K - 1 = num_classes - 1`` logits drawn from N(0, 1):
+    It is ``E[dL / dz_k | z_k = z]`` for the labelled class k with logit ``z``, and the other ``K - 1 = num_classes -
+    1`` logits drawn from N(0, 1); the paper writes ``<delta_k>(z)``. It is negative where gradient descent raises the
+    logit. Where it is nearly 0 for every initial logit (``z`` from about -2 to 2), the loss does not start to learn:
+    use ``logit_bias``, or match a parameter (:func:`match_parameter`).
 
-    .. math:: \langle\delta_k\rangle(z) = E\left[\frac{\partial L}{\partial z_k} \,\Big|\, z_k = z\right] .
-
-    It is negative where gradient descent raises the logit. Where it is nearly 0 for every initial logit (``z`` from
-    about -2 to 2) the loss does not start to learn: raise ``logit_bias`` or match a parameter
-    (:func:`match_parameter`).
-
-    A loss of ``p_y`` alone (found out by trial) is integrated: the distribution of the other classes'
-    ``sum exp(z_j)`` is known to about 1e-11, and the result is as good for smooth losses; for phuber_ce, whose slope
-    has a kink, to 1e-5 of its value. Any other loss is averaged over a fixed sample of about 2^20 random logits (16
-    rows of ``K`` from 2^16 classes on), so repeated calls give the same number. Measured over five samples for ``K``
-    from 3 to 1e5, the standard error is below 0.25 % of the value for NCE and NFL; margin losses, whose slope jumps,
-    are good to about 0.01 in absolute terms.
+    A loss of ``p_y`` alone is integrated, to about 1e-11 (phuber_ce, whose slope has a kink, to 1e-5 of the value). Any
+    other loss is averaged over a fixed sample of about 2^20 logits, or 16 rows of K from 2^16 classes on, so repeated
+    calls give the same number. Its standard error, over five samples and K from 3 to 1e5, is below 0.25 % of the value
+    for NCE and NFL and about 0.01 in absolute terms for margin losses.
 
     Args:
-        loss: what to average: a name (``"gce"`` or ``"gce_loss"``), a Module, or a function
-            ``loss(logits, target)`` giving one value per row (``reduction="none"`` is passed if it takes it). The
-            ``reduction`` of a Module is replaced by ``"none"``, and ``logit_bias="auto"`` is solved for
-            ``num_classes``. Where classes differ (class weights, margins per class) the labelled class is class 0.
-            Losses that look at several rows at once (Z-Error) have no such average.
-        num_classes: ``K``, an integer of at least 2.
-        z: logit of the labelled class: a number, a tensor or an array of any shape.
-        parameters: parameters of a loss given by name or as a function, ``q=0.5``, ``logit_bias=3.0``.
+        loss: a name (``"gce"`` or ``"gce_loss"``), a Module, or a function ``loss(logits, target)`` that gives one
+            value per row (it gets ``reduction="none"`` if it takes that). The ``reduction`` of a Module is not used,
+            and ``logit_bias="auto"`` is solved for ``num_classes``. Where classes differ (class weights, margins per
+            class) the labelled class is class 0. Losses that compare rows (Z-Error) have no such mean.
+        num_classes: K, an integer of at least 2.
+        z: logit of the labelled class: a number, or a tensor or array of any shape.
+        parameters: parameters of the loss, such as ``q=0.5`` or ``logit_bias=3.0``. They take the place of those of a
+            Module.
 
     Returns:
-        ``<delta_k>`` in units of loss per logit: a float for a number, else float64 of the kind and shape of ``z``.
+        In units of loss per logit: a float for a number, else float64 of the kind and shape of ``z``.
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: ``num_classes`` < 2, ``z`` not finite, an unknown loss, or a loss that is not one value per row.
+        ValueError: ``num_classes`` is below 2, ``z`` is not finite, the loss is unknown or does not give one value per
+            row.
 
     Example:
         >>> round(mean_target_error("mae", 10, 0.0), 3), round(mean_target_error("mae", 1000, 0.0), 4)
@@ -88,28 +84,27 @@ def mean_target_error(loss: Loss, num_classes: int, z: _Numbers, **parameters: f
 def match_parameter(
     loss: Loss, name: str, num_classes: int, reference_num_classes: int, reference_value: float
 ) -> float:
-    """Carries a parameter tuned with some number of classes over to another number of classes.
+    """The value of a parameter for another number of classes, from one that is known to be good.
 
-    The value returned gives an untrained network with ``num_classes`` classes the same pull on the labelled class, at
-    logit 0, that ``reference_value`` gives with ``reference_num_classes``: the root of
-    ``mean_target_error(loss, num_classes, 0, name=value) = mean_target_error(loss, reference_num_classes, 0,
-    name=reference_value)`` nearest to ``reference_value``. One equation settles one parameter; the others stay.
+    With the returned value, an untrained network with ``num_classes`` classes gets the same mean derivative at logit 0
+    as ``reference_value`` gives with ``reference_num_classes``: it is the root of ``mean_target_error(loss,
+    num_classes, 0, name=value) = mean_target_error(loss, reference_num_classes, 0, name=reference_value)`` nearest to
+    ``reference_value``. One equation fixes one parameter; all others stay.
 
     Args:
-        loss: as for :func:`mean_target_error`; the values of a Module are kept, and so are those that a
-            ``functools.partial`` sets.
-        name: the parameter to change, one of the loss's own that takes real numbers, or ``"logit_bias"``.
+        loss: as for :func:`mean_target_error`. The other parameters of a Module, or of a ``functools.partial``, are
+            used.
+        name: the parameter to change: one of the loss's own that takes real numbers, or ``"logit_bias"``.
         num_classes: the number of classes to find a value for, an integer of at least 2.
-        reference_num_classes: the number of classes for which ``reference_value`` is known to be good.
+        reference_num_classes: the number of classes for which ``reference_value`` is good, an integer of at least 2.
         reference_value: that value.
 
     Returns:
-        The matching value; its error is that of :func:`mean_target_error` (1e-9 for losses of ``p_y`` alone).
+        The value; its error is that of :func:`mean_target_error` (1e-9 for losses of ``p_y`` alone).
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: an argument is out of range, the loss has no such parameter, or no value of it gives the pull that
-            is asked for.
+        ValueError: an argument is out of range, the loss has no such parameter, or no value solves the equation.
 
     Example:
         >>> round(match_parameter("gce", "q", 1000, 100, 0.7), 2)
@@ -262,16 +257,17 @@ def _as_array(z: float | Tensor | npt.NDArray[Any]) -> _Array:
 def hem_margin(num_samples: int, M: float = 2000.0) -> float:
     """The margin of HEM for a training set: ``sqrt(M / num_samples)``.
 
-    Fewer samples need a larger margin to generalise.
+    Fewer samples get a larger margin.
 
     Args:
         num_samples: training samples of all classes together, at least 1.
         M: the paper's constant, > 0.
 
     Returns:
-        The margin, in units of the logits.
+        The margin in units of the logits, for ``HEMLoss(margin=...)``.
 
     Raises:
+        TypeError: an argument is no number.
         ValueError: an argument is out of range.
 
     Example:
@@ -280,9 +276,9 @@ def hem_margin(num_samples: int, M: float = 2000.0) -> float:
 
     Source: 2501.12191, mu = sqrt(M / N) with M = 2000.
     """
-    if not 1 <= num_samples < math.inf:
+    if not 1 <= check_number("num_samples", num_samples) < math.inf:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-    _check_constant(M)
+    positive.pack("M", check_number("M", M))
     return math.sqrt(M / num_samples)
 
 
@@ -291,40 +287,36 @@ def hem_plus_margins(
 ) -> Tensor:
     """The margins of HEM+, one per class: ``sqrt(M / (C * class_counts[i]))``.
 
-    Rare classes get a larger margin; with equally many samples in all ``C`` classes every margin is that of
+    Rare classes get a larger margin. With equally many samples in all C classes every margin is that of
     :func:`hem_margin`.
 
     Args:
-        class_counts: training samples of each class ``(C,)``, all at least 1.
+        class_counts: training samples of each class ``(C,)``, all at least 1: a tensor, an array or a list.
         M: the paper's constant, > 0.
-        dtype: of the result, torch's default dtype if None.
+        dtype: of the result, floating point; None for torch's default dtype.
 
     Returns:
         The margins ``(C,)`` on the CPU, in units of the logits, for ``HEMLoss(margin=...)``.
 
     Raises:
-        ValueError: ``class_counts`` is not one-dimensional or empty, or a class has no samples (its margin would be
-            infinite; leave the class out or give it a count of your choice), or ``M`` is out of range.
+        TypeError: ``class_counts`` holds no numbers.
+        ValueError: ``class_counts`` is empty or not one-dimensional, a class has no samples (its margin would be
+            infinite; leave the class out, or choose a count), or ``M`` or ``dtype`` is out of range.
 
     Example:
         >>> hem_plus_margins([5000, 500])
         tensor([0.4472, 1.4142])
 
-    Source: 2501.12191, mu_i = sqrt(M / (n s_i)). Other code clamps ``mu_i`` relative to the mean; nothing is clamped
-    here.
+    Source: 2501.12191, mu_i = sqrt(M / (n s_i)). Deviation from other code, which clamps ``mu_i`` relative to the mean:
+    nothing is clamped.
     """
-    _check_constant(M)
-    if isinstance(class_counts, Tensor):
-        class_counts = class_counts.detach().cpu().numpy()
-    counts = np.asarray(class_counts, dtype=np.float64)
+    positive.pack("M", check_number("M", M))
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating point dtype, got {dtype}")
+    counts = as_tensor("class_counts", class_counts).to("cpu", torch.float64).numpy()
     if counts.ndim != 1 or counts.size == 0:
         raise ValueError(f"class_counts must have one count per class, got shape {counts.shape}")
     bad = np.flatnonzero(~((counts >= 1.0) & (counts < math.inf)))
     if bad.size:
         raise ValueError(f"class_counts must be at least 1 for every class, got {counts[bad[0]]:g} for class {bad[0]}")
     return torch.from_numpy(np.sqrt(M / (counts.size * counts))).to(dtype or torch.get_default_dtype())
-
-
-def _check_constant(M: float) -> None:
-    if not 0.0 < M < math.inf:
-        raise ValueError(f"M must satisfy 0 < value < inf, got {M}")

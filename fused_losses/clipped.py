@@ -1,7 +1,7 @@
 """The losses of ``p_y`` that are clipped: linear, or constant, where ``p_y`` is small.
 
-Each loss: formula (the plain PyTorch reference, decorated into the fused function), then its Module. The C++ twins are
-in ``csrc/losses/target_losses.h``.
+Each loss: its formula in plain PyTorch, which a decorator turns into the fused function, then its Module. The C++ forms
+are in ``csrc/losses/target_losses.h``.
 """
 
 from __future__ import annotations
@@ -27,13 +27,19 @@ _truncation = replace(fraction, low=1e-15, high=0.9999)
 
 @loss_of_target(tau=above_one_factor)
 def phuber_ce_loss(t: Tensor, *, tau: float = 10.0, **options: Unpack[CallOptions]) -> Tensor:
-    """Partially Huberised cross entropy: ``-log p_y`` where ``p_y > 1 / tau``, below that its tangent.
+    """Partially Huberised cross entropy: ``-log p_y``, below ``p_y = 1 / tau`` its tangent ``1 + log tau - tau p_y``.
 
-    The tangent is ``1 + log tau - tau p_y``, so the slope in ``p_y`` is clipped at ``tau``. ICLR 2020, "Can gradient
-    clipping mitigate label noise?", Eq. 6.
+    For noisy labels: the slope in ``p_y`` is at most ``tau``, so rows that are far off pull less. The largest value is
+    ``1 + log tau``.
+
+    Source: Menon et al., ICLR 2020, "Can gradient clipping mitigate label noise?", Eq. 6.
 
     Args:
-        tau: largest slope, > 1.
+        tau: largest slope, > 1. 10 is the default of a public implementation, which takes 2 for CIFAR-10.
+
+    Example:
+        >>> phuber_ce_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]))  # cross entropy here
+        tensor(0.6931)
     """
     log_tau = math.log(tau)
     return torch.where(t <= -log_tau, 1.0 + log_tau - tau * t.exp(), -t)
@@ -50,18 +56,19 @@ class PHuberCELoss(RowLossModule, stem="phuber_ce"):
 
 @loss_of_target(q=_below_one, tau=above_one_factor)
 def phuber_gce_loss(t: Tensor, *, q: float = 0.7, tau: float = 10.0, **options: Unpack[CallOptions]) -> Tensor:
-    """Partially Huberised GCE: ``(1 - p_y^q) / q`` where ``p_y > tau^(-1 / (1 - q))``, below that its tangent.
+    """Partially Huberised GCE: ``(1 - p_y^q) / q`` where ``p_y > tau^(-1 / (1 - q))``, its tangent below.
 
-    For noisy labels; like :func:`gce_loss`, but its slope in ``p_y`` never exceeds ``tau``, so rows that are far off
-    pull less. With ``q = 0.7`` and ``tau = 10`` only rows with ``p_y < 5e-4`` are affected. ICLR 2020, "Can gradient
-    clipping mitigate label noise?"; :func:`phuber_ce_loss` is its limit for ``q`` to 0.
+    For noisy labels, as :func:`gce_loss`, but its slope in ``p_y`` is at most ``tau``. With the defaults only rows with
+    ``p_y < 5e-4`` differ from GCE. Its limit for ``q -> 0`` is :func:`phuber_ce_loss`.
+
+    Source: Menon et al., ICLR 2020, "Can gradient clipping mitigate label noise?".
 
     Args:
-        q: exponent, in (0, 1).
+        q: exponent, between 0 and 0.999. The default is that of GCE.
         tau: largest slope, > 1.
 
     Example:
-        >>> phuber_gce_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]))  # that of GCE
+        >>> phuber_gce_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]))  # GCE here
         tensor(0.5492)
     """
     t0 = -math.log(tau) / (1.0 - q)
@@ -82,15 +89,17 @@ class PHuberGCELoss(RowLossModule, stem="phuber_gce"):
 
 @loss_of_target(q=exponent, k=_truncation)
 def truncated_gce_loss(t: Tensor, *, q: float = 0.7, k: float = 0.5, **options: Unpack[CallOptions]) -> Tensor:
-    """Truncated GCE: ``min(GCE(p_y), GCE(k))``, GCE as in :func:`gce_loss`. 1805.07836 section 3.3.
+    """Truncated GCE: ``min(GCE(p_y), GCE(k))``, with GCE as in :func:`gce_loss`.
 
-    For noisy labels, after a warm-up with GCE: rows with ``p_y <= k`` count as wrong and have no gradient. From the
-    start nothing is learnt, because every ``p_y`` is about ``1 / C``. The paper finds anew, every ten epochs, which
-    rows to leave out; here each step decides by its own logits, so a row can come back.
+    For noisy labels, after some epochs with GCE: rows with ``p_y <= k`` count as wrong and have no gradient. Used from
+    the start it learns nothing, because then every ``p_y`` is about ``1 / C``.
+
+    Source: 1805.07836, section 3.3. Deviation: the paper chooses the rows to leave out every ten epochs; here every
+    call chooses by its own logits, so a row can come back.
 
     Args:
-        q: exponent, > 0.
-        k: probability below which a row is left out, in (0, 1).
+        q: exponent, > 0. The defaults of q and k are the paper's.
+        k: probability up to which a row is left out, between 0 and 0.9999.
 
     Example:
         >>> truncated_gce_loss(torch.tensor([[-9.0, 0.0]]), torch.tensor([0]))  # (1 - 0.5^0.7) / 0.7

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 from fused_losses._arguments import check_reduction
 from fused_losses._arrays import as_tensor
 from fused_losses._autograd import is_plain, needs_reference
-from fused_losses._parameters import finite, plain, positive_integer
+from fused_losses._parameters import finite, integer, positive_integer
 from fused_losses._reference import Rows
 from fused_losses._row_values import RowsModule, RowValues, maybe_any, plain_rows, reads_values
+from fused_losses._transition import check_transition, invert
 from fused_losses.cross_entropy import cross_entropy
-from fused_losses.noise import check_matrix
 
 # Its exponential is far from the end of float32. Only classes that cannot have the label come near it; their
 # share is 0.
@@ -27,30 +27,32 @@ _ARGUMENTS = """
         logits: ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``, any strides; float64, float32, float16 or bfloat16.
         target: class indices in ``[0, C)`` or ``ignore_index``, the shape of ``logits`` without its class dimension.
         transition: ``(C, C)``, floating point, on the device of ``logits``: entry [i, j] is the probability of label j
-            for a sample of class i, rows summing to 1 (to 1e-4). :func:`fused_losses.noise.estimate_transition`
-            estimates it. Gradients flow into one that requires them.
-        weight: class weights ``(C,)``; a row counts ``weight[target]``.
-        ignore_index: rows with this target have loss and gradient zero and do not count in the mean.
-        reduction: ``"none"``, ``"sum"`` or ``"mean"``: sum of weighted losses over sum of weights; 0 where that is 0.
-        sample_weight: weight per row, the shape of ``target``.
+            for a sample of class i, and rows sum to 1 (within 1e-4). :func:`fused_losses.noise.estimate_transition`
+            estimates it. Gradients flow into a matrix that requires them.
+        weight: class weights ``(C,)``: a row's loss is multiplied by ``weight[target]``.
+        ignore_index: rows with this target have loss and gradient 0 and do not count in the mean.
+        reduction: ``"none"``, ``"sum"``, or ``"mean"``: the sum of the weighted losses divided by the sum of the
+            weights, or 0 where that is 0.
+        sample_weight: one weight per row, the shape of ``target``.
 
     Returns:
         The loss in float32, float64 for float64 logits; a scalar unless ``reduction="none"``.
 
     Raises:
-        ValueError: a ``transition`` that is not square, does not fit the logits, has negative entries or rows that do
-            not sum to 1{singular}; an unknown ``reduction``. Values are looked at where that waits for no
-            device: on the CPU, outside of compiled code, and not in a matrix that requires a gradient.
-        RuntimeError: shapes or dtypes that do not fit.
-        IndexError: a target out of range (on CUDA: a device assertion).
+        TypeError: ``transition`` is no floating point tensor, or ``ignore_index`` no integer.
+        ValueError: ``transition`` is not square, does not fit the logits, has negative entries or rows that do not sum
+            to 1{singular}; ``reduction`` is unknown; batch sizes differ. The entries are checked where that
+            waits for no device: on the CPU, outside of compiled code, and not if the matrix requires a gradient.
+        RuntimeError: shapes, dtypes or devices do not fit.
+        IndexError: a target is out of range (on CUDA: a device assertion).
 """
 
 
 _MODULE_ARGUMENTS = """
     Args:
-        transition: ``(C, C)`` as for the function, a tensor or an array: fixed, a buffer. A ``Parameter`` is learnt as
-            it is (whoever steps it keeps its rows at a sum of 1), and so is a Module without inputs that returns the
-            matrix, such as :class:`TransitionMatrix`.
+        transition: ``(C, C)`` as for the function. A tensor, an array or a list is fixed and becomes a buffer. A
+            ``Parameter`` is learnt as it is, and the training loop has to keep its rows at a sum of 1. A Module that
+            returns the matrix when called without arguments is learnt, too, such as :class:`TransitionMatrix`.
         weight: class weights ``(C,)``, a buffer.
         ignore_index, reduction: as for the function.
 
@@ -58,7 +60,9 @@ _MODULE_ARGUMENTS = """
         Called with ``(logits, target, sample_weight=None)``: the loss.
 
     Raises:
-        ValueError: the matrix as given, or loaded by ``load_state_dict``, is none (see the function).
+        TypeError: ``transition`` holds no numbers, or ``ignore_index`` is no integer.
+        ValueError: ``transition`` is no transition matrix, as for the function.
+        RuntimeError: ``load_state_dict`` is given one that is none.
 """
 
 _Documented = TypeVar("_Documented")
@@ -72,25 +76,6 @@ def _documented(arguments: str) -> Callable[[_Documented], _Documented]:
         return thing
 
     return decorate
-
-
-def invert(transition: Tensor) -> Tensor:
-    """The inverse in float64; infinite or NaN where there is none. Does not wait for a device."""
-    found: Tensor = torch.linalg.inv_ex(transition.double()).inverse
-    return found
-
-
-def check_transition(transition: Tensor, inverse: Tensor | None = None) -> None:
-    """Raises a ValueError unless rows sum to 1, and the inverse, if it is wanted, is one."""
-    check_matrix("transition", transition)
-    if inverse is not None:
-        norms = [torch.linalg.matrix_norm(m.detach().double(), torch.inf) for m in (transition, inverse)]
-        condition = float(norms[0] * norms[1])
-        if not condition < 1.0 / (len(transition) * torch.finfo(torch.float64).eps):
-            raise ValueError(
-                f"transition must be invertible, got a singular matrix (condition number {condition:.3g}); "
-                "ForwardCorrectionLoss needs no inverse"
-            )
 
 
 def _check_call(transition: Any, logits: Tensor, inverse: bool) -> Tensor | None:
@@ -166,16 +151,16 @@ def forward_correction_loss(
     reduction: str = "mean",
     sample_weight: Tensor | None = None,
 ) -> Tensor:
-    """Cross entropy of the noisy label that a clean prediction leads to.
+    """Cross entropy of the noisy label, which the transition matrix predicts from the clean one.
 
-    For wrong labels whose transition matrix is known or estimated: the network learns the clean classes, the matrix
-    explains the noise. With ``T = transition`` and ``q = sum_k p_k T_ky`` the value is ``-log q``, its gradient in a
-    logit ``p_j (1 - T_jy / q)``. It needs as good a matrix as one can get: with a wrong one it is a biased loss.
+    For wrong labels whose transition matrix is known or estimated. The network learns the clean classes, the matrix
+    explains the noise. With ``T = transition`` and ``q = sum_k p_k T_ky`` the value is ``-log q`` and its gradient in a
+    logit ``p_j (1 - T_jy / q)``. The loss is as good as the matrix: a wrong one makes it learn wrong probabilities.
 
     {arguments}
 
-    A masked class (logit -inf) has no part in q. Where no class can have the label, q is 0 and the loss infinite.
-    ``logit_bias`` and probabilities as targets are not taken.
+    A masked class (logit -inf) adds nothing to q. Where no class can have the label, q is 0 and the loss infinite.
+    There is no ``logit_bias``, and targets cannot be class probabilities.
 
     Example:
         >>> transition = torch.tensor([[0.8, 0.2], [0.4, 0.6]])
@@ -208,17 +193,17 @@ def backward_correction_loss(
     reduction: str = "mean",
     sample_weight: Tensor | None = None,
 ) -> Tensor:
-    """A combination of the cross entropies of all labels whose mean over the noise is that of the clean label.
+    """A weighted sum of the cross entropies of all labels, whose mean over the noise is the loss of the clean label.
 
-    For wrong labels whose transition matrix is known. With ``t = (transition^-1)[y]`` the value is
-    ``-sum_k t_k log p_k``: the fused cross entropy with ``t`` as its target. It is unbiased for any network, but some
-    ``t_k`` are negative: the loss has no lower bound, varies much, and networks that can learn labels by heart drive it
-    to minus infinity. Forward correction is the usual choice.
+    For wrong labels whose transition matrix is known. With ``t = (transition^-1)[y]`` the value is ``-sum_k t_k log
+    p_k``, the cross entropy with ``t`` as target. Its mean over the noise is right for any network. But some ``t_k``
+    are negative, so the loss has no lower bound and varies much, and a network that can memorise labels drives it to
+    minus infinity. :func:`forward_correction_loss` is the usual choice.
 
     {arguments}
 
-    A masked class (logit -inf) makes the loss infinite unless its ``t_k`` is 0. ``logit_bias`` and probabilities as
-    targets are not taken.
+    A masked class (logit -inf) makes the loss infinite unless its ``t_k`` is 0. There is no ``logit_bias``, and targets
+    cannot be class probabilities.
 
     Example:
         >>> transition = torch.tensor([[0.8, 0.2], [0.4, 0.6]])
@@ -242,17 +227,18 @@ def backward_correction_loss(
 
 
 class TransitionMatrix(nn.Module):
-    """A transition matrix to be learnt: rows sum to 1 and the diagonal is the largest entry of each.
+    """A transition matrix that is learnt: rows sum to 1, and the diagonal entry is the largest of each row.
 
-    For correction losses whose matrix is not known: ``ForwardCorrectionLoss(TransitionMatrix(C))``, trained together
-    with the network, with ``1e-4 * log_volume()`` added to the loss, which prefers the smallest matrix that explains
-    the labels. Called without arguments it returns ``(C, C)``: with ``s = sigmoid(weight)``, 1 on the diagonal and
-    ``s_ij`` beside it, divided by the row's sum.
+    For :class:`ForwardCorrectionLoss` where the matrix is not known. Train
+    ``ForwardCorrectionLoss(TransitionMatrix(C))`` together with the network, with ``1e-4 * log_volume()`` added to the
+    loss: it prefers the smallest matrix that explains the labels. A call without arguments returns the matrix ``(C,
+    C)``: with ``s = sigmoid(weight)``, the entries are 1 on the diagonal and ``s_ij`` elsewhere, divided by the sum of
+    their row.
 
     Args:
         num_classes: C, at least 1.
-        init: the entries beside the diagonal start at ``sigmoid(-init)`` times the diagonal's: 2.0 is the authors' for
-            CIFAR-10.
+        init: entries off the diagonal start at ``sigmoid(-init)`` times the diagonal, a number. 2.0 is the authors'
+            value for CIFAR-10.
 
     Raises:
         TypeError: an argument is no number.
@@ -262,7 +248,7 @@ class TransitionMatrix(nn.Module):
         >>> TransitionMatrix(3)().diagonal()
         tensor([0.8075, 0.8075, 0.8075], grad_fn=...)
 
-    Source: VolMinNet, 2102.02400, section 3; the parametrisation is that of its code as far as we know it.
+    Source: VolMinNet, 2102.02400, section 3. The parametrisation is that of its code as far as we know it.
     """
 
     def __init__(self, num_classes: int, init: float = 2.0) -> None:
@@ -271,13 +257,13 @@ class TransitionMatrix(nn.Module):
         self.weight = nn.Parameter(torch.full((classes, classes), -float(finite.pack("init", init))))
 
     def forward(self) -> Tensor:
-        """The matrix."""
+        """The matrix ``(C, C)``."""
         one = torch.eye(len(self.weight), dtype=self.weight.dtype, device=self.weight.device)
         entries = one + torch.sigmoid(self.weight) * (1.0 - one)
         return entries / entries.sum(1, keepdim=True)
 
     def log_volume(self) -> Tensor:
-        """The log of the matrix's absolute determinant, a scalar."""
+        """The log of the absolute determinant of the matrix, a scalar."""
         volume: Tensor = torch.linalg.slogdet(self()).logabsdet
         return volume
 
@@ -304,7 +290,7 @@ class _CorrectionLoss(RowsModule):
         else:
             self.register_buffer("transition", as_tensor("transition", transition))
         self.register_buffer("weight", weight)
-        self.ignore_index, self.reduction = plain(ignore_index), reduction
+        self.ignore_index, self.reduction = integer("ignore_index", ignore_index), reduction
         with torch.no_grad():
             self._accept(self.matrix())
 
@@ -348,14 +334,18 @@ class _CorrectionLoss(RowsModule):
 
 @_documented(_MODULE_ARGUMENTS)
 class ForwardCorrectionLoss(_CorrectionLoss):
-    """Module form of :func:`forward_correction_loss`.
+    """Cross entropy of the noisy label, which the transition matrix predicts from the clean one.
+
+    Module form of :func:`fused_losses.functional.forward_correction_loss`, which explains the loss.
 
     {arguments}
 
     Example:
-        >>> criterion = ForwardCorrectionLoss(noise.estimate_transition(validation_probabilities))
-        >>> criterion = ForwardCorrectionLoss(matrix := TransitionMatrix(10))
-        >>> (criterion(logits, labels) + 1e-4 * matrix.log_volume()).backward()
+        >>> logits, labels = torch.randn(8, 3, requires_grad=True), torch.arange(8) % 3
+        >>> fixed = ForwardCorrectionLoss([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.1, 0.1, 0.8]])
+        >>> fixed(logits, labels).backward()
+        >>> learnt = ForwardCorrectionLoss(matrix := TransitionMatrix(3))  # give its parameters to the optimizer
+        >>> (learnt(logits, labels) + 1e-4 * matrix.log_volume()).backward()
     """
 
     def rows(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> RowValues:
@@ -366,14 +356,16 @@ class ForwardCorrectionLoss(_CorrectionLoss):
 
 @_documented(_MODULE_ARGUMENTS)
 class BackwardCorrectionLoss(_CorrectionLoss):
-    """Module form of :func:`backward_correction_loss`.
+    """A weighted sum of the cross entropies of all labels, whose mean over the noise is the loss of the clean label.
 
-    A fixed matrix is inverted once, when it is given or loaded: numbers written into ``transition`` are not seen.
+    Module form of :func:`fused_losses.functional.backward_correction_loss`, which explains the loss. A fixed matrix is
+    inverted once, when it is given or loaded: numbers written into ``transition`` later have no effect.
 
     {arguments}
 
     Example:
-        >>> criterion = BackwardCorrectionLoss(noise.symmetric_matrix(0.4, 10))
+        >>> logits, labels = torch.randn(8, 3, requires_grad=True), torch.arange(8) % 3
+        >>> criterion = BackwardCorrectionLoss(noise.symmetric_matrix(0.4, 3))
         >>> criterion(logits, labels).backward()
     """
 

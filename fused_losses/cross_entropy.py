@@ -1,4 +1,4 @@
-"""Cross entropy with everything torch's has: class weights, label smoothing, class probabilities."""
+"""Cross entropy with all options of torch's: class weights, label smoothing, class probabilities."""
 
 from __future__ import annotations
 
@@ -64,39 +64,41 @@ def cross_entropy(
 ) -> Tensor:
     """Cross entropy: everything :func:`torch.nn.functional.cross_entropy` does, fused.
 
-    The usual loss for clean labels, and the baseline for noisy ones: it is unbounded, so it ends up fitting wrong
-    labels. Value for class indices, ``s = label_smoothing`` and ``w = weight``:
-    :math:`(1 - s) w_y (-\\log p_y) + (s / C) \\sum_j w_j (-\\log p_j)`, the mean divided by
-    :math:`\\sum_i w_{y_i}`. For probabilities ``q`` it is
-    :math:`\\sum_j w_j ((1 - s) q_j + s / C) (-\\log p_j)`, the mean over rows.
+    For clean labels, and as the baseline for noisy ones: it is not bounded, so trained to the end it learns wrong
+    labels. For class indices y, with ``s = label_smoothing`` and ``w = weight``, a row's loss is ``(1 - s) w_y (-log
+    p_y) + (s / C) sum_j w_j (-log p_j)``, and the mean divides by the sum of ``w_y``. For class probabilities q it is
+    ``sum_j w_j ((1 - s) q_j + s / C) (-log p_j)``, and the mean is over rows.
 
     Args:
-        input: logits ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``, any strides; float64, float32, float16 or
-            bfloat16.
-        target: class indices (int64, int32, int16, uint8) of the shape without the class dimension, or
-            floating point probabilities of the shape of ``input``.
-        weight: class weights ``(C,)``.
-        ignore_index: class index whose rows have loss and gradient zero and do not count in the mean.
-        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+        input: logits ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``, any strides; float64, float32, float16 or bfloat16. A
+            logit of -inf masks its class: its probability is 0.
+        target: class indices in ``[0, C)`` or ``ignore_index``, the shape of ``input`` without its class dimension;
+            int64, int32, int16 or uint8. Or class probabilities, floating point and of the shape of ``input``.
+        weight: class weights ``(C,)``, floating point.
+        ignore_index: rows with this target have loss and gradient 0 and do not count in the mean.
+        reduction: ``"none"`` (the weighted loss of each row), ``"sum"``, or ``"mean"``: the sum of the weighted losses
+            divided by the sum of the weights; 0 with gradient 0 where the weights sum to 0.
         label_smoothing: s, at most 1. Negative values, which ``torch`` refuses, are negative label smoothing
-            (2106.04149), for noisy labels: the label gets ``1 - s + s / C > 1``, every other class less than nothing,
-            and predictions become more confident. The authors tried 0.8 down to -8, the more noise the lower. The loss
-            then has no lower bound, and a masked class makes it -inf.
-        logit_bias: added to the target's logit (2306.05497); a number, a 0-dim tensor or ``"auto"``. For
+            (2106.04149), for noisy labels: the label gets more than 1, every other class less than 0. The authors take
+            values from 0.8 down to -8, lower ones for more noise. The loss then has no lower bound, and a masked class
+            makes it -inf. With ``s > 0`` a masked class makes it inf, unless its weight is 0.
+        logit_bias: added to the target's logit before the softmax (2306.05497): a number, a 0-dim tensor, or
+            ``"auto"``, the value of :func:`fused_losses.calibration.solve_logit_bias` for C classes, at least 0. For
             class indices only.
-        sample_weight: weight per row.
+        sample_weight: one weight per row, the shape of the rows; multiplies the class weight.
 
     Returns:
         The loss in float32, float64 for float64 logits; a scalar unless ``reduction="none"``.
 
     Raises:
-        ValueError: ``label_smoothing`` or ``reduction`` out of range, mismatching batch sizes, ``logit_bias`` with
-            probabilities.
-        RuntimeError: shapes or dtypes that do not fit.
-        IndexError: a target out of range (on CUDA: a device assertion).
+        TypeError: ``label_smoothing`` is no number, or ``ignore_index`` no integer.
+        ValueError: ``label_smoothing`` or ``reduction`` is out of range, batch sizes differ, or ``logit_bias`` is given
+            with class probabilities.
+        RuntimeError: shapes, dtypes or devices do not fit.
+        IndexError: a target is out of range (on CUDA: a device assertion).
 
-    Deviations from torch: nothing left to average gives 0 with zero gradient instead of NaN; a zero probability
-    contributes nothing even where its logit is -inf; half precision returns a float32 loss.
+    Deviations from ``torch``: where the weights sum to 0 the mean is 0 with gradient 0 instead of NaN; a class
+    probability of 0 adds nothing, even where its logit is -inf; half precision gives a float32 loss.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0]], requires_grad=True)
@@ -136,7 +138,26 @@ LOSSES["cross_entropy"] = LossEntry(
 
 
 class CrossEntropyLoss(RowLossModule, stem="cross_entropy"):
-    """Module form of :func:`cross_entropy`; a drop-in for :class:`torch.nn.CrossEntropyLoss`."""
+    """Cross entropy: everything :class:`torch.nn.CrossEntropyLoss` does, fused.
+
+    Module form of :func:`fused_losses.functional.cross_entropy`, which explains the loss. Called with ``(input, target,
+    sample_weight=None, *, return_row_stats=False)``: the loss, or with ``return_row_stats`` a pair of it and
+    :class:`fused_losses.RowStatistics` of the logits.
+
+    Args:
+        weight: class weights ``(C,)``, a buffer.
+        ignore_index, reduction, label_smoothing: as for the function.
+        logit_bias: as for the function, but only in training mode: ``eval()`` leaves it out.
+
+    Raises:
+        TypeError: ``label_smoothing`` is no number, or ``ignore_index`` no integer.
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> criterion = CrossEntropyLoss(label_smoothing=0.1)
+        >>> criterion(torch.tensor([[2.0, 0.0]]), torch.tensor([0]))
+        tensor(0.2269)
+    """
 
     label_smoothing: float
 
@@ -165,5 +186,7 @@ class CrossEntropyLoss(RowLossModule, stem="cross_entropy"):
         *,
         return_row_stats: bool = False,
     ) -> Tensor | tuple[Tensor, RowStatistics]:
-        """Computes the loss of ``input`` for ``target``; see :class:`RowLossModule`."""
+        """The loss of ``input`` for ``target``; arguments as for the other losses' ``forward``, with the names of
+        torch.
+        """
         return super().forward(input, target, sample_weight, return_row_stats=return_row_stats)

@@ -1,8 +1,7 @@
-"""Decision cut-offs of a binary classifier from the scores of its inliers.
+"""Decision cut-offs of a binary classifier, from the scores of a validation set.
 
-Scores of a validation set are cleaned class by class (rows more than some standard deviations from the mean of their
-class are left out), a distribution is fitted to each class, and the cut-off is where the two densities are equal. Class
-frequencies play no part.
+In each class the rows more than some standard deviations from the mean are left out. A distribution is fitted to what
+remains of each class, and the cut-off is where the two densities are equal. How frequent the classes are plays no part.
 """
 
 from __future__ import annotations
@@ -19,6 +18,8 @@ from torch import Tensor
 
 from fused_losses._arrays import as_tensor
 from fused_losses._crossings import SkewNormal, gaussian_crossing, skewnorm_crossing
+from fused_losses._logit_bias import check_number
+from fused_losses._parameters import positive
 
 __all__ = [
     "CutoffCollector",
@@ -37,30 +38,30 @@ _CONSTANT_STD = 1e-8
 def z_error_inlier_mask(logits: _Rows, labels: _Rows, threshold: float = 2.0) -> _Rows:
     """Tells which rows lie within ``threshold`` standard deviations of the mean of their class.
 
-    For class ``c`` in {0, 1} with scores ``x`` (the rows with ``labels == c``): kept where
-    ``|x - mean| / std <= threshold``, with the unbiased standard deviation, in float64. A class with a standard
-    deviation below 1e-8 keeps all its rows.
+    For binary labels. With x the scores of the rows with one label, a row is kept where ``|x - mean| / std <=
+    threshold``, with the unbiased standard deviation, in float64. A class with a standard deviation below 1e-8 keeps
+    all its rows.
 
     Args:
-        logits: scores ``(N,)`` or ``(N, 1)``, a tensor of any device and dtype or an array.
-        labels: 0 or 1 per row, the shape of ``logits``. Rows with anything else (a soft label, NaN for a missing one)
-            belong to no class and are not kept.
-        threshold: in standard deviations, > 0. No ``|z|`` exceeds ``(n - 1) / sqrt(n)`` in a class of ``n`` rows, so 2
-            can drop nothing from fewer than 6 rows.
+        logits: scores ``(N,)`` or ``(N, 1)``, a tensor of any device and dtype, or an array.
+        labels: 0 or 1 per row, the shape of ``logits``. Rows with another label (soft, or NaN for a missing one) are
+            not kept.
+        threshold: in standard deviations, > 0. Of n rows none has ``|z| > (n - 1) / sqrt(n)``, so 2 drops nothing from
+            a class with fewer than six rows.
 
     Returns:
-        A bool tensor or array of the shape of ``logits``, True for rows that are kept.
+        A bool tensor or array, as ``logits`` is one, of its shape: True for rows that are kept.
 
     Raises:
-        TypeError: ``logits`` or ``labels`` is neither tensor nor array.
-        ValueError: the shapes do not fit or ``threshold`` is not positive.
+        TypeError: ``logits`` or ``labels`` is neither tensor nor array, or ``threshold`` no number.
+        ValueError: shapes do not fit, or ``threshold`` is not positive.
 
     Example:
         >>> z_error_inlier_mask(np.array([2.5, 0.2, -1.1, 1.3, -2.0, 3.0]), np.array([1, 1, 0, 1, 0, 1]), 1.1)
         array([ True, False,  True,  True,  True,  True])
 
-    Source: 2506.02154, the inlier mask of the cut-off code. Deviations: a score that is not finite drops its own row
-    and leaves its class alone (in the paper's code it drops the class); a class with one row is dropped, as there.
+    Source: 2506.02154, the inlier mask of the cut-off code. Deviation: a score that is not finite drops its own row,
+    where the paper's code drops the whole class. The only row of a class is dropped, as there.
     """
     _check_threshold("threshold", threshold)
     scores, classes = _tensors(logits, labels)
@@ -73,22 +74,23 @@ def optimal_logit_cutoff_from_gaussians(
 ) -> tuple[float, float]:
     """The logit at which Gaussians fitted to the inliers of both classes have equal density.
 
-    With mean ``m_c`` and standard deviation ``s_c`` (population form) of the inliers of class ``c`` the cut-off solves
-    ``N(x; m_0, s_0) = N(x; m_1, s_1)``, a quadratic equation that always has real roots. Of two roots the one nearest
-    to the midpoint of the means is taken; that is the one between the means if there is one (there is at most one).
+    For choosing the decision threshold of a binary classifier on a validation set with some wrong labels. With mean
+    ``m_c`` and standard deviation ``s_c`` (population form) of the inliers of class c, it solves ``N(x; m_0, s_0) =
+    N(x; m_1, s_1)``, a quadratic equation that always has real roots. Of two roots it takes the one nearest to the
+    midpoint of the means, which is the one between the means if there is one.
 
     Args:
-        logits: ``(N,)`` or ``(N, 1)``, a tensor of any device and dtype or an array.
+        logits: ``(N,)`` or ``(N, 1)``, a tensor of any device and dtype, or an array.
         labels: 0 or 1 per row, the shape of ``logits``; other rows are left out.
-        z_threshold: rows further than this from the mean of their class are left out
-            (:func:`z_error_inlier_mask`), in standard deviations, > 0.
+        z_threshold: rows further than this from the mean of their class are left out (:func:`z_error_inlier_mask`), in
+            standard deviations, > 0.
 
     Returns:
-        The cut-off as a logit and as a probability, ``sigmoid`` of it. Predict class 1 above it (if ``m_1 > m_0``).
+        The cut-off as a logit, and its sigmoid. Predict class 1 above it (if ``m_1 > m_0``).
 
     Raises:
-        TypeError: ``logits`` or ``labels`` is neither tensor nor array.
-        ValueError: an argument is out of range; a class has fewer than 2 inliers or constant inliers; both Gaussians
+        TypeError: ``logits`` or ``labels`` is neither tensor nor array, or ``z_threshold`` no number.
+        ValueError: an argument is out of range; a class has fewer than 2 inliers, or only equal ones; both Gaussians
             are the same.
 
     Example:
@@ -96,8 +98,8 @@ def optimal_logit_cutoff_from_gaussians(
         >>> optimal_logit_cutoff_from_gaussians(logits, np.array([0, 0, 0, 1, 1, 1]))
         (0.0, 0.5)
 
-    Source: 2506.02154, cut-off from Gaussians. Deviations: the quadratic is solved without cancellation, and constant
-    or identical classes, where the paper's code fails inside numpy, raise a ValueError.
+    Source: 2506.02154, cut-off from Gaussians. Deviations: the quadratic equation is solved without cancellation;
+    constant or identical classes raise a ValueError, where the paper's code fails inside numpy.
     """
     _check_threshold("z_threshold", z_threshold)
     scores, classes = _tensors(logits, labels)
@@ -111,13 +113,13 @@ def optimal_prob_cutoff_from_skewnorm(
 ) -> float:
     """The probability at which skew-normal densities fitted to the inliers of both classes are equal.
 
-    Probabilities ``sigmoid(logits)`` pile up at 0 and 1, which skew-normal distributions follow better than Gaussians.
-    They are fitted by maximum likelihood (``scipy.stats.skewnorm.fit``). Between the modes one density falls and the
-    other rises, so there is at most one crossing, and it is taken; if there is none, the crossing in [0.001, 0.999]
-    nearest to the midpoint of the modes.
+    For the same use as :func:`optimal_logit_cutoff_from_gaussians`. Probabilities ``sigmoid(logits)`` gather at 0 and
+    1, which skew-normal distributions follow better than Gaussians. They are fitted by maximum likelihood
+    (``scipy.stats.skewnorm.fit``). Between the modes there is at most one crossing, and it is taken; else the crossing
+    in [0.001, 0.999] nearest to the midpoint of the modes.
 
     Args:
-        logits: ``(N,)`` or ``(N, 1)``, a tensor of any device and dtype or an array. Logits, not probabilities.
+        logits: ``(N,)`` or ``(N, 1)``, a tensor of any device and dtype, or an array. Logits, not probabilities.
         labels: 0 or 1 per row, the shape of ``logits``; other rows are left out.
         z_threshold: rows whose probability is further than this from the mean of their class are left out, in standard
             deviations, > 0.
@@ -127,8 +129,8 @@ def optimal_prob_cutoff_from_skewnorm(
 
     Raises:
         ImportError: scipy is not installed (extra ``cutoffs``).
-        TypeError: ``logits`` or ``labels`` is neither tensor nor array.
-        ValueError: an argument is out of range; a class has fewer than 2 inliers or constant inliers; a fit fails; the
+        TypeError: ``logits`` or ``labels`` is neither tensor nor array, or ``z_threshold`` no number.
+        ValueError: an argument is out of range; a class has fewer than 2 inliers, or only equal ones; a fit fails; the
             densities do not cross.
 
     Example:
@@ -137,9 +139,9 @@ def optimal_prob_cutoff_from_skewnorm(
         >>> 0.4 < optimal_prob_cutoff_from_skewnorm(logits, np.repeat([0, 1], 500)) < 0.6
         True
 
-    Source: 2506.02154, cut-off from skew-normal distributions. Deviations: the paper's code hands [0.001, 0.999] to a
-    root finder, which returns any of several crossings, or an end of the interval where both densities underflow; and
-    it falls back to the midpoint of the mean probabilities where nothing crosses, which here is a ValueError.
+    Source: 2506.02154, cut-off from skew-normal distributions. Deviations: the paper's code searches [0.001, 0.999] at
+    once, where the root finder returns any of several crossings, or an end of the interval where both densities are 0.
+    Where nothing crosses it returns the midpoint of the mean probabilities, which here is a ValueError.
     """
     _check_threshold("z_threshold", z_threshold)
     scores, classes = _tensors(logits, labels)
@@ -149,10 +151,10 @@ def optimal_prob_cutoff_from_skewnorm(
 
 
 class CutoffCollector:
-    """Collects logits and labels of a validation set batch by batch, for cut-offs over all of it.
+    """Collects logits and labels of a validation set batch by batch, for a cut-off over all of it.
 
-    The rows are kept on the CPU in float64 (9 bytes each): the inlier mask needs the statistics of the whole set
-    before it can judge a row. Several tasks need a collector each.
+    The rows are kept on the CPU in float64, 9 bytes each: the statistics of the whole set are needed before a row can
+    be left out. Several tasks need a collector each.
 
     Example:
         >>> collector = CutoffCollector()
@@ -210,11 +212,17 @@ class CutoffCollector:
         return optimal_prob_cutoff_from_skewnorm(self.logits, self.labels, z_threshold)
 
     def merge(self, other: CutoffCollector) -> CutoffCollector:
-        """A new collector with the rows of both."""
+        """A new collector with the rows of both.
+
+        Raises:
+            TypeError: ``other`` is something else.
+        """
+        if not isinstance(other, CutoffCollector):
+            raise TypeError(f"other must be a CutoffCollector, got {type(other).__name__}")
         return _collector([self.logits, other.logits], [self.labels, other.labels])
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> CutoffCollector:
-        """A new collector with the rows of all ranks, in the order of the ranks; a collective call.
+        """A new collector with the rows of all ranks, in the order of the ranks; every rank has to call it.
 
         ``DistributedSampler`` repeats a few rows to fill the last batch unless told to drop them; they count twice.
 
@@ -258,8 +266,7 @@ def _collector(logits: Sequence[Tensor], labels: Sequence[Tensor]) -> CutoffColl
 
 
 def _check_threshold(name: str, threshold: float) -> None:
-    if not 0.0 < threshold < math.inf:
-        raise ValueError(f"{name} must satisfy 0 < value < inf, got {threshold}")
+    positive.pack(name, check_number(name, threshold))
 
 
 def _tensors(logits: Tensor | npt.NDArray[Any], labels: Tensor | npt.NDArray[Any]) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
-"""The main job on real data: train on partly wrong labels with several losses and compare them.
+"""``python -m fused_losses demo``: trains on partly wrong labels with several losses and compares them.
 
-``python -m fused_losses demo`` trains a small network on scikit-learn's handwritten digits after replacing
-part of the training labels at random, prints test accuracy and cost of each loss and which labels the Z-Error losses
-found wrong, and saves plot and numbers.
+It trains a small network on scikit-learn's handwritten digits after replacing part of the training labels at random,
+prints test accuracy and cost of each loss and which labels the Z-Error losses found wrong, and saves a plot and the
+numbers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which training samples the losses kept throwing out, so that somebody can look at their labels."""
+"""Which labels of the training set to check: a count per sample of what the losses dropped and found improbable."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fused_losses._agreement import Exchange, gather
 from fused_losses._arrays import Numbers, as_tensor
+from fused_losses._logit_bias import check_number
 
 __all__ = ["OutlierTracker"]
 
@@ -48,24 +49,22 @@ class _Sum(enum.IntEnum):
 
 
 class OutlierTracker:
-    """Counts how often each training sample was dropped, and averages how probable the network found its label.
+    """Collects, for every training sample, how probable its label was found and how often it was dropped.
 
-    Samples that are flagged epoch after epoch are the ones whose labels are worth checking; :meth:`rank` puts all
-    samples in the order in which to check them. What is counted are observations: a sample that appears twice (drawn
-    with replacement, or repeated by ``DistributedSampler`` to fill the last batch) just counts as two, and its rate
-    stays a rate. A row that could not be judged, because it is ignored or its class too small, is no observation. Under
-    DistributedDataParallel every rank keeps its own tracker, indexed by the number of the sample in the data set, and
-    :meth:`all_reduce` sums them up.
+    For finding wrong labels while training: call :meth:`update` in every step of the first third of the training, and
+    check the labels in the order of :meth:`rank`. A row without a score or probability (ignored, missing label, class
+    too small) is not counted. A sample that comes twice counts twice. Under DistributedDataParallel every rank has a
+    tracker of its own, with the sample numbers of the whole data set, and :meth:`all_reduce` adds them up.
 
-    Updates on ``device`` do not synchronise with the host. 36 bytes per sample.
+    It takes 36 bytes per sample. Updates do not wait for ``device``.
 
     Args:
-        num_samples: size of the data set; indices are in ``[0, num_samples)``.
-        device: where the counts live. On "cpu" (default) every update copies its rows there.
+        num_samples: size of the data set, at least 1; sample numbers are in ``[0, num_samples)``.
+        device: where the counts are kept. With "cpu" every update copies its rows there.
 
     Raises:
-        TypeError: ``num_samples`` is not an integer.
-        ValueError: ``num_samples`` < 1.
+        TypeError: ``num_samples`` is no integer.
+        ValueError: ``num_samples`` is below 1.
 
     Example:
         >>> tracker = OutlierTracker(4)
@@ -74,7 +73,7 @@ class OutlierTracker:
         >>> tracker.flagged(0.9), tracker.rank()
         (tensor([1]), tensor([1, 3, 0]))
 
-    Source: the use of the mask of 2506.02154; the bookkeeping is ours.
+    Source: the use of the mask is that of 2506.02154; counting and ranking are ours.
     """
 
     def __init__(self, num_samples: int, *, device: torch.device | str = "cpu") -> None:
@@ -89,17 +88,17 @@ class OutlierTracker:
 
     @property
     def times_seen(self) -> Tensor:
-        """Observations of each sample of any kind, int64 ``(num_samples,)``."""
+        """How often each sample was given to :meth:`update` with something to record, int64 ``(num_samples,)``."""
         return self._count(_Count.SEEN)
 
     @property
     def times_judged(self) -> Tensor:
-        """Observations of each sample with a mask, int64 ``(num_samples,)``."""
+        """How often each sample came with a mask, int64 ``(num_samples,)``."""
         return self._count(_Count.JUDGED)
 
     @property
     def times_flagged(self) -> Tensor:
-        """Observations of each sample that the mask dropped, int64 ``(num_samples,)``."""
+        """How often the mask dropped each sample, int64 ``(num_samples,)``."""
         return self._count(_Count.FLAGGED)
 
     @torch.no_grad()
@@ -118,16 +117,16 @@ class OutlierTracker:
         Give a mask, a score, a probability of the label (in one of three ways), or several of them.
 
         Args:
-            index: number of each row's sample in the data set, integers of any shape; a sample may occur repeatedly.
-            mask: bool, the shape of ``index``, True for rows that were **kept** (as every mask of this package).
-            score: what was tested (a loss, a z-score, ...), floating point, the shape of ``index``; averaged per
-                sample. A row whose score is NaN was not judged: its mask is no observation. An infinite score is left
-                out of the average.
-            row_statistics: what ``fused_losses.row_statistics(logits, target)`` gives, or anything else that has the
-                log-probability of every row's label as ``log_prob``.
-            log_prob: log-probability of every row's label, the shape of ``index``; ``-loss`` of cross entropy without
-                weights. A row with NaN is left out.
-            prob: probability of every row's label, likewise.
+            index: number of each row's sample in the data set, integers of any shape. A sample may occur several times.
+            mask: bool, the shape of ``index``, True for rows that were **kept** (as in every mask of this package).
+            score: numbers of the shape of ``index``, such as the z-scores of a Z-Error loss; their mean per sample is
+                kept. A row with score NaN is left out, together with its mask. An infinite score is left out of the
+                mean only.
+            row_statistics: what ``fused_losses.row_statistics(logits, target)`` gives, or any object with the
+                log-probabilities of the labels as ``log_prob``.
+            log_prob: log-probability of each row's label, the shape of ``index``; that is minus the cross entropy
+                without weights. A row with NaN is left out.
+            prob: probability of each row's label, likewise.
 
         Raises:
             TypeError: a dtype does not fit, or there is nothing to record.
@@ -171,35 +170,35 @@ class OutlierTracker:
         return self._counts[:, kind].long()
 
     def flag_rate(self) -> Tensor:
-        """Share of its judgements in which a sample was dropped: float64 ``(num_samples,)``, NaN if never judged."""
+        """The share of its masks in which each sample was dropped: float64 ``(num_samples,)``, NaN without a mask."""
         return self._counts[:, _Count.FLAGGED].double() / self._counts[:, _Count.JUDGED]
 
     def mean_score(self) -> Tensor:
-        """Mean finite score of each sample: float64 ``(num_samples,)``, NaN if there was none."""
+        """The mean finite score of each sample: float64 ``(num_samples,)``, NaN without a score."""
         return self._sums[:, _Sum.SCORE] / self._counts[:, _Count.SCORED]
 
     def mean_probability(self) -> Tensor:
-        """Mean probability of each sample's label: float64 ``(num_samples,)``, NaN if there was none."""
+        """The mean probability of each sample's label: float64 ``(num_samples,)``, NaN without a probability."""
         return self._sums[:, _Sum.PROB] / self._counts[:, _Count.WITH_PROB]
 
     def flagged(self, min_rate: float, *, min_seen: int = 1) -> Tensor:
-        """The samples dropped in at least the share ``min_rate`` of their judgements.
+        """The samples that were dropped in at least the share ``min_rate`` of their masks.
 
-        Rates lock in: what a loss drops it does not learn, so it goes on dropping it. Late in training most samples
-        have a rate near 0 or 1 and any ``min_rate`` gives the same answer. To look at the worst first, or at a chosen
-        number of samples, use :meth:`rank`.
+        What a loss drops it does not learn, so it drops it again: late in training most samples have a rate near 0 or
+        1, and any ``min_rate`` gives the same answer. :meth:`rank` orders the samples instead.
 
         Args:
             min_rate: smallest rate, 0 <= min_rate <= 1.
-            min_seen: samples that were judged less often are left out, at least 1.
+            min_seen: samples with fewer masks are left out, at least 1.
 
         Returns:
-            Their indices, int64, ascending.
+            Sample numbers, int64, ascending.
 
         Raises:
+            TypeError: ``min_rate`` is no number.
             ValueError: an argument is out of range.
         """
-        if not 0.0 <= min_rate <= 1.0:
+        if not 0.0 <= check_number("min_rate", min_rate) <= 1.0:
             raise ValueError(f"min_rate must be between 0 and 1, got {min_rate}")
         _check_min_seen(min_seen)
         judged = self._counts[:, _Count.JUDGED] >= min_seen
@@ -208,19 +207,18 @@ class OutlierTracker:
     def rank(self, *, by: str = "auto", suspicious: str = "low", min_seen: int = 1) -> Tensor:
         """The samples in the order in which to check their labels, the most suspicious first.
 
-        By the mean probability of the label, low is suspicious. It tells most over the first third of the training,
-        before wrong labels are learned by heart: stop updating then. How many of the first samples are worth a look
-        depends on how many labels are wrong, which the order does not say.
+        The order is by the mean probability of the label, lowest first. It tells most over the first third of the
+        training, before wrong labels are memorised: stop updating then. It does not say how many labels are wrong.
 
         Args:
             by: ``"probability"``, ``"score"``, or ``"auto"``: probabilities if :meth:`update` was given any, else
                 scores.
-            suspicious: which mean scores come first, ``"low"`` (the standardised logits and probabilities of the
-                Z-Error losses) or ``"high"`` (losses, and standardised losses). Probabilities do not need it.
-            min_seen: samples with fewer such observations are left out, at least 1.
+            suspicious: which mean scores come first: ``"low"`` (z of logits and probabilities) or ``"high"`` (losses,
+                and z of losses). It has no effect on probabilities.
+            min_seen: samples with fewer such numbers are left out, at least 1.
 
         Returns:
-            Indices of the samples that have such an observation, int64; equals in ascending order.
+            Sample numbers, int64; equals in ascending order.
 
         Raises:
             ValueError: an option is unknown or out of range.
@@ -262,11 +260,14 @@ class OutlierTracker:
                 writer.writerow([index, *("" if math.isnan(value) else repr(value) for value in row)])
 
     def merge(self, other: OutlierTracker) -> OutlierTracker:
-        """A new tracker with the observations of both.
+        """A new tracker with what both have recorded.
 
         Raises:
+            TypeError: ``other`` is something else.
             ValueError: they are for data sets of different size.
         """
+        if not isinstance(other, OutlierTracker):
+            raise TypeError(f"other must be an OutlierTracker, got {type(other).__name__}")
         if other.num_samples != self.num_samples:
             raise ValueError(f"other must have num_samples={self.num_samples}, got {other.num_samples}")
         result = self._copy()
@@ -275,7 +276,7 @@ class OutlierTracker:
         return result
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> OutlierTracker:
-        """A new tracker with the observations of all ranks, the same on each; a collective call.
+        """A new tracker with what all ranks have recorded, the same on each; every rank has to call it.
 
         This tracker stays as it is, so that it can go on and be reduced again after the next epoch.
 

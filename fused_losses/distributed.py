@@ -74,29 +74,30 @@ def global_mean(total: Tensor, denominator: Tensor, group: dist.ProcessGroup | N
 
 
 class GlobalMean(HasProcessGroup):
-    """A loss whose mean is over the rows of all ranks, as if one process had the whole batch.
+    """A row loss whose mean is over the rows of all ranks, as if one process had the whole batch.
 
-    Under DistributedDataParallel each rank divides by its own sum of weights, and the average over ranks is not the
-    mean of the whole batch where those sums differ: with ``ignore_index``, weights, shares of unequal size, and always
-    for the number of active rows of :class:`HEMLoss`. This divides by the sum over all ranks and multiplies by their
-    number, which DDP's average of gradients takes back. The mean of the losses over ranks is the whole batch's loss.
-    One all-reduce of 24 bytes per call, which also tells whether a rank has failed; all ranks must call it.
+    For DistributedDataParallel where the ranks' weights differ in sum: with ``ignore_index``, weights, unequal numbers
+    of rows, and always with :class:`HEMLoss`, whose mean is over active rows. There each rank divides by its own sum,
+    and the average over ranks is not the mean of the whole batch. This divides by the sum over all ranks and multiplies
+    by the number of ranks, which DDP's average takes back. The mean of the losses over the ranks is the loss of the
+    whole batch. Each call takes one all-reduce of 24 bytes, which also tells whether a rank has failed;
+    every rank has to call it.
 
     Args:
-        loss: a row-loss Module. With ``reduction`` "none" or "sum" it is called as it is.
+        loss: the Module of a row loss. With ``reduction`` "none" or "sum" it is called as it is.
         process_group: the ranks; None for the default group.
 
     Returns:
         Called with ``(logits, target, sample_weight=None)``: the loss, of the dtype of the loss itself.
 
     Raises:
-        TypeError: ``loss`` is no row-loss Module.
-        RuntimeError: torch.distributed has not been initialised; another rank was given bad arguments (between GPUs: a
-            device assertion).
+        TypeError: ``loss`` is no Module of a row loss.
+        RuntimeError: at the call, torch.distributed is not initialised, or another rank was given bad arguments
+            (between GPUs: a device assertion).
 
     Example:
         >>> criterion = GlobalMean(HEMLoss(margin=0.2))
-        >>> criterion(model(images), labels).backward()  # model: DistributedDataParallel
+        >>> criterion(model(images), labels).backward()  # model: DistributedDataParallel  # doctest: +SKIP
     """
 
     def __init__(self, loss: RowLossModule, process_group: dist.ProcessGroup | None = None) -> None:
@@ -107,7 +108,7 @@ class GlobalMean(HasProcessGroup):
         self.process_group = process_group
 
     def forward(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        """The loss of ``logits`` for ``target``."""
+        """The loss of ``logits`` for ``target``; ``sample_weight`` is one weight per row."""
         loss = self.loss
         exchanges = self._exchanges()
         if not exchanges:

@@ -1,7 +1,8 @@
-"""Early-learning regularisation: a loss that remembers what the network used to say of every sample."""
+"""Early-learning regularisation: a loss that remembers the predictions for every sample."""
 
 from __future__ import annotations
 
+import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from fused_losses._autograd import is_plain, needs_reference
 from fused_losses._checks import row_shape
 from fused_losses._elr import LARGEST, ElrStep, fused_loss, next_memory, plain_values
 from fused_losses._logit_bias import class_dim
-from fused_losses._parameters import Choice, OrTensor, Range, closed_fraction, factor, plain, positive_integer
+from fused_losses._parameters import Choice, OrTensor, Range, closed_fraction, factor, integer, positive_integer
 from fused_losses._row_values import (
     RowsModule,
     RowValues,
@@ -39,64 +40,65 @@ class _Pending(NamedTuple):
 
 
 class ELRLoss(RowsModule):
-    r"""Cross entropy that holds the network to what it said of a sample before it learnt the label by heart.
+    """Cross entropy plus a term that pulls every prediction towards the sample's earlier predictions.
 
-    For training to the end with many wrong labels. Early in training predictions are right where labels are wrong; a
-    moving average of each sample's predictions remembers them, and a term in the loss pulls towards it. With :math:`p`
-    the probabilities and :math:`t` the memory of the row's sample, ``(C,)`` and zeros at first, a step in training mode
-    first updates :math:`t \leftarrow \beta t + (1 - \beta) \tilde p`, :math:`\tilde p` being p clamped to ``[1e-4, 1 -
-    1e-4]`` and divided by its sum, and the loss is :math:`-\log p_y + \lambda \log(1 - \langle t, p \rangle)`, its
-    gradient in a logit :math:`p_j - e_j - \lambda p_j (t_j - s) / (1 - s)` with :math:`s = \langle t, p \rangle`. The
-    loss can be negative. In eval mode the memory is read and not changed.
+    For training to the end with many wrong labels: early in training predictions are right even where labels are wrong,
+    and the term holds on to them. With p the probabilities of a row and t the memory of its sample, ``(C,)`` and 0 at
+    first, a step in training mode first replaces t by ``beta t + (1 - beta) c``, where c is p clamped to ``[1e-4, 1 -
+    1e-4]`` and divided by its sum. The loss is then ``-log p_y + lam log(1 - s)`` with ``s = sum_k t_k p_k``, and its
+    gradient in a logit ``p_j - [j = y] - lam p_j (t_j - s) / (1 - s)``. It can be negative. In eval mode the memory is
+    read and not changed.
 
-    Known against it: it needs every sample's number and ``num_samples * num_classes`` numbers of memory; the two
-    parameters depend on the data; what the network believes early is kept, its mistakes included.
+    Drawbacks: it needs the number of every sample, and a memory of ``num_samples * num_classes`` numbers; ``beta`` and
+    ``lam`` depend on the data; early mistakes are remembered as well.
 
     Args:
-        num_samples: size of the training set, >= 1.
-        num_classes: C >= 2.
-        beta: share of the memory that an update keeps, in [0, 1]; .7 for CIFAR-10, .9 for CIFAR-100. A number or a
-            0-dim tensor.
-        lam: weight of the term, >= 0; 3 for CIFAR-10, 7 for CIFAR-100. A number or a 0-dim tensor.
-        memory_dtype: ``torch.float32`` or ``torch.bfloat16``, which takes half the room and stops following where
-            ``|t - p|`` is below ``t / (512 (1 - beta))``: .7 % of t for ``beta=.7``, 2 % for .9.
-        memory: ``"device"``: a buffer that moves with the Module; or ``"host"``: it stays in the host's memory, pinned
-            where there is CUDA. A step then copies its rows to the device and back without waiting for it, if ``index``
-            is on the CPU; :meth:`flush` completes the last step.
-        shard: ``(rank, world_size)``: hold only the samples with ``index % world_size == rank``.
-        weight: class weights ``(C,)``, a buffer; a row counts ``weight[target]``.
-        ignore_index: rows with this target have loss and gradient zero and leave the memory alone.
-        reduction: ``"none"``, ``"sum"`` or ``"mean"``: sum of weighted losses over sum of weights; 0 where that is 0.
+        num_samples: size of the training set, at least 1.
+        num_classes: C, at least 2.
+        beta: how much of the memory an update keeps, in [0, 1], a number or a 0-dim tensor. .7 for CIFAR-10, .9 for
+            CIFAR-100.
+        lam: weight of the term, >= 0, a number or a 0-dim tensor. 3 for CIFAR-10, 7 for CIFAR-100.
+        memory_dtype: ``torch.float32`` or ``torch.bfloat16``. The latter takes half the space, and does not follow
+            changes ``|t - p|`` below ``t / (512 (1 - beta))``: .7 % of t for ``beta=.7``, 2 % for .9.
+        memory: ``"device"``: a buffer that moves with the Module. ``"host"``: the memory stays on the CPU, pinned where
+            there is CUDA, and a step copies its rows to the device and back without waiting, if ``index`` is on the
+            CPU; :meth:`flush` completes the last step.
+        shard: ``(rank, world_size)``: hold only the samples with ``index % world_size == rank``. None: all.
+        weight: class weights ``(C,)``, a buffer: a row's loss is multiplied by ``weight[target]``.
+        ignore_index: rows with this target have loss and gradient 0 and do not change the memory.
+        reduction: ``"none"``, ``"sum"``, or ``"mean"``: the sum of the weighted losses divided by the sum of the
+            weights, or 0 where that is 0.
 
     Returns:
-        Called with ``(logits, target, index, sample_weight=None)``; logits ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``,
-        ``target`` class indices, ``index`` the number of each row's sample, integers of the shape of ``target``: the
-        loss in float32, float64 for float64 logits.
+        Called with ``(logits, target, index, sample_weight=None)``: the loss in float32, float64 for float64 logits.
+        Logits are ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``, ``target`` holds class indices, ``index`` the numbers of
+        the samples, integers of the shape of ``target``.
 
     Raises:
-        TypeError: ``index`` is no integer tensor; logits that are a DTensor.
-        ValueError: an argument out of range, logits of another number of classes.
-        RuntimeError: shapes, dtypes or devices that do not fit; ``torch.func`` transforms in training mode.
-        IndexError: a sample that does not exist or is another rank's, a target out of range (on CUDA: device
+        TypeError: ``index`` is no integer tensor, an argument is of another type, or logits are a DTensor.
+        ValueError: an argument is out of range, or logits have another number of classes.
+        RuntimeError: shapes, dtypes or devices do not fit; ``torch.func`` transforms in training mode.
+        IndexError: a sample does not exist or belongs to another rank, or a target is out of range (on CUDA: device
             assertions).
 
-    A step reads and writes the memory's rows once, together with logits and gradient. A row whose logits are not finite
-    has loss NaN and leaves the memory alone. Of a sample that occurs twice in a batch the last row is remembered.
+    A step reads and writes the rows of the memory once, together with logits and gradient. A row whose logits are not
+    finite has loss NaN and does not change the memory. If a sample occurs twice in a batch, the last row is remembered.
     ``state_dict`` holds the memory, so that training resumes exactly.
 
     Under DistributedDataParallel every rank has a memory of its own, so a sample must always come to the same rank.
-    ``DistributedSampler`` deals them out anew in every epoch: give each rank its share of the data instead, shuffled by
-    an ordinary sampler, and the loss the same share. Keep the loss out of the wrapped model, whose buffers are
-    overwritten by rank 0's, and save every rank's ``state_dict``.
+    ``DistributedSampler`` does not do that: it deals out the samples anew in every epoch. Give each rank its own part
+    of the data, with an ordinary sampler, and the loss the same ``shard``. Keep the loss out of the wrapped model,
+    because DDP overwrites buffers by those of rank 0, and save the ``state_dict`` of every rank.
 
     Example:
-        >>> criterion = ELRLoss(len(data), 10, shard=(rank, world_size), memory_dtype=torch.bfloat16)
-        >>> mine = torch.utils.data.Subset(data, range(rank, len(data), world_size))  # data[i] is (image, label, i)
-        >>> for images, labels, index in torch.utils.data.DataLoader(mine, 128, shuffle=True, drop_last=True):
-        ...     criterion(model(images), labels, index).backward()
+        >>> rank, world_size, samples = 0, 2, 6  # this process of two
+        >>> mine = torch.arange(rank, samples, world_size)  # its samples: Subset(data, mine) with shuffle=True
+        >>> criterion = ELRLoss(samples, num_classes=3, shard=(rank, world_size))
+        >>> criterion(torch.zeros(3, 3), torch.tensor([0, 1, 2]), index=mine)
+        tensor(0.7825)
 
-    Source: 2007.00151, Eq. 5 and 6 with the clamp of its code. Deviations: the clamped p is used for the memory only,
-    not in the term, where its derivative would be 0 at the ends; weights, which multiply both terms.
+    Source: 2007.00151, Eq. 5 and 6, with the clamp of its code. Deviations: the clamped p goes into the memory only; in
+    the term its derivative would be 0 at the ends. Weights multiply both terms.
     """
 
     memory: Tensor
@@ -125,21 +127,21 @@ class ELRLoss(RowsModule):
         self._set("beta", beta, _BETA)
         self._set("lam", lam, _LAM)
         if memory_dtype not in LARGEST:
-            raise ValueError(f"memory_dtype must be torch.float32 or torch.bfloat16, got {memory_dtype}")
+            raise ValueError(f"memory_dtype must be torch.float32 or torch.bfloat16, got {memory_dtype!r}")
         self.on_host = bool(_places.pack("memory", memory))
         self.shard = (0, 1) if shard is None else _check_shard(shard, self.num_samples)
         check_reduction(reduction)
         self.register_buffer("weight", weight)
-        self.ignore_index, self.reduction = plain(ignore_index), reduction
+        self.ignore_index, self.reduction = integer("ignore_index", ignore_index), reduction
         shape = len(range(self.shard[0], self.num_samples, self.shard[1])), self.num_classes
         pinned = self.on_host and torch.cuda.is_available()
         device = "cpu" if self.on_host else None
         self.register_buffer("memory", torch.zeros(shape, dtype=memory_dtype, device=device, pin_memory=pinned))
         self._pending: _Pending | None = None
 
-    def forward(self, logits: Tensor, target: Tensor, *inputs: Any, **options: Any) -> Tensor:
-        """The loss of ``logits`` for ``target`` and ``index``; ``sample_weight`` is one weight per row."""
-        args, place = self._call(logits, target, *inputs, **options)
+    def forward(self, logits: Tensor, target: Tensor, index: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+        """The loss of ``logits`` for ``target``; ``index`` are the numbers of the samples."""
+        args, place = self._call(logits, target, index, sample_weight)
         if self.reduction == "none" or not self._is_fused(args):
             return self._rows(args, place).reduce(self.reduction)
         weight, kept = row_weights(args)
@@ -154,7 +156,7 @@ class ELRLoss(RowsModule):
         return self._rows(*self._call(logits, target, index, sample_weight))
 
     def _call(
-        self, logits: Tensor, target: Tensor, index: Tensor, sample_weight: Tensor | None = None
+        self, logits: Tensor, target: Tensor, index: Tensor, sample_weight: Tensor | None
     ) -> tuple[RowLossArguments, Tensor]:
         args = plain_arguments(
             "ELRLoss",
@@ -333,9 +335,9 @@ class ELRLoss(RowsModule):
 def _check_shard(shard: Any, num_samples: int) -> tuple[int, int]:
     """A rank and the number of ranks."""
     try:
-        rank, world_size = (int(number) for number in shard)
+        rank, world_size = (operator.index(number) for number in shard)
     except (TypeError, ValueError):
-        raise TypeError(f"shard must be a pair (rank, world_size), got {shard!r}") from None
+        raise TypeError(f"shard must be a pair of integers (rank, world_size), got {shard!r}") from None
     if not 0 <= rank < world_size <= num_samples:
         raise ValueError(f"shard must satisfy 0 <= rank < world_size <= num_samples, got {(rank, world_size)}")
     return rank, world_size

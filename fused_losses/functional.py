@@ -1,5 +1,13 @@
-"""The fused losses as functions."""
+"""The losses as functions; each has a Module of the same parameters in :mod:`fused_losses`."""
 
+from fused_losses.active_passive import (
+    nce_agce_loss,
+    nce_aue_loss,
+    nce_mae_loss,
+    nce_rce_loss,
+    nfl_mae_loss,
+    nfl_rce_loss,
+)
 from fused_losses.bi_tempered import bi_tempered_loss
 from fused_losses.clipped import phuber_ce_loss, phuber_gce_loss, truncated_gce_loss
 from fused_losses.corrections import backward_correction_loss, forward_correction_loss
@@ -12,17 +20,7 @@ from fused_losses.margin import hem_loss, multi_margin_loss
 from fused_losses.mean_log import cores_loss, unhinged_loss
 from fused_losses.mixed import mixed
 from fused_losses.negative import anl_ce_loss, anl_fl_loss, nnce_loss, nnfl_loss
-from fused_losses.normalized import (
-    nce_agce_loss,
-    nce_aue_loss,
-    nce_loss,
-    nce_mae_loss,
-    nce_rce_loss,
-    nfl_loss,
-    nfl_mae_loss,
-    nfl_rce_loss,
-    ngce_loss,
-)
+from fused_losses.normalized import nce_loss, nfl_loss, ngce_loss
 from fused_losses.powers import amse_loss, jal_ce_loss, jal_fl_loss, sgce_loss
 from fused_losses.row_statistics import row_statistics
 from fused_losses.softmax import (

@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_losses import _ops
 from fused_losses._arguments import check_reduction
 from fused_losses._autograd import apply, is_plain, needs_reference
-from fused_losses._parameters import fraction, plain
+from fused_losses._parameters import fraction, integer
 from fused_losses._reference import Rows, zero_at_zero
 from fused_losses._row_values import RowsModule, RowValues, plain_rows
 
@@ -25,7 +25,9 @@ def pack_weights(weights: Any) -> tuple[float, ...]:
     if isinstance(weights, Tensor):
         weights = weights.tolist()
     if isinstance(weights, str) or not hasattr(weights, "__len__") or len(weights) < 2:
-        raise ValueError(f"weights must be those of the label and of at least one view, got {weights!r}")
+        raise ValueError(
+            f"weights must be those of the label and of at least one view, as (0.5, 0.25, 0.25), got {weights!r}"
+        )
     packed = tuple(float(fraction.pack(f"weights[{i}]", value)) for i, value in enumerate(weights))
     if abs(sum(packed) - 1.0) > _SUM_TOLERANCE:
         raise ValueError(f"weights must sum to 1, got {sum(packed):.6g}")
@@ -40,7 +42,9 @@ def _check_views(views: Any, count: int) -> Sequence[Tensor]:
     elif isinstance(views, (list, tuple)) and all(isinstance(view, Tensor) for view in views):
         found = views
     else:
-        raise TypeError(f"views must be a Tensor (M, N, C) or a list of M tensors (N, C), got {type(views).__name__}")
+        kinds = {type(view).__name__ for view in views} if isinstance(views, (list, tuple)) else set()
+        got = f"{type(views).__name__}{' of ' * bool(kinds)}{' and '.join(sorted(kinds))}"
+        raise TypeError(f"views must be a Tensor (M, N, C) or a list of M tensors (N, C), got {got}")
     if len(found) != count:
         raise ValueError(f"views must be {count}, one for each weight after the label's, got {len(found)}")
     if any(view.shape != found[0].shape for view in found):
@@ -147,44 +151,47 @@ def gjs_loss(
     reduction: str = "mean",
     sample_weight: Tensor | None = None,
 ) -> Tensor:
-    r"""How far a label and the predictions for several views of one input are from their common mean.
+    """Generalised Jensen-Shannon divergence: how far a label and the predictions for several views are from their mean.
 
-    Against wrong labels, for training with augmentations: the more views agree with each other, the less a label that
-    contradicts them counts. With :math:`p^{(i)}` the probabilities of view i, e the label's one-hot vector,
-    :math:`\pi_1` its weight, :math:`\pi_{i+1}` that of view i and :math:`m = \pi_1 e + \sum_i \pi_{i+1} p^{(i)}`, the
-    value is :math:`Z (\pi_1 KL(e \| m) + \sum_i \pi_{i+1} KL(p^{(i)} \| m))` with :math:`Z = -1 / ((1 - \pi_1)
-    \log(1 - \pi_1))`; its gradient in a logit of view i is :math:`Z \pi_{i+1} p_j (v_j - \sum_k p_k v_k)` with :math:`v
-    = \log(p^{(i)} / m)`. One view is :func:`js_loss`. Known against it: M views cost M forward passes; the weights have
-    to fit the share of wrong labels and the number of classes.
+    For wrong labels, in training with augmentations: the more the views agree with each other, the less a label that
+    contradicts them counts. With ``p_i`` the probabilities of view i, e the one-hot label, ``w = weights`` and their
+    weighted mean ``m = w_0 e + sum_i w_i p_i``, the value is ``Z (w_0 KL(e, m) + sum_i w_i KL(p_i, m))`` with ``Z = -1
+    / ((1 - w_0) log(1 - w_0))`` and the Kullback-Leibler divergence KL. Its gradient in logit j of view i is ``Z w_i
+    p_ij (v_j - sum_k p_ik v_k)`` with ``v = log(p_i / m)``. With one view it is :func:`js_loss`.
+
+    Drawbacks: M views cost M forward passes, and the weights have to fit the share of wrong labels and the number of
+    classes.
 
     Args:
         views: logits ``(M, N, C)`` or ``(M, N, C, d1, ...)``, or a list of M tensors ``(N, C, ...)``; float64, float32,
             float16 or bfloat16.
         target: class indices in ``[0, C)`` or ``ignore_index``, ``(N,)`` or ``(N, d1, ...)``, for all views.
-        weights: M + 1 numbers between 0 and 1 that sum to 1 (to 1e-6), the label's first. The authors use .9, .05, .05
-            for CIFAR-10 with symmetric noise, .5, .25, .25 for CIFAR-100 and .1, .45, .45 for WebVision.
-        weight: class weights ``(C,)``; a row counts ``weight[target]``.
-        ignore_index: rows with this target have loss and gradient zero and do not count in the mean.
-        reduction: ``"none"``, ``"sum"`` or ``"mean"``: sum of weighted losses over sum of weights; 0 where that is 0.
-        sample_weight: weight per row, the shape of ``target``.
+        weights: M + 1 numbers between 0 and 1 that sum to 1 (within 1e-6), the label's first. The authors use .9, .05,
+            .05 for CIFAR-10 with symmetric noise, .5, .25, .25 for CIFAR-100 and .1, .45, .45 for WebVision.
+        weight: class weights ``(C,)``: a row's loss is multiplied by ``weight[target]``.
+        ignore_index: rows with this target have loss and gradient 0 and do not count in the mean.
+        reduction: ``"none"``, ``"sum"``, or ``"mean"``: the sum of the weighted losses divided by the sum of the
+            weights, or 0 where that is 0.
+        sample_weight: one weight per row, the shape of ``target``.
 
     Returns:
         The loss in float32, float64 for float64 logits; a scalar unless ``reduction="none"``.
 
     Raises:
-        TypeError: ``views`` is neither tensor nor list.
-        ValueError: weights out of range or not one more than views; views of different shapes.
-        RuntimeError: shapes or dtypes that do not fit.
-        IndexError: a target out of range (on CUDA: a device assertion).
+        TypeError: ``views`` is neither a tensor nor a list of tensors, or ``ignore_index`` no integer.
+        ValueError: weights are out of range or not one more than views; views differ in shape; ``reduction`` is
+            unknown; batch sizes differ.
+        RuntimeError: shapes, dtypes or devices do not fit.
+        IndexError: a target is out of range (on CUDA: a device assertion).
 
-    A masked class (logit -inf) adds nothing. ``logit_bias`` and probabilities as targets are not taken.
+    A masked class (logit -inf) adds nothing. There is no ``logit_bias``, and targets cannot be class probabilities.
 
     Example:
         >>> views = torch.tensor([[[2.0, 0.0]], [[0.0, 0.0]]])
         >>> gjs_loss(views, torch.tensor([0]), (0.5, 0.25, 0.25))
         tensor(0.4799)
 
-    Source: 2105.04522, Eq. 3 to 5. Deviation: no clamp of m at 1e-7, which its code has.
+    Source: 2105.04522, Eq. 3 to 5. Deviation: its code clamps m at 1e-7; here nothing is clamped.
     """
     return _rows(
         "gjs_loss",
@@ -192,14 +199,16 @@ def gjs_loss(
         target,
         pack_weights(weights),
         weight=weight,
-        ignore_index=plain(ignore_index),
+        ignore_index=ignore_index,
         sample_weight=sample_weight,
         reduction=reduction,
     ).reduce(reduction)
 
 
 class GJSLoss(RowsModule):
-    """Module form of :func:`gjs_loss`.
+    """Generalised Jensen-Shannon divergence: how far a label and the predictions for several views are from their mean.
+
+    Module form of :func:`fused_losses.functional.gjs_loss`, which explains the loss.
 
     Args:
         weights, ignore_index, reduction: as for the function.
@@ -209,11 +218,13 @@ class GJSLoss(RowsModule):
         Called with ``(views, target, sample_weight=None)``: the loss.
 
     Raises:
-        ValueError: an argument out of range.
+        TypeError: ``ignore_index`` is no integer.
+        ValueError: an argument is out of range.
 
     Example:
         >>> criterion = GJSLoss((0.5, 0.25, 0.25))
-        >>> criterion([model(augment(images)), model(augment(images))], labels).backward()
+        >>> views = [torch.randn(8, 3, requires_grad=True) for _ in range(2)]  # of the same 8 inputs, augmented twice
+        >>> criterion(views, torch.arange(8) % 3).backward()
     """
 
     weight: Tensor | None
@@ -230,7 +241,7 @@ class GJSLoss(RowsModule):
         check_reduction(reduction)
         self.weights = pack_weights(weights)
         self.register_buffer("weight", weight)
-        self.ignore_index, self.reduction = plain(ignore_index), reduction
+        self.ignore_index, self.reduction = integer("ignore_index", ignore_index), reduction
 
     def rows(self, views: Tensor | Sequence[Tensor], target: Tensor, sample_weight: Tensor | None = None) -> RowValues:
         """Every row's loss."""

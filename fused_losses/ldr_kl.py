@@ -1,4 +1,4 @@
-"""The label-distributionally robust loss with a KL divergence. Its C++ twin is ``csrc/losses/ldr_kl.h``."""
+"""The label-distributionally robust loss with a KL divergence. Its C++ form is in ``csrc/losses/ldr_kl.h``."""
 
 from __future__ import annotations
 
@@ -43,23 +43,24 @@ def _scores(rows: Rows) -> Tensor:
 
 @loss_of_row({"temperature": _temperature, "margin": _margin}, sums=None, check=_check_margin)
 def ldr_kl_loss(rows: Rows, *, temperature: float = 1.0, margin: float = 0.1, **options: Unpack[CallOptions]) -> Tensor:
-    """Label-distributionally robust loss with a KL divergence (LDR-KL). 2112.14869 (ICML 2023).
+    """Label-distributionally robust loss with a KL divergence (LDR-KL).
 
-    Cross entropy's log-sum-exp of scores that are bounded: with ``h_j = log(1 + e^z_j)`` over its mean over the
-    classes, the value is ``temperature * log mean_j exp((h_j - h_y + margin [j != y]) / temperature)``. That is the
-    largest mean of these differences over all distributions of the label, less ``temperature`` times the divergence of
-    the distribution from equal shares. A low temperature looks at the largest difference alone, as a margin loss does;
-    a high one at all alike, which makes the loss symmetric: it resists wrong labels the better the higher it is, and
-    learns the slower. A row's loss is between ``-temperature * log C`` and ``C + margin``.
+    For noisy labels. It is the log-sum-exp of bounded scores: with ``h_j = log(1 + e^z_j)`` divided by its mean over
+    the classes, the value is ``temperature * log mean_j exp((h_j - h_y + margin [j != y]) / temperature)``. A low
+    temperature looks at the largest difference alone, as a margin loss does. A high one looks at all alike, which makes
+    the loss symmetric: it resists wrong labels better and learns more slowly. A row's loss is between ``-temperature *
+    log C`` and ``C + margin``.
 
-    Known against it: the bound grows with the number of classes, and the shift of all logits matters, so that both
-    parameters are to be searched for every task.
+    Drawbacks: the bound grows with the number of classes, and a shift of all logits changes the loss, so both
+    parameters have to be searched for every task.
+
+    A masked class (logit -inf) has score 0 and counts in ``C``. If the target is masked, the loss is finite.
+
+    Source: 2112.14869 (ICML 2023).
 
     Args:
-        temperature: lambda of the paper, > 0; 10 is the authors' for CIFAR-10.
-        margin: by how much the label's score is to exceed the others, >= 0 and at most 100 times the temperature.
-
-    A class masked by a logit of -inf has score 0 and counts in ``C``; as the target its loss is finite.
+        temperature: lambda of the paper, from 1e-3 to 1e4. The authors take 10 for CIFAR-10.
+        margin: how far the label's score shall exceed the others, from 0 to 100 times the temperature.
 
     Example:
         >>> ldr_kl_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]))

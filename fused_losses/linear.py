@@ -1,4 +1,4 @@
-"""The last linear layer and its loss in one: losses of more classes than their logits have memory for."""
+"""The last linear layer and its loss in one, for so many classes that their logits would fill the memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fused_losses._chunks import ChunkOptions, Layer
 from fused_losses._common import Criterion, RowLossModule
 from fused_losses._linear_autograd import ChunkedLogits
 from fused_losses._logit_bias import LogitBias
-from fused_losses._parameters import positive_integer
+from fused_losses._parameters import integer, positive_integer
 from fused_losses._shards import CALL, Shard
 from fused_losses.distributed import GlobalMean
 from fused_losses.parallel import ClassParallel, sum_gradient
@@ -45,42 +45,43 @@ def linear_loss(
     skip_rows: bool | None = None,
     **parameters: Any,
 ) -> Tensor:
-    """A row loss of ``input @ linear_weight.T + linear_bias``, whose logits never exist as a whole.
+    """A row loss of ``input @ linear_weight.T + linear_bias``, without ever having all logits in memory.
 
-    For many classes, where the logits are the memory and the last layer the time. Rows go through in chunks: a GEMM
-    into one reused buffer, the loss's kernel, two GEMMs for the gradients. Under "mean" and "sum" forward makes the
-    gradients, with three GEMMs in all, and backward multiplies them by the upstream gradient; "none" computes the
-    logits a second time in backward. Beyond inputs and gradients it needs ``chunk_bytes`` and the sum for the weight's
-    gradient. Deterministic; no host synchronisation on CUDA unless ``skip_rows=True``.
+    For many classes, where the logits take most of the memory. Rows go through in chunks: one GEMM for the logits, into
+    a buffer that is used again, the kernel of the loss, and two GEMMs for the gradients. Under "mean" and "sum" forward
+    makes the gradients and backward multiplies them by the upstream gradient. "none" computes the logits a second time
+    in backward. Beyond inputs and gradients it needs ``chunk_bytes``, and a sum for the weight's gradient where
+    ``linear_weight`` has half precision. Results are deterministic. Nothing waits for a GPU unless ``skip_rows=True``.
 
     Args:
-        input: features ``(..., D)``; float64, float32, float16 or bfloat16. Autocast counts as for a linear layer.
+        input: features ``(..., D)``; float64, float32, float16 or bfloat16. Autocast works as for a linear layer.
         linear_weight: ``(C, D)``, of the dtype of ``input``.
-        target: class indices in ``[0, C)`` or ``ignore_index``, shape ``(...)``; or, where the loss takes them,
-            probabilities ``(..., C)``.
+        target: class indices in ``[0, C)`` or ``ignore_index``, shape ``(...)``; or class probabilities ``(..., C)``,
+            where the loss takes them.
         loss: a name ("gce" or "gce_loss"), a function of :mod:`fused_losses.functional`, or a Module: of a row loss,
-            :class:`GlobalMean` or :class:`ZErrorCrossEntropyLoss`. A Module brings its own options. Z-Error has to know
-            the rows' scores before the loss: ``statistic="logit"`` takes one gather of rows of ``linear_weight``,
-            "prob" and "loss" one more GEMM, four instead of three.
-        linear_bias: ``(C,)``.
+            :class:`GlobalMean`, :class:`ClassParallel` or :class:`ZErrorCrossEntropyLoss`. A Module brings its own
+            options. Z-Error needs the scores of the rows before the loss: ``statistic="logit"`` gathers one row of
+            ``linear_weight`` per row, "prob" and "loss" take a fourth GEMM.
+        linear_bias: ``(C,)``, or None.
         weight, ignore_index, logit_bias, sample_weight: as for the loss; rows are those of ``target``.
-        reduction: as for the loss; None for its own default, or the Module's.
-        chunk_bytes: for the logits of a chunk and their gradient, >= 1; at least one row fits in any.
-        accumulate_dtype: in which the gradients of weight and bias are added up, unless theirs is wider.
-        skip_rows: leave rows without gradient out of the GEMMs - those that are ignored or dropped by Z-Error, and
-            those that satisfy the margins of HEM - where they are half of the rows or more. None: on the CPU only,
-            because counting them waits for a GPU.
-        parameters: the loss's own, such as ``q`` or ``label_smoothing``, for a name or a function.
+        reduction: as for the loss; None for the default of the loss, or of the Module.
+        chunk_bytes: size of a chunk's logits and their gradient, an integer >= 1; a chunk has at least one row. A
+            larger one is faster on a GPU.
+        accumulate_dtype: in which the gradients of weight and bias are summed, unless theirs is wider.
+        skip_rows: leave rows without gradient out of the GEMMs where they are at least half of the rows: ignored rows,
+            rows that Z-Error dropped, rows that satisfy the margins of HEM. None: on the CPU only, because counting
+            them waits for a GPU.
+        parameters: of the loss, such as ``q`` or ``label_smoothing``, where it is a name or a function.
 
     Returns:
-        The loss in float32, float64 for float64 ``input``; a scalar, or of the shape ``(...)`` under "none".
+        The loss in float32, float64 for float64 ``input``; a scalar, or of shape ``(...)`` under "none".
 
     Raises:
-        TypeError: ``loss`` is none of these; an unknown parameter.
-        ValueError: shapes that do not fit, values out of range, options beside a Module.
-        RuntimeError: dtypes or devices that do not fit; tensors besides input, linear_weight and linear_bias that
-            require a gradient; a second derivative.
-        IndexError: a target out of range (on CUDA: a device assertion).
+        TypeError: ``loss`` is none of these, or a parameter is unknown.
+        ValueError: shapes do not fit, values are out of range, or options are given beside a Module.
+        RuntimeError: dtypes or devices do not fit; a tensor besides input, linear_weight and linear_bias requires a
+            gradient; a second derivative is taken.
+        IndexError: a target is out of range (on CUDA: a device assertion).
 
     Example:
         >>> features, head = torch.ones(2, 3, requires_grad=True), torch.zeros(10, 3)
@@ -291,6 +292,8 @@ def _dtype_of_logits(tensors: dict[str, Tensor]) -> torch.dtype:
             continue
         allowed = (torch.float32, torch.float16, torch.bfloat16) if autocast else (input.dtype,)
         if tensor.dtype not in allowed or not tensor.is_floating_point():
+            if name == "input":
+                raise RuntimeError(f"input must be float64, float32, float16 or bfloat16, got {tensor.dtype}")
             raise RuntimeError(
                 f"{name} must be floating point, of the dtype of input unless autocast is enabled: got {tensor.dtype} "
                 f"beside {input.dtype}"
@@ -299,25 +302,35 @@ def _dtype_of_logits(tensors: dict[str, Tensor]) -> torch.dtype:
 
 
 class LinearLoss(Criterion):
-    """The last linear layer of a model together with its loss: Module form of :func:`linear_loss`.
+    """The last linear layer of a model together with its loss, for many classes.
 
-    The layer is ``self.linear``, the loss ``self.loss``; ``logits(input)`` is for prediction. Under ``fully_shard`` its
-    weight is gathered once, for all chunks.
+    Module form of :func:`fused_losses.functional.linear_loss`, which explains the computation. The layer is
+    ``self.linear``, the loss ``self.loss``; ``logits(input)`` is for prediction. Under ``fully_shard`` the weight is
+    gathered once, for all chunks.
 
     Args:
         in_features: D, the width of ``input``.
         num_classes: C.
         loss: as for :func:`linear_loss`.
-        bias: whether the layer has one.
+        bias: whether the layer has a bias.
         reduction, chunk_bytes, accumulate_dtype, skip_rows: as for :func:`linear_loss`.
         device, dtype: of the layer.
-        options: of the loss, as its Module takes them: its own parameters, weight, ignore_index, logit_bias. None
-            beside a Module.
+        **options: those of the Module of ``loss`` (parameters, ``weight``, ``ignore_index``, ``logit_bias``), where
+            ``loss`` is a name or a function.
+
+    Returns:
+        Called with ``(input, target, sample_weight=None)``: the loss of features ``(..., D)``.
+
+    Raises:
+        TypeError: ``loss`` is none of these, an option is unknown, or a size is no integer.
+        ValueError: an argument is out of range, or options are given beside a Module.
 
     Example:
-        >>> criterion = LinearLoss(512, 100_000, "agce", ignore_index=-1)
-        >>> criterion(backbone(images), labels).backward()
-        >>> criterion.logits(backbone(images)).argmax(-1)
+        >>> criterion = LinearLoss(8, 1000, "agce", ignore_index=-1)
+        >>> features, labels = torch.randn(4, 8), torch.tensor([7, 0, 999, -1])
+        >>> criterion(features, labels).backward()
+        >>> criterion.logits(features).argmax(-1).shape
+        torch.Size([4])
     """
 
     def __init__(
@@ -347,6 +360,8 @@ class LinearLoss(Criterion):
             self.loss = find_loss(loss).module(**options)
         if reduction is not None and isinstance(loss, RowLossModule):
             check_reduction(reduction, LOSSES[loss.stem].reductions)
+        integer("in_features", in_features)
+        integer("num_classes", num_classes)
         self.linear = nn.Linear(in_features, num_classes, bias, device=device, dtype=dtype)
         self.reduction = reduction
         self.chunk_bytes = chunk_bytes

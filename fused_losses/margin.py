@@ -1,7 +1,7 @@
 """Losses of the errors beyond a margin: the high error margin loss and the multi-class margin loss.
 
-2501.12191. Each loss: the plain PyTorch formula, decorated into the fused function, then its Module. The C++ twins
-are in ``csrc/losses/margin.h``.
+Source: 2501.12191. Each loss: its formula in plain PyTorch, which a decorator turns into the fused function, then its
+Module. The C++ forms are in ``csrc/losses/margin.h``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COUNT_GUARD = 1e-6
 _margin = OrTensor(factor, per_class=True)
 _power = Range("be 1 or 2", lambda v: v in (1, 2))
 _ACTIVE_DOC = """
-            ``"active_mean"``: sum of weighted losses over 1e-6 + the sum of weights of rows whose loss is not 0."""
+            ``"active_mean"``: the same over the rows whose loss is not 0, with 1e-6 added to the sum of weights."""
 
 
 def _default_reduction(parameters: dict[str, Any]) -> str:
@@ -86,29 +86,35 @@ def _margin_value(rows: Rows, margin: Tensor, mean_above_zero: bool, threshold: 
 def hem_loss(
     rows: Rows, *, margin: float | Tensor = 0.2, margin_index: str = "target", **options: Unpack[CallOptions]
 ) -> Tensor:
-    """High error margin loss: the mean of the errors that are at least the mean error. 2501.12191.
+    """High error margin loss: the mean of the errors that are at least the mean error.
 
-    Classes whose logit comes closer to the target's than ``margin`` are errors,
-    ``e_j = max(0, z_j - z_y + margin)`` for ``j != y`` and ``e_y = 0``. Of these, the loss averages those
-    with ``e_j >= (1 / C) sum_i e_i`` and ``e_j > 0``: their sum over ``1e-6 +`` their number. No softmax; not bounded;
-    rows that satisfy every margin have loss and gradient 0, and the default reduction leaves them out. The threshold
-    and the numbers are constants for every derivative. Worked example: errors [0, 0, 0.5, 0.3] have mean 0.2, and the
-    loss is 0.4. A logit of -inf is a masked class; NaN, or +inf, anywhere in a row makes its loss and gradient NaN.
+    For clean labels, where inputs of unknown classes have to be rejected (:mod:`fused_losses.scores`) or classes are
+    rare; not for wrong labels. The errors are ``e_j = max(0, z_j - z_y + margin)`` for ``j != y`` and ``e_y = 0``. The
+    loss is the sum of those with ``e_j >= (1 / C) sum_i e_i`` and ``e_j > 0``, divided by 1e-6 plus their number.
+    Errors [0, 0, 0.5, 0.3] have mean 0.2 and loss 0.4. There is no softmax and no bound. A row without errors has loss
+    and gradient 0, and the default reduction leaves it out. The threshold and the numbers are constants in every
+    derivative. NaN or +inf anywhere in a row makes its loss and gradient NaN.
 
-    A margin per class is HEM+. The paper's text names the competitor's margin, its code weighs by the target's; only
-    the latter enlarges the margin of rare classes, so it is the default. The 1e-6 are those of the code; the target's
-    zero counts in C.
+    Source: 2501.12191. A margin per class is HEM+: the paper's text names the margin of the other class, its code
+    weighs by the target's class. The latter is the default, because only it enlarges the margin of rare classes. The
+    1e-6 are those of the code.
 
     Args:
-        margin: >= 0; a number, a 0-dim tensor, or one margin per class ``(C,)``.
-        margin_index: whose margin counts where there is one per class: ``"target"`` or ``"competitor"``.
+        margin: >= 0, in units of the logits: a number, a 0-dim tensor, or one margin per class ``(C,)``. 0.2 is the
+            paper's for CIFAR; :func:`fused_losses.hem_margin` and :func:`fused_losses.hem_plus_margins` compute it from
+            the size of the training set.
+        margin_index: with one margin per class, whose counts: ``"target"``, or ``"competitor"`` for that of class j.
+
+    Example:
+        >>> hem_loss(torch.tensor([[0.0, -0.2, 0.3, 0.1]]), torch.tensor([0]), margin=0.2)  # errors 0, 0, 0.5, 0.3
+        tensor(0.4000)
     """
     of_competitor = margin_index == "competitor"
     return _margin_value(rows, _per_class(rows, margin, of_competitor), mean_above_zero=True, threshold=True)
 
 
 class HEMLoss(RowLossModule, stem="hem"):
-    """Module form of :func:`hem_loss`; ``reduction`` is ``"active_mean"`` unless given."""
+    """Module form of :func:`hem_loss`."""
 
     margin: float | Tensor
     margin_index: str
@@ -138,23 +144,30 @@ def multi_margin_loss(
     p: int = 1,
     **options: Unpack[CallOptions],
 ) -> Tensor:
-    """Multi-class margin loss ``(1 / C) sum_j e_j^p``, ``e_j = max(0, z_j - z_y + margin)`` for ``j != y``.
+    """Multi-class margin loss: ``(1 / C) sum_j e_j^p`` with ``e_j = max(0, z_j - z_y + margin)`` for ``j != y``.
 
-    :class:`torch.nn.MultiMarginLoss`, and with the switches the ablations of 2501.12191 between it and
-    :func:`hem_loss`, which it is with both. Non-finite logits are treated as there. Class weights multiply a row's
-    loss and count in the mean's denominator (torch multiplies only).
+    A baseline for :func:`hem_loss`. Without switches it is :class:`torch.nn.MultiMarginLoss`; with one switch it is an
+    ablation of 2501.12191, with both it is HEM. NaN or +inf anywhere in a row makes its loss and gradient NaN.
+
+    Source: ``torch``; 2501.12191 for the switches. Deviation from ``torch``: class weights also count in the
+    denominator of the mean.
 
     Args:
-        margin: >= 0; a number, a 0-dim tensor, or one margin per class ``(C,)``, of which the target's counts.
-        mean_above_zero: divide by ``1e-6 +`` the number of errors that count, not by C ("+maz").
-        threshold: count errors that are at least the mean ``(1 / C) sum_j e_j`` only ("+thres").
+        margin: >= 0, in units of the logits: a number, a 0-dim tensor, or one margin per class ``(C,)``, of which the
+            target's counts. 1 is torch's default.
+        mean_above_zero: divide by 1e-6 plus the number of errors > 0 that count, instead of by C ("+maz").
+        threshold: count only errors that are at least the mean ``(1 / C) sum_j e_j`` ("+thres").
         p: 1, or 2 for squared errors (without the switches).
+
+    Example:
+        >>> multi_margin_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]))
+        tensor(0.5000)
     """
     return _margin_value(rows, _per_class(rows, margin, False), mean_above_zero, threshold, p)
 
 
 class MultiMarginLoss(RowLossModule, stem="multi_margin"):
-    """Module form of :func:`multi_margin_loss`; its default reduction is settled when it is made."""
+    """Module form of :func:`multi_margin_loss`."""
 
     margin: float | Tensor
     mean_above_zero: bool
@@ -168,9 +181,9 @@ class MultiMarginLoss(RowLossModule, stem="multi_margin"):
         threshold: bool = False,
         *,
         p: int = 1,
-        reduction: str | None = None,
         weight: Tensor | None = None,
         ignore_index: int = -100,
+        reduction: str | None = None,
         logit_bias: LogitBias = 0.0,
     ) -> None:
         super().__init__(

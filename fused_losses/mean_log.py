@@ -1,7 +1,7 @@
 """The losses of ``log p_y`` and the mean of ``log p_j`` over all classes.
 
-Each loss: the plain PyTorch formula, decorated into the fused function, then its Module. The C++ twins are in
-``csrc/losses/mean_log.h``.
+Each loss: its formula in plain PyTorch, which a decorator turns into the fused function, then its Module. The C++ forms
+are in ``csrc/losses/mean_log.h``.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ _beta = OrTensor(factor)
 
 @loss_of_row({"beta": _beta}, takes_probabilities=True, sums=("log_probs",))
 def cores_loss(rows: Rows, *, beta: float | Tensor = 2.0, **options: Unpack[CallOptions]) -> Tensor:
-    """Confidence-regularised cross entropy: ``-log p_y + beta mean_j log p_j``. 2010.02347, for uniform labels.
+    """Confidence-regularised cross entropy: ``-log p_y + beta mean_j log p_j``.
 
-    For noisy labels, in the first phase of CORES²: cross entropy less ``beta`` times that of a label drawn at random,
-    which rewards confident predictions over those that fit wrong labels. The paper raises ``beta`` from 0 to 2 during
-    training: assign the attribute, or write into a tensor. Its expectation is over the distribution of the noisy
-    labels, here all classes count alike. ``label_smoothing = -r`` of cross entropy is this with
-    ``beta = r / (1 + r)``, times ``1 + r``.
+    For noisy labels, in the first phase of CORES². The second term is minus the cross entropy of a label drawn at
+    random: it rewards confident predictions. Raise ``beta`` from 0 to 2 during training, by assigning the attribute or
+    writing into a tensor. ``cross_entropy(label_smoothing=-r)`` is this loss with ``beta = r / (1 + r)``, times ``1 +
+    r``.
 
-    There is no lower bound: the more the logits of other classes fall, the lower the loss, so weight decay or early
-    stopping is needed. A class masked by a logit of -inf makes it -inf. The paper's sieve keeps the rows whose loss is
-    at most the mean over all labels, that is ``logits.gather(1, target[:, None]).squeeze(1) >= logits.mean(1)``.
+    The loss has no lower bound, so it needs weight decay or early stopping. A masked class (logit -inf) makes it -inf.
+
+    Source: 2010.02347. Deviation: the paper takes the mean over the distribution of the noisy labels; here all classes
+    count alike. Its second phase trains on the rows whose loss is at most the mean over all labels: ``logits.gather(1,
+    target[:, None]).squeeze(1) >= logits.mean(1)``.
 
     Args:
-        beta: weight of the regulariser, >= 0; 0 is cross entropy. A number or a 0-dim tensor on the device of
+        beta: weight of the second term, >= 0; 0 is cross entropy. A number, or a 0-dim tensor on the device of
             ``logits``.
 
     Example:
@@ -60,12 +61,14 @@ class CORESLoss(RowLossModule, stem="cores"):
 
 @loss_of_row({}, takes_probabilities=True, sums=("log_probs",))
 def unhinged_loss(rows: Rows, **options: Unpack[CallOptions]) -> Tensor:
-    """Unhinged loss: ``mean_j z_j - z_y``, linear in the logits. 1505.07634, for many classes.
+    """Unhinged loss: ``mean_j z_j - z_y``, linear in the logits z.
 
-    Convex and, over labels, of constant sum: the one such loss that symmetric noise cannot move. The paper's is for two
-    classes and bounded weights; the mean over classes is the form that sums to a constant for more. Its gradient,
-    ``1 / C - [j = y]``, never vanishes and the loss has no lower bound: without strong weight decay or bounded logits
-    training diverges. It is :func:`cores_loss` with ``beta=1``. A class masked by a logit of -inf makes it -inf.
+    For experiments. It is convex and its sum over all labels is 0, so symmetric noise does not move its minimum. Its
+    gradient ``1 / C - [j = y]`` is never 0 and the loss has no lower bound: without strong weight decay or bounded
+    logits training diverges. It equals :func:`cores_loss` with ``beta=1``. A masked class (logit -inf) makes it -inf.
+
+    Source: 1505.07634. Deviation: the paper has two classes; the mean over classes is our extension, whose sum over all
+    labels is constant as well.
 
     Example:
         >>> unhinged_loss(torch.tensor([[1.0, 0.0]]), torch.tensor([0]))

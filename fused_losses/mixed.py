@@ -1,4 +1,4 @@
-"""Two labels a row: the loss of batches made by mixup and CutMix."""
+"""Two labels a row: the loss of batches made by Mixup and CutMix."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def _function_and_options(
         raise TypeError(f"loss must be a name, a function or a Module of a row loss, got {type(loss).__name__}")
     if callable(loss):
         return loss, next((entry for entry in LOSSES.values() if entry.function is loss), None), {}
-    stem = str(loss).removesuffix("_loss")
+    if not isinstance(loss, str):
+        raise TypeError(f"loss must be a name, a function or a Module of a row loss, got {type(loss).__name__}")
+    stem = loss.removesuffix("_loss")
     if stem not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
     return LOSSES[stem].function, LOSSES[stem], {}
@@ -171,27 +173,30 @@ def mixed(
     lam: float | Tensor,
     **options: Any,
 ) -> Tensor:
-    """``lam loss(a) + (1 - lam) loss(b)``: the loss of inputs that are mixed from two with different labels.
+    """``lam loss(a) + (1 - lam) loss(b)``: the loss of inputs that were mixed from two with different labels.
 
-    For mixup (1710.09412) and CutMix (1905.04899) with any row loss, without a matrix of targets. The losses that take
-    probabilities, without ``logit_bias``, read the logits once; otherwise they are read once for each label.
+    For Mixup (1710.09412) and CutMix (1905.04899) with any row loss, without a matrix of targets. For losses that take
+    class probabilities, without ``logit_bias``, the logits are read once; for the others, once for each label.
 
     Args:
-        loss: a name ("gce"), a function of :mod:`fused_losses.functional` or a Module, whose options are taken.
+        loss: a name ("gce"), a function of :mod:`fused_losses.functional`, or a Module.
         logits: as for the loss.
-        target_a: class indices, weighted by ``lam``.
-        target_b: class indices, weighted by ``1 - lam``, as ``target_a``.
-        lam: in [0, 1]: one number for all rows, or a tensor, 0-dim or of the shape of the targets.
-        **options: of the loss: its parameters, ``weight``, ``ignore_index``, ``reduction``, ``logit_bias``,
-            ``sample_weight``.
+        target_a: class indices of the labels with share ``lam``.
+        target_b: class indices of the labels with share ``1 - lam``, the shape of ``target_a``.
+        lam: in [0, 1]: a number, or a tensor, 0-dim or of the shape of the targets.
+        **options: of the loss: its parameters, ``weight``, ``ignore_index``, ``reduction`` (``"mean"`` by default),
+            ``logit_bias``, ``sample_weight``. They take the place of those of a Module.
 
     Returns:
-        As the loss does. With one ``lam`` the mean is ``lam`` times that of one label plus ``1 - lam`` times that of
-        the other, each over its own weights; with ``lam`` per row it is the sum of both over the sum of all weights.
+        As the loss does. With one ``lam`` the mean is ``lam`` times the mean of one label plus ``1 - lam`` times that
+        of the other, each over its own weights. With ``lam`` per row it is the sum of both divided by the sum of all
+        weights.
 
     Raises:
-        ValueError: ``lam`` is a number outside [0, 1]; an unknown loss or reduction ("active_mean" cannot be mixed).
-        RuntimeError: shapes or dtypes that do not fit.
+        TypeError: ``loss`` is none of these, or ``lam`` no number.
+        ValueError: ``lam`` is a number outside [0, 1]; the loss or the reduction is unknown ("active_mean" cannot be
+            mixed).
+        RuntimeError: shapes or dtypes do not fit.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0]])

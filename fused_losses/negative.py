@@ -1,7 +1,8 @@
 """Normalised negative losses and the active negative losses, their sums with a normalised loss.
 
-"Active Negative Loss Functions for Learning with Noisy Labels", NeurIPS 2023. Each loss: the plain PyTorch formula,
-decorated into the fused function, then its Module. The C++ twins are in ``csrc/losses/nfl_sums.h``.
+Source: "Active Negative Loss Functions for Learning with Noisy Labels", NeurIPS 2023. Each loss: its formula in plain
+PyTorch, which a decorator turns into the fused function, then its Module. The C++ forms are in
+``csrc/losses/nfl_sums.h``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from fused_losses._common import RowLossModule, RowLossOptions
 from fused_losses._declare import loss_of_row
 from fused_losses._parameters import factor, fraction, nfl_focusing, switch
 from fused_losses._reference import Rows, expm1
-from fused_losses.normalized import nfl_term, weighted_sum
+from fused_losses.active_passive import weighted_sum
+from fused_losses.normalized import nfl_term
 
 # Classes below it must not make up the sum over the classes.
 _min_prob = replace(fraction, low=1e-30, high=1e-3)
@@ -44,14 +46,17 @@ def _missing(gamma: float, detach: bool, min_prob: float) -> Callable[[Tensor], 
 
 @loss_of_row({"min_prob": _min_prob}, min_classes=2, sums=("terms",))
 def nnce_loss(rows: Rows, *, min_prob: float = 1e-7, **options: Unpack[CallOptions]) -> Tensor:
-    """Normalised negative cross entropy: ``1 - (A + l_y) / sum_k (A + l_k)``, ``l = max(log p, -A)``. NeurIPS 2023.
+    """Normalised negative cross entropy: ``1 - (A + l_y) / sum_k (A + l_k)`` with ``l = max(log p, -A)``.
 
-    A passive loss for sums with an active one (:func:`anl_ce_loss`); alone it learns slowly. ``A = -log min_prob``. It
-    trains on the labels that a row does not have, as MAE does, but with more weight where the network is unsure. In
-    [0, 1] and symmetric up to a constant. Needs at least two classes, and a class above ``min_prob``.
+    A part of sums for noisy labels (:func:`anl_ce_loss`); alone it learns slowly. ``A = -log min_prob``. It trains on
+    the labels that a row does not have, as MAE does, with more weight where the network is unsure. It is in [0, 1], and
+    its sum over all labels is constant. It needs at least two classes, and a class above ``min_prob`` in every row.
+
+    Source: ANL, NeurIPS 2023.
 
     Args:
-        min_prob: probability below which a class counts as this, in (0, 0.001], and well below ``1 / C``.
+        min_prob: smaller probabilities count as this one, from 1e-30 to 0.001; take it well below ``1 / C``. 1e-7 is
+            the value of the authors' code.
 
     Example:
         >>> nnce_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]))
@@ -74,15 +79,17 @@ class NNCELoss(RowLossModule, stem="nnce"):
 def anl_ce_loss(
     rows: Rows, *, alpha: float = 5.0, beta: float = 5.0, min_prob: float = 1e-7, **options: Unpack[CallOptions]
 ) -> Tensor:
-    """``alpha NCE + beta NNCE``, the active negative loss ANL-CE. NeurIPS 2023.
+    """``alpha NCE + beta NNCE``, the active negative loss ANL-CE; see :func:`nce_loss` and :func:`nnce_loss`.
 
-    For noisy labels. In published CIFAR-10 tables above NCE+AGCE where the noise is symmetric (62.3 against 50.0 % at
-    80 % wrong labels), below it where it is asymmetric (78.0 against 79.3 %). (alpha, beta): CIFAR-10 (5, 5), CIFAR-100
-    (10, 1), WebVision (20, 1). The authors also add an L1 norm of all parameters of the network to the loss (times
-    5e-5, 5e-7, 5e-6): that is not part of this function.
+    For noisy labels. In published CIFAR-10 tables it is above NCE+AGCE where the noise is symmetric (62.3 against 50.0
+    % at 80 % wrong labels) and below where it is asymmetric (78.0 against 79.3 %).
+
+    Source: ANL, NeurIPS 2023. Deviation: the authors also add an L1 norm of all parameters of the network, times 5e-5,
+    5e-7 and 5e-6 for the three data sets below; that is not part of this function.
 
     Args:
-        alpha: weight of normalised cross entropy, >= 0.
+        alpha: weight of normalised cross entropy, >= 0. (alpha, beta) of the authors: CIFAR-10 (5, 5), the default,
+            CIFAR-100 (10, 1), WebVision (20, 1).
         beta: weight of normalised negative cross entropy, >= 0.
         min_prob: as in :func:`nnce_loss`.
 
@@ -117,14 +124,17 @@ def nnfl_loss(
     min_prob: float = 1e-7,
     **options: Unpack[CallOptions],
 ) -> Tensor:
-    """Normalised negative focal loss: ``1 - (A - n_y) / sum_k (A - n_k)``. NeurIPS 2023.
+    """Normalised negative focal loss: ``1 - (A - n_y) / sum_k (A - n_k)``.
 
-    As :func:`nnce_loss`, which it is for ``gamma = 0``, of the focal terms ``n_k = -(1 - p_k)^gamma max(log p_k, log
-    min_prob)``; A is the term of ``p = min_prob``.
+    As :func:`nnce_loss`, which it equals for ``gamma = 0``, with the focal terms ``n_k = -(1 - p_k)^gamma max(log p_k,
+    log min_prob)`` and their value ``A`` at ``p = min_prob``.
+
+    Source: ANL, NeurIPS 2023.
 
     Args:
-        gamma: focusing exponent, >= 0.
-        detach: whether ``(1 - p_k)^gamma`` is a constant in every derivative, as in the paper's code.
+        gamma: focusing exponent, from 0 to 50. 0.5 is the value of the authors' code.
+        detach: True: ``(1 - p_k)^gamma`` is a constant in every derivative, as in the authors' code. False: the exact
+            gradient.
         min_prob: as in :func:`nnce_loss`.
 
     Example:
@@ -163,15 +173,18 @@ def anl_fl_loss(
     min_prob: float = 1e-7,
     **options: Unpack[CallOptions],
 ) -> Tensor:
-    """``alpha NFL + beta NNFL``, the active negative loss ANL-FL. NeurIPS 2023.
+    """``alpha NFL + beta NNFL``, the active negative loss ANL-FL; see :func:`nfl_loss` and :func:`nnfl_loss`.
 
-    As :func:`anl_ce_loss`, which it is for ``gamma = 0``, with the same (alpha, beta) and L1 term.
+    As :func:`anl_ce_loss`, which it equals for ``gamma = 0``, with the same (alpha, beta) and the same L1 norm left
+    out.
+
+    Source: ANL, NeurIPS 2023.
 
     Args:
         alpha: weight of the normalised focal loss, >= 0.
         beta: weight of the normalised negative focal loss, >= 0.
-        gamma: focusing exponent of both, >= 0.
-        detach: whether the focal factor is a constant in every derivative; see :func:`nfl_loss`.
+        gamma: focusing exponent of both, from 0 to 50.
+        detach: True: the focal factor is a constant in every derivative, as in :func:`nfl_loss`.
         min_prob: as in :func:`nnce_loss`.
 
     Example:

@@ -1,9 +1,8 @@
-"""Label noise for experiments: wrong labels of a known kind, and the transition matrix that a trained network reveals.
+"""Label noise for experiments: wrong labels of a known kind, and an estimate of the transition matrix of real ones.
 
 Each function takes correct labels and returns :class:`NoisyLabels`: the labels to train on, and which of them changed.
-Draws happen on the CPU from ``seed``, so that a seed means the same labels on every device. An integer seed is used
-through a generator of its own (torch's global random state stays as it is); a ``torch.Generator`` goes on from where it
-is. Rows labelled ``ignore_index`` stay as they are.
+Draws happen on the CPU from ``seed``, so that a seed gives the same labels on every device. An integer seed does not
+touch torch's global random state; a ``torch.Generator`` is advanced. Rows labelled ``ignore_index`` stay as they are.
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_losses._parameters import closed_fraction, positive
+from fused_losses._parameters import closed_fraction, integer, positive
+from fused_losses._transition import check_matrix
 
 __all__ = [
     "CIFAR100_SUPERCLASSES",
@@ -62,7 +62,7 @@ PAIRS: dict[str, dict[int, int]] = {
 
 
 class NoisyLabels(NamedTuple):
-    """``labels`` to train on, of dtype, shape and device of those given; ``flipped`` (bool) where they differ."""
+    """``labels`` to train on, in dtype, shape and device of those given; ``flipped`` (bool): where they changed."""
 
     labels: Tensor
     flipped: Tensor
@@ -83,13 +83,14 @@ def symmetric(
         labels: class indices in ``[0, num_classes)``, integers of any shape and device.
         rate: probability that a label is replaced, 0 to 1.
         num_classes: number of classes C, at least 1 (2 if ``redraw`` is False).
-        redraw: True: the new label is drawn from all C classes and may be the old one, so that a share of
-            ``rate (C - 1) / C`` becomes wrong. False: drawn from the other C - 1, so that a share of ``rate`` does.
-        seed: integer or CPU generator.
+        redraw: True: the new label is drawn from all C classes and may be the old one, so a share of ``rate (C - 1) /
+            C`` becomes wrong. False: it is drawn from the other C - 1, so a share of ``rate`` becomes wrong.
+        seed: an integer or a generator on the CPU.
         ignore_index: label of rows that stay as they are.
 
     Raises:
-        TypeError: ``labels`` is no integer tensor, or ``rate`` no number.
+        TypeError: ``labels`` is no integer tensor, ``rate`` no number, ``num_classes``, ``seed`` or ``ignore_index`` no
+            integer.
         ValueError: an argument is out of range.
 
     Example:
@@ -97,8 +98,8 @@ def symmetric(
         >>> torch.equal(flipped, labels != torch.arange(10))
         True
 
-    Source: True is the noise of 2306.05497, False that of 2006.13554 and most tables of other papers: compare rates
-    accordingly.
+    Source: ``redraw=True`` is the noise of 2306.05497, False that of 2006.13554 and most tables of other papers. The
+    same rate means different shares of wrong labels.
     """
     given = _check_labels(labels, num_classes, ignore_index)
     closed_fraction.pack("rate", rate)
@@ -122,38 +123,38 @@ def asymmetric(
     seed: Seed = 0,
     ignore_index: int = -100,
 ) -> NoisyLabels:
-    """Replaces labels by that of one similar class.
+    """Replaces labels by the label of one similar class.
 
     Args:
         labels: class indices in ``[0, num_classes)``, integers of any shape and device.
-        rate: probability that a label of a class in ``pairs`` is replaced, 0 to 1. The share of wrong labels is smaller
-            where classes have no pair: half of it for CIFAR-10 and Fashion-MNIST.
+        rate: probability that a label of a class in ``pairs`` is replaced, 0 to 1. Where classes have no pair, the
+            share of wrong labels is smaller: half of it for CIFAR-10 and Fashion-MNIST.
         num_classes: number of classes.
-        pairs: which class each class is mistaken for, or a name in :data:`PAIRS`.
-        seed: integer or CPU generator.
+        pairs: a mapping from each class to the one it is mistaken for, or a name in :data:`PAIRS`.
+        seed: an integer or a generator on the CPU.
         ignore_index: label of rows that stay as they are.
 
     Raises:
-        TypeError: ``labels`` is no integer tensor, or ``rate`` no number.
+        TypeError: ``labels`` is no integer tensor, ``rate`` no number, ``pairs`` no mapping.
         ValueError: an argument is out of range, or the name is unknown.
 
     Example:
         >>> asymmetric(torch.tensor([9, 8]), 1.0, 10, "cifar10").labels  # truck -> car; ships stay ships
         tensor([1, 8])
 
-    Source: 1609.03683; the pairs of Fashion-MNIST from 1805.07836.
+    Source: 1609.03683; the pairs of Fashion-MNIST are those of 1805.07836.
     """
     return from_matrix(labels, pair_matrix(rate, num_classes, pairs), seed=seed, ignore_index=ignore_index)
 
 
 def from_matrix(labels: Tensor, matrix: Tensor, *, seed: Seed = 0, ignore_index: int = -100) -> NoisyLabels:
-    """Draws each label from the row of its class in a transition matrix.
+    """Draws each label anew from the row of its class in a transition matrix.
 
     Args:
         labels: class indices in ``[0, C)``, integers of any shape and device.
-        matrix: ``(C, C)``, ``matrix[i, j]`` the probability that label j is given to a sample of class i; >= 0, rows
-            summing to 1.
-        seed: integer or CPU generator.
+        matrix: ``(C, C)``, a tensor: ``matrix[i, j]`` is the probability of label j for a sample of class i; >= 0, rows
+            sum to 1.
+        seed: an integer or a generator on the CPU.
         ignore_index: label of rows that stay as they are.
 
     Raises:
@@ -185,29 +186,34 @@ def instance_dependent(
     seed: Seed = 0,
     ignore_index: int = -100,
 ) -> NoisyLabels:
-    """Noise that depends on what a sample looks like, so that similar samples get the same wrong label.
+    """Noise that depends on the input: similar samples of a class get the same wrong label.
 
-    Each sample has its own rate q, normal around ``rate`` and truncated to [0, 1]. Class y has a random projection
-    :math:`W_y` (features x C, standard normal). A sample x of class y keeps its label with probability 1 - q and gets
-    label j != y with probability :math:`q\\,\\mathrm{softmax}_{j \\ne y}(x W_y)_j`.
+    Each sample has a rate q of its own, normal around ``rate`` and truncated to [0, 1]. Class y has a random projection
+    ``W_y`` (features x C, standard normal). A sample x of class y keeps its label with probability 1 - q and gets label
+    j != y with probability q times the softmax of ``x W_y`` over the classes other than y.
 
     Args:
-        inputs: ``(N, ...)``, floating point; flattened to features. As the authors, pass pixels in [0, 1] or
-            standardised ones: the larger the inputs, the surer is one wrong label for each sample.
+        inputs: ``(N, ...)``, floating point and finite; flattened to features. Give pixels in [0, 1] or standardised
+            ones, as the authors do: the larger the inputs, the more one wrong label wins for each sample.
         labels: class indices ``(N,)`` in ``[0, num_classes)``.
         rate: mean share of wrong labels, 0 to 1. Truncation moves it away from 0 and 1: ``rate=0`` with ``std=0.1``
             makes 8 % wrong.
         num_classes: number of classes C, at least 2.
-        std: spread of q, > 0.
-        seed: integer or CPU generator.
+        std: spread of q, > 0. 0.1 is the authors' value.
+        seed: an integer or a generator on the CPU.
         ignore_index: label of rows that stay as they are.
 
     Raises:
-        TypeError: ``labels`` is no integer tensor, ``inputs`` not floating point.
+        TypeError: ``labels`` is no integer tensor, or ``inputs`` no floating point tensor.
         ValueError: an argument is out of range.
 
-    Source: Xia et al. 2020 (2006.07836), algorithm 2. Deviation: the projections of one class at a time are in memory,
-    so that many classes fit.
+    Example:
+        >>> labels = torch.arange(8) % 4
+        >>> instance_dependent(torch.rand(8, 16), labels, 0.4, num_classes=4).labels.shape
+        torch.Size([8])
+
+    Source: Xia et al. 2020 (2006.07836), algorithm 2. Deviation: only the projections of one class at a time are in
+    memory, so that many classes fit.
     """
     given = _check_labels(labels, num_classes, ignore_index)
     closed_fraction.pack("rate", rate)
@@ -223,7 +229,8 @@ def instance_dependent(
             f"labels must have shape (N,) and inputs (N, ...), got {tuple(given.shape)} and {tuple(inputs.shape)}"
         )
     if not inputs.isfinite().all():
-        raise ValueError("inputs must be finite")
+        bad = inputs[~inputs.isfinite()].flatten()[0].item()
+        raise ValueError(f"inputs must be finite, got {bad}")
     generator = _generator(seed)
     rates = _truncated_normal(rate, std, len(given), generator)
     flips = torch.rand(len(given), generator=generator, dtype=torch.float64) < rates
@@ -243,6 +250,8 @@ def instance_dependent(
 def symmetric_matrix(rate: float, num_classes: int, redraw: bool = True) -> Tensor:
     """The transition matrix of :func:`symmetric`: float64 ``(C, C)``, as :func:`from_matrix` takes it.
 
+    Arguments and errors are those of :func:`symmetric`.
+
     Example:
         >>> symmetric_matrix(0.4, 2)
         tensor([[0.8000, 0.2000],
@@ -259,6 +268,8 @@ def symmetric_matrix(rate: float, num_classes: int, redraw: bool = True) -> Tens
 def pair_matrix(rate: float, num_classes: int, pairs: Mapping[int, int] | str) -> Tensor:
     """The transition matrix of :func:`asymmetric`: float64 ``(C, C)``, as :func:`from_matrix` takes it.
 
+    Arguments and errors are those of :func:`asymmetric`.
+
     Example:
         >>> pair_matrix(0.4, 2, {0: 1})
         tensor([[0.6000, 0.4000],
@@ -270,6 +281,8 @@ def pair_matrix(rate: float, num_classes: int, pairs: Mapping[int, int] | str) -
         if pairs not in PAIRS:
             raise ValueError(f"pairs must be a mapping or one of {', '.join(PAIRS)}, got {pairs!r}")
         pairs = PAIRS[pairs]
+    if not isinstance(pairs, Mapping):
+        raise TypeError(f"pairs must be a mapping or one of {', '.join(PAIRS)}, got {type(pairs).__name__}")
     matrix = torch.eye(num_classes, dtype=torch.float64)
     for source, to in pairs.items():
         if not (0 <= source < num_classes and 0 <= to < num_classes and source != to):
@@ -279,25 +292,25 @@ def pair_matrix(rate: float, num_classes: int, pairs: Mapping[int, int] | str) -
 
 
 def estimate_transition(probabilities: Tensor, quantile: float | None = None) -> Tensor:
-    """Estimates the transition matrix from the predictions of a network trained on noisy labels.
+    """Estimates the transition matrix of the labels, from a network trained on them.
 
-    An anchor point of class i is a sample that belongs to it for certain; what the network predicts for it is then the
-    distribution of the noisy labels of class i. The sample with the highest predicted probability of i is taken for
-    one.
+    For :class:`fused_losses.ForwardCorrectionLoss`. An anchor point of class i is a sample that surely belongs to it;
+    what the network predicts for it is the distribution of the noisy labels of class i. The sample with the highest
+    predicted probability of i is taken for one.
 
     Args:
-        probabilities: predicted ``(N, C)``, rows summing to 1, of a network trained on the noisy labels with a proper
-            loss such as cross entropy, for as long as it has not learned them by heart: on a validation set, or early.
-        quantile: the anchor of a class is the sample at this quantile of its predicted probability, 0 to 1; 1 is the
-            highest, where one odd sample decides. None: .97, the authors', or the median of a class that has its equal
-            share of the rows, ``1 - .5 / C``, whichever is higher.
+        probabilities: predicted ``(N, C)``, rows sum to 1, of a network trained on the noisy labels with a proper loss
+            such as cross entropy and not yet memorising them: on a validation set, or early in training.
+        quantile: the anchor of a class is the sample at this quantile of its predicted probability, 0 to 1. 1 is the
+            highest, which one odd sample decides. None: .97, the authors' value, or the median of a class with its
+            equal share of the rows, ``1 - .5 / C``, whichever is higher.
 
     Returns:
-        ``(C, C)``, ``[i, j]`` the probability of label j for a sample of class i, rows summing to 1; float64 on the
-        device of ``probabilities``. What correction losses take as their transition matrix.
+        ``(C, C)``: entry [i, j] is the probability of label j for a sample of class i, rows sum to 1; float64 on the
+        device of ``probabilities``.
 
     Raises:
-        TypeError: ``probabilities`` is not floating point.
+        TypeError: ``probabilities`` is no floating point tensor.
         ValueError: a row is no distribution, or an argument is out of range.
 
     Example:
@@ -315,7 +328,11 @@ def estimate_transition(probabilities: Tensor, quantile: float | None = None) ->
     p = probabilities.detach().double()
     # In half precision rows sum to 1 within C roundings of at most 2^-9 each: near enough to be rescaled.
     if not ((p >= 0).all() and (p.sum(1) - 1).abs().max() <= 0.01):
-        raise ValueError("probabilities must be >= 0 with rows that sum to 1; pass logits.softmax(1)")
+        raise ValueError(
+            "probabilities must be >= 0 with rows that sum to 1, got entries from "
+            f"{float(p.min()):.4g} and sums from {float(p.sum(1).min()):.4g} to {float(p.sum(1).max()):.4g}; pass "
+            "logits.softmax(1)"
+        )
     if quantile is None:
         quantile = max(0.97, 1.0 - 0.5 / p.shape[1])
     closed_fraction.pack("quantile", quantile)
@@ -341,28 +358,12 @@ def _check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor
         or labels.dtype == torch.bool
     ):
         raise TypeError(f"labels must be an integer tensor, got {getattr(labels, 'dtype', type(labels).__name__)}")
+    integer("ignore_index", ignore_index)
     given = labels.detach().to("cpu", torch.int64).contiguous()
     bad = (given != ignore_index) & ((given < 0) | (given >= num_classes))
     if bad.any():
         raise ValueError(f"labels must be in [0, {num_classes}) or {ignore_index}, got {int(given[bad][0])}")
     return given
-
-
-def check_matrix(name: str, matrix: Tensor) -> Tensor:
-    """Rows of probabilities as float64 on the CPU, summing to 1. Raises a ValueError on anything else."""
-    if not isinstance(matrix, Tensor) or matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix):
-        shape = tuple(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
-        raise ValueError(f"{name} must be a tensor of shape (C, C), got {shape}")
-    transition = matrix.detach().to("cpu", torch.float64)
-    sums = transition.sum(1)
-    # The rounding error of float32 rows of 10,000 classes. NaN fails both tests.
-    wrong = ~((transition >= 0).all(1) & ((sums - 1).abs() <= 1e-4))
-    if wrong.any():
-        row = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"{name} must be >= 0 with rows that sum to 1, got a sum of {float(sums[row]):.6g} in row {row}"
-        )
-    return transition / sums[:, None]
 
 
 def _generator(seed: Seed) -> torch.Generator:

@@ -1,4 +1,4 @@
-"""Losses over classes that are spread over the ranks of a process group (tensor parallelism of the last layer)."""
+"""Losses whose classes are spread over the ranks of a process group (tensor parallelism of the last layer)."""
 
 from __future__ import annotations
 
@@ -14,46 +14,48 @@ from fused_losses._autograd import row_loss
 from fused_losses._checks import check_row_loss
 from fused_losses._common import RowLossModule
 from fused_losses._logit_bias import class_dim
-from fused_losses._parameters import positive_integer
+from fused_losses._parameters import integer, positive_integer
 from fused_losses._reference import ACTIVE_GUARD, mean_of
 from fused_losses._shards import ROWS, Shard, check_classes, check_loss, find_shard, values_and_gradient
 from fused_losses.distributed import HasProcessGroup, sum_of_weights
 
 
 class ClassParallel(HasProcessGroup):
-    """A loss of logits of which every rank has some classes: the loss and gradients of one process with all.
+    """A loss of logits of which every rank has some classes; loss and gradients are those of one process with all
+    classes.
 
-    For heads whose weight is divided by classes, as ``ColwiseParallel`` does. All ranks of the group have the same rows
-    and targets; each gives the logits of its classes and gets their gradient. The loss is the same on all ranks.
-    Forward communicates 12 to 20 bytes per row in one all-gather, and with them 24 in which an error of any rank
-    becomes one of all; sums of terms that need the normaliser first (NFL, NNCE) are 8 more each, in one all-reduce.
-    Backward and ``no_grad`` add none. The first call also compares the ranks' classes; a call with more rows than those
-    before gathers once more, in order to agree about the length.
+    For a last layer whose weight is divided by classes, as ``ColwiseParallel`` does it. All ranks of the group have the
+    same rows and targets. Each gives the logits of its classes and gets their gradient; the loss is the same on all
+    ranks. The gradient of the features is only this rank's part: put :func:`sum_gradient` around the features to add up
+    the parts.
 
-    The gradient in the features is each rank's own part: :func:`sum_gradient` around them adds the parts up.
+    Forward gathers 12 to 20 bytes per row, and 24 more by which an error on one rank becomes an error on all. Losses
+    with sums that need the normaliser of the softmax first (NFL, NNCE) add one all-reduce of 8 bytes per row and sum.
+    Backward and ``no_grad`` add nothing. The first call also compares the classes of the ranks; a call with more rows
+    than all before gathers twice, to agree on the length.
 
     Args:
-        loss: a row-loss Module; all but HEM, multi-margin, LDR-KL and bi-tempered. Its ``weight`` has all classes,
-            targets count over all, and smoothing uses their number.
+        loss: the Module of a row loss; all but HEM, multi-margin, LDR-KL and bi-tempered. Its ``weight`` has all
+            classes, targets count over all classes, and smoothing uses their number.
         process_group: the ranks that share the classes; None for the default group.
-        first_class: number of this rank's first class.
-        num_classes: C, of all ranks together. Shards may differ in size.
+        first_class: number of the first class of this rank.
+        num_classes: C, of all ranks together. Ranks may have different numbers of classes.
 
     Returns:
         Called with ``(logits, target, sample_weight=None)``, logits ``(N, classes here)`` or ``(N, classes here, d1,
-        ...)``: the loss in float32, float64 for float64 logits. Also taken by :func:`linear_loss` as ``loss``.
+        ...)``: the loss in float32, float64 for float64 logits. :func:`linear_loss` takes it as ``loss``, too.
 
     Raises:
-        TypeError: ``loss`` is not such a Module.
-        ValueError: the ranks' classes are not all classes once; shapes that do not fit.
-        RuntimeError: dtypes that do not fit; another rank's arguments were bad, which it repeats, or were for another
-            call or target (between GPUs: a device assertion).
-        IndexError: a target out of range (on CUDA: a device assertion).
+        TypeError: ``loss`` is no such Module, or ``first_class`` no integer.
+        ValueError: the classes of the ranks are not all classes once; shapes do not fit.
+        RuntimeError: dtypes do not fit; torch.distributed is not initialised; the arguments of another rank were bad,
+            which its message says, or were those of another call (between GPUs: a device assertion).
+        IndexError: a target is out of range (on CUDA: a device assertion).
 
     Example:
-        >>> head = nn.Linear(512, 500_000)  # classes 500 000 rank to 500 000 (rank + 1)
-        >>> criterion = ClassParallel(GCELoss(), group, 500_000 * rank, 1_000_000)
-        >>> criterion(head(sum_gradient(features, group)), labels).backward()
+        >>> head = nn.Linear(512, 500_000)  # classes 500_000 * rank to 500_000 * (rank + 1)  # doctest: +SKIP
+        >>> criterion = ClassParallel(fl.GCELoss(), group, 500_000 * rank, 1_000_000)  # doctest: +SKIP
+        >>> criterion(head(sum_gradient(features, group)), labels).backward()  # doctest: +SKIP
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class ClassParallel(HasProcessGroup):
             raise TypeError(f"loss must be a row-loss Module of fused_losses, got {type(loss).__name__}")
         check_loss(loss.stem, type(loss).__name__)
         positive_integer.pack("num_classes", num_classes)
+        integer("first_class", first_class)
         if not 0 <= first_class <= num_classes:
             raise ValueError(f"first_class must be between 0 and num_classes = {num_classes}, got {first_class}")
         self.loss = loss
@@ -74,7 +77,7 @@ class ClassParallel(HasProcessGroup):
         self._classes = 0  # of this rank
 
     def shard(self, classes: int) -> Shard:
-        """The shard of this rank, which has that many classes. The first call asks all ranks."""
+        """Where the classes of this rank lie, given their number. The first call asks all ranks."""
         if self._shard is None:
             self._shard = find_shard(self.process_group, self.first_class, classes, self.num_classes)
             self._classes = classes
@@ -83,7 +86,7 @@ class ClassParallel(HasProcessGroup):
         return self._shard
 
     def forward(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        """The loss for this rank's classes of the logits."""
+        """The loss of logits ``(N, classes here, ...)`` for ``target``; ``sample_weight`` is one weight per row."""
         with telling(self._exchanges()):
             shard = self.shard(logits.shape[1] if isinstance(logits, Tensor) and logits.dim() > 1 else 0)
             args = _arguments(self.loss, self.num_classes, logits, target, sample_weight)
@@ -173,11 +176,23 @@ class _SumGradient(torch.autograd.Function):
 
 
 def sum_gradient(input: Tensor, process_group: dist.ProcessGroup | None = None) -> Tensor:
-    """``input`` itself, whose gradient becomes the sum over all ranks of the group.
+    """``input`` itself; its gradient becomes the sum over all ranks of the group.
 
-    For the features before a head whose classes are divided among the ranks: each has the gradient through its own
-    classes only.
+    For the features before a last layer whose classes are divided among the ranks (:class:`ClassParallel`): each rank
+    has only the gradient through its own classes.
+
+    Args:
+        input: a tensor, the same on all ranks.
+        process_group: the ranks; None for the default group.
+
+    Returns:
+        A view of ``input``.
+
+    Raises:
+        TypeError: ``input`` is no tensor.
     """
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
     return _SumGradient.apply(input, process_group)  # type: ignore[no-any-return, no-untyped-call]
 
 

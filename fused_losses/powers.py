@@ -1,7 +1,7 @@
 """Losses of a sum of powers of the probabilities: SGCE, the asymmetric MSE, and its sums with a normalised loss.
 
-Each loss: the plain PyTorch formula, decorated into the fused function, then its Module. The C++ twins are in
-``csrc/losses/powers.h`` and ``csrc/losses/nfl_sums.h``.
+Each loss: its formula in plain PyTorch, which a decorator turns into the fused function, then its Module. The C++ forms
+are in ``csrc/losses/powers.h`` and ``csrc/losses/nfl_sums.h``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fused_losses._common import RowLossModule, RowLossOptions
 from fused_losses._declare import loss_of_row
 from fused_losses._parameters import exponent, factor, nfl_focusing, positive_factor, switch
 from fused_losses._reference import Rows, expm1
-from fused_losses.normalized import weighted_sum
+from fused_losses.active_passive import weighted_sum
 
 # For `a`, whose square is multiplied by beta.
 _label_value = replace(positive_factor, high=1e4)
@@ -24,14 +24,16 @@ _label_value = replace(positive_factor, high=1e4)
 
 @loss_of_row({"q": exponent}, sums=("p^q",))
 def sgce_loss(rows: Rows, *, q: float = 0.7, **options: Unpack[CallOptions]) -> Tensor:
-    """Symmetrised GCE: ``(mean_k p_k^q - p_y^q) / q``, that is GCE less its mean over all labels. 2605.20347.
+    """Symmetrised GCE: ``(mean_k p_k^q - p_y^q) / q``, which is GCE minus its mean over all labels.
 
-    For noisy labels; made symmetric by a difference where :func:`ngce_loss` divides: it sums to 0 over the labels, so
-    symmetric noise does not move its minimum. Below 0 for rows that are right: at least ``(1 / C - 1) / q``. A class
-    masked by a logit of -inf counts in ``C``.
+    For noisy labels. Its sum over all labels is 0, so symmetric noise does not move its minimum; :func:`ngce_loss` gets
+    the same by a division. It is below 0 for rows that are right, and at least ``(1 / C - 1) / q``. A masked class
+    (logit -inf) counts in ``C``.
+
+    Source: 2605.20347.
 
     Args:
-        q: exponent, > 0.
+        q: exponent, > 0. 0.7 is the value of GCE.
 
     Example:
         >>> sgce_loss(torch.tensor([[20.0, 0.0]]), torch.tensor([0]), q=1.0)
@@ -52,14 +54,16 @@ class SGCELoss(RowLossModule, stem="sgce"):
 
 @loss_of_row({"a": _label_value}, sums=("p^2",))
 def amse_loss(rows: Rows, *, a: float = 30.0, **options: Unpack[CallOptions]) -> Tensor:
-    """Asymmetric mean squared error: ``mean_k (a [k = y] - p_k)^2``. JAL, 2507.17692 (ICCV 2025).
+    """Asymmetric mean squared error: ``mean_k (a [k = y] - p_k)^2``.
 
-    A passive loss for sums with an active one (:func:`jal_ce_loss`). ``a = 1`` is the Brier score over C; the larger
-    ``a``, the closer to a multiple of MAE, ``-2 a p_y / C``, and the more asymmetric. Its value is mostly the constant
-    ``a^2 / C``: the gradient is computed without it, a loss added up in 16 bits would hold nothing else.
+    A part of sums (:func:`jal_ce_loss`). ``a = 1`` is the Brier score over C; the larger ``a``, the closer to a
+    multiple of MAE and the more asymmetric. The value is mostly the constant ``a^2 / C``: sum it in float32, because 16
+    bits would hold nothing else. The gradient is computed without it.
+
+    Source: JAL, 2507.17692 (ICCV 2025).
 
     Args:
-        a: what the label's probability is to be, > 0.
+        a: what the label's probability is compared with, > 0. 30 is the authors' value for CIFAR-10 and WebVision.
 
     Example:
         >>> amse_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]), a=1.0)
@@ -83,15 +87,17 @@ class AMSELoss(RowLossModule, stem="amse"):
 def jal_ce_loss(
     rows: Rows, *, alpha: float = 1.0, beta: float = 1.0, a: float = 30.0, **options: Unpack[CallOptions]
 ) -> Tensor:
-    """``alpha NCE + beta AMSE``, the joint asymmetric loss JAL-CE. 2507.17692 (ICCV 2025).
+    """``alpha NCE + beta AMSE``, the joint asymmetric loss JAL-CE; see :func:`nce_loss` and :func:`amse_loss`.
 
-    For noisy labels; in its paper's CIFAR tables above ANL-CE and NCE+AGCE, by most at 80 % wrong labels. (alpha, beta,
-    a): CIFAR-10 (1, 1, 30), CIFAR-100 (5, 1, 20), WebVision (50, 1, 30).
+    For noisy labels. In its paper's CIFAR tables it is above ANL-CE and NCE+AGCE, by most at 80 % wrong labels.
+
+    Source: 2507.17692 (ICCV 2025).
 
     Args:
-        alpha: weight of normalised cross entropy, >= 0.
+        alpha: weight of normalised cross entropy, >= 0. (alpha, beta, a) of the authors: CIFAR-10 (1, 1, 30), the
+            default; CIFAR-100 (5, 1, 20); WebVision (50, 1, 30).
         beta: weight of the asymmetric mean squared error, >= 0.
-        a: as in :func:`amse_loss`.
+        a: as in :func:`amse_loss`, > 0.
 
     Example:
         >>> jal_ce_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]), a=1.0)
@@ -128,16 +134,18 @@ def jal_fl_loss(
     a: float = 30.0,
     **options: Unpack[CallOptions],
 ) -> Tensor:
-    """``alpha NFL + beta AMSE``, the joint asymmetric loss JAL-FL. 2507.17692 (ICCV 2025).
+    """``alpha NFL + beta AMSE``, the joint asymmetric loss JAL-FL; see :func:`nfl_loss` and :func:`amse_loss`.
 
-    As :func:`jal_ce_loss`, which it is for ``gamma = 0``.
+    As :func:`jal_ce_loss`, which it equals for ``gamma = 0``.
+
+    Source: 2507.17692 (ICCV 2025).
 
     Args:
         alpha: weight of the normalised focal loss, >= 0.
         beta: weight of the asymmetric mean squared error, >= 0.
         gamma: focusing exponent, >= 0.
-        detach: whether the focal factor is a constant in every derivative; see :func:`nfl_loss`.
-        a: as in :func:`amse_loss`.
+        detach: True: the focal factor is a constant in every derivative, as in :func:`nfl_loss`.
+        a: as in :func:`amse_loss`, > 0.
 
     Example:
         >>> jal_fl_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]), a=1.0)

@@ -1,4 +1,4 @@
-"""Losses of the rows of a batch that look least wrong: SmallLoss, ClippedLoss, Antidote."""
+"""Losses that choose or weigh the rows of a batch by their losses: SmallLoss, ClippedLoss, Antidote."""
 
 from __future__ import annotations
 
@@ -22,16 +22,18 @@ _DIGITS = 12  # to base 4 of log temperature in Antidote, whose bounds are never
 class SmallLoss(BatchReducer):
     """The loss of the rows of a batch with the smallest losses.
 
-    Against wrong labels whose share is known: early in training it is the wrong ones that have large losses. The step
-    of co-teaching that selects, for one network. Known against it: rare and hard classes have large losses too and are
-    dropped with the wrong labels, and a single network confirms its own choice. Start with ``keep=1`` and lower it over
-    the first epochs to one less the share of wrong labels, through a 0-dim tensor or by assignment.
+    For wrong labels whose share is known: early in training they are the rows with large losses. It is the selection
+    step of co-teaching, for one network. Start with ``keep=1`` and lower it over the first epochs to one minus the
+    share of wrong labels, by assignment or through a 0-dim tensor.
+
+    Drawbacks: rows of rare and hard classes have large losses too and are dropped with the wrong labels, and a single
+    network confirms its own choice.
 
     Args:
         {loss}
-        keep: share of the rows to keep, 0 < keep <= 1, a number or a 0-dim tensor: of n rows that count the
-            ``max(1, floor(keep n))`` with the smallest losses (without weights), and those that are equal to the
-            largest of these. With ``running``, those that are at most as large as that has been on average.
+        keep: share of the rows that count, 0 < keep <= 1, a number or a 0-dim tensor. Of n rows these are the ``max(1,
+            floor(keep n))`` with the smallest losses (without weights), and all others whose loss equals the largest of
+            these. With ``running``, the rows whose loss is at most the running mean of that largest loss.
         {options}
 
     Example:
@@ -39,7 +41,8 @@ class SmallLoss(BatchReducer):
         >>> criterion(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0]))
         tensor(0.1269)
 
-    Source: 1804.06872, Algorithm 1. Deviations: ties are kept; at least one row; the mean is over kept rows' weights.
+    Source: 1804.06872, Algorithm 1. Deviations: ties are kept; at least one row is kept; the mean divides by the
+    weights of the kept rows.
     """
 
     keep: float | Tensor
@@ -100,11 +103,13 @@ class SmallLoss(BatchReducer):
 
 @documented(None)
 class ClippedLoss(BatchReducer):
-    """``min(loss, c)``, row by row: rows with a larger loss have no gradient.
+    """``min(loss, c)`` for every row: rows with a larger loss have no gradient.
 
-    Bounds any loss, against wrong labels and outliers. Known against it: right rows that the network has not learnt yet
-    have large losses as well, and clipped ones are never learnt; with ``c`` at the loss of a guess, log C for cross
-    entropy, most of an untrained network's rows are. GCE and its like bend instead of breaking.
+    For wrong labels and outliers: it bounds any loss. A clipped row counts in the mean, with c.
+
+    Drawbacks: right rows that the network has not learnt yet have large losses too, and a clipped row is never learnt.
+    With ``c`` at the loss of a guess (log C for cross entropy) most rows of an untrained network are clipped. GCE falls
+    off smoothly instead.
 
     Args:
         {loss}
@@ -116,7 +121,7 @@ class ClippedLoss(BatchReducer):
         >>> criterion(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0]))
         tensor(0.5635)
 
-    Source: the clipped loss of the literature on robust regression; a clipped row counts in the mean.
+    Source: the clipped loss of robust regression.
     """
 
     c: float | Tensor
@@ -152,34 +157,34 @@ class ClippedLoss(BatchReducer):
 
 @documented("the temperature s")
 class Antidote(BatchReducer):
-    r"""The loss of the batch under the weights near equal ones that make it smallest.
+    """The mean loss of a batch under those weights, not too far from equal ones, that make it smallest.
 
-    Against wrong labels: rows with large losses are forgotten, softly, and as many of them as ``delta`` says. With
-    :math:`l_i` the rows' losses and :math:`u_i` their shares of the weights (1 / n without weights), the value is
+    For wrong labels: rows with large losses get small weights, and ``delta`` says how many. With ``l_i`` the losses of
+    the rows and ``u_i`` their shares of the weights (1 / n without weights), the value is the minimum of ``sum_i p_i
+    l_i + kappa KL(p, u)`` over all weights p that sum to 1 and have ``KL(p, u) <= delta``, where KL is the
+    Kullback-Leibler divergence.
 
-    .. math:: \min_{p:\ KL(p \| u) \le \delta} \sum_i p_i l_i + \kappa KL(p \| u) ,
+    The minimum is at ``p_i`` proportional to ``u_i exp(-l_i / s)``. The temperature s is ``kappa`` if ``KL(p, u) <=
+    delta`` holds there, else the root of ``KL(p, u) = delta``, found on the device. The gradient of the value in
+    ``l_i`` is ``p_i``. Under "none" and "sum" the value of a row is ``r (l + s log r) - (s - kappa) delta`` with ``r =
+    p / u``, times its weight, so that the mean is the value above. A row of infinite loss has weight 0.
 
-    taken at :math:`p_i \propto u_i e^{-l_i / s}`. The temperature is :math:`s = \lambda + \kappa`, :math:`\lambda \ge
-    0` minimising :math:`\lambda \delta + s \log \sum_i u_i e^{-l_i / s}`: ``kappa`` where the bound does not bind, else
-    the root of :math:`KL(p \| u) = \delta`, found on the device. The gradient of the value in :math:`l_i` is
-    :math:`p_i`. Known against it: ``delta`` has to fit the share of wrong labels, and hard rows are forgotten as well.
+    Drawbacks: ``delta`` has to fit the share of wrong labels, and hard rows lose weight too.
 
     Args:
         {loss}
         delta: how far the weights may go, > 0, a number or a 0-dim tensor. Dropping a share r of the rows takes
-            ``-log(1 - r)``; the authors use .27, .57, 1 and 1.62 for 20, 40, 60 and 80 % wrong labels.
-        kappa: the lowest temperature, > 0, a number or a 0-dim tensor.
+            ``-log(1 - r)``. The authors use .27, .57, 1 and 1.62 for 20, 40, 60 and 80 % wrong labels.
+        kappa: the lowest temperature, > 0, a number or a 0-dim tensor. .05 is the authors' value.
         {options}
-
-    Under "none" and "sum" a row's value is ``r (l + s log r) - (s - kappa) delta`` with ``r = p / u``, times its
-    weight: the mean is the value above. A row of infinite loss has weight 0.
 
     Example:
         >>> criterion = Antidote("cross_entropy", delta=0.57)
         >>> criterion(torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0]))
         tensor(0.2089)
 
-    Source: 2508.06622, with KL as the divergence, by the formulas of its dual problem.
+    Source: 2508.06622, with KL as the divergence. It is computed from the dual problem: s is ``lambda + kappa``, with
+    the ``lambda >= 0`` that minimises ``lambda delta + s log sum_i u_i exp(-l_i / s)``.
     """
 
     delta: float | Tensor

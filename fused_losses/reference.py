@@ -1,4 +1,6 @@
-"""Every loss in plain PyTorch, with the signature of its fused function: for tests, comparisons and any derivative."""
+"""The losses in plain PyTorch, with the signatures of :mod:`fused_losses.functional`: for tests, comparisons and any
+derivative.
+"""
 
 from fused_losses import functional, z_bce, z_cross_entropy, z_mse
 from fused_losses._arguments import LOSSES

@@ -8,14 +8,16 @@ from torch import Tensor
 
 from fused_losses import _ops
 from fused_losses._checks import row_shape
+from fused_losses._parameters import integer
 
 
 class RowStatistics(NamedTuple):
-    """One number per row, in the shape of the target; float32, or float64 for float64 logits. No gradients.
+    """What :func:`fused_losses.row_statistics` returns: one number per row, in the shape of the target, without
+    gradients.
 
-    NaN in ignored rows, but ``argmax`` is there. A row with NaN has NaN in all of them, and the first class that is NaN
-    as ``argmax``; one with +inf has no probabilities (``log_prob``, ``max_prob`` and ``entropy`` are NaN), nor has one
-    whose classes are all masked by -inf. Other masked classes have probability 0.
+    float32, or float64 for float64 logits. Ignored rows have NaN in all fields but ``argmax``. A row with a NaN logit
+    has NaN in all fields, and the first class that is NaN as ``argmax``. A row with +inf, or with -inf in all classes,
+    has NaN in ``log_prob``, ``max_prob`` and ``entropy``. Classes masked by -inf have probability 0.
     """
 
     log_prob: Tensor
@@ -39,29 +41,33 @@ class RowStatistics(NamedTuple):
 
 
 def row_statistics(logits: Tensor, target: Tensor, ignore_index: int = -100) -> RowStatistics:
-    """Log-probability of the label, largest probability and logit, margin, entropy and prediction of each row.
+    """Log-probability of the label, largest probability, largest logit, margin, entropy and prediction of each row.
 
-    For questions about samples instead of the batch: which labels are suspicious
-    (:class:`fused_losses.diagnostics.OutlierTracker`, label-quality scores), which inputs belong to no class, how many
-    predictions are right. All of them come from one read of the logits, without a matrix of probabilities.
+    For questions about samples instead of batches: which labels are suspicious (:class:`fused_losses.OutlierTracker`),
+    which inputs belong to no class, how many predictions are right. One read of the logits gives all of them.
 
     Args:
         logits: ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``, any strides; float64, float32, float16 or bfloat16.
-        target: class indices in ``[0, C)`` or ``ignore_index``, the shape of ``logits`` without its class
-            dimension; int64, int32, int16 or uint8.
-        ignore_index: rows with this target have no statistics but ``argmax``.
+        target: class indices in ``[0, C)`` or ``ignore_index``, the shape of ``logits`` without its class dimension;
+            int64, int32, int16 or uint8.
+        ignore_index: rows with this target have only ``argmax``, the rest is NaN.
 
     Returns:
-        :class:`RowStatistics`.
+        :class:`fused_losses.RowStatistics`, without gradients.
 
     Raises:
-        ValueError: mismatching batch sizes, no class.
-        RuntimeError: shapes or dtypes that do not fit.
-        IndexError: a target out of range (on CUDA: a device assertion).
+        TypeError: ``logits`` or ``target`` is no tensor, or ``ignore_index`` no integer.
+        ValueError: batch sizes differ, or there is no class.
+        RuntimeError: shapes, dtypes or devices do not fit.
+        IndexError: a target is out of range (on CUDA: a device assertion).
 
     Example:
         >>> rows = row_statistics(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0]))
         >>> rows.margin, rows.argmax
         (tensor([ 2., -1.]), tensor([0, 1]))
     """
-    return RowStatistics.of_rows(*_ops.row_statistics(logits.detach(), target, ignore_index), logits)
+    for name, value in (("logits", logits), ("target", target)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+    found = _ops.row_statistics(logits.detach(), target, integer("ignore_index", ignore_index))
+    return RowStatistics.of_rows(*found, logits)

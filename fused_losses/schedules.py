@@ -5,21 +5,19 @@ The value is ``start + (end - start) * f``, where ``f`` grows from 0 to 1 with t
 * ``mode="linear"``: ``f = k / steps`` after ``k`` calls, 1 from ``steps`` on;
 * ``mode="cosine"``: ``f = (1 - cos(pi k / steps)) / 2``, flat at both ends;
 * ``mode="peak"``: ``f = 1`` as soon as the metric given to ``step`` has passed its peak, which is when it has not
-  improved for more than ``patience`` calls in a row. Until then 0, or linear if ``steps`` is given;
+  improved for more than ``patience`` calls in a row. Until then ``f = 0``, or linear if ``steps`` is given;
 * ``mode="plateau"``: each time the metric has not improved for more than ``patience`` calls in a row, the distance to
-  ``end`` is multiplied by ``factor``; below 0.1 % of the whole way it becomes 0.
+  ``end`` is multiplied by ``factor``. A distance below 0.1 % of the whole becomes 0.
 
 The constructor writes ``start`` into the loss Module. A float attribute becomes, once, a 0-dim float64 buffer on the
-device of the Module's other tensors: from then on it is part of ``module.state_dict()`` and moves with
-``module.to(device)``. Writing it neither recompiles nor synchronises, and a captured CUDA graph sees the new value.
-Build the schedule before capturing a graph and before loading a ``state_dict``; also before the first call of a
-compiled Module, which compiles again if its float becomes a buffer. The schedule of a Module that is wrapped (by
-``torch.compile``, ``DataParallel``, ``DistributedDataParallel`` or ``FullyShardedDataParallel``) is that of the Module
-inside.
+device of the Module's other tensors: from then on it is in ``module.state_dict()`` and moves with
+``module.to(device)``. Writing it neither recompiles nor waits for the device, and a captured CUDA graph sees the new
+value. Build the schedule before capturing a graph, before loading a ``state_dict``, and before the first call of a
+compiled Module, which would compile again. A Module wrapped by ``torch.compile``, ``DataParallel``,
+``DistributedDataParallel`` or ``FullyShardedDataParallel`` may be given as it is.
 
-An attribute that is a tensor already is overwritten in place, also for others who hold it. If it has one value per
-class ``(C,)``, every class moves from its own start to its own end, and a single number for ``start`` or ``end`` counts
-for all classes. (One common factor could not bring different classes to a common end, which is the usual wish.)
+An attribute that is a tensor already is overwritten in place. If it has one value per class ``(C,)``, every class moves
+from its own start to its own end, and a single number for ``start`` or ``end`` counts for all classes.
 """
 
 from __future__ import annotations
@@ -33,49 +31,53 @@ import torch
 from torch import Tensor, nn
 
 from fused_losses._arrays import Numbers, as_tensor
+from fused_losses._logit_bias import check_number
+from fused_losses._parameters import Range, non_negative, positive
 from fused_losses._unwrap import owns, unwrap
 
 __all__ = ["LogitBiasSchedule", "ThresholdSchedule", "get_sigma_threshold"]
 
 _MODES = ("linear", "cosine", "peak", "plateau")
 _PATIENCE = {"peak": 1, "plateau": 5}
+_below_one = Range("satisfy 0 <= value < 1", lambda v: 0.0 <= v < 1.0)
 _SNAP = 1e-3  # a rest of the way smaller than this share is skipped
 
 
 def get_sigma_threshold(epoch: float, max_epochs: int, start_sigma: float = 100.0, end_sigma: float = 2.0) -> float:
-    """The threshold of an epoch when it moves linearly from ``start_sigma`` to ``end_sigma``.
+    """The threshold of an epoch, moving linearly from ``start_sigma`` to ``end_sigma``.
 
-    ``start_sigma + (end_sigma - start_sigma) * epoch / max_epochs``: a loose threshold while the network knows nothing,
-    a tight one later.
+    For Z-Error losses with a training loop of your own; :class:`ThresholdSchedule` does the same for a Module. The
+    value is ``start_sigma + (end_sigma - start_sigma) * epoch / max_epochs``: loose while the network knows nothing,
+    tight later.
 
     Args:
         epoch: epochs done, 0 for the first; fractions are fine. Clamped to [0, ``max_epochs``].
         max_epochs: epochs until ``end_sigma`` is reached, at least 1.
-        start_sigma: threshold at epoch 0, in standard deviations, > 0. Within a class of n rows no ``|z|`` exceeds
-            ``(n - 1) / sqrt(n)``, 15.9 for 256 rows: the default 100 drops nothing for most of the training. The
-            paper's text says 10, which we recommend; its code says 100.
+        start_sigma: threshold at epoch 0, in standard deviations, > 0. Of n rows none has ``|z| > (n - 1) / sqrt(n)``,
+            which is 15.9 for 256 rows, so the default 100 drops nothing for most of the training. It is that of the
+            paper's code; the paper's text says 10, which we recommend.
         end_sigma: threshold from ``max_epochs`` on, > 0.
 
     Returns:
         The threshold in standard deviations.
 
     Raises:
+        TypeError: an argument is no number.
         ValueError: an argument is out of range.
 
     Example:
         >>> get_sigma_threshold(5, 10, start_sigma=10.0)
         6.0
 
-    Source: 2506.02154, sigma annealing. Deviation: the paper's formula is not clamped, so it passes ``end_sigma``
-    after ``max_epochs``, and divides by zero for ``max_epochs=0``.
+    Source: 2506.02154, sigma annealing. Deviation: the paper's formula is not clamped, so it passes ``end_sigma`` after
+    ``max_epochs``, and divides by 0 for ``max_epochs=0``.
     """
     if not max_epochs >= 1:
         raise ValueError(f"max_epochs must be at least 1, got {max_epochs}")
-    if math.isnan(epoch):
+    if math.isnan(check_number("epoch", epoch)):
         raise ValueError(f"epoch must be a number, got {epoch}")
     for name, sigma in (("start_sigma", start_sigma), ("end_sigma", end_sigma)):
-        if not 0.0 < sigma < math.inf:
-            raise ValueError(f"{name} must satisfy 0 < value < inf, got {sigma}")
+        positive.pack(name, check_number(name, sigma))
     progress = min(max(epoch / max_epochs, 0.0), 1.0)
     return float(end_sigma if progress == 1.0 else start_sigma + (end_sigma - start_sigma) * progress)
 
@@ -115,11 +117,9 @@ class _Schedule:
             raise ValueError(f"steps must be left out with mode='plateau', got {steps}")
         if steps is not None or mode in ("linear", "cosine"):
             steps = _whole("steps", steps, 1, f" with mode={mode!r}")
-        if not 0.0 <= factor < 1.0:
-            raise ValueError(f"factor must satisfy 0 <= value < 1, got {factor}")
+        _below_one.pack("factor", check_number("factor", factor))
         patience = _PATIENCE.get(mode, 0) if patience is None else _whole("patience", patience, 0)
-        if not 0.0 <= min_delta < math.inf:
-            raise ValueError(f"min_delta must satisfy 0 <= value < inf, got {min_delta}")
+        non_negative.pack("min_delta", check_number("min_delta", min_delta))
         maximize = mode == "peak" if maximize is None else maximize
         module = unwrap(module)
         self.module = module
@@ -138,32 +138,33 @@ class _Schedule:
 
     @property
     def value(self) -> float | Tensor:
-        """What the Module has now: a float, or a float64 tensor ``(C,)`` if it has one value per class."""
+        """The present value: a float, or a float64 tensor ``(C,)`` if the Module has one value per class."""
         # The end is exact; 0 * (end - start) keeps the start exact too.
         now = self.end if self.fraction == 1.0 else self.start + (self.end - self.start) * self.fraction
         return float(now) if now.dim() == 0 else now.clone()
 
     def step(self, metric: float | Tensor | None = None) -> None:
-        """Moves on; call it once per epoch (or batch, if ``steps`` counts those).
+        """Moves on. Call it once per epoch, or per batch if ``steps`` counts batches.
 
         Args:
-            metric: only with ``mode="peak"`` or ``"plateau"`` and then required: the number watched, such as the
-                accuracy or the loss on validation data. NaN counts as no improvement. Under DistributedDataParallel
-                pass the same number on every rank.
+            metric: required with ``mode="peak"`` and ``"plateau"``, not taken by the others: the number to watch, such
+                as the accuracy or the loss on validation data. NaN counts as no improvement. Under
+                DistributedDataParallel give the same number on every rank.
 
         Raises:
-            TypeError: ``metric`` is missing, or given with a mode that does not watch one.
+            TypeError: ``metric`` is missing or no number, or given with a mode that does not watch one.
         """
         watching = self.mode in _PATIENCE
         if watching != (metric is not None):
             rule = "needs a metric" if watching else "takes no metric"
             raise TypeError(f"step() {rule} with mode={self.mode!r}, got {metric!r}")
+        number = None if metric is None else check_number("metric", metric)
         self.step_count += 1
         if self.steps is not None and self.fraction < 1.0:
             progress = min(self.step_count / self.steps, 1.0)
             self.fraction = 0.5 - 0.5 * math.cos(math.pi * progress) if self.mode == "cosine" else progress
-        if metric is not None:
-            self._watch(float(metric))
+        if number is not None:
+            self._watch(number)
         self._write()
 
     def _watch(self, metric: float) -> None:
@@ -223,8 +224,9 @@ class _Schedule:
         if isinstance(current, Tensor):
             return current
         if isinstance(current, bool) or not isinstance(current, (int, float, np.number)):
+            hint = ": give torch.tensor(...)" if isinstance(current, (tuple, list)) else ""
             raise TypeError(
-                f"module.{self.name} must be a number or a tensor to be scheduled, got {type(current).__name__}"
+                f"module.{self.name} must be a number or a tensor to be scheduled, got {type(current).__name__}{hint}"
             )
         return float(current)
 
@@ -236,7 +238,8 @@ class _Schedule:
                 f"got shape {tuple(result.shape)}"
             )
         if not (result.isfinite() & self._holds(result)).all():
-            hint = f"; module.{self.name} is no number" if result.isnan().any() else ""
+            auto = argument == "start" and isinstance(getattr(self.module, self.name), str)
+            hint = f"; module.{self.name} is no number: give start" if auto else ""
             raise ValueError(f"{argument} must {self.rule}, got {result.tolist()}{hint}")
         return result.expand(shape).clone()
 
@@ -265,33 +268,37 @@ class _Schedule:
 
 
 class ThresholdSchedule(_Schedule):
-    """Anneals the ``threshold`` of a Z-Error loss from loose to tight.
+    """Moves the ``threshold`` of a Z-Error loss during training, from loose to tight.
 
-    The value moves as described at the top of this module.
+    How the value moves in each mode is at the top of :mod:`fused_losses.schedules`. Call :meth:`step` after every
+    epoch.
 
     Args:
         module: the loss; its ``threshold`` is a number, a 0-dim tensor or a tensor ``(C,)``.
-        start: first value in standard deviations, > 0, a number or ``(C,)``; None keeps what the Module has.
-        end: last value, > 0. Both may also be given the other way round, tight to loose.
+        start: first value in standard deviations, > 0, a number or ``(C,)``. The default 10 drops nothing. None: what
+            the Module has.
+        end: last value, > 0, a number or ``(C,)``. It may also be larger than ``start``.
         steps: calls of :meth:`step` until ``end``, at least 1; optional with ``mode="peak"``, left out with "plateau".
         mode: "linear", "cosine", "peak" or "plateau".
-        factor: for "plateau", what is left of the distance to ``end`` after one plateau, 0 <= factor < 1.
-        patience: calls in a row without improvement that are forgiven; by default 1 with "peak", 5 with "plateau".
-        min_delta: changes of the metric up to this size are no improvement.
-        maximize: True if a larger metric is better; by default True with "peak", False with "plateau".
+        factor: for "plateau": what is left of the distance to ``end`` after one plateau, 0 <= factor < 1.
+        patience: for "peak" and "plateau": calls in a row without improvement that are allowed, 1 and 5 by default.
+        min_delta: a change of the metric up to this size is no improvement, >= 0.
+        maximize: True if a larger metric is better. By default True with "peak", False with "plateau".
 
     Raises:
-        TypeError: ``module`` has no ``threshold`` that can be scheduled.
+        TypeError: ``module`` has no ``threshold`` that can be scheduled, or an argument is no number.
         ValueError: an argument is out of range.
 
     Example:
-        >>> schedule = ThresholdSchedule(loss, start=10.0, end=2.0, steps=epochs)  # doctest: +SKIP
-        >>> for epoch in range(epochs):  # doctest: +SKIP
-        ...     train_one_epoch(model, loss)
-        ...     schedule.step()
+        >>> criterion = fl.ZErrorCrossEntropyLoss(statistic="prob", sided="lower")
+        >>> schedule = ThresholdSchedule(criterion, start=10.0, end=2.0, steps=4)
+        >>> for epoch in range(4):
+        ...     schedule.step()  # after the epoch's training
+        >>> float(criterion.threshold)
+        2.0
 
-    Source: 2506.02154, sigma annealing; "linear" from 100 to 2 is :func:`get_sigma_threshold`. "cosine" and "plateau"
-    are ours.
+    Source: 2506.02154, sigma annealing; "linear" from 100 to 2 is :func:`get_sigma_threshold`. The other modes are
+    ours.
     """
 
     name = "threshold"
@@ -318,34 +325,37 @@ class ThresholdSchedule(_Schedule):
 
 
 class LogitBiasSchedule(_Schedule):
-    """Moves the ``logit_bias`` of a loss during training, as a rule from Eq. 4's value to 0.
+    """Moves the ``logit_bias`` of a loss during training, as a rule to 0.
 
-    The value moves as described at the top of this module.
+    How the value moves in each mode is at the top of :mod:`fused_losses.schedules`. Call :meth:`step` after every
+    epoch.
 
     Args:
         module: the loss; its ``logit_bias`` is a number or a 0-dim tensor.
-        start: first value in units of the logits, finite; None keeps what the Module has. For ``logit_bias="auto"``
-            pass ``calibration.solve_logit_bias(num_classes)``, because the Module does not know the number of classes.
+        start: first value in units of the logits, finite. None: what the Module has. For a Module with
+            ``logit_bias="auto"`` give ``calibration.solve_logit_bias(num_classes)``, because the Module does not know
+            the number of classes.
         end: last value, finite.
         steps: calls of :meth:`step` until ``end``, at least 1; optional with ``mode="peak"``, left out with "plateau".
         mode: "linear", "cosine", "peak" or "plateau".
-        factor: for "plateau", what is left of the distance to ``end`` after one plateau, 0 <= factor < 1.
-        patience: calls in a row without improvement that are forgiven; by default 1 with "peak", 5 with "plateau".
-        min_delta: changes of the metric up to this size are no improvement.
-        maximize: True if a larger metric is better; by default True with "peak", False with "plateau".
+        factor: for "plateau": what is left of the distance to ``end`` after one plateau, 0 <= factor < 1.
+        patience: for "peak" and "plateau": calls in a row without improvement that are allowed, 1 and 5 by default.
+        min_delta: a change of the metric up to this size is no improvement, >= 0.
+        maximize: True if a larger metric is better. By default True with "peak", False with "plateau".
 
     Raises:
-        TypeError: ``module`` has no ``logit_bias`` that can be scheduled.
+        TypeError: ``module`` has no ``logit_bias`` that can be scheduled, or an argument is no number.
         ValueError: an argument is out of range.
 
     Example:
-        >>> loss = fl.MAELoss()
-        >>> schedule = LogitBiasSchedule(loss, start=solve_logit_bias(100), steps=90, mode="cosine")
+        >>> criterion = fl.MAELoss()
+        >>> start = fl.calibration.solve_logit_bias(100)
+        >>> schedule = LogitBiasSchedule(criterion, start=start, steps=90, mode="cosine")
         >>> round(schedule.value, 2)
         3.03
 
-    Source: 2306.05497, the losses marked "**". The paper's own schedule could not be read: the shapes and the default
-    end 0 are ours.
+    Source: 2306.05497, the losses marked "**". We could not read the paper's own schedule: the modes and the end 0 are
+    ours.
     """
 
     name = "logit_bias"

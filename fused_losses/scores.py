@@ -1,4 +1,4 @@
-"""How sure a classifier is: scores to reject inputs of unknown classes by."""
+"""How sure a classifier is: scores for rejecting inputs of unknown classes."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ __all__ = ["max_logit", "max_softmax_probability"]
 
 
 def max_softmax_probability(logits: Tensor) -> Tensor:
-    """The largest softmax probability; inputs of unknown classes tend to have a low one.
+    """The largest softmax probability of every row; inputs of unknown classes tend to have a low one.
 
-    Computed as ``exp(max - logsumexp)``, without forming the probabilities.
+    Computed as ``exp(max - logsumexp)``, without the matrix of probabilities.
 
     Args:
-        logits: ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``, floating point. -inf (a masked class) is fine unless all
-            classes of a row have it.
+        logits: ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``, floating point. -inf masks a class; one class of a row must
+            not be masked.
 
     Returns:
-        ``logits`` without the class dimension, in [1/C, 1]: float32, or float64 for float64 logits. NaN where a row
-        has NaN or +inf. Differentiable.
+        The shape of ``logits`` without the class dimension, in [1/C, 1]; float32, or float64 for float64 logits. NaN
+        where a row has NaN or +inf. Differentiable.
 
     Raises:
-        TypeError: ``logits`` is not a floating point tensor.
+        TypeError: ``logits`` is no floating point tensor.
         ValueError: there is no class.
 
     Example:
@@ -37,25 +37,27 @@ def max_softmax_probability(logits: Tensor) -> Tensor:
 
 
 def max_logit(logits: Tensor) -> Tensor:
-    """The largest logit; unlike the probability it still tells "all classes unlikely" from "two classes likely".
+    """The largest logit of every row; inputs of unknown classes tend to have a low one.
+
+    Unlike the largest probability it tells rows where all classes are unlikely from rows where two are likely.
 
     Args:
         logits: ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``, floating point.
 
     Returns:
-        ``logits`` without the class dimension: float32, or float64 for float64 logits. NaN where a row has NaN.
-        Differentiable.
+        The shape of ``logits`` without the class dimension; float32, or float64 for float64 logits. NaN where a row has
+        NaN. Differentiable.
 
     Raises:
-        TypeError: ``logits`` is not a floating point tensor.
+        TypeError: ``logits`` is no floating point tensor.
         ValueError: there is no class.
 
     Example:
         >>> max_logit(torch.tensor([[1.0, 3.0], [-2.0, -5.0]]))
         tensor([ 3., -2.])
 
-    Source: Hendrycks et al., "Scaling Out-of-Distribution Detection for Real-World Settings" (1911.11132); used for
-    HEM in 2501.12191.
+    Source: Hendrycks et al., "Scaling Out-of-Distribution Detection for Real-World Settings" (1911.11132); used for HEM
+    in 2501.12191.
     """
     logits, dim = _checked(logits)
     return logits.amax(dim)

@@ -1,7 +1,7 @@
 """The losses that depend on the logits through ``t = log p_y`` alone.
 
-Each loss: formula (the plain PyTorch reference, decorated into the fused function), then its Module. The C++ twin of
-a formula is in ``csrc/losses/target_losses.h``.
+Each loss: its formula in plain PyTorch, which a decorator turns into the fused function, then its Module. The C++ form
+of a formula is in ``csrc/losses/target_losses.h``.
 """
 
 from __future__ import annotations
@@ -40,13 +40,19 @@ RCE_A = -math.log(1e-4)
 
 @loss_of_target(scale=positive_factor)
 def mae_loss(t: Tensor, *, scale: float = 2.0, **options: Unpack[CallOptions]) -> Tensor:
-    """Mean absolute error between probabilities and one-hot label: ``scale * (1 - p_y)``.
+    """Mean absolute error between the probabilities and the one-hot label: ``scale * (1 - p_y)``.
 
-    Symmetric and bounded, so it resists symmetric label noise; without ``logit_bias`` it learns slowly or not at all
-    with many classes. 2306.05497 Table 1 (``scale=2``); ``scale=1`` is the form inside NCE+MAE of 2006.13554.
+    For noisy labels and up to about 10 classes. It is symmetric (its sum over all labels is constant) and bounded, so
+    symmetric label noise does not move its minimum. With many classes it learns slowly or not at all, unless
+    ``logit_bias`` is used.
+    Source: 2306.05497, Table 1, with ``scale=2``; 2006.13554 uses ``scale=1`` inside NCE+MAE.
 
     Args:
-        scale: factor, 2 for the distance itself; > 0.
+        scale: factor, > 0. With 2 it is the distance itself.
+
+    Example:
+        >>> mae_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]))
+        tensor(1.)
     """
     return -scale * expm1(t)
 
@@ -64,11 +70,19 @@ class MAELoss(RowLossModule, stem="mae"):
 def gce_loss(t: Tensor, *, q: float = 0.7, **options: Unpack[CallOptions]) -> Tensor:
     """Generalised cross entropy: ``(1 - p_y^q) / q``.
 
-    Between cross entropy (``q -> 0``) and MAE (``q = 1``): learns faster than MAE, resists noise better than cross
-    entropy. 1805.07836 Eq. 6; genCE in 2306.05497. Nothing is clamped: other code clamps p at 1e-7.
+    For noisy labels; the one to start with. ``q -> 0`` is cross entropy, ``q = 1`` is MAE: a larger q resists wrong
+    labels better and learns more slowly. For many classes q has to be smaller
+    (:func:`fused_losses.calibration.match_parameter`).
+
+    Source: 1805.07836, Eq. 6; called genCE in 2306.05497. Deviation: nothing is clamped, where other code clamps p at
+    1e-7.
 
     Args:
-        q: exponent, > 0.
+        q: exponent, > 0. 0.7 is the papers' value, for 10 and 100 classes.
+
+    Example:
+        >>> gce_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]))
+        tensor(0.5492)
     """
     return -expm1(q * t) / q
 
@@ -86,12 +100,18 @@ class GCELoss(RowLossModule, stem="gce"):
 def agce_loss(t: Tensor, *, a: float = 0.6, q: float = 0.6, **options: Unpack[CallOptions]) -> Tensor:
     """Asymmetric generalised cross entropy: ``((a + 1)^q - (a + p_y)^q) / q``.
 
-    Asymmetric losses tolerate noise as long as the right label is the most frequent one. 2106.03110; Table 1 of
-    2306.05497 prints its error with ``a_n`` where ``a_k`` is meant.
+    For noisy labels. An asymmetric loss tolerates noise as long as the most frequent label of every class is the right
+    one. It behaves much like MAE: with many classes it needs ``logit_bias``.
+
+    Source: 2106.03110. 2306.05497 repeats it in Table 1, where the error has ``a_n`` in place of ``a_k`` by mistake.
 
     Args:
-        a: offset, > 0.
+        a: offset, > 0. The defaults of a and q are those of the paper's code for CIFAR-10 and CIFAR-100.
         q: exponent, > 0.
+
+    Example:
+        >>> agce_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]), a=1.0, q=1.0)
+        tensor(0.5000)
     """
     top = 1.0 + a
     log_ratio = log_near_one((a + t.exp()) / top, expm1(t) / top)
@@ -118,11 +138,18 @@ def check_aue(a: float, q: float) -> None:
 
 @loss_of_target(check=check_aue, a=above_one_factor, q=exponent)
 def aue_loss(t: Tensor, *, a: float = 5.5, q: float = 3.0, **options: Unpack[CallOptions]) -> Tensor:
-    """Asymmetric unhinged loss: ``((a - p_y)^q - (a - 1)^q) / q``. 2106.03110, where it is also called AUL.
+    """Asymmetric unhinged loss: ``((a - p_y)^q - (a - 1)^q) / q``.
+
+    For noisy labels, as :func:`agce_loss`; mostly as a part of NCE+AUE (:func:`nce_aue_loss`).
+    Source: 2106.03110, which also calls it AUL.
 
     Args:
-        a: offset, > 1.
+        a: offset, > 1. The defaults of a and q are those of the paper's code for CIFAR-10 and CIFAR-100.
         q: exponent, > 0.
+
+    Example:
+        >>> aue_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]), a=2.0, q=1.0)
+        tensor(0.5000)
     """
     miss = -expm1(t)
     gap = max(a - 1.0, torch.finfo(t.dtype).eps)  # where a rounds to 1 in the dtype of t, the next number
@@ -141,10 +168,17 @@ class AUELoss(RowLossModule, stem="aue"):
 
 @loss_of_target(a=positive_factor)
 def ae_loss(t: Tensor, *, a: float = 2.5, **options: Unpack[CallOptions]) -> Tensor:
-    """Asymmetric exponential loss: ``exp(-p_y / a)``. 2106.03110 (AEL). Its minimum is ``exp(-1 / a)``, not 0.
+    """Asymmetric exponential loss: ``exp(-p_y / a)``.
+
+    For noisy labels, as :func:`agce_loss`. Its minimum is ``exp(-1 / a)``, not 0.
+    Source: 2106.03110, which also calls it AEL.
 
     Args:
-        a: scale, > 0.
+        a: scale, > 0. 2.5 is the value of the paper's code for CIFAR-10 and CIFAR-100.
+
+    Example:
+        >>> ae_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]), a=1.0)
+        tensor(0.6065)
     """
     return torch.exp(-t.exp() / a)
 
@@ -160,12 +194,18 @@ class AELoss(RowLossModule, stem="ae"):
 
 @loss_of_target(A=positive_factor)
 def rce_loss(t: Tensor, *, A: float = RCE_A, **options: Unpack[CallOptions]) -> Tensor:
-    """Reverse cross entropy: ``A (1 - p_y)``, ``-A`` standing for log 0. 1908.06112 Eq. 5.
+    """Reverse cross entropy: ``A (1 - p_y)``, where ``-A`` stands for log 0.
 
-    Proportional to MAE. Code that clamps p at 1e-7 exceeds this value by at most 9.2e-7 (C - 1).
+    A part of sums (:func:`sce_loss`, :func:`nce_rce_loss`); alone it is MAE with another scale.
+    Source: 1908.06112, Eq. 5. Deviation: nothing is clamped. Code that clamps p at 1e-7 gives up to 9.2e-7 (C - 1)
+    more.
 
     Args:
-        A: minus the log of zero, > 0; the default is -log(1e-4) = 9.21.
+        A: minus the value taken for log 0, > 0. The default is -log(1e-4) = 9.21.
+
+    Example:
+        >>> rce_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]))
+        tensor(4.6052)
     """
     return -A * expm1(t)
 
@@ -181,11 +221,19 @@ class RCELoss(RowLossModule, stem="rce"):
 
 @loss_of_target(alpha=factor, beta=factor, constants=(RCE_A,))
 def sce_loss(t: Tensor, *, alpha: float = 0.1, beta: float = 1.0, **options: Unpack[CallOptions]) -> Tensor:
-    """Symmetric cross entropy: ``alpha CE + beta RCE`` with A = -log(1e-4). 1908.06112 Eq. 7.
+    """Symmetric cross entropy: ``alpha CE + beta RCE``, with RCE as in :func:`rce_loss` and A = -log(1e-4).
+
+    For noisy labels. It learns as fast as cross entropy and keeps part of its weakness: it is not bounded.
+    Source: 1908.06112, Eq. 7.
 
     Args:
-        alpha: weight of cross entropy, >= 0.
+        alpha: weight of cross entropy, >= 0. The defaults of alpha and beta are those of 2006.13554's code for
+            CIFAR-10; it has 6 and 0.1 for CIFAR-100.
         beta: weight of reverse cross entropy, >= 0.
+
+    Example:
+        >>> sce_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]))  # 0.1 log 2 + 9.21 / 2
+        tensor(4.6745)
     """
     reverse = -beta * RCE_A * expm1(t)
     return reverse if alpha == 0.0 else reverse - alpha * t
@@ -205,11 +253,15 @@ class SCELoss(RowLossModule, stem="sce"):
 def taylor_ce_loss(t: Tensor, *, order: int = 2, **options: Unpack[CallOptions]) -> Tensor:
     """Taylor cross entropy: ``sum_{k=1..order} (1 - p_y)^k / k``.
 
-    ``order=1`` is MAE with scale 1, many terms approach cross entropy. IJCAI 2020, "Can Cross Entropy Loss Be Robust
-    to Label Noise?"; the default order is ours.
+    For noisy labels. ``order=1`` is MAE with scale 1; the more terms, the closer to cross entropy.
+    Source: Feng et al., IJCAI 2020, "Can Cross Entropy Loss Be Robust to Label Noise?". The default order is ours.
 
     Args:
-        order: number of terms, an integer >= 1.
+        order: number of terms, an integer from 1 to 1000.
+
+    Example:
+        >>> taylor_ce_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]))
+        tensor(0.6250)
     """
     miss = -expm1(t)
     value = torch.zeros_like(miss)
@@ -229,14 +281,22 @@ class TaylorCELoss(RowLossModule, stem="taylor_ce"):
 
 @loss_of_target(pi=_label_weight)
 def js_loss(t: Tensor, *, pi: float = 0.5, **options: Unpack[CallOptions]) -> Tensor:
-    """Jensen-Shannon divergence of label and prediction, weights ``(pi, 1 - pi)``, over ``-(1 - pi) log(1 - pi)``.
+    """Jensen-Shannon divergence of label and prediction, scaled.
 
-    ``pi -> 0`` gives cross entropy, ``pi -> 1`` resembles MAE. 2105.04522 Eq. 5, scaled as its code. It collapses
-    to a function of ``p_y``: with ``m = pi + (1 - pi) p_y``, the divergence is
-    ``-pi log m + (1 - pi) p_y log(p_y / m) - (1 - pi)(1 - p_y) log(1 - pi)``.
+
+    For noisy labels. ``pi -> 0`` is cross entropy, ``pi -> 1`` is close to MAE. The divergence with weights ``(pi, 1 -
+    pi)`` depends on ``p_y`` alone: with ``m = pi + (1 - pi) p_y`` it is ``-pi log m + (1 - pi) p_y log(p_y / m) - (1 -
+    pi)(1 - p_y) log(1 - pi)``. The loss is the divergence divided by ``-(1 - pi) log(1 - pi)``.
+
+    Source: 2105.04522, Eq. 5, scaled as its code does for CIFAR.
 
     Args:
-        pi: weight of the label, in (0, 1).
+        pi: weight of the label, between 0 and 1. The authors take .1 for clean CIFAR-10, .7 at 40 % noise; CIFAR-100:
+            .3.
+
+    Example:
+        >>> js_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]))
+        tensor(0.6226)
     """
     p, rest, log_rest = t.exp(), 1.0 - pi, math.log1p(-pi)
     m, small = pi + rest * p, p < pi
@@ -258,13 +318,18 @@ class JSLoss(RowLossModule, stem="js"):
 
 @loss_of_target(gamma=focusing)
 def focal_loss(t: Tensor, *, gamma: float = 2.0, **options: Unpack[CallOptions]) -> Tensor:
-    """Focal loss: ``-(1 - p_y)^gamma log p_y``, with its exact gradient. 1708.02002 Eq. 4.
+    """Focal loss: ``-(1 - p_y)^gamma log p_y``.
 
-    Puts weight on hard rows, the opposite of what noisy labels want; made for imbalance. Code of the noisy-label
-    papers treats the factor as a constant, which changes the gradient.
+    For rare classes and clean labels: it gives more weight to rows that the network finds hard, and wrong labels are
+    such rows.
+    Source: 1708.02002, Eq. 4, with the exact gradient. Code of the noisy-label papers treats the factor as a constant.
 
     Args:
-        gamma: focusing exponent, >= 0; 0 is cross entropy.
+        gamma: focusing exponent, >= 0. 2 is the paper's value, 0 is cross entropy.
+
+    Example:
+        >>> focal_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]))  # log(2) / 4
+        tensor(0.1733)
     """
     return focal_term(t, gamma)
 
@@ -280,12 +345,17 @@ class FocalLoss(RowLossModule, stem="focal"):
 
 @loss_of_target(a=positive_factor)
 def bounded_ce_loss(t: Tensor, *, a: float = 0.1, **options: Unpack[CallOptions]) -> Tensor:
-    """Bounded cross entropy: ``log((1 + a) / (p_y + a))``, the ``q -> 0`` limit of AGCE.
+    """Bounded cross entropy: ``log((1 + a) / (p_y + a))``, the limit of :func:`agce_loss` for ``q -> 0``.
 
-    This is our reading of "bounded cross entropy" in 2306.05497, whose formula could not be consulted.
+    For noisy labels: cross entropy with a largest value of ``log(1 + 1 / a)``.
+    Source: our reading of "bounded cross entropy" in 2306.05497, whose formula we could not read.
 
     Args:
-        a: offset, > 0; the bound is ``log(1 + 1 / a)``.
+        a: offset, > 0. The default 0.1 is ours.
+
+    Example:
+        >>> bounded_ce_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]), a=0.5)
+        tensor(0.4055)
     """
     top = 1.0 + a
     return -log_near_one((t.exp() + a) / top, expm1(t) / top)
@@ -302,13 +372,13 @@ class BoundedCELoss(RowLossModule, stem="bounded_ce"):
 
 @loss_of_target(epsilon=_above_minus_one)
 def poly_loss(t: Tensor, *, epsilon: float = 2.0, **options: Unpack[CallOptions]) -> Tensor:
-    """Poly-1: ``-log p_y + epsilon (1 - p_y)``, cross entropy plus a multiple of MAE. 2204.12511.
+    """Poly-1: ``-log p_y + epsilon (1 - p_y)``, cross entropy plus a multiple of MAE.
 
-    For clean labels, and for classes that are rare or hard: cross entropy is the series of ``(1 - p_y)^k / k``, of
-    which this changes the first factor from 1 to ``1 + epsilon``. Positive values push rows that are nearly right
-    further, negative ones less. Unbounded as cross entropy, it does not resist wrong labels; :func:`sce_loss` is the
-    same sum with weights that do. The gradient is that of cross entropy times ``1 + epsilon p_y``. The paper finds
-    ``epsilon`` by search, for every task anew.
+    For clean labels. Cross entropy is the series ``sum_k (1 - p_y)^k / k``; this changes the factor of its first term
+    from 1 to ``1 + epsilon``. The gradient is that of cross entropy times ``1 + epsilon p_y``: a positive ``epsilon``
+    goes on pushing rows that are already right. It is not bounded and does not resist wrong labels; :func:`sce_loss` is
+    the same sum with weights that do.
+    Source: 2204.12511. The paper searches ``epsilon`` for every task.
 
     Args:
         epsilon: weight of the second term, >= -1.

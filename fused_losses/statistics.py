@@ -1,4 +1,4 @@
-"""Mean and standard deviation of a score by class: on one batch, merged over batches, merged over processes."""
+"""Mean and standard deviation of a score by class: of one batch, merged over batches, merged over processes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fused_losses import _ops
 from fused_losses._agreement import Exchange, gather
+from fused_losses._parameters import integer
 
 MOMENTS = "moments"  # the name of the exchange
 
@@ -39,7 +40,9 @@ def all_reduce_moments(moments: Tensor, group: dist.ProcessGroup | None) -> Tens
 
 @dataclass(frozen=True, eq=False)
 class ClassStatistics:
-    """Count, mean and unbiased standard deviation of a score by class, each of shape ``(C,)``.
+    """Count, mean and unbiased standard deviation of a score in every class, each of shape ``(C,)``.
+
+    From :func:`class_statistics`. Merging is exact up to rounding.
 
     Attributes:
         count: rows of the class; int64 from :func:`class_statistics`.
@@ -59,7 +62,7 @@ class ClassStatistics:
 
     @staticmethod
     def from_moments(moments: Tensor) -> ClassStatistics:
-        """From ``(3, C)``: count, mean, sum of squared deviations, as the operator ``class_moments`` returns them."""
+        """The statistics from their moments ``(3, C)``: count, mean, sum of squared deviations."""
         count, mean, m2 = moments.unbind(0)
         std = torch.where(count > 1, (m2 / (count - 1)).sqrt(), torch.nan)
         return ClassStatistics(count, torch.where(count > 0, mean, torch.nan), std)
@@ -78,8 +81,11 @@ class ClassStatistics:
         """Statistics of both sets of rows together, as a new object; exact up to rounding.
 
         Raises:
+            TypeError: ``other`` is something else.
             ValueError: ``other`` has another number of classes.
         """
+        if not isinstance(other, ClassStatistics):
+            raise TypeError(f"other must be ClassStatistics, got {type(other).__name__}")
         if other.count.shape != self.count.shape:
             raise ValueError(
                 f"other must have statistics of {self.count.numel()} classes, got shape {tuple(other.count.shape)}"
@@ -91,38 +97,46 @@ class ClassStatistics:
         return self.merge(class_statistics(score, target, self.count.numel()))
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> ClassStatistics:
-        """Statistics of the rows of all ranks, as a new object with the same bits on each of them.
+        """The statistics of the rows of all ranks, as a new object with the same bits on each rank.
 
-        Every rank of ``group`` (default: all processes) has to call this, with statistics of as many classes.
+        Args:
+            group: process group, None for the default one. Every rank of it has to call this, with
+                statistics of as many classes.
+
+        Raises:
+            RuntimeError: ``torch.distributed`` is not initialised, or another rank was given bad arguments.
         """
         return self._of(all_reduce_moments(self.moments(), group))
 
 
 def class_statistics(score: Tensor, target: Tensor, num_classes: int) -> ClassStatistics:
-    """Count, mean and unbiased standard deviation of ``score`` by class: one read, in float64.
+    """Count, mean and unbiased standard deviation of ``score`` in every class, in float64.
 
-    What Z-Error (2506.02154) compares rows with. Deterministic: the same bits for any number of threads.
+    For the ``statistics`` of a Z-Error loss (2506.02154), which compares rows with those of their class; one read of
+    the scores. The same bits for any number of threads.
 
     Args:
-        score: one number per row, the shape of ``target``; or logits ``(N, C)``, ``(N, C, d1, ...)`` whose
+        score: one number per row, the shape of ``target``; or logits ``(N, C)``, ``(N, C, d1, ...)``, of which the
             target's entry is the score. float64, float32, float16 or bfloat16, any strides.
         target: class of every row; int64, int32, int16 or uint8. Rows outside ``[0, num_classes)``, such as an
-            ignore index, do not count, nor do rows whose score is not finite.
+            ``ignore_index``, do not count, nor do rows whose score is not finite.
         num_classes: C, at least 1.
 
     Returns:
-        :class:`ClassStatistics`, on the device of ``score`` and without a host synchronisation.
+        :class:`ClassStatistics` on the device of ``score``. Nothing waits for the device.
 
     Raises:
-        ValueError: ``num_classes`` below 1, shapes that do not fit.
-        RuntimeError: dtypes that do not fit.
+        TypeError: ``score`` or ``target`` is no tensor, or ``num_classes`` no integer.
+        ValueError: ``num_classes`` is below 1, or shapes do not fit.
+        RuntimeError: dtypes or devices do not fit.
 
     Example:
         >>> class_statistics(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 1]), 2).mean
         tensor([2., 5.], dtype=torch.float64)
     """
-    if not isinstance(score, Tensor):
-        raise TypeError(f"score must be a Tensor, got {type(score).__name__}")
-    moments = _ops.class_moments(score.detach(), target, num_classes, "class", -100)
+    for name, value in (("score", score), ("target", target)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+    moments = _ops.class_moments(score.detach(), target, integer("num_classes", num_classes), "class", -100)
     statistics = ClassStatistics.from_moments(moments)
     return ClassStatistics(statistics.count.long(), statistics.mean, statistics.std)

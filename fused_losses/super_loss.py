@@ -1,4 +1,4 @@
-"""SuperLoss: every row weighs as much as its loss allows."""
+"""SuperLoss: the smaller a row's loss, the larger its weight."""
 
 from __future__ import annotations
 
@@ -35,21 +35,22 @@ def lambert_w(x: Tensor) -> Tensor:
 
 @documented("the mean loss")
 class SuperLoss(BatchReducer):
-    r"""A loss that counts rows more the smaller theirs is, with weights in closed form.
+    """A loss whose rows have larger weights the smaller their losses are, in closed form.
 
-    A curriculum without a schedule: easy rows first, rows with wrong labels hardly ever. With :math:`l` a row's loss
-    and :math:`W` Lambert's function, the row's confidence is :math:`\sigma = \exp(-W(\max(-2/e, (l - \tau) /
-    \lambda) / 2))`, from e for the easiest rows over 1 at :math:`l = \tau` to 0, and its loss
-    :math:`(l - \tau) \sigma + \lambda \log^2 \sigma`. :math:`\sigma` minimises it, so that its derivative in l is
-    :math:`\sigma` itself. It is negative below :math:`\tau`. Known against it: with many wrong labels the weights do
-    not fall fast enough to keep them from being learnt in the end; rows of rare classes count less.
+    For noisy labels, as a curriculum without a schedule: easy rows come first, rows with wrong labels count little.
+    With l the loss of a row and W Lambert's function, the weight of the row is ``sigma = exp(-W(max(-2 / e, (l - tau) /
+    lam) / 2))``: e for the easiest rows, 1 at ``l = tau``, towards 0 for large losses. The value of the row is ``(l -
+    tau) sigma + lam log(sigma)^2``, which is negative below ``tau``. ``sigma`` minimises it, so its derivative in l is
+    ``sigma``.
+
+    Drawbacks: with many wrong labels the weights do not fall fast enough, and wrong labels are learnt in the end; rows
+    of rare classes count less.
 
     Args:
         {loss}
-        lam: how far weights differ, > 0, less with a larger one; 1 for CIFAR-10, .25 for CIFAR-100. A number or a 0-dim
-            tensor.
-        tau: the loss of weight 1, a number, a 0-dim tensor or None: log C, the cross entropy of a guess, or with
-            ``running`` the mean loss of the rows (without weights).
+        lam: > 0, a number or a 0-dim tensor: the larger, the more equal the weights. 1 for CIFAR-10, .25 for CIFAR-100.
+        tau: the loss of weight 1: a number, a 0-dim tensor, or None: log C, the cross entropy of a guess. With
+            ``running`` it must be None, and is the running mean of the losses (without weights).
         {options}
 
     Example:

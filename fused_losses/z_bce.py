@@ -47,7 +47,7 @@ def _z_bce(
     pair = isinstance(logits, Tensor) and isinstance(target, Tensor)
     if pair and target.dim() == 1 and logits.dim() == 2 and logits.shape[1] == 1:
         target = target.unsqueeze(1)
-    check_pair(logits, target)
+    check_pair("logits", logits, target)
     rest: dict[str, Any] = {"per_task": True, "labels": 2, "tail": tail, "min_count": min_count}
     return masked_loss(ops, source, logits, target, word, keep_small=keep_small, **rest, **options)
 
@@ -69,44 +69,50 @@ def _z_error_bce_with_logits(ops: ZOps) -> Callable[..., Any]:
         process_group: dist.ProcessGroup | None = None,
         return_mask: bool = False,
     ) -> Tensor | ZErrorResult:
-        """Binary cross entropy without the rows whose logit is far from the mean of their label's logits.
+        """Binary cross entropy without the rows whose logit is far from the mean logit of their label.
 
-        For binary data with wrong labels. For each label (of each task) ``z = (x - mean) / std`` with the unbiased std
-        of its rows; rows with ``|z| <= threshold`` are kept; the mask is a constant for autograd. 2506.02154,
-        ZErrorBCEWithLogitsLoss.
+        For yes/no labels of which some are wrong. With x the logit of a row, and mean and unbiased std those of the
+        rows with the same label (of the same task), ``z = (x - mean) / std``. Rows with ``|z| <= threshold`` are kept,
+        the others dropped: they have loss and gradient 0. The mask of kept rows is a constant for autograd.
 
         Args:
-            logits: ``(N,)``, ``(N, 1)`` or ``(N, T)`` for T tasks with statistics of their own, ``(N, T, d1, ...)`` for
-                pixels; any strides; float64, float32, float16 or bfloat16.
-            target: in ``[0, 1]``, the same shape, any dtype; NaN is a missing label, its row is dropped. A soft label's
-                row belongs to the nearer of 0 and 1 (0.5 to 0), and its loss is that of the label as it is.
-            threshold: number > 0, pair of numbers for labels 0 and 1, or tensor: 0-dim, ``(2,)``, or ``(T, 2)``.
-            space: ``"logit"``, or ``"prob"`` for statistics of the sigmoid.
-            sided: ``"two"``, or ``"lower"``: drops only rows whose own label looks unlikely, that is, low logits of
-                label 1 and high logits of label 0.
-            min_count: labels with fewer rows have no statistics (below 2 never);
-            small_class: ``"keep"`` keeps those rows; ``"drop"`` drops them, as the paper's code does.
-            pos_weight: factor of the loss of label 1, one or one per task, as in torch.
-            reduction: ``"none"`` (0 for dropped rows), ``"sum"`` or ``"mean"``: sum of weighted losses over sum of
-                weights of the kept rows; 0 with zero gradient if that is 0.
+            logits: ``(N,)``, ``(N, 1)``, ``(N, T)`` for T tasks with statistics of their own, or ``(N, T, d1, ...)``
+                for pixels; any strides; float64, float32, float16 or bfloat16.
+            target: labels in [0, 1], the shape of ``logits``, any dtype. NaN is a missing label, and its row is
+                dropped. A soft label's row belongs to the nearer of 0 and 1 (0.5 to 0), and its loss is that of the
+                label as it is.
+            threshold: in standard deviations, > 0: a number, a pair of numbers for labels 0 and 1, or a tensor, 0-dim,
+                ``(2,)`` or ``(T, 2)``. 2 is the paper's value; it can drop nothing from a label with fewer than six
+                rows.
+            space: ``"logit"``, or ``"prob"`` for x the sigmoid of the logit.
+            sided: ``"two"`` as the paper's code, or ``"lower"``: drop only rows whose own label looks unlikely, which
+                are low logits of label 1 and high logits of label 0.
+            min_count: labels with fewer rows have no statistics, an integer >= 1; below 2 rows there are never any.
+            small_class: what happens to rows of such labels: ``"keep"``, or ``"drop"`` as in the paper's code.
+            pos_weight: factor on the loss of label 1, a tensor with one number or one per task, as in ``torch``.
+            reduction: ``"none"`` (0 for dropped rows), ``"sum"``, or ``"mean"``: the sum of the weighted losses divided
+                by the sum of the weights of the kept rows, or 0 with gradient 0 where that is 0.
             sample_weight: one weight per row ``(N,)`` or per entry.
-            statistics: of ``2 T`` classes, number 2 task + label, to be used instead of the batch's.
-            process_group: rows of all its ranks form the statistics and the mean, scaled so that
-                DistributedDataParallel's average is the gradient of one process with the whole batch.
-            return_mask: return :class:`ZErrorResult`, with mask and standardised scores.
+            statistics: :class:`fused_losses.ClassStatistics` of ``2 T`` classes (class number ``2 * task + label``) to
+                use instead of the batch's.
+            process_group: statistics and mean are over the rows of all its ranks, scaled so that
+                DistributedDataParallel's average of the gradients is the gradient of one process with the whole batch.
+                None: every rank on its own.
+            return_mask: return :class:`fused_losses.ZErrorResult`: the loss, the mask and every row's z.
 
         Returns:
             The loss in float32, float64 for float64 ``logits``; a scalar unless ``reduction="none"``.
 
         Raises:
-            ValueError: shapes that do not fit, options out of range, a label outside [0, 1] (on CUDA: a device
+            TypeError: ``logits`` or ``target`` is no tensor, or a threshold no number.
+            ValueError: shapes do not fit, an option is out of range, or a label is outside [0, 1] (on CUDA: a device
                 assertion).
-            RuntimeError: dtypes or devices that do not fit; another rank of ``process_group`` was given bad arguments
+            RuntimeError: dtypes or devices do not fit, or another rank of ``process_group`` was given bad arguments
                 (between GPUs: a device assertion).
 
-        Deviations from the paper's code: dropped by selection, not by multiplication, so a NaN or infinite logit leaves
-        loss and gradient of the other rows alone, and drops its row but not its class; statistics in float64; a label
-        whose logits have a std below 1e-8 is kept whole, as is a label's only row.
+        Source: 2506.02154, ZErrorBCEWithLogitsLoss. Deviations from its code: a NaN or infinite logit drops its own
+        row, and neither its class nor the loss of the other rows; statistics are in float64; a label whose logits have
+        a std below 1e-8 is kept whole, and so is the only row of a label.
 
         Example:
             >>> logits = torch.tensor([2.5, 0.2, -1.1, 1.3, -2.0, 3.0])
@@ -138,17 +144,35 @@ z_error_bce_with_logits, z_error_bce_with_logits_reference = fused_and_plain(_z_
 
 
 class ZErrorBCEWithLogitsLoss(ZErrorModule):
-    """Module form of :func:`z_error_bce_with_logits`, with statistics over batches if wanted.
+    """Binary cross entropy without the rows whose logit is far from the mean logit of their label.
+
+    Module form of :func:`fused_losses.functional.z_error_bce_with_logits`, which explains the loss; optionally with
+    statistics over batches.
 
     Args:
-        threshold, space, sided, min_count, small_class, reduction, process_group: as for the function.
+        threshold: as for the function; a tensor becomes a buffer.
+        space, sided, min_count, small_class, reduction, process_group: as for the function.
         pos_weight: as for the function; a buffer.
-        num_tasks: T; gives running statistics their shape from the start, for copies (``AveragedModel``) and
-            distributed checkpoints.
-        running: judge rows by statistics that remember earlier batches: a merge of rows in which older batches fade,
-            starting with the first batch, the current one included; frozen in eval mode (before any training batch it
-            judges by the batch itself), saved in ``state_dict``.
-        momentum: share of its weight that the memory loses with every batch, in ``[0, 1]``; 0 forgets nothing.
+        running: True: use statistics over batches, which are in ``state_dict``. A batch is added before it is used. In
+            eval mode they stay as they are; before any training batch, an eval call uses its own batch.
+        momentum: how fast earlier batches fade, in [0, 1]: their weight is multiplied by ``1 - momentum`` with every
+            batch. 0.1 remembers about 10 batches, 0 all of them.
+        num_tasks: T. It gives running statistics their shape from the start, which copies (``AveragedModel``) and
+            distributed checkpoints need.
+
+    Returns:
+        Called with ``(logits, target, sample_weight=None, *, return_mask=False)``: the loss, or
+        :class:`fused_losses.ZErrorResult`.
+
+    Raises:
+        TypeError: a threshold is no number.
+        ValueError: an option is out of range.
+
+    Example:
+        >>> criterion = ZErrorBCEWithLogitsLoss(sided="lower", running=True, num_tasks=3)
+        >>> answers = torch.tensor([[0.0, 1.0, torch.nan], [1.0, 1.0, 0.0]])  # NaN: a missing label
+        >>> criterion(torch.zeros(2, 3), answers)
+        tensor(0.6931)
     """
 
     pos_weight: Tensor | None
@@ -190,7 +214,7 @@ class ZErrorBCEWithLogitsLoss(ZErrorModule):
         with telling(self._exchanges()):
             return _z_bce(
                 FUSED,
-                self._source(2 * tasks_of(logits)),
+                self._source(2 * tasks_of("logits", logits)),
                 logits,
                 target,
                 space=self.space,

@@ -1,4 +1,4 @@
-"""Z-Error for class labels: any row loss, without the rows that are unlikely for their class."""
+"""Z-Error for class labels (2506.02154): any row loss, without the rows that are unlikely for their class."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from fused_losses._checks import check_row_loss
 from fused_losses._common import RowLossModule
 from fused_losses._logit_bias import LogitBias, check_logit_bias, class_dim
 from fused_losses._ops import ZErrorConstants, pack_constants, pack_z_error_constants, z_error_kept_target
+from fused_losses._parameters import integer
 from fused_losses._row_values import check_targets
 from fused_losses._running import Source, source_of
 from fused_losses._z_error import (
@@ -146,49 +147,54 @@ def _z_error_cross_entropy(ops: ZOps) -> Callable[..., Any]:
     ) -> Tensor | ZErrorResult:
         """A row loss without the rows whose score is far from the mean of their class.
 
-        For data with wrong labels. With x the score of a row, mean and unbiased std those of the rows with its label,
-        ``z = (x - mean) / std``; rows with ``|z| <= threshold`` are kept, the others count as ignored. The mask is a
-        constant for autograd. 2506.02154 defines this for two classes and names more as an extension: the extension
-        is ours. Classes need rows: n of them never exceed |z| = (n - 1) / sqrt(n), so a threshold of 2 drops nothing
-        from classes with fewer than six; running statistics (the Module) are for batches that small.
+        For class labels of which some are wrong. With x the score of a row, and mean and unbiased std those of the rows
+        with the same label, ``z = (x - mean) / std``. Rows with ``|z| <= threshold`` are kept, the others dropped: they
+        count as ignored. The mask of kept rows is a constant for autograd. On three classes and more the defaults drop
+        almost nothing; what works is ``statistic="prob", sided="lower"`` with running statistics
+        (:class:`fused_losses.ZErrorCrossEntropyLoss`).
 
         Args:
             logits: ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``, any strides; float64, float32, float16 or bfloat16.
             target: class indices in ``[0, C)`` or ``ignore_index``, the shape of ``logits`` without its class
                 dimension; int64, int32, int16 or uint8.
-            threshold: number, 0-dim tensor, or tensor ``(C,)`` with one number per class; > 0.
-            statistic: the score: ``"logit"`` (the target's logit), ``"prob"`` (its softmax probability, without
-                ``logit_bias``) or ``"loss"`` (the base loss without weights).
+            threshold: in standard deviations, > 0: a number, a 0-dim tensor, or one number per class ``(C,)``. 2 is the
+                paper's value. Of n rows none has ``|z| > (n - 1) / sqrt(n)``, so 2 drops nothing from a class with
+                fewer than six rows.
+            statistic: the score: ``"logit"`` (of the target), ``"prob"`` (the softmax probability of the target,
+                without ``logit_bias``) or ``"loss"`` (of ``base``, without weights).
             base: the row loss: a name such as ``"gce"`` or ``"gce_loss"`` for its default parameters, or a Module,
                 whose parameters and options (all but ``reduction``) are used.
-            sided: ``"two"``, or ``"lower"``: drops only rows whose own class looks unlikely: low logit or probability,
-                high loss.
-            min_count: classes with fewer rows have no statistics (below 2 never).
-            small_class: ``"keep"`` keeps those rows; ``"drop"`` drops them, as the paper's code does: at 1000 classes
-                and 256 rows that is 78 % of the batch.
-            weight: class weights ``(C,)``.
-            ignore_index: rows with this target count nowhere.
-            reduction: ``"none"`` (0 for dropped rows), ``"sum"`` or ``"mean"``: sum of weighted losses over sum of
-                weights of the kept rows; 0 with zero gradient if that is 0.
+            sided: ``"two"`` as the paper's code, or ``"lower"``: drop only rows whose own class looks unlikely, which
+                are those with a low logit, a low probability or a high loss.
+            min_count: classes with fewer rows have no statistics, an integer >= 1; below 2 rows there are never any.
+            small_class: what happens to rows of such classes: ``"keep"``, or ``"drop"`` as in the paper's code, which
+                at 1000 classes and 256 rows drops 78 % of a batch.
+            weight: class weights ``(C,)``: a row's loss is multiplied by ``weight[target]``.
+            ignore_index: rows with this target have loss and gradient 0 and count nowhere.
+            reduction: ``"none"`` (0 for dropped rows), ``"sum"``, or ``"mean"``: the sum of the weighted losses divided
+                by the sum of the weights of the kept rows, or 0 with gradient 0 where that is 0.
             logit_bias: as for the base loss.
-            sample_weight: weight per row, the shape of ``target``.
-            statistics: of C classes, to be used instead of the batch's.
-            process_group: rows of all its ranks form the statistics and the mean, scaled so that
-                DistributedDataParallel's average is the gradient of one process with the whole batch.
-            return_mask: return :class:`ZErrorResult`, with mask and standardised scores.
+            sample_weight: one weight per row, the shape of ``target``.
+            statistics: :class:`fused_losses.ClassStatistics` of C classes to use instead of the batch's.
+            process_group: statistics and mean are over the rows of all its ranks, scaled so that
+                DistributedDataParallel's average of the gradients is the gradient of one process with the whole batch.
+                None: every rank on its own.
+            return_mask: return :class:`fused_losses.ZErrorResult`: the loss, the mask and every row's z.
 
         Returns:
             The loss in float32, float64 for float64 ``logits``; a scalar unless ``reduction="none"``.
 
         Raises:
-            ValueError: options out of range, an unknown ``base``, shapes that do not fit.
-            RuntimeError: shapes or dtypes that do not fit; another rank of ``process_group`` was given bad arguments
-                (between GPUs: a device assertion).
-            IndexError: a target out of range (on CUDA: a device assertion).
+            TypeError: ``base`` is no row loss, ``logits`` or ``target`` no tensor, a threshold no number.
+            ValueError: an option is out of range, ``base`` is unknown, or shapes do not fit.
+            RuntimeError: shapes, dtypes or devices do not fit, or another rank of ``process_group`` was given bad
+                arguments (between GPUs: a device assertion).
+            IndexError: a target is out of range (on CUDA: a device assertion).
 
-        Deviations from the paper's code, besides the extension: a non-finite score drops its row, never its class; a
-        dropped row cannot make loss or gradient NaN; a class whose scores have a std below 1e-8 is kept whole;
-        statistics in float64.
+        Source: 2506.02154, which has the rule for two classes and names more classes as an extension; the extension is
+        ours. Deviations from its code: a score that is not finite drops its own row, not its class; a dropped row
+        cannot make loss or gradient NaN; a class whose scores have a std below 1e-8 is kept whole; statistics are in
+        float64.
 
         Example:
             >>> logits = torch.tensor([[2.0, 0.0], [1.0, 0.0], [2.0, 0.0], [0.0, 2.0], [0.0, 1.0]])
@@ -219,20 +225,38 @@ z_error_cross_entropy, z_error_cross_entropy_reference = fused_and_plain(_z_erro
 
 
 class ZErrorCrossEntropyLoss(ZErrorModule):
-    """Module form of :func:`z_error_cross_entropy`, with statistics over batches if wanted.
+    """A row loss without the rows whose score is far from the mean of their class.
+
+    Module form of :func:`fused_losses.functional.z_error_cross_entropy`, which explains the loss; optionally with
+    statistics over batches.
 
     Args:
-        threshold: as for the function; a tensor becomes a buffer, numbers for all classes may also be a list.
-        statistic, base, sided, min_count, small_class, ignore_index, reduction, logit_bias, process_group: as for the
-            function; a tensor ``logit_bias`` becomes a buffer, and it is for training: ``eval()`` leaves it out.
+        threshold: as for the function; a tensor becomes a buffer, and one number per class may also be a list.
+        statistic, base, sided, min_count, small_class, ignore_index, reduction, process_group: as for the function.
         weight: as for the function; a buffer.
-        num_classes: C; gives running statistics their shape from the start, for copies (``AveragedModel``) and
-            distributed checkpoints.
-        running: judge rows by statistics that remember earlier batches: a merge of rows in which older batches fade,
-            starting with the first batch, the current one included; a class keeps what it has while it is absent.
-            Frozen in eval mode (before any training batch it judges by the batch itself), saved in ``state_dict``.
-        momentum: share of its weight that a class's memory loses with every batch that has the class, in ``[0, 1]``; 0
-            forgets nothing.
+        logit_bias: as for the function, but only in training mode: ``eval()`` leaves it out. A tensor becomes a buffer.
+        running: True: use statistics over batches, which are in ``state_dict``. A batch is added before it is used; a
+            class that is not in it keeps what it has. In eval mode they stay as they are; before any training batch, an
+            eval call uses its own batch.
+        momentum: how fast earlier batches fade, in [0, 1]: a class's earlier weight is multiplied by ``1 - momentum``
+            with every batch that has the class. 0.1 remembers about 10 such batches, 0 all of them.
+        num_classes: C. It gives running statistics their shape from the start, which copies (``AveragedModel``) and
+            distributed checkpoints need.
+
+    Returns:
+        Called with ``(logits, target, sample_weight=None, *, return_mask=False)``: the loss, or
+        :class:`fused_losses.ZErrorResult`.
+
+    Raises:
+        TypeError: ``base`` is no row loss, or a threshold no number.
+        ValueError: an option is out of range or unknown, or set beside a Module that has it.
+
+    Example:
+        >>> criterion = ZErrorCrossEntropyLoss(1.0, statistic="prob", sided="lower", running=True, num_classes=2)
+        >>> logits = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 2.0], [0.0, 2.0], [2.0, 0.0]])
+        >>> loss, mask, scores = criterion(logits, torch.tensor([0, 0, 0, 1, 1]), return_mask=True)
+        >>> mask
+        tensor([ True,  True, False,  True,  True])
     """
 
     weight: Tensor | None
@@ -246,14 +270,14 @@ class ZErrorCrossEntropyLoss(ZErrorModule):
         base: str | RowLossModule = "cross_entropy",
         *,
         sided: str = "two",
-        running: bool = False,
-        momentum: float = 0.1,
         min_count: int = 2,
         small_class: str = "keep",
         weight: Tensor | None = None,
         ignore_index: int = -100,
         reduction: str = "mean",
         logit_bias: LogitBias = 0.0,
+        running: bool = False,
+        momentum: float = 0.1,
         process_group: dist.ProcessGroup | None = None,
         num_classes: int | None = None,
     ) -> None:
@@ -273,7 +297,7 @@ class ZErrorCrossEntropyLoss(ZErrorModule):
         resolve_base(base, weight=weight, ignore_index=ignore_index, logit_bias=logit_bias)
         self.statistic, self.sided, self.min_count, self.small_class = statistic, sided, min_count, small_class
         self.base = base
-        self.ignore_index = ignore_index
+        self.ignore_index = integer("ignore_index", ignore_index)
         self.register_buffer("weight", weight)
         if isinstance(logit_bias, Tensor):
             self.register_buffer("logit_bias", logit_bias)

@@ -31,7 +31,7 @@ def _z_mse(
     ops: ZOps, source: Source, input: Tensor, target: Tensor, statistic: str, **options: Any
 ) -> Tensor | ZErrorResult:
     word = choose("statistic", statistic, _STATISTICS)
-    check_pair(input, target)
+    check_pair("input", input, target)
     # One row says nothing about itself: it is kept.
     rest: dict[str, Any] = {"labels": 1, "tail": "both", "min_count": 2, "keep_small": True, "pos_weight": None}
     return masked_loss(ops, source, input, target, word, **rest, **options)
@@ -53,37 +53,42 @@ def _z_mse_loss(ops: ZOps) -> Callable[..., Any]:
     ) -> Tensor | ZErrorResult:
         """Squared error without the rows far from the mean: ``(input - target)^2`` where ``|z| <= threshold``.
 
-        For regression data with wrong targets: typing and unit errors. With s the statistic of a row,
-        ``z = (s - mean(s)) / (std(s) + 1e-8)``, mean and unbiased std over all entries; the mask is a constant for
-        autograd. 2506.02154, ZMSELoss; its text takes the statistics of the loss, its code those of the targets.
+        For regression where a few per cent of the targets are far out of range, such as typing errors; from 20 % on it
+        fails, and an absolute error is safer. With s the statistic of a row, ``z = (s - mean(s)) / (std(s) + 1e-8)``,
+        with mean and unbiased std over all entries. Rows with ``|z| <= threshold`` are kept, the others have loss and
+        gradient 0. The mask of kept rows is a constant for autograd.
 
         Args:
             input: predictions of any shape and strides; float64, float32, float16 or bfloat16.
             target: the same shape; floating point.
-            threshold: number, 0-dim tensor; > 0. n rows never exceed (n - 1) / sqrt(n): 2 needs six rows.
-            statistic: ``"target"`` (the paper's code: finds targets out of range, whatever the model says), ``"loss"``
-                (squared error) or ``"residual"`` (``input - target``); two-sided all of them.
-            per_task: statistics of every column of ``(N, T, d1, ...)``, for targets of different scale, instead of one
-                pool; a tensor ``threshold`` may then be ``(T,)``.
-            reduction: ``"none"`` (0 for dropped rows), ``"sum"`` or ``"mean"``: sum of weighted losses over sum of
-                weights of the kept rows; 0 with zero gradient if that is 0.
-            sample_weight: one weight per entry, or per first dimension.
-            statistics: of one class (T with ``per_task``), to be used instead of the batch's.
-            process_group: rows of all its ranks form the statistics and the mean, scaled so that
-                DistributedDataParallel's average is the gradient of one process with the whole batch.
-            return_mask: return :class:`ZErrorResult`, with mask and standardised scores.
+            threshold: in standard deviations, > 0: a number or a 0-dim tensor. 2 is the paper's value; it can drop
+                nothing from fewer than six rows.
+            statistic: s: ``"target"`` as the paper's code (finds targets out of range, whatever the model says),
+                ``"loss"`` as its text, the squared error, or ``"residual"``, which is ``input - target``. All are
+                two-sided.
+            per_task: True: statistics for every column of ``(N, T, d1, ...)``, for targets of different scales, instead
+                of one for all entries. A tensor ``threshold`` may then be ``(T,)``.
+            reduction: ``"none"`` (0 for dropped rows), ``"sum"``, or ``"mean"``: the sum of the weighted losses divided
+                by the sum of the weights of the kept rows, or 0 with gradient 0 where that is 0.
+            sample_weight: one weight per entry, or one per entry of the first dimension.
+            statistics: :class:`fused_losses.ClassStatistics` of one class (T with ``per_task``) to use instead of the
+                batch's.
+            process_group: statistics and mean are over the rows of all its ranks, scaled so that
+                DistributedDataParallel's average of the gradients is the gradient of one process with the whole batch.
+                None: every rank on its own.
+            return_mask: return :class:`fused_losses.ZErrorResult`: the loss, the mask and every row's z.
 
         Returns:
             The loss in float32, float64 for float64 ``input``; a scalar unless ``reduction="none"``.
 
         Raises:
-            ValueError: shapes that differ, options out of range.
-            RuntimeError: dtypes or devices that do not fit; another rank of ``process_group`` was given bad arguments
+            TypeError: ``input`` or ``target`` is no tensor, or ``threshold`` no number.
+            ValueError: shapes differ, or an option is out of range.
+            RuntimeError: dtypes or devices do not fit, or another rank of ``process_group`` was given bad arguments
                 (between GPUs: a device assertion).
 
-        Deviations from the paper's code: dropped by selection, not by multiplication, so a NaN or infinite row that is
-        dropped leaves loss and gradient alone; a non-finite score drops its row only; statistics in float64; a single
-        row is kept (its code returns 0).
+        Source: 2506.02154, ZMSELoss. Deviations from its code: a NaN or infinite row drops itself only, and cannot make
+        loss or gradient NaN; statistics are in float64; a single row is kept (its code returns 0).
 
         Example:
             >>> target = torch.tensor([1.0, 2.0, 3.0, 2.0, 1.0, 90.0])
@@ -112,15 +117,32 @@ z_mse_loss, z_mse_loss_reference = fused_and_plain(_z_mse_loss)
 
 
 class ZMSELoss(ZErrorModule):
-    """Module form of :func:`z_mse_loss`, with statistics over batches if wanted.
+    """Squared error without the rows far from the mean: ``(input - target)^2`` where ``|z| <= threshold``.
+
+    Module form of :func:`fused_losses.functional.z_mse_loss`, which explains the loss; optionally with statistics over
+    batches.
 
     Args:
-        threshold, statistic, per_task, reduction, process_group: as for the function.
-        num_tasks: T, with ``per_task``: gives running statistics their shape from the start.
-        running: judge rows by statistics that remember earlier batches: a merge of rows in which older batches fade,
-            starting with the first batch, the current one included; frozen in eval mode (before any training batch it
-            judges by the batch itself), saved in ``state_dict``.
-        momentum: share of its weight that the memory loses with every batch, in ``[0, 1]``; 0 forgets nothing.
+        threshold: as for the function; a tensor becomes a buffer.
+        statistic, per_task, reduction, process_group: as for the function.
+        running: True: use statistics over batches, which are in ``state_dict``. A batch is added before it is used. In
+            eval mode they stay as they are; before any training batch, an eval call uses its own batch.
+        momentum: how fast earlier batches fade, in [0, 1]: their weight is multiplied by ``1 - momentum`` with every
+            batch. 0.1 remembers about 10 batches, 0 all of them.
+        num_tasks: T, with ``per_task``. It gives running statistics their shape from the start.
+
+    Returns:
+        Called with ``(input, target, sample_weight=None, *, return_mask=False)``: the loss, or
+        :class:`fused_losses.ZErrorResult`.
+
+    Raises:
+        TypeError: ``threshold`` is no number.
+        ValueError: an option is out of range.
+
+    Example:
+        >>> criterion = ZMSELoss(per_task=True, num_tasks=2)
+        >>> criterion(torch.zeros(3, 2), torch.ones(3, 2))
+        tensor(1.)
     """
 
     def __init__(
@@ -129,11 +151,11 @@ class ZMSELoss(ZErrorModule):
         statistic: str = "target",
         *,
         per_task: bool = False,
-        num_tasks: int | None = None,
         reduction: str = "mean",
         running: bool = False,
         momentum: float = 0.1,
         process_group: dist.ProcessGroup | None = None,
+        num_tasks: int | None = None,
     ) -> None:
         super().__init__(
             threshold,
@@ -153,7 +175,7 @@ class ZMSELoss(ZErrorModule):
         with telling(self._exchanges()):
             return _z_mse(
                 FUSED,
-                self._source(tasks_of(input) if self.per_task else 1),
+                self._source(tasks_of("input", input) if self.per_task else 1),
                 input,
                 target,
                 self.statistic,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -81,8 +83,11 @@ def test_sparse_tensors_are_named(name, argument):
 @pytest.mark.parametrize("function", [functional.z_mse_loss, functional.z_error_bce_with_logits])
 def test_z_error_names_what_is_no_dense_tensor(function):
     x = torch.rand(4, 3)
-    with pytest.raises(TypeError, match="input must be a Tensor, got NoneType"):
+    first = next(iter(inspect.signature(function).parameters))
+    with pytest.raises(TypeError, match=f"^{first} must be a Tensor, got NoneType"):
         function(None, x)
+    with pytest.raises(RuntimeError, match=f"^{first} must be float64, float32, float16 or bfloat16, got torch.int64"):
+        function(x.long(), x)
     with pytest.raises(TypeError, match="target must be a Tensor, got NoneType"):
         function(x, None)
     with pytest.raises(RuntimeError, match="target must be dense, got a tensor of layout"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib.util
+import inspect
 import os
 import pkgutil
 import re
@@ -11,11 +12,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch._functorch.config
 
 import fused_losses as fl
+from fused_losses.integrations import huggingface, mmengine, timm
+from fused_losses.parallel import ClassParallel, sum_gradient
 
 pytestmark = pytest.mark.any_cpu
 
@@ -118,12 +122,44 @@ def test_losses_that_take_no_probabilities_are_listed():
     assert named == {entry.module.__name__ for entry in fl.LOSSES.values() if not entry.takes_probabilities}
 
 
-@pytest.mark.parametrize("name", [n for n, e in fl.LOSSES.items() if ">>>" in (e.function.__doc__ or "")])
+def public_things() -> dict[str, object]:
+    """Functions and classes that users import, by the name of where they are defined."""
+    parallel = {"ClassParallel": ClassParallel, "sum_gradient": sum_gradient}
+    spaces = [fl, fl.functional, fl.calibration, fl.cutoffs, fl.diagnostics, fl.noise, fl.schedules, fl.scores]
+    found = [getattr(space, name) for space in [*spaces, huggingface, mmengine, timm] for name in space.__all__]
+    things = [thing for thing in [*found, *parallel.values()] if inspect.isfunction(thing) or inspect.isclass(thing)]
+    return {f"{thing.__module__}.{thing.__qualname__}": thing for thing in things}
+
+
+THINGS = public_things()
+
+
+@pytest.mark.parametrize("name", [name for name, thing in THINGS.items() if ">>>" in (inspect.getdoc(thing) or "")])
 def test_docstring_examples(name):
-    names = {"torch": torch} | {public: getattr(fl.functional, public) for public in fl.functional.__all__}
-    examples = doctest.DocTestParser().get_doctest(fl.LOSSES[name].function.__doc__, names, name, None, None)
-    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
-    assert runner.run(examples).failed == 0
+    names = {"torch": torch, "nn": torch.nn, "np": np, "fl": fl, "noise": fl.noise}
+    names |= {public: getattr(fl.functional, public) for public in fl.functional.__all__}
+    names |= {public.rpartition(".")[2]: thing for public, thing in THINGS.items()}
+    examples = doctest.DocTestParser().get_doctest(inspect.getdoc(THINGS[name]), names, name, None, None)
+    with torch.random.fork_rng():
+        assert doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(examples).failed == 0
+
+
+def test_functions_have_examples():
+    assert [name for name in fl.functional.__all__ if ">>>" not in getattr(fl.functional, name).__doc__] == []
+
+
+@pytest.mark.parametrize("name", THINGS)
+def test_every_argument_is_documented(name):
+    thing = THINGS[name]
+    doc = inspect.getdoc(thing) or ""
+    if issubclass(thing, tuple) if inspect.isclass(thing) else name.endswith("_matrix"):
+        return  # fields have docstrings of their own, or another function's
+    arguments, _, _ = doc.partition("\nArgs:\n")[2].partition("\n\n")
+    named = set(re.findall(r"\w+", " ".join(re.findall(r"^ {4}(\S[^:]*):", arguments, re.M))))
+    given = {p for p in inspect.signature(thing).parameters if p != "options"}
+    given -= {"std", "count", "mean"} if thing is fl.ClassStatistics else set()
+    assert given - named == set()
+    assert named - given - {"options"} == set()
 
 
 def test_readme_is_read_in_two_minutes():

@@ -253,6 +253,9 @@ BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: noise.from_matrix(LABELS, torch.eye(3) * math.nan), ValueError, "sum of nan in row 0"),
     (lambda: noise.from_matrix(LABELS, 2 * torch.eye(3) - torch.ones(3, 3) / 3), ValueError, "matrix must be >= 0"),
     (lambda: noise.from_matrix(LABELS, torch.ones(2, 3)), ValueError, r"shape \(C, C\), got \(2, 3\)"),
+    (lambda: noise.from_matrix(LABELS, torch.tensor([[2.0, -1.0], [0.0, 1.0]])), ValueError, "entry of -1 in row 0"),
+    (lambda: noise.asymmetric(LABELS, 0.4, 3, 3), TypeError, "pairs must be a mapping .*, got int"),  # type: ignore[arg-type]
+    (lambda: noise.symmetric(LABELS, 0.4, 3, ignore_index=None), TypeError, "ignore_index must be an integer"),  # type: ignore[arg-type]
     (lambda: noise.instance_dependent(torch.ones(2, 4), LABELS, 0.4, 3), ValueError, r"got \(3,\) and \(2, 4\)"),
     (lambda: noise.instance_dependent(torch.ones(3, 4).long(), LABELS, 0.4, 3), TypeError, "inputs must be a floating"),
     (

@@ -191,7 +191,7 @@ X, T = torch.randn(6), torch.tensor([0, 1, 0, 1, 0, 1])
     [
         (lambda: fl.ZMSELoss(threshold=0.0), ValueError, "threshold must satisfy 0 < value < inf, got 0.0"),
         (lambda: fl.ZMSELoss(threshold=math.nan), ValueError, "threshold must satisfy 0 < value < inf, got nan"),
-        (lambda: fl.ZMSELoss(statistic="mean"), ValueError, "statistic must be 'target' or 'loss' or 'residual', got"),
+        (lambda: fl.ZMSELoss(statistic="mean"), ValueError, "statistic must be 'target', 'loss' or 'residual', got"),
         (lambda: fl.ZMSELoss(reduction="avg"), ValueError, "reduction must be"),
         (lambda: fl.ZMSELoss(running=True, momentum=2.0), ValueError, "momentum must be between"),
         (lambda: fl.ZErrorBCEWithLogitsLoss(space="p"), ValueError, "space must be 'logit' or 'prob', got 'p'"),
@@ -229,6 +229,19 @@ X, T = torch.randn(6), torch.tensor([0, 1, 0, 1, 0, 1])
             lambda: functional.z_error_cross_entropy(X.view(3, 2), T[:3], statistics=fl.class_statistics(X, T, 3)),
             ValueError,
             "statistics must be those of 2 classes, got 3",
+        ),
+        (lambda: functional.z_mse_loss(X, X, statistics=3), TypeError, "statistics must be ClassStatistics or None"),
+        *(
+            (call, RuntimeError, r"must be on the device of \w+ \(cpu\), got meta")
+            for call in (
+                lambda: functional.z_mse_loss(X, X.to("meta")),
+                lambda: functional.z_mse_loss(X, X, sample_weight=X.to("meta")),
+                lambda: functional.z_error_bce_with_logits(X, T.to("meta")),
+                lambda: functional.z_error_bce_with_logits(X, T, threshold=torch.ones(2, device="meta")),
+                lambda: functional.z_error_cross_entropy(X.view(3, 2), T[:3], threshold=torch.ones(2, device="meta")),
+                lambda: fl.class_statistics(X, T.to("meta"), 2),
+                lambda: fl.row_statistics(X.view(3, 2), T[:3].to("meta")),
+            )
         ),
     ],
 )

@@ -14,33 +14,38 @@ __all__ = ["compute_loss"]
 
 
 def compute_loss(criterion: Callable[[Tensor, Tensor], Tensor], *, causal: bool | None = None) -> Callable[..., Tensor]:
-    """What ``Trainer(compute_loss_func=...)`` takes, from a loss.
+    """What ``Trainer(compute_loss_func=...)`` takes, made from a loss.
 
-    Accumulated batches and ranks count by their items: the criterion's mean over a batch is multiplied by the share
-    that the batch has in ``num_items_in_batch``. For a plain mean that is the sum of the losses over the number of
-    items, as transformers' own losses; class weights and masks keep the meaning that the criterion gives them.
+    The mean over a batch is multiplied by the batch's share of ``num_items_in_batch``, so accumulated batches and ranks
+    count by their items. For a plain mean the result is the sum of the losses divided by the number of items, as with
+    transformers' own losses; class weights and masks count as the criterion defines it.
 
-    Where no gradient is wanted (``Trainer.evaluate``) a Module is called in eval mode: without the logit bias and
-    without learning statistics. It follows the logits to their device.
+    Without gradients (``Trainer.evaluate``) a Module is called in eval mode: without the logit bias, and its statistics
+    do not learn. It follows the logits to their device.
 
     Args:
-        criterion: a Module or function of logits ``(N, C)`` and labels ``(N,)`` that gives a mean. Its
-            ``ignore_index`` has to be that of the labels, -100.
-        causal: whether the logits at a position are for the label of the next one. None asks the name of what the
+        criterion: a Module or function of logits ``(N, C)`` and labels ``(N,)`` that gives a mean. Its ``ignore_index``
+            has to be that of the labels, -100.
+        causal: whether the logits at a position belong to the label of the next one. None goes by the name of what the
             model returns: ``...CausalLMOutput...`` does, all others do not.
 
     Returns:
-        A function ``(outputs, labels, num_items_in_batch=None)``. Logits ``(N, C)``, or with positions between, as
-        language models have, or channels first, as segmentation models have; labels without the class dimension, or
-        as they are where the shapes agree (several labels, probabilities).
+        A function ``(outputs, labels, num_items_in_batch=None)``. It takes logits ``(N, C)``, with positions in between
+        as in language models, or with channels first as in segmentation models. Labels have no class dimension, or the
+        shape of the logits (several labels, probabilities).
 
     Raises:
-        ValueError: the criterion gives a sum or no reduction; later: shapes that do not fit, or a tuple of which it is
-            not known whether its logits are causal.
+        TypeError: ``criterion`` cannot be called, or ``causal`` is something else; later: there are no labels.
+        ValueError: the criterion gives a sum or no reduction; later: shapes do not fit, or the model returns a tuple,
+            which does not say whether its logits are causal.
 
     Example:
         >>> trainer = Trainer(model, args, compute_loss_func=compute_loss(fl.GCELoss()))  # doctest: +SKIP
     """
+    if not callable(criterion):
+        raise TypeError(f"criterion must be a Module or a function, got {type(criterion).__name__}")
+    if causal not in (True, False, None):
+        raise TypeError(f"causal must be True, False or None, got {causal!r}")
     reduction = getattr(criterion, "reduction", "mean")
     if reduction in ("sum", "none"):
         raise ValueError(f"criterion must give a mean, got one with reduction={reduction!r}")
@@ -54,6 +59,8 @@ def _compute_loss(
     labels: Tensor,
     num_items_in_batch: Tensor | int | None = None,
 ) -> Tensor:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a Tensor, got {type(labels).__name__}: the Trainer found none in the batch")
     logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
     ignore_index = getattr(criterion, "ignore_index", -100)
     labels = labels.to(logits.device)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_losses import _arguments, z_cross_entropy
+from fused_losses._parameters import finite
 
 try:
     from mmengine.registry import MODELS
@@ -28,16 +29,18 @@ class FusedLoss(nn.Module):
     """A classification loss of this package in place of mmsegmentation's ``CrossEntropyLoss``.
 
     Args:
-        loss: the stem of a row loss, ``"gce"``, or ``"z_error_cross_entropy"``.
+        loss: the name of a row loss, ``"gce"``, or ``"z_error_cross_entropy"``.
         loss_weight: factor on the result.
-        class_weight: one weight per class.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``; None is the default of the loss.
-        ignore_index: labels that do not count, where the call does not say: None is 255 if that is no class, else -100.
-        loss_name: key of the loss in the log; what starts with "loss" is added up and trained on. ``"loss_gce"`` for
-            ``loss="gce"``.
-        parameters: what the loss's Module takes, ``q=0.5``, ``logit_bias="auto"``.
+        class_weight: one weight per class, a list.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``; None for the default of the loss.
+        ignore_index: labels that do not count, where the call does not say it. None: 255, unless that is a class, then
+            -100.
+        loss_name: key of the loss in the log, by default ``"loss_gce"`` for ``loss="gce"``. mmengine adds up and trains
+            on the keys that start with "loss".
+        **parameters: of the loss's Module, ``q=0.5``, ``logit_bias="auto"``.
 
     Raises:
+        TypeError: a parameter is unknown or no number.
         ValueError: ``loss`` is unknown, or an option is out of range.
 
     Example:
@@ -57,6 +60,7 @@ class FusedLoss(nn.Module):
         **parameters: Any,
     ) -> None:
         super().__init__()
+        finite.pack("loss_weight", loss_weight)
         stem = loss.removesuffix("_loss")
         modules: dict[str, Any] = {name: entry.module for name, entry in _arguments.LOSSES.items()}
         modules["z_error_cross_entropy"] = z_cross_entropy.ZErrorCrossEntropyLoss

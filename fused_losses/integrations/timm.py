@@ -1,4 +1,4 @@
-"""timm's Mixup and CutMix, whose targets are probabilities, for losses that take class indices."""
+"""timm's Mixup and CutMix, whose targets are class probabilities, for losses that take class indices."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ __all__ = ["MixupLoss"]
 
 
 class MixupLoss(torch.nn.Module):
-    """Lets any row loss take the targets of ``timm.data.Mixup``, as criterion of a loop or of ``timm.task``.
+    """Lets any row loss take the targets of ``timm.data.Mixup``, as the criterion of a loop or of ``timm.task``.
 
-    With target probabilities ``u`` a row's loss is ``sum_k u_k loss(logits, k)``. Losses that take probabilities
-    themselves get ``u`` as it is, and only they allow timm's ``label_smoothing``. For the others, and for all but cross
-    entropy with class weights or a logit bias, the two labels of a mixed row are found in ``u`` and handed to
-    :func:`fused_losses.functional.mixed`. Class indices are passed on, so the same criterion serves validation.
+    With target probabilities u the loss of a row is ``sum_k u_k loss(logits, k)``. A loss that takes probabilities gets
+    u as it is; with class weights or a logit bias only cross entropy does, which refuses the latter. For all others the
+    two labels of a row are found in u and given to :func:`fused_losses.functional.mixed`; then timm's
+    ``label_smoothing`` has to be 0, because it gives every class a share. Class indices are passed on, so the same
+    criterion serves validation.
 
     Args:
-        loss: a row loss Module; its own options apply, with ``reduction`` "mean", "sum" or "none".
+        loss: the Module of a row loss; its options apply, with ``reduction`` "mean", "sum" or "none".
 
     Raises:
-        TypeError: ``loss`` is no row loss Module. Z-Error losses are none: they compare a row with others of its class,
-            and a mixed row has two.
-        ValueError: its mean is over active rows ("active_mean"); at a call, a row has more than two labels where
-            ``loss`` does not get ``u`` as it is (on CUDA: a device assertion).
+        TypeError: ``loss`` is no Module of a row loss. Z-Error losses are none: they compare a row with those of its
+            class, and a mixed row has two.
+        ValueError: the mean is over active rows ("active_mean"); at a call, a row has more than two labels where two
+            have to be found (on CUDA: a device assertion).
 
     Example:
         >>> task = timm.task.ClassificationTask(model, MixupLoss(fl.GCELoss()))  # doctest: +SKIP
