@@ -1,5 +1,5 @@
-// Instructions of the device that stand for a function but for some ulp, for floats: their arguments and results are
-// normal numbers, or 0. On the host as exact as the library is; tests make them as inexact as they may be.
+// Instructions of the device, for floats. Those that stand for a function but for some ulp take and give normal
+// numbers, or 0. On the host as exact as the library is; tests make them as inexact as they may be.
 #pragma once
 
 #include <cmath>
@@ -41,6 +41,17 @@ FL_HD float exp2_approximately(float x) { return std::exp2(x); }
 FL_HD float log2_approximately(float x) { return std::log2(x); }
 FL_HD float reciprocal_approximately(float x) { return 1.0f / x; }
 #endif
+
+// The larger; NaN stays NaN.
+FL_HD float at_least(float x, float least) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    float y;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(least));
+    return y;
+#else
+    return x < least ? least : x;
+#endif
+}
 
 }  // namespace FL_ISA
 }  // namespace fused_losses
