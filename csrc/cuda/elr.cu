@@ -84,7 +84,8 @@ __global__ void __launch_bounds__(kBlock)
 
 template <class Stored, class Kept>
 cudaError_t enqueue_kept(const RowProblem& p, const ElrMemory& m, cudaStream_t stream) {
-    if (p.logits_class_stride == 1 && p.num_classes > kFewClasses)
+    constexpr int few_classes = 16;
+    if (p.logits_class_stride == 1 && p.num_classes > few_classes)
         return launch(elr_rows<Stored, Kept, kWarp>, blocks_for(p.rows(), kBlock / kWarp), stream, p, m);
     return launch(elr_rows<Stored, Kept, 1>, blocks_for(p.rows(), kBlock), stream, p, m);
 }

@@ -13,9 +13,7 @@ template <class A, int kThreads>
 __global__ void __launch_bounds__(kBlock)
     gjs(const __grid_constant__ RowProblem p, const __grid_constant__ GjsViews views, const A normaliser) {
     const ClassesOfLane<kThreads> lane(p);
-    const std::int64_t step = std::int64_t(gridDim.x) * (kBlock / kThreads);
-    std::int64_t number = std::int64_t(blockIdx.x) * (kBlock / kThreads) + threadIdx.x / kThreads;
-    for (; number < p.rows(); number += step) {  // of all lanes of a warp alike
+    each_row<kThreads>(p.rows(), [&](std::int64_t number) {
         const Row row = row_at(p, number);
         const int target = target_of(p, row).cls;
         A top[kMostViews], of_sum[kMostViews], log_sum[kMostViews];
@@ -54,15 +52,15 @@ __global__ void __launch_bounds__(kBlock)
             });
         }
         if (lane.first == 0) static_cast<A*>(p.row_values)[number] = normaliser * value;
-    }
+    });
 }
 
 template <class A>
 cudaError_t enqueue_as(const RowProblem& p, const GjsViews& views, cudaStream_t stream) {
     const A normaliser = static_cast<A>(views.normaliser());
-    if (views.views[0].logits_class_stride == 1 && p.num_classes > kFewClasses)
-        return launch(gjs<A, kWarp>, blocks_for(p.rows(), kBlock / kWarp), stream, p, views, normaliser);
-    return launch(gjs<A, 1>, blocks_for(p.rows(), kBlock), stream, p, views, normaliser);
+    return with_lanes(p.num_classes, views.views[0].logits_class_stride, [&]<int kThreads>() {
+        return launch(gjs<A, kThreads>, blocks_for(p.rows(), kBlock / kThreads), stream, p, views, normaliser);
+    });
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// Logits whose norm is fixed or bounded: the lanes of a warp share a row where its classes are contiguous, else a
-// thread has one. The first loop over a row brings it into the caches, the second writes.
+// Logits whose norm is fixed or bounded: lanes of a warp share a row where its classes are contiguous, else a thread
+// has one. The first loop over a row brings it into the caches, the second writes.
 #include "losses/rescale.h"
 
 #include "cuda/launch.cuh"
@@ -16,22 +16,16 @@ __global__ void __launch_bounds__(kBlock)
     using Written = std::conditional_t<kBackward, Stored, A>;
     const ClassesOfLane<kThreads> lane(p);
     const A parameter = of.on_device ? *as<A>(of.on_device) : A(of.parameter);
-    const std::int64_t step = std::int64_t(gridDim.x) * (kBlock / kThreads);
-    std::int64_t number = std::int64_t(blockIdx.x) * (kBlock / kThreads) + threadIdx.x / kThreads;
-    for (; number < p.rows(); number += step) {  // of all lanes of a warp alike
+    each_row<kThreads>(p.rows(), [&](std::int64_t number) {
         const Row row = row_at(p, number);
         const Stored* const x = as<Stored>(p.logits) + p.logits_stride.at(row.outer, row.inner);
         Written* const to = static_cast<Written*>(p.grad) + p.grad_stride.at(row.outer, row.inner);
         A* const norm = static_cast<A*>(of.norms) + number;
+        const bool ignored = target_of(p, row).ignored;
         const auto logit = [&](int c) { return to_acc(x[c * p.logits_class_stride]); };
         const auto write_all = [&](auto value) {
-            lane.each([&](int c) { to[c * p.grad_class_stride] = to_stored<Written>(value(c)); });
+            lane.each([&](int c) { to[c * p.grad_class_stride] = to_stored<Written>(ignored ? A(0) : value(c)); });
         };
-        if (target_of(p, row).ignored) {
-            write_all([](int) { return A(0); });
-            if (!kBackward && lane.first == 0) *norm = A(0);
-            continue;
-        }
         if constexpr (kBackward) {
             const A* const g = as<A>(of.upstream) + of.upstream_stride.at(row.outer, row.inner);
             const auto upstream = [&](int c) { return g[c * of.upstream_class_stride]; };
@@ -44,18 +38,18 @@ __global__ void __launch_bounds__(kBlock)
                 const A z = unless_masked(logit(c));
                 return z * z;
             }));
-            if (lane.first == 0) *norm = length;
+            if (lane.first == 0) *norm = ignored ? A(0) : length;
             const A factor = RescaleFactor<A>(of.clips, parameter, length).factor;
             write_all([&](int c) { return logit(c) * factor; });
         }
-    }
+    });
 }
 
 template <class Stored, bool kBackward>
 cudaError_t enqueue_in(const RowProblem& p, const LogitRescale& of, cudaStream_t stream) {
-    if (p.logits_class_stride == 1 && p.num_classes > kFewClasses)
-        return launch(rescale<Stored, kWarp, kBackward>, blocks_for(p.rows(), kBlock / kWarp), stream, p, of);
-    return launch(rescale<Stored, 1, kBackward>, blocks_for(p.rows(), kBlock), stream, p, of);
+    return with_lanes(p.num_classes, p.logits_class_stride, [&]<int kThreads>() {
+        return launch(rescale<Stored, kThreads, kBackward>, blocks_for(p.rows(), kBlock / kThreads), stream, p, of);
+    });
 }
 
 template <class Stored>
