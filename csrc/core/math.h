@@ -98,7 +98,15 @@ struct ReducedExponent {
 template <class T>
 FL_HD T exp_not_positive(T x) {
 #ifdef __CUDA_ARCH__
-    return ::exp(x);
+    if constexpr (sizeof(T) == 8) {
+        return ::exp(x);
+    } else {  // 2^t (1 + r): r is what t has lost by rounding. To 2 + |x| / 22 ulp.
+        T finite, y;
+        asm("max.NaN.f32 %0, %1, 0fc3480000;" : "=f"(finite) : "f"(x));  // -200: its exponential is 0
+        const T t = finite * 1.44269504f;
+        asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(t));
+        return y * (finite - t * 0.69314718f) + y;
+    }
 #else
     using F = FloatFormat<scalar_t<T>>;
     const ReducedExponent<T> reduced(x);

@@ -139,7 +139,7 @@ public:
         if constexpr (kAsPower)
             return exp2_approximately(argument(z));
         else
-            return math::exp(argument(z));
+            return math::exp_not_positive(argument(z));
     }
 
     // The logarithm of a sum of exponentials, of which one at least is hardly below 1: its rounding is no smaller than

@@ -9,7 +9,8 @@ template <Factors kFactors, int kHeld, class Team>
 constexpr DirectKernel kKernel{kFactors, std::is_same_v<Team, WarpTeam>, kHeld};
 
 template <class Stored, Factors kFactors, int kHeld, class Team>
-__global__ void __launch_bounds__((kKernel<kFactors, kHeld, Team>.most_threads(sizeof(Stored))), 1)
+__global__ void __launch_bounds__((kKernel<kFactors, kHeld, Team>.most_threads(sizeof(Stored))),
+                                  (kKernel<kFactors, kHeld, Team>.blocks()))
     softmax_in_registers(const __grid_constant__ RegisterArgs args) {
     constexpr int rounds = kHeld / kVector<Stored>, always = kKernel<kFactors, kHeld, Team>.always(rounds);
     work_on_direct_rows<RegisterRow<Stored, kFactors, uint4, rounds, always, Team>>(args);

@@ -28,6 +28,7 @@ inline Factors factors_of(const RowProblem& p) {
 // Blocks of a tile's kernel that fit on a multiprocessor by their registers: with more of them, numbers are spilled.
 constexpr int tile_blocks(Factors factors, int held) {
     if (held < 16) return factors == Factors::kOneKept ? 8 : 7;
+    if (factors == Factors::kNone && held == 20) return 6;
     return factors == Factors::kOnesAndStatistics || factors == Factors::kTwoKept ? 4 : 5;
 }
 
@@ -74,6 +75,8 @@ struct DirectKernel {
     constexpr int always(int rounds) const {
         return factors == Factors::kNone ? rounds / 2 : have_passes(factors) ? rounds / 4 : 0;
     }
+    // That fit on a multiprocessor, as tile_blocks().
+    constexpr int blocks() const { return of_warps && factors == Factors::kNone ? 6 : 1; }
     // Of a block: addresses of as many loads as a float row needs take more registers, and so do sums with factors.
     constexpr int most_threads(int element) const {
         if (of_warps) return kTileThreads;
@@ -81,9 +84,10 @@ struct DirectKernel {
     }
 };
 constexpr DirectKernel kDirectKernels[] = {
-    {Factors::kNone, true, 24},    {Factors::kNone, true, 32},     {Factors::kNone, false, 32},
-    {Factors::kOnes, false, 32},   {Factors::kRead, false, 16},    {Factors::kOnesAndStatistics, false, 24},
-    {Factors::kOneKept, true, 32}, {Factors::kOneKept, false, 32}, {Factors::kTwoKept, false, 16},
+    {Factors::kNone, true, 24},     {Factors::kNone, true, 32},     {Factors::kNone, false, 32},
+    {Factors::kOnes, false, 32},    {Factors::kRead, false, 16},    {Factors::kOnesAndStatistics, false, 24},
+    {Factors::kOneKept, true, 32},  {Factors::kOneKept, false, 32}, {Factors::kTwoKept, true, 32},
+    {Factors::kTwoKept, false, 16},
 };
 
 // For rows side by side: a thread has so many classes of a row at most, and the first always() of them.

@@ -2,6 +2,9 @@
 // what travels to a kernel.
 #pragma once
 
+#include <cstddef>
+#include <tuple>
+
 #include "losses/cross_entropy.h"
 #include "losses/eps_softmax.h"
 #include "losses/ldr_kl.h"
@@ -29,11 +32,25 @@ constexpr int kCrossEntropy = 0;  // its place in SoftmaxLosses
 
 FL_HD bool is_multi_reduction_loss(int index) { return index >= SoftmaxLosses::size; }
 
-// Calls visitor.operator()<Loss>() for the loss at `index`.
+// Of the losses `begin` to `end`, by halving: a kernel that chooses once a row takes five steps, not one for each loss.
+template <class Losses, std::size_t begin, std::size_t end, class Visitor>
+FL_HD void visit_between(unsigned index, Visitor& visitor) {
+    if constexpr (end - begin == 1) {
+        visitor.template operator()<std::tuple_element_t<begin, Losses>>();
+    } else {
+        constexpr std::size_t middle = (begin + end) / 2;
+        if (index < middle)
+            visit_between<Losses, begin, middle>(index, visitor);
+        else
+            visit_between<Losses, middle, end>(index, visitor);
+    }
+}
+
+// Calls visitor.operator()<Loss>() for the loss at `index`, if there is one.
 template <class... Losses, class Visitor>
 FL_HD void visit_loss(TypeList<Losses...>, int index, Visitor&& visitor) {
-    int i = 0;
-    ((i++ == index ? (visitor.template operator()<Losses>(), true) : false) || ...);
+    const auto place = static_cast<unsigned>(index);
+    if (place < sizeof...(Losses)) visit_between<std::tuple<Losses...>, 0, sizeof...(Losses)>(place, visitor);
 }
 
 // The same for a loss of MultiReductionLosses; `index` counts in AllLosses.
