@@ -23,8 +23,14 @@ __global__ void __launch_bounds__(kBlock)
         A* const norm = static_cast<A*>(of.norms) + number;
         const bool ignored = target_of(p, row).ignored;
         const auto logit = [&](int c) { return to_acc(x[c * p.logits_class_stride]); };
-        const auto write_all = [&](auto value) {
-            lane.each([&](int c) { to[c * p.grad_class_stride] = to_stored<Written>(ignored ? A(0) : value(c)); });
+        const auto write_each = [&](auto value) {
+            lane.each([&](int c) { to[c * p.grad_class_stride] = to_stored<Written>(value(c)); });
+        };
+        const auto write_all = [&](auto value) {  // after all sums, in which all lanes of the warp take part
+            if (ignored)
+                write_each([](int) { return A(0); });
+            else
+                write_each(value);
         };
         if constexpr (kBackward) {
             const A* const g = as<A>(of.upstream) + of.upstream_stride.at(row.outer, row.inner);
