@@ -1,20 +1,23 @@
-// Prints how the rows of an H100 are shared out, a line for each problem given as KIND:DTYPE:FACTORS:CLASSES:ROWS; for
-// issue_report.py. KIND: rows, or pixels. FACTORS: the number of a Factors. Compiled with the headers of
-// tests/cpp/cuda_emulation: no GPU, no CUDA toolkit.
+// Prints how the rows of an H100 are shared out, a line for each problem given as KIND:DTYPE:FACTORS:CLASSES:ROWS:LOSS;
+// for issue_report.py. KIND: rows, pixels, or kept, for rows of which FACTORS numbers of a class stay in shared memory;
+// else FACTORS is the number of a Factors. LOSS: its name, whose number comes last
+// in the line. Compiled with the headers of tests/cpp/cuda_emulation: no GPU, no CUDA toolkit.
 #include <cstdio>
 #include <cstring>
 
 #include "cuda/register_plan.h"
+#include "losses/names.h"
 
 int main(int argc, char** argv) {
     using namespace fused_losses;
     for (int i = 1; i < argc; ++i) {
-        char kind[16] = {}, dtype[16] = {};
+        char kind[16] = {}, dtype[16] = {}, loss[32] = {};
         int factors = 0;
         long long classes = 0, rows = 0;
-        if (std::sscanf(argv[i], "%15[a-z0-9]:%15[a-z0-9]:%d:%lld:%lld", kind, dtype, &factors, &classes, &rows) != 5)
+        if (std::sscanf(argv[i], "%15[a-z0-9]:%15[a-z0-9]:%d:%lld:%lld:%31[a-z0-9_]", kind, dtype, &factors, &classes,
+                        &rows, loss) != 6)
             return 1;
-        const bool is_pixels = std::strcmp(kind, "pixels") == 0;
+        const bool is_pixels = std::strcmp(kind, "pixels") == 0, is_kept = std::strcmp(kind, "kept") == 0;
         RowProblem p;
         p.dtype = std::strcmp(dtype, "float32") == 0 ? Dtype::kFloat32 : Dtype::kBFloat16;
         p.inner = rows, p.num_classes = classes;
@@ -25,14 +28,17 @@ int main(int argc, char** argv) {
         cuda::RegisterPlan plan;
         if (is_pixels) {
             found = "columns", plan = cuda::plan_columns(p, cuda::Factors(factors));
+        } else if (is_kept) {
+            found = "kept_tile", plan = cuda::plan_kept_tiles(p, factors, multiprocessors);
+            if (!plan) found = "kept", plan = cuda::plan_kept_rows(p, factors, largest_cluster);
         } else {
             plan = cuda::plan_tiles(p, cuda::Factors(factors), multiprocessors);
             if (!plan) found = "direct", plan = cuda::plan_direct(p, cuda::Factors(factors), largest_cluster);
         }
         if (!plan) return 1;
         const bool conflicts = std::strcmp(found, "tile") == 0;
-        std::printf("%s %d %d %d %d %d %d %d %d %d\n", found, int(plan.factors), plan.lanes, plan.held, plan.rounds,
+        std::printf("%s %d %d %d %d %d %d %d %d %d %d\n", found, int(plan.factors), plan.lanes, plan.held, plan.rounds,
                     plan.tile_rows, plan.tile_bytes, plan.threads, plan.cluster,
-                    conflicts ? cuda::conflicts_of(p, plan) : 1);
+                    conflicts ? cuda::conflicts_of(p, plan) : 1, index_of(AllLosses{}, loss));
     }
 }

@@ -11,7 +11,7 @@ lanes take part in a shuffle. These three come from ``cuobjdump`` of the toolkit
 nvidia-cuda-cuobjdump.
 
 With ``--strict`` the exit status is 1 if a kernel keeps registers in local memory, has split stores or such loops. The
-first architecture is shown in full, of the others what fails. The report of all kernels is kept in
+first architecture is shown in full, of the others a line and what fails. The report is kept in
 ``benchmarks/results/cuda_resources.md``.
 """
 
@@ -216,19 +216,43 @@ def rows(kernels: Iterable[Kernel]) -> list[str]:
     return lines
 
 
+def by_architecture(reports: list[list[Kernel]]) -> list[str]:
+    """A markdown table with a row for each architecture; the kernel is one of those with most registers."""
+    heads = (
+        "architecture",
+        "kernels",
+        "with spills",
+        "with split stores",
+        "with loops of votes",
+        "most registers",
+        "in",
+    )
+    lines = [f"| {' | '.join(heads)} |", f"|---|{'--:|' * (len(heads) - 2)}---|"]
+    for kernels in reports:
+        failing = [sum(getattr(k, what) > 0 for k in kernels) for what in ("spill_stores", "split", "votes")]
+        largest = max(kernels, key=lambda k: (k.registers, k.name))
+        numbers = [len(kernels), *failing, largest.registers]
+        lines.append(f"| {largest.arch} | {' | '.join(map(str, numbers))} | {largest.source}: `{largest.name}` |")
+    return lines
+
+
 def markdown(reports: list[list[Kernel]], archs: list[str]) -> str:
-    """A page of its own: the first architecture in full, of the others what fails."""
+    """A page of its own: a row for each architecture, all kernels of the first, and what fails of the others."""
     lines = [
-        f"# CUDA kernels for {', '.join(f'sm_{arch}' for arch in archs)}",
+        "# CUDA kernels by architecture",
         "",
         f"Written by `python benchmarks/resource_report.py --arch {' '.join(archs)} --markdown",
         "benchmarks/results/cuda_resources.md`, which explains the columns. Spills, stack and shared memory are",
         f"bytes, blocks are those of {BLOCK_THREADS} threads per multiprocessor. Dynamic shared memory is extra.",
         "",
+        *by_architecture(reports),
+        "",
     ]
     for position, kernels in enumerate(reports):
         shown = kernels if position == 0 else [k for k in kernels if k.fails]
-        lines += [f"{count(kernels)}.", "", *([*rows(shown), ""] if shown else [])]
+        if shown:
+            of = "All kernels" if position == 0 else "Those that spill, split stores or loop over votes"
+            lines += [f"{of} for {kernels[0].arch}:", "", *rows(shown), ""]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 

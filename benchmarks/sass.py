@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 import importlib.util
+import operator
 import os
 import re
 import shutil
@@ -17,7 +18,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,6}\*/\s+(.*?)\s*;")
-LABEL = re.compile(r"^(\.L\w+):")
+LABEL = re.compile(r"^(\.L\w+|\$\S+):")
+COMPARISON = re.compile(r"ISETP\.(NE|EQ|GT|GE|LT|LE)\.(?:U32\.)?AND (P\d), PT, (R\d+)(?:\.reuse)?, (\w+), PT")
+TAKEN = {
+    "NE": operator.ne,
+    "EQ": operator.eq,
+    "GT": operator.gt,
+    "GE": operator.ge,
+    "LT": operator.lt,
+    "LE": operator.le,
+}
 GUARD = re.compile(r"^@!?U?P\w+\s+")
 ENDS_BLOCK = re.compile(r"^(@!?U?P\w+\s+)?(BRA|EXIT|RET|BSYNC|BRX|JMP|BREAK)\b")
 
@@ -48,6 +58,7 @@ class Kernel:
     name: str
     blocks: list[list[str]] = field(default_factory=list)
     to: dict[int, set[int]] = field(default_factory=dict)
+    functions: dict[str, int] = field(default_factory=dict)  # that are called, and their first blocks
 
     @property
     def size(self) -> int:
@@ -86,7 +97,7 @@ def parse(text: str) -> list[Kernel]:
 
 
 def graph_of(name: str, body: str) -> Kernel:
-    """Splits code into basic blocks. Calls are of rare slow paths: they count as the one instruction."""
+    """Splits code into basic blocks. A call counts as the one instruction, as most are of rare slow paths."""
     blocks: list[list[str]] = [[]]
     place_of: dict[str, int] = {}
     for line in body.splitlines():
@@ -98,7 +109,8 @@ def graph_of(name: str, body: str) -> Kernel:
             blocks[-1].append(found[1])
             if ENDS_BLOCK.match(found[1]):
                 blocks.append([])
-    return Kernel(name, blocks, edges_of(blocks, place_of))
+    functions = {label: place for label, place in place_of.items() if label.startswith("$")}
+    return Kernel(name, blocks, edges_of(blocks, place_of), functions)
 
 
 def edges_of(blocks: list[list[str]], place_of: Mapping[str, int]) -> dict[int, set[int]]:
@@ -233,6 +245,44 @@ def cheapest_trip(kernel: Kernel, work: Mapping[str, int], *, outermost: bool = 
         if path:
             return [text for block in path for text in kernel.blocks[block]]
     raise ValueError(f"no loop of {kernel.name} does {dict(work)}")
+
+
+def cheapest_call(kernel: Kernel, function: str, chosen: str, value: int) -> list[str]:
+    """The fewest instructions of a function, the first whose name has that part, from its first one to its return.
+
+    It compares a register, loaded from the place ``chosen``, with numbers: the ways that ``value`` leads are taken.
+    """
+    entry = next(block for label, block in kernel.functions.items() if function in label.rsplit("$", 1)[-1])
+    register = next(found[1] for text in kernel.blocks[entry] if (found := re.match(rf"LDC (R\d+), {chosen}", text)))
+    best, via = {entry: len(kernel.blocks[entry])}, dict[int, int]()
+    heap = [(best[entry], entry)]
+    while heap:
+        cost, block = heapq.heappop(heap)
+        if any(opcode(text).startswith("RET") and not text.startswith("@") for text in kernel.blocks[block]):
+            path = [block]
+            while path[-1] in via:
+                path.append(via[path[-1]])
+            return [text for b in reversed(path) for text in kernel.blocks[b]]
+        for b in ways_of(kernel, block, register, value):
+            if (total := cost + len(kernel.blocks[b])) < best.get(b, 1 << 60):
+                best[b], via[b] = total, block
+                heapq.heappush(heap, (total, b))
+    raise ValueError(f"{function} of {kernel.name} does not return")
+
+
+def ways_of(kernel: Kernel, block: int, register: str, value: int) -> set[int]:
+    """Where a block may go on if the register has that value: all ways, unless it ends with a test for just that."""
+    texts, ways = kernel.blocks[block], kernel.to[block]
+    known: dict[str, bool] = {}
+    for text in texts:
+        if (found := COMPARISON.match(text)) and found[3] == register and found[4] != "RZ":
+            known[found[2]] = TAKEN[found[1]](value, int(found[4], 0))
+        elif (found := COMPARISON.match(text)) and found[3] == register:
+            known[found[2]] = TAKEN[found[1]](value, 0)
+    found = re.match(r"@(!?)(P\d) +BRA", texts[-1]) if texts else None
+    if not found or found[2] not in known or block + 1 not in ways or len(ways) != 2:
+        return ways
+    return ways - {block + 1} if known[found[2]] != bool(found[1]) else {block + 1}
 
 
 def most_on_the_way(kernel: Kernel, header: int, members: set[int], done_by: list[int], needed: int) -> dict[int, int]:

@@ -101,8 +101,9 @@ FL_HD T exp_not_positive(T x) {
 #ifdef FL_ON_DEVICE
     if constexpr (sizeof(T) == 8) {
         return ::exp(x);
-    } else {                                    // 2^t (1 + r): r is what t has lost by rounding
-        const T finite = at_least(x, -200.0f);  // of which the exponential is 0
+    } else {
+        // 2^t (1 + r): r is what t has lost by rounding. The exponential of -200 is 0.
+        const T finite = at_least(x, -200.0f);
         const T t = finite * 1.44269504f, y = exp2_approximately(t);
         return ::fmaf(y, ::fmaf(t, -0.69314718f, finite), y);
     }

@@ -73,7 +73,7 @@ private:
 };
 
 template <class Stored, class Kept, int kThreads>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, true>)
     elr_rows(const __grid_constant__ RowProblem p, const __grid_constant__ ElrMemory m) {
     const ElrRows<Stored, Kept, kThreads> rows(p, m);
     const std::int64_t step = std::int64_t(gridDim.x) * (kBlock / kThreads);

@@ -10,7 +10,7 @@ namespace fused_losses::cuda {
 namespace {
 
 template <class A, int kThreads>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, kMinBlocks<A, true>)
     gjs(const __grid_constant__ RowProblem p, const __grid_constant__ GjsViews views, const A normaliser) {
     const ClassesOfLane<kThreads> lane(p);
     each_row<kThreads>(p.rows(), [&](std::int64_t number) {

@@ -10,7 +10,7 @@ namespace fused_losses::cuda {
 namespace {
 
 template <class Stored, int kThreads, bool kBackward>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, true>)
     rescale(const __grid_constant__ RowProblem p, const __grid_constant__ LogitRescale of) {
     using A = acc_t<Stored>;
     using Written = std::conditional_t<kBackward, Stored, A>;
