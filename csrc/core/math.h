@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "core/approximate.h"
 #include "core/float_format.h"
 #include "core/host_device.h"
 
@@ -111,14 +112,11 @@ FL_HD T exp_not_positive(T x) {
 // Max Error: 3 + |x| ulp. Valid Range: x <= 0, NaN.
 template <class T>
 FL_HD T coarse_exp_not_positive(T x) {
-#ifdef __CUDA_ARCH__
-    if constexpr (sizeof(T) == 8) {
-        return ::exp(x);
-    } else {
-        T y;
-        asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f));
-        return y;
-    }
+#ifdef FL_ON_DEVICE
+    if constexpr (sizeof(T) == 8)
+        return exp_not_positive(x);
+    else
+        return exp2_approximately(x * 1.44269504f);
 #else
     using F = FloatFormat<scalar_t<T>>;
     if constexpr (sizeof(scalar_t<T>) == 8) {
@@ -167,14 +165,11 @@ FL_HD T expm1(T x) {
 // Max Error: 2 ulp. Valid Range: from the smallest normal number to its inverse, NaN.
 template <class T>
 FL_HD T reciprocal(T x) {
-#ifdef __CUDA_ARCH__
-    if constexpr (sizeof(T) == 8) {
+#ifdef FL_ON_DEVICE
+    if constexpr (sizeof(T) == 8)
         return T(1) / x;
-    } else {  // to an ulp, by one instruction; a division is ten, and a branch
-        T y;
-        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-        return y;
-    }
+    else
+        return reciprocal_approximately(x);
 #else
     return Traits<T>::reciprocal(x);
 #endif
@@ -189,7 +184,7 @@ FL_HD T minus_abs(T x) {
 // 1 / x, and 0 for x beyond 1e30. Valid Range: normal x > 0, +inf, NaN.
 template <class T>
 FL_HD T reciprocal_or_zero(T x) {
-#ifdef __CUDA_ARCH__
+#ifdef FL_ON_DEVICE
     return reciprocal(x);  // that of +inf is 0
 #else
     return select(x > T(1e30), T(0), reciprocal(x));
@@ -317,13 +312,8 @@ FL_HD T integer_power(T a, int n) {
 // x^y where some ulp do not matter. Max Error: 4 + 2 |log x| ulp. Valid Range: normal x > 0, NaN; |y| <= 1/2.
 template <class T>
 FL_HD T coarse_pow(T x, T y) {
-#ifdef __CUDA_ARCH__
-    if constexpr (sizeof(T) == 4) {
-        T log2, power;
-        asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(log2) : "f"(x));
-        asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(y * log2));
-        return power;
-    }
+#ifdef FL_ON_DEVICE
+    if constexpr (sizeof(T) == 4) return exp2_approximately(y * log2_approximately(x));
 #endif
     return exp(y * log(x));
 }

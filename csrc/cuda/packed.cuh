@@ -12,25 +12,6 @@
 
 namespace fused_losses::cuda {
 
-#ifdef __CUDA_ARCH__
-FL_DEVICE float exp2_approximately(float x) {  // 2 ulp, one instruction
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-FL_DEVICE float log2_approximately(float x) {  // to 2^-22 in [0.5, 2], else 2 ulp
-    float y;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-#elif defined(FL_CUDA_EMULATION)
-FL_DEVICE float exp2_approximately(float x) { return cuda_emulation::approximately(std::exp2(x)); }
-FL_DEVICE float log2_approximately(float x) { return cuda_emulation::approximately(std::log2(x)); }
-#else
-FL_DEVICE float exp2_approximately(float x) { return std::exp2(x); }
-FL_DEVICE float log2_approximately(float x) { return std::log2(x); }
-#endif
-
 template <class Stored>
 struct Word;
 

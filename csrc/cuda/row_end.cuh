@@ -47,18 +47,6 @@ FL_DEVICE AffineRow<A> evaluate(const RowProblem& p, const A* params, const Soft
     return evaluate_any(p.loss, params, row);
 }
 
-// To an ulp, by one instruction for floats.
-FL_DEVICE float reciprocal(float x) {
-#ifdef __CUDA_ARCH__
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-#else
-    return 1.0f / x;
-#endif
-}
-FL_DEVICE double reciprocal(double x) { return 1.0 / x; }
-
 // What forward knows of its row, and what comes out of it.
 template <class A>
 struct RowEnd {
@@ -91,7 +79,7 @@ struct RowEnd {
         softmax.num_classes = A(p.num_classes);
         softmax.below_max = target_logit - state.max;
         const AffineRow<A> affine = evaluate<kFactors>(p, args.params, softmax);
-        Coefficients<A> coefficients{state.max, affine.alpha * reciprocal(state.sum), affine.beta, affine.gamma};
+        Coefficients<A> coefficients{state.max, affine.alpha * math::reciprocal(state.sum), affine.beta, affine.gamma};
         if (!sums_u || target.cls >= 0) {
             coefficients.target_grad += coefficients.alpha * target_e;
             constexpr bool are_ones = kFactors == Factors::kOnes || kFactors == Factors::kOnesAndStatistics;

@@ -2,6 +2,8 @@
 #pragma once
 
 #include "cuda/launch.h"
+#include "cuda/register_plan.h"
+#include "cuda_emulation/approximate_instructions.h"
 #include "cuda_emulation/scheduler.h"
 #include "expected_rows.h"
 #include "naive_statistics.h"
@@ -16,7 +18,8 @@ inline void shuffle_launches(bool any_grid) {
     cuda_emulation::largest_grid = any_grid && cuda_emulation::one_in(2) ? 1 + cuda_emulation::random() % 2 : ~0u;
 }
 
-// How much of a row fits into shared memory, and whether blocks can share one. Sums over all rows depend on it.
+// How much of a row fits into shared memory, whether blocks can share one, and how exact approximate instructions are.
+// Sums over all rows depend on it.
 inline void choose_device() {
     const int sizes[] = {65536, 65536, 40960, 20480, 20480};
     cuda_emulation::shared_per_block = sizes[cuda_emulation::random() % 5];
@@ -26,6 +29,7 @@ inline void choose_device() {
     const int multiprocessors[] = {3, 4, 8};  // of two blocks each: room for four, eight or sixteen in a cluster
     cuda_emulation::multiprocessors = multiprocessors[cuda_emulation::random() % 3];
     ++cuda_emulation::device;  // what kernels found on the last one is remembered
+    cuda_emulation::is_inexact = cuda_emulation::one_in(2);
 }
 
 // On which 16 blocks can share a row.
@@ -35,6 +39,7 @@ inline void choose_device_with_clusters() {
     cuda_emulation::largest_cluster = 16;
     cuda_emulation::multiprocessors = 8;
     ++cuda_emulation::device;
+    cuda_emulation::is_inexact = cuda_emulation::one_in(2);
 }
 
 template <class Stored>
@@ -63,6 +68,20 @@ public:
     void test_large_cluster(const std::string& what) {
         choose_device_with_clusters();
         test(what + " by 16 blocks", any_grad_layout());
+    }
+
+    // Whether rows can stay in registers of kernels for these; and on a device with room for whatever is planned, of
+    // which the gradient is written as the logits are read.
+    bool is_for(cuda::Factors factors) const {
+        if (logits.layout.begin == 0) return false;
+        if (have_passes(factors)) return !p.first_param;
+        if (factors == cuda::Factors::kOnesAndStatistics)
+            return looks && p.logit_bias == 0 && !p.logit_bias_device && cuda::factors_of(p) != cuda::Factors::kRead;
+        return !looks && !mixes && p.class_factors != ClassFactors::kClassLosses && cuda::factors_of(p) == factors;
+    }
+    void test_planned(const std::string& what) {
+        choose_device_with_clusters();
+        test(what + " as planned", logits.layout);
     }
 
     // Rows of the gradient begin `offset` elements further from a 16-byte boundary than those of the logits, which have

@@ -11,10 +11,10 @@
 // Not emulated, so errors in it are not found: the memory model (every write is seen at once by all: no missing fence
 // shows), caches and alignment of accesses (but the sanitizers see those of vectors), lanes in lockstep, clusters of
 // more than one dimension, asynchronous copies in groups and TMA, tensor cores, textures, PTX, streams (a launch has
-// ended when it returns), fast approximate mathematics, out-of-bounds accesses within the static shared memory other
-// than those -fsanitize=bounds knows, limits of registers and of the grid. A spin loop must call __nanosleep or an
-// atomic function. The program must be linked dynamically, without other thread_local variables (clang:
-// -shared-libsan).
+// ended when it returns), fast mathematics but for the instructions in approximate_instructions.h, out-of-bounds
+// accesses within the static shared memory other than those -fsanitize=bounds knows, limits of registers and of the
+// grid. A spin loop must call __nanosleep or an atomic function. The program must be linked dynamically, without other
+// thread_local variables (clang: -shared-libsan).
 #pragma once
 
 #include <link.h>

@@ -30,15 +30,12 @@ inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
 inline constexpr int warpSize = 32;
 
-#define FL_CUDA_EMULATION
-
 namespace cuda_emulation {
 
 using Location = std::source_location;
 
 // What tests choose.
 inline std::mt19937_64 random{1};
-inline int approximation_error = 0;        // of approximate instructions, in units of the last place
 inline unsigned resident = 1;              // blocks that run at the same time
 inline unsigned largest_grid = ~0u;        // a launch that asks for more blocks gets these: for loops over the grid
 inline constexpr int kYieldOneIn = 2;      // how often an atomic function lets others go first
@@ -125,14 +122,6 @@ inline std::string describe(const Thread& thread) {
                          members.back());
     }
     std::abort();
-}
-
-// What an approximate instruction makes of a result: off by up to approximation_error, always the same for the same.
-inline float approximately(float exact) {
-    if (approximation_error == 0 || !std::isnormal(exact)) return exact;
-    const auto bits = std::bit_cast<std::uint32_t>(exact);
-    const int off = int((bits * 2654435761u >> 16) % unsigned(2 * approximation_error + 1)) - approximation_error;
-    return std::bit_cast<float>(bits + unsigned(off));
 }
 
 }  // namespace cuda_emulation
