@@ -154,10 +154,13 @@ private:
 #pragma unroll
             for (int h = 0; h < Words::kCount; ++h) numbers.of[i * Words::kCount + h][n - 1] = z[h];
         }
-        if (!Traits::leaves_target_out && is_apart)
-            each(place, of, numbers, [&](float (&kept)[n], bool is_target) {
-                if (is_target) kept[n - 1] = of.target_logit;
-            });
+        if (!Traits::leaves_target_out && is_apart) {
+#pragma unroll
+            for (int i = 0; i < Words::kHeld; ++i)  // beyond the thread's part the class is another thread's
+                if (Words::class_of(place, i) == of.target && Words::has_round(place, i / Words::kNumbers))
+                    numbers.of[i][n - 1] = of.target_logit;
+            if (extra_class == of.target) extra = of.target_logit;
+        }
         if (!Loss::needs_max || args.is_saved) return 0.0f;
         float top = largest_of(team, std::fmax(words.largest(), extra));
         if (is_apart) top = std::fmax(top, of.target_logit);

@@ -77,7 +77,7 @@ public:
         p.outer = s.outer, p.inner = s.inner, p.num_classes = s.classes;
         p.loss = loss;
         p.reduction = mixes ? Reduction::kSum : Reduction(random.below(4));  // the kernels deliver the same for each
-        for (std::size_t k = 0; k < loss_params.size(); ++k) p.params[k] = double(A(loss_params[k]));
+        std::copy(loss_params.begin(), loss_params.end(), p.params);
         choose_class_factors();
         p.logits = logits.data() + logits.layout.begin;
         set_strides(layout_of(s.kind, s.outer, s.inner, s.classes), p.logits_stride, p.logits_class_stride);

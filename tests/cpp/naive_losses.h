@@ -280,6 +280,8 @@ inline const std::vector<NaiveLoss>& naive_losses() {
          .hand_worked = bi_tempered_by_hand(),
          .at_zero = 5 - (1 - sum_of_powers(1.2)) / 1.2,  // with t2 = 1
          .params = {{0.8, 1.2, 0, 5},
+                    {0.8, 1.2, 0.1, 5},
+                    {0.5, 1.5, 0.1, 5},
                     {0.8, 1.2, 0, 0},
                     {0.5, 2, 0.1, 5},
                     {0.2, 4, 0.1, 0},

@@ -3,12 +3,14 @@
 // random. First argument: one case in so many; the others: seeds of their choice and of the order in which threads run.
 #include <cstdlib>
 
+#include "cuda/register_plan.h"
 #include "cuda_accuracy.h"
 #include "cuda_case.h"
 
 namespace {
 
 using namespace fused_losses_test;
+using namespace fused_losses::cuda;
 
 void test_case(Dtype dtype, const Shape& shape, int loss, const Params& params, Random& random, bool isolation) {
     const std::string name = describe(shape, dtype, loss);
@@ -45,6 +47,82 @@ void test_many_rows(Random& random) {
                             {Kind::kRows, 1, 150, 40}, {Kind::kRows, 1, 40, 300}, {Kind::kRows, 1, 5, 1100}};
     for (const Dtype dtype : kDtypes)
         for (const Shape& shape : shapes) test_any_loss(dtype, shape, random, false);
+}
+
+// A kernel whose rows stay in registers: an index of the tables in register_plan.h.
+struct Kernel {
+    enum { kTile, kDirect, kColumn } kind;
+    std::size_t index;
+
+    Factors factors() const {
+        return kind == kTile     ? kTileKernels[index].factors
+               : kind == kDirect ? kDirectKernels[index].factors
+                                 : kColumnKernels[index].factors;
+    }
+};
+
+std::vector<Kernel> all_kernels() {
+    std::vector<Kernel> all;
+    for (std::size_t k = 0; k < std::size(kTileKernels); ++k) all.push_back({Kernel::kTile, k});
+    for (std::size_t k = 0; k < std::size(kDirectKernels); ++k) all.push_back({Kernel::kDirect, k});
+    for (std::size_t k = 0; k < std::size(kColumnKernels); ++k) all.push_back({Kernel::kColumn, k});
+    return all;
+}
+
+// A random shape that is this kernel's business.
+Shape shape_for(Dtype dtype, const Kernel& kernel, Random& random) {
+    const bool is_column = kernel.kind == Kernel::kColumn;
+    for (int tries = 0; tries < 10000; ++tries) {
+        const int rows = 1 + random.below(kernel.kind == Kernel::kDirect ? 9 : 70);
+        const int classes = 2 + random.below(kernel.kind == Kernel::kDirect && random.one_in(2) ? 12000 : 400);
+        const Shape shape{is_column ? Kind::kPixels : Kind::kRows, is_column ? 2 : 1, rows, classes};
+        RowProblem p;
+        p.dtype = dtype, p.outer = shape.outer, p.inner = rows, p.num_classes = classes;
+        const Layout layout = layout_of(shape.kind, p.outer, rows, classes);
+        p.logits_stride = p.grad_stride = layout.row, p.logits_class_stride = p.grad_class_stride = layout.cls;
+        RegisterPlan plan = plan_tiles(p, kernel.factors(), 8);
+        if (bool(plan) != (kernel.kind == Kernel::kTile)) continue;
+        if (!plan) plan = plan_columns(p, kernel.factors());
+        if (plan.is_column != is_column) continue;
+        if (!plan) plan = plan_direct(p, kernel.factors(), kMaxCluster);
+        if (plan && plan.kernel == int(kernel.index)) return shape;
+    }
+    check(false, "kernel %d of list %d has no rows", int(kernel.index), int(kernel.kind));
+    return {Kind::kRows, 1, 1, 2};
+}
+
+// Each of those kernels, with each loss that it is compiled for. Of softmax losses, which all cases above are about,
+// one in so many.
+void test_registers(int thinning, Random& random) {
+    constexpr struct {
+        Factors factors;
+        const char* loss;
+        int params;
+    } passes[] = {{Factors::kOneKept, "hem", 0},
+                  {Factors::kOneKept, "multi_margin", 0},
+                  {Factors::kOneKept, "multi_margin", 4},
+                  {Factors::kOneKept, "bi_tempered", 0},
+                  {Factors::kTwoKept, "ngce", 0}};
+    const auto test_kernel = [&](Dtype dtype, const Kernel& kernel, int given_loss, int params) {
+        const Shape shape = shape_for(dtype, kernel, random);
+        visit_dtype(dtype, [&]<class Stored>() {
+            for (bool is_done = false; !is_done;) {
+                const int loss = given_loss < 0 ? random.below(SoftmaxLosses::size) : given_loss;
+                const bool looks = kernel.factors() == Factors::kOnesAndStatistics;
+                CudaCase<Stored> problem(shape, loss, naive_loss(loss_names()[loss]).params[params], random, looks,
+                                         looks);
+                is_done = problem.is_for(kernel.factors());
+                if (is_done) problem.test_planned(describe(shape, dtype, loss));
+            }
+        });
+    };
+    for (const Dtype dtype : {Dtype::kFloat32, Dtype::kFloat16, Dtype::kBFloat16})
+        for (const Kernel& kernel : all_kernels()) {
+            if (!have_passes(kernel.factors()) && random.one_in(thinning)) test_kernel(dtype, kernel, -1, 0);
+            for (const auto& of : passes)
+                if (of.factors == kernel.factors() && random.one_in(std::max(1, thinning / 16)))
+                    test_kernel(dtype, kernel, index_of(AllLosses{}, of.loss), of.params);
+        }
 }
 
 // As of logits[:, :C] of a wider tensor: the gradient has no gaps.
@@ -106,6 +184,7 @@ int main(int argc, char** argv) {
         test_losses(thinning, random);
         test_shapes(thinning, random);
         test_many_rows(random);
+        test_registers(thinning, random);
         test_offsets(random);
         test_large_clusters(random);
     }
