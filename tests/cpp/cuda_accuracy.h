@@ -102,7 +102,7 @@ void test_accuracy(const AccuracyCase& of, const Shape& shape) {
 
 // Tiles, rows in registers, pixels.
 inline void test_accuracies() {
-    const AccuracyCase cases[] = {{"cross_entropy", First::kLogProbabilities, 5},
+    const AccuracyCase cases[] = {{"cross_entropy", First::kLogProbabilities, 7},
                                   {"ngce", First::kLogProbabilities, 10},
                                   {"nfl", First::kLogProbabilities, 10},
                                   {"jal_fl", First::kLogProbabilities, 10},
