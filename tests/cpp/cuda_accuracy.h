@@ -108,11 +108,11 @@ inline void test_accuracies() {
                                   {"jal_fl", First::kLogProbabilities, 10},
                                   {"ldr_kl", First::kSoftplus, 10},
                                   {"bi_tempered", First::kDistances, 20}};
-    const Shape shapes[] = {{Kind::kRows, 1, 96, 10},
-                            {Kind::kRows, 1, 96, 100},
-                            {Kind::kRows, 1, 24, 1000},
-                            {Kind::kPixels, 1, 96, 10},
-                            {Kind::kPixels, 1, 96, 100}};
+    const Shape shapes[] = {{Kind::kRows, 1, 48, 10},
+                            {Kind::kRows, 1, 48, 100},
+                            {Kind::kRows, 1, 12, 1000},
+                            {Kind::kPixels, 1, 48, 10},
+                            {Kind::kPixels, 1, 48, 100}};
     for (const AccuracyCase& of : cases)
         for (const Shape& shape : shapes) {
             test_accuracy<float>(of, shape);
