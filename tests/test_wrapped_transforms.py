@@ -80,8 +80,7 @@ def test_export(name):
     logits, target = batch(torch.float32)
     inputs = (logits, target, torch.arange(7)) if case.takes_index else (logits, target)
     rows = torch.export.Dim("rows", min=2)
-    shapes = ({0: rows}, {0: rows}, ({0: rows},)) if case.takes_index else ({0: rows}, {0: rows})
-    program = torch.export.export(module, inputs, dynamic_shapes=shapes)
+    program = torch.export.export(module, inputs, dynamic_shapes=({0: rows},) * len(inputs))
     few = tuple(tensor[:5] for tensor in inputs)
     torch.testing.assert_close(program.module()(*few), module(*few))
 
