@@ -129,7 +129,7 @@ class ZMSELoss(ZErrorModule):
             eval mode they stay as they are; before any training batch, an eval call uses its own batch.
         momentum: how fast earlier batches fade, in [0, 1]: their weight is multiplied by ``1 - momentum`` with every
             batch. 0.1 remembers about 10 batches, 0 all of them.
-        num_tasks: T, with ``per_task``. It gives running statistics their shape from the start.
+        num_tasks: T with ``per_task``, else 1. It gives running statistics their shape from the start.
 
     Returns:
         Called with ``(input, target, sample_weight=None, *, return_mask=False)``: the loss, or
@@ -157,13 +157,16 @@ class ZMSELoss(ZErrorModule):
         process_group: dist.ProcessGroup | None = None,
         num_tasks: int | None = None,
     ) -> None:
+        tasks = check_count("num_tasks", num_tasks)
+        if not per_task and tasks not in (None, 1):
+            raise ValueError(f"num_tasks must be 1 without per_task=True, got {num_tasks}")
         super().__init__(
             threshold,
             reduction=reduction,
             running=running,
             momentum=momentum,
             process_group=process_group,
-            num_groups=check_count("num_tasks", num_tasks) if per_task else 1,
+            num_groups=tasks if per_task else 1,
         )
         choose("statistic", statistic, _STATISTICS)
         self.statistic, self.per_task = statistic, per_task
