@@ -1,10 +1,10 @@
 """What a small call costs on one thread: every loss Module beside ``torch.nn.CrossEntropyLoss``, at 32 x 10, and
 Z-Error losses at 256 x 10, since statistics of a class need rows.
 
-    python -m benchmarks.small_calls [losses]        (two minutes)
+    python -m benchmarks.small_calls [losses] > benchmarks/results/cpu/small_calls.md        (two minutes)
 
 Without gradient, forward that is to be differentiated, and forward + backward. All calls of a state take turns; the
-shortest CPU time of each counts, and the table gives torch's over ours.
+shortest CPU time of each counts, in microseconds; behind it, in units of torch's.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import fused_losses as fl
 from benchmarks.cpu_profile import shortest
+from benchmarks.machine import describe
 from fused_losses._arguments import LOSSES
 
 SHAPE, Z_SHAPE = (32, 10), (256, 10)
@@ -55,17 +56,20 @@ def microseconds(modules: list[Callable[..., Tensor]], state: str, shape: tuple[
 
 
 def table(losses: Mapping[str, Callable[..., Tensor]], shape: tuple[int, int]) -> None:
-    """Prints times and torch's over ours."""
+    """Prints times, and these over torch's."""
     modules: dict[str, Callable[..., Tensor]] = {"torch": nn.CrossEntropyLoss(), **losses}
     columns = [microseconds(list(modules.values()), state, shape) for state in STATES]
-    print(f"{'x'.join(map(str, shape)):22}" + "".join(f"{state:>18}" for state in STATES))
+    print(f"\n| {shape[0]} x {shape[1]} | {' | '.join(STATES)} |\n|{' --- |' * (1 + len(STATES))}")
     for name, *times in zip(modules, *columns, strict=True):
-        cells = (f"{t:8.1f} us {column[0] / t:5.2f} " for t, column in zip(times, columns, strict=True))
-        print(f"{name:22}" + " ".join(f"{cell:>17}" for cell in cells))
+        cells = (f"{t:.1f}, {t / column[0]:.2f}" for t, column in zip(times, columns, strict=True))
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 def main() -> None:
     torch.set_num_threads(1)
+    machine = describe("cpu")
+    print("# Small calls\n\nMade by `python -m benchmarks.small_calls`, which explains it.")
+    print(f"{machine['processor']}, {machine['isa']}, torch {torch.__version__}, commit {machine['commit']}.")
     losses: dict[str, Callable[..., nn.Module]] = {name: LOSSES[name].module for name in sys.argv[1:] or LOSSES}
     table({name: make() for name, make in losses.items()}, SHAPE)
     chosen: dict[str, Any] = {"threshold": 1.0, "statistic": "prob", "sided": "lower"}

@@ -19,17 +19,18 @@ if TYPE_CHECKING:
 
 FLAG_RATE = 0.5  # rows dropped in at least this share of the epochs count as flagged
 NOTES = {
-    "bias": '* = logit_bias="auto", here {bias:.2f}: a head start for the labelled class, in training only. Bounded '
-    "losses need it with many classes; with few it helps where a loss would never learn one of them.",
+    "bias": '* = logit_bias="auto", here {bias:.2f}: a head start for the labelled class, in training only. MAE needs '
+    "it with many classes. With ten it helps where a loss would never learn one of them, and lets it learn wrong "
+    "labels sooner.",
     "hem": "HEM is made for unknown classes and for imbalance, not for wrong labels: it works hardest on the rows it "
-    "has wrong, so the longer it trains the more wrong labels it learns.",
+    "has wrong, so the longer it trains the more wrong labels it learns. Labels that people got wrong harm it more "
+    "than these random ones.",
     "z_ce": "Z-CE is cross entropy without the rows whose label the network finds unlikely compared with the other "
-    "rows of that label: ZErrorCrossEntropyLoss({settings}), its threshold annealed from {start:g} in the first epochs "
+    "rows of that label: ZErrorCrossEntropyLoss({settings}), its threshold lowered from {start:g} in the first epochs "
     "(ThresholdSchedule). These settings were chosen on these digits; the other losses have their defaults.",
-    "z_ce_default": "Z-CE default is the same loss with its defaults, the paper's rule for two classes (two-sided, "
-    "logits of the batch), its threshold annealed to 2 likewise. A threshold t can single out a cluster of wrong rows "
-    "only while they are fewer than 1 / (1 + t^2) of their class: 20 % for 2, 50 % for 1. Here about {wrong:.0%} of "
-    "the labels are wrong.",
+    "z_ce_default": "Z-CE default is the same loss with its defaults, the paper's rule for two classes, its threshold "
+    "lowered to 2. A threshold t can find wrong rows only while they are fewer than 1 / (1 + t^2) of the rows with "
+    "their label: 20 % for 2, 50 % for 1.",
 }
 
 
@@ -41,7 +42,8 @@ class Result:
     accuracy: list[list[float]]
     fused_us: float
     plain_us: float
-    detection: list[Detection] = field(default_factory=list)  # per seed, of losses that drop rows
+    ranking: list[Detection] = field(default_factory=list)  # per seed: as many rows as are wrong, least probable labels
+    detection: list[Detection] = field(default_factory=list)  # per seed, of losses that drop rows: those
 
     @property
     def best(self) -> list[float]:
@@ -62,13 +64,12 @@ def mean_and_std(values: Sequence[float], digits: int = 3) -> str:
     return f"{statistics.fmean(values):.{digits}f}{spread}"
 
 
-def print_accuracy(console: Console, results: Sequence[Result], batch_size: int) -> None:
+def print_accuracy(console: Console, results: Sequence[Result], batch_size: int, device: object) -> None:
     """Print accuracy and cost of every loss."""
     from rich import box
     from rich.table import Table
 
-    title = f"Test accuracy; forward + backward of the loss on {batch_size} x {NUM_CLASSES} logits"
-    table = Table(box=box.SIMPLE, title=title)
+    table = Table(box=box.SIMPLE, title="Test accuracy, and time of the loss")
     table.add_column("loss", no_wrap=True)
     for heading in ("best epoch", "last epoch", "fused", "plain", "ratio"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -82,27 +83,38 @@ def print_accuracy(console: Console, results: Sequence[Result], batch_size: int)
             f"{result.plain_us / result.fused_us:.1f}x",
         )
     console.print(table)
+    console.print(
+        "best epoch: the highest accuracy, chosen by the right test labels; stopping early comes near to it. last "
+        f"epoch: what you get without. fused, plain: forward and backward of the loss alone on {batch_size} x "
+        f"{NUM_CLASSES} logits, by this package and by the same formula in PyTorch, "
+        f"{'one CPU thread' if str(device) == 'cpu' else device}."
+    )
 
 
 def print_detection(console: Console, results: Sequence[Result]) -> None:
-    """Print how well the rows that losses dropped agree with the planted wrong labels."""
+    """Print how well the rows that a tracker named agree with the planted wrong labels."""
     from rich import box
     from rich.table import Table
 
-    masking = [result for result in results if result.detection]
-    if not masking:
-        return
-    title = f"Wrong labels found: rows dropped in at least {FLAG_RATE:.0%} of the epochs (OutlierTracker)"
-    table = Table(box=box.SIMPLE, title=title)
-    table.add_column("loss", no_wrap=True)
+    table = Table(box=box.SIMPLE, title="Wrong labels found by an OutlierTracker in these trainings")
+    for heading in ("loss", "rows"):
+        table.add_column(heading, no_wrap=True)
     for heading in Detection._fields:
         table.add_column(heading, justify="right", no_wrap=True)
-    for result in masking:
-        table.add_row(result.choice.label, *map(mean_and_std, zip(*result.detection, strict=True)))
+    for result in results:
+        for name, found in (("ranked", result.ranking), ("dropped", result.detection)):
+            if found:
+                table.add_row(result.choice.label, name, *map(mean_and_std, zip(*found, strict=True)))
     console.print(table)
+    console.print(
+        "ranked: the rows whose label was least probable in the first third of the epochs, as many as are wrong "
+        f"(OutlierTracker.rank). dropped: those that a Z-Error loss dropped in at least {FLAG_RATE:.0%} of the epochs "
+        "(OutlierTracker.flagged). precision: how many of them are wrong; recall: how many of the wrong are among "
+        "them; f1: the harmonic mean of both."
+    )
 
 
-def print_notes(console: Console, results: Sequence[Result], noise: float) -> None:
+def print_notes(console: Console, results: Sequence[Result]) -> None:
     """Print what the numbers show and what they do not."""
     means = {result.choice.label: statistics.fmean(result.last) for result in results}
     lost = {result.choice.label: statistics.fmean(result.best) - means[result.choice.label] for result in results}
@@ -110,15 +122,15 @@ def print_notes(console: Console, results: Sequence[Result], noise: float) -> No
         winner, loser = (of(means, key=means.__getitem__) for of in (max, min))
         fallen = max(lost, key=lost.__getitem__)
         console.print(
-            f"Here {winner} ends highest ({means[winner]:.3f}) and {loser} lowest ({means[loser]:.3f}); "
+            f"\nHere {winner} ends highest ({means[winner]:.3f}) and {loser} lowest ({means[loser]:.3f}); "
             f"{fallen} loses most between its best and its last epoch ({lost[fallen]:.3f}). "
-            "Differences below the spread over seeds mean nothing."
+            "Differences below the spread over seeds mean nothing. Which loss to take for other data does not follow "
+            "from these digits: see README.md, Which loss."
         )
     for result in results:
         settings = ", ".join(f"{name}={value!r}" for name, value in result.choice.settings.items())
         if note := NOTES.get(result.choice.stem):
-            wrong = noise * (NUM_CLASSES - 1) / NUM_CLASSES
-            console.print(note.format(settings=settings, start=START_THRESHOLD, wrong=wrong))
+            console.print(note.format(settings=settings, start=START_THRESHOLD))
     if any(result.choice.auto_bias for result in results):
         console.print(NOTES["bias"].format(bias=max(0.0, solve_logit_bias(NUM_CLASSES))))
 
@@ -168,6 +180,7 @@ def save_numbers(results: Sequence[Result], settings: dict[str, Any], path: Path
             "last_test_accuracy": result.last,
             "fused_microseconds_per_step": result.fused_us,
             "plain_microseconds_per_step": result.plain_us,
+            **({"wrong_labels_ranked": [_without_nan(found) for found in result.ranking]} if result.ranking else {}),
             **({"wrong_labels_found": [_without_nan(found) for found in result.detection]} if result.detection else {}),
         }
         for result in results

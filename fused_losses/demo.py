@@ -1,8 +1,7 @@
 """``python -m fused_losses demo``: trains on partly wrong labels with several losses and compares them.
 
 It trains a small network on scikit-learn's handwritten digits after replacing part of the training labels at random,
-prints test accuracy and cost of each loss and which labels the Z-Error losses found wrong, and saves a plot and the
-numbers.
+prints test accuracy and cost of each loss and how many wrong labels were found, and saves a plot and the numbers.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 import fused_losses as fl
 from fused_losses._demo_data import (
     NUM_CLASSES,
-    Detection,
     Digits,
     compare_flags,
     corrupt_labels,
@@ -58,7 +56,8 @@ __all__ = [
     "run",
 ]
 
-DEFAULT_LOSSES = "ce,mae,mae*,gce*,agce*,hem,z_ce,z_ce_default"
+DEFAULT_LOSSES = "ce,gce,ece_mae,nce_agce,mae,hem,z_ce,z_ce_default"
+RANKED_SHARE = 3  # one part in so many of the epochs, the first, in which labels are ranked
 LARGEST = 1_000_000  # of epochs, seeds and rows in a step
 EXTRA = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
 
@@ -90,7 +89,8 @@ def train_one(
     """Train one network and return its test accuracy after each epoch.
 
     The seed decides the wrong labels, the initial weights and the order of the batches, so that losses with
-    the same seed are compared on equal terms. ``tracker``, for Z-Error losses, is told which rows were dropped.
+    the same seed are compared on equal terms. ``tracker`` is told how probable the labels are in the first third of
+    the epochs, and which rows a Z-Error loss dropped in all of them.
     """
     device = data.train_inputs.device
     target, generator = plant_wrong_labels(data, recipe.noise, seed)
@@ -98,17 +98,21 @@ def train_one(
     schedule = anneal_threshold(loss, recipe.epochs)
     optimizer = torch.optim.Adam([*model.parameters(), *loss.parameters()], lr=1e-3)
     accuracy = []
-    for _ in range(recipe.epochs):
+    for epoch in range(recipe.epochs):
         order = torch.randperm(len(target), generator=generator).to(device)
         for start in range(0, len(order), recipe.batch_size):
             rows = order[start : start + recipe.batch_size]
             optimizer.zero_grad(set_to_none=True)
             logits = model(data.train_inputs[rows])
-            if tracker is None:
-                value = loss(logits, target[rows])
-            else:
+            mask = scores = probabilities = None
+            if tracker is not None and schedule is not None:
                 value, mask, scores = loss(logits, target[rows], return_mask=True)
-                tracker.update(rows, mask, scores)
+            else:
+                value = loss(logits, target[rows])
+            if tracker is not None and RANKED_SHARE * epoch < recipe.epochs:
+                probabilities = fl.row_statistics(logits, target[rows])
+            if tracker is not None and not (probabilities is None and mask is None):
+                tracker.update(rows, mask, scores, row_statistics=probabilities)
             value.backward()
             optimizer.step()
         if schedule is not None:
@@ -147,16 +151,14 @@ def measure(choice: LossChoice, data: Digits, recipe: Recipe, seeds: int, on_epo
     device = data.train_inputs.device
     result = Result(choice, [], *time_step(choice, recipe.batch_size, device))
     for seed in range(seeds):
-        tracker = OutlierTracker(len(data.train_target), device=device) if choice.masks else None
+        tracker = OutlierTracker(len(data.train_target), device=device)
         result.accuracy.append(train_one(choice.module(), data, recipe, seed, on_epoch, tracker))
-        if tracker is not None:
-            result.detection.append(_detection(tracker, data, recipe.noise, seed))
+        target, _ = plant_wrong_labels(data, recipe.noise, seed)
+        wrong = target != data.train_target
+        result.ranking.append(compare_flags(tracker.rank()[: int(wrong.sum())], wrong))
+        if choice.masks:
+            result.detection.append(compare_flags(tracker.flagged(FLAG_RATE), wrong))
     return result
-
-
-def _detection(tracker: OutlierTracker, data: Digits, noise: float, seed: int) -> Detection:
-    target, _ = plant_wrong_labels(data, noise, seed)
-    return compare_flags(tracker.flagged(FLAG_RATE), target != data.train_target)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -250,16 +252,16 @@ def run(args: argparse.Namespace) -> int:
             if not console.is_terminal:  # no bar is shown there, and minutes of silence look like a hang
                 console.print(f"{choice.label}: trained, {len(results)} of {len(args.losses)} losses")
 
-    print_accuracy(console, results, args.batch_size)
     corruption = f"{args.noise:.0%} of the training labels redrawn at random"
+    wrong = args.noise * (NUM_CLASSES - 1) / NUM_CLASSES
     console.print(
-        f"{len(data.train_target)} training rows, {corruption}; {len(data.test_target)} test rows with clean "
-        f"labels; {args.epochs} epochs; {args.seeds} seed(s), mean +- standard deviation. Only clean test "
-        "labels can tell which epoch was best; the last one is what training gives you. Times are medians, on one CPU "
-        "thread unless --device says otherwise."
+        f"\nHandwritten digits: {len(data.train_target)} training rows, {corruption}, so that about {wrong:.0%} of the "
+        f"labels are wrong; {len(data.test_target)} test rows with right labels; {args.epochs} epochs. "
+        f"{f'Means of {args.seeds} seeds +- standard deviation.' if args.seeds > 1 else 'One seed.'}"
     )
+    print_accuracy(console, results, args.batch_size, args.device)
     print_detection(console, results)
-    print_notes(console, results, args.noise)
+    print_notes(console, results)
     plot(results, f"Handwritten digits, {corruption}", args.out)
     versions = {"torch": torch.__version__, "fused_losses": fl.__version__}
     settings = {**asdict(recipe), "seeds": args.seeds, "device": str(args.device), **versions}

@@ -41,6 +41,7 @@ def test_demo_trains_prints_and_saves(tmp_path: Path, capsys: pytest.CaptureFixt
     printed = capsys.readouterr().out
     assert " CE " in printed and " MAE* " in printed and "+-" in printed and str(out) in printed
     assert 'logit_bias="auto", here 0.52' in printed
+    assert "about 36% of the labels are wrong" in " ".join(printed.split())
     assert png_size(out) == (1350, 750)
 
     numbers = json.loads(out.with_suffix(".json").read_text())
@@ -53,6 +54,8 @@ def test_demo_trains_prints_and_saves(tmp_path: Path, capsys: pytest.CaptureFixt
         assert loss["best_test_accuracy"] == [max(curve) for curve in curves]
         assert loss["last_test_accuracy"] == [curve[-1] for curve in curves]
         assert loss["fused_microseconds_per_step"] > 0 and loss["plain_microseconds_per_step"] > 0
+        assert len(loss["wrong_labels_ranked"]) == 2
+        assert all(found["precision"] == found["recall"] > 0.4 for found in loss["wrong_labels_ranked"])  # chance: 0.36
     assert "logit_bias" not in numbers["losses"][0]
     assert numbers["losses"][1]["logit_bias"] == pytest.approx(solve_logit_bias(10))
 

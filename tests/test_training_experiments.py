@@ -28,6 +28,9 @@ def test_only_missing_runs_are_trained(tmp_path: Path) -> None:
     runs = Runs(path)
     assert [(row["label"], row["seed"]) for row in runs.rows] == [("CE", 0), ("CE", 1), ("MAE", 0)]
     assert all(len(row["top1"]) == 2 for row in runs.rows)
+    assert runs.has("CE", "", 1, dataclasses.replace(recipe, seed=1, quiet=True).settings()), (
+        "as options are, not the file"
+    )
     with path.open("a") as file:
         file.write(first[: len(first) // 2].splitlines()[-1][:50])  # an interrupted line
     assert train_all(Runs(path), recipe, variants, seeds=2)

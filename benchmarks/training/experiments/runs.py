@@ -59,7 +59,8 @@ class Runs:
 
     def has(self, label: str, group: str, seed: int, settings: dict[str, Any]) -> bool:
         """Whether this run is there, with the same settings."""
-        default = json.loads(json.dumps(Options().settings()))  # of options that are newer than the row
+        # As rows come out of the file, where tuples are lists; defaults are of options that are newer than the row.
+        default, settings = (json.loads(json.dumps(of)) for of in (Options().settings(), settings))
         return any(
             (row["label"], row["group"], row["seed"]) == (label, group, seed)
             and {**default, **row["settings"]} == settings
