@@ -94,7 +94,7 @@ def row_statistics(target: Tensor) -> Steps:
 def wrapped(shape: tuple[int, int], target: Tensor) -> Steps:
     """Corrections, ELR, several views, and rescaled logits beside the loss inside."""
     rows, classes = shape
-    matrix = fl.noise.symmetric_matrix(classes, 0.2)
+    matrix = fl.noise.symmetric_matrix(0.2, classes)
     elr, other_view, index = fl.ELRLoss(rows, classes), torch.randn(shape), torch.arange(rows)
     gjs = fl.GJSLoss((0.4, 0.3, 0.3))
     return {
