@@ -52,7 +52,7 @@ def table(title: str, shape: tuple[int, int], losses: Steps, target: Tensor) -> 
     logits = torch.randn(shape)
     copies = rotation_bytes("cpu") // (4 * logits.numel())
     leaves = [logits.clone().requires_grad_() for _ in range(copies)]
-    steps = {"F.cross_entropy": functools.partial(F.cross_entropy, target=target), **losses}
+    steps: Steps = {"F.cross_entropy": functools.partial(F.cross_entropy, target=target), **losses}
     times = shortest([Step(loss, leaves) for loss in steps.values()], 1, time.thread_time)
     print(f"\n## {title}, {shape[0]} x {shape[1]}\n\n| loss | ms | over torch |\n| --- | --- | --- |")
     for name, microseconds in zip(steps, times, strict=True):
@@ -72,9 +72,10 @@ def loss_then_statistics(loss: Callable[..., Tensor], target: Tensor, logits: Te
 def probability_targets(shape: tuple[int, int], target: Tensor) -> Steps:
     """Probabilities for all classes, and two labels a row."""
     probabilities = torch.rand(shape).softmax(1)
-    losses = {"GCE": (fl.GCELoss(), fl.reference.gce_loss), "NCE+AGCE": (fl.NCEAGCELoss(), fl.reference.nce_agce_loss)}
+    losses = {"GCE": fl.LOSSES["gce"], "NCE+AGCE": fl.LOSSES["nce_agce"]}
     steps: Steps = {"F.cross_entropy of probabilities": lambda x: F.cross_entropy(x, probabilities)}
-    for name, (loss, plain) in losses.items():
+    for name, entry in losses.items():
+        loss, plain = entry.function, entry.reference
         steps[f"{name} of probabilities"] = functools.partial(loss, target=probabilities)
         steps[f"{name} of probabilities, plain formula"] = functools.partial(plain, target=probabilities)
         steps[f"{name} of two labels"] = functools.partial(two_labels, loss, target)

@@ -14,17 +14,19 @@ import fused_losses.integrations.mmengine
 import fused_losses.integrations.timm  # noqa: F401
 from fused_losses import LOSSES
 
-RESULTS = "benchmarks/results/cpu"
+RESULTS = "benchmarks/results"
+_OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./(?:README|CONTRIBUTING)\.md[^)]*\)")
 _SECTION = re.compile(r"^<!-- (?P<file>[A-Z]+\.md): (?P<heading>.+) -->$", re.M)
 _ROLE = re.compile(r":(?:class|data|func|meth|mod):`~?([^`]+)`")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds pictures and reports of the benchmarks, which live outside of docs/."""
-    root = Path(config.config_file_path).parent
-    for path in sorted((root / RESULTS).iterdir()):
+    root = Path(config.config_file_path).parent / RESULTS
+    for path in sorted(root.rglob("*")):
         if path.suffix in (".md", ".png"):
-            files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
+            name = f"results/{path.relative_to(root).as_posix()}"
+            files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
 
 
@@ -32,13 +34,13 @@ def on_page_markdown(markdown: str, config: MkDocsConfig, **_: object) -> str:
     """Lists the losses of the registry, brings in sections of other files, makes links right in the site.
 
     ``<!-- FILE: HEADING -->`` stands for that section of a file outside of docs/, which readers of the repository find
-    behind the link above it.
+    behind the link above it. In the site that link is mere text.
     """
     modules = "\n".join(f"        - {entry.module.__name__}" for entry in LOSSES.values())
     markdown = markdown.replace("        - EVERY_ROW_LOSS", modules)
     root = Path(config.config_file_path).parent
     markdown = _SECTION.sub(lambda match: _section(root / match["file"], match["heading"]), markdown)
-    return markdown.replace(f"](../{RESULTS}/", "](results/")
+    return _OUTSIDE.sub(r"\1", markdown).replace(f"](../{RESULTS}/", "](results/")
 
 
 def _section(path: Path, heading: str) -> str:

@@ -185,7 +185,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             add_rival(flags, noise, epochs // 3, seeds)
         outcomes[0].tracker.to_csv(files[noise, threshold])
     console.print(flags, summary)
-    console.print(f"{len(outcomes)} seed(s), mean +- standard deviation; {epochs} epochs.")
+    repeats = f"means of {len(outcomes)} seeds +- standard deviation" if len(outcomes) > 1 else "one seed"
+    console.print(f"{epochs} epochs; {repeats}. rate: in how many of the epochs, at least, a flagged row was dropped.")
     console.print(CONCLUSION)
     console.print(f"counts of the first seed: {options.out}/*.csv", soft_wrap=True)
     return 0

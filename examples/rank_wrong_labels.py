@@ -152,7 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             table.add_row(f"{noise:.0%}", method, *columns)
         table.add_section()
     console.print(table)
-    console.print(f"{len(seeds)} seed(s), mean +- standard deviation; {epochs} epochs.")
+    repeats = f"means of {len(seeds)} seeds +- standard deviation" if len(seeds) > 1 else "one seed"
+    console.print(f"{epochs} epochs; {repeats}.")
     console.print(CONCLUSION)
     return 0
 

@@ -124,7 +124,10 @@ def train_one(
 
 @one_thread()
 def time_step(choice: LossChoice, batch_size: int, device: torch.device, rounds: int = 300) -> tuple[float, float]:
-    """Median microseconds of forward + backward of the loss alone: fused and plain PyTorch, in turn."""
+    """Median microseconds of forward + backward of the loss alone: fused and plain PyTorch, in turn.
+
+    On the CPU of the thread's own time, so that other programs do not count.
+    """
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(batch_size, NUM_CLASSES, generator=generator).to(device).requires_grad_()
     target = torch.randint(NUM_CLASSES, (batch_size,), generator=generator).to(device)
@@ -134,14 +137,15 @@ def time_step(choice: LossChoice, batch_size: int, device: torch.device, rounds:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
+    clock = time.perf_counter if device.type == "cuda" else time.thread_time
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):
         for function, samples in zip((choice.fused, choice.plain), seconds, strict=True):
             synchronize()
-            start = time.perf_counter()
+            start = clock()
             torch.autograd.grad(function(logits, target, **options), logits)
             synchronize()
-            samples.append(time.perf_counter() - start)
+            samples.append(clock() - start)
     fused, plain = (statistics.median(samples) * 1e6 for samples in seconds)
     return fused, plain
 

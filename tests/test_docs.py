@@ -173,6 +173,10 @@ def test_site_builds_without_warnings(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
+    links = {
+        link for page in tmp_path.rglob("*.html") for link in re.findall(r'(?:href|src)="([^"]*)"', page.read_text())
+    }
+    assert [link for link in links if re.match(r"(?!https?:).*(\.md\b|benchmarks/)", link)] == [], "out of the site"
     reference = (tmp_path / "api/losses/index.html").read_text()
     for entry in fl.LOSSES.values():
         assert f'id="fused_losses.functional.{entry.function.__name__}"' in reference
