@@ -8,7 +8,7 @@ which labels are wrong, precision, recall and F1 can be given for several rates:
 which a row must have been dropped to be flagged. The counts are written as CSV files, one line per row of the data.
 
 With your own data: pass the row numbers along with the batches, take ``loss, mask, scores`` from the loss with
-``return_mask=True``, and call ``tracker.update(row_numbers, mask, scores)``. Under a minute on one core. Needs
+``return_mask=True``, and call ``tracker.update(row_numbers, mask, scores)``. Two minutes on one core. Needs
 ``pip install 'fused_losses[demo]'``.
 """
 
