@@ -96,13 +96,14 @@ def find(noise: float, epochs: int, seed: int) -> tuple[dict[str, Tensor], Tenso
     found = {}
     for loss_name in ("cross_entropy", "gce", Z_ERROR + "cross_entropy", Z_ERROR + "gce"):
         _, tracker = train(loss_name, data.train_inputs, target, epochs, seed)
-        found[f"{loss_name}: rank()"] = tracker.rank()[:count]
+        label = loss_name.replace("cross_entropy", "CE")
+        found[f"{label}: rank()"] = tracker.rank()[:count]
         if loss_name.startswith(Z_ERROR):
-            found[f'{loss_name}: rank(by="score")'] = tracker.rank(by="score")[:count]
-            found[f"{loss_name}: flagged(0.5)"] = tracker.flagged(0.5)
+            found[f'{label}: rank(by="score")'] = tracker.rank(by="score")[:count]
+            found[f"{label}: flagged(0.5)"] = tracker.flagged(0.5)
     probs = out_of_fold(data.train_inputs, target, epochs, seed)
     of_label = probs.gather(1, target[:, None]).squeeze(1)
-    found[f"out-of-fold probability, {FOLDS} trainings"] = of_label.argsort()[:count]
+    found[f"out of fold, {FOLDS} trainings"] = of_label.argsort()[:count]
     return found | _cleanlab(target, probs, count), wrong
 
 
@@ -148,11 +149,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs = [find(noise, epochs, seed) for seed in seeds]
         for method in runs[0][0]:
             scores = [compare_flags(found[method], wrong) for found, wrong in runs]
-            columns = (mean_and_std(column, digits=2) for column in zip(*scores, strict=True))
+            spreads = (mean_and_std(column, digits=2) for column in zip(*scores, strict=True))
+            columns = (spread.replace(" +- ", "±") for spread in spreads)  # fits into 80 columns
             table.add_row(f"{noise:.0%}", method, *columns)
         table.add_section()
     console.print(table)
-    repeats = f"means of {len(seeds)} seeds +- standard deviation" if len(seeds) > 1 else "one seed"
+    repeats = f"means of {len(seeds)} seeds ± standard deviation" if len(seeds) > 1 else "one seed"
     console.print(f"{epochs} epochs; {repeats}.")
     console.print(CONCLUSION)
     return 0

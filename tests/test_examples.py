@@ -127,11 +127,11 @@ def test_ranking_while_training_is_as_good_as_ranking_by_five_trainings_more(
     assert torch.equal(torch.get_rng_state(), state)
     lines = [line.strip().rsplit(maxsplit=3) for line in capsys.readouterr().out.splitlines() if line.strip()]
     f1 = {line[0].removeprefix("20%").strip(): float(line[3]) for line in lines if line[0].startswith("20%")}
-    assert {"cross_entropy: rank()", "gce: rank()", "Z-Error on cross_entropy: flagged(0.5)"} <= f1.keys()
-    assert f1["cross_entropy: rank()"] > 0.9
+    assert {"CE: rank()", "gce: rank()", "Z-Error on CE: flagged(0.5)"} <= f1.keys()
+    assert f1["CE: rank()"] > 0.9
     # The spread over seeds is 0.02.
-    assert f1["cross_entropy: rank()"] > f1["out-of-fold probability, 5 trainings"] - 0.04
-    assert f1['Z-Error on cross_entropy: rank(by="score")'] > 0.9
+    assert f1["CE: rank()"] > f1["out of fold, 5 trainings"] - 0.04
+    assert f1['Z-Error on CE: rank(by="score")'] > 0.9
 
 
 def test_what_cannot_be_written_is_refused_before_training(tmp_path: Path) -> None:
