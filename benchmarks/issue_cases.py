@@ -207,17 +207,23 @@ def trips_of_entropies(case: Case, plan: Plan) -> Trips:
     return [(work, False, 1)], case.classes / 32
 
 
-def by_fours(
-    work_of: Callable[[int], dict[str, int]], held: int, sums: dict[str, int], *, outermost: bool, times: float
+def by_a_few(
+    work_of: Callable[[int], dict[str, int]],
+    held: int,
+    sums: dict[str, int],
+    *,
+    few: int,
+    more: int,
+    outermost: bool,
+    times: float,
 ) -> list[tuple[dict[str, int], bool, float]]:
-    """A row by a search for a few of a lane's classes, as many as leave fours of them, and one for four more.
+    """A row by a search for a few of a lane's classes, and one for some more, which tells what all of them take.
 
     A search for all of them takes minutes, and so does one for sums over lanes besides: that is done for one class.
     """
-    few = (held - 1) % 4 + 1
-    fours = (held - few) // 4
-    found = [(work_of(few), outermost, times * (1 - fours))]
-    found += [(work_of(few + 4), outermost, times * fours)] if fours else []
+    rest = (held - few) / more
+    found = [(work_of(few), outermost, times * (1 - rest))]
+    found += [(work_of(few + more), outermost, times * rest)] if rest else []
     found += [(work_of(1) | sums, outermost, times), (work_of(1), outermost, -times)] if sums else []
     return found
 
@@ -242,11 +248,12 @@ def trips_of_other(other: Other, case: Case, plan: Plan) -> Trips:
     if plan.kind == "lanes":
         logits = other.views * case.classes / plan.lanes
         if other.per_class.get("MUFU.EX2", 0) > 1:
-            return by_fours(row_of, plan.held, sums, outermost=True, times=1), logits
+            few = (plan.held - 1) % 4 + 1  # loops take four classes a trip
+            return by_a_few(row_of, plan.held, sums, few=few, more=4, outermost=True, times=1), logits
         return [(row_of(plan.held) | sums, True, 1)], logits
     rows = plan.tile_rows * plan.lanes / 32 if tile else plan.lanes / 32 * plan.cluster
-    levels = by_fours(row_of, plan.held, sums, outermost=not tile, times=rows)
-    # But for loops of a class a trip, or four, one brings eight.
+    levels = by_a_few(row_of, plan.held, sums, few=1, more=3, outermost=not tile, times=rows)
+    # But for loops of a class a trip, or a few, one brings eight.
     levels += [({as_stored[0]: 8, "STS.!64": 8}, False, rows * ((plan.held - 1) // 8))]
     if not tile:
         return levels, case.classes / 32
