@@ -1,8 +1,8 @@
 // Prints how the rows of an H100 are shared out, a line for each problem given as KIND:DTYPE:FACTORS:CLASSES:ROWS:LOSS;
 // for issue_report.py. KIND: rows, pixels, or kept, for rows of which FACTORS numbers of a class stay in shared memory;
 // long, for those that stay in registers where there are kernels for losses with long formulas, else as kept;
-// else FACTORS is the number of a Factors. LOSS: its name, whose number comes last but one in the line, before its place
-// in a RowProblem. Compiled with the headers of tests/cpp/cuda_emulation: no GPU, no CUDA toolkit.
+// else FACTORS is the number of a Factors. LOSS: its name, whose number comes last but one in the line, before its
+// place in a RowProblem. Compiled with the headers of tests/cpp/cuda_emulation: no GPU, no CUDA toolkit.
 #include <cstddef>
 #include <cstdio>
 #include <cstring>
@@ -42,8 +42,8 @@ int main(int argc, char** argv) {
         }
         if (!plan) found = "none";
         const bool conflicts = plan && std::strcmp(found, "tile") == 0;
-        std::printf("%s %d %d %d %d %d %d %d %d %d %d %d\n", found, int(plan.factors), plan.lanes, plan.held, plan.rounds,
-                    plan.tile_rows, plan.tile_bytes, plan.threads, plan.cluster,
+        std::printf("%s %d %d %d %d %d %d %d %d %d %d %d\n", found, int(plan.factors), plan.lanes, plan.held,
+                    plan.rounds, plan.tile_rows, plan.tile_bytes, plan.threads, plan.cluster,
                     conflicts ? cuda::conflicts_of(p, plan) : 1, index_of(AllLosses{}, loss),
                     int(offsetof(RowProblem, loss)));
     }
