@@ -1,137 +1,35 @@
-"""What issue_report.py counts: kernels by shape and dtype, their budgets, and what a warp has to do for its rows."""
+"""What issue_report.py counts: kernels by shape and dtype, and how a warp goes through their loops."""
 
 from __future__ import annotations
 
-import re
 from collections import Counter
+from collections.abc import Callable, Container
 from dataclasses import dataclass
+from typing import TypeAlias
 
-CLASSES = (10, 19, 33, 100, 150, 257, 1000, 1001, 4099, 21841, 50257, 128256)
-DTYPES = ("bfloat16", "float32")  # float16 differs from bfloat16 in two conversions, of one instruction each
-STORED = {"bfloat16": "BFloat16", "float16": "Half", "float32": "float"}
-# How a kernel's name spells them.
-MANGLED = {"bfloat16": r"BFloat16E", "float16": r"4HalfE", "float32": r"f"}
-NAMES = {"p_y": "cross_entropy", "NCE": "nce", "pixels p_y": "cross_entropy", "HEM": "hem"}
-NAMES |= {"multi-margin": "multi_margin", "NGCE": "ngce", "bi-tempered": "bi_tempered"}
-# The function that evaluates any of the losses that kernels tell apart at run time, and where it reads the number.
-EVALUATION, LOSS_AT = "evaluate_anyIf", re.escape("c[0x0][0x2b8]")
-# Of the C++ enumeration.
-FACTORS = {"p_y": 0, "NCE": 1, "pixels p_y": 0}
-
-
-@dataclass(frozen=True)
-class Passes:
-    """A loss of several passes whose row stays in registers."""
-
-    kept: int  # numbers of a class
-    budget: int
-    kernel: str  # how the name of its kernels spells it
-    sums: int  # that the lanes of a row add up together, or largest numbers
-    needs_max: bool
-    per_class: dict[str, int]  # instructions that forward needs for each class, among others
-    per_row: dict[str, int]
-    miss: str  # why it misses its budget
-    # Of a row and a thread, counted by hand: what the search leaves out, where steps of a loop may take different ways,
-    # and of that for each step of a sum over a few lanes.
-    left_out: int = 0
-    left_out_of_step: int = 0
-
-
-MARGIN = (
-    "HEM and multi-margin in float32, 10 classes: the budget is that of 16 bits; 10 instructions a class for memory "
-    "and tiles, 14 for its error, its part of the sums and its gradient, 110 a row"
+from benchmarks.issue_losses import (
+    CLASSES,
+    DTYPES,
+    FEW_CLASSES,
+    MANGLED,
+    OF_P_Y,
+    OF_ROWS,
+    OF_SUMS,
+    OTHERS,
+    PASSES,
+    SHORT_PASSES,
+    WORD,
+    Other,
+    Passes,
+    softmax_budget,
 )
-POWER = (
-    "NGCE in float32, 10 classes: the budget is that of 16 bits; 25 a class, 12 of them for its two exponentials, and "
-    "250 a row for a logarithm, powers and a division"
-)
-TEMPERED = (
-    "bi-tempered, 10 classes: 60 instructions a class in seven passes, and 300 a row for the powers and logarithms "
-    "between them"
-)
-PASSES = {
-    "HEM": Passes(1, 30, r"MarginLossI.*KnowingILb1ELb0E", 3, False, {"FADD": 2}, {}, MARGIN),
-    "multi-margin": Passes(1, 30, r"MarginLossI.*KnowingILb0ELb0E", 2, False, {"FADD": 1}, {}, MARGIN),
-    "NGCE": Passes(2, 45, r"PowerLossI.*ELb1E", 4, True, {"MUFU.EX2": 2, "FADD": 4}, {"MUFU.EX2": 3}, POWER),
-    "bi-tempered": Passes(1, 90, r"BiTemperedOfILi5ELb1E", 10, True, {"MUFU.RCP": 7}, {}, TEMPERED, 91, 57),
-}
-PASSES_CLASSES = (10, 100, 1000)
-
-FULL = 0.7  # of the issue slots may be taken
-SLOTS_OF_BYTE = 32 * 132 * 4 * 1.98e9 / 4.3e12  # of an H200, by 32 lanes, at the speed of a copy
-
-
-@dataclass(frozen=True)
-class Other:
-    """A kernel that goes over the classes of a row in loops.
-
-    Its budget is what hides behind memory on an H200: 70 % of the issue slots that a copy of the same bytes leaves.
-    """
-
-    moved: dict[str, float]  # bytes of device memory for a logit, by dtype
-    kernel: str  # how the names of its kernels begin
-    per_class: dict[str, int]  # instructions that a lane needs for each of its classes, among others
-    sums: int  # that the lanes of a row add up together, or largest numbers
-    miss: str
-    kept: int = 0  # numbers of a class in shared memory; 0: rows are read again where they lie
-    has_label: bool = True
-    budget: int = 0  # that of losses like it; 0: as above
-
-    @property
-    def classes(self) -> tuple[int, ...]:
-        """Counted ones: where many ways lead through many loops, the search takes minutes a case."""
-        return (10,) if self.kept or self.per_class.get("MUFU.EX2", 0) > 1 else PASSES_CLASSES
-
-
-BOTH = {"bfloat16": 4.0, "float32": 8.0}
-KEPT = (
-    "NFL, JAL, LDR-KL and class probabilities: their rows are in shared memory, and each of five loops over them takes "
-    "10 to 15 instructions a class besides its formula"
-)
-READ_AGAIN = (
-    "statistics, LogitNorm, ELR and GJS: numbers are read and written one by one where they lie, 5 instructions for "
-    "each with its address; statistics keep the two largest logits, a place and two sums, ELR takes 4 exponentials a "
-    "class, GJS 7 of a class and view"
-)
-NFL_CLASS = {"MUFU.EX2": 1, "MUFU.RSQ": 1, "FMNMX": 1}
-OTHERS = {
-    "NFL": Other(BOTH, r"NormalizedLossI.*NFLMAE", NFL_CLASS | {"STS.!64": 6}, 4, KEPT, 2, budget=45),
-    "JAL": Other(BOTH, r"NormalizedLossI.*NFLSum", NFL_CLASS | {"STS.!64": 7}, 6, KEPT, 3, budget=45),
-    "LDR-KL": Other(BOTH, r"LDRKL", {"MUFU.EX2": 2, "MUFU.RCP": 1, "FMNMX": 1, "STS.!64": 6}, 5, KEPT, 2),
-    "class probabilities": Other(
-        {"bfloat16": 8.0, "float32": 12.0}, "labels", {"MUFU.EX2": 2, "FMNMX": 1, "STS.!64": 6}, 7, KEPT, 2, False
-    ),
-    "statistics": Other({"bfloat16": 2.0, "float32": 4.0}, "statistics", {"MUFU.EX2": 1}, 5, READ_AGAIN),
-    "LogitNorm": Other({"bfloat16": 6.0, "float32": 8.0}, "rescale", {"STG.!64": 1, "LDG": 2}, 1, READ_AGAIN, 0, False),
-    "LogitNorm backward": Other(
-        {"bfloat16": 8.0, "float32": 12.0}, "rescale", {"STG": 1, "LDG": 4}, 1, READ_AGAIN, 0, False
-    ),
-    "ELR": Other({"bfloat16": 14.0, "float32": 16.0}, "elr_rows", {"MUFU.EX2": 4, "STG": 2}, 4, READ_AGAIN),
-    "GJS of two views": Other({"float32": 8.0}, "gjs", {"MUFU.EX2": 14, "STG": 2}, 6, READ_AGAIN),
-}
-EVALUATED = "60 instructions a row choose the loss at run time and evaluate it"
-# Why cases miss their budgets, by loss, dtype and whether there are more than 256 classes.
-MISSES = {
-    ("p_y", "bfloat16", True): (
-        "p_y, 257 classes of 16 bits: 8 rows are the fewest that end at 16 bytes, twice as many do not fit, so that "
-        "bringing and sending a tile costs 3.4 instructions a logit; p_y of 16 bits from 21841 classes on: 140 of a "
-        "warp's 530 instructions are sums over warps and blocks, and a tenth of the threads' places stay empty"
-    ),
-    ("NCE", "bfloat16", False): f"NCE, 10 classes: {EVALUATED}",
-    ("NCE", "float32", False): (
-        "NCE in float32 up to 100 classes: its budget is that of 16 bits, while p_y alone is allowed 40 and 33; "
-        + EVALUATED
-    ),
-}
 
 
 @dataclass(frozen=True)
 class Case:
     """A shape of many rows, and what its loss asks for."""
 
-    # "p_y": losses of log p_y, cross entropy first, of "pixels p_y" side by side; "NCE": those with a sum over the
-    # classes as well; PASSES
-    loss: str
+    loss: str  # "p_y" is cross entropy, "pixels p_y" that of pixels; the others as in issue_losses.py
     dtype: str
     classes: int
 
@@ -146,25 +44,35 @@ class Case:
         return max(1000, (1 << 30) // self.classes)
 
     @property
-    def kind(self) -> str:
-        """How its rows lie, as launch_plans.cpp calls it."""
-        if self.loss in OTHERS:
-            return "kept" if OTHERS[self.loss].kept else "lanes"
-        return "pixels" if self.loss == "pixels p_y" else "rows"
+    def moved(self) -> float:
+        """Bytes of device memory for a logit, labels of 8 bytes counted."""
+        if self.loss in OF_ROWS:
+            return OF_ROWS[self.loss].moved
+        other = OTHERS.get(self.loss)
+        has_label = other is None or other.has_label
+        return (other.moved[self.dtype] if other else 2 * self.size) + (8 / self.classes if has_label else 0)
 
     @property
-    def budget(self) -> int:
-        """The most instructions per logit that it should need."""
-        if self.loss in PASSES:
-            return PASSES[self.loss].budget
-        if self.loss in OTHERS:
-            return OTHERS[self.loss].budget or int(FULL * SLOTS_OF_BYTE * OTHERS[self.loss].moved[self.dtype])
-        if self.loss == "NCE":
-            return 30
-        if self.loss == "pixels p_y":
-            return 26 if self.size == 2 else 40
-        by_classes = (26, 21, 15) if self.size == 2 else (40, 33, 28)
-        return by_classes[(self.classes > 32) + (self.classes > 256)]
+    def budget(self) -> int | None:
+        """The most instructions per logit that it should need, if that is stated."""
+        if self.loss in PASSES or self.loss in SHORT_PASSES:
+            return (PASSES | SHORT_PASSES)[self.loss].budget
+        if self.loss in OTHERS or self.loss in OF_ROWS:
+            return None
+        return softmax_budget(self.loss, self.size, self.classes)
+
+
+def cases(*, quick: bool) -> list[Case]:
+    """All, or those of a few kernels of softmax losses."""
+    found = [Case("p_y", dtype, classes) for dtype in DTYPES for classes in CLASSES]
+    found += [Case("NCE", dtype, classes) for dtype in DTYPES for classes in FEW_CLASSES]
+    found += [Case("pixels p_y", dtype, classes) for dtype in DTYPES for classes in (19, 150)]
+    if quick:
+        return found
+    chosen = [loss for loss in OF_P_Y + OF_SUMS if loss != "NCE"]
+    found += [Case(loss, dtype, n) for loss in (*chosen, *PASSES) for dtype in DTYPES for n in FEW_CLASSES]
+    found += [Case(loss, dtype, n) for loss, other in OTHERS.items() for dtype in other.moved for n in FEW_CLASSES]
+    return found + [Case(loss, "float32", 1) for loss in OF_ROWS]
 
 
 @dataclass(frozen=True)
@@ -182,6 +90,7 @@ class Plan:
     cluster: int
     conflicts: int
     number: int  # of the loss
+    loss_at: int = 0  # where kernels read it, in bytes from their first argument
 
     def __str__(self) -> str:
         if self.kind == "tile":
@@ -198,11 +107,40 @@ class Plan:
         return f"{blocks}{self.lanes} x {self.held}"
 
 
-def plan_of_lanes(classes: int, is_elr: bool) -> Plan:
-    """How kernels with nothing in registers share out rows (row_sums.cuh)."""
-    lanes = 1 if classes <= 16 else 8 if classes <= 256 and not is_elr else 32
-    return Plan("lanes", 0, lanes, -(-classes // lanes), 0, 0, 0, 256, 1, 1, -1)
+def plan_of_lanes(case: Case, in_registers: Container[str]) -> Plan:
+    """How other kernels share out rows (row_sums.cuh, z_error.cu, elr.cu, gjs.cu)."""
+    if case.loss in in_registers and case.classes <= 8 * 13:
+        lanes, held = (1, 10) if case.classes <= 10 else (8, 13)
+        return Plan("held", 0, lanes, held, 0, 0, 0, 256, 1, 1, -1)
+    lanes = 1 if case.classes <= 16 else 8 if case.classes <= 256 and case.loss != "ELR" else 32
+    if case.loss == "Z-Error entropies":
+        lanes = 32
+    return Plan("lanes", 0, lanes, -(-case.classes // lanes), 0, 0, 0, 256, 1, 1, -1)
 
+
+def kind_of(case: Case) -> str:
+    """How its rows lie, as launch_plans.cpp calls it; "lanes" if it plans nothing for them."""
+    if case.loss in SHORT_PASSES:
+        return "long"
+    if case.loss in OTHERS or case.loss in OF_ROWS:
+        return "kept" if case.loss in OTHERS and OTHERS[case.loss].kept else "lanes"
+    return "pixels" if case.loss == "pixels p_y" else "rows"
+
+
+def factors_of(case: Case, kind: str) -> int:
+    """Of the C++ enumeration Factors, or how many numbers of a class stay in shared memory."""
+    if kind in ("kept", "long"):
+        return OTHERS[case.loss].kept
+    return 3 + PASSES[case.loss].kept if case.loss in PASSES else int(case.loss in OF_SUMS)
+
+
+def passes_of(case: Case, plan: Plan) -> Passes | None:
+    """The loss of several passes, if the plan keeps its rows in registers."""
+    return (PASSES | SHORT_PASSES).get(case.loss) if plan.kind in ("tile", "direct") else None
+
+
+# Work of a loop's trip, whether that is the outermost loop, and how many trips; for how many logits / 32.
+Trips: TypeAlias = tuple[list[tuple[dict[str, int], bool, float]], float]
 
 # Reading a label, which is not the one that is ignored: it is compared with the number of classes.
 LABEL = {"LDG.64": 1, "ISETP.GE.U32.EX": 1}
@@ -213,23 +151,28 @@ def work_of_row(case: Case, plan: Plan) -> tuple[dict[str, int], int]:
     """What a thread has to do for its part of a row besides reading and writing it, and how many numbers it reduces."""
     row = LABEL | LOSS
     largest = {"VHMNMX|HMNMX2": plan.held // 4} if case.size == 2 else {"FMNMX": plan.held - 1}
-    if case.loss in PASSES:
-        loss = PASSES[case.loss]
+    if loss := passes_of(case, plan):
         row |= Counter({op: n * plan.held for op, n in loss.per_class.items()}) + Counter(loss.per_row)
         return row | (largest if loss.needs_max else {}), loss.sums
     row |= largest | {"MUFU.EX2": plan.held, "MUFU.RCP": 1}
     if case.size == 2:
         row |= {"MUFU.LG2": 1}
-    if case.loss == "NCE":  # sums of exponentials and of arguments, which float32 makes one by one
-        row |= {"FADD": (2 if case.size == 2 else 3) * plan.held - 4, "CALL": 1}
-    return row, 4 if case.loss == "NCE" else 2
+    if case.loss != "p_y":
+        row |= {"CALL": 1}
+    if case.loss in OF_SUMS:  # sums of exponentials and of arguments, which float32 makes one by one
+        row |= {"FADD": (2 if case.size == 2 else 3) * plan.held - 4}
+    return row, 4 if case.loss in OF_SUMS else 2
 
 
-def trips(case: Case, plan: Plan) -> tuple[list[tuple[dict[str, int], bool, float]], float]:
-    """Work of a loop's trip, whether that is the outermost loop, and how many trips; for how many logits / 32."""
+def trips(case: Case, plan: Plan) -> Trips:
+    """How a warp goes through the case's kernel."""
     if plan.kind == "columns":
         return trips_of_columns(case, plan)
-    if case.loss in OTHERS:
+    if case.loss in OF_ROWS:
+        return [(OF_ROWS[case.loss].work, False, OF_ROWS[case.loss].trips)], 1
+    if case.loss == "Z-Error entropies":
+        return trips_of_entropies(case, plan)
+    if case.loss in OTHERS and not passes_of(case, plan):
         return trips_of_other(OTHERS[case.loss], case, plan)
     halves = case.size == 2
     words = plan.held // 2 if halves else plan.held
@@ -257,29 +200,61 @@ def trips(case: Case, plan: Plan) -> tuple[list[tuple[dict[str, int], bool, floa
     return [(row, True, plan.lanes / 32 * plan.cluster)], case.classes / 32
 
 
-def trips_of_other(other: Other, case: Case, plan: Plan) -> tuple[list[tuple[dict[str, int], bool, float]], float]:
+def trips_of_entropies(case: Case, plan: Plan) -> Trips:
+    """The same for scores that Z-Error makes of logits: a warp for a row, chunks of 8 classes of a lane."""
+    work = {"LDG.64": 1, "SHFL": OTHERS[case.loss].sums * 5, "MUFU.EX2": 9 * -(-plan.held // 8) + 1}
+    work |= {"LDG.U16" if case.size == 2 else WORD: plan.held + 1}
+    return [(work, False, 1)], case.classes / 32
+
+
+def by_a_few(
+    work_of: Callable[[int], dict[str, int]],
+    held: int,
+    sums: dict[str, int],
+    *,
+    few: int,
+    more: int,
+    outermost: bool,
+    times: float,
+) -> list[tuple[dict[str, int], bool, float]]:
+    """A row by a search for a few of a lane's classes, and one for some more, which tells what all of them take.
+
+    A search for all of them takes minutes, and so does one for sums over lanes besides: that is done for one class.
+    """
+    rest = (held - few) / more
+    found = [(work_of(few), outermost, times * (1 - rest))]
+    found += [(work_of(few + more), outermost, times * rest)] if rest else []
+    found += [(work_of(1) | sums, outermost, times), (work_of(1), outermost, -times)] if sums else []
+    return found
+
+
+def trips_of_other(other: Other, case: Case, plan: Plan) -> Trips:
     """The same for kernels with loops over the classes of a lane."""
     steps = min(plan.lanes, 32).bit_length() - 1 + (5 if plan.lanes > 32 else 0)
-    of_row = (LABEL if other.has_label else {}) | ({"SHFL": other.sums * steps} if steps else {})
-    if plan.kind == "lanes":
-        views = 2 if case.loss == "GJS of two views" else 1
-        row = of_row | {op: n * plan.held for op, n in other.per_class.items()}
-        return [(row, True, 1)], views * case.classes / plan.lanes
-    # Loops of a class a trip, but for one that brings eight: what three more classes take tells what all take.
+    sums = {"SHFL": other.sums * steps} if steps else {}
+    of_row = (LABEL if other.has_label else {}) | (other.per_row or {})
     tile = plan.kind == "kept_tile"
-    read, write = ("LDS.U16", "STS.U16") if tile else ("LDG.U16", "STG.U16")
+    if plan.kind in ("kept_tile", "kept"):
+        of_row |= LOSS
+        as_stored = ("LDS.U16", "STS.U16") if tile else ("LDG.U16", "STG.U16")
 
     def row_of(n: int) -> dict[str, int]:
-        as_stored = {read: n, write: n} if case.size == 2 else {}
-        return of_row | LOSS | {op: m * n for op, m in other.per_class.items()} | as_stored
+        work = of_row | {op: m * n for op, m in other.per_class.items()}
+        return work | dict.fromkeys(as_stored, n) if plan.kind != "lanes" and case.size == 2 else work
 
+    if plan.kind == "held":
+        work = of_row | {op: m * plan.held for op, m in (other.per_class_held or {}).items()}
+        return [(work | sums, True, 1)], other.views * case.classes / plan.lanes
+    if plan.kind == "lanes":
+        logits = other.views * case.classes / plan.lanes
+        if other.per_class.get("MUFU.EX2", 0) > 1:
+            few = (plan.held - 1) % 4 + 1  # loops take four classes a trip
+            return by_a_few(row_of, plan.held, sums, few=few, more=4, outermost=True, times=1), logits
+        return [(row_of(plan.held) | sums, True, 1)], logits
     rows = plan.tile_rows * plan.lanes / 32 if tile else plan.lanes / 32 * plan.cluster
-    thirds = (plan.held - 1) / 3
-    levels: list[tuple[dict[str, int], bool, float]] = [
-        (row_of(1), not tile, rows * (1 - thirds)),
-        (row_of(4), not tile, rows * thirds),
-        ({read: 8, "STS.!64": 8}, False, rows * ((plan.held - 1) // 8)),
-    ]
+    levels = by_a_few(row_of, plan.held, sums, few=1, more=3, outermost=not tile, times=rows)
+    # But for loops of a class a trip, or a few, one brings eight.
+    levels += [({as_stored[0]: 8, "STS.!64": 8}, False, rows * ((plan.held - 1) // 8))]
     if not tile:
         return levels, case.classes / 32
     accesses = -(-plan.tile_rows * case.classes * case.size // 512)
@@ -288,7 +263,7 @@ def trips_of_other(other: Other, case: Case, plan: Plan) -> tuple[list[tuple[dic
     return levels, plan.tile_rows * case.classes / 32
 
 
-def trips_of_columns(case: Case, plan: Plan) -> tuple[list[tuple[dict[str, int], bool, float]], float]:
+def trips_of_columns(case: Case, plan: Plan) -> Trips:
     """The same for pixels: each is finished by one of the warps that share its classes."""
     columns = 4 // case.size  # of a lane
     share = -(-case.classes // plan.lanes)
@@ -305,23 +280,25 @@ def trips_of_columns(case: Case, plan: Plan) -> tuple[list[tuple[dict[str, int],
 
 def kernel_name(case: Case, plan: Plan) -> str:
     """A pattern that finds the kernel of a plan by its parameters."""
+    if case.loss in OF_ROWS:
+        return OF_ROWS[case.loss].kernel
+    stored = MANGLED[case.dtype]
+    if loss := passes_of(case, plan):
+        if plan.kind == "tile":
+            lanes = 1 if plan.lanes == 1 and plan.held == 10 and case.loss in PASSES else 0
+            return rf"passes_in_register_tilesI.*{loss.kernel}.*{stored}Li{lanes}ELi{plan.held}E"
+        team = "WarpTeam" if plan.lanes == 32 else "RowTeam"
+        return rf"passes_in_registersI.*{loss.kernel}.*{stored}Li{plan.held}E.*{team}"
     if case.loss in OTHERS:
         return other_kernel_name(case, plan)
-    if case.loss in PASSES:
-        loss = PASSES[case.loss].kernel
-        if plan.kind == "tile":
-            lanes = 1 if plan.lanes == 1 and plan.held == 10 else 0
-            return rf"passes_in_register_tilesI.*{loss}.*{MANGLED[case.dtype]}Li{lanes}ELi{plan.held}E"
-        team = "WarpTeam" if plan.lanes == 32 else "RowTeam"
-        return rf"passes_in_registersI.*{loss}.*{MANGLED[case.dtype]}Li{plan.held}E.*{team}"
     factors = rf"LNS0_7FactorsE{plan.factors}E"
     if plan.kind == "columns":
-        return rf"softmax_in_columnsI.*{MANGLED[case.dtype]}{factors}Li{plan.held}E"
+        return rf"softmax_in_columnsI.*{stored}{factors}Li{plan.held}E"
     if plan.kind == "tile":
         lanes = plan.lanes if plan.factors == 0 or plan.held == 10 else 0
-        return rf"softmax_in_tilesI.*{MANGLED[case.dtype]}{factors}Li{lanes}ELi{plan.held}E"
+        return rf"softmax_in_tilesI.*{stored}{factors}Li{lanes}ELi{plan.held}E"
     team = "WarpTeam" if plan.factors == 0 and plan.lanes == 32 else "RowTeam"
-    return rf"softmax_in_registersI.*{MANGLED[case.dtype]}{factors}Li{plan.held}E.*{team}"
+    return rf"softmax_in_registersI.*{stored}{factors}Li{plan.held}E.*{team}"
 
 
 def other_kernel_name(case: Case, plan: Plan) -> str:
@@ -333,6 +310,11 @@ def other_kernel_name(case: Case, plan: Plan) -> str:
         return rf"passes_in_tilesI.*{name}"
     if plan.kind == "kept":
         return rf"passes_of_rowsI.*{name}.*fLb1E"
-    if name == "rescale":
-        return rf"rescaleI.*{stored}{lanes}Lb{int('backward' in case.loss)}E"
-    return rf"{name}I.*{stored}{'f' if name == 'elr_rows' else ''}{lanes}"
+    if name == "7rescale":
+        return rf"{name}I.*{stored}{lanes}Lb{int('backward' in case.loss)}E"
+    if name == "masked_lossIfLb1":
+        return name
+    if plan.kind == "held":
+        held = f"{lanes}Li{plan.held}E"
+        return rf"{name}I.*{stored}f{held}" if name == "8elr_rows" else rf"{OTHERS[case.loss].in_registers}I{held}"
+    return rf"{name}.*{stored}{'f' if name == '8elr_rows' else ''}{lanes}"

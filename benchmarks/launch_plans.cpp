@@ -1,7 +1,9 @@
 // Prints how the rows of an H100 are shared out, a line for each problem given as KIND:DTYPE:FACTORS:CLASSES:ROWS:LOSS;
 // for issue_report.py. KIND: rows, pixels, or kept, for rows of which FACTORS numbers of a class stay in shared memory;
-// else FACTORS is the number of a Factors. LOSS: its name, whose number comes last
-// in the line. Compiled with the headers of tests/cpp/cuda_emulation: no GPU, no CUDA toolkit.
+// long, for those that stay in registers where there are kernels for losses with long formulas, else as kept;
+// else FACTORS is the number of a Factors. LOSS: its name, whose number comes last but one in the line, before its
+// place in a RowProblem. Compiled with the headers of tests/cpp/cuda_emulation: no GPU, no CUDA toolkit.
+#include <cstddef>
 #include <cstdio>
 #include <cstring>
 
@@ -17,7 +19,8 @@ int main(int argc, char** argv) {
         if (std::sscanf(argv[i], "%15[a-z0-9]:%15[a-z0-9]:%d:%lld:%lld:%31[a-z0-9_]", kind, dtype, &factors, &classes,
                         &rows, loss) != 6)
             return 1;
-        const bool is_pixels = std::strcmp(kind, "pixels") == 0, is_kept = std::strcmp(kind, "kept") == 0;
+        const bool is_pixels = std::strcmp(kind, "pixels") == 0, is_long = std::strcmp(kind, "long") == 0,
+                   is_kept = std::strcmp(kind, "kept") == 0 || is_long;
         RowProblem p;
         p.dtype = std::strcmp(dtype, "float32") == 0 ? Dtype::kFloat32 : Dtype::kBFloat16;
         p.inner = rows, p.num_classes = classes;
@@ -29,16 +32,19 @@ int main(int argc, char** argv) {
         if (is_pixels) {
             found = "columns", plan = cuda::plan_columns(p, cuda::Factors(factors));
         } else if (is_kept) {
-            found = "kept_tile", plan = cuda::plan_kept_tiles(p, factors, multiprocessors);
+            constexpr auto long_formulas = cuda::Factors(6);
+            if (is_long) plan = cuda::plan_tiles(p, long_formulas, multiprocessors);
+            if (!plan) found = "kept_tile", plan = cuda::plan_kept_tiles(p, factors, multiprocessors);
             if (!plan) found = "kept", plan = cuda::plan_kept_rows(p, factors, largest_cluster);
         } else {
             plan = cuda::plan_tiles(p, cuda::Factors(factors), multiprocessors);
             if (!plan) found = "direct", plan = cuda::plan_direct(p, cuda::Factors(factors), largest_cluster);
         }
-        if (!plan) return 1;
-        const bool conflicts = std::strcmp(found, "tile") == 0;
-        std::printf("%s %d %d %d %d %d %d %d %d %d %d\n", found, int(plan.factors), plan.lanes, plan.held, plan.rounds,
-                    plan.tile_rows, plan.tile_bytes, plan.threads, plan.cluster,
-                    conflicts ? cuda::conflicts_of(p, plan) : 1, index_of(AllLosses{}, loss));
+        if (!plan) found = "none";
+        const bool conflicts = plan && std::strcmp(found, "tile") == 0;
+        std::printf("%s %d %d %d %d %d %d %d %d %d %d %d\n", found, int(plan.factors), plan.lanes, plan.held,
+                    plan.rounds, plan.tile_rows, plan.tile_bytes, plan.threads, plan.cluster,
+                    conflicts ? cuda::conflicts_of(p, plan) : 1, index_of(AllLosses{}, loss),
+                    int(offsetof(RowProblem, loss)));
     }
 }

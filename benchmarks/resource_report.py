@@ -10,6 +10,9 @@ store of 16 bytes: neighbours of up to four bytes from one address on. "votes" c
 lanes take part in a shuffle. These three come from ``cuobjdump`` of the toolkit, of Triton or of the package
 nvidia-cuda-cuobjdump.
 
+Compiling takes 8 to 15 minutes an architecture on two cores, and 400 MB a file. What is compiled stays in build/cubins
+until its sources change (cubins.py): a run that was interrupted goes on, and issue_report.py finds its kernels there.
+
 With ``--strict`` the exit status is 1 if a kernel keeps registers in local memory, has split stores or such loops. The
 first architecture is shown in full, of the others a line and what fails. The report is kept in
 ``benchmarks/results/cuda_resources.md``.
@@ -24,18 +27,16 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.cubins import SOURCES, compile_all  # noqa: E402
 from benchmarks.sass import find_tool  # noqa: E402
 
-SOURCES = ROOT / "csrc" / "cuda"
 BLOCK_THREADS = 256  # kBlock in csrc/cuda/launch.cuh
 REGISTERS = 65536  # of a multiprocessor
 
@@ -116,23 +117,6 @@ def count_instructions(sass: str) -> dict[str, Instructions]:
     return counted
 
 
-def compile_verbosely(source: Path, arch: str, cuobjdump: str | None) -> tuple[str, dict[str, Instructions]]:
-    """What ptxas says about the kernels of one file, compiled as CMakeLists.txt does by default, and their code."""
-    clusters = source.stem in ("register_forward", "passes", "tempered_passes")  # others: PTX for sm_80
-    virtual = min(int(arch), 90 if clusters else 80)
-    with tempfile.TemporaryDirectory() as folder:
-        command = ["nvcc", "-std=c++20", "-O3", "-DNDEBUG", "-DFL_WITH_CUDA", "--expt-relaxed-constexpr"]
-        command += [f"-I{ROOT / 'csrc'}", f"-gencode=arch=compute_{virtual},code=sm_{arch}", "-Xptxas=-v", "-cubin"]
-        cubin = str(Path(folder) / "out.cubin")
-        result = subprocess.run([*command, "-o", cubin, str(source)], capture_output=True, text=True)
-        if result.returncode != 0:
-            raise SystemExit(f"resource_report: nvcc failed for {source.name}:\n{result.stderr}")
-        if cuobjdump is None:
-            return result.stdout + result.stderr, {}
-        code = subprocess.run([cuobjdump, "-sass", cubin], capture_output=True, text=True, check=True)
-    return result.stdout + result.stderr, count_instructions(code.stdout)
-
-
 def parse(log: str, source: str, instructions: Mapping[str, Instructions]) -> list[Kernel]:
     """The kernels in what ``ptxas -v`` prints."""
     kernels = []
@@ -174,11 +158,13 @@ def readable(names: Iterable[str]) -> list[str]:
 def report(sources: list[Path], arch: str) -> list[Kernel]:
     """The kernels of all files for one architecture, the worst first."""
     cuobjdump = find_tool("cuobjdump")
-    with ThreadPoolExecutor(2) as pool:
-        compiled = list(pool.map(lambda source: compile_verbosely(source, arch, cuobjdump), sources))
-    kernels = [
-        k for source, about in zip(sources, compiled, strict=True) for k in parse(about[0], source.name, about[1])
-    ]
+    kernels = []
+    for source, cubin in zip(sources, compile_all(sources, arch), strict=True):
+        instructions = {}
+        if cuobjdump is not None:
+            code = subprocess.run([cuobjdump, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+            instructions = count_instructions(code)
+        kernels += parse(cubin.with_suffix(".log").read_text(), source.name, instructions)
     names = readable(kernel.name for kernel in kernels)
     kernels = [Kernel(**{**asdict(k), "name": name}) for k, name in zip(kernels, names, strict=True)]
     return sorted(kernels, key=lambda k: (not k.fails, -k.spill_stores, -k.registers, k.source, k.name))

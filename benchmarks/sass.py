@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -83,17 +83,27 @@ def find_tool(name: str) -> str | None:
     return next((place for place in places if place), None)
 
 
-def disassemble(cubin: Path) -> list[Kernel]:
-    """All kernels of a cubin."""
+def disassemble(cubin: Path, names: Collection[str]) -> list[Kernel]:
+    """The kernels of a cubin with these names."""
     tool = find_tool("nvdisasm")
     assert tool is not None, "nvdisasm was not found (pip install nvidia-cuda-nvdisasm)"
-    return parse(subprocess.run([tool, str(cubin)], capture_output=True, text=True, check=True).stdout)
+    listing = subprocess.run([tool, str(cubin)], capture_output=True, text=True, check=True).stdout
+    return parse(listing, names)
 
 
-def parse(text: str) -> list[Kernel]:
-    """The kernels in what ``nvdisasm`` prints."""
-    sections = re.split(r"^\.text\.(\S+):$", text, flags=re.MULTILINE)
-    return [graph_of(name, body) for name, body in zip(sections[1::2], sections[2::2], strict=True)]
+def names_in(cubin: Path) -> list[str]:
+    """Of the kernels of a cubin."""
+    return sorted({name.decode() for name in re.findall(rb"\.text\.(\w+)", cubin.read_bytes())})
+
+
+def parse(listing: str, names: Collection[str] | None = None) -> list[Kernel]:
+    """The kernels in what ``nvdisasm`` prints, or those with these names."""
+    sections = re.split(r"^\.text\.(\S+):$", listing, flags=re.MULTILINE)
+    return [
+        graph_of(name, body)
+        for name, body in zip(sections[1::2], sections[2::2], strict=True)
+        if names is None or name in names
+    ]
 
 
 def graph_of(name: str, body: str) -> Kernel:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
-from benchmarks import issue_cases, issue_report, sass
+import fused_losses as fl
+from benchmarks import cubins, issue_cases, issue_losses, issue_report, sass
+
+TABLE = issue_report.ROOT / "benchmarks" / "results" / "cuda_issue.md"
 
 
 def listing(code: str) -> str:
@@ -165,14 +169,17 @@ BY_HAND = {
     ("NGCE", "float32", 1000): (1079, 31.25),
     ("bi-tempered", "bfloat16", 100): (4252, 50.0),
     ("p_y", "float32", 257): (791, 32.125),
+    # A row of float32, of a mean without sample weights: 26 for its place, its mask and the divisor, 30, 29 and 30 for
+    # three numbers read by two strides and by their types, 15 for the slope and its division, 20 to write it.
+    ("Z-Error gradient, squares", "float32", 1): (150, 1.0),
 }
 
 
 @pytest.mark.parametrize("loss, dtype, classes", BY_HAND)
 def test_the_table_says_what_was_counted_by_hand(loss: str, dtype: str, classes: int) -> None:
-    table = issue_report.read_table((issue_report.ROOT / "benchmarks" / "results" / "cuda_issue.md").read_text())
+    table = issue_report.read_table(TABLE.read_text())
     instructions, logits = BY_HAND[loss, dtype, classes]
-    assert table[issue_cases.Case(loss, dtype, classes)] == pytest.approx(instructions / logits, rel=0.02)
+    assert table[issue_cases.Case(loss, dtype, classes)] == pytest.approx(instructions / logits, rel=0.01)
 
 
 def test_counts_the_cheaper_way() -> None:
@@ -201,9 +208,28 @@ def test_fails_for_what_has_grown() -> None:
 
 def test_says_why_a_budget_is_missed() -> None:
     page = issue_report.markdown([counted(issue_cases.Case("p_y", "bfloat16", 257), 15.6)])
-    assert "0 of 1 within budget." in page and "Missed:\np_y, 257 classes of 16 bits: 8 rows are" in page
+    assert page.index("**0 of 1 stated budgets are met.**") < page.index("- p_y: bfloat16 257: 15.6 of 15")
+    assert "- p_y, 257 classes of 16 bits: 8 rows are" in page
     assert "no reason is known" in issue_report.markdown([counted(issue_cases.Case("p_y", "float32", 7), 50.0)])
-    assert "no reason is known" not in (issue_report.ROOT / "benchmarks" / "results" / "cuda_issue.md").read_text()
+    assert "no reason is known" not in TABLE.read_text() and "Not counted" not in TABLE.read_text()
+
+
+def test_says_what_is_slow_without_a_budget() -> None:
+    """Statistics of 16 bits read 2.8 bytes a logit: 70 % of an H200's slots are 15.2 instructions."""
+    case = issue_cases.Case("statistics", "bfloat16", 10)
+    page = issue_report.markdown([counted(case, 15.3)], ["bi-tempered: there is no kernel"])
+    assert "1 without a stated budget, 0 hide" in page and "- statistics: bfloat16 10: 15.3" in page
+    assert "- bi-tempered: there is no kernel" in page
+    assert "1 without a stated budget, 1 hide" in issue_report.markdown([counted(case, 15.1)])
+
+
+def test_every_loss_has_a_row() -> None:
+    """By itself, or in the row of the loss as which it runs (losses/run_as.h)."""
+    counted_losses = {case.loss for case in issue_cases.cases(quick=False)}
+    named = {issue_losses.NAMES.get(loss, loss.lower().replace("-", "_")) for loss in counted_losses}
+    same_kernel = {"nfl_mae": "nfl", "nfl_rce": "nfl", "anl_ce": "nnce", "anl_fl": "nnfl"}
+    same_kernel |= {"jal_ce": "jal", "jal_fl": "jal"}
+    assert {same_kernel.get(loss, loss) for loss in fl.LOSSES} <= named
 
 
 def test_opcodes_with_and_without_parts() -> None:
@@ -222,10 +248,9 @@ def test_slots_of_a_copy() -> None:
     shutil.which("nvcc") is None or sass.find_tool("nvdisasm") is None, reason="nvcc and nvdisasm are needed"
 )
 @pytest.mark.parametrize("kernels", ["softmax", pytest.param("all", marks=pytest.mark.long)])
-def test_no_kernel_has_grown(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = str(issue_report.ROOT / "benchmarks" / "results" / "cuda_issue.md")
+def test_no_kernel_has_grown(kernels: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     library = issue_report.ROOT / "fused_losses" / "libfused_losses_ops.so"
-    built = ["--library", str(library)] if issue_report.has_kernels(library) else []
+    built = ["--library", str(library)] if cubins.in_library(library, tmp_path) else []
     quick = ["--quick"] if kernels == "softmax" else []
-    monkeypatch.setattr("sys.argv", ["issue_report", "--check", table, *built, *quick])
+    monkeypatch.setattr("sys.argv", ["issue_report", "--check", str(TABLE), *built, *quick])
     assert issue_report.main() == 0

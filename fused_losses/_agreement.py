@@ -33,14 +33,28 @@ class Exchange(NamedTuple):
 
     group: dist.ProcessGroup
     gathers: str = ""
+    # Of a gathered message, in bytes, where the ranks know it from an earlier exchange; or of a sum, how many numbers.
+    length: int = 0
+    dtype: torch.dtype = torch.float64  # of a sum
 
     @staticmethod
-    def over(group: Group, gathers: str = "") -> Exchange:
-        """Checks that this process may take part; None is the default group."""
+    def over(group: Group, gathers: str = "", length: int = 0) -> Exchange:
+        """Checks that this process may take part; None is the default group. A gathering of so many bytes at most."""
         check_member(group)
         group = dist.group.WORLD if group is None else group
         assert group is not None
-        return Exchange(group, gathers)
+        if not gathers:
+            return Exchange(group, length=MOST_SUMS)
+        return Exchange(group, gathers, _with_header(length) if length else 0)
+
+    @staticmethod
+    def adding(group: Group, count: int, dtype: torch.dtype) -> Exchange:
+        """A sum of so many numbers."""
+        return Exchange.over(group)._replace(length=count, dtype=dtype)
+
+
+def _with_header(size: int) -> int:
+    return _HEADER + -(-size // 8) * 8
 
 
 class _Known:
@@ -80,7 +94,8 @@ class Agreement:
     """Whatever raises within it is told to the ranks that wait in one of these exchanges.
 
     Agreements may be nested: an exchange is over in all of them, and nobody is told twice. One that is traced by
-    torch.compile tells nobody.
+    torch.compile tells nobody: what a compiled call raises comes from outside this code, and the other ranks wait until
+    the timeout of the group, or until the process that has failed is gone.
     """
 
     def __init__(self, *exchanges: Exchange) -> None:
@@ -118,13 +133,24 @@ def sum_over_ranks(numbers: Tensor, group: Group) -> Tensor:
     if torch.compiler.is_compiling():
         dist.all_reduce(message, group=exchange.group)
         return message[: len(numbers)]
+    return _sum(exchange, message)[: len(numbers)]
+
+
+def add_up(exchange: Exchange, numbers: Tensor) -> Tensor:
+    """Sums over the ranks of as many numbers as the exchange says, in its dtype and any shape; one all-reduce."""
+    message = torch.cat([numbers.detach().flatten(), numbers.new_zeros(1)])
+    return _sum(exchange, message).view(numbers.shape)
+
+
+def _sum(exchange: Exchange, message: Tensor) -> Tensor:
+    """All but the last number, which is the news."""
     _take_part(exchange, message)
     if message.is_cpu:
-        if message[MOST_SUMS].item() != 0.0:
+        if message[-1].item() != 0.0:
             raise _error_of_another(exchange)
     else:
-        torch._assert_async(message[MOST_SUMS] == 0, _NEWS)
-    return message[: len(numbers)]
+        torch._assert_async(message[-1] == 0, _NEWS)
+    return message[:-1]
 
 
 def gather(exchange: Exchange, call: str, numbers: Tensor, target: Tensor | None = None) -> Tensor:
@@ -138,9 +164,9 @@ def gather(exchange: Exchange, call: str, numbers: Tensor, target: Tensor | None
         dist.all_gather(parts, numbers.contiguous(), group=exchange.group)
         return torch.stack(parts)
     size = numbers.numel() * numbers.element_size()
-    needed = _HEADER + -(-size // 8) * 8
+    needed = _with_header(size)
     known = _known_of(exchange.group)
-    length = known.lengths.get(exchange.gathers, _HEADER)
+    length = exchange.length or known.lengths.get(exchange.gathers, _HEADER)
     number = zlib.crc32(call.encode())
     message = torch.empty(max(length, needed), dtype=torch.uint8, device=numbers.device)
     message[_HEADER : _HEADER + size] = numbers.contiguous().view(-1).view(torch.uint8)
@@ -151,7 +177,7 @@ def gather(exchange: Exchange, call: str, numbers: Tensor, target: Tensor | None
     _check_alike(exchange, found[:, :_HEADER].view(torch.int64), number, call)
     if needed > length:
         found = _take_part(exchange, message)
-    if not needed <= length <= _TOO_LONG * needed:
+    if not exchange.length and not needed <= length <= _TOO_LONG * needed:
         known.lengths[exchange.gathers] = needed
     return found[:, _HEADER : _HEADER + size].view(numbers.dtype).reshape(len(found), *numbers.shape)
 
@@ -185,12 +211,12 @@ def _tell(exchange: Exchange, error: Exception) -> None:
     known = _known_of(exchange.group)
     _who_knows(error).add(exchange.group)
     if exchange.gathers:
-        length = known.lengths.get(exchange.gathers, _HEADER)
+        length = exchange.length or known.lengths.get(exchange.gathers, _HEADER)
         message = torch.zeros(length, dtype=torch.uint8, device=known.device)
         message[:_HEADER].view(torch.int64).fill_(_FAILED)
     else:
-        message = torch.zeros(MOST_SUMS + 1, dtype=torch.float64, device=known.device)
-        message[MOST_SUMS].fill_(1.0)
+        message = torch.zeros(exchange.length + 1, dtype=exchange.dtype, device=known.device)
+        message[-1].fill_(1.0)
     _take_part(exchange, message)
     if message.is_cpu:
         _gather_texts(f"{type(error).__name__}: {error}", exchange.group)
@@ -218,7 +244,7 @@ def _check_alike(exchange: Exchange, headers: Tensor, number: int, call: str) ->
 def _error_of_another(exchange: Exchange) -> RuntimeError:
     """What a rank raises that learns of another's failure."""
     rank, text = next((rank, text) for rank, text in _gather_texts(None, exchange.group) if text is not None)
-    error = RuntimeError(f"the loss was given bad arguments on another rank. Rank {rank} raised {text}")
+    error = RuntimeError(f"the loss has failed on another rank. Rank {rank} raised {text}")
     _who_knows(error).add(exchange.group)
     return error
 

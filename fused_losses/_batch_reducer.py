@@ -30,7 +30,8 @@ OPTIONS = """
     Raises:
         TypeError: ``loss`` is none of these, an argument is no number, or logits are a DTensor.
         ValueError: an argument is out of range, or options are given beside a Module.
-        RuntimeError: another rank of ``process_group`` was given bad arguments (between GPUs: a device assertion).
+        RuntimeError: another rank of ``process_group`` has failed (between GPUs: a device assertion; under
+            torch.compile: only when the group's timeout is over).
 
     The weights that the rows get are constants for autograd. A row whose loss is NaN counts, so that the result is NaN,
     but it does not influence the other rows. Nothing waits for the device.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_losses import _ops, _shards
+from fused_losses._agreement import Exchange, telling
 from fused_losses._arguments import RowLossArguments, acc_dtype
 from fused_losses._shards import Shard
 
@@ -75,27 +76,32 @@ def sweep(layer: Layer, args: RowLossArguments, options: ChunkOptions, wanted: S
     ``args.logits`` is a :func:`stand_in`.
     """
     with torch.autocast(layer.input.device.type, enabled=False):
-        made, dtype = _nothing_yet(layer, args, options, wanted), layer.input.dtype
-        layer, args = layer.to(options.dtype), args._replace(reduction="none")
         skips = layer.input.is_cpu if options.skip_rows is None else options.skip_rows
         skips_satisfied = skips and args.loss in _SATISFIABLE
         counts = skips and not args.target.is_floating_point()
         kept = _worth_keeping(args.target != args.ignore_index) if counts else None
         count = layer.input.shape[0] if kept is None else kept.numel()
-        size = _rows_per_chunk(count, layer.weight, options, skips_satisfied)
-        buffer = layer.input.new_empty((min(size, count), layer.weight.shape[0]))
-        for first in range(0, max(count, 1), size):  # once even without rows, for the operators' checks
-            rows = slice(first, min(first + size, count))
-            where = rows if kept is None else kept[rows]
-            part = layer.input[where]
-            values, grad_logits = _evaluate(args, where, _logits(part, layer, buffer), options, any(wanted))
-            made.values[where] = values
-            active = _worth_keeping(values != 0) if skips_satisfied and any(wanted) else None
-            if active is not None:
-                where = active + first if isinstance(where, slice) else where[active]
-                part, grad_logits = part[active], grad_logits[active]
-            _add_gradients(made, where, part, grad_logits, layer, options, wanted)
-        return made._replace(grad_input=made.grad_input.to(dtype))
+        size = _rows_per_chunk(count, layer, options, skips_satisfied)
+        firsts = range(0, max(count, 1), size)  # one even without rows, for the operators' checks
+        shard = options.shard
+        exchanges = [] if shard is None else [_shards.exchange_of_chunk(args, shard, min(size, count))] * len(firsts)
+        with telling(exchanges):
+            made, dtype = _nothing_yet(layer, args, options, wanted), layer.input.dtype
+            layer, args = layer.to(options.dtype), args._replace(reduction="none")
+            buffer = layer.input.new_empty((min(size, count), layer.weight.shape[0]))
+            for first in firsts:
+                rows = slice(first, min(first + size, count))
+                where = rows if kept is None else kept[rows]
+                part = layer.input[where]
+                logits = _logits(part, layer, buffer)
+                values, grad_logits = _evaluate(args, where, logits, options, any(wanted), exchanges)
+                made.values[where] = values
+                active = _worth_keeping(values != 0) if skips_satisfied and any(wanted) else None
+                if active is not None:
+                    where = active + first if isinstance(where, slice) else where[active]
+                    part, grad_logits = part[active], grad_logits[active]
+                _add_gradients(made, where, part, grad_logits, layer, options, wanted)
+            return made._replace(grad_input=made.grad_input.to(dtype))
 
 
 def _nothing_yet(layer: Layer, args: RowLossArguments, options: ChunkOptions, wanted: Sequence[bool]) -> Sweep:
@@ -110,16 +116,17 @@ def _nothing_yet(layer: Layer, args: RowLossArguments, options: ChunkOptions, wa
     )
 
 
-def _rows_per_chunk(rows: int, matrix: Tensor, options: ChunkOptions, copies: bool) -> int:
+def _rows_per_chunk(rows: int, layer: Layer, options: ChunkOptions, copies: bool) -> int:
     """How many rows a chunk has: as many as fit, in chunks of about equal size; at least one.
 
     Ranks with a share of the classes agree about it.
     """
+    element = options.dtype.itemsize
     if options.shard is not None:  # made of torch's operators, which allocate intermediate results
-        bytes_per_row = 5.0 * options.shard.largest * max(4, matrix.element_size())
+        bytes_per_row = 5.0 * options.shard.largest * max(4, element)
     else:
-        tensors = (1.0 if matrix.is_cpu else 2.0) + (_WORTH_SKIPPING if copies else 0.0)
-        bytes_per_row = tensors * matrix.shape[0] * matrix.element_size()
+        tensors = (1.0 if layer.weight.is_cpu else 2.0) + (_WORTH_SKIPPING if copies else 0.0)
+        bytes_per_row = tensors * layer.weight.shape[0] * element
     most = max(1, int(_SHARE_OF_LOGITS * options.chunk_bytes / max(1.0, bytes_per_row)))
     chunks = max(1, -(-rows // most))
     return max(1, -(-rows // chunks))
@@ -139,13 +146,18 @@ def _logits(rows: Tensor, layer: Layer, buffer: Tensor) -> Tensor:
 
 
 def _evaluate(
-    args: RowLossArguments, where: slice | Tensor, logits: Tensor, options: ChunkOptions, with_gradient: bool
+    args: RowLossArguments,
+    where: slice | Tensor,
+    logits: Tensor,
+    options: ChunkOptions,
+    with_gradient: bool,
+    exchanges: list[Exchange],
 ) -> tuple[Tensor, Tensor]:
     """The losses of some rows and the gradient of their sum, which may take the place of their logits."""
     samples = None if args.sample_weight is None else args.sample_weight[where]
     args = args._replace(logits=logits, target=args.target[where], sample_weight=samples)
     if options.shard is not None:
-        return _shards.values_and_gradient(args, options.shard, with_gradient, agreed=True)
+        return _shards.values_and_gradient(args, options.shard, with_gradient, exchanges[0])
     if not with_gradient:
         return _ops.row_loss(*args), logits
     if logits.is_cpu:

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_losses._agreement import Exchange, check_member, gather
+from fused_losses._agreement import Exchange, add_up, check_member, gather, telling
 from fused_losses._arguments import LOSSES, RowLossArguments, acc_dtype
 from fused_losses._reference import Rows, power, zero_at_zero
 
-ROWS, CALL = "rows", "call"  # names of the exchanges: numbers of all rows, or only that ranks make the same call
+# Names of the exchanges: numbers of all rows, only that ranks make the same call, or then numbers of some rows.
+ROWS, CALL, CHUNK = "rows", "call", "chunk"
 
 
 class Shard(NamedTuple):
@@ -135,17 +136,29 @@ def agree_about_call(args: RowLossArguments, shard: Shard, how: str) -> None:
     gather(Exchange.over(shard.group, CALL), f"{in_words(args)}, {how}", nothing, args.target)
 
 
+def exchange_of_chunk(args: RowLossArguments, shard: Shard, rows: int) -> Exchange:
+    """What :func:`values_and_gradient` gathers of up to so many rows, where all ranks have agreed about the call."""
+    numbers = _numbers_per_row(args) * rows + 2
+    return Exchange.over(shard.group, CHUNK, numbers * acc_dtype(args.logits).itemsize)
+
+
+@torch.no_grad()
 def values_and_gradient(
-    args: RowLossArguments, shard: Shard, with_gradient: bool, agreed: bool = False
+    args: RowLossArguments, shard: Shard, with_gradient: bool, chunk: Exchange | None = None
 ) -> tuple[Tensor, Tensor]:
     """Every row's weighted loss, the same on all ranks, and the gradient of their sum in this rank's logits.
 
     ``args.logits`` is (N, classes of this rank), targets count over all classes. All ranks have to call it: one
     collective, and one more for sums of terms that need the normaliser first. The first raises unless all make the same
-    call, if they have not ``agreed`` about it.
+    call; that of a ``chunk`` of a call about which they have agreed is given. Either brings the news of a failure.
     """
-    with torch.no_grad():
-        logits, target = args.logits, args.target.long()
+    logits, rows = args.logits, len(args.target)
+    formula = _Formula(args, shard)
+    numbers = Exchange.over(shard.group, ROWS) if chunk is None else chunk
+    sums = 2 * formula.count_terms()
+    terms = [Exchange.adding(shard.group, sums * rows, acc_dtype(logits))] if sums else []
+    with telling([numbers, *terms]):
+        target = args.target.long()
         ignored = target == args.ignore_index
         local = torch.where(ignored, -1, target - shard.first_class)
         own = (local >= 0) & (local < logits.shape[1])
@@ -160,10 +173,10 @@ def values_and_gradient(
         if exponent is not None:
             of_rank.append(_smaller_power_sum(d, exponent))
         message = torch.cat([*of_rank, _of_no_row(linear, d)])
-        everywhere = _merge(_gather(message, args, shard, agreed), len(top), linear is not None, exponent)
+        everywhere = _merge(_gather(numbers, message, args), len(top), linear is not None, exponent)
         below = _below(top, everywhere.top)
         log_probs = d.add_((below - everywhere.log_sum).unsqueeze(1))
-        values, slopes, terms = _evaluate(args, shard, ignored, everywhere, log_probs)
+        values, slopes, of_terms = _evaluate(formula, everywhere, log_probs, terms)
         if not with_gradient:
             return values, logits.new_empty(0)
         # d log p_k / d z_j is [k = j] - p_j, in every one of these numbers.
@@ -171,11 +184,11 @@ def values_and_gradient(
         if exponent is not None:
             of_power = exponent * slopes.power
             pull += of_power * everywhere.powers.whole
-            terms = terms + of_power.unsqueeze(1) * torch.exp(exponent * log_probs)
+            of_terms = of_terms + of_power.unsqueeze(1) * torch.exp(exponent * log_probs)
         grad = e.mul_((-pull * (below - everywhere.log_sum).exp()).unsqueeze(1))
         if linear is not None:
             grad += slopes.linear.unsqueeze(1) * linear
-        grad += terms
+        grad += of_terms
         if grad.shape[1]:
             grad.scatter_add_(1, index, torch.where(own, slopes.target, 0.0).unsqueeze(1))
         return values, grad.to(logits.dtype)
@@ -233,13 +246,11 @@ def _of_no_row(linear: Tensor | None, d: Tensor) -> Tensor:
     return torch.stack([weight, weight.new_full((), d.shape[1])])
 
 
-def _gather(message: Tensor, args: RowLossArguments, shard: Shard, agreed: bool) -> Tensor:
+def _gather(exchange: Exchange, message: Tensor, args: RowLossArguments) -> Tensor:
     """The messages of all ranks."""
-    if not agreed:
-        return gather(Exchange.over(shard.group, ROWS), in_words(args), message, args.target)
-    found = message.new_empty(dist.get_world_size(shard.group), message.numel())
-    dist.all_gather(list(found.unbind()), message, group=shard.group)
-    return found
+    if exchange.gathers == CHUNK:
+        return gather(exchange, CHUNK, message)
+    return gather(exchange, in_words(args), message, args.target)
 
 
 def _merge(found: Tensor, rows: int, has_linear: bool, exponent: float | None) -> _Everywhere:
@@ -273,10 +284,20 @@ def _below(top: Tensor, of_all: Tensor) -> Tensor:
     return torch.where(top == -torch.inf, 0.0, top - of_all)
 
 
+def _numbers_per_row(args: RowLossArguments) -> int:
+    """That a rank tells of each row before any normaliser is known."""
+    return 3 + _has_linear_sum(args) + (_exponent(args) is not None)
+
+
+def _has_linear_sum(args: RowLossArguments) -> bool:
+    plain = args.loss == "cross_entropy" and args.params[0] == 0
+    return "log_probs" in (LOSSES[args.loss].sums or ()) and not plain
+
+
 def _linear_weights(args: RowLossArguments, shard: Shard, z: Tensor) -> Tensor | None:
     """By what this rank's log-probabilities are multiplied in the loss's linear sum; None where there is none."""
     entry = LOSSES[args.loss]
-    if "log_probs" not in (entry.sums or ()) or (args.loss == "cross_entropy" and args.params[0] == 0):
+    if not _has_linear_sum(args):
         return None
     if args.weight is None or not entry.weighs_classes:
         return z.new_ones(z.shape[1])
@@ -308,38 +329,58 @@ class _Sum(NamedTuple):
     slopes: Tensor  # of the terms of this rank
 
 
+Term: TypeAlias = Callable[[Tensor], Tensor]
+
+
+class _Formula:
+    """A loss's formula with all that does not come from the logits."""
+
+    def __init__(self, args: RowLossArguments, shard: Shard) -> None:
+        self.args, self.shard, self.entry = args, shard, LOSSES[args.loss]
+        self.ignored = args.target == args.ignore_index
+        self.target = torch.where(self.ignored, 0, args.target.long())
+        ones = torch.ones(args.target.shape, dtype=acc_dtype(args.logits), device=args.target.device)
+        self.class_weight = ones if args.weight is None else args.weight.to(ones.dtype)[self.target]
+        self.samples = ones if args.sample_weight is None else args.sample_weight.to(ones.dtype)
+
+    def values(self, numbers: RowNumbers, log_probs: Tensor, other_sum: Callable[[Term], Tensor]) -> Tensor:
+        """Every row's weighted loss."""
+        args, entry = self.args, self.entry
+        given = log_probs, self.target, self.ignored, args.weight, self.class_weight, self.samples, self.shard
+        rows = ShardedRows(*given, numbers, other_sum)
+        values = entry.formula(rows, **entry.unpack(args))
+        return rows.reduce(values if entry.weighs_classes else self.class_weight * values, "none")
+
+    def terms(self, numbers: RowNumbers, log_probs: Tensor) -> list[Term]:
+        """The functions of log p whose sums over the classes the loss asks for."""
+        asked: list[Term] = []
+
+        def note(term: Term) -> Tensor:
+            asked.append(term)
+            return torch.ones_like(numbers.log_p)
+
+        if "terms" in (self.entry.sums or ()):
+            self.values(numbers, log_probs, note)
+        return asked
+
+    def count_terms(self) -> int:
+        """How many those are, whatever the numbers."""
+        none = torch.zeros_like(self.class_weight)
+        return len(self.terms(RowNumbers(none, self.ignored, none, Powers(none, none), none), none.unsqueeze(1)))
+
+
 def _evaluate(
-    args: RowLossArguments, shard: Shard, ignored: Tensor, everywhere: _Everywhere, log_probs: Tensor
+    formula: _Formula, everywhere: _Everywhere, log_probs: Tensor, exchanges: list[Exchange]
 ) -> tuple[Tensor, _Slopes, Tensor | float]:
     """Values, their derivatives, and those in each log p_j of this rank through the sums of terms."""
-    entry, numbers = LOSSES[args.loss], everywhere.of_rows()
-    ones = torch.ones_like(numbers.log_p)
-    target = torch.where(ignored, 0, args.target.long())
-    class_weight = ones if args.weight is None else args.weight.to(ones.dtype)[target]
-    samples = ones if args.sample_weight is None else args.sample_weight.to(ones.dtype)
-    of_rows = log_probs, target, ignored, args.weight, class_weight, samples, shard
-
-    def values_of(numbers: RowNumbers, other_sum: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> Tensor:
-        rows = ShardedRows(*of_rows, numbers, other_sum)
-        values = entry.formula(rows, **entry.unpack(args))
-        return rows.reduce(values if entry.weighs_classes else class_weight * values, "none")
-
-    sums: list[_Sum] = []
-    if "terms" in (entry.sums or ()):
-        asked: list[Callable[[Tensor], Tensor]] = []
-
-        def note(term: Callable[[Tensor], Tensor]) -> Tensor:
-            asked.append(term)
-            return ones
-
-        values_of(numbers, note)  # for the terms that it asks for
-        sums = _sums_of_terms(asked, log_probs, shard)
+    numbers = everywhere.of_rows()
+    sums = _sums_of_terms(formula.terms(numbers, log_probs), log_probs, exchanges)
     with torch.enable_grad():
         totals = iter([each.total.requires_grad_() for each in sums])
         leaves = [numbers.log_p, numbers.linear_sum, numbers.powers_change]
         for leaf in leaves:
             leaf.requires_grad_()
-        values = values_of(numbers, lambda term: next(totals))
+        values = formula.values(numbers, log_probs, lambda term: next(totals))
         leaves += [each.total for each in sums]
         found = torch.autograd.grad(values.sum(), leaves, allow_unused=True, materialize_grads=True)
     pull: Tensor | float = 0.0
@@ -350,16 +391,15 @@ def _evaluate(
     return values.detach(), _Slopes(found[0], found[1], found[2], pull), terms
 
 
-def _sums_of_terms(asked: list[Callable[[Tensor], Tensor]], log_probs: Tensor, shard: Shard) -> list[_Sum]:
-    """What the terms add up to over the classes of all ranks: one collective."""
+def _sums_of_terms(asked: list[Term], log_probs: Tensor, exchanges: list[Exchange]) -> list[_Sum]:
+    """What the terms add up to over the classes of all ranks: one collective, or none where there are no terms."""
     made: list[Tensor] = []
     for term in asked:
         with torch.enable_grad():
             leaf = log_probs.detach().requires_grad_()
             terms = term(leaf)
             made += [terms.detach(), *torch.autograd.grad(terms.sum(), leaf)]
-    if not made:  # the loss leaves the term out where its factor is 0, on all ranks alike
-        return []
-    sums = torch.stack([each.sum(1) for each in made])
-    dist.all_reduce(sums, group=shard.group)
-    return [_Sum(sums[i].clone(), sums[i + 1], made[i + 1]) for i in range(0, len(made), 2)]
+    for exchange in exchanges:
+        sums = add_up(exchange, torch.stack([each.sum(1) for each in made]))
+        return [_Sum(sums[i].clone(), sums[i + 1], made[i + 1]) for i in range(0, len(made), 2)]
+    return []

@@ -92,8 +92,8 @@ class GlobalMean(HasProcessGroup):
 
     Raises:
         TypeError: ``loss`` is no Module of a row loss.
-        RuntimeError: at the call, torch.distributed is not initialised, or another rank was given bad arguments
-            (between GPUs: a device assertion).
+        RuntimeError: at the call, torch.distributed is not initialised, or another rank has failed (between GPUs: a
+            device assertion; under torch.compile: only when the group's timeout is over).
 
     Example:
         >>> criterion = GlobalMean(HEMLoss(margin=0.2))

@@ -88,7 +88,9 @@ class ELRLoss(RowsModule):
     Under DistributedDataParallel every rank has a memory of its own, so a sample must always come to the same rank.
     ``DistributedSampler`` does not do that: it deals out the samples anew in every epoch. Give each rank its own part
     of the data, with an ordinary sampler, and the loss the same ``shard``. Keep the loss out of the wrapped model,
-    because DDP overwrites buffers by those of rank 0, and save the ``state_dict`` of every rank.
+    because DDP overwrites buffers by those of rank 0, and save the ``state_dict`` of every rank. The loss itself
+    communicates nothing: where it raises on one rank, the others wait in DDP's sum of gradients until the timeout of
+    the group, or until that process is gone. Within a wrapper with ``process_group`` they are told at once.
 
     Example:
         >>> rank, world_size, samples = 0, 2, 6  # this process of two

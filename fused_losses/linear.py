@@ -80,7 +80,8 @@ def linear_loss(
         TypeError: ``loss`` is none of these, or a parameter is unknown.
         ValueError: shapes do not fit, values are out of range, or options are given beside a Module.
         RuntimeError: dtypes or devices do not fit; a tensor besides input, linear_weight and linear_bias requires a
-            gradient; a second derivative is taken.
+            gradient; a second derivative is taken; another rank of those that share the classes has failed, in any
+            chunk but after the last one's numbers were exchanged.
         IndexError: a target is out of range (on CUDA: a device assertion).
 
     Example:

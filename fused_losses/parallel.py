@@ -30,7 +30,8 @@ class ClassParallel(HasProcessGroup):
     the parts.
 
     Forward gathers 12 to 20 bytes per row, and 24 more by which an error on one rank becomes an error on all. Losses
-    with sums that need the normaliser of the softmax first (NFL, NNCE) add one all-reduce of 8 bytes per row and sum.
+    with sums that need the normaliser of the softmax first (NFL, NNCE) add one all-reduce of 8 bytes per row and sum,
+    and 4 more for the same.
     Backward and ``no_grad`` add nothing. The first call also compares the classes of the ranks; a call with more rows
     than all before gathers twice, to agree on the length.
 
@@ -48,8 +49,9 @@ class ClassParallel(HasProcessGroup):
     Raises:
         TypeError: ``loss`` is no such Module, or ``first_class`` no integer.
         ValueError: the classes of the ranks are not all classes once; shapes do not fit.
-        RuntimeError: dtypes do not fit; torch.distributed is not initialised; the arguments of another rank were bad,
-            which its message says, or were those of another call (between GPUs: a device assertion).
+        RuntimeError: dtypes do not fit; torch.distributed is not initialised; another rank has failed, which its
+            message says, or was given another call (between GPUs: a device assertion; under torch.compile: only when
+            the group's timeout is over).
         IndexError: a target is out of range (on CUDA: a device assertion).
 
     Example:

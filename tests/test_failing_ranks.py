@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch.distributed as dist
 from gloo_group import gloo_group, run_ranks
 
 import fused_losses as fl
+from fused_losses import _chunks, _shards
 from fused_losses.functional import linear_loss, z_error_cross_entropy
 
 pytestmark = [
@@ -41,6 +44,7 @@ LOSSES = {
     "wrapper around": lambda g: fl.LogitNorm(fl.SuperLoss("gce", running=True, process_group=g)),
     "wrapper within": lambda g: fl.SmallLoss(fl.LogitClip("gce", 2.0), 0.5, process_group=g),
     "both ask": lambda g: fl.SuperLoss(fl.SmallLoss("gce", 0.5, process_group=g), running=True, process_group=g),
+    "around ELR": lambda g: remembering(fl.SuperLoss(fl.ELRLoss(4, CLASSES), running=True, process_group=g)),
     "linear": lambda g: linear(fl.GlobalMean(fl.GCELoss(), g)),
     "linear, Z-Error": lambda g: linear(fl.ZErrorCrossEntropyLoss(process_group=g)),
 }
@@ -69,6 +73,10 @@ def squares(loss):
     return run
 
 
+def remembering(loss):
+    return lambda logits, target, weight: loss(logits, target, torch.arange(4), weight)
+
+
 def first(logits):
     return logits[:, 0] if logits.dim() > 1 else logits
 
@@ -77,6 +85,52 @@ def linear(loss):
     return lambda features, target, weight: linear_loss(
         features, torch.ones(CLASSES, CLASSES), target, loss, sample_weight=weight
     )
+
+
+# Where one rank runs out of memory within linear_loss over classes that ranks share: a function, and at which of its
+# calls. There are as many chunks as rows; the gradients of "none" take the chunks again.
+AMID_CHUNKS = {
+    "before the first": (_chunks, "_nothing_yet", 1),
+    "logits": (_chunks, "_logits", 2),
+    "numbers of the rows": (_shards, "_merge", 2),
+    "formula": (_shards, "_sums_of_terms", 2),
+    "gradient": (_chunks, "_add_gradients", 3),
+    "logits in backward": (_chunks, "_logits", 6),
+}
+
+
+def sharded_step(name, reduction, rank, world_size):
+    """Forward and backward in four chunks."""
+    first, end = (CLASSES * r // world_size for r in (rank, rank + 1))
+    loss = fl.parallel.ClassParallel(fl.LOSSES[name].module(reduction=reduction), None, first, CLASSES)
+    weight = torch.ones(end - first, CLASSES, requires_grad=True)
+    linear_loss(FINE["logits"], weight, FINE["target"], loss, chunk_bytes=1).sum().backward()
+
+
+@contextmanager
+def out_of_memory(module, function, at):
+    calls, original = [], getattr(module, function)
+
+    def fail(*args):
+        calls.append(args)
+        if len(calls) == at:
+            raise MemoryError("no room")
+        return original(*args)
+
+    setattr(module, function, fail)
+    try:
+        yield
+    finally:
+        setattr(module, function, original)
+
+
+def check_chunks(rank, world_size, bad_rank, name, place):
+    reduction = "none" if place == "logits in backward" else "sum"
+    fails = out_of_memory(*AMID_CHUNKS[place]) if rank == bad_rank else nullcontext()
+    expected = (MemoryError, "^no room$") if rank == bad_rank else (RuntimeError, f"Rank {bad_rank} raised MemoryError")
+    with fails, pytest.raises(expected[0], match=expected[1]):
+        sharded_step(name, reduction, rank, world_size)
+    sharded_step(name, reduction, rank, world_size)  # nothing is left over of it
 
 
 def call(loss, **given):
@@ -112,6 +166,10 @@ def worker(rank: int, world_size: int, folder: str) -> None:
             for bad, given in BAD.items():
                 turn += 1
                 check(rank, world_size, name, make, turn % world_size, bad, given)
+        for name in ("gce", "nfl"):  # the latter with a second collective for each chunk
+            for place in AMID_CHUNKS:
+                turn += 1
+                check_chunks(rank, world_size, turn % world_size, name, place)
         Path(folder, f"done{rank}").touch()
 
 
@@ -130,3 +188,19 @@ def test_compiled_code_communicates(name: str, tmp_path: Path) -> None:
         expected = call(loss)
         compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(call(compiled), expected)
+
+
+def compiled_worker(rank: int, world_size: int, folder: str) -> None:
+    """In compiled code nobody is told: the others wait as long as the group lets them."""
+    with gloo_group(rank, world_size, folder):
+        group = dist.new_group(timeout=timedelta(seconds=5))
+        loss = torch.compile(fl.GlobalMean(fl.GCELoss(), group), backend="aot_eager", fullgraph=True)
+        call(loss)
+        error = error_of(loss, BAD["rows of target"] if rank == 0 else {})
+        assert ("another rank" not in str(error)) and (rank == 0 or "Timed out" in str(error)), error
+        dist.barrier()  # in another group: rank 0 stays until rank 1 has given up
+
+
+@pytest.mark.long
+def test_compiled_code_waits_for_the_timeout(tmp_path: Path) -> None:
+    run_ranks(compiled_worker, 2, tmp_path)
