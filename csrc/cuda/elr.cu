@@ -41,7 +41,7 @@ public:
         const A target_logit = logit(target.cls);
         A top, exponentials[kHolds ? kHeld : 1], memories[kHolds ? kHeld : 1];
         if constexpr (kHolds) {
-            held.read(exponentials, x, p.logits_class_stride, -std::numeric_limits<A>::infinity());
+            held.read(exponentials, x, kThreads > 1 ? 1 : p.logits_class_stride, -std::numeric_limits<A>::infinity());
             held.read(memories, memory, 1, A(0));
             top = held.max(exponentials);
             held.each([&](int k) { exponentials[k] = math::exp_not_positive(exponentials[k] - top); });
@@ -59,7 +59,11 @@ public:
         const auto probability = [&](int k, int c) { return exponential(k, c) * of_sum; };
         const bool usable = sum == sum, updates = m.updates && usable;
         A share = A(0);
-        if (updates) share = (A(1) - beta) / sum_of([&](int k, int c) { return ELR::clamped(probability(k, c)); });
+        if (updates)
+            share = (A(1) - beta) / sum_of([&](int k, int c) {
+                        const bool is_there = !kHolds || held.has(k);
+                        return is_there ? ELR::clamped(probability(k, c)) : A(0);
+                    });
         const auto remembered = [&](int k, int c, A of_class) {
             A before;
             if constexpr (kHolds)
@@ -99,11 +103,11 @@ public:
     }
 
 private:
-    // Over the classes of the row.
+    // Over the classes of the row. Beyond it, what is held adds something as well.
     template <class Of>
     FL_DEVICE A sum_of(Of of) const {
         if constexpr (kHolds)
-            return held.template sum<A>([&](int k) { return held.has(k) ? of(k, held.class_of(k)) : A(0); });
+            return held.template sum<A>([&](int k) { return of(k, held.class_of(k)); });
         else
             return lane.template sum<A>([&](int c) { return of(0, c); });
     }
@@ -111,7 +115,7 @@ private:
     const RowProblem& p;
     const ElrMemory& m;
     const ClassesOfLane<kThreads> lane;
-    const HeldClasses<kThreads, kHeld> held;
+    const HeldClasses<kThreads, kHeld, true> held;
     const A beta, lam;
 };
 
@@ -127,15 +131,15 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, true>)
 
 template <class Stored, class Kept>
 cudaError_t enqueue_kept(const RowProblem& p, const ElrMemory& m, cudaStream_t stream) {
-    constexpr int few_classes = 10, held = 4;
+    constexpr int few_classes = 10, lanes = 8, held = 13;
     const auto launch_for = [&](auto kernel, int threads) {
         return launch(kernel, blocks_for(p.rows(), kBlock / threads), stream, p, m);
     };
     const bool is_contiguous = p.logits_class_stride == 1;
     if constexpr (!kIsForChecking<Stored>) {
         if (p.num_classes <= few_classes) return launch_for(elr_rows<Stored, Kept, 1, few_classes>, 1);
-        if (p.num_classes <= kWarp * held && is_contiguous)
-            return launch_for(elr_rows<Stored, Kept, kWarp, held>, kWarp);
+        if (p.num_classes <= lanes * held && is_contiguous)
+            return launch_for(elr_rows<Stored, Kept, lanes, held>, lanes);
     }
     return is_contiguous ? launch_for(elr_rows<Stored, Kept, kWarp, 0>, kWarp)
                          : launch_for(elr_rows<Stored, Kept, 1, 0>, 1);

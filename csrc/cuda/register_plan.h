@@ -29,6 +29,7 @@ inline Factors factors_of(const RowProblem& p) {
 constexpr int tile_blocks(Factors factors, int held) {
     if (held < 16) return factors == Factors::kOneKept ? 8 : factors == Factors::kLong ? 5 : 7;
     if (factors == Factors::kNone && held == 20) return 6;
+    if (factors == Factors::kLong) return 3;
     return factors == Factors::kOnesAndStatistics || factors == Factors::kTwoKept ? 4 : 5;
 }
 
@@ -67,6 +68,7 @@ constexpr TileKernel kTileKernels[] = {
     {Factors::kTwoKept, 0, 10},
     {Factors::kTwoKept, 0, 26},
     {Factors::kLong, 0, 10},
+    {Factors::kLong, 0, 26},
 };
 struct DirectKernel {
     Factors factors;
