@@ -34,7 +34,7 @@ FL_HD void take_unit(const ElrMemory& m, std::int64_t unit, std::int64_t rows, T
         while (end < rows && place(end) == place(unit)) ++end;
     }
     const bool alone = end == unit + 1;
-    for (std::int64_t i = unit; i <= end; ++i) {  // one call, which compilers put here
+    for (std::int64_t i = unit; i <= end; ++i) {  // one call: compilers put its body here
         const bool again = i == end;
         if (again && (alone || !m.updates || last < 0)) break;
         const std::int64_t next = again ? last : row(i);

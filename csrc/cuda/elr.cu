@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, true>)
     const ElrRows<Stored, Kept, kThreads, kHeld> rows(p, m);
     const std::int64_t step = std::int64_t(gridDim.x) * (kBlock / kThreads);
     std::int64_t unit = std::int64_t(blockIdx.x) * (kBlock / kThreads) + threadIdx.x / kThreads;
-    for (; unit < p.rows(); unit += step)  // of all lanes of a warp alike
+    for (; unit < p.rows(); unit += step)
         take_unit(m, unit, p.rows(), [&](std::int64_t row, bool writes) { return rows.take(row, writes); });
 }
 

@@ -1,5 +1,5 @@
-// Losses of several passes whose formulas are short, on rows in registers: read once, then the numbers that the loss
-// keeps of each class take the place of the logits, and in the end the gradient does.
+// Losses of several passes on rows in registers, where formulas or rows are short: read once, then the numbers that the
+// loss keeps of each class take the place of the logits, and in the end the gradient does.
 #pragma once
 
 #include "cuda/register_direct.cuh"
@@ -39,28 +39,28 @@ FL_DEVICE void record_row(const RowArgs<A>& args, const Row& row, bool counts, A
 // Losses that know enough of their parameters: what else it takes to keep their rows in registers.
 template <class Loss>
 struct RegisterTraits {
-    static constexpr bool is_short = false;
+    static constexpr bool is_held = false, is_long = false;
 };
-struct ShortLoss {
-    static constexpr bool is_short = true;
+struct HeldLoss {
+    static constexpr bool is_held = true;
+    static constexpr bool is_long = false;            // a long formula: rows of a few hundred classes alone
     static constexpr bool is_relative = true;         // only differences from the largest logit matter
     static constexpr bool leaves_target_out = false;  // the target adds nothing to any sum, nor does a logit of -inf
     static constexpr bool counts_masked = false;      // one with a logit of -inf adds something in the last pass
 };
 template <bool kThreshold, bool kSquared>
-struct RegisterTraits<MarginLoss<AnyMarginPolicy::Knowing<kThreshold, kSquared>>> : ShortLoss {
+struct RegisterTraits<MarginLoss<AnyMarginPolicy::Knowing<kThreshold, kSquared>>> : HeldLoss {
     static constexpr bool leaves_target_out = true;
 };
 template <class Rule, bool kCoarse>
-struct RegisterTraits<PowerLoss<Rule, true, kCoarse>> : ShortLoss {
+struct RegisterTraits<PowerLoss<Rule, true, kCoarse>> : HeldLoss {
     static constexpr bool counts_masked = true;
 };
 template <int kN>
-struct RegisterTraits<BiTemperedOf<kN, true>> : ShortLoss {};
+struct RegisterTraits<BiTemperedOf<kN, true>> : HeldLoss {};
 
-// Losses with longer formulas, or that keep more: rows of a few hundred classes alone.
-struct LongLoss : ShortLoss {
-    static constexpr bool is_short = false;
+struct LongLoss : HeldLoss {
+    static constexpr bool is_long = true;
     static constexpr bool counts_masked = true;
 };
 template <bool kCoarse>
@@ -72,14 +72,11 @@ struct RegisterTraits<LDRKLOf<true, kCoarse>> : LongLoss {
     static constexpr bool is_relative = false;
 };
 
-template <class Loss>
-constexpr bool kIsLong = std::is_base_of_v<LongLoss, RegisterTraits<Loss>>;
-
 // Kernels are compiled for losses that keep one number of a class, or two; and for long ones.
 template <class Loss>
-constexpr Factors kKeptBy = kIsLong<Loss>         ? Factors::kLong
-                            : Loss::num_kept == 1 ? Factors::kOneKept
-                                                  : Factors::kTwoKept;
+constexpr Factors kKeptBy = RegisterTraits<Loss>::is_long ? Factors::kLong
+                            : Loss::num_kept == 1         ? Factors::kOneKept
+                                                          : Factors::kTwoKept;
 
 // As RegisterRow.
 template <class Loss, class S, class Access, int kNumRounds, int kAlways, class T, bool kMayBeRagged = true>
@@ -343,7 +340,7 @@ template <class Given>
 cudaError_t enqueue_passes_in_registers(RegisterArgs& args, cudaStream_t stream) {
     using Loss = typename UsualLoss<Given>::type;
     if (!UsualLoss<Given>::is_for(args.problem.params)) return kDoesNotFit;
-    if constexpr (RegisterTraits<Loss>::is_short || kIsLong<Loss>) switch (args.problem.dtype) {
+    if constexpr (RegisterTraits<Loss>::is_held) switch (args.problem.dtype) {
             case Dtype::kFloat32: return enqueue_passes_as<Loss, float>(args, stream);
             case Dtype::kFloat16: return enqueue_passes_as<Loss, Half>(args, stream);
             case Dtype::kBFloat16: return enqueue_passes_as<Loss, BFloat16>(args, stream);
