@@ -15,6 +15,7 @@ template <class Stored, class Kept, int kThreads, int kHeld>
 class ElrRows {
     using A = acc_t<Stored>;
     static constexpr bool kHolds = kHeld > 0;
+    static constexpr bool kIsMixed = kThreads > 1 && kThreads < kWarp;  // other lanes of the warp have other rows
 
 public:
     FL_DEVICE ElrRows(const RowProblem& problem, const ElrMemory& memory)
@@ -25,24 +26,28 @@ public:
           beta(m.parameters ? as<A>(m.parameters)[0] : A(m.beta)),
           lam(m.parameters ? as<A>(m.parameters)[1] : A(m.lam)) {}
 
-    FL_DEVICE bool take(std::int64_t number, bool writes) const {
+    // exists: whether it is this thread's row, or is there for the others' sake.
+    FL_DEVICE bool take(std::int64_t number, bool writes, bool exists = true) const {
         const Row row = row_at(p, number);
         const Target target = target_of(p, row);
         A* const grad = p.grad ? static_cast<A*>(p.grad) + p.grad_stride.at(row.outer, row.inner) : nullptr;
         A* const value = static_cast<A*>(p.row_values) + number;
-        if (target.ignored) {
-            if (lane.first == 0) *value = A(0);
-            if (grad) lane.each([&](int c) { grad[c * p.grad_class_stride] = A(0); });
-            return false;
-        }
+        if (target.ignored && exists) leave_out(value, grad);
+        if (!kIsMixed && target.ignored) return false;
+        const bool counts = !kIsMixed || (exists && !target.ignored);
         const Stored* const x = as<Stored>(p.logits) + p.logits_stride.at(row.outer, row.inner);
-        Kept* const memory = static_cast<Kept*>(m.rows) + m.place[number] * p.num_classes;
+        Kept* const memory = static_cast<Kept*>(m.rows) + (counts ? m.place[number] : 0) * p.num_classes;
         const auto logit = [&](int c) { return to_acc(x[c * p.logits_class_stride]); };
-        const A target_logit = logit(target.cls);
+        const A target_logit = counts ? logit(target.cls) : A(0);
         A top, exponentials[kHolds ? kHeld : 1], memories[kHolds ? kHeld : 1];
         if constexpr (kHolds) {
-            held.read(exponentials, x, kThreads > 1 ? 1 : p.logits_class_stride, -std::numeric_limits<A>::infinity());
-            held.read(memories, memory, 1, A(0));
+            if (counts) {
+                constexpr A none = -std::numeric_limits<A>::infinity();
+                held.read(exponentials, x, kThreads > 1 ? 1 : p.logits_class_stride, none);
+                held.read(memories, memory, 1, A(0));
+            } else {
+                held.each([&](int k) { exponentials[k] = memories[k] = A(0); });
+            }
             top = held.max(exponentials);
             held.each([&](int k) { exponentials[k] = math::exp_not_positive(exponentials[k] - top); });
         } else {
@@ -59,7 +64,7 @@ public:
         const auto probability = [&](int k, int c) { return exponential(k, c) * of_sum; };
         const bool usable = sum == sum, updates = m.updates && usable;
         A share = A(0);
-        if (updates)
+        if (m.updates)  // by all lanes
             share = (A(1) - beta) / sum_of([&](int k, int c) {
                         const bool is_there = !kHolds || held.has(k);
                         return is_there ? ELR::clamped(probability(k, c)) : A(0);
@@ -80,6 +85,7 @@ public:
         });
         const A log_p = (target_logit - top) - math::log(sum), rest_share = lam / rest;
         const A scale = m.scale ? as<A>(m.scale)[number] : A(1);
+        if (!counts) return false;
         if (lane.first == 0) *value = ELR::value(log_p, rest, lam);
         const auto gradient = [&](int c, A of_class, A t) {
             return scale * (c == target.cls ? ELR::target_gradient(log_p, t, lam, rest_share)
@@ -103,6 +109,11 @@ public:
     }
 
 private:
+    FL_DEVICE void leave_out(A* value, A* grad) const {
+        if (lane.first == 0) *value = A(0);
+        if (grad) lane.each([&](int c) { grad[c * p.grad_class_stride] = A(0); });
+    }
+
     // Over the classes of the row. Beyond it, what is held adds something as well.
     template <class Of>
     FL_DEVICE A sum_of(Of of) const {
@@ -115,7 +126,7 @@ private:
     const RowProblem& p;
     const ElrMemory& m;
     const ClassesOfLane<kThreads> lane;
-    const HeldClasses<kThreads, kHeld, true> held;
+    const HeldClasses<kThreads, kHeld> held;
     const A beta, lam;
 };
 
@@ -125,8 +136,16 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<acc_t<Stored>, true>)
     const ElrRows<Stored, Kept, kThreads, kHeld> rows(p, m);
     const std::int64_t step = std::int64_t(gridDim.x) * (kBlock / kThreads);
     std::int64_t unit = std::int64_t(blockIdx.x) * (kBlock / kThreads) + threadIdx.x / kThreads;
-    for (; unit < p.rows(); unit += step)
-        take_unit(m, unit, p.rows(), [&](std::int64_t row, bool writes) { return rows.take(row, writes); });
+    if constexpr (kThreads > 1 && kThreads < kWarp) {  // no sample has two rows
+        const int in_warp = threadIdx.x % kWarp / kThreads;
+        for (; unit - in_warp < p.rows(); unit += step) {
+            const bool exists = unit < p.rows();
+            rows.take(exists ? unit : p.rows() - 1, m.updates, exists);
+        }
+    } else {
+        for (; unit < p.rows(); unit += step)  // of all lanes of a warp alike
+            take_unit(m, unit, p.rows(), [&](std::int64_t row, bool writes) { return rows.take(row, writes); });
+    }
 }
 
 template <class Stored, class Kept>
@@ -138,7 +157,7 @@ cudaError_t enqueue_kept(const RowProblem& p, const ElrMemory& m, cudaStream_t s
     const bool is_contiguous = p.logits_class_stride == 1;
     if constexpr (!kIsForChecking<Stored>) {
         if (p.num_classes <= few_classes) return launch_for(elr_rows<Stored, Kept, 1, few_classes>, 1);
-        if (p.num_classes <= lanes * held && is_contiguous)
+        if (p.num_classes <= lanes * held && is_contiguous && !m.order)
             return launch_for(elr_rows<Stored, Kept, lanes, held>, lanes);
     }
     return is_contiguous ? launch_for(elr_rows<Stored, Kept, kWarp, 0>, kWarp)

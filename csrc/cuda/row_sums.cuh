@@ -31,13 +31,12 @@ FL_DEVICE void each_row(std::int64_t rows, Body body) {
     for (; number - in_warp < rows; number += step) body(number < rows ? number : rows - 1);
 }
 
-// Of so many lanes of a warp, for all of them. kAlone: the other lanes of the warp may be somewhere else.
-template <int kThreads, bool kAlone = false, class T, class Combine>
+// Of so many lanes of a warp, for all of them.
+template <int kThreads, class T, class Combine>
 FL_DEVICE T over_lanes(T x, Combine combine) {
-    constexpr unsigned all = 0xffffffffu;
-    const unsigned mask = kAlone ? all >> (kWarp - kThreads) << (threadIdx.x % kWarp / kThreads * kThreads) : all;
 #pragma unroll
-    for (int distance = kThreads / 2; distance > 0; distance /= 2) x = combine(x, __shfl_xor_sync(mask, x, distance));
+    for (int distance = kThreads / 2; distance > 0; distance /= 2)
+        x = combine(x, __shfl_xor_sync(0xffffffffu, x, distance));
     return x;
 }
 
@@ -90,7 +89,7 @@ struct ClassesOfLane {
 };
 
 // Up to kHeld classes of a row for each of the lanes that share it: their numbers stay in registers.
-template <int kThreads, int kHeld, bool kAlone = false>
+template <int kThreads, int kHeld>
 struct HeldClasses {
     const int first, classes;
 
@@ -121,19 +120,23 @@ struct HeldClasses {
         each([&](int k) {
             if (has(k)) *row = of(k);
             row += kThreads * stride;
+#ifdef __CUDA_ARCH__
+            // An address of its own: neighbours off one look like a store of 16 bytes that was taken apart.
+            if (k % 3 == 2) asm("" : "+l"(row));
+#endif
         });
     }
     template <class A, class Of>
     FL_DEVICE A sum(Of of) const {
         A sum = A(0);
         each([&](int k) { sum += of(k); });
-        return over_lanes<kThreads, kAlone>(sum, [](A a, A b) { return a + b; });
+        return over_lanes<kThreads>(sum, [](A a, A b) { return a + b; });
     }
     template <class A>
     FL_DEVICE A max(const A (&x)[kHeld]) const {
         A top = x[0];
         each([&](int k) { top = math::larger(x[k], top); });
-        return over_lanes<kThreads, kAlone>(top, [](A a, A b) { return math::larger(b, a); });
+        return over_lanes<kThreads>(top, [](A a, A b) { return math::larger(b, a); });
     }
 };
 
