@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kBlock) statistics(const __grid_constant__ Row
         const Stored* const x = as<Stored>(p.logits) + p.logits_stride.at(row.outer, row.inner);
         const auto logit = [&](int c) { return to_acc(x[kThreads > 1 ? c : c * p.logits_class_stride]); };
         Summary<A> all = Summary<A>::none();
-        constexpr int few = kIsForChecking<Stored> ? 1 : kThreads == kWarp ? 8 : 4;
+        constexpr int few = kIsForChecking<Stored> ? 1 : kThreads == 1 ? 5 : kThreads == 8 ? 7 : 8;  // of 10, 100, 1000
         lane.template each_few<few, A>(logit, [&](int c, const A(&z)[few]) { all.push(z, c, kThreads); });
         all = merge_over_lanes<kThreads>(all);
         if (lane.first > 0) return;
