@@ -116,14 +116,11 @@ struct HeldClasses {
     }
     template <class Stored, class Of>
     FL_DEVICE void write(Stored* row, std::int64_t stride, Of of) const {
+        stride += classes < 0;  // never: stores to neighbours off one address look like one that was taken apart
         row += first * stride;
         each([&](int k) {
             if (has(k)) *row = of(k);
             row += kThreads * stride;
-#ifdef __CUDA_ARCH__
-            // An address of its own: neighbours off one look like a store of 16 bytes that was taken apart.
-            if (k % 3 == 2) asm("" : "+l"(row));
-#endif
         });
     }
     template <class A, class Of>
