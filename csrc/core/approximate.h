@@ -29,16 +29,23 @@ FL_HD float log2_approximately(float x) {  // to 2^-22 in [0.5, 2], else 2 ulp
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+FL_HD float rsqrt_approximately(float x) {  // to 2 ulp
+    float y;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 FL_HD float reciprocal_approximately(float x) {  // to an ulp; a division is ten instructions, and a branch
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 #elif defined(FL_CUDA_EMULATION)
-using cuda_emulation::exp2_approximately, cuda_emulation::log2_approximately, cuda_emulation::reciprocal_approximately;
+using cuda_emulation::exp2_approximately, cuda_emulation::log2_approximately, cuda_emulation::reciprocal_approximately,
+    cuda_emulation::rsqrt_approximately;
 #else
 FL_HD float exp2_approximately(float x) { return std::exp2(x); }
 FL_HD float log2_approximately(float x) { return std::log2(x); }
+FL_HD float rsqrt_approximately(float x) { return 1.0f / std::sqrt(x); }
 FL_HD float reciprocal_approximately(float x) { return 1.0f / x; }
 #endif
 

@@ -26,18 +26,20 @@ inline namespace FL_ISA {
 // whether the row is usable.
 template <class Take>
 FL_HD void take_unit(const ElrMemory& m, std::int64_t unit, std::int64_t rows, Take take) {
-    if (!m.order) {
-        take(unit, m.updates);
-        return;
-    }
-    const auto place = [&](std::int64_t i) { return m.place[m.order[i]]; };
-    if (unit > 0 && place(unit - 1) == place(unit)) return;
+    const auto row = [&](std::int64_t i) { return m.order ? m.order[i] : i; };
     std::int64_t end = unit + 1, last = -1;
-    while (end < rows && place(end) == place(unit)) ++end;
+    if (m.order) {
+        const auto place = [&](std::int64_t i) { return m.place[row(i)]; };
+        if (unit > 0 && place(unit - 1) == place(unit)) return;
+        while (end < rows && place(end) == place(unit)) ++end;
+    }
     const bool alone = end == unit + 1;
-    for (std::int64_t i = unit; i < end; ++i)
-        if (take(m.order[i], alone && m.updates)) last = m.order[i];
-    if (!alone && m.updates && last >= 0) take(last, true);
+    for (std::int64_t i = unit; i <= end; ++i) {  // one call: compilers put its body here
+        const bool again = i == end;
+        if (again && (alone || !m.updates || last < 0)) break;
+        const std::int64_t next = again ? last : row(i);
+        if (take(next, m.updates && (alone || again))) last = next;
+    }
 }
 
 }  // namespace FL_ISA

@@ -115,6 +115,15 @@ FL_HD T exp_not_positive(T x) {
 #endif
 }
 
+// x exp(x) where exp(x) is known as exp_not_positive has it: 0 where that is.
+template <class T>
+FL_HD T times_exp(T x, T exp_x) {
+#ifdef FL_ON_DEVICE
+    if constexpr (sizeof(T) == 4) return exp_x * at_least(x, -200.0f);
+#endif
+    return select(exp_x == T(0), T(0), exp_x * x);
+}
+
 // The same for less: enough where the logits and the gradient are numbers of 16 bits.
 // Max Error: 3 + |x| ulp. Valid Range: x <= 0, NaN.
 template <class T>
@@ -182,6 +191,16 @@ FL_HD T reciprocal(T x) {
 #endif
 }
 
+// b where a is NaN.
+template <class T>
+FL_HD T larger(T a, T b) {
+#ifdef __CUDA_ARCH__
+    return ::fmax(a, b);
+#else
+    return select(a > b, a, b);
+#endif
+}
+
 // -|x|
 template <class T>
 FL_HD T minus_abs(T x) {
@@ -201,8 +220,11 @@ FL_HD T reciprocal_or_zero(T x) {
 // 1 / sqrt(x). Max Error: 3 ulp. Valid Range: normal x > 0.
 template <class T>
 FL_HD T rsqrt(T x) {
-#ifdef __CUDA_ARCH__
-    return ::rsqrt(x);
+#ifdef FL_ON_DEVICE
+    if constexpr (sizeof(T) == 8)
+        return T(1) / std::sqrt(x);
+    else
+        return rsqrt_approximately(x);
 #else
     return Traits<T>::rsqrt(x);
 #endif

@@ -107,11 +107,13 @@ struct NormalizedRow {
 
 // Adapts a loss of one or two such sums:
 //     static constexpr int num_terms;
-//     terms(log_p, p, params) -> NormalizedTerms
+//     terms<kCoarse>(log_p, p, params) -> NormalizedTerms       kCoarse: logits and gradient are numbers of 16 bits
 //     eval(log_p, own, sums, num_classes, params) -> NormalizedRow      own: of the target; sums: of n, of W, for each
 //     term
-template <class Loss>
+template <class Loss, bool kCoarse = false>
 struct NormalizedLoss {
+    using Coarse = NormalizedLoss<Loss, true>;
+
     static constexpr int num_terms = Loss::num_terms;
     static constexpr const char* name = Loss::name;
     static constexpr int num_params = Loss::num_params, min_classes = Loss::min_classes;
@@ -138,7 +140,7 @@ struct NormalizedLoss {
     // Kept: exp(z - max), in the end p; W.
     template <bool last, class T>
     FL_HD static Sums<T, num_sums> map(int, const State<T>& s, T z, T, math::mask_t<T>, const T* params, T* kept) {
-        const T e = last && kept ? kept[0] : math::exp_not_positive(z - s.max);
+        const T e = last && kept ? kept[0] : exponential(z - s.max);
         if (kept) kept[0] = e;
         Sums<T, num_sums> sums{};
         if (!last) {
@@ -146,7 +148,7 @@ struct NormalizedLoss {
             return sums;
         }
         const T p = e * math::exp_not_positive(-s.log_sum);
-        const NormalizedTerms<T, num_terms> terms = Loss::terms((z - s.max) - s.log_sum, p, params);
+        const NormalizedTerms<T, num_terms> terms = Loss::template terms<kCoarse>((z - s.max) - s.log_sum, p, params);
         if (kept) kept[0] = p;
         for (int i = 0; i < num_terms; ++i) {
             sums.v[2 * i] = terms.of[i].n, sums.v[2 * i + 1] = terms.of[i].w;
@@ -163,7 +165,7 @@ struct NormalizedLoss {
             return;
         }
         const T log_p = (row.target_logit - s.max) - s.log_sum;
-        const NormalizedTerms<T, num_terms> own = Loss::terms(log_p, math::exp(log_p), params);
+        const NormalizedTerms<T, num_terms> own = Loss::template terms<false>(log_p, math::exp(log_p), params);
         const NormalizedRow<T, num_terms> of = Loss::eval(log_p, own, sums, row.num_classes, params);
         s.value = of.value;
         s.alpha = of.alpha;
@@ -184,8 +186,8 @@ struct NormalizedLoss {
     template <class T>
     FL_HD static void keep(const State<T>& s, T z, T, math::mask_t<T>, const T* params, T* kept) {
         const T log_p = (z - s.max) - s.log_sum;
-        kept[0] = math::exp_not_positive(log_p);
-        const NormalizedTerms<T, num_terms> terms = Loss::terms(log_p, kept[0], params);
+        kept[0] = exponential(log_p);
+        const NormalizedTerms<T, num_terms> terms = Loss::template terms<kCoarse>(log_p, kept[0], params);
         for (int i = 0; i < num_terms; ++i) kept[1 + i] = terms.of[i].w;
     }
 
@@ -194,6 +196,19 @@ struct NormalizedLoss {
         T g = s.alpha * kept[0];
         for (int i = 0; i < num_terms; ++i) g += s.gamma[i] * kept[1 + i];
         return math::select(is_target, s.target_grad, g);
+    }
+
+    template <class T>
+    FL_HD static void scale(State<T>& s, T by) {
+        s.alpha *= by;
+        s.target_grad *= by;
+        for (T& gamma : s.gamma) gamma *= by;
+    }
+
+private:
+    template <class T>
+    FL_HD static T exponential(T x) {
+        return kCoarse ? math::coarse_exp_not_positive(x) : math::exp_not_positive(x);
     }
 };
 

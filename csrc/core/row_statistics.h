@@ -40,53 +40,47 @@ struct RowSummary {
     // In two passes: all classes are compared, in order, before their exponentials are added up.
     FL_HD void compare(T z, I cls) {
         const auto above = z > top;
-        second = Traits::select(above, top, Traits::select(z > second, z, second));
+        second = Traits::select(above, top, math::larger(z, second));
         index = Traits::select(above, cls, index);
-        top = Traits::select(above, z, top);
+        top = math::larger(z, top);
     }
 
-    FL_HD void add(T z) {
-        const T below = z - top, e = math::exp_not_positive(below);
+    FL_HD void add(T z) { add_below(z - top); }
+
+    // What lies so far below what exponentials are relative to.
+    FL_HD void add_below(T below) {
+        const T e = math::exp_not_positive(below);
         sum += e;
-        weighted += Traits::select(e == T(0), T(0), e * below);
+        weighted += math::times_exp(below, e);
     }
 
-    // In one pass: scalars only.
-    FL_HD void push(T z, I cls) {
-        if (z > top) {
-            second = top, index = cls;
-            rescale(z);
-        } else if (z > second) {
-            second = z;
-        }
-        if (!(z == none().top)) add(z);  // NaN is added
+    // In one pass: scalars only. Some classes at once, each `step` after the other; beyond the row they are -inf.
+    template <int n>
+    FL_HD void push(const T (&z)[n], I first, I step) {
+        const T before = top;
+        const I index_before = index;
+        index = I(-1);
+        for (int k = 0; k < n; ++k) compare(z[k], I(k));
+        index = index < I(0) ? index_before : first + index * step;
+        move_to(pivot_of(top), before);
+        for (int k = 0; k < n; ++k) add_below(z[k] - pivot_of(top));
     }
 
-    FL_HD void merge(const RowSummary& other) {
-        RowSummary theirs = other;
-        const bool is_theirs = other.top > top || (other.top == top && other.index < index);
-        const T lower = is_theirs ? top : other.top, next = is_theirs ? other.second : second;
-        if (other.top > top) rescale(other.top);
-        if (top > other.top) theirs.rescale(top);
-        second = lower > next ? lower : next;
-        index = is_theirs ? other.index : index;
-        sum += theirs.sum;
-        weighted += theirs.weighted;
+    // Makes `pivot`, the largest logit or a larger one, what exponentials are relative to; so far that was `before`.
+    FL_HD void move_to(T pivot, T before) {
+        const T below = before - pivot, difference = Traits::select(below < T(0), below, T(0));
+        const T factor = math::exp_not_positive(difference);
+        weighted = factor * weighted + math::times_exp(difference, factor) * sum;
+        sum *= factor;
     }
+
+    // -inf - -inf is NaN.
+    FL_HD static T pivot_of(T top) { return Traits::select(top == none().top, T(0), top); }
 
     // Where `sum` is a positive number. Otherwise see leave_undefined().
     FL_HD RowStatisticsOf<T> finish(T target_logit, I target) const {
         const T margin = target_logit - Traits::select(index == target, second, top);
         return row_statistics_of((target_logit - top) - math::log(sum), T(1), top, margin, sum, weighted);
-    }
-
-private:
-    // Makes `new_top` what exponentials are relative to.
-    FL_HD void rescale(T new_top) {
-        const T difference = top - new_top, factor = math::exp_not_positive(difference);
-        weighted = sum == T(0) ? T(0) : factor * (weighted + difference * sum);
-        sum = sum == T(0) ? T(0) : factor * sum;
-        top = new_top;
     }
 };
 

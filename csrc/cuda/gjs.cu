@@ -1,8 +1,9 @@
 // The generalised Jensen-Shannon divergence: the lanes of a warp share a row of all views, or a thread has one where
-// classes are few or far apart. The first loop over a view brings it into the caches, the last writes its gradient.
+// classes are few or far apart. Short rows of two views stay in registers. Of others the first loop over a view brings
+// it into the caches, the last writes its gradient.
 #include "losses/gjs.h"
 
-#include "cuda/launch.cuh"
+#include "cuda/register_launch.cuh"
 #include "cuda/row_access.cuh"
 #include "cuda/row_sums.cuh"
 
@@ -55,6 +56,71 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<A, true>)
     });
 }
 
+// Two views of floats.
+template <int kThreads, int kHeld>
+__global__ void __launch_bounds__(kBlock, 2)
+    gjs_in_registers(const __grid_constant__ RowProblem p, const __grid_constant__ GjsViews views,
+                     const float normaliser) {
+    constexpr int count = 2;
+    const HeldClasses<kThreads, kHeld> lane(p);
+    each_row<kThreads>(p.rows(), [&](std::int64_t number) {
+        const Row row = row_at(p, number);
+        const int target = target_of(p, row).cls;
+        float probability[count][kHeld], log_ratio[count][kHeld], divergence[count];
+#pragma unroll
+        for (int i = 0; i < count; ++i) {
+            const GjsView& view = views.views[i];
+            const float* const from = as<float>(view.logits) + view.logits_stride.at(row.outer, row.inner);
+            float (&z)[kHeld] = log_ratio[i];
+            lane.read(z, from, view.logits_class_stride, -std::numeric_limits<float>::infinity());
+            const float top = lane.max(z);
+            const float sum = lane.template sum<float>([&](int k) {
+                z[k] -= top;
+                return probability[i][k] = math::exp_not_positive(z[k]);
+            });
+            const float of_sum = 1.0f / sum, log_sum = math::log(sum);
+            lane.each([&](int k) { probability[i][k] *= of_sum, z[k] -= log_sum; });
+        }
+        const float of_label = lane.template sum<float>([&](int k) {
+            const bool is_target = lane.class_of(k) == target;
+            float m = is_target ? static_cast<float>(views.label_share) : 0.0f;
+#pragma unroll
+            for (int i = 0; i < count; ++i) m += static_cast<float>(views.views[i].share) * probability[i][k];
+            const float log_mean = GJS::log_mean(m);
+#pragma unroll
+            for (int i = 0; i < count; ++i)
+                log_ratio[i][k] = GJS::log_ratio(probability[i][k], log_ratio[i][k], log_mean);
+            return is_target ? log_mean : 0.0f;
+        });
+        float value = static_cast<float>(-views.label_share) * of_label;
+#pragma unroll
+        for (int i = 0; i < count; ++i) {
+            const GjsView& view = views.views[i];
+            divergence[i] = lane.template sum<float>([&](int k) { return probability[i][k] * log_ratio[i][k]; });
+            value += static_cast<float>(view.share) * divergence[i];
+            if (!view.grad) continue;
+            float* const grad = static_cast<float*>(view.grad) + view.grad_stride.at(row.outer, row.inner);
+            const float scale = normaliser * static_cast<float>(view.share);
+            lane.write(grad, view.grad_class_stride,
+                       [&](int k) { return scale * probability[i][k] * (log_ratio[i][k] - divergence[i]); });
+        }
+        if (lane.first == 0) static_cast<float*>(p.row_values)[number] = normaliser * value;
+    });
+}
+
+// kDoesNotFit for other numbers of views or classes.
+cudaError_t enqueue_in_registers(const RowProblem& p, const GjsViews& views, cudaStream_t stream) {
+    const auto launch_for = [&](auto kernel, int threads) {
+        return launch(kernel, blocks_for(p.rows(), kBlock / threads), stream, p, views,
+                      static_cast<float>(views.normaliser()));
+    };
+    if (views.count != 2 || p.dtype == Dtype::kFloat64) return kDoesNotFit;
+    if (p.num_classes <= 10) return launch_for(gjs_in_registers<1, 10>, 1);
+    if (p.num_classes <= 8 * 13 && views.views[0].logits_class_stride == 1)
+        return launch_for(gjs_in_registers<8, 13>, 8);
+    return kDoesNotFit;
+}
+
 template <class A>
 cudaError_t enqueue_as(const RowProblem& p, const GjsViews& views, cudaStream_t stream) {
     const A normaliser = static_cast<A>(views.normaliser());
@@ -66,6 +132,7 @@ cudaError_t enqueue_as(const RowProblem& p, const GjsViews& views, cudaStream_t 
 }  // namespace
 
 cudaError_t enqueue_gjs(const RowProblem& p, const GjsViews& views, cudaStream_t stream) {
+    if (const cudaError_t error = enqueue_in_registers(p, views, stream); error != kDoesNotFit) return error;
     return p.dtype == Dtype::kFloat64 ? enqueue_as<double>(p, views, stream) : enqueue_as<float>(p, views, stream);
 }
 

@@ -123,32 +123,38 @@ private:
     FL_DEVICE A u_of(int cls) const {
         return p.class_factors == ClassFactors::kClassWeights && p.class_weight ? as<A>(p.class_weight)[cls] : A(1);
     }
+    FL_DEVICE A share_at(const ClassFactorReader<A>& factor, int cls) const {
+        const A label = factor.label(cls);
+        return p.class_weight ? as<A>(p.class_weight)[cls] * label : label;
+    }
     FL_DEVICE A share_at(const OfThread& mine, int cls) const {
-        const A weight = p.class_weight ? as<A>(p.class_weight)[cls] : A(1);
-        return weight * ClassFactorReader<A>(p, args, mine.row).label(cls);
+        return share_at(ClassFactorReader<A>(p, args, mine.row), cls);
     }
 
     FL_DEVICE void read(const OfThread& mine, int begin) const {
         const int count = min(mine.count - begin, held());
         read_into(slots, p.dtype, mine.place, classes, begin, count);
-        if constexpr (n == 2)
-            for (int k = 0; k < count; ++k) slots.of(k)[0] = share_at(mine, class_at(begin + k));
+        if constexpr (n == 2) {
+            const ClassFactorReader<A> factor(p, args, mine.row);
+#pragma unroll 4
+            for (int k = 0; k < count; ++k) slots.of(k)[0] = share_at(factor, class_at(begin + k));
+        }
     }
 
     // body(numbers of the class, its number among the thread's) for all of them.
-    template <class Body>
+    template <int kUnroll = 4, class Body>
     FL_DEVICE void each_class(const OfThread& mine, Body body) const {
         for (int begin = 0; begin < mine.count; begin += held()) {
             if (!kKeeps) read(mine, begin);
             const int count = min(mine.count - begin, held());
-#pragma unroll 1
+#pragma unroll kUnroll
             for (int k = 0; k < count; ++k) body(slots.of(k), begin + k);
             if (kKeeps) break;
         }
     }
 
     static FL_DEVICE A logit(const OfThread& mine, const A* kept, int number) {
-        return number == mine.target_at ? mine.label_logit[0] : kept[n - 1];
+        return !kShares && number == mine.target_at ? mine.label_logit[0] : kept[n - 1];
     }
 
     // core/row_statistics.h, of the logits as they are.
@@ -186,7 +192,10 @@ private:
         state.max = state.pivot_of(largest_of(team, state.max));
         each_class(mine, [&](A* kept, int number) {
             const A distance = logit(mine, kept, number) - state.max, e = math::exp_not_positive(distance);
-            state.add(distance, args.sums_u ? u_of(class_at(number)) : A(0), e);
+            if (args.sums_u)
+                state.add(distance, u_of(class_at(number)), e);
+            else
+                state.sum += e;
             if (kKeeps && !kShares) kept[n - 1] = e;
         });
         A sums[] = {state.sum, state.centred, state.sum_u};
@@ -226,7 +235,7 @@ private:
     template <class Team>
     FL_DEVICE Result of_shares(Team& team, const OfThread& mine, const Softmax& softmax) const {
         A sums[3] = {};
-        each_class(mine, [&](A* kept, int number) {
+        each_class<1>(mine, [&](A* kept, int number) {
             const A z = kept[n - 1], share = kKeeps ? kept[0] : share_at(mine, class_at(number));
             AffineRow<A> of{};
             if (share != A(0)) of = of_label(z, A(1), softmax);  // nearly never where two labels are mixed
@@ -263,7 +272,7 @@ private:
         for (int begin = 0; begin < classes.count; begin += held()) {
             const int count = min(classes.count - begin, held());
             if (!kKeeps) read(mine, begin);
-#pragma unroll 1
+#pragma unroll 4
             for (int k = 0; k < count; ++k) {
                 A* const kept = slots.of(k);
                 kept[n - 1] = counts ? scale * gradient(mine, labels, softmax, of, kept, begin + k) : A(0);

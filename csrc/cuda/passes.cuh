@@ -1,7 +1,7 @@
 // Losses of several passes (core/multi_reduction_loss.h). A row is read once: until its gradient is written it stays
-// with the threads that share it, in registers where formulas are short (register_passes.cuh), else in shared memory,
-// as floats whatever its dtype, with what the loss keeps of each class. Longer rows are read again in each pass.
-// Forward with its gradient, or backward alone.
+// with the threads that share it, in registers if it or the formulas are short (register_passes.cuh), else in shared
+// memory, as floats whatever its dtype, with what the loss keeps of each class. Longer rows are read again in each
+// pass. Forward with its gradient, or backward alone.
 #pragma once
 
 #include "cuda/kept_rows.cuh"
@@ -189,7 +189,7 @@ cudaError_t enqueue_passes_of(const RowProblem& given, const LossOutput& out, bo
     cudaError_t error = kDoesNotFit;
     visit_variant<Loss>(p.params, [&]<class Variant>() {
         if (!p.first_param) error = enqueue_passes_in_registers<Variant>(args, stream);
-        using Kept = std::conditional_t<RegisterTraits<Variant>::is_short, Variant, Loss>;
+        using Kept = std::conditional_t<RegisterTraits<Variant>::is_held, Variant, Loss>;
         if (error == kDoesNotFit)
             error = launch_kept<RegisterArgs>(
                 {&passes_in_tiles<Loss>, &passes_of_rows<Kept, float, true>, Loss::num_kept}, args, stream);

@@ -1,5 +1,5 @@
-// Losses of several passes whose formulas are short, on rows in registers: read once, then the numbers that the loss
-// keeps of each class take the place of the logits, and in the end the gradient does.
+// Losses of several passes on rows in registers, where formulas or rows are short: read once, then the numbers that the
+// loss keeps of each class take the place of the logits, and in the end the gradient does.
 #pragma once
 
 #include "cuda/register_direct.cuh"
@@ -39,27 +39,44 @@ FL_DEVICE void record_row(const RowArgs<A>& args, const Row& row, bool counts, A
 // Losses that know enough of their parameters: what else it takes to keep their rows in registers.
 template <class Loss>
 struct RegisterTraits {
-    static constexpr bool is_short = false;
+    static constexpr bool is_held = false, is_long = false;
 };
-struct ShortLoss {
-    static constexpr bool is_short = true;
+struct HeldLoss {
+    static constexpr bool is_held = true;
+    static constexpr bool is_long = false;            // a long formula: rows of a few hundred classes alone
+    static constexpr bool is_relative = true;         // only differences from the largest logit matter
     static constexpr bool leaves_target_out = false;  // the target adds nothing to any sum, nor does a logit of -inf
-    static constexpr bool counts_masked = false;      // a class that is masked, with a logit of -inf, adds something
+    static constexpr bool counts_masked = false;      // one with a logit of -inf adds something in the last pass
 };
 template <bool kThreshold, bool kSquared>
-struct RegisterTraits<MarginLoss<AnyMarginPolicy::Knowing<kThreshold, kSquared>>> : ShortLoss {
+struct RegisterTraits<MarginLoss<AnyMarginPolicy::Knowing<kThreshold, kSquared>>> : HeldLoss {
     static constexpr bool leaves_target_out = true;
 };
 template <class Rule, bool kCoarse>
-struct RegisterTraits<PowerLoss<Rule, true, kCoarse>> : ShortLoss {
+struct RegisterTraits<PowerLoss<Rule, true, kCoarse>> : HeldLoss {
     static constexpr bool counts_masked = true;
 };
 template <int kN>
-struct RegisterTraits<BiTemperedOf<kN, true>> : ShortLoss {};
+struct RegisterTraits<BiTemperedOf<kN, true>> : HeldLoss {};
 
-// Kernels are compiled for losses that keep one number of a class, or two.
+struct LongLoss : HeldLoss {
+    static constexpr bool is_long = true;
+    static constexpr bool counts_masked = true;
+};
+template <bool kCoarse>
+struct RegisterTraits<NormalizedLoss<NFLMAE::Usual, kCoarse>> : LongLoss {};
+template <bool kCoarse>
+struct RegisterTraits<NormalizedLoss<NFLSum::Usual, kCoarse>> : LongLoss {};
+template <bool kCoarse>
+struct RegisterTraits<LDRKLOf<true, kCoarse>> : LongLoss {
+    static constexpr bool is_relative = false;
+};
+
+// Kernels are compiled for losses that keep one number of a class, or two; and for long ones.
 template <class Loss>
-constexpr Factors kKeptBy = Loss::num_kept == 1 ? Factors::kOneKept : Factors::kTwoKept;
+constexpr Factors kKeptBy = RegisterTraits<Loss>::is_long ? Factors::kLong
+                            : Loss::num_kept == 1         ? Factors::kOneKept
+                                                          : Factors::kTwoKept;
 
 // As RegisterRow.
 template <class Loss, class S, class Access, int kNumRounds, int kAlways, class T, bool kMayBeRagged = true>
@@ -68,6 +85,7 @@ class RegisterPasses {
     using Traits = RegisterTraits<Loss>;
     using State = typename Loss::template State<float>;
     static constexpr int n = Loss::num_kept;
+    static constexpr bool kIsRelative = Loss::needs_max && Traits::is_relative;
 
 public:
     using Stored = S;
@@ -95,7 +113,7 @@ public:
         const bool reads = !Place::kIsMixed || !packed.is_ignored(), is_apart = Traits::leaves_target_out || bias != 0;
         OfRow of{number, packed.cls, reads ? to_acc(place.logits()[packed.cls]) + bias : 0.0f, args.params[0]};
         Numbers numbers;
-        const float top = read(team, of, reads, is_apart, place, numbers);  // 0 from now on, where a loss asks for it
+        const float top = read(team, of, reads, is_apart, place, numbers);
         State state{};
         float scale = 0.0f;
         if (args.is_saved) {
@@ -103,17 +121,17 @@ public:
                 state = saved_state<State, float>(p, number);
                 scale = scale_of<float>(p, row_of(number)) * class_weight_of<float>(p, {of.target, false});
             }
-            each(place, of, numbers, [&](float (&kept)[n], bool is_target) {
+            each(place, of, numbers, [&](float (&kept)[n], bool is_target, bool) {
                 Loss::keep(state, kept[n - 1], of.margin, is_target, args.params, kept);
             });
         } else {
-            state = reduce(team, of, place, numbers);
+            state = reduce(team, of, kIsRelative ? 0.0f : top, place, numbers);
             scale = reads ? 1.0f : 0.0f;
             if (args.is_weighted && reads)
                 scale = class_weight_of<float>(p, {of.target, false}) * sample_weight_of<float>(p, row_of(number));
             if (team.leads && place.exists) {
                 State whole = state;
-                if constexpr (Loss::needs_max) whole.max = top;
+                if constexpr (kIsRelative) whole.max = top;
                 record_row<Loss>(args, row_of(number), reads, scale, whole, sums_of_rows);
             }
             scale *= share;
@@ -132,8 +150,8 @@ private:
 
     static FL_DEVICE Row row_of(int number) { return {number, 0, number}; }
 
-    // The logits, as the last numbers of each class, with that of the target as it counts; relative to the largest one,
-    // which is the result, if forward needs that.
+    // The logits, as the last numbers of each class, with that of the target as it counts; where forward needs the
+    // largest one, which is the result, relative to it if that is all the same to the loss.
     template <class Place>
     FL_DEVICE float read(Team& team, OfRow& of, bool reads, bool is_apart, const Place& place, Numbers& numbers) const {
         if (Place::kIsMixed && is_apart) {
@@ -164,26 +182,28 @@ private:
         if (!Loss::needs_max || args.is_saved) return 0.0f;
         float top = largest_of(team, std::fmax(words.largest(), extra));
         if (is_apart) top = std::fmax(top, of.target_logit);
+        if (!kIsRelative) return top;
         of.target_logit -= top;
-        each(place, of, numbers, [&](float (&kept)[n], bool) { kept[n - 1] -= top; });
+        each(place, of, numbers, [&](float (&kept)[n], bool, bool) { kept[n - 1] -= top; });
         return top;
     }
 
-    // body(numbers of the class, whether it is the target) for the thread's classes. Beyond the row they are -inf.
+    // body(numbers of the class, whether it is the target, whether it is there) for the thread's classes. Beyond the
+    // row they are -inf.
     template <class Place, class Body>
     FL_DEVICE void each(const Place& place, const OfRow& of, Numbers& numbers, Body body) const {
 #pragma unroll
         for (int i = 0; i < Words::kHeld; ++i)
-            if (!Traits::counts_masked || Words::has_round(place, i / Words::kNumbers))
-                body(numbers.of[i], !Traits::leaves_target_out && Words::class_of(place, i) == of.target);
+            body(numbers.of[i], !Traits::leaves_target_out && Words::class_of(place, i) == of.target,
+                 Words::has_round(place, i / Words::kNumbers));
         if (!Place::kMayHaveExtra || !args.plan.is_ragged) return;
         if (const int cls = place.extra(); cls >= 0)
-            body(numbers.extra, !Traits::leaves_target_out && cls == of.target);
+            body(numbers.extra, !Traits::leaves_target_out && cls == of.target, true);
     }
 
     template <class Place>
-    FL_DEVICE State reduce(Team& team, const OfRow& of, const Place& place, Numbers& numbers) const {
-        const RowInputs<float> inputs{0.0f, of.target_logit, of.margin,
+    FL_DEVICE State reduce(Team& team, const OfRow& of, float top, const Place& place, Numbers& numbers) const {
+        const RowInputs<float> inputs{top, of.target_logit, of.margin,
                                       static_cast<float>(static_cast<int>(p.num_classes))};
         State state = Loss::begin(inputs, args.params);
         const int last = Loss::passes(args.params) - 1;
@@ -199,11 +219,12 @@ private:
         constexpr int count = last ? Loss::num_sums : Loss::num_early_sums;
         if constexpr (count > 0) {
             float sums[count] = {};
-            each(place, of, numbers, [&](float (&kept)[n], bool is_target) {
+            each(place, of, numbers, [&](float (&kept)[n], bool is_target, bool is_there) {
                 const auto term =
                     Loss::template map<last>(pass, state, kept[n - 1], of.margin, is_target, args.params, kept);
 #pragma unroll
-                for (int i = 0; i < count; ++i) sums[i] += term.v[i];
+                for (int i = 0; i < count; ++i)
+                    if (!last || !Traits::counts_masked || is_there) sums[i] += term.v[i];
             });
             team.reduce(sums, 0.0f, Plus());
             Sums<float, Loss::num_sums> all{};
@@ -256,6 +277,25 @@ __global__ void __launch_bounds__(
     work_on_direct_rows<RegisterPasses<Loss, Stored, uint4, rounds, always, Team>>(args);
 }
 
+// What computes the same for usual parameters, by a shorter formula, if there is something.
+template <class Loss>
+struct UsualLoss {
+    using type = Loss;
+    static bool is_for(const double*) { return true; }
+};
+template <class Loss>
+    requires requires { typename Loss::Usual; }
+struct UsualLoss<Loss> {
+    using type = typename Loss::Usual;
+    static bool is_for(const double* params) { return Loss::is_usual(params); }
+};
+template <class Loss>
+    requires requires { typename Loss::Usual; }
+struct UsualLoss<NormalizedLoss<Loss>> {
+    using type = NormalizedLoss<typename Loss::Usual>;
+    static bool is_for(const double* params) { return Loss::is_usual(params); }
+};
+
 // For a dtype.
 template <class Loss, class Stored>
 struct LossFor {
@@ -296,9 +336,11 @@ cudaError_t enqueue_passes_as(RegisterArgs& args, cudaStream_t stream) {
 }
 
 // Rows that registers can hold; kDoesNotFit if they cannot, or for other losses.
-template <class Loss>
+template <class Given>
 cudaError_t enqueue_passes_in_registers(RegisterArgs& args, cudaStream_t stream) {
-    if constexpr (RegisterTraits<Loss>::is_short) switch (args.problem.dtype) {
+    using Loss = typename UsualLoss<Given>::type;
+    if (!UsualLoss<Given>::is_for(args.problem.params)) return kDoesNotFit;
+    if constexpr (RegisterTraits<Loss>::is_held) switch (args.problem.dtype) {
             case Dtype::kFloat32: return enqueue_passes_as<Loss, float>(args, stream);
             case Dtype::kFloat16: return enqueue_passes_as<Loss, Half>(args, stream);
             case Dtype::kBFloat16: return enqueue_passes_as<Loss, BFloat16>(args, stream);

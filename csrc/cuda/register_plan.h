@@ -14,8 +14,8 @@ constexpr int most_tile_bytes(int held) { return held < 16 ? 3072 : 5120; }
 
 // What kernels are compiled for. Softmax losses, by the u_j of a row: not used, 1 for all classes (or not used), or
 // read; and as kOnes, but with row statistics, in forward, without a bias. Losses of several passes that keep one
-// number of each class, or two.
-enum class Factors { kNone, kOnes, kRead, kOnesAndStatistics, kOneKept, kTwoKept };
+// number of each class, or two, and those with long formulas.
+enum class Factors { kNone, kOnes, kRead, kOnesAndStatistics, kOneKept, kTwoKept, kLong };
 
 constexpr bool have_passes(Factors factors) { return factors >= Factors::kOneKept; }
 
@@ -27,8 +27,9 @@ inline Factors factors_of(const RowProblem& p) {
 
 // Blocks of a tile's kernel that fit on a multiprocessor by their registers: with more of them, numbers are spilled.
 constexpr int tile_blocks(Factors factors, int held) {
-    if (held < 16) return factors == Factors::kOneKept ? 8 : 7;
+    if (held < 16) return factors == Factors::kOneKept ? 8 : factors == Factors::kLong ? 5 : 7;
     if (factors == Factors::kNone && held == 20) return 6;
+    if (factors == Factors::kLong) return 3;
     return factors == Factors::kOnesAndStatistics || factors == Factors::kTwoKept ? 4 : 5;
 }
 
@@ -66,6 +67,8 @@ constexpr TileKernel kTileKernels[] = {
     {Factors::kTwoKept, 1, 10},
     {Factors::kTwoKept, 0, 10},
     {Factors::kTwoKept, 0, 26},
+    {Factors::kLong, 0, 10},
+    {Factors::kLong, 0, 26},
 };
 struct DirectKernel {
     Factors factors;

@@ -16,7 +16,13 @@ inline namespace FL_ISA {
 // nothing. Where all logits are below tiny(), s_j is e^z_j, and only differences of logits matter. The exponents are
 // taken relative to the largest score and half a margin: with c at most 100 L (a rule of the parameters) their sum
 // neither overflows nor vanishes, whichever class has the largest score.
-struct LDRKL {
+//
+// kCool: the temperature is at most 2. kCoarse: as in PowerLoss.
+template <bool kCool, bool kCoarse = false>
+struct LDRKLOf {
+    using Usual = LDRKLOf<true>;
+    using Coarse = LDRKLOf<kCool, true>;
+
     static constexpr const char* name = "ldr_kl";
     static constexpr int num_params = 2, num_sums = 3, num_early_sums = 1, num_kept = 2;
     static constexpr bool needs_max = true;
@@ -51,7 +57,7 @@ struct LDRKL {
 
     template <class T>
     FL_HD static Score<T> score(T z, T shift) {
-        const T x = z - shift, e = math::exp_not_positive(math::minus_abs(x));
+        const T x = z - shift, e = exponential(math::minus_abs(x));
         const auto positive = x > T(0);
         const T damped = math::select(shift < T(0), T(0), T(1)) * e;  // log(1 + 0 e) / 0 is 1
         return {(math::select(positive, x, T(0)) + e * math::log1p_over(damped)) * T(unit),
@@ -74,14 +80,15 @@ struct LDRKL {
     }
     template <class T>
     FL_HD static T half_margin(const T* params) {
-        return T(0.5) * params[1] / params[0];
+        return T(0.5) * params[1] * math::reciprocal(params[0]);
     }
 
     // At high temperatures all exponentials are near 1.
     template <class T>
     FL_HD static bool is_hot(const T* params) {
-        return math::to_scalar(params[0]) > math::scalar_t<T>(2);
+        return !kCool && math::to_scalar(params[0]) > math::scalar_t<T>(2);
     }
+    static bool is_usual(const double* params) { return !is_hot(params); }
 
     // Kept: t, in the end its exponential; the slope of s.
     template <bool last, class T>
@@ -92,7 +99,7 @@ struct LDRKL {
             return {{of.t, T(0), T(0)}};
         }
         const T t = kept ? kept[0] : score(z, s.shift).t;
-        const T x = exponent(s, t, half_margin(params)), w = math::exp_not_positive(x);  // which does not overflow
+        const T x = exponent(s, t, half_margin(params)), w = exponential(x);  // which does not overflow
         const T of_other = math::select(is_target, T(0), w);
         if (kept) kept[0] = w;
         // What the exponentials are beyond 1, for the target 0, or -1 where that is one operation less.
@@ -108,7 +115,7 @@ struct LDRKL {
             s.scale = row.num_classes / (temperature * sums.v[0]);
             return;
         }
-        const T x = exponent(s, s.of_target, -half_margin(params)), own = math::exp_not_positive(x);
+        const T x = exponent(s, s.of_target, -half_margin(params)), own = exponential(x);
         const T sum = sums.v[0] + own;
         const T mean_beyond_one = (sums.v[2] + (is_hot(params) ? math::expm1_of(x, own) : own)) / row.num_classes;
         const T below_top = (s.top - s.of_target) * (s.scale * temperature);
@@ -127,7 +134,7 @@ struct LDRKL {
     template <class T>
     FL_HD static void keep(const State<T>& s, T z, T, math::mask_t<T>, const T* params, T* kept) {
         const Score<T> of = score(z, s.shift);
-        kept[0] = math::exp_not_positive(exponent(s, of.t, half_margin(params)));
+        kept[0] = exponential(exponent(s, of.t, half_margin(params)));
         kept[1] = of.slope;
     }
 
@@ -136,7 +143,16 @@ struct LDRKL {
         const T g = math::select(is_target, s.of_target, kept[0] * s.per_term);
         return (kept[1] * (T(unit) * s.scale * params[0])) * (g - s.mean);
     }
+
+private:
+    template <class T>
+    FL_HD static T exponential(T x) {
+        return kCoarse ? math::coarse_exp_not_positive(x) : math::exp_not_positive(x);
+    }
 };
+
+// At any temperature.
+using LDRKL = LDRKLOf<false>;
 
 }  // namespace FL_ISA
 }  // namespace fused_losses

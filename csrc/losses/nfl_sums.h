@@ -14,9 +14,17 @@ inline namespace FL_ISA {
 // NNFL is 1 - (A' - n_y) / sum_k (A' - n_k): n_k is that of NFL with log p_k at least -A, A' what it is at min_prob. So
 // it is 1 less the normalised loss of A' - n, whose gradient has the sign of NFL's: -d(A' - n) = dn. Summed is A - n:
 // the many classes below min_prob add next to nothing, and what A' exceeds A by would be lost in a sum of many.
-struct NFLSum {
+//
+// kUsual: gamma is 0 or 0.5, and its factor has no gradient of its own below min_prob.
+template <bool kUsual>
+struct NFLSumOf {
     static constexpr const char* name = "nfl_sum";
     static constexpr int num_params = 7, min_classes = 2, num_terms = 2;
+    using Usual = NFLSumOf<true>;
+
+    static bool is_usual(const double* params) {
+        return (params[2] == 0 || params[2] == 0.5) && (is_amse(params) || detaches(params));
+    }
 
     template <class T>
     FL_HD static bool is_amse(const T* params) {
@@ -28,10 +36,11 @@ struct NFLSum {
         return math::to_scalar(params[3]) > math::scalar_t<T>(0);
     }
 
-    template <class T>
+    template <bool kCoarse, class T>
     FL_HD static NormalizedTerms<T, 2> terms(T log_p, T p, const T* params) {
         NormalizedTerm<T> nfl{-log_p, T(1)};
-        if (math::to_scalar(params[2]) != math::scalar_t<T>(0)) nfl = NFL::normalized_term(log_p, p, params + 2);
+        if (math::to_scalar(params[2]) != math::scalar_t<T>(0))
+            nfl = NFL::normalized_term<kUsual, kCoarse>(log_p, p, params + 2);
         return {{nfl, is_amse(params) ? NormalizedTerm<T>{p * p, T(-2) * (p * p)} : clamped(nfl, log_p, p, params)}};
     }
 
@@ -41,7 +50,7 @@ struct NFLSum {
         const T most = params[5];
         const auto is_low = log_p < -most;
         T factor = nfl.w, of_factor = T(0);
-        if (!detaches(params)) {
+        if (!kUsual && !detaches(params)) {
             const T miss = math::select(is_low, T(1) - p, T(1));
             factor = math::pow(miss, params[2]);
             of_factor = params[2] * p * factor / miss * most;
@@ -72,6 +81,8 @@ struct NFLSum {
     }
 };
 
+using NFLSum = NFLSumOf<false>;
+
 // A loss that is NFLSum with the parameters that Named::expand(own, full) makes of its own.
 template <class Named>
 struct AsNFLSum : Named {
@@ -84,9 +95,9 @@ struct AsNFLSum : Named {
         FL_HD explicit Full(const T* own) { Named::expand(own, params); }
     };
 
-    template <class T>
+    template <bool kCoarse, class T>
     FL_HD static NormalizedTerms<T, 2> terms(T log_p, T p, const T* params) {
-        return NFLSum::terms(log_p, p, Full<T>(params).params);
+        return NFLSum::terms<kCoarse>(log_p, p, Full<T>(params).params);
     }
 
     template <class T>

@@ -65,12 +65,14 @@ struct NFL {
     static constexpr const char* name = "nfl";
     static constexpr int num_params = 2, min_classes = 2, num_terms = 1;
 
-    template <class T>
+    // kUsual: gamma is 0.5. kCoarse: as in PowerLoss.
+    template <bool kUsual, bool kCoarse, class T>
     FL_HD static NormalizedTerm<T> normalized_term(T log_p, T p, const T* params) {
-        const T gamma = params[0], miss = -math::expm1_of(log_p, p), p_log_p = neg_p_log_p(p, log_p);
+        const T gamma = params[0], miss = kCoarse ? T(1) - p : -math::expm1_of(log_p, p),
+                p_log_p = neg_p_log_p(p, log_p);
         const auto misses = miss > T(0);
         T factor, other;  // (1 - p)^gamma and, but for gamma, its derivative: p (1 - p)^(gamma - 1) (-log p)
-        if (math::to_scalar(gamma) == math::scalar_t<T>(0.5)) {  // the default: no power, no division
+        if (kUsual || math::to_scalar(gamma) == math::scalar_t<T>(0.5)) {  // the default: no power, no division
             const T root = math::rsqrt(miss);
             factor = math::select(misses, miss * root, miss);
             other = math::select(misses, p_log_p * root, miss);
@@ -82,9 +84,9 @@ struct NFL {
         return {math::select(misses, -factor * log_p, T(0) * log_p), factor + of_factor};
     }
 
-    template <class T>
+    template <bool kCoarse, class T>
     FL_HD static NormalizedTerms<T, 1> terms(T log_p, T p, const T* params) {
-        return {{normalized_term(log_p, p, params)}};
+        return {{normalized_term<false, kCoarse>(log_p, p, params)}};
     }
 
     template <class T>
@@ -94,14 +96,18 @@ struct NFL {
     }
 };
 
-// params: alpha, beta, gamma, detach, then those of Passive. alpha NFL + beta Passive.
-template <class Passive>
+// params: alpha, beta, gamma, detach, then those of Passive. alpha NFL + beta Passive. kUsual: gamma is 0.5.
+template <class Passive, bool kUsual = false>
 struct NFLAnd {
+    static constexpr const char* name = "nfl_and";
     static constexpr int num_params = 4 + Passive::num_params, min_classes = 2, num_terms = 1;
+    using Usual = NFLAnd<Passive, true>;
 
-    template <class T>
+    static bool is_usual(const double* params) { return params[2] == 0.5; }
+
+    template <bool kCoarse, class T>
     FL_HD static NormalizedTerms<T, 1> terms(T log_p, T p, const T* params) {
-        return NFL::terms(log_p, p, params + 2);
+        return {{NFL::normalized_term<kUsual, kCoarse>(log_p, p, params + 2)}};
     }
 
     template <class T>

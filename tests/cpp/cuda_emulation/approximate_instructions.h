@@ -27,6 +27,7 @@ inline float approximately(double exact, double of, float x) {
 }
 
 inline float exp2_approximately(float x) { return approximately(std::exp2(double(flushed(x))), 2, x); }
+inline float rsqrt_approximately(float x) { return approximately(1.0 / std::sqrt(double(flushed(x))), 2, x); }
 inline float reciprocal_approximately(float x) { return approximately(1.0 / double(flushed(x)), 1, x); }
 inline float log2_approximately(float x) {
     const double exact = std::log2(double(flushed(x)));
