@@ -6,8 +6,9 @@ import itertools
 import os
 import tempfile
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
+import emulated_cuda
 import pytest
 import torch
 
@@ -17,6 +18,9 @@ _compiled = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = _compiled.name
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+if emulated_cuda.is_emulated():
+    emulated_cuda.install()
+    DEVICES = [emulated_cuda.EmulatedCuda("cpu")]
 
 # Largest difference from a float64 computation, relative to 1 + |value| for losses and to the largest gradient for
 # gradients (p_y - 1 cancels in rows whose gradient is small, in any implementation).
@@ -31,7 +35,16 @@ GRAD_FLOOR = {torch.float64: 0.0, torch.float32: 1e-12, torch.float16: 1.2e-7, t
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+    return cast("str", request.param)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On emulated kernels, leaves out tests that have no device."""
+    if not emulated_cuda.is_emulated():
+        return
+    chosen = {id(item) for item in items if "device" in getattr(getattr(item, "callspec", None), "params", ())}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in chosen])
+    items[:] = [item for item in items if id(item) in chosen]
 
 
 def one_in(number: int, *axes: Iterable[Any]) -> list[Any]:

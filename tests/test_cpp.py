@@ -91,16 +91,21 @@ def target_of(build: str, program: str, isa: str) -> str:
     return f"test_{program}_{build}" + ("" if program in ("kernels", *CUDA_PROGRAMS) else f"_{isa}")
 
 
-@pytest.fixture(scope="module")
-def build_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the package under test was built; a new one if it was not built here."""
+def find_build_folder() -> Path | None:
+    """Where the package under test was built, if that was here."""
     package = f"FUSED_LOSSES_OUTPUT_DIR:PATH={Path(fl.__file__).parent}\n"
     source = f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n"
     caches = sorted((ROOT / "build").glob("*/CMakeCache.txt"), key=os.path.getmtime)
     texts = {cache: cache.read_text() for cache in caches}
-    found = [cache.parent for cache, text in texts.items() if package in text and source in text]
-    if found:
-        return found[-1]
+    return next((cache.parent for cache, text in reversed(texts.items()) if package in text and source in text), None)
+
+
+@pytest.fixture(scope="module")
+def build_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the package under test was built; a new one if it was not built here."""
+    found = find_build_folder()
+    if found is not None:
+        return found
     folder = tmp_path_factory.mktemp("build")
     command = ["cmake", "-S", str(ROOT), "-B", str(folder), f"-DPython_EXECUTABLE={sys.executable}"]
     subprocess.run([*command, f"-DFUSED_LOSSES_OUTPUT_DIR={folder}"], check=True, env=environment())

@@ -106,16 +106,20 @@ struct Word<Half> : PackedPair<Half> {
 // instruction. The pivot is then c / log2(e), not the number given, the same for all that is taken relative to it.
 template <class Stored>
 class Exponential {
-    static constexpr bool kAsPower = sizeof(Stored) == 2;
+    static constexpr bool kAsPower = sizeof(Stored) == 2, kMayBeHuge = std::is_same_v<Stored, BFloat16>;
     static constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;
+    // From here on rounding moves the pivot so far that exponentials overflow. Logits that are so large and differ do
+    // so by 64 at least, so that each has the exponential 1 or 0, whatever its base.
+    static constexpr float kHuge = 0x1p30f;
 
 public:
-    FL_DEVICE explicit Exponential(float pivot) : c(kAsPower ? pivot * kLog2E : pivot) {}
+    FL_DEVICE explicit Exponential(float pivot)
+        : scale(!kAsPower || (kMayBeHuge && std::fabs(pivot) >= kHuge) ? 1.0f : kLog2E), c(pivot * scale) {}
 
-    // Of z from the pivot, in units of kUnit.
-    static constexpr float kUnit = kAsPower ? kLn2 : 1.0f;
-    FL_DEVICE float argument(float z) const { return kAsPower ? std::fma(z, kLog2E, -c) : z - c; }
-    FL_DEVICE float distance(float z) const { return argument(z) * kUnit; }
+    // Of z from the pivot, in units of unit().
+    FL_DEVICE float unit() const { return scale == 1.0f ? 1.0f : kLn2; }
+    FL_DEVICE float argument(float z) const { return kAsPower ? std::fma(z, scale, -c) : z - c; }
+    FL_DEVICE float distance(float z) const { return argument(z) * unit(); }
     FL_DEVICE float operator()(float z) const {
         if constexpr (kAsPower)
             return exp2_approximately(argument(z));
@@ -128,7 +132,7 @@ public:
     static FL_DEVICE float log(float sum) { return kAsPower ? log2_approximately(sum) * kLn2 : math::log(sum); }
 
 private:
-    const float c;
+    const float scale, c;
 };
 
 }  // namespace fused_losses::cuda

@@ -171,7 +171,7 @@ private:
                     if (cls + i != apart) state.add(exponential.distance(z[i]), u_of(factor, cls + i), 0.0f);
             }
         });
-        state.centred += arguments * Exponential<Stored>::kUnit;
+        state.centred += arguments * exponential.unit();
     }
 
     // What RowSummary says of the row, with the largest of all logits but the target's as second; relative to the

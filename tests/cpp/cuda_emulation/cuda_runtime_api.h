@@ -5,7 +5,14 @@
 #include "device_functions.h"
 #include "scheduler.h"
 
+// Before the words below are macros: the standard library's attributes are made of some of them.
+#include <condition_variable>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
 #include <set>
+#include <thread>
 #include <utility>
 
 #define __global__
@@ -27,6 +34,7 @@ inline thread_local uint4 dynamic_shared[kMostDynamicShared / sizeof(uint4)];
 enum cudaError_t {
     cudaSuccess = 0,
     cudaErrorInvalidValue = 1,
+    cudaErrorAssert = 710,
     cudaErrorCooperativeLaunchTooLarge = 720,
     cudaErrorInvalidClusterSize = 912
 };
@@ -155,7 +163,26 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     if (cluster > 1 && !cuda_emulation::can_have_cluster(kernel, cluster)) return cudaErrorInvalidClusterSize;
     if (config->gridDim.x % cluster != 0) return cudaErrorInvalidValue;
     [&](Params... converted) {
-        cuda_emulation::launch(config->gridDim, config->blockDim, cluster, cooperative, [&] { kernel(converted...); });
+        cuda_emulation::run_launch([&] {
+            cuda_emulation::launch(config->gridDim, config->blockDim, cluster, cooperative,
+                                   [&] { kernel(converted...); });
+        });
     }(std::forward<Args>(args)...);
+    return std::exchange(cuda_emulation::has_failed, false) ? cudaErrorAssert : cudaSuccess;
+}
+
+// ---- What only the operators ask for (operators.cpp) ---------------------------------------------------------------
+
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+    *status = cudaStreamCaptureStatusNone;
+    return cudaSuccess;
+}
+inline cudaError_t cudaStreamGetId(cudaStream_t, unsigned long long* id) {
+    *id = 1;
+    return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* to, int value, std::size_t size, cudaStream_t) {
+    std::memset(to, value, size);
     return cudaSuccess;
 }

@@ -7,8 +7,6 @@ namespace {
 
 constexpr std::size_t kGrain = 2;  // bytes; no two threads share them
 
-const Span shared = shared_memory();
-
 // Small, as these tables are many times the size of shared memory. What earlier blocks have left here means nothing:
 // periods are never used twice.
 struct Access {
@@ -58,9 +56,8 @@ void note(Record& record, const Access& now, std::size_t offset, bool writes) {
 }
 
 [[gnu::noinline]] void note_shared(std::size_t offset, std::size_t size, bool writes) {
-    if (!current || !current_block || in_atomic_function) return;
     const Access now{current_block->period, current->sync, static_cast<unsigned>(current->number)};
-    Record* const all = records(shared.size).data();
+    Record* const all = records(shared_memory().size).data();
     for (std::size_t grain = offset / kGrain; grain * kGrain < offset + size; ++grain)
         note(all[grain], now, grain * kGrain, writes);
 }
@@ -68,6 +65,8 @@ void note(Record& record, const Access& now, std::size_t offset, bool writes) {
 }  // namespace
 
 void note_access(const void* place, std::size_t size, bool writes) {
+    if (!current || !current_block || in_atomic_function) return;  // the host's part of a launch
+    const Span& shared = shared_memory();
     const auto offset = static_cast<std::size_t>(static_cast<const char*>(place) - static_cast<char*>(shared.data));
     if (offset < shared.size) note_shared(offset, size, writes);
 }

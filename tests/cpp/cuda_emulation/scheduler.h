@@ -2,8 +2,9 @@
 // others, in an order drawn from a seed. What is left out of a kernel, a barrier above all, then shows in its results;
 // or races.h finds it, where every order that can be had here gives the right ones.
 //
-// - Shared memory is thread_local memory of the program's one OS thread: its contents are exchanged when another block
-//   takes over. A block begins with 0xff bytes, a NaN in every format, or sometimes with zeros, which are `false`, too.
+// - Shared memory is thread_local memory of the one OS thread that runs all launches: its contents are exchanged when
+//   another block takes over. A block begins with 0xff bytes, a NaN in every format, or sometimes with zeros, which are
+//   `false`, too.
 // - Blocks begin in random order, `resident` of them at a time; all of them in a cooperative launch or one of clusters.
 // - A launch that cannot go on, because threads wait for some that never come, or come to another place, aborts with a
 //   list of who waits where. So does one that spins for ever.
@@ -37,23 +38,34 @@ struct Span {
     std::size_t size = 0;
 };
 
-// The thread_local variables of the program itself, which come first in the list of loaded objects.
-inline Span shared_memory() {
+// The thread_local variables of the object that this is part of, a program or a library, in the thread that asks first.
+inline Span find_shared_memory() {
     Span found;
     dl_iterate_phdr(
         [](dl_phdr_info* info, std::size_t, void* result) {
-            for (int i = 0; i < info->dlpi_phnum; ++i)
-                if (info->dlpi_phdr[i].p_type == PT_TLS)
-                    *static_cast<Span*>(result) = {info->dlpi_tls_data, info->dlpi_phdr[i].p_memsz};
-            return 1;
+            Span variables;
+            bool is_this = false;
+            for (int i = 0; i < info->dlpi_phnum; ++i) {
+                const ElfW(Phdr) & part = info->dlpi_phdr[i];
+                const auto distance =
+                    reinterpret_cast<std::uintptr_t>(&find_shared_memory) - info->dlpi_addr - part.p_vaddr;
+                if (part.p_type == PT_LOAD) is_this |= distance < part.p_memsz;
+                if (part.p_type == PT_TLS) variables = {info->dlpi_tls_data, part.p_memsz};
+            }
+            if (is_this) *static_cast<Span*>(result) = variables;
+            return int(is_this);
         },
         &found);
     return found;
 }
+inline const Span& shared_memory() {
+    static const Span shared = find_shared_memory();
+    return shared;
+}
 
 inline void take_over(Block* next) {
     if (next == current_block) return;
-    static const Span shared = shared_memory();
+    const Span& shared = shared_memory();
     const auto* bytes = static_cast<const unsigned char*>(shared.data);
     if (current_block) current_block->shared.assign(bytes, bytes + shared.size);
     if (!next->shared.empty())
@@ -302,6 +314,7 @@ inline void launch(dim3 grid, dim3 block_size, unsigned cluster, bool cooperativ
         current = next_thread(*next);
         threadIdx = current->index;
         resume();
+        if (has_failed) break;
         if (next->running > 0) continue;
         current_block = nullptr;  // its shared memory is worth nothing
         if (numbers.empty()) {
@@ -312,6 +325,7 @@ inline void launch(dim3 grid, dim3 block_size, unsigned cluster, bool cooperativ
         }
     }
     current = nullptr;
+    if (has_failed) current_block = nullptr;
 }
 
 }  // namespace cuda_emulation

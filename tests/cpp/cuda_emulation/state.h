@@ -97,6 +97,10 @@ inline std::function<void()> kernel;
 inline std::uint64_t periods = 0;  // between barriers, so far: each gets a number of its own
 inline long naps = 0;              // since something else happened
 inline long stay = 0;              // turns until another block takes over
+inline bool has_failed = false;    // an assertion of the kernel: its other threads go no further
+
+// Runs a launch: a library that Python loads has a thread for all of them.
+inline void (*run_launch)(const std::function<void()>&) = [](const std::function<void()>& launch) { launch(); };
 
 // ---- Messages ------------------------------------------------------------------------------------------------------
 

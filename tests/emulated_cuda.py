@@ -1,0 +1,80 @@
+"""The tests of a GPU on a machine without one: the CUDA kernels, run on the host, under everything that is above them.
+
+    python tests/emulated_cuda.py NUMBER_OF_PROCESSES [arguments of pytest]
+
+A library of csrc/ops and the kernels as ``tests/cpp/cuda_emulation`` runs them takes the place of the operators. Its
+tensors are the CPU's. For tests the device is :class:`EmulatedCuda`; to the package, and nobody else, tensors of the
+CPU say that they are on a GPU, so that it goes the ways it would go there. Only tests that have a ``device`` are run.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_VARIABLE = "FUSED_LOSSES_EMULATED_CUDA"  # the library's path
+
+
+class EmulatedCuda(str):
+    """The CPU for torch; for tests that ask which device it is, CUDA."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return other == "cuda"
+
+    def __ne__(self, other: object) -> bool:
+        return other != "cuda"
+
+    def __hash__(self) -> int:
+        return hash("cuda")
+
+
+def is_emulated() -> bool:
+    """Whether these tests run on emulated kernels."""
+    return _VARIABLE in os.environ
+
+
+def _asked_by_package() -> bool:
+    caller = sys._getframe(2).f_globals.get("__name__", "")
+    return str(caller).partition(".")[0] == "fused_losses"
+
+
+def install() -> None:
+    """Puts the emulated kernels in the place of the package's, which has not been imported yet."""
+    assert "fused_losses" not in sys.modules
+    load = torch.ops.load_library
+
+    def load_emulated(path: str) -> None:
+        load(os.environ[_VARIABLE] if Path(path).name == "libfused_losses_ops.so" else path)  # type: ignore[no-untyped-call]
+
+    torch.ops.load_library = load_emulated  # type: ignore[method-assign]
+    base: Any = torch._C.TensorBase
+    is_cpu, is_cuda = base.is_cpu.__get__, base.is_cuda.__get__
+    # Of the class above TensorBase: what C++ asks does not come here.
+    tensor: Any = torch.Tensor
+    tensor.is_cpu = property(lambda self: is_cuda(self) if _asked_by_package() else is_cpu(self))
+    tensor.is_cuda = property(lambda self: is_cpu(self) if _asked_by_package() else is_cuda(self))
+
+
+def main(arguments: list[str]) -> int:
+    from test_cpp import compile_targets, find_build_folder  # here: it imports the package
+
+    processes, *rest = arguments
+    folder = find_build_folder()
+    if folder is None:
+        print("emulated CUDA: the package was not built here")
+        return 1
+    compile_targets(folder, "fused_losses_emulated")
+    library = folder / "tests" / "cpp" / "libfused_losses_emulated.so"
+    command = [sys.executable, "-m", "pytest", "-n", processes, *(rest or [str(Path(__file__).parent)])]
+    return subprocess.run(command, env={**os.environ, _VARIABLE: str(library)}).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
