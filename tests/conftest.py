@@ -39,12 +39,10 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On emulated kernels, leaves out tests that have no device."""
-    if not emulated_cuda.is_emulated():
-        return
-    chosen = {id(item) for item in items if "device" in getattr(getattr(item, "callspec", None), "params", ())}
-    config.hook.pytest_deselected(items=[item for item in items if id(item) not in chosen])
-    items[:] = [item for item in items if id(item) in chosen]
+    """On emulated kernels, leaves out tests that have nothing to do with a device."""
+    if emulated_cuda.is_emulated():
+        config.hook.pytest_deselected(items=[item for item in items if not emulated_cuda.is_for_emulation(item)])
+        items[:] = filter(emulated_cuda.is_for_emulation, items)
 
 
 def one_in(number: int, *axes: Iterable[Any]) -> list[Any]:

@@ -318,7 +318,9 @@ def test_extreme_logits(name, dtype, device):
             )
             torch.testing.assert_close(loss, expected.to(loss.dtype))
             assert grad.isfinite().all()
-            torch.testing.assert_close(grad, expected_grad.to(dtype), rtol=1e-2, atol=1e-6)
+            # On CUDA p_y - 1 of a certain row is off by rounding, which aue multiplies by a slope of 12.
+            atol = 3e-6 if device == "cuda" else 1e-6
+            torch.testing.assert_close(grad, expected_grad.to(dtype), rtol=1e-2, atol=atol)
     if name in (*NORMALISED, *WITH_MEAN_LOG):
         return
     # The difference of the ends of the range overflows, as torch's does: infinite or finite, but no NaN.

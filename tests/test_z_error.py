@@ -214,7 +214,10 @@ def test_every_row_loss_is_a_base(name, device):
             expected = entry.function(logits, kept, sample_weight=samples, reduction="mean")
             assert torch.equal(result.loss, expected)
             grads = [torch.autograd.grad(loss, logits)[0] for loss in (result.loss, expected)]
-            assert torch.equal(*grads) and (grads[0][~result.mask] == 0).all()
+            # On CUDA one of them was written by forward, which divides before it multiplies by the weight.
+            rounding = grad_tolerance(logits.dtype) if device == "cuda" else 0.0
+            assert (grads[0] - grads[1]).abs().max() <= rounding * grads[1].abs().max()
+            assert (grads[0][~result.mask] == 0).all()
 
 
 @pytest.mark.parametrize("statistic", ["logit", "prob", "loss"])
