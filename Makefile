@@ -24,21 +24,22 @@ TORCH_DONE := $(VENV)/.done-$(subst /,_,$(subst =,-,$(TORCH)))
 BUILD_DONE := $(VENV)/.done-build
 DEV_DONE := $(VENV)/.done-dev
 
-.PHONY: build check test test-long demo bench bench-compile docs lint format wheel wheels clean distclean
+.PHONY: build check test test-long test-emulated demo bench bench-compile docs lint format wheel wheels clean distclean
 
 build: $(BUILD_DONE)
 
 # `python -m benchmarks`, even where Python is told not to look into the current folder by itself
-test check test-long bench bench-compile: export PYTHONPATH := $(CURDIR)
+test check test-long test-emulated bench bench-compile: export PYTHONPATH := $(CURDIR)
 
 # All tests on the kernels that this processor chooses; a file stays in one process, for its fixtures, and they come as
 # they are collected: by number of tests the C++ programs, minutes of compiling, would come last. Then those that
-# reach CPU kernels on its other instruction sets, and the benchmarks once each, on small inputs, for their checks; both
-# are left out when PYTEST_ARGS asks for certain tests. Threads that wait do not spin: others need the cores.
+# reach CPU kernels on its other instruction sets, some of a GPU's on emulated CUDA kernels, and the benchmarks once each,
+# on small inputs, for their checks; these are left out when PYTEST_ARGS asks for certain tests. Threads that wait do not spin: others need the cores.
 test: export OMP_WAIT_POLICY ?= passive
 test: $(BUILD_DONE)
 	@$(PY) -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder -m "not long" $(PYTEST_ARGS)
 	@$(if $(PYTEST_ARGS),,$(PY) tests/instruction_sets.py $(JOBS) --quiet)
+	@$(if $(PYTEST_ARGS),,$(PY) tests/emulated_cuda.py $(JOBS) --some --quiet)
 	@$(if $(PYTEST_ARGS),,$(PY) -m pytest benchmarks --benchmark-disable -m "not slow and not long" --quiet --numprocesses $(JOBS) --dist worksteal)
 
 # What is tested at a desk, in about two minutes: the kernels that this processor chooses, without what is marked slow
@@ -50,6 +51,10 @@ check: $(BUILD_DONE)
 # Trainings that are killed and resumed, or of several processes; C++ programs that take minutes to compile.
 test-long: $(BUILD_DONE)
 	@$(PY) -m pytest tests benchmarks --benchmark-disable -m long $(PYTEST_ARGS)
+
+# All tests of a GPU on CUDA kernels that run on the host: five minutes.
+test-emulated: $(BUILD_DONE)
+	@$(PY) tests/emulated_cuda.py $(JOBS) -m "not long" $(PYTEST_ARGS)
 
 # Five minutes of measurements; results.json, report.md and pictures go to benchmarks/results/cpu. See BENCH_ARGS=--help.
 bench bench-compile: export OMP_PROC_BIND ?= true

@@ -1,10 +1,11 @@
 """The tests of a GPU on a machine without one: the CUDA kernels, run on the host, under everything that is above them.
 
-    python tests/emulated_cuda.py NUMBER_OF_PROCESSES [arguments of pytest]
+    python tests/emulated_cuda.py NUMBER_OF_PROCESSES [--some] [arguments of pytest]
 
 A library of csrc/ops and the kernels as ``tests/cpp/cuda_emulation`` runs them takes the place of the operators. Its
 tensors are the CPU's. For tests the device is :class:`EmulatedCuda`; to the package, and nobody else, tensors of the
-CPU say that they are on a GPU, so that it goes the ways it would go there. Only tests that have a ``device`` are run.
+CPU say that they are on a GPU, so that it goes the ways it would go there. Only tests that have a ``device`` are run;
+with ``--some`` those of a minute that reach all kernels.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import pytest
 import torch
 
 _VARIABLE = "FUSED_LOSSES_EMULATED_CUDA"  # the library's path
+_SOME = ("edge_cases", "values", "mixed", "probabilities", "row_statistics", "tensor_parameters", "torch_samples")
 _LEFT_OUT = {
     "test_any_tensor": "compares the names of devices",
     "test_autocast_takes_half_logits_as_they_are": "asks torch for CUDA's autocast",
@@ -79,13 +81,17 @@ def main(arguments: list[str]) -> int:
     from test_cpp import compile_targets, find_build_folder  # here: it imports the package
 
     processes, *rest = arguments
+    chosen = [str(Path(__file__).parent)]
+    if "--some" in rest:
+        rest.remove("--some")
+        chosen = [str(Path(__file__).parent / f"test_{name}.py") for name in _SOME]
     folder = find_build_folder()
     if folder is None:
         print("emulated CUDA: the package was not built here")
         return 1
     compile_targets(folder, "fused_losses_emulated")
     library = folder / "tests" / "cpp" / "libfused_losses_emulated.so"
-    command = [sys.executable, "-m", "pytest", "-n", processes, *(rest or [str(Path(__file__).parent)])]
+    command = [sys.executable, "-m", "pytest", "-n", processes, *chosen, *rest]
     return subprocess.run(command, env={**os.environ, _VARIABLE: str(library)}).returncode
 
 
