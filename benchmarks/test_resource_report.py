@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import resource_report as report
 from benchmarks import sass
+from benchmarks.cubins import SOURCES
 from benchmarks.resource_report import Instructions
 
 HEAD = "\tcode for sm_90\n\t\tFunction : kernel\n"
@@ -61,6 +62,6 @@ def test_strict_objects_to_spills_split_stores_and_votes() -> None:
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.skipif(sass.find_tool("cuobjdump") is None, reason="needs cuobjdump")
 def test_kernels_of_rows_store_sixteen_bytes_at_once_and_shuffle_without_votes() -> None:
-    kernels = report.report([report.SOURCES / "register_forward.cu"], "90")
+    kernels = report.report([SOURCES / "register_forward.cu"], "90")
     assert len(kernels) == 18
     assert [(kernel.name, kernel.spill_stores, kernel.split, kernel.votes) for kernel in kernels if kernel.fails] == []

@@ -36,7 +36,7 @@ public:
             if (!rows.ignored(i)) reduce(outer, first + i, i);
             if (p.argmax) take_statistics(outer, first + i, i);
         }
-        rows.finish(p, outer, first, n, sums);
+        rows.evaluate_and_add(p, outer, first, n, sums);
         if (!p.grad) return;
         for (int i = 0; i < n; ++i) write_gradient(outer, first + i, i);
         gradient.finish<Stored>(outer, first, n);

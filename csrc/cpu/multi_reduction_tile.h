@@ -32,7 +32,7 @@ public:
             const States states = run();
             view.for_groups([&](int group, int at, int count) {
                 const std::int64_t from = row + group * V::size;
-                view.rows.finish(p, at, count, from, Loss::value(states[group]), sums);
+                view.rows.weigh_and_add(p, at, count, from, Loss::value(states[group]), sums);
                 const auto numbers = std::bit_cast<std::array<V, kStates>>(states[group]);
                 if (p.stats) view.rows.save(p, at, count, from, numbers.data(), kStates);
             });

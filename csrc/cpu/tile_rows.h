@@ -53,7 +53,7 @@ struct alignas(64) TileRows {
     // Set by the pass over the logits: max, sum exp(z - max), z_y, sum u (z - max), sum u
     A max[kMax], sum[kMax], target_logit[kMax], centred[kMax], sum_u[kMax];
     A sum_residual[kMax];  // sum exp(z - max) less `sum`, which is rounded
-    // Set by finish or read_stats, scale included: grad_j = alpha exp(z_j - max) + gamma u_j, but target_grad for z_y
+    // By evaluate_and_add or read_stats, scale included: grad_j = alpha exp(z_j - max) + gamma u_j, target_grad for z_y
     A value[kMax], alpha[kMax], gamma[kMax], target_grad[kMax];
     // Where rows have two labels: those of the second one, and what the losses of each are multiplied by. Where one is
     // ignored the other stands in its place.
@@ -101,7 +101,7 @@ struct alignas(64) TileRows {
     }
 
     // Turns the sums of a pass over the logits into loss and gradient coefficients.
-    void finish(const RowProblem& p, std::int64_t outer, std::int64_t first, int n, TileSums& sums) {
+    void evaluate_and_add(const RowProblem& p, std::int64_t outer, std::int64_t first, int n, TileSums& sums) {
         evaluate(p);
         const std::int64_t row = outer * p.inner + first;
         if (p.stats) write_stats(p, row, n);
@@ -133,7 +133,7 @@ struct alignas(64) TileRows {
 
     // Weighs the rows' losses, writes them and adds them up. Those that are positive make the denominator of
     // kActiveMean.
-    void finish(const RowProblem& p, int at, int n, std::int64_t row, V values, TileSums& sums) const {
+    void weigh_and_add(const RowProblem& p, int at, int n, std::int64_t row, V values, TileSums& sums) const {
         A lane[V::size];
         values.store(lane);
         A* const out = static_cast<A*>(p.row_values);

@@ -40,7 +40,7 @@ public:
             if (p.argmax && holds_logits) return take_statistics(x, b, count, outer, first, n);
             exponentials<true>(x, b, outer, first + n);
         });
-        rows.finish(p, outer, first, n, sums);
+        rows.evaluate_and_add(p, outer, first, n, sums);
         if (p.grad) write_gradient(outer, first, n);
     }
 
