@@ -98,8 +98,8 @@ class Other:
 BOTH = {"bfloat16": 4.0, "float32": 8.0}
 LONG = (
     "NFL and JAL: up to a few hundred classes a focal power and the differences it is made of take 35 to 60 "
-    "instructions a class, and 250 a row; longer rows are in shared memory, where each of five loops over them takes 10 "
-    "to 15 a class besides"
+    "instructions a class, and 250 a row; longer rows are in shared memory, where each of five loops over them "
+    "takes 10 to 15 a class besides"
 )
 FOCAL_CLASS = FOCAL | {"FMNMX": 1}
 PLAIN_CLASS = {"MUFU.EX2": 1, "FMNMX": 1}  # of gamma = 0
