@@ -27,10 +27,11 @@ inline Factors factors_of(const RowProblem& p) {
 
 // Blocks of a tile's kernel that fit on a multiprocessor by their registers: with more of them, numbers are spilled.
 constexpr int tile_blocks(Factors factors, int held) {
-    if (held < 16) return factors == Factors::kOneKept ? 8 : factors == Factors::kLong ? 5 : 7;
-    if (factors == Factors::kNone && held == 20) return 6;
-    if (factors == Factors::kLong) return 3;
-    return factors == Factors::kOnesAndStatistics || factors == Factors::kTwoKept ? 4 : 5;
+    using enum Factors;
+    if (factors == kLong) return held < 16 ? 5 : 3;
+    if (held < 16) return factors == kOneKept ? 8 : factors == kOnesAndStatistics ? 6 : 7;
+    if (factors == kNone) return held == 20 ? 6 : 5;
+    return factors == kRead || factors == kOneKept ? 5 : 4;
 }
 
 // Kernels are compiled for so many numbers of a thread: a loop that ends early would cost as much as what it leaves
