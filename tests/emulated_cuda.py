@@ -81,6 +81,7 @@ def install() -> None:
 
 
 def main(arguments: list[str]) -> int:
+    sys.path.insert(0, str(Path(__file__).parent))  # not there by itself under PYTHONSAFEPATH
     from test_cpp import compile_targets, find_build_folder  # here: it imports the package
 
     processes, *rest = arguments

@@ -20,9 +20,11 @@ pytestmark = pytest.mark.any_cpu  # the kernels' callers
 
 
 @pytest.mark.parametrize("shard", [None, Shard(None, 0, 2 * CLASSES, CLASSES)], ids=["all classes", "half of them"])
-def test_nothing_waits_for_a_gpu(shard, monkeypatch):
+def test_nothing_waits_for_a_gpu(shard, monkeypatch, request):
     """On tensors without numbers, which are not on the CPU: whatever asks for a number fails."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # has no such device
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    request.addfinalizer(dist.destroy_process_group)
     monkeypatch.setattr(dist, "get_world_size", lambda _: 2)
     for name in ("all_gather", "all_reduce"):
         monkeypatch.setattr(dist, name, lambda *_, **__: None)
