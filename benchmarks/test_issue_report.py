@@ -166,7 +166,6 @@ def test_follows_the_number_of_a_loss() -> None:
 # aligned rows, no sums but the loss's. Instructions of a tile or a row, and how many logits / 32 that is.
 BY_HAND = {
     ("HEM", "bfloat16", 10): (1187, 40.0),
-    ("NGCE", "float32", 1000): (1079, 31.25),
     ("bi-tempered", "bfloat16", 100): (4252, 50.0),
     ("p_y", "float32", 257): (791, 32.125),
     # A row of float32, of a mean without sample weights: 26 for its place, its mask and the divisor, 30, 29 and 30 for
