@@ -7,17 +7,16 @@ classes. With these, each rank has the loss and its own classes' gradient, so ba
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_losses._agreement import Exchange, add_up, check_member, gather, telling
+from fused_losses._agreement import Exchange, check_member, gather, telling
 from fused_losses._arguments import LOSSES, RowLossArguments, acc_dtype
-from fused_losses._reference import Rows, power, zero_at_zero
+from fused_losses._reference import zero_at_zero
+from fused_losses._shard_formula import Formula, Powers, RowNumbers, evaluate
 
 # Names of the exchanges: numbers of all rows, only that ranks make the same call, or then numbers of some rows.
 ROWS, CALL, CHUNK = "rows", "call", "chunk"
@@ -76,60 +75,6 @@ def in_words(args: RowLossArguments) -> str:
     )
 
 
-class RowNumbers(NamedTuple):
-    """What all ranks together know of every row."""
-
-    log_p: Tensor  # of the target
-    is_top: Tensor  # whether no logit is larger than the target's
-    linear_sum: Tensor  # sum over the classes of weight * log p
-    powers: Powers
-    powers_change: Tensor  # zeros added to the sum of powers, to differentiate with respect to it
-
-
-class Powers(NamedTuple):
-    """A sum over the classes of ``p^q``, and of ``p^q - 1``: each has digits that the other may not show."""
-
-    whole: Tensor
-    less_one: Tensor
-
-
-@dataclass(frozen=True)
-class ShardedRows(Rows):
-    """Rows for a loss's formula, whose numbers per row come from all ranks."""
-
-    shard: Shard
-    numbers: RowNumbers  # leaves of the graph, except for is_top and powers
-    other_sum: Callable[[Callable[[Tensor], Tensor]], Tensor]
-
-    @property
-    def num_classes(self) -> int:
-        """C, over all ranks."""
-        return self.shard.num_classes
-
-    @property
-    def log_p(self) -> Tensor:
-        """Log-probability of the target."""
-        return self.numbers.log_p
-
-    @property
-    def is_top(self) -> Tensor:
-        """Whether no logit, of any rank, is larger than the target's."""
-        return self.numbers.is_top
-
-    def sum_log_probs(self, weighted: bool = False) -> Tensor:
-        """The sum that :func:`_linear_weights` has weighted as this loss wants it."""
-        return self.numbers.linear_sum
-
-    def target_and_powers(self, exponent: float, less_one: bool = False) -> tuple[Tensor, Tensor]:
-        """As for :class:`Rows`; the exponent is the one that :func:`_exponent` has found."""
-        own, powers = power(self.numbers.log_p, exponent, less_one), self.numbers.powers
-        return own, (powers.less_one if less_one else powers.whole) + self.numbers.powers_change
-
-    def target_and_sum(self, term: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """``term(log p_y)`` and its sum over all classes."""
-        return term(self.numbers.log_p), self.other_sum(term)
-
-
 def agree_about_call(args: RowLossArguments, shard: Shard, how: str) -> None:
     """Raises unless all ranks make the same call in the same way: for the collectives that follow."""
     nothing = torch.empty(0, device=args.target.device)
@@ -153,7 +98,7 @@ def values_and_gradient(
     call; that of a ``chunk`` of a call about which they have agreed is given. Either brings the news of a failure.
     """
     logits, rows = args.logits, len(args.target)
-    formula = _Formula(args, shard)
+    formula = Formula(args, shard.num_classes)
     numbers = Exchange.over(shard.group, ROWS) if chunk is None else chunk
     sums = 2 * formula.count_terms()
     terms = [Exchange.adding(shard.group, sums * rows, acc_dtype(logits))] if sums else []
@@ -176,7 +121,7 @@ def values_and_gradient(
         everywhere = _merge(_gather(numbers, message, args), len(top), linear is not None, exponent)
         below = _below(top, everywhere.top)
         log_probs = d.add_((below - everywhere.log_sum).unsqueeze(1))
-        values, slopes, of_terms = _evaluate(formula, everywhere, log_probs, terms)
+        values, slopes, of_terms = evaluate(formula, everywhere.of_rows(), log_probs, terms)
         if not with_gradient:
             return values, logits.new_empty(0)
         # d log p_k / d z_j is [k = j] - p_j, in every one of these numbers.
@@ -310,96 +255,3 @@ def _exponent(args: RowLossArguments) -> float | None:
     names = [name.removeprefix("p^") for name in entry.sums or () if name.startswith("p^")]
     own = entry.unpack(args)
     return next((own[name] if name in own else float(name) for name in names), None)
-
-
-class _Slopes(NamedTuple):
-    """Derivatives of every row's loss, with its weights."""
-
-    target: Tensor  # in log p_y
-    linear: Tensor  # in the linear sum
-    power: Tensor  # in the sum of powers
-    terms: Tensor | float  # in all log p_j alike, through the sums of terms
-
-
-class _Sum(NamedTuple):
-    """A sum of terms over the classes; ``total`` and ``slope_total`` over all ranks."""
-
-    total: Tensor
-    slope_total: Tensor
-    slopes: Tensor  # of the terms of this rank
-
-
-Term: TypeAlias = Callable[[Tensor], Tensor]
-
-
-class _Formula:
-    """A loss's formula with all that does not come from the logits."""
-
-    def __init__(self, args: RowLossArguments, shard: Shard) -> None:
-        self.args, self.shard, self.entry = args, shard, LOSSES[args.loss]
-        self.ignored = args.target == args.ignore_index
-        self.target = torch.where(self.ignored, 0, args.target.long())
-        ones = torch.ones(args.target.shape, dtype=acc_dtype(args.logits), device=args.target.device)
-        self.class_weight = ones if args.weight is None else args.weight.to(ones.dtype)[self.target]
-        self.samples = ones if args.sample_weight is None else args.sample_weight.to(ones.dtype)
-
-    def values(self, numbers: RowNumbers, log_probs: Tensor, other_sum: Callable[[Term], Tensor]) -> Tensor:
-        """Every row's weighted loss."""
-        args, entry = self.args, self.entry
-        given = log_probs, self.target, self.ignored, args.weight, self.class_weight, self.samples, self.shard
-        rows = ShardedRows(*given, numbers, other_sum)
-        values = entry.formula(rows, **entry.unpack(args))
-        return rows.reduce(values if entry.weighs_classes else self.class_weight * values, "none")
-
-    def terms(self, numbers: RowNumbers, log_probs: Tensor) -> list[Term]:
-        """The functions of log p whose sums over the classes the loss asks for."""
-        asked: list[Term] = []
-
-        def note(term: Term) -> Tensor:
-            asked.append(term)
-            return torch.ones_like(numbers.log_p)
-
-        if "terms" in (self.entry.sums or ()):
-            self.values(numbers, log_probs, note)
-        return asked
-
-    def count_terms(self) -> int:
-        """How many those are, whatever the numbers."""
-        none = torch.zeros_like(self.class_weight)
-        return len(self.terms(RowNumbers(none, self.ignored, none, Powers(none, none), none), none.unsqueeze(1)))
-
-
-def _evaluate(
-    formula: _Formula, everywhere: _Everywhere, log_probs: Tensor, exchanges: list[Exchange]
-) -> tuple[Tensor, _Slopes, Tensor | float]:
-    """Values, their derivatives, and those in each log p_j of this rank through the sums of terms."""
-    numbers = everywhere.of_rows()
-    sums = _sums_of_terms(formula.terms(numbers, log_probs), log_probs, exchanges)
-    with torch.enable_grad():
-        totals = iter([each.total.requires_grad_() for each in sums])
-        leaves = [numbers.log_p, numbers.linear_sum, numbers.powers_change]
-        for leaf in leaves:
-            leaf.requires_grad_()
-        values = formula.values(numbers, log_probs, lambda term: next(totals))
-        leaves += [each.total for each in sums]
-        found = torch.autograd.grad(values.sum(), leaves, allow_unused=True, materialize_grads=True)
-    pull: Tensor | float = 0.0
-    terms: Tensor | float = 0.0
-    for of_sum, each in zip(found[3:], sums, strict=True):
-        pull = pull + of_sum * each.slope_total
-        terms = terms + of_sum.unsqueeze(1) * each.slopes
-    return values.detach(), _Slopes(found[0], found[1], found[2], pull), terms
-
-
-def _sums_of_terms(asked: list[Term], log_probs: Tensor, exchanges: list[Exchange]) -> list[_Sum]:
-    """What the terms add up to over the classes of all ranks: one collective, or none where there are no terms."""
-    made: list[Tensor] = []
-    for term in asked:
-        with torch.enable_grad():
-            leaf = log_probs.detach().requires_grad_()
-            terms = term(leaf)
-            made += [terms.detach(), *torch.autograd.grad(terms.sum(), leaf)]
-    for exchange in exchanges:
-        sums = add_up(exchange, torch.stack([each.sum(1) for each in made]))
-        return [_Sum(sums[i].clone(), sums[i + 1], made[i + 1]) for i in range(0, len(made), 2)]
-    return []

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from gloo_group import gloo_group, run_ranks
 
 import fused_losses as fl
-from fused_losses import _chunks, _shards
+from fused_losses import _chunks, _shard_formula, _shards
 from fused_losses.functional import linear_loss, z_error_cross_entropy
 
 pytestmark = [
@@ -93,7 +93,7 @@ AMID_CHUNKS = {
     "before the first": (_chunks, "_nothing_yet", 1),
     "logits": (_chunks, "_logits", 2),
     "numbers of the rows": (_shards, "_merge", 2),
-    "formula": (_shards, "_sums_of_terms", 2),
+    "formula": (_shard_formula, "_sums_of_terms", 2),
     "gradient": (_chunks, "_add_gradients", 3),
     "logits in backward": (_chunks, "_logits", 6),
 }
