@@ -15,6 +15,7 @@ import subprocess
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,6}\*/\s+(.*?)\s*;")
@@ -41,6 +42,7 @@ CLASSES = {
 CLASS_OF = {name: kind for kind, names in CLASSES.items() for name in names.split()}
 
 
+@cache
 def opcode(text: str) -> str:
     """``@P0 LDG.E.128 R4, ...`` -> ``LDG.E.128``."""
     return GUARD.sub("", text).split()[0]
@@ -225,6 +227,7 @@ def loops(kernel: Kernel) -> dict[int, set[int]]:
     return found
 
 
+@cache
 def amount(op: str, pattern: str) -> bool:
     """Whether an opcode is one of ``LDG.128|STS.!64``: all parts of an alternative, in any place; none that has a !."""
     parts = set(op.split("."))

@@ -126,6 +126,7 @@ def test_one_read(name, device):
     torch.testing.assert_close(*(torch.autograd.grad(x[:, 0].sum(), logits)[0] for x in slopes))
 
 
+@pytest.mark.any_cpu
 @pytest.mark.parametrize("name", IN_ONE_READ)
 def test_one_factor_that_must_not_be_looked_at(name, batch, monkeypatch):
     """As on CUDA, where reading it would wait: the same from one read; with nothing to average, too."""

@@ -213,6 +213,7 @@ def assert_close(problem: Problem, actual, expected, reduction: str | None = Non
     assert ((grad.double().cpu() - expected_grad).abs() <= allowed).all()
 
 
+@pytest.mark.any_cpu  # test_values.py and test_edge_cases.py have the kernels of every instruction set
 @pytest.mark.parametrize("number", [20, pytest.param(100, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_the_float64_reference(name, number, device):
