@@ -346,12 +346,17 @@ def test_small_losses_keep_their_digits(name, dtype, bias):
     assert ((loss - expected).abs() <= 3e-5 * expected).all()
 
 
-@pytest.mark.parametrize(("name", "dtype"), one_in(2, NAMES, [torch.float32, torch.bfloat16]))
-def test_many_classes(name, dtype, device):
-    logits, target, _, _ = make_problem((4, 70_000), dtype, device)
-    target[1:] = torch.tensor([0, 69_999, 35_000], device=device)  # the first and the last class among them
+# Around those up to which a lane, a warp or a block has the row in registers; and more than any.
+MANY_CLASSES = [401, 1000, 1025, 4099, 70_000]
+
+
+@pytest.mark.parametrize(("name", "dtype", "classes"), one_in(4, NAMES, [torch.float32, torch.bfloat16], MANY_CLASSES))
+def test_many_classes(name, dtype, classes, device):
+    logits, target, _, _ = make_problem((4, classes), dtype, device)
+    target[1:] = torch.tensor([0, classes - 1, classes // 2], device=device)  # the first and the last class among them
     assert_matches_reference(name, logits, target, reduction="none", logit_bias=5.0)
-    assert_matches_reference(name, logits, target)
+    shifted = torch.cat([logits.new_zeros(1), logits.flatten()])[1:].view_as(logits)  # begins beside 16 bytes
+    assert_matches_reference(name, shifted, target)
 
 
 # Around the sizes of vectors and tiles; one loss of each kind takes every number, the others do under `make test-long`.

@@ -94,6 +94,15 @@ struct ReducedExponent {
     }
 };
 
+// The larger; NaN stays NaN.
+template <class T>
+FL_HD T at_least(T x, T least) {
+#ifdef FL_ON_DEVICE
+    if constexpr (sizeof(T) == 4) return fused_losses::at_least(x, least);
+#endif
+    return select(x < least, least, x);
+}
+
 // exp of what a softmax takes it of: without the test for overflow. Results below the smallest normal number are 0.
 // Max Error: 2 ulp; for floats on the device 2 + |x| / 22. Valid Range: x <= 0, NaN.
 template <class T>
@@ -350,10 +359,7 @@ FL_HD T coarse_pow(T x, T y) {
 // 0 for x < 0; NaN stays.
 template <class T>
 FL_HD T not_negative(T x) {
-#ifdef FL_ON_DEVICE
-    if constexpr (sizeof(T) == 4) return at_least(x, 0.0f);
-#endif
-    return select(T(0) > x, T(0), x);
+    return at_least(x, T(0));
 }
 
 // pow(0, 0) = 1. Max Error: 2 + 2.6 |b log a| ulp. Valid Range: a >= 0, NaN.

@@ -36,7 +36,10 @@
 //
 //     scale(state, by)                                 multiplies them
 //
-// Where logits and gradient of 16 bits allow for shorter formulas: a loss `Coarse` that has them.
+// Where logits and gradient of 16 bits allow for shorter formulas: a loss `Coarse` that has them. Where usual
+// parameters do:
+//
+//     visit_usual(const double* params, body)          body.operator()<Usual>() with the loss for them, if there is one
 #pragma once
 
 #include "core/math.h"
@@ -107,23 +110,35 @@ struct NormalizedRow {
 
 // Adapts a loss of one or two such sums:
 //     static constexpr int num_terms;
-//     terms<kCoarse>(log_p, p, params) -> NormalizedTerms       kCoarse: logits and gradient are numbers of 16 bits
+//     terms(log_p, p, miss, params) -> NormalizedTerms       miss: 1 - p, no less than the smallest normal number
 //     eval(log_p, own, sums, num_classes, params) -> NormalizedRow      own: of the target; sums: of n, of W, for each
 //     term
+// and, where it need not be kept because it follows from p and the first W:
+//     second_w(p, w, params) -> T
+// kCoarse: logits and gradient are numbers of 16 bits.
 template <class Loss, bool kCoarse = false>
 struct NormalizedLoss {
     using Coarse = NormalizedLoss<Loss, true>;
 
     static constexpr int num_terms = Loss::num_terms;
+    static constexpr bool derives_second = requires(const float* params) { Loss::second_w(0.0f, 0.0f, params); };
     static constexpr const char* name = Loss::name;
     static constexpr int num_params = Loss::num_params, min_classes = Loss::min_classes;
-    static constexpr int num_sums = 2 * num_terms, num_early_sums = 1, num_kept = 1 + num_terms;
+    static constexpr int num_sums = 2 * num_terms, num_early_sums = 1;
+    static constexpr int num_kept = derives_second ? num_terms : 1 + num_terms;
     static constexpr bool needs_max = true;
 
     template <class T>
     struct State {
         T max, log_sum, value, alpha, target_grad, gamma[num_terms];
     };
+
+    template <class Body>
+    static void visit_usual(const double* params, Body body)
+        requires requires { Loss::visit_usual(params, body); }
+    {
+        Loss::visit_usual(params, [&]<class Usual>() { body.template operator()<NormalizedLoss<Usual>>(); });
+    }
 
     template <class T>
     FL_HD static int passes(const T*) {
@@ -137,7 +152,7 @@ struct NormalizedLoss {
         return s;
     }
 
-    // Kept: exp(z - max), in the end p; W.
+    // Kept: exp(z - max), in the end p; W of each term, but for one that follows.
     template <bool last, class T>
     FL_HD static Sums<T, num_sums> map(int, const State<T>& s, T z, T, math::mask_t<T>, const T* params, T* kept) {
         const T e = last && kept ? kept[0] : exponential(z - s.max);
@@ -148,12 +163,9 @@ struct NormalizedLoss {
             return sums;
         }
         const T p = e * math::exp_not_positive(-s.log_sum);
-        const NormalizedTerms<T, num_terms> terms = Loss::template terms<kCoarse>((z - s.max) - s.log_sum, p, params);
-        if (kept) kept[0] = p;
-        for (int i = 0; i < num_terms; ++i) {
-            sums.v[2 * i] = terms.of[i].n, sums.v[2 * i + 1] = terms.of[i].w;
-            if (kept) kept[1 + i] = terms.of[i].w;
-        }
+        const NormalizedTerms<T, num_terms> terms = terms_of(s, (z - s.max) - s.log_sum, p, params);
+        if (kept) keep_terms(p, terms, kept);
+        for (int i = 0; i < num_terms; ++i) sums.v[2 * i] = terms.of[i].n, sums.v[2 * i + 1] = terms.of[i].w;
         return sums;
     }
 
@@ -164,8 +176,9 @@ struct NormalizedLoss {
             s.log_sum = math::log(sums.v[0]);
             return;
         }
-        const T log_p = (row.target_logit - s.max) - s.log_sum;
-        const NormalizedTerms<T, num_terms> own = Loss::template terms<false>(log_p, math::exp(log_p), params);
+        const T log_p = (row.target_logit - s.max) - s.log_sum, p = math::exp_not_positive(log_p);
+        const T miss = miss_of(log_p, p);
+        const NormalizedTerms<T, num_terms> own = Loss::terms(log_p, p, miss, params);
         const NormalizedRow<T, num_terms> of = Loss::eval(log_p, own, sums, row.num_classes, params);
         s.value = of.value;
         s.alpha = of.alpha;
@@ -175,7 +188,7 @@ struct NormalizedLoss {
             s.gamma[i] = of.gamma[i];
             rest += of.gamma[i] * own.of[i].w;
         }
-        s.target_grad = rest + of.alpha * math::expm1(log_p);
+        s.target_grad = rest - of.alpha * miss;
     }
 
     template <class T>
@@ -185,16 +198,15 @@ struct NormalizedLoss {
 
     template <class T>
     FL_HD static void keep(const State<T>& s, T z, T, math::mask_t<T>, const T* params, T* kept) {
-        const T log_p = (z - s.max) - s.log_sum;
-        kept[0] = exponential(log_p);
-        const NormalizedTerms<T, num_terms> terms = Loss::template terms<kCoarse>(log_p, kept[0], params);
-        for (int i = 0; i < num_terms; ++i) kept[1 + i] = terms.of[i].w;
+        const T log_p = (z - s.max) - s.log_sum, p = exponential(log_p);
+        keep_terms(p, terms_of(s, log_p, p, params), kept);
     }
 
     template <class T>
-    FL_HD static T gradient(const State<T>& s, const T* kept, math::mask_t<T> is_target, const T*) {
+    FL_HD static T gradient(const State<T>& s, const T* kept, math::mask_t<T> is_target, const T* params) {
         T g = s.alpha * kept[0];
-        for (int i = 0; i < num_terms; ++i) g += s.gamma[i] * kept[1 + i];
+        for (int i = 0; i + 1 < num_kept; ++i) g += s.gamma[i] * kept[1 + i];
+        if constexpr (derives_second) g += s.gamma[1] * Loss::second_w(kept[0], kept[1], params);
         return math::select(is_target, s.target_grad, g);
     }
 
@@ -209,6 +221,25 @@ private:
     template <class T>
     FL_HD static T exponential(T x) {
         return kCoarse ? math::coarse_exp_not_positive(x) : math::exp_not_positive(x);
+    }
+
+    template <class T>
+    FL_HD static T miss_of(T log_p, T p) {  // 1 - p
+        return math::larger(-math::expm1_of(log_p, p), T(std::numeric_limits<math::scalar_t<T>>::min()));
+    }
+
+    // Of a class. None but that of the largest logit has more than half of the probability: what all others miss keeps
+    // its digits in 1 - p, and what that one misses is worked out once a row.
+    template <class T>
+    FL_HD static NormalizedTerms<T, num_terms> terms_of(const State<T>& s, T log_p, T p, const T* params) {
+        const T of_largest = miss_of(-s.log_sum, math::exp_not_positive(-s.log_sum));
+        return Loss::terms(log_p, p, math::select(p > T(0.5), of_largest, T(1) - p), params);
+    }
+
+    template <class T>
+    FL_HD static void keep_terms(T p, const NormalizedTerms<T, num_terms>& terms, T* kept) {
+        kept[0] = p;
+        for (int i = 0; i + 1 < num_kept; ++i) kept[1 + i] = terms.of[i].w;
     }
 };
 

@@ -39,14 +39,18 @@ FL_DEVICE void record_row(const RowArgs<A>& args, const Row& row, bool counts, A
 // Losses that know enough of their parameters: what else it takes to keep their rows in registers.
 template <class Loss>
 struct RegisterTraits {
-    static constexpr bool is_held = false, is_long = false;
+    static constexpr bool is_held = false;
 };
 struct HeldLoss {
     static constexpr bool is_held = true;
-    static constexpr bool is_long = false;            // a long formula: rows of a few hundred classes alone
     static constexpr bool is_relative = true;         // only differences from the largest logit matter
     static constexpr bool leaves_target_out = false;  // the target adds nothing to any sum, nor does a logit of -inf
     static constexpr bool counts_masked = false;      // one with a logit of -inf adds something in the last pass
+    static constexpr bool is_long = false;            // a long formula, which needs more registers
+};
+struct LongLoss : HeldLoss {
+    static constexpr bool counts_masked = true;
+    static constexpr bool is_long = true;
 };
 template <bool kThreshold, bool kSquared>
 struct RegisterTraits<MarginLoss<AnyMarginPolicy::Knowing<kThreshold, kSquared>>> : HeldLoss {
@@ -59,24 +63,26 @@ struct RegisterTraits<PowerLoss<Rule, true, kCoarse>> : HeldLoss {
 template <int kN>
 struct RegisterTraits<BiTemperedOf<kN, true>> : HeldLoss {};
 
-struct LongLoss : HeldLoss {
-    static constexpr bool is_long = true;
-    static constexpr bool counts_masked = true;
-};
 template <bool kCoarse>
 struct RegisterTraits<NormalizedLoss<NFLMAE::Usual, kCoarse>> : LongLoss {};
-template <bool kCoarse>
-struct RegisterTraits<NormalizedLoss<NFLSum::Usual, kCoarse>> : LongLoss {};
+template <Second kSecond, bool kCoarse>
+struct RegisterTraits<NormalizedLoss<NFLSumOf<kSecond>, kCoarse>> : LongLoss {
+    static constexpr bool is_held = kSecond != Second::kAny;
+};
 template <bool kCoarse>
 struct RegisterTraits<LDRKLOf<true, kCoarse>> : LongLoss {
     static constexpr bool is_relative = false;
 };
 
-// Kernels are compiled for losses that keep one number of a class, or two; and for long ones.
+// Of so many blocks on a multiprocessor: those that fit with the registers that the loss needs.
 template <class Loss>
-constexpr Factors kKeptBy = RegisterTraits<Loss>::is_long ? Factors::kLong
-                            : Loss::num_kept == 1         ? Factors::kOneKept
-                                                          : Factors::kTwoKept;
+constexpr int blocks_of(int blocks) {
+    return RegisterTraits<Loss>::is_long ? std::max(1, 3 * blocks / 4) : blocks;
+}
+
+// Kernels are compiled for losses that keep one number of a class, or two.
+template <class Loss>
+constexpr Factors kKeptBy = Loss::num_kept == 1 ? Factors::kOneKept : Factors::kTwoKept;
 
 // As RegisterRow.
 template <class Loss, class S, class Access, int kNumRounds, int kAlways, class T, bool kMayBeRagged = true>
@@ -261,7 +267,7 @@ private:
 };
 
 template <class Loss, class Stored, int kLanes, int kHeld>
-__global__ void __launch_bounds__(kTileThreads, tile_blocks(kKeptBy<Loss>, kHeld))
+__global__ void __launch_bounds__(kTileThreads, blocks_of<Loss>(tile_blocks(kKeptBy<Loss>, kHeld)))
     passes_in_register_tiles(const __grid_constant__ RegisterArgs args) {
     constexpr TileKernel kernel{kKeptBy<Loss>, kLanes, kHeld};
     constexpr int rounds = kHeld / Word<Stored>::count, always = kernel.always(rounds);
@@ -269,32 +275,16 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks(kKeptBy<Loss>, kHeld
     work_on_register_tiles<RegisterPasses<Loss, Stored, unsigned, rounds, always, Team, kernel.takes_ragged()>>(args);
 }
 
+template <class Loss, int kHeld, class Team>
+constexpr DirectKernel kPassesKernel{kKeptBy<Loss>, std::is_same_v<Team, WarpTeam>, kHeld};
+
 template <class Loss, class Stored, int kHeld, class Team>
-__global__ void __launch_bounds__(
-    (DirectKernel{kKeptBy<Loss>, std::is_same_v<Team, WarpTeam>, kHeld}.most_threads(sizeof(Stored))), 1)
+__global__ void __launch_bounds__((kPassesKernel<Loss, kHeld, Team>.most_threads(sizeof(Stored))),
+                                  (blocks_of<Loss>(kPassesKernel<Loss, kHeld, Team>.blocks())))
     passes_in_registers(const __grid_constant__ RegisterArgs args) {
-    constexpr int rounds = kHeld / kVector<Stored>, always = DirectKernel{kKeptBy<Loss>, false, kHeld}.always(rounds);
+    constexpr int rounds = kHeld / kVector<Stored>, always = kPassesKernel<Loss, kHeld, Team>.always(rounds);
     work_on_direct_rows<RegisterPasses<Loss, Stored, uint4, rounds, always, Team>>(args);
 }
-
-// What computes the same for usual parameters, by a shorter formula, if there is something.
-template <class Loss>
-struct UsualLoss {
-    using type = Loss;
-    static bool is_for(const double*) { return true; }
-};
-template <class Loss>
-    requires requires { typename Loss::Usual; }
-struct UsualLoss<Loss> {
-    using type = typename Loss::Usual;
-    static bool is_for(const double* params) { return Loss::is_usual(params); }
-};
-template <class Loss>
-    requires requires { typename Loss::Usual; }
-struct UsualLoss<NormalizedLoss<Loss>> {
-    using type = NormalizedLoss<typename Loss::Usual>;
-    static bool is_for(const double* params) { return Loss::is_usual(params); }
-};
 
 // For a dtype.
 template <class Loss, class Stored>
@@ -335,18 +325,23 @@ cudaError_t enqueue_passes_as(RegisterArgs& args, cudaStream_t stream) {
     return launch_held(args, factors, launch_tiles, [] { return kDoesNotFit; }, launch_rows);
 }
 
-// Rows that registers can hold; kDoesNotFit if they cannot, or for other losses.
+// Rows that registers can hold; kDoesNotFit if they cannot, or for other losses and parameters.
 template <class Given>
 cudaError_t enqueue_passes_in_registers(RegisterArgs& args, cudaStream_t stream) {
-    using Loss = typename UsualLoss<Given>::type;
-    if (!UsualLoss<Given>::is_for(args.problem.params)) return kDoesNotFit;
-    if constexpr (RegisterTraits<Loss>::is_held) switch (args.problem.dtype) {
-            case Dtype::kFloat32: return enqueue_passes_as<Loss, float>(args, stream);
-            case Dtype::kFloat16: return enqueue_passes_as<Loss, Half>(args, stream);
-            case Dtype::kBFloat16: return enqueue_passes_as<Loss, BFloat16>(args, stream);
+    cudaError_t error = kDoesNotFit;
+    const auto enqueue = [&]<class Loss>() {
+        switch (args.problem.dtype) {
+            case Dtype::kFloat32: error = enqueue_passes_as<Loss, float>(args, stream); break;
+            case Dtype::kFloat16: error = enqueue_passes_as<Loss, Half>(args, stream); break;
+            case Dtype::kBFloat16: error = enqueue_passes_as<Loss, BFloat16>(args, stream); break;
             default: break;
         }
-    return kDoesNotFit;
+    };
+    if constexpr (requires { Given::visit_usual(args.problem.params, enqueue); })
+        Given::visit_usual(args.problem.params, enqueue);
+    else if constexpr (RegisterTraits<Given>::is_held)
+        enqueue.template operator()<Given>();
+    return error;
 }
 
 }  // namespace fused_losses::cuda

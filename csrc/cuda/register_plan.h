@@ -14,8 +14,8 @@ constexpr int most_tile_bytes(int held) { return held < 16 ? 3072 : 5120; }
 
 // What kernels are compiled for. Softmax losses, by the u_j of a row: not used, 1 for all classes (or not used), or
 // read; and as kOnes, but with row statistics, in forward, without a bias. Losses of several passes that keep one
-// number of each class, or two, and those with long formulas.
-enum class Factors { kNone, kOnes, kRead, kOnesAndStatistics, kOneKept, kTwoKept, kLong };
+// number of each class, or two.
+enum class Factors { kNone, kOnes, kRead, kOnesAndStatistics, kOneKept, kTwoKept };
 
 constexpr bool have_passes(Factors factors) { return factors >= Factors::kOneKept; }
 
@@ -28,10 +28,9 @@ inline Factors factors_of(const RowProblem& p) {
 // Blocks of a tile's kernel that fit on a multiprocessor by their registers: with more of them, numbers are spilled.
 constexpr int tile_blocks(Factors factors, int held) {
     using enum Factors;
-    if (factors == kLong) return held < 16 ? 5 : 3;
     if (held < 16) return factors == kOneKept ? 8 : factors == kOnesAndStatistics ? 6 : 7;
     if (factors == kNone) return held == 20 ? 6 : 5;
-    return factors == kRead || factors == kOneKept ? 5 : 4;
+    return factors == kOneKept ? 5 : 4;
 }
 
 // Kernels are compiled for so many numbers of a thread: a loop that ends early would cost as much as what it leaves
@@ -68,8 +67,6 @@ constexpr TileKernel kTileKernels[] = {
     {Factors::kTwoKept, 1, 10},
     {Factors::kTwoKept, 0, 10},
     {Factors::kTwoKept, 0, 26},
-    {Factors::kLong, 0, 10},
-    {Factors::kLong, 0, 26},
 };
 struct DirectKernel {
     Factors factors;
@@ -80,7 +77,10 @@ struct DirectKernel {
         return factors == Factors::kNone ? rounds / 2 : have_passes(factors) ? rounds / 4 : 0;
     }
     // That fit on a multiprocessor, as tile_blocks().
-    constexpr int blocks() const { return of_warps && factors == Factors::kNone ? 6 : 1; }
+    constexpr int blocks() const {
+        if (!of_warps) return 1;
+        return factors == Factors::kNone ? 6 : factors == Factors::kRead ? 3 : 4;
+    }
     // Of a block: addresses of as many loads as a float row needs take more registers, and so do sums with factors.
     constexpr int most_threads(int element) const {
         if (of_warps) return kTileThreads;
@@ -88,9 +88,16 @@ struct DirectKernel {
     }
 };
 constexpr DirectKernel kDirectKernels[] = {
-    {Factors::kNone, true, 24},     {Factors::kNone, true, 32},     {Factors::kNone, false, 32},
-    {Factors::kOnes, false, 32},    {Factors::kRead, false, 16},    {Factors::kOnesAndStatistics, false, 24},
-    {Factors::kOneKept, true, 32},  {Factors::kOneKept, false, 32}, {Factors::kTwoKept, true, 32},
+    {Factors::kNone, true, 24},
+    {Factors::kNone, true, 32},
+    {Factors::kNone, false, 32},
+    {Factors::kOnes, false, 32},
+    {Factors::kRead, true, 32},
+    {Factors::kRead, false, 16},
+    {Factors::kOnesAndStatistics, false, 24},
+    {Factors::kOneKept, true, 32},
+    {Factors::kOneKept, false, 32},
+    {Factors::kTwoKept, true, 32},
     {Factors::kTwoKept, false, 16},
 };
 

@@ -88,7 +88,11 @@ struct LDRKLOf {
     FL_HD static bool is_hot(const T* params) {
         return !kCool && math::to_scalar(params[0]) > math::scalar_t<T>(2);
     }
-    static bool is_usual(const double* params) { return !is_hot(params); }
+
+    template <class Body>
+    static void visit_usual(const double* params, Body body) {
+        if (!is_hot(params)) body.template operator()<Usual>();
+    }
 
     // Kept: t, in the end its exponential; the slope of s.
     template <bool last, class T>

@@ -13,22 +13,30 @@ inline namespace FL_ISA {
 //
 // NNFL is 1 - (A' - n_y) / sum_k (A' - n_k): n_k is that of NFL with log p_k at least -A, A' what it is at min_prob. So
 // it is 1 less the normalised loss of A' - n, whose gradient has the sign of NFL's: -d(A' - n) = dn. Summed is A - n:
-// the many classes below min_prob add next to nothing, and what A' exceeds A by would be lost in a sum of many.
+// the many classes below min_prob add next to nothing, and what A' exceeds A by would be lost in a sum of many. AMSE's
+// n and W are p^2, as its rule has it.
 //
-// kUsual: gamma is 0 or 0.5, and its factor has no gradient of its own below min_prob.
-template <bool kUsual>
+// Second: which it is, if that is known; gamma is 0 or 0.5 then, and its factor has no gradient of its own below
+// min_prob.
+enum class Second { kAny, kNNFL, kAMSE };
+template <Second kSecond>
 struct NFLSumOf {
     static constexpr const char* name = "nfl_sum";
     static constexpr int num_params = 7, min_classes = 2, num_terms = 2;
-    using Usual = NFLSumOf<true>;
+    static constexpr bool is_usual = kSecond != Second::kAny;
 
-    static bool is_usual(const double* params) {
-        return (params[2] == 0 || params[2] == 0.5) && (is_amse(params) || detaches(params));
+    template <class Body>
+    static void visit_usual(const double* params, Body body) {
+        if (!NFL::is_usual(params[2])) return;
+        if (is_amse(params))
+            body.template operator()<NFLSumOf<Second::kAMSE>>();
+        else if (detaches(params))
+            body.template operator()<NFLSumOf<Second::kNNFL>>();
     }
 
     template <class T>
     FL_HD static bool is_amse(const T* params) {
-        return math::to_scalar(params[4]) > math::scalar_t<T>(0);
+        return is_usual ? kSecond == Second::kAMSE : math::to_scalar(params[4]) > math::scalar_t<T>(0);
     }
 
     template <class T>
@@ -36,25 +44,36 @@ struct NFLSumOf {
         return math::to_scalar(params[3]) > math::scalar_t<T>(0);
     }
 
-    template <bool kCoarse, class T>
-    FL_HD static NormalizedTerms<T, 2> terms(T log_p, T p, const T* params) {
+    template <class T>
+    FL_HD static NormalizedTerms<T, 2> terms(T log_p, T p, T miss, const T* params) {
         NormalizedTerm<T> nfl{-log_p, T(1)};
-        if (math::to_scalar(params[2]) != math::scalar_t<T>(0))
-            nfl = NFL::normalized_term<kUsual, kCoarse>(log_p, p, params + 2);
-        return {{nfl, is_amse(params) ? NormalizedTerm<T>{p * p, T(-2) * (p * p)} : clamped(nfl, log_p, p, params)}};
+        if (is_usual || math::to_scalar(params[2]) != math::scalar_t<T>(0))
+            nfl = NFL::normalized_term<is_usual>(log_p, p, miss, params + 2);
+        if (is_amse(params)) return {{nfl, {p * p, p * p}}};
+        if (!is_usual && !detaches(params)) return {{nfl, clamped(nfl, log_p, p, miss, params)}};
+        return {{nfl, {params[5] + nfl.w * math::at_least(log_p, -params[5]), held_w(p, nfl.w, params)}}};
     }
 
-    // Below min_prob only the factor (1 - p)^gamma moves, if it does; where it is a constant it is NFL's W.
     template <class T>
-    FL_HD static NormalizedTerm<T> clamped(const NormalizedTerm<T>& nfl, T log_p, T p, const T* params) {
+    FL_HD static T second_w(T p, T w, const T* params)
+        requires(is_usual)
+    {
+        return is_amse(params) ? p * p : held_w(p, w, params);
+    }
+
+    // Where the factor (1 - p)^gamma is a constant, and so NFL's W. Below min_prob nothing else moves.
+    template <class T>
+    FL_HD static T held_w(T p, T w, const T* params) {
+        return math::select(p < math::exp_not_positive(-params[5]), T(0), w);
+    }
+
+    // Where the factor moves, below min_prob, too.
+    template <class T>
+    FL_HD static NormalizedTerm<T> clamped(const NormalizedTerm<T>& nfl, T log_p, T p, T miss, const T* params) {
         const T most = params[5];
         const auto is_low = log_p < -most;
-        T factor = nfl.w, of_factor = T(0);
-        if (!kUsual && !detaches(params)) {
-            const T miss = math::select(is_low, T(1) - p, T(1));
-            factor = math::pow(miss, params[2]);
-            of_factor = params[2] * p * factor / miss * most;
-        }
+        const T safe = math::select(is_low, miss, T(1)), factor = math::pow(safe, params[2]);
+        const T of_factor = params[2] * p * factor / safe * most;
         return {most - math::select(is_low, factor * most, nfl.n), math::select(is_low, of_factor, nfl.w)};
     }
 
@@ -65,7 +84,6 @@ struct NFLSumOf {
         AffineRow<T> second;
         if (is_amse(params)) {
             second = AMSERule::of_squares(log_p, own.of[1].n, sums.v[2], num_classes, params[5]);
-            second.gamma *= T(-0.5);  // of W = -2 p^2
         } else {
             const NormalizedTerm<T> of_own{own.of[1].n + params[6], own.of[1].w};
             second = normalized(of_own, sums.v[2] + num_classes * params[6], sums.v[3]);
@@ -81,7 +99,7 @@ struct NFLSumOf {
     }
 };
 
-using NFLSum = NFLSumOf<false>;
+using NFLSum = NFLSumOf<Second::kAny>;
 
 // A loss that is NFLSum with the parameters that Named::expand(own, full) makes of its own.
 template <class Named>
@@ -95,9 +113,9 @@ struct AsNFLSum : Named {
         FL_HD explicit Full(const T* own) { Named::expand(own, params); }
     };
 
-    template <bool kCoarse, class T>
-    FL_HD static NormalizedTerms<T, 2> terms(T log_p, T p, const T* params) {
-        return NFLSum::terms<kCoarse>(log_p, p, Full<T>(params).params);
+    template <class T>
+    FL_HD static NormalizedTerms<T, 2> terms(T log_p, T p, T miss, const T* params) {
+        return NFLSum::terms(log_p, p, miss, Full<T>(params).params);
     }
 
     template <class T>

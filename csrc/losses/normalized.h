@@ -65,28 +65,29 @@ struct NFL {
     static constexpr const char* name = "nfl";
     static constexpr int num_params = 2, min_classes = 2, num_terms = 1;
 
-    // kUsual: gamma is 0.5. kCoarse: as in PowerLoss.
-    template <bool kUsual, bool kCoarse, class T>
-    FL_HD static NormalizedTerm<T> normalized_term(T log_p, T p, const T* params) {
-        const T gamma = params[0], miss = kCoarse ? T(1) - p : -math::expm1_of(log_p, p),
-                p_log_p = neg_p_log_p(p, log_p);
-        const auto misses = miss > T(0);
+    static bool is_usual(double gamma) { return gamma == 0 || gamma == 0.5; }
+
+    // kUsual: gamma is 0 or 0.5. Nothing is chosen by a branch then.
+    template <bool kUsual, class T>
+    FL_HD static NormalizedTerm<T> normalized_term(T log_p, T p, T miss, const T* params) {
+        const T gamma = params[0], of_factor = math::select(params[1] > T(0), T(0), gamma);
+        const T p_log_p = -math::times_exp(log_p, p);
         T factor, other;  // (1 - p)^gamma and, but for gamma, its derivative: p (1 - p)^(gamma - 1) (-log p)
         if (kUsual || math::to_scalar(gamma) == math::scalar_t<T>(0.5)) {  // the default: no power, no division
             const T root = math::rsqrt(miss);
-            factor = math::select(misses, miss * root, miss);
-            other = math::select(misses, p_log_p * root, miss);
+            factor = kUsual ? math::select(gamma == T(0), T(1), miss * root) : miss * root;
+            other = p_log_p * root;
         } else {
-            factor = math::pow(miss, gamma);
+            const auto misses = miss > T(std::numeric_limits<math::scalar_t<T>>::min());
+            factor = math::pow(math::select(misses, miss, T(0)), gamma);
             other = factor * math::select(misses, p_log_p / miss, T(1));  // -log p / (1 - p) -> 1 as p -> 1
         }
-        const T of_factor = math::select(params[1] > T(0), T(0), gamma * other);
-        return {math::select(misses, -factor * log_p, T(0) * log_p), factor + of_factor};
+        return {-factor * log_p, factor + of_factor * other};
     }
 
-    template <bool kCoarse, class T>
-    FL_HD static NormalizedTerms<T, 1> terms(T log_p, T p, const T* params) {
-        return {{normalized_term<false, kCoarse>(log_p, p, params)}};
+    template <class T>
+    FL_HD static NormalizedTerms<T, 1> terms(T log_p, T p, T miss, const T* params) {
+        return {{normalized_term<false>(log_p, p, miss, params)}};
     }
 
     template <class T>
@@ -96,18 +97,21 @@ struct NFL {
     }
 };
 
-// params: alpha, beta, gamma, detach, then those of Passive. alpha NFL + beta Passive. kUsual: gamma is 0.5.
+// params: alpha, beta, gamma, detach, then those of Passive. alpha NFL + beta Passive. kUsual: as for NFL.
 template <class Passive, bool kUsual = false>
 struct NFLAnd {
     static constexpr const char* name = "nfl_and";
     static constexpr int num_params = 4 + Passive::num_params, min_classes = 2, num_terms = 1;
     using Usual = NFLAnd<Passive, true>;
 
-    static bool is_usual(const double* params) { return params[2] == 0.5; }
+    template <class Body>
+    static void visit_usual(const double* params, Body body) {
+        if (NFL::is_usual(params[2])) body.template operator()<Usual>();
+    }
 
-    template <bool kCoarse, class T>
-    FL_HD static NormalizedTerms<T, 1> terms(T log_p, T p, const T* params) {
-        return {{NFL::normalized_term<kUsual, kCoarse>(log_p, p, params + 2)}};
+    template <class T>
+    FL_HD static NormalizedTerms<T, 1> terms(T log_p, T p, T miss, const T* params) {
+        return {{NFL::normalized_term<kUsual>(log_p, p, miss, params + 2)}};
     }
 
     template <class T>

@@ -100,9 +100,9 @@ void test_registers(int thinning, Random& random) {
         int params;
     } passes[] = {{Factors::kOneKept, "hem", 0},          {Factors::kOneKept, "multi_margin", 0},
                   {Factors::kOneKept, "multi_margin", 4}, {Factors::kOneKept, "bi_tempered", 0},
-                  {Factors::kTwoKept, "ngce", 0},         {Factors::kLong, "nfl", 0},
-                  {Factors::kLong, "anl_fl", 0},          {Factors::kLong, "jal_fl", 0},
-                  {Factors::kLong, "ldr_kl", 0}};
+                  {Factors::kTwoKept, "ngce", 0},         {Factors::kTwoKept, "nfl", 0},
+                  {Factors::kTwoKept, "anl_fl", 0},       {Factors::kTwoKept, "jal_fl", 0},
+                  {Factors::kTwoKept, "ldr_kl", 0}};
     const auto test_kernel = [&](Dtype dtype, const Kernel& kernel, int given_loss, int params) {
         const Shape shape = shape_for(dtype, kernel, random);
         visit_dtype(dtype, [&]<class Stored>() {
