@@ -72,6 +72,8 @@ def test_certain_labels_are_class_indices(name):
 LAYOUTS = {  # of the logits and of the probabilities: contiguous, pixels, channels last, gaps
     "rows": ((40, 10), lambda t: t),
     "many classes": ((5, 230), lambda t: t),
+    "odd rows": ((3, 1001), lambda t: t),
+    "rows of a block": ((2, 2056), lambda t: t),
     "columns": ((5, 230), lambda t: t.t().contiguous().t()),
     "pixels": ((2, 10, 3, 7), lambda t: t),
     "channels last": ((2, 130, 2, 3), lambda t: t.contiguous(memory_format=torch.channels_last)),

@@ -8,23 +8,13 @@
 
 namespace fused_losses::cuda {
 
-template <class A>
-struct LabelArgs : PlannedArgs<A> {
-    bool sums_u;  // whether a loss reads the sums with u_j, which is 1 where every class has a share
-
-    LabelArgs(const RowProblem& p, const LossOutput& out) : PlannedArgs<A>(p, out) {
-        ClassFactors factors = p.class_factors;
-        if (factors == ClassFactors::kClassLosses) factors = class_factors_of_label(p);
-        sums_u = factors != ClassFactors::kNone;
-    }
-
-private:
-    static ClassFactors class_factors_of_label(const RowProblem& p) {
-        ClassFactors factors = ClassFactors::kNone;
+// Whether the loss of a label reads the sums with u_j.
+inline bool label_sums_u(const RowProblem& p) {
+    ClassFactors factors = p.class_factors;
+    if (factors == ClassFactors::kClassLosses)
         visit_loss(SoftmaxLosses{}, p.loss, [&]<class Loss>() { factors = Loss::class_factors(p.params); });
-        return factors;
-    }
-};
+    return factors != ClassFactors::kNone;
+}
 
 // Of a row. Without a second one that is an ignored one.
 struct Labels {
@@ -65,7 +55,7 @@ public:
     // Of a class, in shared memory: its share, in the end times beta; the logit, in the end its exponential or p.
     static constexpr int n = kKeeps && kShares ? 2 : 1;
 
-    FL_DEVICE LabelRow(const LabelArgs<A>& a, const ClassesOfThread& c, void* memory)
+    FL_DEVICE LabelRow(const PlannedArgs<A>& a, const ClassesOfThread& c, void* memory)
         : args(a),
           p(a.problem),
           classes(c),
@@ -123,13 +113,7 @@ private:
     FL_DEVICE A u_of(int cls) const {
         return p.class_factors == ClassFactors::kClassWeights && p.class_weight ? as<A>(p.class_weight)[cls] : A(1);
     }
-    FL_DEVICE A share_at(const ClassFactorReader<A>& factor, int cls) const {
-        const A label = factor.label(cls);
-        return p.class_weight ? as<A>(p.class_weight)[cls] * label : label;
-    }
-    FL_DEVICE A share_at(const OfThread& mine, int cls) const {
-        return share_at(ClassFactorReader<A>(p, args, mine.row), cls);
-    }
+    FL_DEVICE A share_at(const OfThread& mine, int cls) const { return ClassFactorReader<A>(p, args, mine.row)(cls); }
 
     FL_DEVICE void read(const OfThread& mine, int begin) const {
         const int count = min(mine.count - begin, held());
@@ -137,7 +121,7 @@ private:
         if constexpr (n == 2) {
             const ClassFactorReader<A> factor(p, args, mine.row);
 #pragma unroll 4
-            for (int k = 0; k < count; ++k) slots.of(k)[0] = share_at(factor, class_at(begin + k));
+            for (int k = 0; k < count; ++k) slots.of(k)[0] = factor(class_at(begin + k));
         }
     }
 
@@ -301,7 +285,7 @@ private:
         return g;
     }
 
-    const LabelArgs<A>& args;
+    const PlannedArgs<A>& args;
     const RowProblem& p;
     const ClassesOfThread classes;
     const Slots<A, n> slots;

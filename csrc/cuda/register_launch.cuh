@@ -15,6 +15,7 @@ template <class A>
 struct PlannedArgs : RowArgs<A> {
     RegisterPlan plan;
     bool is_saved = false;  // what forward knows of all rows is in stats: only the gradient is asked for
+    bool sums_u = true;     // whether the loss of a class that has a share reads the sums with u_j, 1 there
 
     using RowArgs<A>::RowArgs;
 };

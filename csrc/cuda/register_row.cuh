@@ -58,6 +58,12 @@ public:
         if (is_read(packed, place.exists) && extra_class >= 0) extra = to_acc(place.logits()[extra_class]);
         const float target_logit = has_target ? to_acc(place.logits()[target.cls]) + bias : 0.0f;
         if (is_apart) words.set_apart(extra, target.cls, place);
+        const ClassFactorReader<float> factor(p, args, row);
+        float u[kReadsU ? kHeld : 1], extra_u = 1.0f;
+        if constexpr (kReadsU) {
+            read_factors(factor, reads, place, u);
+            extra_u = reads && extra_class >= 0 ? factor(extra_class) : 0.0f;
+        }
 
         float pivot, others = 0.0f;
         if (is_saved()) {
@@ -70,11 +76,9 @@ public:
         const Exponential<Stored> exponential(pivot);
         float e[kHeld];
         SoftmaxState<float> state{pivot, 0.0f, 0.0f, 0.0f};
-        const ClassFactorReader<float> factor(p, args, row);
         take_exponentials(exponential, words.w, e, state);
         if constexpr (kFactors != Factors::kNone)
-            if (reads && !is_saved() && (!kLooks || p.class_factors != ClassFactors::kNone))
-                add_factors(exponential, words.w, state, factor, is_apart ? target.cls : -1, place);
+            if (reads && sums_u()) add_factors(exponential, words.w, state, u, is_apart ? target.cls : -1, place);
         float extra_e = exponential(extra);
         const float target_e = exponential(target_logit);
         Coefficients<float> coefficients{};
@@ -90,19 +94,23 @@ public:
                 team.sync();  // before the gradient takes the place of the logits
                 if (!reads) forget(e, extra_e);
             }
-            if constexpr (kFactors != Factors::kNone) {
+            if (sums_u()) {
                 if (reads && extra_class >= 0 && !(is_apart && extra_class == target.cls))
-                    state.add(exponential.distance(extra), u_of(factor, extra_class), 0.0f);
+                    state.add(exponential.distance(extra), has_shares() ? 1.0f : extra_u, 0.0f);
                 float sums[] = {state.centred, state.sum_u};
                 team.reduce(sums, 0.0f, Plus());
                 state.centred = sums[0], state.sum_u = sums[1];
-                if (is_apart) state.add(exponential.distance(target_logit), u_of(factor, target.cls), 0.0f);
+                if (is_apart) state.add(exponential.distance(target_logit), kReadsU ? factor(target.cls) : 1.0f, 0.0f);
             }
+            AffineRow<float> shares{};
+            if constexpr (kReadsU)
+                if (has_shares()) shares = sum_of_shares(team, place, exponential, state, u, extra_u);
             if (reads) {
-                coefficients =
-                    end.template finish<kFactors>(row, target, target_logit, exponential.distance(target_logit),
+                coefficients = has_shares() ? end.finish_shares(row, shares, state, team.leads)
+                                            : end.template finish<kFactors>(
+                                                  row, target, target_logit, exponential.distance(target_logit),
                                                   target_e, exponential.log(state.sum), state, team.leads);
-                coefficients.scale(share);
+                coefficients.scale(has_shares() && p.upstream ? upstream_share_of<float>(p, row) : share);
             } else if (place.exists) {
                 ignore(team, number);
             }
@@ -110,14 +118,13 @@ public:
         if (!p.grad) return;
         // All have read the target's logit: the gradient may be written in its place. Shuffles do not promise that.
         if (Place::kIsMixed || is_saved()) team.sync();
-        Words::write(place, [&](int i, bool is_there) {
-            const bool reads_u = kReadsU && reads && is_there;  // beyond the row there is none
-            return gradient_of(coefficients, e[i], reads_u ? factor(Words::class_of(place, i)) : 1.0f);
-        });
-        if (extra_class >= 0) {
-            const float g = gradient_of(coefficients, extra_e, reads ? u_of(factor, extra_class) : 0.0f);
-            place.grad()[extra_class] = to_stored<Stored>(g);
-        }
+        const auto gradient_of = [&](float exponential, float u) {  // of a class that is not the target
+            const float g = coefficients.alpha * exponential;
+            if (kFactors == Factors::kNone) return g;
+            return has_shares() ? g + (coefficients.gamma + coefficients.target_grad * u) : g + coefficients.gamma * u;
+        };
+        Words::write(place, [&](int i, bool) { return gradient_of(e[i], kReadsU ? u[i] : 1.0f); });
+        if (extra_class >= 0) place.grad()[extra_class] = to_stored<Stored>(gradient_of(extra_e, extra_u));
         team.sync();
         if (has_target && place.owns(target.cls))
             place.grad()[target.cls] = to_stored<Stored>(coefficients.target_grad);
@@ -126,13 +133,62 @@ public:
 private:
     // Kernels that sum no u_j, or make statistics, are for forward alone.
     FL_DEVICE bool is_saved() const { return kFactors != Factors::kNone && !kLooks && args.is_saved; }
-    // Of a class that is not the target.
-    static FL_DEVICE float gradient_of(const Coefficients<float>& c, float exponential, float u) {
-        const float g = c.alpha * exponential;
-        return kFactors == Factors::kNone ? g : g + c.gamma * u;
+    FL_DEVICE bool has_shares() const { return kReadsU && p.class_factors == ClassFactors::kClassLosses; }
+    FL_DEVICE bool sums_u() const {
+        if (kFactors == Factors::kNone || is_saved()) return false;
+        return kLooks ? p.class_factors != ClassFactors::kNone : !has_shares() || args.sums_u;
     }
-    static FL_DEVICE float u_of(const ClassFactorReader<float>& factor, int cls) {
-        return kReadsU ? factor(cls) : 1.0f;
+
+    // u_j of the thread's classes; of what is not there 0, or a number that nothing comes of.
+    template <class Place>
+    FL_DEVICE void read_factors(const ClassFactorReader<float>& factor, bool reads, const Place& place,
+                                float* u) const {
+        if (!factor.is_plain()) {
+            Words::each_round([&](int k) {
+#pragma unroll
+                for (int i = k * kNumbers; i < (k + 1) * kNumbers; ++i)
+                    u[i] = reads && Words::has_round(place, k) ? factor(Words::class_of(place, i)) : 0.0f;
+            });
+            return;
+        }
+        if (sizeof(Stored) == 2 && p.soft_target_is_stored)
+            Words::read_numbers(place, factor.template labels<Stored>(), reads, u);
+        else
+            Words::read_numbers(place, factor.template labels<float>(), reads, u);
+        if (p.class_factors == ClassFactors::kClassLosses) return;
+#pragma unroll
+        for (int i = 0; i < kHeld; ++i) u[i] = factor.of_plain(u[i]);
+    }
+
+    // Of all classes with a share, whose losses add up; the shares are multiplied by the losses' beta. Few classes have
+    // one where labels are mixed.
+    template <class Place>
+    FL_DEVICE AffineRow<float> sum_of_shares(Team& team, const Place& place, const Exponential<Stored>& exponential,
+                                             const SoftmaxState<float>& state, float* u, float& extra_u) const {
+        constexpr int few = 8;
+        const float log_sum = exponential.log(state.sum);
+        const float* const params = p.first_param ? as<float>(p.first_param) : args.params;
+        float sums[3] = {};
+        const auto add = [&](int cls, float& share) {
+            const float z = to_acc(place.logits()[cls]);
+            const SoftmaxRow<float> softmax = end.template softmax_of<true>(z, exponential.distance(z), log_sum, state);
+            const AffineRow<float> of = evaluate_any(p.loss, params, softmax);
+            sums[0] += share * of.value, sums[1] += share * of.alpha, sums[2] += share * of.gamma;
+            share *= of.beta;
+        };
+#pragma unroll
+        for (int begin = 0; begin < kHeld; begin += few) {
+            bool any = false;
+#pragma unroll
+            for (int i = begin; i < begin + few && i < kHeld; ++i) any |= u[i] != 0.0f;
+            if (!any) continue;
+#pragma unroll
+            for (int i = begin; i < begin + few && i < kHeld; ++i)
+                if (u[i] != 0.0f) add(Words::class_of(place, i), u[i]);
+        }
+        if (extra_u != 0.0f) add(place.extra(), extra_u);
+        team.reduce(sums, 0.0f, Plus());
+        return {sums[0], sums[1], 0.0f, sums[2]};
     }
 
     FL_DEVICE void take_exponentials(const Exponential<Stored>& exponential, const unsigned* w, float* e,
@@ -153,7 +209,8 @@ private:
     // The classes' factors and distances but for those of the class apart.
     template <class Place>
     FL_DEVICE void add_factors(const Exponential<Stored>& exponential, const unsigned* w, SoftmaxState<float>& state,
-                               const ClassFactorReader<float>& factor, int apart, const Place& place) const {
+                               const float* u, int apart, const Place& place) const {
+        const bool are_ones = kOnes || has_shares();
         float arguments = 0.0f;
         Words::each_round([&](int k) {
             if (!Words::has_round(place, k)) return;
@@ -161,14 +218,15 @@ private:
             float z[kNumbers];
 #pragma unroll
             for (int i = 0; i < Words::kOfAccess; ++i) Word<Stored>::widen(w[k * Words::kOfAccess + i], z + i * kCount);
-            if (kOnes && apart < 0) {
+            if (are_ones && apart < 0) {
 #pragma unroll
                 for (int i = 0; i < kNumbers; ++i) arguments += exponential.argument(z[i]);
                 state.sum_u += kNumbers;
             } else {
 #pragma unroll
                 for (int i = 0; i < kNumbers; ++i)
-                    if (cls + i != apart) state.add(exponential.distance(z[i]), u_of(factor, cls + i), 0.0f);
+                    if (cls + i != apart)
+                        state.add(exponential.distance(z[i]), kReadsU ? u[k * kNumbers + i] : 1.0f, 0.0f);
             }
         });
         state.centred += arguments * exponential.unit();

@@ -69,6 +69,32 @@ struct RegisterWords {
         });
     }
 
+    // Of other numbers for the row's classes, those of the thread's; 0 where there is none. They lie as the logits do,
+    // so that whole accesses begin at 16 bytes if the first does.
+    template <class Place, class Number>
+    static FL_DEVICE void read_numbers(const Place& place, const Number* row, bool reads, float* x) {
+        constexpr int words = kNumbers * sizeof(Number) / 4, n = Word<Number>::count;
+        const Number* const from = row + place.first();
+        const bool is_aligned = words % 4 == 0 && misalignment(from) == 0;
+        each_round([&](int k) {
+            const Number* const of_round = from + k * place.step() * kNumbers;
+            const bool is_there = reads && has_round(place, k);
+            if (is_there && is_aligned) {
+#pragma unroll
+                for (int i = 0; i < words / 4; ++i) {
+                    const uint4 at_once = reinterpret_cast<const uint4*>(of_round)[i];
+                    unsigned w[4];
+                    std::memcpy(w, &at_once, sizeof w);
+#pragma unroll
+                    for (int h = 0; h < 4; ++h) Word<Number>::widen(w[h], x + k * kNumbers + (4 * i + h) * n);
+                }
+            } else {
+#pragma unroll
+                for (int i = 0; i < kNumbers; ++i) x[k * kNumbers + i] = is_there ? to_acc(of_round[i]) : 0.0f;
+            }
+        });
+    }
+
     FL_DEVICE float largest() const {
         unsigned top = w[0];
 #pragma unroll

@@ -138,43 +138,52 @@ FL_DEVICE A sample_weight_of(const RowProblem& p, const Row& row) {
     return p.sample_weight ? as<A>(p.sample_weight)[p.sample_weight_stride.at(row.outer, row.inner)] : A(1);
 }
 
-// What backward multiplies a row's gradient by.
+// What backward multiplies a row's gradient by, without and with its weight.
 template <class A>
-FL_DEVICE A scale_of(const RowProblem& p, const Row& row) {
+FL_DEVICE A upstream_share_of(const RowProblem& p, const Row& row) {
     const A denominator = p.denominator ? *as<A>(p.denominator) : A(1);
     const A share = denominator == A(0) ? A(0) : A(1) / denominator;
-    const A upstream = p.upstream ? as<A>(p.upstream)[p.upstream_stride.at(row.outer, row.inner)] : A(1);
-    return upstream * sample_weight_of<A>(p, row) * share;
+    return p.upstream ? as<A>(p.upstream)[p.upstream_stride.at(row.outer, row.inner)] * share : share;
+}
+template <class A>
+FL_DEVICE A scale_of(const RowProblem& p, const Row& row) {
+    return upstream_share_of<A>(p, row) * sample_weight_of<A>(p, row);
 }
 
-// u_j of SoftmaxRow: 1, the class weights, or the weighted and smoothed soft target.
+// u_j of SoftmaxRow: 1, the class weights, or the weighted and smoothed soft target; of ClassFactors::kClassLosses the
+// weighted soft target.
 template <class A>
 class ClassFactorReader {
 public:
     FL_DEVICE ClassFactorReader(const RowProblem& problem, const RowArgs<A>& args, const Row& row)
-        : p(problem),
-          offset(p.soft_target ? p.soft_target_stride.at(row.outer, row.inner) : 0),
-          smoothed(args.params, A(p.num_classes)) {}
+        : p(problem), offset(p.soft_target ? p.soft_target_stride.at(row.outer, row.inner) : 0) {
+        if (p.class_factors == ClassFactors::kSoftTarget) smoothed = {args.params, A(p.num_classes)};
+    }
 
     FL_DEVICE A operator()(int cls) const {
         if (p.class_factors <= ClassFactors::kOnes) return A(1);  // without u_j, any number will do
         const A weight = p.class_weight ? as<A>(p.class_weight)[cls] : A(1);
         if (!p.soft_target) return weight;
-        return smoothed(label(cls), weight);
+        const std::int64_t at = offset + cls * p.soft_target_class_stride;
+        if (p.soft_target_is_stored && p.dtype == Dtype::kFloat16)
+            return smoothed(A(to_acc(as<Half>(p.soft_target)[at])), weight);
+        if (p.soft_target_is_stored && p.dtype == Dtype::kBFloat16)
+            return smoothed(A(to_acc(as<BFloat16>(p.soft_target)[at])), weight);
+        return smoothed(as<A>(p.soft_target)[at], weight);
     }
 
-    // The class's part of a soft target.
-    FL_DEVICE A label(int cls) const {
-        const std::int64_t at = offset + cls * p.soft_target_class_stride;
-        if (p.soft_target_is_stored && p.dtype == Dtype::kFloat16) return to_acc(as<Half>(p.soft_target)[at]);
-        if (p.soft_target_is_stored && p.dtype == Dtype::kBFloat16) return to_acc(as<BFloat16>(p.soft_target)[at]);
-        return as<A>(p.soft_target)[at];
+    // Whether they are a soft target, not weighted, in a row of neighbours; how that is stored, and what it becomes.
+    FL_DEVICE bool is_plain() const { return p.soft_target && p.soft_target_class_stride == 1 && !p.class_weight; }
+    template <class Label>
+    FL_DEVICE const Label* labels() const {
+        return as<Label>(p.soft_target) + offset;
     }
+    FL_DEVICE A of_plain(A label) const { return smoothed(label, A(1)); }
 
 private:
     const RowProblem& p;
     const std::int64_t offset;
-    const SmoothedTarget<A> smoothed;
+    SmoothedTarget<A> smoothed;
 };
 
 // ---- Memory ------------------------------------------------------------------------------------------------------

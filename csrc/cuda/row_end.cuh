@@ -66,18 +66,11 @@ struct RowEnd {
     FL_DEVICE Coefficients<A> finish(const Row& row, const Target& target, A target_logit, A target_distance,
                                      A target_e, A log_sum, const SoftmaxState<A>& state, bool records) {
         const RowProblem& p = args.problem;
-        SoftmaxRow<A> softmax;
-        const A log_p = target_distance - log_sum;
-        softmax.log_p = log_p > A(0) ? A(0) : log_p;  // by rounding, where p_y is 1: powers of 1 - p_y
         constexpr bool sums_u = kFactors != Factors::kNone;
-        softmax.sum_neg_log_p = sums_u ? state.sum_u * log_sum - state.centred : A(0);
-        softmax.sum_u = sums_u ? state.sum_u : A(0);
-        softmax.class_weight = A(1);
+        SoftmaxRow<A> softmax = softmax_of<sums_u>(target_logit, target_distance, log_sum, state);
         A sample_weight = A(1);
         if (args.is_weighted)
             softmax.class_weight = class_weight_of<A>(p, target), sample_weight = sample_weight_of<A>(p, row);
-        softmax.num_classes = A(p.num_classes);
-        softmax.below_max = target_logit - state.max;
         const AffineRow<A> affine = evaluate<kFactors>(p, args.params, softmax);
         Coefficients<A> coefficients{state.max, affine.alpha * math::reciprocal(state.sum), affine.beta, affine.gamma};
         if (!sums_u || target.cls >= 0) {
@@ -86,15 +79,40 @@ struct RowEnd {
             const bool is_one = are_ones || p.class_factors == ClassFactors::kOnes;
             if (sums_u) coefficients.target_grad += is_one ? affine.gamma : affine.gamma * softmax.class_weight;
         }
-        if (records) {
-            const A value = sample_weight * affine.value;
-            sums.add({static_cast<double>(value), static_cast<double>(softmax.class_weight * sample_weight)});
-            if (args.keeps_rows)
-                keep_row(p, row, value,
-                         {coefficients.max, coefficients.alpha, coefficients.target_grad, coefficients.gamma});
-        }
+        if (records) record(row, sample_weight * affine.value, softmax.class_weight * sample_weight, coefficients);
         coefficients.scale(sample_weight);
         return coefficients;
+    }
+
+    // Where every class has a share in its own loss: from what these add up to. In the place of target_grad is what a
+    // share's beta is multiplied by.
+    FL_DEVICE Coefficients<A> finish_shares(const Row& row, const AffineRow<A>& all, const SoftmaxState<A>& state,
+                                            bool records) {
+        const A sample_weight = args.is_weighted ? sample_weight_of<A>(args.problem, row) : A(1);
+        Coefficients<A> coefficients{state.max, all.alpha * math::reciprocal(state.sum), A(1), all.gamma};
+        if (records) record(row, sample_weight * all.value, sample_weight, coefficients);
+        coefficients.scale(sample_weight);
+        return coefficients;
+    }
+
+    // The row with the class of that logit for its target, of weight 1.
+    template <bool kSumsU>
+    FL_DEVICE SoftmaxRow<A> softmax_of(A logit, A distance, A log_sum, const SoftmaxState<A>& state) const {
+        SoftmaxRow<A> softmax;
+        const A log_p = distance - log_sum;
+        softmax.log_p = log_p > A(0) ? A(0) : log_p;  // by rounding, where p_y is 1: powers of 1 - p_y
+        softmax.sum_neg_log_p = kSumsU ? state.sum_u * log_sum - state.centred : A(0);
+        softmax.sum_u = kSumsU ? state.sum_u : A(0);
+        softmax.class_weight = A(1);
+        softmax.num_classes = A(args.problem.num_classes);
+        softmax.below_max = logit - state.max;
+        return softmax;
+    }
+
+private:
+    FL_DEVICE void record(const Row& row, A value, A weight, const Coefficients<A>& c) {
+        sums.add({static_cast<double>(value), static_cast<double>(weight)});
+        if (args.keeps_rows) keep_row(args.problem, row, value, {c.max, c.alpha, c.target_grad, c.gamma});
     }
 };
 

@@ -1,25 +1,25 @@
-// Softmax losses of which more is asked than the loss of one label: statistics where the kernels of register_row.cuh
-// can make them, and all the rest (label_row.cuh). As in passes.cuh a row is read once: until its gradient is written
-// it stays with the threads that share it, in shared memory, as floats whatever its dtype. Longer rows are read again
-// in each pass.
+// Softmax losses of which more is asked than the loss of one label: statistics, and shares of all classes, where rows
+// fit into the registers of register_row.cuh, and all the rest (label_row.cuh). As in passes.cuh a row is read once:
+// until its gradient is written it stays with the threads that share it, in shared memory, as floats whatever its
+// dtype. Longer rows are read again in each pass.
 #include "cuda/label_row.cuh"
 
 namespace fused_losses::cuda {
 namespace {
 
 template <bool kShares>
-__global__ void __launch_bounds__(kTileThreads, 4) labels_in_tiles(const __grid_constant__ LabelArgs<float> args) {
+__global__ void __launch_bounds__(kTileThreads, 4) labels_in_tiles(const __grid_constant__ RegisterArgs args) {
     work_on_tiles<LabelRow<float, true, kShares>>(args);
 }
 
 template <class A, bool kKeeps, bool kShares>
 __global__ void __launch_bounds__(kKeeps ? kMostColumnThreads : kBlock, 1)
-    labels_of_rows(const __grid_constant__ LabelArgs<A> args) {
+    labels_of_rows(const __grid_constant__ PlannedArgs<A> args) {
     work_on_rows<A, LabelRow<A, kKeeps, kShares>>(args);
 }
 
 template <class A, bool kShares>
-cudaError_t enqueue_any_rows(LabelArgs<A>& args, cudaStream_t stream) {
+cudaError_t enqueue_any_rows(PlannedArgs<A>& args, cudaStream_t stream) {
     args.plan = plan_any_rows(args.problem, LabelRow<A, false, kShares>::n);
     return launch_rows_resident(&labels_of_rows<A, false, kShares>, args, stream);
 }
@@ -27,31 +27,43 @@ cudaError_t enqueue_any_rows(LabelArgs<A>& args, cudaStream_t stream) {
 template <bool kShares>
 cudaError_t enqueue_of(const RowProblem& p, const LossOutput& out, cudaStream_t stream) {
     if (p.dtype == Dtype::kFloat64) {
-        LabelArgs<double> args(p, out);
+        PlannedArgs<double> args(p, out);
+        args.sums_u = label_sums_u(p);
         return enqueue_any_rows<double, kShares>(args, stream);
     }
-    LabelArgs<float> args(p, out);
-    const cudaError_t error = launch_kept<LabelArgs<float>>(
+    RegisterArgs args(p, out);
+    args.sums_u = label_sums_u(p);
+    const cudaError_t error = launch_kept<RegisterArgs>(
         {&labels_in_tiles<kShares>, &labels_of_rows<float, true, kShares>, LabelRow<float, true, kShares>::n}, args,
         stream);
     return error == kDoesNotFit ? enqueue_any_rows<float, kShares>(args, stream) : error;
 }
 
 bool is_for_registers(const RowProblem& p) {
+    if (p.class_factors == ClassFactors::kClassLosses) return true;
     const bool has_bias = p.logit_bias != 0 || p.logit_bias_device;
     return p.argmax && !p.other_target && !has_bias && !(p.grad && p.upstream) && factors_of(p) != Factors::kRead;
 }
 
-// Statistics beside the loss of one label, of rows that fit into registers.
-cudaError_t enqueue_statistics_in_registers(const RowProblem& p, const LossOutput& out, cudaStream_t stream) {
+// Statistics beside the loss of one label, or shares of all classes, of rows that fit into registers.
+template <class Stored>
+cudaError_t enqueue_rows_in_registers(RegisterArgs& args, cudaStream_t stream) {
+    const bool has_shares = args.problem.class_factors == ClassFactors::kClassLosses;
+    args.sums_u = label_sums_u(args.problem);
+    return launch_held(
+        args, has_shares ? Factors::kRead : Factors::kOnesAndStatistics,
+        [&] { return enqueue_tiles<Stored>(args, stream); }, [] { return kDoesNotFit; },
+        [&] { return enqueue_registers<Stored>(args, stream); });
+}
+
+cudaError_t enqueue_in_registers(const RowProblem& p, const LossOutput& out, cudaStream_t stream) {
     if (!is_for_registers(p)) return kDoesNotFit;
     RegisterArgs args(p, out);
-    constexpr Factors factors = Factors::kOnesAndStatistics;
     switch (p.dtype) {
         case Dtype::kFloat64: return kDoesNotFit;
-        case Dtype::kFloat32: return enqueue_held<float>(args, factors, stream);
-        case Dtype::kFloat16: return enqueue_held<Half>(args, factors, stream);
-        case Dtype::kBFloat16: return enqueue_held<BFloat16>(args, factors, stream);
+        case Dtype::kFloat32: return enqueue_rows_in_registers<float>(args, stream);
+        case Dtype::kFloat16: return enqueue_rows_in_registers<Half>(args, stream);
+        case Dtype::kBFloat16: return enqueue_rows_in_registers<BFloat16>(args, stream);
     }
     return cudaErrorInvalidValue;
 }
@@ -87,7 +99,7 @@ bool is_about_labels(const RowProblem& p) {
 }
 
 cudaError_t enqueue_labels(const RowProblem& p, const LossOutput& out, cudaStream_t stream) {
-    if (const cudaError_t error = enqueue_statistics_in_registers(p, out, stream); error != kDoesNotFit) return error;
+    if (const cudaError_t error = enqueue_in_registers(p, out, stream); error != kDoesNotFit) return error;
     constexpr std::int64_t exact = 1 << 24;  // class numbers are floats
     if (p.argmax && p.num_classes > exact && p.dtype != Dtype::kFloat64) {
         if (const cudaError_t error = enqueue_row_statistics(p, stream); error != cudaSuccess) return error;

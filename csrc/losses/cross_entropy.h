@@ -37,8 +37,9 @@ struct PlainCrossEntropy {
 // u_j of a soft target y_j: w_j ((1 - s) y_j + s / K).
 template <class T>
 struct SmoothedTarget {
-    T keep, uniform;
+    T keep = T(1), uniform = T(0);
 
+    SmoothedTarget() = default;
     template <class Param>
     FL_HD SmoothedTarget(const Param* params, T num_classes)
         : keep(T(1) - T(params[0])), uniform(T(params[0]) / num_classes) {}

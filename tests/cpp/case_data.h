@@ -239,9 +239,11 @@ protected:
         p.soft_target = p.soft_target_is_stored ? static_cast<void*>(soft_stored.data()) : soft_acc.data();
         set_strides(p.soft_target_is_stored ? soft_stored.layout : soft_acc.layout, p.soft_target_stride,
                     p.soft_target_class_stride);
+        const bool few = random.one_in(2);
         for_rows([&](std::int64_t o, std::int64_t i) {
             for (int c = 0; c < shape.classes; ++c) {
-                const A share = A(random.uniform(0, 2.0 / double(shape.classes)));
+                const bool none = few && !random.one_in(8);
+                const A share = A(none ? 0 : random.uniform(0, 2.0 / double(shape.classes)));
                 soft_acc.at(o, i, c) = share;
                 soft_stored.at(o, i, c) = narrow<Stored>(share);
             }

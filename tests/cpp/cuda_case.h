@@ -77,7 +77,8 @@ public:
         if (have_passes(factors)) return !p.first_param;
         if (factors == cuda::Factors::kOnesAndStatistics)
             return looks && p.logit_bias == 0 && !p.logit_bias_device && cuda::factors_of(p) != cuda::Factors::kRead;
-        return !looks && !mixes && p.class_factors != ClassFactors::kClassLosses && cuda::factors_of(p) == factors;
+        const bool has_shares = p.class_factors == ClassFactors::kClassLosses;
+        return !looks && !mixes && (has_shares ? cuda::Factors::kRead : cuda::factors_of(p)) == factors;
     }
     void test_planned(const std::string& what) {
         choose_device_with_clusters();
