@@ -1,6 +1,6 @@
 // The generalised Jensen-Shannon divergence: the lanes of a warp share a row of all views, or a thread has one where
-// classes are few or far apart. Short rows of two views stay in registers. Of others the first loop over a view brings
-// it into the caches, the last writes its gradient.
+// classes are few or far apart. Rows of two views and up to 1024 classes stay in registers. Of others the first loop
+// over a view brings it into the caches, the last writes its gradient.
 #include "losses/gjs.h"
 
 #include "cuda/register_launch.cuh"
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<A, true>)
 
 // Two views of floats.
 template <int kThreads, int kHeld>
-__global__ void __launch_bounds__(kBlock, 2)
+__global__ void __launch_bounds__(kBlock, kHeld > 16 ? 1 : 2)
     gjs_in_registers(const __grid_constant__ RowProblem p, const __grid_constant__ GjsViews views,
                      const float normaliser) {
     constexpr int count = 2;
@@ -116,8 +116,10 @@ cudaError_t enqueue_in_registers(const RowProblem& p, const GjsViews& views, cud
     };
     if (views.count != 2 || p.dtype == Dtype::kFloat64) return kDoesNotFit;
     if (p.num_classes <= 10) return launch_for(gjs_in_registers<1, 10>, 1);
-    if (p.num_classes <= 8 * 13 && views.views[0].logits_class_stride == 1)
-        return launch_for(gjs_in_registers<8, 13>, 8);
+    if (views.views[0].logits_class_stride != 1) return kDoesNotFit;
+    if (p.num_classes <= 8 * 13) return launch_for(gjs_in_registers<8, 13>, 8);
+    if (p.num_classes <= 32 * 13) return launch_for(gjs_in_registers<32, 13>, 32);
+    if (p.num_classes <= 32 * 32) return launch_for(gjs_in_registers<32, 32>, 32);
     return kDoesNotFit;
 }
 

@@ -12,13 +12,22 @@ namespace fused_losses::cuda {
 
 constexpr int kWarp = 32;
 
-// Calls body.operator()<kThreads>() with how many lanes are to share a row. What is done once a row is then shared by
-// as many rows as a warp has at the same time.
+// How many lanes are to share a row. What is done once a row is then shared by as many rows as a warp has at the same
+// time.
+FL_HD int lanes_for(std::int64_t classes, std::int64_t class_stride) {
+    constexpr int few_classes = 16, many_classes = 256;
+    if (class_stride != 1 || classes <= few_classes) return 1;
+    return classes <= many_classes ? 8 : kWarp;
+}
+
+// Calls body.operator()<kThreads>() with their number.
 template <class Body>
 cudaError_t with_lanes(std::int64_t classes, std::int64_t class_stride, Body body) {
-    constexpr int few_classes = 16, many_classes = 256;
-    if (class_stride != 1 || classes <= few_classes) return body.template operator()<1>();
-    return classes <= many_classes ? body.template operator()<8>() : body.template operator()<kWarp>();
+    switch (lanes_for(classes, class_stride)) {
+        case 1: return body.template operator()<1>();
+        case 8: return body.template operator()<8>();
+        default: return body.template operator()<kWarp>();
+    }
 }
 
 // Calls body(number) for the rows of the thread, of which lanes of a warp are to take as many: all of them take part in

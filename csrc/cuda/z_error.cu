@@ -7,6 +7,7 @@
 
 #include "cuda/grid.cuh"
 #include "cuda/row_part.cuh"
+#include "cuda/row_sums.cuh"
 #include "cuda/softmax_state.cuh"
 #include "losses/cross_entropy.h"
 #include "z_error/rows.h"
@@ -21,8 +22,6 @@ constexpr std::int64_t kSingleBlockRows = 8 * kBlock;  // up to here one block i
 constexpr std::int64_t kMaxLossBlocks = 1024;
 constexpr std::int64_t kMaxMomentBlocks = 4096;
 constexpr std::int64_t kMaxChunks = 256;
-
-constexpr int kWarps = kBlock / 32;
 
 std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -156,7 +155,9 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<double>) mask_rows(const __
         z_error::mask_row(p, Row(p, n));
 }
 
-// Cross entropies of the rows that belong to a group, one after the other by warps.
+FL_HD int lanes_of_entropies(const ZProblem& p) { return lanes_for(p.num_groups, p.entropy.class_stride); }
+
+// Cross entropies of the rows that belong to a group, each by some lanes of a warp, of which all take part in sums.
 template <class A>
 __device__ __forceinline__ void compute_entropies(const ZProblem& p) {
     const EntropyScores& e = p.entropy;
@@ -164,29 +165,33 @@ __device__ __forceinline__ void compute_entropies(const ZProblem& p) {
     const int count = static_cast<int>(p.num_groups), element = bytes_of(dtype);
     const A params[] = {static_cast<A>(e.label_smoothing)};
     const A bias = e.logit_bias_device ? *as<A>(e.logit_bias_device) : static_cast<A>(e.logit_bias);
-    LaneTeam team(32);
+    LaneTeam team(lanes_of_entropies(p));
     const ClassesOfThread classes(0, count, team.lane, team.lanes);
-    const std::int64_t step = std::int64_t(gridDim.x) * kWarps;
-    for (std::int64_t n = std::int64_t(blockIdx.x) * kWarps + threadIdx.x / 32; n < p.rows(); n += step) {
-        const Row row(p, n);
-        const std::int64_t group = z_error::group_of(p, row);
-        if (group < 0) continue;
+    const int at_once = 32 / team.lanes, own = threadIdx.x % 32 / team.lanes;
+    const std::int64_t rows = p.rows(), step = std::int64_t(gridDim.x) * (kBlock / 32) * at_once;
+    std::int64_t first = (std::int64_t(blockIdx.x) * (kBlock / 32) + threadIdx.x / 32) * at_once;
+    for (; first < rows; first += step) {
+        const std::int64_t n = first + own;
+        const bool exists = n < rows;
+        const Row row(p, exists ? n : first);
+        const std::int64_t group = exists ? z_error::group_of(p, row) : -1;
+        const int of_thread = group < 0 ? 0 : classes.count;
         RowPlace place{};
         place.from = static_cast<const char*>(e.logits.data) + e.logits.stride.at(row.outer, row.inner) * element;
         place.from_step = e.class_stride * element;
         auto state = SoftmaxState<A>::empty();
-        for (int k = 0; k < classes.count; k += kAtOnce) {
+        for (int k = 0; k < of_thread; k += kAtOnce) {
             A z[kAtOnce], ones[kAtOnce];
-            read_logits(dtype, place, classes, k, classes.count, z);
+            read_logits(dtype, place, classes, k, of_thread, z);
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) {
                 if (classes.first + (k + i) * classes.step == group) z[i] += bias;
-                ones[i] = k + i < classes.count ? A(1) : A(0);
+                ones[i] = k + i < of_thread ? A(1) : A(0);
             }
             state.push(z, ones);
         }
         reduce_team(team, state);
-        if (!team.leads) continue;
+        if (!team.leads || group < 0) continue;
         const A log_sum = math::log(state.sum);
         const A own = read_logit<A>(dtype, place, static_cast<int>(group)) + bias;
         const SoftmaxRow<A> softmax{(own - state.max) - log_sum, state.sum_u * log_sum - state.centred, state.sum_u,
@@ -289,7 +294,8 @@ cudaError_t enqueue_z_error_mask(const ZProblem& p, cudaStream_t stream) {
 
 std::int64_t blocks_of_loss(const ZProblem& p, const WorkShares& moments, const WorkShares& loss) {
     const std::int64_t blocks = p.own_moments ? std::max(moments.count(), loss.count()) : loss.count();
-    return p.entropy.logits.data ? std::max(blocks, divide_up(p.rows(), kWarps)) : blocks;
+    if (!p.entropy.logits.data) return blocks;
+    return std::max(blocks, divide_up(p.rows(), kBlock / lanes_of_entropies(p)));
 }
 
 cudaError_t enqueue_z_error_loss(const ZProblem& p, const WorkShares& moments, const WorkShares& loss,

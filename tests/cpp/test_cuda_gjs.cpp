@@ -101,7 +101,7 @@ int main(int argc, char** argv) {
     for (int k = 1; k < argc; ++k) {
         Random random(std::strtoull(argv[k], nullptr, 10));
         cuda_emulation::random.seed(random.bits());
-        for (const int classes : {2, 10, 17, 100})
+        for (const int classes : {2, 10, 17, 100, 105, 417})
             for (int kind = 0; kind < kKinds; ++kind)
                 for (const int rows : {1, 12}) {
                     test<float>(Dtype::kFloat32, Kind(kind), 1 + rows % 2, rows, classes, random);
