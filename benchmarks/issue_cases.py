@@ -17,7 +17,7 @@ from benchmarks.issue_losses import (
     OF_SUMS,
     OTHERS,
     PASSES,
-    SHORT_PASSES,
+    SHARES,
     WORD,
     Other,
     Passes,
@@ -48,6 +48,8 @@ class Case:
         """Bytes of device memory for a logit, labels of 8 bytes counted."""
         if self.loss in OF_ROWS:
             return OF_ROWS[self.loss].moved
+        if self.loss == SHARES:
+            return 2.0 * self.size + 4
         other = OTHERS.get(self.loss)
         has_label = other is None or other.has_label
         return (other.moved[self.dtype] if other else 2 * self.size) + (8 / self.classes if has_label else 0)
@@ -55,9 +57,9 @@ class Case:
     @property
     def budget(self) -> int | None:
         """The most instructions per logit that it should need, if that is stated."""
-        if self.loss in PASSES or self.loss in SHORT_PASSES:
-            return (PASSES | SHORT_PASSES)[self.loss].budget
-        if self.loss in OTHERS or self.loss in OF_ROWS:
+        if self.loss in PASSES:
+            return PASSES[self.loss].budget
+        if self.loss in OTHERS or self.loss in OF_ROWS or self.loss == SHARES:
             return None
         return softmax_budget(self.loss, self.size, self.classes)
 
@@ -70,7 +72,7 @@ def cases(*, quick: bool) -> list[Case]:
     if quick:
         return found
     chosen = [loss for loss in OF_P_Y + OF_SUMS if loss != "NCE"]
-    found += [Case(loss, dtype, n) for loss in (*chosen, *PASSES) for dtype in DTYPES for n in FEW_CLASSES]
+    found += [Case(loss, dtype, n) for loss in (*chosen, *PASSES, SHARES) for dtype in DTYPES for n in FEW_CLASSES]
     found += [Case(loss, dtype, n) for loss, other in OTHERS.items() for dtype in other.moved for n in FEW_CLASSES]
     return found + [Case(loss, "float32", 1) for loss in OF_ROWS]
 
@@ -97,10 +99,6 @@ class Plan:
             return f"tile of {self.tile_rows} rows, {self.lanes} x {self.held}"
         if self.kind == "columns":
             return f"{self.lanes} warps x {self.held}"
-        if self.kind == "kept_tile":
-            return f"tile of {self.tile_rows} rows, {self.lanes} x {self.held} in shared memory"
-        if self.kind == "kept":
-            return f"{self.lanes} x {self.held} in shared memory"
         if self.kind == "lanes":
             return "device memory"
         blocks = f"{self.cluster} blocks x " if self.cluster > 1 else ""
@@ -109,34 +107,31 @@ class Plan:
 
 def plan_of_lanes(case: Case, in_registers: Container[str]) -> Plan:
     """How other kernels share out rows (row_sums.cuh, z_error.cu, elr.cu, gjs.cu)."""
-    if case.loss in in_registers and case.classes <= 8 * 13:
-        lanes, held = (1, 10) if case.classes <= 10 else (8, 13)
+    most = 32 * 32 if case.loss == "GJS of two views" else 8 * 13
+    if case.loss in in_registers and case.classes <= most:
+        lanes, held = (1, 10) if case.classes <= 10 else (8, 13) if case.classes <= 8 * 13 else (32, 32)
         return Plan("held", 0, lanes, held, 0, 0, 0, 256, 1, 1, -1)
     lanes = 1 if case.classes <= 16 else 8 if case.classes <= 256 and case.loss != "ELR" else 32
-    if case.loss == "Z-Error entropies":
-        lanes = 32
     return Plan("lanes", 0, lanes, -(-case.classes // lanes), 0, 0, 0, 256, 1, 1, -1)
 
 
 def kind_of(case: Case) -> str:
     """How its rows lie, as launch_plans.cpp calls it; "lanes" if it plans nothing for them."""
-    if case.loss in SHORT_PASSES:
-        return "long"
     if case.loss in OTHERS or case.loss in OF_ROWS:
-        return "kept" if case.loss in OTHERS and OTHERS[case.loss].kept else "lanes"
+        return "lanes"
     return "pixels" if case.loss == "pixels p_y" else "rows"
 
 
-def factors_of(case: Case, kind: str) -> int:
-    """Of the C++ enumeration Factors, or how many numbers of a class stay in shared memory."""
-    if kind in ("kept", "long"):
-        return OTHERS[case.loss].kept
+def factors_of(case: Case) -> int:
+    """Of the C++ enumeration Factors."""
+    if case.loss == SHARES:
+        return 2
     return 3 + PASSES[case.loss].kept if case.loss in PASSES else int(case.loss in OF_SUMS)
 
 
 def passes_of(case: Case, plan: Plan) -> Passes | None:
     """The loss of several passes, if the plan keeps its rows in registers."""
-    return (PASSES | SHORT_PASSES).get(case.loss) if plan.kind in ("tile", "direct") else None
+    return PASSES.get(case.loss) if plan.kind in ("tile", "direct") else None
 
 
 # Work of a loop's trip, whether that is the outermost loop, and how many trips; for how many logits / 32.
@@ -149,7 +144,7 @@ LOSS = {"DADD": 2}  # added up in doubles, with its weight
 
 def work_of_row(case: Case, plan: Plan) -> tuple[dict[str, int], int]:
     """What a thread has to do for its part of a row besides reading and writing it, and how many numbers it reduces."""
-    row = LABEL | LOSS
+    row = LOSS | ({} if case.loss == SHARES else LABEL)
     largest = {"VHMNMX|HMNMX2": plan.held // 4} if case.size == 2 else {"FMNMX": plan.held - 1}
     if loss := passes_of(case, plan):
         row |= Counter({op: n * plan.held for op, n in loss.per_class.items()}) + Counter(loss.per_row)
@@ -157,6 +152,8 @@ def work_of_row(case: Case, plan: Plan) -> tuple[dict[str, int], int]:
     row |= largest | {"MUFU.EX2": plan.held, "MUFU.RCP": 1}
     if case.size == 2:
         row |= {"MUFU.LG2": 1}
+    if case.loss == SHARES:
+        return row, 5
     if case.loss != "p_y":
         row |= {"CALL": 1}
     if case.loss in OF_SUMS:  # sums of exponentials and of arguments, which float32 makes one by one
@@ -177,90 +174,70 @@ def trips(case: Case, plan: Plan) -> Trips:
     halves = case.size == 2
     words = plan.held // 2 if halves else plan.held
     beside = case.classes * case.size % (4 if plan.kind == "tile" else 16) != 0  # numbers beside the whole accesses
+    shares, single = case.loss == SHARES, beside + (case.loss != SHARES)  # the label's logit is read by itself
     row, reduced = work_of_row(case, plan)
     if plan.kind == "tile":
         accesses = -(-plan.tile_rows * case.classes * case.size // 512)
         steps = plan.lanes.bit_length() - 1
         row |= {"SHFL": reduced * steps} if steps else {}
         if halves:
-            row |= {"LDS.!64.!U16.!128": words, "LDS.U16": 1 + beside, "STS.!64.!U16": words, "STS.U16": 1 + beside}
+            row |= {"LDS.!64.!U16.!128": words, "STS.!64.!U16": words}
+            row |= {"LDS.U16": single, "STS.U16": single} if single else {}
         else:
-            row |= {"LDS.!64.!128": words + 1, "STS.!64": words + 1}
+            row |= {"LDS.!64.!128": words + single, "STS.!64": words + single}
+        row |= {"LDG.!64.!128": plan.held} if shares else {}
         # What is done once a tile is what a trip of the outer loop needs more than the trip of the inner one in it.
-        start = LABEL | LOSS | {"STS.64": 2}  # the sums are kept in shared memory
+        start = LOSS | {"STS.64": 2} | ({} if shares else LABEL)  # the sums are kept in shared memory
         return [
             (start | {"LDGSTS": accesses, "STG.128": accesses}, True, 1),
             (start, False, -1),
             (row, False, plan.tile_rows * plan.lanes / 32),
         ], plan.tile_rows * case.classes / 32
-    accesses, single = plan.held * case.size // 16, "U16" if halves else "!64.!128"
+    accesses = plan.held * case.size // 16
     steps = 5 * (1 + (plan.lanes > 32) + (plan.cluster > 1))  # of a warp, of the warps of a block, of blocks
-    row |= {"LDG.128": accesses, "STG.128": accesses, "SHFL": reduced * steps}
-    row |= {f"LDG.{single}": 1 + beside, f"STG.{single}": 1 + beside}
+    row |= {"LDG.128": accesses + shares * plan.held // 4, "STG.128": accesses, "SHFL": reduced * steps}
+    width = "U16" if halves else "!64.!128"
+    row |= {f"LDG.{width}": single, f"STG.{width}": single} if single else {}
     return [(row, True, plan.lanes / 32 * plan.cluster)], case.classes / 32
 
 
 def trips_of_entropies(case: Case, plan: Plan) -> Trips:
-    """The same for scores that Z-Error makes of logits: a warp for a row, chunks of 8 classes of a lane."""
-    work = {"LDG.64": 1, "SHFL": OTHERS[case.loss].sums * 5, "MUFU.EX2": 9 * -(-plan.held // 8) + 1}
-    work |= {"LDG.U16" if case.size == 2 else WORD: plan.held + 1}
-    return [(work, False, 1)], case.classes / 32
+    """The same for scores that Z-Error makes of logits, chunks of 8 classes of a lane."""
+    work = {"LDG.64": 1, "MUFU.EX2": 9 * -(-plan.held // 8) + 1, "LDG.U16" if case.size == 2 else WORD: plan.held + 1}
+    if steps := plan.lanes.bit_length() - 1:
+        work["SHFL"] = OTHERS[case.loss].sums * steps
+    return [(work, False, 1)], case.classes / plan.lanes
 
 
-def by_a_few(
-    work_of: Callable[[int], dict[str, int]],
-    held: int,
-    sums: dict[str, int],
-    *,
-    few: int,
-    more: int,
-    outermost: bool,
-    times: float,
+def by_four(
+    work_of: Callable[[int], dict[str, int]], held: int, sums: dict[str, int]
 ) -> list[tuple[dict[str, int], bool, float]]:
-    """A row by a search for a few of a lane's classes, and one for some more, which tells what all of them take.
+    """A row by a search for a few of a lane's classes, and one for four more, a loop's trip, which tells what all take.
 
     A search for all of them takes minutes, and so does one for sums over lanes besides: that is done for one class.
     """
-    rest = (held - few) / more
-    found = [(work_of(few), outermost, times * (1 - rest))]
-    found += [(work_of(few + more), outermost, times * rest)] if rest else []
-    found += [(work_of(1) | sums, outermost, times), (work_of(1), outermost, -times)] if sums else []
+    few = (held - 1) % 4 + 1
+    rest = (held - few) / 4
+    found = [(work_of(few), True, 1 - rest)]
+    found += [(work_of(few + 4), True, rest)] if rest else []
+    found += [(work_of(1) | sums, True, 1.0), (work_of(1), True, -1.0)] if sums else []
     return found
 
 
 def trips_of_other(other: Other, case: Case, plan: Plan) -> Trips:
     """The same for kernels with loops over the classes of a lane."""
-    steps = min(plan.lanes, 32).bit_length() - 1 + (5 if plan.lanes > 32 else 0)
+    steps = plan.lanes.bit_length() - 1
     sums = {"SHFL": other.sums * steps} if steps else {}
     of_row = (LABEL if other.has_label else {}) | (other.per_row or {})
-    tile = plan.kind == "kept_tile"
-    if plan.kind in ("kept_tile", "kept"):
-        of_row |= LOSS
-        as_stored = ("LDS.U16", "STS.U16") if tile else ("LDG.U16", "STG.U16")
+    logits = other.views * case.classes / plan.lanes
+    per_class = (other.per_class_held or {}) if plan.kind == "held" else other.per_class
 
     def row_of(n: int) -> dict[str, int]:
-        work = of_row | {op: m * n for op, m in other.per_class.items()}
-        return work | dict.fromkeys(as_stored, n) if plan.kind != "lanes" and case.size == 2 else work
+        return of_row | {op: m * n for op, m in per_class.items()}
 
-    if plan.kind == "held":
-        work = of_row | {op: m * plan.held for op, m in (other.per_class_held or {}).items()}
-        return [(work | sums, True, 1)], other.views * case.classes / plan.lanes
-    if plan.kind == "lanes":
-        logits = other.views * case.classes / plan.lanes
-        if other.per_class.get("MUFU.EX2", 0) > 1:
-            few = (plan.held - 1) % 4 + 1  # loops take four classes a trip
-            return by_a_few(row_of, plan.held, sums, few=few, more=4, outermost=True, times=1), logits
-        return [(row_of(plan.held) | sums, True, 1)], logits
-    rows = plan.tile_rows * plan.lanes / 32 if tile else plan.lanes / 32 * plan.cluster
-    levels = by_a_few(row_of, plan.held, sums, few=1, more=3, outermost=not tile, times=rows)
-    # But for loops of a class a trip, or a few, one brings eight.
-    levels += [({as_stored[0]: 8, "STS.!64": 8}, False, rows * ((plan.held - 1) // 8))]
-    if not tile:
-        return levels, case.classes / 32
-    accesses = -(-plan.tile_rows * case.classes * case.size // 512)
-    start = LOSS | {"STS.64": 2}
-    levels += [(start | {"LDGSTS": accesses, "STG.128": accesses}, True, 1), (start, False, -1)]
-    return levels, plan.tile_rows * case.classes / 32
+    if plan.kind == "lanes" and per_class.get("MUFU.EX2", 0) > 1:
+        return by_four(row_of, plan.held, sums), logits
+    return [(row_of(plan.held) | sums, True, 1)], logits
 
 
 def trips_of_columns(case: Case, plan: Plan) -> Trips:
@@ -285,7 +262,7 @@ def kernel_name(case: Case, plan: Plan) -> str:
     stored = MANGLED[case.dtype]
     if loss := passes_of(case, plan):
         if plan.kind == "tile":
-            lanes = 1 if plan.lanes == 1 and plan.held == 10 and case.loss in PASSES else 0
+            lanes = 1 if plan.lanes == 1 and plan.held == 10 else 0
             return rf"passes_in_register_tilesI.*{loss.kernel}.*{stored}Li{lanes}ELi{plan.held}E"
         team = "WarpTeam" if plan.lanes == 32 else "RowTeam"
         return rf"passes_in_registersI.*{loss.kernel}.*{stored}Li{plan.held}E.*{team}"
@@ -297,19 +274,13 @@ def kernel_name(case: Case, plan: Plan) -> str:
     if plan.kind == "tile":
         lanes = plan.lanes if plan.factors == 0 or plan.held == 10 else 0
         return rf"softmax_in_tilesI.*{stored}{factors}Li{lanes}ELi{plan.held}E"
-    team = "WarpTeam" if plan.factors == 0 and plan.lanes == 32 else "RowTeam"
+    team = "WarpTeam" if plan.factors in (0, 2) and plan.lanes == 32 else "RowTeam"
     return rf"softmax_in_registersI.*{stored}{factors}Li{plan.held}E.*{team}"
 
 
 def other_kernel_name(case: Case, plan: Plan) -> str:
     """The same for kernels with loops over classes."""
     name, stored, lanes = OTHERS[case.loss].kernel, MANGLED[case.dtype], f"Li{plan.lanes}E"
-    if name == "labels":
-        return "labels_in_tilesILb1E" if plan.kind == "kept_tile" else "labels_of_rowsIfLb1ELb1E"
-    if plan.kind == "kept_tile":
-        return rf"passes_in_tilesI.*{name}"
-    if plan.kind == "kept":
-        return rf"passes_of_rowsI.*{name}.*fLb1E"
     if name == "7rescale":
         return rf"{name}I.*{stored}{lanes}Lb{int('backward' in case.loss)}E"
     if name == "masked_lossIfLb1":

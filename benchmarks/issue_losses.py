@@ -11,7 +11,14 @@ DTYPES = ("bfloat16", "float32")  # float16 differs from bfloat16 in two convers
 # How a kernel's name spells them.
 MANGLED = {"bfloat16": r"BFloat16E", "float16": r"4HalfE", "float32": r"f"}
 NAMES = {"p_y": "cross_entropy", "NCE": "nce", "pixels p_y": "cross_entropy", "HEM": "hem"}
-NAMES |= {"multi-margin": "multi_margin", "NGCE": "ngce", "SGCE": "sgce", "AMSE": "amse", "bi-tempered": "bi_tempered"}
+NAMES |= {
+    "class probabilities": "none",
+    "multi-margin": "multi_margin",
+    "NGCE": "ngce",
+    "SGCE": "sgce",
+    "AMSE": "amse",
+    "bi-tempered": "bi_tempered",
+}
 
 # Losses that kernels of softmax losses tell apart at run time, once a row, by a call of this function. Functions of p_y
 # and whether y is the largest, as cross entropy, which is "p_y" in the table; and those with a sum over the classes.
@@ -20,6 +27,7 @@ OF_P_Y = (
     *("mae", "gce", "agce", "aue", "ae", "rce", "sce", "taylor_ce", "phuber_ce", "js", "focal", "bounded_ce", "poly"),
     *("phuber_gce", "truncated_gce", "ece", "ece_mae", "efl_mae"),
 )
+SHARES = "class probabilities"  # floats: each class has a share, most of them none, of the loss that it would have
 OF_SUMS = ("NCE", "nce_mae", "nce_rce", "nce_agce", "nce_aue", "cores", "unhinged")
 
 
@@ -53,7 +61,13 @@ TEMPERED = (
     "bi-tempered, 10 classes: 60 instructions a class in seven passes, and 300 a row for the powers and logarithms "
     "between them"
 )
+NORMALISED = (
+    "NFL and JAL up to 100 classes: 25 to 35 instructions a class, twice an exponential and a root with the numbers "
+    "made of them, two or three sums and a gradient of as many terms, and 250 a row; in float32, whose budget is that "
+    "of 16 bits, 6 more for the exponential and for memory"
+)
 TWO_POWERS = {"MUFU.EX2": 2, "FADD": 4}
+FOCAL = {"MUFU.EX2": 1, "MUFU.RSQ": 1}  # of gamma = 0.5, and of 0 by the same kernel
 PASSES = {
     "HEM": Passes(1, 30, r"MarginLossI.*KnowingILb1ELb0E", 3, False, {"FADD": 2}, {}, MARGIN),
     "multi-margin": Passes(1, 30, r"MarginLossI.*KnowingILb0ELb0E", 2, False, {"FADD": 1}, {}, MARGIN),
@@ -61,16 +75,11 @@ PASSES = {
     "SGCE": Passes(2, None, r"PowerLossI.*ELb1E", 4, True, TWO_POWERS, {"MUFU.EX2": 2}, ""),
     "AMSE": Passes(2, None, r"PowerLossI.*ELb1E", 4, True, TWO_POWERS, {"MUFU.EX2": 2}, ""),
     "bi-tempered": Passes(1, 90, r"BiTemperedOfILi5ELb1E", 10, True, {"MUFU.RCP": 7}, {}, TEMPERED, 91, 57),
-}
-
-# Those with such kernels for short rows; longer ones are in shared memory (OTHERS).
-FOCAL = {"MUFU.EX2": 1, "MUFU.RSQ": 1}  # of gamma = 0.5
-SHORT_PASSES = {
-    "NFL": Passes(2, 45, r"NormalizedLossI.*NFL(MAE|And)", 4, True, FOCAL, {}, ""),
-    "JAL": Passes(2, 45, r"NormalizedLossI.*NFLSum", 6, True, FOCAL, {}, ""),
-    "NNFL": Passes(2, None, r"NormalizedLossI.*NFLSum", 6, True, FOCAL, {}, ""),
-    "NNCE": Passes(2, None, r"NormalizedLossI.*NFLSum", 6, True, {"MUFU.EX2": 1}, {}, ""),
-    "LDR-KL": Passes(2, None, r"LDRKL", 5, True, {"MUFU.EX2": 2, "MUFU.RCP": 1}, {}, ""),
+    "NFL": Passes(2, 45, r"NormalizedLossI.*NFLAnd", 4, True, FOCAL, {}, NORMALISED),
+    "JAL": Passes(2, 45, r"NormalizedLossI.*NFLSumOfI.*SecondE2E", 5, True, FOCAL, {}, NORMALISED),
+    "NNFL": Passes(2, None, r"NormalizedLossI.*NFLSumOfI.*SecondE1E", 6, True, FOCAL, {}, ""),
+    "NNCE": Passes(2, None, r"NormalizedLossI.*NFLSumOfI.*SecondE1E", 6, True, FOCAL, {}, ""),
+    "LDR-KL": Passes(2, None, r"LDRKLOf", 5, True, {"MUFU.EX2": 2, "MUFU.RCP": 1}, {}, ""),
 }
 
 # What hides behind memory: a kernel may take this part of the issue slots that a copy of its bytes leaves.
@@ -85,9 +94,7 @@ class Other:
     kernel: str  # how the names of its kernels begin
     per_class: dict[str, int]  # instructions that a lane needs for each of its classes, among others
     sums: int  # that the lanes of a row add up together, or largest numbers
-    kept: int = 0  # numbers of a class in shared memory; 0: rows are read again where they lie
     has_label: bool = True
-    budget: int | None = None
     per_row: dict[str, int] | None = None
     views: int = 1
     # Where short rows stay in registers: how the name of those kernels begins, and what they need for each class.
@@ -96,13 +103,6 @@ class Other:
 
 
 BOTH = {"bfloat16": 4.0, "float32": 8.0}
-LONG = (
-    "NFL and JAL: up to a few hundred classes a focal power and the differences it is made of take 35 to 60 "
-    "instructions a class, and 250 a row; longer rows are in shared memory, where each of five loops over them "
-    "takes 10 to 15 a class besides"
-)
-FOCAL_CLASS = FOCAL | {"FMNMX": 1}
-PLAIN_CLASS = {"MUFU.EX2": 1, "FMNMX": 1}  # of gamma = 0
 RESCALED = {"bfloat16": 6.0, "float32": 8.0}
 RESCALED_BACK = {"bfloat16": 8.0, "float32": 12.0}
 NORM_CLASS, NORM_CLASS_BACK = {"STG.!64": 1, "LDG": 2}, {"STG": 1, "LDG": 4}
@@ -110,17 +110,11 @@ NORM_CLASS, NORM_CLASS_BACK = {"STG.!64": 1, "LDG": 2}, {"STG": 1, "LDG": 4}
 NORMS, CLIPS = {"ISETP.GT.U32": 2}, {"FCHK": 1}
 NORMS_BACK, CLIPS_BACK = {"ISETP.GT.U32": 1, "FCHK": 2}, {"FCHK": 3}
 OTHERS = {
-    "NFL": Other(BOTH, r"NormalizedLossI.*NFL(MAE|And)", FOCAL_CLASS | {"STS.!64": 6}, 4, 2, budget=45),
-    "JAL": Other(BOTH, r"NormalizedLossI.*NFLSum", FOCAL_CLASS | {"STS.!64": 7}, 6, 3, budget=45),
-    "NNFL": Other(BOTH, r"NormalizedLossI.*NFLSum", FOCAL_CLASS | {"STS.!64": 7}, 6, 3),
-    "NNCE": Other(BOTH, r"NormalizedLossI.*NFLSum", PLAIN_CLASS | {"STS.!64": 7}, 6, 3),
-    "LDR-KL": Other(BOTH, r"LDRKL", {"MUFU.EX2": 2, "MUFU.RCP": 1, "FMNMX": 1, "STS.!64": 6}, 5, 2),
-    "class probabilities": Other(RESCALED_BACK, "labels", {"MUFU.EX2": 2, "FMNMX": 1, "STS.!64": 6}, 7, 2, False),
     "statistics": Other({"bfloat16": 2.0, "float32": 4.0}, "10statistics", {"MUFU.EX2": 1, "LDG.!64": 1}, 5),
-    "LogitNorm": Other(RESCALED, "7rescale", NORM_CLASS, 1, 0, False, per_row=NORMS),
-    "LogitNorm backward": Other(RESCALED_BACK, "7rescale", NORM_CLASS_BACK, 1, 0, False, per_row=NORMS_BACK),
-    "LogitClip": Other(RESCALED, "7rescale", NORM_CLASS, 1, 0, False, per_row=CLIPS),
-    "LogitClip backward": Other(RESCALED_BACK, "7rescale", NORM_CLASS_BACK, 1, 0, False, per_row=CLIPS_BACK),
+    "LogitNorm": Other(RESCALED, "7rescale", NORM_CLASS, 1, False, per_row=NORMS),
+    "LogitNorm backward": Other(RESCALED_BACK, "7rescale", NORM_CLASS_BACK, 1, False, per_row=NORMS_BACK),
+    "LogitClip": Other(RESCALED, "7rescale", NORM_CLASS, 1, False, per_row=CLIPS),
+    "LogitClip backward": Other(RESCALED_BACK, "7rescale", NORM_CLASS_BACK, 1, False, per_row=CLIPS_BACK),
     "ELR": Other(
         {"bfloat16": 14.0, "float32": 16.0},
         "8elr_rows",
@@ -204,8 +198,6 @@ def reason(loss: str, dtype: str, classes: int) -> str:
     """Why a case misses its budget."""
     if loss in PASSES:
         return PASSES[loss].miss
-    if loss in ("NFL", "JAL"):
-        return LONG
     if loss in OF_P_Y:
         return CHOSEN
     if loss in OF_SUMS and loss != "NCE":

@@ -118,9 +118,8 @@ def plans(asked: Sequence[Case], in_registers: Collection[str], folder: Path) ->
     planned = [case for case in asked if kinds[case] != "lanes"]
     given = []
     for case in planned:
-        kind = kinds[case]
         name = NAMES.get(case.loss, case.loss if case.loss.islower() else "none")
-        given.append(f"{kind}:{case.dtype}:{factors_of(case, kind)}:{case.classes}:{case.rows}:{name}")
+        given.append(f"{kinds[case]}:{case.dtype}:{factors_of(case)}:{case.classes}:{case.rows}:{name}")
     lines = subprocess.run([str(program), *given], capture_output=True, text=True, check=True).stdout.splitlines()
     found = {case: Plan(kind, *map(int, n)) for case, (kind, *n) in zip(planned, map(str.split, lines), strict=True)}
     return [found.get(case) or plan_of_lanes(case, in_registers) for case in asked]

@@ -1,8 +1,7 @@
 // Prints how the rows of an H100 are shared out, a line for each problem given as KIND:DTYPE:FACTORS:CLASSES:ROWS:LOSS;
-// for issue_report.py. KIND: rows, pixels, or kept, for rows of which FACTORS numbers of a class stay in shared memory;
-// long, for those that stay in registers where there are kernels for losses with long formulas, else as kept;
-// else FACTORS is the number of a Factors. LOSS: its name, whose number comes last but one in the line, before its
-// place in a RowProblem. Compiled with the headers of tests/cpp/cuda_emulation: no GPU, no CUDA toolkit.
+// for issue_report.py. KIND: rows or pixels. FACTORS: the number of a Factors. LOSS: its name, whose number comes last
+// but one in the line, before its place in a RowProblem. Compiled with the headers of tests/cpp/cuda_emulation: no GPU,
+// no CUDA toolkit.
 #include <cstddef>
 #include <cstdio>
 #include <cstring>
@@ -19,8 +18,7 @@ int main(int argc, char** argv) {
         if (std::sscanf(argv[i], "%15[a-z0-9]:%15[a-z0-9]:%d:%lld:%lld:%31[a-z0-9_]", kind, dtype, &factors, &classes,
                         &rows, loss) != 6)
             return 1;
-        const bool is_pixels = std::strcmp(kind, "pixels") == 0, is_long = std::strcmp(kind, "long") == 0,
-                   is_kept = std::strcmp(kind, "kept") == 0 || is_long;
+        const bool is_pixels = std::strcmp(kind, "pixels") == 0;
         RowProblem p;
         p.dtype = std::strcmp(dtype, "float32") == 0 ? Dtype::kFloat32 : Dtype::kBFloat16;
         p.inner = rows, p.num_classes = classes;
@@ -31,11 +29,6 @@ int main(int argc, char** argv) {
         cuda::RegisterPlan plan;
         if (is_pixels) {
             found = "columns", plan = cuda::plan_columns(p, cuda::Factors(factors));
-        } else if (is_kept) {
-            constexpr auto long_formulas = cuda::Factors(6);
-            if (is_long) plan = cuda::plan_tiles(p, long_formulas, multiprocessors);
-            if (!plan) found = "kept_tile", plan = cuda::plan_kept_tiles(p, factors, multiprocessors);
-            if (!plan) found = "kept", plan = cuda::plan_kept_rows(p, factors, largest_cluster);
         } else {
             plan = cuda::plan_tiles(p, cuda::Factors(factors), multiprocessors);
             if (!plan) found = "direct", plan = cuda::plan_direct(p, cuda::Factors(factors), largest_cluster);
