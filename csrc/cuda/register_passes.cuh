@@ -58,6 +58,11 @@ struct RegisterTraits<PowerLoss<Rule, true, kCoarse>> : HeldLoss {
 };
 template <int kN>
 struct RegisterTraits<BiTemperedOf<kN, true>> : HeldLoss {};
+template <bool kCoarse>
+struct RegisterTraits<RescaledOf<kCoarse>> : HeldLoss {
+    static constexpr bool is_relative = false;
+    static constexpr bool leaves_target_out = true;
+};
 
 struct LongLoss : HeldLoss {
     static constexpr bool is_long = true;
