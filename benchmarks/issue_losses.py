@@ -61,6 +61,8 @@ PASSES = {
     "SGCE": Passes(2, None, r"PowerLossI.*ELb1E", 4, True, TWO_POWERS, {"MUFU.EX2": 2}, ""),
     "AMSE": Passes(2, None, r"PowerLossI.*ELb1E", 4, True, TWO_POWERS, {"MUFU.EX2": 2}, ""),
     "bi-tempered": Passes(1, 90, r"BiTemperedOfILi5ELb1E", 10, True, {"MUFU.RCP": 7}, {}, TEMPERED, 91, 57),
+    # LogitNorm or LogitClip, and the loss inside, in one read.
+    "LogitNorm of p_y": Passes(2, None, r"RescaledOf", 4, True, {"MUFU.EX2": 1, "FADD": 3}, {"MUFU.RSQ": 1}, ""),
 }
 
 # Those with such kernels for short rows; longer ones are in shared memory (OTHERS).

@@ -12,8 +12,8 @@ inline namespace FL_ISA {
 // Of log p_y alone; cross entropy where it has no smoothing.
 using LossesOfLogP = decltype(TypeList<CrossEntropy>{} + TargetLosses{});
 
-// One of them, by its place in the list. Not inlined: all the formulas in every kernel only take time to compile, and on
-// CUDA the registers that hold a row.
+// One of them, by its place in the list. Not inlined: all the formulas in every kernel only take time to compile, and
+// on CUDA the registers that hold a row.
 template <class T>
 FL_HD_NOINLINE ValueSlope<T> any_of_log_p(int loss, T log_p, const T* params) {
     const T nan = T(std::numeric_limits<math::scalar_t<T>>::quiet_NaN());
@@ -30,13 +30,13 @@ FL_HD ValueSlope<T> of_log_p(int loss, T log_p, const T* params) {
     return loss == kCrossEntropy ? PlainCrossEntropy::eval(log_p, params) : any_of_log_p(loss, log_p, params);
 }
 
-// params: temperature or largest norm (which RowInputs::margin holds, for it may be a tensor), whether it is the latter,
-// the bias of the target's rescaled logit, the loss by its place, the loss's own parameters.
+// params: temperature or largest norm (which RowInputs::margin holds, for it may be a tensor), whether it is the
+// latter, the bias of the target's rescaled logit, the loss by its place, the loss's own parameters.
 //
-// With s_j = f z_j + bias [j = y] and t = log softmax(s)_y, the gradient of phi(t) in s is phi' ([j = y] - p_j), and in z
-// (losses/rescale.h) f times that plus a multiple of z_j:  -(f' / n) phi' sum_k p_k (z_k - z_y).
-// The target is left out of all sums. So no digits of a row that is nearly certain are lost: its 1 - p_y is the others'
-// share, and differences from z_y do not cancel.
+// With s_j = f z_j + bias [j = y] and t = log softmax(s)_y, the gradient of phi(t) in s is phi' ([j = y] - p_j), and in
+// z (losses/rescale.h) f times that plus a multiple of z_j:  -(f' / n) phi' sum_k p_k (z_k - z_y). The target is left
+// out of all sums. So no digits of a row that is nearly certain are lost: its 1 - p_y is the others' share, and
+// differences from z_y do not cancel.
 //
 // kCoarse: logits and gradient are numbers of 16 bits.
 template <bool kCoarse = false>
@@ -90,7 +90,7 @@ struct RescaledOf {
             return;
         }
         const T distance = rescaled_target(s, row, params) - s.shift, own = math::exp_not_positive(distance);
-        const T others = sums.v[0], total = others + own, of_one = T(1) / total;
+        const T others = sums.v[0], total = others + own, of_one = math::reciprocal(total);
         const T log_p = distance - math::log_near_one(total, others + (own - T(1)));
         const ValueSlope<T> phi = of_log_p(static_cast<int>(math::to_scalar(params[3])), log_p, params + 4);
         s.per_logit *= -phi.slope * (sums.v[1] * of_one);
