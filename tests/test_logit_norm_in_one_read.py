@@ -54,8 +54,7 @@ def problem(layout, dtype, device, seed):
     if len(shape) > 1 and classes > 2:
         target.view(-1)[1] = -100
         z[0, 2] = -math.inf
-        if target.view(-1)[0] == 2:
-            target.view(-1)[0] = 0
+        target[0] = torch.where(target[0] == 2, 0, target[0])
     weight, sample_weight = torch.rand(classes, generator=generator) + 0.2, torch.rand(rows, generator=generator) + 0.2
     return arrange(z.to(dtype)).to(device), target.to(device), weight.to(device), sample_weight.to(device)
 
@@ -171,8 +170,8 @@ def test_second_derivatives_and_tensors_as_parameter(clips, device):
     logits, target, *_ = problem("rows", torch.float64, device, 3)
     logits = logits.masked_fill(logits == -math.inf, 0.3)
     criterion = make(clips, "cross_entropy", logit_bias=0.5)
-    kept = target != -100
-    assert torch.autograd.gradgradcheck(lambda z: criterion(z, target[kept]), logits[kept].requires_grad_())
+    few = target.clamp(min=0)[:3]
+    assert torch.autograd.gradgradcheck(lambda z: criterion(z, few), logits[:3].requires_grad_())
     parameter = torch.tensor(0.7, dtype=torch.float64, device=device)
     module = make(clips, "gce", parameter).to(device)
     right = value_and_grad(lambda z: make(clips, "gce", 0.7)(z, target), logits)

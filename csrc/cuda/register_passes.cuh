@@ -47,6 +47,7 @@ struct HeldLoss {
     static constexpr bool is_relative = true;         // only differences from the largest logit matter
     static constexpr bool leaves_target_out = false;  // the target adds nothing to any sum, nor does a logit of -inf
     static constexpr bool counts_masked = false;      // one with a logit of -inf adds something in the last pass
+    static constexpr int most_blocks = 8;             // of a tile's kernel: with more of them, numbers are spilled
 };
 template <bool kThreshold, bool kSquared>
 struct RegisterTraits<MarginLoss<AnyMarginPolicy::Knowing<kThreshold, kSquared>>> : HeldLoss {
@@ -62,6 +63,7 @@ template <bool kCoarse>
 struct RegisterTraits<RescaledOf<kCoarse>> : HeldLoss {
     static constexpr bool is_relative = false;
     static constexpr bool leaves_target_out = true;
+    static constexpr int most_blocks = 6;
 };
 
 struct LongLoss : HeldLoss {
@@ -266,7 +268,8 @@ private:
 };
 
 template <class Loss, class Stored, int kLanes, int kHeld>
-__global__ void __launch_bounds__(kTileThreads, tile_blocks(kKeptBy<Loss>, kHeld))
+__global__ void __launch_bounds__(kTileThreads,
+                                  std::min(tile_blocks(kKeptBy<Loss>, kHeld), RegisterTraits<Loss>::most_blocks))
     passes_in_register_tiles(const __grid_constant__ RegisterArgs args) {
     constexpr TileKernel kernel{kKeptBy<Loss>, kLanes, kHeld};
     constexpr int rounds = kHeld / Word<Stored>::count, always = kernel.always(rounds);

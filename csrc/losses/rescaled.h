@@ -93,7 +93,9 @@ struct RescaledOf {
         const T others = sums.v[0], total = others + own, of_one = math::reciprocal(total);
         const T log_p = distance - math::log_near_one(total, others + (own - T(1)));
         const ValueSlope<T> phi = of_log_p(static_cast<int>(math::to_scalar(params[3])), log_p, params + 4);
-        s.per_logit *= -phi.slope * (sums.v[1] * of_one);
+        // Where the factor does not change, differences of logits may overflow.
+        const T along = -phi.slope * (sums.v[1] * of_one);
+        s.per_logit = math::select(s.per_logit == T(0), s.per_logit, s.per_logit * along);
         s.per_exponential = -s.factor * phi.slope * of_one;
         s.target_grad = s.factor * phi.slope * (others * of_one) + s.per_logit * s.target_logit;
         s.target_logit = phi.value;
