@@ -128,6 +128,7 @@ def _ignore_index(loss: nn.Module) -> int:
 
 _ONE_READ = "rescaled_logits"  # the operators' name of a loss together with the rescaling (csrc/losses/rescaled.h)
 _OWN_PARAMETERS = 3  # of the loss inside, at most
+_NAMES = tuple(loss_names())  # the loss inside goes by its place among them
 
 
 def _is_known(args: RowLossArguments) -> bool:
@@ -140,7 +141,7 @@ def _in_one_read(args: RowLossArguments, parameter: float | Tensor, clips: bool)
     """The loss of logits that are rescaled first."""
     number, on_device = _split(parameter)
     own = (*args.params, *(0.0,) * (_OWN_PARAMETERS - len(args.params)))
-    params = (number, float(clips), args.logit_bias, float(loss_names().index(args.loss)), *own)
+    params = (number, float(clips), args.logit_bias, float(_NAMES.index(args.loss)), *own)
     return args._replace(loss=_ONE_READ, params=params, first_param=on_device, logit_bias=0.0)
 
 
@@ -149,7 +150,7 @@ def _by_operations_of_torch(args: RowLossArguments) -> Tensor:
     number, clips, bias, place, *own = args.params
     factor_of = _factor(number if args.first_param is None else args.first_param, bool(clips))
     rescaled = _rescaled(args.logits, args.target, args.ignore_index, factor_of)
-    inside = args._replace(loss=loss_names()[int(place)], params=tuple(own), first_param=None, logit_bias=bias)
+    inside = args._replace(loss=_NAMES[int(place)], params=tuple(own), first_param=None, logit_bias=bias)
     return row_loss_reference(inside._replace(logits=rescaled))
 
 
@@ -161,6 +162,11 @@ def _split(parameter: float | Tensor) -> tuple[float, Tensor | None]:
     if isinstance(parameter, Tensor) and not parameter.is_cpu:
         return 1.0, parameter
     return float(parameter), None
+
+
+def _tensors(module: nn.Module) -> list[Tensor | None]:
+    """Those of the module itself; small calls have no time for its iterators."""
+    return [*module._buffers.values(), *module._parameters.values()]
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -201,9 +207,9 @@ class _LogitWrapper(RowsModule):
 
     def _reaches_kernels(self, logits: Tensor, target: Tensor, *others: Tensor | None) -> bool:
         """Whether a kernel may take the call: no other derivative than that in the logits, nothing traced."""
-        own = [*self.buffers(False), *self.parameters(False)]
         on_device = logits.is_cpu or logits.is_cuda
-        return on_device and is_plain(logits) and is_plain(target) and not needs_reference(logits, *own, *others)
+        plain = on_device and is_plain(logits) and is_plain(target)
+        return plain and not needs_reference(logits, *_tensors(self), *others)
 
     def _known_arguments(
         self, logits: Tensor, target: Tensor, inputs: tuple[Any, ...], options: dict[str, Any]
@@ -218,7 +224,7 @@ class _LogitWrapper(RowsModule):
         if not of_row or not isinstance(loss, RowLossModule) or _has_hooks(loss):
             return None
         sample_weight = inputs[0] if inputs else options.get("sample_weight")
-        if not self._reaches_kernels(logits, target, sample_weight, *loss.buffers(False), *loss.parameters(False)):
+        if not self._reaches_kernels(logits, target, sample_weight, *_tensors(loss)):
             return None
         args = loss._arguments(logits, target, sample_weight)
         return args if type(loss) in LOSSES[loss.stem].modules and _is_known(args) else None

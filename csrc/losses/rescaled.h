@@ -49,7 +49,8 @@ struct RescaledOf {
 
     template <class T>
     struct State {
-        T factor, shift;    // the exponential of a class is e^(factor z - shift)
+        T factor, max;      // f, and the largest logit
+        T shift;            // how far the target's s is above f max: exponentials are of what is below either
         T target_logit;     // 0 if it is masked; in the end the value
         T per_logit;        // slope of RescaleFactor; in the end of z_j in dL/dz_j
         T per_exponential;  // in dL/dz_j
@@ -64,6 +65,7 @@ struct RescaledOf {
     template <class T>
     FL_HD static State<T> begin(const RowInputs<T>& row, const T*) {
         State<T> s{};
+        s.max = row.max;
         s.target_logit = unless_masked(row.target_logit);
         return s;
     }
@@ -73,7 +75,7 @@ struct RescaledOf {
     FL_HD static Sums<T, 2> map(int, const State<T>& s, T z, T, math::mask_t<T> is_target, const T*, T* kept) {
         const T length = unless_masked(z);
         if (!last) return {{math::select(is_target, T(0), length * length), T(0)}};
-        const T e = math::select(is_target, T(0), exponential(s.factor * z - s.shift));
+        const T e = math::select(is_target, T(0), exponential(below(s, z)));
         if (kept) kept[0] = e, kept[1] = length;
         return {{e, e * (length - s.target_logit)}};
     }
@@ -86,10 +88,10 @@ struct RescaledOf {
             const RescaleFactor<T> by(math::to_scalar(params[1]) > math::scalar_t<T>(0), row.margin, norm);
             s.factor = by.factor;
             s.per_logit = by.slope;
-            s.shift = math::larger(s.factor * row.max, rescaled_target(s, row, params));
+            s.shift = math::larger(target_above(s, row, params), T(0));
             return;
         }
-        const T distance = rescaled_target(s, row, params) - s.shift, own = math::exp_not_positive(distance);
+        const T distance = target_above(s, row, params) - s.shift, own = math::exp_not_positive(distance);
         const T others = sums.v[0], total = others + own, of_one = math::reciprocal(total);
         const T log_p = distance - math::log_near_one(total, others + (own - T(1)));
         const ValueSlope<T> phi = of_log_p(static_cast<int>(math::to_scalar(params[3])), log_p, params + 4);
@@ -108,7 +110,7 @@ struct RescaledOf {
 
     template <class T>
     FL_HD static void keep(const State<T>& s, T z, T, math::mask_t<T>, const T*, T* kept) {
-        kept[0] = exponential(s.factor * z - s.shift);
+        kept[0] = exponential(below(s, z));
         kept[1] = unless_masked(z);
     }
 
@@ -126,8 +128,14 @@ struct RescaledOf {
 
 private:
     template <class T>
-    FL_HD static T rescaled_target(const State<T>& s, const RowInputs<T>& row, const T* params) {
-        return s.factor * row.target_logit + params[2];
+    FL_HD static T target_above(const State<T>& s, const RowInputs<T>& row, const T* params) {
+        return s.factor * (row.target_logit - s.max) + params[2];
+    }
+
+    // At most 0, which f z - (f max + shift) need not be: f may be large, and multiplication and addition fused.
+    template <class T>
+    FL_HD static T below(const State<T>& s, T z) {
+        return s.factor * (z - s.max) - s.shift;
     }
 
     template <class T>
