@@ -124,10 +124,10 @@ def test_unusual_rows_are_as_in_two_reads(dtype, clips, device, monkeypatch):
         [-inf, 1.0, 2.0, 0.5],
         [1.0, -inf, -inf, -inf],
         [-inf, -inf, 1.0, -inf],
-        [3e38, 1.0, -3e38, 0.0],
         [1e30, -inf, 1e25, 0.0],
         [1e-30, 2e-30, 0.0, 0.0],
         [1e4, -1e4, 3.0, 4.0],
+        [3e18, 3e18, -2e18, 0.0],
         [80.0, 0.0, 0.0, 1.0],
         [0.0, 80.0, 0.0, 1.0],
     ]
@@ -146,6 +146,24 @@ def test_unusual_rows_are_as_in_two_reads(dtype, clips, device, monkeypatch):
         whole = right.isfinite().all(1)
         sizes = right[whole].abs().amax(1, keepdim=True).clamp(min=1e-30)
         torch.testing.assert_close(found[whole] / sizes, right[whole] / sizes, **close)
+    largest = torch.tensor([[3e38, 1.0, -3e38, 0.0]], dtype=dtype, device=device)  # whose squares have no sum
+    for found in value_and_grad(lambda z: make(clips, "cross_entropy")(z, target[:1]), largest):
+        assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("parameter", [1e-15, 1e-3, 1e15])
+@pytest.mark.parametrize("clips", [False, True], ids=["norm", "clip"])
+def test_parameters_at_their_ends(clips, parameter, device):
+    for loss, layout in itertools.product(("cross_entropy", "gce"), ("rows", "long rows", "one class")):
+        logits, target, *_ = problem(layout, torch.float32, device, 5)
+        found = value_and_grad(partial(make(clips, loss, parameter), target=target), logits)
+        exact = partial(fl.LOSSES[loss].reference, target=target)
+        right = value_and_grad(lambda z, of=exact: of(rescaled(z, parameter, clips)), logits.double())
+        assert abs(float(found[0]) - float(right[0])) <= 1e-5 * (1.0 + abs(float(right[0])))
+        there = logits != -math.inf
+        size = float(right[1][there].abs().max())
+        lost = 1e-36  # exponentials below the smallest normal number, times factors
+        assert float((found[1] - right[1])[there].abs().max()) <= 3e-5 * size + lost
 
 
 def test_digits_of_a_certain_row(device):
