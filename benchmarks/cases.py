@@ -19,13 +19,27 @@ CLASS_COUNTS = (10, 19, 100, 150, 1000, 1001, 21841, 50257, 128256)
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss under test; ``kind`` says what its input is: rows of logits, binary logits, or numbers to regress."""
+    """A loss under test; ``kind`` says what its input is: rows of logits, binary logits, or numbers to regress.
+
+    A ``wrapped`` one is another one of rescaled logits.
+    """
 
     name: str
     fused: Callable[..., Tensor]
     reference: Callable[..., Tensor]
     kind: str = "rows"
     options: dict[str, Any] = field(default_factory=dict)
+    wrapped: bool = False
+
+
+def _of_rescaled(loss: str, factor: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """The plain loss of logits that are multiplied by a factor of their norm."""
+
+    def plain(logits: Tensor, target: Tensor) -> Tensor:
+        z = logits if logits.dtype == torch.float64 else logits.float()
+        return fl.LOSSES[loss].reference(z * factor(z.norm(dim=1, keepdim=True)), target)
+
+    return plain
 
 
 def _losses() -> dict[str, Loss]:
@@ -39,11 +53,20 @@ def _losses() -> dict[str, Loss]:
     add("z_error_cross_entropy", "z_error_cross_entropy")
     add("z_error_bce", "z_error_bce_with_logits", "binary")
     add("z_mse", "z_mse_loss", "regression")
+    t, tau = 0.04, 20.0
+    wrapped = {
+        "logit_norm": (fl.LogitNorm("cross_entropy", t), "cross_entropy", lambda norm: 1.0 / (t * (norm + 1e-7))),
+        "logit_norm_gce": (fl.LogitNorm("gce", t), "gce", lambda norm: 1.0 / (t * (norm + 1e-7))),
+        "logit_clip": (fl.LogitClip("cross_entropy", tau), "cross_entropy", lambda norm: (tau / norm).clamp(max=1.0)),
+    }
+    for name, (module, loss, factor) in wrapped.items():
+        found[name] = Loss(name, module, _of_rescaled(loss, factor), wrapped=True)
     return found
 
 
 LOSSES = _losses()
-ROW_LOSSES = tuple(name for name, loss in LOSSES.items() if loss.kind == "rows")
+ROW_LOSSES = tuple(name for name, loss in LOSSES.items() if loss.kind == "rows" and not loss.wrapped)
+WRAPPED_LOSSES = tuple(name for name, loss in LOSSES.items() if loss.wrapped)
 LOSSES_WITHOUT_CLASSES = tuple(name for name, loss in LOSSES.items() if loss.kind != "rows")
 
 # fwd: without gradient. fwd_train: a forward that a backward will follow. "scaled": the upstream gradient is not 1.

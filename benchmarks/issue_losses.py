@@ -80,6 +80,8 @@ PASSES = {
     "NNFL": Passes(2, None, r"NormalizedLossI.*NFLSumOfI.*SecondE1E", 6, True, FOCAL, {}, ""),
     "NNCE": Passes(2, None, r"NormalizedLossI.*NFLSumOfI.*SecondE1E", 6, True, FOCAL, {}, ""),
     "LDR-KL": Passes(2, None, r"LDRKLOf", 5, True, {"MUFU.EX2": 2, "MUFU.RCP": 1}, {}, ""),
+    # LogitNorm or LogitClip, and the loss inside, in one read.
+    "LogitNorm of p_y": Passes(2, None, r"RescaledOf", 4, True, {"MUFU.EX2": 1, "FADD": 3}, {"MUFU.RSQ": 1}, ""),
 }
 
 # What hides behind memory: a kernel may take this part of the issue slots that a copy of its bytes leaves.

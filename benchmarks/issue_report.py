@@ -46,7 +46,10 @@ from benchmarks.issue_cases import (  # noqa: E402
 from benchmarks.issue_losses import EVALUATION, FULL, NAMES, OTHERS, reason  # noqa: E402
 
 SOFTMAX = ("register_tile", "register_forward", "softmax_columns")
-REST = ("passes", "tempered_passes", "softmax_labels", "row_statistics", "rescale", "elr", "gjs", "z_error")
+REST = (
+    *("passes", "tempered_passes", "rescaled_passes", "softmax_labels", "row_statistics", "rescale", "elr", "gjs"),
+    "z_error",
+)
 BYTES_PER_SECOND = {"H100": 3.0e12, "H200": 4.3e12}  # of a copy, read and write
 SLOTS_PER_SECOND = 132 * 4 * 1.98e9
 ARGUMENTS_AT = 0x210  # in the constants of a kernel

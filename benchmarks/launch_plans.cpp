@@ -37,7 +37,7 @@ int main(int argc, char** argv) {
         const bool conflicts = plan && std::strcmp(found, "tile") == 0;
         std::printf("%s %d %d %d %d %d %d %d %d %d %d %d\n", found, int(plan.factors), plan.lanes, plan.held,
                     plan.rounds, plan.tile_rows, plan.tile_bytes, plan.threads, plan.cluster,
-                    conflicts ? cuda::conflicts_of(p, plan) : 1, index_of(AllLosses{}, loss),
+                    conflicts ? cuda::conflicts_of(p, plan) : 1, index_of(CompiledLosses{}, loss),
                     int(offsetof(RowProblem, loss)));
     }
 }

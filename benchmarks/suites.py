@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from benchmarks.cases import CLASS_COUNTS, LOSSES_WITHOUT_CLASSES, ROW_LOSSES, Case
+from benchmarks.cases import CLASS_COUNTS, LOSSES_WITHOUT_CLASSES, ROW_LOSSES, WRAPPED_LOSSES, Case
 from benchmarks.jobs import Job
 from benchmarks.providers import PLAIN
 
@@ -12,6 +12,7 @@ from benchmarks.providers import PLAIN
 MAIN_MODES = ("fwd", "fwd_train", "fwd_bwd", "fwd_bwd_scaled")
 MAIN_LOSSES = ("cross_entropy", "mae_auto", "hem", "nce_mae")
 MAIN_SHAPES = ((4096, 1000), (65536, 10), (256, 10))
+WRAPPED_SHAPES = ((4096, 1000), (65536, 10))
 PIXELS, PIXELS_LAST = (4, 150, 256, 256), (2, 150, 256, 256)  # the second for channels_last
 LARGE_SHAPES: tuple[tuple[int, ...], ...] = ((2048, 10_000), PIXELS_LAST)  # too slow for every mode of the compiler
 SWEPT_CLASSES = (2, 10, 100, 1000, 10_000, 100_000, 1_000_000)
@@ -44,6 +45,9 @@ def cpu_summary() -> Iterator[Job]:
     for shape in ((4096, 1000), (65536, 10)):
         for loss in ("cross_entropy", "mae_auto"):
             yield Job(Case(loss, shape, "bfloat16"), ("fused", "reference", "torch", "autocast"))
+    for shape in WRAPPED_SHAPES:
+        for loss in WRAPPED_LOSSES:
+            yield Job(Case(loss, shape), ("fused", "reference"), seconds=0.1)
     for loss in LOSSES_WITHOUT_CLASSES:
         yield Job(Case(loss, (65536,)), ("fused", "reference"))
     yield from sweep("cpu", "float32", 1 << 20, 0.05, "wall")
@@ -63,6 +67,7 @@ def cpu_compile() -> Iterator[Job]:
             yield from (Job(Case(loss, shape), ("fused", "compile"), modes, threads) for loss in losses)
 
     yield from jobs(ROW_LOSSES, *MAIN_SHAPES)
+    yield from jobs(WRAPPED_LOSSES, *WRAPPED_SHAPES)
     yield from jobs(LOSSES_WITHOUT_CLASSES, (65536,))
     yield from jobs(MAIN_LOSSES, *LARGE_SHAPES)
     yield from jobs(MAIN_LOSSES, *MAIN_SHAPES, *LARGE_SHAPES, threads=2)
@@ -96,6 +101,8 @@ def cuda() -> Iterator[Job]:
         yield job("cross_entropy", shape, peers, *modes, dtype="float32")
         for loss in ROW_LOSSES:
             yield job(loss, shape, (*PLAIN, "compile") if loss in MAIN_LOSSES else PLAIN)
+        for loss in WRAPPED_LOSSES:
+            yield job(loss, shape, ("reference",))
     for pixels in ((8, 150, 512, 512), (8, 19, 512, 1024)):
         for layout in ("contiguous", "channels_last"):
             case = Case("cross_entropy", pixels, "bfloat16", "cuda", layout)
@@ -120,7 +127,8 @@ def cuda_main() -> Iterator[Job]:
         yield job("cross_entropy", shape, "fwd", "fwd_bwd", "fwd_bwd_scaled")
     yield job("cross_entropy", (8, 150, 512, 512), "fwd", "fwd_bwd")
     for num_classes in (1000, 10, 1001):
-        yield from (job(loss, shapes[num_classes]) for loss in ROW_LOSSES if loss != "cross_entropy")
+        of_rows = (*ROW_LOSSES, *WRAPPED_LOSSES)
+        yield from (job(loss, shapes[num_classes]) for loss in of_rows if loss != "cross_entropy")
     yield from (job(loss, (65536,)) for loss in LOSSES_WITHOUT_CLASSES)
 
 

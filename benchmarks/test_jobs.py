@@ -133,7 +133,7 @@ def test_compiled_code_is_checked_at_the_shape_that_is_timed(monkeypatch: pytest
 def test_the_suite_of_the_compiler_has_every_loss_at_every_shape() -> None:
     jobs = list(SUITES["compile"]())
     for shape in ((4096, 1000), (65536, 10), (256, 10), *LARGE_SHAPES):
-        assert {j.case.loss for j in jobs if j.case.shape == shape and j.threads == 1} == set(ROW_LOSSES)
+        assert {j.case.loss for j in jobs if j.case.shape == shape and j.threads == 1} >= set(ROW_LOSSES)
         assert {j.case.loss for j in jobs if j.case.shape == shape and j.threads == 2} == set(MAIN_LOSSES)
 
 

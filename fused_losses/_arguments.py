@@ -90,6 +90,7 @@ class LossEntry:
     their defaults, ``ranges`` what each may be, ``check`` what they may be together; ``reductions`` the allowed ones,
     ``reduction`` the default one (None is another word for it if ``none_is_default``), and ``module`` the Module class.
     A target of class probabilities stands for the sum of the classes' losses if the loss ``takes_probabilities``.
+    Nothing of a row but log p_y counts if the loss is ``of_log_p``.
     Logits must have ``min_classes`` classes. ``sums`` names what the formula adds up over the classes: "log_probs",
     "p^q" with the name or value of the exponent, "terms" (:meth:`Rows.sum_log_probs`, :meth:`Rows.target_and_powers`,
     :meth:`Rows.target_and_sum`); None: what needs all classes on one rank.
@@ -107,6 +108,7 @@ class LossEntry:
     none_is_default: bool = False
     weighs_classes: bool = False
     takes_probabilities: bool = False
+    of_log_p: bool = False
     min_classes: int = 1
     sums: tuple[str, ...] | None = ()
     check: Callable[..., None] | None = None

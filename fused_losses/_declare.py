@@ -168,6 +168,7 @@ def loss_of_row(
     reduction: tuple[Any, str] = ("mean", ""),
     reduction_of: Callable[[dict[str, Any]], str] | None = None,
     takes_probabilities: bool = False,
+    of_log_p: bool = False,
     min_classes: int = 1,
     sums: tuple[str, ...] | None = (),
     check: Callable[..., None] | None = None,
@@ -178,7 +179,7 @@ def loss_of_row(
     is the reference; its name, defaults and docstring become those of the fused function. ``ranges`` gives what each
     parameter may be in the order of the C++ struct; ``constants`` are appended to them. ``reduction`` is the default
     and what the docstring says of reductions beyond the usual three; ``reduction_of`` finds it from the parameters.
-    ``min_classes`` and ``sums`` are as in :class:`LossEntry`;
+    ``of_log_p``, ``min_classes`` and ``sums`` are as in :class:`LossEntry`;
     ``check`` gets all parameters as keywords and raises where they do not fit together.
     """
 
@@ -200,6 +201,7 @@ def loss_of_row(
             reduction_of or (lambda parameters: reduction[0]),
             none_is_default=reduction[0] is None,
             takes_probabilities=takes_probabilities,
+            of_log_p=of_log_p,
             min_classes=min_classes,
             sums=sums,
             check=check,
@@ -219,6 +221,7 @@ def loss_of_target(
         def of_row(rows: Rows, *args: Own.args, **own: Own.kwargs) -> Tensor:
             return formula(rows.log_p, *args, **own)
 
-        return loss_of_row(ranges, constants=constants, takes_probabilities=True, check=check)(of_row)  # type: ignore[arg-type]  # wraps() hides it
+        declare = loss_of_row(ranges, constants=constants, takes_probabilities=True, of_log_p=True, check=check)
+        return declare(of_row)  # type: ignore[arg-type]  # wraps() hides it
 
     return decorate

@@ -206,8 +206,14 @@ SoftTargetFormula = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None", 
 SOFT_TARGETS: dict[str, SoftTargetFormula] = {}
 
 
+# The reduced loss of what a wrapper makes of a registered one, by the operators' name of it.
+WRAPPED: dict[str, Callable[[RowLossArguments], Tensor]] = {}
+
+
 def row_loss_reference(args: RowLossArguments) -> Tensor:
     """The loss by plain operations of torch, which can differentiate them in any way."""
+    if args.loss in WRAPPED:
+        return WRAPPED[args.loss](args)
     entry = LOSSES[args.loss]
     check_reduction(args.reduction, entry.reductions)
     check_num_classes(args)

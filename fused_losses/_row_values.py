@@ -112,7 +112,12 @@ def _registered(loss: RowLossModule, logits: Tensor, target: Tensor, sample_weig
     args = loss._arguments(logits, target, sample_weight)
     check_plain(type(loss).__name__, logits, target)
     check_row_loss(args)
-    by_class = not target.is_floating_point()  # weights of probabilities are in the values, as torch has it
+    return rows_of(args)
+
+
+def rows_of(args: RowLossArguments) -> RowValues:
+    """Every row's loss by a call's checked arguments."""
+    by_class = not args.target.is_floating_point()  # weights of probabilities are in the values, as torch has it
     values = row_loss(args._replace(weight=None if by_class else args.weight, sample_weight=None, reduction="none"))
     return RowValues(values, *row_weights(args, by_class))
 

@@ -9,8 +9,10 @@
 
 #ifdef __CUDACC__
 #define FL_HD __host__ __device__ __forceinline__
+#define FL_HD_NOINLINE __host__ __device__ __noinline__
 #else
 #define FL_HD FL_ALWAYS_INLINE
+#define FL_HD_NOINLINE FL_NOINLINE
 #endif
 
 // Every header with code sits in this inline namespace, so that the AVX-512 copy of a template is never the one the

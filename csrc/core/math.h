@@ -34,6 +34,7 @@ struct Traits {
         return condition ? a : b;
     }
     FL_HD static T first(T x) { return x; }
+    FL_HD static T sqrt(T x) { return std::sqrt(x); }
 #ifndef __CUDA_ARCH__
     FL_HD static T rsqrt(T x) { return T(1) / std::sqrt(x); }
     FL_HD static T reciprocal(T x) { return T(1) / x; }
@@ -224,6 +225,12 @@ FL_HD T reciprocal_or_zero(T x) {
 #else
     return select(x > T(1e30), T(0), reciprocal(x));
 #endif
+}
+
+// Max Error: 0.5 ulp.
+template <class T>
+FL_HD T sqrt(T x) {
+    return Traits<T>::sqrt(x);
 }
 
 // 1 / sqrt(x). Max Error: 3 ulp. Valid Range: normal x > 0.

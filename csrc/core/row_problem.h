@@ -53,7 +53,7 @@ struct RowProblem {
     std::int64_t ignore_index = -100;
 
     // The loss
-    int loss = 0;  // index into AllLosses
+    int loss = 0;  // index into CompiledLosses
     double params[8] = {};
     ClassFactors class_factors = ClassFactors::kNone;
     int stats_count = 0;  // numbers per row that its gradient needs: 3 or 4, or the state of a MultiReductionLoss

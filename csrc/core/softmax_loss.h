@@ -20,6 +20,7 @@
 #include "core/host_device.h"
 #include "core/math.h"
 #include "core/row_problem.h"
+#include "core/type_list.h"
 
 namespace fused_losses {
 inline namespace FL_ISA {
@@ -76,11 +77,6 @@ struct OfTarget {
     FL_HD static AffineRow<T> eval(const SoftmaxRow<T>& row, const T* params) {
         return affine_of(Loss::eval(row.log_p, params), row.class_weight);
     }
-};
-
-template <class... Losses>
-struct TypeList {
-    static constexpr int size = sizeof...(Losses);
 };
 
 template <class... Losses>

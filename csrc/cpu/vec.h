@@ -171,8 +171,12 @@ struct Traits<Vec<A>> {
             return y + y * (Vec<A>(A(0.5)) - Vec<A>(A(0.5)) * x * y * y);
         }
 #endif
+        return Vec<A>(A(1)) / sqrt(x);
+    }
+
+    FL_ALWAYS_INLINE static Vec<A> sqrt(Vec<A> x) {
         for (int i = 0; i < Vec<A>::size; ++i) x.v[i] = std::sqrt(x.v[i]);
-        return Vec<A>(A(1)) / x;
+        return x;
     }
 };
 

@@ -1,4 +1,4 @@
-// Losses of several passes, but for the bi-tempered one.
+// Losses of several passes, but for the bi-tempered one and those of rescaled logits.
 #include "cuda/passes.cuh"
 
 namespace fused_losses::cuda {

@@ -197,7 +197,8 @@ cudaError_t enqueue_passes_of(const RowProblem& given, const LossOutput& out, bo
     return error == kDoesNotFit ? enqueue_any_rows<Loss>(args, stream) : error;
 }
 
-// In tempered_passes.cu, which is compiled at the same time as the others.
+// In files that are compiled at the same time as the others.
 extern template cudaError_t enqueue_passes_of<BiTempered>(const RowProblem&, const LossOutput&, bool, cudaStream_t);
+extern template cudaError_t enqueue_passes_of<Rescaled>(const RowProblem&, const LossOutput&, bool, cudaStream_t);
 
 }  // namespace fused_losses::cuda

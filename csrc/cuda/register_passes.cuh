@@ -47,6 +47,7 @@ struct HeldLoss {
     static constexpr bool leaves_target_out = false;  // the target adds nothing to any sum, nor does a logit of -inf
     static constexpr bool counts_masked = false;      // one with a logit of -inf adds something in the last pass
     static constexpr bool is_long = false;            // a long formula, which needs more registers
+    static constexpr int most_blocks = 8;             // that fit on a multiprocessor by its registers
 };
 struct LongLoss : HeldLoss {
     static constexpr bool counts_masked = true;
@@ -62,7 +63,12 @@ struct RegisterTraits<PowerLoss<Rule, true, kCoarse>> : HeldLoss {
 };
 template <int kN>
 struct RegisterTraits<BiTemperedOf<kN, true>> : HeldLoss {};
-
+template <bool kCoarse>
+struct RegisterTraits<RescaledOf<kCoarse>> : HeldLoss {
+    static constexpr bool is_relative = false;
+    static constexpr bool leaves_target_out = true;
+    static constexpr int most_blocks = 6;
+};
 template <bool kCoarse>
 struct RegisterTraits<NormalizedLoss<NFLMAE::Usual, kCoarse>> : LongLoss {};
 template <Second kSecond, bool kCoarse>
@@ -77,7 +83,8 @@ struct RegisterTraits<LDRKLOf<true, kCoarse>> : LongLoss {
 // Of so many blocks on a multiprocessor: those that fit with the registers that the loss needs.
 template <class Loss>
 constexpr int blocks_of(int blocks) {
-    return RegisterTraits<Loss>::is_long ? std::max(1, 3 * blocks / 4) : blocks;
+    using Traits = RegisterTraits<Loss>;
+    return std::min(Traits::most_blocks, Traits::is_long ? std::max(1, 3 * blocks / 4) : blocks);
 }
 
 // Kernels are compiled for losses that keep one number of a class, or two.

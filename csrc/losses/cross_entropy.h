@@ -26,6 +26,8 @@ struct CrossEntropy {
     }
 };
 
+constexpr int kCrossEntropy = 0;  // its place in lists of losses
+
 // Without smoothing: a function of t = log p_y.
 struct PlainCrossEntropy {
     template <class T>

@@ -26,7 +26,7 @@ constexpr LossNeeds needs_of() {
 
 inline LossNeeds needs_of(int loss) {
     LossNeeds needs;
-    visit_loss(AllLosses{}, loss, [&]<class Loss>() { needs = needs_of<Loss>(); });
+    visit_loss(CompiledLosses{}, loss, [&]<class Loss>() { needs = needs_of<Loss>(); });
     needs.takes_probabilities = loss >= 0 && !is_multi_reduction_loss(loss);
     return needs;
 }

@@ -21,7 +21,8 @@ struct LogitRescale {
 inline namespace FL_ISA {
 
 // Rescaled are f z, with f a function of the norm n of z: 1 / (t (n + guard)), or min(1, tau / n). The gradient of v in
-// z is f g + (f' <z, g> / n) z, with g that in f z. Classes masked by -inf have no part in the norm.
+// z is f g + (f' <z, g> / n) z, with g that in f z. Classes masked by -inf have no part in the norm. Where the sum of
+// squares overflows, f is not quite 0: a masked class stays one.
 template <class T>
 struct RescaleFactor {
     static constexpr double guard = 1e-7;
@@ -29,13 +30,15 @@ struct RescaleFactor {
     T factor, slope;  // slope: f' / n, 0 for a row of zeros
 
     FL_HD RescaleFactor(bool clips, T parameter, T norm) {
+        const T least = T(std::numeric_limits<math::scalar_t<T>>::min());
         const T length = clips ? norm : norm + T(guard);
-        if (clips && !(norm > parameter)) {
-            factor = T(1), slope = norm == norm ? T(0) : norm;
-            return;
-        }
-        factor = clips ? parameter / length : T(1) / (parameter * length);
-        slope = norm == T(0) ? T(0) : -factor / length / norm;
+        const T changed = clips ? parameter / length : T(1) / (parameter * length);
+        const T steep = math::select(norm == T(0), T(0), -changed / length / norm);
+        factor = math::select(changed < least, least, changed), slope = steep;
+        if (!clips) return;
+        const auto is_long = norm > parameter;
+        factor = math::select(is_long, factor, T(1));
+        slope = math::select(is_long, slope, math::select(norm == norm, T(0), norm));
     }
 };
 

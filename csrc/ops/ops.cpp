@@ -1,10 +1,10 @@
 // Every operator: its schema, and its entry for each device.
 //
-// `loss` is a name of loss_names(), `params` its parameters in the order its header states; of some, a tensor
-// `first_param` takes the place of the first (losses/needs.h). Losses are returned in float32 (float64 for float64
-// logits), gradients in the dtype of the logits. `reduction`: "none", "mean", "sum", for margin losses also
-// "active_mean", over the rows whose loss is positive. Derivatives and the kernels for tracing (Meta) are registered in
-// Python.
+// `loss` is a name of loss_names(), or of a loss that wrappers make (losses/registry.h), `params` its parameters in the
+// order its header states; of some, a tensor `first_param` takes the place of the first (losses/needs.h). Losses are
+// returned in float32 (float64 for float64 logits), gradients in the dtype of the logits. `reduction`: "none", "mean",
+// "sum", for margin losses also "active_mean", over the rows whose loss is positive. Derivatives and the kernels for
+// tracing (Meta) are registered in Python.
 #include "ops/operators.h"
 
 #include <string>

@@ -242,6 +242,7 @@ void test_products(const char* type, int points) {
         inverse.see(ulps<T>(math::reciprocal(Vec<T>(a)).v[lane], 1 / wider_t<T>(a), false), a);
         root.see(ulps<T>(math::rsqrt(Vec<T>(a)).v[lane], 1 / std::sqrt(wider_t<T>(a)), false), a);
         root.see(ulps<T>(math::rsqrt(a), 1 / std::sqrt(wider_t<T>(a)), false), a);
+        check(math::sqrt(Vec<T>(a)).v[lane] == std::sqrt(a), "sqrt(%.17g) (%s)", double(a), type);
         inverse.see(ulps<T>(math::reciprocal_or_zero(a), a > T(1e30) ? wider_t<T>(0) : 1 / wider_t<T>(a), false), a);
         const T square_root = math::coarse_pow(a, T(0.5));
         root.see(ulps<T>(square_root, std::sqrt(wider_t<T>(a)), true) / (4 + 2 * std::fabs(std::log(a))), a);

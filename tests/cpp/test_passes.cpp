@@ -6,6 +6,7 @@
 #include <string>
 
 #include "check.h"
+#include "losses/names.h"
 #include "losses/needs.h"
 #include "naive_losses.h"
 
@@ -277,6 +278,43 @@ void test_normaliser() {
     }
 }
 
+// Rescaling and the loss inside in one: that loss's formula on the rescaled row, and the chain rule.
+void test_rescaled() {
+    Random random(13);
+    const auto test = [&](const NaiveLoss& naive, int place, const Params& own, bool clips) {
+        const double parameter = clips ? 2 : 0.2, bias = random.one_in(2) ? 0 : random.uniform(-2, 2);
+        Params params = {parameter, double(clips), bias, double(place)};
+        params.insert(params.end(), own.begin(), own.end());
+        params.resize(Rescaled::num_params);
+        Row row = random_row(random, 1 + random.below(20));
+        std::fill(row.margin.begin(), row.margin.end(), parameter);
+        double squares = 0, along = 0;
+        for (const double z : row.z) squares += z * z;
+        const RescaleFactor<double> by(clips, parameter, std::sqrt(squares));
+        Row inside = row;
+        for (double& z : inside.z) z *= by.factor;
+        inside.z[row.y] += bias;
+        const NaiveResult want = inside.naive(naive, own);
+        const StateOf<Rescaled> state = run<Rescaled>(row, params);
+        const double value = Rescaled::value(state), size = 1 + double(want.magnitude);
+        check(std::fabs(value - want.value) <= 2e-12 * (1 + std::fabs(want.value)), "rescaled %s: value %.17g, %.17Lg",
+              naive.name, value, want.value);
+        for (std::size_t j = 0; j < row.z.size(); ++j) along += double(want.grad[j]) * row.z[j];
+        for (int j = 0; j < int(row.z.size()); ++j) {
+            const double right = by.factor * double(want.grad[j]) + by.slope * along * row.z[j];
+            const double grad = gradient<Rescaled>(state, row, params, j);
+            check(std::fabs(grad - right) <= 2e-12 * size * by.factor, "rescaled %s: gradient %.17g, %.17g", naive.name,
+                  grad, right);
+        }
+    };
+    for (int place = 0; place < LossesOfLogP::size; ++place) {
+        const NaiveLoss& naive = naive_loss(loss_names()[place]);
+        for (const Params& own : naive.params)
+            for (const bool clips : {false, true})
+                if (place != kCrossEntropy || own[0] == 0) test(naive, place, own, clips);
+    }
+}
+
 // Worked by hand: errors 0, 0, 0.5, 0.3 have mean 0.2; of 0, 1, 1, 2 the mean is 1, and ties with it count.
 void test_by_hand() {
     const auto value = []<class Loss>(std::vector<double> z, const Params& params) {
@@ -297,6 +335,7 @@ void test_by_hand() {
 int main(int argc, char** argv) {
     const int repeats = argc > 1 ? std::max(1, std::atoi(argv[1])) : 12;
     test_by_hand();
+    test_rescaled();
     test_gradients(repeats);
     test_detached_factor(repeats);
     test_limits();

@@ -12,7 +12,7 @@ namespace fused_losses {
 // What a call says besides its tensors. torch takes longer to hand it over than a small loss does to compute, so it may
 // come as one tensor that holds this struct.
 struct RowLossConstants {
-    int loss = -1;  // index into AllLosses; -1: none of them
+    int loss = -1;  // index into CompiledLosses; -1: none of them
     Reduction reduction = Reduction::kMean;
     int num_params = 0;
     std::array<double, 8> params{};
@@ -25,7 +25,7 @@ struct RowLossConstants {
         Numbers params;
         RowLossConstants constants;
         in.read(loss, params, constants.logit_bias, constants.ignore_index, reduction);
-        constants.loss = index_of(AllLosses{}, loss);
+        constants.loss = index_of(CompiledLosses{}, loss);
         check_value(constants.loss >= 0, "loss must be one of the names in loss_names(), got '", loss, "'");
         const LossNeeds needs = needs_of(constants.loss);
         check_value(params.count == static_cast<std::size_t>(needs.num_params), loss, ": params must hold ",
@@ -38,7 +38,7 @@ struct RowLossConstants {
 
     static RowLossConstants unpack(const Tensor& packed) {
         const auto constants = fused_losses::unpack<RowLossConstants>(packed);
-        check(constants && constants->loss >= 0 && constants->loss < AllLosses::size,
+        check(constants && constants->loss >= 0 && constants->loss < CompiledLosses::size,
               "constants must come from row_loss_constants");
         return *constants;
     }
@@ -83,7 +83,7 @@ struct RowLossArgs {
 private:
     void take(const RowLossConstants& given) {
         constants = given;
-        loss = name_of(AllLosses{}, given.loss);
+        loss = name_of(CompiledLosses{}, given.loss);
     }
 };
 

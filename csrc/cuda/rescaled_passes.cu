@@ -1,0 +1,8 @@
+// Losses of logits whose norm is fixed or bounded.
+#include "cuda/passes.cuh"
+
+namespace fused_losses::cuda {
+
+template cudaError_t enqueue_passes_of<Rescaled>(const RowProblem&, const LossOutput&, bool, cudaStream_t);
+
+}  // namespace fused_losses::cuda
