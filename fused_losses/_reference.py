@@ -67,9 +67,11 @@ def reduce_rows(values: Tensor, weights: Tensor, reduction: str) -> Tensor:
 
 
 def mean_of(total: Tensor, denominator: Tensor, guard: float = 0.0) -> Tensor:
-    """``total / (denominator + guard)``; 0 with gradient 0 where the denominator is 0."""
+    """``total / (denominator + guard)``; without a guard 0, with gradient 0, where the denominator is 0."""
+    if guard:
+        return total / (denominator + guard)
     empty = denominator == 0
-    return torch.where(empty, 0.0, total / (torch.where(empty, 1.0, denominator) + guard))
+    return torch.where(empty, 0.0, total / torch.where(empty, 1.0, denominator))
 
 
 @dataclass(frozen=True)
