@@ -208,7 +208,7 @@ def pack_arguments(
         bias, bias_tensor = 0.0, None
     else:
         bias, bias_tensor = resolve_logit_bias(logit_bias, logits)
-    if ignore_index.__class__ is not int:
+    if ignore_index.__class__ is not int or not -(2**63) <= ignore_index < 2**63:
         ignore_index = integer("ignore_index", ignore_index)
     return RowLossArguments(
         logits,
@@ -240,5 +240,5 @@ def acc_dtype(logits: Tensor) -> torch.dtype:
 
 def check_reduction(reduction: str, allowed: tuple[str, ...] = REDUCTIONS) -> None:
     """Raises unless it is one of the allowed reductions."""
-    if reduction not in allowed:
+    if not isinstance(reduction, str) or reduction not in allowed:
         raise ValueError(f"reduction must be {one_of(allowed)}, got {reduction!r}")

@@ -16,18 +16,23 @@ def as_tensor(name: str, values: Any) -> Tensor:
     """``values`` without its graph: a tensor as it is, anything else as a new tensor on the CPU.
 
     Raises:
-        TypeError: ``values``, called ``name``, holds something else than numbers or bools, or rows of unequal length.
+        TypeError: ``values``, called ``name``, holds something else than real numbers or bools, or rows of unequal
+            length.
     """
-    if isinstance(values, Tensor):
+    if isinstance(values, Tensor) and not values.is_complex():
         return values.detach()
     kind = type(values).__name__
     try:
+        if isinstance(values, Tensor):
+            raise TypeError
         # A copy: torch takes no negative strides, no read-only arrays and no foreign byte order.
         array = np.array(values)
         array = array.astype(array.dtype.newbyteorder("="))
         if array.size == 0 and not isinstance(values, np.ndarray):
             array = array.astype(np.int64)  # an empty list does not say what it would hold
         kind = f"{kind} of {array.dtype}"
+        if np.iscomplexobj(array):
+            raise TypeError
         return torch.from_numpy(array)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} must be a tensor, an array or a list of numbers, got {kind}") from None

@@ -42,6 +42,8 @@ def check_rows(args: RowLossArguments, reductions: tuple[str, ...], takes_probab
     param = LOSSES[name].tensor_parameter if name in LOSSES else None
     tensors = {"weight": args.weight, "sample_weight": args.sample_weight, param: args.first_param}
     for argument, tensor in tensors.items():
+        if not isinstance(tensor, (Tensor, type(None))):
+            raise TypeError(f"{name}: {argument} must be a Tensor or None, got {type(tensor).__name__}")
         if tensor is not None and not (tensor.is_floating_point() and tensor.device == logits.device):
             raise RuntimeError(
                 f"{name}: {argument} must be a floating point tensor on the device of logits ({logits.device}), got "

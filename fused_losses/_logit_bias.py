@@ -96,26 +96,33 @@ def solve_logit_bias(num_classes: int, target_activation: float = 0.15) -> float
     return _look_up(count, target)
 
 
-def check_num_classes(num_classes: int) -> int:
+def check_num_classes(num_classes: int, fewest: int = 2) -> int:
+    return check_index("num_classes", num_classes, fewest)
+
+
+def check_index(name: str, value: Any, least: int = -(2**63), most: int = 2**63 - 1) -> int:
+    """``value``, an integer of any kind."""
     try:
-        if isinstance(num_classes, bool):
+        if isinstance(value, bool):
             raise TypeError
-        count = operator.index(num_classes)
+        index = operator.index(value)
     except TypeError:
-        raise TypeError(
-            f"num_classes must be an integer, got {num_classes!r} of type {type(num_classes).__name__}"
-        ) from None
-    if count < 2:
-        raise ValueError(f"num_classes must be at least 2, got {count}")
-    return count
+        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}") from None
+    if index < least:
+        raise ValueError(f"{name} must be at least {least}, got {index}")
+    if index > most:
+        raise ValueError(f"{name} must be at most {most}, got {index}")
+    return index
 
 
 def check_number(name: str, value: Any, what: str = "a number") -> float:
     try:
-        if isinstance(value, (bool, np.bool_, str)):
+        if isinstance(value, (bool, np.bool_, str, bytes, bytearray)):
             raise TypeError
         return float(value)
-    except (TypeError, ValueError):
+    except OverflowError:  # of an integer
+        return math.inf if value > 0 else -math.inf
+    except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} must be {what}, got {value!r}") from None
 
 

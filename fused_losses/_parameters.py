@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -28,11 +29,18 @@ def plain(value: Any) -> Any:
 
 
 def integer(name: str, value: Any) -> int:
-    """``value``, an integer of Python, NumPy or a 0-dim tensor. Raises a TypeError on anything else."""
+    """``value``, an integer of Python, NumPy or a 0-dim tensor. Raises a TypeError on anything else, a ValueError on
+    one that operators cannot take."""
     value = plain(value)
-    if not isinstance(value, (int, torch.SymInt)) and not (isinstance(value, Tensor) and value.dim() == 0):
+    is_tensor = isinstance(value, Tensor) and value.dim() == 0
+    if not isinstance(value, (int, torch.SymInt)) and not (is_tensor and value.dtype not in _FRACTIONS):
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    return value  # type: ignore[return-value]  # symbolic while tracing, or a tensor, which operators take
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must be an integer of 64 bits, got {value}")
+    return value  # type: ignore[no-any-return]  # symbolic while tracing, or a tensor, which operators take
+
+
+_FRACTIONS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128)
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,8 @@ class Range:
         if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
             hint = "; class weights are given as weight=" if isinstance(value, Tensor) and value.dim() == 1 else ""
             raise TypeError(f"{name} must be a number, got {type(value).__name__}{hint}")
-        if not self.defined(value):
+        is_endless = isinstance(value, int) and abs(value) > sys.float_info.max
+        if is_endless or not self.defined(value):
             raise ValueError(f"{name} must {self.rule}, got {value}")
         if not self.holds(value):
             raise ValueError(
@@ -81,6 +90,7 @@ above_one = Range("satisfy 1 < value < inf", lambda v: 1.0 < v < math.inf)
 fraction = Range("satisfy 0 < value < 1", lambda v: 0.0 < v < 1.0)
 closed_fraction = Range("be between 0.0 and 1.0", lambda v: 0.0 <= v <= 1.0)
 positive_integer = Range("be an integer >= 1", lambda v: 1.0 <= v < math.inf and v == int(v))
+not_negative_integer = Range("be an integer >= 0", lambda v: 0.0 <= v < math.inf and v == int(v))
 iterations = replace(positive_integer, high=1000)  # of a loop that kernels run for every row
 # Numbers that logits and losses are multiplied with or added to. Products of two stay far from the ends of float32.
 finite = Range("satisfy -inf < value < inf", lambda v: -math.inf < v < math.inf, -1e15, 1e15)
@@ -129,7 +139,7 @@ class Choice:
 
     def pack(self, name: str, value: Any) -> float:
         """The position of ``value`` among the options. Raises a ValueError unless it is one of them."""
-        if value not in self.options:
+        if not isinstance(value, str) or value not in self.options:
             raise ValueError(f"{name} must be {one_of(self.options)}, got {value!r}")
         return float(self.options.index(value))
 

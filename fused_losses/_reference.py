@@ -67,9 +67,11 @@ def reduce_rows(values: Tensor, weights: Tensor, reduction: str) -> Tensor:
 
 
 def mean_of(total: Tensor, denominator: Tensor, guard: float = 0.0) -> Tensor:
-    """``total / (denominator + guard)``; 0 with gradient 0 where the denominator is 0."""
+    """``total / (denominator + guard)``; without a guard 0, with gradient 0, where the denominator is 0."""
+    if guard:
+        return total / (denominator + guard)
     empty = denominator == 0
-    return torch.where(empty, 0.0, total / (torch.where(empty, 1.0, denominator) + guard))
+    return torch.where(empty, 0.0, total / torch.where(empty, 1.0, denominator))
 
 
 @dataclass(frozen=True)
@@ -169,12 +171,18 @@ class Rows:
         return reduce_rows(kept, weights, reduction)
 
 
+@dataclass(frozen=True)
 class EveryClass(Rows):
-    """Rows with every class as the target in turn: a formula's values keep the classes' dimension."""
+    """Rows with every class as the target in turn: a formula's values keep the classes' dimension.
+
+    Of classes without a share, which may be masked, nothing is asked: their entries are zeros.
+    """
+
+    has_share: Tensor
 
     def of_target(self, per_class: Tensor) -> Tensor:
         """The entry of each class."""
-        return per_class
+        return per_class.masked_fill(~self.has_share, 0)
 
     def sum_log_probs(self, weighted: bool = False) -> Tensor:
         """As for :class:`Rows`, beside every class."""
@@ -183,7 +191,7 @@ class EveryClass(Rows):
     def target_and_sum(self, term: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """As for :class:`Rows`, beside every class."""
         terms = term(self.log_probs)
-        return terms, terms.sum(self.dim, keepdim=True)
+        return self.of_target(terms), terms.sum(self.dim, keepdim=True)
 
 
 def probability_loss(args: RowLossArguments) -> Tensor:
@@ -191,10 +199,10 @@ def probability_loss(args: RowLossArguments) -> Tensor:
     logits = args.logits.to(acc_dtype(args.logits))
     dim = class_dim(logits)
     ones = logits.new_ones(())
-    rows = EveryClass(logits, args.target, ones != ones, None, ones, ones)
     share = args.target.to(logits.dtype)
     if args.weight is not None:
         share = share * args.weight.to(logits.dtype).view([-1 if d == dim else 1 for d in range(logits.dim())])
+    rows = EveryClass(logits, args.target, ones != ones, None, ones, ones, share != 0)
     entry = LOSSES[args.loss]
     values = zero_at_zero(share, entry.formula(rows, **entry.unpack(args))).sum(dim)
     samples = torch.ones_like(values) if args.sample_weight is None else args.sample_weight.to(values.dtype)

@@ -130,7 +130,9 @@ def row_weights(args: RowLossArguments, by_class: bool = True) -> tuple[Tensor, 
     kept = target != args.ignore_index if by_class else weight > 0
     if by_class and args.weight is not None:
         weight = args.weight.to(weight.dtype)[torch.where(kept, target.long(), 0)]
-    return (weight if args.sample_weight is None else weight * args.sample_weight.reshape(shape)), kept
+    if args.sample_weight is not None:
+        weight = weight * args.sample_weight.reshape(shape).to(weight.dtype)
+    return weight, kept
 
 
 def plain_arguments(

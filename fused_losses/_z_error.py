@@ -67,15 +67,15 @@ def fused_and_plain(make: Callable[[ZOps], Callable[..., Any]]) -> tuple[Callabl
 
 def choose(name: str, value: str, choices: dict[str, str]) -> str:
     """The operator's word for an option; raises a ValueError that lists the choices."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be {one_of(tuple(choices))}, got {value!r}")
     return choices[value]
 
 
-def check_small_class(min_count: int, small_class: str) -> bool:
-    """Whether classes with fewer than ``min_count`` rows are kept; raises a ValueError on bad values."""
-    positive_integer.pack("min_count", min_count)
-    return choose("small_class", small_class, {"drop": "", "keep": "keep"}) == "keep"
+def check_small_class(min_count: int, small_class: str) -> tuple[int, bool]:
+    """``min_count``, and whether classes with fewer rows are kept; raises a ValueError on bad values."""
+    count = int(positive_integer.pack("min_count", min_count))
+    return count, choose("small_class", small_class, {"drop": "", "keep": "keep"}) == "keep"
 
 
 def check_count(name: str, count: int | None) -> int | None:
@@ -107,7 +107,10 @@ def pack_threshold(threshold: Threshold) -> tuple[list[float], Tensor | None]:
 
 def spread_weight(sample_weight: Tensor | None, like: Tensor) -> Tensor | None:
     """One weight per entry of ``like`` from that, or from one weight per sample."""
-    if sample_weight is None or sample_weight.shape == like.shape:
+    if sample_weight is None:
+        return None
+    check_tensors(sample_weight=sample_weight)
+    if sample_weight.shape == like.shape:
         return sample_weight
     if sample_weight.dim() == 1 and like.dim() > 1 and sample_weight.shape[0] == like.shape[0]:
         return sample_weight.reshape([-1] + [1] * (like.dim() - 1)).expand(like.shape)

@@ -276,10 +276,10 @@ def hem_margin(num_samples: int, M: float = 2000.0) -> float:
 
     Source: 2501.12191, mu = sqrt(M / N) with M = 2000.
     """
-    if not 1 <= check_number("num_samples", num_samples) < math.inf:
+    number = check_number("num_samples", num_samples)
+    if not 1 <= number < math.inf:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-    positive.pack("M", check_number("M", M))
-    return math.sqrt(M / num_samples)
+    return math.sqrt(positive.pack("M", check_number("M", M)) / number)
 
 
 def hem_plus_margins(
@@ -310,8 +310,8 @@ def hem_plus_margins(
     Source: 2501.12191, mu_i = sqrt(M / (n s_i)). Deviation from other code, which clamps ``mu_i`` relative to the mean:
     nothing is clamped.
     """
-    positive.pack("M", check_number("M", M))
-    if dtype is not None and not dtype.is_floating_point:
+    M = positive.pack("M", check_number("M", M))
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype must be a floating point dtype, got {dtype}")
     counts = as_tensor("class_counts", class_counts).to("cpu", torch.float64).numpy()
     if counts.ndim != 1 or counts.size == 0:

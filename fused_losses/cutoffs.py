@@ -63,7 +63,7 @@ def z_error_inlier_mask(logits: _Rows, labels: _Rows, threshold: float = 2.0) ->
     Source: 2506.02154, the inlier mask of the cut-off code. Deviation: a score that is not finite drops its own row,
     where the paper's code drops the whole class. The only row of a class is dropped, as there.
     """
-    _check_threshold("threshold", threshold)
+    threshold = _check_threshold("threshold", threshold)
     scores, classes = _tensors(logits, labels)
     mask = _inliers(scores, classes, threshold).reshape(logits.shape)
     return mask if isinstance(logits, Tensor) else mask.numpy()
@@ -101,7 +101,7 @@ def optimal_logit_cutoff_from_gaussians(
     Source: 2506.02154, cut-off from Gaussians. Deviations: the quadratic equation is solved without cancellation;
     constant or identical classes raise a ValueError, where the paper's code fails inside numpy.
     """
-    _check_threshold("z_threshold", z_threshold)
+    z_threshold = _check_threshold("z_threshold", z_threshold)
     scores, classes = _tensors(logits, labels)
     first, second = _inlier_classes(scores, classes, z_threshold, "logits")
     cutoff = gaussian_crossing(float(first.mean()), float(first.std()), float(second.mean()), float(second.std()))
@@ -143,7 +143,7 @@ def optimal_prob_cutoff_from_skewnorm(
     once, where the root finder returns any of several crossings, or an end of the interval where both densities are 0.
     Where nothing crosses it returns the midpoint of the mean probabilities, which here is a ValueError.
     """
-    _check_threshold("z_threshold", z_threshold)
+    z_threshold = _check_threshold("z_threshold", z_threshold)
     scores, classes = _tensors(logits, labels)
     pair = _inlier_classes(scores.sigmoid(), classes, z_threshold, "probabilities")
     densities = [SkewNormal.fit(samples, label) for label, samples in enumerate(pair)]
@@ -265,8 +265,8 @@ def _collector(logits: Sequence[Tensor], labels: Sequence[Tensor]) -> CutoffColl
     return result
 
 
-def _check_threshold(name: str, threshold: float) -> None:
-    positive.pack(name, check_number(name, threshold))
+def _check_threshold(name: str, threshold: float) -> float:
+    return positive.pack(name, check_number(name, threshold))
 
 
 def _tensors(logits: Tensor | npt.NDArray[Any], labels: Tensor | npt.NDArray[Any]) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import enum
 import math
-import operator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from fused_losses._agreement import Exchange, gather
 from fused_losses._arrays import Numbers, as_tensor
-from fused_losses._logit_bias import check_number
+from fused_losses._logit_bias import check_index, check_number
 
 __all__ = ["OutlierTracker"]
 
@@ -77,12 +76,7 @@ class OutlierTracker:
     """
 
     def __init__(self, num_samples: int, *, device: torch.device | str = "cpu") -> None:
-        try:
-            self.num_samples = operator.index(num_samples)
-        except TypeError:
-            raise TypeError(f"num_samples must be an integer, got {num_samples!r}") from None
-        if self.num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        self.num_samples = check_index("num_samples", num_samples, 1)
         self._counts = torch.zeros(self.num_samples, len(_Count), dtype=torch.int32, device=device)
         self._sums = torch.zeros(self.num_samples, len(_Sum), dtype=torch.float64, device=device)
 
@@ -195,14 +189,15 @@ class OutlierTracker:
             Sample numbers, int64, ascending.
 
         Raises:
-            TypeError: ``min_rate`` is no number.
+            TypeError: ``min_rate`` is no number, or ``min_seen`` no integer.
             ValueError: an argument is out of range.
         """
-        if not 0.0 <= check_number("min_rate", min_rate) <= 1.0:
+        rate = check_number("min_rate", min_rate)
+        if not 0.0 <= rate <= 1.0:
             raise ValueError(f"min_rate must be between 0 and 1, got {min_rate}")
-        _check_min_seen(min_seen)
+        min_seen = check_index("min_seen", min_seen, 1)
         judged = self._counts[:, _Count.JUDGED] >= min_seen
-        return torch.nonzero(judged & (self.flag_rate() >= min_rate)).flatten()
+        return torch.nonzero(judged & (self.flag_rate() >= rate)).flatten()
 
     def rank(self, *, by: str = "auto", suspicious: str = "low", min_seen: int = 1) -> Tensor:
         """The samples in the order in which to check their labels, the most suspicious first.
@@ -221,13 +216,14 @@ class OutlierTracker:
             Sample numbers, int64; equals in ascending order.
 
         Raises:
+            TypeError: ``min_seen`` is no integer.
             ValueError: an option is unknown or out of range.
         """
         if by not in ("auto", "probability", "score"):
             raise ValueError(f"by must be 'auto', 'probability' or 'score', got {by!r}")
         if suspicious not in ("low", "high"):
             raise ValueError(f"suspicious must be 'low' or 'high', got {suspicious!r}")
-        _check_min_seen(min_seen)
+        min_seen = check_index("min_seen", min_seen, 1)
         if by == "auto":
             by = "probability" if bool(self._counts[:, _Count.WITH_PROB].any()) else "score"
         count = self._counts[:, _Count.WITH_PROB if by == "probability" else _Count.SCORED]
@@ -330,11 +326,6 @@ class OutlierTracker:
 
     def __repr__(self) -> str:
         return f"OutlierTracker(num_samples={self.num_samples})"
-
-
-def _check_min_seen(min_seen: int) -> None:
-    if min_seen < 1:
-        raise ValueError(f"min_seen must be at least 1, got {min_seen}")
 
 
 def _rows(name: str, values: Numbers, shape: torch.Size | None) -> Tensor:

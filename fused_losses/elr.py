@@ -128,7 +128,7 @@ class ELRLoss(RowsModule):
         self.num_classes = int(_several_classes.pack("num_classes", num_classes))
         self._set("beta", beta, _BETA)
         self._set("lam", lam, _LAM)
-        if memory_dtype not in LARGEST:
+        if not isinstance(memory_dtype, torch.dtype) or memory_dtype not in LARGEST:
             raise ValueError(f"memory_dtype must be torch.float32 or torch.bfloat16, got {memory_dtype!r}")
         self.on_host = bool(_places.pack("memory", memory))
         self.shard = (0, 1) if shard is None else _check_shard(shard, self.num_samples)

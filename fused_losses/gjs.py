@@ -133,6 +133,7 @@ class _FusedDivergence(torch.autograd.Function):
         views, written = saved[: len(saved) // 2], saved[len(saved) // 2 :]
         if torch.is_grad_enabled():  # under create_graph the gradient must itself be differentiable
             wanted = ctx.needs_input_grad[2:]
+            views = [view.view_as(view) for view in views]  # of which none is made of another, whatever was given
             asked = [view for view, is_wanted in zip(views, wanted, strict=True) if is_wanted]
             values = _divergence(first, weights, *views)
             found = iter(torch.autograd.grad(values, asked, grad_values, create_graph=True))

@@ -16,8 +16,9 @@ from fused_losses._chunks import ChunkOptions, Layer
 from fused_losses._common import Criterion, RowLossModule
 from fused_losses._linear_autograd import ChunkedLogits
 from fused_losses._logit_bias import LogitBias
-from fused_losses._parameters import integer, positive_integer
+from fused_losses._parameters import not_negative_integer, positive_integer
 from fused_losses._shards import CALL, Shard
+from fused_losses._z_error import check_tensors
 from fused_losses.distributed import GlobalMean
 from fused_losses.parallel import ClassParallel, sum_gradient
 from fused_losses.z_cross_entropy import ZErrorCrossEntropyLoss
@@ -190,6 +191,7 @@ def _with_reduction(args: RowLossArguments, reduction: str | None) -> RowLossArg
 
 
 def _flat_weights(sample_weight: Tensor, shape: torch.Size) -> Tensor:
+    check_tensors(sample_weight=sample_weight)
     if sample_weight.shape != shape:
         raise ValueError(f"sample_weight must have shape {tuple(shape)}, got {tuple(sample_weight.shape)}")
     return sample_weight.reshape(-1)
@@ -205,14 +207,14 @@ def _chunked(layer: Layer, target: Tensor, options: ChunkOptions) -> tuple[Chunk
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
     _check_shapes(input, linear_weight, target, linear_bias, options.shard)
-    positive_integer.pack("chunk_bytes", options.chunk_bytes)
+    chunk_bytes = int(positive_integer.pack("chunk_bytes", options.chunk_bytes))
     dtype, skip = options.accumulate_dtype, options.skip_rows
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"accumulate_dtype must be a floating point dtype, got {dtype!r}")
     if not (skip is None or isinstance(skip, bool)):
         raise ValueError(f"skip_rows must be True, False or None, got {skip!r}")
-    options = options._replace(dtype=_dtype_of_logits(tensors))
-    flat = input.reshape(-1, input.shape[-1])
+    options = options._replace(dtype=_dtype_of_logits(tensors), chunk_bytes=chunk_bytes)
+    flat = input.unsqueeze(0).flatten(0, -2)  # not by reshape, which would not know how many rows of no features
     return ChunkedLogits(Layer(flat, linear_weight, linear_bias), options), input.shape[:-1]
 
 
@@ -351,6 +353,8 @@ class LinearLoss(Criterion):
     ) -> None:
         super().__init__()
         positive_integer.pack("chunk_bytes", chunk_bytes)
+        in_features = int(not_negative_integer.pack("in_features", in_features))
+        num_classes = int(positive_integer.pack("num_classes", num_classes))
         if isinstance(loss, nn.Module):
             check_module(loss)
             _check_no_options({}, options)
@@ -361,8 +365,6 @@ class LinearLoss(Criterion):
             self.loss = find_loss(loss).module(**options)
         if reduction is not None and isinstance(loss, RowLossModule):
             check_reduction(reduction, LOSSES[loss.stem].reductions)
-        integer("in_features", in_features)
-        integer("num_classes", num_classes)
         self.linear = nn.Linear(in_features, num_classes, bias, device=device, dtype=dtype)
         self.reduction = reduction
         self.chunk_bytes = chunk_bytes

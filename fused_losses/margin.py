@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
@@ -30,7 +31,9 @@ _ACTIVE_DOC = """
 
 
 def _default_reduction(parameters: dict[str, Any]) -> str:
-    return "active_mean" if parameters.get("mean_above_zero", False) else "mean"
+    mean_above_zero = parameters.get("mean_above_zero", False)
+    is_true = isinstance(mean_above_zero, (bool, np.bool_)) and bool(mean_above_zero)  # the switch refuses others
+    return "active_mean" if is_true else "mean"
 
 
 def _per_class(rows: Rows, margin: float | Tensor, of_competitor: bool) -> Tensor:

@@ -14,6 +14,7 @@ from fused_losses._autograd import apply, complete, forward_writes_gradient, giv
 from fused_losses._common import RowLossModule
 from fused_losses._parameters import closed_fraction, plain
 from fused_losses._reference import row_loss_reference
+from fused_losses._z_error import check_tensors
 from fused_losses.distributed import sum_of_weights
 
 # The loss of one label: takes the label, a weight per row and a reduction.
@@ -60,18 +61,19 @@ class _Labels(NamedTuple):
         reduction: str,
         weight: Tensor | None,
         ignore_index: int,
+        dtype: torch.dtype,
     ) -> Tensor:
-        """Their loss from that of each."""
-        share = self.share
+        """Their loss from that of each, in the dtype of those."""
+        share = self.share.to(dtype) if isinstance(self.share, Tensor) else self.share
         if reduction == "none" or not isinstance(share, Tensor) or share.dim() == 0:
             of_first = loss(self.first, sample_weight, reduction)
             return share * of_first + (1.0 - share) * loss(self.second, sample_weight, reduction)
-        total, weights = torch.zeros((), device=share.device), torch.zeros((), device=share.device)
+        total = weights = share.new_zeros(())
         for target, part in ((self.first, share), (self.second, 1.0 - share)):
-            samples = part if sample_weight is None else part * sample_weight
+            samples = part if sample_weight is None else part * sample_weight.to(dtype)
             total = total + loss(target, samples, "sum")
             counted = target != ignore_index
-            of_class = 1.0 if weight is None else weight[torch.where(counted, target.long(), 0)]
+            of_class = 1.0 if weight is None else weight.to(dtype)[torch.where(counted, target.long(), 0)]
             weights = weights + torch.where(counted, samples * of_class, 0.0).sum()
         if reduction == "sum":
             return total
@@ -84,7 +86,8 @@ class _Labels(NamedTuple):
         def loss(target: Tensor, samples: Tensor | None, reduction: str) -> Tensor:
             return row_loss_reference(args._replace(target=target, sample_weight=samples, reduction=reduction))
 
-        return self.one_by_one(loss, args.sample_weight, args.reduction, args.weight, args.ignore_index)
+        dtype = acc_dtype(args.logits)
+        return self.one_by_one(loss, args.sample_weight, args.reduction, args.weight, args.ignore_index, dtype)
 
 
 class _MixedLoss(torch.autograd.Function):
@@ -193,7 +196,7 @@ def mixed(
         weights.
 
     Raises:
-        TypeError: ``loss`` is none of these, or ``lam`` no number.
+        TypeError: ``loss`` is none of these, ``lam`` no number, or logits or a target no tensor.
         ValueError: ``lam`` is a number outside [0, 1]; the loss or the reduction is unknown ("active_mean" cannot be
             mixed).
         RuntimeError: shapes or dtypes do not fit.
@@ -204,6 +207,7 @@ def mixed(
         tensor(0.6192)
     """
     function, entry, own = _function_and_options(loss)
+    check_tensors(logits=logits, target_a=target_a, target_b=target_b)
     options = own | options
     reduction = options.setdefault("reduction", "mean")
     check_reduction(reduction, REDUCTIONS)
@@ -227,7 +231,8 @@ def mixed(
         return function(logits, target, **(options | {"sample_weight": samples, "reduction": reduction}))
 
     samples, weight = options.get("sample_weight"), options.get("weight")
-    return labels.one_by_one(of_label, samples, reduction, weight, options.get("ignore_index", -100))
+    ignore_index = options.get("ignore_index", -100)
+    return labels.one_by_one(of_label, samples, reduction, weight, ignore_index, acc_dtype(logits))
 
 
 def _mixed_loss(args: RowLossArguments, labels: _Labels) -> Tensor:

@@ -8,11 +8,12 @@ touch torch's global random state; a ``torch.Generator`` is advanced. Rows label
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fused_losses._logit_bias import check_index, check_num_classes
 from fused_losses._parameters import closed_fraction, integer, positive
 from fused_losses._transition import check_matrix
 
@@ -101,8 +102,8 @@ def symmetric(
     Source: ``redraw=True`` is the noise of 2306.05497, False that of 2006.13554 and most tables of other papers. The
     same rate means different shares of wrong labels.
     """
-    given = _check_labels(labels, num_classes, ignore_index)
-    closed_fraction.pack("rate", rate)
+    num_classes, given = _check_labels(labels, num_classes, ignore_index)
+    rate = closed_fraction.pack("rate", rate)
     if not redraw and num_classes < 2:
         raise ValueError(f"num_classes must be at least 2 with redraw=False, got {num_classes}")
     generator = _generator(seed)
@@ -135,7 +136,7 @@ def asymmetric(
         ignore_index: label of rows that stay as they are.
 
     Raises:
-        TypeError: ``labels`` is no integer tensor, ``rate`` no number, ``pairs`` no mapping.
+        TypeError: ``labels`` is no integer tensor, ``rate`` no number, ``pairs`` no mapping of integers.
         ValueError: an argument is out of range, or the name is unknown.
 
     Example:
@@ -167,7 +168,7 @@ def from_matrix(labels: Tensor, matrix: Tensor, *, seed: Seed = 0, ignore_index:
         tensor([1, 0, 0])
     """
     transition = check_matrix("matrix", matrix)
-    given = _check_labels(labels, len(transition), ignore_index)
+    _, given = _check_labels(labels, len(transition), ignore_index)
     generator = _generator(seed)
     drawn = given.clone()
     for cls, rows in _rows_of_classes(given, ignore_index):
@@ -215,9 +216,8 @@ def instance_dependent(
     Source: Xia et al. 2020 (2006.07836), algorithm 2. Deviation: only the projections of one class at a time are in
     memory, so that many classes fit.
     """
-    given = _check_labels(labels, num_classes, ignore_index)
-    closed_fraction.pack("rate", rate)
-    positive.pack("std", std)
+    num_classes, given = _check_labels(labels, num_classes, ignore_index)
+    rate, std = closed_fraction.pack("rate", rate), positive.pack("std", std)
     if num_classes < 2:
         raise ValueError(f"num_classes must be at least 2, got {num_classes}")
     if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
@@ -257,8 +257,8 @@ def symmetric_matrix(rate: float, num_classes: int, redraw: bool = True) -> Tens
         tensor([[0.8000, 0.2000],
                 [0.2000, 0.8000]], dtype=torch.float64)
     """
-    closed_fraction.pack("rate", rate)
-    _check_num_classes(num_classes, 1 if redraw else 2)
+    rate = closed_fraction.pack("rate", rate)
+    num_classes = check_num_classes(num_classes, 1 if redraw else 2)
     others = num_classes if redraw else num_classes - 1
     matrix = torch.full((num_classes, num_classes), rate / others, dtype=torch.float64)
     matrix.fill_diagonal_(1.0 - rate + (rate / num_classes if redraw else 0.0))
@@ -275,8 +275,8 @@ def pair_matrix(rate: float, num_classes: int, pairs: Mapping[int, int] | str) -
         tensor([[0.6000, 0.4000],
                 [0.0000, 1.0000]], dtype=torch.float64)
     """
-    closed_fraction.pack("rate", rate)
-    _check_num_classes(num_classes)
+    rate = closed_fraction.pack("rate", rate)
+    num_classes = check_num_classes(num_classes, 1)
     if isinstance(pairs, str):
         if pairs not in PAIRS:
             raise ValueError(f"pairs must be a mapping or one of {', '.join(PAIRS)}, got {pairs!r}")
@@ -284,7 +284,8 @@ def pair_matrix(rate: float, num_classes: int, pairs: Mapping[int, int] | str) -
     if not isinstance(pairs, Mapping):
         raise TypeError(f"pairs must be a mapping or one of {', '.join(PAIRS)}, got {type(pairs).__name__}")
     matrix = torch.eye(num_classes, dtype=torch.float64)
-    for source, to in pairs.items():
+    for pair in pairs.items():
+        source, to = (check_index("a class in pairs", cls) for cls in pair)
         if not (0 <= source < num_classes and 0 <= to < num_classes and source != to):
             raise ValueError(f"pairs must lead from a class in [0, {num_classes}) to another, got {source}: {to}")
         matrix[source, source], matrix[source, to] = 1.0 - rate, rate
@@ -335,22 +336,15 @@ def estimate_transition(probabilities: Tensor, quantile: float | None = None) ->
         )
     if quantile is None:
         quantile = max(0.97, 1.0 - 0.5 / p.shape[1])
-    closed_fraction.pack("quantile", quantile)
+    quantile = closed_fraction.pack("quantile", quantile)
     anchors = p.kthvalue(1 + round(quantile * (len(p) - 1)), dim=0).indices
     chosen = p[anchors]
     return chosen / chosen.sum(1, keepdim=True)
 
 
-def _check_num_classes(num_classes: Any, fewest: int = 1) -> None:
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int):
-        raise TypeError(f"num_classes must be an integer, got {type(num_classes).__name__}")
-    if num_classes < fewest:
-        raise ValueError(f"num_classes must be at least {fewest}, got {num_classes}")
-
-
-def _check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    """The labels as a contiguous int64 tensor on the CPU."""
-    _check_num_classes(num_classes)
+def _check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> tuple[int, Tensor]:
+    """The number of classes, and the labels as a contiguous int64 tensor on the CPU."""
+    num_classes = check_num_classes(num_classes, 1)
     if (
         not isinstance(labels, Tensor)
         or labels.is_floating_point()
@@ -363,7 +357,7 @@ def _check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor
     bad = (given != ignore_index) & ((given < 0) | (given >= num_classes))
     if bad.any():
         raise ValueError(f"labels must be in [0, {num_classes}) or {ignore_index}, got {int(given[bad][0])}")
-    return given
+    return num_classes, given
 
 
 def _generator(seed: Seed) -> torch.Generator:
@@ -371,9 +365,7 @@ def _generator(seed: Seed) -> torch.Generator:
         if seed.device.type != "cpu":
             raise ValueError(f"seed must be an integer or a generator on the CPU, got one on {seed.device}")
         return seed
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an integer or a torch.Generator, got {type(seed).__name__}")
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator().manual_seed(check_index("seed", seed, most=2**64 - 1))
 
 
 def _rows_of_classes(labels: Tensor, ignore_index: int) -> list[tuple[int, Tensor]]:

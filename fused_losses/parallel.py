@@ -67,8 +67,8 @@ class ClassParallel(HasProcessGroup):
         if not isinstance(loss, RowLossModule):
             raise TypeError(f"loss must be a row-loss Module of fused_losses, got {type(loss).__name__}")
         check_loss(loss.stem, type(loss).__name__)
-        positive_integer.pack("num_classes", num_classes)
-        integer("first_class", first_class)
+        num_classes = int(positive_integer.pack("num_classes", num_classes))
+        first_class = int(integer("first_class", first_class))
         if not 0 <= first_class <= num_classes:
             raise ValueError(f"first_class must be between 0 and num_classes = {num_classes}, got {first_class}")
         self.loss = loss

@@ -72,14 +72,15 @@ def get_sigma_threshold(epoch: float, max_epochs: int, start_sigma: float = 100.
     Source: 2506.02154, sigma annealing. Deviation: the paper's formula is not clamped, so it passes ``end_sigma`` after
     ``max_epochs``, and divides by 0 for ``max_epochs=0``.
     """
-    if not max_epochs >= 1:
+    done, epochs = check_number("epoch", epoch), check_number("max_epochs", max_epochs)
+    if not epochs >= 1:
         raise ValueError(f"max_epochs must be at least 1, got {max_epochs}")
-    if math.isnan(check_number("epoch", epoch)):
+    if math.isnan(done):
         raise ValueError(f"epoch must be a number, got {epoch}")
-    for name, sigma in (("start_sigma", start_sigma), ("end_sigma", end_sigma)):
-        positive.pack(name, check_number(name, sigma))
-    progress = min(max(epoch / max_epochs, 0.0), 1.0)
-    return float(end_sigma if progress == 1.0 else start_sigma + (end_sigma - start_sigma) * progress)
+    start = positive.pack("start_sigma", check_number("start_sigma", start_sigma))
+    end = positive.pack("end_sigma", check_number("end_sigma", end_sigma))
+    progress = min(max(done / epochs, 0.0), 1.0)
+    return end if progress == 1.0 else start + (end - start) * progress
 
 
 def _whole(name: str, value: Any, smallest: int, where: str = "") -> int:
@@ -117,9 +118,9 @@ class _Schedule:
             raise ValueError(f"steps must be left out with mode='plateau', got {steps}")
         if steps is not None or mode in ("linear", "cosine"):
             steps = _whole("steps", steps, 1, f" with mode={mode!r}")
-        _below_one.pack("factor", check_number("factor", factor))
+        factor = _below_one.pack("factor", check_number("factor", factor))
         patience = _PATIENCE.get(mode, 0) if patience is None else _whole("patience", patience, 0)
-        non_negative.pack("min_delta", check_number("min_delta", min_delta))
+        min_delta = non_negative.pack("min_delta", check_number("min_delta", min_delta))
         maximize = mode == "peak" if maximize is None else maximize
         module = unwrap(module)
         self.module = module

@@ -43,7 +43,7 @@ def _z_bce(
     **options: Any,
 ) -> Tensor | ZErrorResult:
     word, tail = choose("space", space, _SPACES), choose("sided", sided, SIDES)
-    keep_small = check_small_class(min_count, small_class)
+    min_count, keep_small = check_small_class(min_count, small_class)
     pair = isinstance(logits, Tensor) and isinstance(target, Tensor)
     if pair and target.dim() == 1 and logits.dim() == 2 and logits.shape[1] == 1:
         target = target.unsqueeze(1)

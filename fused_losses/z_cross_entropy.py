@@ -78,7 +78,7 @@ class _Judge(NamedTuple):
         """Raises a ValueError on an unknown word."""
         choose("statistic", statistic, _STATISTICS)
         tail = choose("sided", sided, {"two": "both", "lower": "high" if statistic == "loss" else "low"})
-        return _Judge(statistic, base, tail, min_count, check_small_class(min_count, small_class))
+        return _Judge(statistic, base, tail, *check_small_class(min_count, small_class))
 
 
 def _z_cross_entropy(

@@ -52,6 +52,18 @@ def test_gradient_as_published(batch):
     torch.testing.assert_close(leaf.grad, right)
 
 
+def test_derivatives_where_a_view_is_made_of_another(batch):
+    views, target = batch
+
+    def loss(z):
+        return fl.functional.gjs_loss([z, z.flip(1), 2.0 * z.flip(1)], target[:3], (0.4, 0.3, 0.2, 0.1))
+
+    leaf = views[0, :3].requires_grad_()
+    (first,) = torch.autograd.grad(loss(leaf), leaf)
+    torch.testing.assert_close(torch.autograd.grad(loss(leaf), leaf, create_graph=True)[0], first)
+    assert torch.autograd.gradcheck(loss, leaf) and torch.autograd.gradgradcheck(loss, leaf)
+
+
 def test_agreement_is_zero_and_the_bound_is_reached():
     """Zero where all agree with the label, at most H(weights) times Z where all are certain and differ."""
     sure = 200.0 * torch.eye(3)

@@ -324,6 +324,17 @@ def test_module_trains_and_is_saved_like_a_linear_layer():
     assert not fl.LinearLoss(2, 3, bias=False).linear._parameters["bias"]
 
 
+def test_no_features():
+    """The logits are the bias."""
+    target, bias = torch.tensor([0, 2, 1]), torch.tensor([0.5, 0.0, -1.0], requires_grad=True)
+    features, weight = torch.zeros(3, 0, requires_grad=True), torch.zeros(3, 0, requires_grad=True)
+    loss = linear_loss(features, weight, target, "gce", linear_bias=bias)
+    expected = fl.reference.gce_loss(bias.expand(3, 3), target)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(each, bias, retain_graph=True)[0] for each in (loss, expected)))
+    assert [g.shape for g in torch.autograd.grad(loss, (features, weight))] == [(3, 0), (3, 0)]
+
+
 BAD = {
     "input must have shape": {"input": torch.zeros(3, 4)},
     "linear_weight must have shape": {"linear_weight": torch.zeros(4)},

@@ -199,11 +199,32 @@ def test_dense_targets_say_the_same_of_cross_entropy(batch):
     )
 
 
+@pytest.mark.parametrize("name", ["gce", "hem"])  # with a kernel for two labels and without
+def test_float64_beside_float32_logits(name, batch):
+    """Shares and weights do not widen the loss."""
+    logits, a, b, lam = batch
+    logits = logits.detach().float()
+    weight, samples = (
+        torch.linspace(0.5, 1.5, 5, device=logits.device),
+        torch.linspace(0.2, 2.0, 6, device=logits.device),
+    )
+    for share, reduction in itertools.product((lam, lam[0]), ("none", "sum", "mean")):
+        alike = {"weight": weight, "sample_weight": samples, "reduction": reduction}
+        wide = {"weight": weight.double(), "sample_weight": samples.double(), "reduction": reduction}
+        expected = fl.functional.mixed(name, logits, a, b, share.float(), **alike)
+        actual = fl.functional.mixed(name, logits, a, b, share, **wide)
+        assert actual.dtype == expected.dtype == torch.float32
+        torch.testing.assert_close(actual, expected)
+
+
 def test_bad_input(batch):
     logits, a, b, lam = batch
     for wrong in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match=r"^lam must be between 0.0 and 1.0, got "):
             fl.functional.mixed("gce", logits, a, b, wrong)
+    for tensors in ((None, a, b), (logits, None, b), (logits, a, 1)):
+        with pytest.raises(TypeError, match=r"^(logits|target_a|target_b) must be a Tensor, got "):
+            fl.functional.mixed("gce", *tensors, lam)
     with pytest.raises(RuntimeError, match=r"^lam must be a number, 0-dim or of the shape of target_a"):
         fl.functional.mixed("gce", logits, a, b, lam[:2])
     with pytest.raises(ValueError, match=r"^loss must be one of cross_entropy, "):

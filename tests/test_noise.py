@@ -234,9 +234,9 @@ BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: noise.symmetric(LABELS - 1, 0.4, 3), ValueError, r"labels must be in \[0, 3\) or -100, got -1"),
     (lambda: noise.symmetric(LABELS.float(), 0.4, 3), TypeError, "labels must be an integer tensor, got torch.float32"),
     (lambda: noise.symmetric([0, 1], 0.4, 3), TypeError, "labels must be an integer tensor, got list"),  # type: ignore[arg-type]
-    (lambda: noise.symmetric(LABELS, 0.4, 3.0), TypeError, "num_classes must be an integer, got float"),  # type: ignore[arg-type]
+    (lambda: noise.symmetric(LABELS, 0.4, 3.0), TypeError, "num_classes must be an integer, got 3.0 of type float"),  # type: ignore[arg-type]
     (lambda: noise.symmetric(LABELS * 0, 0.4, 1, redraw=False), ValueError, "num_classes must be at least 2"),
-    (lambda: noise.symmetric(LABELS, 0.4, 3, seed=0.5), TypeError, "seed must be an integer or a torch.Generator"),  # type: ignore[arg-type]
+    (lambda: noise.symmetric(LABELS, 0.4, 3, seed=0.5), TypeError, "seed must be an integer, got 0.5 of type float"),  # type: ignore[arg-type]
     (lambda: noise.symmetric_matrix(0.4, 0), ValueError, "num_classes must be at least 1, got 0"),
     (
         lambda: noise.asymmetric(LABELS, 0.4, 3, "cifar"),

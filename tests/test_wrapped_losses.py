@@ -69,12 +69,14 @@ def test_images_and_single_rows(name):
 def test_low_precision_logits_give_a_float32_loss(name, dtype):
     case = CASES[name]
     logits, target = batch(dtype)
-    exact, exact_grad = value_and_grad(case, case.make(), logits.double(), target)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found, grad = value_and_grad(case, case.make(), logits, target)
-    assert found.dtype == torch.float32 and grad.dtype == dtype
-    assert (found - exact).abs() <= LOSS_TOLERANCE[dtype] * (1 + exact.abs())
-    assert (grad.double() - exact_grad).abs().max() <= GRAD_TOLERANCE[dtype] * exact_grad.abs().max()
+    for weight, samples in ((None, None), (CLASS_WEIGHT, SAMPLE_WEIGHT)):  # in float64
+        module = case.make(weight=weight)
+        exact, exact_grad = value_and_grad(case, module, logits.double(), target, sample_weight=samples)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found, grad = value_and_grad(case, module, logits, target, sample_weight=samples)
+        assert found.dtype == torch.float32 and grad.dtype == dtype
+        assert (found - exact).abs() <= LOSS_TOLERANCE[dtype] * (1 + exact.abs())
+        assert (grad.double() - exact_grad).abs().max() <= GRAD_TOLERANCE[dtype] * exact_grad.abs().max()
 
 
 @pytest.mark.parametrize("name", NAMES)
