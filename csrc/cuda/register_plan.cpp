@@ -210,7 +210,8 @@ RegisterPlan plan_columns(const RowProblem& p, Factors factors) {
         return row.inner == 1 && row.outer % 2 == 0 && classes % 2 == 0 &&
                reinterpret_cast<std::uintptr_t>(begin) % 4 == 0;
     };
-    plan.is_paired = is_paired(p.logits, p.logits_stride, p.logits_class_stride) &&
+    // Of an odd number of rows and one class, strides do not say that the last row has none beside it.
+    plan.is_paired = p.inner % 2 == 0 && is_paired(p.logits, p.logits_stride, p.logits_class_stride) &&
                      (!p.grad || is_paired(p.grad, p.grad_stride, p.grad_class_stride));
     return plan;
 }
