@@ -65,8 +65,7 @@ IDENTITIES = {
     "focal is cross entropy": lambda x: ("focal", {"gamma": 0.0}, [(1.0, "cross_entropy", {})]),
 }
 
-# Losses of differences between logits; ldr_kl applies softplus to each logit by itself.
-OF_DIFFERENCES = [name for name in NAMES if name != "ldr_kl"]
+OF_DIFFERENCES = [name for name in NAMES if name != "ldr_kl"]  # between logits; it applies softplus to each by itself
 
 CLASSES = st.integers(2, 70)
 ROW = st.tuples(CLASSES)
@@ -213,7 +212,7 @@ def assert_close(problem: Problem, actual, expected, reduction: str | None = Non
     assert ((grad.double().cpu() - expected_grad).abs() <= allowed).all()
 
 
-@pytest.mark.any_cpu  # test_values.py and test_edge_cases.py have the kernels of every instruction set
+@pytest.mark.any_cpu  # test_values.py and test_layouts.py have the kernels of every instruction set
 @pytest.mark.parametrize("number", [20, pytest.param(100, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_the_float64_reference(name, number, device):

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from conftest import one_in
-from test_edge_cases import DENSE, SPARSE
+from test_layouts import DENSE, SPARSE
 
 import fused_losses as fl
 
