@@ -59,7 +59,7 @@ public:
         const float target_logit = has_target ? to_acc(place.logits()[target.cls]) + bias : 0.0f;
         if (is_apart) words.set_apart(extra, target.cls, place);
         const ClassFactorReader<float> factor(p, args, row);
-        float u[kReadsU ? kHeld : 1], extra_u = 1.0f;
+        float u[kReadsU ? kHeld : 1] = {}, extra_u = 1.0f;
         if constexpr (kReadsU) {
             read_factors(factor, reads, place, u);
             extra_u = reads && extra_class >= 0 ? factor(extra_class) : 0.0f;
