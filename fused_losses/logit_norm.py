@@ -218,11 +218,11 @@ class _LogitWrapper(RowsModule):
 
         Those are for registered losses of log p_y. Whatever else is wanted of a loss is the loss's own business.
         """
-        check_plain(type(self).__name__, logits, target)
         loss = self.loss
         of_row = len(inputs) + len(options) <= 1 and options.keys() <= {"sample_weight"}
         if not of_row or not isinstance(loss, RowLossModule) or _has_hooks(loss):
-            return None
+            return None  # and errors of what communicates are for the way that tells other ranks
+        check_plain(type(self).__name__, logits, target)
         sample_weight = inputs[0] if inputs else options.get("sample_weight")
         if not self._reaches_kernels(logits, target, sample_weight, *_tensors(loss)):
             return None
