@@ -48,7 +48,7 @@ ARGUMENTS = {
     "pattern": {"losses": "2", "passes": "1", "kernels": "4"},
 }
 ARGUMENTS["optimised"] |= {
-    "cuda_rows": "16 1",
+    "cuda_rows": "32 1",
     "cuda_z_error": "30 1 2",
     "cuda_statistics": "1 2",
     "cuda_elr": "1 2",
