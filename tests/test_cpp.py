@@ -145,7 +145,7 @@ def results(request: pytest.FixtureRequest, build_folder: Path) -> Iterator[dict
 
 
 # Minutes of compiling: `make test-long`. The newest instruction set's fused multiply-adds are in "kernels", too.
-SANITIZED_LONG = ("kernels", "losses", "passes", *(name for name in CUDA_PROGRAMS if name != "cuda_emulation"))
+SANITIZED_LONG = ("kernels", "losses", "passes", *CUDA_PROGRAMS)
 LONG = {
     *(("pattern", program, "baseline") for program in ("kernels", "losses", "passes")),
     *(("sanitized", program, "baseline") for program in SANITIZED_LONG),
