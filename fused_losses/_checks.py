@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,15 @@ def row_shape(logits: Tensor) -> tuple[int, ...]:
 def is_per_row(tensor: Tensor, logits: Tensor) -> bool:
     """Whether it has one number per row. That of a single row, logits ``(C,)``, may have shape (1,), as in torch."""
     return tensor.shape == row_shape(logits) or (logits.dim() == 1 and tensor.shape == (1,))
+
+
+def check_tensors(**values: Any) -> None:
+    """Raises unless all are dense tensors."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+        if value.layout is not torch.strided:
+            raise RuntimeError(f"{name} must be dense, got a tensor of layout {value.layout}")
 
 
 def check_row_loss(args: RowLossArguments) -> None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fused_losses._parameters import finite, plain
+from fused_losses._parameters import check_num_classes, check_number, finite, plain
 
 LogitBias = float | Tensor | str
 Array = npt.NDArray[np.float64]
@@ -94,36 +92,6 @@ def solve_logit_bias(num_classes: int, target_activation: float = 0.15) -> float
         # With dynamic=True both may be symbols. Text holds none, so this gives numbers; the round trip is exact.
         count, target = int(f"{count}"), float(f"{target}")
     return _look_up(count, target)
-
-
-def check_num_classes(num_classes: int, fewest: int = 2) -> int:
-    return check_index("num_classes", num_classes, fewest)
-
-
-def check_index(name: str, value: Any, least: int = -(2**63), most: int = 2**63 - 1) -> int:
-    """``value``, an integer of any kind."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        index = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}") from None
-    if index < least:
-        raise ValueError(f"{name} must be at least {least}, got {index}")
-    if index > most:
-        raise ValueError(f"{name} must be at most {most}, got {index}")
-    return index
-
-
-def check_number(name: str, value: Any, what: str = "a number") -> float:
-    try:
-        if isinstance(value, (bool, np.bool_, str, bytes, bytearray)):
-            raise TypeError
-        return float(value)
-    except OverflowError:  # of an integer
-        return math.inf if value > 0 else -math.inf
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name} must be {what}, got {value!r}") from None
 
 
 def _check_target_activation(target_activation: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -41,6 +42,36 @@ def integer(name: str, value: Any) -> int:
 
 
 _FRACTIONS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128)
+
+
+def check_num_classes(num_classes: int, fewest: int = 2) -> int:
+    return check_index("num_classes", num_classes, fewest)
+
+
+def check_index(name: str, value: Any, least: int = -(2**63), most: int = 2**63 - 1) -> int:
+    """``value``, an integer of any kind."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        index = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}") from None
+    if index < least:
+        raise ValueError(f"{name} must be at least {least}, got {index}")
+    if index > most:
+        raise ValueError(f"{name} must be at most {most}, got {index}")
+    return index
+
+
+def check_number(name: str, value: Any, what: str = "a number") -> float:
+    try:
+        if isinstance(value, (bool, np.bool_, str, bytes, bytearray)):
+            raise TypeError
+        return float(value)
+    except OverflowError:  # of an integer
+        return math.inf if value > 0 else -math.inf
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be {what}, got {value!r}") from None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -14,7 +13,7 @@ from fused_losses import _ops, _z_autograd, _z_reference
 from fused_losses._agreement import Exchange
 from fused_losses._arguments import RowLossArguments, ZErrorLossArguments, ZErrorRule, check_reduction
 from fused_losses._autograd import row_loss
-from fused_losses._checks import FLOATING
+from fused_losses._checks import FLOATING, check_tensors
 from fused_losses._parameters import one_of, plain, positive, positive_integer
 from fused_losses._reference import row_loss_reference
 from fused_losses._running import RunningMoments, Source
@@ -172,15 +171,6 @@ def _tasks_back(rows: Tensor, per_task: bool) -> Tensor:
     if rows.dim() < 2:
         return rows
     return rows.movedim(-1, 1) if per_task else rows.squeeze(-1)
-
-
-def check_tensors(**values: Any) -> None:
-    """Raises unless all are dense tensors."""
-    for name, value in values.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
-        if value.layout is not torch.strided:
-            raise RuntimeError(f"{name} must be dense, got a tensor of layout {value.layout}")
 
 
 def check_pair(name: str, input: Tensor, target: Tensor) -> None:

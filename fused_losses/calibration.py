@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from fused_losses._arguments import LOSSES, LossEntry
 from fused_losses._arrays import as_tensor
 from fused_losses._calibration_plot import plot_mean_target_error
-from fused_losses._logit_bias import check_num_classes, check_number, solve_logit_bias
+from fused_losses._logit_bias import solve_logit_bias
 from fused_losses._mean_error import RowLoss, mean_slopes
-from fused_losses._parameters import OrTensor, Range, iterations, positive
+from fused_losses._parameters import OrTensor, Range, check_num_classes, check_number, iterations, positive
 from fused_losses._unwrap import unwrap
 
 __all__ = [

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from fused_losses._arrays import as_tensor
 from fused_losses._crossings import SkewNormal, gaussian_crossing, skewnorm_crossing
-from fused_losses._logit_bias import check_number
-from fused_losses._parameters import positive
+from fused_losses._parameters import check_number, positive
 
 __all__ = [
     "CutoffCollector",

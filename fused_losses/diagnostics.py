@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fused_losses._agreement import Exchange, gather
 from fused_losses._arrays import Numbers, as_tensor
-from fused_losses._logit_bias import check_index, check_number
+from fused_losses._parameters import check_index, check_number
 
 __all__ = ["OutlierTracker"]
 

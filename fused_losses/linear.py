@@ -12,13 +12,13 @@ from torch.nn import functional as F
 
 from fused_losses._agreement import Exchange, telling
 from fused_losses._arguments import LOSSES, LossEntry, RowLossArguments, check_reduction, is_distributed
+from fused_losses._checks import check_tensors
 from fused_losses._chunks import ChunkOptions, Layer
 from fused_losses._common import Criterion, RowLossModule
 from fused_losses._linear_autograd import ChunkedLogits
 from fused_losses._logit_bias import LogitBias
 from fused_losses._parameters import not_negative_integer, positive_integer
 from fused_losses._shards import CALL, Shard
-from fused_losses._z_error import check_tensors
 from fused_losses.distributed import GlobalMean
 from fused_losses.parallel import ClassParallel, sum_gradient
 from fused_losses.z_cross_entropy import ZErrorCrossEntropyLoss

@@ -220,14 +220,16 @@ class _LogitWrapper(RowsModule):
         """
         loss = self.loss
         of_row = len(inputs) + len(options) <= 1 and options.keys() <= {"sample_weight"}
-        if not of_row or not isinstance(loss, RowLossModule) or _has_hooks(loss):
+        if not isinstance(loss, RowLossModule) or type(loss) not in LOSSES[loss.stem].modules:
             return None  # and errors of what communicates are for the way that tells other ranks
+        if not of_row or _has_hooks(loss):
+            return None
         check_plain(type(self).__name__, logits, target)
         sample_weight = inputs[0] if inputs else options.get("sample_weight")
         if not self._reaches_kernels(logits, target, sample_weight, *_tensors(loss)):
             return None
         args = loss._arguments(logits, target, sample_weight)
-        return args if type(loss) in LOSSES[loss.stem].modules and _is_known(args) else None
+        return args if _is_known(args) else None
 
     def forward(self, logits: Tensor, target: Tensor, *inputs: Any, **options: Any) -> Any:
         """The loss of the rescaled logits; further arguments are the loss's."""

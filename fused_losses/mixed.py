@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from fused_losses import _ops
 from fused_losses._arguments import LOSSES, REDUCTIONS, LossEntry, RowLossArguments, acc_dtype, check_reduction
 from fused_losses._autograd import apply, complete, forward_writes_gradient, give_away, needs_reference
+from fused_losses._checks import check_tensors
 from fused_losses._common import RowLossModule
 from fused_losses._parameters import closed_fraction, plain
 from fused_losses._reference import row_loss_reference
-from fused_losses._z_error import check_tensors
 from fused_losses.distributed import sum_of_weights
 
 # The loss of one label: takes the label, a weight per row and a reduction.

@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_losses._logit_bias import check_index, check_num_classes
-from fused_losses._parameters import closed_fraction, integer, positive
+from fused_losses._parameters import check_index, check_num_classes, closed_fraction, integer, positive
 from fused_losses._transition import check_matrix
 
 __all__ = [

@@ -31,8 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_losses._arrays import Numbers, as_tensor
-from fused_losses._logit_bias import check_number
-from fused_losses._parameters import Range, non_negative, positive
+from fused_losses._parameters import Range, check_number, non_negative, positive
 from fused_losses._unwrap import owns, unwrap
 
 __all__ = ["LogitBiasSchedule", "ThresholdSchedule", "get_sigma_threshold"]

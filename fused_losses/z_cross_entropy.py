@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_losses._agreement import telling
 from fused_losses._arguments import LOSSES, LossEntry, RowLossConstants, ZErrorRule, check_reduction
 from fused_losses._autograd import is_small, small_row_loss
-from fused_losses._checks import check_row_loss
+from fused_losses._checks import check_row_loss, check_tensors
 from fused_losses._common import RowLossModule
 from fused_losses._logit_bias import LogitBias, check_logit_bias, class_dim
 from fused_losses._ops import ZErrorConstants, pack_constants, pack_z_error_constants, z_error_kept_target
@@ -27,7 +27,6 @@ from fused_losses._z_error import (
     ZOps,
     check_count,
     check_small_class,
-    check_tensors,
     check_threshold,
     choose,
     fused_and_plain,

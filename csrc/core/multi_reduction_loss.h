@@ -9,7 +9,7 @@
 //     static constexpr bool needs_max;         whether RowInputs::max is to be found first
 //     what it asks of its arguments (losses/needs.h), where that is not the default
 //     template <class T> struct State;         numbers per row, floating point only; saved for backward as they are
-//     passes(params) -> int
+//     passes(params) -> int                    where it is not two
 //     begin(row, params) -> State
 //     map<last>(pass, state, z, margin, is_target, params, T* kept) -> Sums      what one class adds
 //     finalize(pass, state, sums, row, params)                                   sums over all classes
@@ -70,6 +70,14 @@ constexpr bool kHasBits =
 template <class Loss>
 constexpr bool kAddsReciprocals =
     requires(typename Loss::template State<float> state) { Loss::early_input(state, 0.0f); };
+
+template <class Loss, class T>
+FL_HD int passes_of(const T* params) {
+    if constexpr (requires { Loss::passes(params); })
+        return Loss::passes(params);
+    else
+        return 2;
+}
 
 template <class State, class T>
 constexpr int kStateSize = sizeof(State) / sizeof(T);
@@ -138,11 +146,6 @@ struct NormalizedLoss {
         requires requires { Loss::visit_usual(params, body); }
     {
         Loss::visit_usual(params, [&]<class Usual>() { body.template operator()<NormalizedLoss<Usual>>(); });
-    }
-
-    template <class T>
-    FL_HD static int passes(const T*) {
-        return 2;
     }
 
     template <class T>

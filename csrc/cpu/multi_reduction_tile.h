@@ -21,7 +21,7 @@ class MultiReductionTile {
 public:
     MultiReductionTile(const RowProblem& problem, std::int64_t tile_rows)
         : p(problem),
-          passes(Loss::passes(problem.params)),
+          passes(passes_of<Loss>(problem.params)),
           view(problem, tile_rows),
           kept(problem.grad || problem.bits ? view.parts() * view.vectors() * Loss::num_kept : 0) {
         for (int i = 0; i < kMaxParams; ++i) params[i] = A(p.params[i]);

@@ -103,7 +103,7 @@ private:
             inputs.max = largest_of(team, top);
         }
         State state = Loss::begin(inputs, args.params);
-        const int last = Loss::passes(p.params) - 1;
+        const int last = passes_of<Loss>(p.params) - 1;
         for (int pass = 0; pass < last; ++pass) run_pass<false>(team, pass, mine, state, inputs);
         run_pass<true>(team, last, mine, state, inputs);
         return state;

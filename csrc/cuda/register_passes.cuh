@@ -219,7 +219,7 @@ private:
         const RowInputs<float> inputs{top, of.target_logit, of.margin,
                                       static_cast<float>(static_cast<int>(p.num_classes))};
         State state = Loss::begin(inputs, args.params);
-        const int last = Loss::passes(args.params) - 1;
+        const int last = passes_of<Loss>(args.params) - 1;
 #pragma unroll 1
         for (int pass = 0; pass < last; ++pass) run_pass<false>(team, pass, of, place, numbers, state, inputs);
         run_pass<true>(team, last, of, place, numbers, state, inputs);

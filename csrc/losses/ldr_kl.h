@@ -44,11 +44,6 @@ struct LDRKLOf {
         T value;
     };
 
-    template <class T>
-    FL_HD static int passes(const T*) {
-        return 2;
-    }
-
     // Of a class: t, and sigmoid(z); both times e^-shift.
     template <class T>
     struct Score {

@@ -58,11 +58,6 @@ struct RescaledOf {
     };
 
     template <class T>
-    FL_HD static int passes(const T*) {
-        return 2;
-    }
-
-    template <class T>
     FL_HD static State<T> begin(const RowInputs<T>& row, const T*) {
         State<T> s{};
         s.max = row.max;

@@ -50,7 +50,7 @@ Sums<double, Loss::num_sums> map_of(bool last, Args... args) {
 template <class Loss>
 Sums<double, Loss::num_sums> sums_of(int pass, const StateOf<Loss>& state, const Row& row, const double* params) {
     Sums<double, Loss::num_sums> sums = {};
-    const int last = Loss::passes(params) - 1;
+    const int last = passes_of<Loss>(params) - 1;
     for (std::size_t j = 0; j < row.z.size(); ++j) {
         const auto term = map_of<Loss>(pass == last, pass, state, row.z[j], row.margin[j], int(j) == row.y, params);
         for (int k = 0; k < Loss::num_sums; ++k) sums.v[k] += term.v[k];
@@ -62,7 +62,7 @@ template <class Loss>
 StateOf<Loss> run(const Row& row, const Params& params) {
     const RowInputs<double> inputs = row.inputs();
     StateOf<Loss> state = Loss::begin(inputs, params.data());
-    for (int pass = 0; pass < Loss::passes(params.data()); ++pass)
+    for (int pass = 0; pass < passes_of<Loss>(params.data()); ++pass)
         Loss::finalize(pass, state, sums_of<Loss>(pass, state, row, params.data()), inputs, params.data());
     return state;
 }
