@@ -30,15 +30,15 @@ struct BiTemperedOf {
         T max, root, lower, upper, ratio, value;  // lambda = max + root; see refine_root for the others
     };
 
-    // Calls body.operator()<Loss>() with the loss that knows the n of common temperatures.
+    // Calls body.operator()<Loss>() with the loss that knows the n of common temperatures. Those come as floats: for
+    // doubles 1 / (1.2f - 1) is no whole number.
     template <class Body>
     static void visit_variant(const double* params, Body body) {
-        const bool iterates = params[3] > 0;
-        switch (iterates ? whole(1 / (params[1] - 1)) : 0) {
+        const float of_log = 1 - static_cast<float>(params[0]), of_exp = static_cast<float>(params[1]) - 1;
+        switch (params[3] > 0 ? whole(1 / of_exp) : 0) {
             case 2: return body.template operator()<BiTemperedOf<2>>();
             case 5:
-                if (whole(5 * (1 - params[0])) == 1 && params[2] == 0)
-                    return body.template operator()<BiTemperedOf<5, true>>();
+                if (whole(5 * of_log) == 1 && params[2] == 0) return body.template operator()<BiTemperedOf<5, true>>();
                 return body.template operator()<BiTemperedOf<5>>();
             default: return body.template operator()<BiTemperedOf<0>>();
         }

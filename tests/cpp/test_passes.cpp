@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <string>
+#include <typeinfo>
 
 #include "check.h"
 #include "losses/names.h"
@@ -315,6 +316,30 @@ void test_rescaled() {
     }
 }
 
+// The faster forms of a loss for some parameters are found by these as the operators hand them on, rounded to floats.
+void test_variants() {
+    const auto variant = []<class Loss>(const Params& params) {
+        const std::type_info* found = nullptr;
+        visit_variant<Loss>(params.data(), [&]<class Variant>() { found = &typeid(Variant); });
+        return found;
+    };
+    for_each_loss([&]<class Loss>(const NaiveLoss& naive, const Params& params) {
+        Params rounded = params;
+        for (double& number : rounded) number = static_cast<float>(number);
+        check(*variant.operator()<Loss>(rounded) == *variant.operator()<Loss>(params), "%s: rounded, another variant",
+              describe(naive.name, params).c_str());
+    });
+    const auto tempered = [&](double t1, double t2, double smoothing, double num_iters) {
+        return variant.operator()<BiTempered>({t1, t2, smoothing, num_iters});
+    };
+    check(*tempered(0.8f, 1.2f, 0, 5) == typeid(BiTemperedOf<5, true>), "bi_tempered: the default parameters");
+    check(*tempered(0.7f, 1.2f, 0, 5) == typeid(BiTemperedOf<5>), "bi_tempered: another t1");
+    check(*tempered(0.8f, 1.2f, 0.1f, 5) == typeid(BiTemperedOf<5>), "bi_tempered: label smoothing");
+    check(*tempered(0.8f, 1.5f, 0, 5) == typeid(BiTemperedOf<2>), "bi_tempered: t2 = 1.5");
+    check(*tempered(0.8f, 1.2f, 0, 0) == typeid(BiTempered), "bi_tempered: Newton's method");
+    check(*tempered(0.8f, 1.2001f, 0, 5) == typeid(BiTempered), "bi_tempered: t2 near 1.2");
+}
+
 // Worked by hand: errors 0, 0, 0.5, 0.3 have mean 0.2; of 0, 1, 1, 2 the mean is 1, and ties with it count.
 void test_by_hand() {
     const auto value = []<class Loss>(std::vector<double> z, const Params& params) {
@@ -335,6 +360,7 @@ void test_by_hand() {
 int main(int argc, char** argv) {
     const int repeats = argc > 1 ? std::max(1, std::atoi(argv[1])) : 12;
     test_by_hand();
+    test_variants();
     test_rescaled();
     test_gradients(repeats);
     test_detached_factor(repeats);
