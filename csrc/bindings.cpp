@@ -42,14 +42,15 @@ py::dict build_info() {
     return info;
 }
 
-int find_loss(const std::string& loss) {
-    const int index = fused_losses::index_of(fused_losses::AllLosses{}, loss);
+template <class Losses>
+int find_loss(Losses among, const std::string& loss) {
+    const int index = fused_losses::index_of(among, loss);
     if (index < 0) throw std::invalid_argument("loss must be one of the names in loss_names(), got '" + loss + "'");
     return index;
 }
 
 py::dict loss_needs(const std::string& loss) {
-    const fused_losses::LossNeeds needs = fused_losses::needs_of(find_loss(loss));
+    const fused_losses::LossNeeds needs = fused_losses::needs_of(find_loss(fused_losses::AllLosses{}, loss));
     py::dict result;
     result["num_params"] = needs.num_params;
     result["min_classes"] = needs.min_classes;
@@ -59,7 +60,7 @@ py::dict loss_needs(const std::string& loss) {
 
 int stats_count(const std::string& loss, const std::vector<double>& params, bool soft_target) {
     using namespace fused_losses;
-    const int index = find_loss(loss);
+    const int index = find_loss(CompiledLosses{}, loss);
     const std::size_t expected = needs_of(index).num_params;
     if (params.size() != expected)
         throw std::invalid_argument(loss + ": params must hold " + std::to_string(expected) + " numbers, got " +

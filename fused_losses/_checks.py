@@ -36,7 +36,9 @@ def check_tensors(**values: Any) -> None:
 
 def check_row_loss(args: RowLossArguments) -> None:
     """Raises where the operators would, with their types of error, but for targets out of range."""
-    entry = LOSSES[args.loss]
+    entry = LOSSES.get(args.loss)
+    if entry is None:  # a loss of log p_y together with what is done to its logits (WRAPPED in _reference.py)
+        return check_rows(args, ("mean", "sum", "none"), takes_probabilities=False)
     check_rows(args, entry.reductions, entry.takes_probabilities)
     check_num_classes(args)
 

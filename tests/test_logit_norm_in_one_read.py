@@ -280,3 +280,43 @@ def test_bad_calls_say_what_is_wrong():
     ):
         with pytest.raises(error, match=words):
             call()
+
+
+def traced(criterion, *inputs):
+    """The compiled criterion, and the code of what was traced."""
+    found = []
+
+    def backend(graph, _):
+        found.append(graph.print_readable(print_output=False))
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(criterion, fullgraph=True, dynamic=True, backend=backend)
+    compiled(*inputs)
+    return compiled, "".join(found)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("on_tensor", [False, True], ids=["number", "tensor"])
+@pytest.mark.parametrize("clips", [False, True], ids=["norm", "clip"])
+def test_compiled_code_reads_the_logits_once(clips, on_tensor, reduction, device):
+    parameter = torch.tensor(0.8, device=device) if on_tensor else 0.8
+    criterion = make(clips, "focal", parameter, gamma=0.5, reduction=reduction)
+    logits, target, _, sample_weight = problem("rows", torch.float32, device, 3)
+    compiled, code = traced(criterion, logits.requires_grad_(), target, sample_weight)
+    assert "rescaled_logits" in code and "linalg" not in code
+    for factor in (0.8, 1.7):
+        if on_tensor:
+            parameter.fill_(factor)
+        right = value_and_grad(lambda z: criterion(z, target, sample_weight).sum(), logits)
+        found = value_and_grad(lambda z: compiled(z, target, sample_weight).sum(), logits)
+        torch.testing.assert_close(found, right, rtol=1e-6, atol=1e-7)
+
+
+def test_compiled_code_of_other_losses_rescales_by_torch(device):
+    criterion = make(False, "nce")
+    logits, target, *_ = problem("rows", torch.float32, device, 3)
+    compiled, code = traced(criterion, logits.requires_grad_(), target)
+    assert "rescaled_logits" not in code and "vector_norm" in code
+    right = value_and_grad(lambda z: criterion(z, target), logits)
+    torch.testing.assert_close(value_and_grad(lambda z: compiled(z, target), logits), right, rtol=1e-5, atol=1e-6)
