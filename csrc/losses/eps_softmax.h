@@ -14,10 +14,11 @@ template <class T>
 FL_HD ValueSlope<T> log_eps_softmax(const SoftmaxRow<T>& row, T m) {
     const T t = row.log_p, p = math::exp(t), whole = m + T(1), floor = T(-18.420680743952367);
     const auto is_top = row.below_max >= T(0);
-    const T of_top = math::log_near_one((p + m) / whole, math::expm1(t) / whole), other = t - math::log1p(m);
+    const T of_top = math::log_near_one(math::divide(p + m, whole), math::divide(math::expm1(t), whole)),
+            other = t - math::log1p(m);
     const auto is_low = other < floor;
     return {math::select(is_top, of_top, math::select(is_low, floor, other)),
-            math::select(is_top, p / (p + m), math::select(is_low, T(0), T(1)))};
+            math::select(is_top, math::divide(p, p + m), math::select(is_low, T(0), T(1)))};
 }
 
 // alpha active + beta 2 (1 - p_y), active being a function of log p'_y.

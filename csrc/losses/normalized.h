@@ -80,7 +80,8 @@ struct NFL {
         } else {
             const auto misses = miss > T(std::numeric_limits<math::scalar_t<T>>::min());
             factor = math::pow(math::select(misses, miss, T(0)), gamma);
-            other = factor * math::select(misses, p_log_p / miss, T(1));  // -log p / (1 - p) -> 1 as p -> 1
+            other =
+                factor * math::select(misses, math::divide(p_log_p, miss), T(1));  // -log p / (1 - p) -> 1 as p -> 1
         }
         return {-factor * log_p, factor + of_factor * other};
     }

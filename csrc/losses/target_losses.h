@@ -38,7 +38,7 @@ struct GCE {
     template <class T>
     FL_HD static ValueSlope<T> eval(T t, const T* params) {
         const T q = params[0];
-        return {-math::expm1(q * t) / q, -math::exp(q * t)};
+        return {-math::divide(math::expm1(q * t), q), -math::exp(q * t)};
     }
 };
 
@@ -51,8 +51,8 @@ struct AGCE {
     template <class T>
     FL_HD static ValueSlope<T> eval(T t, const T* params) {
         const T a = params[0], q = params[1], p = math::exp(t), top = a + T(1), log_top = math::log(top);
-        const T log_ratio = math::log_near_one((a + p) / top, math::expm1(t) / top);
-        const T value = -math::exp(q * log_top) * math::expm1(q * log_ratio) / q;
+        const T log_ratio = math::log_near_one(math::divide(a + p, top), math::divide(math::expm1(t), top));
+        const T value = -math::exp(q * log_top) * math::divide(math::expm1(q * log_ratio), q);
         return {value, -p * math::exp((q - T(1)) * (log_top + log_ratio))};
     }
 };
@@ -70,7 +70,8 @@ struct AUE {
         const T gap = math::select(rounded < least, least, rounded), q = params[1];
         const T miss = -math::expm1(t), rest = gap + miss;  // 1 - p, a - p
         const T power = math::exp((q - T(1)) * math::log(rest));
-        return {-rest * power * math::expm1(-q * math::log1p(miss / gap)) / q, -math::exp(t) * power};
+        const T log_of = math::log1p(miss / gap);
+        return {-rest * power * math::divide(math::expm1(-q * log_of), q), -math::exp(t) * power};
     }
 };
 
@@ -81,7 +82,7 @@ struct AE {
 
     template <class T>
     FL_HD static ValueSlope<T> eval(T t, const T* params) {
-        const T ratio = math::exp(t) / params[0];
+        const T ratio = math::divide(math::exp(t), params[0]);
         const T value = math::exp(-ratio);
         return {value, -ratio * value};
     }
@@ -122,7 +123,8 @@ struct TaylorCE {
     FL_HD static ValueSlope<T> eval(T t, const T* params) {
         const T miss = -math::expm1(t);
         T value = T(0);
-        for (int k = static_cast<int>(math::to_scalar(params[0])); k >= 1; --k) value = miss * (value + T(1) / T(k));
+        for (int k = static_cast<int>(math::to_scalar(params[0])); k >= 1; --k)
+            value = miss * (value + math::divide(T(1), T(k)));
         return {value, math::expm1(params[0] * math::log1p(-math::exp(t)))};
     }
 };
@@ -156,13 +158,13 @@ struct JS {
         const T p = math::exp(t), p_minus_1 = math::expm1(t), p_log_p = -neg_p_log_p(p, t);
         const T m = pi + rest * p;
         const auto small = p < pi;
-        const T excess = -pi * p_minus_1 / math::select(small, T(1), p);  // m / p - 1
+        const T excess = -math::divide(pi * p_minus_1, math::select(small, T(1), p));  // m / p - 1
         const T log_of = math::log_near_one(math::select(small, m, T(1) + excess),
                                             math::select(small, rest * p_minus_1, excess));  // m or m / p
         const T h = -rest * log_rest;
         const T value = math::select(small, rest * p_log_p, -pi * t) - m * log_of + rest * p_minus_1 * log_rest;
         const T slope = p * (log_rest - log_of) + math::select(small, p_log_p, T(0));
-        return {value / h, rest * slope / h};
+        return {math::divide(value, h), math::divide(rest * slope, h)};
     }
 };
 
@@ -176,7 +178,7 @@ struct Focal {
     FL_HD static ValueSlope<T> eval(T t, const T* params) {
         const T gamma = params[0], miss = -math::expm1(t);
         const T factor = math::pow(miss, gamma);
-        const T p_times_r = math::select(miss > T(0), neg_p_log_p(math::exp(t), t) / miss, T(1));
+        const T p_times_r = math::select(miss > T(0), math::divide(neg_p_log_p(math::exp(t), t), miss), T(1));
         return {math::select(miss > T(0), -factor * t, T(0) * t), -factor * (T(1) + gamma * p_times_r)};
     }
 };
@@ -189,7 +191,8 @@ struct BoundedCE {
     template <class T>
     FL_HD static ValueSlope<T> eval(T t, const T* params) {
         const T a = params[0], p = math::exp(t), top = T(1) + a;
-        return {-math::log_near_one((p + a) / top, math::expm1(t) / top), -p / (p + a)};
+        const T log_ratio = math::log_near_one(math::divide(p + a, top), math::divide(math::expm1(t), top));
+        return {-log_ratio, -math::divide(p, p + a)};
     }
 };
 
@@ -213,7 +216,7 @@ struct PHuberGCE {
 
     template <class T>
     FL_HD static ValueSlope<T> eval(T t, const T* params) {
-        const T q = params[0], log_tau = math::log(params[1]), t0 = -log_tau / (T(1) - q);
+        const T q = params[0], log_tau = math::log(params[1]), t0 = -math::divide(log_tau, T(1) - q);
         const ValueSlope<T> gce = GCE::eval(t, params), at_p0 = GCE::eval(t0, params);
         const T tau_p = math::exp(t + log_tau);
         const auto linear = t <= t0;
