@@ -56,9 +56,12 @@ def copy_share(index: Index, title: str, path: Path) -> bool:
     swept = _swept(index)
     if not swept:
         return False
-    names = [name for name in LOSSES if name in swept]
+    names = [name for name in LOSSES if len(swept.get(name, [])) > 1]
     lines = -(-(len(names) + 1) // COLUMNS)
-    figure, axes = plt.subplots(lines, COLUMNS, figsize=(11, 1.75 * lines), sharex=True, sharey=True, squeeze=False)
+    size = (11, 1.75 * lines)
+    figure, axes = plt.subplots(
+        lines, COLUMNS, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
     panels = list(axes.flat)
     baseline = _peer_line(index, swept.get("cross_entropy", []), ("torch",))
     for panel, name in zip(panels, names, strict=False):
@@ -145,7 +148,7 @@ def speed_up(index: Index, shapes: list[tuple[int, ...]], title: str, path: Path
     if not names:
         return False
     _, compiled = _bars_like(index, shapes, names)
-    figure, axis = plt.subplots(figsize=(8.5, 0.36 * len(names) + 1.8))
+    figure, axis = plt.subplots(figsize=(8.5, 0.36 * len(names) + 1.8), layout="constrained")
     height = 0.8 / len(shapes)
     styles: list[dict[str, Any]] = [{"color": "0.25"}, {"color": "0.8", "hatch": "////", "edgecolor": "0.3"}]
     for k, shape in enumerate(shapes):
@@ -184,7 +187,6 @@ def _bars_like(index: Index, shapes: list[tuple[int, ...]], names: list[str]) ->
 
 
 def _save(figure: Any, path: Path) -> None:
-    figure.tight_layout()
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
 
