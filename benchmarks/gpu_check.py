@@ -4,20 +4,21 @@
 
 What matters first comes first; all stages by default:
 
-    a  compiles in place for this GPU, or takes binaries from a wheel; every regime, dtype and loss against float64
+    a  compiles in place for this GPU, or takes binaries from a wheel; a few losses against float64
     b  the copy, then cross entropy at the main shapes and every other loss
-    c  the tests that reach the GPU, in eight processes
-    d  compute-sanitizer's memcheck over a short smoke run
-    e  plain PyTorch, torch.compile, other libraries, accuracy, a training step
-    f  racecheck, initcheck, synccheck
-    g  profiles of the three rows that miss their targets most
+    c  right or wrong, all side by side: the tests that reach the GPU; every regime, dtype and loss against float64;
+       compute-sanitizer's four tools
+    d  profiles of main cases and of the rows that miss their targets most
+    e  plain PyTorch, other libraries, accuracy, a training step, linear_loss
+    f  torch.compile
 
-State is kept in build/gpu, which git ignores. With ``--resume`` what has passed for the same sources is left out, and
-tests and measurements go on where they were cut off. ``--minutes`` ends everything by then: where a command may take
-ten minutes, repeat ``benchmarks/gpu_check.sh --resume --minutes 9.5``. After every step --out
-($OUT, else build/gpu/out) has results.json, report.md and logs.tar.gz. Of ``--wheels`` all files are installed beside
-the tree (peers, test tools); one of fused_losses saves the compilation. ``--dry-run`` prints stages, commands and time
-budgets, and needs no GPU. PYTHON chooses the interpreter; its torch must see the GPU.
+With a wheel of ours they take a quarter of an hour, where compilers and tests have 16 cores. State is kept in
+build/gpu, which git ignores. With ``--resume`` what has passed for the same sources is left out, and tests and
+measurements go on where they were cut off. ``--minutes`` ends everything by then: where a command may take ten minutes,
+repeat ``benchmarks/gpu_check.sh --resume --minutes 9.5``. After every step --out ($OUT, else build/gpu/out) has
+results.json, linear.json, report.md and logs.tar.gz. Of ``--wheels`` all files are installed beside the tree (peers,
+test tools); one of fused_losses saves the compilation. ``--dry-run`` prints stages, commands and time budgets, and
+needs no GPU. PYTHON chooses the interpreter; its torch must see the GPU.
 """
 
 from __future__ import annotations
@@ -32,17 +33,21 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import zipfile
 from collections.abc import Collection
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 STATE = ROOT / "build" / "gpu"
 LOGS, SITE, REPORT = STATE / "logs", STATE / "site", STATE / "report"
-RESULTS, PASSED_TESTS = STATE / "results.json", STATE / "passed-tests.txt"
+RESULTS, LINEAR, PASSED_TESTS = STATE / "results.json", STATE / "linear.json", STATE / "passed-tests.txt"
 STAGE_SECONDS = 540
+CHECK_SECONDS, SMOKE_PARTS = 240, 3
+ONE_THREAD = (("OMP_NUM_THREADS", "1"),)
 SPARE_SECONDS = 15  # a step that ends by itself is told to end so much before its limit
 LARGEST_LOG = 2 << 20
 UNFINISHED = b"UNFINISHED: "  # printed by a step that has stopped by itself; with --resume it goes on
@@ -68,11 +73,17 @@ class Step:
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps whose budgets are within STAGE_SECONDS together."""
+    """Steps, one after the other or ``beside`` each other, within STAGE_SECONDS."""
 
     key: str
     about: str
     steps: tuple[Step, ...]
+    beside: bool = False  # all at once: nothing is timed
+
+    @property
+    def seconds(self) -> int:
+        budgets = [step.seconds for step in self.steps]
+        return max(budgets) if self.beside else sum(budgets)
 
 
 def stages(python: str, architecture: str, wheels: Path | None) -> list[Stage]:
@@ -84,47 +95,57 @@ def stages(python: str, architecture: str, wheels: Path | None) -> list[Stage]:
         threads = (("TORCHINDUCTOR_COMPILE_THREADS", "8"),)
         return Step(name, seconds, (*command, "--minutes", "{minutes}", "--out", str(RESULTS)), environment=threads)
 
-    def sanitized(tool: str, seconds: int) -> Step:
-        smoke = (python, "benchmarks/gpu_smoke.py", "--quick", "--minutes", "{minutes}")
-        command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *smoke)
-        # The caching allocator would hide overruns between its blocks.
-        return Step(tool, seconds, command, "compute-sanitizer", (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),))
+    def smoke(name: str, seconds: int, *options: str) -> Step:
+        command = (python, "benchmarks/gpu_smoke.py", *options, "--minutes", "{minutes}")
+        return Step(name, seconds, command, environment=ONE_THREAD)
 
-    report = (python, "-m", "benchmarks.report", str(RESULTS), "--out", str(REPORT))
-    smoke = (python, "benchmarks/gpu_smoke.py", "--minutes", "{minutes}")
+    def sanitized(tool: str) -> Step:
+        plain = smoke(tool, CHECK_SECONDS, "--quick")
+        command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *plain.command)
+        # The caching allocator would hide overruns between its blocks.
+        environment = (*plain.environment, ("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"))
+        return replace(plain, command=command, needs="compute-sanitizer", environment=environment)
+
+    def report(name: str) -> Step:
+        return Step(name, 20, (python, "-m", "benchmarks.report", str(RESULTS), "--out", str(REPORT)))
+
     tests = ("-q", "-n", "8", "--dist", "loadgroup", "-p", "benchmarks.resume_tests", "-p", "no:cacheprovider")
-    goes_on = ("--passed-file", str(PASSED_TESTS), "--stop-after-minutes", "{minutes}")
-    chosen = ("-k", "cuda and not cpp", "tests/test_cuda.py", "tests")
-    build = _build(python, architecture, wheels)
+    goes_on = ("--passed-file", str(PASSED_TESTS), "--stop-after-minutes", "{minutes}", "--first", "tests/test_cuda.py")
+    chosen = ("-m", "not long", "-k", "cuda and not cpp and not build and not sources", "tests")
+    tested = Step("tests", CHECK_SECONDS, (python, "-m", "pytest", *tests, *goes_on, *chosen), environment=ONE_THREAD)
+    parts = [smoke(f"smoke{i}", CHECK_SECONDS, "--part", f"{i}/{SMOKE_PARTS}") for i in range(SMOKE_PARTS)]
+    tools = [sanitized(tool) for tool in ("memcheck", "racecheck", "initcheck", "synccheck")]
+    linear = (python, "-m", "benchmarks.linear")
     return [
-        Stage("a", "build and smoke", (*build, Step("smoke", STAGE_SECONDS - sum(s.seconds for s in build), smoke))),
+        Stage("a", "build and a first look", (*_build(python, architecture, wheels), smoke("first", 60, "--quick"))),
         Stage(
             "b",
             "main figures: a copy, cross entropy, every loss",
             (
-                Step("copy", 60, (python, "-m", "benchmarks.bandwidth")),
-                measured("main", 440, "cuda_main", "losses"),
-                Step("main.report", 40, report),
+                Step("copy", 40, (python, "-m", "benchmarks.bandwidth")),
+                measured("main", 150, "cuda_main", "losses"),
+                report("main.report"),
             ),
         ),
-        Stage("c", "tests", (Step("tests", 540, (python, "-m", "pytest", *tests, *goes_on, *chosen)),)),
-        Stage("d", "memcheck", (sanitized("memcheck", 540),)),
+        Stage("c", "right or wrong", (tested, *parts, *tools), beside=True),
+        Stage(
+            "d",
+            "profiles",
+            (Step("profiles", 90, (python, "-m", "benchmarks.gpu_profile", str(RESULTS), "--out", str(LOGS)), "ncu"),),
+        ),
         Stage(
             "e",
-            "all figures: what we compete with, accuracy",
+            "what we compete with, accuracy",
             (
                 measured("accuracy", 60, "cuda", "accuracy"),
-                measured("peers", 360, "cuda", "losses"),
+                measured("peers", 200, "cuda", "losses"),
                 measured("steps", 80, "cuda", "end_to_end"),
-                Step("peers.report", 40, report),
+                Step("linear", 60, (*linear, "time", "--device", "cuda", "--out", str(LINEAR))),
+                Step("memory", 60, (*linear, "memory", "--device", "cuda", "--out", str(LINEAR))),
+                report("peers.report"),
             ),
         ),
-        Stage("f", "other checkers", tuple(sanitized(tool, 180) for tool in ("racecheck", "initcheck", "synccheck"))),
-        Stage(
-            "g",
-            "profiles",
-            (Step("profiles", 540, (python, "-m", "benchmarks.gpu_profile", str(RESULTS), "--out", str(LOGS)), "ncu"),),
-        ),
+        Stage("f", "torch.compile", (measured("compiled", 300, "cuda_compile", "losses"), report("report"))),
     ]
 
 
@@ -177,13 +198,13 @@ class Record:
 
     def __init__(self, out: Path, again: Collection[str] = ()) -> None:
         """Of other sources, or of steps that are done ``again``, nothing is kept."""
-        self.out, self.sources = out, digest()
+        self.out, self.sources, self.lock = out, digest(), threading.Lock()
         path = STATE / "state.json"
         found = json.loads(path.read_text()) if path.exists() else {}
         same = found.get("sources") == self.sources
         steps: dict[str, dict[str, object]] = found["steps"] if same else {}
         self.steps = {name: about for name, about in steps.items() if name not in again}
-        for name, kept in (("main", RESULTS), ("tests", PASSED_TESTS)):
+        for name, kept in (("main", RESULTS), ("linear", LINEAR), ("tests", PASSED_TESTS)):
             if not same or name in again:
                 kept.unlink(missing_ok=True)
         for folder in (LOGS, REPORT, out):
@@ -193,19 +214,21 @@ class Record:
         return self.steps.get(name, {}).get("status") == "passed"
 
     def note(self, name: str, status: str, seconds: float) -> None:
-        self.steps[name] = {"status": status, "seconds": round(seconds, 1)}
-        state = {"sources": self.sources, "steps": self.steps}
-        (STATE / "state.json").write_text(json.dumps(state, indent=1) + "\n")
-        self.hand_out()
+        with self.lock:
+            self.steps[name] = {"status": status, "seconds": round(seconds, 1)}
+            state = {"sources": self.sources, "steps": self.steps}
+            (STATE / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+            self.hand_out()
 
     def table(self) -> str:
         lines = [f"| {name} | {step['status']} | {step['seconds']} |\n" for name, step in self.steps.items()]
         return "| step | | seconds |\n|---|---|--:|\n" + "".join(lines)
 
     def hand_out(self) -> None:
-        """Three files, whatever is cut off later."""
-        if RESULTS.exists():
-            shutil.copyfile(RESULTS, self.out / "results.json")
+        """A few files, whatever is cut off later."""
+        for path in (RESULTS, LINEAR):
+            if path.exists():
+                shutil.copyfile(path, self.out / path.name)
         report = REPORT / "report.md"
         text = report.read_text() if report.exists() else "No measurements yet.\n"
         (self.out / "report.md").write_text(f"# Steps\n\n{self.table()}\n{text}")
@@ -258,8 +281,8 @@ def environment_of(step: Step, out: Path) -> dict[str, str]:
 def show(chosen: list[Stage]) -> None:
     """What would be run."""
     for stage in chosen:
-        budget = sum(step.seconds for step in stage.steps)
-        print(f"stage {stage.key}: {stage.about}, {budget} s of {STAGE_SECONDS} s at most")
+        beside = ", all at once" if stage.beside else ""
+        print(f"stage {stage.key}: {stage.about}, {stage.seconds} s of {STAGE_SECONDS} s at most{beside}")
         for step in stage.steps:
             variables = [f"{name}={value}" for name, value in step.environment]
             command = shlex.join([*variables, *step.arguments(step.seconds)]).replace(f"{ROOT}/", "")
@@ -276,26 +299,37 @@ def architecture_of(python: str) -> str:
     return result.stdout.strip()
 
 
+def attempt(stage: Stage, step: Step, record: Record, resume: bool, ends: float) -> None:
+    """Runs a step unless it has passed or cannot be run, and notes how it ended."""
+    left = ends - time.monotonic()
+    if resume and record.has_passed(step.name):
+        print(f"== {stage.key} {step.name}: passed before")
+    elif step.needs and shutil.which(step.needs) is None:
+        record.note(step.name, f"left out: no {step.needs} on PATH", 0)
+        print(f"== {stage.key} {step.name}: left out, {step.needs} is not on PATH")
+    elif left < 2 * SPARE_SECONDS:
+        record.note(step.name, "FAILED: no time left", 0)
+        print(f"== {stage.key} {step.name}: no time left")
+    else:
+        print(f"== {stage.key} {step.name}", flush=True)
+        began = time.monotonic()
+        ended = run(step, min(left, step.seconds), environment_of(step, record.out))
+        record.note(step.name, ended, time.monotonic() - began)
+        print(f"== {stage.key} {step.name}: {ended}", flush=True)
+
+
 def check(chosen: list[Stage], record: Record, resume: bool, stop_at: float) -> bool:
     """Runs the stages; whether all that could be run has passed."""
     for stage in chosen:
         ends = min(stop_at, time.monotonic() + STAGE_SECONDS)
+        if stage.beside:
+            with ThreadPoolExecutor(len(stage.steps)) as pool:
+                begun = [pool.submit(attempt, stage, step, record, resume, ends) for step in stage.steps]
+            for attempted in begun:
+                attempted.result()
+            continue
         for step in stage.steps:
-            left = ends - time.monotonic()
-            if resume and record.has_passed(step.name):
-                print(f"== {stage.key} {step.name}: passed before")
-            elif step.needs and shutil.which(step.needs) is None:
-                record.note(step.name, f"left out: no {step.needs} on PATH", 0)
-                print(f"== {stage.key} {step.name}: left out, {step.needs} is not on PATH")
-            elif left < 2 * SPARE_SECONDS:
-                record.note(step.name, "FAILED: no time left", 0)
-                print(f"== {stage.key} {step.name}: no time left")
-            else:
-                print(f"== {stage.key} {step.name}", flush=True)
-                began = time.monotonic()
-                ended = run(step, min(left, step.seconds), environment_of(step, record.out))
-                record.note(step.name, ended, time.monotonic() - began)
-                print(f"== {stage.key} {step.name}: {ended}", flush=True)
+            attempt(stage, step, record, resume, ends)
             if step.essential and not record.has_passed(step.name):
                 return False
     names = [step.name for stage in chosen for step in stage.steps]

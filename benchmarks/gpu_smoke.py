@@ -1,9 +1,9 @@
 """Every loss on the GPU against float64: regimes of the kernels, dtypes, layouts, options, CUDA graph capture.
 
-Exact are the plain PyTorch references in float64, on the CPU, on the same (rounded) logits. Everything runs twice and
+Exact are the plain PyTorch references in float64 on the same (rounded) logits, with ``--quick`` on the CPU. Everything runs twice and
 must give the same bits. Short and free of test frameworks, so that compute-sanitizer can run it: ``--quick`` for a few
-losses, ``--minutes`` for as much as there is time for (in an order that mixes everything), ``--device cpu`` to try the
-script itself.
+losses, ``--minutes`` for as much as there is time for (in an order that mixes everything), ``--part 0/3`` for the first
+of three processes that share the work, ``--device cpu`` to try the script itself.
 """
 
 from __future__ import annotations
@@ -131,14 +131,17 @@ def on(device: str, case: Case) -> tuple[Tensor, Tensor]:
     return loss_and_gradient(case.function, copy_to(device, case.logits), case.target.to(device), **options)
 
 
-def exact(case: Case) -> tuple[Tensor, Tensor]:
+def exact(case: Case, device: str) -> tuple[Tensor, Tensor]:
     def doubled(x: object) -> object:
-        return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+        if not isinstance(x, Tensor):
+            return x
+        return x.to(device, torch.float64 if x.is_floating_point() else x.dtype)
 
     target = doubled(case.target)
     assert isinstance(target, Tensor)
     options = {name: doubled(value) for name, value in case.options.items()}
-    return loss_and_gradient(case.reference, case.logits.double(), target, **options)
+    loss, gradient = loss_and_gradient(case.reference, case.logits.to(device).double(), target, **options)
+    return loss.cpu(), gradient.cpu()
 
 
 def error(got: Tensor, want: Tensor) -> float:
@@ -148,9 +151,9 @@ def error(got: Tensor, want: Tensor) -> float:
     return float(off.max().clamp_min(0) / want.abs().max().clamp_min(1e-6))
 
 
-def complaint(case: Case, device: str) -> str | None:
+def complaint(case: Case, device: str, exact_device: str = "cpu") -> str | None:
     """What is wrong, if anything."""
-    want, got, again = exact(case), on(device, case), on(device, case)
+    want, got, again = exact(case, exact_device), on(device, case), on(device, case)
     tolerance = TOLERANCE[case.logits.dtype]
     where = f"({case.where}; {', '.join(case.options)})"
     for what, limit, one, other in zip(("loss", "gradient"), (min(tolerance, 3e-5), tolerance), got, want, strict=True):
@@ -218,10 +221,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few losses and dtypes; for compute-sanitizer")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing new after so many")
+    parser.add_argument("--part", default="0/1", help="I/N: every N-th problem, from the I-th on")
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
     torch.manual_seed(0)
-    began, todo = time.perf_counter(), problems(options.quick)
+    part, parts = map(int, options.part.split("/"))
+    began, todo = time.perf_counter(), problems(options.quick)[part::parts]
     counts: collections.Counter[tuple[str, torch.dtype]] = collections.Counter()
     losses: set[str] = set()
     complaints: list[str] = []
@@ -230,7 +235,7 @@ def main() -> None:
     for make in todo:
         done += 1
         for case in make():
-            found = complaint(case, options.device)
+            found = complaint(case, options.device, "cpu" if options.quick else options.device)
             if found is not None:
                 complaints.append(found)
                 print(f"WRONG: {found}", flush=True)

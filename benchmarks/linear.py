@@ -7,12 +7,14 @@
     python -m benchmarks.linear traffic --ranks 4     # T16: bytes per row and step
     python -m benchmarks.linear million               # T17: 10^6 classes on 2 processes
 
-Every step runs in a process of its own where memory is measured. ``--device cuda`` for the first three.
+Every step runs in a process of its own where memory of the CPU is measured. ``--device cuda`` for the first three.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import json
 import resource
 import statistics
@@ -33,6 +35,7 @@ from fused_losses.functional import linear_loss
 from fused_losses.parallel import ClassParallel, sum_gradient
 
 MIB = 1 << 20
+GPU_SHAPES = ((4096, 512, 32_000), (8192, 768, 128_256))
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]
 ROWS: list[dict[str, Any]] = []
 
@@ -58,6 +61,20 @@ def torch_chunked(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
     return F.linear_cross_entropy(x, w, target, options=options)
 
 
+def liger(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    loss: Tensor = liger_fused_linear_cross_entropy(x, w, target)
+    return loss
+
+
+def cut_cross_entropy(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
+    linear_cross_entropy = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+
+    loss: Tensor = linear_cross_entropy(x, w, target)
+    return loss
+
+
 def once(step: Step, x: Tensor, w: Tensor, target: Tensor) -> Tensor:
     x.grad = w.grad = None
     loss = step(x, w, target)
@@ -65,21 +82,20 @@ def once(step: Step, x: Tensor, w: Tensor, target: Tensor) -> Tensor:
     return loss.detach()
 
 
-def peak_of(step: Step, shape: tuple[int, int, int], dtype: torch.dtype, device: str, queue: Any) -> None:
-    """Puts the step's peak beyond inputs, in bytes, into the queue; gradients are in it."""
+def peak_of(step: Step, shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> int:
+    """The step's peak beyond inputs, in bytes; gradients are in it."""
     x, w, target = make(*shape, dtype, device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         once(step, x, w, target)
-        queue.put(torch.cuda.max_memory_allocated() - before)
-        return
+        return torch.cuda.max_memory_allocated() - before
     once(step, *make(64, shape[1], 64, dtype, device))  # code and thread pools are no memory of the step
     with open("/proc/self/clear_refs", "w") as peak:
         peak.write("5")  # the peak starts again from what there is now
     before = _kibibytes("VmRSS")
     once(step, x, w, target)
-    queue.put((_kibibytes("VmHWM") - before) << 10)
+    return (_kibibytes("VmHWM") - before) << 10
 
 
 def _kibibytes(name: str) -> int:
@@ -91,26 +107,36 @@ PROVIDERS: dict[str, Callable[[str], Step]] = {
     "linear + fused loss": dense,
     "linear_loss": chunked,
     "torch chunked": lambda name: torch_chunked,
+    "Liger": lambda name: liger,
+    "cut-cross-entropy": lambda name: cut_cross_entropy,
 }
 
 
-def _measure_peak(
-    provider: str, name: str, shape: tuple[int, int, int], dtype: torch.dtype, device: str, q: Any
-) -> None:
+def peers(device: str) -> list[str]:
+    """Those of cross entropy that are installed."""
+    found = ["torch chunked"] if hasattr(F, "linear_cross_entropy") else []
+    for name, module in (("Liger", "liger_kernel"), ("cut-cross-entropy", "cut_cross_entropy")):
+        if device == "cuda" and importlib.util.find_spec(module) is not None:
+            found.append(name)
+    return found
+
+
+def _measure_peak(provider: str, name: str, shape: tuple[int, int, int], dtype: torch.dtype, queue: Any) -> None:
     torch.set_num_threads(1)
-    peak_of(PROVIDERS[provider](name), shape, dtype, device, q)
+    queue.put(peak_of(PROVIDERS[provider](name), shape, dtype, "cpu"))
 
 
 def _extra(provider: str, name: str, shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> int:
-    """Bytes beyond inputs and gradients, in a process of their own."""
-    context = torch.multiprocessing.get_context("spawn" if device == "cuda" else "fork")
-    queue = context.SimpleQueue()
-    process = context.Process(  # type: ignore[attr-defined]
-        target=_measure_peak, args=(provider, name, shape, dtype, device, queue)
-    )
-    process.start()
-    peak: int = queue.get()
-    process.join()
+    """Bytes beyond inputs and gradients; on a CPU in a process of their own, on a GPU the allocator counts."""
+    if device == "cuda":
+        peak = peak_of(PROVIDERS[provider](name), shape, dtype, device)
+    else:
+        context = torch.multiprocessing.get_context("fork")
+        queue = context.SimpleQueue()
+        process = context.Process(target=_measure_peak, args=(provider, name, shape, dtype, queue))
+        process.start()
+        peak = queue.get()
+        process.join()
     rows, features, classes = shape
     return peak - (rows + classes) * features * dtype.itemsize
 
@@ -129,11 +155,12 @@ def say_memory(provider: str, name: str, shape: tuple[int, int, int], dtype: tor
 
 
 def memory(device: str) -> None:
+    on_cpu = ((1024, 128, 10_000), (1024, 128, 50_000), (4096, 128, 50_000))
     for dtype in (torch.float32, torch.bfloat16):
-        for shape in ((1024, 128, 10_000), (1024, 128, 50_000), (4096, 128, 50_000)):
-            for provider, name in (("linear + fused loss", "cross_entropy"), ("linear_loss", "cross_entropy"),
-                                   ("linear_loss", "hem"), ("torch chunked", "cross_entropy")):  # fmt: skip
-                say_memory(provider, name, shape, dtype, device)
+        for shape in on_cpu if device == "cpu" else GPU_SHAPES:
+            say_memory("linear_loss", "hem", shape, dtype, device)
+            for provider in ("linear + fused loss", "linear_loss", *peers(device)):
+                say_memory(provider, "cross_entropy", shape, dtype, device)
 
 
 def seconds(step: Step, tensors: tuple[Tensor, Tensor, Tensor]) -> float:
@@ -162,7 +189,7 @@ def say_times(steps: dict[str, Step], tensors: tuple[Tensor, Tensor, Tensor], na
     found = compare(steps, tensors, repeats)
     for provider, each in found.items():
         ratio = each / found["linear_loss"]
-        say("time", (*x.shape, w.shape[0]), provider, name, x.dtype, ms=round(1e3 * each), over_ours=round(ratio, 2))
+        say("time", (*x.shape, w.shape[0]), provider, name, x.dtype, ms=round(1e3 * each, 1), over_ours=round(ratio, 2))
 
 
 def gemms(tensors: tuple[Tensor, Tensor, Tensor], repeats: int) -> None:
@@ -178,14 +205,15 @@ def gemms(tensors: tuple[Tensor, Tensor, Tensor], repeats: int) -> None:
         if x.is_cuda:
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - begin)
-    say("time", (*x.shape, w.shape[0]), "three GEMMs", "none", x.dtype, ms=round(1e3 * statistics.median(taken[1:])))
+    say("time", (*x.shape, w.shape[0]), "three GEMMs", "none", x.dtype, ms=round(1e3 * statistics.median(taken[1:]), 1))
 
 
 def sweep(device: str, repeats: int, out: Path) -> None:
     """Memory and time against the number of classes, and their two pictures."""
     for classes in (2_500, 5_000, 10_000, 20_000, 50_000):
+        names = ["linear + fused loss", "linear_loss", *peers(device)]
         # torch's takes minutes of two cores for more classes.
-        providers = {name: of for name, of in PROVIDERS.items() if classes < 50_000 or name != "torch chunked"}
+        providers = {name: PROVIDERS[name] for name in names if classes < 50_000 or name != "torch chunked"}
         for provider in providers:
             say_memory(provider, "cross_entropy", (1024, 128, classes), torch.float32, device)
         tensors = make(1024, 128, classes, torch.float32, device)
@@ -222,7 +250,7 @@ def picture(what: str, number: str, label: str, path: Path) -> None:
 
 
 def times(device: str, repeats: int, losses: list[str]) -> None:
-    shapes = [(2048, 256, 20_000)] if device == "cpu" else [(4096, 512, 32_000), (8192, 768, 128_256)]
+    shapes = ((2048, 256, 20_000),) if device == "cpu" else GPU_SHAPES
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     for shape in shapes:
         tensors = make(*shape, dtype, device)
@@ -230,7 +258,7 @@ def times(device: str, repeats: int, losses: list[str]) -> None:
         for name in losses:
             steps: dict[str, Step] = {"linear + fused loss": dense(name), "linear_loss": chunked(name)}
             if name == "cross_entropy":
-                steps["torch chunked"] = torch_chunked
+                steps |= {peer: PROVIDERS[peer](name) for peer in peers(device)}
             say_times(steps, tensors, name, repeats)
 
 

@@ -1,7 +1,8 @@
 """A pytest plugin, ``-p benchmarks.resume_tests``: a run that may be cut off, and the next one that goes on with it.
 
 ``--passed-file`` names what has passed, a line for each test, which the next run leaves out. ``--stop-after-minutes``
-skips what there is no time for and says how much that is. Works with pytest-xdist, whose workers stop by themselves.
+skips what there is no time for and says how much that is; ``--first`` names the file to begin with. Works with
+pytest-xdist, whose workers stop by themselves.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ NO_TIME = "no time left"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--passed-file", help="leave out what is listed here, add what passes")
+    parser.addoption("--first", default="", help="tests of this file come before all others")
     parser.addoption("--stop-after-minutes", type=float, default=math.inf, help="skip what would begin later")
 
 
@@ -28,6 +30,7 @@ class Resumed:
     """Workers select and skip; the process that hears of all results writes them down."""
 
     def __init__(self, config: pytest.Config) -> None:
+        self.first = config.getoption("--first")
         given = config.getoption("--passed-file")
         self.file = Path(given) if given else None
         self.stop_at = time.monotonic() + 60 * float(config.getoption("--stop-after-minutes"))
@@ -35,6 +38,7 @@ class Resumed:
         self.skipped = 0
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        items.sort(key=lambda item: not item.nodeid.startswith(self.first))
         if self.file is None or not self.file.exists():
             return
         passed = set(self.file.read_text().splitlines())
