@@ -81,6 +81,9 @@ void forward(RowProblem& p, void* loss, void* denominator) {
     check(!is_multi_reduction_loss(p.loss) || !is_about_labels(p),
           "fused_losses: on CUDA this loss makes no row statistics, and no gradient from the logits alone");
     const auto enqueue = is_multi_reduction_loss(p.loss) ? &enqueue_multi_reduction_forward : &enqueue_forward;
+    // A caller that has no place for stats calls no backward, which alone can put a wrong gradient right.
+    const bool has_backward = p.stats != nullptr;
+    if (is_worked_out_again(p)) p.stats = nullptr;
     if (p.reduction == Reduction::kNone) return check_launch(enqueue(p, {}, device.stream()));
     Sums sums(device);
     Tensor scratch, stats;
@@ -89,15 +92,16 @@ void forward(RowProblem& p, void* loss, void* denominator) {
     sums.to.loss = loss;
     sums.to.denominator = denominator;
     if (!p.grad) return check_launch(enqueue(p, sums.to, device.stream()));
-    // Nobody can put a wrong gradient right later without stats.
-    p.assumed_denominator = p.stats ? assumed_denominator(p) : 0.0;
+    p.assumed_denominator = has_backward ? assumed_denominator(p) : 0.0;
     if (p.reduction == Reduction::kMean && p.assumed_denominator == 0 && !p.denominator) {
         check_launch(enqueue_denominators(p, sums.to, device.stream()));
         p.denominator = denominator;
+        sums.to.follows_weights = true;
     }
     if (p.reduction != Reduction::kActiveMean) return check_launch(enqueue(p, sums.to, device.stream()));
     // The number of active rows is known only after all of them.
-    if (!p.stats) stats = device.scratch(p.stats_count * p.rows(), acc_of(p)), p.stats = stats.mutable_data_ptr();
+    if (!p.stats && !is_worked_out_again(p))
+        stats = device.scratch(p.stats_count * p.rows(), acc_of(p)), p.stats = stats.mutable_data_ptr();
     RowProblem first = p;
     first.grad = nullptr;
     check_launch(enqueue(first, sums.to, device.stream()));

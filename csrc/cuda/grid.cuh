@@ -6,6 +6,19 @@
 
 namespace fused_losses::cuda {
 
+// Two launches of which the second may begin while the first runs: the first lets it, and the second waits where it
+// needs what the first has written, or may write what the first reads. Without such a launch both do nothing.
+FL_DEVICE void let_next_kernel_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+FL_DEVICE void wait_for_kernel_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // For all threads of a block, after they wrote their partial results: is this the last of `blocks` blocks to arrive?
 // The ticket starts at zero, and is zero again once all have arrived.
 FL_DEVICE bool arrives_last(unsigned* ticket, std::int64_t blocks) {

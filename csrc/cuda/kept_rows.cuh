@@ -23,8 +23,11 @@ FL_DEVICE void work_on_tiles(const Args& args) {
     __shared__ LossSums of_thread[kTileThreads];
     LossSums& sums = of_thread[threadIdx.x];  // registers have other uses
     sums = {0, 0};
-    const Worker worker(args, ClassesOfThread(classes, team.lane, args.plan.rounds), behind_tiles(args.plan));
-    for_each_tile(args, [&](int first, int count, char* tile, auto arrive) {
+    const auto prepare = [&] {
+        wait_for_kernel_before();
+        return Worker(args, ClassesOfThread(classes, team.lane, args.plan.rounds), behind_tiles(args.plan));
+    };
+    for_each_tile(args, prepare, [&](const Worker& worker, int first, int count, char* tile, auto arrive) {
         arrive();
 #pragma unroll 1
         for (int r = own; r - own < count; r += at_once) {

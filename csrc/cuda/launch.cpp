@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "losses/needs.h"
+
 namespace fused_losses::cuda {
 
 bool rows_are_dense(const RowProblem& p, const RowStride& stride, std::int64_t class_stride) {
@@ -24,6 +26,12 @@ double assumed_denominator(const RowProblem& p) {
     const std::int64_t counting = launch + rows * bytes_of(p.index_type);
     const bool none_is_ignored = !p.target;
     return none_is_ignored || again < calls * counting ? static_cast<double>(rows) : 0;
+}
+
+bool is_worked_out_again(const RowProblem& p) {
+    constexpr std::int64_t few_classes = 32;
+    if (p.num_classes > few_classes || p.dtype == Dtype::kFloat64) return false;
+    return !is_multi_reduction_loss(p.loss) || needs_of(p.loss).has_margin;
 }
 
 }  // namespace fused_losses::cuda

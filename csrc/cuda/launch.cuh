@@ -25,6 +25,7 @@ unsigned blocks_for(std::int64_t rows, std::int64_t rows_per_block);
 
 struct BlockShape {
     int threads = kBlock, bytes = 0, cluster = 1;  // bytes of dynamic shared memory
+    bool overlaps = false;                         // may begin before the kernel before it has ended
 
     auto operator<=>(const BlockShape&) const = default;
 };
@@ -33,25 +34,43 @@ struct BlockShape {
 // small kernel takes less time than the questions.
 cudaError_t find_resident_blocks(const void* kernel, const BlockShape& shape, std::int64_t& blocks);
 cudaError_t find_multiprocessors(int& count);
+// Whether a kernel's code for the current device has instructions of sm_90.
+cudaError_t find_hopper_code(const void* kernel, bool& has);
+
+// Calls enqueue(problem, direction) for a gradient.
+template <class Enqueue>
+cudaError_t enqueue_backward(RowProblem p, Enqueue enqueue) {
+    if (p.rows() == 0) return cudaSuccess;
+    if (!is_worked_out_again(p)) return enqueue(p, Direction::kBackward);
+    p.stats = nullptr;
+    return enqueue(p, Direction::kBackwardAgain);
+}
 
 // Whether the rows follow each other without gaps.
 bool rows_are_dense(const RowProblem& p, const RowStride& stride, std::int64_t class_stride);
 
-// A launch of `blocks` blocks in clusters. Not to be copied: it points into itself.
+// A launch of `blocks` blocks. Not to be copied: it points into itself.
 struct ClusterLaunch {
-    cudaLaunchAttribute cluster = {};
+    cudaLaunchAttribute attributes[2] = {};
     cudaLaunchConfig_t config = {};
 
     ClusterLaunch(const BlockShape& shape, std::int64_t blocks, cudaStream_t stream) {
-        cluster.id = cudaLaunchAttributeClusterDimension;
-        cluster.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
-        cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
         config.gridDim = dim3(static_cast<unsigned>(blocks));
         config.blockDim = dim3(shape.threads);
         config.dynamicSmemBytes = static_cast<std::size_t>(shape.bytes);
         config.stream = stream;
-        config.attrs = &cluster;
-        config.numAttrs = shape.cluster > 1 ? 1 : 0;
+        config.attrs = attributes;
+        if (shape.cluster > 1) {
+            cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+            cluster.id = cudaLaunchAttributeClusterDimension;
+            cluster.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
+            cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+        }
+        if (shape.overlaps) {
+            cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
+            overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+            overlap.val.programmaticStreamSerializationAllowed = 1;
+        }
     }
     ClusterLaunch(const ClusterLaunch&) = delete;
 };

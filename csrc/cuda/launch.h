@@ -36,6 +36,8 @@ struct LossOutput {
     double* partials = nullptr;   // kPartials of scratch memory
     unsigned* ticket = nullptr;   // a zero, before and after; null: one of the kernel's own
     int own_ticket = 0;           // which: launches that may run at the same time take different ones
+    // The launch before is enqueue_denominators(), so that kernels that say when they need it may begin beside it.
+    bool follows_weights = false;
 };
 
 // Fills row_values, stats, grad (for an upstream gradient of 1) and `out`, as far as they are not null. And what
@@ -49,6 +51,13 @@ double assumed_denominator(const RowProblem& p);
 // out.denominator = the sum of the weights of all rows, from the targets alone; of two labels [2], what the losses of
 // either are divided by.
 cudaError_t enqueue_denominators(const RowProblem& p, const LossOutput& out, cudaStream_t stream);
+
+// Whether backward works out again what forward knows of a row: where rows are so short that the numbers would be as
+// many bytes as half of its logits. Its stats are neither written nor read then.
+bool is_worked_out_again(const RowProblem& p);
+
+// kBackward: from stats.
+enum class Direction { kForward, kBackward, kBackwardAgain };
 
 // Fills grad from stats, upstream and denominator, unless forward has already written just that.
 cudaError_t enqueue_gradient(const RowProblem& p, cudaStream_t stream);

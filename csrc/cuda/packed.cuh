@@ -127,12 +127,21 @@ public:
             return math::exp_not_positive(argument(z));
     }
 
+    // Of another pivot, not larger than this one. Where one is so huge that its base is another, it is 0.
+    FL_DEVICE float of_pivot(const Exponential& other) const {
+        if (scale != other.scale) return 0.0f;
+        if constexpr (kAsPower)
+            return exp2_approximately(other.c - c);
+        else
+            return math::exp_not_positive(other.c - c);
+    }
+
     // The logarithm of a sum of exponentials, of which one at least is hardly below 1: its rounding is no smaller than
     // the error near 1.
     static FL_DEVICE float log(float sum) { return kAsPower ? log2_approximately(sum) * kLn2 : math::log(sum); }
 
 private:
-    const float scale, c;
+    float scale, c;
 };
 
 }  // namespace fused_losses::cuda

@@ -4,21 +4,21 @@
 namespace fused_losses::cuda {
 namespace {
 
-cudaError_t enqueue_passes(const RowProblem& p, const LossOutput& out, bool is_saved, cudaStream_t stream) {
+cudaError_t enqueue_passes(const RowProblem& p, const LossOutput& out, Direction direction, cudaStream_t stream) {
     cudaError_t error = cudaErrorInvalidValue;
     visit_multi_reduction_loss(p.loss,
-                               [&]<class Loss>() { error = enqueue_passes_of<Loss>(p, out, is_saved, stream); });
+                               [&]<class Loss>() { error = enqueue_passes_of<Loss>(p, out, direction, stream); });
     return error;
 }
 
 }  // namespace
 
 cudaError_t enqueue_multi_reduction_forward(const RowProblem& p, const LossOutput& out, cudaStream_t stream) {
-    return p.rows() == 0 && !out.loss ? cudaSuccess : enqueue_passes(p, out, false, stream);
+    return p.rows() == 0 && !out.loss ? cudaSuccess : enqueue_passes(p, out, Direction::kForward, stream);
 }
 
 cudaError_t enqueue_multi_reduction_gradient(const RowProblem& p, cudaStream_t stream) {
-    return p.rows() == 0 ? cudaSuccess : enqueue_passes(p, {}, true, stream);
+    return enqueue_backward(p, [&](const RowProblem& of, Direction to) { return enqueue_passes(of, {}, to, stream); });
 }
 
 }  // namespace fused_losses::cuda

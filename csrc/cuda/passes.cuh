@@ -57,7 +57,7 @@ public:
             state = reduce(team, mine, target);
             const A weight = reads ? class_weight_of<A>(p, target) * sample_weight_of<A>(p, row) : A(0);
             if (team.leads && exists) record_row<Loss>(args, row, reads, weight, state, sums);
-            scale = weight * share;
+            scale = weight * args.share_of(row, share);
         }
         // All have read the target's logit: in a tile, the gradient may be written in its place. Shuffles do not
         // promise that.
@@ -175,17 +175,18 @@ cudaError_t enqueue_any_rows(PlannedArgs<A>& args, cudaStream_t stream) {
 }
 
 template <class Given>
-cudaError_t enqueue_passes_of(const RowProblem& given, const LossOutput& out, bool is_saved, cudaStream_t stream) {
+cudaError_t enqueue_passes_of(const RowProblem& given, const LossOutput& out, Direction direction,
+                              cudaStream_t stream) {
     using Loss = typename RunAs<Given>::type;
     RowProblem p = given;
     RunAs<Given>::convert(p.params);
     if (p.dtype == Dtype::kFloat64) {
         PlannedArgs<double> args(p, out);
-        args.is_saved = is_saved;
+        args.take_direction(direction);
         return enqueue_any_rows<Loss>(args, stream);
     }
     RegisterArgs args(p, out);
-    args.is_saved = is_saved;
+    args.take_direction(direction);
     cudaError_t error = kDoesNotFit;
     visit_variant<Loss>(p.params, [&]<class Variant>() {
         if (!p.first_param) error = enqueue_passes_in_registers<Variant>(args, stream);
@@ -198,7 +199,8 @@ cudaError_t enqueue_passes_of(const RowProblem& given, const LossOutput& out, bo
 }
 
 // In files that are compiled at the same time as the others.
-extern template cudaError_t enqueue_passes_of<BiTempered>(const RowProblem&, const LossOutput&, bool, cudaStream_t);
-extern template cudaError_t enqueue_passes_of<Rescaled>(const RowProblem&, const LossOutput&, bool, cudaStream_t);
+extern template cudaError_t enqueue_passes_of<BiTempered>(const RowProblem&, const LossOutput&, Direction,
+                                                          cudaStream_t);
+extern template cudaError_t enqueue_passes_of<Rescaled>(const RowProblem&, const LossOutput&, Direction, cudaStream_t);
 
 }  // namespace fused_losses::cuda

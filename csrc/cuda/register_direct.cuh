@@ -1,7 +1,10 @@
 // Rows that are longer than a few lanes can hold: a warp, a block or the blocks of a cluster have the row in registers,
-// read straight from device memory by 16 bytes whatever its alignment: the few numbers before the first and after the
-// last such boundary are a lane's each.
+// read by 16 bytes whatever its alignment: the few numbers before the first and after the last such boundary are a
+// lane's each. While they work on a row the next one is on its way to shared memory, where each thread finds what it
+// has asked for itself, so that nobody waits for anybody.
 #pragma once
+
+#include <cuda_pipeline.h>
 
 #include "cuda/register_words.cuh"
 
@@ -12,8 +15,8 @@ constexpr int kMostWarps = kMostThreads / 32;
 using BlockTeam = RowTeam<float, false>;
 
 // The thread's part of a row, of which each block of a cluster has consecutive accesses. What is beside the accesses is
-// the first block's.
-template <class Stored, class Team>
+// the first block's. Words: those that the thread holds.
+template <class Stored, class Team, class Words>
 class DirectPlace {
     static constexpr int n = kVector<Stored>;
 
@@ -21,18 +24,35 @@ public:
     static constexpr bool kIsMixed = false, kMayHaveExtra = true, exists = true;
     const int head, left;
 
-    FL_DEVICE DirectPlace(const RegisterArgs& a, const Team& t, int i)
+    // following: the row to bring when this one has been read, -1 for none.
+    FL_DEVICE DirectPlace(const RegisterArgs& a, const Team& t, int i, int following)
         : head(-misalignment(row_of(a.problem.logits, a.plan.logits_step, i)) & (n - 1)),
           left(min(accesses_of(a, head) - t.block_rank() * a.plan.share, a.plan.share) - t.lane),
           args(a),
           team(t),
-          number(i) {}
+          number(i),
+          next(following) {}
+
+    // Begins to bring the accesses of row i, once those before have been read.
+    static FL_DEVICE void bring(const RegisterArgs& a, const Team& t, int i) {
+        const DirectPlace place(a, t, i, -1);
+        const uint4* const from = reinterpret_cast<const uint4*>(place.logits() + place.head) + place.at();
+        uint4* const to = place.brought();
+        Words::each_round([&](int k) {
+            if (Words::has_round(place, k)) __pipeline_memcpy_async(to + k * t.threads, from + k * t.threads, 16);
+        });
+        __pipeline_commit();
+    }
+    static FL_DEVICE void wait_until_brought() { __pipeline_wait_prior(0); }
+    FL_DEVICE void has_been_read() const {
+        if (next >= 0) bring(args, team, next);
+    }
 
     FL_DEVICE const Stored* logits() const { return row_of(args.problem.logits, args.plan.logits_step, number); }
     FL_DEVICE Stored* grad() const {
         return const_cast<Stored*>(row_of(args.problem.grad, args.plan.grad_step, number));
     }
-    FL_DEVICE const uint4* from() const { return reinterpret_cast<const uint4*>(logits() + head) + at(); }
+    FL_DEVICE const uint4* from() const { return brought(); }
     FL_DEVICE uint4* to() const { return reinterpret_cast<uint4*>(grad() + head) + at(); }
     FL_DEVICE int step() const { return team.threads; }
     FL_DEVICE int first() const { return head + at() * n; }
@@ -58,36 +78,45 @@ private:
         return static_cast<int>(static_cast<unsigned>(classes_of(a) - head) / n);
     }
     FL_DEVICE int at() const { return team.block_rank() * args.plan.share + team.lane; }
+    FL_DEVICE uint4* brought() const {
+        return dynamic_shared + team.place() * team.threads * Words::kRounds + team.lane;
+    }
 
     const RegisterArgs& args;
     const Team& team;
-    const int number;
+    const int number, next;
 };
 
 // The frame of a kernel; Worker is as RegisterRow.
 template <class Worker>
 FL_DEVICE void work_on_direct_rows(const RegisterArgs& args) {
     using Packed = typename Worker::Packed;
+    using Place = DirectPlace<typename Worker::Stored, typename Worker::Team, typename Worker::Words>;
     const RowProblem& p = args.problem;
     if (is_already_written<float>(p)) return;
     typename Worker::Team team(args.plan);
+    const int rows = static_cast<int>(p.inner), step = static_cast<int>(team.step());
+    int number = static_cast<int>(team.first()) + team.place();
+    Packed target(args, number, number < rows), next(args, number + step, number + step < rows);
+    if (number < rows && Worker::is_read(target, true)) Place::bring(args, team, number);
+    wait_for_kernel_before();
     __shared__ LossSums of_team[kMostWarps];
     LossSums& sums = of_team[threadIdx.x / 32];  // of the leading thread, whose registers have other uses
     if (team.leads) sums = {0, 0};
     const Worker worker(args, sums);
-    const int rows = static_cast<int>(p.inner), step = static_cast<int>(team.step());
-    int number = static_cast<int>(team.first()) + team.place();
-    Packed next(args, number, number < rows);
     for (; number < rows; number += step) {
-        const Packed target = next;
-        next = {args, number + step, number + step < rows};  // arrives while this row is worked on
-        const DirectPlace<typename Worker::Stored, typename Worker::Team> place(args, team, number);
-        if (!worker.is_read(target, true)) {
+        const bool brings = number + step < rows && Worker::is_read(next, true);
+        const Place place(args, team, number, brings ? number + step : -1);
+        const Packed after(args, number + 2 * step, number + 2 * step < rows);  // arrives while this row is worked on
+        Place::wait_until_brought();
+        if (!Worker::is_read(target, true)) {
+            place.has_been_read();
             worker.ignore(team, number);
             worker.write_zeros(place);
         } else {
             worker.run(team, number, target, place);
         }
+        target = next, next = after;
     }
     team.part_company();
     __syncwarp();

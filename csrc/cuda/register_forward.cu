@@ -27,7 +27,7 @@ cudaError_t enqueue_registers(RegisterArgs& args, cudaStream_t stream) {
         if constexpr (!have_passes(kernel.factors))
             if (args.plan.kernel == i)
                 error = launch_rows_resident(&softmax_in_registers<Stored, kernel.factors, kernel.held, Team>, args,
-                                             stream);
+                                             stream, args.out.follows_weights);
     });
     return error;
 }

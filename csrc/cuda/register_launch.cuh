@@ -14,10 +14,20 @@ namespace fused_losses::cuda {
 template <class A>
 struct PlannedArgs : RowArgs<A> {
     RegisterPlan plan;
-    bool is_saved = false;  // what forward knows of all rows is in stats: only the gradient is asked for
-    bool sums_u = true;     // whether the loss of a class that has a share reads the sums with u_j, 1 there
+    // Backward: only the gradient is asked for. What forward knows of all rows is in stats, or is worked out again.
+    bool is_saved = false, is_again = false;
+    bool sums_u = true;  // whether the loss of a class that has a share reads the sums with u_j, 1 there
 
     using RowArgs<A>::RowArgs;
+
+    void take_direction(Direction direction) {
+        is_saved = direction == Direction::kBackward;
+        is_again = direction == Direction::kBackwardAgain;
+    }
+    // What a row's gradient is multiplied by, beside its weight; share: the same of all rows in forward.
+    FL_DEVICE A share_of(const Row& row, A share) const {
+        return is_again ? upstream_share_of<A>(this->problem, row) : share;
+    }
 };
 using RegisterArgs = PlannedArgs<float>;
 
@@ -43,31 +53,38 @@ template <class... Params, class... Args>
 cudaError_t launch_all_resident(void (*kernel)(Params...), const BlockShape& shape, std::int64_t wanted,
                                 cudaStream_t stream, const Args&... args) {
     std::int64_t resident = 0;
-    const cudaError_t error = find_resident_blocks(reinterpret_cast<const void*>(kernel), shape, resident);
+    const void* const code = reinterpret_cast<const void*>(kernel);
+    BlockShape alone = shape;
+    alone.overlaps = false;
+    cudaError_t error = find_resident_blocks(code, alone, resident);
+    bool overlaps = false;
+    if (error == cudaSuccess && shape.overlaps) error = find_hopper_code(code, overlaps);
     if (error != cudaSuccess) return error;
     const std::int64_t most = std::min<std::int64_t>(resident, kMaxBlocks / shape.cluster * shape.cluster);
     if (most == 0) return kDoesNotFit;  // so much shared memory, or so large a cluster
-    const ClusterLaunch launch(shape, std::clamp<std::int64_t>(wanted, shape.cluster, most), stream);
+    alone.overlaps = overlaps;
+    const ClusterLaunch launch(alone, std::clamp<std::int64_t>(wanted, shape.cluster, most), stream);
     return cudaLaunchKernelEx(&launch.config, kernel, args...);
 }
 
 // A kernel whose warps work on tiles.
 template <class Args>
 cudaError_t launch_tiles_resident(void (*kernel)(Args), const Args& args, cudaStream_t stream) {
+    const bool overlaps = args.out.follows_weights;
     const RegisterPlan& plan = args.plan;
     constexpr int warps = kTileThreads / 32;
     const std::int64_t tiles = (args.problem.rows() + plan.tile_rows - 1) / plan.tile_rows;
-    return launch_all_resident(kernel, {kTileThreads, warps * 2 * plan.tile_bytes + plan.slot_bytes, 1},
+    return launch_all_resident(kernel, {kTileThreads, warps * 2 * plan.tile_bytes + plan.slot_bytes, 1, overlaps},
                                (tiles + warps - 1) / warps, stream, args);
 }
 
-// A kernel of a RowTeam, or of another whose teams are like those.
+// A kernel of a RowTeam, or of another whose teams are like those. overlaps: whether it waits for the kernel before it.
 template <class Args>
-cudaError_t launch_rows_resident(void (*kernel)(Args), const Args& args, cudaStream_t stream) {
+cudaError_t launch_rows_resident(void (*kernel)(Args), const Args& args, cudaStream_t stream, bool overlaps = false) {
     const RegisterPlan& plan = args.plan;
     const int at_once = plan.is_column || plan.lanes == 32 ? plan.threads / plan.lanes : 1;
     const std::int64_t wanted = (args.problem.rows() + at_once - 1) / at_once * plan.cluster;
-    return launch_all_resident(kernel, {plan.threads, plan.slot_bytes, plan.cluster}, wanted, stream, args);
+    return launch_all_resident(kernel, {plan.threads, plan.slot_bytes, plan.cluster, overlaps}, wanted, stream, args);
 }
 
 // By the first kernel that is for such factors and has room for the rows; kDoesNotFit if none has. The others launch

@@ -94,7 +94,6 @@ constexpr Factors kKeptBy = Loss::num_kept == 1 ? Factors::kOneKept : Factors::k
 // As RegisterRow.
 template <class Loss, class S, class Access, int kNumRounds, int kAlways, class T, bool kMayBeRagged = true>
 class RegisterPasses {
-    using Words = RegisterWords<S, Access, kNumRounds, kAlways>;
     using Traits = RegisterTraits<Loss>;
     using State = typename Loss::template State<float>;
     static constexpr int n = Loss::num_kept;
@@ -104,6 +103,7 @@ public:
     using Stored = S;
     using Team = T;
     using Packed = PackedTarget<Factors::kNone>;
+    using Words = RegisterWords<S, Access, kNumRounds, kAlways>;
     static constexpr int kRounds = kNumRounds;
     static constexpr bool kRagged = kMayBeRagged;
 
@@ -147,7 +147,7 @@ public:
                 if constexpr (kIsRelative) whole.max = top;
                 record_row<Loss>(args, row_of(number), reads, scale, whole, sums_of_rows);
             }
-            scale *= share;
+            scale *= args.share_of(row_of(number), share);
         }
         if (p.grad) write_gradient(team, of, reads, place, numbers, state, scale);
     }
@@ -325,7 +325,8 @@ cudaError_t enqueue_passes_as(RegisterArgs& args, cudaStream_t stream) {
             using Team = std::conditional_t<kernel.of_warps, WarpTeam, BlockTeam>;
             if constexpr (kernel.factors == factors)
                 if (args.plan.kernel == i)
-                    error = launch_rows_resident(&passes_in_registers<Loss, Stored, kernel.held, Team>, args, stream);
+                    error = launch_rows_resident(&passes_in_registers<Loss, Stored, kernel.held, Team>, args, stream,
+                                                 args.out.follows_weights);
         });
         return error;
     };

@@ -185,6 +185,7 @@ RegisterPlan plan_direct(const RowProblem& p, Factors factors_wanted, int larges
     if (!plan) return {};
     take_steps(p, plan);
     plan.threads = plan.lanes == 32 ? kTileThreads : plan.lanes;
+    plan.slot_bytes = plan.threads * plan.held * element;  // of their next rows
     plan.is_ragged = p.num_classes % numbers != 0 || reinterpret_cast<std::uintptr_t>(p.logits) % 16 != 0 ||
                      p.logits_stride.inner % numbers != 0;
     return plan;

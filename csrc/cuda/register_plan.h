@@ -84,7 +84,7 @@ struct DirectKernel {
     // Of a block: addresses of as many loads as a float row needs take more registers, and so do sums with factors.
     constexpr int most_threads(int element) const {
         if (of_warps) return kTileThreads;
-        return element == 4 || factors == Factors::kOnes || factors >= Factors::kOnesAndStatistics ? 512 : 640;
+        return element == 4 || factors != Factors::kNone ? 512 : 640;
     }
 };
 constexpr DirectKernel kDirectKernels[] = {

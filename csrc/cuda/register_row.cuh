@@ -14,7 +14,11 @@ template <class S, Factors kFactors, class Access, int kNumRounds, int kAlways, 
 class RegisterRow {
     static constexpr bool kLooks = kFactors == Factors::kOnesAndStatistics;
     static constexpr bool kReadsU = kFactors == Factors::kRead, kOnes = kFactors == Factors::kOnes || kLooks;
+
+public:
     using Words = RegisterWords<S, Access, kNumRounds, kAlways>;
+
+private:
     static constexpr int kCount = Words::kCount, kNumbers = Words::kNumbers, kHeld = Words::kHeld;
     static constexpr float kLowest = Words::kLowest;
 
@@ -69,23 +73,29 @@ public:
         if (is_saved()) {
             pivot = reads ? as<float>(p.stats)[number] : 0.0f;
         } else {
-            others = pivot = largest_of(team, std::fmax(words.largest(), extra));
+            others = pivot = largest(team, std::fmax(words.largest(), extra));
             if (is_apart) pivot = std::fmax(pivot, target_logit);
             if (pivot == kLowest || !is_read(packed, place.exists)) pivot = 0.0f;
         }
-        const Exponential<Stored> exponential(pivot);
+        Exponential<Stored> exponential(pivot);
         float e[kHeld];
         SoftmaxState<float> state{pivot, 0.0f, 0.0f, 0.0f};
         take_exponentials(exponential, words.w, e, state);
+        float extra_e = exponential(extra);
+        if (!is_saved()) {
+            state.sum += extra_e;
+            if constexpr (kMerges)
+                merge(team, others, is_apart ? target_logit : kLowest, exponential, e, extra_e, state);
+            else
+                state.sum = sum_of(team, state.sum);
+        }
         if constexpr (kFactors != Factors::kNone)
             if (reads && sums_u()) add_factors(exponential, words.w, state, u, is_apart ? target.cls : -1, place);
-        float extra_e = exponential(extra);
         const float target_e = exponential(target_logit);
         Coefficients<float> coefficients{};
         if (is_saved()) {
             if (reads) coefficients = saved_coefficients<float>(p, row);
         } else {
-            state.sum = sum_of(team, state.sum + extra_e);
             if (is_apart) state.sum += target_e;
             if constexpr (kLooks) {
                 const RowSummary<float, int> all = summary(team, place, exponential, words.w, e, extra, extra_e, others,
@@ -110,7 +120,8 @@ public:
                                             : end.template finish<kFactors>(
                                                   row, target, target_logit, exponential.distance(target_logit),
                                                   target_e, exponential.log(state.sum), state, team.leads);
-                coefficients.scale(has_shares() && p.upstream ? upstream_share_of<float>(p, row) : share);
+                coefficients.scale(has_shares() && p.upstream ? upstream_share_of<float>(p, row)
+                                                              : args.share_of(row, share));
             } else if (place.exists) {
                 ignore(team, number);
             }
@@ -131,6 +142,35 @@ public:
     }
 
 private:
+    // Where more than a warp shares a row, each takes its exponentials relative to the largest of its own logits, so
+    // that all wait for each other once. (Row statistics want to know the row's largest before.)
+    static constexpr bool kMerges = T::kMayBeWide && !kLooks;
+    static FL_DEVICE float largest(Team& team, float x) {
+        if constexpr (!kMerges) return largest_of(team, x);
+        float only[] = {x};
+        reduce_warp(only, Larger());
+        return only[0];
+    }
+
+    // Sum and exponentials of the warp, relative to the largest of its logits and the one that is apart, become the
+    // row's sum and exponentials relative to the largest of all.
+    FL_DEVICE void merge(Team& team, float largest, float apart, Exponential<Stored>& exponential, float* e,
+                         float& extra_e, SoftmaxState<float>& state) const {
+        const float own = std::fmax(largest, apart);
+        const auto pivot_of = SoftmaxState<float>::pivot_of;
+        const auto relative = [&](float from, float to) {
+            return from == kLowest ? 0.0f : Exponential<Stored>(pivot_of(to)).of_pivot(Exponential<Stored>(from));
+        };
+        float top = own;
+        team.merge(top, state.sum, relative);
+        const float by = relative(own, top);
+#pragma unroll
+        for (int i = 0; i < kHeld; ++i) e[i] *= by;
+        extra_e *= by;
+        state.max = pivot_of(top);
+        exponential = Exponential<Stored>(state.max);
+    }
+
     // Kernels that sum no u_j, or make statistics, are for forward alone.
     FL_DEVICE bool is_saved() const { return kFactors != Factors::kNone && !kLooks && args.is_saved; }
     FL_DEVICE bool has_shares() const { return kReadsU && p.class_factors == ClassFactors::kClassLosses; }

@@ -46,6 +46,7 @@ public:
     FL_DEVICE int first() const { return skip + part.begin * n; }
     FL_DEVICE int extra() const { return !kMayHaveExtra ? -1 : skip > 0 ? part.beside >> 31 : part.beside; }
     FL_DEVICE bool owns(int) const { return part.lane == 0; }
+    FL_DEVICE void has_been_read() const {}
 
 private:
     const LanePart& part;
@@ -73,10 +74,13 @@ FL_DEVICE void work_on_register_tiles(const RegisterArgs& args) {
     sums = {0, 0};
     for (int k = threadIdx.x; k < Worker::kRounds; k += kTileThreads) shared.zeros[k] = 0;
     __syncthreads();
-    const Worker worker(args, sums);
     const int own = threadIdx.x % 32 / team.lanes, at_once = 32 / team.lanes, rows = static_cast<int>(p.inner);
     const LanePart part(args, team.lane, n);
-    for_each_tile(args, [&](int first, int count, char* bytes, auto arrive) {
+    const auto prepare = [&] {
+        wait_for_kernel_before();
+        return Worker(args, sums);
+    };
+    for_each_tile(args, prepare, [&](const Worker& worker, int first, int count, char* bytes, auto arrive) {
         int number = first + own;
         Packed next(args, number, number < rows);
         arrive();

@@ -8,6 +8,8 @@
 
 namespace fused_losses::cuda {
 
+extern __shared__ uint4 dynamic_shared[];
+
 // In one register. A row that does not exist is an ignored one, of which nothing is kept.
 template <Factors kFactors>
 struct PackedTarget {
@@ -37,10 +39,12 @@ struct PackedTarget {
 //                          for them. The row is in a tile, where its gradient takes its place
 //     exists               whether there is a row
 //     owns(cls)            whether this thread writes the gradient of the target's class
+//     has_been_read()      to be called once the accesses are in registers
 // What it takes to find them is worked out when it is needed: registers are what is scarce. Of the kRounds accesses
 // that a thread has room for, every thread has the first kAlways.
-template <class Stored, class Access, int kRounds, int kAlways>
+template <class Stored, class Access, int kNumRounds, int kAlways>
 struct RegisterWords {
+    static constexpr int kRounds = kNumRounds;
     static constexpr int kOfAccess = sizeof(Access) / 4, kCount = Word<Stored>::count, kNumbers = kOfAccess * kCount;
     static constexpr int kWords = kRounds * kOfAccess, kHeld = kRounds * kNumbers;
     static constexpr float kLowest = -std::numeric_limits<float>::infinity();
@@ -67,6 +71,7 @@ struct RegisterWords {
             const Access x = has_round(place, k) ? from[k * place.step()] : join(lowest);
             std::memcpy(w + k * kOfAccess, &x, sizeof x);
         });
+        place.has_been_read();
     }
 
     // Of other numbers for the row's classes, those of the thread's; 0 where there is none. They lie as the logits do,

@@ -3,6 +3,6 @@
 
 namespace fused_losses::cuda {
 
-template cudaError_t enqueue_passes_of<Rescaled>(const RowProblem&, const LossOutput&, bool, cudaStream_t);
+template cudaError_t enqueue_passes_of<Rescaled>(const RowProblem&, const LossOutput&, Direction, cudaStream_t);
 
 }  // namespace fused_losses::cuda

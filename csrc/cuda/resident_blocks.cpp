@@ -25,6 +25,16 @@ cudaError_t find_multiprocessors(int& count) {
     });
 }
 
+cudaError_t find_hopper_code(const void* kernel, bool& has) {
+    static auto& known = *new PerDevice<bool, const void*>;
+    return known.find(kernel, has, [&](int, bool& answer) {
+        cudaFuncAttributes function = {};
+        const cudaError_t error = cudaFuncGetAttributes(&function, kernel);
+        answer = function.ptxVersion >= 90;
+        return error;
+    });
+}
+
 namespace {
 
 constexpr int kSharedWithoutAsking = 32 * 1024;  // beside what the kernel has for itself

@@ -55,6 +55,7 @@ FL_DEVICE void reduce_warp(A (&x)[n], Combine combine) {
 // Lanes of a warp; all lanes of the warp take part. kLanes: how many, where the compiler knows.
 template <int kLanes = 0>
 struct LaneTeam {
+    static constexpr bool kMayBeWide = false;
     const int lanes, lane;
     const bool leads;
 
@@ -82,6 +83,7 @@ struct LaneTeam {
 
 // A warp, which the compiler knows to have 32 lanes: those of RowTeam are known at run time.
 struct WarpTeam {
+    static constexpr bool kMayBeWide = false;  // of more than a warp
     static constexpr int threads = 32;
     const int lane;
     const bool leads;
@@ -109,6 +111,7 @@ class RowTeam {
     int turn = 0;       // who is late reads one half while others write to the other
 
 public:
+    static constexpr bool kMayBeWide = true;
     const int threads, lane;  // in this block
     const bool leads;
 
@@ -163,6 +166,38 @@ public:
         for (int i = 0; i < n; ++i)
             x[i] = me < cluster_group::num_blocks() ? *cluster_group::map_shared_rank(&of_block[turn][i], me) : nothing;
         reduce_warp(x, combine);
+    }
+
+    // For rows that are not columns. Sums of threads that are relative to a number, which each warp has in common,
+    // become the sum of all relative to the largest of these numbers. relative(a, b): what makes a sum relative to a
+    // one that is relative to b.
+    template <class Relative>
+    FL_DEVICE void merge(A& number, A& sum, Relative relative) {
+        A only[] = {sum};
+        reduce_warp(only, Plus());
+        sum = only[0];
+        if (threads == 32) return;
+        __shared__ A of_warp[2][2][kMostThreads / 32], of_block[2][2];
+        const int me = threadIdx.x % 32;
+        turn ^= 1;
+        if (me == 0) of_warp[turn][0][threadIdx.x / 32] = number, of_warp[turn][1][threadIdx.x / 32] = sum;
+        __syncthreads();
+        const auto merge_lanes = [&](int parts, const A* numbers, const A* sums) {
+            const A own = me < parts ? *numbers : -std::numeric_limits<A>::infinity();
+            only[0] = own;
+            reduce_warp(only, Larger());
+            number = only[0];
+            only[0] = me < parts ? *sums * relative(own, number) : A(0);
+            reduce_warp(only, Plus());
+            sum = only[0];
+        };
+        merge_lanes(threads / 32, of_warp[turn][0] + me, of_warp[turn][1] + me);
+        if (cluster_group::num_blocks() == 1) return;
+        if (threadIdx.x == 0) of_block[turn][0] = number, of_block[turn][1] = sum;
+        cluster_group::sync();
+        const int block = me < cluster_group::num_blocks() ? me : 0;
+        merge_lanes(cluster_group::num_blocks(), cluster_group::map_shared_rank(&of_block[turn][0], block),
+                    cluster_group::map_shared_rank(&of_block[turn][1], block));
     }
 
 private:

@@ -255,7 +255,7 @@ private:
         }
         c = end.template finish<kFactors>(row, Target{of.cls, false}, of.target_logit, distance, target_e,
                                           exponential.log(state.sum), state, true);
-        c.scale(share);
+        c.scale(args.share_of(row, share));
     }
 
     FL_DEVICE void write(const Column (&of)[n], const Place& place, const float (&pivot)[n], const Words& w,
@@ -305,12 +305,13 @@ private:
 template <class Stored, Factors kFactors, int kHeld>
 __global__ void __launch_bounds__(kMostColumnThreads, 2) softmax_in_columns(const __grid_constant__ RegisterArgs args) {
     const RowProblem& p = args.problem;
-    if (args.is_saved && is_already_written<float>(p)) return;
+    if (is_already_written<float>(p)) return;
     using Worker = Columns<Stored, kFactors, kHeld>;
     __shared__ typename Worker::Shared shared;
     __shared__ LossSums of_thread[kMostColumnThreads];
     LossSums& sums = of_thread[threadIdx.x];  // registers have other uses
     sums = {0, 0};
+    wait_for_kernel_before();
     Worker columns(args, sums, shared);
     constexpr int at_once = kWarp * Word<Stored>::count;
     const std::int64_t of_image = (p.inner + at_once - 1) / at_once, all = of_image * p.outer;
@@ -333,7 +334,7 @@ cudaError_t enqueue_columns(RegisterArgs& args, cudaStream_t stream) {
         constexpr ColumnKernel kernel = kColumnKernels[i];
         if (args.plan.kernel == i)
             error = launch_all_resident(&softmax_in_columns<Stored, kernel.factors, kernel.held>,
-                                        {args.plan.threads, 0, 1}, wanted, stream, args);
+                                        {args.plan.threads, 0, 1, args.out.follows_weights}, wanted, stream, args);
     });
     return error;
 }

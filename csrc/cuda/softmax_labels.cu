@@ -72,6 +72,7 @@ cudaError_t enqueue_in_registers(const RowProblem& p, const LossOutput& out, cud
 // weights are parts of one denominator.
 template <class A>
 __global__ void __launch_bounds__(kBlock) sum_weights(const __grid_constant__ RowArgs<A> args) {
+    let_next_kernel_begin();
     const RowProblem& p = args.problem;
     LossSums sums{0, 0};
     const std::int64_t step = std::int64_t(gridDim.x) * kBlock, rows = p.rows();

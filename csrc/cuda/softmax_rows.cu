@@ -94,7 +94,7 @@ template <class A>
 __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : 2)
     softmax_of_rows(const __grid_constant__ PlannedArgs<A> args) {
     const RowProblem& p = args.problem;
-    if (args.is_saved && is_already_written<A>(p)) return;
+    if (is_already_written<A>(p)) return;
     RowTeam<A, true> team(args.plan);
     LossSums sums{0, 0};
     RowEnd<A> end(args, sums);
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : 2)
             const A target_distance = target_logit - state.max;
             coefficients = end.finish(row, target, target_logit, target_distance, math::exp(target_distance),
                                       math::log(state.sum), state, team.leads);
-            coefficients.scale(share);
+            coefficients.scale(args.share_of(row, share));
         }
         if (p.grad) mine.write_gradient(coefficients);
     }
@@ -140,23 +140,23 @@ cudaError_t enqueue_any_rows(PlannedArgs<A>& args, cudaStream_t stream) {
 }
 
 template <class Stored>
-cudaError_t enqueue_of(const RowProblem& p, const LossOutput& out, bool is_saved, cudaStream_t stream) {
+cudaError_t enqueue_of(const RowProblem& p, const LossOutput& out, Direction direction, cudaStream_t stream) {
     PlannedArgs<acc_t<Stored>> args(p, out);
-    args.is_saved = is_saved;
+    args.take_direction(direction);
     if constexpr (!kIsForChecking<Stored>) {
-        // Backward alone is the business of kernels that do it for u_j of 1 as well.
-        const Factors own = factors_of(p), factors = is_saved && own == Factors::kNone ? Factors::kOnes : own;
+        // Backward from stats is the business of kernels that do it for u_j of 1 as well.
+        const Factors own = factors_of(p), factors = args.is_saved && own == Factors::kNone ? Factors::kOnes : own;
         if (const cudaError_t error = enqueue_held<Stored>(args, factors, stream); error != kDoesNotFit) return error;
     }
     return enqueue_any_rows(args, stream);
 }
 
-cudaError_t enqueue(const RowProblem& p, const LossOutput& out, bool is_saved, cudaStream_t stream) {
+cudaError_t enqueue(const RowProblem& p, const LossOutput& out, Direction direction, cudaStream_t stream) {
     switch (p.dtype) {
-        case Dtype::kFloat64: return enqueue_of<double>(p, out, is_saved, stream);
-        case Dtype::kFloat32: return enqueue_of<float>(p, out, is_saved, stream);
-        case Dtype::kFloat16: return enqueue_of<Half>(p, out, is_saved, stream);
-        case Dtype::kBFloat16: return enqueue_of<BFloat16>(p, out, is_saved, stream);
+        case Dtype::kFloat64: return enqueue_of<double>(p, out, direction, stream);
+        case Dtype::kFloat32: return enqueue_of<float>(p, out, direction, stream);
+        case Dtype::kFloat16: return enqueue_of<Half>(p, out, direction, stream);
+        case Dtype::kBFloat16: return enqueue_of<BFloat16>(p, out, direction, stream);
     }
     return cudaErrorInvalidValue;
 }
@@ -165,11 +165,11 @@ cudaError_t enqueue(const RowProblem& p, const LossOutput& out, bool is_saved, c
 
 cudaError_t enqueue_forward(const RowProblem& p, const LossOutput& out, cudaStream_t stream) {
     if (p.rows() == 0 && !out.loss) return cudaSuccess;
-    return is_about_labels(p) ? enqueue_labels(p, out, stream) : enqueue(p, out, false, stream);
+    return is_about_labels(p) ? enqueue_labels(p, out, stream) : enqueue(p, out, Direction::kForward, stream);
 }
 
 cudaError_t enqueue_gradient(const RowProblem& p, cudaStream_t stream) {
-    return p.rows() == 0 ? cudaSuccess : enqueue(p, {}, true, stream);
+    return enqueue_backward(p, [&](const RowProblem& of, Direction to) { return enqueue(of, {}, to, stream); });
 }
 
 }  // namespace fused_losses::cuda

@@ -4,11 +4,9 @@
 
 #include <cuda_pipeline.h>
 
-#include "cuda/register_launch.cuh"
+#include "cuda/register_words.cuh"
 
 namespace fused_losses::cuda {
-
-extern __shared__ uint4 dynamic_shared[];
 
 // Consecutive numbers, alike aligned in device and in shared memory, moved by a warp: whole accesses of 16 bytes, and
 // the pairs of bytes beside them by a lane each.
@@ -55,10 +53,10 @@ FL_DEVICE void* behind_tiles(const RegisterPlan& plan) {
     return reinterpret_cast<char*>(dynamic_shared) + kTileThreads / 32 * 2 * plan.tile_bytes;
 }
 
-// Calls body(first row, rows, tile, arrive) for the tiles of this warp, each of whose lanes calls arrive() before it
-// reads.
-template <class Body>
-FL_DEVICE void for_each_tile(const RegisterArgs& args, Body body) {
+// Calls body(worker, first row, rows, tile, arrive) for the tiles of this warp, each of whose lanes calls arrive()
+// before it reads. The worker is made by prepare(), while the first tile is on its way.
+template <class Prepare, class Body>
+FL_DEVICE void for_each_tile(const RegisterArgs& args, Prepare prepare, Body body) {
     const RowProblem& p = args.problem;
     const int me = threadIdx.x % 32, warp = threadIdx.x / 32, rows = static_cast<int>(p.inner);
     const int tile_rows = args.plan.tile_rows, row_bytes = args.plan.row_bytes;
@@ -77,9 +75,10 @@ FL_DEVICE void for_each_tile(const RegisterArgs& args, Body body) {
     };
     int first = (blockIdx.x * (kTileThreads / 32) + warp) * tile_rows;
     if (first < rows) begin(first, tile);
+    const auto worker = prepare();
     for (; first < rows; first += step) {
         const int count = rows_from(first);
-        body(first, count, tile, [&] {
+        body(worker, first, count, tile, [&] {
             __pipeline_wait_prior(0);
             __syncwarp();
             if (first + step < rows) begin(first + step, other);
