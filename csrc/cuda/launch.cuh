@@ -42,7 +42,7 @@ template <class Enqueue>
 cudaError_t enqueue_backward(RowProblem p, Enqueue enqueue) {
     if (p.rows() == 0) return cudaSuccess;
     if (!is_worked_out_again(p)) return enqueue(p, Direction::kBackward);
-    p.stats = nullptr;
+    p.stats = p.row_values = nullptr;  // not to be written again
     return enqueue(p, Direction::kBackwardAgain);
 }
 

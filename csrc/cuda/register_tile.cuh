@@ -80,22 +80,26 @@ FL_DEVICE void work_on_register_tiles(const RegisterArgs& args) {
         wait_for_kernel_before();
         return Worker(args, sums);
     };
-    for_each_tile(args, prepare, [&](const Worker& worker, int first, int count, char* bytes, auto arrive) {
-        int number = first + own;
-        Packed next(args, number, number < rows);
-        arrive();
-        Stored* row = reinterpret_cast<Stored*>(bytes) + own * classes;
-        int skip = n == 1 ? 0 : misalignment(as<Stored>(p.logits)) + own * classes;
+    int number = (blockIdx.x * (kTileThreads / 32) + threadIdx.x / 32) * args.plan.tile_rows + own;
+    Packed next(args, number, number < rows);  // arrives while the row before is worked on
+    for_each_tile(
+        args, prepare, [&](const Worker& worker, int first, int count, int following, char* bytes, auto arrive) {
+            number = first + own;
+            arrive();
+            Stored* row = reinterpret_cast<Stored*>(bytes) + own * classes;
+            int skip = n == 1 ? 0 : misalignment(as<Stored>(p.logits)) + own * classes;
 #pragma unroll 1
-        for (int trips = (count + at_once - 1) / at_once; trips > 0; --trips) {
-            const Packed target = next;
-            next = {args, number + at_once, trips > 1 && number + at_once < rows};
-            worker.run(team, number, target,
-                       TilePlace<Stored, Worker::kRagged>(part, row, Worker::kRagged ? skip & (n - 1) : 0, shared.zeros,
-                                                          !worker.is_read(target, number < rows), number < rows));
-            number += at_once, row += at_once * classes, skip += at_once * classes;
-        }
-    });
+            for (int trips = (count + at_once - 1) / at_once; trips > 0; --trips) {
+                const Packed target = next;
+                const int after = trips > 1 ? number + at_once : following + own;
+                next = {args, after, after < rows};
+                worker.run(
+                    team, number, target,
+                    TilePlace<Stored, Worker::kRagged>(part, row, Worker::kRagged ? skip & (n - 1) : 0, shared.zeros,
+                                                       !worker.is_read(target, number < rows), number < rows));
+                number += at_once, row += at_once * classes, skip += at_once * classes;
+            }
+        });
     write_loss(args, sums);
 }
 

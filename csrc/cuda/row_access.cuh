@@ -196,6 +196,13 @@ FL_DEVICE int misalignment(const Stored* pointer) {  // in elements
     return static_cast<int>(reinterpret_cast<std::uintptr_t>(pointer) % 16 / sizeof(Stored));
 }
 
+// Asks for the 128 bytes around an address, which need not be there, to be in the L2 cache before long.
+FL_DEVICE void prefetch(const void* at) {
+#ifdef __CUDA_ARCH__
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(at)));
+#endif
+}
+
 // To global memory, by one instruction: an assignment may become one for each element, since the compiler sees through
 // the vector to the elements that it was made of.
 FL_DEVICE void store_at_once(uint4* to, uint4 x) {

@@ -51,8 +51,9 @@ public:
           begin(part * static_cast<int>(p.num_classes) / a.plan.lanes),
           count((part + 1) * static_cast<int>(p.num_classes) / a.plan.lanes - begin) {}
 
-    // The columns from `first` on, of an image of the problem's `inner`. For all threads of the block.
-    FL_DEVICE void run(std::int64_t outer, std::int64_t first) {
+    // The columns from `first` on, of an image of the problem's `inner`, and those that come next; next_outer: -1 if
+    // there are none. For all threads of the block.
+    FL_DEVICE void run(std::int64_t outer, std::int64_t first, std::int64_t next_outer, std::int64_t next_first) {
         const Place place{outer, first + lane * n};
         Column of[n];
 #pragma unroll
@@ -67,6 +68,7 @@ public:
                     to_acc(logits[j * p.logits_stride.inner + of[j].cls * p.logits_class_stride]) + bias;
         Words w;
         read(logits, of, w);
+        if (!kReadsU && next_outer >= 0) prefetch_columns(next_outer, next_first);
         float pivot[n];
         find_pivots(w, of, place, pivot);
         State state[n];
@@ -77,6 +79,15 @@ public:
     }
 
 private:
+    // A lane asks for a class of the warp's, whose neighbouring columns are 128 bytes; and for as many of the targets.
+    FL_DEVICE void prefetch_columns(std::int64_t outer, std::int64_t first) const {
+        if (lane < count)
+            prefetch(as<Stored>(p.logits) + p.logits_stride.at(outer, first) + (begin + lane) * p.logits_class_stride);
+        const std::int64_t apart = p.target_stride.inner * bytes_of(p.index_type);
+        if (part == 0 && p.target && 128 * lane < kWarp * n * apart)
+            prefetch(as<char>(p.target) + p.target_stride.at(outer, first) * bytes_of(p.index_type) + 128 * lane);
+    }
+
     // Of a lane's first column: in few registers, as all that stays.
     struct Place {
         std::int64_t outer, inner;
@@ -316,8 +327,10 @@ __global__ void __launch_bounds__(kMostColumnThreads, 2) softmax_in_columns(cons
     constexpr int at_once = kWarp * Word<Stored>::count;
     const std::int64_t of_image = (p.inner + at_once - 1) / at_once, all = of_image * p.outer;
     for (std::int64_t number = blockIdx.x; number < all; number += gridDim.x) {
-        const std::int64_t outer = p.outer == 1 ? 0 : number / of_image;
-        columns.run(outer, (number - outer * of_image) * at_once);
+        const std::int64_t following = number + gridDim.x;
+        const std::int64_t outer = p.outer == 1 ? 0 : number / of_image, next = p.outer == 1 ? 0 : following / of_image;
+        columns.run(outer, (number - outer * of_image) * at_once, following < all ? next : -1,
+                    (following - next * of_image) * at_once);
     }
     write_loss(args, sums);
 }

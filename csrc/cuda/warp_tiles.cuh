@@ -53,8 +53,9 @@ FL_DEVICE void* behind_tiles(const RegisterPlan& plan) {
     return reinterpret_cast<char*>(dynamic_shared) + kTileThreads / 32 * 2 * plan.tile_bytes;
 }
 
-// Calls body(worker, first row, rows, tile, arrive) for the tiles of this warp, each of whose lanes calls arrive()
-// before it reads. The worker is made by prepare(), while the first tile is on its way.
+// Calls body(worker, first row, rows, first row of the next tile, tile, arrive) for the tiles of this warp, each of
+// whose lanes calls arrive() before it reads. After the last tile no row of all is the next. The worker is made by
+// prepare(), while the first tile is on its way.
 template <class Prepare, class Body>
 FL_DEVICE void for_each_tile(const RegisterArgs& args, Prepare prepare, Body body) {
     const RowProblem& p = args.problem;
@@ -72,13 +73,15 @@ FL_DEVICE void for_each_tile(const RegisterArgs& args, Prepare prepare, Body bod
         const TileCopy copy(before, rows_from(first) * row_bytes, me);
         copy.begin_read(logits + std::int64_t(first) * row_bytes, to + before + 16 * me);
         __pipeline_commit();
+        if (p.target && 128 * me < rows_from(first) * static_cast<int>(args.plan.target_step))
+            prefetch(static_cast<const char*>(p.target) + std::uint64_t(args.plan.target_step) * first + 128 * me);
     };
     int first = (blockIdx.x * (kTileThreads / 32) + warp) * tile_rows;
     if (first < rows) begin(first, tile);
     const auto worker = prepare();
     for (; first < rows; first += step) {
         const int count = rows_from(first);
-        body(worker, first, count, tile, [&] {
+        body(worker, first, count, min(first + step, rows), tile, [&] {
             __pipeline_wait_prior(0);
             __syncwarp();
             if (first + step < rows) begin(first + step, other);
