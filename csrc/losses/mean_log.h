@@ -22,7 +22,7 @@ struct CORES {
         const T beta = params[0], weight = row.class_weight;
         // Divided before all else: where the two terms cancel, as of equal logits, nothing but 0 may be left.
         const T random_label =
-            math::select(beta == T(0), T(0), beta * math::divide(row.sum_neg_log_p, row.num_classes));
+            math::select(beta == T(0), T(0), beta * math::divide_exactly(row.sum_neg_log_p, row.num_classes));
         return {weight * (-row.log_p - random_label), weight * (T(1) - beta), -weight,
                 weight * math::divide(beta, row.num_classes)};
     }
