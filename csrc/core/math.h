@@ -210,8 +210,8 @@ FL_HD T divide(T a, T b) {
     return a / b;
 }
 
-// a / b, exact where the quotient is a number: what it is subtracted from may cancel it. (A product with the inverse may
-// become part of the subtraction, a fused multiply-add, that leaves the error of the inverse.)
+// a / b, exact where the quotient is a number: what it is subtracted from may cancel it. (A product with the inverse
+// may become part of the subtraction, a fused multiply-add, that leaves the error of the inverse.)
 // Valid Range: b as of divide(), |b| >= 1.
 template <class T>
 FL_HD T divide_exactly(T a, T b) {
