@@ -210,21 +210,6 @@ FL_HD T divide(T a, T b) {
     return a / b;
 }
 
-// a / b, exact where the quotient is a number: what it is subtracted from may cancel it. (A product with the inverse
-// may become part of the subtraction, a fused multiply-add, that leaves the error of the inverse.)
-// Valid Range: b as of divide(), |b| >= 1.
-template <class T>
-FL_HD T divide_exactly(T a, T b) {
-#ifdef FL_ON_DEVICE
-    if constexpr (sizeof(T) == 4) {
-        const T inverse = reciprocal_approximately(b), near = a * inverse;
-        const T quotient = ::fmaf(::fmaf(-near, b, a), inverse, near);
-        return quotient == quotient ? quotient : near;  // infinity less infinity
-    }
-#endif
-    return a / b;
-}
-
 // b where a is NaN.
 template <class T>
 FL_HD T larger(T a, T b) {
