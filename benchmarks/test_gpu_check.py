@@ -23,6 +23,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
+import fused_losses as fl
 from benchmarks import gpu_check, gpu_profile, gpu_smoke
 from benchmarks.cases import Case
 from benchmarks.gpu_check import ROOT, Record, Stage, Step
@@ -317,6 +318,19 @@ def test_the_smoke_test_notices_wrong_results(dtype: torch.dtype) -> None:
 
     found = gpu_smoke.complaint(cases[0]._replace(function=random), "cpu")
     assert found is not None and ("two runs differ" in found or dtype == torch.float64)
+
+
+def test_the_smoke_test_allows_what_rounding_decides() -> None:
+    def case(name: str, logits: torch.Tensor) -> gpu_smoke.Case:
+        entry, target = fl.LOSSES[name], torch.zeros(len(logits), dtype=torch.long)
+        return gpu_smoke.Case("staged", name, entry.function, entry.reference, logits, target, {}, "")
+
+    # Errors 0, 0.7, 0.6, 1.1 have the mean 0.6; without errors there is no doubt, nor of other losses.
+    logits = torch.tensor([[0.0, 0.5, 0.4, 0.9], [9.0, 0.0, 0.0, 0.0]])
+    assert gpu_smoke.share_in_doubt(case("hem", logits)) in (1 / 2, 1 / 3)
+    assert gpu_smoke.share_in_doubt(case("hem", logits[1:])) == gpu_smoke.share_in_doubt(case("mae", logits)) == 0
+    opposite = case("unhinged", torch.tensor([[1.0, 0.0], [0.0, 1.0 + 1e-4]]))
+    assert gpu_smoke.cancelled(opposite, "cpu", gpu_smoke.exact(opposite, "cpu")[0]) == pytest.approx(2e4, rel=0.01)
 
 
 def test_gaps_between_rows_are_nan() -> None:

@@ -227,8 +227,8 @@ class _RowLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        return row_loss_gradient(ctx, grad_outputs[0]), None
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None if grad_outputs[0] is None else row_loss_gradient(ctx, grad_outputs[0]), None
 
 
 class _RowLossAndStatistics(_RowLoss):
@@ -242,8 +242,18 @@ class _RowLossAndStatistics(_RowLoss):
         else:
             loss, stats, argmax = _ops.row_loss_and_statistics(*args)
         save_row_loss(ctx, args, None, None, written)
-        ctx.mark_non_differentiable(stats, argmax)
+        mark_constant(ctx, stats, argmax)
         return loss, stats, argmax
+
+
+def mark_constant(ctx: Any, *outputs: Tensor) -> None:
+    """Marks outputs as not differentiable, for which backward then gets no zeros: each would be a launch.
+
+    Nor for the loss, where its gradient is zero: backward gets None. Dynamo cannot trace the switch and needs none.
+    """
+    ctx.mark_non_differentiable(*outputs)
+    if not torch.compiler.is_compiling():
+        ctx.set_materialize_grads(False)
 
 
 def save_row_loss(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_losses import _ops
 from fused_losses._arguments import LOSSES, RowLossArguments, ZErrorRule
-from fused_losses._autograd import is_plain
+from fused_losses._autograd import is_plain, mark_constant
 from fused_losses._checks import check_row_loss
 from fused_losses._chunks import ChunkOptions, Layer, Sweep, stand_in, sweep, traced_sweep
 from fused_losses._reference import ACTIVE_GUARD, mean_of
@@ -164,16 +164,19 @@ class _SumOfRows(torch.autograd.Function):
         values, *gradients = run(layer, args, options, _wanted(ctx))
         ctx.save_for_backward(*gradients)
         ctx.dtypes = layer.dtypes
-        ctx.mark_non_differentiable(values)
+        mark_constant(ctx, values)
         return _sum(values), values
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         check_once()
-        if not is_last_backward(grad_outputs[0]):
-            return _results(ctx, (made * grad_outputs[0] for made in ctx.saved_tensors))
+        upstream = grad_outputs[0]
+        if upstream is None:
+            return (None,) * 5
+        if not is_last_backward(upstream):
+            return _results(ctx, (made * upstream for made in ctx.saved_tensors))
         # `.data`: autograd need not notice the change, as this saved tensor is given away and nobody reads it again.
-        return _results(ctx, (made.data.mul_(grad_outputs[0]) for made in ctx.saved_tensors))
+        return _results(ctx, (made.data.mul_(upstream) for made in ctx.saved_tensors))
 
 
 class _ValuesOfRows(torch.autograd.Function):

@@ -18,6 +18,7 @@ from fused_losses._autograd import (
     apply,
     forward_writes_gradient,
     fused_row_loss,
+    mark_constant,
     needs_reference,
     row_loss,
     row_loss_gradient,
@@ -141,12 +142,12 @@ class _ZErrorRowLoss(torch.autograd.Function):
         weight = row_weight if plan.unweighted else args.sample_weight
         kept = args._replace(target=kept_target, weight=plan.rows.weight, sample_weight=weight)
         save_row_loss(ctx, kept, stats, denominator, None)
-        ctx.mark_non_differentiable(mask, scores)
+        mark_constant(ctx, mask, scores)
         return loss, mask, scores
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        return row_loss_gradient(ctx, grad_outputs[0]), None, None
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None if grad_outputs[0] is None else row_loss_gradient(ctx, grad_outputs[0]), None, None
 
 
 def z_error_loss(args: ZErrorLossArguments, rule: ZErrorRule) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -170,11 +171,13 @@ class _ZErrorLoss(torch.autograd.Function):
         loss, denominator, mask, scores = _ops.z_error_loss(*args, *rule)
         ctx.save_for_backward(*args[:4], denominator, mask)
         ctx.constants = args.reduction, rule.statistic
-        ctx.mark_non_differentiable(denominator, mask, scores)
+        mark_constant(ctx, denominator, mask, scores)
         return loss, denominator, mask, scores
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_outputs[0] is None:
+            return None, None, None
         *inputs, denominator, mask = ctx.saved_tensors
         reduction, statistic = ctx.constants
         args = ZErrorLossArguments._make((*inputs, reduction))

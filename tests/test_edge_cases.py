@@ -229,7 +229,10 @@ def test_extreme_logits(name, dtype, device):
             expected, expected_grad = loss_and_grad(
                 fl.LOSSES[name].reference, logits.double(), labels, reduction="none"
             )
-            torch.testing.assert_close(loss, expected.to(loss.dtype))
+            # torch divides by a number on a GPU as by multiplying with its inverse: where terms cancel, an ulp is left.
+            rtol, atol = (1e-7, 1e-7) if loss.dtype == torch.float64 else (1.3e-6, 1e-5)
+            left = 2 * torch.finfo(torch.float64).eps * size
+            torch.testing.assert_close(loss, expected.to(loss.dtype), rtol=rtol, atol=atol + left)
             assert grad.isfinite().all()
             # On CUDA p_y - 1 of a certain row is off by rounding, which aue multiplies by a slope of 12.
             atol = 3e-6 if device == "cuda" else 1e-6

@@ -254,7 +254,7 @@ def test_equal_margins_in_any_form(made, margin_index, device):
     function = getattr(fl.LOSSES["hem"], made)
     expected = loss_and_grad(function, logits, target, margin=0.5)
     for margin in (
-        torch.tensor(0.5),
+        torch.tensor(0.5, device=device),
         torch.full((7,), 0.5, device=device),
         torch.full((7,), 0.5, device=device).half(),
     ):

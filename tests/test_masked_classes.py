@@ -48,8 +48,10 @@ def test_one_answer_on_every_path(name, own, weight, device):
         torch.testing.assert_close(grad, expected[1], rtol=1e-5, atol=1e-6, equal_nan=True, msg=f"{path} gradient")
     if weight is None and name not in WITH_MARGIN:  # those divide by the number of classes
         wide = run(entry.function, many, target, **options), run(entry.reference, many.double(), target, **options)
+        # What cancels in a gradient of ldr_kl is multiplied by a class's slope over the mean score, here 111.
+        atol = 2e-5 if name == "ldr_kl" else 1e-6
         for actual, exact in zip(*wide, strict=True):
-            torch.testing.assert_close(actual, exact, rtol=1e-5, atol=1e-6, equal_nan=True)
+            torch.testing.assert_close(actual, exact, rtol=1e-5, atol=atol, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", [name for name in fl.LOSSES if name not in WITH_MEAN_LOG])

@@ -8,6 +8,21 @@
 namespace fused_losses {
 inline namespace FL_ISA {
 
+// a / b, exact where the quotient is a number: what it is subtracted from may cancel it. (A product with the inverse
+// may become part of the subtraction, a fused multiply-add, that leaves the error of the inverse.)
+// Valid Range: b as of math::divide(), |b| >= 1.
+template <class T>
+FL_HD T divide_exactly(T a, T b) {
+#ifdef FL_ON_DEVICE
+    if constexpr (sizeof(T) == 4) {
+        const T inverse = reciprocal_approximately(b), near = a * inverse;
+        const T quotient = ::fmaf(::fmaf(-near, b, a), inverse, near);
+        return quotient == quotient ? quotient : near;  // infinity less infinity
+    }
+#endif
+    return a / b;
+}
+
 // params: beta. -log p_y + beta mean_j log p_j: cross entropy less beta times that of a label drawn at random.
 struct CORES {
     static constexpr const char *name = "cores", *tensor_param = "beta";
@@ -22,7 +37,7 @@ struct CORES {
         const T beta = params[0], weight = row.class_weight;
         // Divided before all else: where the two terms cancel, as of equal logits, nothing but 0 may be left.
         const T random_label =
-            math::select(beta == T(0), T(0), beta * math::divide(row.sum_neg_log_p, row.num_classes));
+            math::select(beta == T(0), T(0), beta * divide_exactly(row.sum_neg_log_p, row.num_classes));
         return {weight * (-row.log_p - random_label), weight * (T(1) - beta), -weight,
                 weight * math::divide(beta, row.num_classes)};
     }
