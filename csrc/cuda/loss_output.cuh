@@ -38,8 +38,11 @@ FL_DEVICE void write_loss(const RowArgs<A>& args, LossSums sums) {
 // Does `grad` hold what backward is asked for?
 template <class A>
 FL_DEVICE bool is_already_written(const RowProblem& p) {
-    if (!p.grad_is_written || (p.upstream && *as<A>(p.upstream) != A(1))) return false;
-    const A denominator = p.denominator ? *as<A>(p.denominator) : A(1);
+    if (!p.grad_is_written) return false;
+    // Both are loaded before one is looked at.
+    const A upstream = p.upstream ? *as<A>(p.upstream) : A(1),
+            denominator = p.denominator ? *as<A>(p.denominator) : A(1);
+    if (upstream != A(1)) return false;
     return p.assumed_denominator == 0 || denominator == static_cast<A>(p.assumed_denominator);
 }
 

@@ -97,7 +97,8 @@ FL_DEVICE void work_on_direct_rows(const RegisterArgs& args) {
     typename Worker::Team team(args.plan);
     const int rows = static_cast<int>(p.inner), step = static_cast<int>(team.step());
     int number = static_cast<int>(team.first()) + team.place();
-    Packed target(args, number, number < rows), next(args, number + step, number + step < rows);
+    Packed target(args, load_target(args, number, number < rows), number < rows);
+    LoadedLabel label = load_target(args, number + step, number + step < rows);
     if (number < rows && Worker::is_read(target, true)) Place::bring(args, team, number);
     wait_for_kernel_before();
     __shared__ LossSums of_team[kMostWarps];
@@ -105,9 +106,10 @@ FL_DEVICE void work_on_direct_rows(const RegisterArgs& args) {
     if (team.leads) sums = {0, 0};
     const Worker worker(args, sums);
     for (; number < rows; number += step) {
+        const Packed next(args, label, number + step < rows);
+        label = load_target(args, number + 2 * step, number + 2 * step < rows);  // arrives while this row is worked on
         const bool brings = number + step < rows && Worker::is_read(next, true);
         const Place place(args, team, number, brings ? number + step : -1);
-        const Packed after(args, number + 2 * step, number + 2 * step < rows);  // arrives while this row is worked on
         Place::wait_until_brought();
         if (!Worker::is_read(target, true)) {
             place.has_been_read();
@@ -116,7 +118,7 @@ FL_DEVICE void work_on_direct_rows(const RegisterArgs& args) {
         } else {
             worker.run(team, number, target, place);
         }
-        target = next, next = after;
+        target = next;
     }
     team.part_company();
     __syncwarp();

@@ -91,6 +91,7 @@ constexpr DirectKernel kDirectKernels[] = {
     {Factors::kNone, true, 24},
     {Factors::kNone, true, 32},
     {Factors::kNone, false, 32},
+    {Factors::kOnes, true, 32},
     {Factors::kOnes, false, 32},
     {Factors::kRead, true, 32},
     {Factors::kRead, false, 16},

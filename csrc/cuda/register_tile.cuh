@@ -81,25 +81,25 @@ FL_DEVICE void work_on_register_tiles(const RegisterArgs& args) {
         return Worker(args, sums);
     };
     int number = (blockIdx.x * (kTileThreads / 32) + threadIdx.x / 32) * args.plan.tile_rows + own;
-    Packed next(args, number, number < rows);  // arrives while the row before is worked on
-    for_each_tile(
-        args, prepare, [&](const Worker& worker, int first, int count, int following, char* bytes, auto arrive) {
-            number = first + own;
-            arrive();
-            Stored* row = reinterpret_cast<Stored*>(bytes) + own * classes;
-            int skip = n == 1 ? 0 : misalignment(as<Stored>(p.logits)) + own * classes;
+    LoadedLabel label = load_target(args, number, number < rows);  // arrives while the row before is worked on
+    const auto work = [&](const Worker& worker, int first, int count, int following, char* bytes, auto arrive) {
+        number = first + own;
+        arrive();
+        Stored* row = reinterpret_cast<Stored*>(bytes) + own * classes;
+        int skip = n == 1 ? 0 : misalignment(as<Stored>(p.logits)) + own * classes;
 #pragma unroll 1
-            for (int trips = (count + at_once - 1) / at_once; trips > 0; --trips) {
-                const Packed target = next;
-                const int after = trips > 1 ? number + at_once : following + own;
-                next = {args, after, after < rows};
-                worker.run(
-                    team, number, target,
-                    TilePlace<Stored, Worker::kRagged>(part, row, Worker::kRagged ? skip & (n - 1) : 0, shared.zeros,
-                                                       !worker.is_read(target, number < rows), number < rows));
-                number += at_once, row += at_once * classes, skip += at_once * classes;
-            }
-        });
+        for (int trips = (count + at_once - 1) / at_once; trips > 0; --trips) {
+            const bool exists = number < rows;
+            const Packed target(args, label, exists);
+            const int next = trips > 1 ? number + at_once : following + own;
+            label = load_target(args, next, next < rows);
+            worker.run(team, number, target,
+                       TilePlace<Stored, Worker::kRagged>(part, row, Worker::kRagged ? skip & (n - 1) : 0, shared.zeros,
+                                                          !worker.is_read(target, exists), exists));
+            number += at_once, row += at_once * classes, skip += at_once * classes;
+        }
+    };
+    for_each_tile(args, prepare, work);
     write_loss(args, sums);
 }
 

@@ -10,20 +10,25 @@ namespace fused_losses::cuda {
 
 extern __shared__ uint4 dynamic_shared[];
 
+// The label of a row, if there is the row and has one.
+FL_DEVICE LoadedLabel load_target(const RegisterArgs& args, int number, bool exists) {
+    if (!exists || !args.problem.target) return {};
+    const auto offset = std::uint64_t(args.plan.target_step) * static_cast<unsigned>(number);
+    return {args.problem.index_type, static_cast<const char*>(args.problem.target) + offset};
+}
+
 // In one register. A row that does not exist is an ignored one, of which nothing is kept.
 template <Factors kFactors>
 struct PackedTarget {
     static constexpr int kIgnored = -2;
     int cls;
 
-    FL_DEVICE PackedTarget(const RegisterArgs& args, int number, bool exists) : cls(kIgnored) {
+    FL_DEVICE PackedTarget(const RegisterArgs& args, const LoadedLabel& label, bool exists) : cls(kIgnored) {
         if (!exists) return;
-        if (kFactors == Factors::kRead && !args.problem.target) {
+        if (kFactors == Factors::kRead && !args.problem.target)
             cls = -1;
-            return;
-        }
-        const auto offset = std::uint64_t(args.plan.target_step) * static_cast<unsigned>(number);
-        cls = target_or(kIgnored, args.problem, static_cast<std::int64_t>(offset));
+        else
+            cls = class_or(kIgnored, args.problem, label.index(args.problem.index_type));
     }
     FL_DEVICE bool is_ignored() const { return cls == kIgnored; }
 };

@@ -103,13 +103,42 @@ FL_DEVICE std::int64_t read_index(IndexType type, const void* at) {
     return *as<std::uint8_t>(at);
 }
 
-// The label that lies so many bytes from the first, or a number that stands for ignored ones.
-FL_DEVICE int label_or(int ignored, const RowProblem& p, const void* labels, std::int64_t offset) {
-    const std::int64_t cls = read_index(p.index_type, static_cast<const char*>(labels) + offset);
+// A label on its way. Nobody waits for it before index() is called: a check would be such a wait.
+class LoadedLabel {
+    unsigned low = 0, high = 0;
+
+public:
+    LoadedLabel() = default;
+    FL_DEVICE LoadedLabel(IndexType type, const void* at) {
+        if (type == IndexType::kInt64) {
+            const uint2 both = *as<uint2>(at);
+            low = both.x, high = both.y;
+        } else {
+            low = static_cast<unsigned>(read_index(type, at));
+        }
+    }
+    FL_DEVICE std::int64_t index(IndexType type) const {
+        const std::int64_t wide = static_cast<std::int64_t>(std::uint64_t(high) << 32 | low);
+        return type == IndexType::kInt64 ? wide : static_cast<int>(low);
+    }
+};
+
+FL_DEVICE LoadedLabel load_label(const RowProblem& p, const Row& row) {
+    const std::int64_t offset = p.target_stride.at(row.outer, row.inner) * bytes_of(p.index_type);
+    return {p.index_type, static_cast<const char*>(p.target) + offset};
+}
+
+// A class, or a number that stands for ignored ones.
+FL_DEVICE int class_or(int ignored, const RowProblem& p, std::int64_t cls) {
     if (cls == p.ignore_index) return ignored;
     assert(static_cast<std::uint64_t>(cls) < static_cast<std::uint64_t>(p.num_classes) &&
            "fused_losses: target out of range");
     return static_cast<int>(cls);
+}
+
+// Of the label that lies so many bytes from the first.
+FL_DEVICE int label_or(int ignored, const RowProblem& p, const void* labels, std::int64_t offset) {
+    return class_or(ignored, p, read_index(p.index_type, static_cast<const char*>(labels) + offset));
 }
 
 FL_DEVICE int target_or(int ignored, const RowProblem& p, std::int64_t offset) {

@@ -55,9 +55,13 @@ public:
     // there are none. For all threads of the block.
     FL_DEVICE void run(std::int64_t outer, std::int64_t first, std::int64_t next_outer, std::int64_t next_first) {
         const Place place{outer, first + lane * n};
+        LoadedLabel labels[n];
         Column of[n];
 #pragma unroll
-        for (int j = 0; j < n; ++j) of[j] = column(row_of(place, j));
+        for (int j = 0; j < n; ++j)
+            if (p.target && place.inner + j < p.inner) labels[j] = load_label(p, row_of(place, j));
+#pragma unroll
+        for (int j = 0; j < n; ++j) of[j] = column(place.inner + j, labels[j]);
         // Who has nothing to read reads what others do.
         const bool reads = of[0].reads() || of[n - 1].reads();
         const Stored* const logits = as<Stored>(p.logits) + p.logits_stride.at(outer, reads ? place.inner : 0);
@@ -101,10 +105,9 @@ private:
         FL_DEVICE bool reads() const { return cls > kIgnored; }
     };
 
-    FL_DEVICE Column column(const Row& row) const {
-        if (row.inner >= p.inner) return {Column::kMissing, 0.0f};
-        const Target target = target_of(p, row);
-        return {target.ignored ? Column::kIgnored : target.cls, 0.0f};
+    FL_DEVICE Column column(std::int64_t inner, const LoadedLabel& label) const {
+        if (inner >= p.inner) return {Column::kMissing, 0.0f};
+        return {p.target ? class_or(Column::kIgnored, p, label.index(p.index_type)) : -1, 0.0f};
     }
     // With a bias, the target's logit is not that of the column: it counts as -inf there, for itself after the sums.
     FL_DEVICE bool is_apart(const Column& of) const { return bias != 0.0f && of.cls >= 0; }

@@ -76,7 +76,20 @@ __global__ void __launch_bounds__(kBlock) sum_weights(const __grid_constant__ Ro
     const RowProblem& p = args.problem;
     LossSums sums{0, 0};
     const std::int64_t step = std::int64_t(gridDim.x) * kBlock, rows = p.rows();
-    for (std::int64_t number = std::int64_t(blockIdx.x) * kBlock + threadIdx.x; number < rows; number += step) {
+    std::int64_t number = std::int64_t(blockIdx.x) * kBlock + threadIdx.x;
+    if (!args.is_weighted && !p.other_target && p.target) {
+        constexpr int at_once = 4;  // labels on their way
+        for (; number < rows; number += at_once * step) {
+            LoadedLabel labels[at_once];
+#pragma unroll
+            for (int i = 0; i < at_once; ++i)
+                if (const std::int64_t at = number + i * step; at < rows) labels[i] = load_label(p, row_at(p, at));
+#pragma unroll
+            for (int i = 0; i < at_once; ++i)
+                if (number + i * step < rows && class_or(-1, p, labels[i].index(p.index_type)) >= 0) sums.value += 1.0;
+        }
+    }
+    for (; number < rows; number += step) {
         const Row row = row_at(p, number);
         const Labels labels = labels_of(p, row);
         const auto weight = [&](int k) {
@@ -113,7 +126,7 @@ cudaError_t enqueue_labels(const RowProblem& p, const LossOutput& out, cudaStrea
 }
 
 cudaError_t enqueue_denominators(const RowProblem& p, const LossOutput& out, cudaStream_t stream) {
-    constexpr std::int64_t rows_per_block = 4 * kBlock;
+    constexpr std::int64_t rows_per_block = kBlock;  // one a thread, as long as there are blocks
     const auto run = [&](auto kernel, const auto& args) {
         return launch_over_rows(kernel, p.rows(), rows_per_block, stream, args);
     };
