@@ -108,7 +108,7 @@ struct WarpTeam {
 template <class A, bool kMayHaveColumns>
 class RowTeam {
     const int columns;  // rows side by side of the block; 0: rows have warps or blocks
-    int turn = 0;       // who is late reads one half while others write to the other
+    unsigned uses = 0;  // of shared memory, in two halves: who is late reads one while others write to the other
 
 public:
     static constexpr bool kMayBeWide = true;
@@ -121,7 +121,9 @@ public:
           lane(columns > 0     ? threadIdx.x / columns
                : threads == 32 ? threadIdx.x % 32
                                : threadIdx.x),
-          leads(lane == 0 && cluster_group::block_rank() == 0) {}
+          leads(lane == 0 && cluster_group::block_rank() == 0) {
+        ClusterExchange::begin();
+    }
 
     static FL_DEVICE int num_blocks() { return cluster_group::num_blocks(); }
     static FL_DEVICE int block_rank() { return cluster_group::block_rank(); }
@@ -137,10 +139,8 @@ public:
     }
 
     FL_DEVICE void sync() const { !(kMayHaveColumns && columns > 0) && threads == 32 ? __syncwarp() : __syncthreads(); }
-    // For all threads, at the end: nobody may read the shared memory of a block that has finished.
-    FL_DEVICE void part_company() const {
-        if (cluster_group::num_blocks() > 1) cluster_group::sync();
-    }
+    // For all threads, at the end.
+    FL_DEVICE void part_company() const { ClusterExchange::end(); }
 
     template <int n, class Combine>
     FL_DEVICE void reduce(A (&x)[n], A nothing, Combine combine) {
@@ -151,53 +151,50 @@ public:
         }
         reduce_warp(x, combine);
         if (threads == 32) return;
-        __shared__ A of_warp[2][n][kMostThreads / 32], of_block[2][n];
+        __shared__ A of_warp[2][n][kMostThreads / 32];
+        const unsigned use = uses++, turn = use % 2;
         const int me = threadIdx.x % 32;
-        turn ^= 1;
         for (int i = 0; i < n; ++i)
             if (me == 0) of_warp[turn][i][threadIdx.x / 32] = x[i];
         __syncthreads();
         for (int i = 0; i < n; ++i) x[i] = me < threads / 32 ? of_warp[turn][i][me] : nothing;
         reduce_warp(x, combine);
-        if (cluster_group::num_blocks() == 1) return;
-        for (int i = 0; i < n; ++i)
-            if (threadIdx.x == 0) of_block[turn][i] = x[i];
-        cluster_group::sync();
-        for (int i = 0; i < n; ++i)
-            x[i] = me < cluster_group::num_blocks() ? *cluster_group::map_shared_rank(&of_block[turn][i], me) : nothing;
-        reduce_warp(x, combine);
+        if constexpr (std::is_same_v<A, float>) {  // doubles have no clusters
+            if (cluster_group::num_blocks() == 1) return;
+            ClusterExchange::gather(x, nothing, use);
+            reduce_warp(x, combine);
+        }
     }
 
     // For rows that are not columns. Sums of threads that are relative to a number, which each warp has in common,
     // become the sum of all relative to the largest of these numbers. relative(a, b): what makes a sum relative to a
     // one that is relative to b.
     template <class Relative>
-    FL_DEVICE void merge(A& number, A& sum, Relative relative) {
-        A only[] = {sum};
+    FL_DEVICE void merge(float& number, float& sum, Relative relative) {
+        float only[] = {sum};
         reduce_warp(only, Plus());
         sum = only[0];
         if (threads == 32) return;
-        __shared__ A of_warp[2][2][kMostThreads / 32], of_block[2][2];
+        __shared__ float of_warp[2][2][kMostThreads / 32];
+        const unsigned use = uses++, turn = use % 2;
         const int me = threadIdx.x % 32;
-        turn ^= 1;
         if (me == 0) of_warp[turn][0][threadIdx.x / 32] = number, of_warp[turn][1][threadIdx.x / 32] = sum;
         __syncthreads();
-        const auto merge_lanes = [&](int parts, const A* numbers, const A* sums) {
-            const A own = me < parts ? *numbers : -std::numeric_limits<A>::infinity();
+        constexpr float nothing = -std::numeric_limits<float>::infinity();
+        const auto merge_lanes = [&](float own, float own_sum) {
             only[0] = own;
             reduce_warp(only, Larger());
             number = only[0];
-            only[0] = me < parts ? *sums * relative(own, number) : A(0);
+            only[0] = own_sum * relative(own, number);
             reduce_warp(only, Plus());
             sum = only[0];
         };
-        merge_lanes(threads / 32, of_warp[turn][0] + me, of_warp[turn][1] + me);
+        const bool has_part = me < threads / 32;
+        merge_lanes(has_part ? of_warp[turn][0][me] : nothing, has_part ? of_warp[turn][1][me] : 0.0f);
         if (cluster_group::num_blocks() == 1) return;
-        if (threadIdx.x == 0) of_block[turn][0] = number, of_block[turn][1] = sum;
-        cluster_group::sync();
-        const int block = me < cluster_group::num_blocks() ? me : 0;
-        merge_lanes(cluster_group::num_blocks(), cluster_group::map_shared_rank(&of_block[turn][0], block),
-                    cluster_group::map_shared_rank(&of_block[turn][1], block));
+        float both[] = {number, sum};
+        ClusterExchange::gather(both, nothing, use);
+        merge_lanes(both[0], me < cluster_group::num_blocks() ? both[1] : 0.0f);
     }
 
 private:
@@ -205,7 +202,7 @@ private:
     FL_DEVICE void reduce_column(A& x, Combine combine) {
         if (threads == 1) return;
         __shared__ A of_thread[2][kMostColumnThreads];
-        turn ^= 1;
+        const unsigned turn = uses++ % 2;
         of_thread[turn][threadIdx.x] = x;
         __syncthreads();
         const int column = threadIdx.x % columns;
