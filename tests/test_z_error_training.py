@@ -105,7 +105,7 @@ def test_running_statistics_of_the_other_losses(device):
         module.to(device)
         for _ in range(2):
             assert module(x, target).isfinite()
-        assert module.running_statistics.count.sum() == pytest.approx(80 * 1.9)
+        assert module.running_statistics.count.sum().item() == pytest.approx(80 * 1.9)
 
 
 # ---- Derivatives -----------------------------------------------------------------------------------------------------

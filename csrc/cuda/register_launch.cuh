@@ -79,12 +79,14 @@ cudaError_t launch_tiles_resident(void (*kernel)(Args), const Args& args, cudaSt
 }
 
 // A kernel of a RowTeam, or of another whose teams are like those. overlaps: whether it waits for the kernel before it.
+// Clusters begin after it: where its blocks have been, there might be no room for one until others end.
 template <class Args>
 cudaError_t launch_rows_resident(void (*kernel)(Args), const Args& args, cudaStream_t stream, bool overlaps = false) {
     const RegisterPlan& plan = args.plan;
     const int at_once = plan.is_column || plan.lanes == 32 ? plan.threads / plan.lanes : 1;
     const std::int64_t wanted = (args.problem.rows() + at_once - 1) / at_once * plan.cluster;
-    return launch_all_resident(kernel, {plan.threads, plan.slot_bytes, plan.cluster, overlaps}, wanted, stream, args);
+    return launch_all_resident(kernel, {plan.threads, plan.slot_bytes, plan.cluster, overlaps && plan.cluster == 1},
+                               wanted, stream, args);
 }
 
 // By the first kernel that is for such factors and has room for the rows; kDoesNotFit if none has. The others launch

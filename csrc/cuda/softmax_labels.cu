@@ -126,7 +126,7 @@ cudaError_t enqueue_labels(const RowProblem& p, const LossOutput& out, cudaStrea
 }
 
 cudaError_t enqueue_denominators(const RowProblem& p, const LossOutput& out, cudaStream_t stream) {
-    constexpr std::int64_t rows_per_block = kBlock;  // one a thread, as long as there are blocks
+    constexpr std::int64_t rows_per_block = 4 * kBlock;  // as many as a thread has on their way
     const auto run = [&](auto kernel, const auto& args) {
         return launch_over_rows(kernel, p.rows(), rows_per_block, stream, args);
     };
