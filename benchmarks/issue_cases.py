@@ -195,7 +195,8 @@ def trips(case: Case, plan: Plan) -> Trips:
         ], plan.tile_rows * case.classes / 32
     accesses = plan.held * case.size // 16
     steps = 5 * (1 + (plan.lanes > 32) + (plan.cluster > 1))  # of a warp, of the warps of a block, of blocks
-    row |= {"LDG.128": accesses + shares * plan.held // 4, "STG.128": accesses, "SHFL": reduced * steps}
+    row |= {"LDGSTS": accesses, "LDS.128": accesses, "STG.128": accesses, "SHFL": reduced * steps}
+    row |= {"LDG.128": plan.held // 4} if shares else {}
     width = "U16" if halves else "!64.!128"
     row |= {f"LDG.{width}": single, f"STG.{width}": single} if single else {}
     return [(row, True, plan.lanes / 32 * plan.cluster)], case.classes / 32
@@ -274,7 +275,7 @@ def kernel_name(case: Case, plan: Plan) -> str:
     if plan.kind == "tile":
         lanes = plan.lanes if plan.factors == 0 or plan.held == 10 else 0
         return rf"softmax_in_tilesI.*{stored}{factors}Li{lanes}ELi{plan.held}E"
-    team = "WarpTeam" if plan.factors in (0, 2) and plan.lanes == 32 else "RowTeam"
+    team = "WarpTeam" if plan.factors < 3 and plan.lanes == 32 else "RowTeam"
     return rf"softmax_in_registersI.*{stored}{factors}Li{plan.held}E.*{team}"
 
 

@@ -88,18 +88,12 @@ struct DirectKernel {
     }
 };
 constexpr DirectKernel kDirectKernels[] = {
-    {Factors::kNone, true, 24},
-    {Factors::kNone, true, 32},
-    {Factors::kNone, false, 32},
-    {Factors::kOnes, true, 32},
-    {Factors::kOnes, false, 32},
-    {Factors::kRead, true, 32},
-    {Factors::kRead, false, 16},
-    {Factors::kOnesAndStatistics, false, 24},
-    {Factors::kOneKept, true, 32},
-    {Factors::kOneKept, false, 32},
-    {Factors::kTwoKept, true, 32},
-    {Factors::kTwoKept, false, 16},
+    {Factors::kNone, true, 24},    {Factors::kNone, true, 32},
+    {Factors::kNone, false, 32},   {Factors::kOnes, true, 32},
+    {Factors::kOnes, false, 32},   {Factors::kRead, true, 32},
+    {Factors::kRead, false, 16},   {Factors::kOnesAndStatistics, false, 24},
+    {Factors::kOneKept, true, 32}, {Factors::kOneKept, false, 32},
+    {Factors::kTwoKept, true, 32}, {Factors::kTwoKept, false, 16},
 };
 
 // For rows side by side: a thread has so many classes of a row at most, and the first always() of them.

@@ -153,13 +153,16 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* count, Kernel* kernel, const cud
 // The kernel has run when this returns.
 template <class... Params, class... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args&&... args) {
-    bool cooperative = false;
+    bool cooperative = false, overlaps = false;
     unsigned cluster = 1;
     for (unsigned i = 0; i < config->numAttrs; ++i) {
         const cudaLaunchAttribute& attribute = config->attrs[i];
         if (attribute.id == cudaLaunchAttributeCooperative) cooperative |= attribute.val.cooperative != 0;
         if (attribute.id == cudaLaunchAttributeClusterDimension) cluster = attribute.val.clusterDim.x;
+        if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization)
+            overlaps |= attribute.val.programmaticStreamSerializationAllowed != 0;
     }
+    if (overlaps && cluster > 1) cuda_emulation::die("clusters that overlap may find no room until others end");
     cuda_emulation::widest_launch = std::max(cuda_emulation::widest_launch, cluster);
     const unsigned resident = cuda_emulation::multiprocessors * cuda_emulation::blocks_per_multiprocessor;
     if (cooperative && config->gridDim.x > resident) return cudaErrorCooperativeLaunchTooLarge;
