@@ -40,7 +40,7 @@ test: $(BUILD_DONE)
 	@$(PY) -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder -m "not long" $(PYTEST_ARGS)
 	@$(if $(PYTEST_ARGS),,$(PY) tests/instruction_sets.py $(JOBS) --quiet)
 	@$(if $(PYTEST_ARGS),,$(PY) tests/emulated_cuda.py $(JOBS) --some --quiet -m "not long")
-	@$(if $(PYTEST_ARGS),,$(PY) -m pytest benchmarks --benchmark-disable -m "not slow and not long" --quiet --numprocesses $(JOBS) --dist worksteal)
+	@$(if $(PYTEST_ARGS),,$(PY) -m pytest benchmarks --benchmark-disable -m "not long" --quiet --numprocesses $(JOBS) --dist worksteal)
 
 # What is tested at a desk, in about two minutes: the kernels that this processor chooses, without what is marked slow
 # (compilers, several processes, simulations), the C++ programs and the runs of demo and examples.
