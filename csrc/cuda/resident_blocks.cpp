@@ -53,10 +53,10 @@ cudaError_t allow_shared(const void* kernel) {
 
 cudaError_t ask_for_blocks(const void* kernel, const BlockShape& shape, std::int64_t& blocks) {
     if (shape.cluster > 1) {
-        cudaFuncAttributes function = {};
-        const cudaError_t error = cudaFuncGetAttributes(&function, kernel);
+        bool has_clusters = false;
         blocks = 0;
-        if (error != cudaSuccess || function.ptxVersion < 90) return error;
+        const cudaError_t error = find_hopper_code(kernel, has_clusters);
+        if (error != cudaSuccess || !has_clusters) return error;
         if (cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess)
             cudaGetLastError();
         if (shape.bytes > kSharedWithoutAsking)
