@@ -68,6 +68,10 @@ int stats_count(const std::string& loss, const std::vector<double>& params, bool
     return stats_count_of(index, class_factors_of(index, params.data(), soft_target));
 }
 
+std::int64_t most_classes_without_stats(const std::string& loss) {
+    return fused_losses::most_classes_without_stats(find_loss(fused_losses::CompiledLosses{}, loss));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -76,4 +80,6 @@ PYBIND11_MODULE(_C, m) {
     m.def("loss_needs", &loss_needs, py::arg("loss"), "What a loss asks of its arguments.");
     m.def("stats_count", &stats_count, py::arg("loss"), py::arg("params"), py::arg("soft_target"),
           "Numbers per row that row_loss_with_stats leaves for the gradient.");
+    m.def("most_classes_without_stats", &most_classes_without_stats, py::arg("loss"),
+          "It leaves none on CUDA for rows of up to so many classes, but of float64.");
 }

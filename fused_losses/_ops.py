@@ -17,6 +17,7 @@ from torch.torch_version import TorchVersion
 from fused_losses import _C
 from fused_losses._arguments import RowLossArguments, RowLossConstants, ZErrorLossArguments, ZErrorRule, acc_dtype
 from fused_losses._checks import check_row_loss, row_shape
+from fused_losses._logit_bias import class_dim
 
 _FOLDER = Path(__file__).parent
 
@@ -151,6 +152,9 @@ def _fake_row_loss_with_stats(*flat: Any) -> Tensors3:
     for size in row_shape(args.logits):
         rows = rows * size
     count = _C.stats_count(args.loss, [float(p) for p in args.params], args.target.is_floating_point())
+    if args.logits.is_cuda and args.logits.dtype is not torch.float64:
+        if args.logits.shape[class_dim(args.logits)] <= _C.most_classes_without_stats(args.loss):
+            count = 0
     divides = args.reduction in ("mean", "active_mean")
     return loss, loss.new_empty((count, rows)), loss.new_empty(() if divides else (0,))
 

@@ -212,7 +212,7 @@ void gjs(const RowProblem& p, const GjsViews& views) {
 
 void cpu_row_loss(RowProblem& p) { forward(p, nullptr, nullptr); }
 
-const Backend cpu_backend{&forward,           &gradient,
+const Backend cpu_backend{&forward,           &gradient, [](const RowProblem&) { return false; },
                           &statistics,        &elr,
                           &rescale,           &gjs,
                           &cpu_class_moments, &cpu_z_error_mask,

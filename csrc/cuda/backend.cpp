@@ -81,9 +81,8 @@ void forward(RowProblem& p, void* loss, void* denominator) {
     check(!is_multi_reduction_loss(p.loss) || !is_about_labels(p),
           "fused_losses: on CUDA this loss makes no row statistics, and no gradient from the logits alone");
     const auto enqueue = is_multi_reduction_loss(p.loss) ? &enqueue_multi_reduction_forward : &enqueue_forward;
-    // A caller that has no place for stats calls no backward, which alone can put a wrong gradient right.
-    const bool has_backward = p.stats != nullptr;
-    if (is_worked_out_again(p)) p.stats = nullptr;
+    // Backward alone can put a wrong gradient right. It is not called by those who have no place for what it needs.
+    const bool has_backward = p.stats || (is_worked_out_again(p) && denominator);
     if (p.reduction == Reduction::kNone) return check_launch(enqueue(p, {}, device.stream()));
     Sums sums(device);
     Tensor scratch, stats;
@@ -148,7 +147,7 @@ void gjs(const RowProblem& p, const GjsViews& views) {
 namespace fused_losses {
 
 const Backend cuda_backend{
-    &cuda::forward,       &cuda::gradient,      &cuda::statistics,   &cuda::elr,          &cuda::rescale,
+    &cuda::forward,       &cuda::gradient,      &cuda::is_worked_out_again, &cuda::statistics,   &cuda::elr,          &cuda::rescale,
     &cuda::gjs,           &cuda::class_moments, &cuda::z_error_mask, &cuda::z_error_loss, &cuda::z_error_gradient,
     &cuda::update_moments};
 

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "losses/registry.h"
+#include "losses/stats_count.h"
 
 namespace fused_losses::cuda {
 
@@ -29,11 +29,8 @@ double assumed_denominator(const RowProblem& p) {
 }
 
 bool is_worked_out_again(const RowProblem& p) {
-    constexpr std::int64_t few_classes = 32;
-    if (p.num_classes > few_classes || p.dtype == Dtype::kFloat64) return false;
-    bool is_quick = true;  // the bi-tempered loss has passes that take longer than its numbers
-    visit_loss(CompiledLosses{}, p.loss, [&]<class Loss>() { is_quick = !std::is_same_v<Loss, BiTempered>; });
-    return is_quick;
+    if (p.dtype == Dtype::kFloat64 || p.class_factors == ClassFactors::kClassLosses) return false;
+    return p.num_classes <= most_classes_without_stats(p.loss);
 }
 
 }  // namespace fused_losses::cuda

@@ -52,8 +52,7 @@ double assumed_denominator(const RowProblem& p);
 // either are divided by.
 cudaError_t enqueue_denominators(const RowProblem& p, const LossOutput& out, cudaStream_t stream);
 
-// Whether backward works out again what forward knows of a row: where rows are so short that these numbers would be a
-// good part of all bytes. Stats are neither written nor read then.
+// Whether backward works out again what forward knows of a row. Stats are neither written nor read then.
 bool is_worked_out_again(const RowProblem& p);
 
 // kBackward: from stats.

@@ -51,10 +51,11 @@ public:
         return {problem, acc, args.logits.device()};
     }
 
-    // What forward has saved; empty if it has saved nothing.
-    void take_saved(const Tensor& stats, const Tensor& denominator) {
+    // Takes what forward has saved; whether that is enough for the gradient.
+    bool take_saved(const Tensor& stats, const Tensor& denominator) {
         problem.stats = const_cast<void*>(stats.const_data_ptr());
         if (divides() && denominator.numel() > 0) problem.denominator = denominator.const_data_ptr();
+        return problem.stats || (stats.dim() == 2 && backend().is_worked_out_again(problem));
     }
 
     // The gradient in the layout of the caller's logits.
@@ -147,6 +148,7 @@ private:
         problem.device = logits.device().index;
         problem.dtype = dtype_of(*element_type(logits));
         problem.num_classes = logits.size(shape.class_dim);
+        if (backend().is_worked_out_again(problem)) problem.stats_count = 0;
         problem.logits = logits.const_data_ptr();
         problem.logits_class_stride = logits.stride(shape.class_dim);
         if (shape.soft_target) {
@@ -208,11 +210,10 @@ void backward(StableIValue* stack) {
     in.read(grad_loss, stats, denominator);
     if (in_place) in.read(Given{grad});
     RowLossCall call(RowLossArgs(in), /*with_grad=*/true, std::move(grad_loss), std::move(grad));
-    call.take_saved(stats, denominator);
-    if (!call.problem.stats && call.problem.rows() > 0)
-        call.backend().row_loss(call.problem, nullptr, nullptr);  // it kept nothing and is run again
-    else
+    if (call.take_saved(stats, denominator) || call.problem.rows() == 0)
         call.backend().row_loss_gradient(call.problem);
+    else
+        call.backend().row_loss(call.problem, nullptr, nullptr);  // forward is run again
     Tensor written = call.finished_grad();
     if (!in_place) Results(stack).push(written);
 }
