@@ -159,7 +159,6 @@ namespace {
 void implement(torch::stable::detail::StableLibrary& m) {
     m.impl("row_loss", &row_loss);
     m.impl("row_loss_with_grad", &row_loss_with_grad);
-    m.impl("row_loss_with_grad_", &row_loss_with_grad_);
     m.impl("row_loss_with_stats", &row_loss_with_stats);
     m.impl("row_loss_backward", &row_loss_backward);
     m.impl("row_loss_with_stats_and_grad", &row_loss_with_stats_and_grad);
@@ -189,6 +188,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_losses, CompositeExplicitAutograd, m) {
 }
 STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) {
     implement(m);
+    m.impl("row_loss_with_grad_", &row_loss_with_grad_);
     m.impl("row_loss.packed", &packed_row_loss);
     m.impl("row_loss_with_grad.packed", &packed_row_loss_with_grad);
     m.impl("z_error_kept_target", &z_error_kept_target);

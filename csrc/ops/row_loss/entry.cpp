@@ -22,7 +22,7 @@ public:
         if (with_grad) grad = given_grad ? std::move(*given_grad) : empty_like(args.logits);
         lay_out();
         point();
-        problem.grad_is_written = given_grad && !copied_grad.defined();
+        problem.grad_is_written = given_grad && upstream.defined() && !copied_grad.defined();
     }
 
     const Backend& backend() const { return backend_of(args.logits.device()); }
