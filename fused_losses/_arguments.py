@@ -53,8 +53,18 @@ class RowLossArguments(NamedTuple):
     ignore_index: int
     reduction: str
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """The first six."""
+        return self[:6]
 
-# Its fields from `loss` on.
+    @property
+    def constants(self) -> tuple[str, Sequence[float], float, int, str]:
+        """What is left."""
+        return self[6:]
+
+
+# Those of a call without tensors among them.
 RowLossConstants = tuple[str, tuple[float, ...], float, int, str]
 
 
@@ -79,6 +89,11 @@ class ZErrorLossArguments(NamedTuple):
     pos_weight: Tensor | None
     sample_weight: Tensor | None
     reduction: str
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """All but the reduction."""
+        return self[:4]
 
 
 @dataclass(frozen=True)
@@ -171,13 +186,13 @@ class LossEntry:
         elif reduction.__class__ is not str:
             check_reduction(reduction, self.reductions)  # type: ignore[arg-type]
         return pack_arguments(
-            self.name,
             logits,
             target,
             weight,
             sample_weight,
             logit_bias,
             parameters.get(self.tensor_parameter) if self.tensor_parameter else None,
+            self.name,
             self.pack(parameters),
             ignore_index,
             reduction,  # type: ignore[arg-type]
@@ -192,13 +207,13 @@ def _entry_of(name: str) -> LossEntry:
 
 
 def pack_arguments(
-    loss: str,
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
     sample_weight: Tensor | None,
     logit_bias: LogitBias,
     first_param: float | Tensor | None,
+    loss: str,
     params: Sequence[float],
     ignore_index: int,
     reduction: str,

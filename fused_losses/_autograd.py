@@ -34,7 +34,7 @@ def row_loss(args: RowLossArguments) -> Tensor:
     try:
         return _row_loss(args)
     except NotImplementedError:  # no kernel for this layout
-        for name, tensor in zip(RowLossArguments._fields[:6], args[:6], strict=True):
+        for name, tensor in zip(args._fields, args.tensors, strict=False):
             if isinstance(tensor, Tensor) and tensor.layout is not torch.strided:
                 raise RuntimeError(
                     f"{args.loss}: {name} must be dense, got a tensor of layout {tensor.layout}"
@@ -51,7 +51,7 @@ def _refuse(args: RowLossArguments) -> None:
 
 
 def _row_loss(args: RowLossArguments) -> Tensor:
-    if needs_reference(*args[:6]) or _has_no_kernel(args):
+    if needs_reference(*args.tensors) or _has_no_kernel(args):
         check_row_loss(args)
         return row_loss_reference(args)
     return fused_row_loss(args)
@@ -93,9 +93,10 @@ def is_small(logits: Tensor, target: Tensor) -> bool:
 
 def _small_call(args: RowLossArguments) -> PackedConstants | None:
     """The constants for :func:`small_row_loss` if it takes the call."""
-    if not (args[2] is args[3] is args[4] is args[5] is None and is_small(args.logits, args.target)):
+    others = not (args.weight is args.sample_weight is args.logit_bias_tensor is args.first_param is None)
+    if others or not is_small(args.logits, args.target):
         return None
-    return pack_constants(args[6:]) if type(args.ignore_index) is int and type(args.params) is tuple else None
+    return pack_constants(args.constants) if type(args.ignore_index) is int and type(args.params) is tuple else None
 
 
 def small_row_loss(logits: Tensor, target: Tensor, constants: PackedConstants) -> Tensor:
@@ -152,8 +153,8 @@ def _has_statistics(args: RowLossArguments) -> bool:
         return False
     if not (logits.is_cpu or LOSSES[args.loss].takes_probabilities):
         return False
-    dense = all(tensor is None or tensor.layout is torch.strided for tensor in args[:6])
-    return dense and not target.is_floating_point() and not needs_reference(*args[:6])
+    dense = all(tensor is None or tensor.layout is torch.strided for tensor in args.tensors)
+    return dense and not target.is_floating_point() and not needs_reference(*args.tensors)
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
@@ -260,8 +261,8 @@ def save_row_loss(
     ctx: Any, args: RowLossArguments, stats: Tensor | None, denominator: Tensor | None, written: Tensor | None
 ) -> None:
     """Saves what :func:`row_loss_gradient` needs: tensors where hooks, checkpoints and offloading see them."""
-    ctx.save_for_backward(*args[:6], stats, denominator, written)
-    ctx.constants = args[6:]
+    ctx.save_for_backward(*args.tensors, stats, denominator, written)
+    ctx.constants = args.constants
 
 
 def row_loss_gradient(ctx: Any, grad_loss: Tensor) -> Tensor:

@@ -179,13 +179,13 @@ class RowLossModule(Criterion):
     def _arguments(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None) -> RowLossArguments:
         first = LOSSES[self.stem].tensor_parameter
         return pack_arguments(
-            self.stem,
             logits,
             target,
             self._tensor("weight"),
             sample_weight,
             self._tensor("logit_bias") if self.training else 0.0,  # 2306.05497: "removal of the bias during testing"
             None if first is None else self._tensor(first),
+            self.stem,
             self._pack() if self._params is None else self._params,
             self.ignore_index,
             self.reduction,

@@ -81,7 +81,7 @@ def _make_fused(name: str) -> Callable[..., Tensor]:
         if type(options.get("logit_bias")) is str:  # depends on the logits
             return None
         args = LOSSES[name].arguments(None, None, **options)  # type: ignore[arg-type]
-        return pack_constants(args[6:]) if type(args.ignore_index) is int else None
+        return pack_constants(args.constants) if type(args.ignore_index) is int else None
 
     def function(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
         if is_small(logits, target) and _PLAIN.issuperset(map(type, options.values())):

@@ -101,8 +101,8 @@ class _MixedLoss(torch.autograd.Function):
         else:
             loss = _ops.mixed_loss(*labels.of_operator, *args)
         is_tensor = isinstance(labels.share, Tensor)
-        ctx.save_for_backward(*args[:6], labels.second, labels.share if is_tensor else None, written)
-        ctx.constants = args[6:], None if is_tensor else labels.share
+        ctx.save_for_backward(*args.tensors, labels.second, labels.share if is_tensor else None, written)
+        ctx.constants = args.constants, None if is_tensor else labels.share
         return loss
 
     @staticmethod
