@@ -59,9 +59,9 @@ def _row_loss(args: RowLossArguments) -> Tensor:
 
 def fused_row_loss(args: RowLossArguments) -> Tensor:
     """The loss by the fused kernels, for callers that need no derivative but the first in the logits."""
-    small = _small_call(args)
-    if small is not None:
-        return small_row_loss(args.logits, args.target, small)
+    constants = _make_constants(args)
+    if constants is not None:
+        return small_row_loss(args.logits, args.target, constants)
     if args.logits.requires_grad and torch.is_grad_enabled():
         return apply(_RowLoss, args.logits, args)  # type: ignore[no-any-return]
     return _ops.row_loss(*args)
@@ -91,7 +91,7 @@ def is_small(logits: Tensor, target: Tensor) -> bool:
     )
 
 
-def _small_call(args: RowLossArguments) -> PackedConstants | None:
+def _make_constants(args: RowLossArguments) -> PackedConstants | None:
     """The constants for :func:`small_row_loss` if it takes the call."""
     others = not (args.weight is args.sample_weight is args.logit_bias_tensor is args.first_param is None)
     if others or not is_small(args.logits, args.target):

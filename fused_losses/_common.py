@@ -134,7 +134,7 @@ class RowLossModule(Criterion):
         self._params = params
         return params
 
-    def _settle(self) -> PackedConstants | tuple[()]:
+    def _make_constants(self) -> PackedConstants | tuple[()]:
         bias, ignore_index, reduction = self.logit_bias, self.ignore_index, self.reduction
         own = [getattr(self, name) for name in self.parameter_names]
         numbers = (type(bias), type(ignore_index), type(reduction)) == (float, int, str) and bias == 0.0
@@ -166,7 +166,7 @@ class RowLossModule(Criterion):
             The loss, or a pair of loss and :class:`fused_losses.RowStatistics`.
         """
         if sample_weight is None and not return_row_stats and is_small(logits, target):
-            constants = self._settle() if self._constants is None else self._constants
+            constants = self._make_constants() if self._constants is None else self._constants
             if constants and self._tensor("weight") is None:
                 return small_row_loss(logits, target, constants)
         if type(logits) is not Tensor and is_distributed(logits):
