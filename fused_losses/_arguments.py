@@ -147,6 +147,11 @@ class LossEntry:
         """The Module class."""
         return self.modules[0]
 
+    @property
+    def affine_in_softmax(self) -> bool:
+        """Whether a row's gradient is affine in its softmax; these are the losses that take class probabilities."""
+        return self.takes_probabilities
+
     def pack(self, parameters: dict[str, Any]) -> tuple[float, ...]:
         """The operators' ``params``: checked numbers in the order of the C++ header, then constants."""
         if not parameters:

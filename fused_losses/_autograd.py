@@ -151,7 +151,7 @@ def _has_statistics(args: RowLossArguments) -> bool:
     logits, target = args.logits, args.target
     if not (isinstance(logits, Tensor) and is_plain(logits) and isinstance(target, Tensor)):
         return False
-    if not (logits.is_cpu or LOSSES[args.loss].takes_probabilities):
+    if not (logits.is_cpu or LOSSES[args.loss].affine_in_softmax):
         return False
     dense = all(tensor is None or tensor.layout is torch.strided for tensor in args.tensors)
     return dense and not target.is_floating_point() and not needs_reference(*args.tensors)
@@ -250,7 +250,7 @@ class _RowLossAndStatistics(_RowLoss):
 def mark_constant(ctx: Any, *outputs: Tensor) -> None:
     """Marks outputs as not differentiable, for which backward then gets no zeros: each would be a launch.
 
-    Nor for the loss, where its gradient is zero: backward gets None. Dynamo cannot trace the switch and needs none.
+    Where the loss's own gradient is zero, backward gets None. Dynamo cannot trace the switch and needs none.
     """
     ctx.mark_non_differentiable(*outputs)
     if not torch.compiler.is_compiling():

@@ -106,10 +106,17 @@ class _Plan(NamedTuple):
         if smooth and args.weight is not None:
             # Smoothing sums over all classes, each with its weight. Dividing by the target's weight does not undo that.
             rule = rule._replace(statistic="class_cross_entropy")
-            options = (args.params[0], args.logit_bias, args.logit_bias_tensor)
-            return _Plan(args, rule, rows, False, False, *options)
+            return _Plan(
+                args,
+                rule,
+                rows,
+                label_smoothing=args.params[0],
+                logit_bias=args.logit_bias,
+                logit_bias_tensor=args.logit_bias_tensor,
+            )
         weighted = args.weight is not None
-        return _Plan(args, rule._replace(statistic="class"), rows._replace(weight=None), True, unweighted=weighted)
+        rows = rows._replace(weight=None)
+        return _Plan(args, rule._replace(statistic="class"), rows, by_values=True, unweighted=weighted)
 
     def reduce(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The reduction: loss, denominator, mask, kept target, scores, weight of each row."""

@@ -131,7 +131,7 @@ def _in_one_read(entry: LossEntry, labels: _Labels, args: RowLossArguments) -> b
     share = labels.share if isinstance(labels.share, Tensor) else None
     tensors = (*args[1:6], labels.second, share)
     return (
-        entry.takes_probabilities
+        entry.affine_in_softmax
         and args.logit_bias == 0
         and args.logit_bias_tensor is None
         and not (args.target.is_floating_point() or labels.second.is_floating_point())
