@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_losses._logit_bias import LogitBias, resolve_logit_bias
-from fused_losses._parameters import OrTensor, ParameterRange, integer, one_of
+from fused_losses._parameters import OrTensor, ParameterRange, check_choice, integer
 
 if TYPE_CHECKING:
     from fused_losses._common import RowLossModule
@@ -140,7 +140,7 @@ class LossEntry:
 
     def __reduce__(self) -> tuple[Callable[[str], LossEntry], tuple[str]]:
         """Copies and pickles are the entry itself: there is one of each loss."""
-        return _entry_of, (self.name,)
+        return entry_named, (self.name,)
 
     @property
     def module(self) -> type[RowLossModule]:
@@ -207,8 +207,12 @@ class LossEntry:
 LOSSES: dict[str, LossEntry] = {}
 
 
-def _entry_of(name: str) -> LossEntry:
-    return LOSSES[name]
+def entry_named(name: str, argument: str = "loss", or_else: str = "") -> LossEntry:
+    """The loss of that name, "gce" or "gce_loss". Raises a ValueError that lists all, and what else may be given."""
+    entry = LOSSES.get(name.removesuffix("_loss"))
+    if entry is None:
+        raise ValueError(f"{argument} must be one of {', '.join(LOSSES)}{or_else}, got {name!r}")
+    return entry
 
 
 def pack_arguments(
@@ -260,5 +264,4 @@ def acc_dtype(logits: Tensor) -> torch.dtype:
 
 def check_reduction(reduction: str, allowed: tuple[str, ...] = REDUCTIONS) -> None:
     """Raises unless it is one of the allowed reductions."""
-    if not isinstance(reduction, str) or reduction not in allowed:
-        raise ValueError(f"reduction must be {one_of(allowed)}, got {reduction!r}")
+    check_choice("reduction", reduction, allowed)

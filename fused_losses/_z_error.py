@@ -14,7 +14,7 @@ from fused_losses._agreement import Exchange
 from fused_losses._arguments import RowLossArguments, ZErrorLossArguments, ZErrorRule, check_reduction
 from fused_losses._autograd import row_loss
 from fused_losses._checks import FLOATING, check_tensors
-from fused_losses._parameters import one_of, plain, positive, positive_integer
+from fused_losses._parameters import check_choice, plain, positive, positive_integer
 from fused_losses._reference import row_loss_reference
 from fused_losses._running import RunningMoments, Source
 from fused_losses.distributed import global_mean
@@ -66,15 +66,13 @@ def fused_and_plain(make: Callable[[ZOps], Callable[..., Any]]) -> tuple[Callabl
 
 def choose(name: str, value: str, choices: dict[str, str]) -> str:
     """The operator's word for an option; raises a ValueError that lists the choices."""
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} must be {one_of(tuple(choices))}, got {value!r}")
-    return choices[value]
+    return choices[check_choice(name, value, choices)]
 
 
 def check_small_class(min_count: int, small_class: str) -> tuple[int, bool]:
     """``min_count``, and whether classes with fewer rows are kept; raises a ValueError on bad values."""
     count = int(positive_integer.pack("min_count", min_count))
-    return count, choose("small_class", small_class, {"drop": "", "keep": "keep"}) == "keep"
+    return count, check_choice("small_class", small_class, ("drop", "keep")) == "keep"
 
 
 def check_count(name: str, count: int | None) -> int | None:

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from fused_losses import _ops
-from fused_losses._arguments import LOSSES, REDUCTIONS, LossEntry, RowLossArguments, acc_dtype, check_reduction
+from fused_losses._arguments import (
+    LOSSES,
+    REDUCTIONS,
+    LossEntry,
+    RowLossArguments,
+    acc_dtype,
+    check_reduction,
+    entry_named,
+)
 from fused_losses._autograd import apply, complete, forward_writes_gradient, give_away, needs_reference
 from fused_losses._checks import check_tensors
 from fused_losses._common import RowLossModule
@@ -34,10 +42,8 @@ def _function_and_options(
         return loss, next((entry for entry in LOSSES.values() if entry.function is loss), None), {}
     if not isinstance(loss, str):
         raise TypeError(f"loss must be a name, a function or a Module of a row loss, got {type(loss).__name__}")
-    stem = loss.removesuffix("_loss")
-    if stem not in LOSSES:
-        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
-    return LOSSES[stem].function, LOSSES[stem], {}
+    entry = entry_named(loss)
+    return entry.function, entry, {}
 
 
 class _Labels(NamedTuple):

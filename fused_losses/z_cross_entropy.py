@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused_losses._agreement import telling
-from fused_losses._arguments import LOSSES, LossEntry, ZErrorRule, check_reduction
+from fused_losses._arguments import LOSSES, LossEntry, ZErrorRule, check_reduction, entry_named
 from fused_losses._autograd import is_small, small_row_loss
 from fused_losses._checks import check_row_loss, check_tensors
 from fused_losses._common import RowLossModule
@@ -22,7 +22,7 @@ from fused_losses._ops import (
     pack_z_error_constants,
     z_error_kept_target,
 )
-from fused_losses._parameters import integer
+from fused_losses._parameters import check_choice, integer
 from fused_losses._row_values import check_targets
 from fused_losses._running import Source, source_of
 from fused_losses._z_error import (
@@ -42,7 +42,7 @@ from fused_losses._z_reference import class_score
 from fused_losses.distributed import global_mean, kept_weight
 from fused_losses.statistics import ClassStatistics
 
-_STATISTICS = {name: name for name in ("logit", "prob", "loss")}
+_STATISTICS = ("logit", "prob", "loss")
 
 
 def resolve_base(base: str | RowLossModule, **options: Any) -> tuple[LossEntry, dict[str, Any]]:
@@ -58,10 +58,7 @@ def resolve_base(base: str | RowLossModule, **options: Any) -> tuple[LossEntry, 
         return LOSSES[base.stem], base.call_options()
     if not isinstance(base, str):
         raise TypeError(f"base must be the name of a row loss or its Module, got {type(base).__name__}")
-    entry = LOSSES.get(base) or LOSSES.get(base.removesuffix("_loss"))
-    if entry is None:
-        raise ValueError(f"base must be one of {', '.join(LOSSES)}, or a Module, got {base!r}")
-    return entry, options
+    return entry_named(base, "base", ", or a Module"), options
 
 
 def classes_of(logits: Tensor) -> int:
@@ -81,7 +78,7 @@ class _Judge(NamedTuple):
     @staticmethod
     def of(statistic: str, base: str | RowLossModule, sided: str, min_count: int, small_class: str) -> _Judge:
         """Raises a ValueError on an unknown word."""
-        choose("statistic", statistic, _STATISTICS)
+        check_choice("statistic", statistic, _STATISTICS)
         tail = choose("sided", sided, {"two": "both", "lower": "high" if statistic == "loss" else "low"})
         return _Judge(statistic, base, tail, *check_small_class(min_count, small_class))
 
