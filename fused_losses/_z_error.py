@@ -1,4 +1,18 @@
-"""What the Z-Error losses share: options, fused or plain operators, statistics over batches and ranks, Module base."""
+"""What the Z-Error losses share: options, fused or plain operators, statistics over batches and ranks, Module base.
+
+Words. Users choose a score, operators are told where it comes from (``csrc/ops/ops.cpp``):
+
+    class labels, statistic=     "logit"                    "class", of logits
+                                 "prob"                     "class_prob", of cross entropies; "class_softmax", of logits
+                                 "loss"                     "class", of losses; "class_cross_entropy", of logits
+    binary labels, space=        "logit", "prob"            "bce_logit", "bce_prob"
+    regression, statistic=       "target", "loss", ...      "mse_target", "mse_loss", ...
+    sided=                       "two", "lower"             tail "both", "low" ("high" for losses of class labels)
+
+How rows are judged is called a rule: :class:`ZErrorRule` is what the operators get, in the words on the right. Kernels
+make of it and the moments a ``KeepInterval`` of each group: mean, std and the bounds of z. Those of all groups are
+``ZErrorIntervals``, the ``rules`` of the CPU kernels.
+"""
 
 from __future__ import annotations
 
