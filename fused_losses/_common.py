@@ -56,6 +56,13 @@ class Criterion(nn.Module):
         """What a call communicates, as far as it may bring news of a failure."""
         return []
 
+    def _keep(self, name: str, value: Any) -> None:
+        """A tensor as a buffer, anything else as an attribute."""
+        if isinstance(value, Tensor):
+            self.register_buffer(name, value)
+        else:
+            setattr(self, name, plain(value))
+
     def _tensor(self, name: str) -> Any:
         # Not by getattr: nn.Module's look-up takes as long as a small loss.
         buffers = self._buffers
@@ -72,6 +79,7 @@ class RowLossModule(Criterion):
 
     stem: str
     weight: Tensor | None
+    logit_bias: LogitBias
     parameter_names: tuple[str, ...] = ()
     # For calls with nothing but logits and target. Empty: this loss cannot have them; None: not made yet.
     _constants: PackedConstants | tuple[()] | None = None
@@ -101,18 +109,12 @@ class RowLossModule(Criterion):
         check_reduction(reduction, entry.reductions)
         check_logit_bias(logit_bias)
         for name, value in parameters.items():
-            if isinstance(value, Tensor):
-                self.register_buffer(name, value)
-            else:
-                setattr(self, name, plain(value))
+            self._keep(name, value)
         self.parameter_names = tuple(parameters)
         self.register_buffer("weight", weight)
         self.ignore_index = integer("ignore_index", ignore_index)
         self.reduction = reduction
-        if isinstance(logit_bias, Tensor):
-            self.register_buffer("logit_bias", logit_bias)
-        else:
-            self.logit_bias = plain(logit_bias)
+        self._keep("logit_bias", logit_bias)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Notices that a hyper-parameter has a new value, so that calls need not look."""

@@ -218,10 +218,7 @@ class ZErrorModule(RunningMoments):
         super().__init__(running=running, momentum=momentum, process_group=process_group, num_groups=num_groups)
         check_threshold(threshold)
         check_reduction(reduction)
-        if isinstance(threshold, Tensor):
-            self.register_buffer("threshold", threshold)
-        else:
-            self.threshold = threshold
+        self._keep("threshold", threshold)
         self.reduction = reduction
 
     def _exchanges(self, reduction: str | None = None) -> list[Exchange]:

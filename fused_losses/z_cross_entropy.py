@@ -262,6 +262,7 @@ class ZErrorCrossEntropyLoss(ZErrorModule):
     """
 
     weight: Tensor | None
+    logit_bias: LogitBias
     # For calls with nothing but logits and target, of rule and loss. Empty: there are none; None: not made yet.
     _constants: tuple[ZErrorConstants, PackedConstants] | tuple[()] | None = None
 
@@ -301,10 +302,7 @@ class ZErrorCrossEntropyLoss(ZErrorModule):
         self.base = base
         self.ignore_index = integer("ignore_index", ignore_index)
         self.register_buffer("weight", weight)
-        if isinstance(logit_bias, Tensor):
-            self.register_buffer("logit_bias", logit_bias)
-        else:
-            self.logit_bias = logit_bias
+        self._keep("logit_bias", logit_bias)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Notices that an option has a new value, so that calls need not look."""
