@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_losses._arguments import LOSSES, RowLossArguments, check_reduction
+from fused_losses._arguments import LOSSES, RowLossArguments, check_reduction, is_distributed
 from fused_losses._logit_bias import class_dim
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -30,6 +30,8 @@ def check_tensors(**values: Any) -> None:
     for name, value in values.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+        if is_distributed(value):
+            raise TypeError(f"{name} must be a plain tensor, got a DTensor; pass {name}.to_local()")
         if value.layout is not torch.strided:
             raise RuntimeError(f"{name} must be dense, got a tensor of layout {value.layout}")
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from fused_losses._arguments import LOSSES, REDUCTIONS, LossEntry, Own, RowLossFunction
 from fused_losses._autograd import is_small, row_loss, small_row_loss
+from fused_losses._checks import check_tensors
 from fused_losses._ops import PackedConstants, pack_constants
 from fused_losses._parameters import ParameterRange
-from fused_losses._reference import Rows, row_loss_reference
+from fused_losses._reference import Rows, checked_reference
 
 _PLAIN = {float, int, bool, str, type(None)}  # types of options whose value is known without a tensor
 
@@ -80,6 +81,8 @@ def _make_fused(name: str) -> Callable[..., Tensor]:
     def make_constants(**options: Any) -> PackedConstants | None:
         if type(options.get("logit_bias")) is str:  # depends on the logits
             return None
+        if options.get("weight") is not None or options.get("sample_weight") is not None:  # no tensor: to be refused
+            return None
         args = LOSSES[name].arguments(None, None, **options)  # type: ignore[arg-type]
         return pack_constants(args.constants) if type(args.ignore_index) is int else None
 
@@ -95,7 +98,8 @@ def _make_fused(name: str) -> Callable[..., Tensor]:
 
 def _make_reference(name: str) -> Callable[..., Tensor]:
     def function(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
-        return row_loss_reference(LOSSES[name].arguments(logits, target, **options))
+        check_tensors(logits=logits, target=target)
+        return checked_reference(LOSSES[name].arguments(logits, target, **options))
 
     return function
 

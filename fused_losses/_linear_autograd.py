@@ -105,10 +105,10 @@ class ChunkedLogits:
             how = f"chunk_bytes={self.options.chunk_bytes}, skip_rows={self.options.skip_rows}"
             agree_about_call(args, shard, how)
 
-    @torch.no_grad()
     def _target_logits(self, target: Tensor) -> Tensor:
         """Every row's logit of its target, by a gather instead of a GEMM. Rows without a class get some number."""
-        input, linear_weight, linear_bias = self.layer
+        input, linear_weight = self.layer.input.detach(), self.layer.weight.detach()
+        linear_bias = None if self.layer.bias is None else self.layer.bias.detach()
         dtype, classes = self.options.dtype, linear_weight.shape[0]
         index = target.long().clamp(0, classes - 1)
         size = max(1, self.options.chunk_bytes // (8 * max(1, input.shape[1])))

@@ -114,7 +114,8 @@ def _fake(implementation: Callable[..., Any]) -> Callable[..., Any]:
 
 def _check_meta(name: str, args: Sequence[Any]) -> None:
     """Raises where some tensors are on the meta device: a call with real ones would return memory that nobody wrote."""
-    tensors = {i: arg for i, arg in enumerate(args) if isinstance(arg, Tensor) and arg.dim() > 0}
+    # One number may be on the CPU beside tensors elsewhere.
+    tensors = {i: arg for i, arg in enumerate(args) if isinstance(arg, Tensor) and (arg.dim() > 0 or arg.is_meta)}
     if len({tensor.is_meta for tensor in tensors.values()}) < 2:
         return
     names = [argument.name for argument in getattr(torch.ops.fused_losses, name).default._schema.arguments]
@@ -148,14 +149,11 @@ def _fake_row_loss_with_grad_(grad_logits: Tensor, *args: Any) -> Tensor:
 @_fake
 def _fake_row_loss_with_stats(*flat: Any) -> Tensors3:
     args = RowLossArguments(*flat)
-    loss = _empty_loss(args)
-    rows = 1
-    for size in row_shape(args.logits):
-        rows = rows * size
+    loss, logits, rows = _empty_loss(args), args.logits, math.prod(row_shape(args.logits))
     count = _C.stats_count(args.loss, [float(p) for p in args.params], args.target.is_floating_point())
-    if args.logits.is_cuda and args.logits.dtype is not torch.float64:
-        if args.logits.shape[class_dim(args.logits)] <= _C.most_classes_without_stats(args.loss):
-            count = 0
+    most = _C.most_classes_without_stats(args.loss)
+    if logits.is_cuda and logits.dtype is not torch.float64 and logits.shape[class_dim(logits)] <= most:
+        count = 0
     divides = args.reduction in ("mean", "active_mean")
     return loss, loss.new_empty((count, rows)), loss.new_empty(() if divides else (0,))
 

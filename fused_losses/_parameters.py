@@ -202,7 +202,7 @@ class OrTensor:
     def pack(self, name: str, value: Any) -> float:
         """``value``, or 1.0 to hold the place of a tensor, for which kernels are chosen that take any number.
 
-        Entries of a tensor are not read: that may synchronise.
+        Entries of a tensor are looked at where that waits for nobody.
         """
         if not isinstance(value, Tensor):
             return self.range.pack(name, value)
@@ -211,6 +211,8 @@ class OrTensor:
                 f"{name} must be a number or a floating point tensor, 0-dim{' or of shape (C,)' * self.per_class}, got "
                 f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
             )
+        if can_be_read(value):
+            self.check_entries(name, value)
         return 1.0
 
     def unpack(self, number: Any) -> Any:
@@ -218,10 +220,26 @@ class OrTensor:
         return number
 
     def check_entries(self, name: str, value: float | Tensor) -> None:
-        """Raises unless every entry of a tensor is in the range. For constructors: it reads the tensor."""
-        if isinstance(value, Tensor) and not value.is_meta:
-            for entry in value.detach().flatten().tolist():
-                self.range.pack(f"every entry of {name}", entry)
+        """Raises unless every entry of a tensor is in the range. It reads the tensor."""
+        if isinstance(value, Tensor):
+            check_entries(name, value, self.range)
+
+
+def can_be_read(tensor: Tensor) -> bool:
+    """Whether its numbers are at hand: on the CPU, neither traced nor wrapped."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    return tensor.is_cpu and type(tensor) in _PLAIN and not torch._C._are_functorch_transforms_active()
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def check_entries(name: str, tensor: Tensor, range: Range) -> None:
+    """Raises unless all are in the range, which has no gaps. It reads the tensor."""
+    if not tensor.is_meta and tensor.numel() > 0:
+        for entry in torch.aminmax(tensor.detach()):  # both NaN if one is
+            range.pack(f"every entry of {name}" if tensor.dim() > 0 else name, entry.item())
 
 
 def check_choice(name: str, value: Any, options: Collection[str]) -> str:

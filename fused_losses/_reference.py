@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_losses._arguments import LOSSES, RowLossArguments, acc_dtype, check_reduction
-from fused_losses._checks import check_num_classes
+from fused_losses._checks import check_num_classes, check_row_loss
 from fused_losses._logit_bias import class_dim
 
 # Added to the denominator of a mean over active rows, as in the reference code of 2501.12191.
@@ -216,6 +216,12 @@ SOFT_TARGETS: dict[str, SoftTargetFormula] = {}
 
 # The reduced loss of what a wrapper makes of a registered one, by the operators' name of it.
 WRAPPED: dict[str, Callable[[RowLossArguments], Tensor]] = {}
+
+
+def checked_reference(args: RowLossArguments) -> Tensor:
+    """The loss as users ask for it: with the operators' errors, where plain operations would broadcast."""
+    check_row_loss(args)
+    return row_loss_reference(args)
 
 
 def row_loss_reference(args: RowLossArguments) -> Tensor:

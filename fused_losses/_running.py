@@ -131,6 +131,7 @@ class RunningMoments(HasProcessGroup):
                 return
             if self.num_groups is None and saved.shape != self.running_moments.shape:
                 self.running_moments = self.running_moments.new_zeros(saved.shape)
+            state_dict = {**state_dict, prefix + "running_moments": saved.double()}  # assign=True takes it as it is
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

@@ -28,7 +28,7 @@ from fused_losses._agreement import Exchange
 from fused_losses._arguments import RowLossArguments, ZErrorLossArguments, ZErrorRule, check_reduction
 from fused_losses._autograd import row_loss
 from fused_losses._checks import FLOATING, check_tensors
-from fused_losses._parameters import check_choice, plain, positive, positive_integer
+from fused_losses._parameters import can_be_read, check_choice, check_entries, plain, positive, positive_integer
 from fused_losses._reference import row_loss_reference
 from fused_losses._running import RunningMoments, Source
 from fused_losses.distributed import global_mean
@@ -95,10 +95,12 @@ def check_count(name: str, count: int | None) -> int | None:
 
 
 def check_threshold(threshold: Threshold) -> None:
-    """Raises unless all numbers are positive. Values of tensors are not looked at, which would synchronise."""
+    """Raises unless all numbers are positive; those of tensors are looked at where that waits for nobody."""
     if isinstance(threshold, Tensor):
         if not threshold.is_floating_point():
             raise ValueError(f"threshold must be floating point, got a tensor of dtype {threshold.dtype}")
+        if can_be_read(threshold):
+            check_entries("threshold", threshold, positive)
     elif isinstance(threshold, (tuple, list)):
         for value in threshold:
             positive.pack("threshold", value)
@@ -106,12 +108,15 @@ def check_threshold(threshold: Threshold) -> None:
         positive.pack("threshold", threshold)
 
 
-def pack_threshold(threshold: Threshold) -> tuple[list[float], Tensor | None]:
-    """The operators' ``threshold`` and ``threshold_tensor``."""
+def pack_threshold(threshold: Threshold, shape: tuple[int, ...] = ()) -> tuple[list[float], Tensor | None]:
+    """The operators' ``threshold`` and ``threshold_tensor``, which may have that shape if it has two dimensions."""
     if threshold.__class__ is float and positive.holds(threshold):  # nearly always
         return [threshold], None
     check_threshold(threshold)
     if isinstance(threshold, Tensor):
+        if threshold.dim() > 1 and threshold.shape != shape:
+            rule = f"be a number, have one dimension or shape {shape}" if shape else "have at most one dimension"
+            raise ValueError(f"threshold must {rule}, got shape {tuple(threshold.shape)}")
         return [], threshold.detach().reshape(-1) if threshold.dim() > 1 else threshold.detach()
     return [plain(t) for t in threshold] if isinstance(threshold, (tuple, list)) else [plain(threshold)], None
 
@@ -149,11 +154,12 @@ def masked_loss(
 ) -> Tensor | ZErrorResult:
     """Statistics, then mask and loss. The operators take the last of several dimensions for the tasks."""
     check_reduction(reduction)
-    numbers, tensor = pack_threshold(threshold)
     weights = spread_weight(sample_weight, input)
     input, target = _tasks_last(input, per_task), _tasks_last(target, per_task)
     weights = None if weights is None else _tasks_last(weights, per_task)
-    groups = labels * (input.shape[-1] if input.dim() > 1 else 1)
+    tasks = input.shape[-1] if input.dim() > 1 else 1
+    groups = labels * tasks
+    numbers, tensor = pack_threshold(threshold, (tasks, labels))
     constant_input, constant_target = input.detach(), target.detach()
     moments = source.moments(
         groups, lambda: ops.class_moments(constant_input, constant_target, groups, statistic, -100)
@@ -217,6 +223,8 @@ class ZErrorModule(RunningMoments):
     ) -> None:
         super().__init__(running=running, momentum=momentum, process_group=process_group, num_groups=num_groups)
         check_threshold(threshold)
+        if isinstance(threshold, Tensor):  # on a GPU, too: once
+            check_entries("threshold", threshold, positive)
         check_reduction(reduction)
         self._keep("threshold", threshold)
         self.reduction = reduction

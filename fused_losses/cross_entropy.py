@@ -12,10 +12,11 @@ from torch import Tensor
 
 from fused_losses._arguments import LOSSES, LossEntry
 from fused_losses._autograd import row_loss
+from fused_losses._checks import check_tensors
 from fused_losses._common import RowLossModule
 from fused_losses._logit_bias import LogitBias, class_dim
 from fused_losses._parameters import Range
-from fused_losses._reference import SOFT_TARGETS, Rows, reduce_rows, row_loss_reference, zero_at_zero
+from fused_losses._reference import SOFT_TARGETS, Rows, checked_reference, reduce_rows, zero_at_zero
 from fused_losses.row_statistics import RowStatistics
 
 _smoothing = Range("be between 0.0 and 1.0, or negative and finite", lambda s: -math.inf < s <= 1.0, -1e15, 1.0)
@@ -111,16 +112,22 @@ def cross_entropy(
         weight=weight,
         ignore_index=ignore_index,
         reduction=reduction,
-        label_smoothing=label_smoothing,
+        label_smoothing=_number(label_smoothing),
         logit_bias=logit_bias,
         sample_weight=sample_weight,
     )
     return row_loss(arguments)
 
 
+def _number(value: Any) -> Any:
+    """A 0-dim tensor, which torch takes for a number, as the number that it holds now."""
+    return value.item() if isinstance(value, Tensor) and value.dim() == 0 else value
+
+
 @functools.wraps(cross_entropy)
 def _reference(input: Tensor, target: Tensor, weight: Tensor | None = None, **options: Any) -> Tensor:
-    return row_loss_reference(LOSSES["cross_entropy"].arguments(input, target, weight=weight, **options))
+    check_tensors(input=input, target=target)
+    return checked_reference(LOSSES["cross_entropy"].arguments(input, target, weight=weight, **options))
 
 
 _reference.__module__ = "fused_losses.reference"  # pickle looks for it there
@@ -171,7 +178,7 @@ class CrossEntropyLoss(RowLossModule, stem="cross_entropy"):
         logit_bias: LogitBias = 0.0,
     ) -> None:
         super().__init__(
-            {"label_smoothing": label_smoothing},
+            {"label_smoothing": _number(label_smoothing)},
             weight=weight,
             ignore_index=ignore_index,
             reduction=reduction,

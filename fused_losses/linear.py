@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_losses._agreement import Exchange, telling
-from fused_losses._arguments import LOSSES, LossEntry, RowLossArguments, check_reduction, entry_named, is_distributed
+from fused_losses._arguments import (
+    LOSSES,
+    REDUCTIONS,
+    LossEntry,
+    RowLossArguments,
+    check_reduction,
+    entry_named,
+    is_distributed,
+)
 from fused_losses._checks import check_tensors
 from fused_losses._chunks import ChunkOptions, Layer
 from fused_losses._common import Criterion, RowLossModule
@@ -360,8 +368,8 @@ class LinearLoss(Criterion):
             if reduction is not None:
                 options["reduction"] = reduction
             self.loss = find_loss(loss).module(**options)
-        if reduction is not None and isinstance(loss, RowLossModule):
-            check_reduction(reduction, LOSSES[loss.stem].reductions)
+        if reduction is not None:
+            check_reduction(reduction, LOSSES[loss.stem].reductions if isinstance(loss, RowLossModule) else REDUCTIONS)
         self.linear = nn.Linear(in_features, num_classes, bias, device=device, dtype=dtype)
         self.reduction = reduction
         self.chunk_bytes = chunk_bytes

@@ -295,11 +295,12 @@ class ZErrorCrossEntropyLoss(ZErrorModule):
             process_group=process_group,
             num_groups=check_count("num_classes", num_classes),
         )
-        self._judge: _Judge | None = _Judge.of(statistic, base, sided, min_count, small_class)
+        judge = _Judge.of(statistic, base, sided, min_count, small_class)
         check_logit_bias(logit_bias)
         resolve_base(base, weight=weight, ignore_index=ignore_index, logit_bias=logit_bias)
         self.statistic, self.sided, self.min_count, self.small_class = statistic, sided, min_count, small_class
         self.base = base
+        self._judge: _Judge | None = judge  # behind what it is made of, which resets it
         self.ignore_index = integer("ignore_index", ignore_index)
         self.register_buffer("weight", weight)
         self._keep("logit_bias", logit_bias)
