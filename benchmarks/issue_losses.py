@@ -104,7 +104,6 @@ class Other:
     per_class_held: dict[str, int] | None = None
 
 
-BOTH = {"bfloat16": 4.0, "float32": 8.0}
 RESCALED = {"bfloat16": 6.0, "float32": 8.0}
 RESCALED_BACK = {"bfloat16": 8.0, "float32": 12.0}
 NORM_CLASS, NORM_CLASS_BACK = {"STG.!64": 1, "LDG": 2}, {"STG": 1, "LDG": 4}
