@@ -93,7 +93,7 @@ public:
     // Fetches the part's counterpart in the next tile.
     template <class Body, class EndRun = void (*)()>
     FL_ALWAYS_INLINE void for_each_fetching(int part, Body body, EndRun end_run = [] {}) const {
-        const Prefetch next_tile = with_stored<A>(p, [&]<class Stored>() {
+        const Prefetch next_tile = with_stored<A>(p.dtype, [&]<class Stored>() {
             const std::int64_t row = next + tile_rows - row_count + part * V::size, step = p.logits_class_stride;
             return Prefetch(p, reads ? logits_at<Stored>(p, outer, row) : nullptr, step == 1 ? V::size : step,
                             p.grad && p.grad_class_stride == 1 ? grad_at<Stored>(p, outer, row) : nullptr, V::size);
@@ -111,13 +111,13 @@ public:
 private:
     FL_NOINLINE void read_tile(std::int64_t first, int n) {
         rows.begin(p, outer, first, n);
-        with_stored<A>(p, [&]<class Stored>() {
+        with_stored<A>(p.dtype, [&]<class Stored>() {
             if (reads) Tile::template load_logits<Stored>(outer, first, n);
         });
     }
 
     FL_NOINLINE void write_tile(std::int64_t first, int n) {
-        with_stored<A>(p, [&]<class Stored>() {
+        with_stored<A>(p.dtype, [&]<class Stored>() {
             const auto as_it_is = [](int) FL_INLINE { return [](V x, std::int64_t) FL_INLINE { return x; }; };
             Tile::template store_gradient<Stored>(outer, first, n, as_it_is);
         });

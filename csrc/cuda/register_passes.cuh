@@ -338,12 +338,8 @@ template <class Given>
 cudaError_t enqueue_passes_in_registers(RegisterArgs& args, cudaStream_t stream) {
     cudaError_t error = kDoesNotFit;
     const auto enqueue = [&]<class Loss>() {
-        switch (args.problem.dtype) {
-            case Dtype::kFloat32: error = enqueue_passes_as<Loss, float>(args, stream); break;
-            case Dtype::kFloat16: error = enqueue_passes_as<Loss, Half>(args, stream); break;
-            case Dtype::kBFloat16: error = enqueue_passes_as<Loss, BFloat16>(args, stream); break;
-            default: break;
-        }
+        with_stored<float>(args.problem.dtype,
+                           [&]<class Stored>() { error = enqueue_passes_as<Loss, Stored>(args, stream); });
     };
     if constexpr (requires { Given::visit_usual(args.problem.params, enqueue); })
         Given::visit_usual(args.problem.params, enqueue);

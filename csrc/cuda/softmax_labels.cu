@@ -57,15 +57,10 @@ cudaError_t enqueue_rows_in_registers(RegisterArgs& args, cudaStream_t stream) {
 }
 
 cudaError_t enqueue_in_registers(const RowProblem& p, const LossOutput& out, cudaStream_t stream) {
-    if (!is_for_registers(p)) return kDoesNotFit;
+    if (p.dtype == Dtype::kFloat64 || !is_for_registers(p)) return kDoesNotFit;
     RegisterArgs args(p, out);
-    switch (p.dtype) {
-        case Dtype::kFloat64: return kDoesNotFit;
-        case Dtype::kFloat32: return enqueue_rows_in_registers<float>(args, stream);
-        case Dtype::kFloat16: return enqueue_rows_in_registers<Half>(args, stream);
-        case Dtype::kBFloat16: return enqueue_rows_in_registers<BFloat16>(args, stream);
-    }
-    return cudaErrorInvalidValue;
+    return with_stored<float>(p.dtype,
+                              [&]<class Stored>() { return enqueue_rows_in_registers<Stored>(args, stream); });
 }
 
 // The weights of the rows' labels, of which there are two where each has a denominator. Where each row has a share, its

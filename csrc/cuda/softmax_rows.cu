@@ -152,13 +152,7 @@ cudaError_t enqueue_of(const RowProblem& p, const LossOutput& out, Direction dir
 }
 
 cudaError_t enqueue(const RowProblem& p, const LossOutput& out, Direction direction, cudaStream_t stream) {
-    switch (p.dtype) {
-        case Dtype::kFloat64: return enqueue_of<double>(p, out, direction, stream);
-        case Dtype::kFloat32: return enqueue_of<float>(p, out, direction, stream);
-        case Dtype::kFloat16: return enqueue_of<Half>(p, out, direction, stream);
-        case Dtype::kBFloat16: return enqueue_of<BFloat16>(p, out, direction, stream);
-    }
-    return cudaErrorInvalidValue;
+    return visit_dtype(p.dtype, [&]<class Stored>() { return enqueue_of<Stored>(p, out, direction, stream); });
 }
 
 }  // namespace
