@@ -6,12 +6,8 @@
 #include <vector>
 
 #include "cpu/choose_isa.h"
-#include "cpu/elr_kernels.h"
-#include "cpu/gjs_kernels.h"
 #include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
-#include "cpu/rescale_kernels.h"
-#include "cpu/row_statistics_kernels.h"
 #include "cpu/tiling.h"
 #include "cpu/work_stealing.h"
 #include "cpu/z_error.h"
@@ -212,11 +208,17 @@ void gjs(const RowProblem& p, const GjsViews& views) {
 
 void cpu_row_loss(RowProblem& p) { forward(p, nullptr, nullptr); }
 
-const Backend cpu_backend{&forward,           &gradient, [](const RowProblem&) { return false; },
-                          &statistics,        &elr,
-                          &rescale,           &gjs,
-                          &cpu_class_moments, &cpu_z_error_mask,
-                          &cpu_z_error_loss,  &cpu_z_error_gradient,
+const Backend cpu_backend{&forward,
+                          &gradient,
+                          [](const RowProblem&) { return false; },
+                          &statistics,
+                          &elr,
+                          &rescale,
+                          &gjs,
+                          &cpu_class_moments,
+                          &cpu_z_error_mask,
+                          &cpu_z_error_loss,
+                          &cpu_z_error_gradient,
                           &cpu_update_moments};
 
 }  // namespace fused_losses

@@ -1,5 +1,5 @@
 // Compiled once per instruction set (FL_ISA), as kernels.cpp.
-#include "cpu/row_statistics_kernels.h"
+#include "cpu/kernels.h"
 
 #include "cpu/statistics_rows.h"
 

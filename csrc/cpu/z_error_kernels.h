@@ -55,13 +55,6 @@ struct ZErrorKernels {
     std::int64_t (*find_bad_label)(const ZProblem&, std::int64_t begin, std::int64_t end);
 };
 
-template <Isa>
-ZErrorKernels z_error_kernels();
-template <>
-ZErrorKernels z_error_kernels<Isa::baseline>();
-template <>
-ZErrorKernels z_error_kernels<Isa::avx2>();
-template <>
-ZErrorKernels z_error_kernels<Isa::avx512>();
+FL_FOR_EACH_ISA(ZErrorKernels, z_error_kernels);
 
 }  // namespace fused_losses
