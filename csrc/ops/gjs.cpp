@@ -7,6 +7,8 @@
 
 namespace fused_losses {
 
+namespace {
+
 void gjs_rows_(StableIValue* stack, std::uint64_t, std::uint64_t) {
     Arguments in(stack);
     std::vector<Tensor> views, grads;
@@ -59,5 +61,9 @@ void gjs_rows_(StableIValue* stack, std::uint64_t, std::uint64_t) {
     if (p.rows() > 0) backend_of(first.device()).gjs(p, all);
     Results(stack).push(values);
 }
+
+}  // namespace
+
+void implement_gjs(Library& m) { m.impl("gjs_rows_", &gjs_rows_); }
 
 }  // namespace fused_losses

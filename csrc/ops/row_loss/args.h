@@ -94,7 +94,7 @@ struct OtherLabel {
     double share_of_all = 1;  // the second one's is the rest
 
     OtherLabel() = default;
-    explicit OtherLabel(Arguments& in) { in.read(Given{target}, share, share_of_all); }
+    explicit OtherLabel(Arguments& in) { in.read(Required{target}, share, share_of_all); }
 };
 
 }  // namespace fused_losses
