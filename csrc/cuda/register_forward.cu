@@ -20,16 +20,14 @@ __global__ void __launch_bounds__((kKernel<kFactors, kHeld, Team>.most_threads(s
 
 template <class Stored>
 cudaError_t enqueue_registers(RegisterArgs& args, cudaStream_t stream) {
-    cudaError_t error = cudaErrorInvalidValue;
-    visit_indices<std::size(kDirectKernels)>([&]<std::size_t i>() {
-        constexpr DirectKernel kernel = kDirectKernels[i];
+    const auto launch = [&]<DirectKernel kernel>()
+        requires(!have_passes(kernel.factors))
+    {
         using Team = std::conditional_t<kernel.of_warps, WarpTeam, BlockTeam>;
-        if constexpr (!have_passes(kernel.factors))
-            if (args.plan.kernel == i)
-                error = launch_rows_resident(&softmax_in_registers<Stored, kernel.factors, kernel.held, Team>, args,
-                                             stream, args.out.follows_weights);
-    });
-    return error;
+        return launch_rows_resident(&softmax_in_registers<Stored, kernel.factors, kernel.held, Team>, args, stream,
+                                    args.out.follows_weights);
+    };
+    return launch_planned<kDirectKernels>(args.plan, launch);
 }
 
 #define FL_REGISTERS(Stored) template cudaError_t enqueue_registers<Stored>(RegisterArgs&, cudaStream_t);

@@ -38,12 +38,19 @@ cudaError_t enqueue_tiles(RegisterArgs& args, cudaStream_t stream);
 template <class Stored>
 cudaError_t enqueue_columns(RegisterArgs& args, cudaStream_t stream);
 
-// Calls visitor.operator()<i>() for i < n.
-template <std::size_t n, class Visitor>
-void visit_indices(Visitor visitor) {
-    [&]<std::size_t... i>(std::index_sequence<i...>) {
-        (visitor.template operator()<i>(), ...);
-    }(std::make_index_sequence<n>());
+// Calls launch.operator()<kernel>() for the kernel of a plan, one of kTable. It is compiled for those that `launch`
+// takes.
+template <const auto& kTable, class Launch>
+cudaError_t launch_planned(const RegisterPlan& plan, Launch launch) {
+    cudaError_t error = cudaErrorInvalidValue;
+    const auto try_kernel = [&]<int i>() {
+        if constexpr (requires { launch.template operator()<kTable[i]>(); })
+            if (plan.kernel == i) error = launch.template operator()<kTable[i]>();
+    };
+    [&]<int... i>(std::integer_sequence<int, i...>) {
+        (try_kernel.template operator()<i>(), ...);
+    }(std::make_integer_sequence<int, std::size(kTable)>());
+    return error;
 }
 
 constexpr cudaError_t kDoesNotFit = cudaErrorInvalidClusterSize;
@@ -89,33 +96,37 @@ cudaError_t launch_rows_resident(void (*kernel)(Args), const Args& args, cudaStr
                                wanted, stream, args);
 }
 
+// plan_for(multiprocessors) and, if there is a plan, launch().
+template <class Plan, class Launch>
+cudaError_t launch_in_tiles(RegisterPlan& plan, Plan plan_for, Launch launch) {
+    int multiprocessors = 0;
+    const cudaError_t error = find_multiprocessors(multiprocessors);
+    if (error != cudaSuccess) return error;
+    return (plan = plan_for(multiprocessors)) ? launch() : kDoesNotFit;
+}
+
+// launch() with plan_for(largest cluster), smaller ones where the device cannot place it.
+template <class Plan, class Launch>
+cudaError_t launch_in_clusters(RegisterPlan& plan, Plan plan_for, Launch launch) {
+    for (int largest = kMaxCluster; largest > 0; largest /= 2) {
+        if (!(plan = plan_for(largest))) continue;
+        if (const cudaError_t error = launch(); error != kDoesNotFit) return error;
+    }
+    return kDoesNotFit;
+}
+
 // By the first kernel that is for such factors and has room for the rows; kDoesNotFit if none has. The others launch
 // the kernel of args.plan.
 template <class Tiles, class Columns, class Rows>
 cudaError_t launch_held(RegisterArgs& args, Factors factors, Tiles launch_tiles, Columns launch_columns,
                         Rows launch_rows) {
     const RowProblem& p = args.problem;
-    int multiprocessors = 0;
-    cudaError_t error = find_multiprocessors(multiprocessors);
-    if (error != cudaSuccess) return error;
-    if ((args.plan = plan_tiles(p, factors, multiprocessors))) {
-        error = launch_tiles();
-        if (error != kDoesNotFit) return error;
-    }
-    if ((args.plan = plan_columns(p, factors))) return launch_columns();
-    for (int largest = kMaxCluster; largest > 0; largest /= 2) {
-        if (!(args.plan = plan_direct(p, factors, largest))) continue;
-        error = launch_rows();
-        if (error != kDoesNotFit) return error;
-    }
-    return kDoesNotFit;
-}
-
-template <class Stored>
-cudaError_t enqueue_held(RegisterArgs& args, Factors factors, cudaStream_t stream) {
-    return launch_held(
-        args, factors, [&] { return enqueue_tiles<Stored>(args, stream); },
-        [&] { return enqueue_columns<Stored>(args, stream); }, [&] { return enqueue_registers<Stored>(args, stream); });
+    RegisterPlan& plan = args.plan;
+    const cudaError_t error = launch_in_tiles(
+        plan, [&](int multiprocessors) { return plan_tiles(p, factors, multiprocessors); }, launch_tiles);
+    if (error != kDoesNotFit) return error;
+    if ((plan = plan_columns(p, factors))) return launch_columns();
+    return launch_in_clusters(plan, [&](int largest) { return plan_direct(p, factors, largest); }, launch_rows);
 }
 
 }  // namespace fused_losses::cuda

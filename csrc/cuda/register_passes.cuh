@@ -308,29 +308,19 @@ template <class Given, class Stored>
 cudaError_t enqueue_passes_as(RegisterArgs& args, cudaStream_t stream) {
     using Loss = typename LossFor<Given, Stored>::type;
     constexpr Factors factors = kKeptBy<Loss>;
-    cudaError_t error = cudaErrorInvalidValue;
-    const auto launch_tiles = [&] {
-        visit_indices<std::size(kTileKernels)>([&]<std::size_t i>() {
-            constexpr TileKernel kernel = kTileKernels[i];
-            if constexpr (kernel.factors == factors)
-                if (args.plan.kernel == i)
-                    error = launch_tiles_resident(&passes_in_register_tiles<Loss, Stored, kernel.lanes, kernel.held>,
-                                                  args, stream);
-        });
-        return error;
+    const auto launch_tile = [&]<TileKernel kernel>()
+        requires(kernel.factors == factors)
+    { return launch_tiles_resident(&passes_in_register_tiles<Loss, Stored, kernel.lanes, kernel.held>, args, stream); };
+    const auto launch_rows = [&]<DirectKernel kernel>()
+        requires(kernel.factors == factors)
+    {
+        using Team = std::conditional_t<kernel.of_warps, WarpTeam, BlockTeam>;
+        return launch_rows_resident(&passes_in_registers<Loss, Stored, kernel.held, Team>, args, stream,
+                                    args.out.follows_weights);
     };
-    const auto launch_rows = [&] {
-        visit_indices<std::size(kDirectKernels)>([&]<std::size_t i>() {
-            constexpr DirectKernel kernel = kDirectKernels[i];
-            using Team = std::conditional_t<kernel.of_warps, WarpTeam, BlockTeam>;
-            if constexpr (kernel.factors == factors)
-                if (args.plan.kernel == i)
-                    error = launch_rows_resident(&passes_in_registers<Loss, Stored, kernel.held, Team>, args, stream,
-                                                 args.out.follows_weights);
-        });
-        return error;
-    };
-    return launch_held(args, factors, launch_tiles, [] { return kDoesNotFit; }, launch_rows);
+    return launch_held(
+        args, factors, [&] { return launch_planned<kTileKernels>(args.plan, launch_tile); }, [] { return kDoesNotFit; },
+        [&] { return launch_planned<kDirectKernels>(args.plan, launch_rows); });
 }
 
 // Rows that registers can hold; kDoesNotFit if they cannot, or for other losses and parameters.

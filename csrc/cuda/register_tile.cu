@@ -16,15 +16,13 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks(kFactors, kHeld))
 
 template <class Stored>
 cudaError_t enqueue_tiles(RegisterArgs& args, cudaStream_t stream) {
-    cudaError_t error = cudaErrorInvalidValue;
-    visit_indices<std::size(kTileKernels)>([&]<std::size_t i>() {
-        constexpr TileKernel kernel = kTileKernels[i];
-        if constexpr (!have_passes(kernel.factors))
-            if (args.plan.kernel == i)
-                error = launch_tiles_resident(&softmax_in_tiles<Stored, kernel.factors, kernel.lanes, kernel.held>,
-                                              args, stream);
-    });
-    return error;
+    const auto launch = [&]<TileKernel kernel>()
+        requires(!have_passes(kernel.factors))
+    {
+        return launch_tiles_resident(&softmax_in_tiles<Stored, kernel.factors, kernel.lanes, kernel.held>, args,
+                                     stream);
+    };
+    return launch_planned<kTileKernels>(args.plan, launch);
 }
 
 #define FL_TILES(Stored) template cudaError_t enqueue_tiles<Stored>(RegisterArgs&, cudaStream_t);

@@ -345,14 +345,10 @@ cudaError_t enqueue_columns(RegisterArgs& args, cudaStream_t stream) {
     const RowProblem& p = args.problem;
     constexpr std::int64_t at_once = kWarp * Word<Stored>::count;
     const std::int64_t wanted = p.outer * ((p.inner + at_once - 1) / at_once);
-    cudaError_t error = cudaErrorInvalidValue;
-    visit_indices<std::size(kColumnKernels)>([&]<std::size_t i>() {
-        constexpr ColumnKernel kernel = kColumnKernels[i];
-        if (args.plan.kernel == i)
-            error = launch_all_resident(&softmax_in_columns<Stored, kernel.factors, kernel.held>,
-                                        {args.plan.threads, 0, 1, args.out.follows_weights}, wanted, stream, args);
+    return launch_planned<kColumnKernels>(args.plan, [&]<ColumnKernel kernel>() {
+        return launch_all_resident(&softmax_in_columns<Stored, kernel.factors, kernel.held>,
+                                   {args.plan.threads, 0, 1, args.out.follows_weights}, wanted, stream, args);
     });
-    return error;
 }
 
 #define FL_COLUMNS(Stored) template cudaError_t enqueue_columns<Stored>(RegisterArgs&, cudaStream_t);

@@ -146,7 +146,11 @@ cudaError_t enqueue_of(const RowProblem& p, const LossOutput& out, Direction dir
     if constexpr (!kIsForChecking<Stored>) {
         // Backward from stats is the business of kernels that do it for u_j of 1 as well.
         const Factors own = factors_of(p), factors = args.is_saved && own == Factors::kNone ? Factors::kOnes : own;
-        if (const cudaError_t error = enqueue_held<Stored>(args, factors, stream); error != kDoesNotFit) return error;
+        const cudaError_t error = launch_held(
+            args, factors, [&] { return enqueue_tiles<Stored>(args, stream); },
+            [&] { return enqueue_columns<Stored>(args, stream); },
+            [&] { return enqueue_registers<Stored>(args, stream); });
+        if (error != kDoesNotFit) return error;
     }
     return enqueue_any_rows(args, stream);
 }
