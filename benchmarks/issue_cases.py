@@ -123,7 +123,7 @@ def kind_of(case: Case) -> str:
 
 
 def factors_of(case: Case) -> int:
-    """Of the C++ enumeration Factors."""
+    """Of the C++ enumeration KernelKind."""
     if case.loss == SHARES:
         return 2
     return 3 + PASSES[case.loss].kept if case.loss in PASSES else int(case.loss in OF_SUMS)
@@ -269,7 +269,7 @@ def kernel_name(case: Case, plan: Plan) -> str:
         return rf"passes_in_registersI.*{loss.kernel}.*{stored}Li{plan.held}E.*{team}"
     if case.loss in OTHERS:
         return other_kernel_name(case, plan)
-    factors = rf"LNS0_7FactorsE{plan.factors}E"
+    factors = rf"LNS0_10KernelKindE{plan.factors}E"
     if plan.kind == "columns":
         return rf"softmax_in_columnsI.*{stored}{factors}Li{plan.held}E"
     if plan.kind == "tile":

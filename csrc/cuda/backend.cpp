@@ -147,8 +147,8 @@ void gjs(const RowProblem& p, const GjsViews& views) {
 namespace fused_losses {
 
 const Backend cuda_backend{
-    &cuda::forward,       &cuda::gradient,      &cuda::is_worked_out_again, &cuda::statistics,   &cuda::elr,          &cuda::rescale,
-    &cuda::gjs,           &cuda::class_moments, &cuda::z_error_mask, &cuda::z_error_loss, &cuda::z_error_gradient,
-    &cuda::update_moments};
+    &cuda::forward,          &cuda::gradient,      &cuda::is_worked_out_again, &cuda::statistics,   &cuda::elr,
+    &cuda::rescale,          &cuda::gjs,           &cuda::class_moments,       &cuda::z_error_mask, &cuda::z_error_loss,
+    &cuda::z_error_gradient, &cuda::update_moments};
 
 }  // namespace fused_losses

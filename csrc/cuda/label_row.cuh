@@ -198,7 +198,7 @@ private:
         row.class_weight = class_weight;
         row.num_classes = A(p.num_classes);
         row.below_max = below_max;
-        return evaluate<Factors::kRead>(p, args.params, row);
+        return evaluate<KernelKind::kReadFactors>(p, args.params, row);
     }
 
     FL_DEVICE Result of_labels(const OfThread& mine, const Labels& labels, const Softmax& softmax) const {

@@ -115,18 +115,18 @@ cudaError_t launch_in_clusters(RegisterPlan& plan, Plan plan_for, Launch launch)
     return kDoesNotFit;
 }
 
-// By the first kernel that is for such factors and has room for the rows; kDoesNotFit if none has. The others launch
+// By the first kernel of that kind that has room for the rows; kDoesNotFit if none has. The others launch
 // the kernel of args.plan.
 template <class Tiles, class Columns, class Rows>
-cudaError_t launch_held(RegisterArgs& args, Factors factors, Tiles launch_tiles, Columns launch_columns,
+cudaError_t launch_held(RegisterArgs& args, KernelKind kind, Tiles launch_tiles, Columns launch_columns,
                         Rows launch_rows) {
     const RowProblem& p = args.problem;
     RegisterPlan& plan = args.plan;
-    const cudaError_t error = launch_in_tiles(
-        plan, [&](int multiprocessors) { return plan_tiles(p, factors, multiprocessors); }, launch_tiles);
+    const cudaError_t error =
+        launch_in_tiles(plan, [&](int multiprocessors) { return plan_tiles(p, kind, multiprocessors); }, launch_tiles);
     if (error != kDoesNotFit) return error;
-    if ((plan = plan_columns(p, factors))) return launch_columns();
-    return launch_in_clusters(plan, [&](int largest) { return plan_direct(p, factors, largest); }, launch_rows);
+    if ((plan = plan_columns(p, kind))) return launch_columns();
+    return launch_in_clusters(plan, [&](int largest) { return plan_direct(p, kind, largest); }, launch_rows);
 }
 
 }  // namespace fused_losses::cuda

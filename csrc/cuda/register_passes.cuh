@@ -89,7 +89,7 @@ constexpr int blocks_of(int blocks) {
 
 // Kernels are compiled for losses that keep one number of a class, or two.
 template <class Loss>
-constexpr Factors kKeptBy = Loss::num_kept == 1 ? Factors::kOneKept : Factors::kTwoKept;
+constexpr KernelKind kKeptBy = Loss::num_kept == 1 ? KernelKind::kOneKept : KernelKind::kTwoKept;
 
 // As RegisterRow.
 template <class Loss, class S, class Access, int kNumRounds, int kAlways, class T, bool kMayBeRagged = true>
@@ -102,7 +102,7 @@ class RegisterPasses {
 public:
     using Stored = S;
     using Team = T;
-    using Packed = PackedTarget<Factors::kNone>;
+    using Packed = PackedTarget<KernelKind::kNoFactors>;
     using Words = RegisterWords<S, Access, kNumRounds, kAlways>;
     static constexpr int kRounds = kNumRounds;
     static constexpr bool kRagged = kMayBeRagged;
@@ -307,19 +307,19 @@ struct LossFor<Loss, Stored> {
 template <class Given, class Stored>
 cudaError_t enqueue_passes_as(RegisterArgs& args, cudaStream_t stream) {
     using Loss = typename LossFor<Given, Stored>::type;
-    constexpr Factors factors = kKeptBy<Loss>;
+    constexpr KernelKind kind = kKeptBy<Loss>;
     const auto launch_tile = [&]<TileKernel kernel>()
-        requires(kernel.factors == factors)
+        requires(kernel.kind == kind)
     { return launch_tiles_resident(&passes_in_register_tiles<Loss, Stored, kernel.lanes, kernel.held>, args, stream); };
     const auto launch_rows = [&]<DirectKernel kernel>()
-        requires(kernel.factors == factors)
+        requires(kernel.kind == kind)
     {
         using Team = std::conditional_t<kernel.of_warps, WarpTeam, BlockTeam>;
         return launch_rows_resident(&passes_in_registers<Loss, Stored, kernel.held, Team>, args, stream,
                                     args.out.follows_weights);
     };
     return launch_held(
-        args, factors, [&] { return launch_planned<kTileKernels>(args.plan, launch_tile); }, [] { return kDoesNotFit; },
+        args, kind, [&] { return launch_planned<kTileKernels>(args.plan, launch_tile); }, [] { return kDoesNotFit; },
         [&] { return launch_planned<kDirectKernels>(args.plan, launch_rows); });
 }
 

@@ -1,4 +1,4 @@
-// Rows of up to 256 classes: a warp brings a tile of whole rows to shared memory with accesses of 16 bytes, whatever
+// Rows of up to 400 classes: a warp brings a tile of whole rows to shared memory with accesses of 16 bytes, whatever
 // the number of classes, while it works on another; a row is then in the registers of one to 32 lanes.
 #pragma once
 

@@ -42,7 +42,8 @@ cudaError_t enqueue_of(const RowProblem& p, const LossOutput& out, cudaStream_t 
 bool is_for_registers(const RowProblem& p) {
     if (p.class_factors == ClassFactors::kClassLosses) return true;
     const bool has_bias = p.logit_bias != 0 || p.logit_bias_device;
-    return p.argmax && !p.other_target && !has_bias && !(p.grad && p.upstream) && factors_of(p) != Factors::kRead;
+    return p.argmax && !p.other_target && !has_bias && !(p.grad && p.upstream) &&
+           kind_of(p) != KernelKind::kReadFactors;
 }
 
 // Statistics beside the loss of one label, or shares of all classes, of rows that fit into registers.
@@ -51,7 +52,7 @@ cudaError_t enqueue_rows_in_registers(RegisterArgs& args, cudaStream_t stream) {
     const bool has_shares = args.problem.class_factors == ClassFactors::kClassLosses;
     args.sums_u = label_sums_u(args.problem);
     return launch_held(
-        args, has_shares ? Factors::kRead : Factors::kOnesAndStatistics,
+        args, has_shares ? KernelKind::kReadFactors : KernelKind::kStatistics,
         [&] { return enqueue_tiles<Stored>(args, stream); }, [] { return kDoesNotFit; },
         [&] { return enqueue_registers<Stored>(args, stream); });
 }
@@ -59,8 +60,7 @@ cudaError_t enqueue_rows_in_registers(RegisterArgs& args, cudaStream_t stream) {
 cudaError_t enqueue_in_registers(const RowProblem& p, const LossOutput& out, cudaStream_t stream) {
     if (p.dtype == Dtype::kFloat64 || !is_for_registers(p)) return kDoesNotFit;
     RegisterArgs args(p, out);
-    return with_stored<float>(p.dtype,
-                              [&]<class Stored>() { return enqueue_rows_in_registers<Stored>(args, stream); });
+    return with_stored<float>(p.dtype, [&]<class Stored>() { return enqueue_rows_in_registers<Stored>(args, stream); });
 }
 
 // The weights of the rows' labels, of which there are two where each has a denominator. Where each row has a share, its

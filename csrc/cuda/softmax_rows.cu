@@ -145,9 +145,10 @@ cudaError_t enqueue_of(const RowProblem& p, const LossOutput& out, Direction dir
     args.take_direction(direction);
     if constexpr (!kIsForChecking<Stored>) {
         // Backward from stats is the business of kernels that do it for u_j of 1 as well.
-        const Factors own = factors_of(p), factors = args.is_saved && own == Factors::kNone ? Factors::kOnes : own;
+        KernelKind kind = kind_of(p);
+        if (args.is_saved && kind == KernelKind::kNoFactors) kind = KernelKind::kUnitFactors;
         const cudaError_t error = launch_held(
-            args, factors, [&] { return enqueue_tiles<Stored>(args, stream); },
+            args, kind, [&] { return enqueue_tiles<Stored>(args, stream); },
             [&] { return enqueue_columns<Stored>(args, stream); },
             [&] { return enqueue_registers<Stored>(args, stream); });
         if (error != kDoesNotFit) return error;

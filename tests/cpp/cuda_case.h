@@ -72,13 +72,14 @@ public:
 
     // Whether rows can stay in registers of kernels for these; and on a device with room for whatever is planned, of
     // which the gradient is written as the logits are read.
-    bool is_for(cuda::Factors factors) const {
+    bool is_for(cuda::KernelKind kind) const {
         if (logits.layout.begin == 0) return false;
-        if (have_passes(factors)) return !p.first_param;
-        if (factors == cuda::Factors::kOnesAndStatistics)
-            return looks && p.logit_bias == 0 && !p.logit_bias_device && cuda::factors_of(p) != cuda::Factors::kRead;
+        if (have_passes(kind)) return !p.first_param;
+        if (kind == cuda::KernelKind::kStatistics)
+            return looks && p.logit_bias == 0 && !p.logit_bias_device &&
+                   cuda::kind_of(p) != cuda::KernelKind::kReadFactors;
         const bool has_shares = p.class_factors == ClassFactors::kClassLosses;
-        return !looks && !mixes && (has_shares ? cuda::Factors::kRead : cuda::factors_of(p)) == factors;
+        return !looks && !mixes && (has_shares ? cuda::KernelKind::kReadFactors : cuda::kind_of(p)) == kind;
     }
     void test_planned(const std::string& what) {
         choose_device_with_clusters();
