@@ -23,9 +23,9 @@ const CpuKernels& kernels() {
     return chosen;
 }
 
-// Checks every target and returns the denominator of the mean. Chunks are fixed, so the sum has the same bits for any
-// number of threads.
-double check_targets(const RowProblem& p, bool other = false) {
+// Checks every target and returns the sum of their rows' weights, by which the mean divides. Chunks are fixed, so the
+// sum has the same bits for any number of threads.
+double check_and_weigh_targets(const RowProblem& p, bool other = false) {
     constexpr std::int64_t kChunk = 8192;
     const std::int64_t rows = p.rows(), chunks = (rows + kChunk - 1) / kChunk;
     std::vector<TargetSummary> summaries(chunks);
@@ -122,7 +122,7 @@ TileSums run_tiles_then_gradient(RowProblem p) {
 // Rows with two labels. Where all rows have one share, each label has a mean of its own; with a share per row there is
 // one mean of both.
 void take_means_of_labels(RowProblem& p) {
-    const double weights[] = {check_targets(p), check_targets(p, /*other=*/true)};
+    const double weights[] = {check_and_weigh_targets(p), check_and_weigh_targets(p, /*other=*/true)};
     if (p.reduction != Reduction::kMean) return;
     for (int k = 0; k < 2; ++k) {
         const double weight = p.share ? weights[0] + weights[1] : weights[k];
@@ -133,7 +133,7 @@ void take_means_of_labels(RowProblem& p) {
 
 void forward(RowProblem& p, void* loss, void* denominator) {
     if (p.other_target) take_means_of_labels(p);
-    const double weight = p.other_target ? 1.0 : check_targets(p);
+    const double weight = p.other_target ? 1.0 : check_and_weigh_targets(p);
     prefer_huge_pages(p);
     const Scalar divisor(weight);
     if (denominator) divisor.write(p, denominator);
@@ -148,7 +148,7 @@ void forward(RowProblem& p, void* loss, void* denominator) {
 }
 
 void statistics(const RowProblem& p) {
-    check_targets(p);
+    check_and_weigh_targets(p);
     constexpr std::int64_t kRows = 16, kElements = 32768;  // whole vectors of any instruction set
     const RowRuns runs{kRows, (p.inner + kRows - 1) / kRows};
     const std::int64_t of_run = kRows * std::max<std::int64_t>(1, p.num_classes);
@@ -179,7 +179,7 @@ bool has_repeats(const std::int64_t* numbers, std::int64_t count) {
 
 void elr(const RowProblem& p, const ElrMemory& given) {
     static const ElrKernel kernel = for_this_processor([]<Isa isa>() { return elr_kernel<isa>(); });
-    check_targets(p);
+    check_and_weigh_targets(p);
     ElrMemory m = given;
     const std::int64_t rows = p.rows();
     std::vector<std::int64_t> order;
@@ -200,7 +200,7 @@ void rescale(const RowProblem& p, const LogitRescale& of) {
 
 void gjs(const RowProblem& p, const GjsViews& views) {
     static const GjsKernel kernel = for_this_processor([]<Isa isa>() { return gjs_kernel<isa>(); });
-    check_targets(p);
+    check_and_weigh_targets(p);
     for_rows(p, [&](std::int64_t begin, std::int64_t end) { kernel(p, views, begin, end); });
 }
 

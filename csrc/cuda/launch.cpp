@@ -28,7 +28,7 @@ double assumed_denominator(const RowProblem& p) {
     return none_is_ignored || again < calls * counting ? static_cast<double>(rows) : 0;
 }
 
-bool is_worked_out_again(const RowProblem& p) {
+bool backward_recomputes(const RowProblem& p) {
     if (p.dtype == Dtype::kFloat64 || p.class_factors == ClassFactors::kClassLosses) return false;
     return p.num_classes <= most_classes_without_stats(p.loss);
 }

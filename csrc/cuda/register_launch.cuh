@@ -14,19 +14,19 @@ namespace fused_losses::cuda {
 template <class A>
 struct PlannedArgs : RowArgs<A> {
     RegisterPlan plan;
-    // Backward: only the gradient is asked for. What forward knows of all rows is in stats, or is worked out again.
-    bool is_saved = false, is_again = false;
+    // Backward: only the gradient is asked for. What forward knows of all rows is in stats, or is recomputed.
+    bool is_saved = false, recomputes = false;
     bool sums_u = true;  // whether the loss of a class that has a share reads the sums with u_j, 1 there
 
     using RowArgs<A>::RowArgs;
 
     void take_direction(Direction direction) {
         is_saved = direction == Direction::kBackward;
-        is_again = direction == Direction::kBackwardAgain;
+        recomputes = direction == Direction::kBackwardRecompute;
     }
     // What a row's gradient is multiplied by, beside its weight; share: the same of all rows in forward.
     FL_DEVICE A share_of(const Row& row, A share) const {
-        return is_again ? upstream_share_of<A>(this->problem, row) : share;
+        return recomputes ? upstream_share_of<A>(this->problem, row) : share;
     }
 };
 using RegisterArgs = PlannedArgs<float>;

@@ -19,7 +19,7 @@ struct LanePart {
           words(a.plan.count_of(l, static_cast<int>(a.problem.num_classes) / numbers_of_word)),
           beside(a.plan.is_ragged && l == 0 ? static_cast<int>(a.problem.num_classes) - 1 : -1) {
 #ifdef __CUDA_ARCH__
-        asm("" : "+r"(begin), "+r"(words), "+r"(beside));  // not to be worked out again for each row
+        asm("" : "+r"(begin), "+r"(words), "+r"(beside));  // not to be recomputed for each row
 #endif
     }
 };

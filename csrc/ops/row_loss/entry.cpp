@@ -55,7 +55,7 @@ public:
     bool take_saved(const Tensor& stats, const Tensor& denominator) {
         problem.stats = const_cast<void*>(stats.const_data_ptr());
         if (divides() && denominator.numel() > 0) problem.denominator = denominator.const_data_ptr();
-        return problem.stats || (stats.dim() == 2 && backend().is_worked_out_again(problem));
+        return problem.stats || (stats.dim() == 2 && backend().backward_recomputes(problem));
     }
 
     // The gradient in the layout of the caller's logits.
@@ -148,7 +148,7 @@ private:
         problem.device = logits.device().index;
         problem.dtype = dtype_of(*element_type(logits));
         problem.num_classes = logits.size(shape.class_dim);
-        if (backend().is_worked_out_again(problem)) problem.stats_count = 0;
+        if (backend().backward_recomputes(problem)) problem.stats_count = 0;
         problem.logits = logits.const_data_ptr();
         problem.logits_class_stride = logits.stride(shape.class_dim);
         if (shape.soft_target) {
