@@ -1,4 +1,5 @@
-// How numbers are stored: the types of a dtype, the type arithmetic runs in, and float16 and bfloat16 to and from float.
+// How numbers are stored: the types of a dtype, the type arithmetic runs in, and float16 and bfloat16 to and from
+// float.
 #pragma once
 
 #include <bit>
@@ -49,6 +50,15 @@ FL_HD auto with_stored(Dtype dtype, Body body) {
 template <class Body>
 FL_HD auto visit_dtype(Dtype dtype, Body body) {
     return dtype == Dtype::kFloat64 ? with_stored<double>(dtype, body) : with_stored<float>(dtype, body);
+}
+
+// Calls body.operator()<Index>() for a type of labels.
+template <class Body>
+FL_HD auto visit_index_type(IndexType type, Body body) {
+    if (type == IndexType::kInt64) return body.template operator()<std::int64_t>();  // first: nearly all are
+    if (type == IndexType::kInt32) return body.template operator()<std::int32_t>();
+    if (type == IndexType::kInt16) return body.template operator()<std::int16_t>();
+    return body.template operator()<std::uint8_t>();
 }
 
 // The number that the low 16 bits of `bits` stand for. T is float or a vector of floats.

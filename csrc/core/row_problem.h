@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "core/host_device.h"
 
@@ -15,6 +16,13 @@ enum class Dtype : std::uint8_t { kFloat64, kFloat32, kFloat16, kBFloat16 };
 FL_HD int bytes_of(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : (dtype == Dtype::kFloat32 ? 4 : 2); }
 enum class IndexType : std::uint8_t { kInt64, kInt32, kInt16, kUInt8 };
 FL_HD int bytes_of(IndexType type) { return 8 >> (type == IndexType::kUInt8 ? 3 : static_cast<int>(type)); }
+
+// How many pieces of `size` it takes for `count`.
+template <class T>
+FL_HD constexpr T divide_up(T count, std::type_identity_t<T> size) {
+    return (count + size - 1) / size;
+}
+
 // kActiveMean: over the rows whose loss is positive.
 enum class Reduction : std::uint8_t { kNone, kSum, kMean, kActiveMean };
 // Added to the number of active rows, as the authors of HEM do: no active row gives 0, not NaN.

@@ -27,7 +27,7 @@ const CpuKernels& kernels() {
 // sum has the same bits for any number of threads.
 double check_and_weigh_targets(const RowProblem& p, bool other = false) {
     constexpr std::int64_t kChunk = 8192;
-    const std::int64_t rows = p.rows(), chunks = (rows + kChunk - 1) / kChunk;
+    const std::int64_t rows = p.rows(), chunks = divide_up(rows, kChunk);
     std::vector<TargetSummary> summaries(chunks);
     for_stealing(chunks, /*grain=*/4, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t c = begin; c < end; ++c)
@@ -55,11 +55,11 @@ RowStatisticsKernel statistics_kernel() {
 }
 
 // Kernels of softmax losses compute row statistics, too. After others, piece by piece, logits are still in cache.
-TileSums run_tiles(const RowProblem& p) {
+LossSums run_tiles(const RowProblem& p) {
     const Tiling tiling(p);
     const std::int64_t grain = grain_size(p, tiling);
     const RowRuns runs{tiling.tile_rows, tiling.tiles_per_outer};
-    std::vector<TileSums> sums(tiling.tiles);
+    std::vector<LossSums> sums(tiling.tiles);
     for_stealing(tiling.tiles, grain, [&](std::int64_t begin, std::int64_t end) {
         if (!p.argmax || !is_multi_reduction_loss(p.loss)) return kernels().forward(p, begin, end, sums.data());
         for (; begin < end; begin += grain) {
@@ -68,8 +68,8 @@ TileSums run_tiles(const RowProblem& p) {
             statistics_kernel()(p, runs, begin, piece_end);
         }
     });
-    TileSums total;
-    for (const TileSums& sum : sums) total.value += sum.value, total.weight += sum.weight;
+    LossSums total{};
+    for (const LossSums& of_tile : sums) total.add(of_tile);
     return total;
 }
 
@@ -103,7 +103,7 @@ void gradient(const RowProblem& p) {
 
 // The mean over active rows divides by their number, which is known only after all rows. So a second run over the tiles
 // writes the gradient. Where the first run leaves a bit per class, the second one does not read the logits.
-TileSums run_tiles_then_gradient(RowProblem p) {
+LossSums run_tiles_then_gradient(RowProblem p) {
     void* const grad = std::exchange(p.grad, nullptr);
     const std::int64_t stats_bytes = p.stats_count * p.rows() * (p.dtype == Dtype::kFloat64 ? 8 : 4);
     const std::int64_t bits_bytes = kernels().bits_bytes(p);
@@ -111,7 +111,7 @@ TileSums run_tiles_then_gradient(RowProblem p) {
     const auto scratch = std::make_unique_for_overwrite<char[]>(stats_bytes + bits_bytes);
     p.stats = scratch.get();
     p.bits = bits_bytes > 0 ? scratch.get() + stats_bytes : nullptr;
-    const TileSums total = run_tiles(p);
+    const LossSums total = run_tiles(p);
     const Scalar active(total.weight + kActiveGuard);
     p.grad = grad;
     p.denominator = active.pointer(p);
@@ -139,7 +139,7 @@ void forward(RowProblem& p, void* loss, void* denominator) {
     if (denominator) divisor.write(p, denominator);
     if (p.reduction == Reduction::kMean) p.denominator = divisor.pointer(p);
     const bool active_mean = p.reduction == Reduction::kActiveMean;
-    const TileSums total = active_mean && p.grad ? run_tiles_then_gradient(p) : run_tiles(p);
+    const LossSums total = active_mean && p.grad ? run_tiles_then_gradient(p) : run_tiles(p);
     if (!loss || p.reduction == Reduction::kNone) return;
     const double active = total.weight + kActiveGuard;
     if (active_mean && denominator) Scalar(active).write(p, denominator);
@@ -150,7 +150,7 @@ void forward(RowProblem& p, void* loss, void* denominator) {
 void statistics(const RowProblem& p) {
     check_and_weigh_targets(p);
     constexpr std::int64_t kRows = 16, kElements = 32768;  // whole vectors of any instruction set
-    const RowRuns runs{kRows, (p.inner + kRows - 1) / kRows};
+    const RowRuns runs{kRows, divide_up(p.inner, kRows)};
     const std::int64_t of_run = kRows * std::max<std::int64_t>(1, p.num_classes);
     for_stealing(p.outer * runs.per_outer, std::max<std::int64_t>(1, kElements / of_run),
                  [&](std::int64_t begin, std::int64_t end) { statistics_kernel()(p, runs, begin, end); });

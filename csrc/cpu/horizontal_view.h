@@ -61,7 +61,7 @@ public:
     A* gradient(int part) const { return gradient_of[part]; }
 
     static std::int64_t bit_vectors_of_image(const RowProblem& p) {
-        return p.inner * ((p.num_classes + V::size - 1) / V::size);
+        return p.inner * divide_up(p.num_classes, V::size);
     }
     std::int64_t first_bit_vector(int part) const {
         return outer * bit_vectors_of_image(p) + (next - row_count + part) * vectors();

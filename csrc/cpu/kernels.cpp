@@ -83,7 +83,7 @@ void dispatch(const RowProblem& p, std::int64_t begin, std::int64_t end, Body bo
     visit_dtype(p.dtype, [&]<class Stored>() { run_softmax_loss<Stored>(p, begin, end, body); });
 }
 
-void forward(const RowProblem& p, std::int64_t begin, std::int64_t end, TileSums* tile_sums) {
+void forward(const RowProblem& p, std::int64_t begin, std::int64_t end, LossSums* tile_sums) {
     dispatch(p, begin, end, [&](auto& kernel, auto outer, auto first, int n, auto tile) {
         tile_sums[tile] = {};
         kernel.forward(outer, first, n, tile_sums[tile]);

@@ -6,16 +6,12 @@
 #include <limits>
 
 #include "core/elr_memory.h"
+#include "core/loss_sums.h"
 #include "core/row_problem.h"
 #include "losses/gjs.h"
 #include "losses/rescale.h"
 
 namespace fused_losses {
-
-// What a tile adds to the loss and, where the mean is over rows with a positive loss, to its denominator.
-struct TileSums {
-    double value = 0, weight = 0;
-};
 
 // Of a chunk of targets: the sum of their rows' weights, and the first row whose target is out of range.
 struct TargetSummary {
@@ -47,8 +43,9 @@ enum class Isa { baseline, avx2, avx512 };
 struct CpuKernels {
     // Of the targets of rows [begin, end), with `other` of their second ones.
     TargetSummary (*summarize)(const RowProblem&, bool other, std::int64_t begin, std::int64_t end);
-    // Forward of tiles [begin, end): row values or per-tile sums, stats, gradient, as the problem asks.
-    void (*forward)(const RowProblem&, std::int64_t begin, std::int64_t end, TileSums* tile_sums);
+    // Forward of tiles [begin, end): row values or per-tile sums, stats, gradient, as the problem asks. Only where the
+    // mean is over rows with a positive loss, their weights are added up.
+    void (*forward)(const RowProblem&, std::int64_t begin, std::int64_t end, LossSums* tile_sums);
     // Bytes of RowProblem::bits; 0 for losses whose gradient needs more than a bit per class.
     std::int64_t (*bits_bytes)(const RowProblem&);
     // Gradient of tiles [begin, end) from the stats forward has saved.

@@ -103,19 +103,11 @@ private:
     const bool is_other;
 };
 
-template <class Index>
-TargetSummary summarize_as(const RowProblem& p, bool other, std::int64_t begin, std::int64_t end) {
-    return p.dtype == Dtype::kFloat64 ? TargetSummaries<Index, double>(p, other).rows(begin, end)
-                                      : TargetSummaries<Index, float>(p, other).rows(begin, end);
-}
-
 inline TargetSummary summarize_targets(const RowProblem& p, bool other, std::int64_t begin, std::int64_t end) {
-    switch (p.index_type) {
-        case IndexType::kInt32: return summarize_as<std::int32_t>(p, other, begin, end);
-        case IndexType::kInt16: return summarize_as<std::int16_t>(p, other, begin, end);
-        case IndexType::kUInt8: return summarize_as<std::uint8_t>(p, other, begin, end);
-        default: return summarize_as<std::int64_t>(p, other, begin, end);
-    }
+    return visit_index_type(p.index_type, [&]<class Index>() {
+        return p.dtype == Dtype::kFloat64 ? TargetSummaries<Index, double>(p, other).rows(begin, end)
+                                          : TargetSummaries<Index, float>(p, other).rows(begin, end);
+    });
 }
 
 }  // namespace FL_ISA

@@ -33,12 +33,7 @@ Stored* grad_at(const RowProblem& p, std::int64_t outer, std::int64_t row) {
 
 // The label that lies so many elements from the first; may be ignore_index.
 inline std::int64_t class_index(const RowProblem& p, std::int64_t at) {
-    switch (p.index_type) {
-        case IndexType::kInt64: return as<std::int64_t>(p.target)[at];
-        case IndexType::kInt32: return as<std::int32_t>(p.target)[at];
-        case IndexType::kInt16: return as<std::int16_t>(p.target)[at];
-        default: return as<std::uint8_t>(p.target)[at];
-    }
+    return visit_index_type(p.index_type, [&]<class Index>() { return std::int64_t(as<Index>(p.target)[at]); });
 }
 
 template <class A>
@@ -69,7 +64,7 @@ struct alignas(64) TileRows {
 
     // Reads targets and weights of rows [first, first + n) of image `outer`; clears what follows, up to whole vectors.
     FL_NOINLINE void begin(const RowProblem& p, std::int64_t outer, std::int64_t first, int n) {
-        padded = (n + kGranule - 1) / kGranule * kGranule;
+        padded = divide_up(n, kGranule) * kGranule;
         any_residual = false;
         bias = p.logit_bias_device ? *as<A>(p.logit_bias_device) : A(p.logit_bias);
         read_targets(p, outer, first, n);
@@ -101,7 +96,7 @@ struct alignas(64) TileRows {
     }
 
     // Turns the sums of a pass over the logits into loss and gradient coefficients.
-    void evaluate_and_add(const RowProblem& p, std::int64_t outer, std::int64_t first, int n, TileSums& sums) {
+    void evaluate_and_add(const RowProblem& p, std::int64_t outer, std::int64_t first, int n, LossSums& sums) {
         evaluate(p);
         const std::int64_t row = outer * p.inner + first;
         if (p.stats) write_stats(p, row, n);
@@ -133,7 +128,7 @@ struct alignas(64) TileRows {
 
     // Weighs the rows' losses, writes them and adds them up. Those that are positive make the denominator of
     // kActiveMean.
-    void weigh_and_add(const RowProblem& p, int at, int n, std::int64_t row, V values, TileSums& sums) const {
+    void weigh_and_add(const RowProblem& p, int at, int n, std::int64_t row, V values, LossSums& sums) const {
         A lane[V::size];
         values.store(lane);
         A* const out = static_cast<A*>(p.row_values);
@@ -228,12 +223,8 @@ private:
 
     // Returns whether any is ignored.
     static bool copy_labels(const RowProblem& p, const Labels& labels, int n) {
-        switch (p.index_type) {
-            case IndexType::kInt64: return copy_labels_as<std::int64_t>(p.ignore_index, labels, n);
-            case IndexType::kInt32: return copy_labels_as<std::int32_t>(p.ignore_index, labels, n);
-            case IndexType::kInt16: return copy_labels_as<std::int16_t>(p.ignore_index, labels, n);
-            default: return copy_labels_as<std::uint8_t>(p.ignore_index, labels, n);
-        }
+        return visit_index_type(p.index_type,
+                                [&]<class Index>() { return copy_labels_as<Index>(p.ignore_index, labels, n); });
     }
 
     template <class Index>

@@ -30,7 +30,7 @@ public:
         outer = of_outer;
         read_tile(first, n);
         for (first_row = 0; first_row < n; first_row += strip_rows) {
-            row_count = std::min(strip_rows + 0, n - first_row);
+            row_count = std::min(strip_rows, n - first_row);
             next = first + first_row + row_count;
             for_groups([&](int group, int at, int) {
                 for (int i = 0; i < V::size; ++i) target[group].v[i] = A(rows.target[at + i]);
@@ -57,12 +57,12 @@ public:
     FL_ALWAYS_INLINE static void put_total(V& of_group, int, V sums) { of_group = sums; }
 
     std::int64_t vectors() const { return whole; }  // of a part
-    int parts() const { return (strip_rows + V::size - 1) / V::size; }
+    int parts() const { return divide_up(strip_rows, V::size); }
     const A* logits(int part) const { return block_of(part); }
     A* gradient(int part) const { return block_of(part); }
 
     static std::int64_t bit_vectors_of_image(const RowProblem& p) {
-        return (p.inner + V::size - 1) / V::size * p.num_classes;
+        return divide_up(p.inner, V::size) * p.num_classes;
     }
     std::int64_t first_bit_vector(int part) const {
         const std::int64_t of_image = (next - row_count) / V::size + part;

@@ -12,7 +12,7 @@ bool rows_are_dense(const RowProblem& p, const RowStride& stride, std::int64_t c
 }
 
 unsigned blocks_for(std::int64_t rows, std::int64_t rows_per_block) {
-    const std::int64_t wanted = (rows + rows_per_block - 1) / rows_per_block;
+    const std::int64_t wanted = divide_up(rows, rows_per_block);
     return static_cast<unsigned>(std::clamp<std::int64_t>(wanted, 1, kMaxBlocks));
 }
 

@@ -80,9 +80,9 @@ cudaError_t launch_tiles_resident(void (*kernel)(Args), const Args& args, cudaSt
     const bool overlaps = args.out.follows_weights;
     const RegisterPlan& plan = args.plan;
     constexpr int warps = kTileThreads / 32;
-    const std::int64_t tiles = (args.problem.rows() + plan.tile_rows - 1) / plan.tile_rows;
+    const std::int64_t tiles = divide_up(args.problem.rows(), plan.tile_rows);
     return launch_all_resident(kernel, {kTileThreads, warps * 2 * plan.tile_bytes + plan.slot_bytes, 1, overlaps},
-                               (tiles + warps - 1) / warps, stream, args);
+                               divide_up(tiles, warps), stream, args);
 }
 
 // A kernel of a RowTeam, or of another whose teams are like those. overlaps: whether it waits for the kernel before it.
@@ -91,7 +91,7 @@ template <class Args>
 cudaError_t launch_rows_resident(void (*kernel)(Args), const Args& args, cudaStream_t stream, bool overlaps = false) {
     const RegisterPlan& plan = args.plan;
     const int at_once = plan.is_column || plan.lanes == 32 ? plan.threads / plan.lanes : 1;
-    const std::int64_t wanted = (args.problem.rows() + at_once - 1) / at_once * plan.cluster;
+    const std::int64_t wanted = divide_up(args.problem.rows(), at_once) * plan.cluster;
     return launch_all_resident(kernel, {plan.threads, plan.slot_bytes, plan.cluster, overlaps && plan.cluster == 1},
                                wanted, stream, args);
 }

@@ -15,8 +15,6 @@ namespace {
 constexpr int kMostSlots = 48;  // numbers of a thread in shared memory: half of the threads that there may be have room
 constexpr std::int64_t kMostRows = std::int64_t(1) << 30;  // of which kernels count with 32 bits
 
-std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 // Whether the gradient's rows are written by the same accesses as the logits' are read.
 bool is_gradient_alike(const RowProblem& p) {
     if (!p.grad) return true;

@@ -328,7 +328,7 @@ __global__ void __launch_bounds__(kMostColumnThreads, 2) softmax_in_columns(cons
     wait_for_kernel_before();
     Worker columns(args, sums, shared);
     constexpr int at_once = kWarp * Word<Stored>::count;
-    const std::int64_t of_image = (p.inner + at_once - 1) / at_once, all = of_image * p.outer;
+    const std::int64_t of_image = divide_up(p.inner, at_once), all = of_image * p.outer;
     for (std::int64_t number = blockIdx.x; number < all; number += gridDim.x) {
         const std::int64_t following = number + gridDim.x;
         const std::int64_t outer = p.outer == 1 ? 0 : number / of_image, next = p.outer == 1 ? 0 : following / of_image;
@@ -344,7 +344,7 @@ template <class Stored>
 cudaError_t enqueue_columns(RegisterArgs& args, cudaStream_t stream) {
     const RowProblem& p = args.problem;
     constexpr std::int64_t at_once = kWarp * Word<Stored>::count;
-    const std::int64_t wanted = p.outer * ((p.inner + at_once - 1) / at_once);
+    const std::int64_t wanted = p.outer * divide_up(p.inner, at_once);
     return launch_planned<kColumnKernels>(args.plan, [&]<ColumnKernel kernel>() {
         return launch_all_resident(&softmax_in_columns<Stored, kernel.kind, kernel.held>,
                                    {args.plan.threads, 0, 1, args.out.follows_weights}, wanted, stream, args);

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "core/math.h"
 #include "core/numeric.h"
@@ -15,22 +16,36 @@ namespace fused_losses {
 inline namespace FL_ISA {
 namespace z_error {
 
+// Calls body.operator()<Stored>() for the type of a tensor.
+template <class Body>
+FL_HD auto visit_type(ElementType type, Body body) {
+    switch (type) {
+        case ElementType::kFloat64: return body.template operator()<double>();
+        case ElementType::kFloat32: return body.template operator()<float>();
+        case ElementType::kFloat16: return body.template operator()<Half>();
+        case ElementType::kBFloat16: return body.template operator()<BFloat16>();
+        case ElementType::kInt64: return body.template operator()<std::int64_t>();
+        case ElementType::kInt32: return body.template operator()<std::int32_t>();
+        case ElementType::kInt16: return body.template operator()<std::int16_t>();
+        case ElementType::kInt8: return body.template operator()<std::int8_t>();
+        case ElementType::kUInt8: return body.template operator()<std::uint8_t>();
+    }
+    return decltype(body.template operator()<float>())();
+}
+
+template <class T, class Stored>
+FL_HD T number(Stored x) {
+    if constexpr (std::is_class_v<Stored>)
+        return static_cast<T>(widen(x));
+    else
+        return static_cast<T>(x);
+}
+
 // The tensors are small beside the logits, so their types are looked up per element instead of compiling a kernel for
 // every combination; the branch is the same for all rows.
 template <class T>
 FL_HD T read(const Elements& e, std::int64_t offset) {
-    switch (e.type) {
-        case ElementType::kFloat64: return static_cast<T>(static_cast<const double*>(e.data)[offset]);
-        case ElementType::kFloat32: return static_cast<T>(static_cast<const float*>(e.data)[offset]);
-        case ElementType::kFloat16: return static_cast<T>(widen(static_cast<const Half*>(e.data)[offset]));
-        case ElementType::kBFloat16: return static_cast<T>(widen(static_cast<const BFloat16*>(e.data)[offset]));
-        case ElementType::kInt64: return static_cast<T>(static_cast<const std::int64_t*>(e.data)[offset]);
-        case ElementType::kInt32: return static_cast<T>(static_cast<const std::int32_t*>(e.data)[offset]);
-        case ElementType::kInt16: return static_cast<T>(static_cast<const std::int16_t*>(e.data)[offset]);
-        case ElementType::kInt8: return static_cast<T>(static_cast<const std::int8_t*>(e.data)[offset]);
-        case ElementType::kUInt8: return static_cast<T>(static_cast<const std::uint8_t*>(e.data)[offset]);
-    }
-    return T(0);
+    return visit_type(e.type, [&]<class Stored>() { return number<T>(static_cast<const Stored*>(e.data)[offset]); });
 }
 
 template <class T>
