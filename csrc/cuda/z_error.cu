@@ -9,8 +9,8 @@
 #include "cuda/row_part.cuh"
 #include "cuda/row_sums.cuh"
 #include "cuda/softmax_state.cuh"
+#include "cuda/z_error_rows.cuh"
 #include "losses/cross_entropy.h"
-#include "z_error/rows.h"
 
 namespace fused_losses::cuda {
 namespace {
