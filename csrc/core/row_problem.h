@@ -86,12 +86,12 @@ struct RowProblem {
     RowStride upstream_stride;
     const void* denominator = nullptr;  // acc, one; null means 1, zero makes the gradient zero
 
-    // Two labels a row. The loss is `share` times that of target and 1 - share times that of other_target.
+    // Two labels a row. The loss is lam times that of target and 1 - lam times that of other_target.
     const void* other_target = nullptr;  // index_type; null: there is one label
     RowStride other_target_stride;
-    const void* share = nullptr;  // acc, one per row; null: share_of_all
-    RowStride share_stride;
-    double share_of_all = 1;
+    const void* lam = nullptr;  // acc, one per row; null: lam_of_all
+    RowStride lam_stride;
+    double lam_of_all = 1;
     double label_scale[2] = {1, 1};            // what each label's losses are multiplied by besides, on the CPU
     const void* label_denominators = nullptr;  // and divided by on CUDA; acc [2], zero makes them zero
 

@@ -119,13 +119,13 @@ LossSums run_tiles_then_gradient(RowProblem p) {
     return total;
 }
 
-// Rows with two labels. Where all rows have one share, each label has a mean of its own; with a share per row there is
+// Rows with two labels. Where all rows have one lam, each label has a mean of its own; with a lam per row there is
 // one mean of both.
 void take_means_of_labels(RowProblem& p) {
     const double weights[] = {check_and_weigh_targets(p), check_and_weigh_targets(p, /*other=*/true)};
     if (p.reduction != Reduction::kMean) return;
     for (int k = 0; k < 2; ++k) {
-        const double weight = p.share ? weights[0] + weights[1] : weights[k];
+        const double weight = p.lam ? weights[0] + weights[1] : weights[k];
         p.label_scale[k] = weight == 0 ? 0.0 : 1 / weight;
     }
     p.reduction = Reduction::kSum;

@@ -43,7 +43,7 @@ private:
             summary.weight = double(found.counted);
             if (found.bad > 0) name_first_bad(summary, targets, outer * p.inner + first, n);
         }
-        if (!summary.is_bad() && ((labels && p.class_weight) || p.sample_weight || p.share))
+        if (!summary.is_bad() && ((labels && p.class_weight) || p.sample_weight || p.lam))
             summary.weight = weigh(outer, first, n);
         return summary;
     }
@@ -83,19 +83,19 @@ private:
 
     double weigh(std::int64_t outer, std::int64_t first, std::int64_t n) const {
         const A* const weights = labels ? as<A>(p.class_weight) : nullptr;
-        const A *const samples = as<A>(p.sample_weight), *const shares = as<A>(p.share);
+        const A *const samples = as<A>(p.sample_weight), *const lams = as<A>(p.lam);
         double sum = 0;
         for (std::int64_t i = first; i < first + n; ++i) {
             const std::int64_t y = labels ? labels[label_stride.at(outer, i)] : std::int64_t(0);
             if (labels && !target_check().counts(y)) continue;
             double weight = weights ? double(weights[y]) : 1.0;
-            if (shares) weight *= share_of(double(shares[p.share_stride.at(outer, i)]));
+            if (lams) weight *= part_of_label(double(lams[p.lam_stride.at(outer, i)]));
             sum += samples ? weight * double(samples[p.sample_weight_stride.at(outer, i)]) : weight;
         }
         return sum;
     }
 
-    double share_of(double share) const { return is_other ? 1.0 - share : share; }
+    double part_of_label(double lam) const { return is_other ? 1.0 - lam : lam; }
 
     const RowProblem& p;
     const Index* const labels;

@@ -72,9 +72,10 @@ struct alignas(64) TileRows {
         read(as<A>(p.sample_weight), p.sample_weight_stride, outer, first, n, sample_weight);
         read(as<A>(p.upstream), p.upstream_stride, outer, first, n, scale);
         const A denominator = p.denominator ? *as<A>(p.denominator) : A(1);
-        const A share = denominator == A(0) ? A(0) : A(1) / denominator;
+        const A inverse_denominator = denominator == A(0) ? A(0) : A(1) / denominator;
         for_padded([&](int i) {
-            unless_ignored(i, V::load(scale + i) * V::load(sample_weight + i) * V(share)).store(scale + i);
+            unless_ignored(i, V::load(scale + i) * V::load(sample_weight + i) * V(inverse_denominator))
+                .store(scale + i);
             V(A(1)).store(class_weight + i);
         });
         const A* const weights = p.target ? as<A>(p.class_weight) : nullptr;
@@ -206,9 +207,9 @@ private:
             const A mine = i < n ? counted[i] : A(0), theirs = i < n ? other_counted[i] : A(0);
             if (theirs == A(0)) other_target[i] = mine == A(0) ? 0 : target[i];
             if (mine == A(0)) target[i] = other_target[i];
-            const A share = p.share && i < n ? as<A>(p.share)[p.share_stride.at(outer, first + i)] : A(p.share_of_all);
-            factor[i] = mine == A(0) ? A(0) : share * A(p.label_scale[0]);
-            other_factor[i] = theirs == A(0) ? A(0) : (A(1) - share) * A(p.label_scale[1]);
+            const A lam = p.lam && i < n ? as<A>(p.lam)[p.lam_stride.at(outer, first + i)] : A(p.lam_of_all);
+            factor[i] = mine == A(0) ? A(0) : lam * A(p.label_scale[0]);
+            other_factor[i] = theirs == A(0) ? A(0) : (A(1) - lam) * A(p.label_scale[1]);
             counted[i] = std::max(mine, theirs);
             any_ignored |= counted[i] == A(0);
         }

@@ -14,7 +14,7 @@ namespace {
 
 DtypeCode acc_of(const RowProblem& p) { return p.dtype == Dtype::kFloat64 ? dtypes::float64 : dtypes::float32; }
 
-// Of two labels with one share for all rows each has its mean; a share per row makes one mean of both.
+// Of two labels with one lam for all rows each has its mean; a lam per row makes one mean of both.
 void take_means_of_labels(RowProblem& p, LossOutput out, Tensor& denominators, const DeviceScope& device) {
     if (p.reduction != Reduction::kMean) return;
     denominators = device.scratch(2, acc_of(p));

@@ -46,8 +46,9 @@ FL_DEVICE void work_on_rows(const Args& args) {
     if (is_already_written<A>(p)) return;
     RowTeam<A, true> team(args.plan);
     LossSums sums{0, 0};
-    const int classes = static_cast<int>(p.num_classes), begin = cluster_group::block_rank() * args.plan.share;
-    const Worker worker(args, ClassesOfThread(begin, min(classes, begin + args.plan.share), team.lane, team.threads),
+    const int classes = static_cast<int>(p.num_classes), begin = cluster_group::block_rank() * args.plan.block_part;
+    const Worker worker(args,
+                        ClassesOfThread(begin, min(classes, begin + args.plan.block_part), team.lane, team.threads),
                         dynamic_shared);
     const std::int64_t rows = p.rows();
     for (std::int64_t first = team.first(); first < rows; first += team.step()) {

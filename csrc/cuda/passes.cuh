@@ -32,7 +32,7 @@ public:
           classes(c),
           slots{static_cast<A*>(memory) + threadIdx.x * a.plan.pitch},
           bias(bias_of(a)),
-          share(written_share<A>(p)) {}
+          inverse_denominator(written_inverse_denominator<A>(p)) {}
 
     // For all threads of the team. Those of rows that do not exist, or are ignored, have something to do for the
     // others' sake.
@@ -57,7 +57,7 @@ public:
             state = reduce(team, mine, target);
             const A weight = reads ? class_weight_of<A>(p, target) * sample_weight_of<A>(p, row) : A(0);
             if (team.leads && exists) record_row<Loss>(args, row, reads, weight, state, sums);
-            scale = weight * args.share_of(row, share);
+            scale = weight * args.upstream_of(row, inverse_denominator);
         }
         // All have read the target's logit: in a tile, the gradient may be written in its place. Shuffles do not
         // promise that.
@@ -154,7 +154,7 @@ private:
     const RowProblem& p;
     const ClassesOfThread classes;
     const Slots<A, n> slots;
-    const A bias, share;
+    const A bias, inverse_denominator;
 };
 
 template <class Loss>

@@ -24,9 +24,9 @@ struct PlannedArgs : RowArgs<A> {
         is_saved = direction == Direction::kBackward;
         recomputes = direction == Direction::kBackwardRecompute;
     }
-    // What a row's gradient is multiplied by, beside its weight; share: the same of all rows in forward.
-    FL_DEVICE A share_of(const Row& row, A share) const {
-        return recomputes ? upstream_share_of<A>(this->problem, row) : share;
+    // What a row's gradient is multiplied by, beside its weight. In forward, of all rows alike.
+    FL_DEVICE A upstream_of(const Row& row, A inverse_denominator) const {
+        return recomputes ? upstream_over_denominator<A>(this->problem, row) : inverse_denominator;
     }
 };
 using RegisterArgs = PlannedArgs<float>;

@@ -108,7 +108,11 @@ public:
     static constexpr bool kRagged = kMayBeRagged;
 
     FL_DEVICE RegisterPasses(const RegisterArgs& a, LossSums& s)
-        : args(a), p(a.problem), sums_of_rows(s), bias(bias_of(a)), share(written_share<float>(p)) {}
+        : args(a),
+          p(a.problem),
+          sums_of_rows(s),
+          bias(bias_of(a)),
+          inverse_denominator(written_inverse_denominator<float>(p)) {}
 
     static FL_DEVICE bool is_read(const Packed& target, bool) { return !target.is_ignored(); }
 
@@ -147,7 +151,7 @@ public:
                 if constexpr (kIsRelative) whole.max = top;
                 record_row<Loss>(args, row_of(number), reads, scale, whole, sums_of_rows);
             }
-            scale *= args.share_of(row_of(number), share);
+            scale *= args.upstream_of(row_of(number), inverse_denominator);
         }
         if (p.grad) write_gradient(team, of, reads, place, numbers, state, scale);
     }
@@ -270,7 +274,7 @@ private:
     const RegisterArgs& args;
     const RowProblem& p;
     LossSums& sums_of_rows;
-    const float bias, share;
+    const float bias, inverse_denominator;
 };
 
 template <class Loss, class Stored, int kLanes, int kHeld>

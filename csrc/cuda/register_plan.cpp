@@ -164,12 +164,12 @@ RegisterPlan plan_direct(const RowProblem& p, KernelKind wanted, int largest_clu
             const int rounds = kernel.held / numbers;
             while (with.cluster < largest_cluster && divide_up(accesses, with.cluster) > enough_threads * rounds)
                 with.cluster *= 2;
-            with.share = static_cast<int>(divide_up(accesses, with.cluster));
-            with.lanes = static_cast<int>(std::max<std::int64_t>(32, divide_up(with.share, 32 * rounds) * 32));
+            with.block_part = static_cast<int>(divide_up(accesses, with.cluster));
+            with.lanes = static_cast<int>(std::max<std::int64_t>(32, divide_up(with.block_part, 32 * rounds) * 32));
             with.kernel = static_cast<int>(&kernel - kDirectKernels);
             with.held = kernel.held, with.kind = kind;
             const std::int64_t cost = with.lanes * with.cluster * (150 + 9 * kernel.held);
-            const std::int64_t of_last = std::max<std::int64_t>(0, fewest - (with.cluster - 1) * with.share);
+            const std::int64_t of_last = std::max<std::int64_t>(0, fewest - (with.cluster - 1) * with.block_part);
             if (of_last < with.lanes * kernel.always(rounds) || with.lanes > kernel.most_threads(element) ||
                 (kernel.of_warps && with.lanes > 32) || (plan && cost >= least))
                 continue;
@@ -239,18 +239,18 @@ RegisterPlan plan_kept_rows(const RowProblem& p, int numbers, int largest_cluste
         if (p.num_classes > most * (kMostColumnThreads / 32)) return {};
         plan.lanes = static_cast<int>(divide_up(p.num_classes, most));
         plan.threads = plan.lanes * std::max(32, 128 / plan.lanes / 32 * 32);
-        plan.share = static_cast<int>(p.num_classes);
+        plan.block_part = static_cast<int>(p.num_classes);
     } else {
         while (plan.cluster < largest_cluster && divide_up(p.num_classes, plan.cluster) > enough_threads * most)
             plan.cluster *= 2;
-        const std::int64_t share = divide_up(p.num_classes, plan.cluster), lanes = divide_up(share, 32 * most) * 32;
+        const std::int64_t part = divide_up(p.num_classes, plan.cluster), lanes = divide_up(part, 32 * most) * 32;
         if (lanes > kMostColumnThreads) return {};
-        plan.share = static_cast<int>(share);
+        plan.block_part = static_cast<int>(part);
         plan.lanes = static_cast<int>(lanes);
         plan.threads = plan.lanes == 32 ? kTileThreads : plan.lanes;
     }
     if (!take_class_steps(p, plan.lanes, plan)) return {};
-    give_slots(static_cast<int>(divide_up(plan.share, plan.lanes)), numbers, 4, plan);
+    give_slots(static_cast<int>(divide_up(plan.block_part, plan.lanes)), numbers, 4, plan);
     return plan;
 }
 
@@ -262,7 +262,7 @@ RegisterPlan plan_any_rows(const RowProblem& p, int slots) {
         plan.lanes = p.num_classes <= few_classes ? 1 : parts;
     else
         plan.lanes = p.num_classes <= classes_of_warp ? 32 : threads;
-    plan.share = static_cast<int>(p.num_classes);
+    plan.block_part = static_cast<int>(p.num_classes);
     plan.threads = threads;
     give_slots(held, slots, p.dtype == Dtype::kFloat64 ? 8 : 4, plan);
     return plan;

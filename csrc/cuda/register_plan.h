@@ -106,7 +106,7 @@ struct RegisterPlan {
     int kernel = 0;               // of kTileKernels, kDirectKernels or kColumnKernels
     int held = 0;                 // numbers that the kernel has room for
     int rounds = 0, longer = 32;  // accesses of a lane in a tile, of 4 bytes; one less from lane `longer` on
-    int share = 0;                // accesses of a block of a cluster, of 16 bytes
+    int block_part = 0;           // of a row, for a block of a cluster: accesses of 16 bytes; else classes
     int row_bytes = 0, tile_rows = 0, tile_bytes = 0;  // of a warp's tile; all zeros: rows are read where they lie
     int threads = 0, cluster = 1;                      // of a block, blocks of a row
     KernelKind kind = KernelKind::kNoFactors;          // that the kernel is compiled for

@@ -31,7 +31,11 @@ public:
     static constexpr bool kRagged = true;
 
     FL_DEVICE RegisterRow(const RegisterArgs& a, LossSums& sums)
-        : args(a), p(a.problem), end(a, sums), bias(bias_of(a)), share(written_share<float>(p)) {}
+        : args(a),
+          p(a.problem),
+          end(a, sums),
+          bias(bias_of(a)),
+          inverse_denominator(written_inverse_denominator<float>(p)) {}
 
     // Whether the logits of a row are read: those of an ignored one for its statistics alone.
     static FL_DEVICE bool is_read(const Packed& target, bool exists) {
@@ -123,8 +127,8 @@ public:
                                             : end.template finish<kKind>(row, target, target_logit,
                                                                          exponential.distance(target_logit), target_e,
                                                                          exponential.log(state.sum), state, team.leads);
-                coefficients.scale(has_shares() && p.upstream ? upstream_share_of<float>(p, row)
-                                                              : args.share_of(row, share));
+                coefficients.scale(has_shares() && p.upstream ? upstream_over_denominator<float>(p, row)
+                                                              : args.upstream_of(row, inverse_denominator));
             } else if (place.exists) {
                 ignore(team, number);
             }
@@ -343,7 +347,7 @@ private:
     const RegisterArgs& args;
     const RowProblem& p;
     const RowEnd<float> end;
-    const float bias, share;
+    const float bias, inverse_denominator;
 };
 
 }  // namespace fused_losses::cuda

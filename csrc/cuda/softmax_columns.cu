@@ -45,7 +45,7 @@ public:
           shared(s),
           end(a, sums),
           bias(bias_of(a)),
-          share(written_share<float>(p)),
+          inverse_denominator(written_inverse_denominator<float>(p)),
           lane(threadIdx.x % kWarp),
           part(threadIdx.x / kWarp),
           begin(part * static_cast<int>(p.num_classes) / a.plan.lanes),
@@ -269,7 +269,7 @@ private:
         }
         c = end.template finish<kKind>(row, Target{of.cls, false}, of.target_logit, distance, target_e,
                                        exponential.log(state.sum), state, true);
-        c.scale(args.share_of(row, share));
+        c.scale(args.upstream_of(row, inverse_denominator));
     }
 
     FL_DEVICE void write(const Column (&of)[n], const Place& place, const float (&pivot)[n], const Words& w,
@@ -312,7 +312,7 @@ private:
     const RowProblem& p;
     Shared& shared;  // each part of it is read between barriers that no thread passes before its other use
     const RowEnd<float> end;
-    const float bias, share;
+    const float bias, inverse_denominator;
     const int lane, part, begin, count;
 };
 

@@ -63,7 +63,7 @@ cudaError_t enqueue_in_registers(const RowProblem& p, const LossOutput& out, cud
     return with_stored<float>(p.dtype, [&]<class Stored>() { return enqueue_rows_in_registers<Stored>(args, stream); });
 }
 
-// The weights of the rows' labels, of which there are two where each has a denominator. Where each row has a share, its
+// The weights of the rows' labels, of which there are two where each has a denominator. Where each row has a lam, its
 // weights are parts of one denominator.
 template <class A>
 __global__ void __launch_bounds__(kBlock) sum_weights(const __grid_constant__ RowArgs<A> args) {
@@ -89,14 +89,14 @@ __global__ void __launch_bounds__(kBlock) sum_weights(const __grid_constant__ Ro
         const Labels labels = labels_of(p, row);
         const auto weight = [&](int k) {
             if (labels.of[k].ignored) return 0.0;
-            const A share = p.share ? share_of_label<A>(p, row, k) : A(1);
-            return static_cast<double>(share * class_weight_of<A>(p, labels.of[k]) * sample_weight_of<A>(p, row));
+            const A lam = p.lam ? lam_of_label<A>(p, row, k) : A(1);
+            return static_cast<double>(lam * class_weight_of<A>(p, labels.of[k]) * sample_weight_of<A>(p, row));
         };
         sums.add({weight(0), weight(1)});
     }
     if (!sum_over_grid(sums, args.out)) return;
     A* const denominators = static_cast<A*>(args.out.denominator);
-    if (p.share) sums.value = sums.weight = sums.value + sums.weight;
+    if (p.lam) sums.value = sums.weight = sums.value + sums.weight;
     denominators[0] = static_cast<A>(sums.value);
     if (p.other_target) denominators[1] = static_cast<A>(sums.weight);
 }

@@ -206,10 +206,10 @@ __device__ __forceinline__ LossSums loss_of_share(const ZProblem& p, std::int64_
     LossSums sums{0, 0};
     for (std::int64_t n = chunk * kBlock + threadIdx.x; n < p.rows(); n += chunks * kBlock) {
         const Row row(p, n);
-        const auto share = z_error::weighted_loss_of<A>(p, row, z_error::mask_row(p, row));
-        if (row_values) row_values[n] = share.value;
-        if (row_weights) row_weights[n] = share.weight;
-        sums.add({static_cast<double>(share.value), static_cast<double>(share.weight)});
+        const auto of_row = z_error::weighted_loss_of<A>(p, row, z_error::mask_row(p, row));
+        if (row_values) row_values[n] = of_row.value;
+        if (row_weights) row_weights[n] = of_row.weight;
+        sums.add({static_cast<double>(of_row.value), static_cast<double>(of_row.weight)});
     }
     return sum_over_block(sums);
 }

@@ -49,10 +49,10 @@ STABLE_TORCH_LIBRARY(fused_losses, m) {
         "row_loss_with_grad.packed(Tensor logits, Tensor target, Tensor constants) -> "
         "(Tensor loss, Tensor grad_logits)");
 
-    // Losses of two labels a row, from one read: share (one per row, else share_of_all) times the loss of target, plus
+    // Losses of two labels a row, from one read: lam (one per row, else lam_of_all) times the loss of target, plus
     // the rest times that of other_target. Losses that are affine in the softmax only. Backward starts from the logits;
     // in place (CUDA) it completes what forward wrote.
-    const std::string labels = "Tensor other_target, Tensor? share, float share_of_all, ";
+    const std::string labels = "Tensor other_target, Tensor? lam, float lam_of_all, ";
     def("mixed_loss", labels, "Tensor");
     def("mixed_loss_with_grad", labels, "(Tensor loss, Tensor grad_logits)");
     def("mixed_loss_backward", "Tensor grad_loss, " + labels, "Tensor");

@@ -73,8 +73,8 @@ inline void test_register_plan(Dtype dtype, KernelKind kind, std::int64_t classe
     p.logits_stride = p.grad_stride = {rows * classes, classes};
     p.logits = p.grad = reinterpret_cast<void*>(base);
     const auto complain = [&](const RegisterPlan& plan, const char* what) {
-        check(false, "%lld classes of %d bytes: %s: %d lanes of %d, %d rounds, share %d, %d blocks", (long long)classes,
-              element, what, plan.lanes, plan.held, plan.rounds, plan.share, plan.cluster);
+        check(false, "%lld classes of %d bytes: %s: %d lanes of %d, %d rounds, %d of each of %d blocks",
+              (long long)classes, element, what, plan.lanes, plan.held, plan.rounds, plan.block_part, plan.cluster);
     };
     if (const RegisterPlan plan = plan_tiles(p, kind, 132)) {
         const std::int64_t words = classes / per_word;
@@ -103,9 +103,9 @@ inline void test_register_plan(Dtype dtype, KernelKind kind, std::int64_t classe
             if (classes > fewest && classes <= 8 * 1024) complain(plan, "not direct");
             continue;
         }
-        if (plan.share * plan.cluster < accesses || plan.share > most || plan.cluster > largest)
+        if (plan.block_part * plan.cluster < accesses || plan.block_part > most || plan.cluster > largest)
             complain(plan, "no room");
-        const std::int64_t of_last = (classes - per_access + 1) / per_access - plan.share * (plan.cluster - 1);
+        const std::int64_t of_last = (classes - per_access + 1) / per_access - plan.block_part * (plan.cluster - 1);
         if (of_last < plan.lanes * kDirectKernels[plan.kernel].always(plan.held / per_access))
             complain(plan, "a thread with too little");
         if (plan.lanes % 32 != 0 || plan.threads % plan.lanes != 0 || plan.threads > kMostThreads)
@@ -167,12 +167,13 @@ inline void test_kept_plans() {
                 const RegisterPlan plan = plan_kept_rows(p, numbers, 16);
                 check(plan || classes > 65536, "%d classes: no room", classes);
                 for (int rank = 0; rank < plan.cluster && plan; ++rank) {
-                    const int begin = std::min(classes, rank * plan.share);
-                    const int end = std::min(classes, begin + plan.share);
+                    const int begin = std::min(classes, rank * plan.block_part);
+                    const int end = std::min(classes, begin + plan.block_part);
                     check_shared_out("rows", end - begin, plan.lanes, plan.held,
                                      [&](int lane) { return ClassesOfThread(0, end - begin, lane, plan.lanes); });
                 }
-                check(!plan || plan.share * plan.cluster >= classes, "%d classes: too small a share", classes);
+                check(!plan || plan.block_part * plan.cluster >= classes, "%d classes: too little for a block",
+                      classes);
             }
 }
 

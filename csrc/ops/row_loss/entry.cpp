@@ -112,8 +112,8 @@ private:
     void take_other_label() {
         check_other_label(args, other, shape);
         convert(*other.target, args.target.dtype());
-        if (other.share) convert(*other.share, acc);
-        problem.share_of_all = other.share_of_all;
+        if (other.lam) convert(*other.lam, acc);
+        problem.lam_of_all = other.lam_of_all;
     }
 
     void take_upstream(Tensor grad_loss) {
@@ -127,7 +127,7 @@ private:
                                {args.sample_weight ? &*args.sample_weight : nullptr},
                                {upstream.defined() ? &upstream : nullptr},
                                {other.target ? &*other.target : nullptr},
-                               {other.share ? &*other.share : nullptr},
+                               {other.lam ? &*other.lam : nullptr},
                                {&args.logits, shape.class_dim},
                                {grad.defined() ? &grad : nullptr, shape.class_dim}};
         const RowLayout layout = lay_out_rows(shape.rows, tensors);
@@ -137,7 +137,7 @@ private:
         problem.sample_weight_stride = tensors[1].stride;
         problem.upstream_stride = tensors[2].stride;
         problem.other_target_stride = tensors[3].stride;
-        problem.share_stride = tensors[4].stride;
+        problem.lam_stride = tensors[4].stride;
         problem.logits_stride = tensors[5].stride;
         problem.grad_stride = tensors[6].stride;
         copied_grad = std::move(tensors[6].original);
@@ -162,7 +162,7 @@ private:
         if (args.weight) problem.class_weight = vector_in(*args.weight);
         if (args.sample_weight) problem.sample_weight = args.sample_weight->const_data_ptr();
         if (other.target) problem.other_target = other.target->const_data_ptr();
-        if (other.share) problem.share = other.share->const_data_ptr();
+        if (other.lam) problem.lam = other.lam->const_data_ptr();
         if (upstream.defined()) problem.upstream = upstream.const_data_ptr();
         if (!grad.defined()) return;
         problem.grad = grad.mutable_data_ptr();
