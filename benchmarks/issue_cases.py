@@ -130,7 +130,7 @@ def factors_of(case: Case) -> int:
 
 
 def passes_of(case: Case, plan: Plan) -> Passes | None:
-    """The loss of several passes, if the plan keeps its rows in registers."""
+    """The multi-reduction loss, if the plan keeps its rows in registers."""
     return PASSES.get(case.loss) if plan.kind in ("tile", "direct") else None
 
 

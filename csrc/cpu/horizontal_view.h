@@ -1,4 +1,4 @@
-// A horizontal tile for losses of several reductions. A part is one row, in the caller's memory if it can be read and
+// A horizontal tile for multi-reduction losses. A part is one row, in the caller's memory if it can be read and
 // written there, else in scratch. A strip is one group: as many rows as a vector has elements.
 #pragma once
 

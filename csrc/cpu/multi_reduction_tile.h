@@ -1,4 +1,4 @@
-// Losses of several passes (core/multi_reduction_loss.h) on a tile, vertical or horizontal.
+// Multi-reduction losses (core/multi_reduction_loss.h) on a tile, vertical or horizontal.
 #pragma once
 
 #include "cpu/horizontal_view.h"

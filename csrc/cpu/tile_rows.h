@@ -124,7 +124,7 @@ struct alignas(64) TileRows {
         scale_coefficients();
     }
 
-    // ---- Losses of several reductions: n rows from the tile's row `at` on, no more than a vector. `row` is the number
+    // ---- Multi-reduction losses: n rows from the tile's row `at` on, no more than a vector. `row` is the number
     // of the first among all rows. ----
 
     // Weighs the rows' losses, writes them and adds them up. Those that are positive make the denominator of

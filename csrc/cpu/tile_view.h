@@ -1,4 +1,4 @@
-// Losses of several reductions work on tiles through a view, vertical_view.h or horizontal_view.h, which knows which
+// Multi-reduction losses work on tiles through a view, vertical_view.h or horizontal_view.h, which knows which
 // way vectors lie. A view depends on no loss: it is compiled once per arithmetic type.
 //
 // A tile is worked on a strip of rows at a time. The loops over the classes run over the parts of a strip: a part is a

@@ -1,4 +1,4 @@
-// A vertical tile for losses of several reductions. A part is a vector of rows with its block [classes][vector of rows]
+// A vertical tile for multi-reduction losses. A part is a vector of rows with its block [classes][vector of rows]
 // of logits, over which the gradient is written; it is its own group. A strip has several: with few classes the
 // arithmetic that follows a sum takes longer than the sum, and while one group waits for it, the next one goes on.
 #pragma once

@@ -61,7 +61,7 @@ enum class Direction { kForward, kBackward, kBackwardRecompute };
 // Fills grad from stats, upstream and denominator, unless forward has already written just that.
 cudaError_t enqueue_gradient(const RowProblem& p, cudaStream_t stream);
 
-// The same for a loss of several passes.
+// The same for a multi-reduction loss.
 cudaError_t enqueue_multi_reduction_forward(const RowProblem& p, const LossOutput& out, cudaStream_t stream);
 cudaError_t enqueue_multi_reduction_gradient(const RowProblem& p, cudaStream_t stream);
 

@@ -21,7 +21,7 @@ __global__ void __launch_bounds__((kKernel<kKind, kHeld, Team>.most_threads(size
 template <class Stored>
 cudaError_t enqueue_registers(RegisterArgs& args, cudaStream_t stream) {
     const auto launch = [&]<DirectKernel kernel>()
-        requires(!have_passes(kernel.kind))
+        requires(!is_multi_reduction(kernel.kind))
     {
         using Team = std::conditional_t<kernel.of_warps, WarpTeam, BlockTeam>;
         return launch_rows_resident(&softmax_in_registers<Stored, kernel.kind, kernel.held, Team>, args, stream,

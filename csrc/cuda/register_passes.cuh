@@ -1,4 +1,4 @@
-// Losses of several passes on rows in registers, where formulas or rows are short: read once, then the numbers that the
+// Multi-reduction losses on rows in registers, where formulas or rows are short: read once, then the numbers that the
 // loss keeps of each class take the place of the logits, and in the end the gradient does.
 #pragma once
 
@@ -93,7 +93,7 @@ constexpr KernelKind kKeptBy = Loss::num_kept == 1 ? KernelKind::kOneKept : Kern
 
 // As RegisterRow.
 template <class Loss, class S, class Access, int kNumRounds, int kAlways, class T, bool kMayBeRagged = true>
-class RegisterPasses {
+class RegisterMultiReduction {
     using Traits = RegisterTraits<Loss>;
     using State = typename Loss::template State<float>;
     static constexpr int n = Loss::num_kept;
@@ -107,7 +107,7 @@ public:
     static constexpr int kRounds = kNumRounds;
     static constexpr bool kRagged = kMayBeRagged;
 
-    FL_DEVICE RegisterPasses(const RegisterArgs& a, LossSums& s)
+    FL_DEVICE RegisterMultiReduction(const RegisterArgs& a, LossSums& s)
         : args(a),
           p(a.problem),
           sums_of_rows(s),
@@ -283,18 +283,19 @@ __global__ void __launch_bounds__(kTileThreads, blocks_of<Loss>(tile_blocks(kKep
     constexpr TileKernel kernel{kKeptBy<Loss>, kLanes, kHeld};
     constexpr int rounds = kHeld / Word<Stored>::count, always = kernel.always(rounds);
     using Team = LaneTeam<kLanes>;
-    work_on_register_tiles<RegisterPasses<Loss, Stored, unsigned, rounds, always, Team, kernel.takes_ragged()>>(args);
+    work_on_register_tiles<RegisterMultiReduction<Loss, Stored, unsigned, rounds, always, Team, kernel.takes_ragged()>>(
+        args);
 }
 
 template <class Loss, int kHeld, class Team>
-constexpr DirectKernel kPassesKernel{kKeptBy<Loss>, std::is_same_v<Team, WarpTeam>, kHeld};
+constexpr DirectKernel kMultiReductionKernel{kKeptBy<Loss>, std::is_same_v<Team, WarpTeam>, kHeld};
 
 template <class Loss, class Stored, int kHeld, class Team>
-__global__ void __launch_bounds__((kPassesKernel<Loss, kHeld, Team>.most_threads(sizeof(Stored))),
-                                  (blocks_of<Loss>(kPassesKernel<Loss, kHeld, Team>.blocks())))
+__global__ void __launch_bounds__((kMultiReductionKernel<Loss, kHeld, Team>.most_threads(sizeof(Stored))),
+                                  (blocks_of<Loss>(kMultiReductionKernel<Loss, kHeld, Team>.blocks())))
     passes_in_registers(const __grid_constant__ RegisterArgs args) {
-    constexpr int rounds = kHeld / kVector<Stored>, always = kPassesKernel<Loss, kHeld, Team>.always(rounds);
-    work_on_direct_rows<RegisterPasses<Loss, Stored, uint4, rounds, always, Team>>(args);
+    constexpr int rounds = kHeld / kVector<Stored>, always = kMultiReductionKernel<Loss, kHeld, Team>.always(rounds);
+    work_on_direct_rows<RegisterMultiReduction<Loss, Stored, uint4, rounds, always, Team>>(args);
 }
 
 // For a dtype.
@@ -309,7 +310,7 @@ struct LossFor<Loss, Stored> {
 };
 
 template <class Given, class Stored>
-cudaError_t enqueue_passes_as(RegisterArgs& args, cudaStream_t stream) {
+cudaError_t enqueue_multi_reduction_as(RegisterArgs& args, cudaStream_t stream) {
     using Loss = typename LossFor<Given, Stored>::type;
     constexpr KernelKind kind = kKeptBy<Loss>;
     const auto launch_tile = [&]<TileKernel kernel>()
@@ -329,11 +330,11 @@ cudaError_t enqueue_passes_as(RegisterArgs& args, cudaStream_t stream) {
 
 // Rows that registers can hold; kDoesNotFit if they cannot, or for other losses and parameters.
 template <class Given>
-cudaError_t enqueue_passes_in_registers(RegisterArgs& args, cudaStream_t stream) {
+cudaError_t enqueue_multi_reduction_in_registers(RegisterArgs& args, cudaStream_t stream) {
     cudaError_t error = kDoesNotFit;
     const auto enqueue = [&]<class Loss>() {
         with_stored<float>(args.problem.dtype,
-                           [&]<class Stored>() { error = enqueue_passes_as<Loss, Stored>(args, stream); });
+                           [&]<class Stored>() { error = enqueue_multi_reduction_as<Loss, Stored>(args, stream); });
     };
     if constexpr (requires { Given::visit_usual(args.problem.params, enqueue); })
         Given::visit_usual(args.problem.params, enqueue);

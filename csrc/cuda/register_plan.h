@@ -19,12 +19,12 @@ enum class KernelKind {
     kUnitFactors,  // 1 for all classes, or not used
     kReadFactors,
     kStatistics,  // as kUnitFactors, with row statistics: forward, without a bias
-    // Losses of several passes, by the numbers that they keep of each class.
+    // Multi-reduction losses, by the numbers that they keep of each class.
     kOneKept,
     kTwoKept
 };
 
-constexpr bool have_passes(KernelKind kind) { return kind >= KernelKind::kOneKept; }
+constexpr bool is_multi_reduction(KernelKind kind) { return kind >= KernelKind::kOneKept; }
 
 inline KernelKind kind_of(const RowProblem& p) {
     if (p.class_factors == ClassFactors::kNone) return KernelKind::kNoFactors;
@@ -47,9 +47,9 @@ struct TileKernel {
     int lanes, held;  // lanes of a row, 0: any number
 
     // Whether a number beside the words of a row has a place.
-    constexpr bool takes_ragged() const { return !have_passes(kind) || lanes == 0; }
+    constexpr bool takes_ragged() const { return !is_multi_reduction(kind) || lanes == 0; }
     constexpr int always(int rounds) const {
-        if (kind != KernelKind::kNoFactors && !have_passes(kind)) return 0;
+        if (kind != KernelKind::kNoFactors && !is_multi_reduction(kind)) return 0;
         return held == 10 ? 1 : rounds * 11 / 20;
     }
 };
@@ -68,7 +68,7 @@ struct DirectKernel {
     int held;
 
     constexpr int always(int rounds) const {
-        return kind == KernelKind::kNoFactors ? rounds / 2 : have_passes(kind) ? rounds / 4 : 0;
+        return kind == KernelKind::kNoFactors ? rounds / 2 : is_multi_reduction(kind) ? rounds / 4 : 0;
     }
     // That fit on a multiprocessor, as tile_blocks().
     constexpr int blocks() const {

@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks(kKind, kHeld))
 template <class Stored>
 cudaError_t enqueue_tiles(RegisterArgs& args, cudaStream_t stream) {
     const auto launch = [&]<TileKernel kernel>()
-        requires(!have_passes(kernel.kind))
+        requires(!is_multi_reduction(kernel.kind))
     { return launch_tiles_resident(&softmax_in_tiles<Stored, kernel.kind, kernel.lanes, kernel.held>, args, stream); };
     return launch_planned<kTileKernels>(args.plan, launch);
 }

@@ -74,7 +74,7 @@ public:
     // which the gradient is written as the logits are read.
     bool is_for(cuda::KernelKind kind) const {
         if (logits.layout.begin == 0) return false;
-        if (have_passes(kind)) return !p.first_param;
+        if (is_multi_reduction(kind)) return !p.first_param;
         if (kind == cuda::KernelKind::kStatistics)
             return looks && p.logit_bias == 0 && !p.logit_bias_device &&
                    cuda::kind_of(p) != cuda::KernelKind::kReadFactors;

@@ -117,7 +117,7 @@ private:
               "%s: %s: weight of active rows %.9g, not %.9g", name.c_str(), pass, sums.weight, total.weight);
     }
 
-    // Adds a row's weight if its loss is positive. Only losses of several passes count rows.
+    // Adds a row's weight if its loss is positive. Only multi-reduction losses count rows.
     void add_active(std::int64_t o, std::int64_t i, LossSums& total, LossSums& size) {
         if (!is_multi_reduction_loss(p.loss)) return;
         const double of_class = p.class_weight ? double(class_weight.at(0, 0, target_of(o, i))) : 1.0;

@@ -91,7 +91,7 @@ inline void test_register_plan(Dtype dtype, KernelKind kind, std::int64_t classe
         if (plan.tile_bytes < plan.tile_rows * classes * element + base % 16 || plan.tile_bytes % 16 != 0 ||
             plan.tile_rows % (32 / plan.lanes) != 0)
             complain(plan, "tile");
-    } else if (classes <= 200 && (classes >= per_word || !have_passes(kind)) &&
+    } else if (classes <= 200 && (classes >= per_word || !is_multi_reduction(kind)) &&
                (classes % per_word != 0 || base % 4 == 0)) {
         complain(plan, "no tiles");
     }
@@ -99,7 +99,7 @@ inline void test_register_plan(Dtype dtype, KernelKind kind, std::int64_t classe
         const RegisterPlan plan = plan_direct(p, kind, largest);
         const std::int64_t accesses = classes / per_access, most = std::int64_t(plan.lanes) * (plan.held / per_access);
         if (!plan) {
-            const int fewest = have_passes(kind) ? 300 : 32;  // below that, rows are in tiles
+            const int fewest = is_multi_reduction(kind) ? 300 : 32;  // below that, rows are in tiles
             if (classes > fewest && classes <= 8 * 1024) complain(plan, "not direct");
             continue;
         }

@@ -118,7 +118,8 @@ void test_registers(int thinning, Random& random) {
     };
     for (const Dtype dtype : {Dtype::kFloat32, Dtype::kFloat16, Dtype::kBFloat16})
         for (const Kernel& kernel : all_kernels()) {
-            if (!have_passes(kernel.compiled_for()) && random.one_in(thinning)) test_kernel(dtype, kernel, -1, 0);
+            if (!is_multi_reduction(kernel.compiled_for()) && random.one_in(thinning))
+                test_kernel(dtype, kernel, -1, 0);
             for (const auto& of : passes)
                 if (of.kind == kernel.compiled_for() && random.one_in(std::max(1, thinning / 16)))
                     test_kernel(dtype, kernel, index_of(AllLosses{}, of.loss), of.params);
@@ -141,7 +142,7 @@ void test_offsets(Random& random) {
         });
 }
 
-// Of a softmax loss, of one of which more is asked and of a loss of several passes. Doubles have none.
+// Of a softmax loss, of one of which more is asked and of a multi-reduction loss. Doubles have none.
 void test_large_clusters(Random& random) {
     const Dtype dtypes[] = {Dtype::kFloat32, Dtype::kFloat16, Dtype::kBFloat16};
     for (int kind = 0; kind < 3; ++kind) {
