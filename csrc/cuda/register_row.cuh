@@ -134,7 +134,7 @@ public:
             }
         }
         if (!p.grad) return;
-        write_gradient(team, place, coefficients, e, u, extra_e, extra_u);
+        write_gradient(team, place, coefficients, e, u, extra_class, extra_e, extra_u);
         if (has_target && place.owns(target.cls))
             place.grad()[target.cls] = to_stored<Stored>(coefficients.target_grad);
     }
@@ -143,7 +143,7 @@ private:
     // Of all classes, as if none was the target.
     template <class Place>
     FL_DEVICE void write_gradient(Team& team, const Place& place, const Coefficients<float>& coefficients,
-                                  const float* e, const float* u, float extra_e, float extra_u) const {
+                                  const float* e, const float* u, int extra_class, float extra_e, float extra_u) const {
         // All have read the target's logit: the gradient may be written in its place. Shuffles do not promise that.
         if (Place::kIsMixed || is_saved()) team.sync();
         const auto gradient_of = [&](float of_class, float factor) {
@@ -153,8 +153,7 @@ private:
                                 : g + coefficients.gamma * factor;
         };
         Words::write(place, [&](int i, bool) { return gradient_of(e[i], kReadsU ? u[i] : 1.0f); });
-        if (const int cls = place.extra(); cls >= 0)
-            place.grad()[cls] = to_stored<Stored>(gradient_of(extra_e, extra_u));
+        if (extra_class >= 0) place.grad()[extra_class] = to_stored<Stored>(gradient_of(extra_e, extra_u));
         team.sync();
     }
 

@@ -88,7 +88,7 @@ FL_DEVICE void work_on_register_tiles(const RegisterArgs& args) {
         Stored* row = reinterpret_cast<Stored*>(bytes) + own * classes;
         int skip = n == 1 ? 0 : misalignment(as<Stored>(p.logits)) + own * classes;
 #pragma unroll 1
-        for (int trips = divide_up(count, at_once); trips > 0; --trips) {
+        for (int trips = (count + at_once - 1) / at_once; trips > 0; --trips) {
             const bool exists = number < rows;
             const Packed target(args, label, exists);
             const int next = trips > 1 ? number + at_once : following + own;
