@@ -52,13 +52,16 @@ FL_HD auto visit_dtype(Dtype dtype, Body body) {
     return dtype == Dtype::kFloat64 ? with_stored<double>(dtype, body) : with_stored<float>(dtype, body);
 }
 
-// Calls body.operator()<Index>() for a type of labels.
+// Calls body.operator()<Index>() for a type of labels. A switch: where this is asked for each row, GCC copies the loop
+// for each of several ifs.
 template <class Body>
 FL_HD auto visit_index_type(IndexType type, Body body) {
-    if (type == IndexType::kInt64) return body.template operator()<std::int64_t>();  // first: nearly all are
-    if (type == IndexType::kInt32) return body.template operator()<std::int32_t>();
-    if (type == IndexType::kInt16) return body.template operator()<std::int16_t>();
-    return body.template operator()<std::uint8_t>();
+    switch (type) {
+        case IndexType::kInt64: return body.template operator()<std::int64_t>();
+        case IndexType::kInt32: return body.template operator()<std::int32_t>();
+        case IndexType::kInt16: return body.template operator()<std::int16_t>();
+        default: return body.template operator()<std::uint8_t>();
+    }
 }
 
 // The number that the low 16 bits of `bits` stand for. T is float or a vector of floats.

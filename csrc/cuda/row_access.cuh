@@ -97,7 +97,10 @@ struct Target {
 };
 
 FL_DEVICE std::int64_t read_index(IndexType type, const void* at) {
-    return visit_index_type(type, [&]<class Index>() { return static_cast<std::int64_t>(*as<Index>(at)); });
+    if (type == IndexType::kInt64) return *as<std::int64_t>(at);  // first: nearly all are
+    if (type == IndexType::kInt32) return *as<std::int32_t>(at);
+    if (type == IndexType::kInt16) return *as<std::int16_t>(at);
+    return *as<std::uint8_t>(at);
 }
 
 // A label on its way. Nobody waits for it before index() is called: a check would be such a wait.
