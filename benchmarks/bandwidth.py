@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 
 from benchmarks.calls import Buffers, Copy
@@ -12,6 +14,7 @@ SHAPES = ((4096, 1000), (65536, 1000), (1 << 18, 1000))
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     properties = torch.cuda.get_device_properties(0)
     print(
         f"{properties.name}: {properties.multi_processor_count} multiprocessors, compute capability "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,19 @@ class Copy:
 
     def run(self, i: int, prepared: Any) -> Any:
         return self.buffers.copies[i % self.buffers.count].copy_(prepared)
+
+
+@dataclass
+class Repeated:
+    """The same again, on inputs that need not be cold."""
+
+    step: Callable[[], Any]
+
+    def prepare(self, i: int) -> None:
+        return None
+
+    def run(self, i: int, prepared: None) -> Any:
+        return self.step()
 
 
 def environment_threads() -> dict[str, str]:

@@ -6,13 +6,14 @@ and backward on logits of the same shape) is timed in the same loop.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.calls import Repeated
 from benchmarks.cases import Case, LossFunction
 from benchmarks.measure import Timed, peak_extra_bytes, time_calls
 from benchmarks.models import resnet50, small_cnn
@@ -21,42 +22,21 @@ from benchmarks.providers import PROVIDERS
 LOSSES = ("cross_entropy", "mae_auto", "hem")
 
 
-@dataclass
-class Step:
-    """One training step."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    images: Tensor
-    target: Tensor
-    loss: LossFunction
-
-    def prepare(self, i: int) -> None:
-        return None
-
-    def run(self, i: int, prepared: None) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.images.is_cuda):
-            loss = self.loss(self.model(self.images), self.target)
-        loss.backward()
-        self.optimizer.step()
+def training_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, target: Tensor, loss: LossFunction
+) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    with torch.autocast("cuda", torch.bfloat16, enabled=images.is_cuda):
+        value = loss(model(images), target)
+    value.backward()
+    optimizer.step()
 
 
-@dataclass
-class LossOnly:
+def loss_alone(logits: Tensor, target: Tensor, loss: LossFunction) -> Any:
     """The loss and its gradient in the logits."""
-
-    logits: Tensor
-    target: Tensor
-    loss: LossFunction
-
-    def prepare(self, i: int) -> None:
-        return None
-
-    def run(self, i: int, prepared: None) -> Any:
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.logits.is_cuda):
-            loss = self.loss(self.logits, self.target)
-        return torch.autograd.grad(loss, self.logits)
+    with torch.autocast("cuda", torch.bfloat16, enabled=logits.is_cuda):
+        value = loss(logits, target)
+    return torch.autograd.grad(value, logits)
 
 
 def plain(case: Case) -> LossFunction:
@@ -91,13 +71,14 @@ def measure_steps(
         fused = PROVIDERS["fused"].make(case)
         assert fused is not None
         for provider, loss in (("plain", plain(case)), ("fused", fused)):
-            calls[name, provider, "step"] = Step(model, optimizer, images, target, loss)
-            calls[name, provider, "loss"] = LossOnly(logits, target, loss)
+            step = functools.partial(training_step, model, optimizer, images, target, loss)
+            calls[name, provider, "step"] = Repeated(step)
+            calls[name, provider, "loss"] = Repeated(functools.partial(loss_alone, logits, target, loss))
     times = time_calls(calls, seconds, timer)
     rows = []
     for name, provider, what in calls:
         if what == "step":
-            step, alone = times[name, provider, "step"], times[name, provider, "loss"]
+            whole, alone = times[name, provider, "step"], times[name, provider, "loss"]
             rows.append(
                 {
                     "model": make_model.__name__,
@@ -108,12 +89,12 @@ def measure_steps(
                     "threads": torch.get_num_threads(),
                     "loss": name,
                     "provider": provider,
-                    "step_us": step.median,
-                    "step_low_us": step.low,
-                    "step_high_us": step.high,
+                    "step_us": whole.median,
+                    "step_low_us": whole.low,
+                    "step_high_us": whole.high,
                     "loss_us": alone.median,
-                    "loss_share": alone.median / step.median,
-                    "images_per_s": 1e6 * batch / step.median,
+                    "loss_share": alone.median / whole.median,
+                    "images_per_s": 1e6 * batch / whole.median,
                     "loss_peak_bytes": peak_extra_bytes(calls[name, provider, "loss"], device),
                     "step_peak_bytes": peak_extra_bytes(calls[name, provider, "step"], device),
                 }

@@ -9,6 +9,7 @@ each counts, so that other work on the machine matters little. "Over torch" is t
 
 from __future__ import annotations
 
+import argparse
 import functools
 import time
 from collections.abc import Callable
@@ -110,6 +111,7 @@ def wrapped(shape: tuple[int, int], target: Tensor) -> Steps:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     machine = describe("cpu")

@@ -9,7 +9,7 @@ shortest CPU time of each counts, in microseconds; behind it, in units of torch'
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -66,11 +66,17 @@ def table(losses: Mapping[str, Callable[..., Tensor]], shape: tuple[int, int]) -
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("losses", nargs="*", help="names of the registry; default: all")
+    names = parser.parse_args().losses or list(LOSSES)
+    unknown = [name for name in names if name not in LOSSES]
+    if unknown:
+        parser.error(f"no such loss: {', '.join(unknown)}; there are {', '.join(LOSSES)}")
     torch.set_num_threads(1)
     machine = describe("cpu")
     print("# Small calls\n\nMade by `python -m benchmarks.small_calls`, which explains it.")
     print(f"{machine['processor']}, {machine['isa']}, torch {torch.__version__}, commit {machine['commit']}.")
-    losses: dict[str, Callable[..., nn.Module]] = {name: LOSSES[name].module for name in sys.argv[1:] or LOSSES}
+    losses: dict[str, Callable[..., nn.Module]] = {name: LOSSES[name].module for name in names}
     table({name: make() for name, make in losses.items()}, SHAPE)
     chosen: dict[str, Any] = {"threshold": 1.0, "statistic": "prob", "sided": "lower"}
     z_error = {

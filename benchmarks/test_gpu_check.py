@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
-import io
 import json
 import math
 import os
 import re
-import runpy
 import shlex
 import subprocess
 import sys
 import tarfile
 import time
 import zipfile
-from contextlib import redirect_stdout
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -29,6 +24,7 @@ from benchmarks.cases import Case
 from benchmarks.gpu_check import ROOT, Record, Stage, Step
 from benchmarks.results import Results, Row
 from benchmarks.suites import SUITES
+from benchmarks.test_commands import said_of_itself
 
 STAGES = gpu_check.stages("python", "90", None)
 STEPS = [step for stage in STAGES for step in stage.steps]
@@ -56,18 +52,6 @@ def test_stages_end_within_nine_minutes_and_have_names_of_their_own() -> None:
     assert [stage.key for stage in STAGES] == list("abcdef")
     assert all(stage.seconds <= gpu_check.STAGE_SECONDS <= 540 for stage in STAGES)
     assert len({step.name for step in STEPS}) == len(STEPS)
-
-
-@functools.cache
-def said_of_itself(*program: str) -> str:
-    """Its --help, in this process: each of its own would take seconds to import torch."""
-    said = io.StringIO()
-    with redirect_stdout(said), patch.object(sys, "argv", [program[-1], "--help"]), pytest.raises(SystemExit):
-        if program[0] == "-m":
-            runpy.run_module(program[1], run_name="__main__")
-        else:
-            runpy.run_path(str(ROOT / program[0]), run_name="__main__")
-    return said.getvalue()
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")

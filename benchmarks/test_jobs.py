@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from benchmarks import cpu_profile
 from benchmarks import jobs as jobs_module
 from benchmarks.__main__ import adjusted, losses
-from benchmarks.calls import Buffers, Call
+from benchmarks.calls import Buffers, Call, Repeated
 from benchmarks.cases import LOSSES, ROW_LOSSES, Case
 from benchmarks.jobs import Job, run_job
 from benchmarks.measure import Timing, peak_extra_bytes, time_calls
@@ -47,28 +48,17 @@ def test_job_gives_a_row_per_provider_and_mode() -> None:
     assert not rejected
 
 
-class Sleep:
-    """A call that takes a known time."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-
-    def prepare(self, i: int) -> None:
-        return None
-
-    def run(self, i: int, prepared: None) -> None:
-        import time
-
-        time.sleep(self.seconds)
+def sleep(seconds: float) -> Repeated:
+    return Repeated(lambda: time.sleep(seconds))
 
 
 def test_times_are_times() -> None:
-    times = time_calls({"short": Sleep(0.001), "long": Sleep(0.004)}, 0.02)
+    times = time_calls({"short": sleep(0.001), "long": sleep(0.004)}, 0.02)
     assert times["short"].median >= 1000 and times["long"].median >= 4000  # no upper bound: others may be busy
 
 
 def test_processor_time_leaves_out_waiting() -> None:
-    assert time_calls({"sleep": Sleep(0.004)}, 0.02, "cpu")["sleep"].median < 4000
+    assert time_calls({"sleep": sleep(0.004)}, 0.02, "cpu")["sleep"].median < 4000
 
 
 @pytest.mark.parametrize(("threads", "timer"), [(1, "cpu"), (2, "wall")])

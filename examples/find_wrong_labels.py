@@ -9,7 +9,7 @@ which a row must have been dropped to be flagged. The counts are written as CSV 
 
 With your own data: pass the row numbers along with the batches, take ``loss, mask, scores`` from the loss with
 ``return_mask=True``, and call ``tracker.update(row_numbers, mask, scores)``. Two minutes on one core. Needs
-``pip install 'fused_losses[demo]'``.
+``pip install rich scikit-learn``.
 """
 
 from __future__ import annotations

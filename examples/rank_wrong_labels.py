@@ -7,7 +7,7 @@ as many rows as are wrong, so that precision, recall and F1 are the same number 
 in one ordinary training: with the probability of every row's label over the first third of the epochs, and with the
 mask and the scores of a Z-Error loss after that. For comparison the same network is trained five times more to get
 out-of-fold probabilities, which are ranked as they are and by cleanlab (if it is installed). Three minutes on one
-core. Needs ``pip install 'fused_losses[demo]'``.
+core. Needs ``pip install rich scikit-learn``.
 """
 
 from __future__ import annotations

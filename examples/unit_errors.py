@@ -6,7 +6,7 @@ takes scikit-learn's diabetes data (442 patients, ten measurements, a score of d
 spoils some of the training targets: converted as from Celsius to Fahrenheit (x 1.8 + 32), or with the decimal point
 moved to the right (x 10) or left (/ 10). A linear model is trained with each loss and tested on clean targets. Who wins
 is printed from what was measured, also where it is not this package. About half a minute on two cores. Needs
-``pip install 'fused_losses[demo]'``.
+``pip install rich scikit-learn``.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_losses._logit_bias import LogitBias, resolve_logit_bias
-from fused_losses._parameters import OrTensor, ParameterRange, integer, one_of
+from fused_losses._parameters import OrTensor, ParameterRange, check_choice, integer
 
 if TYPE_CHECKING:
     from fused_losses._common import RowLossModule
@@ -53,8 +53,18 @@ class RowLossArguments(NamedTuple):
     ignore_index: int
     reduction: str
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """The first six."""
+        return self[:6]
 
-# Its fields from `loss` on.
+    @property
+    def constants(self) -> tuple[str, Sequence[float], float, int, str]:
+        """What is left."""
+        return self[6:]
+
+
+# Those of a call without tensors among them.
 RowLossConstants = tuple[str, tuple[float, ...], float, int, str]
 
 
@@ -79,6 +89,11 @@ class ZErrorLossArguments(NamedTuple):
     pos_weight: Tensor | None
     sample_weight: Tensor | None
     reduction: str
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """All but the reduction."""
+        return self[:4]
 
 
 @dataclass(frozen=True)
@@ -125,12 +140,17 @@ class LossEntry:
 
     def __reduce__(self) -> tuple[Callable[[str], LossEntry], tuple[str]]:
         """Copies and pickles are the entry itself: there is one of each loss."""
-        return _entry_of, (self.name,)
+        return entry_named, (self.name,)
 
     @property
     def module(self) -> type[RowLossModule]:
         """The Module class."""
         return self.modules[0]
+
+    @property
+    def affine_in_softmax(self) -> bool:
+        """Whether a row's gradient is affine in its softmax; these are the losses that take class probabilities."""
+        return self.takes_probabilities
 
     def pack(self, parameters: dict[str, Any]) -> tuple[float, ...]:
         """The operators' ``params``: checked numbers in the order of the C++ header, then constants."""
@@ -171,13 +191,13 @@ class LossEntry:
         elif reduction.__class__ is not str:
             check_reduction(reduction, self.reductions)  # type: ignore[arg-type]
         return pack_arguments(
-            self.name,
             logits,
             target,
             weight,
             sample_weight,
             logit_bias,
             parameters.get(self.tensor_parameter) if self.tensor_parameter else None,
+            self.name,
             self.pack(parameters),
             ignore_index,
             reduction,  # type: ignore[arg-type]
@@ -187,18 +207,22 @@ class LossEntry:
 LOSSES: dict[str, LossEntry] = {}
 
 
-def _entry_of(name: str) -> LossEntry:
-    return LOSSES[name]
+def entry_named(name: str, argument: str = "loss", or_else: str = "") -> LossEntry:
+    """The loss of that name, "gce" or "gce_loss". Raises a ValueError that lists all, and what else may be given."""
+    entry = LOSSES.get(name.removesuffix("_loss"))
+    if entry is None:
+        raise ValueError(f"{argument} must be one of {', '.join(LOSSES)}{or_else}, got {name!r}")
+    return entry
 
 
 def pack_arguments(
-    loss: str,
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
     sample_weight: Tensor | None,
     logit_bias: LogitBias,
     first_param: float | Tensor | None,
+    loss: str,
     params: Sequence[float],
     ignore_index: int,
     reduction: str,
@@ -240,5 +264,4 @@ def acc_dtype(logits: Tensor) -> torch.dtype:
 
 def check_reduction(reduction: str, allowed: tuple[str, ...] = REDUCTIONS) -> None:
     """Raises unless it is one of the allowed reductions."""
-    if not isinstance(reduction, str) or reduction not in allowed:
-        raise ValueError(f"reduction must be {one_of(allowed)}, got {reduction!r}")
+    check_choice("reduction", reduction, allowed)

@@ -34,7 +34,7 @@ def row_loss(args: RowLossArguments) -> Tensor:
     try:
         return _row_loss(args)
     except NotImplementedError:  # no kernel for this layout
-        for name, tensor in zip(RowLossArguments._fields[:6], args[:6], strict=True):
+        for name, tensor in zip(args._fields, args.tensors, strict=False):
             if isinstance(tensor, Tensor) and tensor.layout is not torch.strided:
                 raise RuntimeError(
                     f"{args.loss}: {name} must be dense, got a tensor of layout {tensor.layout}"
@@ -51,7 +51,7 @@ def _refuse(args: RowLossArguments) -> None:
 
 
 def _row_loss(args: RowLossArguments) -> Tensor:
-    if needs_reference(*args[:6]) or _has_no_kernel(args):
+    if needs_reference(*args.tensors) or _has_no_kernel(args):
         check_row_loss(args)
         return row_loss_reference(args)
     return fused_row_loss(args)
@@ -59,9 +59,9 @@ def _row_loss(args: RowLossArguments) -> Tensor:
 
 def fused_row_loss(args: RowLossArguments) -> Tensor:
     """The loss by the fused kernels, for callers that need no derivative but the first in the logits."""
-    small = _small_call(args)
-    if small is not None:
-        return small_row_loss(args.logits, args.target, small)
+    constants = _make_constants(args)
+    if constants is not None:
+        return small_row_loss(args.logits, args.target, constants)
     if args.logits.requires_grad and torch.is_grad_enabled():
         return apply(_RowLoss, args.logits, args)  # type: ignore[no-any-return]
     return _ops.row_loss(*args)
@@ -91,11 +91,12 @@ def is_small(logits: Tensor, target: Tensor) -> bool:
     )
 
 
-def _small_call(args: RowLossArguments) -> PackedConstants | None:
+def _make_constants(args: RowLossArguments) -> PackedConstants | None:
     """The constants for :func:`small_row_loss` if it takes the call."""
-    if not (args[2] is args[3] is args[4] is args[5] is None and is_small(args.logits, args.target)):
+    others = not (args.weight is args.sample_weight is args.logit_bias_tensor is args.first_param is None)
+    if others or not is_small(args.logits, args.target):
         return None
-    return pack_constants(args[6:]) if type(args.ignore_index) is int and type(args.params) is tuple else None
+    return pack_constants(args.constants) if type(args.ignore_index) is int and type(args.params) is tuple else None
 
 
 def small_row_loss(logits: Tensor, target: Tensor, constants: PackedConstants) -> Tensor:
@@ -150,10 +151,10 @@ def _has_statistics(args: RowLossArguments) -> bool:
     logits, target = args.logits, args.target
     if not (isinstance(logits, Tensor) and is_plain(logits) and isinstance(target, Tensor)):
         return False
-    if not (logits.is_cpu or LOSSES[args.loss].takes_probabilities):
+    if not (logits.is_cpu or LOSSES[args.loss].affine_in_softmax):
         return False
-    dense = all(tensor is None or tensor.layout is torch.strided for tensor in args[:6])
-    return dense and not target.is_floating_point() and not needs_reference(*args[:6])
+    dense = all(tensor is None or tensor.layout is torch.strided for tensor in args.tensors)
+    return dense and not target.is_floating_point() and not needs_reference(*args.tensors)
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
@@ -249,7 +250,7 @@ class _RowLossAndStatistics(_RowLoss):
 def mark_constant(ctx: Any, *outputs: Tensor) -> None:
     """Marks outputs as not differentiable, for which backward then gets no zeros: each would be a launch.
 
-    Nor for the loss, where its gradient is zero: backward gets None. Dynamo cannot trace the switch and needs none.
+    Where the loss's own gradient is zero, backward gets None. Dynamo cannot trace the switch and needs none.
     """
     ctx.mark_non_differentiable(*outputs)
     if not torch.compiler.is_compiling():
@@ -260,8 +261,8 @@ def save_row_loss(
     ctx: Any, args: RowLossArguments, stats: Tensor | None, denominator: Tensor | None, written: Tensor | None
 ) -> None:
     """Saves what :func:`row_loss_gradient` needs: tensors where hooks, checkpoints and offloading see them."""
-    ctx.save_for_backward(*args[:6], stats, denominator, written)
-    ctx.constants = args[6:]
+    ctx.save_for_backward(*args.tensors, stats, denominator, written)
+    ctx.constants = args.constants
 
 
 def row_loss_gradient(ctx: Any, grad_loss: Tensor) -> Tensor:

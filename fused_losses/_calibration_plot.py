@@ -51,9 +51,7 @@ def plot_mean_target_error(
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(
-            "plot_mean_target_error needs matplotlib: pip install 'fused_losses[demo]' or pip install matplotlib"
-        ) from error
+        raise ImportError("plot_mean_target_error needs matplotlib: pip install matplotlib") from error
     from fused_losses.calibration import mean_target_error  # here: calibration imports this file
 
     named = _named(losses)

@@ -162,8 +162,7 @@ def _evaluate(
         return _ops.row_loss(*args), logits
     if logits.is_cpu:
         return _ops.row_loss_with_grad_(logits, *args), logits
-    values, _, _, grad_logits = _ops.row_loss_with_stats_and_grad(*args)
-    return values, grad_logits
+    return _ops.row_loss_with_grad(*args)
 
 
 def _add_gradients(

@@ -56,6 +56,13 @@ class Criterion(nn.Module):
         """What a call communicates, as far as it may bring news of a failure."""
         return []
 
+    def _keep(self, name: str, value: Any) -> None:
+        """A tensor as a buffer, anything else as an attribute."""
+        if isinstance(value, Tensor):
+            self.register_buffer(name, value)
+        else:
+            setattr(self, name, plain(value))
+
     def _tensor(self, name: str) -> Any:
         # Not by getattr: nn.Module's look-up takes as long as a small loss.
         buffers = self._buffers
@@ -72,6 +79,7 @@ class RowLossModule(Criterion):
 
     stem: str
     weight: Tensor | None
+    logit_bias: LogitBias
     parameter_names: tuple[str, ...] = ()
     # For calls with nothing but logits and target. Empty: this loss cannot have them; None: not made yet.
     _constants: PackedConstants | tuple[()] | None = None
@@ -101,18 +109,12 @@ class RowLossModule(Criterion):
         check_reduction(reduction, entry.reductions)
         check_logit_bias(logit_bias)
         for name, value in parameters.items():
-            if isinstance(value, Tensor):
-                self.register_buffer(name, value)
-            else:
-                setattr(self, name, plain(value))
+            self._keep(name, value)
         self.parameter_names = tuple(parameters)
         self.register_buffer("weight", weight)
         self.ignore_index = integer("ignore_index", ignore_index)
         self.reduction = reduction
-        if isinstance(logit_bias, Tensor):
-            self.register_buffer("logit_bias", logit_bias)
-        else:
-            self.logit_bias = plain(logit_bias)
+        self._keep("logit_bias", logit_bias)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Notices that a hyper-parameter has a new value, so that calls need not look."""
@@ -134,7 +136,7 @@ class RowLossModule(Criterion):
         self._params = params
         return params
 
-    def _settle(self) -> PackedConstants | tuple[()]:
+    def _make_constants(self) -> PackedConstants | tuple[()]:
         bias, ignore_index, reduction = self.logit_bias, self.ignore_index, self.reduction
         own = [getattr(self, name) for name in self.parameter_names]
         numbers = (type(bias), type(ignore_index), type(reduction)) == (float, int, str) and bias == 0.0
@@ -166,7 +168,7 @@ class RowLossModule(Criterion):
             The loss, or a pair of loss and :class:`fused_losses.RowStatistics`.
         """
         if sample_weight is None and not return_row_stats and is_small(logits, target):
-            constants = self._settle() if self._constants is None else self._constants
+            constants = self._make_constants() if self._constants is None else self._constants
             if constants and self._tensor("weight") is None:
                 return small_row_loss(logits, target, constants)
         if type(logits) is not Tensor and is_distributed(logits):
@@ -179,13 +181,13 @@ class RowLossModule(Criterion):
     def _arguments(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None) -> RowLossArguments:
         first = LOSSES[self.stem].tensor_parameter
         return pack_arguments(
-            self.stem,
             logits,
             target,
             self._tensor("weight"),
             sample_weight,
             self._tensor("logit_bias") if self.training else 0.0,  # 2306.05497: "removal of the bias during testing"
             None if first is None else self._tensor(first),
+            self.stem,
             self._pack() if self._params is None else self._params,
             self.ignore_index,
             self.reduction,

@@ -109,4 +109,4 @@ def _scipy(part: str) -> Any:
     try:
         return importlib.import_module(f"scipy.{part}")
     except ImportError as error:
-        raise ImportError("the skew-normal cut-off needs scipy: pip install 'fused_losses[cutoffs]'") from error
+        raise ImportError("the skew-normal cut-off needs scipy: pip install scipy") from error

@@ -77,15 +77,15 @@ def _make_fused(name: str) -> Callable[..., Tensor]:
     """The public function of the loss ``name``."""
 
     @functools.lru_cache(maxsize=100, typed=True)
-    def constants_of(**options: Any) -> PackedConstants | None:
+    def make_constants(**options: Any) -> PackedConstants | None:
         if type(options.get("logit_bias")) is str:  # depends on the logits
             return None
         args = LOSSES[name].arguments(None, None, **options)  # type: ignore[arg-type]
-        return pack_constants(args[6:]) if type(args.ignore_index) is int else None
+        return pack_constants(args.constants) if type(args.ignore_index) is int else None
 
     def function(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
         if is_small(logits, target) and _PLAIN.issuperset(map(type, options.values())):
-            constants = constants_of(**options)
+            constants = make_constants(**options)
             if constants is not None:
                 return small_row_loss(logits, target, constants)
         return row_loss(LOSSES[name].arguments(logits, target, **options))

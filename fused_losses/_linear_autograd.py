@@ -186,7 +186,7 @@ class _ValuesOfRows(torch.autograd.Function):
     def forward(ctx: Any, *given: Any) -> Tensor:
         layer, (args, options) = Layer(*given[:3]), given[3:]
         ctx.save_for_backward(*layer, *args[1:6])
-        ctx.constants = args[6:], options
+        ctx.constants = args.constants, options
         ctx.dtypes = layer.dtypes
         return run(layer, args, options, _NOTHING).values
 

@@ -6,6 +6,7 @@ A kernel sees memory; beside each operator is what tracing sees of it, shapes an
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -200,9 +201,7 @@ def _fake_mixed_loss_backward_(*args: Any) -> None:
 
 @_fake
 def _fake_row_statistics(logits: Tensor, target: Tensor, ignore_index: int) -> Tensors2:
-    rows = 1
-    for size in row_shape(logits):
-        rows = rows * size
+    rows = math.prod(row_shape(logits))
     return logits.new_empty((5, rows), dtype=acc_dtype(logits)), logits.new_empty((rows,), dtype=torch.int64)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -170,9 +170,7 @@ class Choice:
 
     def pack(self, name: str, value: Any) -> float:
         """The position of ``value`` among the options. Raises a ValueError unless it is one of them."""
-        if not isinstance(value, str) or value not in self.options:
-            raise ValueError(f"{name} must be {one_of(self.options)}, got {value!r}")
-        return float(self.options.index(value))
+        return float(self.options.index(check_choice(name, value, self.options)))
 
     def unpack(self, number: Any) -> Any:
         """The option at that position."""
@@ -226,7 +224,14 @@ class OrTensor:
                 self.range.pack(f"every entry of {name}", entry)
 
 
-def one_of(options: tuple[str, ...]) -> str:
+def check_choice(name: str, value: Any, options: Collection[str]) -> str:
+    """``value``. Raises a ValueError unless it is one of the options, which it lists."""
+    if not isinstance(value, str) or value not in options:
+        raise ValueError(f"{name} must be {one_of(options)}, got {value!r}")
+    return value
+
+
+def one_of(options: Collection[str]) -> str:
     """The options as words: ``'none', 'mean' or 'sum'``."""
     *most, last = map(repr, options)
     return f"{', '.join(most)} or {last}"

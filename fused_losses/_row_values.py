@@ -15,7 +15,7 @@ from fused_losses._autograd import is_plain, row_loss
 from fused_losses._checks import check_row_loss, check_rows, row_shape
 from fused_losses._common import Criterion, RowLossModule
 from fused_losses._logit_bias import class_dim
-from fused_losses._parameters import OrTensor, integer, plain
+from fused_losses._parameters import OrTensor, integer
 from fused_losses._reference import Rows, reduce_rows
 from fused_losses.distributed import global_mean
 
@@ -64,10 +64,7 @@ class RowsModule(Criterion):
         """Checks a hyper-parameter and keeps it."""
         rule.pack(name, value)
         rule.check_entries(name, value)
-        if isinstance(value, Tensor):
-            self.register_buffer(name, value)
-        else:
-            setattr(self, name, plain(value))
+        self._keep(name, value)
 
 
 def as_module(loss: Loss, options: dict[str, Any]) -> nn.Module:

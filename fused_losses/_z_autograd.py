@@ -36,7 +36,7 @@ def z_error_row_loss(args: RowLossArguments, rule: ZErrorRule, judged: ClassScor
     On the CPU, where forward writes the gradient, the mask comes first and then the row loss, which ignores dropped
     rows. Elsewhere the rows' losses come first, and one kernel makes statistics, mask and reduction of them.
     """
-    if needs_reference(*args[:6]):
+    if needs_reference(*args.tensors):
         return masked_first(args, rule, judged or class_score(row_loss, rule.statistic, args), row_loss)
     differentiate = args.logits.requires_grad and torch.is_grad_enabled()
     if differentiate and args.logits.is_cpu and forward_writes_gradient(args):
@@ -73,7 +73,7 @@ def masked_first(
         keep_small,
         with_scores,
     )
-    return row_loss(RowLossArguments(args[0], kept_target, *args[2:])), mask, scores
+    return row_loss(args._replace(target=kept_target)), mask, scores
 
 
 class _Plan(NamedTuple):
@@ -106,10 +106,17 @@ class _Plan(NamedTuple):
         if smooth and args.weight is not None:
             # Smoothing sums over all classes, each with its weight. Dividing by the target's weight does not undo that.
             rule = rule._replace(statistic="class_cross_entropy")
-            options = (args.params[0], args.logit_bias, args.logit_bias_tensor)
-            return _Plan(args, rule, rows, False, False, *options)
+            return _Plan(
+                args,
+                rule,
+                rows,
+                label_smoothing=args.params[0],
+                logit_bias=args.logit_bias,
+                logit_bias_tensor=args.logit_bias_tensor,
+            )
         weighted = args.weight is not None
-        return _Plan(args, rule._replace(statistic="class"), rows._replace(weight=None), True, unweighted=weighted)
+        rows = rows._replace(weight=None)
+        return _Plan(args, rule._replace(statistic="class"), rows, by_values=True, unweighted=weighted)
 
     def reduce(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The reduction: loss, denominator, mask, kept target, scores, weight of each row."""
@@ -152,7 +159,7 @@ class _ZErrorRowLoss(torch.autograd.Function):
 
 def z_error_loss(args: ZErrorLossArguments, rule: ZErrorRule) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The binary and the regression form: loss, denominator, mask and scores."""
-    if needs_reference(*args[:4]):
+    if needs_reference(*args.tensors):
         with torch.no_grad():
             _, denominator, mask, scores = _ops.z_error_loss(*args, *rule)
         return _z_reference.masked_loss(args, mask, rule.statistic), denominator, mask, scores
@@ -169,7 +176,7 @@ class _ZErrorLoss(torch.autograd.Function):
         ctx: Any, input: Tensor, args: ZErrorLossArguments, rule: ZErrorRule
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         loss, denominator, mask, scores = _ops.z_error_loss(*args, *rule)
-        ctx.save_for_backward(*args[:4], denominator, mask)
+        ctx.save_for_backward(*args.tensors, denominator, mask)
         ctx.constants = args.reduction, rule.statistic
         mark_constant(ctx, denominator, mask, scores)
         return loss, denominator, mask, scores

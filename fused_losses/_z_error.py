@@ -1,4 +1,18 @@
-"""What the Z-Error losses share: options, fused or plain operators, statistics over batches and ranks, Module base."""
+"""What the Z-Error losses share: options, fused or plain operators, statistics over batches and ranks, Module base.
+
+Words. Users choose a score, operators are told where it comes from (``csrc/ops/ops.cpp``):
+
+    class labels, statistic=     "logit"                    "class", of logits
+                                 "prob"                     "class_prob", of cross entropies; "class_softmax", of logits
+                                 "loss"                     "class", of losses; "class_cross_entropy", of logits
+    binary labels, space=        "logit", "prob"            "bce_logit", "bce_prob"
+    regression, statistic=       "target", "loss", ...      "mse_target", "mse_loss", ...
+    sided=                       "two", "lower"             tail "both", "low" ("high" for losses of class labels)
+
+How rows are judged is called a rule: :class:`ZErrorRule` is what the operators get, in the words on the right. Kernels
+make of it and the moments a ``KeepInterval`` of each group: mean, std and the bounds of z. Those of all groups are
+``ZErrorIntervals``, the ``rules`` of the CPU kernels.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +28,7 @@ from fused_losses._agreement import Exchange
 from fused_losses._arguments import RowLossArguments, ZErrorLossArguments, ZErrorRule, check_reduction
 from fused_losses._autograd import row_loss
 from fused_losses._checks import FLOATING, check_tensors
-from fused_losses._parameters import one_of, plain, positive, positive_integer
+from fused_losses._parameters import check_choice, plain, positive, positive_integer
 from fused_losses._reference import row_loss_reference
 from fused_losses._running import RunningMoments, Source
 from fused_losses.distributed import global_mean
@@ -66,15 +80,13 @@ def fused_and_plain(make: Callable[[ZOps], Callable[..., Any]]) -> tuple[Callabl
 
 def choose(name: str, value: str, choices: dict[str, str]) -> str:
     """The operator's word for an option; raises a ValueError that lists the choices."""
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} must be {one_of(tuple(choices))}, got {value!r}")
-    return choices[value]
+    return choices[check_choice(name, value, choices)]
 
 
 def check_small_class(min_count: int, small_class: str) -> tuple[int, bool]:
     """``min_count``, and whether classes with fewer rows are kept; raises a ValueError on bad values."""
     count = int(positive_integer.pack("min_count", min_count))
-    return count, choose("small_class", small_class, {"drop": "", "keep": "keep"}) == "keep"
+    return count, check_choice("small_class", small_class, ("drop", "keep")) == "keep"
 
 
 def check_count(name: str, count: int | None) -> int | None:
@@ -206,10 +218,7 @@ class ZErrorModule(RunningMoments):
         super().__init__(running=running, momentum=momentum, process_group=process_group, num_groups=num_groups)
         check_threshold(threshold)
         check_reduction(reduction)
-        if isinstance(threshold, Tensor):
-            self.register_buffer("threshold", threshold)
-        else:
-            self.threshold = threshold
+        self._keep("threshold", threshold)
         self.reduction = reduction
 
     def _exchanges(self, reduction: str | None = None) -> list[Exchange]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from fused_losses._arguments import LOSSES, LossEntry
+from fused_losses._arguments import LOSSES, entry_named
 from fused_losses._arrays import as_tensor
 from fused_losses._calibration_plot import plot_mean_target_error
 from fused_losses._logit_bias import solve_logit_bias
@@ -186,7 +186,7 @@ def _row_loss(loss: Any, num_classes: int, parameters: dict[str, float]) -> RowL
     loss = unwrap(loss)
     if isinstance(loss, nn.Module):
         return _row_module(loss, num_classes, parameters)
-    function: Callable[..., Tensor] = _entry(loss).reference if isinstance(loss, str) else loss
+    function: Callable[..., Tensor] = entry_named(loss).reference if isinstance(loss, str) else loss
     if not callable(function):
         raise TypeError(f"loss must be a name, a Module or a function, got {type(loss).__name__}")
     options: dict[str, Any] = dict(parameters)
@@ -209,13 +209,6 @@ def _row_module(module: nn.Module, num_classes: int, parameters: dict[str, float
     return cast(RowLoss, row_module)
 
 
-def _entry(name: str) -> LossEntry:
-    stem = name.removesuffix("_loss")
-    if stem not in LOSSES:
-        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {name!r}")
-    return LOSSES[stem]
-
-
 def _allowed_values(loss: Loss, name: str) -> Callable[[float], bool]:
     """Tells which values of the parameter are in its range; raises if the loss has no such real parameter."""
     loss = unwrap(loss)
@@ -225,7 +218,7 @@ def _allowed_values(loss: Loss, name: str) -> Callable[[float], bool]:
         loss = loss.func
     stem = loss if isinstance(loss, str) else getattr(loss, "stem", getattr(loss, "__name__", ""))
     if isinstance(loss, str) or stem.removesuffix("_loss") in LOSSES:
-        ranges = _entry(stem).ranges
+        ranges = entry_named(stem).ranges
         if name not in ranges:
             raise ValueError(f"name must be one of {', '.join([*ranges, 'logit_bias'])}, got {name!r}")
         given = ranges[name]

@@ -127,7 +127,7 @@ def optimal_prob_cutoff_from_skewnorm(
         The cut-off as a probability.
 
     Raises:
-        ImportError: scipy is not installed (extra ``cutoffs``).
+        ImportError: scipy is not installed.
         TypeError: ``logits`` or ``labels`` is neither tensor nor array, or ``z_threshold`` no number.
         ValueError: an argument is out of range; a class has fewer than 2 inliers, or only equal ones; a fit fails; the
             densities do not cross.

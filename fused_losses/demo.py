@@ -238,7 +238,7 @@ def run(args: argparse.Namespace) -> int:
     """Train, measure, print and save; ``args`` comes from a parser that `add_arguments` filled."""
     missing = [name for module, name in EXTRA.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise SystemExit(f"the demo needs {', '.join(missing)}: pip install 'fused_losses[demo]'")
+        raise SystemExit(f"the demo needs {', '.join(missing)}: pip install {' '.join(missing)}")
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

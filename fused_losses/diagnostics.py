@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fused_losses._agreement import Exchange, gather
 from fused_losses._arrays import Numbers, as_tensor
-from fused_losses._parameters import check_index, check_number
+from fused_losses._parameters import check_choice, check_index, check_number
 
 __all__ = ["OutlierTracker"]
 
@@ -219,10 +219,8 @@ class OutlierTracker:
             TypeError: ``min_seen`` is no integer.
             ValueError: an option is unknown or out of range.
         """
-        if by not in ("auto", "probability", "score"):
-            raise ValueError(f"by must be 'auto', 'probability' or 'score', got {by!r}")
-        if suspicious not in ("low", "high"):
-            raise ValueError(f"suspicious must be 'low' or 'high', got {suspicious!r}")
+        check_choice("by", by, ("auto", "probability", "score"))
+        check_choice("suspicious", suspicious, ("low", "high"))
         min_seen = check_index("min_seen", min_seen, 1)
         if by == "auto":
             by = "probability" if bool(self._counts[:, _Count.WITH_PROB].any()) else "score"

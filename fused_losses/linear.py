@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_losses._agreement import Exchange, telling
-from fused_losses._arguments import LOSSES, LossEntry, RowLossArguments, check_reduction, is_distributed
+from fused_losses._arguments import LOSSES, LossEntry, RowLossArguments, check_reduction, entry_named, is_distributed
 from fused_losses._checks import check_tensors
 from fused_losses._chunks import ChunkOptions, Layer
 from fused_losses._common import Criterion, RowLossModule
@@ -154,10 +154,7 @@ def _loss_of(
 def find_loss(loss: Any) -> LossEntry:
     """The registry entry of a name or a function."""
     if isinstance(loss, str):
-        stem = loss.removesuffix("_loss")
-        if stem in LOSSES:
-            return LOSSES[stem]
-        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, a loss function or a Module, got {loss!r}")
+        return entry_named(loss, or_else=", a loss function or a Module")
     for entry in LOSSES.values():
         if loss is entry.function:
             return entry

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from fused_losses import _ops
-from fused_losses._arguments import LOSSES, REDUCTIONS, LossEntry, RowLossArguments, acc_dtype, check_reduction
+from fused_losses._arguments import (
+    LOSSES,
+    REDUCTIONS,
+    LossEntry,
+    RowLossArguments,
+    acc_dtype,
+    check_reduction,
+    entry_named,
+)
 from fused_losses._autograd import apply, complete, forward_writes_gradient, give_away, needs_reference
 from fused_losses._checks import check_tensors
 from fused_losses._common import RowLossModule
@@ -34,10 +42,8 @@ def _function_and_options(
         return loss, next((entry for entry in LOSSES.values() if entry.function is loss), None), {}
     if not isinstance(loss, str):
         raise TypeError(f"loss must be a name, a function or a Module of a row loss, got {type(loss).__name__}")
-    stem = loss.removesuffix("_loss")
-    if stem not in LOSSES:
-        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
-    return LOSSES[stem].function, LOSSES[stem], {}
+    entry = entry_named(loss)
+    return entry.function, entry, {}
 
 
 class _Labels(NamedTuple):
@@ -101,8 +107,8 @@ class _MixedLoss(torch.autograd.Function):
         else:
             loss = _ops.mixed_loss(*labels.of_operator, *args)
         is_tensor = isinstance(labels.share, Tensor)
-        ctx.save_for_backward(*args[:6], labels.second, labels.share if is_tensor else None, written)
-        ctx.constants = args[6:], None if is_tensor else labels.share
+        ctx.save_for_backward(*args.tensors, labels.second, labels.share if is_tensor else None, written)
+        ctx.constants = args.constants, None if is_tensor else labels.share
         return loss
 
     @staticmethod
@@ -131,7 +137,7 @@ def _in_one_read(entry: LossEntry, labels: _Labels, args: RowLossArguments) -> b
     share = labels.share if isinstance(labels.share, Tensor) else None
     tensors = (*args[1:6], labels.second, share)
     return (
-        entry.takes_probabilities
+        entry.affine_in_softmax
         and args.logit_bias == 0
         and args.logit_bias_tensor is None
         and not (args.target.is_floating_point() or labels.second.is_floating_point())

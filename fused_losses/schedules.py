@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_losses._arrays import Numbers, as_tensor
-from fused_losses._parameters import Range, check_number, non_negative, positive
+from fused_losses._parameters import Range, check_choice, check_number, non_negative, positive
 from fused_losses._unwrap import owns, unwrap
 
 __all__ = ["LogitBiasSchedule", "ThresholdSchedule", "get_sigma_threshold"]
@@ -111,8 +111,7 @@ class _Schedule:
         min_delta: float,
         maximize: bool | None,
     ) -> None:
-        if mode not in _MODES:
-            raise ValueError(f"mode must be one of {', '.join(_MODES)}, got {mode!r}")
+        check_choice("mode", mode, _MODES)
         if mode == "plateau" and steps is not None:
             raise ValueError(f"steps must be left out with mode='plateau', got {steps}")
         if steps is not None or mode in ("linear", "cosine"):

@@ -10,13 +10,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused_losses._agreement import telling
-from fused_losses._arguments import LOSSES, LossEntry, RowLossConstants, ZErrorRule, check_reduction
+from fused_losses._arguments import LOSSES, LossEntry, ZErrorRule, check_reduction, entry_named
 from fused_losses._autograd import is_small, small_row_loss
 from fused_losses._checks import check_row_loss, check_tensors
 from fused_losses._common import RowLossModule
 from fused_losses._logit_bias import LogitBias, check_logit_bias, class_dim
-from fused_losses._ops import ZErrorConstants, pack_constants, pack_z_error_constants, z_error_kept_target
-from fused_losses._parameters import integer
+from fused_losses._ops import (
+    PackedConstants,
+    ZErrorConstants,
+    pack_constants,
+    pack_z_error_constants,
+    z_error_kept_target,
+)
+from fused_losses._parameters import check_choice, integer
 from fused_losses._row_values import check_targets
 from fused_losses._running import Source, source_of
 from fused_losses._z_error import (
@@ -36,7 +42,7 @@ from fused_losses._z_reference import class_score
 from fused_losses.distributed import global_mean, kept_weight
 from fused_losses.statistics import ClassStatistics
 
-_STATISTICS = {name: name for name in ("logit", "prob", "loss")}
+_STATISTICS = ("logit", "prob", "loss")
 
 
 def resolve_base(base: str | RowLossModule, **options: Any) -> tuple[LossEntry, dict[str, Any]]:
@@ -52,10 +58,7 @@ def resolve_base(base: str | RowLossModule, **options: Any) -> tuple[LossEntry, 
         return LOSSES[base.stem], base.call_options()
     if not isinstance(base, str):
         raise TypeError(f"base must be the name of a row loss or its Module, got {type(base).__name__}")
-    entry = LOSSES.get(base) or LOSSES.get(base.removesuffix("_loss"))
-    if entry is None:
-        raise ValueError(f"base must be one of {', '.join(LOSSES)}, or a Module, got {base!r}")
-    return entry, options
+    return entry_named(base, "base", ", or a Module"), options
 
 
 def classes_of(logits: Tensor) -> int:
@@ -75,7 +78,7 @@ class _Judge(NamedTuple):
     @staticmethod
     def of(statistic: str, base: str | RowLossModule, sided: str, min_count: int, small_class: str) -> _Judge:
         """Raises a ValueError on an unknown word."""
-        choose("statistic", statistic, _STATISTICS)
+        check_choice("statistic", statistic, _STATISTICS)
         tail = choose("sided", sided, {"two": "both", "lower": "high" if statistic == "loss" else "low"})
         return _Judge(statistic, base, tail, *check_small_class(min_count, small_class))
 
@@ -259,8 +262,9 @@ class ZErrorCrossEntropyLoss(ZErrorModule):
     """
 
     weight: Tensor | None
-    # Of calls with nothing but logits and target; empty: there are none; None: not known yet.
-    _small: tuple[ZErrorConstants, RowLossConstants] | tuple[()] | None = None
+    logit_bias: LogitBias
+    # For calls with nothing but logits and target, of rule and loss. Empty: there are none; None: not made yet.
+    _constants: tuple[ZErrorConstants, PackedConstants] | tuple[()] | None = None
 
     def __init__(
         self,
@@ -298,34 +302,31 @@ class ZErrorCrossEntropyLoss(ZErrorModule):
         self.base = base
         self.ignore_index = integer("ignore_index", ignore_index)
         self.register_buffer("weight", weight)
-        if isinstance(logit_bias, Tensor):
-            self.register_buffer("logit_bias", logit_bias)
-        else:
-            self.logit_bias = logit_bias
+        self._keep("logit_bias", logit_bias)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Notices that an option has a new value, so that calls need not look."""
         super().__setattr__(name, value)
         if name in ("statistic", "base", "sided", "min_count", "small_class"):
-            self._judge = self._small = None
+            self._judge = self._constants = None
         elif name in ("threshold", "ignore_index", "reduction", "logit_bias", "momentum", "process_group"):
-            self._small = None
+            self._constants = None
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         """The same: a schedule makes a number a buffer."""
         super().register_buffer(name, tensor, persistent)
-        self._small = None
+        self._constants = None
 
-    def _settle(self) -> _Judge:
+    def _make_judge(self) -> _Judge:
         judge = _Judge.of(self.statistic, self.base, self.sided, self.min_count, self.small_class)
         self._judge = judge
         return judge
 
-    def _settle_small(self) -> tuple[ZErrorConstants, RowLossConstants] | tuple[()]:
-        statistic, base, tail, min_count, keep_small = self._settle() if self._judge is None else self._judge
+    def _make_constants(self) -> tuple[ZErrorConstants, PackedConstants] | tuple[()]:
+        statistic, base, tail, min_count, keep_small = self._make_judge() if self._judge is None else self._judge
         numbers, tensor = pack_threshold(self.threshold)
         bias, ignore_index, reduction = self.logit_bias, self.ignore_index, self.reduction
-        self._small = ()
+        self._constants = ()
         if tensor is not None or len(numbers) != 1 or self.process_group is not None:
             return ()
         if (type(bias), type(ignore_index), type(reduction)) != (float, int, str) or bias != 0.0:
@@ -335,13 +336,13 @@ class ZErrorCrossEntropyLoss(ZErrorModule):
         entry, _ = resolve_base(base)
         if statistic != "loss" or entry.name == "cross_entropy":  # other losses take an operator of their own
             rule = (numbers[0], statistic, tail, min_count, keep_small, ignore_index, float(self.momentum))
-            self._small = rule, (entry.name, entry.pack({}), 0.0, ignore_index, reduction)
-        return self._small
+            self._constants = rule, pack_constants((entry.name, entry.pack({}), 0.0, ignore_index, reduction))
+        return self._constants
 
     def _small_call(self, logits: Tensor, target: Tensor) -> Tensor | None:
         """The loss of a small call; None where another way must take it."""
-        small = self._settle_small() if self._small is None else self._small
-        if not small or logits.dim() != 2 or self._tensor("weight") is not None:
+        constants = self._make_constants() if self._constants is None else self._constants
+        if not constants or logits.dim() != 2 or self._tensor("weight") is not None:
             return None
         running, classes = None, logits.shape[1]
         if self.running:
@@ -350,8 +351,9 @@ class ZErrorCrossEntropyLoss(ZErrorModule):
                 return None
         elif self.num_groups not in (None, classes):
             return None
-        kept_target = z_error_kept_target(logits, target, running, pack_z_error_constants(small[0]))
-        return small_row_loss(logits, kept_target, pack_constants(small[1]))
+        of_rule, of_loss = constants
+        kept_target = z_error_kept_target(logits, target, running, pack_z_error_constants(of_rule))
+        return small_row_loss(logits, kept_target, of_loss)
 
     def forward(
         self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None, *, return_mask: bool = False
@@ -380,7 +382,7 @@ class ZErrorCrossEntropyLoss(ZErrorModule):
                 self._source,
                 logits,
                 target,
-                self._settle() if self._judge is None else self._judge,
+                self._make_judge() if self._judge is None else self._judge,
                 threshold=self._tensor("threshold"),
                 weight=self._tensor("weight"),
                 ignore_index=self.ignore_index,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import emulated_cuda
 import pytest
 import torch
+from torch import Tensor
 
 # torch.compile's cache on disk does not tell instruction sets or builds of this library apart: under AVX2 it would take
 # a graph vectorised for AVX-512, and be wrong. So every process has a cache of its own.
@@ -43,6 +44,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if emulated_cuda.is_emulated():
         config.hook.pytest_deselected(items=[item for item in items if not emulated_cuda.is_for_emulation(item)])
         items[:] = filter(emulated_cuda.is_for_emulation, items)
+
+
+def loss_and_grad(
+    function: Callable[..., Tensor], logits: Tensor, target: Tensor, upstream: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """A loss and its gradient in the logits, which keep their memory and strides."""
+    x = logits.detach().requires_grad_()
+    loss = function(x, target, **options)
+    (grad,) = torch.autograd.grad(loss, x, torch.ones_like(loss) if upstream is None else upstream)
+    return loss.detach(), grad
 
 
 def one_in(number: int, *axes: Iterable[Any]) -> list[Any]:

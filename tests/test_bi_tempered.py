@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import GRAD_TOLERANCE, LOSS_TOLERANCE, one_in
+from conftest import GRAD_TOLERANCE, LOSS_TOLERANCE, loss_and_grad, one_in
 
 import fused_losses as fl
 from fused_losses.bi_tempered import NEWTON_STEPS, _converged_normaliser, _log_exp_t, _published_normaliser
@@ -67,13 +67,6 @@ def exact(logits, target, t1, t2, smoothing, num_iters):
         d = [(x - q) * x ** (t2 - t1) if x else mpmath.mpf(0) for q, x in zip(label, p, strict=True)]
         s = [x**t2 for x in p]
         return float(loss), [float(a - b * sum(d) / sum(s)) for a, b in zip(d, s, strict=True)]
-
-
-def loss_and_grad(made, logits, target, **options):
-    x = logits.clone().requires_grad_()
-    loss = made(x, target, **options)
-    (grad,) = torch.autograd.grad(loss.sum(), x)
-    return loss.detach(), grad
 
 
 # (t1, t2, label_smoothing)

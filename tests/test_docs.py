@@ -69,7 +69,7 @@ def is_for_torchrun(code: str) -> bool:
 def test_torchrun_runs_the_blocks_for_it(tmp_path):
     pages = [text for text in TEXTS.values() if "init_process_group(" in text]
     found = [code for text in pages for _, _, code in blocks(text, "python") if is_for_torchrun(code)]
-    assert len(found) == 3
+    assert len(found) == 4
     script = tmp_path / "block.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GRAD_FLOOR, GRAD_TOLERANCE, LOSS_TOLERANCE, one_in
+from conftest import GRAD_FLOOR, GRAD_TOLERANCE, LOSS_TOLERANCE, loss_and_grad, one_in
 from naive import naive_losses
 from test_values import make_problem
 
@@ -26,13 +26,6 @@ WITH_MEAN_LOG = [
 ]
 WITH_MARGIN = [name for name, entry in fl.LOSSES.items() if "active_mean" in entry.reductions]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
-
-
-def loss_and_grad(function, logits, target, upstream=None, **options):
-    x = logits.detach().requires_grad_()  # same memory, same strides
-    loss = function(x, target, **options)
-    (grad,) = torch.autograd.grad(loss, x, torch.ones_like(loss) if upstream is None else upstream)
-    return loss.detach(), grad
 
 
 def assert_matches_reference(name, logits, target, **options):

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from conftest import loss_and_grad
 
 import fused_losses as fl
 
@@ -19,13 +20,6 @@ VARIANTS = [
     ("multi_margin", {"mean_above_zero": True, "threshold": True}),
     ("multi_margin", {"p": 2}),
 ]
-
-
-def loss_and_grad(made, logits, target, **options):
-    x = logits.clone().requires_grad_()
-    loss = made(x, target, **options)
-    (grad,) = torch.autograd.grad(loss.sum(), x)
-    return loss.detach(), grad
 
 
 def make_rows(device, shape=(60, 7), dtype=torch.float64):

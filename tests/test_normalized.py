@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import GRAD_TOLERANCE
+from conftest import GRAD_TOLERANCE, loss_and_grad
 
 import fused_losses as fl
 
@@ -19,13 +19,6 @@ def make_rows(device, rows=40, classes=7, scale=3.0):
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(rows, classes, generator=generator, dtype=torch.float64) * scale
     return logits.to(device), torch.randint(0, classes, (rows,), generator=generator).to(device)
-
-
-def loss_and_grad(made, logits, target, **options):
-    x = logits.clone().requires_grad_()
-    loss = made(x, target, **options)
-    (grad,) = torch.autograd.grad(loss.sum(), x)
-    return loss.detach(), grad
 
 
 def parts(logits, target):

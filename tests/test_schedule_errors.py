@@ -30,7 +30,7 @@ pytestmark = pytest.mark.any_cpu  # no kernel
         (
             lambda: ThresholdSchedule(Thresholded(), steps=3, mode="step"),
             ValueError,
-            "mode must be one of .*, got 'step'",
+            "mode must be 'linear', 'cosine', 'peak' or 'plateau', got 'step'",
         ),
         (
             lambda: ThresholdSchedule(Thresholded(), 0.0, 2.0, 3),

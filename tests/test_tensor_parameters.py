@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from conftest import loss_and_grad
 from test_values import make_problem
 
 import fused_losses as fl
@@ -13,13 +14,6 @@ from fused_losses import functional, reference
 
 NAMES = {name: entry.tensor_parameter for name, entry in fl.LOSSES.items() if entry.tensor_parameter}
 VALUES = (0.0, 0.3, 2.0)
-
-
-def loss_and_grad(function, logits, target, **options):
-    x = logits.detach().clone().requires_grad_()
-    loss = function(x, target, **options)
-    (grad,) = torch.autograd.grad(loss.sum(), x)
-    return loss.detach(), grad
 
 
 def test_which_they_are():

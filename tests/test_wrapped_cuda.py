@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from wrapped_losses import CASES, CLASSES, batch
+from wrapped_losses import CASES, CLASSES, batch, value_and_grad
 
 import fused_losses as fl
 
@@ -15,12 +15,6 @@ pytestmark = [
     pytest.mark.any_cpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-
-
-def value_and_grad(case, module, logits, target):
-    leaf = logits.clone().requires_grad_()
-    loss = case(module, leaf, target)
-    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from conftest import GRAD_TOLERANCE, LOSS_TOLERANCE
-from wrapped_losses import CASES, CLASSES, ROWS, TRANSITION, batch, expected
+from wrapped_losses import CASES, CLASSES, ROWS, TRANSITION, batch, expected, value_and_grad
 
 import fused_losses as fl
 
@@ -15,12 +15,6 @@ NAMES = list(CASES)
 CLASS_WEIGHT = torch.tensor([1.0, 2.0, 0.5, 1.5], dtype=torch.float64)
 SAMPLE_WEIGHT = torch.linspace(0.3, 1.7, ROWS, dtype=torch.float64)
 NAN, INF = math.nan, math.inf
-
-
-def value_and_grad(case, module, logits, target, **options):
-    leaf = logits.clone().requires_grad_()
-    loss = case(module, leaf, target, **options)
-    return loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from conftest import loss_and_grad
 from scipy.optimize import brentq
 from scipy.special import lambertw
 from torch import Tensor, nn
@@ -207,6 +209,12 @@ def batch(dtype: torch.dtype = torch.float64, rows: int = ROWS, seed: int = 0) -
     target = torch.randint(CLASSES, (rows,), generator=generator)
     target[2] = -100
     return logits.to(dtype), target
+
+
+def value_and_grad(
+    case: Case, module: nn.Module, logits: Tensor, target: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    return loss_and_grad(functools.partial(case, module), logits, target, **options)
 
 
 def expected(case: Case, logits: Tensor, target: Tensor, class_weight: Tensor, sample_weight: Tensor) -> dict[str, Any]:

@@ -2,11 +2,10 @@
 #include "ops/backend.h"
 #include "cuda/current_device.h"
 #include "cuda/launch.h"
+#include "cuda/stream_number.h"
 #include "cuda/z_error.h"
 #include "losses/registry.h"
 
-#include <map>
-#include <mutex>
 #include <optional>
 
 namespace fused_losses::cuda {
@@ -32,24 +31,6 @@ void launch_gradient(const RowProblem& p, cudaStream_t stream) {
 void check_classes(const RowProblem& p) {
     check(p.num_classes <= kMaxClasses, "logits must have at most ", kMaxClasses, " classes on CUDA, got ",
           p.num_classes);
-}
-
-// The number of the stream among those in use, for a ticket of the kernels' own (launch.h): a stream's launches follow
-// each other, and each leaves the ticket as it found it. None for what is captured, since graphs may run in several
-// streams at once, nor for more streams than there are tickets.
-std::optional<int> number_of_stream(const DeviceScope& device) {
-    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-    unsigned long long id = 0;  // unlike the handle never used again
-    const cudaStream_t stream = device.stream();
-    if (cudaStreamIsCapturing(stream, &status) != cudaSuccess || status != cudaStreamCaptureStatusNone) return {};
-    if (cudaStreamGetId(stream, &id) != cudaSuccess) return {};
-    static std::mutex mutex;
-    static auto& numbers = *new std::map<std::pair<int, unsigned long long>, int>;  // threads may outlive statics
-    const std::lock_guard lock(mutex);
-    const std::pair key(device.index(), id);
-    if (const auto found = numbers.find(key); found != numbers.end()) return found->second;
-    if (numbers.size() == kTickets) return {};
-    return numbers.emplace(key, static_cast<int>(numbers.size())).first->second;
 }
 
 // The sums over all rows, with the memory they need. Scratch memory goes back to torch's allocator with this object,
@@ -88,15 +69,20 @@ void forward(RowProblem& p, void* loss, void* denominator) {
     Sums sums(device);
     Tensor scratch, stats;
     if (p.other_target) take_means_of_labels(p, sums.to, scratch, device);
-    if (is_mean(p) && !denominator) scratch = device.scratch(1, acc_of(p)), denominator = scratch.mutable_data_ptr();
     sums.to.loss = loss;
     sums.to.denominator = denominator;
     if (!p.grad) return check_launch(enqueue(p, sums.to, device.stream()));
-    p.assumed_denominator = has_backward ? assumed_denominator(p) : 0.0;
+    if (is_mean(p) && !denominator) {
+        scratch = device.scratch(1, acc_of(p));
+        sums.to.denominator = denominator = scratch.mutable_data_ptr();
+    }
+    const bool none_is_ignored = !p.target;
+    p.assumed_denominator = has_backward || none_is_ignored ? assumed_denominator(p) : 0.0;
     if (p.reduction == Reduction::kMean && p.assumed_denominator == 0 && !p.denominator) {
         check_launch(enqueue_denominators(p, sums.to, device.stream()));
         p.denominator = denominator;
-        sums.to.follows_weights = true;
+        // Where there may be nothing to write the kernel does not wait, and what follows it would not either.
+        sums.to.follows_weights = !p.grad_is_written;
     }
     if (p.reduction != Reduction::kActiveMean) return check_launch(enqueue(p, sums.to, device.stream()));
     // The number of active rows is known only after all of them.

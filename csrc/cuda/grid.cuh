@@ -8,7 +8,8 @@
 namespace fused_losses::cuda {
 
 // Two launches of which the second may begin while the first runs: the first lets it, and the second waits where it
-// needs what the first has written, or may write what the first reads. Without such a launch both do nothing.
+// needs what the first has written, or may write what the first reads. It waits in any case, since whoever comes after
+// it waits for it alone. Without such a launch both do nothing.
 FL_DEVICE void let_next_kernel_begin() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
@@ -17,6 +18,8 @@ FL_DEVICE void let_next_kernel_begin() {
 FL_DEVICE void wait_for_kernel_before() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
+#elif defined(FL_CUDA_EMULATION)
+    cuda_emulation::current_block->has_waited = true;
 #endif
 }
 
@@ -33,8 +36,8 @@ FL_DEVICE bool arrives_last(unsigned* ticket, std::int64_t blocks) {
     return last;
 }
 
-// As cooperative_groups::grid_group, for kernels launched by launch_cooperative(). The counter starts at zero and is
-// used once.
+// As cooperative_groups::grid_group, for kernels launched by launch_cooperative(). The counter starts at zero. Each
+// barrier turns its highest bit and leaves the others zero, so that it serves the next one, of any grid.
 struct grid_group {
     unsigned* const arrived;
 
@@ -43,8 +46,9 @@ struct grid_group {
         __threadfence();
         __syncthreads();
         if (gridDim.x > 1 && threadIdx.x == 0) {
-            atomicAdd(arrived, 1u);
-            while (atomicAdd(arrived, 0u) < gridDim.x) __nanosleep(100);
+            constexpr unsigned highest = 1u << 31;
+            const unsigned before = atomicAdd(arrived, blockIdx.x == 0 ? highest - (gridDim.x - 1) : 1u);
+            while (((atomicAdd(arrived, 0u) ^ before) & highest) == 0) __nanosleep(100);
         }
         __syncthreads();
         __threadfence();
@@ -104,6 +108,7 @@ FL_DEVICE bool sum_over_grid(LossSums& sums, const LossOutput& out) {
             last = atomicInc(ticket_of(out), gridDim.x - 1) == gridDim.x - 1;
         }
         if (!__shfl_sync(0xffffffffu, int(last), 0)) return false;
+        __syncwarp();     // orders memory, which the shuffle does not
         __threadfence();  // what others wrote before their ticket is read after ours
         sums = sum_over_warp(share_of_partials(out.partials, gridDim.x, 32));
     }

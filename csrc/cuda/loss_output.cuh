@@ -43,7 +43,8 @@ FL_DEVICE bool is_already_written(const RowProblem& p) {
     const A upstream = p.upstream ? *as<A>(p.upstream) : A(1),
             denominator = p.denominator ? *as<A>(p.denominator) : A(1);
     if (upstream != A(1)) return false;
-    return p.assumed_denominator == 0 || denominator == static_cast<A>(p.assumed_denominator);
+    // Without a denominator to compare it with, what was assumed cannot be wrong: no row is ignored.
+    return p.assumed_denominator == 0 || !p.denominator || denominator == static_cast<A>(p.assumed_denominator);
 }
 
 }  // namespace fused_losses::cuda

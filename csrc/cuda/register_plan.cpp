@@ -7,7 +7,6 @@
 #include <cstdlib>
 #include <limits>
 #include <numeric>
-#include <set>
 
 namespace fused_losses::cuda {
 namespace {
@@ -50,11 +49,15 @@ bool take_class_steps(const RowProblem& p, int classes, RegisterPlan& plan) {
 // How often the busiest bank is asked for different words where each lane reads the first of its bytes of a row.
 template <class Begin>
 int bank_conflicts(std::int64_t row_bytes, int lanes, Begin begin_bytes) {
-    std::set<std::int64_t> words;
+    std::int64_t words[32][32];  // of each bank, different ones
     int asked[32] = {}, most = 0;
     for (int t = 0; t < 32; ++t) {
         const std::int64_t word = (t / lanes * row_bytes + begin_bytes(t % lanes)) / 4;
-        if (words.insert(word).second) most = std::max(most, ++asked[word % 32]);
+        std::int64_t* const of_bank = words[word % 32];
+        int& count = asked[word % 32];
+        if (std::find(of_bank, of_bank + count, word) != of_bank + count) continue;
+        of_bank[count++] = word;
+        most = std::max(most, count);
     }
     return most;
 }

@@ -88,7 +88,7 @@ private:
         if (lane < count)
             prefetch(as<Stored>(p.logits) + p.logits_stride.at(outer, first) + (begin + lane) * p.logits_class_stride);
         const std::int64_t apart = p.target_stride.inner * bytes_of(p.index_type);
-        if (part == 0 && p.target && 128 * lane < kWarp * n * apart)
+        if (part == 0 && p.target && 128 * lane < min(std::int64_t(kWarp * n), p.inner - first) * apart)
             prefetch(as<char>(p.target) + p.target_stride.at(outer, first) * bytes_of(p.index_type) + 128 * lane);
     }
 

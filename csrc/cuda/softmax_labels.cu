@@ -69,6 +69,7 @@ template <class A>
 __global__ void __launch_bounds__(kBlock) sum_weights(const __grid_constant__ RowArgs<A> args) {
     let_next_kernel_begin();
     const RowProblem& p = args.problem;
+    if (is_already_written<A>(p)) return;  // the next kernel will find that it has nothing to do
     LossSums sums{0, 0};
     const std::int64_t step = std::int64_t(gridDim.x) * kBlock, rows = p.rows();
     std::int64_t number = std::int64_t(blockIdx.x) * kBlock + threadIdx.x;
@@ -114,7 +115,9 @@ cudaError_t enqueue_labels(const RowProblem& p, const LossOutput& out, cudaStrea
         if (const cudaError_t error = enqueue_row_statistics(p, stream); error != cudaSuccess) return error;
         RowProblem rest = p;
         rest.argmax = nullptr;
-        return enqueue_of<false>(rest, out, stream);
+        LossOutput later = out;
+        later.follows_weights = false;
+        return enqueue_of<false>(rest, later, stream);
     }
     return p.class_factors == ClassFactors::kClassLosses ? enqueue_of<true>(p, out, stream)
                                                          : enqueue_of<false>(p, out, stream);

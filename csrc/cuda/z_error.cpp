@@ -6,11 +6,12 @@
 #include <vector>
 
 #include "cuda/current_device.h"
+#include "cuda/stream_number.h"
 
 namespace fused_losses::cuda {
 namespace {
 
-// Memory for partial results and counters, handed out to the phases of one launch; the counters are zeros.
+// Memory for partial results and counters, handed out to the phases of one launch.
 class Scratch {
 public:
     Scratch(const DeviceScope& device, const std::vector<WorkShares*>& phases, int barrier_count = 0) {
@@ -20,10 +21,7 @@ public:
             ticket_count += shares->ticket_count();
         }
         numbers = device.scratch(partial_count, dtypes::float64);
-        counters = device.scratch(ticket_count, dtypes::int32);
-        barriers = static_cast<unsigned*>(counters.mutable_data_ptr());
-        if (ticket_count > 0)
-            check_launch(cudaMemsetAsync(barriers, 0, sizeof(unsigned) * ticket_count, device.stream()));
+        if (ticket_count > 0) find_counters(device, ticket_count);
         unsigned* tickets = barriers + barrier_count;
         double* partials = static_cast<double*>(numbers.mutable_data_ptr());
         for (WorkShares* shares : phases) {
@@ -34,9 +32,19 @@ public:
         }
     }
 
-    unsigned* barriers;  // between the phases
+    unsigned* barriers = nullptr;  // between the phases
 
 private:
+    void find_counters(const DeviceScope& device, std::int64_t count) {
+        if (count <= kOwnCounters) {
+            if (const std::optional<int> number = number_of_stream(device))
+                return check_launch(find_own_counters(*number, barriers));
+        }
+        counters = device.scratch(count, dtypes::int32);
+        barriers = static_cast<unsigned*>(counters.mutable_data_ptr());
+        check_launch(cudaMemsetAsync(barriers, 0, sizeof(unsigned) * count, device.stream()));
+    }
+
     Tensor numbers, counters;
 };
 

@@ -17,6 +17,8 @@ namespace {
 
 using z_error::Row;
 
+__device__ unsigned own_counters[kTickets][kOwnCounters];  // of streams
+
 constexpr std::int64_t kTileRows = 1024;               // rows a block looks at together
 constexpr std::int64_t kSingleBlockRows = 8 * kBlock;  // up to here one block is quicker than several and a ticket
 constexpr std::int64_t kMaxLossBlocks = 1024;
@@ -225,7 +227,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<double>)
     }
     if (p.own_moments) {
         compute_moments(p, moments, p.own_moments);
-        grid_group{barriers + 1}.sync();
+        grid_group{barriers}.sync();
     }
     LossSums total{0, 0};
     for (std::int64_t chunk = blockIdx.x; chunk < shares.chunks; chunk += gridDim.x) {
@@ -265,7 +267,8 @@ __global__ void __launch_bounds__(kBlock)
 WorkShares shares_of_moments(const ZProblem& p) {
     WorkShares s;
     s.ranges = divide_up(p.num_groups, kBlock);
-    const std::int64_t wanted = std::clamp<std::int64_t>(kMaxMomentBlocks / s.ranges, 1, kMaxChunks);
+    const std::int64_t wanted =
+        std::clamp<std::int64_t>(kMaxMomentBlocks / std::max<std::int64_t>(1, s.ranges), 1, kMaxChunks);
     const bool single = p.rows() <= 2 * kTileRows;
     s.chunk_rows = single ? 2 * kTileRows : std::max(kTileRows, divide_up(p.rows(), wanted));
     s.chunks = std::max<std::int64_t>(1, divide_up(p.rows(), s.chunk_rows));
@@ -279,6 +282,13 @@ WorkShares shares_of_loss(const ZProblem& p) {
     s.chunks = single ? 1 : std::min(divide_up(p.rows(), kBlock), kMaxLossBlocks);
     s.numbers_per_chunk = 2;
     return s;
+}
+
+cudaError_t find_own_counters(int number, unsigned*& counters) {
+    void* all = nullptr;
+    const cudaError_t error = cudaGetSymbolAddress(&all, own_counters);
+    counters = static_cast<unsigned*>(all) + std::int64_t(number) * kOwnCounters;
+    return error;
 }
 
 cudaError_t enqueue_class_moments(const ZProblem& p, const WorkShares& shares, double* moments, cudaStream_t stream) {

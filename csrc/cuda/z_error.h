@@ -32,14 +32,19 @@ struct WorkShares {
     std::int64_t ticket_count() const { return chunks > 1 ? ranges : 0; }
 };
 
+// So many counters of a stream's own, that are as they were after every launch: for tickets and barriers. `number`: as
+// own_ticket in launch.h.
+constexpr int kOwnCounters = 16;
+cudaError_t find_own_counters(int number, unsigned*& counters);
+
 WorkShares shares_of_moments(const ZProblem& p);
 WorkShares shares_of_loss(const ZProblem& p);
 
 cudaError_t enqueue_class_moments(const ZProblem& p, const WorkShares& shares, double* moments, cudaStream_t stream);
 cudaError_t enqueue_z_error_mask(const ZProblem& p, cudaStream_t stream);
 // Scores first where p.entropy has logits, then `moments` where p.own_moments is not null. barriers: kLossBarriers
-// zeros unless it runs in one block.
-constexpr int kLossBarriers = 2;
+// counters of a grid_group unless it runs in one block.
+constexpr int kLossBarriers = 1;
 // Blocks that it is launched with, or fewer, if more than one.
 std::int64_t blocks_of_loss(const ZProblem& p, const WorkShares& moments, const WorkShares& loss);
 cudaError_t enqueue_z_error_loss(const ZProblem& p, const WorkShares& moments, const WorkShares& loss,

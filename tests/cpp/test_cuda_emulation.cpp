@@ -181,7 +181,18 @@ void launch_clusters(void (*kernel)(int*), int* wrong) {
     cudaLaunchKernelEx(&launch.config, kernel, wrong);
 }
 
+void launch_early(void (*kernel)(int*), int* wrong) {
+    const ClusterLaunch launch({kBlock, 0, 1, true}, 8, nullptr);
+    cudaLaunchKernelEx(&launch.config, kernel, wrong);
+}
+__global__ void in_no_hurry(int*) {}
+__global__ void waits_in_one_block(int*) {
+    if (blockIdx.x == 3) wait_for_kernel_before();
+}
+
 void test_deaths() {
+    expect_death(in_no_hurry, "has not waited", launch_early);
+    expect_death(waits_in_one_block, "has not waited", launch_early);
     expect_death(leave_cluster, "has not begun or has finished", launch_clusters);
     expect_death(diverged_shuffle, "no thread can go on");
     expect_death(foreign_lane, "reads from a lane that is not in the mask");

@@ -22,7 +22,7 @@ public:
         if (with_grad) grad = given_grad ? std::move(*given_grad) : empty_like(args.logits);
         lay_out();
         set_pointers();
-        problem.grad_is_written = given_grad && !copied_grad.defined();
+        problem.grad_is_written = given_grad && upstream.defined() && !copied_grad.defined();
     }
 
     const Backend& backend() const { return backend_of(args.logits.device()); }
@@ -278,7 +278,6 @@ void row_loss_constants(StableIValue* stack, std::uint64_t, std::uint64_t) {
 void implement_row_losses(Library& m) {
     m.impl("row_loss", &forward<false, false>);
     m.impl("row_loss_with_grad", &forward<false, true>);
-    m.impl("row_loss_with_grad_", &forward<false, true, true>);
     m.impl("row_loss_with_stats", &forward<true, false>);
     m.impl("row_loss_with_stats_and_grad", &forward<true, true>);
     m.impl("row_loss_backward", &backward<false>);
@@ -291,8 +290,9 @@ void implement_row_losses(Library& m) {
     m.impl("row_loss_with_grad_and_statistics", &statistics_forward<true>);
 }
 
-// For small calls on the CPU.
+// For calls into given memory, and small ones, on the CPU.
 STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) {
+    m.impl("row_loss_with_grad_", &forward<false, true, true>);
     m.impl("row_loss.packed", &packed_forward<false>);
     m.impl("row_loss_with_grad.packed", &packed_forward<true>);
 }

@@ -163,6 +163,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
             overlaps |= attribute.val.programmaticStreamSerializationAllowed != 0;
     }
     if (overlaps && cluster > 1) cuda_emulation::die("clusters that overlap may find no room until others end");
+    cuda_emulation::overlaps = overlaps;
     cuda_emulation::widest_launch = std::max(cuda_emulation::widest_launch, cluster);
     const unsigned resident = cuda_emulation::multiprocessors * cuda_emulation::blocks_per_multiprocessor;
     if (cooperative && config->gridDim.x > resident) return cudaErrorCooperativeLaunchTooLarge;
@@ -187,6 +188,11 @@ inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* 
 }
 inline cudaError_t cudaStreamGetId(cudaStream_t, unsigned long long* id) {
     *id = 1;
+    return cudaSuccess;
+}
+template <class Symbol>
+cudaError_t cudaGetSymbolAddress(void** address, Symbol& symbol) {
+    *address = &symbol;
     return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* to, int value, std::size_t size, cudaStream_t) {

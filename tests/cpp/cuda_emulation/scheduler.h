@@ -310,6 +310,7 @@ inline void launch(dim3 grid, dim3 block_size, unsigned cluster, bool cooperativ
         resume();
         if (has_failed) break;
         if (next->running > 0) continue;
+        if (overlaps && !next->has_waited) die("a block ends that has not waited for the launch before");
         current_block = nullptr;  // its shared memory is worth nothing
         if (numbers.empty()) {
             --alive;

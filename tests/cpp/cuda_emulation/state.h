@@ -81,6 +81,7 @@ struct Block {
     unsigned running = 0;                     // threads that have not finished
     unsigned at_barrier = 0, at_cluster = 0;  // those of them that wait for all of the block, of the cluster
     std::uint64_t period = 0;                 // since its last barrier
+    bool has_waited = false;                  // for the launch before
     std::vector<Thread> threads;
     // Side by side, as a turn reads those of all threads that are ready
     std::vector<int> priority;
@@ -97,6 +98,7 @@ inline std::function<void()> kernel;
 inline std::uint64_t periods = 0;  // between barriers, so far: each gets a number of its own
 inline long naps = 0;              // since something else happened
 inline long stay = 0;              // turns until another block takes over
+inline bool overlaps = false;      // the launch may begin before the one before it has ended
 inline bool has_failed = false;    // an assertion of the kernel: its other threads go no further
 
 // Runs a launch: a library that Python loads has a thread for all of them.
