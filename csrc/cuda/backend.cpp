@@ -62,8 +62,8 @@ void forward(RowProblem& p, void* loss, void* denominator) {
     check(!is_multi_reduction_loss(p.loss) || !is_about_labels(p),
           "fused_losses: on CUDA this loss makes no row statistics, and no gradient from the logits alone");
     const auto enqueue = is_multi_reduction_loss(p.loss) ? &enqueue_multi_reduction_forward : &enqueue_forward;
-    // A gradient for an assumed denominator is for callers of backward, which puts it right: they have places for what
-    // backward takes.
+    // Whoever calls backward has places for what it takes. It alone can put right a gradient for a denominator that was
+    // assumed.
     const bool has_backward = p.stats || (backward_recomputes(p) && denominator);
     if (p.reduction == Reduction::kNone) return check_launch(enqueue(p, {}, device.stream()));
     Sums sums(device);
