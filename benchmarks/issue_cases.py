@@ -123,14 +123,14 @@ def kind_of(case: Case) -> str:
 
 
 def factors_of(case: Case) -> int:
-    """Of the C++ enumeration Factors."""
+    """Of the C++ enumeration KernelKind."""
     if case.loss == SHARES:
         return 2
     return 3 + PASSES[case.loss].kept if case.loss in PASSES else int(case.loss in OF_SUMS)
 
 
 def passes_of(case: Case, plan: Plan) -> Passes | None:
-    """The loss of several passes, if the plan keeps its rows in registers."""
+    """The multi-reduction loss, if the plan keeps its rows in registers."""
     return PASSES.get(case.loss) if plan.kind in ("tile", "direct") else None
 
 
@@ -269,7 +269,7 @@ def kernel_name(case: Case, plan: Plan) -> str:
         return rf"passes_in_registersI.*{loss.kernel}.*{stored}Li{plan.held}E.*{team}"
     if case.loss in OTHERS:
         return other_kernel_name(case, plan)
-    factors = rf"LNS0_7FactorsE{plan.factors}E"
+    factors = rf"LNS0_10KernelKindE{plan.factors}E"
     if plan.kind == "columns":
         return rf"softmax_in_columnsI.*{stored}{factors}Li{plan.held}E"
     if plan.kind == "tile":

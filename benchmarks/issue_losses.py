@@ -33,7 +33,7 @@ OF_SUMS = ("NCE", "nce_mae", "nce_rce", "nce_agce", "nce_aue", "cores", "unhinge
 
 @dataclass(frozen=True)
 class Passes:
-    """A loss of several passes whose row stays in registers."""
+    """A multi-reduction loss whose row stays in registers."""
 
     kept: int  # numbers of a class
     budget: int | None

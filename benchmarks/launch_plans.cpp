@@ -1,7 +1,7 @@
-// Prints how the rows of an H100 are shared out, a line for each problem given as KIND:DTYPE:FACTORS:CLASSES:ROWS:LOSS;
-// for issue_report.py. KIND: rows or pixels. FACTORS: the number of a Factors. LOSS: its name, whose number comes last
-// but one in the line, before its place in a RowProblem. Compiled with the headers of tests/cpp/cuda_emulation: no GPU,
-// no CUDA toolkit.
+// Prints how the rows of an H100 are shared out, a line for each problem given as LAYOUT:DTYPE:KIND:CLASSES:ROWS:LOSS;
+// for issue_report.py. LAYOUT: rows or pixels. KIND: the number of a KernelKind. LOSS: its name, whose number comes
+// last but one in the line, before its place in a RowProblem. Compiled with the headers of tests/cpp/cuda_emulation: no
+// GPU, no CUDA toolkit.
 #include <cstddef>
 #include <cstdio>
 #include <cstring>
@@ -12,13 +12,13 @@
 int main(int argc, char** argv) {
     using namespace fused_losses;
     for (int i = 1; i < argc; ++i) {
-        char kind[16] = {}, dtype[16] = {}, loss[32] = {};
-        int factors = 0;
+        char layout[16] = {}, dtype[16] = {}, loss[32] = {};
+        int kind = 0;
         long long classes = 0, rows = 0;
-        if (std::sscanf(argv[i], "%15[a-z0-9]:%15[a-z0-9]:%d:%lld:%lld:%31[a-z0-9_]", kind, dtype, &factors, &classes,
+        if (std::sscanf(argv[i], "%15[a-z0-9]:%15[a-z0-9]:%d:%lld:%lld:%31[a-z0-9_]", layout, dtype, &kind, &classes,
                         &rows, loss) != 6)
             return 1;
-        const bool is_pixels = std::strcmp(kind, "pixels") == 0;
+        const bool is_pixels = std::strcmp(layout, "pixels") == 0;
         RowProblem p;
         p.dtype = std::strcmp(dtype, "float32") == 0 ? Dtype::kFloat32 : Dtype::kBFloat16;
         p.inner = rows, p.num_classes = classes;
@@ -28,15 +28,15 @@ int main(int argc, char** argv) {
         const char* found = "tile";
         cuda::RegisterPlan plan;
         if (is_pixels) {
-            found = "columns", plan = cuda::plan_columns(p, cuda::Factors(factors));
+            found = "columns", plan = cuda::plan_columns(p, cuda::KernelKind(kind));
         } else {
-            plan = cuda::plan_tiles(p, cuda::Factors(factors), multiprocessors);
-            if (!plan) found = "direct", plan = cuda::plan_direct(p, cuda::Factors(factors), largest_cluster);
+            plan = cuda::plan_tiles(p, cuda::KernelKind(kind), multiprocessors);
+            if (!plan) found = "direct", plan = cuda::plan_direct(p, cuda::KernelKind(kind), largest_cluster);
         }
         if (!plan) found = "none";
         const bool conflicts = plan && std::strcmp(found, "tile") == 0;
-        std::printf("%s %d %d %d %d %d %d %d %d %d %d %d\n", found, int(plan.factors), plan.lanes, plan.held,
-                    plan.rounds, plan.tile_rows, plan.tile_bytes, plan.threads, plan.cluster,
+        std::printf("%s %d %d %d %d %d %d %d %d %d %d %d\n", found, int(plan.kind), plan.lanes, plan.held, plan.rounds,
+                    plan.tile_rows, plan.tile_bytes, plan.threads, plan.cluster,
                     conflicts ? cuda::conflicts_of(p, plan) : 1, index_of(CompiledLosses{}, loss),
                     int(offsetof(RowProblem, loss)));
     }

@@ -176,18 +176,18 @@ def _fake_row_loss_backward_(*args: Any) -> None:
 
 
 @_fake
-def _fake_mixed_loss(target: Tensor, share: Tensor | None, share_of_all: float, *args: Any) -> Tensor:
+def _fake_mixed_loss(target: Tensor, lam: Tensor | None, lam_of_all: float, *args: Any) -> Tensor:
     return _empty_loss(RowLossArguments(*args))
 
 
 @_fake
-def _fake_mixed_loss_with_grad(target: Tensor, share: Tensor | None, share_of_all: float, *args: Any) -> Tensors2:
+def _fake_mixed_loss_with_grad(target: Tensor, lam: Tensor | None, lam_of_all: float, *args: Any) -> Tensors2:
     return _empty_loss(RowLossArguments(*args)), torch.empty_like(args[0])
 
 
 @_fake
 def _fake_mixed_loss_backward(
-    grad_loss: Tensor, target: Tensor, share: Tensor | None, share_of_all: float, logits: Tensor, *rest: Any
+    grad_loss: Tensor, target: Tensor, lam: Tensor | None, lam_of_all: float, logits: Tensor, *rest: Any
 ) -> Tensor:
     return torch.empty_like(logits)
 

@@ -171,7 +171,7 @@ LOGITS = {  # a block of rows, rows one by one, pixels, columns, gaps between th
 }
 
 
-NAMES = ["gce", "nce", "ngce"]  # without and with sums over classes; of several passes
+NAMES = ["gce", "nce", "ngce"]  # without and with sums over classes; a multi-reduction loss
 
 
 @pytest.mark.parametrize(("name", "layout", "dtype"), one_in(3, NAMES, LOGITS, DTYPES))

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.any_cpu  # of the operators, not of their results
 
 NAMES = list(fl.LOSSES)
 # An operator's registration and the Python code around it depend on the kind of a loss alone: functions of log p_y,
-# losses with a sum over all classes, losses of several passes without and with margins.
+# losses with a sum over all classes, multi-reduction losses without and with margins.
 ONE_OF_EACH_KIND = ("cross_entropy", "gce", "nce", "ngce", "hem")
 KINDS = [name if name in ONE_OF_EACH_KIND else pytest.param(name, marks=pytest.mark.long) for name in NAMES]
 # Options that make the gradient the derivative of the loss; by default it is the one of the papers' code.

@@ -1,4 +1,5 @@
-// float16 and bfloat16 as storage: conversions to and from float, and the type arithmetic runs in.
+// How numbers are stored: the types of a dtype, the type arithmetic runs in, and float16 and bfloat16 to and from
+// float.
 #pragma once
 
 #include <bit>
@@ -6,6 +7,7 @@
 
 #include "core/host_device.h"
 #include "core/math.h"
+#include "core/row_problem.h"
 
 namespace fused_losses {
 inline namespace FL_ISA {
@@ -31,6 +33,36 @@ using acc_t = typename Accumulate<Stored>::type;
 
 template <class T>
 using bits_t = typename math::Traits<T>::Bits;
+
+// Calls body.operator()<Stored>() for a dtype whose numbers are computed with as A.
+template <class A, class Body>
+FL_HD auto with_stored(Dtype dtype, Body body) {
+    if constexpr (sizeof(A) == 8) {
+        return body.template operator()<double>();
+    } else {
+        if (dtype == Dtype::kFloat32) return body.template operator()<float>();
+        if (dtype == Dtype::kFloat16) return body.template operator()<Half>();
+        return body.template operator()<BFloat16>();
+    }
+}
+
+// The same for any dtype.
+template <class Body>
+FL_HD auto visit_dtype(Dtype dtype, Body body) {
+    return dtype == Dtype::kFloat64 ? with_stored<double>(dtype, body) : with_stored<float>(dtype, body);
+}
+
+// Calls body.operator()<Index>() for a type of labels. A switch: where this is asked for each row, GCC copies the loop
+// for each of several ifs.
+template <class Body>
+FL_HD auto visit_index_type(IndexType type, Body body) {
+    switch (type) {
+        case IndexType::kInt64: return body.template operator()<std::int64_t>();
+        case IndexType::kInt32: return body.template operator()<std::int32_t>();
+        case IndexType::kInt16: return body.template operator()<std::int16_t>();
+        default: return body.template operator()<std::uint8_t>();
+    }
+}
 
 // The number that the low 16 bits of `bits` stand for. T is float or a vector of floats.
 template <class Stored, class T>

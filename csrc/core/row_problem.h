@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "core/host_device.h"
 
@@ -15,6 +16,13 @@ enum class Dtype : std::uint8_t { kFloat64, kFloat32, kFloat16, kBFloat16 };
 FL_HD int bytes_of(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : (dtype == Dtype::kFloat32 ? 4 : 2); }
 enum class IndexType : std::uint8_t { kInt64, kInt32, kInt16, kUInt8 };
 FL_HD int bytes_of(IndexType type) { return 8 >> (type == IndexType::kUInt8 ? 3 : static_cast<int>(type)); }
+
+// How many pieces of `size` it takes for `count`.
+template <class T>
+FL_HD constexpr T divide_up(T count, std::type_identity_t<T> size) {
+    return (count + size - 1) / size;
+}
+
 // kActiveMean: over the rows whose loss is positive.
 enum class Reduction : std::uint8_t { kNone, kSum, kMean, kActiveMean };
 // Added to the number of active rows, as the authors of HEM do: no active row gives 0, not NaN.
@@ -78,12 +86,12 @@ struct RowProblem {
     RowStride upstream_stride;
     const void* denominator = nullptr;  // acc, one; null means 1, zero makes the gradient zero
 
-    // Two labels a row. The loss is `share` times that of target and 1 - share times that of other_target.
+    // Two labels a row. The loss is lam times that of target and 1 - lam times that of other_target.
     const void* other_target = nullptr;  // index_type; null: there is one label
     RowStride other_target_stride;
-    const void* share = nullptr;  // acc, one per row; null: share_of_all
-    RowStride share_stride;
-    double share_of_all = 1;
+    const void* lam = nullptr;  // acc, one per row; null: lam_of_all
+    RowStride lam_stride;
+    double lam_of_all = 1;
     double label_scale[2] = {1, 1};            // what each label's losses are multiplied by besides, on the CPU
     const void* label_denominators = nullptr;  // and divided by on CUDA; acc [2], zero makes them zero
 

@@ -6,12 +6,8 @@
 #include <vector>
 
 #include "cpu/choose_isa.h"
-#include "cpu/elr_kernels.h"
-#include "cpu/gjs_kernels.h"
 #include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
-#include "cpu/rescale_kernels.h"
-#include "cpu/row_statistics_kernels.h"
 #include "cpu/tiling.h"
 #include "cpu/work_stealing.h"
 #include "cpu/z_error.h"
@@ -27,11 +23,11 @@ const CpuKernels& kernels() {
     return chosen;
 }
 
-// Checks every target and returns the denominator of the mean. Chunks are fixed, so the sum has the same bits for any
-// number of threads.
-double check_targets(const RowProblem& p, bool other = false) {
+// Checks every target and returns the sum of their rows' weights, by which the mean divides. Chunks are fixed, so the
+// sum has the same bits for any number of threads.
+double check_and_weigh_targets(const RowProblem& p, bool other = false) {
     constexpr std::int64_t kChunk = 8192;
-    const std::int64_t rows = p.rows(), chunks = (rows + kChunk - 1) / kChunk;
+    const std::int64_t rows = p.rows(), chunks = divide_up(rows, kChunk);
     std::vector<TargetSummary> summaries(chunks);
     for_stealing(chunks, /*grain=*/4, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t c = begin; c < end; ++c)
@@ -59,11 +55,11 @@ RowStatisticsKernel statistics_kernel() {
 }
 
 // Kernels of softmax losses compute row statistics, too. After others, piece by piece, logits are still in cache.
-TileSums run_tiles(const RowProblem& p) {
+LossSums run_tiles(const RowProblem& p) {
     const Tiling tiling(p);
     const std::int64_t grain = grain_size(p, tiling);
     const RowRuns runs{tiling.tile_rows, tiling.tiles_per_outer};
-    std::vector<TileSums> sums(tiling.tiles);
+    std::vector<LossSums> sums(tiling.tiles);
     for_stealing(tiling.tiles, grain, [&](std::int64_t begin, std::int64_t end) {
         if (!p.argmax || !is_multi_reduction_loss(p.loss)) return kernels().forward(p, begin, end, sums.data());
         for (; begin < end; begin += grain) {
@@ -72,8 +68,8 @@ TileSums run_tiles(const RowProblem& p) {
             statistics_kernel()(p, runs, begin, piece_end);
         }
     });
-    TileSums total;
-    for (const TileSums& sum : sums) total.value += sum.value, total.weight += sum.weight;
+    LossSums total{};
+    for (const LossSums& of_tile : sums) total.add(of_tile);
     return total;
 }
 
@@ -107,7 +103,7 @@ void gradient(const RowProblem& p) {
 
 // The mean over active rows divides by their number, which is known only after all rows. So a second run over the tiles
 // writes the gradient. Where the first run leaves a bit per class, the second one does not read the logits.
-TileSums run_tiles_then_gradient(RowProblem p) {
+LossSums run_tiles_then_gradient(RowProblem p) {
     void* const grad = std::exchange(p.grad, nullptr);
     const std::int64_t stats_bytes = p.stats_count * p.rows() * (p.dtype == Dtype::kFloat64 ? 8 : 4);
     const std::int64_t bits_bytes = kernels().bits_bytes(p);
@@ -115,7 +111,7 @@ TileSums run_tiles_then_gradient(RowProblem p) {
     const auto scratch = std::make_unique_for_overwrite<char[]>(stats_bytes + bits_bytes);
     p.stats = scratch.get();
     p.bits = bits_bytes > 0 ? scratch.get() + stats_bytes : nullptr;
-    const TileSums total = run_tiles(p);
+    const LossSums total = run_tiles(p);
     const Scalar active(total.weight + kActiveGuard);
     p.grad = grad;
     p.denominator = active.pointer(p);
@@ -123,13 +119,13 @@ TileSums run_tiles_then_gradient(RowProblem p) {
     return total;
 }
 
-// Rows with two labels. Where all rows have one share, each label has a mean of its own; with a share per row there is
+// Rows with two labels. Where all rows have one lam, each label has a mean of its own; with a lam per row there is
 // one mean of both.
 void take_means_of_labels(RowProblem& p) {
-    const double weights[] = {check_targets(p), check_targets(p, /*other=*/true)};
+    const double weights[] = {check_and_weigh_targets(p), check_and_weigh_targets(p, /*other=*/true)};
     if (p.reduction != Reduction::kMean) return;
     for (int k = 0; k < 2; ++k) {
-        const double weight = p.share ? weights[0] + weights[1] : weights[k];
+        const double weight = p.lam ? weights[0] + weights[1] : weights[k];
         p.label_scale[k] = weight == 0 ? 0.0 : 1 / weight;
     }
     p.reduction = Reduction::kSum;
@@ -137,13 +133,13 @@ void take_means_of_labels(RowProblem& p) {
 
 void forward(RowProblem& p, void* loss, void* denominator) {
     if (p.other_target) take_means_of_labels(p);
-    const double weight = p.other_target ? 1.0 : check_targets(p);
+    const double weight = p.other_target ? 1.0 : check_and_weigh_targets(p);
     prefer_huge_pages(p);
     const Scalar divisor(weight);
     if (denominator) divisor.write(p, denominator);
     if (p.reduction == Reduction::kMean) p.denominator = divisor.pointer(p);
     const bool active_mean = p.reduction == Reduction::kActiveMean;
-    const TileSums total = active_mean && p.grad ? run_tiles_then_gradient(p) : run_tiles(p);
+    const LossSums total = active_mean && p.grad ? run_tiles_then_gradient(p) : run_tiles(p);
     if (!loss || p.reduction == Reduction::kNone) return;
     const double active = total.weight + kActiveGuard;
     if (active_mean && denominator) Scalar(active).write(p, denominator);
@@ -152,9 +148,9 @@ void forward(RowProblem& p, void* loss, void* denominator) {
 }
 
 void statistics(const RowProblem& p) {
-    check_targets(p);
+    check_and_weigh_targets(p);
     constexpr std::int64_t kRows = 16, kElements = 32768;  // whole vectors of any instruction set
-    const RowRuns runs{kRows, (p.inner + kRows - 1) / kRows};
+    const RowRuns runs{kRows, divide_up(p.inner, kRows)};
     const std::int64_t of_run = kRows * std::max<std::int64_t>(1, p.num_classes);
     for_stealing(p.outer * runs.per_outer, std::max<std::int64_t>(1, kElements / of_run),
                  [&](std::int64_t begin, std::int64_t end) { statistics_kernel()(p, runs, begin, end); });
@@ -183,7 +179,7 @@ bool has_repeats(const std::int64_t* numbers, std::int64_t count) {
 
 void elr(const RowProblem& p, const ElrMemory& given) {
     static const ElrKernel kernel = for_this_processor([]<Isa isa>() { return elr_kernel<isa>(); });
-    check_targets(p);
+    check_and_weigh_targets(p);
     ElrMemory m = given;
     const std::int64_t rows = p.rows();
     std::vector<std::int64_t> order;
@@ -204,7 +200,7 @@ void rescale(const RowProblem& p, const LogitRescale& of) {
 
 void gjs(const RowProblem& p, const GjsViews& views) {
     static const GjsKernel kernel = for_this_processor([]<Isa isa>() { return gjs_kernel<isa>(); });
-    check_targets(p);
+    check_and_weigh_targets(p);
     for_rows(p, [&](std::int64_t begin, std::int64_t end) { kernel(p, views, begin, end); });
 }
 
@@ -212,11 +208,17 @@ void gjs(const RowProblem& p, const GjsViews& views) {
 
 void cpu_row_loss(RowProblem& p) { forward(p, nullptr, nullptr); }
 
-const Backend cpu_backend{&forward,           &gradient, [](const RowProblem&) { return false; },
-                          &statistics,        &elr,
-                          &rescale,           &gjs,
-                          &cpu_class_moments, &cpu_z_error_mask,
-                          &cpu_z_error_loss,  &cpu_z_error_gradient,
+const Backend cpu_backend{&forward,
+                          &gradient,
+                          [](const RowProblem&) { return false; },
+                          &statistics,
+                          &elr,
+                          &rescale,
+                          &gjs,
+                          &cpu_class_moments,
+                          &cpu_z_error_mask,
+                          &cpu_z_error_loss,
+                          &cpu_z_error_gradient,
                           &cpu_update_moments};
 
 }  // namespace fused_losses

@@ -1,5 +1,5 @@
 // Compiled once per instruction set (FL_ISA), as kernels.cpp.
-#include "cpu/elr_kernels.h"
+#include "cpu/kernels.h"
 
 #include "cpu/row_sums.h"
 #include "losses/elr.h"
@@ -120,12 +120,7 @@ void run_as(const RowProblem& p, const ElrMemory& m, std::int64_t begin, std::in
 }
 
 void run(const RowProblem& p, const ElrMemory& m, std::int64_t begin, std::int64_t end) {
-    switch (p.dtype) {
-        case Dtype::kFloat64: return run_as<double>(p, m, begin, end);
-        case Dtype::kFloat32: return run_as<float>(p, m, begin, end);
-        case Dtype::kFloat16: return run_as<Half>(p, m, begin, end);
-        case Dtype::kBFloat16: return run_as<BFloat16>(p, m, begin, end);
-    }
+    visit_dtype(p.dtype, [&]<class Stored>() { run_as<Stored>(p, m, begin, end); });
 }
 
 }  // namespace

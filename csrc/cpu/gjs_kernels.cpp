@@ -1,5 +1,5 @@
 // Compiled once per instruction set (FL_ISA), as kernels.cpp.
-#include "cpu/gjs_kernels.h"
+#include "cpu/kernels.h"
 
 #include "cpu/row_sums.h"
 
@@ -28,13 +28,13 @@ public:
         const std::int64_t target = class_index(p, p.target_stride.at(outer, row));
         for (std::int64_t c = 0; c < padded; c += V::size) V(A(0)).store(mean.data() + c);
         for (int i = 0; i < views.count; ++i) add_view(i, outer, row);
-        mean.data()[target] += A(views.label_share);
+        mean.data()[target] += A(views.label_weight);
         for (std::int64_t c = 0; c < padded; c += V::size)
             GJS::log_mean(V::load(mean.data() + c)).store(mean.data() + c);
-        A value = A(-views.label_share) * mean.data()[target];
+        A value = A(-views.label_weight) * mean.data()[target];
         for (int i = 0; i < views.count; ++i) {
             const A divergence = divergence_of(i);
-            value += A(views.views[i].share) * divergence;
+            value += A(views.views[i].weight) * divergence;
             if (views.views[i].grad) write_gradient(i, outer, row, divergence);
         }
         static_cast<A*>(p.row_values)[number] = normaliser * value;
@@ -45,7 +45,7 @@ private:
 
     A* logs_of(int i) const { return logs.data() + i * padded; }
 
-    // Makes the view's probabilities and their logarithms, and adds its share of them to the mean.
+    // Makes the view's probabilities and their logarithms, and adds them to the mean by its weight.
     void add_view(int i, std::int64_t outer, std::int64_t row) const {
         const GjsView& view = views.views[i];
         const A* const z =
@@ -58,12 +58,12 @@ private:
             below.store(logs_of(i) + c);
             return e;
         });
-        const V of_sum = A(1) / sum, log_sum = math::log_normal(sum), share = A(view.share);
+        const V of_sum = A(1) / sum, log_sum = math::log_normal(sum), weight = A(view.weight);
         for (std::int64_t c = 0; c < padded; c += V::size) {
             const V probability = V::load(to + c) * of_sum;
             probability.store(to + c);
             (V::load(logs_of(i) + c) - log_sum).store(logs_of(i) + c);
-            (V::load(mean.data() + c) + share * probability).store(mean.data() + c);
+            (V::load(mean.data() + c) + weight * probability).store(mean.data() + c);
         }
     }
 
@@ -80,7 +80,7 @@ private:
     void write_gradient(int i, std::int64_t outer, std::int64_t row, A divergence) const {
         const GjsView& view = views.views[i];
         A* const grad = static_cast<A*>(view.grad) + view.grad_stride.at(outer, row);
-        const V factor = normaliser * A(view.share);
+        const V factor = normaliser * A(view.weight);
         RowProblem of_view;
         of_view.num_classes = p.num_classes, of_view.grad_class_stride = view.grad_class_stride;
         RowBuffer<A>::write_row(of_view, grad, /*unordered=*/false, [&](std::int64_t c, auto) FL_INLINE {

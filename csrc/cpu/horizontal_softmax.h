@@ -30,7 +30,7 @@ public:
           class_losses(problem),
           statistics(problem) {}
 
-    void forward(std::int64_t outer, std::int64_t first, int n, TileSums& sums) {
+    void forward(std::int64_t outer, std::int64_t first, int n, LossSums& sums) {
         rows.begin(p, outer, first, n);
         for (int i = 0; i < n; ++i) {
             if (!rows.ignored(i)) reduce(outer, first + i, i);

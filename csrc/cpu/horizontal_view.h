@@ -1,4 +1,4 @@
-// A horizontal tile for losses of several reductions. A part is one row, in the caller's memory if it can be read and
+// A horizontal tile for multi-reduction losses. A part is one row, in the caller's memory if it can be read and
 // written there, else in scratch. A strip is one group: as many rows as a vector has elements.
 #pragma once
 
@@ -61,7 +61,7 @@ public:
     A* gradient(int part) const { return gradient_of[part]; }
 
     static std::int64_t bit_vectors_of_image(const RowProblem& p) {
-        return p.inner * ((p.num_classes + V::size - 1) / V::size);
+        return p.inner * divide_up(p.num_classes, V::size);
     }
     std::int64_t first_bit_vector(int part) const {
         return outer * bit_vectors_of_image(p) + (next - row_count + part) * vectors();
@@ -107,7 +107,7 @@ public:
     // Fetches the part's counterpart in the next strip, while the gradient of the previous one leaves.
     template <class Body, class EndRun = void (*)()>
     FL_ALWAYS_INLINE void for_each_fetching(int part, Body body, EndRun end_run = [] {}) {
-        const Prefetch next_strip = with_stored<A>(p, [&]<class Stored>() {
+        const Prefetch next_strip = with_stored<A>(p.dtype, [&]<class Stored>() {
             const bool fetches_logits = reads && p.logits_class_stride == 1, fetches_grad = p.grad_class_stride == 1;
             return Prefetch(p, fetches_logits ? logits_at<Stored>(p, outer, next + part) : nullptr, V::size,
                             fetches_grad ? gradient_rows.to_fetch<Stored>(outer, next + part) : nullptr, V::size);
@@ -129,10 +129,10 @@ public:
 
 private:
     FL_NOINLINE void read_strip() {
-        with_stored<A>(p, [&]<class Stored>() { take_rows<Stored>(); });
+        with_stored<A>(p.dtype, [&]<class Stored>() { take_rows<Stored>(); });
     }
     FL_NOINLINE void write_strip() {
-        with_stored<A>(p, [&]<class Stored>() { finish_gradient<Stored>(); });
+        with_stored<A>(p.dtype, [&]<class Stored>() { finish_gradient<Stored>(); });
     }
 
     // Finds a place for the gradient of the strip's rows, and their logits where they are asked for.

@@ -80,15 +80,10 @@ void run_softmax_loss(const RowProblem& p, std::int64_t begin, std::int64_t end,
 template <class Body>
 void dispatch(const RowProblem& p, std::int64_t begin, std::int64_t end, Body body) {
     if (is_multi_reduction_loss(p.loss)) return run_multi_reduction_loss(p, begin, end, body);
-    switch (p.dtype) {
-        case Dtype::kFloat64: return run_softmax_loss<double>(p, begin, end, body);
-        case Dtype::kFloat32: return run_softmax_loss<float>(p, begin, end, body);
-        case Dtype::kFloat16: return run_softmax_loss<Half>(p, begin, end, body);
-        case Dtype::kBFloat16: return run_softmax_loss<BFloat16>(p, begin, end, body);
-    }
+    visit_dtype(p.dtype, [&]<class Stored>() { run_softmax_loss<Stored>(p, begin, end, body); });
 }
 
-void forward(const RowProblem& p, std::int64_t begin, std::int64_t end, TileSums* tile_sums) {
+void forward(const RowProblem& p, std::int64_t begin, std::int64_t end, LossSums* tile_sums) {
     dispatch(p, begin, end, [&](auto& kernel, auto outer, auto first, int n, auto tile) {
         tile_sums[tile] = {};
         kernel.forward(outer, first, n, tile_sums[tile]);

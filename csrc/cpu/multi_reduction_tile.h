@@ -1,4 +1,4 @@
-// Losses of several passes (core/multi_reduction_loss.h) on a tile, vertical or horizontal.
+// Multi-reduction losses (core/multi_reduction_loss.h) on a tile, vertical or horizontal.
 #pragma once
 
 #include "cpu/horizontal_view.h"
@@ -27,7 +27,7 @@ public:
         for (int i = 0; i < kMaxParams; ++i) params[i] = A(p.params[i]);
     }
 
-    void forward(std::int64_t outer, std::int64_t first, int n, TileSums& sums) {
+    void forward(std::int64_t outer, std::int64_t first, int n, LossSums& sums) {
         view.for_strips(outer, first, n, /*with_logits=*/true, [&](std::int64_t row) {
             const States states = run();
             view.for_groups([&](int group, int at, int count) {

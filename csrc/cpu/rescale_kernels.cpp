@@ -1,5 +1,5 @@
 // Compiled once per instruction set (FL_ISA), as kernels.cpp.
-#include "cpu/rescale_kernels.h"
+#include "cpu/kernels.h"
 
 #include "cpu/row_sums.h"
 
@@ -66,12 +66,7 @@ void run_as(const RowProblem& p, const LogitRescale& of, std::int64_t begin, std
 }
 
 void run(const RowProblem& p, const LogitRescale& of, std::int64_t begin, std::int64_t end) {
-    switch (p.dtype) {
-        case Dtype::kFloat64: return run_as<double>(p, of, begin, end);
-        case Dtype::kFloat32: return run_as<float>(p, of, begin, end);
-        case Dtype::kFloat16: return run_as<Half>(p, of, begin, end);
-        case Dtype::kBFloat16: return run_as<BFloat16>(p, of, begin, end);
-    }
+    visit_dtype(p.dtype, [&]<class Stored>() { run_as<Stored>(p, of, begin, end); });
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // Compiled once per instruction set (FL_ISA), as kernels.cpp.
-#include "cpu/row_statistics_kernels.h"
+#include "cpu/kernels.h"
 
 #include "cpu/statistics_rows.h"
 
@@ -17,12 +17,7 @@ void run_as(const RowProblem& p, const RowRuns& runs, std::int64_t begin, std::i
 }
 
 void run(const RowProblem& p, const RowRuns& runs, std::int64_t begin, std::int64_t end) {
-    switch (p.dtype) {
-        case Dtype::kFloat64: return run_as<double>(p, runs, begin, end);
-        case Dtype::kFloat32: return run_as<float>(p, runs, begin, end);
-        case Dtype::kFloat16: return run_as<Half>(p, runs, begin, end);
-        case Dtype::kBFloat16: return run_as<BFloat16>(p, runs, begin, end);
-    }
+    visit_dtype(p.dtype, [&]<class Stored>() { run_as<Stored>(p, runs, begin, end); });
 }
 
 }  // namespace

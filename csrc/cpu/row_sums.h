@@ -17,7 +17,7 @@ class PaddedRow {
 
 public:
     explicit PaddedRow(std::int64_t num_classes, A behind = A(0))
-        : classes(num_classes), padded((classes + V::size - 1) / V::size * V::size), room(padded) {
+        : classes(num_classes), padded(divide_up(classes, V::size) * V::size), room(padded) {
         for (std::int64_t c = classes; c < padded; ++c) room.data()[c] = behind;
     }
 

@@ -43,7 +43,7 @@ private:
             summary.weight = double(found.counted);
             if (found.bad > 0) name_first_bad(summary, targets, outer * p.inner + first, n);
         }
-        if (!summary.is_bad() && ((labels && p.class_weight) || p.sample_weight || p.share))
+        if (!summary.is_bad() && ((labels && p.class_weight) || p.sample_weight || p.lam))
             summary.weight = weigh(outer, first, n);
         return summary;
     }
@@ -83,19 +83,19 @@ private:
 
     double weigh(std::int64_t outer, std::int64_t first, std::int64_t n) const {
         const A* const weights = labels ? as<A>(p.class_weight) : nullptr;
-        const A *const samples = as<A>(p.sample_weight), *const shares = as<A>(p.share);
+        const A *const samples = as<A>(p.sample_weight), *const lams = as<A>(p.lam);
         double sum = 0;
         for (std::int64_t i = first; i < first + n; ++i) {
             const std::int64_t y = labels ? labels[label_stride.at(outer, i)] : std::int64_t(0);
             if (labels && !target_check().counts(y)) continue;
             double weight = weights ? double(weights[y]) : 1.0;
-            if (shares) weight *= share_of(double(shares[p.share_stride.at(outer, i)]));
+            if (lams) weight *= part_of_label(double(lams[p.lam_stride.at(outer, i)]));
             sum += samples ? weight * double(samples[p.sample_weight_stride.at(outer, i)]) : weight;
         }
         return sum;
     }
 
-    double share_of(double share) const { return is_other ? 1.0 - share : share; }
+    double part_of_label(double lam) const { return is_other ? 1.0 - lam : lam; }
 
     const RowProblem& p;
     const Index* const labels;
@@ -103,19 +103,11 @@ private:
     const bool is_other;
 };
 
-template <class Index>
-TargetSummary summarize_as(const RowProblem& p, bool other, std::int64_t begin, std::int64_t end) {
-    return p.dtype == Dtype::kFloat64 ? TargetSummaries<Index, double>(p, other).rows(begin, end)
-                                      : TargetSummaries<Index, float>(p, other).rows(begin, end);
-}
-
 inline TargetSummary summarize_targets(const RowProblem& p, bool other, std::int64_t begin, std::int64_t end) {
-    switch (p.index_type) {
-        case IndexType::kInt32: return summarize_as<std::int32_t>(p, other, begin, end);
-        case IndexType::kInt16: return summarize_as<std::int16_t>(p, other, begin, end);
-        case IndexType::kUInt8: return summarize_as<std::uint8_t>(p, other, begin, end);
-        default: return summarize_as<std::int64_t>(p, other, begin, end);
-    }
+    return visit_index_type(p.index_type, [&]<class Index>() {
+        return p.dtype == Dtype::kFloat64 ? TargetSummaries<Index, double>(p, other).rows(begin, end)
+                                          : TargetSummaries<Index, float>(p, other).rows(begin, end);
+    });
 }
 
 }  // namespace FL_ISA

@@ -33,12 +33,7 @@ Stored* grad_at(const RowProblem& p, std::int64_t outer, std::int64_t row) {
 
 // The label that lies so many elements from the first; may be ignore_index.
 inline std::int64_t class_index(const RowProblem& p, std::int64_t at) {
-    switch (p.index_type) {
-        case IndexType::kInt64: return as<std::int64_t>(p.target)[at];
-        case IndexType::kInt32: return as<std::int32_t>(p.target)[at];
-        case IndexType::kInt16: return as<std::int16_t>(p.target)[at];
-        default: return as<std::uint8_t>(p.target)[at];
-    }
+    return visit_index_type(p.index_type, [&]<class Index>() { return std::int64_t(as<Index>(p.target)[at]); });
 }
 
 template <class A>
@@ -69,7 +64,7 @@ struct alignas(64) TileRows {
 
     // Reads targets and weights of rows [first, first + n) of image `outer`; clears what follows, up to whole vectors.
     FL_NOINLINE void begin(const RowProblem& p, std::int64_t outer, std::int64_t first, int n) {
-        padded = (n + kGranule - 1) / kGranule * kGranule;
+        padded = divide_up(n, kGranule) * kGranule;
         any_residual = false;
         bias = p.logit_bias_device ? *as<A>(p.logit_bias_device) : A(p.logit_bias);
         read_targets(p, outer, first, n);
@@ -77,9 +72,10 @@ struct alignas(64) TileRows {
         read(as<A>(p.sample_weight), p.sample_weight_stride, outer, first, n, sample_weight);
         read(as<A>(p.upstream), p.upstream_stride, outer, first, n, scale);
         const A denominator = p.denominator ? *as<A>(p.denominator) : A(1);
-        const A share = denominator == A(0) ? A(0) : A(1) / denominator;
+        const A inverse_denominator = denominator == A(0) ? A(0) : A(1) / denominator;
         for_padded([&](int i) {
-            unless_ignored(i, V::load(scale + i) * V::load(sample_weight + i) * V(share)).store(scale + i);
+            unless_ignored(i, V::load(scale + i) * V::load(sample_weight + i) * V(inverse_denominator))
+                .store(scale + i);
             V(A(1)).store(class_weight + i);
         });
         const A* const weights = p.target ? as<A>(p.class_weight) : nullptr;
@@ -101,7 +97,7 @@ struct alignas(64) TileRows {
     }
 
     // Turns the sums of a pass over the logits into loss and gradient coefficients.
-    void evaluate_and_add(const RowProblem& p, std::int64_t outer, std::int64_t first, int n, TileSums& sums) {
+    void evaluate_and_add(const RowProblem& p, std::int64_t outer, std::int64_t first, int n, LossSums& sums) {
         evaluate(p);
         const std::int64_t row = outer * p.inner + first;
         if (p.stats) write_stats(p, row, n);
@@ -128,12 +124,12 @@ struct alignas(64) TileRows {
         scale_coefficients();
     }
 
-    // ---- Losses of several reductions: n rows from the tile's row `at` on, no more than a vector. `row` is the number
+    // ---- Multi-reduction losses: n rows from the tile's row `at` on, no more than a vector. `row` is the number
     // of the first among all rows. ----
 
     // Weighs the rows' losses, writes them and adds them up. Those that are positive make the denominator of
     // kActiveMean.
-    void weigh_and_add(const RowProblem& p, int at, int n, std::int64_t row, V values, TileSums& sums) const {
+    void weigh_and_add(const RowProblem& p, int at, int n, std::int64_t row, V values, LossSums& sums) const {
         A lane[V::size];
         values.store(lane);
         A* const out = static_cast<A*>(p.row_values);
@@ -211,9 +207,9 @@ private:
             const A mine = i < n ? counted[i] : A(0), theirs = i < n ? other_counted[i] : A(0);
             if (theirs == A(0)) other_target[i] = mine == A(0) ? 0 : target[i];
             if (mine == A(0)) target[i] = other_target[i];
-            const A share = p.share && i < n ? as<A>(p.share)[p.share_stride.at(outer, first + i)] : A(p.share_of_all);
-            factor[i] = mine == A(0) ? A(0) : share * A(p.label_scale[0]);
-            other_factor[i] = theirs == A(0) ? A(0) : (A(1) - share) * A(p.label_scale[1]);
+            const A lam = p.lam && i < n ? as<A>(p.lam)[p.lam_stride.at(outer, first + i)] : A(p.lam_of_all);
+            factor[i] = mine == A(0) ? A(0) : lam * A(p.label_scale[0]);
+            other_factor[i] = theirs == A(0) ? A(0) : (A(1) - lam) * A(p.label_scale[1]);
             counted[i] = std::max(mine, theirs);
             any_ignored |= counted[i] == A(0);
         }
@@ -228,12 +224,8 @@ private:
 
     // Returns whether any is ignored.
     static bool copy_labels(const RowProblem& p, const Labels& labels, int n) {
-        switch (p.index_type) {
-            case IndexType::kInt64: return copy_labels_as<std::int64_t>(p.ignore_index, labels, n);
-            case IndexType::kInt32: return copy_labels_as<std::int32_t>(p.ignore_index, labels, n);
-            case IndexType::kInt16: return copy_labels_as<std::int16_t>(p.ignore_index, labels, n);
-            default: return copy_labels_as<std::uint8_t>(p.ignore_index, labels, n);
-        }
+        return visit_index_type(p.index_type,
+                                [&]<class Index>() { return copy_labels_as<Index>(p.ignore_index, labels, n); });
     }
 
     template <class Index>

@@ -1,4 +1,4 @@
-// Losses of several reductions work on tiles through a view, vertical_view.h or horizontal_view.h, which knows which
+// Multi-reduction losses work on tiles through a view, vertical_view.h or horizontal_view.h, which knows which
 // way vectors lie. A view depends on no loss: it is compiled once per arithmetic type.
 //
 // A tile is worked on a strip of rows at a time. The loops over the classes run over the parts of a strip: a part is a
@@ -24,20 +24,6 @@
 
 namespace fused_losses {
 inline namespace FL_ISA {
-
-// Calls body.operator()<Stored>() for the dtype of the logits, one of those computed in A.
-template <class A, class Body>
-auto with_stored(const RowProblem& p, Body body) {
-    if constexpr (std::is_same_v<A, double>) {
-        return body.template operator()<double>();
-    } else {
-        switch (p.dtype) {
-            case Dtype::kFloat16: return body.template operator()<Half>();
-            case Dtype::kBFloat16: return body.template operator()<BFloat16>();
-            default: return body.template operator()<float>();
-        }
-    }
-}
 
 // Calls body(k, Whole{}, is_target, add) for the vectors k in [0, n) of a part, and end_run() between runs of them.
 // `number` holds the class of each element of the first vector, `step` how much it grows, `target` the row's target.

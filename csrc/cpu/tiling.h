@@ -30,7 +30,7 @@ struct Tiling {
         const bool pixels = p.logits_class_stride != 1 && p.inner > 1 && p.num_classes <= kMaxPixelClasses;
         vertical = few || pixels;
         tile_rows = vertical ? vertical_rows(p, few, pixels) : horizontal_rows(p);
-        tiles_per_outer = (p.inner + tile_rows - 1) / tile_rows;
+        tiles_per_outer = divide_up(p.inner, tile_rows);
         tiles = p.outer * tiles_per_outer;
     }
 

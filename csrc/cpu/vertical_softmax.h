@@ -27,7 +27,7 @@ public:
         for (std::int64_t c = 0; c < classes && p.grad; ++c) class_number.data()[c] = A(c);
     }
 
-    void forward(std::int64_t outer, std::int64_t first, int n, TileSums& sums) {
+    void forward(std::int64_t outer, std::int64_t first, int n, LossSums& sums) {
         rows.begin(p, outer, first, n);
         Tile::template load_logits<Stored>(outer, first, n);
         const bool holds_logits = !rows.any_ignored && rows.bias == A(0);  // as given

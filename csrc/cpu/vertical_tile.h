@@ -141,7 +141,7 @@ public:
         for (std::int64_t c = 0; c < classes && class_stride != 1; ++c)
             Block::load_class(source + c * class_stride, row_stride, n, block(0) + c * kWidth, classes * kWidth);
         for (int b = 0; b < n; b += kWidth) {
-            const int count = std::min(kWidth + 0, n - b);
+            const int count = std::min(kWidth, n - b);
             const V max = class_stride == 1
                               ? Block::load_classes(source + b * row_stride, row_stride, 1, classes, count, block(b))
                               : Block::find_max(block(b), classes);
@@ -163,7 +163,7 @@ public:
             if (class_stride == 1 && classes <= Tiling::kVerticalClasses) {
                 for (int b = 0; b < n; b += kWidth)
                     Block::store_rows(grad + b * row_stride, row_stride, static_cast<int>(classes),
-                                      std::min(kWidth + 0, n - b), tile + b * classes, of(b));
+                                      std::min(kWidth, n - b), tile + b * classes, of(b));
                 return;
             }
         for (std::int64_t c = 0; c < classes; ++c) {
@@ -171,8 +171,7 @@ public:
             const bool aligned = reinterpret_cast<std::uintptr_t>(to) % (kWidth * sizeof(Stored)) == 0;
             for (int b = 0; b < n; b += kWidth) {
                 const V x = of(b)(V::load(tile + b * classes + c * kWidth), c);
-                Block::store_class(to + b * row_stride, row_stride, std::min(kWidth + 0, n - b), x,
-                                   past_caches && aligned);
+                Block::store_class(to + b * row_stride, row_stride, std::min(kWidth, n - b), x, past_caches && aligned);
             }
         }
     }

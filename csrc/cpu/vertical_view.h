@@ -1,4 +1,4 @@
-// A vertical tile for losses of several reductions. A part is a vector of rows with its block [classes][vector of rows]
+// A vertical tile for multi-reduction losses. A part is a vector of rows with its block [classes][vector of rows]
 // of logits, over which the gradient is written; it is its own group. A strip has several: with few classes the
 // arithmetic that follows a sum takes longer than the sum, and while one group waits for it, the next one goes on.
 #pragma once
@@ -30,7 +30,7 @@ public:
         outer = of_outer;
         read_tile(first, n);
         for (first_row = 0; first_row < n; first_row += strip_rows) {
-            row_count = std::min(strip_rows + 0, n - first_row);
+            row_count = std::min(strip_rows, n - first_row);
             next = first + first_row + row_count;
             for_groups([&](int group, int at, int) {
                 for (int i = 0; i < V::size; ++i) target[group].v[i] = A(rows.target[at + i]);
@@ -57,12 +57,12 @@ public:
     FL_ALWAYS_INLINE static void put_total(V& of_group, int, V sums) { of_group = sums; }
 
     std::int64_t vectors() const { return whole; }  // of a part
-    int parts() const { return (strip_rows + V::size - 1) / V::size; }
+    int parts() const { return divide_up(strip_rows, V::size); }
     const A* logits(int part) const { return block_of(part); }
     A* gradient(int part) const { return block_of(part); }
 
     static std::int64_t bit_vectors_of_image(const RowProblem& p) {
-        return (p.inner + V::size - 1) / V::size * p.num_classes;
+        return divide_up(p.inner, V::size) * p.num_classes;
     }
     std::int64_t first_bit_vector(int part) const {
         const std::int64_t of_image = (next - row_count) / V::size + part;
@@ -93,7 +93,7 @@ public:
     // Fetches the part's counterpart in the next tile.
     template <class Body, class EndRun = void (*)()>
     FL_ALWAYS_INLINE void for_each_fetching(int part, Body body, EndRun end_run = [] {}) const {
-        const Prefetch next_tile = with_stored<A>(p, [&]<class Stored>() {
+        const Prefetch next_tile = with_stored<A>(p.dtype, [&]<class Stored>() {
             const std::int64_t row = next + tile_rows - row_count + part * V::size, step = p.logits_class_stride;
             return Prefetch(p, reads ? logits_at<Stored>(p, outer, row) : nullptr, step == 1 ? V::size : step,
                             p.grad && p.grad_class_stride == 1 ? grad_at<Stored>(p, outer, row) : nullptr, V::size);
@@ -111,13 +111,13 @@ public:
 private:
     FL_NOINLINE void read_tile(std::int64_t first, int n) {
         rows.begin(p, outer, first, n);
-        with_stored<A>(p, [&]<class Stored>() {
+        with_stored<A>(p.dtype, [&]<class Stored>() {
             if (reads) Tile::template load_logits<Stored>(outer, first, n);
         });
     }
 
     FL_NOINLINE void write_tile(std::int64_t first, int n) {
-        with_stored<A>(p, [&]<class Stored>() {
+        with_stored<A>(p.dtype, [&]<class Stored>() {
             const auto as_it_is = [](int) FL_INLINE { return [](V x, std::int64_t) FL_INLINE { return x; }; };
             Tile::template store_gradient<Stored>(outer, first, n, as_it_is);
         });

@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "core/row_problem.h"
+
 namespace fused_losses {
 
 // Calls body(begin, end) for runs of pieces that together are [0, count); fewer than `grain` are not worth a thread.
@@ -23,7 +25,7 @@ void for_stealing(std::int64_t count, std::int64_t grain, const Body& body) {
     if (count == 0) return;
     std::uint32_t threads = 1;
     if (count > grain) torch_get_num_threads(&threads);
-    const std::int64_t workers = std::min<std::int64_t>(threads, (count + grain - 1) / grain);
+    const std::int64_t workers = std::min<std::int64_t>(threads, divide_up(count, grain));
     if (workers <= 1) return body(0, count);
 
     std::vector<Range> ranges(workers);

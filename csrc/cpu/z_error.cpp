@@ -17,8 +17,6 @@ namespace {
 
 constexpr std::int64_t kChunkRows = 8192;
 
-std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 const ZErrorKernels& z_kernels() {
     static const ZErrorKernels chosen = for_this_processor([]<Isa isa>() { return z_error_kernels<isa>(); });
     return chosen;
@@ -169,15 +167,12 @@ void cpu_z_error_loss(const ZProblem& p) {
     if (p.own_moments) moments_of(p, p.own_moments);
     const IntervalTable rules(p);
     const Chunks chunks = Chunks::of_columns(p, kChunkRows);
-    std::vector<ZErrorSums> sums(chunks.count);
+    std::vector<LossSums> sums(chunks.count);
     chunks.for_each([&](std::int64_t chunk, std::int64_t begin, std::int64_t end) {
         sums[chunk] = z_kernels().loss(p, rules, begin, end);
     });
-    ZErrorSums total;
-    for (const ZErrorSums& s : sums) {
-        total.value += s.value;
-        total.weight += s.weight;
-    }
+    LossSums total{};
+    for (const LossSums& of_chunk : sums) total.add(of_chunk);
     write_scalar(p, p.denominator, total.weight);
     if (p.reduction == Reduction::kMean) total.value = total.weight == 0 ? 0.0 : total.value / total.weight;
     if (p.reduction != Reduction::kNone) write_scalar(p, p.loss, total.value);

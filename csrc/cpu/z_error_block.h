@@ -3,7 +3,6 @@
 
 #include <cstring>
 #include <limits>
-#include <type_traits>
 
 #include "cpu/memory.h"
 #include "z_error/rows.h"
@@ -13,29 +12,6 @@ inline namespace FL_ISA {
 namespace z_error {
 
 constexpr int kBlockRows = 128;  // whole vectors of any instruction set
-
-template <class Body>
-FL_ALWAYS_INLINE void visit_type(ElementType type, Body body) {
-    switch (type) {
-        case ElementType::kFloat64: return body.template operator()<double>();
-        case ElementType::kFloat32: return body.template operator()<float>();
-        case ElementType::kFloat16: return body.template operator()<Half>();
-        case ElementType::kBFloat16: return body.template operator()<BFloat16>();
-        case ElementType::kInt64: return body.template operator()<std::int64_t>();
-        case ElementType::kInt32: return body.template operator()<std::int32_t>();
-        case ElementType::kInt16: return body.template operator()<std::int16_t>();
-        case ElementType::kInt8: return body.template operator()<std::int8_t>();
-        case ElementType::kUInt8: return body.template operator()<std::uint8_t>();
-    }
-}
-
-template <class T, class Stored>
-FL_ALWAYS_INLINE T number(Stored x) {
-    if constexpr (std::is_class_v<Stored>)
-        return static_cast<T>(widen(x));
-    else
-        return static_cast<T>(x);
-}
 
 // Cuts rows [begin, begin + rows) where the outer index changes. Calls body(r, row, n) for each run of n rows; `row` is
 // its first row, number begin + r.

@@ -290,7 +290,7 @@ struct LaneSum {
 };
 
 template <class A>
-ZErrorSums loss_as(const ZProblem& p, const ZErrorIntervals& rules, std::int64_t begin, std::int64_t end) {
+LossSums loss_as(const ZProblem& p, const ZErrorIntervals& rules, std::int64_t begin, std::int64_t end) {
     A* const row_values = static_cast<A*>(p.row_values);
     A* const row_weights = static_cast<A*>(p.row_weights);
     RowBlock<A> block;
@@ -299,7 +299,7 @@ ZErrorSums loss_as(const ZProblem& p, const ZErrorIntervals& rules, std::int64_t
     LaneSum values, weights;
     judge_rows(p, rules, begin, end, [&](std::int64_t first, int rows) {
         block.values(p, first, rows, value);
-        const int padded = (rows + LaneSum::kLanes - 1) / LaneSum::kLanes * LaneSum::kLanes;
+        const int padded = divide_up(rows, LaneSum::kLanes) * LaneSum::kLanes;
         kept.fill(p, first, rows);
         kept.clear_dropped(padded, value);
         kept.clear_dropped(padded, block.weight);
@@ -329,7 +329,7 @@ void gradient_as(const ZProblem& p, std::int64_t begin, std::int64_t end) {
     });
 }
 
-ZErrorSums loss(const ZProblem& p, const ZErrorIntervals& rules, std::int64_t begin, std::int64_t end) {
+LossSums loss(const ZProblem& p, const ZErrorIntervals& rules, std::int64_t begin, std::int64_t end) {
     return p.acc_is_double ? loss_as<double>(p, rules, begin, end) : loss_as<float>(p, rules, begin, end);
 }
 

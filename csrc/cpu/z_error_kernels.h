@@ -22,7 +22,7 @@ struct TaskColumns {
     explicit TaskColumns(const ZProblem& p)
         : tasks(std::max<std::int64_t>(1, is_binary(p.statistic) ? p.num_groups / 2 : p.num_groups)),
           width(tasks * std::max<std::int64_t>(1, kWidth / tasks)),
-          padded((width + 15) / 16 * 16),
+          padded(divide_up(width, 16) * 16),
           labels(is_binary(p.statistic) ? 2 : 1) {}
 };
 
@@ -38,10 +38,6 @@ struct ZErrorIntervals {
     const double* of_column = nullptr;
 };
 
-struct ZErrorSums {
-    double value = 0, weight = 0;
-};
-
 // Row `begin` must be in column 0, except for the gradient, which has no columns.
 struct ZErrorKernels {
     void (*moments)(const ZProblem&, std::int64_t begin, std::int64_t end, Moments* of_group);
@@ -49,19 +45,12 @@ struct ZErrorKernels {
     void (*sparse_moments)(const ZProblem&, double* moments);
     void (*mask)(const ZProblem&, const ZErrorIntervals&, std::int64_t begin, std::int64_t end);
     // The mask and what the rows add to the loss.
-    ZErrorSums (*loss)(const ZProblem&, const ZErrorIntervals&, std::int64_t begin, std::int64_t end);
+    LossSums (*loss)(const ZProblem&, const ZErrorIntervals&, std::int64_t begin, std::int64_t end);
     void (*gradient)(const ZProblem&, std::int64_t begin, std::int64_t end);
     // The first row whose label is none (binary), or -1.
     std::int64_t (*find_bad_label)(const ZProblem&, std::int64_t begin, std::int64_t end);
 };
 
-template <Isa>
-ZErrorKernels z_error_kernels();
-template <>
-ZErrorKernels z_error_kernels<Isa::baseline>();
-template <>
-ZErrorKernels z_error_kernels<Isa::avx2>();
-template <>
-ZErrorKernels z_error_kernels<Isa::avx512>();
+FL_FOR_EACH_ISA(ZErrorKernels, z_error_kernels);
 
 }  // namespace fused_losses

@@ -13,7 +13,7 @@ namespace {
 
 DtypeCode acc_of(const RowProblem& p) { return p.dtype == Dtype::kFloat64 ? dtypes::float64 : dtypes::float32; }
 
-// Of two labels with one share for all rows each has its mean; a share per row makes one mean of both.
+// Of two labels with one lam for all rows each has its mean; a lam per row makes one mean of both.
 void take_means_of_labels(RowProblem& p, LossOutput out, Tensor& denominators, const DeviceScope& device) {
     if (p.reduction != Reduction::kMean) return;
     denominators = device.scratch(2, acc_of(p));
@@ -62,8 +62,9 @@ void forward(RowProblem& p, void* loss, void* denominator) {
     check(!is_multi_reduction_loss(p.loss) || !is_about_labels(p),
           "fused_losses: on CUDA this loss makes no row statistics, and no gradient from the logits alone");
     const auto enqueue = is_multi_reduction_loss(p.loss) ? &enqueue_multi_reduction_forward : &enqueue_forward;
-    // Backward alone can put a wrong gradient right. It is not called by those who have no place for what it needs.
-    const bool has_backward = p.stats || (is_worked_out_again(p) && denominator);
+    // Whoever calls backward has places for what it takes. It alone can put right a gradient for a denominator that was
+    // assumed.
+    const bool has_backward = p.stats || (backward_recomputes(p) && denominator);
     if (p.reduction == Reduction::kNone) return check_launch(enqueue(p, {}, device.stream()));
     Sums sums(device);
     Tensor scratch, stats;
@@ -85,7 +86,7 @@ void forward(RowProblem& p, void* loss, void* denominator) {
     }
     if (p.reduction != Reduction::kActiveMean) return check_launch(enqueue(p, sums.to, device.stream()));
     // The number of active rows is known only after all of them.
-    if (!p.stats && !is_worked_out_again(p))
+    if (!p.stats && !backward_recomputes(p))
         stats = device.scratch(p.stats_count * p.rows(), acc_of(p)), p.stats = stats.mutable_data_ptr();
     RowProblem first = p;
     first.grad = nullptr;
@@ -133,7 +134,7 @@ void gjs(const RowProblem& p, const GjsViews& views) {
 namespace fused_losses {
 
 const Backend cuda_backend{
-    &cuda::forward,          &cuda::gradient,      &cuda::is_worked_out_again, &cuda::statistics,   &cuda::elr,
+    &cuda::forward,          &cuda::gradient,      &cuda::backward_recomputes, &cuda::statistics,   &cuda::elr,
     &cuda::rescale,          &cuda::gjs,           &cuda::class_moments,       &cuda::z_error_mask, &cuda::z_error_loss,
     &cuda::z_error_gradient, &cuda::update_moments};
 

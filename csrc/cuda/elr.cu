@@ -172,13 +172,7 @@ cudaError_t enqueue_as(const RowProblem& p, const ElrMemory& m, cudaStream_t str
 }  // namespace
 
 cudaError_t enqueue_elr(const RowProblem& p, const ElrMemory& m, cudaStream_t stream) {
-    switch (p.dtype) {
-        case Dtype::kFloat64: return enqueue_as<double>(p, m, stream);
-        case Dtype::kFloat32: return enqueue_as<float>(p, m, stream);
-        case Dtype::kFloat16: return enqueue_as<Half>(p, m, stream);
-        case Dtype::kBFloat16: return enqueue_as<BFloat16>(p, m, stream);
-    }
-    return cudaErrorInvalidValue;
+    return visit_dtype(p.dtype, [&]<class Stored>() { return enqueue_as<Stored>(p, m, stream); });
 }
 
 }  // namespace fused_losses::cuda

@@ -29,27 +29,27 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<A, true>)
         }
         const auto probability = [&](int i, int c) { return math::exp(logit(i, c) - top[i]) * of_sum[i]; };
         const auto log_mean = [&](int c) {
-            A m = c == target ? A(views.label_share) : A(0);
-            for (int i = 0; i < views.count; ++i) m += A(views.views[i].share) * probability(i, c);
+            A m = c == target ? A(views.label_weight) : A(0);
+            for (int i = 0; i < views.count; ++i) m += A(views.views[i].weight) * probability(i, c);
             return GJS::log_mean(m);
         };
         const auto log_ratio = [&](int i, int c, A of_class) {
             return GJS::log_ratio(of_class, logit(i, c) - top[i] - log_sum[i], log_mean(c));
         };
-        A value = A(-views.label_share) * log_mean(target);
+        A value = A(-views.label_weight) * log_mean(target);
         for (int i = 0; i < views.count; ++i) {
             const GjsView& view = views.views[i];
             const A divergence = lane.template sum<A>([&](int c) {
                 const A of_class = probability(i, c);
                 return of_class * log_ratio(i, c, of_class);
             });
-            value += A(view.share) * divergence;
+            value += A(view.weight) * divergence;
             if (!view.grad) continue;
             A* const grad = static_cast<A*>(view.grad) + view.grad_stride.at(row.outer, row.inner);
             lane.each([&](int c) {
                 const A of_class = probability(i, c);
                 grad[c * view.grad_class_stride] =
-                    normaliser * A(view.share) * of_class * (log_ratio(i, c, of_class) - divergence);
+                    normaliser * A(view.weight) * of_class * (log_ratio(i, c, of_class) - divergence);
             });
         }
         if (lane.first == 0) static_cast<A*>(p.row_values)[number] = normaliser * value;
@@ -83,24 +83,24 @@ __global__ void __launch_bounds__(kBlock, kHeld > 16 ? 1 : 2)
         }
         const float of_label = lane.template sum<float>([&](int k) {
             const bool is_target = lane.class_of(k) == target;
-            float m = is_target ? static_cast<float>(views.label_share) : 0.0f;
+            float m = is_target ? static_cast<float>(views.label_weight) : 0.0f;
 #pragma unroll
-            for (int i = 0; i < count; ++i) m += static_cast<float>(views.views[i].share) * probability[i][k];
+            for (int i = 0; i < count; ++i) m += static_cast<float>(views.views[i].weight) * probability[i][k];
             const float log_mean = GJS::log_mean(m);
 #pragma unroll
             for (int i = 0; i < count; ++i)
                 log_ratio[i][k] = GJS::log_ratio(probability[i][k], log_ratio[i][k], log_mean);
             return is_target ? log_mean : 0.0f;
         });
-        float value = static_cast<float>(-views.label_share) * of_label;
+        float value = static_cast<float>(-views.label_weight) * of_label;
 #pragma unroll
         for (int i = 0; i < count; ++i) {
             const GjsView& view = views.views[i];
             divergence[i] = lane.template sum<float>([&](int k) { return probability[i][k] * log_ratio[i][k]; });
-            value += static_cast<float>(view.share) * divergence[i];
+            value += static_cast<float>(view.weight) * divergence[i];
             if (!view.grad) continue;
             float* const grad = static_cast<float*>(view.grad) + view.grad_stride.at(row.outer, row.inner);
-            const float scale = normaliser * static_cast<float>(view.share);
+            const float scale = normaliser * static_cast<float>(view.weight);
             lane.write(grad, view.grad_class_stride,
                        [&](int k) { return scale * probability[i][k] * (log_ratio[i][k] - divergence[i]); });
         }

@@ -1,6 +1,7 @@
 // Blocks that work together on one result.
 #pragma once
 
+#include "core/loss_sums.h"
 #include "cuda/launch.cuh"
 #include "cuda/row_access.cuh"
 
@@ -51,15 +52,6 @@ struct grid_group {
         }
         __syncthreads();
         __threadfence();
-    }
-};
-
-struct LossSums {
-    double value, weight;
-
-    FL_DEVICE void add(const LossSums& other) {
-        value += other.value;
-        weight += other.weight;
     }
 };
 

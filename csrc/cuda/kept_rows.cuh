@@ -46,8 +46,9 @@ FL_DEVICE void work_on_rows(const Args& args) {
     if (is_already_written<A>(p)) return;
     RowTeam<A, true> team(args.plan);
     LossSums sums{0, 0};
-    const int classes = static_cast<int>(p.num_classes), begin = cluster_group::block_rank() * args.plan.share;
-    const Worker worker(args, ClassesOfThread(begin, min(classes, begin + args.plan.share), team.lane, team.threads),
+    const int classes = static_cast<int>(p.num_classes), begin = cluster_group::block_rank() * args.plan.block_part;
+    const Worker worker(args,
+                        ClassesOfThread(begin, min(classes, begin + args.plan.block_part), team.lane, team.threads),
                         dynamic_shared);
     const std::int64_t rows = p.rows();
     for (std::int64_t first = team.first(); first < rows; first += team.step()) {
@@ -71,19 +72,14 @@ struct KeptKernels {
 // By the first that has room for the rows; kDoesNotFit if none has.
 template <class Args>
 cudaError_t launch_kept(const KeptKernels<Args>& kernels, Args& args, cudaStream_t stream) {
-    int multiprocessors = 0;
-    cudaError_t error = find_multiprocessors(multiprocessors);
-    if (error != cudaSuccess) return error;
-    if ((args.plan = plan_kept_tiles(args.problem, kernels.numbers, multiprocessors))) {
-        error = launch_tiles_resident(kernels.in_tiles, args, stream);
-        if (error != kDoesNotFit) return error;
-    }
-    for (int largest = kMaxCluster; largest > 0; largest /= 2) {
-        if (!(args.plan = plan_kept_rows(args.problem, kernels.numbers, largest))) continue;
-        error = launch_rows_resident(kernels.of_rows, args, stream);
-        if (error != kDoesNotFit) return error;
-    }
-    return kDoesNotFit;
+    const RowProblem& p = args.problem;
+    const cudaError_t error = launch_in_tiles(
+        args.plan, [&](int multiprocessors) { return plan_kept_tiles(p, kernels.numbers, multiprocessors); },
+        [&] { return launch_tiles_resident(kernels.in_tiles, args, stream); });
+    if (error != kDoesNotFit) return error;
+    return launch_in_clusters(
+        args.plan, [&](int largest) { return plan_kept_rows(p, kernels.numbers, largest); },
+        [&] { return launch_rows_resident(kernels.of_rows, args, stream); });
 }
 
 }  // namespace fused_losses::cuda

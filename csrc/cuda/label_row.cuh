@@ -32,20 +32,21 @@ FL_DEVICE Labels labels_of(const RowProblem& p, const Row& row) {
     return labels;
 }
 
+// lam of the first label, 1 - lam of the second.
 template <class A>
-FL_DEVICE A share_of_label(const RowProblem& p, const Row& row, int k) {
+FL_DEVICE A lam_of_label(const RowProblem& p, const Row& row, int k) {
     if (!p.other_target) return A(1);
-    const A first = p.share ? as<A>(p.share)[p.share_stride.at(row.outer, row.inner)] : A(p.share_of_all);
+    const A first = p.lam ? as<A>(p.lam)[p.lam_stride.at(row.outer, row.inner)] : A(p.lam_of_all);
     return k == 0 ? first : A(1) - first;
 }
 
 // What the loss of a row's label k is multiplied by, besides weights and the denominator of all.
 template <class A>
 FL_DEVICE A factor_of_label(const RowProblem& p, const Row& row, int k) {
-    const A share = share_of_label<A>(p, row, k);
-    if (!p.label_denominators) return share;
+    const A lam = lam_of_label<A>(p, row, k);
+    if (!p.label_denominators) return lam;
     const A denominator = as<A>(p.label_denominators)[k];
-    return denominator == A(0) ? A(0) : share / denominator;
+    return denominator == A(0) ? A(0) : lam / denominator;
 }
 
 // kKeeps: the whole row has a place in shared memory. kShares: every class has a share in place of labels.
@@ -198,7 +199,7 @@ private:
         row.class_weight = class_weight;
         row.num_classes = A(p.num_classes);
         row.below_max = below_max;
-        return evaluate<Factors::kRead>(p, args.params, row);
+        return evaluate<KernelKind::kReadFactors>(p, args.params, row);
     }
 
     FL_DEVICE Result of_labels(const OfThread& mine, const Labels& labels, const Softmax& softmax) const {

@@ -12,7 +12,7 @@ bool rows_are_dense(const RowProblem& p, const RowStride& stride, std::int64_t c
 }
 
 unsigned blocks_for(std::int64_t rows, std::int64_t rows_per_block) {
-    const std::int64_t wanted = (rows + rows_per_block - 1) / rows_per_block;
+    const std::int64_t wanted = divide_up(rows, rows_per_block);
     return static_cast<unsigned>(std::clamp<std::int64_t>(wanted, 1, kMaxBlocks));
 }
 
@@ -28,7 +28,7 @@ double assumed_denominator(const RowProblem& p) {
     return none_is_ignored || again < calls * counting ? static_cast<double>(rows) : 0;
 }
 
-bool is_worked_out_again(const RowProblem& p) {
+bool backward_recomputes(const RowProblem& p) {
     if (p.dtype == Dtype::kFloat64 || p.class_factors == ClassFactors::kClassLosses) return false;
     return p.num_classes <= most_classes_without_stats(p.loss);
 }

@@ -41,9 +41,9 @@ cudaError_t find_hopper_code(const void* kernel, bool& has);
 template <class Enqueue>
 cudaError_t enqueue_backward(RowProblem p, Enqueue enqueue) {
     if (p.rows() == 0) return cudaSuccess;
-    if (!is_worked_out_again(p)) return enqueue(p, Direction::kBackward);
+    if (!backward_recomputes(p)) return enqueue(p, Direction::kBackward);
     p.stats = p.row_values = nullptr;  // not to be written again
-    return enqueue(p, Direction::kBackwardAgain);
+    return enqueue(p, Direction::kBackwardRecompute);
 }
 
 // Whether the rows follow each other without gaps.

@@ -52,16 +52,16 @@ double assumed_denominator(const RowProblem& p);
 // either are divided by.
 cudaError_t enqueue_denominators(const RowProblem& p, const LossOutput& out, cudaStream_t stream);
 
-// Whether backward works out again what forward knows of a row. Stats are neither written nor read then.
-bool is_worked_out_again(const RowProblem& p);
+// Whether backward recomputes what forward knows of a row. Stats are neither written nor read then.
+bool backward_recomputes(const RowProblem& p);
 
 // kBackward: from stats.
-enum class Direction { kForward, kBackward, kBackwardAgain };
+enum class Direction { kForward, kBackward, kBackwardRecompute };
 
 // Fills grad from stats, upstream and denominator, unless forward has already written just that.
 cudaError_t enqueue_gradient(const RowProblem& p, cudaStream_t stream);
 
-// The same for a loss of several passes.
+// The same for a multi-reduction loss.
 cudaError_t enqueue_multi_reduction_forward(const RowProblem& p, const LossOutput& out, cudaStream_t stream);
 cudaError_t enqueue_multi_reduction_gradient(const RowProblem& p, cudaStream_t stream);
 

@@ -7,7 +7,7 @@ namespace fused_losses::cuda {
 
 // 1 / denominator of the gradient that forward writes.
 template <class A>
-FL_DEVICE A written_share(const RowProblem& p) {
+FL_DEVICE A written_inverse_denominator(const RowProblem& p) {
     const A known = p.denominator ? *as<A>(p.denominator) : A(1);
     const A denominator = p.assumed_denominator != 0 ? static_cast<A>(p.assumed_denominator) : known;
     return denominator == A(0) ? A(0) : A(1) / denominator;

@@ -1,4 +1,4 @@
-// Losses of several passes, but for the bi-tempered one and those of rescaled logits.
+// Multi-reduction losses, but for the bi-tempered one and those of rescaled logits.
 #include "cuda/passes.cuh"
 
 namespace fused_losses::cuda {
@@ -6,8 +6,8 @@ namespace {
 
 cudaError_t enqueue_passes(const RowProblem& p, const LossOutput& out, Direction direction, cudaStream_t stream) {
     cudaError_t error = cudaErrorInvalidValue;
-    visit_multi_reduction_loss(p.loss,
-                               [&]<class Loss>() { error = enqueue_passes_of<Loss>(p, out, direction, stream); });
+    visit_multi_reduction_loss(
+        p.loss, [&]<class Loss>() { error = enqueue_multi_reduction_of<Loss>(p, out, direction, stream); });
     return error;
 }
 

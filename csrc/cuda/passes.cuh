@@ -1,4 +1,4 @@
-// Losses of several passes (core/multi_reduction_loss.h). A row is read once: until its gradient is written it stays
+// Multi-reduction losses (core/multi_reduction_loss.h). A row is read once: until its gradient is written it stays
 // with the threads that share it, in registers where its parameters are usual (register_passes.cuh), else in shared
 // memory, as floats whatever its dtype, with what the loss keeps of each class. Longer rows are read again in each
 // pass. Forward with its gradient, or backward alone.
@@ -18,7 +18,7 @@ FL_DEVICE A margin_of(const RowArgs<A>& args, int cls) {
 
 // kKeeps: the whole row has a place in shared memory.
 template <class Loss, class A, bool kKeeps>
-class PassRow {
+class MultiReductionRow {
     using State = typename Loss::template State<A>;
 
 public:
@@ -26,13 +26,13 @@ public:
     // needs the logit.
     static constexpr int n = kKeeps ? Loss::num_kept : 1;
 
-    FL_DEVICE PassRow(const PlannedArgs<A>& a, const ClassesOfThread& c, void* memory)
+    FL_DEVICE MultiReductionRow(const PlannedArgs<A>& a, const ClassesOfThread& c, void* memory)
         : args(a),
           p(a.problem),
           classes(c),
           slots{static_cast<A*>(memory) + threadIdx.x * a.plan.pitch},
           bias(bias_of(a)),
-          share(written_share<A>(p)) {}
+          inverse_denominator(written_inverse_denominator<A>(p)) {}
 
     // For all threads of the team. Those of rows that do not exist, or are ignored, have something to do for the
     // others' sake.
@@ -57,7 +57,7 @@ public:
             state = reduce(team, mine, target);
             const A weight = reads ? class_weight_of<A>(p, target) * sample_weight_of<A>(p, row) : A(0);
             if (team.leads && exists) record_row<Loss>(args, row, reads, weight, state, sums);
-            scale = weight * args.share_of(row, share);
+            scale = weight * args.upstream_of(row, inverse_denominator);
         }
         // All have read the target's logit: in a tile, the gradient may be written in its place. Shuffles do not
         // promise that.
@@ -154,29 +154,29 @@ private:
     const RowProblem& p;
     const ClassesOfThread classes;
     const Slots<A, n> slots;
-    const A bias, share;
+    const A bias, inverse_denominator;
 };
 
 template <class Loss>
 __global__ void __launch_bounds__(kTileThreads, 6) passes_in_tiles(const __grid_constant__ RegisterArgs args) {
-    work_on_tiles<PassRow<Loss, float, true>>(args);
+    work_on_tiles<MultiReductionRow<Loss, float, true>>(args);
 }
 
 template <class Loss, class A, bool kKeeps>
 __global__ void __launch_bounds__(kKeeps ? kMostColumnThreads : kBlock, sizeof(A) == 4 && Loss::num_kept < 3 ? 2 : 1)
     passes_of_rows(const __grid_constant__ PlannedArgs<A> args) {
-    work_on_rows<A, PassRow<Loss, A, kKeeps>>(args);
+    work_on_rows<A, MultiReductionRow<Loss, A, kKeeps>>(args);
 }
 
 template <class Loss, class A>
 cudaError_t enqueue_any_rows(PlannedArgs<A>& args, cudaStream_t stream) {
-    args.plan = plan_any_rows(args.problem, PassRow<Loss, A, false>::n);
+    args.plan = plan_any_rows(args.problem, MultiReductionRow<Loss, A, false>::n);
     return launch_rows_resident(&passes_of_rows<Loss, A, false>, args, stream);
 }
 
 template <class Given>
-cudaError_t enqueue_passes_of(const RowProblem& given, const LossOutput& out, Direction direction,
-                              cudaStream_t stream) {
+cudaError_t enqueue_multi_reduction_of(const RowProblem& given, const LossOutput& out, Direction direction,
+                                       cudaStream_t stream) {
     using Loss = typename RunAs<Given>::type;
     RowProblem p = given;
     RunAs<Given>::convert(p.params);
@@ -189,7 +189,7 @@ cudaError_t enqueue_passes_of(const RowProblem& given, const LossOutput& out, Di
     args.take_direction(direction);
     cudaError_t error = kDoesNotFit;
     visit_variant<Loss>(p.params, [&]<class Variant>() {
-        if (!p.first_param) error = enqueue_passes_in_registers<Variant>(args, stream);
+        if (!p.first_param) error = enqueue_multi_reduction_in_registers<Variant>(args, stream);
         using Kept = std::conditional_t<RegisterTraits<Variant>::is_held, Variant, Loss>;
         if (error == kDoesNotFit)
             error = launch_kept<RegisterArgs>(
@@ -199,8 +199,9 @@ cudaError_t enqueue_passes_of(const RowProblem& given, const LossOutput& out, Di
 }
 
 // In files that are compiled at the same time as the others.
-extern template cudaError_t enqueue_passes_of<BiTempered>(const RowProblem&, const LossOutput&, Direction,
-                                                          cudaStream_t);
-extern template cudaError_t enqueue_passes_of<Rescaled>(const RowProblem&, const LossOutput&, Direction, cudaStream_t);
+extern template cudaError_t enqueue_multi_reduction_of<BiTempered>(const RowProblem&, const LossOutput&, Direction,
+                                                                   cudaStream_t);
+extern template cudaError_t enqueue_multi_reduction_of<Rescaled>(const RowProblem&, const LossOutput&, Direction,
+                                                                 cudaStream_t);
 
 }  // namespace fused_losses::cuda

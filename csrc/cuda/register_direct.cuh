@@ -27,7 +27,7 @@ public:
     // following: the row to bring when this one has been read, -1 for none.
     FL_DEVICE DirectPlace(const RegisterArgs& a, const Team& t, int i, int following)
         : head(-misalignment(row_of(a.problem.logits, a.plan.logits_step, i)) & (n - 1)),
-          left(min(accesses_of(a, head) - t.block_rank() * a.plan.share, a.plan.share) - t.lane),
+          left(min(accesses_of(a, head) - t.block_rank() * a.plan.block_part, a.plan.block_part) - t.lane),
           args(a),
           team(t),
           number(i),
@@ -64,7 +64,7 @@ public:
     FL_DEVICE bool owns(int cls) const {
         if (team.lane != 0 || team.num_blocks() == 1) return team.lane == 0;
         const int accesses = accesses_of(args, head), access = cls < head ? accesses : (cls - head) / n;
-        return (access < accesses ? access / args.plan.share : 0) == team.block_rank();
+        return (access < accesses ? access / args.plan.block_part : 0) == team.block_rank();
     }
 
 private:
@@ -77,7 +77,7 @@ private:
     static FL_DEVICE int accesses_of(const RegisterArgs& a, int head) {
         return static_cast<int>(static_cast<unsigned>(classes_of(a) - head) / n);
     }
-    FL_DEVICE int at() const { return team.block_rank() * args.plan.share + team.lane; }
+    FL_DEVICE int at() const { return team.block_rank() * args.plan.block_part + team.lane; }
     FL_DEVICE uint4* brought() const {
         return dynamic_shared + team.place() * team.threads * Words::kRounds + team.lane;
     }

@@ -5,31 +5,29 @@
 namespace fused_losses::cuda {
 namespace {
 
-template <Factors kFactors, int kHeld, class Team>
-constexpr DirectKernel kKernel{kFactors, std::is_same_v<Team, WarpTeam>, kHeld};
+template <KernelKind kKind, int kHeld, class Team>
+constexpr DirectKernel kKernel{kKind, std::is_same_v<Team, WarpTeam>, kHeld};
 
-template <class Stored, Factors kFactors, int kHeld, class Team>
-__global__ void __launch_bounds__((kKernel<kFactors, kHeld, Team>.most_threads(sizeof(Stored))),
-                                  (kKernel<kFactors, kHeld, Team>.blocks()))
+template <class Stored, KernelKind kKind, int kHeld, class Team>
+__global__ void __launch_bounds__((kKernel<kKind, kHeld, Team>.most_threads(sizeof(Stored))),
+                                  (kKernel<kKind, kHeld, Team>.blocks()))
     softmax_in_registers(const __grid_constant__ RegisterArgs args) {
-    constexpr int rounds = kHeld / kVector<Stored>, always = kKernel<kFactors, kHeld, Team>.always(rounds);
-    work_on_direct_rows<RegisterRow<Stored, kFactors, uint4, rounds, always, Team>>(args);
+    constexpr int rounds = kHeld / kVector<Stored>, always = kKernel<kKind, kHeld, Team>.always(rounds);
+    work_on_direct_rows<RegisterRow<Stored, kKind, uint4, rounds, always, Team>>(args);
 }
 
 }  // namespace
 
 template <class Stored>
 cudaError_t enqueue_registers(RegisterArgs& args, cudaStream_t stream) {
-    cudaError_t error = cudaErrorInvalidValue;
-    visit_indices<std::size(kDirectKernels)>([&]<std::size_t i>() {
-        constexpr DirectKernel kernel = kDirectKernels[i];
+    const auto launch = [&]<DirectKernel kernel>()
+        requires(!is_multi_reduction(kernel.kind))
+    {
         using Team = std::conditional_t<kernel.of_warps, WarpTeam, BlockTeam>;
-        if constexpr (!have_passes(kernel.factors))
-            if (args.plan.kernel == i)
-                error = launch_rows_resident(&softmax_in_registers<Stored, kernel.factors, kernel.held, Team>, args,
-                                             stream, args.out.follows_weights);
-    });
-    return error;
+        return launch_rows_resident(&softmax_in_registers<Stored, kernel.kind, kernel.held, Team>, args, stream,
+                                    args.out.follows_weights);
+    };
+    return launch_planned<kDirectKernels>(args.plan, launch);
 }
 
 #define FL_REGISTERS(Stored) template cudaError_t enqueue_registers<Stored>(RegisterArgs&, cudaStream_t);

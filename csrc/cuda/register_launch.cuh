@@ -14,19 +14,19 @@ namespace fused_losses::cuda {
 template <class A>
 struct PlannedArgs : RowArgs<A> {
     RegisterPlan plan;
-    // Backward: only the gradient is asked for. What forward knows of all rows is in stats, or is worked out again.
-    bool is_saved = false, is_again = false;
+    // Backward: only the gradient is asked for. What forward knows of all rows is in stats, or is recomputed.
+    bool is_saved = false, recomputes = false;
     bool sums_u = true;  // whether the loss of a class that has a share reads the sums with u_j, 1 there
 
     using RowArgs<A>::RowArgs;
 
     void take_direction(Direction direction) {
         is_saved = direction == Direction::kBackward;
-        is_again = direction == Direction::kBackwardAgain;
+        recomputes = direction == Direction::kBackwardRecompute;
     }
-    // What a row's gradient is multiplied by, beside its weight; share: the same of all rows in forward.
-    FL_DEVICE A share_of(const Row& row, A share) const {
-        return is_again ? upstream_share_of<A>(this->problem, row) : share;
+    // What a row's gradient is multiplied by, beside its weight. In forward, of all rows alike.
+    FL_DEVICE A upstream_of(const Row& row, A inverse_denominator) const {
+        return recomputes ? upstream_over_denominator<A>(this->problem, row) : inverse_denominator;
     }
 };
 using RegisterArgs = PlannedArgs<float>;
@@ -38,12 +38,19 @@ cudaError_t enqueue_tiles(RegisterArgs& args, cudaStream_t stream);
 template <class Stored>
 cudaError_t enqueue_columns(RegisterArgs& args, cudaStream_t stream);
 
-// Calls visitor.operator()<i>() for i < n.
-template <std::size_t n, class Visitor>
-void visit_indices(Visitor visitor) {
-    [&]<std::size_t... i>(std::index_sequence<i...>) {
-        (visitor.template operator()<i>(), ...);
-    }(std::make_index_sequence<n>());
+// Calls launch.operator()<kernel>() for the kernel of a plan, one of kTable. It is compiled for those that `launch`
+// takes.
+template <const auto& kTable, class Launch>
+cudaError_t launch_planned(const RegisterPlan& plan, Launch launch) {
+    cudaError_t error = cudaErrorInvalidValue;
+    const auto try_kernel = [&]<int i>() {
+        if constexpr (requires { launch.template operator()<kTable[i]>(); })
+            if (plan.kernel == i) error = launch.template operator()<kTable[i]>();
+    };
+    [&]<int... i>(std::integer_sequence<int, i...>) {
+        (try_kernel.template operator()<i>(), ...);
+    }(std::make_integer_sequence<int, std::size(kTable)>());
+    return error;
 }
 
 constexpr cudaError_t kDoesNotFit = cudaErrorInvalidClusterSize;
@@ -73,9 +80,9 @@ cudaError_t launch_tiles_resident(void (*kernel)(Args), const Args& args, cudaSt
     const bool overlaps = args.out.follows_weights;
     const RegisterPlan& plan = args.plan;
     constexpr int warps = kTileThreads / 32;
-    const std::int64_t tiles = (args.problem.rows() + plan.tile_rows - 1) / plan.tile_rows;
+    const std::int64_t tiles = divide_up(args.problem.rows(), plan.tile_rows);
     return launch_all_resident(kernel, {kTileThreads, warps * 2 * plan.tile_bytes + plan.slot_bytes, 1, overlaps},
-                               (tiles + warps - 1) / warps, stream, args);
+                               divide_up(tiles, warps), stream, args);
 }
 
 // A kernel of a RowTeam, or of another whose teams are like those. overlaps: whether it waits for the kernel before it.
@@ -84,38 +91,42 @@ template <class Args>
 cudaError_t launch_rows_resident(void (*kernel)(Args), const Args& args, cudaStream_t stream, bool overlaps = false) {
     const RegisterPlan& plan = args.plan;
     const int at_once = plan.is_column || plan.lanes == 32 ? plan.threads / plan.lanes : 1;
-    const std::int64_t wanted = (args.problem.rows() + at_once - 1) / at_once * plan.cluster;
+    const std::int64_t wanted = divide_up(args.problem.rows(), at_once) * plan.cluster;
     return launch_all_resident(kernel, {plan.threads, plan.slot_bytes, plan.cluster, overlaps && plan.cluster == 1},
                                wanted, stream, args);
 }
 
-// By the first kernel that is for such factors and has room for the rows; kDoesNotFit if none has. The others launch
-// the kernel of args.plan.
-template <class Tiles, class Columns, class Rows>
-cudaError_t launch_held(RegisterArgs& args, Factors factors, Tiles launch_tiles, Columns launch_columns,
-                        Rows launch_rows) {
-    const RowProblem& p = args.problem;
+// plan_for(multiprocessors) and, if there is a plan, launch().
+template <class Plan, class Launch>
+cudaError_t launch_in_tiles(RegisterPlan& plan, Plan plan_for, Launch launch) {
     int multiprocessors = 0;
-    cudaError_t error = find_multiprocessors(multiprocessors);
+    const cudaError_t error = find_multiprocessors(multiprocessors);
     if (error != cudaSuccess) return error;
-    if ((args.plan = plan_tiles(p, factors, multiprocessors))) {
-        error = launch_tiles();
-        if (error != kDoesNotFit) return error;
-    }
-    if ((args.plan = plan_columns(p, factors))) return launch_columns();
+    return (plan = plan_for(multiprocessors)) ? launch() : kDoesNotFit;
+}
+
+// launch() with plan_for(largest cluster), smaller ones where the device cannot place it.
+template <class Plan, class Launch>
+cudaError_t launch_in_clusters(RegisterPlan& plan, Plan plan_for, Launch launch) {
     for (int largest = kMaxCluster; largest > 0; largest /= 2) {
-        if (!(args.plan = plan_direct(p, factors, largest))) continue;
-        error = launch_rows();
-        if (error != kDoesNotFit) return error;
+        if (!(plan = plan_for(largest))) continue;
+        if (const cudaError_t error = launch(); error != kDoesNotFit) return error;
     }
     return kDoesNotFit;
 }
 
-template <class Stored>
-cudaError_t enqueue_held(RegisterArgs& args, Factors factors, cudaStream_t stream) {
-    return launch_held(
-        args, factors, [&] { return enqueue_tiles<Stored>(args, stream); },
-        [&] { return enqueue_columns<Stored>(args, stream); }, [&] { return enqueue_registers<Stored>(args, stream); });
+// By the first kernel of that kind that has room for the rows; kDoesNotFit if none has. The others launch
+// the kernel of args.plan.
+template <class Tiles, class Columns, class Rows>
+cudaError_t launch_held(RegisterArgs& args, KernelKind kind, Tiles launch_tiles, Columns launch_columns,
+                        Rows launch_rows) {
+    const RowProblem& p = args.problem;
+    RegisterPlan& plan = args.plan;
+    const cudaError_t error =
+        launch_in_tiles(plan, [&](int multiprocessors) { return plan_tiles(p, kind, multiprocessors); }, launch_tiles);
+    if (error != kDoesNotFit) return error;
+    if ((plan = plan_columns(p, kind))) return launch_columns();
+    return launch_in_clusters(plan, [&](int largest) { return plan_direct(p, kind, largest); }, launch_rows);
 }
 
 }  // namespace fused_losses::cuda

@@ -1,4 +1,4 @@
-// Losses of several passes on rows in registers, where formulas or rows are short: read once, then the numbers that the
+// Multi-reduction losses on rows in registers, where formulas or rows are short: read once, then the numbers that the
 // loss keeps of each class take the place of the logits, and in the end the gradient does.
 #pragma once
 
@@ -89,11 +89,11 @@ constexpr int blocks_of(int blocks) {
 
 // Kernels are compiled for losses that keep one number of a class, or two.
 template <class Loss>
-constexpr Factors kKeptBy = Loss::num_kept == 1 ? Factors::kOneKept : Factors::kTwoKept;
+constexpr KernelKind kKeptBy = Loss::num_kept == 1 ? KernelKind::kOneKept : KernelKind::kTwoKept;
 
 // As RegisterRow.
 template <class Loss, class S, class Access, int kNumRounds, int kAlways, class T, bool kMayBeRagged = true>
-class RegisterPasses {
+class RegisterMultiReduction {
     using Traits = RegisterTraits<Loss>;
     using State = typename Loss::template State<float>;
     static constexpr int n = Loss::num_kept;
@@ -102,13 +102,17 @@ class RegisterPasses {
 public:
     using Stored = S;
     using Team = T;
-    using Packed = PackedTarget<Factors::kNone>;
+    using Packed = PackedTarget<KernelKind::kNoFactors>;
     using Words = RegisterWords<S, Access, kNumRounds, kAlways>;
     static constexpr int kRounds = kNumRounds;
     static constexpr bool kRagged = kMayBeRagged;
 
-    FL_DEVICE RegisterPasses(const RegisterArgs& a, LossSums& s)
-        : args(a), p(a.problem), sums_of_rows(s), bias(bias_of(a)), share(written_share<float>(p)) {}
+    FL_DEVICE RegisterMultiReduction(const RegisterArgs& a, LossSums& s)
+        : args(a),
+          p(a.problem),
+          sums_of_rows(s),
+          bias(bias_of(a)),
+          inverse_denominator(written_inverse_denominator<float>(p)) {}
 
     static FL_DEVICE bool is_read(const Packed& target, bool) { return !target.is_ignored(); }
 
@@ -147,7 +151,7 @@ public:
                 if constexpr (kIsRelative) whole.max = top;
                 record_row<Loss>(args, row_of(number), reads, scale, whole, sums_of_rows);
             }
-            scale *= args.share_of(row_of(number), share);
+            scale *= args.upstream_of(row_of(number), inverse_denominator);
         }
         if (p.grad) write_gradient(team, of, reads, place, numbers, state, scale);
     }
@@ -270,7 +274,7 @@ private:
     const RegisterArgs& args;
     const RowProblem& p;
     LossSums& sums_of_rows;
-    const float bias, share;
+    const float bias, inverse_denominator;
 };
 
 template <class Loss, class Stored, int kLanes, int kHeld>
@@ -279,18 +283,19 @@ __global__ void __launch_bounds__(kTileThreads, blocks_of<Loss>(tile_blocks(kKep
     constexpr TileKernel kernel{kKeptBy<Loss>, kLanes, kHeld};
     constexpr int rounds = kHeld / Word<Stored>::count, always = kernel.always(rounds);
     using Team = LaneTeam<kLanes>;
-    work_on_register_tiles<RegisterPasses<Loss, Stored, unsigned, rounds, always, Team, kernel.takes_ragged()>>(args);
+    work_on_register_tiles<RegisterMultiReduction<Loss, Stored, unsigned, rounds, always, Team, kernel.takes_ragged()>>(
+        args);
 }
 
 template <class Loss, int kHeld, class Team>
-constexpr DirectKernel kPassesKernel{kKeptBy<Loss>, std::is_same_v<Team, WarpTeam>, kHeld};
+constexpr DirectKernel kMultiReductionKernel{kKeptBy<Loss>, std::is_same_v<Team, WarpTeam>, kHeld};
 
 template <class Loss, class Stored, int kHeld, class Team>
-__global__ void __launch_bounds__((kPassesKernel<Loss, kHeld, Team>.most_threads(sizeof(Stored))),
-                                  (blocks_of<Loss>(kPassesKernel<Loss, kHeld, Team>.blocks())))
+__global__ void __launch_bounds__((kMultiReductionKernel<Loss, kHeld, Team>.most_threads(sizeof(Stored))),
+                                  (blocks_of<Loss>(kMultiReductionKernel<Loss, kHeld, Team>.blocks())))
     passes_in_registers(const __grid_constant__ RegisterArgs args) {
-    constexpr int rounds = kHeld / kVector<Stored>, always = kPassesKernel<Loss, kHeld, Team>.always(rounds);
-    work_on_direct_rows<RegisterPasses<Loss, Stored, uint4, rounds, always, Team>>(args);
+    constexpr int rounds = kHeld / kVector<Stored>, always = kMultiReductionKernel<Loss, kHeld, Team>.always(rounds);
+    work_on_direct_rows<RegisterMultiReduction<Loss, Stored, uint4, rounds, always, Team>>(args);
 }
 
 // For a dtype.
@@ -305,45 +310,31 @@ struct LossFor<Loss, Stored> {
 };
 
 template <class Given, class Stored>
-cudaError_t enqueue_passes_as(RegisterArgs& args, cudaStream_t stream) {
+cudaError_t enqueue_multi_reduction_as(RegisterArgs& args, cudaStream_t stream) {
     using Loss = typename LossFor<Given, Stored>::type;
-    constexpr Factors factors = kKeptBy<Loss>;
-    cudaError_t error = cudaErrorInvalidValue;
-    const auto launch_tiles = [&] {
-        visit_indices<std::size(kTileKernels)>([&]<std::size_t i>() {
-            constexpr TileKernel kernel = kTileKernels[i];
-            if constexpr (kernel.factors == factors)
-                if (args.plan.kernel == i)
-                    error = launch_tiles_resident(&passes_in_register_tiles<Loss, Stored, kernel.lanes, kernel.held>,
-                                                  args, stream);
-        });
-        return error;
+    constexpr KernelKind kind = kKeptBy<Loss>;
+    const auto launch_tile = [&]<TileKernel kernel>()
+        requires(kernel.kind == kind)
+    { return launch_tiles_resident(&passes_in_register_tiles<Loss, Stored, kernel.lanes, kernel.held>, args, stream); };
+    const auto launch_rows = [&]<DirectKernel kernel>()
+        requires(kernel.kind == kind)
+    {
+        using Team = std::conditional_t<kernel.of_warps, WarpTeam, BlockTeam>;
+        return launch_rows_resident(&passes_in_registers<Loss, Stored, kernel.held, Team>, args, stream,
+                                    args.out.follows_weights);
     };
-    const auto launch_rows = [&] {
-        visit_indices<std::size(kDirectKernels)>([&]<std::size_t i>() {
-            constexpr DirectKernel kernel = kDirectKernels[i];
-            using Team = std::conditional_t<kernel.of_warps, WarpTeam, BlockTeam>;
-            if constexpr (kernel.factors == factors)
-                if (args.plan.kernel == i)
-                    error = launch_rows_resident(&passes_in_registers<Loss, Stored, kernel.held, Team>, args, stream,
-                                                 args.out.follows_weights);
-        });
-        return error;
-    };
-    return launch_held(args, factors, launch_tiles, [] { return kDoesNotFit; }, launch_rows);
+    return launch_held(
+        args, kind, [&] { return launch_planned<kTileKernels>(args.plan, launch_tile); }, [] { return kDoesNotFit; },
+        [&] { return launch_planned<kDirectKernels>(args.plan, launch_rows); });
 }
 
 // Rows that registers can hold; kDoesNotFit if they cannot, or for other losses and parameters.
 template <class Given>
-cudaError_t enqueue_passes_in_registers(RegisterArgs& args, cudaStream_t stream) {
+cudaError_t enqueue_multi_reduction_in_registers(RegisterArgs& args, cudaStream_t stream) {
     cudaError_t error = kDoesNotFit;
     const auto enqueue = [&]<class Loss>() {
-        switch (args.problem.dtype) {
-            case Dtype::kFloat32: error = enqueue_passes_as<Loss, float>(args, stream); break;
-            case Dtype::kFloat16: error = enqueue_passes_as<Loss, Half>(args, stream); break;
-            case Dtype::kBFloat16: error = enqueue_passes_as<Loss, BFloat16>(args, stream); break;
-            default: break;
-        }
+        with_stored<float>(args.problem.dtype,
+                           [&]<class Stored>() { error = enqueue_multi_reduction_as<Loss, Stored>(args, stream); });
     };
     if constexpr (requires { Given::visit_usual(args.problem.params, enqueue); })
         Given::visit_usual(args.problem.params, enqueue);

@@ -14,8 +14,6 @@ namespace {
 constexpr int kMostSlots = 48;  // numbers of a thread in shared memory: half of the threads that there may be have room
 constexpr std::int64_t kMostRows = std::int64_t(1) << 30;  // of which kernels count with 32 bits
 
-std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 // Whether the gradient's rows are written by the same accesses as the logits' are read.
 bool is_gradient_alike(const RowProblem& p) {
     if (!p.grad) return true;
@@ -109,22 +107,22 @@ bool are_columns(const RowProblem& p) {
 
 }  // namespace
 
-RegisterPlan plan_tiles(const RowProblem& p, Factors factors_wanted, int multiprocessors) {
+RegisterPlan plan_tiles(const RowProblem& p, KernelKind wanted, int multiprocessors) {
     if (!can_be_tiles(p) || !has_narrow_steps(p)) return {};
     const int element = bytes_of(p.dtype), per_word = 4 / element;
     const int classes = static_cast<int>(p.num_classes), row_bytes = classes * element, words = classes / per_word;
     const int shift = static_cast<int>(reinterpret_cast<std::uintptr_t>(p.logits) % 16);
     if (row_bytes % 4 == 0 && shift % 4 != 0) return {};  // a number beside the words at both ends of every row
-    const auto plan_with = [&](Factors factors) {
+    const auto plan_with = [&](KernelKind kind) {
         RegisterPlan plan;
         std::int64_t least = 0;
         for (const TileKernel& kernel : kTileKernels)
             for (int lanes = 1; lanes <= 32; lanes *= 2) {
-                if (kernel.factors != factors || (kernel.lanes > 0 && kernel.lanes != lanes)) continue;
+                if (kernel.kind != kind || (kernel.lanes > 0 && kernel.lanes != lanes)) continue;
                 if (classes % per_word != 0 && !kernel.takes_ragged()) continue;
                 const int fewest = std::max<int>(1, divide_up(words, lanes)), most = kernel.held / per_word;
                 RegisterPlan with;
-                with.kernel = static_cast<int>(&kernel - kTileKernels), with.factors = factors;
+                with.kernel = static_cast<int>(&kernel - kTileKernels), with.kind = kind;
                 with.lanes = lanes, with.held = kernel.held;
                 const auto consider = [&](int rounds, int longer) {
                     with.rounds = rounds, with.longer = longer;
@@ -140,8 +138,8 @@ RegisterPlan plan_tiles(const RowProblem& p, Factors factors_wanted, int multipr
             }
         return plan;
     };
-    RegisterPlan plan = plan_with(factors_wanted);
-    if (!plan && factors_wanted == Factors::kNone) plan = plan_with(Factors::kOnes);
+    RegisterPlan plan = plan_with(wanted);
+    if (!plan && wanted == KernelKind::kNoFactors) plan = plan_with(KernelKind::kUnitFactors);
     if (!plan) return {};
     take_steps(p, plan);
     fill_tile(p, most_tile_bytes(plan.held), multiprocessors, plan);
@@ -153,28 +151,28 @@ int conflicts_of(const RowProblem& p, const RegisterPlan& plan) {
     return bank_conflicts(p.num_classes * bytes_of(p.dtype), plan.lanes, [&](int l) { return 4 * plan.begin_of(l); });
 }
 
-RegisterPlan plan_direct(const RowProblem& p, Factors factors_wanted, int largest_cluster) {
+RegisterPlan plan_direct(const RowProblem& p, KernelKind wanted, int largest_cluster) {
     constexpr int few_classes = 32, enough_threads = 256;  // four blocks on a multiprocessor
     const int element = bytes_of(p.dtype), numbers = 16 / element;
     const bool is_row_by_row = p.logits_class_stride == 1 && p.outer == 1 && p.inner <= kMostRows;
     if (element == 8 || p.num_classes <= few_classes || !is_row_by_row || !is_gradient_alike(p) || !has_narrow_steps(p))
         return {};
     const std::int64_t accesses = p.num_classes / numbers, fewest = (p.num_classes - numbers + 1) / numbers;
-    const auto plan_with = [&](Factors factors) {
+    const auto plan_with = [&](KernelKind kind) {
         RegisterPlan plan;
         std::int64_t least = 0;
         for (const DirectKernel& kernel : kDirectKernels) {
-            if (kernel.factors != factors) continue;
+            if (kernel.kind != kind) continue;
             RegisterPlan with;
             const int rounds = kernel.held / numbers;
             while (with.cluster < largest_cluster && divide_up(accesses, with.cluster) > enough_threads * rounds)
                 with.cluster *= 2;
-            with.share = static_cast<int>(divide_up(accesses, with.cluster));
-            with.lanes = static_cast<int>(std::max<std::int64_t>(32, divide_up(with.share, 32 * rounds) * 32));
+            with.block_part = static_cast<int>(divide_up(accesses, with.cluster));
+            with.lanes = static_cast<int>(std::max<std::int64_t>(32, divide_up(with.block_part, 32 * rounds) * 32));
             with.kernel = static_cast<int>(&kernel - kDirectKernels);
-            with.held = kernel.held, with.factors = factors;
+            with.held = kernel.held, with.kind = kind;
             const std::int64_t cost = with.lanes * with.cluster * (150 + 9 * kernel.held);
-            const std::int64_t of_last = std::max<std::int64_t>(0, fewest - (with.cluster - 1) * with.share);
+            const std::int64_t of_last = std::max<std::int64_t>(0, fewest - (with.cluster - 1) * with.block_part);
             if (of_last < with.lanes * kernel.always(rounds) || with.lanes > kernel.most_threads(element) ||
                 (kernel.of_warps && with.lanes > 32) || (plan && cost >= least))
                 continue;
@@ -183,8 +181,8 @@ RegisterPlan plan_direct(const RowProblem& p, Factors factors_wanted, int larges
         }
         return plan;
     };
-    RegisterPlan plan = plan_with(factors_wanted);
-    if (!plan && factors_wanted == Factors::kNone) plan = plan_with(Factors::kOnes);
+    RegisterPlan plan = plan_with(wanted);
+    if (!plan && wanted == KernelKind::kNoFactors) plan = plan_with(KernelKind::kUnitFactors);
     if (!plan) return {};
     take_steps(p, plan);
     plan.threads = plan.lanes == 32 ? kTileThreads : plan.lanes;
@@ -194,17 +192,17 @@ RegisterPlan plan_direct(const RowProblem& p, Factors factors_wanted, int larges
     return plan;
 }
 
-RegisterPlan plan_columns(const RowProblem& p, Factors factors) {
+RegisterPlan plan_columns(const RowProblem& p, KernelKind kind) {
     RegisterPlan plan;
     if (bytes_of(p.dtype) == 8 || !are_columns(p) || !take_class_steps(p, 1, plan)) return plan;
     std::int64_t least = 0;
     for (const ColumnKernel& kernel : kColumnKernels) {
         const std::int64_t parts = divide_up(p.num_classes, kernel.held), cost = parts * (20 + kernel.held);
-        if (kernel.factors != factors || parts * 32 > kMostColumnThreads || p.num_classes / parts < kernel.always() ||
+        if (kernel.kind != kind || parts * 32 > kMostColumnThreads || p.num_classes / parts < kernel.always() ||
             (plan && cost >= least))
             continue;
         least = cost;
-        plan.kernel = static_cast<int>(&kernel - kColumnKernels), plan.held = kernel.held, plan.factors = factors;
+        plan.kernel = static_cast<int>(&kernel - kColumnKernels), plan.held = kernel.held, plan.kind = kind;
         plan.lanes = static_cast<int>(parts);
     }
     if (!plan) return plan;
@@ -244,18 +242,18 @@ RegisterPlan plan_kept_rows(const RowProblem& p, int numbers, int largest_cluste
         if (p.num_classes > most * (kMostColumnThreads / 32)) return {};
         plan.lanes = static_cast<int>(divide_up(p.num_classes, most));
         plan.threads = plan.lanes * std::max(32, 128 / plan.lanes / 32 * 32);
-        plan.share = static_cast<int>(p.num_classes);
+        plan.block_part = static_cast<int>(p.num_classes);
     } else {
         while (plan.cluster < largest_cluster && divide_up(p.num_classes, plan.cluster) > enough_threads * most)
             plan.cluster *= 2;
-        const std::int64_t share = divide_up(p.num_classes, plan.cluster), lanes = divide_up(share, 32 * most) * 32;
+        const std::int64_t part = divide_up(p.num_classes, plan.cluster), lanes = divide_up(part, 32 * most) * 32;
         if (lanes > kMostColumnThreads) return {};
-        plan.share = static_cast<int>(share);
+        plan.block_part = static_cast<int>(part);
         plan.lanes = static_cast<int>(lanes);
         plan.threads = plan.lanes == 32 ? kTileThreads : plan.lanes;
     }
     if (!take_class_steps(p, plan.lanes, plan)) return {};
-    give_slots(static_cast<int>(divide_up(plan.share, plan.lanes)), numbers, 4, plan);
+    give_slots(static_cast<int>(divide_up(plan.block_part, plan.lanes)), numbers, 4, plan);
     return plan;
 }
 
@@ -267,7 +265,7 @@ RegisterPlan plan_any_rows(const RowProblem& p, int slots) {
         plan.lanes = p.num_classes <= few_classes ? 1 : parts;
     else
         plan.lanes = p.num_classes <= classes_of_warp ? 32 : threads;
-    plan.share = static_cast<int>(p.num_classes);
+    plan.block_part = static_cast<int>(p.num_classes);
     plan.threads = threads;
     give_slots(held, slots, p.dtype == Dtype::kFloat64 ? 8 : 4, plan);
     return plan;

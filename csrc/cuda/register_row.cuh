@@ -10,10 +10,11 @@
 
 namespace fused_losses::cuda {
 
-template <class S, Factors kFactors, class Access, int kNumRounds, int kAlways, class T>
+template <class S, KernelKind kKind, class Access, int kNumRounds, int kAlways, class T>
 class RegisterRow {
-    static constexpr bool kLooks = kFactors == Factors::kOnesAndStatistics;
-    static constexpr bool kReadsU = kFactors == Factors::kRead, kOnes = kFactors == Factors::kOnes || kLooks;
+    static constexpr bool kWithStatistics = kKind == KernelKind::kStatistics;
+    static constexpr bool kReadsU = kKind == KernelKind::kReadFactors,
+                          kOnes = kKind == KernelKind::kUnitFactors || kWithStatistics;
 
 public:
     using Words = RegisterWords<S, Access, kNumRounds, kAlways>;
@@ -25,15 +26,21 @@ private:
 public:
     using Stored = S;
     using Team = T;
-    using Packed = PackedTarget<kFactors>;
+    using Packed = PackedTarget<kKind>;
     static constexpr int kRounds = kNumRounds;
     static constexpr bool kRagged = true;
 
     FL_DEVICE RegisterRow(const RegisterArgs& a, LossSums& sums)
-        : args(a), p(a.problem), end(a, sums), bias(bias_of(a)), share(written_share<float>(p)) {}
+        : args(a),
+          p(a.problem),
+          end(a, sums),
+          bias(bias_of(a)),
+          inverse_denominator(written_inverse_denominator<float>(p)) {}
 
     // Whether the logits of a row are read: those of an ignored one for its statistics alone.
-    static FL_DEVICE bool is_read(const Packed& target, bool exists) { return kLooks ? exists : !target.is_ignored(); }
+    static FL_DEVICE bool is_read(const Packed& target, bool exists) {
+        return kWithStatistics ? exists : !target.is_ignored();
+    }
 
     // What is kept of an ignored row. For all threads of the team.
     FL_DEVICE void ignore(const Team& team, int number) const {
@@ -49,12 +56,12 @@ public:
     // For all threads of the team.
     template <class Place>
     FL_DEVICE void run(Team& team, int number, const Packed& packed, const Place& place) const {
-        const bool reads = (!Place::kIsMixed && !kLooks) || !packed.is_ignored();
+        const bool reads = (!Place::kIsMixed && !kWithStatistics) || !packed.is_ignored();
         const bool has_target = kReadsU ? packed.cls >= 0 : reads;
         const Target target{packed.cls, !reads};
         const Row row{number, 0, number};
         // A bias, and the margin, ask for the largest of the other logits.
-        const bool is_apart = (kLooks || bias != 0.0f) && has_target;
+        const bool is_apart = (kWithStatistics || bias != 0.0f) && has_target;
         Words words;
         words.read(place);
         const int extra_class = place.extra();
@@ -89,7 +96,7 @@ public:
             else
                 state.sum = sum_of(team, state.sum);
         }
-        if constexpr (kFactors != Factors::kNone)
+        if constexpr (kKind != KernelKind::kNoFactors)
             if (reads && sums_u()) add_factors(exponential, words.w, state, u, is_apart ? target.cls : -1, place);
         const float target_e = exponential(target_logit);
         Coefficients<float> coefficients{};
@@ -97,7 +104,7 @@ public:
             if (reads) coefficients = saved_coefficients<float>(p, row);
         } else {
             if (is_apart) state.sum += target_e;
-            if constexpr (kLooks) {
+            if constexpr (kWithStatistics) {
                 const RowSummary<float, int> all = summary(team, place, exponential, words.w, e, extra, extra_e, others,
                                                            state.sum, is_apart ? target.cls : -1, target_logit);
                 if (team.leads && place.exists) write_statistics(number, target, place, exponential, target_logit, all);
@@ -117,34 +124,42 @@ public:
                 if (has_shares()) shares = sum_of_shares(team, place, exponential, state, u, extra_u);
             if (reads) {
                 coefficients = has_shares() ? end.finish_shares(row, shares, state, team.leads)
-                                            : end.template finish<kFactors>(
-                                                  row, target, target_logit, exponential.distance(target_logit),
-                                                  target_e, exponential.log(state.sum), state, team.leads);
-                coefficients.scale(has_shares() && p.upstream ? upstream_share_of<float>(p, row)
-                                                              : args.share_of(row, share));
+                                            : end.template finish<kKind>(row, target, target_logit,
+                                                                         exponential.distance(target_logit), target_e,
+                                                                         exponential.log(state.sum), state, team.leads);
+                coefficients.scale(has_shares() && p.upstream ? upstream_over_denominator<float>(p, row)
+                                                              : args.upstream_of(row, inverse_denominator));
             } else if (place.exists) {
                 ignore(team, number);
             }
         }
         if (!p.grad) return;
-        // All have read the target's logit: the gradient may be written in its place. Shuffles do not promise that.
-        if (Place::kIsMixed || is_saved()) team.sync();
-        const auto gradient_of = [&](float exponential, float u) {  // of a class that is not the target
-            const float g = coefficients.alpha * exponential;
-            if (kFactors == Factors::kNone) return g;
-            return has_shares() ? g + (coefficients.gamma + coefficients.target_grad * u) : g + coefficients.gamma * u;
-        };
-        Words::write(place, [&](int i, bool) { return gradient_of(e[i], kReadsU ? u[i] : 1.0f); });
-        if (extra_class >= 0) place.grad()[extra_class] = to_stored<Stored>(gradient_of(extra_e, extra_u));
-        team.sync();
+        write_gradient(team, place, coefficients, e, u, extra_class, extra_e, extra_u);
         if (has_target && place.owns(target.cls))
             place.grad()[target.cls] = to_stored<Stored>(coefficients.target_grad);
     }
 
 private:
+    // Of all classes, as if none was the target.
+    template <class Place>
+    FL_DEVICE void write_gradient(Team& team, const Place& place, const Coefficients<float>& coefficients,
+                                  const float* e, const float* u, int extra_class, float extra_e, float extra_u) const {
+        // All have read the target's logit: the gradient may be written in its place. Shuffles do not promise that.
+        if (Place::kIsMixed || is_saved()) team.sync();
+        const auto gradient_of = [&](float of_class, float factor) {
+            const float g = coefficients.alpha * of_class;
+            if (kKind == KernelKind::kNoFactors) return g;
+            return has_shares() ? g + (coefficients.gamma + coefficients.target_grad * factor)
+                                : g + coefficients.gamma * factor;
+        };
+        Words::write(place, [&](int i, bool) { return gradient_of(e[i], kReadsU ? u[i] : 1.0f); });
+        if (extra_class >= 0) place.grad()[extra_class] = to_stored<Stored>(gradient_of(extra_e, extra_u));
+        team.sync();
+    }
+
     // Where more than a warp shares a row, each takes its exponentials relative to the largest of its own logits, so
     // that all wait for each other once. (Row statistics want to know the row's largest before.)
-    static constexpr bool kMerges = T::kMayBeWide && !kLooks;
+    static constexpr bool kMerges = T::kMayBeWide && !kWithStatistics;
     static FL_DEVICE float largest(Team& team, float x) {
         if constexpr (!kMerges) return largest_of(team, x);
         float only[] = {x};
@@ -172,11 +187,11 @@ private:
     }
 
     // Kernels that sum no u_j, or make statistics, are for forward alone.
-    FL_DEVICE bool is_saved() const { return kFactors != Factors::kNone && !kLooks && args.is_saved; }
+    FL_DEVICE bool is_saved() const { return kKind != KernelKind::kNoFactors && !kWithStatistics && args.is_saved; }
     FL_DEVICE bool has_shares() const { return kReadsU && p.class_factors == ClassFactors::kClassLosses; }
     FL_DEVICE bool sums_u() const {
-        if (kFactors == Factors::kNone || is_saved()) return false;
-        return kLooks ? p.class_factors != ClassFactors::kNone : !has_shares() || args.sums_u;
+        if (kKind == KernelKind::kNoFactors || is_saved()) return false;
+        return kWithStatistics ? p.class_factors != ClassFactors::kNone : !has_shares() || args.sums_u;
     }
 
     // u_j of the thread's classes; of what is not there 0, or a number that nothing comes of.
@@ -330,8 +345,8 @@ private:
 
     const RegisterArgs& args;
     const RowProblem& p;
-    mutable RowEnd<float> end;
-    const float bias, share;
+    const RowEnd<float> end;
+    const float bias, inverse_denominator;
 };
 
 }  // namespace fused_losses::cuda

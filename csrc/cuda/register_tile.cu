@@ -1,30 +1,25 @@
-// Softmax losses of rows of up to 256 classes. Forward with its gradient, or backward alone.
+// Softmax losses of rows of up to 400 classes. Forward with its gradient, or backward alone.
 #include "cuda/register_row.cuh"
 #include "cuda/register_tile.cuh"
 
 namespace fused_losses::cuda {
 namespace {
 
-template <class Stored, Factors kFactors, int kLanes, int kHeld>
-__global__ void __launch_bounds__(kTileThreads, tile_blocks(kFactors, kHeld))
+template <class Stored, KernelKind kKind, int kLanes, int kHeld>
+__global__ void __launch_bounds__(kTileThreads, tile_blocks(kKind, kHeld))
     softmax_in_tiles(const __grid_constant__ RegisterArgs args) {
-    constexpr int rounds = kHeld / Word<Stored>::count, always = TileKernel{kFactors, kLanes, kHeld}.always(rounds);
-    work_on_register_tiles<RegisterRow<Stored, kFactors, unsigned, rounds, always, LaneTeam<kLanes>>>(args);
+    constexpr int rounds = kHeld / Word<Stored>::count, always = TileKernel{kKind, kLanes, kHeld}.always(rounds);
+    work_on_register_tiles<RegisterRow<Stored, kKind, unsigned, rounds, always, LaneTeam<kLanes>>>(args);
 }
 
 }  // namespace
 
 template <class Stored>
 cudaError_t enqueue_tiles(RegisterArgs& args, cudaStream_t stream) {
-    cudaError_t error = cudaErrorInvalidValue;
-    visit_indices<std::size(kTileKernels)>([&]<std::size_t i>() {
-        constexpr TileKernel kernel = kTileKernels[i];
-        if constexpr (!have_passes(kernel.factors))
-            if (args.plan.kernel == i)
-                error = launch_tiles_resident(&softmax_in_tiles<Stored, kernel.factors, kernel.lanes, kernel.held>,
-                                              args, stream);
-    });
-    return error;
+    const auto launch = [&]<TileKernel kernel>()
+        requires(!is_multi_reduction(kernel.kind))
+    { return launch_tiles_resident(&softmax_in_tiles<Stored, kernel.kind, kernel.lanes, kernel.held>, args, stream); };
+    return launch_planned<kTileKernels>(args.plan, launch);
 }
 
 #define FL_TILES(Stored) template cudaError_t enqueue_tiles<Stored>(RegisterArgs&, cudaStream_t);

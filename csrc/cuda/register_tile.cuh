@@ -1,4 +1,4 @@
-// Rows of up to 256 classes: a warp brings a tile of whole rows to shared memory with accesses of 16 bytes, whatever
+// Rows of up to 400 classes: a warp brings a tile of whole rows to shared memory with accesses of 16 bytes, whatever
 // the number of classes, while it works on another; a row is then in the registers of one to 32 lanes.
 #pragma once
 
@@ -19,7 +19,7 @@ struct LanePart {
           words(a.plan.count_of(l, static_cast<int>(a.problem.num_classes) / numbers_of_word)),
           beside(a.plan.is_ragged && l == 0 ? static_cast<int>(a.problem.num_classes) - 1 : -1) {
 #ifdef __CUDA_ARCH__
-        asm("" : "+r"(begin), "+r"(words), "+r"(beside));  // not to be worked out again for each row
+        asm("" : "+r"(begin), "+r"(words), "+r"(beside));  // not to be recomputed for each row
 #endif
     }
 };

@@ -18,14 +18,14 @@ FL_DEVICE LoadedLabel load_target(const RegisterArgs& args, int number, bool exi
 }
 
 // In one register. A row that does not exist is an ignored one, of which nothing is kept.
-template <Factors kFactors>
+template <KernelKind kKind>
 struct PackedTarget {
     static constexpr int kIgnored = -2;
     int cls;
 
     FL_DEVICE PackedTarget(const RegisterArgs& args, const LoadedLabel& label, bool exists) : cls(kIgnored) {
         if (!exists) return;
-        if (kFactors == Factors::kRead && !args.problem.target)
+        if (kKind == KernelKind::kReadFactors && !args.problem.target)
             cls = -1;
         else
             cls = class_or(kIgnored, args.problem, label.index(args.problem.index_type));

@@ -66,13 +66,7 @@ cudaError_t enqueue_as(const RowProblem& p, const LogitRescale& of, cudaStream_t
 }  // namespace
 
 cudaError_t enqueue_rescale(const RowProblem& p, const LogitRescale& of, cudaStream_t stream) {
-    switch (p.dtype) {
-        case Dtype::kFloat64: return enqueue_as<double>(p, of, stream);
-        case Dtype::kFloat32: return enqueue_as<float>(p, of, stream);
-        case Dtype::kFloat16: return enqueue_as<Half>(p, of, stream);
-        case Dtype::kBFloat16: return enqueue_as<BFloat16>(p, of, stream);
-    }
-    return cudaErrorInvalidValue;
+    return visit_dtype(p.dtype, [&]<class Stored>() { return enqueue_as<Stored>(p, of, stream); });
 }
 
 }  // namespace fused_losses::cuda

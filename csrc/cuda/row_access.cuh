@@ -169,14 +169,14 @@ FL_DEVICE A sample_weight_of(const RowProblem& p, const Row& row) {
 
 // What backward multiplies a row's gradient by, without and with its weight.
 template <class A>
-FL_DEVICE A upstream_share_of(const RowProblem& p, const Row& row) {
+FL_DEVICE A upstream_over_denominator(const RowProblem& p, const Row& row) {
     const A denominator = p.denominator ? *as<A>(p.denominator) : A(1);
-    const A share = denominator == A(0) ? A(0) : A(1) / denominator;
-    return p.upstream ? as<A>(p.upstream)[p.upstream_stride.at(row.outer, row.inner)] * share : share;
+    const A inverse = denominator == A(0) ? A(0) : A(1) / denominator;
+    return p.upstream ? as<A>(p.upstream)[p.upstream_stride.at(row.outer, row.inner)] * inverse : inverse;
 }
 template <class A>
 FL_DEVICE A scale_of(const RowProblem& p, const Row& row) {
-    return upstream_share_of<A>(p, row) * sample_weight_of<A>(p, row);
+    return upstream_over_denominator<A>(p, row) * sample_weight_of<A>(p, row);
 }
 
 // u_j of SoftmaxRow: 1, the class weights, or the weighted and smoothed soft target; of ClassFactors::kClassLosses the

@@ -35,9 +35,9 @@ __device__ __noinline__ AffineRow<A> evaluate_any(int loss, const A* params, Sof
     return affine;
 }
 
-template <Factors kFactors, class A>
+template <KernelKind kKind, class A>
 FL_DEVICE AffineRow<A> evaluate(const RowProblem& p, const A* params, const SoftmaxRow<A>& row) {
-    if constexpr (kFactors == Factors::kNone) {
+    if constexpr (kKind == KernelKind::kNoFactors) {
         if (p.loss == kCrossEntropy) return affine_of(PlainCrossEntropy::eval(row.log_p, params), row.class_weight);
     } else {
         if (p.class_factors == ClassFactors::kSoftTarget) return SoftCrossEntropy::eval(row, params);
@@ -55,27 +55,28 @@ struct RowEnd {
 
     FL_DEVICE RowEnd(const RowArgs<A>& a, LossSums& s) : args(a), sums(s) {}
 
-    FL_DEVICE void ignore(const Row& row, bool records) {
+    FL_DEVICE void ignore(const Row& row, bool records) const {
         if (records && args.keeps_rows) keep_row(args.problem, row, A(0), {A(0), A(0), A(0), A(0)});
     }
 
     // From the sums over the classes to the coefficients of the gradient for a denominator of 1, which every thread of
     // the row gets; one `records`. target_distance, target_e: of the target's logit from state.max, and its
-    // exponential, as those of the others have been taken. Factors::kNone: what is summed with u_j is not there.
-    template <Factors kFactors = Factors::kRead>
+    // exponential, as those of the others have been taken. KernelKind::kNoFactors: what is summed with u_j is not
+    // there.
+    template <KernelKind kKind = KernelKind::kReadFactors>
     FL_DEVICE Coefficients<A> finish(const Row& row, const Target& target, A target_logit, A target_distance,
-                                     A target_e, A log_sum, const SoftmaxState<A>& state, bool records) {
+                                     A target_e, A log_sum, const SoftmaxState<A>& state, bool records) const {
         const RowProblem& p = args.problem;
-        constexpr bool sums_u = kFactors != Factors::kNone;
+        constexpr bool sums_u = kKind != KernelKind::kNoFactors;
         SoftmaxRow<A> softmax = softmax_of<sums_u>(target_logit, target_distance, log_sum, state);
         A sample_weight = A(1);
         if (args.is_weighted)
             softmax.class_weight = class_weight_of<A>(p, target), sample_weight = sample_weight_of<A>(p, row);
-        const AffineRow<A> affine = evaluate<kFactors>(p, args.params, softmax);
+        const AffineRow<A> affine = evaluate<kKind>(p, args.params, softmax);
         Coefficients<A> coefficients{state.max, affine.alpha * math::reciprocal(state.sum), affine.beta, affine.gamma};
         if (!sums_u || target.cls >= 0) {
             coefficients.target_grad += coefficients.alpha * target_e;
-            constexpr bool are_ones = kFactors == Factors::kOnes || kFactors == Factors::kOnesAndStatistics;
+            constexpr bool are_ones = kKind == KernelKind::kUnitFactors || kKind == KernelKind::kStatistics;
             const bool is_one = are_ones || p.class_factors == ClassFactors::kOnes;
             if (sums_u) coefficients.target_grad += is_one ? affine.gamma : affine.gamma * softmax.class_weight;
         }
@@ -87,7 +88,7 @@ struct RowEnd {
     // Where every class has a share in its own loss: from what these add up to. In the place of target_grad is what a
     // share's beta is multiplied by.
     FL_DEVICE Coefficients<A> finish_shares(const Row& row, const AffineRow<A>& all, const SoftmaxState<A>& state,
-                                            bool records) {
+                                            bool records) const {
         const A sample_weight = args.is_weighted ? sample_weight_of<A>(args.problem, row) : A(1);
         Coefficients<A> coefficients{state.max, all.alpha * math::reciprocal(state.sum), A(1), all.gamma};
         if (records) record(row, sample_weight * all.value, sample_weight, coefficients);
@@ -110,7 +111,7 @@ struct RowEnd {
     }
 
 private:
-    FL_DEVICE void record(const Row& row, A value, A weight, const Coefficients<A>& c) {
+    FL_DEVICE void record(const Row& row, A value, A weight, const Coefficients<A>& c) const {
         sums.add({static_cast<double>(value), static_cast<double>(weight)});
         if (args.keeps_rows) keep_row(args.problem, row, value, {c.max, c.alpha, c.target_grad, c.gamma});
     }

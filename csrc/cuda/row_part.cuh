@@ -10,19 +10,6 @@
 
 namespace fused_losses::cuda {
 
-// Calls body.operator()<Stored>() for a dtype whose numbers are computed with as A.
-template <class A, class Body>
-FL_DEVICE void with_stored(Dtype dtype, Body body) {
-    if constexpr (kIsForChecking<A>)
-        body.template operator()<double>();
-    else if (dtype == Dtype::kFloat32)
-        body.template operator()<float>();
-    else if (dtype == Dtype::kFloat16)
-        body.template operator()<Half>();
-    else
-        body.template operator()<BFloat16>();
-}
-
 // Where a row begins, and how far apart its classes are, in bytes.
 struct RowPlace {
     const char* from;

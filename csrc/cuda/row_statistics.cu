@@ -56,13 +56,7 @@ cudaError_t enqueue_as(const RowProblem& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t enqueue_row_statistics(const RowProblem& p, cudaStream_t stream) {
-    switch (p.dtype) {
-        case Dtype::kFloat64: return enqueue_as<double>(p, stream);
-        case Dtype::kFloat32: return enqueue_as<float>(p, stream);
-        case Dtype::kFloat16: return enqueue_as<Half>(p, stream);
-        case Dtype::kBFloat16: return enqueue_as<BFloat16>(p, stream);
-    }
-    return cudaErrorInvalidValue;
+    return visit_dtype(p.dtype, [&]<class Stored>() { return enqueue_as<Stored>(p, stream); });
 }
 
 }  // namespace fused_losses::cuda

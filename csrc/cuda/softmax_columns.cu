@@ -18,16 +18,16 @@ struct alignas(m % 4 == 0   ? 16
     T of[m];
 };
 
-template <class Stored, Factors kFactors, int kHeld>
+template <class Stored, KernelKind kKind, int kHeld>
 class Columns {
     static constexpr int n = Word<Stored>::count;
-    static constexpr int kAlways = ColumnKernel{kFactors, kHeld}.always();
+    static constexpr int kAlways = ColumnKernel{kKind, kHeld}.always();
     static constexpr float kLowest = -std::numeric_limits<float>::infinity();
-    static constexpr bool kReadsU = kFactors == Factors::kRead;
+    static constexpr bool kReadsU = kKind == KernelKind::kReadFactors;
     // Of two columns there is no room for the exponentials, and they are one instruction then; else they take the
     // place of their logits.
-    static constexpr bool kAgain = n == 2;
-    static constexpr int kSums = kFactors == Factors::kNone ? 1 : kReadsU ? 3 : 2;
+    static constexpr bool kRecomputes = n == 2;
+    static constexpr int kSums = kKind == KernelKind::kNoFactors ? 1 : kReadsU ? 3 : 2;
     using Words = unsigned[kHeld];
     using State = SoftmaxState<float>;
 
@@ -45,7 +45,7 @@ public:
           shared(s),
           end(a, sums),
           bias(bias_of(a)),
-          share(written_share<float>(p)),
+          inverse_denominator(written_inverse_denominator<float>(p)),
           lane(threadIdx.x % kWarp),
           part(threadIdx.x / kWarp),
           begin(part * static_cast<int>(p.num_classes) / a.plan.lanes),
@@ -112,7 +112,7 @@ private:
     // With a bias, the target's logit is not that of the column: it counts as -inf there, for itself after the sums.
     FL_DEVICE bool is_apart(const Column& of) const { return bias != 0.0f && of.cls >= 0; }
     // Kernels that sum no u_j are for forward alone.
-    FL_DEVICE bool is_saved() const { return kFactors != Factors::kNone && args.is_saved; }
+    FL_DEVICE bool is_saved() const { return kKind != KernelKind::kNoFactors && args.is_saved; }
     FL_DEVICE bool has(int k) const { return k < kAlways || k < count; }
     static FL_DEVICE unsigned half(int j) { return n == 1 ? 0xffffffffu : 0xffffu << 16 * j; }
     FL_DEVICE Row row_of(const Place& first, int j) const {
@@ -195,13 +195,13 @@ private:
             for (int j = 0; j < n; ++j) {
                 const Exponential<Stored> exponential(pivot[j]);
                 const float e = exponential(z[j]);
-                if constexpr (kFactors != Factors::kNone)
+                if constexpr (kKind != KernelKind::kNoFactors)
                     if (!is_saved() && has(k) && of[j].reads() && !(is_apart(of[j]) && begin + k == of[j].cls))
                         state[j].add(exponential.distance(z[j]), u_of(row_of(place, j), begin + k), 0.0f);
                 state[j].sum += e;
                 z[j] = e;
             }
-            if constexpr (!kAgain) w[k] = Word<Stored>::narrow(z);
+            if constexpr (!kRecomputes) w[k] = Word<Stored>::narrow(z);
         });
     }
 
@@ -214,7 +214,7 @@ private:
 #pragma unroll
             for (int i = 0; i < kSums; ++i) sums[i] += shared.sums[other][lane].of[i * n + j];
         state.sum = sums[0];
-        if constexpr (kFactors != Factors::kNone) state.centred = sums[1];
+        if constexpr (kKind != KernelKind::kNoFactors) state.centred = sums[1];
         if constexpr (kReadsU) state.sum_u = sums[2];
     }
 
@@ -261,15 +261,15 @@ private:
     FL_DEVICE void finish(const Column& of, const Row& row, float pivot, State& state, Coefficients<float>& c) {
         const Exponential<Stored> exponential(pivot);
         const float distance = exponential.distance(of.target_logit), target_e = exponential(of.target_logit);
-        if constexpr (kFactors == Factors::kOnes) state.sum_u = static_cast<float>(p.num_classes);
+        if constexpr (kKind == KernelKind::kUnitFactors) state.sum_u = static_cast<float>(p.num_classes);
         if (is_apart(of)) {
             const float u = kReadsU ? u_of(row, of.cls) : 0.0f;
-            state.add(distance, kFactors == Factors::kOnes ? 1.0f : u, target_e);
-            if constexpr (kFactors == Factors::kOnes) state.sum_u -= 1.0f;
+            state.add(distance, kKind == KernelKind::kUnitFactors ? 1.0f : u, target_e);
+            if constexpr (kKind == KernelKind::kUnitFactors) state.sum_u -= 1.0f;
         }
-        c = end.template finish<kFactors>(row, Target{of.cls, false}, of.target_logit, distance, target_e,
-                                          exponential.log(state.sum), state, true);
-        c.scale(args.share_of(row, share));
+        c = end.template finish<kKind>(row, Target{of.cls, false}, of.target_logit, distance, target_e,
+                                       exponential.log(state.sum), state, true);
+        c.scale(args.upstream_of(row, inverse_denominator));
     }
 
     FL_DEVICE void write(const Column (&of)[n], const Place& place, const float (&pivot)[n], const Words& w,
@@ -280,11 +280,11 @@ private:
         const auto write_words = [&](auto store) {
             each_class([&](int k) {
                 float z[n], g[n];
-                Word<Stored>::widen(kAgain ? as_new(w[k]) : w[k], z);
+                Word<Stored>::widen(kRecomputes ? as_new(w[k]) : w[k], z);
 #pragma unroll
                 for (int j = 0; j < n; ++j) {
-                    g[j] = c[j].alpha * (kAgain ? Exponential<Stored>(pivot[j])(z[j]) : z[j]);
-                    if constexpr (kFactors != Factors::kNone)
+                    g[j] = c[j].alpha * (kRecomputes ? Exponential<Stored>(pivot[j])(z[j]) : z[j]);
+                    if constexpr (kKind != KernelKind::kNoFactors)
                         if (has(k) && of[j].reads()) g[j] += c[j].gamma * u_of(row_of(place, j), begin + k);
                 }
                 const unsigned word = Word<Stored>::narrow(g);
@@ -311,16 +311,16 @@ private:
     const RegisterArgs& args;
     const RowProblem& p;
     Shared& shared;  // each part of it is read between barriers that no thread passes before its other use
-    RowEnd<float> end;
-    const float bias, share;
+    const RowEnd<float> end;
+    const float bias, inverse_denominator;
     const int lane, part, begin, count;
 };
 
-template <class Stored, Factors kFactors, int kHeld>
+template <class Stored, KernelKind kKind, int kHeld>
 __global__ void __launch_bounds__(kMostColumnThreads, 2) softmax_in_columns(const __grid_constant__ RegisterArgs args) {
     const RowProblem& p = args.problem;
     if (is_already_written<float>(p)) return;
-    using Worker = Columns<Stored, kFactors, kHeld>;
+    using Worker = Columns<Stored, kKind, kHeld>;
     __shared__ typename Worker::Shared shared;
     __shared__ LossSums of_thread[kMostColumnThreads];
     LossSums& sums = of_thread[threadIdx.x];  // registers have other uses
@@ -328,7 +328,7 @@ __global__ void __launch_bounds__(kMostColumnThreads, 2) softmax_in_columns(cons
     wait_for_kernel_before();
     Worker columns(args, sums, shared);
     constexpr int at_once = kWarp * Word<Stored>::count;
-    const std::int64_t of_image = (p.inner + at_once - 1) / at_once, all = of_image * p.outer;
+    const std::int64_t of_image = divide_up(p.inner, at_once), all = of_image * p.outer;
     for (std::int64_t number = blockIdx.x; number < all; number += gridDim.x) {
         const std::int64_t following = number + gridDim.x;
         const std::int64_t outer = p.outer == 1 ? 0 : number / of_image, next = p.outer == 1 ? 0 : following / of_image;
@@ -344,15 +344,11 @@ template <class Stored>
 cudaError_t enqueue_columns(RegisterArgs& args, cudaStream_t stream) {
     const RowProblem& p = args.problem;
     constexpr std::int64_t at_once = kWarp * Word<Stored>::count;
-    const std::int64_t wanted = p.outer * ((p.inner + at_once - 1) / at_once);
-    cudaError_t error = cudaErrorInvalidValue;
-    visit_indices<std::size(kColumnKernels)>([&]<std::size_t i>() {
-        constexpr ColumnKernel kernel = kColumnKernels[i];
-        if (args.plan.kernel == i)
-            error = launch_all_resident(&softmax_in_columns<Stored, kernel.factors, kernel.held>,
-                                        {args.plan.threads, 0, 1, args.out.follows_weights}, wanted, stream, args);
+    const std::int64_t wanted = p.outer * divide_up(p.inner, at_once);
+    return launch_planned<kColumnKernels>(args.plan, [&]<ColumnKernel kernel>() {
+        return launch_all_resident(&softmax_in_columns<Stored, kernel.kind, kernel.held>,
+                                   {args.plan.threads, 0, 1, args.out.follows_weights}, wanted, stream, args);
     });
-    return error;
 }
 
 #define FL_COLUMNS(Stored) template cudaError_t enqueue_columns<Stored>(RegisterArgs&, cudaStream_t);

@@ -42,7 +42,8 @@ cudaError_t enqueue_of(const RowProblem& p, const LossOutput& out, cudaStream_t 
 bool is_for_registers(const RowProblem& p) {
     if (p.class_factors == ClassFactors::kClassLosses) return true;
     const bool has_bias = p.logit_bias != 0 || p.logit_bias_device;
-    return p.argmax && !p.other_target && !has_bias && !(p.grad && p.upstream) && factors_of(p) != Factors::kRead;
+    return p.argmax && !p.other_target && !has_bias && !(p.grad && p.upstream) &&
+           kind_of(p) != KernelKind::kReadFactors;
 }
 
 // Statistics beside the loss of one label, or shares of all classes, of rows that fit into registers.
@@ -51,24 +52,18 @@ cudaError_t enqueue_rows_in_registers(RegisterArgs& args, cudaStream_t stream) {
     const bool has_shares = args.problem.class_factors == ClassFactors::kClassLosses;
     args.sums_u = label_sums_u(args.problem);
     return launch_held(
-        args, has_shares ? Factors::kRead : Factors::kOnesAndStatistics,
+        args, has_shares ? KernelKind::kReadFactors : KernelKind::kStatistics,
         [&] { return enqueue_tiles<Stored>(args, stream); }, [] { return kDoesNotFit; },
         [&] { return enqueue_registers<Stored>(args, stream); });
 }
 
 cudaError_t enqueue_in_registers(const RowProblem& p, const LossOutput& out, cudaStream_t stream) {
-    if (!is_for_registers(p)) return kDoesNotFit;
+    if (p.dtype == Dtype::kFloat64 || !is_for_registers(p)) return kDoesNotFit;
     RegisterArgs args(p, out);
-    switch (p.dtype) {
-        case Dtype::kFloat64: return kDoesNotFit;
-        case Dtype::kFloat32: return enqueue_rows_in_registers<float>(args, stream);
-        case Dtype::kFloat16: return enqueue_rows_in_registers<Half>(args, stream);
-        case Dtype::kBFloat16: return enqueue_rows_in_registers<BFloat16>(args, stream);
-    }
-    return cudaErrorInvalidValue;
+    return with_stored<float>(p.dtype, [&]<class Stored>() { return enqueue_rows_in_registers<Stored>(args, stream); });
 }
 
-// The weights of the rows' labels, of which there are two where each has a denominator. Where each row has a share, its
+// The weights of the rows' labels, of which there are two where each has a denominator. Where each row has a lam, its
 // weights are parts of one denominator.
 template <class A>
 __global__ void __launch_bounds__(kBlock) sum_weights(const __grid_constant__ RowArgs<A> args) {
@@ -95,14 +90,14 @@ __global__ void __launch_bounds__(kBlock) sum_weights(const __grid_constant__ Ro
         const Labels labels = labels_of(p, row);
         const auto weight = [&](int k) {
             if (labels.of[k].ignored) return 0.0;
-            const A share = p.share ? share_of_label<A>(p, row, k) : A(1);
-            return static_cast<double>(share * class_weight_of<A>(p, labels.of[k]) * sample_weight_of<A>(p, row));
+            const A lam = p.lam ? lam_of_label<A>(p, row, k) : A(1);
+            return static_cast<double>(lam * class_weight_of<A>(p, labels.of[k]) * sample_weight_of<A>(p, row));
         };
         sums.add({weight(0), weight(1)});
     }
     if (!sum_over_grid(sums, args.out)) return;
     A* const denominators = static_cast<A*>(args.out.denominator);
-    if (p.share) sums.value = sums.weight = sums.value + sums.weight;
+    if (p.lam) sums.value = sums.weight = sums.value + sums.weight;
     denominators[0] = static_cast<A>(sums.value);
     if (p.other_target) denominators[1] = static_cast<A>(sums.weight);
 }

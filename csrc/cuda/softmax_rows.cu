@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : 2)
     RowTeam<A, true> team(args.plan);
     LossSums sums{0, 0};
     RowEnd<A> end(args, sums);
-    const A share = written_share<A>(p);
+    const A inverse_denominator = written_inverse_denominator<A>(p);
     const ClassesOfThread classes(0, static_cast<int>(p.num_classes), team.lane, team.threads);
     const std::int64_t rows = p.rows();
     for (std::int64_t first = team.first(); first < rows; first += team.step()) {
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : 2)
             const A target_distance = target_logit - state.max;
             coefficients = end.finish(row, target, target_logit, target_distance, math::exp(target_distance),
                                       math::log(state.sum), state, team.leads);
-            coefficients.scale(args.share_of(row, share));
+            coefficients.scale(args.upstream_of(row, inverse_denominator));
         }
         if (p.grad) mine.write_gradient(coefficients);
     }
@@ -145,20 +145,19 @@ cudaError_t enqueue_of(const RowProblem& p, const LossOutput& out, Direction dir
     args.take_direction(direction);
     if constexpr (!kIsForChecking<Stored>) {
         // Backward from stats is the business of kernels that do it for u_j of 1 as well.
-        const Factors own = factors_of(p), factors = args.is_saved && own == Factors::kNone ? Factors::kOnes : own;
-        if (const cudaError_t error = enqueue_held<Stored>(args, factors, stream); error != kDoesNotFit) return error;
+        KernelKind kind = kind_of(p);
+        if (args.is_saved && kind == KernelKind::kNoFactors) kind = KernelKind::kUnitFactors;
+        const cudaError_t error = launch_held(
+            args, kind, [&] { return enqueue_tiles<Stored>(args, stream); },
+            [&] { return enqueue_columns<Stored>(args, stream); },
+            [&] { return enqueue_registers<Stored>(args, stream); });
+        if (error != kDoesNotFit) return error;
     }
     return enqueue_any_rows(args, stream);
 }
 
 cudaError_t enqueue(const RowProblem& p, const LossOutput& out, Direction direction, cudaStream_t stream) {
-    switch (p.dtype) {
-        case Dtype::kFloat64: return enqueue_of<double>(p, out, direction, stream);
-        case Dtype::kFloat32: return enqueue_of<float>(p, out, direction, stream);
-        case Dtype::kFloat16: return enqueue_of<Half>(p, out, direction, stream);
-        case Dtype::kBFloat16: return enqueue_of<BFloat16>(p, out, direction, stream);
-    }
-    return cudaErrorInvalidValue;
+    return visit_dtype(p.dtype, [&]<class Stored>() { return enqueue_of<Stored>(p, out, direction, stream); });
 }
 
 }  // namespace

@@ -9,8 +9,8 @@
 #include "cuda/row_part.cuh"
 #include "cuda/row_sums.cuh"
 #include "cuda/softmax_state.cuh"
+#include "cuda/z_error_rows.cuh"
 #include "losses/cross_entropy.h"
-#include "z_error/rows.h"
 
 namespace fused_losses::cuda {
 namespace {
@@ -24,8 +24,6 @@ constexpr std::int64_t kSingleBlockRows = 8 * kBlock;  // up to here one block i
 constexpr std::int64_t kMaxLossBlocks = 1024;
 constexpr std::int64_t kMaxMomentBlocks = 4096;
 constexpr std::int64_t kMaxChunks = 256;
-
-std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // Moments of the block's threads.
 struct SharedMoments {
@@ -102,7 +100,7 @@ __device__ __forceinline__ void moments_of_share(const ZProblem& p, const WorkSh
         chunk_begin + shares.chunk_rows < p.rows() ? chunk_begin + shares.chunk_rows : p.rows();
 
     ShiftedSums sums;
-    const int segment_rows = static_cast<int>((kTileRows + role.segments - 1) / role.segments);
+    const int segment_rows = static_cast<int>(divide_up(kTileRows, role.segments));
     for (std::int64_t begin = chunk_begin; begin < chunk_end; begin += kTileRows) {
         const int rows = static_cast<int>(chunk_end - begin < kTileRows ? chunk_end - begin : kTileRows);
         __syncthreads();  // the previous tile has been read
@@ -126,7 +124,7 @@ __device__ __forceinline__ void moments_of_share(const ZProblem& p, const WorkSh
         }
         if (!arrives_last(shares.tickets + range, shares.chunks)) return;
         Moments total;
-        const std::int64_t segment_chunks = (shares.chunks + role.segments - 1) / role.segments;
+        const std::int64_t segment_chunks = divide_up(shares.chunks, role.segments);
         const std::int64_t begin = role.segment * segment_chunks;
         for (std::int64_t c = begin; c < begin + segment_chunks && c < shares.chunks && !role.idle(); ++c) {
             const double* const other = shares.partials + 3 * (c * groups + first + role.group);
@@ -210,11 +208,10 @@ __device__ __forceinline__ LossSums loss_of_share(const ZProblem& p, std::int64_
     LossSums sums{0, 0};
     for (std::int64_t n = chunk * kBlock + threadIdx.x; n < p.rows(); n += chunks * kBlock) {
         const Row row(p, n);
-        const auto share = z_error::weighted_loss_of<A>(p, row, z_error::mask_row(p, row));
-        if (row_values) row_values[n] = share.value;
-        if (row_weights) row_weights[n] = share.weight;
-        sums.value += static_cast<double>(share.value);
-        sums.weight += static_cast<double>(share.weight);
+        const auto of_row = z_error::weighted_loss_of<A>(p, row, z_error::mask_row(p, row));
+        if (row_values) row_values[n] = of_row.value;
+        if (row_weights) row_weights[n] = of_row.weight;
+        sums.add({static_cast<double>(of_row.value), static_cast<double>(of_row.weight)});
     }
     return sum_over_block(sums);
 }

@@ -17,21 +17,21 @@ struct GjsView {
     void* grad = nullptr;  // null: none is wanted
     RowStride grad_stride;
     std::int64_t grad_class_stride = 1;
-    double share = 0;
+    double weight = 0;
 };
 
 // Besides a RowProblem with rows, classes, targets and row_values.
 struct GjsViews {
     int count = 0;
-    double label_share = 0;
+    double label_weight = 0;
     GjsView views[kMostViews];
 
-    double normaliser() const { return -1 / ((1 - label_share) * std::log1p(-label_share)); }
+    double normaliser() const { return -1 / ((1 - label_weight) * std::log1p(-label_weight)); }
 };
 
 inline namespace FL_ISA {
 
-// With p_i the probabilities of view i, a_i its share, a that of the label, m = a e_y + sum_i a_i p_i and Z the
+// With p_i the probabilities of view i, a_i its weight, a that of the label, m = a e_y + sum_i a_i p_i and Z the
 // normaliser,
 //   value = Z (-a log m_y + sum_i a_i D_i), D_i = sum_j p_ij v_ij, v_ij = log(p_ij / m_j)
 //   gradient in z_ij = Z a_i p_ij (v_ij - D_i)

@@ -89,8 +89,8 @@ struct NFLSumOf {
             second = normalized(of_own, sums.v[2] + num_classes * params[6], sums.v[3]);
             second.value = T(1) - second.value;
         }
-        // Without a share in the sum, what is not finite must not count either.
-        const auto times = [](T share, T x) { return math::select(share == T(0), T(0), share * x); };
+        // Without a weight in the sum, what is not finite must not count either.
+        const auto times = [](T weight, T x) { return math::select(weight == T(0), T(0), weight * x); };
         const T alpha = params[0], beta = params[1];
         return {times(alpha, nfl.value) + times(beta, second.value),
                 times(alpha, nfl.alpha) + times(beta, second.alpha),

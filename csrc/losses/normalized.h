@@ -11,8 +11,8 @@ inline namespace FL_ISA {
 // alpha active + beta passive, for a class of weight `weight`.
 template <class T>
 FL_HD AffineRow<T> add(const AffineRow<T>& active, T alpha, const ValueSlope<T>& passive, T beta, T weight) {
-    // Without a share in the sum, what is not finite must not count either.
-    const auto times = [](T share, T x) { return math::select(share == T(0), T(0), share * x); };
+    // Without a weight in the sum, what is not finite must not count either.
+    const auto times = [](T weight, T x) { return math::select(weight == T(0), T(0), weight * x); };
     const T slope = times(beta, passive.slope);
     return {weight * (times(alpha, active.value) + times(beta, passive.value)),
             weight * (times(alpha, active.alpha) - slope), weight * (times(alpha, active.beta) + slope),

@@ -27,7 +27,7 @@ inline int stats_count_of(int loss, ClassFactors class_factors) {
 }
 
 // On CUDA, rows of up to so many classes leave nothing, since these numbers would be a good part of all bytes: backward
-// works them out again. Not for the bi-tempered loss, whose passes take longer than its numbers.
+// recomputes them. Not for the bi-tempered loss, whose passes take longer than its numbers.
 inline std::int64_t most_classes_without_stats(int loss) {
     std::int64_t most = 32;
     visit_loss(CompiledLosses{}, loss, [&]<class Loss>() { most = std::is_same_v<Loss, BiTempered> ? 0 : most; });

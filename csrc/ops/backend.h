@@ -17,8 +17,8 @@ struct Backend {
     void (*row_loss)(RowProblem& p, void* loss, void* denominator);
     // Fills p.grad from p.stats, p.upstream and p.denominator.
     void (*row_loss_gradient)(const RowProblem& p);
-    // Whether the gradient takes no stats but works them out again from the logits.
-    bool (*is_worked_out_again)(const RowProblem& p);
+    // Whether the gradient takes no stats but recomputes them from the logits.
+    bool (*backward_recomputes)(const RowProblem& p);
     // Fills p.row_statistics and p.argmax.
     void (*row_statistics)(const RowProblem& p);
     // A step of early-learning regularisation: fills p.row_values and, where there is one, p.grad (acc).

@@ -22,8 +22,6 @@ void check_memory(const Tensor& memory, const Tensor& logits, std::int64_t class
     check_same_device("memory", memory, logits);
 }
 
-}  // namespace
-
 void elr_rows_(StableIValue* stack, std::uint64_t, std::uint64_t) {
     Arguments in(stack);
     RowLossArgs args;
@@ -67,5 +65,9 @@ void elr_rows_(StableIValue* stack, std::uint64_t, std::uint64_t) {
     if (p.rows() > 0) backend_of(logits.device()).elr(p, m);
     Results(stack).push(values, grad);
 }
+
+}  // namespace
+
+void implement_elr(Library& m) { m.impl("elr_rows_", &elr_rows_); }
 
 }  // namespace fused_losses

@@ -7,18 +7,20 @@
 
 namespace fused_losses {
 
+namespace {
+
 void gjs_rows_(StableIValue* stack, std::uint64_t, std::uint64_t) {
     Arguments in(stack);
     std::vector<Tensor> views, grads;
     RowLossArgs args;
     args.loss = "gjs";
-    Numbers shares;
-    in.read(views, args.target, shares, grads);
+    Numbers weights;
+    in.read(views, args.target, weights, grads);
     const std::size_t count = views.size();
     check_value(
-        count >= 1 && count <= kMostViews && (grads.empty() || grads.size() == count) && shares.count == count + 1,
+        count >= 1 && count <= kMostViews && (grads.empty() || grads.size() == count) && weights.count == count + 1,
         "gjs: there must be 1 to ", kMostViews, " views, a gradient for each or none, and one weight more, got ", count,
-        ", ", grads.size(), " and ", shares.count);
+        ", ", grads.size(), " and ", weights.count);
     args.logits = std::move(views[0]);
     const Tensor& first = args.logits;
     check_logits(args);
@@ -45,11 +47,11 @@ void gjs_rows_(StableIValue* stack, std::uint64_t, std::uint64_t) {
     Tensor values = empty(of_values, first.dtype(), first.device());
     p.row_values = values.mutable_data_ptr();
     GjsViews all;
-    all.count = static_cast<int>(count), all.label_share = shares.values[0];
+    all.count = static_cast<int>(count), all.label_weight = weights.values[0];
     for (std::size_t i = 0; i < count; ++i) {
         const RowTensor &view = tensors[1 + 2 * i], &grad = tensors[2 + 2 * i];
         GjsView& of = all.views[i];
-        of.share = shares.values[i + 1];
+        of.weight = weights.values[i + 1];
         of.logits = view.tensor->const_data_ptr(), of.logits_stride = view.stride;
         of.logits_class_stride = view.tensor->stride(class_dim);
         if (!grad.tensor) continue;
@@ -59,5 +61,9 @@ void gjs_rows_(StableIValue* stack, std::uint64_t, std::uint64_t) {
     if (p.rows() > 0) backend_of(first.device()).gjs(p, all);
     Results(stack).push(values);
 }
+
+}  // namespace
+
+void implement_gjs(Library& m) { m.impl("gjs_rows_", &gjs_rows_); }
 
 }  // namespace fused_losses

@@ -1,4 +1,4 @@
-// Every operator: its schema, and its entry for each device.
+// Every operator: its schema. Entries are in the other files of this folder and in those below.
 //
 // `loss` is a name of loss_names(), or of a loss that wrappers make (losses/registry.h), `params` its parameters in the
 // order its header states; of some, a tensor `first_param` takes the place of the first (losses/needs.h). Losses are
@@ -49,10 +49,10 @@ STABLE_TORCH_LIBRARY(fused_losses, m) {
         "row_loss_with_grad.packed(Tensor logits, Tensor target, Tensor constants) -> "
         "(Tensor loss, Tensor grad_logits)");
 
-    // Losses of two labels a row, from one read: share (one per row, else share_of_all) times the loss of target, plus
+    // Losses of two labels a row, from one read: lam (one per row, else lam_of_all) times the loss of target, plus
     // the rest times that of other_target. Losses that are affine in the softmax only. Backward starts from the logits;
     // in place (CUDA) it completes what forward wrote.
-    const std::string labels = "Tensor other_target, Tensor? share, float share_of_all, ";
+    const std::string labels = "Tensor other_target, Tensor? lam, float lam_of_all, ";
     def("mixed_loss", labels, "Tensor");
     def("mixed_loss_with_grad", labels, "(Tensor loss, Tensor grad_logits)");
     def("mixed_loss_backward", "Tensor grad_loss, " + labels, "Tensor");
@@ -156,43 +156,16 @@ namespace fused_losses {
 namespace {
 
 // An operator's entry is the same for every device.
-void implement(torch::stable::detail::StableLibrary& m) {
-    m.impl("row_loss", &row_loss);
-    m.impl("row_loss_with_grad", &row_loss_with_grad);
-    m.impl("row_loss_with_stats", &row_loss_with_stats);
-    m.impl("row_loss_backward", &row_loss_backward);
-    m.impl("row_loss_with_stats_and_grad", &row_loss_with_stats_and_grad);
-    m.impl("row_loss_backward_", &row_loss_backward_);
-    m.impl("mixed_loss", &mixed_loss);
-    m.impl("mixed_loss_with_grad", &mixed_loss_with_grad);
-    m.impl("mixed_loss_backward", &mixed_loss_backward);
-    m.impl("mixed_loss_backward_", &mixed_loss_backward_);
-    m.impl("row_statistics", &row_statistics);
-    m.impl("elr_rows_", &elr_rows_);
-    m.impl("gjs_rows_", &gjs_rows_);
-    m.impl("rescale_logits", &rescale_logits);
-    m.impl("rescale_logits_backward", &rescale_logits_backward);
-    m.impl("row_loss_and_statistics", &row_loss_and_statistics);
-    m.impl("row_loss_with_grad_and_statistics", &row_loss_with_grad_and_statistics);
-    m.impl("class_moments", &class_moments);
-    m.impl("z_error_mask", &z_error_mask);
-    m.impl("z_error_class_loss", &z_error_class_loss);
-    m.impl("z_error_loss", &z_error_loss);
-    m.impl("z_error_loss_backward", &z_error_loss_backward);
-    m.impl("update_moments_", &update_moments_);
+void implement(Library& m) {
+    implement_row_losses(m);
+    implement_row_statistics(m);
+    implement_elr(m);
+    implement_gjs(m);
+    implement_rescaling(m);
+    implement_z_error(m);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fused_losses, CompositeExplicitAutograd, m) {
-    m.impl("row_loss_constants", &row_loss_constants);
-    m.impl("z_error_constants", &z_error_constants);
-}
-STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) {
-    implement(m);
-    m.impl("row_loss_with_grad_", &row_loss_with_grad_);
-    m.impl("row_loss.packed", &packed_row_loss);
-    m.impl("row_loss_with_grad.packed", &packed_row_loss_with_grad);
-    m.impl("z_error_kept_target", &z_error_kept_target);
-}
+STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) { implement(m); }
 #ifdef FL_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(fused_losses, CUDA, m) { implement(m); }
 #endif

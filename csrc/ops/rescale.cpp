@@ -65,8 +65,6 @@ Tensor rescaled(RescaleArgs& a) {
     return std::move(tensors[3].original);
 }
 
-}  // namespace
-
 void rescale_logits(StableIValue* stack, std::uint64_t, std::uint64_t) {
     Arguments in(stack);
     RescaleArgs a;
@@ -81,6 +79,13 @@ void rescale_logits_backward(StableIValue* stack, std::uint64_t, std::uint64_t) 
     in.read(a.upstream, a.norms, a.logits, a.target, a.on_device, a.of.parameter, a.of.clips, a.ignore_index);
     Tensor out = rescaled(a);
     Results(stack).push(out);
+}
+
+}  // namespace
+
+void implement_rescaling(Library& m) {
+    m.impl("rescale_logits", &rescale_logits);
+    m.impl("rescale_logits_backward", &rescale_logits_backward);
 }
 
 }  // namespace fused_losses

@@ -14,6 +14,8 @@ RowStatisticsTensors::RowStatisticsTensors(RowProblem& p, DtypeCode acc, Device 
     p.argmax = static_cast<std::int64_t*>(argmax.mutable_data_ptr());
 }
 
+namespace {
+
 void row_statistics(StableIValue* stack, std::uint64_t, std::uint64_t) {
     Arguments in(stack);
     RowLossArgs args;
@@ -31,5 +33,9 @@ void row_statistics(StableIValue* stack, std::uint64_t, std::uint64_t) {
     if (p.rows() > 0) backend_of(logits.device()).row_statistics(p);
     Results(stack).push(found.stats, found.argmax);
 }
+
+}  // namespace
+
+void implement_row_statistics(Library& m) { m.impl("row_statistics", &row_statistics); }
 
 }  // namespace fused_losses

@@ -18,7 +18,7 @@ struct Numbers {
 };
 
 // A `Tensor` that takes the place of a `Tensor?`.
-struct Given {
+struct Required {
     OptionalTensor& tensor;
 };
 
@@ -42,7 +42,7 @@ private:
     void take(double& x) { x = pop<double>(); }
     void take(bool& x) { x = pop<bool>(); }
     void take(Tensor& t) { t = Tensor(pop<AtenTensorHandle>()); }
-    void take(const Given& given) { given.tensor.emplace(pop<AtenTensorHandle>()); }
+    void take(const Required& required) { required.tensor.emplace(pop<AtenTensorHandle>()); }
 
     void take(OptionalTensor& t) {
         StableIValue* const present = pop<StableIValue*>();

@@ -122,7 +122,7 @@ struct ZProblem {
     // and of the loss, where Reduction::kNone fills row_values, the others loss; denominator: sum of kept weights
     Reduction reduction = Reduction::kMean;
     void* row_values = nullptr;   // acc
-    void* row_weights = nullptr;  // acc; classes: each row's share of the denominator
+    void* row_weights = nullptr;  // acc; classes: each row's weight in the denominator
     void* loss = nullptr;         // acc
     void* denominator = nullptr;  // acc
 

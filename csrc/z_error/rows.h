@@ -1,10 +1,11 @@
-// What a row is worth to a Z-Error loss: group, score, whether it is kept, loss and slope. Shared by CPU and CUDA.
+// What a row is worth to a Z-Error loss: group, score, whether it is kept, loss and slope. The CPU
+// (cpu/z_error_kernels.cpp) computes blocks of rows of this, CUDA (cuda/z_error_rows.cuh) one at a time.
 #pragma once
 
-#include <cassert>
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "core/math.h"
 #include "core/numeric.h"
@@ -15,22 +16,36 @@ namespace fused_losses {
 inline namespace FL_ISA {
 namespace z_error {
 
+// Calls body.operator()<Stored>() for the type of a tensor.
+template <class Body>
+FL_HD auto visit_type(ElementType type, Body body) {
+    switch (type) {
+        case ElementType::kFloat64: return body.template operator()<double>();
+        case ElementType::kFloat32: return body.template operator()<float>();
+        case ElementType::kFloat16: return body.template operator()<Half>();
+        case ElementType::kBFloat16: return body.template operator()<BFloat16>();
+        case ElementType::kInt64: return body.template operator()<std::int64_t>();
+        case ElementType::kInt32: return body.template operator()<std::int32_t>();
+        case ElementType::kInt16: return body.template operator()<std::int16_t>();
+        case ElementType::kInt8: return body.template operator()<std::int8_t>();
+        case ElementType::kUInt8: return body.template operator()<std::uint8_t>();
+    }
+    return decltype(body.template operator()<float>())();
+}
+
+template <class T, class Stored>
+FL_HD T number(Stored x) {
+    if constexpr (std::is_class_v<Stored>)
+        return static_cast<T>(widen(x));
+    else
+        return static_cast<T>(x);
+}
+
 // The tensors are small beside the logits, so their types are looked up per element instead of compiling a kernel for
 // every combination; the branch is the same for all rows.
 template <class T>
 FL_HD T read(const Elements& e, std::int64_t offset) {
-    switch (e.type) {
-        case ElementType::kFloat64: return static_cast<T>(static_cast<const double*>(e.data)[offset]);
-        case ElementType::kFloat32: return static_cast<T>(static_cast<const float*>(e.data)[offset]);
-        case ElementType::kFloat16: return static_cast<T>(widen(static_cast<const Half*>(e.data)[offset]));
-        case ElementType::kBFloat16: return static_cast<T>(widen(static_cast<const BFloat16*>(e.data)[offset]));
-        case ElementType::kInt64: return static_cast<T>(static_cast<const std::int64_t*>(e.data)[offset]);
-        case ElementType::kInt32: return static_cast<T>(static_cast<const std::int32_t*>(e.data)[offset]);
-        case ElementType::kInt16: return static_cast<T>(static_cast<const std::int16_t*>(e.data)[offset]);
-        case ElementType::kInt8: return static_cast<T>(static_cast<const std::int8_t*>(e.data)[offset]);
-        case ElementType::kUInt8: return static_cast<T>(static_cast<const std::uint8_t*>(e.data)[offset]);
-    }
-    return T(0);
+    return visit_type(e.type, [&]<class Stored>() { return number<T>(static_cast<const Stored*>(e.data)[offset]); });
 }
 
 template <class T>
@@ -74,20 +89,6 @@ FL_HD std::int64_t group_of_class(const ZProblem& p, std::int64_t target) {
 // Labels are numbers in [0, 1]; NaN is a missing one. The nearer of 0 and 1 is the class.
 FL_HD bool is_bad_label(double label) { return label < 0.0 || label > 1.0; }
 
-FL_HD std::int64_t group_of_label(const ZProblem& p, std::int64_t number, double label) {
-    const std::int64_t first = p.num_groups == 2 ? 0 : number % (p.num_groups / 2) * 2;
-#ifdef __CUDA_ARCH__  // the CPU has looked at all labels before
-    assert(!is_bad_label(label) && "fused_losses: label outside [0, 1]");
-#endif
-    return label == label ? first + (label > 0.5) : -1;
-}
-
-FL_HD std::int64_t group_of(const ZProblem& p, const Row& row) {
-    if (is_class(p.statistic)) return group_of_class(p, row.of<std::int64_t>(p.target));
-    if (is_regression(p.statistic)) return p.num_groups == 1 ? 0 : row.number % p.num_groups;
-    return group_of_label(p, row.number, row.of<double>(p.target));
-}
-
 // Half precision is exact in double: constant classes and ties come out as they are stored.
 // T is double or a vector of them.
 template <class T>
@@ -101,13 +102,6 @@ FL_HD T score_from(Statistic statistic, T x, T target) {
         case Statistic::kBceProb: return math::select(is_finite(x), T(1.0) / (T(1.0) + math::exp(-x)), x);
         default: return x;
     }
-}
-
-FL_HD double score_of(const ZProblem& p, const Row& row, std::int64_t group) {
-    const std::int64_t offset = p.input.stride.at(row.outer, row.inner);
-    const double x = read<double>(p.input, p.gathers ? offset + group * p.class_stride : offset);
-    return is_regression(p.statistic) ? score_from(p.statistic, x, row.of<double>(p.target))
-                                      : score_from(p.statistic, x, 0.0);
 }
 
 template <class T>
@@ -177,38 +171,9 @@ FL_HD ValueAndSlope<A> binary_loss(A x, A y, A pos_weight) {
 }
 
 template <class A>
-FL_HD A pos_weight_of(const ZProblem& p, std::int64_t number) {
-    if (!p.pos_weight.data) return A(1);
-    return read<A>(p.pos_weight, p.num_pos_weights == 1 ? 0 : number % p.num_pos_weights * p.pos_weight.stride.inner);
-}
-
-template <class A>
-FL_HD ValueAndSlope<A> loss_of(const ZProblem& p, const Row& row) {
-    const A x = row.of<A>(p.input), y = row.of<A>(p.target);
-    return is_regression(p.statistic) ? squared_error(x, y) : binary_loss(x, y, pos_weight_of<A>(p, row.number));
-}
-
-// Weighted loss of a kept row, its weight: what the mean is made of. Zero for a dropped row, whatever it holds.
-template <class A>
-struct WeightedLoss {
-    A value, weight;
-};
-
-template <class A>
 FL_HD A class_weight_of(const ZProblem& p, const Row& row) {
     return p.class_weight.data ? read<A>(p.class_weight, row.of<std::int64_t>(p.target) * p.class_weight.stride.inner)
                                : A(1);
-}
-
-template <class A>
-FL_HD WeightedLoss<A> weighted_loss_of(const ZProblem& p, const Row& row, bool kept) {
-    if (!kept) return {A(0), A(0)};
-    const A weight = p.sample_weight.data ? row.of<A>(p.sample_weight) : A(1);
-    if (is_class(p.statistic)) {
-        const A weight_of_class = weight * class_weight_of<A>(p, row);
-        return {(p.row_weights ? weight_of_class : weight) * row.of<A>(p.values), weight_of_class};
-    }
-    return {weight * loss_of<A>(p, row).value, weight};
 }
 
 FL_HD void record(const ZProblem& p, std::int64_t number, const Verdict<double>& verdict) {
@@ -219,27 +184,6 @@ FL_HD void record(const ZProblem& p, std::int64_t number, const Verdict<double>&
 // A target out of range stays as it is: the loss has to complain about it.
 FL_HD std::int64_t kept_target_of(const ZProblem& p, std::int64_t target, std::int64_t group, bool kept) {
     return group >= 0 && !kept ? p.ignore_index : target;
-}
-
-// Judges a row and returns whether it is kept.
-FL_HD bool mask_row(const ZProblem& p, const Row& row) {
-    const std::int64_t group = group_of(p, row);
-    Verdict<double> verdict{false, std::numeric_limits<double>::quiet_NaN()};
-    if (group >= 0) verdict = judge<double>(keep_interval_of(p, group), score_of(p, row, group));
-    record(p, row.number, verdict);
-    if (p.kept_target)
-        p.kept_target[row.number] = kept_target_of(p, row.of<std::int64_t>(p.target), group, verdict.kept);
-    return verdict.kept;
-}
-
-// Derivative of the reduced loss in a row's input.
-template <class A>
-FL_HD A gradient_of(const ZProblem& p, const Row& row) {
-    if (!p.mask[row.number]) return A(0);
-    const A divisor = p.divisor ? *static_cast<const A*>(p.divisor) : A(1);
-    if (divisor == A(0)) return A(0);
-    const A weight = p.sample_weight.data ? row.of<A>(p.sample_weight) : A(1);
-    return row.of<A>(p.upstream) * weight * loss_of<A>(p, row).slope / divisor;
 }
 
 }  // namespace z_error

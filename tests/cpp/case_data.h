@@ -65,7 +65,7 @@ public:
           target16(per_row()),
           target8(per_row()),
           other32(per_row()),
-          share(per_row()),
+          lam(per_row()),
           soft_acc(any_layout()),
           soft_stored(any_layout()),
           class_weight(layout_of(Kind::kRows, 1, 1, s.classes)),
@@ -100,14 +100,14 @@ protected:
         Guarded<std::int16_t> target16;
         Guarded<std::uint8_t> target8;
         Guarded<std::int32_t> other32;
-        Guarded<A> share, soft_acc, class_weight, margin, sample_weight, upstream, scalars;
+        Guarded<A> lam, soft_acc, class_weight, margin, sample_weight, upstream, scalars;
         Guarded<Stored> soft_stored;
 
         bool operator==(const Inputs&) const = default;
     };
 
     Inputs inputs() const {
-        return {logits,   target64,     target32, target16,      target8,  other32, share,
+        return {logits,   target64,     target32, target16,      target8,  other32, lam,
                 soft_acc, class_weight, margin,   sample_weight, upstream, scalars, soft_stored};
     }
 
@@ -179,13 +179,13 @@ protected:
     void choose_second_labels() {
         fill_target(target32, IndexType::kInt32);
         p.other_target = other32.data(), p.other_target_stride = other32.layout.row;
-        p.share_of_all = double(A(random.uniform(0, 1)));
+        p.lam_of_all = double(A(random.uniform(0, 1)));
         for_rows([&](std::int64_t o, std::int64_t i) {
             other32.at(o, i) = random.one_in(4) ? int(p.ignore_index) : random.below(int(shape.classes));
             if (p.ignore_index == -7 && other32.at(o, i) < 0) other32.at(o, i) = 0;
-            share.at(o, i) = A(random.one_in(5) ? random.below(2) : random.uniform(0, 1));
+            lam.at(o, i) = A(random.one_in(5) ? random.below(2) : random.uniform(0, 1));
         });
-        if (random.one_in(2)) p.share = share.data(), p.share_stride = share.layout.row;
+        if (random.one_in(2)) p.lam = lam.data(), p.lam_stride = lam.layout.row;
         for (double& scale : p.label_scale) scale = random.one_in(2) ? 1.0 : double(A(random.uniform(0, 1)));
     }
 
@@ -226,7 +226,7 @@ protected:
     };
     std::vector<Label> labels_of(std::int64_t o, std::int64_t i) {
         if (!mixes) return {{target_of(o, i), 1.0}};
-        const double first = p.share ? double(share.at(o, i)) : p.share_of_all;
+        const double first = p.lam ? double(lam.at(o, i)) : p.lam_of_all;
         const Label both[] = {{target_of(o, i), first * p.label_scale[0]},
                               {other32.at(o, i), (1 - first) * p.label_scale[1]}};
         std::vector<Label> counted;
@@ -311,7 +311,7 @@ protected:
     Guarded<std::int16_t> target16;
     Guarded<std::uint8_t> target8;
     Guarded<std::int32_t> other32;
-    Guarded<A> share, soft_acc;
+    Guarded<A> lam, soft_acc;
     Guarded<Stored> soft_stored;
     Guarded<A> class_weight, margin, sample_weight, upstream, scalars;
     RowProblem p;

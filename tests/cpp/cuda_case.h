@@ -72,13 +72,14 @@ public:
 
     // Whether rows can stay in registers of kernels for these; and on a device with room for whatever is planned, of
     // which the gradient is written as the logits are read.
-    bool is_for(cuda::Factors factors) const {
+    bool is_for(cuda::KernelKind kind) const {
         if (logits.layout.begin == 0) return false;
-        if (have_passes(factors)) return !p.first_param;
-        if (factors == cuda::Factors::kOnesAndStatistics)
-            return looks && p.logit_bias == 0 && !p.logit_bias_device && cuda::factors_of(p) != cuda::Factors::kRead;
+        if (is_multi_reduction(kind)) return !p.first_param;
+        if (kind == cuda::KernelKind::kStatistics)
+            return looks && p.logit_bias == 0 && !p.logit_bias_device &&
+                   cuda::kind_of(p) != cuda::KernelKind::kReadFactors;
         const bool has_shares = p.class_factors == ClassFactors::kClassLosses;
-        return !looks && !mixes && (has_shares ? cuda::Factors::kRead : cuda::factors_of(p)) == factors;
+        return !looks && !mixes && (has_shares ? cuda::KernelKind::kReadFactors : cuda::kind_of(p)) == kind;
     }
     void test_planned(const std::string& what) {
         choose_device_with_clusters();
@@ -285,7 +286,7 @@ private:
         p.upstream = upstream;
     }
 
-    // A row's share of the denominator.
+    // A row's part of the denominator.
     double weight_of(std::int64_t o, std::int64_t i, bool active) {
         if (ignored(o, i)) return 0;
         const double of_class = p.class_weight && !soft ? double(class_weight.at(0, 0, target_of(o, i))) : 1.0;
@@ -298,12 +299,12 @@ private:
             const std::int64_t of_row[] = {target_of(o, i), Base::other32.at(o, i)};
             for (int k = 0; k < 2; ++k) {
                 if (of_row[k] == p.ignore_index) continue;
-                const double first = double(Base::share.at(o, i)), share = k == 0 ? first : 1 - first;
+                const double first = double(Base::lam.at(o, i)), part = k == 0 ? first : 1 - first;
                 const double of_class = p.class_weight ? double(class_weight.at(0, 0, of_row[k])) : 1.0;
-                want[p.share ? 0 : k] += sample_weight_of(o, i) * of_class * (p.share ? share : 1.0);
+                want[p.lam ? 0 : k] += sample_weight_of(o, i) * of_class * (p.lam ? part : 1.0);
             }
         });
-        if (p.share) want[1] = want[0];
+        if (p.lam) want[1] = want[0];
         for (int k = 0; k < 2; ++k) {
             const double got = double(result.scalars.at(0, 1 + k));
             check(std::fabs(got - want[k]) <= 1e-6 * want[k], "%s: weight of labels %.9g, not %.9g", name.c_str(), got,

@@ -200,15 +200,4 @@ inline std::string describe(const Shape& s, Dtype dtype, int loss) {
 
 inline constexpr Dtype kDtypes[] = {Dtype::kFloat64, Dtype::kFloat32, Dtype::kFloat16, Dtype::kBFloat16};
 
-// Calls body.operator()<Stored>() for a dtype.
-template <class Body>
-void visit_dtype(Dtype dtype, Body body) {
-    switch (dtype) {
-        case Dtype::kFloat64: return body.template operator()<double>();
-        case Dtype::kFloat32: return body.template operator()<float>();
-        case Dtype::kFloat16: return body.template operator()<Half>();
-        case Dtype::kBFloat16: return body.template operator()<BFloat16>();
-    }
-}
-
 }  // namespace fused_losses_test

@@ -58,7 +58,7 @@ private:
     }
 
     struct Result : RowResult {
-        Guarded<TileSums> sums;
+        Guarded<LossSums> sums;
 
         Result(const Layout& grad, const RowProblem& p)
             : RowResult(grad, p), sums(layout_of(Kind::kRows, 1, Tiling(p).tiles, 1)) {}
@@ -100,7 +100,7 @@ private:
     }
 
     void compare(Result& result, const char* pass, bool values) {
-        TileSums total, size, sums;
+        LossSums total{}, size{}, sums{};
         for_rows([&](std::int64_t o, std::int64_t i) {
             if (values) Base::compare_value(o, i, result.values.at(o, i));
             if (values) Base::compare_saved(result.stats, o, i);
@@ -110,16 +110,15 @@ private:
             size.value += value_tolerance(o, i);
             add_active(o, i, total, size);
         });
-        for (std::int64_t t = 0; t < Tiling(p).tiles; ++t)
-            sums.value += result.sums.at(0, t).value, sums.weight += result.sums.at(0, t).weight;
+        for (std::int64_t t = 0; t < Tiling(p).tiles; ++t) sums.add(result.sums.at(0, t));
         check(std::fabs(sums.value - total.value) <= size.value, "%s: %s: sum %.9g, not %.9g", name.c_str(), pass,
               sums.value, total.value);
         check(std::fabs(sums.weight - total.weight) <= size.weight + 1e-12 * total.weight,
               "%s: %s: weight of active rows %.9g, not %.9g", name.c_str(), pass, sums.weight, total.weight);
     }
 
-    // Adds a row's weight if its loss is positive. Only losses of several passes count rows.
-    void add_active(std::int64_t o, std::int64_t i, TileSums& total, TileSums& size) {
+    // Adds a row's weight if its loss is positive. Only multi-reduction losses count rows.
+    void add_active(std::int64_t o, std::int64_t i, LossSums& total, LossSums& size) {
         if (!is_multi_reduction_loss(p.loss)) return;
         const double of_class = p.class_weight ? double(class_weight.at(0, 0, target_of(o, i))) : 1.0;
         const double weight = sample_weight_of(o, i) * of_class;

@@ -65,7 +65,7 @@ inline void test_assumed_denominator() {
 }
 
 // Every number of a row is held by one lane, as often as there is room for; tiles end within their memory.
-inline void test_register_plan(Dtype dtype, Factors factors, std::int64_t classes, std::int64_t rows,
+inline void test_register_plan(Dtype dtype, KernelKind kind, std::int64_t classes, std::int64_t rows,
                                std::int64_t base) {
     const int element = bytes_of(dtype), per_word = 4 / element, per_access = 16 / element;
     RowProblem p;
@@ -73,10 +73,10 @@ inline void test_register_plan(Dtype dtype, Factors factors, std::int64_t classe
     p.logits_stride = p.grad_stride = {rows * classes, classes};
     p.logits = p.grad = reinterpret_cast<void*>(base);
     const auto complain = [&](const RegisterPlan& plan, const char* what) {
-        check(false, "%lld classes of %d bytes: %s: %d lanes of %d, %d rounds, share %d, %d blocks", (long long)classes,
-              element, what, plan.lanes, plan.held, plan.rounds, plan.share, plan.cluster);
+        check(false, "%lld classes of %d bytes: %s: %d lanes of %d, %d rounds, %d of each of %d blocks",
+              (long long)classes, element, what, plan.lanes, plan.held, plan.rounds, plan.block_part, plan.cluster);
     };
-    if (const RegisterPlan plan = plan_tiles(p, factors, 132)) {
+    if (const RegisterPlan plan = plan_tiles(p, kind, 132)) {
         const std::int64_t words = classes / per_word;
         const int always = kTileKernels[plan.kernel].always(plan.held / per_word);
         std::int64_t shared_out = 0;
@@ -86,26 +86,26 @@ inline void test_register_plan(Dtype dtype, Factors factors, std::int64_t classe
             if (count > 0 && plan.begin_of(lane) != shared_out) complain(plan, "a gap");
             shared_out += count;
         }
-        if (classes > 3 && plan.factors != factors) complain(plan, "a kernel for other factors");
+        if (classes > 3 && plan.kind != kind) complain(plan, "a kernel of another kind");
         if (shared_out != words || plan.rounds * per_word > plan.held) complain(plan, "no room");
         if (plan.tile_bytes < plan.tile_rows * classes * element + base % 16 || plan.tile_bytes % 16 != 0 ||
             plan.tile_rows % (32 / plan.lanes) != 0)
             complain(plan, "tile");
-    } else if (classes <= 200 && (classes >= per_word || !have_passes(factors)) &&
+    } else if (classes <= 200 && (classes >= per_word || !is_multi_reduction(kind)) &&
                (classes % per_word != 0 || base % 4 == 0)) {
         complain(plan, "no tiles");
     }
     for (const int largest : {1, 4, 16}) {
-        const RegisterPlan plan = plan_direct(p, factors, largest);
+        const RegisterPlan plan = plan_direct(p, kind, largest);
         const std::int64_t accesses = classes / per_access, most = std::int64_t(plan.lanes) * (plan.held / per_access);
         if (!plan) {
-            const int fewest = have_passes(factors) ? 300 : 32;  // below that, rows are in tiles
+            const int fewest = is_multi_reduction(kind) ? 300 : 32;  // below that, rows are in tiles
             if (classes > fewest && classes <= 8 * 1024) complain(plan, "not direct");
             continue;
         }
-        if (plan.share * plan.cluster < accesses || plan.share > most || plan.cluster > largest)
+        if (plan.block_part * plan.cluster < accesses || plan.block_part > most || plan.cluster > largest)
             complain(plan, "no room");
-        const std::int64_t of_last = (classes - per_access + 1) / per_access - plan.share * (plan.cluster - 1);
+        const std::int64_t of_last = (classes - per_access + 1) / per_access - plan.block_part * (plan.cluster - 1);
         if (of_last < plan.lanes * kDirectKernels[plan.kernel].always(plan.held / per_access))
             complain(plan, "a thread with too little");
         if (plan.lanes % 32 != 0 || plan.threads % plan.lanes != 0 || plan.threads > kMostThreads)
@@ -116,23 +116,24 @@ inline void test_register_plan(Dtype dtype, Factors factors, std::int64_t classe
 
 inline void test_register_plans() {
     for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16})
-        for (const Factors factors : {Factors::kNone, Factors::kOnes, Factors::kOneKept, Factors::kTwoKept})
+        for (const KernelKind kind :
+             {KernelKind::kNoFactors, KernelKind::kUnitFactors, KernelKind::kOneKept, KernelKind::kTwoKept})
             for (const int base : {0, bytes_of(dtype), 8})
                 for (int classes = 1; classes < 200000; classes += 1 + classes / 7)
-                    for (const int rows : {1, 1000, 1000000}) test_register_plan(dtype, factors, classes, rows, base);
+                    for (const int rows : {1, 1000, 1000000}) test_register_plan(dtype, kind, classes, rows, base);
     RowProblem p;
     p.dtype = Dtype::kFloat32, p.inner = 1000, p.num_classes = 100, p.logits_stride = p.grad_stride = {0, 100};
-    check(bool(plan_tiles(p, factors_of(p), 132)), "100 classes: no tiles");
+    check(bool(plan_tiles(p, kind_of(p), 132)), "100 classes: no tiles");
     p.grad = reinterpret_cast<void*>(4);
-    check(!plan_tiles(p, factors_of(p), 132) && !plan_direct(p, factors_of(p), 16),
+    check(!plan_tiles(p, kind_of(p), 132) && !plan_direct(p, kind_of(p), 16),
           "a gradient that begins elsewhere within 16 bytes");
     p.grad = nullptr;
     p.logits_stride.inner = 104;
-    check(!plan_tiles(p, factors_of(p), 132) && plan_direct(p, factors_of(p), 16), "rows with gaps: one by one");
+    check(!plan_tiles(p, kind_of(p), 132) && plan_direct(p, kind_of(p), 16), "rows with gaps: one by one");
     p.logits_class_stride = 2;
-    check(!plan_direct(p, factors_of(p), 16), "every other class");
+    check(!plan_direct(p, kind_of(p), 16), "every other class");
     p.logits_class_stride = 1, p.dtype = Dtype::kFloat64;
-    check(!plan_direct(p, factors_of(p), 16), "doubles");
+    check(!plan_direct(p, kind_of(p), 16), "doubles");
 }
 
 // Every class has one thread and one place there.
@@ -166,12 +167,13 @@ inline void test_kept_plans() {
                 const RegisterPlan plan = plan_kept_rows(p, numbers, 16);
                 check(plan || classes > 65536, "%d classes: no room", classes);
                 for (int rank = 0; rank < plan.cluster && plan; ++rank) {
-                    const int begin = std::min(classes, rank * plan.share);
-                    const int end = std::min(classes, begin + plan.share);
+                    const int begin = std::min(classes, rank * plan.block_part);
+                    const int end = std::min(classes, begin + plan.block_part);
                     check_shared_out("rows", end - begin, plan.lanes, plan.held,
                                      [&](int lane) { return ClassesOfThread(0, end - begin, lane, plan.lanes); });
                 }
-                check(!plan || plan.share * plan.cluster >= classes, "%d classes: too small a share", classes);
+                check(!plan || plan.block_part * plan.cluster >= classes, "%d classes: too little for a block",
+                      classes);
             }
 }
 
@@ -179,26 +181,27 @@ inline void test_column_plans() {
     RowProblem p;
     p.dtype = Dtype::kBFloat16, p.outer = 2, p.inner = 64 * 64;
     for (int classes = 1; classes <= 192; ++classes)
-        for (const Factors factors : {Factors::kNone, Factors::kOnes, Factors::kRead}) {
+        for (const KernelKind kind : {KernelKind::kNoFactors, KernelKind::kUnitFactors, KernelKind::kReadFactors}) {
             p.num_classes = classes, p.logits_class_stride = p.grad_class_stride = p.inner;
             p.logits_stride = p.grad_stride = {p.inner * classes, 1};
-            const RegisterPlan plan = plan_columns(p, factors);
-            check(plan && plan.is_paired && plan.factors == factors, "%d classes: not in columns", classes);
+            const RegisterPlan plan = plan_columns(p, kind);
+            check(plan && plan.is_paired && plan.kind == kind, "%d classes: not in columns", classes);
             if (!plan) continue;
             const ColumnKernel& kernel = kColumnKernels[plan.kernel];
-            check(kernel.factors == factors && kernel.held * plan.lanes >= classes &&
+            check(kernel.kind == kind && kernel.held * plan.lanes >= classes &&
                       classes / plan.lanes >= kernel.always() && plan.threads <= kMostColumnThreads,
                   "%d classes: %d parts of %d", classes, plan.lanes, plan.held);
         }
     p.num_classes = 5000;
-    check(!plan_columns(p, Factors::kNone) && !plan_kept_rows(p, 1, 16) && plan_any_rows(p, 1),
+    check(!plan_columns(p, KernelKind::kNoFactors) && !plan_kept_rows(p, 1, 16) && plan_any_rows(p, 1),
           "5000 classes: any rows");
     p.num_classes = 150, p.inner = p.logits_class_stride = p.grad_class_stride = 63 * 63;
-    check(plan_columns(p, Factors::kNone) && !plan_columns(p, Factors::kNone).is_paired, "an odd number of pixels");
+    check(plan_columns(p, KernelKind::kNoFactors) && !plan_columns(p, KernelKind::kNoFactors).is_paired,
+          "an odd number of pixels");
     p.logits_class_stride = std::int64_t(1) << 31;
-    check(!plan_columns(p, Factors::kNone), "classes too far apart");
+    check(!plan_columns(p, KernelKind::kNoFactors), "classes too far apart");
     p.dtype = Dtype::kFloat64;
-    check(!plan_columns(p, Factors::kNone), "doubles");
+    check(!plan_columns(p, KernelKind::kNoFactors), "doubles");
 }
 
 }  // namespace fused_losses_test

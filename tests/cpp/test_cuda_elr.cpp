@@ -122,18 +122,11 @@ void test(Dtype dtype, const Problem& of, Random& random) {
                   "memory %g, not %g", double(widen(memory.at(0, i, c))), double(widen(expected.at(0, i, c))));
 }
 
-template <class Stored>
 void test_any_memory(Dtype dtype, const Problem& of, Random& random) {
-    random.one_in(2) ? test<Stored, float>(dtype, of, random) : test<Stored, BFloat16>(dtype, of, random);
-}
-
-void test_any_memory(Dtype dtype, const Problem& of, Random& random) {
-    switch (dtype) {
-        case Dtype::kFloat64: return test_any_memory<double>(dtype, of, random);
-        case Dtype::kFloat32: return test_any_memory<float>(dtype, of, random);
-        case Dtype::kFloat16: return test_any_memory<Half>(dtype, of, random);
-        case Dtype::kBFloat16: return test_any_memory<BFloat16>(dtype, of, random);
-    }
+    const bool is_float = random.one_in(2);
+    visit_dtype(dtype, [&]<class Stored>() {
+        is_float ? test<Stored, float>(dtype, of, random) : test<Stored, BFloat16>(dtype, of, random);
+    });
 }
 
 }  // namespace

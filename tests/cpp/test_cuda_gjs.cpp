@@ -35,7 +35,7 @@ void test(Dtype dtype, Kind kind, std::int64_t outer, std::int64_t inner, std::i
     p.dtype = dtype, p.outer = outer, p.inner = inner, p.num_classes = classes;
     p.target = target.data(), p.target_stride = target.layout.row, p.row_values = values.data();
     GjsViews views;
-    views.count = count, views.label_share = random.uniform(0.1, 0.9);
+    views.count = count, views.label_weight = random.uniform(0.1, 0.9);
     for (int i = 0; i < count; ++i) {
         logits.emplace_back(layout_of(i == 0 ? kind : Kind(random.below(kKinds)), outer, inner, classes));
         grads.emplace_back(layout_of(Kind(random.below(kKinds)), outer, inner, classes));
@@ -49,7 +49,7 @@ void test(Dtype dtype, Kind kind, std::int64_t outer, std::int64_t inner, std::i
                           with_grad ? grads[i].data() : nullptr,
                           to.row,
                           to.cls,
-                          (1 - views.label_share) / count};
+                          (1 - views.label_weight) / count};
         for (std::int64_t o = 0; o < outer; ++o)
             for (std::int64_t r = 0; r < inner; ++r)
                 for (std::int64_t c = 0; c < classes; ++c)
@@ -61,7 +61,7 @@ void test(Dtype dtype, Kind kind, std::int64_t outer, std::int64_t inner, std::i
     cuda_emulation::largest_grid = random.one_in(2) ? 1 + random.below(2) : ~0u;
     check(cuda::enqueue_gjs(p, views, nullptr) == cudaSuccess, "not launched");
     check(before == logits && values.only_elements_written(), "wrote elsewhere");
-    const double tolerance = sizeof(A) == 8 ? 1e-11 : 2e-5, label = views.label_share;
+    const double tolerance = sizeof(A) == 8 ? 1e-11 : 2e-5, label = views.label_weight;
     const double normaliser = -1 / ((1 - label) * std::log(1 - label));
     for (std::int64_t o = 0; o < outer; ++o)
         for (std::int64_t r = 0; r < inner; ++r) {
@@ -71,7 +71,7 @@ void test(Dtype dtype, Kind kind, std::int64_t outer, std::int64_t inner, std::i
                 std::vector<double> z;
                 for (std::int64_t c = 0; c < classes; ++c) z.push_back(double(logits[i].at(o, r, c)));
                 probabilities.push_back(softmax(z));
-                for (std::int64_t c = 0; c < classes; ++c) mean[c] += views.views[i].share * probabilities[i][c];
+                for (std::int64_t c = 0; c < classes; ++c) mean[c] += views.views[i].weight * probabilities[i][c];
             }
             mean[target.at(o, r)] += label;
             double value = -label * std::log(mean[target.at(o, r)]);
@@ -81,10 +81,10 @@ void test(Dtype dtype, Kind kind, std::int64_t outer, std::int64_t inner, std::i
                 };
                 double divergence = 0;
                 for (std::int64_t c = 0; c < classes; ++c) divergence += probabilities[i][c] * log_ratio(c);
-                value += views.views[i].share * divergence;
+                value += views.views[i].weight * divergence;
                 for (std::int64_t c = 0; c < classes && with_grad; ++c) {
                     const double right =
-                        normaliser * views.views[i].share * probabilities[i][c] * (log_ratio(c) - divergence);
+                        normaliser * views.views[i].weight * probabilities[i][c] * (log_ratio(c) - divergence);
                     check(std::fabs(double(grads[i].at(o, r, c)) - right) <= tolerance, "gradient %g, not %g",
                           double(grads[i].at(o, r, c)), right);
                 }

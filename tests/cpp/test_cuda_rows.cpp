@@ -54,10 +54,10 @@ struct Kernel {
     enum { kTile, kDirect, kColumn } kind;
     std::size_t index;
 
-    Factors factors() const {
-        return kind == kTile     ? kTileKernels[index].factors
-               : kind == kDirect ? kDirectKernels[index].factors
-                                 : kColumnKernels[index].factors;
+    KernelKind compiled_for() const {
+        return kind == kTile     ? kTileKernels[index].kind
+               : kind == kDirect ? kDirectKernels[index].kind
+                                 : kColumnKernels[index].kind;
     }
 };
 
@@ -80,11 +80,11 @@ Shape shape_for(Dtype dtype, const Kernel& kernel, Random& random) {
         p.dtype = dtype, p.outer = shape.outer, p.inner = rows, p.num_classes = classes;
         const Layout layout = layout_of(shape.kind, p.outer, rows, classes);
         p.logits_stride = p.grad_stride = layout.row, p.logits_class_stride = p.grad_class_stride = layout.cls;
-        RegisterPlan plan = plan_tiles(p, kernel.factors(), 8);
+        RegisterPlan plan = plan_tiles(p, kernel.compiled_for(), 8);
         if (bool(plan) != (kernel.kind == Kernel::kTile)) continue;
-        if (!plan) plan = plan_columns(p, kernel.factors());
+        if (!plan) plan = plan_columns(p, kernel.compiled_for());
         if (plan.is_column != is_column) continue;
-        if (!plan) plan = plan_direct(p, kernel.factors(), kMaxCluster);
+        if (!plan) plan = plan_direct(p, kernel.compiled_for(), kMaxCluster);
         if (plan && plan.kernel == int(kernel.index)) return shape;
     }
     check(false, "kernel %d of list %d has no rows", int(kernel.index), int(kernel.kind));
@@ -95,32 +95,33 @@ Shape shape_for(Dtype dtype, const Kernel& kernel, Random& random) {
 // one in so many.
 void test_registers(int thinning, Random& random) {
     constexpr struct {
-        Factors factors;
+        KernelKind kind;
         const char* loss;
         int params;
-    } passes[] = {{Factors::kOneKept, "hem", 0},          {Factors::kOneKept, "multi_margin", 0},
-                  {Factors::kOneKept, "multi_margin", 4}, {Factors::kOneKept, "bi_tempered", 0},
-                  {Factors::kTwoKept, "ngce", 0},         {Factors::kTwoKept, "nfl", 0},
-                  {Factors::kTwoKept, "anl_fl", 0},       {Factors::kTwoKept, "jal_fl", 0},
-                  {Factors::kTwoKept, "ldr_kl", 0}};
+    } passes[] = {{KernelKind::kOneKept, "hem", 0},          {KernelKind::kOneKept, "multi_margin", 0},
+                  {KernelKind::kOneKept, "multi_margin", 4}, {KernelKind::kOneKept, "bi_tempered", 0},
+                  {KernelKind::kTwoKept, "ngce", 0},         {KernelKind::kTwoKept, "nfl", 0},
+                  {KernelKind::kTwoKept, "anl_fl", 0},       {KernelKind::kTwoKept, "jal_fl", 0},
+                  {KernelKind::kTwoKept, "ldr_kl", 0}};
     const auto test_kernel = [&](Dtype dtype, const Kernel& kernel, int given_loss, int params) {
         const Shape shape = shape_for(dtype, kernel, random);
         visit_dtype(dtype, [&]<class Stored>() {
             for (bool is_done = false; !is_done;) {
                 const int loss = given_loss < 0 ? random.below(SoftmaxLosses::size) : given_loss;
-                const bool looks = kernel.factors() == Factors::kOnesAndStatistics;
+                const bool looks = kernel.compiled_for() == KernelKind::kStatistics;
                 CudaCase<Stored> problem(shape, loss, naive_loss(loss_names()[loss]).params[params], random, looks,
                                          looks);
-                is_done = problem.is_for(kernel.factors());
+                is_done = problem.is_for(kernel.compiled_for());
                 if (is_done) problem.test_planned(describe(shape, dtype, loss));
             }
         });
     };
     for (const Dtype dtype : {Dtype::kFloat32, Dtype::kFloat16, Dtype::kBFloat16})
         for (const Kernel& kernel : all_kernels()) {
-            if (!have_passes(kernel.factors()) && random.one_in(thinning)) test_kernel(dtype, kernel, -1, 0);
+            if (!is_multi_reduction(kernel.compiled_for()) && random.one_in(thinning))
+                test_kernel(dtype, kernel, -1, 0);
             for (const auto& of : passes)
-                if (of.factors == kernel.factors() && random.one_in(std::max(1, thinning / 16)))
+                if (of.kind == kernel.compiled_for() && random.one_in(std::max(1, thinning / 16)))
                     test_kernel(dtype, kernel, index_of(AllLosses{}, of.loss), of.params);
         }
 }
@@ -141,7 +142,7 @@ void test_offsets(Random& random) {
         });
 }
 
-// Of a softmax loss, of one of which more is asked and of a loss of several passes. Doubles have none.
+// Of a softmax loss, of one of which more is asked and of a multi-reduction loss. Doubles have none.
 void test_large_clusters(Random& random) {
     const Dtype dtypes[] = {Dtype::kFloat32, Dtype::kFloat16, Dtype::kBFloat16};
     for (int kind = 0; kind < 3; ++kind) {

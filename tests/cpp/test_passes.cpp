@@ -1,4 +1,4 @@
-// The losses of several passes (core/multi_reduction_loss.h) of losses/registry.h, run over one row of scalars: values
+// The multi-reduction losses (core/multi_reduction_loss.h) of losses/registry.h, run over one row of scalars: values
 // and gradients against naive_losses.h, gradients against finite differences of the values, and the limits in which one
 // loss becomes another.
 #include <algorithm>

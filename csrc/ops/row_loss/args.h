@@ -89,12 +89,12 @@ private:
 
 // A second label for every row.
 struct OtherLabel {
-    OptionalTensor target;    // as the first one's
-    OptionalTensor share;     // of the first label, one per row; takes the place of share_of_all
-    double share_of_all = 1;  // the second one's is the rest
+    OptionalTensor target;  // as the first one's
+    OptionalTensor lam;     // what the first label counts, one per row; takes the place of lam_of_all
+    double lam_of_all = 1;  // the second one counts the rest
 
     OtherLabel() = default;
-    explicit OtherLabel(Arguments& in) { in.read(Given{target}, share, share_of_all); }
+    explicit OtherLabel(Arguments& in) { in.read(Required{target}, lam, lam_of_all); }
 };
 
 }  // namespace fused_losses

@@ -120,12 +120,12 @@ inline void check_other_label(RowLossArgs& args, OtherLabel& other, const RowLos
     std::swap(args.target, *other.target);
     check_target(args, needs_of(loss), shape.rows);
     std::swap(args.target, *other.target);
-    if (!other.share) return;
-    const Tensor& share = *other.share;
-    check(share.is_floating() && share.device() == args.logits.device() && is_per_row(share, shape.rows), args.loss,
+    if (!other.lam) return;
+    const Tensor& lam = *other.lam;
+    check(lam.is_floating() && lam.device() == args.logits.device() && is_per_row(lam, shape.rows), args.loss,
           ": lam must be a floating point tensor with one entry per row, shape ", Sizes(shape.rows),
-          ", on the device of ", "logits (", args.logits.device(), "), got ", share.dtype(), " of shape ",
-          share.sizes(), " on ", share.device());
+          ", on the device of ", "logits (", args.logits.device(), "), got ", lam.dtype(), " of shape ", lam.sizes(),
+          " on ", lam.device());
 }
 
 inline RowLossShape check_row_loss(const RowLossArgs& args) {

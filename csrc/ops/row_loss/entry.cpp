@@ -21,7 +21,7 @@ public:
         if (grad_loss) take_upstream(std::move(*grad_loss));
         if (with_grad) grad = given_grad ? std::move(*given_grad) : empty_like(args.logits);
         lay_out();
-        point();
+        set_pointers();
         problem.grad_is_written = given_grad && upstream.defined() && !copied_grad.defined();
     }
 
@@ -55,7 +55,7 @@ public:
     bool take_saved(const Tensor& stats, const Tensor& denominator) {
         problem.stats = const_cast<void*>(stats.const_data_ptr());
         if (divides() && denominator.numel() > 0) problem.denominator = denominator.const_data_ptr();
-        return problem.stats || (stats.dim() == 2 && backend().is_worked_out_again(problem));
+        return problem.stats || (stats.dim() == 2 && backend().backward_recomputes(problem));
     }
 
     // The gradient in the layout of the caller's logits.
@@ -112,8 +112,8 @@ private:
     void take_other_label() {
         check_other_label(args, other, shape);
         convert(*other.target, args.target.dtype());
-        if (other.share) convert(*other.share, acc);
-        problem.share_of_all = other.share_of_all;
+        if (other.lam) convert(*other.lam, acc);
+        problem.lam_of_all = other.lam_of_all;
     }
 
     void take_upstream(Tensor grad_loss) {
@@ -127,7 +127,7 @@ private:
                                {args.sample_weight ? &*args.sample_weight : nullptr},
                                {upstream.defined() ? &upstream : nullptr},
                                {other.target ? &*other.target : nullptr},
-                               {other.share ? &*other.share : nullptr},
+                               {other.lam ? &*other.lam : nullptr},
                                {&args.logits, shape.class_dim},
                                {grad.defined() ? &grad : nullptr, shape.class_dim}};
         const RowLayout layout = lay_out_rows(shape.rows, tensors);
@@ -137,18 +137,18 @@ private:
         problem.sample_weight_stride = tensors[1].stride;
         problem.upstream_stride = tensors[2].stride;
         problem.other_target_stride = tensors[3].stride;
-        problem.share_stride = tensors[4].stride;
+        problem.lam_stride = tensors[4].stride;
         problem.logits_stride = tensors[5].stride;
         problem.grad_stride = tensors[6].stride;
         copied_grad = std::move(tensors[6].original);
     }
 
-    void point() {
+    void set_pointers() {
         const Tensor &logits = args.logits, &target = args.target;
         problem.device = logits.device().index;
         problem.dtype = dtype_of(*element_type(logits));
         problem.num_classes = logits.size(shape.class_dim);
-        if (backend().is_worked_out_again(problem)) problem.stats_count = 0;
+        if (backend().backward_recomputes(problem)) problem.stats_count = 0;
         problem.logits = logits.const_data_ptr();
         problem.logits_class_stride = logits.stride(shape.class_dim);
         if (shape.soft_target) {
@@ -162,7 +162,7 @@ private:
         if (args.weight) problem.class_weight = vector_in(*args.weight);
         if (args.sample_weight) problem.sample_weight = args.sample_weight->const_data_ptr();
         if (other.target) problem.other_target = other.target->const_data_ptr();
-        if (other.share) problem.share = other.share->const_data_ptr();
+        if (other.lam) problem.lam = other.lam->const_data_ptr();
         if (upstream.defined()) problem.upstream = upstream.const_data_ptr();
         if (!grad.defined()) return;
         problem.grad = grad.mutable_data_ptr();
@@ -185,10 +185,10 @@ private:
 
 // In place: the gradient goes to memory of the caller's.
 template <bool with_stats, bool with_grad, bool in_place = false>
-void forward(StableIValue* stack) {
+void forward(StableIValue* stack, std::uint64_t, std::uint64_t) {
     Arguments in(stack);
     OptionalTensor grad;
-    if (in_place) in.read(Given{grad});
+    if (in_place) in.read(Required{grad});
     RowLossCall call(RowLossArgs(in), with_grad, {}, std::move(grad));
     Tensor loss = call.new_loss(), stats, denominator;
     if (with_stats) stats = call.new_stats(), denominator = call.new_denominator();
@@ -203,64 +203,63 @@ void forward(StableIValue* stack) {
 
 // In place: completes the gradient that forward has written.
 template <bool in_place>
-void backward(StableIValue* stack) {
+void backward(StableIValue* stack, std::uint64_t, std::uint64_t) {
     Arguments in(stack);
     Tensor grad_loss, stats, denominator;
     OptionalTensor grad;
     in.read(grad_loss, stats, denominator);
-    if (in_place) in.read(Given{grad});
+    if (in_place) in.read(Required{grad});
     RowLossCall call(RowLossArgs(in), /*with_grad=*/true, std::move(grad_loss), std::move(grad));
+    // A forward for small calls, or with row statistics, saves nothing: it is run again.
     if (call.take_saved(stats, denominator) || call.problem.rows() == 0)
         call.backend().row_loss_gradient(call.problem);
     else
-        call.backend().row_loss(call.problem, nullptr, nullptr);  // forward is run again
+        call.backend().row_loss(call.problem, nullptr, nullptr);
     Tensor written = call.finished_grad();
     if (!in_place) Results(stack).push(written);
 }
 
+// A forward that saves nothing. more: results that come after the gradient, for which `call` has room.
+template <bool with_grad, class... More>
+void run_forward(StableIValue* stack, RowLossCall& call, More&... more) {
+    Tensor loss = call.new_loss();
+    call.backend().row_loss(call.problem, loss.mutable_data_ptr(), nullptr);
+    Results out(stack);
+    out.push(loss);
+    if (with_grad) out.push(call.finished_grad());
+    out.push(more...);
+}
+
 template <bool with_grad>
-void statistics_forward(StableIValue* stack) {
+void statistics_forward(StableIValue* stack, std::uint64_t, std::uint64_t) {
     Arguments in(stack);
     RowLossCall call(RowLossArgs(in), with_grad);
-    Tensor loss = call.new_loss();
     RowStatisticsTensors found = call.new_statistics();
-    call.backend().row_loss(call.problem, loss.mutable_data_ptr(), nullptr);
-    Results out(stack);
-    out.push(loss);
-    if (with_grad) out.push(call.finished_grad());
-    out.push(found.stats, found.argmax);
+    run_forward<with_grad>(stack, call, found.stats, found.argmax);
 }
 
 template <bool with_grad>
-void packed_forward(StableIValue* stack) {
+void packed_forward(StableIValue* stack, std::uint64_t, std::uint64_t) {
     Arguments in(stack);
     RowLossCall call(RowLossArgs::packed(in), with_grad);
-    Tensor loss = call.new_loss();
-    call.backend().row_loss(call.problem, loss.mutable_data_ptr(), nullptr);
-    Results out(stack);
-    out.push(loss);
-    if (with_grad) out.push(call.finished_grad());
+    run_forward<with_grad>(stack, call);
 }
 
 template <bool with_grad>
-void mixed_forward(StableIValue* stack) {
+void mixed_forward(StableIValue* stack, std::uint64_t, std::uint64_t) {
     Arguments in(stack);
     OtherLabel other(in);
     RowLossCall call(RowLossArgs(in), with_grad, {}, {}, std::move(other));
-    Tensor loss = call.new_loss();
-    call.backend().row_loss(call.problem, loss.mutable_data_ptr(), nullptr);
-    Results out(stack);
-    out.push(loss);
-    if (with_grad) out.push(call.finished_grad());
+    run_forward<with_grad>(stack, call);
 }
 
 template <bool in_place>
-void mixed_backward(StableIValue* stack) {
+void mixed_backward(StableIValue* stack, std::uint64_t, std::uint64_t) {
     Arguments in(stack);
     Tensor grad_loss;
     OptionalTensor grad;
     in.read(grad_loss);
-    if (in_place) in.read(Given{grad});
+    if (in_place) in.read(Required{grad});
     OtherLabel other(in);
     RowLossCall call(RowLossArgs(in), /*with_grad=*/true, std::move(grad_loss), std::move(grad), std::move(other));
     call.backend().row_loss(call.problem, nullptr, nullptr);
@@ -268,34 +267,37 @@ void mixed_backward(StableIValue* stack) {
     if (!in_place) Results(stack).push(written);
 }
 
-}  // namespace
-
 void row_loss_constants(StableIValue* stack, std::uint64_t, std::uint64_t) {
     Arguments in(stack);
     Tensor packed = pack(RowLossConstants::read(in));
     Results(stack).push(packed);
 }
 
-void packed_row_loss(StableIValue* stack, std::uint64_t, std::uint64_t) { packed_forward<false>(stack); }
-void packed_row_loss_with_grad(StableIValue* stack, std::uint64_t, std::uint64_t) { packed_forward<true>(stack); }
+}  // namespace
 
-void mixed_loss(StableIValue* stack, std::uint64_t, std::uint64_t) { mixed_forward<false>(stack); }
-void mixed_loss_with_grad(StableIValue* stack, std::uint64_t, std::uint64_t) { mixed_forward<true>(stack); }
-
-void mixed_loss_backward(StableIValue* stack, std::uint64_t, std::uint64_t) { mixed_backward<false>(stack); }
-void mixed_loss_backward_(StableIValue* stack, std::uint64_t, std::uint64_t) { mixed_backward<true>(stack); }
-
-void row_loss_and_statistics(StableIValue* stack, std::uint64_t, std::uint64_t) { statistics_forward<false>(stack); }
-void row_loss_with_grad_and_statistics(StableIValue* stack, std::uint64_t, std::uint64_t) {
-    statistics_forward<true>(stack);
+void implement_row_losses(Library& m) {
+    m.impl("row_loss", &forward<false, false>);
+    m.impl("row_loss_with_grad", &forward<false, true>);
+    m.impl("row_loss_with_stats", &forward<true, false>);
+    m.impl("row_loss_with_stats_and_grad", &forward<true, true>);
+    m.impl("row_loss_backward", &backward<false>);
+    m.impl("row_loss_backward_", &backward<true>);
+    m.impl("mixed_loss", &mixed_forward<false>);
+    m.impl("mixed_loss_with_grad", &mixed_forward<true>);
+    m.impl("mixed_loss_backward", &mixed_backward<false>);
+    m.impl("mixed_loss_backward_", &mixed_backward<true>);
+    m.impl("row_loss_and_statistics", &statistics_forward<false>);
+    m.impl("row_loss_with_grad_and_statistics", &statistics_forward<true>);
 }
 
-void row_loss(StableIValue* stack, std::uint64_t, std::uint64_t) { forward<false, false>(stack); }
-void row_loss_with_grad(StableIValue* stack, std::uint64_t, std::uint64_t) { forward<false, true>(stack); }
-void row_loss_with_grad_(StableIValue* stack, std::uint64_t, std::uint64_t) { forward<false, true, true>(stack); }
-void row_loss_with_stats(StableIValue* stack, std::uint64_t, std::uint64_t) { forward<true, false>(stack); }
-void row_loss_with_stats_and_grad(StableIValue* stack, std::uint64_t, std::uint64_t) { forward<true, true>(stack); }
-void row_loss_backward(StableIValue* stack, std::uint64_t, std::uint64_t) { backward<false>(stack); }
-void row_loss_backward_(StableIValue* stack, std::uint64_t, std::uint64_t) { backward<true>(stack); }
+// For calls into given memory, and small ones, on the CPU.
+STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) {
+    m.impl("row_loss_with_grad_", &forward<false, true, true>);
+    m.impl("row_loss.packed", &packed_forward<false>);
+    m.impl("row_loss_with_grad.packed", &packed_forward<true>);
+}
+STABLE_TORCH_LIBRARY_IMPL(fused_losses, CompositeExplicitAutograd, m) {
+    m.impl("row_loss_constants", &row_loss_constants);
+}
 
 }  // namespace fused_losses

@@ -175,8 +175,6 @@ void read(const StableIValue* stack, ZErrorArgs& args, Fields&&... fields) {
                           args.statistic, args.tail, args.min_count, args.keep_small, args.with_scores);
 }
 
-}  // namespace
-
 void class_moments(StableIValue* stack, std::uint64_t, std::uint64_t) {
     ZErrorArgs args;
     Arguments(stack).read(args.input, args.target, args.num_classes, args.statistic, args.ignore_index);
@@ -245,7 +243,7 @@ void z_error_mask(StableIValue* stack, std::uint64_t, std::uint64_t) {
 
 void z_error_class_loss(StableIValue* stack, std::uint64_t, std::uint64_t) {
     ZErrorArgs args;
-    read(stack, args, Given{args.values}, args.input, args.target, args.num_classes, args.weight, args.sample_weight,
+    read(stack, args, Required{args.values}, args.input, args.target, args.num_classes, args.weight, args.sample_weight,
          args.logit_bias_tensor, args.label_smoothing, args.logit_bias, args.unweighted, args.ignore_index,
          args.reduction);
     const std::int64_t class_dim = check_scores(args, args.num_classes);
@@ -278,8 +276,8 @@ void z_error_loss(StableIValue* stack, std::uint64_t, std::uint64_t) {
 
 void z_error_loss_backward(StableIValue* stack, std::uint64_t, std::uint64_t) {
     ZErrorArgs args;
-    Arguments(stack).read(Given{args.grad_loss}, args.denominator, args.mask, args.statistic, args.input, args.target,
-                          args.pos_weight, args.sample_weight, args.reduction);
+    Arguments(stack).read(Required{args.grad_loss}, args.denominator, args.mask, args.statistic, args.input,
+                          args.target, args.pos_weight, args.sample_weight, args.reduction);
     const Statistic statistic = check_loss(args);
     check_upstream(*args.grad_loss, args.input, args.input.sizes());
     ZErrorCall call(args, statistic, /*class_dim=*/-1, groups_of(args.input, statistic));
@@ -309,6 +307,23 @@ void update_moments_(StableIValue* stack, std::uint64_t, std::uint64_t) {
         .update_moments(static_cast<double*>(running.mutable_data_ptr()),
                         static_cast<const double*>(batch.const_data_ptr()), running.size(1), momentum,
                         running.device().index);
+}
+
+}  // namespace
+
+void implement_z_error(Library& m) {
+    m.impl("class_moments", &class_moments);
+    m.impl("z_error_mask", &z_error_mask);
+    m.impl("z_error_class_loss", &z_error_class_loss);
+    m.impl("z_error_loss", &z_error_loss);
+    m.impl("z_error_loss_backward", &z_error_loss_backward);
+    m.impl("update_moments_", &update_moments_);
+}
+
+// For small calls on the CPU.
+STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) { m.impl("z_error_kept_target", &z_error_kept_target); }
+STABLE_TORCH_LIBRARY_IMPL(fused_losses, CompositeExplicitAutograd, m) {
+    m.impl("z_error_constants", &z_error_constants);
 }
 
 }  // namespace fused_losses

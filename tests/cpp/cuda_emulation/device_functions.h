@@ -1,8 +1,7 @@
-// Functions and types of device code, on top of scheduler.h. Extend it as kernels need more.
+// Functions and types of device code, on top of scheduler.h. No more than kernels and tests need.
 #pragma once
 
 #include <algorithm>
-#include <bit>
 
 #include "clusters.h"
 #include "races.h"
@@ -18,20 +17,8 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
-struct alignas(8) float2 {
-    float x, y;
-};
-struct alignas(16) float4 {
-    float x, y, z, w;
-};
-struct alignas(16) double2 {
-    double x, y;
-};
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
-// ---- Barriers, fences and clusters
-// -------------------------------------------------------------------------------------------
+// ---- Barriers, fences and clusters ---------------------------------------------------------------------------------
 
 namespace cuda_emulation {
 
@@ -54,22 +41,11 @@ T from_bits(std::uint64_t bits) {
 
 #define FL_WHERE cuda_emulation::Location where = cuda_emulation::Location::current()
 
-inline void __syncthreads(FL_WHERE) { cuda_emulation::wait_for_block("__syncthreads", false, where); }
-inline int __syncthreads_count(int predicate, FL_WHERE) {
-    return int(cuda_emulation::wait_for_block("__syncthreads_count", predicate != 0, where));
-}
-inline int __syncthreads_or(int predicate, FL_WHERE) {
-    return cuda_emulation::wait_for_block("__syncthreads_or", predicate != 0, where) > 0;
-}
-inline int __syncthreads_and(int predicate, FL_WHERE) {
-    return cuda_emulation::wait_for_block("__syncthreads_and", predicate == 0, where) == 0;
-}
+inline void __syncthreads(FL_WHERE) { cuda_emulation::wait_for_block("__syncthreads", where); }
 inline void __syncwarp(unsigned mask = 0xffffffffu, FL_WHERE) {
     cuda_emulation::exchange("__syncwarp", mask, 0, where, /*is_barrier=*/true);
 }
 inline void __threadfence() {}
-inline void __threadfence_block() {}
-inline void __threadfence_system() {}
 
 inline unsigned __clusterSizeInBlocks() { return cuda_emulation::cluster_size; }
 inline unsigned __clusterRelativeBlockRank() { return blockIdx.x % cuda_emulation::cluster_size; }
@@ -95,28 +71,6 @@ T shuffle(const char* function, unsigned mask, T mine, int source, const Locatio
 
 inline int segment_begin(int width) { return lane() / width * width; }
 
-template <class T, class Combine>
-T combine_lanes(const char* function, unsigned mask, T mine, Combine combine, const Location& where) {
-    const std::uint64_t* const brought = exchange(function, mask, to_bits(mine), where);
-    T result{};
-    bool first = true;
-    for (int i = 0; i < 32; ++i) {
-        if (!(mask >> i & 1)) continue;
-        result = first ? from_bits<T>(brought[i]) : combine(result, from_bits<T>(brought[i]));
-        first = false;
-    }
-    return result;
-}
-
-inline unsigned lanes_with(const char* function, unsigned mask, std::uint64_t mine, std::uint64_t wanted,
-                           const Location& where) {
-    const std::uint64_t* const brought = exchange(function, mask, mine, where);
-    unsigned lanes = 0;
-    for (int i = 0; i < 32; ++i)
-        if (mask >> i & 1 && brought[i] == wanted) lanes |= 1u << i;
-    return lanes;
-}
-
 }  // namespace cuda_emulation
 
 template <class T>
@@ -131,52 +85,10 @@ T __shfl_down_sync(unsigned mask, T x, unsigned distance, int width = 32, FL_WHE
     return cuda_emulation::shuffle("__shfl_down_sync", mask, x, source, where);
 }
 template <class T>
-T __shfl_up_sync(unsigned mask, T x, unsigned distance, int width = 32, FL_WHERE) {
-    const int lane = cuda_emulation::lane();
-    const int source = lane - int(distance) >= cuda_emulation::segment_begin(width) ? lane - int(distance) : lane;
-    return cuda_emulation::shuffle("__shfl_up_sync", mask, x, source, where);
-}
-template <class T>
 T __shfl_xor_sync(unsigned mask, T x, int lane_mask, int width = 32, FL_WHERE) {
     const int lane = cuda_emulation::lane(), end = cuda_emulation::segment_begin(width) + width;
     const int source = (lane ^ lane_mask) < end ? lane ^ lane_mask : lane;
     return cuda_emulation::shuffle("__shfl_xor_sync", mask, x, source, where);
-}
-
-inline unsigned __ballot_sync(unsigned mask, int predicate, FL_WHERE) {
-    return cuda_emulation::lanes_with("__ballot_sync", mask, predicate != 0, 1, where);
-}
-inline int __any_sync(unsigned mask, int predicate, FL_WHERE) {
-    return cuda_emulation::lanes_with("__any_sync", mask, predicate != 0, 1, where) != 0;
-}
-inline int __all_sync(unsigned mask, int predicate, FL_WHERE) {
-    return cuda_emulation::lanes_with("__all_sync", mask, predicate != 0, 1, where) == mask;
-}
-template <class T>
-unsigned __match_any_sync(unsigned mask, T x, FL_WHERE) {
-    const std::uint64_t mine = cuda_emulation::to_bits(x);
-    return cuda_emulation::lanes_with("__match_any_sync", mask, mine, mine, where);
-}
-template <class T>
-unsigned __match_all_sync(unsigned mask, T x, int* all, FL_WHERE) {
-    const std::uint64_t mine = cuda_emulation::to_bits(x);
-    *all = cuda_emulation::lanes_with("__match_all_sync", mask, mine, mine, where) == mask;
-    return *all ? mask : 0;
-}
-// A warp may be split in any way: each lane alone.
-inline unsigned __activemask() { return 1u << cuda_emulation::lane(); }
-
-template <class T>
-T __reduce_add_sync(unsigned mask, T x, FL_WHERE) {
-    return cuda_emulation::combine_lanes("__reduce_add_sync", mask, x, [](T a, T b) { return T(a + b); }, where);
-}
-template <class T>
-T __reduce_min_sync(unsigned mask, T x, FL_WHERE) {
-    return cuda_emulation::combine_lanes("__reduce_min_sync", mask, x, [](T a, T b) { return min(a, b); }, where);
-}
-template <class T>
-T __reduce_max_sync(unsigned mask, T x, FL_WHERE) {
-    return cuda_emulation::combine_lanes("__reduce_max_sync", mask, x, [](T a, T b) { return max(a, b); }, where);
 }
 
 #undef FL_WHERE
@@ -184,24 +96,8 @@ T __reduce_max_sync(unsigned mask, T x, FL_WHERE) {
 // ---- Memory --------------------------------------------------------------------------------------------------------
 
 template <class T>
-T __ldg(const T* from) {
-    return *from;
-}
-template <class T>
 T __ldcg(const T* from) {
     return *from;
-}
-template <class T>
-T __ldcs(const T* from) {
-    return *from;
-}
-template <class T>
-void __stcg(T* to, std::type_identity_t<T> x) {
-    *to = x;
-}
-template <class T>
-void __stcs(T* to, std::type_identity_t<T> x) {
-    *to = x;
 }
 
 namespace cuda_emulation {
@@ -225,40 +121,10 @@ T atomicAdd(T* address, std::type_identity_t<T> x) {
     return cuda_emulation::atomic_update(address, [=](T old) { return T(old + x); });
 }
 template <class T>
-T atomicSub(T* address, std::type_identity_t<T> x) {
-    return cuda_emulation::atomic_update(address, [=](T old) { return T(old - x); });
-}
-template <class T>
-T atomicMin(T* address, std::type_identity_t<T> x) {
-    return cuda_emulation::atomic_update(address, [=](T old) { return min(old, x); });
-}
-template <class T>
 T atomicMax(T* address, std::type_identity_t<T> x) {
     return cuda_emulation::atomic_update(address, [=](T old) { return max(old, x); });
-}
-template <class T>
-T atomicAnd(T* address, std::type_identity_t<T> x) {
-    return cuda_emulation::atomic_update(address, [=](T old) { return old & x; });
-}
-template <class T>
-T atomicOr(T* address, std::type_identity_t<T> x) {
-    return cuda_emulation::atomic_update(address, [=](T old) { return old | x; });
-}
-template <class T>
-T atomicExch(T* address, std::type_identity_t<T> x) {
-    return cuda_emulation::atomic_update(address, [=](T) { return x; });
-}
-template <class T>
-T atomicCAS(T* address, std::type_identity_t<T> expected, std::type_identity_t<T> x) {
-    return cuda_emulation::atomic_update(address, [=](T old) { return old == expected ? x : old; });
 }
 // Counts to `last`, then starts at zero again.
 inline unsigned atomicInc(unsigned* address, unsigned last) {
     return cuda_emulation::atomic_update(address, [=](unsigned old) { return old >= last ? 0u : old + 1; });
 }
-
-// ---- Bits ----------------------------------------------------------------------------------------------------------
-
-inline int __popc(unsigned x) { return std::popcount(x); }
-inline int __clz(unsigned x) { return std::countl_zero(x); }
-inline int __ffs(unsigned x) { return x == 0 ? 0 : std::countr_zero(x) + 1; }

@@ -132,33 +132,27 @@ inline bool same_place(const Thread& a, const Thread& b) {
            a.where.column() == b.where.column() && std::strcmp(a.where.file_name(), b.where.file_name()) == 0;
 }
 
-// Opens the barrier if every thread that has not finished is there; each receives the number that brought non-zero.
+// Opens the barrier if every thread that has not finished is there.
 inline void open_barrier() {
     Block& block = *current_block;
     if (block.at_barrier < block.running) return;
     const Thread* first = nullptr;
-    std::uint64_t count = 0;
     for (const Thread& thread : block.threads) {
         if (thread.state == State::kFinished) continue;
         if (!first) first = &thread;
         if (!same_place(*first, thread)) die("threads of a block meet at different barriers");
-        count += thread.brought != 0;
     }
-    for (Thread& thread : block.threads) {
-        if (thread.state != State::kAtBarrier) continue;
-        thread.received[0] = count;
-        make_ready(thread);
-    }
+    for (Thread& thread : block.threads)
+        if (thread.state == State::kAtBarrier) make_ready(thread);
     block.at_barrier = 0;
     block.period = ++periods;
 }
 
-inline unsigned wait_for_block(const char* function, bool predicate, const Location& where) {
-    wait(State::kAtBarrier, function, 0, predicate, where);
+inline void wait_for_block(const char* function, const Location& where) {
+    wait(State::kAtBarrier, function, 0, 0, where);
     ++current_block->at_barrier;
     open_barrier();
     pause();
-    return static_cast<unsigned>(current->received[0]);
 }
 
 inline int lane() { return current->number % 32; }
