@@ -23,7 +23,8 @@ _OPTIONS_DOC = """
     Args:
         logits: ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``, any strides; float64, float32, float16 or bfloat16. Called
             z above; p is its softmax. A logit of -inf masks its class: probability 0. If the target is masked, the loss
-            is its limit at ``p_y = 0`` (infinite for cross entropy, NaN for NCE and NFL).
+            is its limit at ``p_y = 0`` (infinite for cross entropy), NaN for NCE, NFL, sums with them, CORES and the
+            unhinged loss.
         target: class indices, called y above, in ``[0, C)`` or ``ignore_index``; the shape of ``logits`` without its
             class dimension; int64, int32, int16 or uint8.{probabilities}
 {own}        weight: class weights ``(C,)``, floating point: a row's loss is multiplied by ``weight[target]``. As in

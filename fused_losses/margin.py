@@ -152,8 +152,8 @@ def multi_margin_loss(
     A baseline for :func:`hem_loss`. Without switches it is :class:`torch.nn.MultiMarginLoss`; with one switch it is an
     ablation of 2501.12191, with both it is HEM. NaN or +inf anywhere in a row makes its loss and gradient NaN.
 
-    Source: ``torch``; 2501.12191 for the switches. Deviation from ``torch``: class weights also count in the
-    denominator of the mean.
+    Source: ``torch``; 2501.12191 for the switches. Deviations from ``torch``: class weights also count in the
+    denominator of the mean; the Module's first argument is ``margin``, not ``p``.
 
     Args:
         margin: >= 0, in units of the logits: a number, a 0-dim tensor, or one margin per class ``(C,)``, of which the
