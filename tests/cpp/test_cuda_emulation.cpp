@@ -123,8 +123,7 @@ void test_promises() {
         launch(use_tickets, blocks, nullptr, &ticket, of_block, &sum);
         check(sum == int(blocks * (blocks + 1) / 2), "tickets: sum %d of %u blocks", sum, blocks);
         unsigned arrived = 0;
-        for (int again = 0; again < 3; ++again)
-            launch_cooperative(use_grid, 100, nullptr, &arrived, of_block, &wrong);
+        for (int again = 0; again < 3; ++again) launch_cooperative(use_grid, 100, nullptr, &arrived, of_block, &wrong);
         check(wrong == 0 && arrived == 1u << 31, "grid barrier: %d wrong results, counter %u", wrong, arrived);
     }
 }
