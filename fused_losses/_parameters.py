@@ -202,7 +202,7 @@ class OrTensor:
     def pack(self, name: str, value: Any) -> float:
         """``value``, or 1.0 to hold the place of a tensor, for which kernels are chosen that take any number.
 
-        Entries of a tensor are looked at where that waits for nobody.
+        Entries of a constant tensor are looked at where that waits for nobody.
         """
         if not isinstance(value, Tensor):
             return self.range.pack(name, value)
@@ -211,7 +211,7 @@ class OrTensor:
                 f"{name} must be a number or a floating point tensor, 0-dim{' or of shape (C,)' * self.per_class}, got "
                 f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
             )
-        if can_be_read(value):
+        if can_be_read(value) and not value.requires_grad:  # what is learnt may pass an end on its way
             self.check_entries(name, value)
         return 1.0
 
@@ -239,7 +239,7 @@ def check_entries(name: str, tensor: Tensor, range: Range) -> None:
     """Raises unless all are in the range, which has no gaps. It reads the tensor."""
     if not tensor.is_meta and tensor.numel() > 0:
         for entry in torch.aminmax(tensor.detach()):  # both NaN if one is
-            range.pack(f"every entry of {name}" if tensor.dim() > 0 else name, entry.item())
+            range.pack(f"every entry of {name}", entry.item())
 
 
 def check_choice(name: str, value: Any, options: Collection[str]) -> str:
