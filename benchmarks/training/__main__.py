@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Sequence
 
 from benchmarks.training.options import parse
@@ -31,4 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SystemExit as error:
+        if isinstance(error.code, str):  # a refusal ends like one of argparse's
+            print(error.code, file=sys.stderr)
+            sys.exit(2)
+        raise
