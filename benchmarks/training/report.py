@@ -33,8 +33,6 @@ class SampleReport:
             return {}
         wrong = self.target != self.true
         count = int(wrong.sum())
-        if not count:
-            return {"wrong": 0}
         found = {"wrong": count, "by_probability": compare(self.tracker.rank()[:count], wrong)}
         if self.tracker.times_judged.any():
             found["by_drops"] = compare(self.tracker.flagged(0.5), wrong)
