@@ -124,6 +124,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.tries < 1:
         parser.error(f"--tries must be at least 1, got {options.tries}")
+    if not options.minutes >= 0.0:
+        parser.error(f"--minutes must be at least 0, got {options.minutes}")
     options.suite = options.suite or ("cuda" if torch.cuda.is_available() else "summary")
     device = "cuda" if options.suite.startswith("cuda") else "cpu"
     name = "compile" if options.suite == "compile" else "results"

@@ -351,6 +351,8 @@ def main() -> int:
     if options.unpack:
         unpack(options.unpack)
         return 0
+    if not options.minutes >= 0.0:
+        parser.error(f"--minutes must be at least 0, got {options.minutes}")
     if options.wheels and not list(options.wheels.glob("*.whl")):
         parser.error(f"--wheels: {options.wheels} has no wheels")
     stop_at = time.monotonic() + 60 * options.minutes

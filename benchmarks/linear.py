@@ -345,6 +345,9 @@ def main() -> None:
     given = parser.parse_args()
     if given.what == "sweep" and given.out is None:
         parser.error("sweep needs --out")
+    for name in ("threads", "repeats", "ranks"):
+        if getattr(given, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(given, name)}")
     torch.set_num_threads(given.threads)
     about = describe(given.device)
     with tempfile.TemporaryDirectory() as folder:

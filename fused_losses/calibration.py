@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from fused_losses._arguments import LOSSES, entry_named
 from fused_losses._arrays import as_tensor
 from fused_losses._calibration_plot import plot_mean_target_error
+from fused_losses._common import Criterion, RowLossModule
 from fused_losses._logit_bias import solve_logit_bias
 from fused_losses._mean_error import RowLoss, mean_slopes
 from fused_losses._parameters import OrTensor, Range, check_num_classes, check_number, iterations, positive
 from fused_losses._unwrap import unwrap
+from fused_losses.corrections import BackwardCorrectionLoss, ForwardCorrectionLoss
 
 __all__ = [
     "hem_margin",
@@ -32,6 +34,8 @@ __all__ = [
 ]
 
 _Array = npt.NDArray[np.float64]
+_ROW_LOSSES = (RowLossModule, ForwardCorrectionLoss, BackwardCorrectionLoss)  # of our Modules
+_OPTIONS = ("weight", "ignore_index", "reduction", "logit_bias")  # that each registered loss has
 Loss = str | nn.Module | Callable[..., Tensor]
 _Numbers = TypeVar("_Numbers", float, Tensor, npt.NDArray[Any])
 
@@ -53,7 +57,8 @@ def mean_target_error(loss: Loss, num_classes: int, z: _Numbers, **parameters: f
         loss: a name (``"gce"`` or ``"gce_loss"``), a Module, or a function ``loss(logits, target)`` that gives one
             value per row (it gets ``reduction="none"`` if it takes that). The ``reduction`` of a Module is not used,
             and ``logit_bias="auto"`` is solved for ``num_classes``. Where classes differ (class weights, margins per
-            class) the labelled class is class 0. Losses that compare rows (Z-Error) have no such mean.
+            class) the labelled class is class 0. Losses that compare rows (Z-Error, SmallLoss) have no such mean;
+            these and wrappers (LogitNorm, GlobalMean) are refused.
         num_classes: K, an integer of at least 2.
         z: logit of the labelled class: a number, or a tensor or array of any shape.
         parameters: parameters of the loss, such as ``q=0.5`` or ``logit_bias=3.0``. They take the place of those of a
@@ -63,7 +68,8 @@ def mean_target_error(loss: Loss, num_classes: int, z: _Numbers, **parameters: f
         In units of loss per logit: a float for a number, else float64 of the kind and shape of ``z``.
 
     Raises:
-        TypeError: an argument is of the wrong type.
+        TypeError: an argument is of the wrong type, ``loss`` a Module of this package that is no loss of single rows,
+            or the loss has no such parameter.
         ValueError: ``num_classes`` is below 2, ``z`` is not finite, the loss is unknown or does not give one value per
             row.
 
@@ -181,14 +187,26 @@ def _root(gap: Callable[[float], float], a: float, at_a: float, b: float, at_b: 
     return b
 
 
+def _unwrapped(loss: Any) -> Any:
+    """``loss`` without the wrappers of torch; raises where it is nothing that could give one value per row."""
+    loss = unwrap(loss)
+    if isinstance(loss, type) or not (isinstance(loss, str) or callable(loss)):
+        kind = f"the class {loss.__name__}" if isinstance(loss, type) else type(loss).__name__
+        raise TypeError(f"loss must be a name, a Module or a function, got {kind}")
+    if isinstance(loss, Criterion) and not isinstance(loss, _ROW_LOSSES):
+        raise TypeError(
+            "loss must be a name, a function, or a Module of a loss of single rows, without wrappers, got "
+            f"{type(loss).__name__}"
+        )
+    return loss
+
+
 def _row_loss(loss: Any, num_classes: int, parameters: dict[str, float]) -> RowLoss:
     """``loss`` as a function of logits and target with one value per row."""
-    loss = unwrap(loss)
+    loss = _unwrapped(loss)
     if isinstance(loss, nn.Module):
         return _row_module(loss, num_classes, parameters)
     function: Callable[..., Tensor] = entry_named(loss).reference if isinstance(loss, str) else loss
-    if not callable(function):
-        raise TypeError(f"loss must be a name, a Module or a function, got {type(loss).__name__}")
     options: dict[str, Any] = dict(parameters)
     if "reduction" in inspect.signature(function).parameters:
         options["reduction"] = "none"
@@ -200,19 +218,29 @@ def _row_loss(loss: Any, num_classes: int, parameters: dict[str, float]) -> RowL
 def _row_module(module: nn.Module, num_classes: int, parameters: dict[str, float]) -> RowLoss:
     row_module: Any = copy.deepcopy(module).cpu().double()
     for name, value in parameters.items():
+        if not _has_parameter(module, name):
+            raise TypeError(f"{type(module).__name__} has no parameter {name!r}")
         old = getattr(row_module, name)
         setattr(row_module, name, torch.full_like(old, value) if isinstance(old, Tensor) else value)
     if hasattr(row_module, "reduction"):
         row_module.reduction = "none"
-    if isinstance(getattr(row_module, "logit_bias", None), str):
+    bias = getattr(row_module, "logit_bias", None)
+    if isinstance(bias, str) and bias == "auto":
         row_module.logit_bias = max(0.0, solve_logit_bias(num_classes))
     return cast(RowLoss, row_module)
 
 
+def _has_parameter(module: nn.Module, name: str) -> bool:
+    if isinstance(module, RowLossModule):
+        return name in (*LOSSES[module.stem].ranges, *_OPTIONS)
+    return hasattr(module, name) and not callable(getattr(module, name))
+
+
 def _allowed_values(loss: Loss, name: str) -> Callable[[float], bool]:
     """Tells which values of the parameter are in its range; raises if the loss has no such real parameter."""
-    loss = unwrap(loss)
-    if name == "logit_bias":
+    loss = _unwrapped(loss)
+    is_other_module = isinstance(loss, nn.Module) and not isinstance(loss, RowLossModule)
+    if name == "logit_bias" and not is_other_module:
         return math.isfinite
     if isinstance(loss, functools.partial):
         loss = loss.func
@@ -227,15 +255,21 @@ def _allowed_values(loss: Loss, name: str) -> Callable[[float], bool]:
             kind = "integers" if rule is iterations else "no real numbers"
             raise ValueError(f"name must be a parameter that takes real numbers, got {name!r}, which takes {kind}")
         return rule.holds
-    if isinstance(loss, nn.Module) and not hasattr(loss, name):
+    if is_other_module and not hasattr(loss, name):
         raise ValueError(f"name must be an attribute of {type(loss).__name__}, got {name!r}")
+    if is_other_module and not _is_real(getattr(loss, name)):
+        raise ValueError(f"name must be a parameter that takes real numbers, got {name!r}")
     return math.isfinite
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number, Tensor)) and not isinstance(value, bool)
 
 
 def _as_array(z: float | Tensor | npt.NDArray[Any]) -> _Array:
     if isinstance(z, (Tensor, np.ndarray)):
         values: _Array = as_tensor("z", z).to("cpu", torch.float64).numpy()
-    elif isinstance(z, (int, float, np.number)) and not isinstance(z, bool):
+    elif _is_real(z):
         values = np.array(float(z))
     else:
         raise TypeError(f"z must be a number, a tensor or an array, got {type(z).__name__}")

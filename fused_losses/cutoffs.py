@@ -32,6 +32,8 @@ _Rows = TypeVar("_Rows", Tensor, npt.NDArray[Any])
 
 # A class whose scores spread less than this counts as constant (the rule of the losses).
 _CONSTANT_STD = 1e-8
+# Squares of logits, and of their quotients by the smallest standard deviation, stay in float64's range.
+_LARGEST = 1e100
 
 
 def z_error_inlier_mask(logits: _Rows, labels: _Rows, threshold: float = 2.0) -> _Rows:
@@ -60,7 +62,8 @@ def z_error_inlier_mask(logits: _Rows, labels: _Rows, threshold: float = 2.0) ->
         array([ True, False,  True,  True,  True,  True])
 
     Source: 2506.02154, the inlier mask of the cut-off code. Deviation: a score that is not finite drops its own row,
-    where the paper's code drops the whole class. The only row of a class is dropped, as there.
+    where the paper's code drops the whole class. The only row of a class is dropped, as there. Scores beyond about
+    1e150, whose squares leave float64, are not told apart.
     """
     threshold = _check_threshold("threshold", threshold)
     scores, classes = _tensors(logits, labels)
@@ -90,7 +93,7 @@ def optimal_logit_cutoff_from_gaussians(
     Raises:
         TypeError: ``logits`` or ``labels`` is neither tensor nor array, or ``z_threshold`` no number.
         ValueError: an argument is out of range; a class has fewer than 2 inliers, or only equal ones; both Gaussians
-            are the same.
+            are the same; a finite logit with a label is beyond 1e100, where squares leave float64.
 
     Example:
         >>> logits = np.array([-3.0, -2.0, -1.0, 1.0, 2.0, 3.0])
@@ -102,6 +105,11 @@ def optimal_logit_cutoff_from_gaussians(
     """
     z_threshold = _check_threshold("z_threshold", z_threshold)
     scores, classes = _tensors(logits, labels)
+    used = scores[(classes >= 0) & scores.isfinite()]
+    if (used.abs() > _LARGEST).any():
+        raise ValueError(
+            f"logits must be between {-_LARGEST:g} and {_LARGEST:g}, got {float(used[used.abs().argmax()]):g}"
+        )
     first, second = _inlier_classes(scores, classes, z_threshold, "logits")
     cutoff = gaussian_crossing(float(first.mean()), float(first.std()), float(second.mean()), float(second.std()))
     return cutoff, _sigmoid(cutoff)

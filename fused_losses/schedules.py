@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_losses._arrays import Numbers, as_tensor
-from fused_losses._parameters import Range, check_choice, check_number, non_negative, positive
+from fused_losses._parameters import Range, check_choice, check_number, finite, non_negative, positive
 from fused_losses._unwrap import owns, unwrap
 
 __all__ = ["LogitBiasSchedule", "ThresholdSchedule", "get_sigma_threshold"]
@@ -358,7 +358,10 @@ class LogitBiasSchedule(_Schedule):
     """
 
     name = "logit_bias"
-    rule = "be finite"
+    rule = f"be between {finite.low} and {finite.high}"
+
+    def _holds(self, value: Tensor) -> Tensor:
+        return value.abs() <= finite.high
 
     def __init__(
         self,

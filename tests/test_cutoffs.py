@@ -203,6 +203,26 @@ def test_more_degenerate_data() -> None:
         optimal_prob_cutoff_from_skewnorm(saturated, np.repeat([0, 1], 3))
 
 
+@pytest.mark.parametrize("largest", [2e100, 1e155, 5e300, -1.7e308])
+@pytest.mark.parametrize("others", [[-1.0, -2.0, 3.0], [-1e300, -2e300, 1e300], [math.inf, 1.0, 2.0]])
+def test_logits_whose_squares_are_out_of_range(largest: float, others: list[float]) -> None:
+    logits, labels = np.array([*others, largest]), np.array([0, 0, 1, 1])
+    with pytest.raises(ValueError, match=r"logits must be between -1e\+100 and 1e\+100, got"):
+        optimal_logit_cutoff_from_gaussians(logits, labels)
+    if abs(others[0]) < 1e100:  # a row without a class does not count
+        labels = np.array([0, 0, 1, 2])
+        optimal_logit_cutoff_from_gaussians(np.append(logits, 5.0), np.append(labels, 1))
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e50, 1e99])
+def test_the_cutoff_scales_with_the_logits(scale: float) -> None:
+    logits, labels = np.array([-3.0, -2.0, 1.0, 2.5]), np.array([0, 0, 1, 1])
+    expected = optimal_logit_cutoff_from_gaussians(logits, labels)[0]
+    assert optimal_logit_cutoff_from_gaussians(scale * logits, labels)[0] == pytest.approx(scale * expected, rel=1e-12)
+    wide = np.array([-3.0 * scale, -2.0 * scale, 1.0, 2.5])
+    assert math.isfinite(optimal_logit_cutoff_from_gaussians(wide, labels)[0])
+
+
 def test_missing_scipy_is_named(monkeypatch: pytest.MonkeyPatch, demo: tuple[np.ndarray, np.ndarray]) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "scipy"]:
         monkeypatch.delitem(sys.modules, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Sequence
 
 from benchmarks.training.options import parse
@@ -22,7 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if result["last"] is not None:
         last, best = result["last"], result["best"]
         print(f"top-1: last {100 * last['top1']:.2f} %, best {100 * best['top1']:.2f} % (epoch {best['epoch'] + 1})")
-    for name, found in result["wrong_labels"].items():
+    wrong = result["wrong_labels"] if result["wrong_labels"].get("wrong") else {}  # none: nothing to find
+    for name, found in wrong.items():
         if isinstance(found, dict):
             numbers = ", ".join(f"{key} {value:.3f}" for key, value in found.items())
             print(f"wrong labels {name.replace('_', ' ')}: {numbers}")
@@ -31,4 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SystemExit as error:
+        if isinstance(error.code, str):  # a refusal ends like one of argparse's
+            print(error.code, file=sys.stderr)
+            sys.exit(2)
+        raise

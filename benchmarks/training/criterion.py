@@ -50,7 +50,7 @@ def make_loss(options: Options, target: Tensor, num_classes: int, steps: int) ->
     schedules: list[Schedule] = []
     if options.bias_schedule != "none":
         start = _bias(options, num_classes)
-        schedules.append(LogitBiasSchedule(loss, start=start, end=0.0, steps=steps, mode=options.bias_schedule))
+        schedules.append(LogitBiasSchedule(loss, start=start, end=0.0, steps=max(1, steps), mode=options.bias_schedule))
     if options.z_threshold is not None:
         if options.plain:
             raise SystemExit("--plain and --z-threshold exclude each other")

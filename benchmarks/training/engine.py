@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from benchmarks.training.classifier import Classifier
+from benchmarks.training.criterion import make_loss
 from benchmarks.training.labels import apply_noise
 from benchmarks.training.logs import PrintEpochs, make_loggers
 from benchmarks.training.options import Options, checked
@@ -65,6 +66,7 @@ def fit(options: Options, data: Data | None = None, watchers: Sequence[Callback]
         SystemExit: an option, a file or a checkpoint does not fit; or SIGTERM arrived, after a checkpoint.
     """
     checked(options)
+    make_loss(options, torch.zeros(2, dtype=torch.int64), 10, 1)  # refuses a bad loss before data are looked for
     data = load(options) if data is None else data
     model = Classifier(options, data, apply_noise(data, options))
     trainer = make_trainer(options, watchers)

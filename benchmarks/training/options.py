@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 DATASETS = (
     *("webvision", "imagefolder", "fashion-mnist", "cifar10", "cifar100", "digits", "digit-strings", "synthetic"),
@@ -133,23 +136,47 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     return checked(Options(**found))
 
 
+AT_LEAST = {
+    **dict.fromkeys(("batch_size", "accumulate", "epochs", "image_size", "samples", "classes", "lr_batch"), 1),
+    **dict.fromkeys(("cross_entropy_epochs", "seed", "workers"), 0),
+    **{"checkpoint_steps": 1, "max_steps": -1},
+}
+RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    **dict.fromkeys(("noise_rate", "z_anneal"), ("be between 0 and 1", lambda x: 0.0 <= x <= 1.0)),
+    **dict.fromkeys(("ema",), ("satisfy 0 < value < 1", lambda x: 0.0 < x < 1.0)),
+    **dict.fromkeys(("momentum",), ("satisfy 0 <= value < 1", lambda x: 0.0 <= x < 1.0)),
+    **dict.fromkeys(("z_threshold", "clip"), ("satisfy 0 < value < inf", lambda x: 0.0 < x < math.inf)),
+    **dict.fromkeys(
+        ("lr", "weight_decay", "warmup", "l1"), ("satisfy 0 <= value < inf", lambda x: 0.0 <= x < math.inf)
+    ),
+}
+
+
 def checked(options: Options) -> Options:
     """``options`` themselves.
 
     Raises:
-        SystemExit: a number is out of range.
+        SystemExit: a number is out of range, a device is not there.
     """
-    for name in ("batch_size", "accumulate", "epochs", "image_size"):
-        if getattr(options, name) < 1:
-            raise SystemExit(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
-    if options.cross_entropy_epochs < 0:
-        raise SystemExit(f"--cross-entropy-epochs must be at least 0, got {options.cross_entropy_epochs}")
-    for name in ("noise_rate", "z_anneal"):
-        if not 0.0 <= getattr(options, name) <= 1.0:
-            raise SystemExit(f"--{name.replace('_', '-')} must be between 0 and 1, got {getattr(options, name)}")
-    if options.ema is not None and not 0.0 < options.ema < 1.0:
-        raise SystemExit(f"--ema must satisfy 0 < value < 1, got {options.ema}")
+    for name, least in AT_LEAST.items():
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise SystemExit(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    for name, (rule, holds) in RANGES.items():
+        value = getattr(options, name)
+        if value is not None and not holds(value):
+            raise SystemExit(f"--{name.replace('_', '-')} must {rule}, got {value}")
+    kind, colon, width = options.model.partition(":")
+    if kind == "mlp" and colon and not (width.isdecimal() and int(width) > 0):
+        raise SystemExit(f"--model mlp:WIDTH must have a width of at least 1, got {options.model!r}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(f"--device must be there, got cuda, of which torch {torch.__version__} sees none")
     unknown = set(options.log.split(",")) - {"json", "csv", "tensorboard"}
     if unknown:
         raise SystemExit(f"--log must be of json, csv, tensorboard, got {', '.join(sorted(unknown))}")
+    if options.out is not None:
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SystemExit(f"--out must be a folder that can be made, got {options.out} ({error.strerror})") from None
     return options

@@ -52,6 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
+    for name in ("seeds", "threads"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
+    if not options.minutes >= 0.0:
+        parser.error(f"--minutes must be at least 0, got {options.minutes}")
     torch.set_num_threads(options.threads)
     until = time.monotonic() + 60.0 * options.minutes
     folder = options.out / "full" if options.full else options.out
