@@ -10,7 +10,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fused_losses._agreement import Exchange
-from fused_losses._arguments import REDUCTIONS, RowLossArguments, acc_dtype, check_reduction, is_distributed
+from fused_losses._arguments import (
+    REDUCTIONS,
+    RowLossArguments,
+    acc_dtype,
+    check_reduction,
+    is_distributed,
+    is_ignored,
+)
 from fused_losses._autograd import is_plain, row_loss
 from fused_losses._checks import check_row_loss, check_rows, row_shape
 from fused_losses._common import Criterion, RowLossModule
@@ -124,7 +131,7 @@ def row_weights(args: RowLossArguments, by_class: bool = True) -> tuple[Tensor, 
     shape = row_shape(args.logits)
     weight = args.logits.new_ones(shape, dtype=acc_dtype(args.logits))
     target = args.target.reshape(shape) if by_class else args.target
-    kept = target != args.ignore_index if by_class else weight > 0
+    kept = ~is_ignored(target, args.ignore_index) if by_class else weight > 0
     if by_class and args.weight is not None:
         weight = args.weight.to(weight.dtype)[torch.where(kept, target.long(), 0)]
     if args.sample_weight is not None:
@@ -160,7 +167,7 @@ def checked_rows(args: RowLossArguments) -> Rows:
     """Of :func:`plain_arguments`, once their classes are checked, too."""
     logits, target = args.logits, args.target
     check_targets(target, args.ignore_index, logits.shape[class_dim(logits)])
-    maybe_ignored = maybe_any(target == args.ignore_index)
+    maybe_ignored = maybe_any(is_ignored(target, args.ignore_index))
     return Rows.of(logits, target, args.weight, args.sample_weight, 0.0, args.ignore_index, maybe_ignored)
 
 
@@ -179,7 +186,8 @@ def check_targets(target: Tensor, ignore_index: int, num_classes: int) -> None:
     """Raises the kernels' IndexError for a class out of range, where looking at the values waits for nobody."""
     if not reads_values(target):
         return
-    bad = (target != ignore_index) & ((target < 0) | (target >= num_classes))
+    target = target.long()
+    bad = ~is_ignored(target, ignore_index) & ((target < 0) | (target >= num_classes))
     if bad.any():
         row = int(bad.flatten().nonzero()[0])
         raise IndexError(

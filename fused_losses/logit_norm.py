@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fused_losses import _ops
 from fused_losses._agreement import Exchange, telling
-from fused_losses._arguments import LOSSES, RowLossArguments, acc_dtype
+from fused_losses._arguments import LOSSES, RowLossArguments, acc_dtype, is_ignored
 from fused_losses._autograd import apply, is_plain, needs_reference, row_loss
 from fused_losses._C import loss_names
 from fused_losses._checks import check_row_loss, is_per_row, row_shape
@@ -66,7 +66,7 @@ def _clean(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     them is NaN."""
     z = logits.masked_fill(logits == -torch.inf, 0.0)
     if is_per_row(target, logits):  # the loss has its say on anything else
-        ignored = (target == ignore_index).reshape(row_shape(logits))
+        ignored = is_ignored(target, ignore_index).reshape(row_shape(logits))
         z = z.masked_fill(ignored.unsqueeze(class_dim(logits)), 1.0)
     return z
 

@@ -17,6 +17,7 @@ from fused_losses._arguments import (
     acc_dtype,
     check_reduction,
     entry_named,
+    is_ignored,
 )
 from fused_losses._autograd import apply, complete, forward_writes_gradient, give_away, needs_reference
 from fused_losses._checks import check_tensors
@@ -78,7 +79,7 @@ class _Labels(NamedTuple):
         for target, part in ((self.first, share), (self.second, 1.0 - share)):
             samples = part if sample_weight is None else part * sample_weight.to(dtype)
             total = total + loss(target, samples, "sum")
-            counted = target != ignore_index
+            counted = ~is_ignored(target, ignore_index)
             of_class = 1.0 if weight is None else weight.to(dtype)[torch.where(counted, target.long(), 0)]
             weights = weights + torch.where(counted, samples * of_class, 0.0).sum()
         if reduction == "sum":

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused_losses._arguments import is_ignored
 from fused_losses._parameters import check_index, check_num_classes, closed_fraction, integer, positive
 from fused_losses._transition import check_matrix
 
@@ -386,5 +387,5 @@ def _truncated_normal(mean: float, std: float, count: int, generator: torch.Gene
 
 def _result(labels: Tensor, drawn: Tensor, ignore_index: int) -> NoisyLabels:
     moved = drawn.to(labels.device, labels.dtype)
-    noisy = torch.where(labels == ignore_index, labels, moved)
+    noisy = torch.where(is_ignored(labels, ignore_index), labels, moved)
     return NoisyLabels(noisy, noisy != labels)
