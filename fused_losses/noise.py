@@ -352,6 +352,10 @@ def _check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> tuple[
         or labels.dtype == torch.bool
     ):
         raise TypeError(f"labels must be an integer tensor, got {getattr(labels, 'dtype', type(labels).__name__)}")
+    if num_classes - 1 > torch.iinfo(labels.dtype).max:
+        raise ValueError(
+            f"labels must have a dtype that holds every class, got num_classes {num_classes} and {labels.dtype}"
+        )
     integer("ignore_index", ignore_index)
     given = labels.detach().to("cpu", torch.int64).contiguous()
     bad = (given != ignore_index) & ((given < 0) | (given >= num_classes))
