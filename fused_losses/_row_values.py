@@ -19,7 +19,7 @@ from fused_losses._arguments import (
     is_ignored,
 )
 from fused_losses._autograd import is_plain, row_loss
-from fused_losses._checks import check_row_loss, check_rows, row_shape
+from fused_losses._checks import check_row_loss, check_rows, check_tensors, row_shape
 from fused_losses._common import Criterion, RowLossModule
 from fused_losses._logit_bias import class_dim
 from fused_losses._parameters import OrTensor, integer
@@ -66,6 +66,15 @@ class RowsModule(Criterion):
     def _row_exchanges(self) -> list[Exchange]:
         """What :attr:`rows` communicates."""
         return []
+
+    def _check_parameters(self, logits: Tensor) -> None:
+        """Raises where a hyper-parameter is on a device from which it cannot be multiplied with ``logits``."""
+        for name, tensor in self._buffers.items():
+            if tensor is not None and tensor.dim() == 0 and tensor.device.type not in ("cpu", logits.device.type):
+                raise RuntimeError(
+                    f"{name} of {type(self).__name__} must be on the device of logits ({logits.device}), got "
+                    f"{tensor.device}"
+                )
 
     def _set(self, name: str, value: float | Tensor, rule: OrTensor) -> None:
         """Checks a hyper-parameter and keeps it."""
@@ -115,6 +124,7 @@ def row_values(loss: nn.Module, logits: Tensor, target: Tensor, *inputs: Any, **
 def _registered(loss: RowLossModule, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> RowValues:
     args = loss._arguments(logits, target, sample_weight)
     check_plain(type(loss).__name__, logits, target)
+    check_dense(weight=args.weight, sample_weight=args.sample_weight)
     check_row_loss(args)
     return rows_of(args)
 
@@ -152,9 +162,12 @@ def plain_arguments(
     """The arguments of a loss that is in no registry, checked but for classes out of range."""
     check_reduction(reduction)
     check_plain(name, logits, target)
+    check_dense(weight=weight, sample_weight=sample_weight)
     ignored = int(integer("ignore_index", ignore_index))
     args = RowLossArguments(logits, target, weight, sample_weight, None, None, name, (), 0.0, ignored, reduction)
     check_rows(args, REDUCTIONS, takes_probabilities=False)
+    if logits.shape[class_dim(logits)] == 0:
+        raise ValueError(f"{name}: logits must have at least one class, got shape {list(logits.shape)}")
     return args
 
 
@@ -180,6 +193,11 @@ def check_plain(name: str, logits: Any, target: Any) -> None:
             raise TypeError(f"{name}: {argument} must be a plain tensor, got a DTensor; pass {argument}.to_local()")
         if value.layout is not torch.strided:
             raise RuntimeError(f"{name}: {argument} must be dense, got a tensor of layout {value.layout}")
+
+
+def check_dense(**values: Any) -> None:
+    """Raises for a sparse tensor among values of any kind."""
+    check_tensors(**{name: value for name, value in values.items() if isinstance(value, Tensor)})
 
 
 def check_targets(target: Tensor, ignore_index: int, num_classes: int) -> None:
