@@ -257,6 +257,11 @@ def is_distributed(tensor: Any) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def is_ignored(target: Tensor, ignore_index: int) -> Tensor:
+    """Which targets, class indices of any integer dtype, are ``ignore_index``."""
+    return target.long() == ignore_index  # torch compares a narrower integer with a number modulo its range
+
+
 def acc_dtype(logits: Tensor) -> torch.dtype:
     """The dtype of arithmetic, loss and statistics."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32

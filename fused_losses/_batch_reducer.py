@@ -30,10 +30,11 @@ OPTIONS = """
     Raises:
         TypeError: ``loss`` is none of these, an argument is no number, or logits are a DTensor.
         ValueError: an argument is out of range, or options are given beside a Module.
-        RuntimeError: another rank of ``process_group`` has failed (between GPUs: a device assertion; under
-            torch.compile: only when the group's timeout is over).
+        RuntimeError: a parameter requires a gradient or is on another device; another rank of ``process_group`` has
+            failed (between GPUs: a device assertion; under torch.compile: only when the group's timeout is over).
 
-    The weights that the rows get are constants for autograd. A row whose loss is NaN counts, so that the result is NaN,
+    The weights that the rows get are constants for autograd, and so are the parameters: a tensor that requires a
+    gradient is refused. A row whose loss is NaN counts, so that the result is NaN,
     but it does not influence the other rows. Nothing waits for the device.
 """
 RUNNING = """
@@ -113,6 +114,8 @@ class BatchReducer(RunningMoments, RowsModule):
     def rows(self, logits: Tensor, target: Tensor, *inputs: Any, **options: Any) -> RowValues:
         """Every row's loss as this one weighs it."""
         inner = row_values(self.loss, logits, target, *inputs, **options)
+        self._check_parameters(inner.values)
+        self._check_constants()
         # Weights are constants in forward mode, too; no_grad alone would let derivatives through there.
         with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
             losses = inner.values.detach()
@@ -120,6 +123,14 @@ class BatchReducer(RunningMoments, RowsModule):
             judged = Judged(values, inner.weight.flatten(), inner.kept.flatten() & ~values.isnan())
             constants = self._constants(losses, self._statistic(judged, logits))
         return self._weigh(inner, constants)
+
+    def _check_constants(self) -> None:
+        """Raises where a parameter wants a gradient and would get none."""
+        for name, tensor in self._buffers.items():
+            if tensor is not None and tensor.requires_grad:
+                raise RuntimeError(
+                    f"{name} of {type(self).__name__} is a constant, got a tensor that requires a gradient: detach it"
+                )
 
     def _statistic(self, judged: Judged, logits: Tensor) -> Any:
         """What rows are judged by."""
@@ -138,8 +149,9 @@ class BatchReducer(RunningMoments, RowsModule):
         if not self.running:
             return value
         batch = torch.stack([count, value, torch.zeros_like(value)]).double().view(3, 1)
-        moments = self._update(batch) if self.training else self._or_batch(batch)
-        return moments[1, 0].to(value.dtype)
+        if self.training:
+            self._update(batch)  # nothing happens where the batch's statistic is infinite
+        return self._or_batch(batch)[1, 0].to(value.dtype)
 
     def _first_sums(self, numbers: Tensor) -> Tensor:
         """One or two sums over all ranks of the group, before any other: with news of a rank's failure."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fused_losses import _ops, _shards
 from fused_losses._agreement import Exchange, telling
-from fused_losses._arguments import RowLossArguments, acc_dtype
+from fused_losses._arguments import RowLossArguments, acc_dtype, is_ignored
 from fused_losses._shards import Shard
 
 # Losses that are exactly 0, with gradient 0, for rows that satisfy every margin.
@@ -79,7 +79,7 @@ def sweep(layer: Layer, args: RowLossArguments, options: ChunkOptions, wanted: S
         skips = layer.input.is_cpu if options.skip_rows is None else options.skip_rows
         skips_satisfied = skips and args.loss in _SATISFIABLE
         counts = skips and not args.target.is_floating_point()
-        kept = _worth_keeping(args.target != args.ignore_index) if counts else None
+        kept = _worth_keeping(~is_ignored(args.target, args.ignore_index)) if counts else None
         count = layer.input.shape[0] if kept is None else kept.numel()
         size = _rows_per_chunk(count, layer, options, skips_satisfied)
         firsts = range(0, max(count, 1), size)  # one even without rows, for the operators' checks

@@ -93,6 +93,11 @@ class ChunkedLogits:
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self.layer)
 
     def _check(self, args: RowLossArguments) -> None:
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(
+                "linear_loss has no form for the transforms of torch.func: use backward or torch.autograd.grad, or "
+                "call the loss on torch.nn.functional.linear(input, linear_weight, linear_bias)"
+            )
         check_row_loss(args)
         if torch.is_grad_enabled():
             _check_constants(args)
@@ -137,7 +142,8 @@ def _check_constants(args: RowLossArguments) -> None:
 
 def run(layer: Layer, args: RowLossArguments, options: ChunkOptions, wanted: list[bool]) -> Sweep:
     """A sweep; one operator where somebody traces."""
-    function = sweep if is_plain(layer.input) and is_plain(layer.weight) else traced_sweep
+    has_numbers = is_plain(layer.input) and is_plain(layer.weight) and not layer.input.is_meta
+    function = sweep if has_numbers else traced_sweep
     return function(layer, args, options, wanted)
 
 

@@ -10,9 +10,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fused_losses._agreement import Exchange
-from fused_losses._arguments import REDUCTIONS, RowLossArguments, acc_dtype, check_reduction, is_distributed
+from fused_losses._arguments import (
+    REDUCTIONS,
+    RowLossArguments,
+    acc_dtype,
+    check_reduction,
+    is_distributed,
+    is_ignored,
+)
 from fused_losses._autograd import is_plain, row_loss
-from fused_losses._checks import check_row_loss, check_rows, row_shape
+from fused_losses._checks import check_row_loss, check_rows, check_tensors, row_shape
 from fused_losses._common import Criterion, RowLossModule
 from fused_losses._logit_bias import class_dim
 from fused_losses._parameters import OrTensor, integer
@@ -59,6 +66,15 @@ class RowsModule(Criterion):
     def _row_exchanges(self) -> list[Exchange]:
         """What :attr:`rows` communicates."""
         return []
+
+    def _check_parameters(self, logits: Tensor) -> None:
+        """Raises where a hyper-parameter is on a device from which it cannot be multiplied with ``logits``."""
+        for name, tensor in self._buffers.items():
+            if tensor is not None and tensor.dim() == 0 and tensor.device.type not in ("cpu", logits.device.type):
+                raise RuntimeError(
+                    f"{name} of {type(self).__name__} must be on the device of logits ({logits.device}), got "
+                    f"{tensor.device}"
+                )
 
     def _set(self, name: str, value: float | Tensor, rule: OrTensor) -> None:
         """Checks a hyper-parameter and keeps it."""
@@ -108,6 +124,7 @@ def row_values(loss: nn.Module, logits: Tensor, target: Tensor, *inputs: Any, **
 def _registered(loss: RowLossModule, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> RowValues:
     args = loss._arguments(logits, target, sample_weight)
     check_plain(type(loss).__name__, logits, target)
+    check_dense(weight=args.weight, sample_weight=args.sample_weight)
     check_row_loss(args)
     return rows_of(args)
 
@@ -124,7 +141,7 @@ def row_weights(args: RowLossArguments, by_class: bool = True) -> tuple[Tensor, 
     shape = row_shape(args.logits)
     weight = args.logits.new_ones(shape, dtype=acc_dtype(args.logits))
     target = args.target.reshape(shape) if by_class else args.target
-    kept = target != args.ignore_index if by_class else weight > 0
+    kept = ~is_ignored(target, args.ignore_index) if by_class else weight > 0
     if by_class and args.weight is not None:
         weight = args.weight.to(weight.dtype)[torch.where(kept, target.long(), 0)]
     if args.sample_weight is not None:
@@ -145,9 +162,12 @@ def plain_arguments(
     """The arguments of a loss that is in no registry, checked but for classes out of range."""
     check_reduction(reduction)
     check_plain(name, logits, target)
+    check_dense(weight=weight, sample_weight=sample_weight)
     ignored = int(integer("ignore_index", ignore_index))
     args = RowLossArguments(logits, target, weight, sample_weight, None, None, name, (), 0.0, ignored, reduction)
     check_rows(args, REDUCTIONS, takes_probabilities=False)
+    if logits.shape[class_dim(logits)] == 0:
+        raise ValueError(f"{name}: logits must have at least one class, got shape {list(logits.shape)}")
     return args
 
 
@@ -160,7 +180,7 @@ def checked_rows(args: RowLossArguments) -> Rows:
     """Of :func:`plain_arguments`, once their classes are checked, too."""
     logits, target = args.logits, args.target
     check_targets(target, args.ignore_index, logits.shape[class_dim(logits)])
-    maybe_ignored = maybe_any(target == args.ignore_index)
+    maybe_ignored = maybe_any(is_ignored(target, args.ignore_index))
     return Rows.of(logits, target, args.weight, args.sample_weight, 0.0, args.ignore_index, maybe_ignored)
 
 
@@ -175,11 +195,17 @@ def check_plain(name: str, logits: Any, target: Any) -> None:
             raise RuntimeError(f"{name}: {argument} must be dense, got a tensor of layout {value.layout}")
 
 
+def check_dense(**values: Any) -> None:
+    """Raises for a sparse tensor among values of any kind."""
+    check_tensors(**{name: value for name, value in values.items() if isinstance(value, Tensor)})
+
+
 def check_targets(target: Tensor, ignore_index: int, num_classes: int) -> None:
     """Raises the kernels' IndexError for a class out of range, where looking at the values waits for nobody."""
     if not reads_values(target):
         return
-    bad = (target != ignore_index) & ((target < 0) | (target >= num_classes))
+    target = target.long()
+    bad = ~is_ignored(target, ignore_index) & ((target < 0) | (target >= num_classes))
     if bad.any():
         row = int(bad.flatten().nonzero()[0])
         raise IndexError(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_losses._agreement import Exchange, add_up
-from fused_losses._arguments import LOSSES, RowLossArguments, acc_dtype
+from fused_losses._arguments import LOSSES, RowLossArguments, acc_dtype, is_ignored
 from fused_losses._reference import Rows, power
 
 Term: TypeAlias = Callable[[Tensor], Tensor]
@@ -95,7 +95,7 @@ class Formula:
 
     def __init__(self, args: RowLossArguments, num_classes: int) -> None:
         self.args, self.num_classes, self.entry = args, num_classes, LOSSES[args.loss]
-        self.ignored = args.target == args.ignore_index
+        self.ignored = is_ignored(args.target, args.ignore_index)
         self.target = torch.where(self.ignored, 0, args.target.long())
         ones = torch.ones(args.target.shape, dtype=acc_dtype(args.logits), device=args.target.device)
         self.class_weight = ones if args.weight is None else args.weight.to(ones.dtype)[self.target]

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused_losses._agreement import Exchange, check_member, gather, telling
-from fused_losses._arguments import LOSSES, RowLossArguments, acc_dtype
+from fused_losses._arguments import LOSSES, RowLossArguments, acc_dtype, is_ignored
 from fused_losses._reference import zero_at_zero
 from fused_losses._shard_formula import Formula, Powers, RowNumbers, evaluate
 
@@ -59,8 +59,8 @@ def check_loss(stem: str, name: str) -> None:
 
 def check_classes(args: RowLossArguments, num_classes: int) -> None:
     """Raises where a target is no class: no rank would notice. On CUDA a device assertion."""
-    target = args.target
-    fine = (target == args.ignore_index) | ((target >= 0) & (target < num_classes))
+    target = args.target.long()
+    fine = is_ignored(target, args.ignore_index) | ((target >= 0) & (target < num_classes))
     if not target.is_cpu:
         torch._assert_async(fine.all())
     elif not fine.all():
@@ -104,7 +104,7 @@ def values_and_gradient(
     terms = [Exchange.adding(shard.group, sums * rows, acc_dtype(logits))] if sums else []
     with telling([numbers, *terms]):
         target = args.target.long()
-        ignored = target == args.ignore_index
+        ignored = is_ignored(target, args.ignore_index)
         local = torch.where(ignored, -1, target - shard.first_class)
         own = (local >= 0) & (local < logits.shape[1])
         index = torch.where(own, local, 0).unsqueeze(1)

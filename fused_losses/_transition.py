@@ -7,9 +7,13 @@ import math
 import torch
 from torch import Tensor
 
+from fused_losses._checks import check_tensors
+
 
 def check_matrix(name: str, matrix: Tensor) -> Tensor:
     """Rows of probabilities as float64 on the CPU, summing to 1. Raises a ValueError on anything else."""
+    if isinstance(matrix, Tensor):
+        check_tensors(**{name: matrix})
     if not isinstance(matrix, Tensor) or matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix):
         shape = tuple(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
         raise ValueError(f"{name} must be a tensor of shape (C, C), got {shape}")

@@ -14,7 +14,7 @@ from fused_losses._arrays import as_tensor
 from fused_losses._autograd import is_plain, needs_reference
 from fused_losses._parameters import finite, integer, positive_integer
 from fused_losses._reference import Rows
-from fused_losses._row_values import RowsModule, RowValues, maybe_any, plain_rows, reads_values
+from fused_losses._row_values import RowsModule, RowValues, check_dense, maybe_any, plain_rows, reads_values
 from fused_losses._transition import check_transition, invert
 from fused_losses.cross_entropy import cross_entropy
 
@@ -83,6 +83,7 @@ def _check_call(transition: Any, logits: Tensor, inverse: bool) -> Tensor | None
     if not isinstance(transition, Tensor) or not transition.is_floating_point():
         got = getattr(transition, "dtype", type(transition).__name__)
         raise TypeError(f"transition must be a floating point tensor, got {got}")
+    check_dense(transition=transition)
     if transition.device != logits.device:
         raise RuntimeError(f"transition must be on the device of logits ({logits.device}), got {transition.device}")
     if transition.dim() != 2 or transition.shape[0] != transition.shape[1]:
@@ -159,7 +160,8 @@ def forward_correction_loss(
 
     {arguments}
 
-    A masked class (logit -inf) adds nothing to q. Where no class can have the label, q is 0 and the loss infinite.
+    A masked class (logit -inf) adds nothing to q. Where no class can have the label, q is 0, the loss infinite and the
+    gradient NaN.
     There is no ``logit_bias``, and targets cannot be class probabilities.
 
     Example:
@@ -373,6 +375,7 @@ class BackwardCorrectionLoss(_CorrectionLoss):
     _precise = ("transition", "inverse")
 
     def _accept(self, matrix: Tensor) -> None:
+        check_transition(matrix)
         inverse = invert(matrix)
         check_transition(matrix, inverse)
         if "transition" in self._buffers:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused_losses._agreement import Exchange, sum_over_ranks, telling
-from fused_losses._arguments import RowLossArguments
+from fused_losses._arguments import RowLossArguments, is_ignored
 from fused_losses._autograd import row_loss
 from fused_losses._checks import row_shape
 from fused_losses._common import Criterion, RowLossModule
@@ -57,7 +57,7 @@ def sum_of_weights(args: RowLossArguments, values: Tensor) -> Tensor:
     if args.target.is_floating_point():  # class probabilities: the values contain the class weights
         everywhere = torch.zeros(values.shape, dtype=torch.int64, device=values.device)
         return kept_weight(everywhere == 0, everywhere, None, args.sample_weight)
-    counted = args.target != args.ignore_index
+    counted = ~is_ignored(args.target, args.ignore_index)
     if args.reduction == "active_mean":
         counted = counted & (values != 0)
     return kept_weight(counted, args.target, args.weight, args.sample_weight)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fused_losses import _ops
 from fused_losses._agreement import Exchange, telling
-from fused_losses._arguments import LOSSES, RowLossArguments, acc_dtype
+from fused_losses._arguments import LOSSES, RowLossArguments, acc_dtype, is_ignored
 from fused_losses._autograd import apply, is_plain, needs_reference, row_loss
 from fused_losses._C import loss_names
 from fused_losses._checks import check_row_loss, is_per_row, row_shape
@@ -66,7 +66,7 @@ def _clean(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     them is NaN."""
     z = logits.masked_fill(logits == -torch.inf, 0.0)
     if is_per_row(target, logits):  # the loss has its say on anything else
-        ignored = (target == ignore_index).reshape(row_shape(logits))
+        ignored = is_ignored(target, ignore_index).reshape(row_shape(logits))
         z = z.masked_fill(ignored.unsqueeze(class_dim(logits)), 1.0)
     return z
 
@@ -196,6 +196,7 @@ class _LogitWrapper(RowsModule):
     def rescale(self, logits: Tensor, target: Tensor) -> Tensor:
         """The logits that the loss gets."""
         check_plain(type(self).__name__, logits, target)
+        self._check_parameters(logits)
         ignore_index, parameter = _ignore_index(self.loss), self._parameter()
         factor_of = _factor(parameter, self._clips)
         if not (is_plain(logits) and is_plain(target) and self._reaches_kernels(logits, target)):
@@ -224,6 +225,7 @@ class _LogitWrapper(RowsModule):
         if not of_row or _has_hooks(loss):
             return None
         check_plain(type(self).__name__, logits, target)
+        self._check_parameters(logits)
         sample_weight = inputs[0] if inputs else options.get("sample_weight")
         traced = torch.compiler.is_compiling()
         if not (traced or (is_plain(logits) and is_plain(target))):
@@ -280,6 +282,9 @@ class LogitNorm(_LogitWrapper):
         TypeError: there is no such loss, ``t`` is no number, or logits are a DTensor.
         ValueError: ``t`` is out of range, or options are given beside a Module.
 
+    Squares of logits must not overflow: in float32, which computes half precision too, this holds up to ``|z| =
+    1.8e19``; beyond, the norm is infinite and the logits become zeros.
+
     A masked class (logit -inf) has no part in the norm. A row of zeros keeps the loss log C, but its gradient is
     multiplied by ``1e7 / t``: do not initialise the last layer with zeros.
 
@@ -332,6 +337,9 @@ class LogitClip(_LogitWrapper):
     Raises:
         TypeError: there is no such loss, ``tau`` is no number, or logits are a DTensor.
         ValueError: ``tau`` is out of range, or options are given beside a Module.
+
+    Squares of logits must not overflow: in float32, which computes half precision too, this holds up to ``|z| =
+    1.8e19``; beyond, the norm is infinite and the logits become zeros.
 
     A masked class (logit -inf) has no part in the norm. The cost is that of :class:`LogitNorm`.
 

@@ -17,12 +17,14 @@ from fused_losses._arguments import (
     acc_dtype,
     check_reduction,
     entry_named,
+    is_ignored,
 )
 from fused_losses._autograd import apply, complete, forward_writes_gradient, give_away, needs_reference
 from fused_losses._checks import check_tensors
 from fused_losses._common import RowLossModule
 from fused_losses._parameters import closed_fraction, plain
 from fused_losses._reference import row_loss_reference
+from fused_losses._row_values import check_dense, reads_values
 from fused_losses.distributed import sum_of_weights
 
 # The loss of one label: takes the label, a weight per row and a reduction.
@@ -78,7 +80,7 @@ class _Labels(NamedTuple):
         for target, part in ((self.first, share), (self.second, 1.0 - share)):
             samples = part if sample_weight is None else part * sample_weight.to(dtype)
             total = total + loss(target, samples, "sum")
-            counted = target != ignore_index
+            counted = ~is_ignored(target, ignore_index)
             of_class = 1.0 if weight is None else weight.to(dtype)[torch.where(counted, target.long(), 0)]
             weights = weights + torch.where(counted, samples * of_class, 0.0).sum()
         if reduction == "sum":
@@ -203,8 +205,8 @@ def mixed(
 
     Raises:
         TypeError: ``loss`` is none of these, ``lam`` no number, or logits or a target no tensor.
-        ValueError: ``lam`` is a number outside [0, 1]; the loss or the reduction is unknown ("active_mean" cannot be
-            mixed).
+        ValueError: ``lam`` is outside [0, 1] (of a tensor, looked at on the CPU only); the loss or the reduction is
+            unknown ("active_mean" cannot be mixed).
         RuntimeError: shapes or dtypes do not fit.
 
     Example:
@@ -217,12 +219,16 @@ def mixed(
     options = own | options
     reduction = options.setdefault("reduction", "mean")
     check_reduction(reduction, REDUCTIONS)
+    check_dense(**{name: options.get(name) for name in ("weight", "sample_weight", "logit_bias")}, lam=lam)
     if not isinstance(lam, Tensor):
         lam = plain(closed_fraction.pack("lam", lam))
     elif lam.dim() > 0 and lam.shape != target_a.shape:
         raise RuntimeError(
             f"lam must be a number, 0-dim or of the shape of target_a, {tuple(target_a.shape)}, got {tuple(lam.shape)}"
         )
+    elif reads_values(lam) and lam.numel():
+        for end in (lam.min(), lam.max()):
+            closed_fraction.pack("every entry of lam" if lam.dim() else "lam", float(end))
     if not isinstance(lam, Tensor) and lam in (0.0, 1.0):
         return function(logits, target_a if lam == 1.0 else target_b, **options)
     labels = _Labels(target_a, target_b, lam)
@@ -232,6 +238,11 @@ def mixed(
             if isinstance(lam, Tensor) and lam.dim() == 0 and not _may_be_read(lam):
                 args, labels = _by_rows(args, labels, lam)
             return _mixed_loss(args, labels)
+
+    if entry is not None and isinstance(lam, Tensor) and not lam.requires_grad:
+        ignored = options.get("ignore_index", -100)  # what has no share is left out, even where it is infinite
+        first, second = (torch.where(lam == none, ignored, t.long()) for none, t in ((0, target_a), (1, target_b)))
+        labels = _Labels(first, second, lam)
 
     def of_label(target: Tensor, samples: Tensor | None, reduction: str) -> Tensor:
         return function(logits, target, **(options | {"sample_weight": samples, "reduction": reduction}))

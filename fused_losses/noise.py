@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused_losses._arguments import is_ignored
 from fused_losses._parameters import check_index, check_num_classes, closed_fraction, integer, positive
 from fused_losses._transition import check_matrix
 
@@ -351,6 +352,10 @@ def _check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> tuple[
         or labels.dtype == torch.bool
     ):
         raise TypeError(f"labels must be an integer tensor, got {getattr(labels, 'dtype', type(labels).__name__)}")
+    if num_classes - 1 > torch.iinfo(labels.dtype).max:
+        raise ValueError(
+            f"labels must have a dtype that holds every class, got num_classes {num_classes} and {labels.dtype}"
+        )
     integer("ignore_index", ignore_index)
     given = labels.detach().to("cpu", torch.int64).contiguous()
     bad = (given != ignore_index) & ((given < 0) | (given >= num_classes))
@@ -386,5 +391,5 @@ def _truncated_normal(mean: float, std: float, count: int, generator: torch.Gene
 
 def _result(labels: Tensor, drawn: Tensor, ignore_index: int) -> NoisyLabels:
     moved = drawn.to(labels.device, labels.dtype)
-    noisy = torch.where(labels == ignore_index, labels, moved)
+    noisy = torch.where(is_ignored(labels, ignore_index), labels, moved)
     return NoisyLabels(noisy, noisy != labels)

@@ -14,8 +14,18 @@ from fused_losses._row_values import Loss, RowValues
 
 _KEEP = OrTensor(Range("satisfy 0 < value <= 1", lambda v: 0.0 < v <= 1.0))
 _FACTOR = OrTensor(positive_factor)
-_ROUNDING = 1e-6  # keep * n may miss a whole number by this much
+_ROUNDING = 1e-6  # keep * n may miss a whole number by this much, for the float64 number that was meant
 _DIGITS = 12  # to base 4 of log temperature in Antidote, whose bounds are never 4**12 roundings apart
+
+
+def _as_meant(keep: float | Tensor) -> float | Tensor:
+    """The share in float64. A tensor is one decimal number, if its dtype has but one of so few digits, else rounded."""
+    if not isinstance(keep, Tensor):
+        return keep
+    info, exact = torch.finfo(keep.dtype), keep.double()
+    digits = round(1.0 / info.resolution)
+    decimal = torch.round(exact * digits) / digits
+    return torch.where(decimal.to(keep.dtype) == keep, decimal, exact * (1.0 + 0.5 * info.eps)).clamp(max=1.0)
 
 
 @documented("the largest loss that is kept")
@@ -66,7 +76,7 @@ class SmallLoss(BatchReducer):
     def _statistic(self, judged: Judged, logits: Tensor) -> Tensor:
         values = torch.where(judged.known, judged.values, torch.inf)
         (count,) = self._first_sums(judged.known.sum(dtype=torch.float64).reshape(1)).unbind()
-        wanted = torch.floor(self.keep * count + _ROUNDING).clamp(min=1.0)
+        wanted = torch.floor(_as_meant(self.keep) * count + _ROUNDING).clamp(min=1.0)
         if self.process_group is None:
             at = (wanted.long() - 1).clamp(max=max(values.numel() - 1, 0))
             found = values.sort().values.index_select(0, at.view(1)).view(()) if values.numel() else values.sum()

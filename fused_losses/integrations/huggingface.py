@@ -64,6 +64,8 @@ def _compute_loss(
     logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
     ignore_index = getattr(criterion, "ignore_index", -100)
     labels = labels.to(logits.device)
+    if not labels.is_floating_point():
+        labels = labels.long()  # no narrower dtype holds every ignore_index
     if _is_causal(outputs, labels, causal):
         labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]  # the logits stay whole, and are not copied
     loss = _call(criterion, *_rows(logits, labels))

@@ -123,7 +123,7 @@ class FusedLoss(nn.Module):
         return total * self.loss_weight / torch.as_tensor(avg_factor, device=total.device).clamp(min=_SMALLEST)
 
     def _counted(self, label: Tensor, ignore_index: int) -> Tensor:
-        counts = label != ignore_index
+        counts = ~_arguments.is_ignored(label, ignore_index)
         class_weight = self.criterion.weight
         if class_weight is None:
             return counts.sum()

@@ -28,8 +28,8 @@ class MixupLoss(torch.nn.Module):
     Raises:
         TypeError: ``loss`` is no Module of a row loss. Z-Error losses are none: they compare a row with those of its
             class, and a mixed row has two.
-        ValueError: the mean is over active rows ("active_mean"); at a call, a row has more than two labels where two
-            have to be found (on CUDA: a device assertion).
+        ValueError: the mean is over active rows ("active_mean"); at a call, where two labels have to be found, a row
+            has more of them (on CUDA: a device assertion) or holds no probabilities (looked at on the CPU only).
 
     Example:
         >>> task = timm.task.ClassificationTask(model, MixupLoss(fl.GCELoss()))  # doctest: +SKIP
@@ -68,6 +68,8 @@ def _two_labels(target: Tensor) -> tuple[Tensor, Tensor]:
     rest = target.sum(1) - shares.sum(0)
     message = "target must have two labels in a row where the loss takes no probabilities (label_smoothing=0)"
     if target.device.type == "cpu":
+        if bool(((target < 0).any(1) | ((target.sum(1) - 1.0).abs() > 1e-2)).any()):
+            raise ValueError("target must hold probabilities, >= 0 with rows that sum to 1, got a row that does not")
         if rest.numel() and float(rest.max()) > 1e-3:
             raise ValueError(f"{message}, got a row with {float(rest.max()):.3g} on others")
     else:
