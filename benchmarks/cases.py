@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import fused_losses as fl
+from fused_losses._reference import row_loss_reference
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -32,21 +33,32 @@ class Loss:
     wrapped: bool = False
 
 
+def _formula(loss: str) -> Callable[..., Tensor]:
+    """The plain formula without the checks of ``fl.reference``, which would count in small calls."""
+
+    def plain(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
+        return row_loss_reference(fl.LOSSES[loss].arguments(logits, target, **options))
+
+    return plain
+
+
 def _of_rescaled(loss: str, factor: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     """The plain loss of logits that are multiplied by a factor of their norm."""
 
     def plain(logits: Tensor, target: Tensor) -> Tensor:
         z = logits if logits.dtype == torch.float64 else logits.float()
-        return fl.LOSSES[loss].reference(z * factor(z.norm(dim=1, keepdim=True)), target)
+        return _formula(loss)(z * factor(z.norm(dim=1, keepdim=True)), target)
 
     return plain
 
 
 def _losses() -> dict[str, Loss]:
-    found = {name: Loss(name, entry.function, entry.reference) for name, entry in fl.LOSSES.items()}
+    found = {name: Loss(name, entry.function, _formula(name)) for name, entry in fl.LOSSES.items()}
 
     def add(name: str, function: str, kind: str = "rows", **options: Any) -> None:
-        found[name] = Loss(name, getattr(fl.functional, function), getattr(fl.reference, function), kind, options)
+        of_row = function.removesuffix("_loss")
+        plain = _formula(of_row) if of_row in fl.LOSSES else getattr(fl.reference, function)
+        found[name] = Loss(name, getattr(fl.functional, function), plain, kind, options)
 
     add("mae_auto", "mae_loss", logit_bias="auto")  # MAE*
     add("smoothed_cross_entropy", "cross_entropy", label_smoothing=0.1)
