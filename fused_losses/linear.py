@@ -11,15 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_losses._agreement import Exchange, telling
-from fused_losses._arguments import (
-    LOSSES,
-    REDUCTIONS,
-    LossEntry,
-    RowLossArguments,
-    check_reduction,
-    entry_named,
-    is_distributed,
-)
+from fused_losses._arguments import LOSSES, LossEntry, RowLossArguments, check_reduction, entry_named, is_distributed
 from fused_losses._checks import check_tensors
 from fused_losses._chunks import ChunkOptions, Layer
 from fused_losses._common import Criterion, RowLossModule
@@ -292,7 +284,8 @@ def _check_shapes(
 def _dtype_of_logits(tensors: dict[str, Tensor]) -> torch.dtype:
     """That of ``input``, or autocast's; raises where dtypes or devices differ."""
     input, device = tensors["input"], tensors["input"].device
-    autocast = torch.is_autocast_enabled(device.type) and input.dtype != torch.float64
+    has_autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    autocast = has_autocast and input.dtype != torch.float64
     for name, tensor in tensors.items():
         if tensor.device != device:
             raise RuntimeError(f"{name} must be on the device of input ({device}), got {tensor.device}")
@@ -369,7 +362,7 @@ class LinearLoss(Criterion):
                 options["reduction"] = reduction
             self.loss = find_loss(loss).module(**options)
         if reduction is not None:
-            check_reduction(reduction, LOSSES[loss.stem].reductions if isinstance(loss, RowLossModule) else REDUCTIONS)
+            check_reduction(reduction, *([LOSSES[loss.stem].reductions] if isinstance(loss, RowLossModule) else []))
         self.linear = nn.Linear(in_features, num_classes, bias, device=device, dtype=dtype)
         self.reduction = reduction
         self.chunk_bytes = chunk_bytes

@@ -278,6 +278,16 @@ def test_gradients_may_take_the_place_of_the_logits(name, dtype):
             assert torch.equal(own, gradient)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_shapes_without_numbers(reduction):
+    layer = fl.LinearLoss(5, 7, "gce", reduction=reduction).to("meta")
+    input = torch.empty(4, 5, device="meta", requires_grad=True)
+    loss = layer(input, torch.empty(4, dtype=torch.long, device="meta"))
+    assert loss.is_meta and loss.shape == (() if reduction == "mean" else (4,))
+    loss.sum().backward()
+    assert input.grad.shape == (4, 5) and layer.linear.weight.grad.shape == (7, 5)
+
+
 def test_nothing_left_is_zero_and_nan_stays_in_its_row():
     (x, w, b), target, _ = problem()
     ignored = torch.full_like(target, -100)
