@@ -220,9 +220,10 @@ RegisterPlan plan_columns(const RowProblem& p, KernelKind kind) {
 
 RegisterPlan plan_kept_tiles(const RowProblem& p, int numbers, int multiprocessors) {
     constexpr int most_bytes = 2048;
-    if (!can_be_tiles(p)) return {};
+    if (!can_be_tiles(p) || !has_narrow_steps(p)) return {};
     const int element = bytes_of(p.dtype), classes = static_cast<int>(p.num_classes), most = kMostSlots / numbers;
     RegisterPlan plan;
+    take_steps(p, plan);
     for (plan.lanes = 1; plan.lanes * most < classes;) plan.lanes *= 2;
     plan.rounds = static_cast<int>(divide_up(classes, plan.lanes));
     const auto conflicts = [&](int each) {

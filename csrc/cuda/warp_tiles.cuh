@@ -73,8 +73,9 @@ FL_DEVICE void for_each_tile(const RegisterArgs& args, Prepare prepare, Body bod
         const TileCopy copy(before, rows_from(first) * row_bytes, me);
         copy.begin_read(logits + std::int64_t(first) * row_bytes, to + before + 16 * me);
         __pipeline_commit();
-        if (p.target && 128 * me <= std::int64_t(args.plan.target_step) * (rows_from(first) - 1))
-            prefetch(static_cast<const char*>(p.target) + std::uint64_t(args.plan.target_step) * first + 128 * me);
+        const std::int64_t apart = args.plan.target_step;  // labels, in bytes
+        if (p.target && apart > 0 && 128 * me <= apart * (rows_from(first) - 1))
+            prefetch(static_cast<const char*>(p.target) + apart * first + 128 * me);
     };
     int first = (blockIdx.x * (kTileThreads / 32) + warp) * tile_rows;
     if (first < rows) begin(first, tile);
