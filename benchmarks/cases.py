@@ -33,7 +33,7 @@ class Loss:
     wrapped: bool = False
 
 
-def _formula(loss: str) -> Callable[..., Tensor]:
+def formula(loss: str) -> Callable[..., Tensor]:
     """The plain formula without the checks of ``fl.reference``, which would count in small calls."""
 
     def plain(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
@@ -47,17 +47,17 @@ def _of_rescaled(loss: str, factor: Callable[[Tensor], Tensor]) -> Callable[...,
 
     def plain(logits: Tensor, target: Tensor) -> Tensor:
         z = logits if logits.dtype == torch.float64 else logits.float()
-        return _formula(loss)(z * factor(z.norm(dim=1, keepdim=True)), target)
+        return formula(loss)(z * factor(z.norm(dim=1, keepdim=True)), target)
 
     return plain
 
 
 def _losses() -> dict[str, Loss]:
-    found = {name: Loss(name, entry.function, _formula(name)) for name, entry in fl.LOSSES.items()}
+    found = {name: Loss(name, entry.function, formula(name)) for name, entry in fl.LOSSES.items()}
 
     def add(name: str, function: str, kind: str = "rows", **options: Any) -> None:
         of_row = function.removesuffix("_loss")
-        plain = _formula(of_row) if of_row in fl.LOSSES else getattr(fl.reference, function)
+        plain = formula(of_row) if of_row in fl.LOSSES else getattr(fl.reference, function)
         found[name] = Loss(name, getattr(fl.functional, function), plain, kind, options)
 
     add("mae_auto", "mae_loss", logit_bias="auto")  # MAE*

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import fused_losses as fl
+from benchmarks.cases import formula
 from benchmarks.training.options import Options
 from fused_losses.calibration import solve_logit_bias
 from fused_losses.schedules import LogitBiasSchedule, ThresholdSchedule
@@ -38,7 +39,7 @@ class PlainLoss(nn.Module):
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """The loss of ``logits`` for ``target``."""
         options = self.loss.call_options()
-        return fl.LOSSES[self.loss.stem].reference(logits, target, reduction=self.loss.reduction, **options)
+        return formula(self.loss.stem)(logits, target, reduction=self.loss.reduction, **options)
 
 
 def make_loss(options: Options, target: Tensor, num_classes: int, steps: int) -> tuple[nn.Module, list[Schedule]]:
