@@ -40,6 +40,8 @@ def measure(runs: Runs, seeds: int, full: bool) -> None:
         optimizer = torch.optim.Adam(network.parameters(), fused=True)
         images, target = torch.rand(rows, *shape), torch.randint(0, classes, (rows,))
         gradient = torch.randn(rows, classes) / rows
+        # Before steps along a gradient of no loss, which make logits so large that probabilities are subnormal.
+        logits = network(images).detach().requires_grad_()
 
         def rest(network: Any = network, optimizer: Any = optimizer, x: Tensor = images, g: Tensor = gradient) -> None:
             optimizer.zero_grad()
@@ -47,7 +49,6 @@ def measure(runs: Runs, seeds: int, full: bool) -> None:
             optimizer.step()
 
         row: dict[str, Any] = {"model": model, "rows": rows, "classes": classes, "rest": median_time(rest)}
-        logits = network(images).detach().requires_grad_()
         for name in LOSSES:
             row[name] = {kind: median_time(call) for kind, call in _calls(name, logits, target).items()}
         runs.add(row)
