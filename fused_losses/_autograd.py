@@ -19,11 +19,11 @@ from fused_losses import _ops
 from fused_losses._arguments import LOSSES, RowLossArguments
 from fused_losses._checks import check_row_loss
 from fused_losses._ops import PackedConstants, pack_constants
+from fused_losses._plain import dispatch_modes, is_plain
 from fused_losses._reference import row_loss_reference
 from fused_losses.row_statistics import RowStatistics, row_statistics
 
 _in_function_transform = torch._C._are_functorch_transforms_active
-_dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_batched, _is_legacy_batched = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
 
 
@@ -84,7 +84,7 @@ def is_small(logits: Tensor, target: Tensor) -> bool:
         and logits.is_cpu
         and target.is_cpu
         and logits.numel() <= _MOST_LOGITS
-        and not _dispatch_modes()
+        and not dispatch_modes()
         and not _in_function_transform()
         and forward_ad._current_level < 0
         and _trace() is None
@@ -200,13 +200,6 @@ def forward_writes_gradient(args: RowLossArguments) -> bool:
     if logits.dtype is torch.float16 or args.reduction == "none":
         return False
     return (args.reduction != "active_mean" or logits.is_cpu) and is_plain(logits)
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether the tensor's memory is there, not traced or wrapped."""
-    if torch.compiler.is_compiling() or _dispatch_modes():
-        return False
-    return type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
 
 
 class _RowLoss(torch.autograd.Function):

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from fused_losses import _ops
 from fused_losses._arguments import LOSSES, RowLossArguments, ZErrorRule
-from fused_losses._autograd import is_plain, mark_constant
+from fused_losses._autograd import mark_constant
 from fused_losses._checks import check_row_loss
 from fused_losses._chunks import ChunkOptions, Layer, Sweep, stand_in, sweep, traced_sweep
+from fused_losses._plain import is_plain
 from fused_losses._reference import ACTIVE_GUARD, mean_of
 from fused_losses._shards import agree_about_call, check_classes, check_loss
 from fused_losses._z_autograd import masked_first

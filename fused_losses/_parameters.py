@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fused_losses._plain import reads_values
+
 
 class ParameterRange(Protocol):
     """The allowed values of a hyper-parameter."""
@@ -211,7 +213,7 @@ class OrTensor:
                 f"{name} must be a number or a floating point tensor, 0-dim{' or of shape (C,)' * self.per_class}, got "
                 f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
             )
-        if can_be_read(value) and not value.requires_grad:  # what is learnt may pass an end on its way
+        if reads_values(value) and not value.requires_grad:  # what is learnt may pass an end on its way
             self.check_entries(name, value)
         return 1.0
 
@@ -223,16 +225,6 @@ class OrTensor:
         """Raises unless every entry of a tensor is in the range. It reads the tensor."""
         if isinstance(value, Tensor):
             check_entries(name, value, self.range)
-
-
-def can_be_read(tensor: Tensor) -> bool:
-    """Whether its numbers are at hand: on the CPU, neither traced nor wrapped."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return False
-    return tensor.is_cpu and type(tensor) in _PLAIN and not torch._C._are_functorch_transforms_active()
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def check_entries(name: str, tensor: Tensor, range: Range) -> None:

@@ -18,11 +18,12 @@ from fused_losses._arguments import (
     is_distributed,
     is_ignored,
 )
-from fused_losses._autograd import is_plain, row_loss
+from fused_losses._autograd import row_loss
 from fused_losses._checks import check_row_loss, check_rows, check_tensors, row_shape
 from fused_losses._common import Criterion, RowLossModule
 from fused_losses._logit_bias import class_dim
 from fused_losses._parameters import OrTensor, integer
+from fused_losses._plain import reads_values
 from fused_losses._reference import Rows, reduce_rows
 from fused_losses.distributed import global_mean
 
@@ -217,8 +218,3 @@ def check_targets(target: Tensor, ignore_index: int, num_classes: int) -> None:
 def maybe_any(flags: Tensor) -> bool:
     """Whether one may be True: False only where looking at them waits for nobody."""
     return not reads_values(flags) or bool(flags.any())
-
-
-def reads_values(tensor: Tensor) -> bool:
-    """Whether its values are there to be looked at: on the CPU, not traced or wrapped."""
-    return tensor.is_cpu and is_plain(tensor) and not torch._C._are_functorch_transforms_active()

@@ -28,7 +28,8 @@ from fused_losses._agreement import Exchange
 from fused_losses._arguments import RowLossArguments, ZErrorLossArguments, ZErrorRule, check_reduction
 from fused_losses._autograd import row_loss
 from fused_losses._checks import FLOATING, check_tensors
-from fused_losses._parameters import can_be_read, check_choice, check_entries, plain, positive, positive_integer
+from fused_losses._parameters import check_choice, check_entries, plain, positive, positive_integer
+from fused_losses._plain import reads_values
 from fused_losses._reference import row_loss_reference
 from fused_losses._running import RunningMoments, Source
 from fused_losses.distributed import global_mean
@@ -99,7 +100,7 @@ def check_threshold(threshold: Threshold) -> None:
     if isinstance(threshold, Tensor):
         if not threshold.is_floating_point():
             raise ValueError(f"threshold must be floating point, got a tensor of dtype {threshold.dtype}")
-        if can_be_read(threshold):
+        if reads_values(threshold):
             check_entries("threshold", threshold, positive)
     elif isinstance(threshold, (tuple, list)):
         for value in threshold:

@@ -11,10 +11,11 @@ from torch.nn import functional as F
 
 from fused_losses._arguments import check_reduction
 from fused_losses._arrays import as_tensor
-from fused_losses._autograd import is_plain, needs_reference
+from fused_losses._autograd import needs_reference
 from fused_losses._parameters import finite, integer, positive_integer
+from fused_losses._plain import is_plain, reads_values
 from fused_losses._reference import Rows
-from fused_losses._row_values import RowsModule, RowValues, check_dense, maybe_any, plain_rows, reads_values
+from fused_losses._row_values import RowsModule, RowValues, check_dense, maybe_any, plain_rows
 from fused_losses._transition import check_transition, invert
 from fused_losses.cross_entropy import cross_entropy
 

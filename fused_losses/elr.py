@@ -11,18 +11,18 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable imports the
 from torch.nn import functional as F
 
 from fused_losses._arguments import RowLossArguments, check_reduction
-from fused_losses._autograd import is_plain, needs_reference
+from fused_losses._autograd import needs_reference
 from fused_losses._checks import row_shape
 from fused_losses._elr import LARGEST, ElrStep, fused_loss, next_memory, plain_values
 from fused_losses._logit_bias import class_dim
 from fused_losses._parameters import Choice, OrTensor, Range, closed_fraction, factor, integer, positive_integer
+from fused_losses._plain import is_plain, reads_values
 from fused_losses._row_values import (
     RowsModule,
     RowValues,
     checked_rows,
     maybe_any,
     plain_arguments,
-    reads_values,
     row_weights,
 )
 

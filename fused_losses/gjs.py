@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fused_losses import _ops
 from fused_losses._arguments import check_reduction
-from fused_losses._autograd import apply, is_plain, needs_reference
+from fused_losses._autograd import apply, needs_reference
 from fused_losses._parameters import fraction, integer
+from fused_losses._plain import is_plain
 from fused_losses._reference import Rows, zero_at_zero
 from fused_losses._row_values import RowsModule, RowValues, plain_rows
 

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from fused_losses import _ops
 from fused_losses._agreement import Exchange, telling
 from fused_losses._arguments import LOSSES, RowLossArguments, acc_dtype, is_ignored
-from fused_losses._autograd import apply, is_plain, needs_reference, row_loss
+from fused_losses._autograd import apply, needs_reference, row_loss
 from fused_losses._C import loss_names
 from fused_losses._checks import check_row_loss, is_per_row, row_shape
 from fused_losses._common import RowLossModule
 from fused_losses._logit_bias import class_dim
 from fused_losses._parameters import OrTensor, positive_factor
+from fused_losses._plain import is_plain
 from fused_losses._reference import WRAPPED, row_loss_reference
 from fused_losses._row_values import (
     Loss,

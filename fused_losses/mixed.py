@@ -23,8 +23,9 @@ from fused_losses._autograd import apply, complete, forward_writes_gradient, giv
 from fused_losses._checks import check_tensors
 from fused_losses._common import RowLossModule
 from fused_losses._parameters import closed_fraction, plain
+from fused_losses._plain import reads_values
 from fused_losses._reference import row_loss_reference
-from fused_losses._row_values import check_dense, reads_values
+from fused_losses._row_values import check_dense
 from fused_losses.distributed import sum_of_weights
 
 # The loss of one label: takes the label, a weight per row and a reduction.
@@ -147,11 +148,6 @@ def _in_one_read(entry: LossEntry, labels: _Labels, args: RowLossArguments) -> b
     )
 
 
-def _may_be_read(share: Tensor) -> bool:
-    """Whether a tensor's number is there: on CUDA it would have to be waited for, tracing has none."""
-    return share.is_cpu and not torch.compiler.is_compiling()
-
-
 def _by_rows(args: RowLossArguments, labels: _Labels, share: Tensor) -> tuple[RowLossArguments, _Labels]:
     """The same call with a share per row, all of them the 0-dim ``share``, as the kernel takes one for all by number.
 
@@ -235,7 +231,7 @@ def mixed(
     if entry is not None:
         args = entry.arguments(logits, target_a, **options)
         if _in_one_read(entry, labels, args):
-            if isinstance(lam, Tensor) and lam.dim() == 0 and not _may_be_read(lam):
+            if isinstance(lam, Tensor) and lam.dim() == 0 and not reads_values(lam):
                 args, labels = _by_rows(args, labels, lam)
             return _mixed_loss(args, labels)
 

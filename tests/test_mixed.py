@@ -141,13 +141,13 @@ def test_one_factor_that_must_not_be_looked_at(name, batch, monkeypatch):
         parts = [fl.LOSSES[name].reference(logits, y, reduction=reduction, **own) for y in (a, second)]
         expected = value_and_grad(lam * parts[0] + (1.0 - lam) * parts[1], logits)
         with monkeypatch.context() as patch:
-            patch.setattr("fused_losses.mixed._may_be_read", lambda share: False)
+            patch.setattr("fused_losses.mixed.reads_values", lambda share: False)
             patch.setattr(torch.Tensor, "item", None)
             loss = fl.functional.mixed(name, logits, a, second, lam, reduction=reduction, **own)
             assert "_MixedLoss" in type(loss.grad_fn).__name__
         for x, y in zip(value_and_grad(loss, logits), expected, strict=True):
             torch.testing.assert_close(x, y)
-    monkeypatch.setattr("fused_losses.mixed._may_be_read", lambda share: False)
+    monkeypatch.setattr("fused_losses.mixed.reads_values", lambda share: False)
     loss = fl.functional.mixed(name, logits, none, none, lam)
     assert [t.abs().max() for t in value_and_grad(loss, logits)] == [0.0, 0.0]
 

@@ -1,0 +1,20 @@
+"""Whether a tensor's memory and numbers are there to be looked at."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+dispatch_modes = torch._C._len_torch_dispatch_stack
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether the tensor's memory is there, not traced or wrapped."""
+    if torch.compiler.is_compiling() or dispatch_modes():
+        return False
+    return type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
+
+
+def reads_values(tensor: Tensor) -> bool:
+    """Whether its values are there to be looked at: on the CPU, not traced or wrapped."""
+    return tensor.is_cpu and is_plain(tensor) and not torch._C._are_functorch_transforms_active()
