@@ -87,6 +87,25 @@ def test_ignored_rows_are_exactly_zero(name, device):
             assert reduction != "none" or torch.equal(loss[ignored], torch.zeros(3, device=device))
 
 
+@pytest.mark.parametrize("shape", [(8, 5), (2, 5, 4), (8, 40)], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_ignored_rows_are_zero_for_any_upstream_gradient(name, shape, device):
+    for dtype, filling in itertools.product((torch.float32, torch.bfloat16), (math.nan, math.inf)):
+        logits, target, _, _ = make_problem(shape, dtype, device)
+        ignored = torch.arange(8, device=device).reshape(target.shape) % 3 == 0
+        target = torch.where(ignored, -100, target.abs() % shape[1])
+        upstream = torch.where(ignored, filling, 2.0)
+        _, grad = loss_and_grad(fl.LOSSES[name].function, logits, target, upstream, reduction="none")
+        _, expected = loss_and_grad(
+            fl.LOSSES[name].function, logits, target, torch.full_like(upstream, 2.0), reduction="none"
+        )
+        assert torch.equal(grad, expected) and not expected.movedim(1, -1)[ignored].any()
+        for reduction in ("mean", "sum"):
+            upstream = torch.tensor(filling, device=device)
+            _, grad = loss_and_grad(fl.LOSSES[name].function, logits, target, upstream, reduction=reduction)
+            assert not grad.movedim(1, -1)[ignored].any() and not grad.isfinite().all()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_everything_ignored(name, device):
     logits = torch.full((4, 5), math.nan, device=device)

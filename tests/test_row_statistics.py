@@ -171,7 +171,7 @@ LOGITS = {  # a block of rows, rows one by one, pixels, columns, gaps between th
 }
 
 
-NAMES = ["gce", "nce", "ngce"]  # without and with sums over classes; a multi-reduction loss
+NAMES = ["gce", "nce", "ngce", "hem"]  # without and with sums over classes; multi-reduction losses
 
 
 @pytest.mark.parametrize(("name", "layout", "dtype"), one_in(3, NAMES, LOGITS, DTYPES))

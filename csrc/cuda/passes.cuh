@@ -57,7 +57,7 @@ public:
             state = reduce(team, mine, target);
             const A weight = reads ? class_weight_of<A>(p, target) * sample_weight_of<A>(p, row) : A(0);
             if (team.leads && exists) record_row<Loss>(args, row, reads, weight, state, sums);
-            scale = weight * args.upstream_of(row, inverse_denominator);
+            if (reads) scale = weight * args.upstream_of(row, inverse_denominator);  // of an ignored row anything
         }
         // All have read the target's logit: in a tile, the gradient may be written in its place. Shuffles do not
         // promise that.

@@ -226,7 +226,7 @@ FL_DEVICE int misalignment(const Stored* pointer) {  // in elements
 }
 
 // Asks for the 128 bytes around an address, which need not be there, to be in the L2 cache before long.
-FL_DEVICE void prefetch(const void* at) {
+FL_DEVICE void prefetch([[maybe_unused]] const void* at) {
 #ifdef __CUDA_ARCH__
     asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(at)));
 #endif

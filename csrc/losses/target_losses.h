@@ -125,7 +125,8 @@ struct TaylorCE {
         T value = T(0);
         for (int k = static_cast<int>(math::to_scalar(params[0])); k >= 1; --k)
             value = miss * (value + math::divide(T(1), T(k)));
-        return {value, math::expm1(params[0] * math::log1p(-math::exp(t)))};
+        const T p = math::exp(t), at_most_1 = math::select(p > T(1), T(1), p);  // by rounding it may be above
+        return {value, math::expm1(params[0] * math::log1p(-at_most_1))};
     }
 };
 
