@@ -84,6 +84,13 @@ def test_ignored_rows_may_hold_anything(name):
             spoilt[2] = value
             found, grad = value_and_grad(case, case.make(reduction=reduction), spoilt, target)
             assert torch.equal(found, right[0]) and torch.equal(grad, right[1]) and not grad[2].any()
+    for value in (NAN, INF):  # the upstream gradient, too
+        upstream = torch.ones(ROWS, dtype=logits.dtype)
+        upstream[2] = value
+        _, grad = value_and_grad(case, case.make(reduction="none"), logits, target, upstream=upstream)
+        _, right = value_and_grad(case, case.make(reduction="none"), logits, target)
+        torch.testing.assert_close(grad, right)
+        assert not grad[2].any()
     nothing, grad = value_and_grad(case, case.make(), logits, torch.full_like(target, -100))
     assert nothing == 0 and not grad.any()
 

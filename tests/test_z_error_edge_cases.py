@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from conftest import loss_and_grad
 
 import fused_losses as fl
 from fused_losses import functional, reference
@@ -47,6 +48,33 @@ def test_a_non_finite_row_touches_no_other(bad, device):
         torch.testing.assert_close(loss, expected)
         (grad,) = torch.autograd.grad(loss, x)
         assert grad.isfinite().all() and grad[5] == 0
+
+
+@pytest.mark.parametrize("statistic", ["logit", "prob", "loss"])
+def test_dropped_rows_are_zero_for_any_upstream_gradient(statistic, device):
+    torch.manual_seed(0)
+    logits, target = torch.randn(60, 3, device=device), torch.randint(0, 3, (60,), device=device)
+    target[::7] = -100
+    labels = (target > 0).float()
+    losses = [
+        lambda x, reduction: functional.z_error_cross_entropy(
+            x, target, threshold=1.0, statistic=statistic, reduction=reduction
+        ),
+        lambda x, reduction: functional.z_error_bce_with_logits(x[:, 0], labels, threshold=1.0, reduction=reduction),
+        lambda x, reduction: functional.z_mse_loss(x[:, 0], x[:, 1].detach(), threshold=1.0, reduction=reduction),
+    ]
+    for loss in losses:
+        _, expected = loss_and_grad(lambda x, _: loss(x, "none"), logits, target)
+        dropped = ~expected.any(1)
+        assert 5 < dropped.sum() < 40
+        for value in (math.nan, math.inf):
+            upstream = torch.where(dropped, value, 1.0)
+            _, grad = loss_and_grad(lambda x, _: loss(x, "none"), logits, target, upstream)
+            assert torch.equal(grad, expected)
+            for reduction in ("mean", "sum"):
+                upstream = torch.tensor(value, device=device)
+                _, grad = loss_and_grad(lambda x, _, how=reduction: loss(x, how), logits, target, upstream)
+                assert not grad[dropped].any() and not grad.isfinite().all()
 
 
 def test_small_classes(device):
