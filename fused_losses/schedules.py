@@ -192,21 +192,26 @@ class _Schedule:
         """Restores what :meth:`state_dict` gave and writes the value into the Module.
 
         Raises:
-            ValueError: keys are missing or unknown, or the values are for another number of classes.
+            TypeError: ``fraction`` or ``best`` is no number.
+            ValueError: keys are missing or unknown, the values are for another number of classes, or a value cannot be.
         """
         expected = self.state_dict()
         if state_dict.keys() != expected.keys():
             raise ValueError(f"state_dict must have the keys {sorted(expected)}, got {sorted(state_dict)}")
+        loaded: dict[str, Any] = {}
         for name in ("start", "end"):
-            if state_dict[name].shape != expected[name].shape:
-                raise ValueError(
-                    f"state_dict[{name!r}] must have shape {tuple(expected[name].shape)}, "
-                    f"got {tuple(state_dict[name].shape)}"
-                )
-        for name, value in state_dict.items():
-            setattr(
-                self, name, value.detach().to("cpu", torch.float64, copy=True) if name in ("start", "end") else value
-            )
+            value, shape = torch.as_tensor(state_dict[name]), expected[name].shape
+            if value.shape != shape:
+                raise ValueError(f"state_dict[{name!r}] must have shape {tuple(shape)}, got {tuple(value.shape)}")
+            loaded[name] = self._checked(name, value, shape)
+        for name in ("step_count", "num_bad_steps"):
+            loaded[name] = _whole(name, state_dict[name], 0)
+        fraction, best = (check_number(name, state_dict[name]) for name in ("fraction", "best"))
+        if not 0.0 <= fraction <= 1.0:
+            raise ValueError(f"fraction must satisfy 0 <= value <= 1, got {fraction}")
+        if math.isnan(best):  # nothing would ever be better
+            raise ValueError(f"best must be a number, got {best}")
+        vars(self).update(loaded, fraction=fraction, best=best)
         self._write()
 
     def _current(self) -> float | Tensor:

@@ -91,4 +91,16 @@ def test_step_and_state_reject_what_does_not_fit() -> None:
     per_class = ThresholdSchedule(Thresholded(torch.ones(3)), steps=3).state_dict()
     with pytest.raises(ValueError, match=r"must have shape \(\), got \(3,\)"):
         linear.load_state_dict(per_class)
+    for name, value, message in [
+        ("start", torch.tensor(math.nan), "start must .*, got nan"),
+        ("fraction", 7.0, "fraction must satisfy 0 <= value <= 1, got 7.0"),
+        ("fraction", math.nan, "fraction must .*, got nan"),
+        ("best", math.nan, "best must be a number, got nan"),
+        ("step_count", -1, "step_count must be an integer >= 0, got -1"),
+        ("num_bad_steps", 0.5, "num_bad_steps must be an integer >= 0, got 0.5"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            linear.load_state_dict({**linear.state_dict(), name: value})
+    with pytest.raises(TypeError, match="fraction must be a number"):
+        linear.load_state_dict({**linear.state_dict(), "fraction": "half"})
     assert linear.value == 1.0 and plateau.step_count == 0

@@ -43,6 +43,7 @@ BAD: list[tuple[list[str], str]] = [
     (["--loss", "gce", "--loss-args", "q=-1"], "--loss gce: q must satisfy 0 < value"),
     (["--loss", "mae", "--logit-bias", "much"], "--loss mae: logit_bias must be"),
     (["--model", "resnet33"], "--model must be resnet32.*got 'resnet33'"),
+    (["--model", "resnet33", "--dataset", "webvision"], "--model must be resnet32.*got 'resnet33'"),  # before the data
     (["--batch-size", "2000"], "--batch-size must be at most the 1257 training samples, got 2000"),
     (["--noise", "asymmetric"], "--noise asymmetric has no pairs of classes for digits"),
     (["--loss", "elr", "--loss-args", "lam=-1"], "--loss elr: lam must"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Sequence
 
@@ -23,42 +24,63 @@ def make_network(name: str, input_shape: Sequence[int], num_classes: int, seed: 
     Raises:
         SystemExit: the name is unknown.
     """
+    check_name(name)
     channels = input_shape[0]
-    small = len(input_shape) > 1 and input_shape[-1] < SMALL
+    kind, _, rest = name.partition(":")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if name.startswith("timm:"):
-            return _from_timm(name.removeprefix("timm:"), channels, num_classes)
-        if name.partition(":")[0] == "mlp":
+        if kind == "timm":
+            network: nn.Module = importlib.import_module("timm").create_model(
+                rest, num_classes=num_classes, in_chans=channels
+            )
+            return network
+        if kind == "mlp":
             if len(input_shape) == 1:
                 raise SystemExit("--model mlp needs images of one size, in memory")
-            return _mlp(math.prod(input_shape), int(name.partition(":")[2] or 512), num_classes)
-        if name == "small_cnn":
+            return _mlp(math.prod(input_shape), int(rest or 512), num_classes)
+        if kind == "small_cnn":
             return _small_cnn(input_shape, num_classes)
-        if name == "resnet32":
-            return ResNet(Basic, (5, 5, 5), 16, channels, num_classes, small=True)
-        if name == "resnet34":
-            return ResNet(Basic, (3, 4, 6, 3), 64, channels, num_classes, small=small)
-        if name == "resnet50":
-            return ResNet(Bottleneck, (3, 4, 6, 3), 64, channels, num_classes, small=small)
-        if name == "wide_resnet101_2":
-            return ResNet(WideBottleneck, (3, 4, 23, 3), 64, channels, num_classes, small=small)
-    raise SystemExit(
-        "--model must be resnet32, resnet34, resnet50, wide_resnet101_2, small_cnn, mlp, mlp:WIDTH or timm:NAME, "
-        f"got {name!r}"
-    )
+        block, depths, width = _resnets()[name]
+        small = name == "resnet32" or (len(input_shape) > 1 and input_shape[-1] < SMALL)
+        return ResNet(block, depths, width, channels, num_classes, small=small)
 
 
-def _from_timm(name: str, channels: int, num_classes: int) -> nn.Module:
+def check_name(name: str) -> None:
+    """Refuses what :func:`make_network` cannot make, without data.
+
+    Raises:
+        SystemExit: the name is unknown, or timm is not there.
+    """
+    kind, colon, rest = name.partition(":")
+    if kind == "timm":
+        _check_timm(rest)
+    elif kind == "mlp" and colon:
+        if not (rest.isdecimal() and int(rest) > 0):
+            raise SystemExit(f"--model mlp:WIDTH must have a width of at least 1, got {name!r}")
+    elif name not in ("mlp", "small_cnn", *_resnets()):
+        raise SystemExit(
+            f"--model must be {', '.join(_resnets())}, small_cnn, mlp, mlp:WIDTH or timm:NAME, got {name!r}"
+        )
+
+
+def _check_timm(name: str) -> None:
     try:
-        import timm
+        timm = importlib.import_module("timm")
     except ImportError:
         raise SystemExit(f"--model timm:{name} needs timm: pip install timm") from None
     if name not in timm.list_models():
         close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
         raise SystemExit(f"--model timm:{name} is no model of timm {timm.__version__}; near it: {close or 'none'}")
-    network: nn.Module = timm.create_model(name, num_classes=num_classes, in_chans=channels)
-    return network
+
+
+def _resnets() -> dict[str, tuple[type[Basic] | type[Bottleneck], tuple[int, ...], int]]:
+    """Blocks, how many of each size, and channels of the first."""
+    return {
+        "resnet32": (Basic, (5, 5, 5), 16),
+        "resnet34": (Basic, (3, 4, 6, 3), 64),
+        "resnet50": (Bottleneck, (3, 4, 6, 3), 64),
+        "wide_resnet101_2": (WideBottleneck, (3, 4, 23, 3), 64),
+    }
 
 
 def _mlp(features: int, width: int, num_classes: int) -> nn.Module:

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.training.networks import check_name
+
 DATASETS = (
     *("webvision", "imagefolder", "fashion-mnist", "cifar10", "cifar100", "digits", "digit-strings", "synthetic"),
 )
@@ -166,9 +168,7 @@ def checked(options: Options) -> Options:
         value = getattr(options, name)
         if value is not None and not holds(value):
             raise SystemExit(f"--{name.replace('_', '-')} must {rule}, got {value}")
-    kind, colon, width = options.model.partition(":")
-    if kind == "mlp" and colon and not (width.isdecimal() and int(width) > 0):
-        raise SystemExit(f"--model mlp:WIDTH must have a width of at least 1, got {options.model!r}")
+    check_name(options.model)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit(f"--device must be there, got cuda, of which torch {torch.__version__} sees none")
     unknown = set(options.log.split(",")) - {"json", "csv", "tensorboard"}
