@@ -48,7 +48,7 @@ ARGUMENTS = {
     "pattern": {"losses": "2", "passes": "1", "kernels": "4"},
 }
 ARGUMENTS["optimised"] |= {
-    "cuda_rows": "32 1",
+    "cuda_rows": "32 1 2",
     "cuda_z_error": "30 1 2",
     "cuda_statistics": "1 2",
     "cuda_elr": "1 2",
@@ -163,6 +163,15 @@ def test_program(results: dict[tuple[str, str, str], Future[Result]], build: str
     result = results[build, program, isa].result()
     assert result.returncode == 0, f"exit status {result.returncode}\n{result.stderr}{result.stdout}"
     assert re.search(r"\d+ checks, 0 failures", result.stdout)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(11, 19))
+def test_more_rows_by_cuda_kernels(build_folder: Path, seed: int) -> None:
+    compile_targets(build_folder, "test_cuda_rows_optimised")
+    program = build_folder / "tests" / "cpp" / "test_cuda_rows_optimised"
+    result = subprocess.run([str(program), "16", str(seed)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr + result.stdout
 
 
 def test_no_two_headers_define_the_same_name(build_folder: Path) -> None:
