@@ -45,7 +45,7 @@ from benchmarks.issue_cases import (  # noqa: E402
 )
 from benchmarks.issue_losses import EVALUATION, FULL, NAMES, OTHERS, reason  # noqa: E402
 
-SOFTMAX = ("register_tile", "register_forward", "softmax_columns")
+SOFTMAX = ("register_tile", "register_direct", "softmax_columns")
 REST = (
     *("passes", "tempered_passes", "rescaled_passes", "softmax_labels", "row_statistics", "rescale", "elr", "gjs"),
     "z_error",

@@ -1,7 +1,7 @@
 """Registers, spills, shared memory and stores of every CUDA kernel, as nvcc reports them; needs no GPU.
 
     python benchmarks/resource_report.py [--arch 90 80 100] [--json report.json] [--markdown report.md]
-                                         [--source register_forward.cu ...] [--strict]
+                                         [--source register_direct.cu ...] [--strict]
 
 Compiles csrc/cuda/*.cu with ``-Xptxas -v``, two at a time, and prints one line per kernel, those with most registers
 first. "blocks" is how many blocks of 256 threads the registers of one multiprocessor (65536) are enough for. "narrow"

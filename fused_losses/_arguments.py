@@ -117,7 +117,7 @@ class LossEntry:
     formula: Callable[..., Tensor]
     parameters: dict[str, Any]
     ranges: Mapping[str, ParameterRange]
-    constants: tuple[float, ...] = ()
+    fixed_params: tuple[float, ...] = ()
     reductions: tuple[str, ...] = REDUCTIONS
     reduction: Callable[[dict[str, Any]], str] = lambda parameters: "mean"
     none_is_default: bool = False
@@ -153,9 +153,9 @@ class LossEntry:
         return self.takes_probabilities
 
     def pack(self, parameters: dict[str, Any]) -> tuple[float, ...]:
-        """The operators' ``params``: checked numbers in the order of the C++ header, then constants."""
+        """The operators' ``params``: checked numbers in the order of the C++ header, then fixed ones."""
         if not parameters:
-            return (*self.packed.values(), *self.constants)
+            return (*self.packed.values(), *self.fixed_params)
         packed = self.packed.copy()
         for name, value in parameters.items():
             rule = self.ranges.get(name)
@@ -164,7 +164,7 @@ class LossEntry:
             packed[name] = rule.pack(name, value)
         if self.check is not None:
             self.check(**packed)
-        return (*packed.values(), *self.constants)
+        return (*packed.values(), *self.fixed_params)
 
     def unpack(self, args: RowLossArguments) -> dict[str, Any]:
         """The hyper-parameters of a call."""

@@ -1,9 +1,9 @@
 """Autograd of the row losses.
 
-The first derivative in the logits is fused. Under "mean" and "sum" the forward writes the gradient for an upstream
-gradient of 1 and the first backward gives it away, scaled where that was not right; otherwise, and while tracing, the
-forward saves a few numbers per row and backward recomputes. Every other kind of derivative is rare and goes through
-the plain formula, which torch differentiates.
+The first derivative in the logits is fused. Mostly (``forward_writes_gradient``) the forward writes the gradient for an
+upstream gradient of 1 and the first backward gives it away, scaled where that was not right. Otherwise, and while
+tracing, the forward saves a few numbers per row, or nothing where rows are short, and backward recomputes. Every other
+kind of derivative is rare and goes through the plain formula, which torch differentiates.
 """
 
 from __future__ import annotations
@@ -51,9 +51,11 @@ def _refuse(args: RowLossArguments) -> None:
 
 
 def _row_loss(args: RowLossArguments) -> Tensor:
-    if needs_reference(*args.tensors) or _has_no_kernel(args):
+    if needs_reference(*args.tensors):
         check_row_loss(args)
         return row_loss_reference(args)
+    if _lacks_soft_targets(args):
+        check_row_loss(args)  # raises, and names the losses that take them
     return fused_row_loss(args)
 
 
@@ -164,8 +166,8 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
-def _has_no_kernel(args: RowLossArguments) -> bool:
-    """Whether the target holds class probabilities and the loss has no kernel for them."""
+def _lacks_soft_targets(args: RowLossArguments) -> bool:
+    """Whether the target holds class probabilities, which the loss does not take."""
     target = args.target
     if target.dtype is torch.int64 or not target.is_floating_point():
         return False

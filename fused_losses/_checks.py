@@ -42,7 +42,7 @@ def check_row_loss(args: RowLossArguments) -> None:
     if entry is None:  # a loss of log p_y together with what is done to its logits (WRAPPED in _reference.py)
         return check_rows(args, ("mean", "sum", "none"), takes_probabilities=False)
     check_rows(args, entry.reductions, entry.takes_probabilities)
-    check_num_classes(args)
+    check_min_classes(args)
 
 
 def check_rows(args: RowLossArguments, reductions: tuple[str, ...], takes_probabilities: bool) -> None:
@@ -82,7 +82,7 @@ def check_rows(args: RowLossArguments, reductions: tuple[str, ...], takes_probab
         )
 
 
-def check_num_classes(args: RowLossArguments) -> None:
+def check_min_classes(args: RowLossArguments) -> None:
     """Raises where the loss is not defined for so few classes."""
     if args.logits.shape[class_dim(args.logits)] < LOSSES[args.loss].min_classes:
         shape = list(args.logits.shape)

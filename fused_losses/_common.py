@@ -19,7 +19,7 @@ from fused_losses._autograd import is_small, row_loss, row_loss_and_statistics, 
 from fused_losses._declare import describe_module
 from fused_losses._logit_bias import LogitBias, check_logit_bias
 from fused_losses._ops import PackedConstants, pack_constants
-from fused_losses._parameters import integer, plain
+from fused_losses._parameters import integer, python_number
 from fused_losses.row_statistics import RowStatistics
 
 
@@ -61,7 +61,7 @@ class Criterion(nn.Module):
         if isinstance(value, Tensor):
             self.register_buffer(name, value)
         else:
-            setattr(self, name, plain(value))
+            setattr(self, name, python_number(value))
 
     def _tensor(self, name: str) -> Any:
         # Not by getattr: nn.Module's look-up takes as long as a small loss.

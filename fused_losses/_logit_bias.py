@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fused_losses._parameters import check_num_classes, check_number, finite, plain
+from fused_losses._parameters import check_num_classes, check_number, finite, python_number
 
 LogitBias = float | Tensor | str
 Array = npt.NDArray[np.float64]
@@ -31,7 +31,7 @@ def resolve_logit_bias(logit_bias: LogitBias, logits: Tensor) -> tuple[float, Te
         num_classes = int(logits.shape[class_dim(logits)]) if has_classes else 1
         return (max(0.0, solve_logit_bias(num_classes)) if num_classes > 1 else 0.0), None
     check_logit_bias(logit_bias)
-    return plain(logit_bias), None
+    return python_number(logit_bias), None
 
 
 def check_logit_bias(logit_bias: LogitBias) -> None:

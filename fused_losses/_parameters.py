@@ -26,7 +26,7 @@ class ParameterRange(Protocol):
         """The value that ``number`` stands for."""
 
 
-def plain(value: Any) -> Any:
+def python_number(value: Any) -> Any:
     """A NumPy scalar, or an array of one, as the number of Python's that it holds; anything else as it is."""
     return value.item() if isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0 else value
 
@@ -34,7 +34,7 @@ def plain(value: Any) -> Any:
 def integer(name: str, value: Any) -> int:
     """``value``, an integer of Python, NumPy or a 0-dim tensor. Raises a TypeError on anything else, a ValueError on
     one that operators cannot take."""
-    value = plain(value)
+    value = python_number(value)
     is_tensor = isinstance(value, Tensor) and value.dim() == 0
     if not isinstance(value, (int, torch.SymInt)) and not (is_tensor and value.dtype not in _FRACTIONS):
         raise TypeError(f"{name} must be an integer, got {value!r}")
@@ -98,7 +98,7 @@ class Range:
         """``value`` itself. Raises a ValueError where it is out of range, a TypeError where it is no number."""
         if value.__class__ is float and self.holds(value):  # nearly always
             return value
-        value = plain(value)
+        value = python_number(value)
         if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
             hint = "; class weights are given as weight=" if isinstance(value, Tensor) and value.dim() == 1 else ""
             raise TypeError(f"{name} must be a number, got {type(value).__name__}{hint}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_losses._arguments import LOSSES, RowLossArguments, acc_dtype, check_reduction
-from fused_losses._checks import check_num_classes, check_row_loss
+from fused_losses._checks import check_min_classes, check_row_loss
 from fused_losses._logit_bias import class_dim
 
 # Added to the denominator of a mean over active rows, as in the reference code of 2501.12191.
@@ -230,7 +230,7 @@ def row_loss_reference(args: RowLossArguments) -> Tensor:
         return WRAPPED[args.loss](args)
     entry = LOSSES[args.loss]
     check_reduction(args.reduction, entry.reductions)
-    check_num_classes(args)
+    check_min_classes(args)
     if args.target.is_floating_point() and args.loss in SOFT_TARGETS:
         by_formula = SOFT_TARGETS[args.loss]
         return by_formula(args.logits, args.target, args.weight, args.sample_weight, args.params, args.reduction)

@@ -28,7 +28,7 @@ from fused_losses._agreement import Exchange
 from fused_losses._arguments import RowLossArguments, ZErrorLossArguments, ZErrorRule, check_reduction
 from fused_losses._autograd import row_loss
 from fused_losses._checks import FLOATING, check_tensors
-from fused_losses._parameters import check_choice, check_entries, plain, positive, positive_integer
+from fused_losses._parameters import check_choice, check_entries, positive, positive_integer, python_number
 from fused_losses._plain import reads_values
 from fused_losses._reference import row_loss_reference
 from fused_losses._running import RunningMoments, Source
@@ -119,7 +119,8 @@ def pack_threshold(threshold: Threshold, shape: tuple[int, ...] = ()) -> tuple[l
             rule = f"be a number, have one dimension or shape {shape}" if shape else "have at most one dimension"
             raise ValueError(f"threshold must {rule}, got shape {tuple(threshold.shape)}")
         return [], threshold.detach().reshape(-1) if threshold.dim() > 1 else threshold.detach()
-    return [plain(t) for t in threshold] if isinstance(threshold, (tuple, list)) else [plain(threshold)], None
+    given = threshold if isinstance(threshold, (tuple, list)) else [threshold]
+    return [python_number(number) for number in given], None
 
 
 def spread_weight(sample_weight: Tensor | None, like: Tensor) -> Tensor | None:

@@ -22,7 +22,7 @@ from fused_losses._arguments import (
 from fused_losses._autograd import apply, complete, forward_writes_gradient, give_away, needs_reference
 from fused_losses._checks import check_tensors
 from fused_losses._common import RowLossModule
-from fused_losses._parameters import closed_fraction, plain
+from fused_losses._parameters import closed_fraction, python_number
 from fused_losses._plain import reads_values
 from fused_losses._reference import row_loss_reference
 from fused_losses._row_values import check_dense
@@ -217,7 +217,7 @@ def mixed(
     check_reduction(reduction, REDUCTIONS)
     check_dense(**{name: options.get(name) for name in ("weight", "sample_weight", "logit_bias")}, lam=lam)
     if not isinstance(lam, Tensor):
-        lam = plain(closed_fraction.pack("lam", lam))
+        lam = python_number(closed_fraction.pack("lam", lam))
     elif lam.dim() > 0 and lam.shape != target_a.shape:
         raise RuntimeError(
             f"lam must be a number, 0-dim or of the shape of target_a, {tuple(target_a.shape)}, got {tuple(lam.shape)}"

@@ -219,7 +219,7 @@ class RCELoss(RowLossModule, stem="rce"):
         super().__init__({"A": A}, **options)
 
 
-@loss_of_target(alpha=factor, beta=factor, constants=(RCE_A,))
+@loss_of_target(alpha=factor, beta=factor, fixed_params=(RCE_A,))
 def sce_loss(t: Tensor, *, alpha: float = 0.1, beta: float = 1.0, **options: Unpack[CallOptions]) -> Tensor:
     """Symmetric cross entropy: ``alpha CE + beta RCE``, with RCE as in :func:`rce_loss` and A = -log(1e-4).
 

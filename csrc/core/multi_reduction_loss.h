@@ -39,7 +39,8 @@
 // Where logits and gradient of 16 bits allow for shorter formulas: a loss `Coarse` that has them. Where usual
 // parameters do:
 //
-//     visit_usual(const double* params, body)          body.operator()<Usual>() with the loss for them, if there is one
+//     visit_variant(const double* params, body)        body.operator()<Variant>() with the loss for them, or another
+//     visit_usual(const double* params, body)          the same if there is one, for CUDA's rows in registers alone
 #pragma once
 
 #include "core/math.h"

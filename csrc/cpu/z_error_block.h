@@ -41,11 +41,11 @@ void load(const ZProblem& p, const Elements& e, std::int64_t begin, int rows, T*
             const Stored* const from = static_cast<const Stored*>(e.data) + e.stride.at(row.outer, row.inner);
             T* const to = out + first;
             if (stride == 1) {
-                for (int r = 0; r < n; ++r) to[r] = number<T>(from[r]);
+                for (int r = 0; r < n; ++r) to[r] = as_number<T>(from[r]);
             } else if (stride == 0) {
-                for (int r = 0; r < n; ++r) to[r] = number<T>(*from);
+                for (int r = 0; r < n; ++r) to[r] = as_number<T>(*from);
             } else {
-                for (int r = 0; r < n; ++r) to[r] = number<T>(from[r * stride]);
+                for (int r = 0; r < n; ++r) to[r] = as_number<T>(from[r * stride]);
             }
         });
     });
@@ -97,7 +97,7 @@ private:
                 for (int r = 0; r < n; ++r) {
                     const std::int64_t y = group[first + r];
                     score[first + r] =
-                        y < 0 ? 0.0 : number<double>(from[r * p.input.stride.inner + y * p.class_stride]);
+                        y < 0 ? 0.0 : as_number<double>(from[r * p.input.stride.inner + y * p.class_stride]);
                 }
             });
         });

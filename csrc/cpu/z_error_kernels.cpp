@@ -224,7 +224,7 @@ struct RowBlock {
         if (!p.pos_weight.data) return;
         std::int64_t task = begin % p.num_pos_weights;
         for (int r = 0; r < rows; ++r) {
-            pos_weight[r] = read<A>(p.pos_weight, task * p.pos_weight.stride.inner);
+            pos_weight[r] = read_element<A>(p.pos_weight, task * p.pos_weight.stride.inner);
             if (++task == p.num_pos_weights) task = 0;
         }
     }

@@ -62,8 +62,8 @@ void forward(RowProblem& p, void* loss, void* denominator) {
     check(!is_multi_reduction_loss(p.loss) || !is_about_labels(p),
           "fused_losses: on CUDA this loss makes no row statistics, and no gradient from the logits alone");
     const auto enqueue = is_multi_reduction_loss(p.loss) ? &enqueue_multi_reduction_forward : &enqueue_forward;
-    // Whoever calls backward has places for what it takes. It alone can put right a gradient for a denominator that was
-    // assumed.
+    // A caller that will run backward gives memory for stats or for the denominator. Only then may the gradient be
+    // written for an assumed denominator: backward puts it right.
     const bool has_backward = p.stats || (backward_recomputes(p) && denominator);
     if (p.reduction == Reduction::kNone) return check_launch(enqueue(p, {}, device.stream()));
     Sums sums(device);

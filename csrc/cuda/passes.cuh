@@ -1,5 +1,5 @@
 // Multi-reduction losses (core/multi_reduction_loss.h). A row is read once: until its gradient is written it stays
-// with the threads that share it, in registers where its parameters are usual (register_passes.cuh), else in shared
+// with the threads that share it, in registers where it can (register_passes.cuh), else in shared
 // memory, as floats whatever its dtype, with what the loss keeps of each class. Longer rows are read again in each
 // pass. Forward with its gradient, or backward alone.
 #pragma once

@@ -87,7 +87,7 @@ private:
     const int number, next;
 };
 
-// The frame of a kernel; Worker is as RegisterRow.
+// The frame of a kernel. Worker: see register_words.cuh.
 template <class Worker>
 FL_DEVICE void work_on_direct_rows(const RegisterArgs& args) {
     using Packed = typename Worker::Packed;

@@ -32,7 +32,7 @@ struct PlannedArgs : RowArgs<A> {
 using RegisterArgs = PlannedArgs<float>;
 
 template <class Stored>
-cudaError_t enqueue_registers(RegisterArgs& args, cudaStream_t stream);
+cudaError_t enqueue_direct(RegisterArgs& args, cudaStream_t stream);
 template <class Stored>
 cudaError_t enqueue_tiles(RegisterArgs& args, cudaStream_t stream);
 template <class Stored>

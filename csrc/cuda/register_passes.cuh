@@ -1,5 +1,6 @@
-// Multi-reduction losses on rows in registers, where formulas or rows are short: read once, then the numbers that the
-// loss keeps of each class take the place of the logits, and in the end the gradient does.
+// Multi-reduction losses on rows in registers: read once, then the numbers that the loss keeps of each class take the
+// place of the logits, and in the end the gradient does. For losses with RegisterTraits, or whose visit_usual() gives
+// one for the parameters; without a parameter in a tensor; of rows that a plan has registers for.
 #pragma once
 
 #include "cuda/register_direct.cuh"
@@ -91,7 +92,7 @@ constexpr int blocks_of(int blocks) {
 template <class Loss>
 constexpr KernelKind kKeptBy = Loss::num_kept == 1 ? KernelKind::kOneKept : KernelKind::kTwoKept;
 
-// As RegisterRow.
+// A Worker (register_words.cuh).
 template <class Loss, class S, class Access, int kNumRounds, int kAlways, class T, bool kMayBeRagged = true>
 class RegisterMultiReduction {
     using Traits = RegisterTraits<Loss>;
@@ -167,8 +168,8 @@ private:
 
     static FL_DEVICE Row row_of(int number) { return {number, 0, number}; }
 
-    // The logits, as the last numbers of each class, with that of the target as it counts; where forward needs the
-    // largest one, which is the result, relative to it if that is all the same to the loss.
+    // Reads the logits into the last number of each class; that of the target has its bias. Gives the largest logit
+    // where forward needs it, else 0. Where the loss depends on differences alone, the largest has been subtracted.
     template <class Place>
     FL_DEVICE float read(Team& team, OfRow& of, bool reads, bool is_apart, const Place& place, Numbers& numbers) const {
         if (Place::kIsMixed && is_apart) {

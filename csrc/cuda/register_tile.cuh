@@ -56,7 +56,7 @@ private:
     const bool left_out;
 };
 
-// The frame of a kernel; Worker is as RegisterRow.
+// The frame of a kernel. Worker: see register_words.cuh.
 template <class Worker>
 FL_DEVICE void work_on_register_tiles(const RegisterArgs& args) {
     using Stored = typename Worker::Stored;

@@ -45,8 +45,17 @@ struct PackedTarget {
 //     exists               whether there is a row
 //     owns(cls)            whether this thread writes the gradient of the target's class
 //     has_been_read()      to be called once the accesses are in registers
-// What it takes to find them is worked out when it is needed: registers are what is scarce. Of the kRounds accesses
-// that a thread has room for, every thread has the first kAlways.
+// What it takes to find them is worked out when it is needed: registers are what is scarce.
+//
+// Worker: what is done with a row (register_row.cuh, register_passes.cuh).
+//     Stored, Team, Packed, Words      dtype; the threads of a row; its label; what a thread holds of it
+//     kRounds, kRagged                 accesses that it has room for; whether some numbers may be beside them
+//     Worker(args, sums)               adds to `sums` what the rows give
+//     is_read(packed, exists)          whether the logits of a row are read
+//     ignore(team, number)             what is kept of a row that is left out; write_zeros(place): its gradient
+//     run(team, number, packed, place) any other row, for all threads of the team
+//
+// Of the kRounds accesses that a thread has room for, every thread has the first kAlways.
 template <class Stored, class Access, int kNumRounds, int kAlways>
 struct RegisterWords {
     static constexpr int kRounds = kNumRounds;

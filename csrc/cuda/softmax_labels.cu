@@ -54,7 +54,7 @@ cudaError_t enqueue_rows_in_registers(RegisterArgs& args, cudaStream_t stream) {
     return launch_held(
         args, has_shares ? KernelKind::kReadFactors : KernelKind::kStatistics,
         [&] { return enqueue_tiles<Stored>(args, stream); }, [] { return kDoesNotFit; },
-        [&] { return enqueue_registers<Stored>(args, stream); });
+        [&] { return enqueue_direct<Stored>(args, stream); });
 }
 
 cudaError_t enqueue_in_registers(const RowProblem& p, const LossOutput& out, cudaStream_t stream) {

@@ -150,7 +150,7 @@ cudaError_t enqueue_of(const RowProblem& p, const LossOutput& out, Direction dir
         const cudaError_t error = launch_held(
             args, kind, [&] { return enqueue_tiles<Stored>(args, stream); },
             [&] { return enqueue_columns<Stored>(args, stream); },
-            [&] { return enqueue_registers<Stored>(args, stream); });
+            [&] { return enqueue_direct<Stored>(args, stream); });
         if (error != kDoesNotFit) return error;
     }
     return enqueue_any_rows(args, stream);

@@ -23,7 +23,7 @@ FL_DEVICE std::int64_t group_of(const ZProblem& p, const Row& row) {
 
 FL_DEVICE double score_of(const ZProblem& p, const Row& row, std::int64_t group) {
     const std::int64_t offset = p.input.stride.at(row.outer, row.inner);
-    const double x = read<double>(p.input, p.gathers ? offset + group * p.class_stride : offset);
+    const double x = read_element<double>(p.input, p.gathers ? offset + group * p.class_stride : offset);
     return is_regression(p.statistic) ? score_from(p.statistic, x, row.of<double>(p.target))
                                       : score_from(p.statistic, x, 0.0);
 }
@@ -31,7 +31,8 @@ FL_DEVICE double score_of(const ZProblem& p, const Row& row, std::int64_t group)
 template <class A>
 FL_DEVICE A pos_weight_of(const ZProblem& p, std::int64_t number) {
     if (!p.pos_weight.data) return A(1);
-    return read<A>(p.pos_weight, p.num_pos_weights == 1 ? 0 : number % p.num_pos_weights * p.pos_weight.stride.inner);
+    return read_element<A>(p.pos_weight,
+                           p.num_pos_weights == 1 ? 0 : number % p.num_pos_weights * p.pos_weight.stride.inner);
 }
 
 template <class A>

@@ -2,15 +2,11 @@
 #pragma once
 
 #include "core/multi_reduction_loss.h"
-#include "losses/cross_entropy.h"
 #include "losses/rescale.h"
 #include "losses/target_losses.h"
 
 namespace fused_losses {
 inline namespace FL_ISA {
-
-// Of log p_y alone; cross entropy where it has no smoothing.
-using LossesOfLogP = decltype(TypeList<CrossEntropy>{} + TargetLosses{});
 
 // One of them, by its place in the list. Not inlined: all the formulas in every kernel only take time to compile, and
 // on CUDA the registers that hold a row.

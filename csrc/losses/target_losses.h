@@ -9,6 +9,7 @@
 
 #include "core/math.h"
 #include "core/softmax_loss.h"
+#include "losses/cross_entropy.h"
 
 namespace fused_losses {
 inline namespace FL_ISA {
@@ -242,6 +243,8 @@ struct TruncatedGCE {
 
 using TargetLosses = EachOfTarget<MAE, GCE, AGCE, AUE, AE, RCE, SCE, TaylorCE, PHuberCE, JS, Focal, BoundedCE, Poly,
                                   PHuberGCE, TruncatedGCE>;
+// With cross entropy, which is one of them where it has no smoothing.
+using LossesOfLogP = decltype(TypeList<CrossEntropy>{} + TargetLosses{});
 
 }  // namespace FL_ISA
 }  // namespace fused_losses

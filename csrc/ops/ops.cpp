@@ -32,8 +32,9 @@ STABLE_TORCH_LIBRARY(fused_losses, m) {
     // means) or empty.
     def("row_loss_with_stats", "", "(Tensor loss, Tensor stats, Tensor denominator)");
 
-    // Its backward, from the logits and stats. Both may be empty where forward has not filled them (and, on CUDA, the
-    // loss is affine in the softmax): then it starts from the logits alone.
+    // Its backward, from the logits and stats. Stats of shape (0, rows) are those of a CUDA forward of short rows,
+    // whose backward needs none; of shape (0,), with no denominator, of a forward that saved nothing: backward starts
+    // from the logits alone, on CUDA for losses that are affine in the softmax.
     def("row_loss_backward", "Tensor grad_loss, Tensor stats, Tensor denominator, ", "Tensor");
 
     // The same pair for CUDA outside of traces. Forward writes the gradient for upstream gradient 1 and for a

@@ -12,8 +12,8 @@
 #include <span>
 #include <utility>
 
+#include "core/elements.h"
 #include "ops/error.h"
-#include "z_error/rows.h"
 
 // Since torch 2.13; null in older ones.
 extern "C" [[gnu::weak]] const char* torch_exception_get_what_without_backtrace();
@@ -249,7 +249,7 @@ inline std::optional<ElementType> element_type(const Tensor& t) {
 // Of a tensor on the CPU that holds one.
 inline double number_in(const Tensor& t) {
     const Elements number{t.const_data_ptr(), *element_type(t), {}};
-    return z_error::read<double>(number, 0);
+    return read_element<double>(number, 0);
 }
 
 inline bool holds_class_indices(const Tensor& t) {

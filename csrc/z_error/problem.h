@@ -7,46 +7,10 @@
 
 #include <cstdint>
 
+#include "core/elements.h"
 #include "core/row_problem.h"
 
 namespace fused_losses {
-
-enum class ElementType : std::uint8_t {
-    kFloat64,
-    kFloat32,
-    kFloat16,
-    kBFloat16,
-    kInt64,
-    kInt32,
-    kInt16,
-    kInt8,
-    kUInt8,  // bool, too
-};
-
-FL_HD Dtype dtype_of(ElementType type) {
-    switch (type) {
-        case ElementType::kFloat64: return Dtype::kFloat64;
-        case ElementType::kFloat16: return Dtype::kFloat16;
-        case ElementType::kBFloat16: return Dtype::kBFloat16;
-        default: return Dtype::kFloat32;
-    }
-}
-
-inline IndexType index_type_of(ElementType type) {
-    switch (type) {
-        case ElementType::kInt32: return IndexType::kInt32;
-        case ElementType::kInt16: return IndexType::kInt16;
-        case ElementType::kUInt8: return IndexType::kUInt8;
-        default: return IndexType::kInt64;
-    }
-}
-
-// A tensor reached by two strides; a null pointer means "absent".
-struct Elements {
-    const void* data = nullptr;
-    ElementType type = ElementType::kFloat32;
-    RowStride stride;
-};
 
 // What a row's group and score are, and, but for the classes, its loss.
 enum class Statistic : std::uint8_t {

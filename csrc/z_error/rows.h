@@ -16,38 +16,6 @@ namespace fused_losses {
 inline namespace FL_ISA {
 namespace z_error {
 
-// Calls body.operator()<Stored>() for the type of a tensor.
-template <class Body>
-FL_HD auto visit_type(ElementType type, Body body) {
-    switch (type) {
-        case ElementType::kFloat64: return body.template operator()<double>();
-        case ElementType::kFloat32: return body.template operator()<float>();
-        case ElementType::kFloat16: return body.template operator()<Half>();
-        case ElementType::kBFloat16: return body.template operator()<BFloat16>();
-        case ElementType::kInt64: return body.template operator()<std::int64_t>();
-        case ElementType::kInt32: return body.template operator()<std::int32_t>();
-        case ElementType::kInt16: return body.template operator()<std::int16_t>();
-        case ElementType::kInt8: return body.template operator()<std::int8_t>();
-        case ElementType::kUInt8: return body.template operator()<std::uint8_t>();
-    }
-    return decltype(body.template operator()<float>())();
-}
-
-template <class T, class Stored>
-FL_HD T number(Stored x) {
-    if constexpr (std::is_class_v<Stored>)
-        return static_cast<T>(widen(x));
-    else
-        return static_cast<T>(x);
-}
-
-// The tensors are small beside the logits, so their types are looked up per element instead of compiling a kernel for
-// every combination; the branch is the same for all rows.
-template <class T>
-FL_HD T read(const Elements& e, std::int64_t offset) {
-    return visit_type(e.type, [&]<class Stored>() { return number<T>(static_cast<const Stored*>(e.data)[offset]); });
-}
-
 template <class T>
 FL_HD math::mask_t<T> is_finite(T x) {
     return x - x == T(0.0);
@@ -77,7 +45,7 @@ struct Row {
 
     template <class T>
     FL_HD T of(const Elements& e) const {
-        return read<T>(e, e.stride.at(outer, inner));
+        return read_element<T>(e, e.stride.at(outer, inner));
     }
 };
 
@@ -139,7 +107,7 @@ FL_HD KeepInterval keep_interval_of(const ZProblem& p, std::int64_t group) {
     }
     const std::int64_t which = group % p.num_thresholds;
     const double threshold =
-        p.threshold.data ? read<double>(p.threshold, which * p.threshold.stride.inner) : p.thresholds[which];
+        p.threshold.data ? read_element<double>(p.threshold, which * p.threshold.stride.inner) : p.thresholds[which];
     const bool mirrored = is_binary(p.statistic) && group % 2 == 0;
     if (p.tail == Tail::kBoth || (p.tail == Tail::kLow) != mirrored) rule.low = -threshold;
     if (p.tail == Tail::kBoth || (p.tail == Tail::kHigh) != mirrored) rule.high = threshold;
@@ -172,8 +140,9 @@ FL_HD ValueAndSlope<A> binary_loss(A x, A y, A pos_weight) {
 
 template <class A>
 FL_HD A class_weight_of(const ZProblem& p, const Row& row) {
-    return p.class_weight.data ? read<A>(p.class_weight, row.of<std::int64_t>(p.target) * p.class_weight.stride.inner)
-                               : A(1);
+    return p.class_weight.data
+               ? read_element<A>(p.class_weight, row.of<std::int64_t>(p.target) * p.class_weight.stride.inner)
+               : A(1);
 }
 
 FL_HD void record(const ZProblem& p, std::int64_t number, const Verdict<double>& verdict) {

@@ -55,7 +55,9 @@ public:
     bool take_saved(const Tensor& stats, const Tensor& denominator) {
         problem.stats = const_cast<void*>(stats.const_data_ptr());
         if (divides() && denominator.numel() > 0) problem.denominator = denominator.const_data_ptr();
-        return problem.stats || (stats.dim() == 2 && backend().backward_recomputes(problem));
+        // [0, rows]: forward left none because backward needs none. [0]: forward saved nothing at all.
+        const bool needs_none = stats.dim() == 2 && backend().backward_recomputes(problem);
+        return problem.stats || needs_none;
     }
 
     // The gradient in the layout of the caller's logits.
@@ -210,7 +212,8 @@ void backward(StableIValue* stack, std::uint64_t, std::uint64_t) {
     in.read(grad_loss, stats, denominator);
     if (in_place) in.read(Required{grad});
     RowLossCall call(RowLossArgs(in), /*with_grad=*/true, std::move(grad_loss), std::move(grad));
-    // A forward for small calls, or with row statistics, saves nothing: it is run again.
+    // A forward saves nothing on the CPU where it has written the gradient, and nowhere for small calls or with row
+    // statistics: it is run again.
     if (call.take_saved(stats, denominator) || call.problem.rows() == 0)
         call.backend().row_loss_gradient(call.problem);
     else

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__((kKernel<kKind, kHeld, Team>.most_threads(size
 }  // namespace
 
 template <class Stored>
-cudaError_t enqueue_registers(RegisterArgs& args, cudaStream_t stream) {
+cudaError_t enqueue_direct(RegisterArgs& args, cudaStream_t stream) {
     const auto launch = [&]<DirectKernel kernel>()
         requires(!is_multi_reduction(kernel.kind))
     {
@@ -30,9 +30,9 @@ cudaError_t enqueue_registers(RegisterArgs& args, cudaStream_t stream) {
     return launch_planned<kDirectKernels>(args.plan, launch);
 }
 
-#define FL_REGISTERS(Stored) template cudaError_t enqueue_registers<Stored>(RegisterArgs&, cudaStream_t);
-FL_REGISTERS(float)
-FL_REGISTERS(Half)
-FL_REGISTERS(BFloat16)
+#define FL_DIRECT(Stored) template cudaError_t enqueue_direct<Stored>(RegisterArgs&, cudaStream_t);
+FL_DIRECT(float)
+FL_DIRECT(Half)
+FL_DIRECT(BFloat16)
 
 }  // namespace fused_losses::cuda
