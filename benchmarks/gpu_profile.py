@@ -23,7 +23,7 @@ from benchmarks.results import Results, Row
 from benchmarks.targets import COPIES, GOALS, OVER_CROSS_ENTROPY, Index
 
 # Names of ours: torch's, in reductions around them, are of no interest.
-KERNELS = "regex:^(softmax|passes|labels|rescale|elr|gjs|statistics|merge|mask|reduce|gradient|sum)"
+KERNELS = "regex:^(softmax|multi_reduction|labels|rescale|elr|gjs|statistics|merge|mask|reduce|gradient|sum)"
 WARM_UP = 2  # calls
 MAIN = [Case("cross_entropy", (8, 150, 512, 512), "bfloat16", "cuda")] + [
     Case(loss, ((1 << 26) // num_classes, num_classes), "bfloat16", "cuda")

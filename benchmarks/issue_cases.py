@@ -12,15 +12,15 @@ from benchmarks.issue_losses import (
     DTYPES,
     FEW_CLASSES,
     MANGLED,
+    MULTI_REDUCTION,
     OF_P_Y,
     OF_ROWS,
     OF_SUMS,
     OTHERS,
-    PASSES,
     SHARES,
     WORD,
+    MultiReduction,
     Other,
-    Passes,
     softmax_budget,
 )
 
@@ -57,8 +57,8 @@ class Case:
     @property
     def budget(self) -> int | None:
         """The most instructions per logit that it should need, if that is stated."""
-        if self.loss in PASSES:
-            return PASSES[self.loss].budget
+        if self.loss in MULTI_REDUCTION:
+            return MULTI_REDUCTION[self.loss].budget
         if self.loss in OTHERS or self.loss in OF_ROWS or self.loss == SHARES:
             return None
         return softmax_budget(self.loss, self.size, self.classes)
@@ -72,7 +72,9 @@ def cases(*, quick: bool) -> list[Case]:
     if quick:
         return found
     chosen = [loss for loss in OF_P_Y + OF_SUMS if loss != "NCE"]
-    found += [Case(loss, dtype, n) for loss in (*chosen, *PASSES, SHARES) for dtype in DTYPES for n in FEW_CLASSES]
+    found += [
+        Case(loss, dtype, n) for loss in (*chosen, *MULTI_REDUCTION, SHARES) for dtype in DTYPES for n in FEW_CLASSES
+    ]
     found += [Case(loss, dtype, n) for loss, other in OTHERS.items() for dtype in other.moved for n in FEW_CLASSES]
     return found + [Case(loss, "float32", 1) for loss in OF_ROWS]
 
@@ -126,12 +128,12 @@ def factors_of(case: Case) -> int:
     """Of the C++ enumeration KernelKind."""
     if case.loss == SHARES:
         return 2
-    return 3 + PASSES[case.loss].kept if case.loss in PASSES else int(case.loss in OF_SUMS)
+    return 3 + MULTI_REDUCTION[case.loss].kept if case.loss in MULTI_REDUCTION else int(case.loss in OF_SUMS)
 
 
-def passes_of(case: Case, plan: Plan) -> Passes | None:
+def multi_reduction_of(case: Case, plan: Plan) -> MultiReduction | None:
     """The multi-reduction loss, if the plan keeps its rows in registers."""
-    return PASSES.get(case.loss) if plan.kind in ("tile", "direct") else None
+    return MULTI_REDUCTION.get(case.loss) if plan.kind in ("tile", "direct") else None
 
 
 # Work of a loop's trip, whether that is the outermost loop, and how many trips; for how many logits / 32.
@@ -146,7 +148,7 @@ def work_of_row(case: Case, plan: Plan) -> tuple[dict[str, int], int]:
     """What a thread has to do for its part of a row besides reading and writing it, and how many numbers it reduces."""
     row = LOSS | ({} if case.loss == SHARES else LABEL)
     largest = {"VHMNMX|HMNMX2": plan.held // 4} if case.size == 2 else {"FMNMX": plan.held - 1}
-    if loss := passes_of(case, plan):
+    if loss := multi_reduction_of(case, plan):
         row |= Counter({op: n * plan.held for op, n in loss.per_class.items()}) + Counter(loss.per_row)
         return row | (largest if loss.needs_max else {}), loss.sums
     row |= largest | {"MUFU.EX2": plan.held, "MUFU.RCP": 1}
@@ -169,7 +171,7 @@ def trips(case: Case, plan: Plan) -> Trips:
         return [(OF_ROWS[case.loss].work, False, OF_ROWS[case.loss].trips)], 1
     if case.loss == "Z-Error entropies":
         return trips_of_entropies(case, plan)
-    if case.loss in OTHERS and not passes_of(case, plan):
+    if case.loss in OTHERS and not multi_reduction_of(case, plan):
         return trips_of_other(OTHERS[case.loss], case, plan)
     halves = case.size == 2
     words = plan.held // 2 if halves else plan.held
@@ -261,12 +263,12 @@ def kernel_name(case: Case, plan: Plan) -> str:
     if case.loss in OF_ROWS:
         return OF_ROWS[case.loss].kernel
     stored = MANGLED[case.dtype]
-    if loss := passes_of(case, plan):
+    if loss := multi_reduction_of(case, plan):
         if plan.kind == "tile":
             lanes = 1 if plan.lanes == 1 and plan.held == 10 else 0
-            return rf"passes_in_register_tilesI.*{loss.kernel}.*{stored}Li{lanes}ELi{plan.held}E"
+            return rf"multi_reduction_in_register_tilesI.*{loss.kernel}.*{stored}Li{lanes}ELi{plan.held}E"
         team = "WarpTeam" if plan.lanes == 32 else "RowTeam"
-        return rf"passes_in_registersI.*{loss.kernel}.*{stored}Li{plan.held}E.*{team}"
+        return rf"multi_reduction_in_registersI.*{loss.kernel}.*{stored}Li{plan.held}E.*{team}"
     if case.loss in OTHERS:
         return other_kernel_name(case, plan)
     factors = rf"LNS0_10KernelKindE{plan.factors}E"

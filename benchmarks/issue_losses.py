@@ -32,7 +32,7 @@ OF_SUMS = ("NCE", "nce_mae", "nce_rce", "nce_agce", "nce_aue", "cores", "unhinge
 
 
 @dataclass(frozen=True)
-class Passes:
+class MultiReduction:
     """A multi-reduction loss whose row stays in registers."""
 
     kept: int  # numbers of a class
@@ -68,20 +68,22 @@ NORMALISED = (
 )
 TWO_POWERS = {"MUFU.EX2": 2, "FADD": 4}
 FOCAL = {"MUFU.EX2": 1, "MUFU.RSQ": 1}  # of gamma = 0.5, and of 0 by the same kernel
-PASSES = {
-    "HEM": Passes(1, 30, r"MarginLossI.*KnowingILb1ELb0E", 3, False, {"FADD": 2}, {}, MARGIN),
-    "multi-margin": Passes(1, 30, r"MarginLossI.*KnowingILb0ELb0E", 2, False, {"FADD": 1}, {}, MARGIN),
-    "NGCE": Passes(2, 45, r"PowerLossI.*ELb1E", 4, True, TWO_POWERS, {"MUFU.EX2": 3}, POWER),
-    "SGCE": Passes(2, None, r"PowerLossI.*ELb1E", 4, True, TWO_POWERS, {"MUFU.EX2": 2}, ""),
-    "AMSE": Passes(2, None, r"PowerLossI.*ELb1E", 4, True, TWO_POWERS, {"MUFU.EX2": 2}, ""),
-    "bi-tempered": Passes(1, 90, r"BiTemperedOfILi5ELb1E", 10, True, {"MUFU.RCP": 7}, {}, TEMPERED, 91, 57),
-    "NFL": Passes(2, 45, r"NormalizedLossI.*NFLAnd", 4, True, FOCAL, {}, NORMALISED),
-    "JAL": Passes(2, 45, r"NormalizedLossI.*NFLSumOfI.*SecondE2E", 5, True, FOCAL, {}, NORMALISED),
-    "NNFL": Passes(2, None, r"NormalizedLossI.*NFLSumOfI.*SecondE1E", 6, True, FOCAL, {}, ""),
-    "NNCE": Passes(2, None, r"NormalizedLossI.*NFLSumOfI.*SecondE1E", 6, True, FOCAL, {}, ""),
-    "LDR-KL": Passes(2, None, r"LDRKLOf", 5, True, {"MUFU.EX2": 2, "MUFU.RCP": 1}, {}, ""),
+MULTI_REDUCTION = {
+    "HEM": MultiReduction(1, 30, r"MarginLossI.*KnowingILb1ELb0E", 3, False, {"FADD": 2}, {}, MARGIN),
+    "multi-margin": MultiReduction(1, 30, r"MarginLossI.*KnowingILb0ELb0E", 2, False, {"FADD": 1}, {}, MARGIN),
+    "NGCE": MultiReduction(2, 45, r"PowerLossI.*ELb1E", 4, True, TWO_POWERS, {"MUFU.EX2": 3}, POWER),
+    "SGCE": MultiReduction(2, None, r"PowerLossI.*ELb1E", 4, True, TWO_POWERS, {"MUFU.EX2": 2}, ""),
+    "AMSE": MultiReduction(2, None, r"PowerLossI.*ELb1E", 4, True, TWO_POWERS, {"MUFU.EX2": 2}, ""),
+    "bi-tempered": MultiReduction(1, 90, r"BiTemperedOfILi5ELb1E", 10, True, {"MUFU.RCP": 7}, {}, TEMPERED, 91, 57),
+    "NFL": MultiReduction(2, 45, r"NormalizedLossI.*NFLAnd", 4, True, FOCAL, {}, NORMALISED),
+    "JAL": MultiReduction(2, 45, r"NormalizedLossI.*NFLSumOfI.*SecondE2E", 5, True, FOCAL, {}, NORMALISED),
+    "NNFL": MultiReduction(2, None, r"NormalizedLossI.*NFLSumOfI.*SecondE1E", 6, True, FOCAL, {}, ""),
+    "NNCE": MultiReduction(2, None, r"NormalizedLossI.*NFLSumOfI.*SecondE1E", 6, True, FOCAL, {}, ""),
+    "LDR-KL": MultiReduction(2, None, r"LDRKLOf", 5, True, {"MUFU.EX2": 2, "MUFU.RCP": 1}, {}, ""),
     # LogitNorm or LogitClip, and the loss inside, in one read.
-    "LogitNorm of p_y": Passes(2, None, r"RescaledOf", 4, True, {"MUFU.EX2": 1, "FADD": 3}, {"MUFU.RSQ": 1}, ""),
+    "LogitNorm of p_y": MultiReduction(
+        2, None, r"RescaledOf", 4, True, {"MUFU.EX2": 1, "FADD": 3}, {"MUFU.RSQ": 1}, ""
+    ),
 }
 
 # What hides behind memory: a kernel may take this part of the issue slots that a copy of its bytes leaves.
@@ -203,8 +205,8 @@ def softmax_budget(loss: str, size: int, classes: int) -> int | None:
 
 def reason(loss: str, dtype: str, classes: int) -> str:
     """Why a case misses its budget."""
-    if loss in PASSES:
-        return PASSES[loss].miss
+    if loss in MULTI_REDUCTION:
+        return MULTI_REDUCTION[loss].miss
     if loss in OF_P_Y:
         return CHOSEN
     if loss in OF_SUMS and loss != "NCE":

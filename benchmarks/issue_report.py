@@ -39,7 +39,7 @@ from benchmarks.issue_cases import (  # noqa: E402
     factors_of,
     kernel_name,
     kind_of,
-    passes_of,
+    multi_reduction_of,
     plan_of_lanes,
     trips,
 )
@@ -47,8 +47,8 @@ from benchmarks.issue_losses import EVALUATION, FULL, NAMES, OTHERS, reason  # n
 
 SOFTMAX = ("register_tile", "register_direct", "softmax_columns")
 REST = (
-    *("passes", "tempered_passes", "rescaled_passes", "softmax_labels", "row_statistics", "rescale", "elr", "gjs"),
-    "z_error",
+    *("multi_reduction", "multi_reduction_rescaled", "multi_reduction_tempered", "softmax_labels"),
+    *("row_statistics", "rescale", "elr", "gjs", "z_error"),
 )
 BYTES_PER_SECOND = {"H100": 3.0e12, "H200": 4.3e12}  # of a copy, read and write
 SLOTS_PER_SECOND = 132 * 4 * 1.98e9
@@ -103,7 +103,7 @@ def count(case: Case, plan: Plan, kernel: sass.Kernel) -> Count:
             units += sass.per_class(sass.cheapest_call(kernel, EVALUATION, loss_at, plan.number))
         for unit, n in units.items():
             by_class[unit] = by_class.get(unit, 0.0) + n * times / logits
-    if loss := passes_of(case, plan):
+    if loss := multi_reduction_of(case, plan):
         steps = plan.lanes.bit_length() - 1 if plan.kind == "tile" else 0
         threads = plan.lanes * plan.cluster * max(1, plan.tile_rows) / 32
         by_class["ALU"] += (loss.left_out + loss.left_out_of_step * steps) * threads / logits

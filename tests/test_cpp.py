@@ -41,11 +41,13 @@ CUDA_PROGRAMS = (
     "cuda_gjs",
     "cuda_emulation",
 )
+HEADERS = ("math", "numeric", "vec")
+FORMULAS = ("losses", "multi_reduction")
 # How many points, rows or cases a program tries; see the head of each source.
 ARGUMENTS = {
-    "optimised": {"math": "1031", "numeric": "1031", "vec": "1031", "losses": "12", "passes": "6", "kernels": "5"},
-    "sanitized": {"math": "65537", "numeric": "65537", "vec": "65537", "losses": "2", "passes": "1", "kernels": "12"},
-    "pattern": {"losses": "2", "passes": "1", "kernels": "4"},
+    "optimised": dict.fromkeys(HEADERS, "1031") | {"losses": "12", "multi_reduction": "6", "kernels": "5"},
+    "sanitized": dict.fromkeys(HEADERS, "65537") | {"losses": "2", "multi_reduction": "1", "kernels": "12"},
+    "pattern": {"losses": "2", "multi_reduction": "1", "kernels": "4"},
 }
 ARGUMENTS["optimised"] |= {
     "cuda_rows": "32 1 2",
@@ -72,10 +74,10 @@ RUNS = [
     ("sanitized", "kernels", "baseline"),
     ("pattern", "kernels", "baseline"),
     *[(build, program, "baseline") for build in ("optimised", "sanitized") for program in CUDA_PROGRAMS],
-    *[("optimised", program, isa) for program in ("losses", "passes") for isa in ENDS],
-    *[("optimised", program, isa) for program in ("math", "numeric", "vec") for isa in ISAS],
-    *[("sanitized", program, "baseline") for program in ("losses", "passes", "math", "numeric", "vec")],
-    *[("pattern", program, "baseline") for program in ("losses", "passes")],
+    *[("optimised", program, isa) for program in ("losses", "multi_reduction") for isa in ENDS],
+    *[("optimised", program, isa) for program in HEADERS for isa in ISAS],
+    *[("sanitized", program, "baseline") for program in (*FORMULAS, *HEADERS)],
+    *[("pattern", program, "baseline") for program in FORMULAS],
 ]
 
 Result = subprocess.CompletedProcess[str]
@@ -145,11 +147,11 @@ def results(request: pytest.FixtureRequest, build_folder: Path) -> Iterator[dict
 
 
 # Minutes of compiling: `make test-long`. The newest instruction set's fused multiply-adds are in "kernels", too.
-SANITIZED_LONG = ("kernels", "losses", "passes", *CUDA_PROGRAMS)
+SANITIZED_LONG = ("kernels", *FORMULAS, *CUDA_PROGRAMS)
 LONG = {
-    *(("pattern", program, "baseline") for program in ("kernels", "losses", "passes")),
+    *(("pattern", program, "baseline") for program in ("kernels", *FORMULAS)),
     *(("sanitized", program, "baseline") for program in SANITIZED_LONG),
-    *(("optimised", program, ENDS[-1]) for program in ("losses", "passes") if len(ENDS) > 1),
+    *(("optimised", program, ENDS[-1]) for program in FORMULAS if len(ENDS) > 1),
 }
 
 

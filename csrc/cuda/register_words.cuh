@@ -47,7 +47,7 @@ struct PackedTarget {
 //     has_been_read()      to be called once the accesses are in registers
 // What it takes to find them is worked out when it is needed: registers are what is scarce.
 //
-// Worker: what is done with a row (register_row.cuh, register_passes.cuh).
+// Worker: what is done with a row (register_row.cuh, register_multi_reduction.cuh).
 //     Stored, Team, Packed, Words      dtype; the threads of a row; its label; what a thread holds of it
 //     kRounds, kRagged                 accesses that it has room for; whether some numbers may be beside them
 //     Worker(args, sums)               adds to `sums` what the rows give

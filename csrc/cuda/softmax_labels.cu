@@ -1,6 +1,6 @@
 // Softmax losses of which more is asked than the loss of one label: statistics, and shares of all classes, where rows
-// fit into the registers of register_row.cuh, and all the rest (label_row.cuh). As in passes.cuh a row is read once:
-// until its gradient is written it stays with the threads that share it, in shared memory, as floats whatever its
+// fit into the registers of register_row.cuh, and all the rest (label_row.cuh). As in multi_reduction.cuh a row is read
+// once: until its gradient is written it stays with the threads that share it, in shared memory, as floats whatever its
 // dtype. Longer rows are read again in each pass.
 #include "cuda/label_row.cuh"
 

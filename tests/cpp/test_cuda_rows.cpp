@@ -98,11 +98,11 @@ void test_registers(int thinning, Random& random) {
         KernelKind kind;
         const char* loss;
         int params;
-    } passes[] = {{KernelKind::kOneKept, "hem", 0},          {KernelKind::kOneKept, "multi_margin", 0},
-                  {KernelKind::kOneKept, "multi_margin", 4}, {KernelKind::kOneKept, "bi_tempered", 0},
-                  {KernelKind::kTwoKept, "ngce", 0},         {KernelKind::kTwoKept, "nfl", 0},
-                  {KernelKind::kTwoKept, "anl_fl", 0},       {KernelKind::kTwoKept, "jal_fl", 0},
-                  {KernelKind::kTwoKept, "ldr_kl", 0}};
+    } multi_reduction[] = {{KernelKind::kOneKept, "hem", 0},          {KernelKind::kOneKept, "multi_margin", 0},
+                           {KernelKind::kOneKept, "multi_margin", 4}, {KernelKind::kOneKept, "bi_tempered", 0},
+                           {KernelKind::kTwoKept, "ngce", 0},         {KernelKind::kTwoKept, "nfl", 0},
+                           {KernelKind::kTwoKept, "anl_fl", 0},       {KernelKind::kTwoKept, "jal_fl", 0},
+                           {KernelKind::kTwoKept, "ldr_kl", 0}};
     const auto test_kernel = [&](Dtype dtype, const Kernel& kernel, int given_loss, int params) {
         const Shape shape = shape_for(dtype, kernel, random);
         visit_dtype(dtype, [&]<class Stored>() {
@@ -120,7 +120,7 @@ void test_registers(int thinning, Random& random) {
         for (const Kernel& kernel : all_kernels()) {
             if (!is_multi_reduction(kernel.compiled_for()) && random.one_in(thinning))
                 test_kernel(dtype, kernel, -1, 0);
-            for (const auto& of : passes)
+            for (const auto& of : multi_reduction)
                 if (of.kind == kernel.compiled_for() && random.one_in(std::max(1, thinning / 16)))
                     test_kernel(dtype, kernel, index_of(AllLosses{}, of.loss), of.params);
         }
@@ -132,9 +132,10 @@ void test_offsets(Random& random) {
     for (const Dtype dtype : kDtypes)
         visit_dtype(dtype, [&]<class Stored>() {
             for (int offset = 0; offset < int(16 / sizeof(Stored)); ++offset)
-                for (const bool passes : {false, true}) {
+                for (const bool multi_reduction : {false, true}) {
                     const Shape& shape = shapes[random.below(3)];
-                    const int loss = passes ? AllLosses::size - 1 - random.below(MultiReductionLosses::size) : 0;
+                    const int loss =
+                        multi_reduction ? AllLosses::size - 1 - random.below(MultiReductionLosses::size) : 0;
                     const std::vector<Params>& sets = naive_loss(loss_names()[loss]).params;
                     CudaCase<Stored> problem(shape, loss, sets[random.below(int(sets.size()))], random);
                     problem.test_offset(describe(shape, dtype, loss), offset);
@@ -146,11 +147,11 @@ void test_offsets(Random& random) {
 void test_large_clusters(Random& random) {
     const Dtype dtypes[] = {Dtype::kFloat32, Dtype::kFloat16, Dtype::kBFloat16};
     for (int kind = 0; kind < 3; ++kind) {
-        const bool passes = kind == 2, more = kind == 1;
+        const bool multi_reduction = kind == 2, more = kind == 1;
         const Dtype dtype = dtypes[random.below(3)];
         // Statistics are of class labels; cross entropy might get a soft target.
-        const int loss = passes ? AllLosses::size - 1 - random.below(MultiReductionLosses::size)
-                                : more + random.below(SoftmaxLosses::size - more);
+        const int loss = multi_reduction ? AllLosses::size - 1 - random.below(MultiReductionLosses::size)
+                                         : more + random.below(SoftmaxLosses::size - more);
         // More than 8 blocks of 256 threads have room for: 48 numbers of one that keeps nothing else, 32 or fewer else.
         const Shape shape{Kind::kRows, 1, 2, needs_of(loss).has_margin || more ? 98401 : 66001};
         // Others may cut off what is less likely than 1e-3, which is all classes here.

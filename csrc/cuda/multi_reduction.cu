@@ -1,10 +1,11 @@
 // Multi-reduction losses, but for the bi-tempered one and those of rescaled logits.
-#include "cuda/passes.cuh"
+#include "cuda/multi_reduction.cuh"
 
 namespace fused_losses::cuda {
 namespace {
 
-cudaError_t enqueue_passes(const RowProblem& p, const LossOutput& out, Direction direction, cudaStream_t stream) {
+cudaError_t enqueue_multi_reduction(const RowProblem& p, const LossOutput& out, Direction direction,
+                                    cudaStream_t stream) {
     cudaError_t error = cudaErrorInvalidValue;
     visit_multi_reduction_loss(
         p.loss, [&]<class Loss>() { error = enqueue_multi_reduction_of<Loss>(p, out, direction, stream); });
@@ -14,11 +15,12 @@ cudaError_t enqueue_passes(const RowProblem& p, const LossOutput& out, Direction
 }  // namespace
 
 cudaError_t enqueue_multi_reduction_forward(const RowProblem& p, const LossOutput& out, cudaStream_t stream) {
-    return p.rows() == 0 && !out.loss ? cudaSuccess : enqueue_passes(p, out, Direction::kForward, stream);
+    return p.rows() == 0 && !out.loss ? cudaSuccess : enqueue_multi_reduction(p, out, Direction::kForward, stream);
 }
 
 cudaError_t enqueue_multi_reduction_gradient(const RowProblem& p, cudaStream_t stream) {
-    return enqueue_backward(p, [&](const RowProblem& of, Direction to) { return enqueue_passes(of, {}, to, stream); });
+    return enqueue_backward(
+        p, [&](const RowProblem& of, Direction to) { return enqueue_multi_reduction(of, {}, to, stream); });
 }
 
 }  // namespace fused_losses::cuda

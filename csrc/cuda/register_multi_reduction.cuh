@@ -280,7 +280,7 @@ private:
 
 template <class Loss, class Stored, int kLanes, int kHeld>
 __global__ void __launch_bounds__(kTileThreads, blocks_of<Loss>(tile_blocks(kKeptBy<Loss>, kHeld)))
-    passes_in_register_tiles(const __grid_constant__ RegisterArgs args) {
+    multi_reduction_in_register_tiles(const __grid_constant__ RegisterArgs args) {
     constexpr TileKernel kernel{kKeptBy<Loss>, kLanes, kHeld};
     constexpr int rounds = kHeld / Word<Stored>::count, always = kernel.always(rounds);
     using Team = LaneTeam<kLanes>;
@@ -294,7 +294,7 @@ constexpr DirectKernel kMultiReductionKernel{kKeptBy<Loss>, std::is_same_v<Team,
 template <class Loss, class Stored, int kHeld, class Team>
 __global__ void __launch_bounds__((kMultiReductionKernel<Loss, kHeld, Team>.most_threads(sizeof(Stored))),
                                   (blocks_of<Loss>(kMultiReductionKernel<Loss, kHeld, Team>.blocks())))
-    passes_in_registers(const __grid_constant__ RegisterArgs args) {
+    multi_reduction_in_registers(const __grid_constant__ RegisterArgs args) {
     constexpr int rounds = kHeld / kVector<Stored>, always = kMultiReductionKernel<Loss, kHeld, Team>.always(rounds);
     work_on_direct_rows<RegisterMultiReduction<Loss, Stored, uint4, rounds, always, Team>>(args);
 }
@@ -316,12 +316,15 @@ cudaError_t enqueue_multi_reduction_as(RegisterArgs& args, cudaStream_t stream) 
     constexpr KernelKind kind = kKeptBy<Loss>;
     const auto launch_tile = [&]<TileKernel kernel>()
         requires(kernel.kind == kind)
-    { return launch_tiles_resident(&passes_in_register_tiles<Loss, Stored, kernel.lanes, kernel.held>, args, stream); };
+    {
+        return launch_tiles_resident(&multi_reduction_in_register_tiles<Loss, Stored, kernel.lanes, kernel.held>, args,
+                                     stream);
+    };
     const auto launch_rows = [&]<DirectKernel kernel>()
         requires(kernel.kind == kind)
     {
         using Team = std::conditional_t<kernel.of_warps, WarpTeam, BlockTeam>;
-        return launch_rows_resident(&passes_in_registers<Loss, Stored, kernel.held, Team>, args, stream,
+        return launch_rows_resident(&multi_reduction_in_registers<Loss, Stored, kernel.held, Team>, args, stream,
                                     args.out.follows_weights);
     };
     return launch_held(

@@ -367,5 +367,5 @@ int main(int argc, char** argv) {
     test_limits();
     test_cross_entropy();
     test_normaliser();
-    return report("passes");
+    return report("multi-reduction losses");
 }

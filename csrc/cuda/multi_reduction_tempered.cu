@@ -1,5 +1,5 @@
 // The bi-tempered loss, whose kernels take as long to compile as those of all other multi-reduction losses.
-#include "cuda/passes.cuh"
+#include "cuda/multi_reduction.cuh"
 
 namespace fused_losses::cuda {
 

@@ -1,11 +1,11 @@
 // Multi-reduction losses (core/multi_reduction_loss.h). A row is read once: until its gradient is written it stays
-// with the threads that share it, in registers where it can (register_passes.cuh), else in shared
-// memory, as floats whatever its dtype, with what the loss keeps of each class. Longer rows are read again in each
-// pass. Forward with its gradient, or backward alone.
+// with the threads that share it, in registers where it can (register_multi_reduction.cuh), else in shared memory, as
+// floats whatever its dtype, with what the loss keeps of each class. Longer rows are read again in each pass. Forward
+// with its gradient, or backward alone.
 #pragma once
 
 #include "cuda/kept_rows.cuh"
-#include "cuda/register_passes.cuh"
+#include "cuda/register_multi_reduction.cuh"
 #include "losses/run_as.h"
 
 namespace fused_losses::cuda {
@@ -158,20 +158,20 @@ private:
 };
 
 template <class Loss>
-__global__ void __launch_bounds__(kTileThreads, 6) passes_in_tiles(const __grid_constant__ RegisterArgs args) {
+__global__ void __launch_bounds__(kTileThreads, 6) multi_reduction_in_tiles(const __grid_constant__ RegisterArgs args) {
     work_on_tiles<MultiReductionRow<Loss, float, true>>(args);
 }
 
 template <class Loss, class A, bool kKeeps>
 __global__ void __launch_bounds__(kKeeps ? kMostColumnThreads : kBlock, sizeof(A) == 4 && Loss::num_kept < 3 ? 2 : 1)
-    passes_of_rows(const __grid_constant__ PlannedArgs<A> args) {
+    multi_reduction_of_rows(const __grid_constant__ PlannedArgs<A> args) {
     work_on_rows<A, MultiReductionRow<Loss, A, kKeeps>>(args);
 }
 
 template <class Loss, class A>
 cudaError_t enqueue_any_rows(PlannedArgs<A>& args, cudaStream_t stream) {
     args.plan = plan_any_rows(args.problem, MultiReductionRow<Loss, A, false>::n);
-    return launch_rows_resident(&passes_of_rows<Loss, A, false>, args, stream);
+    return launch_rows_resident(&multi_reduction_of_rows<Loss, A, false>, args, stream);
 }
 
 template <class Given>
@@ -193,7 +193,8 @@ cudaError_t enqueue_multi_reduction_of(const RowProblem& given, const LossOutput
         using Kept = std::conditional_t<RegisterTraits<Variant>::is_held, Variant, Loss>;
         if (error == kDoesNotFit)
             error = launch_kept<RegisterArgs>(
-                {&passes_in_tiles<Loss>, &passes_of_rows<Kept, float, true>, Loss::num_kept}, args, stream);
+                {&multi_reduction_in_tiles<Loss>, &multi_reduction_of_rows<Kept, float, true>, Loss::num_kept}, args,
+                stream);
     });
     return error == kDoesNotFit ? enqueue_any_rows<Loss>(args, stream) : error;
 }

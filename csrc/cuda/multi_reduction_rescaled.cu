@@ -1,5 +1,5 @@
 // Losses of logits whose norm is fixed or bounded.
-#include "cuda/passes.cuh"
+#include "cuda/multi_reduction.cuh"
 
 namespace fused_losses::cuda {
 
