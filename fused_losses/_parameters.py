@@ -33,8 +33,7 @@ _HINTS = {
     "size_average": "reduction='mean' or 'sum'",
     "reduce": "reduction='none'",
     "alpha": "class weights are given as weight, a tensor of one number per class",
-    "label_smoothing": "only cross_entropy and bi_tempered have it; other losses take smoothed class probabilities as "
-    "target",
+    "label_smoothing": "cross_entropy and bi_tempered have it; most others take smoothed class probabilities as target",
 }
 
 
