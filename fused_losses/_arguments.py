@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_losses._logit_bias import LogitBias, resolve_logit_bias
-from fused_losses._parameters import OrTensor, ParameterRange, check_choice, integer
+from fused_losses._parameters import OrTensor, ParameterRange, check_choice, integer, unexpected_keyword
 
 if TYPE_CHECKING:
     from fused_losses._common import RowLossModule
@@ -117,7 +117,6 @@ class LossEntry:
     formula: Callable[..., Tensor]
     parameters: dict[str, Any]
     ranges: Mapping[str, ParameterRange]
-    fixed_params: tuple[float, ...] = ()
     reductions: tuple[str, ...] = REDUCTIONS
     reduction: Callable[[dict[str, Any]], str] = lambda parameters: "mean"
     none_is_default: bool = False
@@ -153,18 +152,18 @@ class LossEntry:
         return self.takes_probabilities
 
     def pack(self, parameters: dict[str, Any]) -> tuple[float, ...]:
-        """The operators' ``params``: checked numbers in the order of the C++ header, then fixed ones."""
+        """The operators' ``params``: checked numbers in the order of the C++ header."""
         if not parameters:
-            return (*self.packed.values(), *self.fixed_params)
+            return tuple(self.packed.values())
         packed = self.packed.copy()
         for name, value in parameters.items():
             rule = self.ranges.get(name)
             if rule is None:
-                raise TypeError(f"{self.function.__name__}() got an unexpected keyword argument {name!r}")
+                raise unexpected_keyword(self.function.__name__, name)
             packed[name] = rule.pack(name, value)
         if self.check is not None:
             self.check(**packed)
-        return (*packed.values(), *self.fixed_params)
+        return tuple(packed.values())
 
     def unpack(self, args: RowLossArguments) -> dict[str, Any]:
         """The hyper-parameters of a call."""

@@ -99,7 +99,7 @@ def _check_target(args: RowLossArguments, takes_probabilities: bool) -> None:
             those = ", ".join(other for other, entry in LOSSES.items() if entry.takes_probabilities)
             raise RuntimeError(
                 f"{name}: target must hold class indices of shape {list(rows)}; class probabilities are "
-                f"taken by {those}, got shape {list(target.shape)}"
+                f"taken by {those}, got shape {list(target.shape)}; {_one_hot(logits)}"
             )
         if args.ignore_index >= 0:
             raise RuntimeError(
@@ -113,7 +113,7 @@ def _check_target(args: RowLossArguments, takes_probabilities: bool) -> None:
     if target.shape == logits.shape:
         raise RuntimeError(
             f"{name}: Expected floating point type for target with class probabilities (it has the shape of logits), "
-            f"got {target.dtype}; one-hot labels are passed as class indices, target.argmax({class_dim(logits)})"
+            f"got {target.dtype}; {_one_hot(logits)}"
         )
     if target.dtype not in _INDEX:
         raise RuntimeError(
@@ -129,6 +129,10 @@ def _check_target(args: RowLossArguments, takes_probabilities: bool) -> None:
             f"{name}: Expected target size {list(rows)} for logits of shape {list(logits.shape)}, got "
             f"{list(target.shape)}{'; pass target.squeeze(1)' if _has_one_channel(logits, target) else ''}"
         )
+
+
+def _one_hot(logits: Tensor) -> str:
+    return f"one-hot labels are passed as class indices, target.argmax({class_dim(logits)})"
 
 
 def _has_one_channel(logits: Tensor, target: Tensor) -> bool:

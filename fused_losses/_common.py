@@ -19,7 +19,7 @@ from fused_losses._autograd import is_small, row_loss, row_loss_and_statistics, 
 from fused_losses._declare import describe_module
 from fused_losses._logit_bias import LogitBias, check_logit_bias
 from fused_losses._ops import PackedConstants, pack_constants
-from fused_losses._parameters import integer, python_number
+from fused_losses._parameters import integer, python_number, unexpected_keyword
 from fused_losses.row_statistics import RowStatistics
 
 
@@ -102,7 +102,7 @@ class RowLossModule(Criterion):
         **unknown: Any,
     ) -> None:
         for name in unknown:
-            raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}")
+            raise unexpected_keyword(type(self).__name__, name)
         super().__init__()
         entry = LOSSES[self.stem]
         self._params: tuple[float, ...] | None = entry.pack(parameters)

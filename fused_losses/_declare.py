@@ -168,7 +168,6 @@ def _describe(
 def loss_of_row(
     ranges: dict[str, ParameterRange],
     *,
-    fixed_params: tuple[float, ...] = (),
     reductions: tuple[str, ...] = REDUCTIONS,
     reduction: tuple[Any, str] = ("mean", ""),
     reduction_of: Callable[[dict[str, Any]], str] | None = None,
@@ -182,10 +181,10 @@ def loss_of_row(
 
     Decorates ``x_loss(rows, own parameters, options of every call)``, which gives each row's value without weights and
     is the reference; its name, defaults and docstring become those of the fused function. ``ranges`` gives what each
-    parameter may be in the order of the C++ struct; ``fixed_params`` are appended to them. ``reduction`` is the default
-    and what the docstring says of reductions beyond the usual three; ``reduction_of`` finds it from the parameters.
-    ``of_log_p``, ``min_classes`` and ``sums`` are as in :class:`LossEntry`;
-    ``check`` gets all parameters as keywords and raises where they do not fit together.
+    parameter may be in the order of the C++ struct. ``reduction`` is the default and what the docstring says of
+    reductions beyond the usual three; ``reduction_of`` finds it from the parameters. ``of_log_p``, ``min_classes`` and
+    ``sums`` are as in :class:`LossEntry`; ``check`` gets all parameters as keywords and raises where they do not fit
+    together.
     """
 
     def decorate(formula: Callable[Concatenate[Rows, Own], Tensor]) -> RowLossFunction[Own]:
@@ -201,7 +200,6 @@ def loss_of_row(
             formula,
             {p.name: p.default for p in own},
             ranges,
-            fixed_params,
             reductions,
             reduction_of or (lambda parameters: reduction[0]),
             none_is_default=reduction[0] is None,
@@ -217,7 +215,7 @@ def loss_of_row(
 
 
 def loss_of_target(
-    *, fixed_params: tuple[float, ...] = (), check: Callable[..., None] | None = None, **ranges: ParameterRange
+    *, check: Callable[..., None] | None = None, **ranges: ParameterRange
 ) -> Callable[[Callable[Concatenate[Tensor, Own], Tensor]], RowLossFunction[Own]]:
     """Declares a loss that is a function of ``t = log p_y``: ``x_loss(t, own parameters)``; see :func:`loss_of_row`."""
 
@@ -226,7 +224,7 @@ def loss_of_target(
         def of_row(rows: Rows, *args: Own.args, **own: Own.kwargs) -> Tensor:
             return formula(rows.log_p, *args, **own)
 
-        declare = loss_of_row(ranges, fixed_params=fixed_params, takes_probabilities=True, of_log_p=True, check=check)
+        declare = loss_of_row(ranges, takes_probabilities=True, of_log_p=True, check=check)
         return declare(of_row)  # type: ignore[arg-type]  # wraps() hides it
 
     return decorate

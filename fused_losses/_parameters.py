@@ -26,6 +26,23 @@ class ParameterRange(Protocol):
         """The value that ``number`` stands for."""
 
 
+# What other implementations call things, and what to do here.
+_HINTS = {
+    "num_classes": "leave it out, the logits tell the number of classes",
+    "scale": "multiply the loss",
+    "size_average": "reduction='mean' or 'sum'",
+    "reduce": "reduction='none'",
+    "alpha": "class weights are given as weight, a tensor of one number per class",
+    "label_smoothing": "cross_entropy and bi_tempered have it; most others take smoothed class probabilities as target",
+}
+
+
+def unexpected_keyword(called: str, name: str) -> TypeError:
+    """The error for a keyword that ``called`` does not have."""
+    hint = f"; {_HINTS[name]}" if name in _HINTS else ""
+    return TypeError(f"{called}() got an unexpected keyword argument {name!r}{hint}")
+
+
 def python_number(value: Any) -> Any:
     """A NumPy scalar, or an array of one, as the number of Python's that it holds; anything else as it is."""
     return value.item() if isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0 else value

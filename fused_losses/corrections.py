@@ -251,7 +251,7 @@ class TransitionMatrix(nn.Module):
         >>> TransitionMatrix(3)().diagonal()
         tensor([0.8075, 0.8075, 0.8075], grad_fn=...)
 
-    Source: VolMinNet, 2102.02400, section 3. The parametrisation is that of its code as far as we know it.
+    Source: VolMinNet, 2102.02400, section 3. The parametrisation is that of the authors' code.
     """
 
     def __init__(self, num_classes: int, init: float = 2.0) -> None:

@@ -160,6 +160,9 @@ class ELRLoss(RowsModule):
     def _call(
         self, logits: Tensor, target: Tensor, index: Tensor, sample_weight: Tensor | None
     ) -> tuple[RowLossArguments, Tensor]:
+        tensors = isinstance(logits, Tensor) and isinstance(target, Tensor)
+        if tensors and target.is_floating_point() and not logits.is_floating_point():  # the order of the authors' code
+            raise RuntimeError(f"ELRLoss: it is called with (logits, target, index), got logits of {logits.dtype}")
         args = plain_arguments(
             "ELRLoss",
             logits,

@@ -186,9 +186,13 @@ class _LogitWrapper(RowsModule):
         self.loss = as_module(loss, options)
 
     @property
-    def reduction(self) -> str:  # type: ignore[override]
+    def reduction(self) -> str:
         """That of the loss."""
         return str(self.loss.reduction)
+
+    @reduction.setter
+    def reduction(self, reduction: str) -> None:
+        self.loss.reduction = reduction  # type: ignore[assignment]
 
     def _parameter(self) -> float | Tensor:
         """What the factor depends on besides the norm."""
@@ -349,7 +353,8 @@ class LogitClip(_LogitWrapper):
         >>> criterion(torch.tensor([[3.0, 4.0]]), torch.tensor([1]))
         tensor(0.4741)
 
-    Source: 2212.04055, Eq. 3. Deviation: the authors' code clips at one value and rescales to another.
+    Source: 2212.04055, Eq. 3. Deviation: the authors' code rescales logits longer than ``temp`` to the length ``1 /
+    temp``, which is ``LogitNorm(loss, t=temp)`` for those, and leaves the others alone.
     """
 
     tau: float | Tensor

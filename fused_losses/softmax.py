@@ -219,9 +219,11 @@ class RCELoss(RowLossModule, stem="rce"):
         super().__init__({"A": A}, **options)
 
 
-@loss_of_target(alpha=factor, beta=factor, fixed_params=(RCE_A,))
-def sce_loss(t: Tensor, *, alpha: float = 0.1, beta: float = 1.0, **options: Unpack[CallOptions]) -> Tensor:
-    """Symmetric cross entropy: ``alpha CE + beta RCE``, with RCE as in :func:`rce_loss` and A = -log(1e-4).
+@loss_of_target(alpha=factor, beta=factor, A=positive_factor)
+def sce_loss(
+    t: Tensor, *, alpha: float = 0.1, beta: float = 1.0, A: float = RCE_A, **options: Unpack[CallOptions]
+) -> Tensor:
+    """Symmetric cross entropy: ``alpha CE + beta RCE``, with RCE as in :func:`rce_loss`.
 
     For noisy labels. It learns as fast as cross entropy and keeps part of its weakness: it is not bounded.
     Source: 1908.06112, Eq. 7.
@@ -230,12 +232,14 @@ def sce_loss(t: Tensor, *, alpha: float = 0.1, beta: float = 1.0, **options: Unp
         alpha: weight of cross entropy, >= 0. The defaults of alpha and beta are those of 2006.13554's code for
             CIFAR-10; it has 6 and 0.1 for CIFAR-100.
         beta: weight of reverse cross entropy, >= 0.
+        A: minus the value taken for log 0 in ``RCE = A (1 - p_y)``, > 0. The default is -log(1e-4) = 9.21, as in the
+            authors' code.
 
     Example:
         >>> sce_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]))  # 0.1 log 2 + 9.21 / 2
         tensor(4.6745)
     """
-    reverse = -beta * RCE_A * expm1(t)
+    reverse = -beta * A * expm1(t)
     return reverse if alpha == 0.0 else reverse - alpha * t
 
 
@@ -244,9 +248,13 @@ class SCELoss(RowLossModule, stem="sce"):
 
     alpha: float
     beta: float
+    A: float
 
-    def __init__(self, alpha: float = 0.1, beta: float = 1.0, **options: Unpack[RowLossOptions]) -> None:
-        super().__init__({"alpha": alpha, "beta": beta}, **options)
+    # A by keyword: others' code has the number of classes in this place
+    def __init__(
+        self, alpha: float = 0.1, beta: float = 1.0, *, A: float = RCE_A, **options: Unpack[RowLossOptions]
+    ) -> None:
+        super().__init__({"alpha": alpha, "beta": beta, "A": A}, **options)
 
 
 @loss_of_target(order=iterations)

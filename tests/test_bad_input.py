@@ -110,6 +110,21 @@ def test_unknown_keyword(name, problem):
     assert str(raised.value).startswith(entry.module.__name__)
 
 
+@pytest.mark.parametrize(
+    ("keyword", "hint"),
+    [
+        ("num_classes", "the logits tell"),
+        ("scale", "multiply the loss"),
+        ("size_average", "reduction"),
+        ("alpha", "weight"),
+    ],
+)
+def test_keywords_of_other_implementations_are_explained(keyword, hint, problem):
+    for call in (fl.GCELoss, lambda **given: fl.functional.gce_loss(*problem, **given)):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{keyword}'; .*{hint}"):
+            call(**{keyword: 1})
+
+
 @pytest.mark.parametrize("value", [None, "1", 1.5])
 def test_ignore_index(value, problem):
     logits, target = problem
@@ -265,7 +280,7 @@ def test_losses_without_probabilities_say_which_have_them(name, problem):
     logits, _ = problem
     message = (
         rf"{name}: target must hold class indices of shape \[4\]; class probabilities are taken by cross_entropy, mae, "
-        r".*nce_agce.*, got shape \[4, 3\]"
+        r".*nce_agce.*, got shape \[4, 3\]; one-hot labels are passed as class indices, target.argmax\(1\)"
     )
     with pytest.raises(RuntimeError, match=message):
         fl.LOSSES[name].function(logits, torch.softmax(logits, 1))

@@ -269,6 +269,12 @@ def test_bad_input(error, message, call):
         fl.ELRLoss(**{"num_samples": SAMPLES, "num_classes": CLASSES, **call})(logits, torch.tensor([0, 1]), index)
 
 
+def test_the_order_of_the_authors_code_is_explained():
+    index = torch.tensor([0, 1])
+    with pytest.raises(RuntimeError, match=r"called with \(logits, target, index\)"):
+        fl.ELRLoss(SAMPLES, CLASSES)(index, torch.zeros(2, CLASSES), index)
+
+
 class Numbered(Dataset):
     """Features, labels and the samples' numbers."""
 

@@ -72,3 +72,12 @@ def test_the_gradient_does_not_depend_on_the_layout_of_the_one_that_comes_in():
     assert torch.equal(grads[0], grads[1])
     expanded = torch.autograd.grad(found, leaf, upstream[:1].expand(6, 40))[0]
     assert torch.equal(grads[2], expanded)
+
+
+@pytest.mark.parametrize("criterion", [fl.LogitNorm("gce", t=0.5), fl.LogitClip(fl.NFLLoss(), 2.0)])
+def test_the_reduction_is_that_of_the_loss(criterion):
+    logits, target = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    mean = criterion(logits, target)
+    criterion.reduction = "none"
+    assert criterion.loss.reduction == "none"
+    assert torch.allclose(criterion(logits, target).mean(), mean)

@@ -30,7 +30,11 @@ PARAMETERS: dict[str, dict[str, st.SearchStrategy[float]]] = {
     "aue": {"a": st.floats(1.2, 6.0), "q": st.floats(0.1, 3.0)},
     "ae": {"a": st.floats(0.3, 5.0)},
     "rce": {"A": st.floats(0.5, 12.0)},
-    "sce": {"alpha": st.just(0.0) | st.floats(0.01, 6.0), "beta": st.just(0.0) | st.floats(0.01, 2.0)},
+    "sce": {
+        "alpha": st.just(0.0) | st.floats(0.01, 6.0),
+        "beta": st.just(0.0) | st.floats(0.01, 2.0),
+        "A": st.floats(0.5, 12.0),
+    },
     "taylor_ce": {"order": st.integers(1, 12)},
     "phuber_ce": {"tau": st.floats(1.1, 50.0)},
     "js": {"pi": st.floats(0.05, 0.95)},
@@ -47,7 +51,7 @@ VALUE_RANGE = {
     "aue": lambda a, q: (0.0, (a**q - (a - 1) ** q) / q),
     "ae": lambda a: (math.exp(-1 / a), 1.0),
     "rce": lambda A: (0.0, A),
-    "sce": lambda alpha, beta: (0.0, math.inf if alpha else beta * 4 * math.log(10)),
+    "sce": lambda alpha, beta, A: (0.0, math.inf if alpha else beta * A),
     "taylor_ce": lambda order: (0.0, sum(1 / k for k in range(1, order + 1))),
     "phuber_ce": lambda tau: (0.0, 1 + math.log(tau)),
     "js": lambda pi: (0.0, 1 + pi * math.log(pi) / ((1 - pi) * math.log(1 - pi))),
@@ -61,7 +65,11 @@ IDENTITIES = {
     "rce is taylor_ce": lambda x: ("rce", {"A": x}, [(x, "taylor_ce", {"order": 1})]),
     "agce is mae": lambda x: ("agce", {"a": x, "q": 1.0}, [(1.0, "mae", {"scale": 1.0})]),
     "aue is mae": lambda x: ("aue", {"a": 1 + x, "q": 1.0}, [(1.0, "mae", {"scale": 1.0})]),
-    "sce is a sum": lambda x: ("sce", {"alpha": x, "beta": 0.5}, [(x, "cross_entropy", {}), (0.5, "rce", {})]),
+    "sce is a sum": lambda x: (
+        "sce",
+        {"alpha": x, "beta": 0.5, "A": 1 + x},
+        [(x, "cross_entropy", {}), (0.5, "rce", {"A": 1 + x})],
+    ),
     "focal is cross entropy": lambda x: ("focal", {"gamma": 0.0}, [(1.0, "cross_entropy", {})]),
 }
 

@@ -45,7 +45,8 @@ inline bool check_target(const RowLossArgs& args, const LossNeeds& needs, const 
               "probabilities (it has the shape of logits), got ", target.dtype(),
               "; one-hot labels are passed as class indices, target.argmax(", class_dim_of(logits), ")");
         check(needs.takes_probabilities, args.loss, ": target must hold class indices of shape ", rows,
-              "; it takes no class probabilities, got shape ", target.sizes());
+              "; it takes no class probabilities, got shape ", target.sizes(),
+              "; one-hot labels are passed as class indices, target.argmax(", class_dim_of(logits), ")");
         check(args.constants.ignore_index < 0, args.loss,
               ": ignore_index is not supported for floating point target, got ", args.constants.ignore_index);
         check_value(args.constants.logit_bias == 0 && !args.logit_bias_tensor, args.loss,
