@@ -88,6 +88,14 @@ void forward(RowProblem& p, void* loss, void* denominator) {
     // The number of active rows is known only after all of them.
     if (!p.stats && !backward_recomputes(p))
         stats = device.scratch(p.stats_count * p.rows(), acc_of(p)), p.stats = stats.mutable_data_ptr();
+    Tensor bits;
+    if (const std::int64_t words = words_of_bits(p)) {
+        bits = device.scratch(words, dtypes::int32);
+        sums.to.bits = static_cast<unsigned*>(bits.mutable_data_ptr());
+        const cudaError_t error = enqueue(p, sums.to, device.stream());
+        if (error != kDoesNotFit) return check_launch(error);
+        sums.to.bits = nullptr;
+    }
     RowProblem first = p;
     first.grad = nullptr;
     check_launch(enqueue(first, sums.to, device.stream()));

@@ -23,6 +23,17 @@ FL_DEVICE void keep_row(const RowProblem& p, const Row& row, A value, const A (&
         if (k < p.stats_count) static_cast<A*>(p.stats)[k * p.rows() + row.number] = kept[k];
 }
 
+// What was kept of it, as the loss's own struct of so many numbers.
+template <class State, class A>
+FL_DEVICE State saved_state(const RowProblem& p, std::int64_t row) {
+    constexpr int count = sizeof(State) / sizeof(A);
+    A numbers[count];
+    for (int k = 0; k < count; ++k) numbers[k] = as<A>(p.stats)[k * p.rows() + row];
+    State state;
+    std::memcpy(&state, numbers, sizeof(state));
+    return state;
+}
+
 // For all threads of the grid, with the sums over their rows.
 template <class A>
 FL_DEVICE void write_loss(const RowArgs<A>& args, LossSums sums) {

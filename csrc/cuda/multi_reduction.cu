@@ -18,6 +18,28 @@ cudaError_t enqueue_multi_reduction_forward(const RowProblem& p, const LossOutpu
     return p.rows() == 0 && !out.loss ? cudaSuccess : enqueue_multi_reduction(p, out, Direction::kForward, stream);
 }
 
+std::int64_t words_of_bits(const RowProblem& given) {
+    RowProblem p = given;
+    bool suffice = false;
+    visit_multi_reduction_loss(p.loss, [&]<class Loss>() {
+        if constexpr (kHasBits<Loss>) {
+            RunAs<Loss>::convert(p.params);
+            using Run = typename RunAs<Loss>::type;
+            suffice = Run::bits_suffice(p.params) && has_one_param_a_row<Run>(p);
+        }
+    });
+    if (!suffice || backward_recomputes(p)) return 0;
+    int multiprocessors = 0;
+    if (find_multiprocessors(multiprocessors) != cudaSuccess) return 0;
+    std::int64_t most = 0;
+    const auto consider = [&](const RegisterPlan& plan) {
+        if (plan) most = std::max<std::int64_t>(most, plan.lanes * plan.cluster * plan.words_of_bits());
+    };
+    consider(plan_tiles(p, KernelKind::kOneKept, multiprocessors));
+    for (int largest = kMaxCluster; largest > 0; largest /= 2) consider(plan_direct(p, KernelKind::kOneKept, largest));
+    return p.rows() * most;
+}
+
 cudaError_t enqueue_multi_reduction_gradient(const RowProblem& p, cudaStream_t stream) {
     return enqueue_backward(
         p, [&](const RowProblem& of, Direction to) { return enqueue_multi_reduction(of, {}, to, stream); });

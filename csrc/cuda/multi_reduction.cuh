@@ -174,6 +174,15 @@ cudaError_t enqueue_any_rows(PlannedArgs<A>& args, cudaStream_t stream) {
     return launch_rows_resident(&multi_reduction_of_rows<Loss, A, false>, args, stream);
 }
 
+// Whether the first parameter is the same for all classes of a row.
+template <class Loss>
+bool has_one_param_a_row(const RowProblem& p) {
+    if (!p.first_param) return true;
+    if constexpr (requires { Loss::is_competitors_margin(p.params); })
+        return p.first_param_stride == 0 || !Loss::is_competitors_margin(p.params);
+    return false;
+}
+
 template <class Given>
 cudaError_t enqueue_multi_reduction_of(const RowProblem& given, const LossOutput& out, Direction direction,
                                        cudaStream_t stream) {
@@ -189,14 +198,15 @@ cudaError_t enqueue_multi_reduction_of(const RowProblem& given, const LossOutput
     args.take_direction(direction);
     cudaError_t error = kDoesNotFit;
     visit_variant<Loss>(p.params, [&]<class Variant>() {
-        if (!p.first_param) error = enqueue_multi_reduction_in_registers<Variant>(args, stream);
+        if (has_one_param_a_row<Variant>(p)) error = enqueue_multi_reduction_in_registers<Variant>(args, stream);
+        if (out.bits) return;  // the others leave none
         using Kept = std::conditional_t<RegisterTraits<Variant>::is_held, Variant, Loss>;
         if (error == kDoesNotFit)
             error = launch_kept<RegisterArgs>(
                 {&multi_reduction_in_tiles<Loss>, &multi_reduction_of_rows<Kept, float, true>, Loss::num_kept}, args,
                 stream);
     });
-    return error == kDoesNotFit ? enqueue_any_rows<Loss>(args, stream) : error;
+    return error == kDoesNotFit && !out.bits ? enqueue_any_rows<Loss>(args, stream) : error;
 }
 
 // In files that are compiled at the same time as the others.

@@ -94,12 +94,13 @@ FL_DEVICE void work_on_direct_rows(const RegisterArgs& args) {
     using Place = DirectPlace<typename Worker::Stored, typename Worker::Team, typename Worker::Words>;
     const RowProblem& p = args.problem;
     if (is_already_written<float>(p)) return;
+    const auto brings = [](const Packed& target) { return Worker::kReadsRows && Worker::is_read(target, true); };
     typename Worker::Team team(args.plan);
     const int rows = static_cast<int>(p.inner), step = static_cast<int>(team.step());
     int number = static_cast<int>(team.first()) + team.place();
     Packed target(args, load_target(args, number, number < rows), number < rows);
     LoadedLabel label = load_target(args, number + step, number + step < rows);
-    if (number < rows && Worker::is_read(target, true)) Place::bring(args, team, number);
+    if (number < rows && brings(target)) Place::bring(args, team, number);
     wait_for_kernel_before();
     __shared__ LossSums of_team[kMostWarps];
     LossSums& sums = of_team[threadIdx.x / 32];  // of the leading thread, whose registers have other uses
@@ -108,8 +109,7 @@ FL_DEVICE void work_on_direct_rows(const RegisterArgs& args) {
     for (; number < rows; number += step) {
         const Packed next(args, label, number + step < rows);
         label = load_target(args, number + 2 * step, number + 2 * step < rows);  // arrives while this row is worked on
-        const bool brings = number + step < rows && Worker::is_read(next, true);
-        const Place place(args, team, number, brings ? number + step : -1);
+        const Place place(args, team, number, number + step < rows && brings(next) ? number + step : -1);
         Place::wait_until_brought();
         if (!Worker::is_read(target, true)) {
             place.has_been_read();

@@ -1,8 +1,10 @@
 // Multi-reduction losses on rows in registers: read once, then the numbers that the loss keeps of each class take the
 // place of the logits, and in the end the gradient does. For losses with RegisterTraits, or whose visit_usual() gives
-// one for the parameters; without a parameter in a tensor; of rows that a plan has registers for.
+// one for the parameters; with margins in a tensor if a row has one of them, else without; of rows that a plan has
+// registers for.
 #pragma once
 
+#include "cuda/register_bits.cuh"
 #include "cuda/register_direct.cuh"
 #include "cuda/register_tile.cuh"
 #include "losses/registry.h"
@@ -10,16 +12,6 @@
 namespace fused_losses::cuda {
 
 // ---- What is kept of a row ----------------------------------------------------------------------------------------
-
-template <class State, class A>
-FL_DEVICE State saved_state(const RowProblem& p, std::int64_t row) {
-    constexpr int count = kStateSize<State, A>;
-    A numbers[count];
-    for (int k = 0; k < count; ++k) numbers[k] = as<A>(p.stats)[k * p.rows() + row];
-    State state;
-    std::memcpy(&state, numbers, sizeof(state));
-    return state;
-}
 
 // For the thread that leads. Of a row that does not count, zeros.
 template <class Loss, class State, class A>
@@ -48,6 +40,7 @@ struct HeldLoss {
     static constexpr bool leaves_target_out = false;  // the target adds nothing to any sum, nor does a logit of -inf
     static constexpr bool counts_masked = false;      // one with a logit of -inf adds something in the last pass
     static constexpr bool is_long = false;            // a long formula, which needs more registers
+    static constexpr bool leaves_bits = false;        // bits of its classes may suffice for the gradient
     static constexpr int most_blocks = 8;             // that fit on a multiprocessor by its registers
 };
 struct LongLoss : HeldLoss {
@@ -56,7 +49,7 @@ struct LongLoss : HeldLoss {
 };
 template <bool kThreshold, bool kSquared>
 struct RegisterTraits<MarginLoss<AnyMarginPolicy::Knowing<kThreshold, kSquared>>> : HeldLoss {
-    static constexpr bool leaves_target_out = true;
+    static constexpr bool leaves_target_out = true, leaves_bits = !kSquared;
 };
 template <class Rule, bool kCoarse>
 struct RegisterTraits<PowerLoss<Rule, true, kCoarse>> : HeldLoss {
@@ -99,6 +92,7 @@ class RegisterMultiReduction {
     using State = typename Loss::template State<float>;
     static constexpr int n = Loss::num_kept;
     static constexpr bool kIsRelative = Loss::needs_max && Traits::is_relative;
+    static constexpr bool kMayHaveMargins = requires(const double* params) { Loss::is_competitors_margin(params); };
 
 public:
     using Stored = S;
@@ -106,7 +100,7 @@ public:
     using Packed = PackedTarget<KernelKind::kNoFactors>;
     using Words = RegisterWords<S, Access, kNumRounds, kAlways>;
     static constexpr int kRounds = kNumRounds;
-    static constexpr bool kRagged = kMayBeRagged;
+    static constexpr bool kRagged = kMayBeRagged, kReadsRows = true;
 
     FL_DEVICE RegisterMultiReduction(const RegisterArgs& a, LossSums& s)
         : args(a),
@@ -129,7 +123,12 @@ public:
     template <class Place>
     FL_DEVICE void run(Team& team, int number, const Packed& packed, const Place& place) const {
         const bool reads = !Place::kIsMixed || !packed.is_ignored(), is_apart = Traits::leaves_target_out || bias != 0;
-        OfRow of{number, packed.cls, reads ? to_acc(place.logits()[packed.cls]) + bias : 0.0f, args.params[0]};
+        OfRow of{number, packed.cls, 0.0f, args.params[0]};
+        if (reads) {
+            of.target_logit = to_acc(place.logits()[of.target]) + bias;
+            if (kMayHaveMargins && p.first_param)
+                of.margin = as<float>(p.first_param)[of.target * p.first_param_stride];
+        }
         Numbers numbers;
         const float top = read(team, of, reads, is_apart, place, numbers);
         State state{};
@@ -154,6 +153,10 @@ public:
             }
             scale *= args.upstream_of(row_of(number), inverse_denominator);
         }
+        if constexpr (Traits::leaves_bits)
+            if (args.out.bits && reads)
+                RowBits<Words::kHeld>(args, team, number)
+                    .write([&](int i) { return numbers.of[i][0] != 0.0f; }, numbers.extra[0] != 0.0f);
         if (p.grad) write_gradient(team, of, reads, place, numbers, state, scale);
     }
 
@@ -299,6 +302,41 @@ __global__ void __launch_bounds__((kMultiReductionKernel<Loss, kHeld, Team>.most
     work_on_direct_rows<RegisterMultiReduction<Loss, Stored, uint4, rounds, always, Team>>(args);
 }
 
+// The second launch, alike for all losses that leave bits.
+using BitLoss = MarginLoss<AnyMarginPolicy>;
+
+template <class Stored, int kLanes, int kHeld>
+__global__ void __launch_bounds__(kTileThreads, 8)
+    gradient_of_bits_in_tiles(const __grid_constant__ RegisterArgs args) {
+    constexpr TileKernel kernel{KernelKind::kOneKept, kLanes, kHeld};
+    constexpr int rounds = kHeld / Word<Stored>::count, always = kernel.always(rounds);
+    using Team = LaneTeam<kLanes>;
+    work_on_register_tiles<GradientOfBits<BitLoss, Stored, unsigned, rounds, always, Team, kernel.takes_ragged()>>(
+        args);
+}
+
+template <class Stored, int kHeld, class Team>
+__global__ void __launch_bounds__((kMultiReductionKernel<BitLoss, kHeld, Team>.most_threads(sizeof(Stored))))
+    gradient_of_bits(const __grid_constant__ RegisterArgs args) {
+    constexpr int rounds = kHeld / kVector<Stored>;
+    constexpr int always = kMultiReductionKernel<BitLoss, kHeld, Team>.always(rounds);
+    work_on_direct_rows<GradientOfBits<BitLoss, Stored, uint4, rounds, always, Team>>(args);
+}
+
+// launch(kernel, args) for the one kernel that is asked for; where there is memory for bits, for the first, and then
+// for the second.
+template <class Kernel, class Launch>
+cudaError_t launch_with_bits(const RegisterArgs& args, Kernel* kernel, Kernel* gradient_of_bits, Launch launch) {
+    if (!args.out.bits) return launch(kernel, args);
+    RegisterArgs first = args, second = args;
+    first.problem.grad = nullptr;
+    second.problem.denominator = args.out.denominator;
+    second.out.loss = nullptr;
+    second.plan.slot_bytes = 0;  // no row comes before it is its turn
+    const cudaError_t error = launch(kernel, first);
+    return error == cudaSuccess ? launch(gradient_of_bits, second) : error;
+}
+
 // For a dtype.
 template <class Loss, class Stored>
 struct LossFor {
@@ -317,15 +355,25 @@ cudaError_t enqueue_multi_reduction_as(RegisterArgs& args, cudaStream_t stream) 
     const auto launch_tile = [&]<TileKernel kernel>()
         requires(kernel.kind == kind)
     {
-        return launch_tiles_resident(&multi_reduction_in_register_tiles<Loss, Stored, kernel.lanes, kernel.held>, args,
-                                     stream);
+        const auto once = [&](auto* code, const RegisterArgs& of) { return launch_tiles_resident(code, of, stream); };
+        auto* const code = &multi_reduction_in_register_tiles<Loss, Stored, kernel.lanes, kernel.held>;
+        if constexpr (RegisterTraits<Loss>::leaves_bits)
+            return launch_with_bits(args, code, &gradient_of_bits_in_tiles<Stored, kernel.lanes, kernel.held>, once);
+        else
+            return once(code, args);
     };
     const auto launch_rows = [&]<DirectKernel kernel>()
         requires(kernel.kind == kind)
     {
         using Team = std::conditional_t<kernel.of_warps, WarpTeam, BlockTeam>;
-        return launch_rows_resident(&multi_reduction_in_registers<Loss, Stored, kernel.held, Team>, args, stream,
-                                    args.out.follows_weights);
+        const auto once = [&](auto* code, const RegisterArgs& of) {
+            return launch_rows_resident(code, of, stream, of.out.follows_weights);
+        };
+        auto* const code = &multi_reduction_in_registers<Loss, Stored, kernel.held, Team>;
+        if constexpr (RegisterTraits<Loss>::leaves_bits)
+            return launch_with_bits(args, code, &gradient_of_bits<Stored, kernel.held, Team>, once);
+        else
+            return once(code, args);
     };
     return launch_held(
         args, kind, [&] { return launch_planned<kTileKernels>(args.plan, launch_tile); }, [] { return kDoesNotFit; },

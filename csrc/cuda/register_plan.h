@@ -119,6 +119,9 @@ struct RegisterPlan {
 
     explicit operator bool() const { return lanes > 0; }
 
+    // A bit for each number that a thread holds of a row, and one for what is beside them (register_bits.cuh).
+    constexpr int words_of_bits() const { return held == 32 && is_ragged ? 2 : 1; }
+
     // Of a lane, the first of its accesses, and how many of a row's it has.
     constexpr int begin_of(int lane) const { return lane * rounds - (lane > longer ? lane - longer : 0); }
     constexpr int count_of(int lane, int accesses) const {

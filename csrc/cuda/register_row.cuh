@@ -28,7 +28,7 @@ public:
     using Team = T;
     using Packed = PackedTarget<kKind>;
     static constexpr int kRounds = kNumRounds;
-    static constexpr bool kRagged = true;
+    static constexpr bool kRagged = true, kReadsRows = true;
 
     FL_DEVICE RegisterRow(const RegisterArgs& a, LossSums& sums)
         : args(a),

@@ -99,7 +99,7 @@ FL_DEVICE void work_on_register_tiles(const RegisterArgs& args) {
             number += at_once, row += at_once * classes, skip += at_once * classes;
         }
     };
-    for_each_tile(args, prepare, work);
+    for_each_tile<Worker::kReadsRows>(args, prepare, work);
     write_loss(args, sums);
 }
 

@@ -50,6 +50,7 @@ struct PackedTarget {
 // Worker: what is done with a row (register_row.cuh, register_multi_reduction.cuh).
 //     Stored, Team, Packed, Words      dtype; the threads of a row; its label; what a thread holds of it
 //     kRounds, kRagged                 accesses that it has room for; whether some numbers may be beside them
+//     kReadsRows                       whether it reads any logits
 //     Worker(args, sums)               adds to `sums` what the rows give
 //     is_read(packed, exists)          whether the logits of a row are read
 //     ignore(team, number)             what is kept of a row that is left out; write_zeros(place): its gradient

@@ -55,8 +55,8 @@ FL_DEVICE void* behind_tiles(const RegisterPlan& plan) {
 
 // Calls body(worker, first row, rows, first row of the next tile, tile, arrive) for the tiles of this warp, each of
 // whose lanes calls arrive() before it reads. After the last tile no row of all is the next. The worker is made by
-// prepare(), while the first tile is on its way.
-template <class Prepare, class Body>
+// prepare(), while the first tile is on its way. kReads: whether there is something to read in a tile.
+template <bool kReads = true, class Prepare, class Body>
 FL_DEVICE void for_each_tile(const RegisterArgs& args, Prepare prepare, Body body) {
     const RowProblem& p = args.problem;
     const int me = threadIdx.x % 32, warp = threadIdx.x / 32, rows = static_cast<int>(p.inner);
@@ -70,9 +70,11 @@ FL_DEVICE void for_each_tile(const RegisterArgs& args, Prepare prepare, Body bod
     char* tile = reinterpret_cast<char*>(dynamic_shared) + warp * 2 * args.plan.tile_bytes + shift;
     char* other = tile + args.plan.tile_bytes;
     const auto begin = [&](int first, char* to) {
-        const TileCopy copy(before, rows_from(first) * row_bytes, me);
-        copy.begin_read(logits + std::int64_t(first) * row_bytes, to + before + 16 * me);
-        __pipeline_commit();
+        if (kReads) {
+            const TileCopy copy(before, rows_from(first) * row_bytes, me);
+            copy.begin_read(logits + std::int64_t(first) * row_bytes, to + before + 16 * me);
+            __pipeline_commit();
+        }
         const std::int64_t apart = args.plan.target_step;  // labels, in bytes
         if (p.target && apart > 0 && 128 * me <= apart * (rows_from(first) - 1))
             prefetch(static_cast<const char*>(p.target) + apart * first + 128 * me);

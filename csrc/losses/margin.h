@@ -153,6 +153,9 @@ struct MarginLoss {
         s.per_error = math::select(scaled > -lowest<T>(), -lowest<T>(), scaled);
     }
 
+    // Whether an error has the margin of its own class. Else it has that of the target's class.
+    FL_HD static bool is_competitors_margin(const double* params) { return MarginPolicy::competitors_margin(params); }
+
     FL_HD static bool bits_suffice(const double* params) { return !MarginPolicy::is_squared(params); }
 
     // Whether the error was kept.

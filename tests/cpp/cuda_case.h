@@ -32,6 +32,8 @@ inline void choose_device() {
     cuda_emulation::is_inexact = cuda_emulation::one_in(2);
 }
 
+inline long gradients_of_bits = 0;  // that were compared
+
 // On which 16 blocks can share a row.
 inline void choose_device_with_clusters() {
     cuda_emulation::shared_per_block = 65536;
@@ -74,7 +76,8 @@ public:
     // which the gradient is written as the logits are read.
     bool is_for(cuda::KernelKind kind) const {
         if (logits.layout.begin == 0) return false;
-        if (is_multi_reduction(kind)) return !p.first_param;
+        const bool of_competitors = p.loss == index_of(AllLosses{}, "hem") && p.params[1] > 0;
+        if (is_multi_reduction(kind)) return !p.first_param || p.first_param_stride == 0 || !of_competitors;
         if (kind == cuda::KernelKind::kStatistics)
             return looks && p.logit_bias == 0 && !p.logit_bias_device &&
                    cuda::kind_of(p) != cuda::KernelKind::kReadFactors;
@@ -122,6 +125,7 @@ private:
         compare_reduction(once);
         test_gradient_of_forward(grad_layout);
         if (looks) test_statistics_of_odd_rows(grad_layout);
+        if (needs_of(p.loss).has_margin) test_gradient_of_bits(grad_layout);
     }
 
     std::string full_name(const std::string& what) const {
@@ -284,6 +288,34 @@ private:
         check(gradient(q) == cudaSuccess, "%s: backward was not launched", name.c_str());
         for_rows([&](std::int64_t o, std::int64_t i) { Base::compare_gradient(result.grad, "completed", o, i); });
         p.upstream = upstream;
+    }
+
+    // Bits of the rows give the gradient that their logits give.
+    void test_gradient_of_bits(const Layout& grad_layout) {
+        const Reduction reduction = std::exchange(p.reduction, Reduction::kActiveMean);
+        Result by_bits(grad_layout, p), by_logits(grad_layout, p);
+        compare_gradients_of_bits(by_bits, by_logits);
+        p.reduction = reduction;
+    }
+
+    void compare_gradients_of_bits(Result& by_bits, Result& by_logits) {
+        RowProblem q = with_outputs(by_bits);
+        Guarded<unsigned> bits(layout_of(Kind::kRows, 1, cuda::words_of_bits(q), 1));
+        cuda::LossOutput out = by_bits.output(true);
+        out.bits = bits.data();
+        shuffle_launches(false);
+        if (bits.layout.size() == 0 || cuda::enqueue_multi_reduction_forward(q, out, nullptr) == cuda::kDoesNotFit)
+            return;
+        ++gradients_of_bits;
+        q = with_outputs(by_logits);
+        void* const grad = std::exchange(q.grad, nullptr);
+        check(forward(q, by_logits, false) == cudaSuccess, "%s: forward was not launched", name.c_str());
+        q.grad = grad;
+        q.denominator = &by_logits.scalars.at(0, 1);
+        check(cuda::enqueue_multi_reduction_gradient(q, nullptr) == cudaSuccess, "%s: no gradient", name.c_str());
+        by_logits.ticket = by_bits.ticket = 0;
+        check(by_bits == by_logits, "%s: bits give another gradient", name.c_str());
+        check(by_bits.only_elements_written() && bits.only_elements_written(), "%s: written outside", name.c_str());
     }
 
     // A row's part of the denominator.

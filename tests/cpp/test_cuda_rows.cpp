@@ -191,5 +191,6 @@ int main(int argc, char** argv) {
         test_offsets(random);
         test_large_clusters(random);
     }
+    check(argc == 1 || gradients_of_bits > 0, "no gradient was made of bits");
     return report("CUDA row kernels");
 }
