@@ -214,7 +214,8 @@ class _RowLoss(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, args: RowLossArguments) -> Tensor:
         stats = denominator = written = None
         if not forward_writes_gradient(args):
-            loss, stats, denominator = _ops.row_loss_with_stats(*args)
+            save = _ops.row_loss_with_bits if is_plain(logits) else _ops.row_loss_with_stats
+            loss, stats, denominator = save(*args)
         elif logits.is_cpu:
             loss, written = _ops.row_loss_with_grad(*args)
         else:

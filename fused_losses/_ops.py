@@ -41,6 +41,7 @@ row_loss: Callable[..., Tensor] = torch.ops.fused_losses.row_loss.default
 row_loss_with_grad: Callable[..., Tensors2] = torch.ops.fused_losses.row_loss_with_grad.default
 row_loss_with_grad_: Callable[..., Tensor] = torch.ops.fused_losses.row_loss_with_grad_.default
 row_loss_with_stats: Callable[..., Tensors3] = torch.ops.fused_losses.row_loss_with_stats.default
+row_loss_with_bits: Callable[..., Tensors3] = torch.ops.fused_losses.row_loss_with_bits.default
 row_loss_with_stats_and_grad: Callable[..., Tensors4] = torch.ops.fused_losses.row_loss_with_stats_and_grad.default
 row_loss_backward: Callable[..., Tensor] = torch.ops.fused_losses.row_loss_backward.default
 row_loss_backward_: Callable[..., None] = torch.ops.fused_losses.row_loss_backward_.default
@@ -156,6 +157,11 @@ def _fake_row_loss_with_stats(*flat: Any) -> Tensors3:
         count = 0
     divides = args.reduction in ("mean", "active_mean")
     return loss, loss.new_empty((count, rows)), loss.new_empty(() if divides else (0,))
+
+
+@_fake
+def _fake_row_loss_with_bits(*flat: Any) -> Tensors3:  # on CUDA stats may have more rows, but in no trace
+    return _fake_row_loss_with_stats(*flat)
 
 
 @_fake

@@ -95,7 +95,7 @@ struct RowProblem {
     double label_scale[2] = {1, 1};            // what each label's losses are multiplied by besides, on the CPU
     const void* label_denominators = nullptr;  // and divided by on CUDA; acc [2], zero makes them zero
 
-    // CPU only: a bit per logit, which forward makes and gradient takes where that says all (multi_reduction_loss.h).
+    // A bit per logit, which forward makes and gradient takes where that says all (multi_reduction_loss.h).
     void* bits = nullptr;
 
     // CUDA forward writes the gradient before the denominator is known: it takes this one, or *denominator if this is

@@ -211,6 +211,7 @@ void cpu_row_loss(RowProblem& p) { forward(p, nullptr, nullptr); }
 const Backend cpu_backend{&forward,
                           &gradient,
                           [](const RowProblem&) { return false; },
+                          [](const RowProblem&) -> std::int64_t { return 0; },
                           &statistics,
                           &elr,
                           &rescale,

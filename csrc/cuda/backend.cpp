@@ -88,14 +88,6 @@ void forward(RowProblem& p, void* loss, void* denominator) {
     // The number of active rows is known only after all of them.
     if (!p.stats && !backward_recomputes(p))
         stats = device.scratch(p.stats_count * p.rows(), acc_of(p)), p.stats = stats.mutable_data_ptr();
-    Tensor bits;
-    if (const std::int64_t words = words_of_bits(p)) {
-        bits = device.scratch(words, dtypes::int32);
-        sums.to.bits = static_cast<unsigned*>(bits.mutable_data_ptr());
-        const cudaError_t error = enqueue(p, sums.to, device.stream());
-        if (error != kDoesNotFit) return check_launch(error);
-        sums.to.bits = nullptr;
-    }
     RowProblem first = p;
     first.grad = nullptr;
     check_launch(enqueue(first, sums.to, device.stream()));
@@ -110,6 +102,11 @@ void gradient(const RowProblem& problem) {
     RowProblem p = problem;
     if (p.grad_is_written) p.assumed_denominator = assumed_denominator(p);
     launch_gradient(p, device.stream());
+}
+
+std::int64_t find_words_of_bits(const RowProblem& p) {
+    const DeviceScope device(p.device);
+    return words_of_bits(p);
 }
 
 void statistics(const RowProblem& p) {
@@ -141,9 +138,18 @@ void gjs(const RowProblem& p, const GjsViews& views) {
 
 namespace fused_losses {
 
-const Backend cuda_backend{
-    &cuda::forward,          &cuda::gradient,      &cuda::backward_recomputes, &cuda::statistics,   &cuda::elr,
-    &cuda::rescale,          &cuda::gjs,           &cuda::class_moments,       &cuda::z_error_mask, &cuda::z_error_loss,
-    &cuda::z_error_gradient, &cuda::update_moments};
+const Backend cuda_backend{&cuda::forward,
+                           &cuda::gradient,
+                           &cuda::backward_recomputes,
+                           &cuda::find_words_of_bits,
+                           &cuda::statistics,
+                           &cuda::elr,
+                           &cuda::rescale,
+                           &cuda::gjs,
+                           &cuda::class_moments,
+                           &cuda::z_error_mask,
+                           &cuda::z_error_loss,
+                           &cuda::z_error_gradient,
+                           &cuda::update_moments};
 
 }  // namespace fused_losses

@@ -36,13 +36,9 @@ struct LossOutput {
     double* partials = nullptr;   // kPartials of scratch memory
     unsigned* ticket = nullptr;   // a zero, before and after; null: one of the kernel's own
     int own_ticket = 0;           // which: launches that may run at the same time take different ones
-    unsigned* bits = nullptr;     // words_of_bits() of scratch memory; null: none are wanted
     // The launch before is enqueue_denominators(), so that kernels that say when they need it may begin beside it.
     bool follows_weights = false;
 };
-
-// Of a launch that has no kernel for the problem, or none that the device has room for.
-constexpr cudaError_t kDoesNotFit = cudaErrorInvalidClusterSize;
 
 // Fills row_values, stats, grad (for an upstream gradient of 1) and `out`, as far as they are not null. And what
 // enqueue_labels() does.
@@ -69,8 +65,7 @@ cudaError_t enqueue_gradient(const RowProblem& p, cudaStream_t stream);
 cudaError_t enqueue_multi_reduction_forward(const RowProblem& p, const LossOutput& out, cudaStream_t stream);
 cudaError_t enqueue_multi_reduction_gradient(const RowProblem& p, cudaStream_t stream);
 
-// For a mean over active rows, whose stats are kept: what forward needs as LossOutput::bits to write the gradient
-// without reading the logits again. 0: it cannot; kDoesNotFit: nor does it.
+// How many words per row RowProblem::bits have; 0: rows are of a kind that leaves none.
 std::int64_t words_of_bits(const RowProblem& p);
 
 // Of a softmax loss: whether more is asked than the loss of one label, and what does it. Fills row_values, grad, for

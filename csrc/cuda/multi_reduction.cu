@@ -31,13 +31,8 @@ std::int64_t words_of_bits(const RowProblem& given) {
     if (!suffice || backward_recomputes(p)) return 0;
     int multiprocessors = 0;
     if (find_multiprocessors(multiprocessors) != cudaSuccess) return 0;
-    std::int64_t most = 0;
-    const auto consider = [&](const RegisterPlan& plan) {
-        if (plan) most = std::max<std::int64_t>(most, plan.lanes * plan.cluster * plan.words_of_bits());
-    };
-    consider(plan_tiles(p, KernelKind::kOneKept, multiprocessors));
-    for (int largest = kMaxCluster; largest > 0; largest /= 2) consider(plan_direct(p, KernelKind::kOneKept, largest));
-    return p.rows() * most;
+    const RegisterPlan plan = plan_of_bits(p, multiprocessors);
+    return plan.lanes * plan.words_of_bits();
 }
 
 cudaError_t enqueue_multi_reduction_gradient(const RowProblem& p, cudaStream_t stream) {

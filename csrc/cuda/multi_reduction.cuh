@@ -199,14 +199,15 @@ cudaError_t enqueue_multi_reduction_of(const RowProblem& given, const LossOutput
     cudaError_t error = kDoesNotFit;
     visit_variant<Loss>(p.params, [&]<class Variant>() {
         if (has_one_param_a_row<Variant>(p)) error = enqueue_multi_reduction_in_registers<Variant>(args, stream);
-        if (out.bits) return;  // the others leave none
+        if (p.bits && direction == Direction::kForward) return;  // the others leave none
         using Kept = std::conditional_t<RegisterTraits<Variant>::is_held, Variant, Loss>;
         if (error == kDoesNotFit)
             error = launch_kept<RegisterArgs>(
                 {&multi_reduction_in_tiles<Loss>, &multi_reduction_of_rows<Kept, float, true>, Loss::num_kept}, args,
                 stream);
     });
-    return error == kDoesNotFit && !out.bits ? enqueue_any_rows<Loss>(args, stream) : error;
+    const bool is_done = error != kDoesNotFit || (p.bits && direction == Direction::kForward);
+    return is_done ? error : enqueue_any_rows<Loss>(args, stream);
 }
 
 // In files that are compiled at the same time as the others.

@@ -1,6 +1,5 @@
-// Means over the rows whose loss is positive: their number is known after all rows, so a second launch writes the
-// gradient. For losses of which a bit per class says all that it needs of the logits (core/multi_reduction_loss.h) the
-// first launch leaves these bits, and the logits are read once.
+// Where backward makes the gradient, and a bit per class says all that it needs of the logits
+// (core/multi_reduction_loss.h), forward leaves these bits: the logits are read once.
 #pragma once
 
 #include "cuda/register_words.cuh"
@@ -32,7 +31,8 @@ public:
     template <class Team>
     FL_DEVICE RowBits(const RegisterArgs& args, const Team& team, int number)
         : words(args.plan.words_of_bits()),
-          at(args.out.bits + (std::int64_t(number) * threads_of_row(team) + thread_in_row(team)) * words) {}
+          at(static_cast<unsigned*>(args.problem.bits) +
+             (std::int64_t(number) * threads_of_row(team) + thread_in_row(team)) * words) {}
 
     // is_set(i): of its i-th number.
     template <class IsSet>

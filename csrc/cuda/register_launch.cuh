@@ -53,6 +53,8 @@ cudaError_t launch_planned(const RegisterPlan& plan, Launch launch) {
     return error;
 }
 
+constexpr cudaError_t kDoesNotFit = cudaErrorInvalidClusterSize;
+
 // As many blocks as run at the same time, `wanted` at most: each works on many rows.
 template <class... Params, class... Args>
 cudaError_t launch_all_resident(void (*kernel)(Params...), const BlockShape& shape, std::int64_t wanted,

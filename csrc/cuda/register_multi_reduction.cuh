@@ -154,7 +154,7 @@ public:
             scale *= args.upstream_of(row_of(number), inverse_denominator);
         }
         if constexpr (Traits::leaves_bits)
-            if (args.out.bits && reads)
+            if (p.bits && reads)
                 RowBits<Words::kHeld>(args, team, number)
                     .write([&](int i) { return numbers.of[i][0] != 0.0f; }, numbers.extra[0] != 0.0f);
         if (p.grad) write_gradient(team, of, reads, place, numbers, state, scale);
@@ -302,7 +302,7 @@ __global__ void __launch_bounds__((kMultiReductionKernel<Loss, kHeld, Team>.most
     work_on_direct_rows<RegisterMultiReduction<Loss, Stored, uint4, rounds, always, Team>>(args);
 }
 
-// The second launch, alike for all losses that leave bits.
+// Alike for all losses that leave bits.
 using BitLoss = MarginLoss<AnyMarginPolicy>;
 
 template <class Stored, int kLanes, int kHeld>
@@ -323,20 +323,6 @@ __global__ void __launch_bounds__((kMultiReductionKernel<BitLoss, kHeld, Team>.m
     work_on_direct_rows<GradientOfBits<BitLoss, Stored, uint4, rounds, always, Team>>(args);
 }
 
-// launch(kernel, args) for the one kernel that is asked for; where there is memory for bits, for the first, and then
-// for the second.
-template <class Kernel, class Launch>
-cudaError_t launch_with_bits(const RegisterArgs& args, Kernel* kernel, Kernel* gradient_of_bits, Launch launch) {
-    if (!args.out.bits) return launch(kernel, args);
-    RegisterArgs first = args, second = args;
-    first.problem.grad = nullptr;
-    second.problem.denominator = args.out.denominator;
-    second.out.loss = nullptr;
-    second.plan.slot_bytes = 0;  // no row comes before it is its turn
-    const cudaError_t error = launch(kernel, first);
-    return error == cudaSuccess ? launch(gradient_of_bits, second) : error;
-}
-
 // For a dtype.
 template <class Loss, class Stored>
 struct LossFor {
@@ -352,32 +338,34 @@ template <class Given, class Stored>
 cudaError_t enqueue_multi_reduction_as(RegisterArgs& args, cudaStream_t stream) {
     using Loss = typename LossFor<Given, Stored>::type;
     constexpr KernelKind kind = kKeptBy<Loss>;
+    const bool of_bits = args.is_saved && args.problem.bits;
     const auto launch_tile = [&]<TileKernel kernel>()
         requires(kernel.kind == kind)
     {
-        const auto once = [&](auto* code, const RegisterArgs& of) { return launch_tiles_resident(code, of, stream); };
-        auto* const code = &multi_reduction_in_register_tiles<Loss, Stored, kernel.lanes, kernel.held>;
         if constexpr (RegisterTraits<Loss>::leaves_bits)
-            return launch_with_bits(args, code, &gradient_of_bits_in_tiles<Stored, kernel.lanes, kernel.held>, once);
-        else
-            return once(code, args);
+            if (of_bits)
+                return launch_tiles_resident(&gradient_of_bits_in_tiles<Stored, kernel.lanes, kernel.held>, args,
+                                             stream);
+        return launch_tiles_resident(&multi_reduction_in_register_tiles<Loss, Stored, kernel.lanes, kernel.held>, args,
+                                     stream);
     };
     const auto launch_rows = [&]<DirectKernel kernel>()
         requires(kernel.kind == kind)
     {
         using Team = std::conditional_t<kernel.of_warps, WarpTeam, BlockTeam>;
-        const auto once = [&](auto* code, const RegisterArgs& of) {
-            return launch_rows_resident(code, of, stream, of.out.follows_weights);
-        };
-        auto* const code = &multi_reduction_in_registers<Loss, Stored, kernel.held, Team>;
         if constexpr (RegisterTraits<Loss>::leaves_bits)
-            return launch_with_bits(args, code, &gradient_of_bits<Stored, kernel.held, Team>, once);
-        else
-            return once(code, args);
+            if (of_bits) return launch_rows_resident(&gradient_of_bits<Stored, kernel.held, Team>, args, stream);
+        return launch_rows_resident(&multi_reduction_in_registers<Loss, Stored, kernel.held, Team>, args, stream,
+                                    args.out.follows_weights);
     };
-    return launch_held(
-        args, kind, [&] { return launch_planned<kTileKernels>(args.plan, launch_tile); }, [] { return kDoesNotFit; },
-        [&] { return launch_planned<kDirectKernels>(args.plan, launch_rows); });
+    const auto launch_tiles = [&] { return launch_planned<kTileKernels>(args.plan, launch_tile); };
+    const auto launch_direct = [&] { return launch_planned<kDirectKernels>(args.plan, launch_rows); };
+    if (!args.problem.bits) return launch_held(args, kind, launch_tiles, [] { return kDoesNotFit; }, launch_direct);
+    int multiprocessors = 0;
+    if (const cudaError_t error = find_multiprocessors(multiprocessors); error != cudaSuccess) return error;
+    if (!(args.plan = plan_of_bits(args.problem, multiprocessors))) return kDoesNotFit;
+    if (of_bits) args.plan.slot_bytes = 0;  // no row comes before it is its turn
+    return args.plan.row_bytes > 0 ? launch_tiles() : launch_direct();
 }
 
 // Rows that registers can hold; kDoesNotFit if they cannot, or for other losses and parameters.

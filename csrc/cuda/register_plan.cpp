@@ -192,6 +192,15 @@ RegisterPlan plan_direct(const RowProblem& p, KernelKind wanted, int largest_clu
     return plan;
 }
 
+RegisterPlan plan_of_bits(const RowProblem& p, int multiprocessors) {
+    RowProblem of_forward = p;
+    of_forward.grad = nullptr;
+    constexpr KernelKind kind = KernelKind::kOneKept;
+    if (plan_tiles(of_forward, kind, multiprocessors)) return plan_tiles(p, kind, multiprocessors);
+    const RegisterPlan plan = plan_direct(p, kind, kMaxCluster);
+    return plan.cluster == 1 ? plan : RegisterPlan{};  // a cluster may find no place, and would become a smaller one
+}
+
 RegisterPlan plan_columns(const RowProblem& p, KernelKind kind) {
     RegisterPlan plan;
     if (bytes_of(p.dtype) == 8 || !are_columns(p) || !take_class_steps(p, 1, plan)) return plan;

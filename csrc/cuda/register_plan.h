@@ -138,6 +138,10 @@ int conflicts_of(const RowProblem& p, const RegisterPlan& plan);
 // For longer ones, with clusters of up to so many blocks.
 RegisterPlan plan_direct(const RowProblem& p, KernelKind kind, int largest_cluster);
 
+// By which forward leaves bits of a margin loss's rows (RowProblem::bits) and backward finds them: the same for both,
+// or none.
+RegisterPlan plan_of_bits(const RowProblem& p, int multiprocessors);
+
 // For rows that lie side by side.
 RegisterPlan plan_columns(const RowProblem& p, KernelKind kind);
 

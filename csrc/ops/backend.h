@@ -19,6 +19,9 @@ struct Backend {
     void (*row_loss_gradient)(const RowProblem& p);
     // Whether the gradient takes no stats but recomputes them from the logits.
     bool (*backward_recomputes)(const RowProblem& p);
+    // How many words of 32 bits per row a forward with stats leaves in p.bits, from which alone and stats the gradient
+    // follows: most often none.
+    std::int64_t (*words_of_bits)(const RowProblem& p);
     // Fills p.row_statistics and p.argmax.
     void (*row_statistics)(const RowProblem& p);
     // A step of early-learning regularisation: fills p.row_values and, where there is one, p.grad (acc).

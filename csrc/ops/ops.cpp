@@ -32,6 +32,10 @@ STABLE_TORCH_LIBRARY(fused_losses, m) {
     // means) or empty.
     def("row_loss_with_stats", "", "(Tensor loss, Tensor stats, Tensor denominator)");
 
+    // The same outside of traces: for margin losses on CUDA stats may have more rows, which hold a bit per logit. Then
+    // backward reads no logits.
+    def("row_loss_with_bits", "", "(Tensor loss, Tensor stats, Tensor denominator)");
+
     // Its backward, from the logits and stats. Stats of shape (0, rows) are those of a CUDA forward of short rows,
     // whose backward needs none; of shape (0,), with no denominator, of a forward that saved nothing: backward starts
     // from the logits alone, on CUDA for losses that are affine in the softmax.

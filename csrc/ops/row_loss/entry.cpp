@@ -38,10 +38,13 @@ public:
     // Empty unless the loss is a quotient.
     Tensor new_denominator() const { return divides() ? empty({}) : empty(kNoNumbers); }
 
-    Tensor new_stats() {
-        const std::int64_t sizes[] = {problem.stats_count, problem.rows()};
+    // with_bits: behind them, in words as long as they are.
+    Tensor new_stats(bool with_bits) {
+        const std::int64_t words = with_bits ? backend().words_of_bits(problem) : 0;
+        const std::int64_t sizes[] = {problem.stats_count + words, problem.rows()};
         Tensor stats = empty(sizes);
         problem.stats = stats.mutable_data_ptr();
+        if (words > 0) problem.bits = behind_stats();
         return stats;
     }
 
@@ -54,6 +57,7 @@ public:
     // Takes what forward has saved; whether that is enough for the gradient.
     bool take_saved(const Tensor& stats, const Tensor& denominator) {
         problem.stats = const_cast<void*>(stats.const_data_ptr());
+        if (problem.stats && stats.size(0) > problem.stats_count) problem.bits = behind_stats();
         if (divides() && denominator.numel() > 0) problem.denominator = denominator.const_data_ptr();
         // [0, rows]: forward left none because backward needs none. [0]: forward saved nothing at all.
         const bool needs_none = stats.dim() == 2 && backend().backward_recomputes(problem);
@@ -73,6 +77,11 @@ private:
     static constexpr std::int64_t kNoNumbers[] = {0};
 
     Tensor empty(Sizes sizes) const { return fused_losses::empty(sizes, acc, args.logits.device()); }
+
+    void* behind_stats() const {
+        return static_cast<char*>(problem.stats) +
+               problem.stats_count * problem.rows() * std::int64_t(sizeof(float));  // doubles have no bits
+    }
 
     bool divides() const {
         return problem.reduction == Reduction::kMean || problem.reduction == Reduction::kActiveMean;
@@ -186,14 +195,14 @@ private:
 };
 
 // In place: the gradient goes to memory of the caller's.
-template <bool with_stats, bool with_grad, bool in_place = false>
+template <bool with_stats, bool with_grad, bool in_place = false, bool with_bits = false>
 void forward(StableIValue* stack, std::uint64_t, std::uint64_t) {
     Arguments in(stack);
     OptionalTensor grad;
     if (in_place) in.read(Required{grad});
     RowLossCall call(RowLossArgs(in), with_grad, {}, std::move(grad));
     Tensor loss = call.new_loss(), stats, denominator;
-    if (with_stats) stats = call.new_stats(), denominator = call.new_denominator();
+    if (with_stats) stats = call.new_stats(with_bits), denominator = call.new_denominator();
     const bool divides = with_stats && denominator.numel() > 0;
     call.backend().row_loss(call.problem, loss.mutable_data_ptr(), divides ? denominator.mutable_data_ptr() : nullptr);
     Results out(stack);
@@ -282,6 +291,7 @@ void implement_row_losses(Library& m) {
     m.impl("row_loss", &forward<false, false>);
     m.impl("row_loss_with_grad", &forward<false, true>);
     m.impl("row_loss_with_stats", &forward<true, false>);
+    m.impl("row_loss_with_bits", &forward<true, false, false, true>);
     m.impl("row_loss_with_stats_and_grad", &forward<true, true>);
     m.impl("row_loss_backward", &backward<false>);
     m.impl("row_loss_backward_", &backward<true>);
