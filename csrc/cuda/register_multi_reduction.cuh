@@ -342,7 +342,7 @@ cudaError_t enqueue_multi_reduction_as(RegisterArgs& args, cudaStream_t stream) 
     const auto launch_tile = [&]<TileKernel kernel>()
         requires(kernel.kind == kind)
     {
-        if constexpr (RegisterTraits<Loss>::leaves_bits)
+        if constexpr (RegisterTraits<Loss>::leaves_bits && kernel.lanes != 1)  // short rows leave none
             if (of_bits)
                 return launch_tiles_resident(&gradient_of_bits_in_tiles<Stored, kernel.lanes, kernel.held>, args,
                                              stream);
