@@ -15,7 +15,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # idle compiler pro
 import torch
 
 from benchmarks import accuracy, end_to_end
-from benchmarks.jobs import Job, run_job
+from benchmarks.jobs import Job, failure, run_job
 from benchmarks.machine import describe
 from benchmarks.results import SAME_MACHINE, Results, Row
 from benchmarks.suites import SUITES
@@ -85,7 +85,7 @@ def rows_of(job: Job, reject: Callable[[str, str], None]) -> Iterator[Row]:
     except Exception as error:
         if job.case.device != "cuda":
             raise
-        reject("fused", f"fused fails on {job.case.id}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        reject("fused", failure("fused", job.case, error))
         torch.cuda.synchronize()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,17 +110,3 @@ class Repeated:
 
     def run(self, i: int, prepared: None) -> Any:
         return self.step()
-
-
-def environment_threads() -> dict[str, str]:
-    """What the environment says about threads and allocators."""
-    names = (
-        "OMP_NUM_THREADS",
-        "OMP_PROC_BIND",
-        "OMP_PLACES",
-        "LD_PRELOAD",
-        "GLIBC_TUNABLES",
-        "PYTORCH_CUDA_ALLOC_CONF",
-    )
-    found = {name: os.environ[name] for name in names if name in os.environ}
-    return found | {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}

@@ -148,6 +148,6 @@ class Case:
         return logits, target.to(self.device)
 
 
-def shape_name(shape: tuple[int, ...]) -> str:
-    """``4096x1000``."""
-    return "x".join(map(str, shape))
+def shape_name(shape: tuple[int, ...], layout: str = "contiguous") -> str:
+    """``4096x1000``, or ``2x150x256x256 channels_last``."""
+    return "x".join(map(str, shape)) + (" channels_last" if layout == "channels_last" else "")

@@ -41,7 +41,7 @@ from benchmarks.calls import Buffers, Call, Copy
 from benchmarks.cases import LOSSES, ROW_LOSSES, Case, shape_name
 from benchmarks.machine import describe
 from benchmarks.measure import Timed
-from benchmarks.providers import PROVIDERS
+from benchmarks.providers import fused
 from benchmarks.suites import PIXELS, PIXELS_LAST
 
 SHAPES = ((4096, 1000), (65536, 10))  # of every loss
@@ -60,9 +60,8 @@ SHOWN = 3.0  # percent of the samples
 
 def step_of(case: Case, count: int | None = None) -> Call:
     """The step on ``count`` inputs, or on as many as defeat the cache."""
-    function = PROVIDERS["fused"].make(case)
-    assert function is not None
-    return Call(function, "fwd_bwd", buffers_of(case if case.by_class else replace(case, loss="cross_entropy"), count))
+    buffers = buffers_of(case if case.by_class else replace(case, loss="cross_entropy"), count)
+    return Call(fused(case), "fwd_bwd", buffers)
 
 
 @functools.lru_cache(maxsize=3)  # the next loss has the same three inputs
@@ -135,8 +134,7 @@ def head(*columns: str) -> list[str]:
 
 
 def cells(case: Case, *others: str) -> str:
-    layout = " channels_last" if case.layout == "channels_last" else ""
-    return "| " + " | ".join([case.loss, f"{shape_name(case.shape)}{layout}", *others]) + " |"
+    return "| " + " | ".join([case.loss, shape_name(case.shape, case.layout), *others]) + " |"
 
 
 def by_size(case: Case) -> Shares:

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.calls import Buffers, Call
 from benchmarks.cases import Case
-from benchmarks.providers import PROVIDERS
+from benchmarks.providers import fused
 from benchmarks.results import Results, Row
 from benchmarks.targets import COPIES, GOALS, OVER_CROSS_ENTROPY, Index
 
@@ -59,9 +59,7 @@ def command(cases: list[Case], log: Path) -> list[str]:
 def run(cases: list[Case]) -> None:
     """What is profiled: a forward and backward of each case after some that are not."""
     for case in cases:
-        function = PROVIDERS["fused"].make(case)
-        assert function is not None
-        call = Call(function, "fwd_bwd", Buffers.of(case, *case.inputs(), count=2))
+        call = Call(fused(case), "fwd_bwd", Buffers.of(case, *case.inputs(), count=2))
         for i in range(WARM_UP):
             call.run(i, call.prepare(i))
         torch.cuda.synchronize()

@@ -14,6 +14,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -231,15 +232,11 @@ def problems(quick: bool) -> list[Callable[[], Iterator[Case]]]:
     losses = QUICK_LOSSES if quick else tuple(fl.LOSSES)
     found: list[Callable[[], Iterator[Case]]] = []
     for dtype in QUICK_DTYPES if quick else DTYPES:
-        found.append(lambda dtype=dtype: z_error_cases(dtype))  # type: ignore[misc]
+        found.append(partial(z_error_cases, dtype))
         for regime, shapes in REGIMES.items():
             for layout, classes in shapes:
-                if quick and classes > QUICK_CLASSES:
-                    continue
-                found += [
-                    lambda a=(regime, name, layout, classes, dtype): row_cases(*a)  # type: ignore[misc]
-                    for name in losses
-                ]
+                if not quick or classes <= QUICK_CLASSES:
+                    found += [partial(row_cases, regime, name, layout, classes, dtype) for name in losses]
     random.Random(0).shuffle(found)
     return found
 

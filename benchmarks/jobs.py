@@ -69,7 +69,7 @@ def run_job(job: Job, reject: Callable[[str, str], None]) -> Iterator[Row]:
             except Exception as error:
                 if name == "fused":
                     raise
-                reject(name, _failure(name, case, error))
+                reject(name, failure(name, case, error))
             else:
                 functions[name], first[name] = function, time.perf_counter() - began
     del want
@@ -81,7 +81,7 @@ def run_job(job: Job, reject: Callable[[str, str], None]) -> Iterator[Row]:
     yardsticks: dict[tuple[str, str], Timed] = {_COPY: Copy(buffers)}
     if case.spec.kind == "rows":
         yardsticks[_OUR_CE] = Call(LOSSES["cross_entropy"].fused, "fwd_bwd", buffers)
-    runs = [time_calls(yardsticks | calls, job.seconds, job.timer, job.threads) for _ in range(job.tries)]
+    runs = [time_calls(yardsticks | calls, job.seconds, job.timer) for _ in range(job.tries)]
     times = min(runs, key=lambda run: run[_COPY].median)
     copy_us, ce_us = times.pop(_COPY).median, times.pop(_OUR_CE).median if _OUR_CE in times else None
     for (name, mode), timing in times.items():
@@ -89,7 +89,7 @@ def run_job(job: Job, reject: Callable[[str, str], None]) -> Iterator[Row]:
         yield replace(row, checked_rows=some[0].shape[0], first_s=first[name], ce_us=ce_us)
 
 
-def _failure(name: str, case: Case, error: Exception) -> str:
+def failure(name: str, case: Case, error: Exception) -> str:
     """One line: compilers say a great deal."""
     said = " ".join(str(error).split())
     return f"{name} fails on {case.id}: {type(error).__name__}: {said[:200]}"

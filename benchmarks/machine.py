@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import fused_losses as fl
-from benchmarks.calls import environment_threads, rotation_bytes
+from benchmarks.calls import rotation_bytes
 
 PACKAGES = ("torch", "triton", "liger_kernel", "quack-kernels", "numpy")
 
@@ -44,8 +44,22 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def _environment() -> dict[str, str]:
+    """What the environment says about threads and allocators."""
+    names = (
+        "OMP_NUM_THREADS",
+        "OMP_PROC_BIND",
+        "OMP_PLACES",
+        "LD_PRELOAD",
+        "GLIBC_TUNABLES",
+        "PYTORCH_CUDA_ALLOC_CONF",
+    )
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    return found | {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
+
+
 def _allocator() -> str:
-    set_by = [name for name in environment_threads() if name == "LD_PRELOAD" or name.startswith(("MALLOC_", "GLIBC_"))]
+    set_by = [name for name in _environment() if name == "LD_PRELOAD" or name.startswith(("MALLOC_", "GLIBC_"))]
     return "default (glibc malloc)" if not set_by else f"set by {', '.join(set_by)}, see environment"
 
 
@@ -60,7 +74,7 @@ def describe(device: str) -> dict[str, Any]:
         "packages": _versions(),
         "build": fl.build_info(),
         "allocator": _allocator(),
-        "environment": environment_threads(),
+        "environment": _environment(),
         "rotation_mb": rotation_bytes(device) >> 20,
         "torch_has_linear_cross_entropy": hasattr(torch.nn.functional, "linear_cross_entropy"),
         # A copy of the sources without git is told what it is a copy of.

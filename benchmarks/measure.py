@@ -78,16 +78,12 @@ def _device_sample(call: Timed, start: int) -> float:
     return float(begin.elapsed_time(end)) / 1e3
 
 
-def time_calls(
-    calls: Mapping[Key, Timed], seconds: float, timer: str = "wall", threads: int | None = None
-) -> dict[Key, Timing]:
+def time_calls(calls: Mapping[Key, Timed], seconds: float, timer: str = "wall") -> dict[Key, Timing]:
     """Times all ``calls`` in turns for about ``seconds`` each.
 
     ``timer`` "wall" is elapsed time (on CUDA with the wait for the result), "device" is GPU time, "cpu" the processor
     time of this process: for one thread on a machine with other work, whose time slices are not in it.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     clock = time.process_time if timer == "cpu" else time.perf_counter
     bundles: dict[Key, int] = {}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -122,46 +123,46 @@ def _at(index: Index, shape: tuple[int, ...]) -> list[Row]:
     return sorted((r for r in rows if r.dtype == dtype), key=lambda r: list(LOSSES).index(r.loss))
 
 
-def _bars(
-    index: Index,
-    shapes: list[tuple[int, ...]],
-    value: Callable[[Row, Row], float | None],
-    providers: tuple[str, ...],
-) -> tuple[list[str], list[list[float]]]:
-    """Names of losses, and for each shape their values (NaN: not measured), sorted by the first shape's."""
-    columns: list[dict[str, float]] = []
-    for shape in shapes:
-        column = {}
-        for row in _at(index, shape):
-            peer = index.fastest(row, providers)
-            found = None if peer is None else value(row, peer)
-            if found is not None:
-                column[row.loss] = found
-        columns.append(column)
-    names = sorted({n for column in columns for n in column}, key=lambda n: max(c.get(n, 0.0) for c in columns))
-    return names, [[column.get(name, float("nan")) for name in names] for column in columns]
+def _over_ours(index: Index, shape: tuple[int, ...], providers: tuple[str, ...]) -> dict[str, float]:
+    """By loss: the time of the fastest of the providers that were measured over ours."""
+    found = [(row, index.fastest(row, providers)) for row in _at(index, shape)]
+    return {row.loss: peer.time_us / row.time_us for row, peer in found if peer is not None}
 
 
-def speed_up(index: Index, shapes: list[tuple[int, ...]], title: str, path: Path) -> bool:
+def _bar_shapes(index: Index) -> list[tuple[int, ...]]:
+    """The two shapes at which most losses were compared with plain PyTorch, the one with more classes first."""
+    counts = Counter(
+        row.shape
+        for row in index.rows
+        if (row.provider, row.mode) == ("reference", "fwd_bwd") and len(row.shape) == 2 and row.floor_bytes > 5_000_000
+    )
+    best = sorted(counts, key=lambda shape: (-counts[shape], -shape[1]))[:2]
+    return sorted(best, key=lambda shape: -shape[1])
+
+
+def speed_up(index: Index, title: str, path: Path) -> bool:
     """Bars: fastest plain PyTorch over ours for every loss; diamonds: the compiler."""
-    names, values = _bars(index, shapes, lambda row, peer: peer.time_us / row.time_us, PLAIN)
+    shapes = _bar_shapes(index)
+    plain = [_over_ours(index, shape, PLAIN) for shape in shapes]
+    compiled = [_over_ours(index, shape, ("compile",)) for shape in shapes]
+    names = sorted({n for column in plain for n in column}, key=lambda n: max(c.get(n, 0.0) for c in plain))
     if not names:
         return False
-    _, compiled = _bars_like(index, shapes, names)
     figure, axis = plt.subplots(figsize=(8.5, 0.36 * len(names) + 1.8), layout="constrained")
     height = 0.8 / len(shapes)
     styles: list[dict[str, Any]] = [{"color": "0.25"}, {"color": "0.8", "hatch": "////", "edgecolor": "0.3"}]
     for k, shape in enumerate(shapes):
         places = [i + 0.4 - (k + 0.5) * height for i in range(len(names))]
         style = styles[k % len(styles)]
-        axis.barh(places, values[k], height, label=f"plain PyTorch, {shape_name(shape)}", **style)
-        for place, number in zip(places, values[k], strict=True):
-            if number == number:
+        bars, diamonds = ([column[k].get(name, math.nan) for name in names] for column in (plain, compiled))
+        axis.barh(places, bars, height, label=f"plain PyTorch, {shape_name(shape)}", **style)
+        for place, number in zip(places, bars, strict=True):
+            if not math.isnan(number):
                 axis.annotate(
                     f"{number:.1f}", (number, place), (3, 0), textcoords="offset points", va="center", fontsize=7
                 )
         label = "torch.compile of the reference" if k == 0 else None
-        axis.plot(compiled[k], places, "D", color="white", markeredgecolor="black", markersize=5, label=label)
+        axis.plot(diamonds, places, "D", color="white", markeredgecolor="black", markersize=5, label=label)
     axis.axvline(1.0, color="black", linewidth=1.0, linestyle="--")
     spelled = {row.loss for row in index.rows if row.provider in ("snippet", "torch")}
     labels = [name if name in spelled else f"{name} *" for name in names]
@@ -180,30 +181,9 @@ def speed_up(index: Index, shapes: list[tuple[int, ...]], title: str, path: Path
     return True
 
 
-def _bars_like(index: Index, shapes: list[tuple[int, ...]], names: list[str]) -> tuple[list[str], list[list[float]]]:
-    found, values = _bars(index, shapes, lambda row, peer: peer.time_us / row.time_us, ("compile",))
-    by_name = [dict(zip(found, column, strict=True)) for column in values]
-    return names, [[column.get(name, float("nan")) for name in names] for column in by_name]
-
-
 def _save(figure: Any, path: Path) -> None:
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
-
-
-def bar_shapes(index: Index) -> list[tuple[int, ...]]:
-    """The two shapes at which most losses were compared with plain PyTorch, the one with more classes first."""
-    counts: dict[tuple[int, ...], int] = {}
-    for row in index.rows:
-        if (
-            row.provider == "reference"
-            and row.mode == "fwd_bwd"
-            and len(row.shape) == 2
-            and row.floor_bytes > 5_000_000
-        ):
-            counts[row.shape] = counts.get(row.shape, 0) + 1
-    best = sorted(counts, key=lambda shape: (-counts[shape], -shape[1]))[:2]
-    return sorted(best, key=lambda shape: -shape[1])
 
 
 def draw(results: Results, device: str, folder: Path, suffix: str = "") -> list[Path]:
@@ -211,13 +191,5 @@ def draw(results: Results, device: str, folder: Path, suffix: str = "") -> list[
     index = Index(row for row in results.rows if row.device == device)
     machine = results.machine
     where = machine.get("gpu") or f"{machine['processor']}, 1 thread"
-    shapes = bar_shapes(index)
-    made = []
-    for name, draws in {
-        "copy_share": lambda path: copy_share(index, where, path),
-        "speed_up": lambda path: speed_up(index, shapes, where, path),
-    }.items():
-        path = folder / f"{name}{suffix}.png"
-        if draws(path):
-            made.append(path)
-    return made
+    paths = {draws: folder / f"{draws.__name__}{suffix}.png" for draws in (copy_share, speed_up)}
+    return [path for draws, path in paths.items() if draws(index, where, path)]

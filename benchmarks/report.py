@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from benchmarks.cases import LOSSES, shape_name
@@ -125,8 +126,7 @@ def against_torch(index: Index, device: str) -> str:
     for row in index.rows:
         peer = index.peers(row).get("torch") if row.provider == "fused" and row.loss == "cross_entropy" else None
         if peer is not None and row.device == device:
-            layout = " channels_last" if row.layout == "channels_last" else ""
-            line = [f"{shape_name(row.shape)}{layout}", row.dtype, row.threads, row.mode, f"{row.time_us:.1f}"]
+            line = [shape_name(row.shape, row.layout), row.dtype, row.threads, row.mode, f"{row.time_us:.1f}"]
             lines.append([*line, f"{peer.time_us:.1f}", f"{peer.time_us / row.time_us:.2f}", f"{row.copies:.2f}"])
     head = ("logits", "dtype", "threads", "mode", "ours, us", "torch, us", "torch over ours", "ours in copies")
     return table(head, lines) if lines else ""
@@ -153,8 +153,8 @@ def against_compiler(index: Index, rejected: list[dict[str, Any]]) -> str:
     means = []
     for column in columns:
         modes_of = [modes for (_, c), modes in cells.items() if c == column]
-        mean = {mode: _geometric_mean([modes[mode] for modes in modes_of if mode in modes]) for mode in TRAINING}
-        means.append(_modes_cell({mode: value for mode, value in mean.items() if value > 0}))
+        ratios = {mode: [modes[mode] for modes in modes_of if mode in modes] for mode in TRAINING}
+        means.append(_modes_cell({mode: geometric_mean(found) for mode, found in ratios.items() if found}))
     text = table(("loss", *columns), [*lines, ["geometric mean", *means]])
     return text + "\nForward + backward, for an upstream gradient of 1 / another. Failed: see what was not timed.\n"
 
@@ -170,10 +170,6 @@ def _modes_cell(modes: dict[str, float] | None) -> str:
     if modes is None:
         return ""
     return " / ".join(f"{modes[mode]:.2f}" for mode in TRAINING if mode in modes) or "failed"
-
-
-def _geometric_mean(numbers: list[float]) -> float:
-    return math.exp(sum(map(math.log, numbers)) / len(numbers)) if numbers else 0.0
 
 
 def end_to_end(rows: list[dict[str, Any]]) -> str:
@@ -246,8 +242,7 @@ def pictures(result: Results, device: str, folder: Path, suffix: str) -> str:
 
 
 def report(results: list[Results], folder: Path) -> str:
-    """The whole text, with one part for all files of a machine and build; draws the pictures into ``folder``."""
-    results = merged(results)
+    """The whole text, with one part for each machine and build; draws the pictures into ``folder``."""
     text = "# Measurements\n\nMade by `python -m benchmarks.report`; medians, calls take turns, buffers rotate.\n"
     text += "\n## Targets\n\n" + targets(results)
     for number, result in enumerate(results, 1):

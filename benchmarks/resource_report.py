@@ -170,10 +170,13 @@ def report(sources: list[Path], arch: str) -> list[Kernel]:
     return sorted(kernels, key=lambda k: (not k.fails, -k.spill_stores, -k.registers, k.source, k.name))
 
 
+def failing(kernels: list[Kernel]) -> list[int]:
+    """How many spill, how many have split stores, and loops of votes."""
+    return [sum(getattr(k, what) > 0 for k in kernels) for what in ("spill_stores", "split", "votes")]
+
+
 def count(kernels: list[Kernel]) -> str:
-    spilling, split, voting = (
-        sum(getattr(k, what) > 0 for k in kernels) for what in ("spill_stores", "split", "votes")
-    )
+    spilling, split, voting = failing(kernels)
     return (
         f"{len(kernels)} kernels for {kernels[0].arch}, {spilling} with spills (bytes, stores and loads), "
         f"{split} with split stores, {voting} with loops of votes"
@@ -215,9 +218,8 @@ def by_architecture(reports: list[list[Kernel]]) -> list[str]:
     )
     lines = [f"| {' | '.join(heads)} |", f"|---|{'--:|' * (len(heads) - 2)}---|"]
     for kernels in reports:
-        failing = [sum(getattr(k, what) > 0 for k in kernels) for what in ("spill_stores", "split", "votes")]
         largest = max(kernels, key=lambda k: (k.registers, k.name))
-        numbers = [len(kernels), *failing, largest.registers]
+        numbers = [len(kernels), *failing(kernels), largest.registers]
         lines.append(f"| {largest.arch} | {' | '.join(map(str, numbers))} | {largest.source}: `{largest.name}` |")
     return lines
 

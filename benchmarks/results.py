@@ -79,9 +79,8 @@ class Row:
 
     @property
     def name(self) -> str:
-        layout = " channels_last" if self.layout == "channels_last" else ""
         threads = f", {self.threads} thread{'s' * (self.threads != 1)}" if self.device == "cpu" else ""
-        return f"{self.loss} {shape_name(self.shape)}{layout} {self.dtype} {self.mode}{threads}"
+        return f"{self.loss} {shape_name(self.shape, self.layout)} {self.dtype} {self.mode}{threads}"
 
 
 @dataclass

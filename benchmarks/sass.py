@@ -166,13 +166,9 @@ def order_of(to: Mapping[int, set[int]]) -> list[int]:
     return order[::-1]
 
 
-def dominators(to: Mapping[int, set[int]], order: list[int]) -> dict[int, int]:
+def dominators(come_from: Mapping[int, set[int]], order: list[int]) -> dict[int, int]:
     """The closest block that every way to a block leads through (Cooper, Harvey and Kennedy)."""
     rank = {block: i for i, block in enumerate(order)}
-    come_from = defaultdict(set)
-    for block in order:
-        for b in to[block]:
-            come_from[b].add(block)
     closest = {order[0]: order[0]}
     changed = True
     while changed:
@@ -201,11 +197,11 @@ def dominators(to: Mapping[int, set[int]], order: list[int]) -> dict[int, int]:
 def loops(kernel: Kernel) -> dict[int, set[int]]:
     """Natural loops: first block -> all blocks."""
     order = order_of(kernel.to)
-    closest = dominators(kernel.to, order)
     come_from = defaultdict(set)
     for block in order:
         for b in kernel.to[block]:
             come_from[b].add(block)
+    closest = dominators(come_from, order)
 
     def dominates(a: int, b: int) -> bool:
         while b not in (a, 0):
@@ -288,10 +284,8 @@ def ways_of(kernel: Kernel, block: int, register: str, value: int) -> set[int]:
     texts, ways = kernel.blocks[block], kernel.to[block]
     known: dict[str, bool] = {}
     for text in texts:
-        if (found := COMPARISON.match(text)) and found[3] == register and found[4] != "RZ":
-            known[found[2]] = TAKEN[found[1]](value, int(found[4], 0))
-        elif (found := COMPARISON.match(text)) and found[3] == register:
-            known[found[2]] = TAKEN[found[1]](value, 0)
+        if (found := COMPARISON.match(text)) and found[3] == register:
+            known[found[2]] = TAKEN[found[1]](value, 0 if found[4] == "RZ" else int(found[4], 0))
     found = re.match(r"@(!?)(P\d) +BRA", texts[-1]) if texts else None
     if not found or found[2] not in known or block + 1 not in ways or len(ways) != 2:
         return ways

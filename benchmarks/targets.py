@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from statistics import geometric_mean
 
 from benchmarks.cases import CLASS_COUNTS, shape_name
 from benchmarks.providers import PLAIN
@@ -241,7 +242,7 @@ def judge(goal: Goal, index: Index, device: str) -> Verdict:
         return Verdict(None)
     value, worst = max(found) if goal.at_most is not None else min(found)
     if goal.mean:
-        value = math.exp(sum(math.log(v) for v, _ in found) / len(found))
+        value = geometric_mean(v for v, _ in found)
     passed = value <= goal.at_most if goal.at_most is not None else value >= (goal.at_least or 0.0)
     return Verdict(value, len(found), worst, passed)
 

@@ -157,7 +157,7 @@ def test_two_suites_make_one_report(tmp_path: Path) -> None:
     goal = Goal(speed_up("", "compile"), "", (), 1.0)
     verdict = judge(goal, Index(one.rows), "cpu")
     assert (verdict.value, verdict.cases) == (2.5, 2)  # not 5: our 100 us took no turns with the compiler
-    text = report.report(files, tmp_path)
+    text = report.report([one], tmp_path)
     assert text.count("\n## a processor") == 1
     table = text[text.index("### torch.compile of the reference over ours") :].splitlines()
     assert [line for line in table if line.startswith(("| loss", "| cross", "| hem", "| mae", "| geo"))][:5] == [

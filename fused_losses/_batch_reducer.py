@@ -169,15 +169,11 @@ class BatchReducer(RunningMoments, RowsModule):
         shown = self._shown()
         shown |= {} if self.reduction == "mean" else {"reduction": self.reduction}
         shown |= {"running": True, "momentum": self.momentum} if self.running else {}
-        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+        numbers = {name: value.item() if isinstance(value, Tensor) else value for name, value in shown.items()}
+        return ", ".join(f"{name}={value!r}" for name, value in numbers.items())
 
     def _shown(self) -> dict[str, Any]:
         raise NotImplementedError
-
-
-def number(value: Any) -> Any:
-    """A hyper-parameter as a number, for ``repr``."""
-    return value.item() if isinstance(value, Tensor) else value
 
 
 def largest(holds: Callable[[Tensor], Tensor], start: int, digits: int, device: torch.device) -> Tensor:

@@ -25,15 +25,22 @@ def is_per_row(tensor: Tensor, logits: Tensor) -> bool:
     return tensor.shape == row_shape(logits) or (logits.dim() == 1 and tensor.shape == (1,))
 
 
-def check_tensors(**values: Any) -> None:
-    """Raises unless all are dense tensors."""
+def check_tensors(of: str = "", /, **values: Any) -> None:
+    """Raises unless all are dense tensors of this process; ``of`` begins the message."""
     for name, value in values.items():
         if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+            raise TypeError(f"{of}{name} must be a Tensor, got {type(value).__name__}")
         if is_distributed(value):
-            raise TypeError(f"{name} must be a plain tensor, got a DTensor; pass {name}.to_local()")
+            raise TypeError(f"{of}{name} must be a plain tensor, got a DTensor; pass {name}.to_local()")
         if value.layout is not torch.strided:
-            raise RuntimeError(f"{name} must be dense, got a tensor of layout {value.layout}")
+            raise RuntimeError(f"{of}{name} must be dense, got a tensor of layout {value.layout}")
+
+
+def is_integer_tensor(value: Any) -> bool:
+    """Whether it is a tensor of whole numbers, which bools are not."""
+    return isinstance(value, Tensor) and not (
+        value.is_floating_point() or value.is_complex() or value.dtype == torch.bool
+    )
 
 
 def check_row_loss(args: RowLossArguments) -> None:

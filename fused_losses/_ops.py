@@ -235,7 +235,7 @@ def _fake_gjs_rows_(views: list[Tensor], target: Tensor, *args: Any) -> Tensor:
 @_fake
 def _fake_rescale_logits(logits: Tensor, target: Tensor | None, *args: Any) -> Tensors2:
     rescaled = torch.empty_like(logits, dtype=acc_dtype(logits))
-    return rescaled, rescaled.new_empty(rescaled.numel() // rescaled.shape[0 if logits.dim() == 1 else 1])
+    return rescaled, rescaled.new_empty(rescaled.numel() // rescaled.shape[class_dim(logits)])
 
 
 @_fake

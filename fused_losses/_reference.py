@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +72,12 @@ def mean_of(total: Tensor, denominator: Tensor, guard: float = 0.0) -> Tensor:
         return total / (denominator + guard)
     empty = denominator == 0
     return torch.where(empty, 0.0, total / torch.where(empty, 1.0, denominator))
+
+
+def beside_logits(per_class: Tensor, logits: Tensor) -> Tensor:
+    """One number per class ``(C,)``, in the dtype of the logits, as it is multiplied with them."""
+    dim = class_dim(logits)
+    return per_class.to(logits.dtype).view([-1 if d == dim else 1 for d in range(logits.dim())])
 
 
 @dataclass(frozen=True)
@@ -151,8 +157,7 @@ class Rows:
         """``sum_j log p_j``, each multiplied by its class's weight if ``weighted``; 0 leaves out even -inf."""
         if not weighted or self.weight is None:
             return self.log_probs.sum(self.dim)
-        shape = [-1 if d == self.dim else 1 for d in range(self.log_probs.dim())]
-        weight = self.weight.to(self.log_probs.dtype).view(shape).expand_as(self.log_probs)
+        weight = beside_logits(self.weight, self.logits).expand_as(self.logits)
         return zero_at_zero(weight, self.log_probs).sum(self.dim)
 
     def target_and_sum(self, term: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -196,22 +201,19 @@ class EveryClass(Rows):
 
 def probability_loss(args: RowLossArguments) -> Tensor:
     """``sum_k u_k w_k loss(z, k)`` for probabilities u, the means over rows as torch's cross entropy takes them."""
-    logits = args.logits.to(acc_dtype(args.logits))
-    dim = class_dim(logits)
+    logits, entry = args.logits.to(acc_dtype(args.logits)), LOSSES[args.loss]
+    dim, own = class_dim(logits), entry.unpack(args)
     ones = logits.new_ones(())
     share = args.target.to(logits.dtype)
+    if "label_smoothing" in own:  # of the probabilities
+        share = (1.0 - own["label_smoothing"]) * share + own["label_smoothing"] / logits.shape[dim]
+        own["label_smoothing"] = 0.0
     if args.weight is not None:
-        share = share * args.weight.to(logits.dtype).view([-1 if d == dim else 1 for d in range(logits.dim())])
+        share = share * beside_logits(args.weight, logits)
     rows = EveryClass(logits, args.target, ones != ones, None, ones, ones, share != 0)
-    entry = LOSSES[args.loss]
-    values = zero_at_zero(share, entry.formula(rows, **entry.unpack(args))).sum(dim)
+    values = zero_at_zero(share, entry.formula(rows, **own)).sum(dim)
     samples = torch.ones_like(values) if args.sample_weight is None else args.sample_weight.to(values.dtype)
     return reduce_rows(values * samples, samples, args.reduction)
-
-
-# The reduced loss of targets that are probabilities, from logits, target, weight, sample_weight, params, reduction.
-SoftTargetFormula = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None", Sequence[float], str], Tensor]
-SOFT_TARGETS: dict[str, SoftTargetFormula] = {}
 
 
 # The reduced loss of what a wrapper makes of a registered one, by the operators' name of it.
@@ -231,9 +233,6 @@ def row_loss_reference(args: RowLossArguments) -> Tensor:
     entry = LOSSES[args.loss]
     check_reduction(args.reduction, entry.reductions)
     check_min_classes(args)
-    if args.target.is_floating_point() and args.loss in SOFT_TARGETS:
-        by_formula = SOFT_TARGETS[args.loss]
-        return by_formula(args.logits, args.target, args.weight, args.sample_weight, args.params, args.reduction)
     if args.target.is_floating_point() and entry.takes_probabilities:
         return probability_loss(args)
     bias = args.logit_bias if args.logit_bias_tensor is None else args.logit_bias_tensor

@@ -15,7 +15,6 @@ from fused_losses._arguments import (
     RowLossArguments,
     acc_dtype,
     check_reduction,
-    is_distributed,
     is_ignored,
 )
 from fused_losses._autograd import row_loss
@@ -124,7 +123,7 @@ def row_values(loss: nn.Module, logits: Tensor, target: Tensor, *inputs: Any, **
 
 def _registered(loss: RowLossModule, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> RowValues:
     args = loss._arguments(logits, target, sample_weight)
-    check_plain(type(loss).__name__, logits, target)
+    check_tensors(f"{type(loss).__name__}: ", logits=logits, target=target)
     check_dense(weight=args.weight, sample_weight=args.sample_weight)
     check_row_loss(args)
     return rows_of(args)
@@ -162,7 +161,7 @@ def plain_arguments(
 ) -> RowLossArguments:
     """The arguments of a loss that is in no registry, checked but for classes out of range."""
     check_reduction(reduction)
-    check_plain(name, logits, target)
+    check_tensors(f"{name}: ", logits=logits, target=target)
     check_dense(weight=weight, sample_weight=sample_weight)
     ignored = int(integer("ignore_index", ignore_index))
     args = RowLossArguments(logits, target, weight, sample_weight, None, None, name, (), 0.0, ignored, reduction)
@@ -183,17 +182,6 @@ def checked_rows(args: RowLossArguments) -> Rows:
     check_targets(target, args.ignore_index, logits.shape[class_dim(logits)])
     maybe_ignored = maybe_any(is_ignored(target, args.ignore_index))
     return Rows.of(logits, target, args.weight, args.sample_weight, 0.0, args.ignore_index, maybe_ignored)
-
-
-def check_plain(name: str, logits: Any, target: Any) -> None:
-    """Raises unless both are dense tensors of this process."""
-    for argument, value in (("logits", logits), ("target", target)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: {argument} must be a Tensor, got {type(value).__name__}")
-        if is_distributed(value):
-            raise TypeError(f"{name}: {argument} must be a plain tensor, got a DTensor; pass {argument}.to_local()")
-        if value.layout is not torch.strided:
-            raise RuntimeError(f"{name}: {argument} must be dense, got a tensor of layout {value.layout}")
 
 
 def check_dense(**values: Any) -> None:

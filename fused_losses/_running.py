@@ -50,13 +50,11 @@ class Source(NamedTuple):
         return moments if self.update is None else self.update(moments)
 
 
-def source_of(
-    statistics: ClassStatistics | None, group: dist.ProcessGroup | None, update: Callable[[Tensor], Tensor] | None
-) -> Source:
+def source_of(statistics: ClassStatistics | None, group: dist.ProcessGroup | None) -> Source:
     """The source for a function's arguments."""
     if not isinstance(statistics, (ClassStatistics, type(None))):
         raise TypeError(f"statistics must be ClassStatistics or None, got {type(statistics).__name__}")
-    return Source(None if statistics is None else statistics.moments(), group, update)
+    return Source(None if statistics is None else statistics.moments(), group)
 
 
 class RunningMoments(HasProcessGroup):
@@ -94,7 +92,7 @@ class RunningMoments(HasProcessGroup):
         So counts tend to the batch's divided by ``momentum``. The first batch is taken as it is; a class that is not in
         the batch keeps what it has.
         """
-        running = self._running_moments()
+        running: Tensor = self._tensor("running_moments")
         if running.shape[1] == 0:
             with torch.inference_mode(False):  # so that later batches can change the buffer
                 running = torch.zeros(batch.shape, dtype=torch.float64, device=batch.device)
@@ -102,17 +100,13 @@ class RunningMoments(HasProcessGroup):
         _ops.update_moments_(running, batch, self.momentum)
         return running
 
-    def _running_moments(self) -> Tensor:
-        # Not by getattr: nn.Module's look-up takes as long as a small operator.
-        return self._buffers["running_moments"]  # type: ignore[return-value]
-
     def _or_batch(self, batch: Tensor) -> Tensor:
         """The running moments; before any training batch, when they say nothing, those of the batch."""
         return torch.where(self.running_moments[0].sum() > 0, self.running_moments, batch)
 
     def _source(self, num_groups: int) -> Source:
         """Where a call with that many groups finds the moments to judge by."""
-        known = self._running_moments().shape[1] if self.running else self.num_groups
+        known = self._tensor("running_moments").shape[1] if self.running else self.num_groups
         if known and known != num_groups:
             what = "running statistics are those" if self.running else "the loss was made for statistics"
             raise ValueError(f"{what} of {known} classes, got a batch with {num_groups}")

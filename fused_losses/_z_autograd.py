@@ -69,22 +69,11 @@ def masked_first(
     """The row loss of the rows that a mask keeps, by what they are judged by."""
     score, word = judged
     target, ignore_index = args.target, args.ignore_index
-    moments, threshold_tensor, threshold, _, tail, min_count, keep_small, with_scores = rule
+    moments = rule.moments
     if moments is None:
         moments = _ops.class_moments(score, target, args.logits.shape[class_dim(args.logits)], word, ignore_index)
-    mask, kept_target, scores = _ops.z_error_mask(
-        score,
-        target,
-        ignore_index,
-        moments,
-        threshold_tensor,
-        threshold,
-        word,
-        tail,
-        min_count,
-        keep_small,
-        with_scores,
-    )
+    rule = rule._replace(moments=moments, statistic=word)
+    mask, kept_target, scores = _ops.z_error_mask(score, target, ignore_index, *rule)
     return row_loss(args._replace(target=kept_target)), mask, scores
 
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fused_losses._arguments import LOSSES, LossEntry
 from fused_losses._autograd import row_loss
 from fused_losses._checks import check_tensors
 from fused_losses._common import RowLossModule
-from fused_losses._logit_bias import LogitBias, class_dim
+from fused_losses._logit_bias import LogitBias
 from fused_losses._parameters import Range
-from fused_losses._reference import SOFT_TARGETS, Rows, checked_reference, reduce_rows, zero_at_zero
+from fused_losses._reference import Rows, checked_reference
 from fused_losses.row_statistics import RowStatistics
 
 _smoothing = Range("be between 0.0 and 1.0, or negative and finite", lambda s: -math.inf < s <= 1.0, -1e15, 1.0)
@@ -28,28 +26,6 @@ def _smoothed(rows: Rows, label_smoothing: float) -> Tensor:
         return hard
     smooth = -rows.sum_log_probs(weighted=True) * (label_smoothing / rows.num_classes)
     return smooth if label_smoothing == 1.0 else (1.0 - label_smoothing) * hard + smooth
-
-
-def _soft_target(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    params: Sequence[float],
-    reduction: str,
-) -> Tensor:
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    dim = class_dim(logits)
-    log_probs = torch.log_softmax(logits, dim)
-    share = (1.0 - params[0]) * target.to(logits.dtype) + params[0] / logits.shape[dim]
-    if weight is not None:
-        share = share * weight.to(logits.dtype).view([-1 if d == dim else 1 for d in range(logits.dim())])
-    values = -zero_at_zero(share, log_probs).sum(dim)
-    samples = torch.ones_like(values) if sample_weight is None else sample_weight.to(values.dtype)
-    return reduce_rows(values * samples, samples, reduction)
-
-
-SOFT_TARGETS["cross_entropy"] = _soft_target
 
 
 def cross_entropy(

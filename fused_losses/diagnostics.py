@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fused_losses._agreement import Exchange, gather
 from fused_losses._arrays import Numbers, as_tensor
+from fused_losses._checks import is_integer_tensor
 from fused_losses._parameters import check_choice, check_index, check_number
 
 __all__ = ["OutlierTracker"]
@@ -333,12 +334,11 @@ def _rows(name: str, values: Numbers, shape: torch.Size | None) -> Tensor:
         tensor = tensor.to({"index": torch.int64, "mask": torch.bool}.get(name, torch.float64))
     elif name not in ("index", "mask") and isinstance(values, (list, tuple)) and tensor.dtype == torch.int64:
         tensor = tensor.double()  # a list such as [0, 1] may hold probabilities
-    number = tensor.is_floating_point()
-    if name == "index" and (number or tensor.is_complex() or tensor.dtype == torch.bool):
+    if name == "index" and not is_integer_tensor(tensor):
         raise TypeError(f"index must hold integers, got {tensor.dtype}")
     if name == "mask" and tensor.dtype != torch.bool:
         raise TypeError(f"mask must be a bool tensor (True = kept), got {tensor.dtype}")
-    if name not in ("index", "mask") and not number:
+    if name not in ("index", "mask") and not tensor.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
     if shape is not None and tensor.shape != shape:
         raise ValueError(f"{name} must have the shape {tuple(shape)} of index, got {tuple(tensor.shape)}")

@@ -53,30 +53,8 @@ def _check_views(views: Any, count: int) -> Sequence[Tensor]:
     return found
 
 
-def _rows(
-    name: str,
-    views: Any,
-    target: Tensor,
-    weights: tuple[float, ...],
-    *,
-    weight: Tensor | None,
-    ignore_index: int,
-    sample_weight: Tensor | None,
-    reduction: str,
-) -> RowValues:
-    views = _check_views(views, len(weights) - 1)
-    of_views = [
-        plain_rows(
-            name,
-            view,
-            target,
-            weight=weight,
-            ignore_index=ignore_index,
-            sample_weight=sample_weight,
-            reduction=reduction,
-        )
-        for view in views
-    ]
+def _rows(name: str, views: Any, target: Tensor, weights: tuple[float, ...], **options: Any) -> RowValues:
+    of_views = [plain_rows(name, view, target, **options) for view in _check_views(views, len(weights) - 1)]
     first, logits = of_views[0], [of_view.logits for of_view in of_views]
     return RowValues.of(first, _values(first, weights, logits))
 

@@ -95,29 +95,12 @@ def linear_loss(
     layer = Layer(input, linear_weight, linear_bias)
     group = _class_group(loss, linear_weight)
     with telling(_exchanges(loss, group, reduction)):
-        shares_classes = group is not None
-        return _linear_loss(
-            layer, target, sample_weight, loss, reduction, of_chunks, options, parameters, shares_classes
-        )
-
-
-def _linear_loss(
-    layer: Layer,
-    target: Tensor,
-    sample_weight: Tensor | None,
-    loss: Loss,
-    reduction: str | None,
-    of_chunks: ChunkOptions,
-    options: dict[str, Any],
-    parameters: dict[str, Any],
-    shares_classes: bool,
-) -> Tensor:
-    layer, shard = _local_classes(loss, layer) if shares_classes else (layer, None)
-    logits, shape = _chunked(layer, target, of_chunks._replace(shard=shard))
-    rows = target.reshape(-1, logits.stand_in.shape[1]) if target.shape != shape else target.reshape(-1)
-    samples = None if sample_weight is None else _flat_weights(sample_weight, shape)
-    values = _loss_of(loss, logits, rows, samples, reduction, options, parameters)
-    return values if values.dim() == 0 or values.shape == shape else values.reshape(shape)
+        layer, shard = (layer, None) if group is None else _local_classes(loss, layer)
+        logits, shape = _chunked(layer, target, of_chunks._replace(shard=shard))
+        rows = target.reshape(-1, logits.stand_in.shape[1]) if target.shape != shape else target.reshape(-1)
+        samples = None if sample_weight is None else _flat_weights(sample_weight, shape)
+        values = _loss_of(loss, logits, rows, samples, reduction, options, parameters)
+        return values if values.dim() == 0 or values.shape == shape else values.reshape(shape)
 
 
 def _loss_of(

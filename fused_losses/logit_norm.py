@@ -14,7 +14,7 @@ from fused_losses._agreement import Exchange, telling
 from fused_losses._arguments import LOSSES, RowLossArguments, acc_dtype, is_ignored
 from fused_losses._autograd import apply, needs_reference, row_loss
 from fused_losses._C import loss_names
-from fused_losses._checks import check_row_loss, is_per_row, row_shape
+from fused_losses._checks import check_row_loss, check_tensors, is_per_row, row_shape
 from fused_losses._common import RowLossModule
 from fused_losses._logit_bias import class_dim
 from fused_losses._parameters import OrTensor, positive_factor
@@ -26,7 +26,6 @@ from fused_losses._row_values import (
     RowValues,
     as_module,
     check_has_rows,
-    check_plain,
     exchanges,
     row_exchanges,
     row_values,
@@ -200,7 +199,7 @@ class _LogitWrapper(RowsModule):
 
     def rescale(self, logits: Tensor, target: Tensor) -> Tensor:
         """The logits that the loss gets."""
-        check_plain(type(self).__name__, logits, target)
+        check_tensors(f"{type(self).__name__}: ", logits=logits, target=target)
         self._check_parameters(logits)
         ignore_index, parameter = _ignore_index(self.loss), self._parameter()
         factor_of = _factor(parameter, self._clips)
@@ -229,7 +228,7 @@ class _LogitWrapper(RowsModule):
             return None  # and errors of what communicates are for the way that tells other ranks
         if not of_row or _has_hooks(loss):
             return None
-        check_plain(type(self).__name__, logits, target)
+        check_tensors(f"{type(self).__name__}: ", logits=logits, target=target)
         self._check_parameters(logits)
         sample_weight = inputs[0] if inputs else options.get("sample_weight")
         traced = torch.compiler.is_compiling()

@@ -19,7 +19,7 @@ from fused_losses._common import RowLossModule, RowLossOptions
 from fused_losses._declare import loss_of_row
 from fused_losses._logit_bias import LogitBias
 from fused_losses._parameters import Choice, OrTensor, Range, factor, switch
-from fused_losses._reference import Rows
+from fused_losses._reference import Rows, beside_logits
 
 # Added to a number of classes, as in the reference code of 2501.12191.
 COUNT_GUARD = 1e-6
@@ -45,9 +45,7 @@ def _per_class(rows: Rows, margin: float | Tensor, of_competitor: bool) -> Tenso
         return margin
     if margin.shape != (rows.num_classes,):
         raise ValueError(f"margin must be 0-dim or of shape ({rows.num_classes},), got {tuple(margin.shape)}")
-    if not of_competitor:
-        return margin[rows.target].unsqueeze(rows.dim)
-    return margin.view([-1 if d == rows.dim else 1 for d in range(rows.logits.dim())])
+    return beside_logits(margin, rows.logits) if of_competitor else margin[rows.target].unsqueeze(rows.dim)
 
 
 def _check_power(p: float, mean_above_zero: float, threshold: float, **others: float) -> None:

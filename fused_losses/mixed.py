@@ -24,7 +24,7 @@ from fused_losses._checks import check_tensors
 from fused_losses._common import RowLossModule
 from fused_losses._parameters import closed_fraction, python_number
 from fused_losses._plain import reads_values
-from fused_losses._reference import row_loss_reference
+from fused_losses._reference import mean_of, row_loss_reference
 from fused_losses._row_values import check_dense
 from fused_losses.distributed import sum_of_weights
 
@@ -39,14 +39,12 @@ def _function_and_options(
     if isinstance(loss, RowLossModule):
         entry = LOSSES[loss.stem]
         return entry.function, entry, loss.call_options() | {"reduction": loss.reduction}
-    if isinstance(loss, nn.Module):
+    if isinstance(loss, str):
+        entry = entry_named(loss)
+        return entry.function, entry, {}
+    if isinstance(loss, nn.Module) or not callable(loss):
         raise TypeError(f"loss must be a name, a function or a Module of a row loss, got {type(loss).__name__}")
-    if callable(loss):
-        return loss, next((entry for entry in LOSSES.values() if entry.function is loss), None), {}
-    if not isinstance(loss, str):
-        raise TypeError(f"loss must be a name, a function or a Module of a row loss, got {type(loss).__name__}")
-    entry = entry_named(loss)
-    return entry.function, entry, {}
+    return loss, next((entry for entry in LOSSES.values() if entry.function is loss), None), {}
 
 
 class _Labels(NamedTuple):
@@ -86,8 +84,7 @@ class _Labels(NamedTuple):
             weights = weights + torch.where(counted, samples * of_class, 0.0).sum()
         if reduction == "sum":
             return total
-        empty = weights == 0
-        return torch.where(empty, 0.0, total / torch.where(empty, 1.0, weights))
+        return mean_of(total, weights)
 
     def by_formula(self, args: RowLossArguments) -> Tensor:
         """Their loss by plain operations of torch."""
@@ -158,11 +155,8 @@ def _by_rows(args: RowLossArguments, labels: _Labels, share: Tensor) -> tuple[Ro
     if args.reduction == "mean":
         share = share.double()
         of_first, of_second = (
-            torch.where(weights == 0, 0.0, part / torch.where(weights == 0, 1.0, weights))
-            for part, weights in (
-                (share, sum_of_weights(args, share)),
-                (1.0 - share, sum_of_weights(args._replace(target=labels.second), share)),
-            )
+            mean_of(part, sum_of_weights(args._replace(target=target), share))
+            for part, target in ((share, labels.first), (1.0 - share, labels.second))
         )
         both = of_first + of_second
         share = of_first / torch.where(both == 0, 1.0, both)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_losses._arguments import is_ignored
+from fused_losses._checks import is_integer_tensor
 from fused_losses._parameters import check_index, check_num_classes, closed_fraction, integer, positive
 from fused_losses._transition import check_matrix
 
@@ -345,12 +346,7 @@ def estimate_transition(probabilities: Tensor, quantile: float | None = None) ->
 def _check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> tuple[int, Tensor]:
     """The number of classes, and the labels as a contiguous int64 tensor on the CPU."""
     num_classes = check_num_classes(num_classes, 1)
-    if (
-        not isinstance(labels, Tensor)
-        or labels.is_floating_point()
-        or labels.is_complex()
-        or labels.dtype == torch.bool
-    ):
+    if not is_integer_tensor(labels):
         raise TypeError(f"labels must be an integer tensor, got {getattr(labels, 'dtype', type(labels).__name__)}")
     if num_classes - 1 > torch.iinfo(labels.dtype).max:
         raise ValueError(

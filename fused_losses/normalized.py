@@ -74,7 +74,6 @@ def nfl_loss(rows: Rows, *, gamma: float = 0.5, detach: bool = True, **options: 
         >>> nfl_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]))
         tensor(0.5000)
     """
-
     own, total = rows.target_and_sum(nfl_term(gamma, detach))
     return own / total
 

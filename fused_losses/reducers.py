@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_losses._batch_reducer import BatchReducer, Judged, documented, largest, number
+from fused_losses._batch_reducer import BatchReducer, Judged, documented, largest
 from fused_losses._parameters import OrTensor, Range, positive_factor
 from fused_losses._row_values import Loss, RowValues
 
@@ -108,7 +108,7 @@ class SmallLoss(BatchReducer):
         return inner._replace(kept=inner.kept & constants[0])
 
     def _shown(self) -> dict[str, Any]:
-        return {"keep": number(self.keep)}
+        return {"keep": self.keep}
 
 
 @documented(None)
@@ -162,7 +162,7 @@ class ClippedLoss(BatchReducer):
         return inner._replace(values=torch.where(above, clipped, inner.values))
 
     def _shown(self) -> dict[str, Any]:
-        return {"c": number(self.c)}
+        return {"c": self.c}
 
 
 @documented("the temperature s")
@@ -264,4 +264,4 @@ class Antidote(BatchReducer):
         return inner._replace(values=r * torch.where(r == 0.0, 0.0, inner.values) + rest)
 
     def _shown(self) -> dict[str, Any]:
-        return {"delta": number(self.delta), "kappa": number(self.kappa)}
+        return {"delta": self.delta, "kappa": self.kappa}

@@ -291,7 +291,6 @@ class TaylorCELoss(RowLossModule, stem="taylor_ce"):
 def js_loss(t: Tensor, *, pi: float = 0.5, **options: Unpack[CallOptions]) -> Tensor:
     """Jensen-Shannon divergence of label and prediction, scaled.
 
-
     For noisy labels. ``pi -> 0`` is cross entropy, ``pi -> 1`` is close to MAE. The divergence with weights ``(pi, 1 -
     pi)`` depends on ``p_y`` alone: with ``m = pi + (1 - pi) p_y`` it is ``-pi log m + (1 - pi) p_y log(p_y / m) - (1 -
     pi)(1 - p_y) log(1 - pi)``. The loss is the divergence divided by ``-(1 - pi) log(1 - pi)``.

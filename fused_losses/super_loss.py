@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_losses._batch_reducer import BatchReducer, Judged, documented, number
+from fused_losses._batch_reducer import BatchReducer, Judged, documented
 from fused_losses._logit_bias import class_dim
 from fused_losses._parameters import OrTensor, finite, positive_factor
 from fused_losses._row_values import Loss, RowValues
@@ -113,4 +113,4 @@ class SuperLoss(BatchReducer):
         return inner._replace(values=sigma * torch.where(endless, 0.0, inner.values) + rest)
 
     def _shown(self) -> dict[str, Any]:
-        return {"lam": number(self.lam), "tau": number(self.tau)}
+        return {"lam": self.lam, "tau": self.tau}

@@ -119,7 +119,7 @@ def _z_error_bce_with_logits(ops: ZOps) -> Callable[..., Any]:
             >>> z_error_bce_with_logits(logits, torch.tensor([1, 1, 0, 1, 0, 1]), threshold=1.1)
             tensor(0.1565)
         """
-        source = source_of(statistics, process_group, None)
+        source = source_of(statistics, process_group)
         with telling(source.exchanges(reduction)):
             return _z_bce(
                 ops,

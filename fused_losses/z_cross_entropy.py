@@ -61,11 +61,6 @@ def resolve_base(base: str | RowLossModule, **options: Any) -> tuple[LossEntry, 
     return entry_named(base, "base", ", or a Module"), options
 
 
-def classes_of(logits: Tensor) -> int:
-    """C."""
-    return logits.shape[class_dim(logits)] if logits.dim() else 1
-
-
 class _Judge(NamedTuple):
     """What rows are judged by and how: what stays the same from call to call, checked, in the operators' words."""
 
@@ -103,7 +98,7 @@ def _z_cross_entropy(
     check_tensors(logits=logits, target=target)
     entry, keywords = resolve_base(base, weight=weight, ignore_index=ignore_index, logit_bias=logit_bias)
     numbers, tensor = pack_threshold(threshold)
-    num_classes = classes_of(logits)
+    num_classes = logits.shape[class_dim(logits)] if logits.dim() else 1
     source = source_of_classes(num_classes)
     mean_over_ranks = source.group is not None and reduction == "mean"
     arguments = entry.arguments(
@@ -203,7 +198,7 @@ def _z_error_cross_entropy(ops: ZOps) -> Callable[..., Any]:
             >>> z_error_cross_entropy(logits, torch.tensor([0, 0, 0, 1, 1]), threshold=1.0)
             tensor(0.1735)
         """
-        source = source_of(statistics, process_group, None)
+        source = source_of(statistics, process_group)
         with telling(source.exchanges(reduction)):
             return _z_cross_entropy(
                 ops,
@@ -347,7 +342,7 @@ class ZErrorCrossEntropyLoss(ZErrorModule):
             return None
         running, classes = None, logits.shape[1]
         if self.running:
-            running = self._running_moments()
+            running = self._tensor("running_moments")
             if not self.training or running.shape[1] != classes:
                 return None
         elif self.num_groups not in (None, classes):

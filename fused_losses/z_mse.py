@@ -96,7 +96,7 @@ def _z_mse_loss(ops: ZOps) -> Callable[..., Any]:
             >>> z_mse_loss(torch.zeros(6), target)
             tensor(3.8000)
         """
-        source = source_of(statistics, process_group, None)
+        source = source_of(statistics, process_group)
         with telling(source.exchanges(reduction)):
             return _z_mse(
                 ops,

@@ -85,6 +85,7 @@ def test_torch_must_be_new_enough(version, refused, monkeypatch):
         _ops._require_torch()
 
 
+@pytest.mark.slow
 def test_the_import_asks_for_it_and_takes_no_longer_than_torchs():
     result = run_python(
         "import sys, torch\n"

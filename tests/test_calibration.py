@@ -66,6 +66,7 @@ def test_two_classes_are_antisymmetric_in_the_target(target: float) -> None:
     assert solve_logit_bias(2, target) == pytest.approx(-solve_logit_bias(2, 1.0 - target), abs=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_classes", "target"), [(3, 0.5), (10, 0.15), (40, 0.6), (300, 0.15)])
 def test_simulated_softmax_has_the_target_mean(num_classes: int, target: float) -> None:
     generator = np.random.default_rng(20240601)
@@ -226,6 +227,7 @@ def test_the_fixed_sample_is_good_to_half_a_per_cent(name: str, num_classes: int
     assert sample.tolist() == _mean_error._sample_means(loss, num_classes, z).tolist(), "the same rows each time"
 
 
+@pytest.mark.slow
 def test_losses_of_all_classes_are_sampled_and_others_integrated() -> None:
     def on_log_p(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return -logits.log_softmax(1).gather(1, target[:, None])[:, 0]
@@ -264,6 +266,7 @@ def test_a_bias_shifts_the_curve() -> None:
     assert (module.reduction, float(module.logit_bias)) == ("sum", shift), "the Module stays as it was"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_classes", [3, 4, 7, 10, 1000, 1_000_000])
 def test_the_solved_bias_gives_the_target_by_another_method(num_classes: int) -> None:
     # Here by the distribution of the sum of exponentials, in the package by adding Gumbel noise.
@@ -287,6 +290,7 @@ def test_matched_exponents(loss: Any, num_classes: int, reference_num_classes: i
     assert match_parameter(loss, "q", reference_num_classes, num_classes, found) == pytest.approx(0.7, rel=1e-8)
 
 
+@pytest.mark.slow
 def test_matching_other_parameters() -> None:
     assert match_parameter("gce", "q", 50, 50, 0.7) == 0.7
     # The scale of MAE multiplies its error.

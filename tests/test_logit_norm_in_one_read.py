@@ -296,6 +296,7 @@ def traced(criterion, *inputs):
     return compiled, "".join(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("on_tensor", [False, True], ids=["number", "tensor"])
 @pytest.mark.parametrize("clips", [False, True], ids=["norm", "clip"])

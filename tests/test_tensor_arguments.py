@@ -142,6 +142,7 @@ def test_a_reduction_is_checked_with_any_loss():
             fl.LinearLoss(3, 4, loss, reduction="foo")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("statistic", ["logit", "prob", "loss"])
 def test_z_error_compiles_once(statistic):
     torch._dynamo.reset()

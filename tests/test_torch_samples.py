@@ -16,13 +16,18 @@ import torch
 
 import fused_losses as fl
 
-pytest.importorskip("expecttest", reason="torch's samples need it")
-from torch.testing._internal.common_methods_invocations import op_db
-from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
-
 DTYPES = [torch.float32, torch.float64]
-MODULE = next(m for m in module_db if m.name == "nn.CrossEntropyLoss")
-OPERATOR = next(op for op in op_db if op.name == "nn.functional.cross_entropy")
+
+
+@pytest.fixture(scope="module")
+def of_torch():
+    """The Module and the operator with their samples, whose import takes seconds of every process that has it above."""
+    pytest.importorskip("expecttest", reason="torch's samples need it")
+    from torch.testing._internal.common_methods_invocations import op_db
+    from torch.testing._internal.common_modules import module_db
+
+    module = next(m for m in module_db if m.name == "nn.CrossEntropyLoss")
+    return module, next(op for op in op_db if op.name == "nn.functional.cross_entropy")
 
 
 def results_and_gradients(function, inputs, **options):
@@ -50,9 +55,10 @@ def check(ours, torchs, inputs, ignore_index, reduction, options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_module_samples(dtype, device):
+def test_module_samples(of_torch, dtype, device):
     torch.manual_seed(0)
-    samples = MODULE.module_inputs_func(MODULE, device, dtype, requires_grad=True, training=True)
+    module, _ = of_torch
+    samples = module.module_inputs_func(module, device, dtype, requires_grad=True, training=True)
     assert len(samples) > 50
     for sample in samples:
         args, kwargs = sample.constructor_input.args, sample.constructor_input.kwargs
@@ -62,29 +68,33 @@ def test_module_samples(dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_operator_samples(dtype, device):
+def test_operator_samples(of_torch, dtype, device):
     torch.manual_seed(0)
-    samples = list(OPERATOR.sample_inputs(device, dtype, requires_grad=True))
+    _, operator = of_torch
+    samples = list(operator.sample_inputs(device, dtype, requires_grad=True))
     assert len(samples) > 15
     for sample in samples:
         inputs = (sample.input, *sample.args)
         ignore_index, reduction = sample.kwargs.get("ignore_index", -100), sample.kwargs.get("reduction", "mean")
-        check(fl.functional.cross_entropy, OPERATOR.op, inputs, ignore_index, reduction, sample.kwargs)
+        check(fl.functional.cross_entropy, operator.op, inputs, ignore_index, reduction, sample.kwargs)
 
 
-def test_the_operator_has_no_error_samples():
+def test_the_operator_has_no_error_samples(of_torch):
     # If this fails, torch has added such samples: run them here like those of the Module.
-    assert OPERATOR.error_inputs_func is None
+    _, operator = of_torch
+    assert operator.error_inputs_func is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.skipif(MODULE.module_error_inputs_func is None, reason="this torch has no error samples")
-def test_module_error_samples(dtype, device):
-    samples = MODULE.module_error_inputs_func(MODULE, device, dtype, requires_grad=True, training=True)
+def test_module_error_samples(of_torch, dtype, device):
+    module, _ = of_torch
+    if module.module_error_inputs_func is None:
+        pytest.skip("this torch has no error samples")
+    samples = module.module_error_inputs_func(module, device, dtype, requires_grad=True, training=True)
     assert len(samples) >= 7
     deviations = []
     for error in samples:
-        assert error.error_on == ModuleErrorEnum.FORWARD_ERROR
+        assert error.error_on.name == "FORWARD_ERROR"
         sample = error.module_error_input
         args, kwargs = sample.constructor_input.args, sample.constructor_input.kwargs
         if "label_smoothing" in kwargs:

@@ -68,6 +68,7 @@ LAYOUTS: list[tuple[str, Callable[[Path], object] | None, list[str]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dataset", "build", "more"), LAYOUTS, ids=[f"{name}-{more[1]}" for name, _, more in LAYOUTS])
 def test_a_few_steps_on_each_layout(
     dataset: str,
@@ -99,6 +100,7 @@ def test_a_few_steps_on_each_layout(
         assert ("q000" in rows[0]["source"]) == (dataset == "webvision")
 
 
+@pytest.mark.slow
 def test_training_learns_logs_and_finds_wrong_labels(tmp_path: Path) -> None:
     out = tmp_path / "run"
     options = dataclasses.replace(SMALL, samples=None, epochs=12, out=out, loss="mae", log="json,csv")

@@ -95,6 +95,12 @@ struct ReducedExponent {
     }
 };
 
+// Their product, but 0 times anything is 0.
+template <class T>
+FL_HD T zero_at_zero(T factor, T x) {
+    return select(factor == T(0), T(0), factor * x);
+}
+
 // The larger; NaN stays NaN.
 template <class T>
 FL_HD T at_least(T x, T least) {
@@ -154,6 +160,11 @@ FL_HD T coarse_exp_not_positive(T x) {
         return reduced.exp(x, r, polynomial(coefficients, r));
     }
 #endif
+}
+
+template <bool kCoarse, class T>
+FL_HD T exp_not_positive(T x) {
+    return kCoarse ? coarse_exp_not_positive(x) : exp_not_positive(x);
 }
 
 // Results below the smallest normal number are 0. Overflow is half a binade early, beyond 88.37 (float), 709.43.

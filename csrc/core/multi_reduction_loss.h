@@ -159,7 +159,7 @@ struct NormalizedLoss {
     // Kept: exp(z - max), in the end p; W of each term, but for one that follows.
     template <bool last, class T>
     FL_HD static Sums<T, num_sums> map(int, const State<T>& s, T z, T, math::mask_t<T>, const T* params, T* kept) {
-        const T e = last && kept ? kept[0] : exponential(z - s.max);
+        const T e = last && kept ? kept[0] : math::exp_not_positive<kCoarse>(z - s.max);
         if (kept) kept[0] = e;
         Sums<T, num_sums> sums{};
         if (!last) {
@@ -202,7 +202,7 @@ struct NormalizedLoss {
 
     template <class T>
     FL_HD static void keep(const State<T>& s, T z, T, math::mask_t<T>, const T* params, T* kept) {
-        const T log_p = (z - s.max) - s.log_sum, p = exponential(log_p);
+        const T log_p = (z - s.max) - s.log_sum, p = math::exp_not_positive<kCoarse>(log_p);
         keep_terms(p, terms_of(s, log_p, p, params), kept);
     }
 
@@ -222,11 +222,6 @@ struct NormalizedLoss {
     }
 
 private:
-    template <class T>
-    FL_HD static T exponential(T x) {
-        return kCoarse ? math::coarse_exp_not_positive(x) : math::exp_not_positive(x);
-    }
-
     template <class T>
     FL_HD static T miss_of(T log_p, T p) {  // 1 - p
         return math::larger(-math::expm1_of(log_p, p), T(std::numeric_limits<math::scalar_t<T>>::min()));

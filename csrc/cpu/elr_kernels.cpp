@@ -110,17 +110,14 @@ private:
     const Scratch<A> next;
 };
 
-template <class Stored>
-void run_as(const RowProblem& p, const ElrMemory& m, std::int64_t begin, std::int64_t end) {
-    const auto run = [&](const auto& rows) {
+void run(const RowProblem& p, const ElrMemory& m, std::int64_t begin, std::int64_t end) {
+    const auto all = [&](const auto& rows) {
         for (std::int64_t unit = begin; unit < end; ++unit)
             take_unit(m, unit, p.rows(), [&](std::int64_t row, bool writes) { return rows.take(row, writes); });
     };
-    m.is_bfloat16 ? run(ElrRows<Stored, BFloat16>(p, m)) : run(ElrRows<Stored, float>(p, m));
-}
-
-void run(const RowProblem& p, const ElrMemory& m, std::int64_t begin, std::int64_t end) {
-    visit_dtype(p.dtype, [&]<class Stored>() { run_as<Stored>(p, m, begin, end); });
+    visit_dtype(p.dtype, [&]<class Stored>() {
+        m.is_bfloat16 ? all(ElrRows<Stored, BFloat16>(p, m)) : all(ElrRows<Stored, float>(p, m));
+    });
 }
 
 }  // namespace

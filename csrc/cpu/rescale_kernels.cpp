@@ -59,14 +59,11 @@ private:
     const PaddedRow<A> logits, upstream;
 };
 
-template <class Stored>
-void run_as(const RowProblem& p, const LogitRescale& of, std::int64_t begin, std::int64_t end) {
-    const RescaledRows<Stored> rows(p, of);
-    for (std::int64_t row = begin; row < end; ++row) rows.take(row);
-}
-
 void run(const RowProblem& p, const LogitRescale& of, std::int64_t begin, std::int64_t end) {
-    visit_dtype(p.dtype, [&]<class Stored>() { run_as<Stored>(p, of, begin, end); });
+    visit_dtype(p.dtype, [&]<class Stored>() {
+        const RescaledRows<Stored> rows(p, of);
+        for (std::int64_t row = begin; row < end; ++row) rows.take(row);
+    });
 }
 
 }  // namespace

@@ -7,17 +7,14 @@ namespace fused_losses {
 inline namespace FL_ISA {
 namespace {
 
-template <class Stored>
-void run_as(const RowProblem& p, const RowRuns& runs, std::int64_t begin, std::int64_t end) {
-    StatisticsRows<Stored> rows(p);
-    for (std::int64_t run = begin; run < end; ++run) {
-        const std::int64_t first = run % runs.per_outer * runs.rows;
-        rows.run(run / runs.per_outer, first, static_cast<int>(std::min(runs.rows, p.inner - first)));
-    }
-}
-
 void run(const RowProblem& p, const RowRuns& runs, std::int64_t begin, std::int64_t end) {
-    visit_dtype(p.dtype, [&]<class Stored>() { run_as<Stored>(p, runs, begin, end); });
+    visit_dtype(p.dtype, [&]<class Stored>() {
+        StatisticsRows<Stored> rows(p);
+        for (std::int64_t run = begin; run < end; ++run) {
+            const std::int64_t first = run % runs.per_outer * runs.rows;
+            rows.run(run / runs.per_outer, first, static_cast<int>(std::min(runs.rows, p.inner - first)));
+        }
+    });
 }
 
 }  // namespace

@@ -297,14 +297,16 @@ private:
 
     // Of two labels with one softmax: their coefficients add up, but for the gradients of the labels' own classes.
     void add_labels(const RowProblem& p) {
-        const auto times = [](V factor, V x) FL_INLINE { return math::select(factor == V(A(0)), V(A(0)), factor * x); };
+        using math::zero_at_zero;
         for_padded([&](int i) FL_INLINE {
             const V a = V::load(factor + i), b = V::load(other_factor + i);
-            (times(a, V::load(first_value + i)) + times(b, V::load(value + i))).store(value + i);
+            (zero_at_zero(a, V::load(first_value + i)) + zero_at_zero(b, V::load(value + i))).store(value + i);
             if (!p.grad) return;
-            const V alpha_a = times(a, V::load(first_alpha + i)), gamma_a = times(a, V::load(first_gamma + i));
-            const V alpha_b = times(b, V::load(alpha + i)), gamma_b = times(b, V::load(gamma + i));
-            const V grad_a = times(a, V::load(first_grad + i)), grad_b = times(b, V::load(target_grad + i));
+            const V alpha_a = zero_at_zero(a, V::load(first_alpha + i)),
+                    gamma_a = zero_at_zero(a, V::load(first_gamma + i));
+            const V alpha_b = zero_at_zero(b, V::load(alpha + i)), gamma_b = zero_at_zero(b, V::load(gamma + i));
+            const V grad_a = zero_at_zero(a, V::load(first_grad + i)),
+                    grad_b = zero_at_zero(b, V::load(target_grad + i));
             const auto gradient_at = [&](V alpha, V gamma, const A* logits, const A* weights) FL_INLINE {
                 const V u = p.class_factors == ClassFactors::kOnes ? V(A(1)) : V::load(weights + i);
                 return alpha * math::exp(V::load(logits + i) - V::load(max + i)) + gamma * u;

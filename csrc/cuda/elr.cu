@@ -164,15 +164,12 @@ cudaError_t enqueue_kept(const RowProblem& p, const ElrMemory& m, cudaStream_t s
                          : launch_for(elr_rows<Stored, Kept, 1, 0>, 1);
 }
 
-template <class Stored>
-cudaError_t enqueue_as(const RowProblem& p, const ElrMemory& m, cudaStream_t stream) {
-    return m.is_bfloat16 ? enqueue_kept<Stored, BFloat16>(p, m, stream) : enqueue_kept<Stored, float>(p, m, stream);
-}
-
 }  // namespace
 
 cudaError_t enqueue_elr(const RowProblem& p, const ElrMemory& m, cudaStream_t stream) {
-    return visit_dtype(p.dtype, [&]<class Stored>() { return enqueue_as<Stored>(p, m, stream); });
+    return visit_dtype(p.dtype, [&]<class Stored>() {
+        return m.is_bfloat16 ? enqueue_kept<Stored, BFloat16>(p, m, stream) : enqueue_kept<Stored, float>(p, m, stream);
+    });
 }
 
 }  // namespace fused_losses::cuda

@@ -58,15 +58,12 @@ cudaError_t enqueue_in(const RowProblem& p, const LogitRescale& of, cudaStream_t
     });
 }
 
-template <class Stored>
-cudaError_t enqueue_as(const RowProblem& p, const LogitRescale& of, cudaStream_t stream) {
-    return of.upstream ? enqueue_in<Stored, true>(p, of, stream) : enqueue_in<Stored, false>(p, of, stream);
-}
-
 }  // namespace
 
 cudaError_t enqueue_rescale(const RowProblem& p, const LogitRescale& of, cudaStream_t stream) {
-    return visit_dtype(p.dtype, [&]<class Stored>() { return enqueue_as<Stored>(p, of, stream); });
+    return visit_dtype(p.dtype, [&]<class Stored>() {
+        return of.upstream ? enqueue_in<Stored, true>(p, of, stream) : enqueue_in<Stored, false>(p, of, stream);
+    });
 }
 
 }  // namespace fused_losses::cuda

@@ -141,13 +141,9 @@ FL_DEVICE int label_or(int ignored, const RowProblem& p, const void* labels, std
     return class_or(ignored, p, read_index(p.index_type, static_cast<const char*>(labels) + offset));
 }
 
-FL_DEVICE int target_or(int ignored, const RowProblem& p, std::int64_t offset) {
-    return label_or(ignored, p, p.target, offset);
-}
-
 FL_DEVICE Target target_of(const RowProblem& p, const Row& row) {
     if (!p.target) return {-1, false};
-    const int cls = target_or(-1, p, p.target_stride.at(row.outer, row.inner) * bytes_of(p.index_type));
+    const int cls = label_or(-1, p, p.target, p.target_stride.at(row.outer, row.inner) * bytes_of(p.index_type));
     return {max(cls, 0), cls < 0};
 }
 

@@ -29,8 +29,8 @@ constexpr std::int64_t kMaxChunks = 256;
 struct SharedMoments {
     double count[kBlock], mean[kBlock], m2[kBlock];
 
-    __device__ __forceinline__ Moments get(int i) const { return {count[i], mean[i], m2[i]}; }
-    __device__ __forceinline__ void set(int i, const Moments& m) {
+    FL_DEVICE Moments get(int i) const { return {count[i], mean[i], m2[i]}; }
+    FL_DEVICE void set(int i, const Moments& m) {
         count[i] = m.count;
         mean[i] = m.mean;
         m2[i] = m.m2;
@@ -42,13 +42,13 @@ struct SharedMoments {
 struct ThreadRole {
     int width, segments, group, segment;
 
-    __device__ __forceinline__ explicit ThreadRole(int groups)
+    FL_DEVICE explicit ThreadRole(int groups)
         : width(groups), segments(kBlock / groups), group(threadIdx.x % groups), segment(threadIdx.x / groups) {}
 
-    __device__ __forceinline__ bool idle() const { return segment >= segments; }
+    FL_DEVICE bool idle() const { return segment >= segments; }
 
     // Merges neighbouring segments, then pairs of those, ...: the result is in the first.
-    __device__ __forceinline__ Moments merge_segments(SharedMoments& shared, const Moments& mine) const {
+    FL_DEVICE Moments merge_segments(SharedMoments& shared, const Moments& mine) const {
         const int me = threadIdx.x;
         shared.set(me, mine);
         for (int step = 1; step < segments; step *= 2) {
@@ -67,8 +67,7 @@ struct ScoreTile {
     double score[kTileRows];
     int group_in_range[kTileRows];  // -1: the row does not count here
 
-    __device__ __forceinline__ void fill(const ZProblem& p, std::int64_t begin, int rows, std::int64_t first,
-                                         int width) {
+    FL_DEVICE void fill(const ZProblem& p, std::int64_t begin, int rows, std::int64_t first, int width) {
         for (int i = threadIdx.x; i < rows; i += kBlock) {
             const Row row(p, begin + i);
             const std::int64_t group = z_error::group_of(p, row);
@@ -89,8 +88,8 @@ struct MomentsMemory {
 
 // One share of the moments: a range of groups in a chunk of rows. Partial results: [chunks][groups] of
 // (count, mean, m2); the block that finishes a range last merges them in order.
-__device__ __forceinline__ void moments_of_share(const ZProblem& p, const WorkShares& shares, std::int64_t item,
-                                                 MomentsMemory& shared, double* out) {
+FL_DEVICE void moments_of_share(const ZProblem& p, const WorkShares& shares, std::int64_t item, MomentsMemory& shared,
+                                double* out) {
     const std::int64_t range = item % shares.ranges, chunk = item / shares.ranges;
     const std::int64_t first = range * kBlock, groups = p.num_groups;
     const int width = static_cast<int>(groups - first < kBlock ? groups - first : kBlock);
@@ -138,7 +137,7 @@ __device__ __forceinline__ void moments_of_share(const ZProblem& p, const WorkSh
     out[2 * groups + first + role.group] = result.m2;
 }
 
-__device__ __forceinline__ void compute_moments(const ZProblem& p, const WorkShares& shares, double* out) {
+FL_DEVICE void compute_moments(const ZProblem& p, const WorkShares& shares, double* out) {
     __shared__ MomentsMemory shared;
     for (std::int64_t item = blockIdx.x; item < shares.count(); item += gridDim.x)
         moments_of_share(p, shares, item, shared, out);
@@ -159,7 +158,7 @@ FL_HD int lanes_of_entropies(const ZProblem& p) { return lanes_for(p.num_groups,
 
 // Cross entropies of the rows that belong to a group, each by some lanes of a warp, of which all take part in sums.
 template <class A>
-__device__ __forceinline__ void compute_entropies(const ZProblem& p) {
+FL_DEVICE void compute_entropies(const ZProblem& p) {
     const EntropyScores& e = p.entropy;
     const Dtype dtype = dtype_of(e.logits.type);
     const int count = static_cast<int>(p.num_groups), element = bytes_of(dtype);
@@ -202,7 +201,7 @@ __device__ __forceinline__ void compute_entropies(const ZProblem& p) {
 
 // One share of the rows, of which neighbouring threads take neighbours.
 template <class A>
-__device__ __forceinline__ LossSums loss_of_share(const ZProblem& p, std::int64_t chunk, std::int64_t chunks) {
+FL_DEVICE LossSums loss_of_share(const ZProblem& p, std::int64_t chunk, std::int64_t chunks) {
     A* const row_values = static_cast<A*>(p.row_values);
     A* const row_weights = static_cast<A*>(p.row_weights);
     LossSums sums{0, 0};

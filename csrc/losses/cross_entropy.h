@@ -21,7 +21,7 @@ struct CrossEntropy {
         const T own = T(1) - params[0], hard = own * row.class_weight, spread = params[0] / row.num_classes;
         // Without smoothing the sum is not computed; s = 1 must not read an infinite -log p_y.
         const T hard_value = math::select(own == T(0), T(0), -hard * row.log_p);
-        const T smooth_value = math::select(spread == T(0), T(0), spread * row.sum_neg_log_p);
+        const T smooth_value = math::zero_at_zero(spread, row.sum_neg_log_p);
         return {hard_value + smooth_value, hard + spread * row.sum_u, -hard, -spread};
     }
 };

@@ -52,7 +52,7 @@ struct LDRKLOf {
 
     template <class T>
     FL_HD static Score<T> score(T z, T shift) {
-        const T x = z - shift, e = exponential(math::minus_abs(x));
+        const T x = z - shift, e = math::exp_not_positive<kCoarse>(math::minus_abs(x));
         const auto positive = x > T(0);
         const T damped = math::select(shift < T(0), T(0), T(1)) * e;  // log(1 + 0 e) / 0 is 1
         return {(math::select(positive, x, T(0)) + e * math::log1p_over(damped)) * T(unit),
@@ -98,7 +98,8 @@ struct LDRKLOf {
             return {{of.t, T(0), T(0)}};
         }
         const T t = kept ? kept[0] : score(z, s.shift).t;
-        const T x = exponent(s, t, half_margin(params)), w = exponential(x);  // which does not overflow
+        const T x = exponent(s, t, half_margin(params));  // which does not overflow
+        const T w = math::exp_not_positive<kCoarse>(x);
         const T of_other = math::select(is_target, T(0), w);
         if (kept) kept[0] = w;
         // What the exponentials are beyond 1, for the target 0, or -1 where that is one operation less.
@@ -114,7 +115,7 @@ struct LDRKLOf {
             s.scale = row.num_classes / (temperature * sums.v[0]);
             return;
         }
-        const T x = exponent(s, s.of_target, -half_margin(params)), own = exponential(x);
+        const T x = exponent(s, s.of_target, -half_margin(params)), own = math::exp_not_positive<kCoarse>(x);
         const T sum = sums.v[0] + own;
         const T mean_beyond_one = (sums.v[2] + (is_hot(params) ? math::expm1_of(x, own) : own)) / row.num_classes;
         const T below_top = (s.top - s.of_target) * (s.scale * temperature);
@@ -133,7 +134,7 @@ struct LDRKLOf {
     template <class T>
     FL_HD static void keep(const State<T>& s, T z, T, math::mask_t<T>, const T* params, T* kept) {
         const Score<T> of = score(z, s.shift);
-        kept[0] = exponential(exponent(s, of.t, half_margin(params)));
+        kept[0] = math::exp_not_positive<kCoarse>(exponent(s, of.t, half_margin(params)));
         kept[1] = of.slope;
     }
 
@@ -141,12 +142,6 @@ struct LDRKLOf {
     FL_HD static T gradient(const State<T>& s, const T* kept, math::mask_t<T> is_target, const T* params) {
         const T g = math::select(is_target, s.of_target, kept[0] * s.per_term);
         return (kept[1] * (T(unit) * s.scale * params[0])) * (g - s.mean);
-    }
-
-private:
-    template <class T>
-    FL_HD static T exponential(T x) {
-        return kCoarse ? math::coarse_exp_not_positive(x) : math::exp_not_positive(x);
     }
 };
 

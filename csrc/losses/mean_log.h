@@ -36,8 +36,7 @@ struct CORES {
     FL_HD static AffineRow<T> eval(const SoftmaxRow<T>& row, const T* params) {
         const T beta = params[0], weight = row.class_weight;
         // Divided before all else: where the two terms cancel, as of equal logits, nothing but 0 may be left.
-        const T random_label =
-            math::select(beta == T(0), T(0), beta * divide_exactly(row.sum_neg_log_p, row.num_classes));
+        const T random_label = math::zero_at_zero(beta, divide_exactly(row.sum_neg_log_p, row.num_classes));
         return {weight * (-row.log_p - random_label), weight * (T(1) - beta), -weight,
                 weight * math::divide(beta, row.num_classes)};
     }

@@ -90,12 +90,12 @@ struct NFLSumOf {
             second.value = T(1) - second.value;
         }
         // Without a weight in the sum, what is not finite must not count either.
-        const auto times = [](T weight, T x) { return math::select(weight == T(0), T(0), weight * x); };
+        using math::zero_at_zero;
         const T alpha = params[0], beta = params[1];
-        return {times(alpha, nfl.value) + times(beta, second.value),
-                times(alpha, nfl.alpha) + times(beta, second.alpha),
-                times(alpha, nfl.beta) + times(beta, second.beta),
-                {times(alpha, nfl.gamma), times(beta, second.gamma)}};
+        return {zero_at_zero(alpha, nfl.value) + zero_at_zero(beta, second.value),
+                zero_at_zero(alpha, nfl.alpha) + zero_at_zero(beta, second.alpha),
+                zero_at_zero(alpha, nfl.beta) + zero_at_zero(beta, second.beta),
+                {zero_at_zero(alpha, nfl.gamma), zero_at_zero(beta, second.gamma)}};
     }
 };
 

@@ -12,11 +12,11 @@ inline namespace FL_ISA {
 template <class T>
 FL_HD AffineRow<T> add(const AffineRow<T>& active, T alpha, const ValueSlope<T>& passive, T beta, T weight) {
     // Without a weight in the sum, what is not finite must not count either.
-    const auto times = [](T weight, T x) { return math::select(weight == T(0), T(0), weight * x); };
-    const T slope = times(beta, passive.slope);
-    return {weight * (times(alpha, active.value) + times(beta, passive.value)),
-            weight * (times(alpha, active.alpha) - slope), weight * (times(alpha, active.beta) + slope),
-            weight * times(alpha, active.gamma)};
+    using math::zero_at_zero;
+    const T slope = zero_at_zero(beta, passive.slope);
+    return {weight * (zero_at_zero(alpha, active.value) + zero_at_zero(beta, passive.value)),
+            weight * (zero_at_zero(alpha, active.alpha) - slope), weight * (zero_at_zero(alpha, active.beta) + slope),
+            weight * zero_at_zero(alpha, active.gamma)};
 }
 
 // log p_y / sum_j log p_j. With S = -sum_j log p_j: n_j = -log p_j, W_j = 1.

@@ -51,7 +51,8 @@ struct PowerLoss {
     // Kept: exp(z - max), f.
     template <bool last, class T>
     FL_HD static Sums<T, 3> map(int, const State<T>& s, T z, T, math::mask_t<T>, const T* params, T* kept) {
-        const T x = z - s.max, q = Rule::exponent(params), e = exponential(x), f = exponential(q * x);
+        const T x = z - s.max, q = Rule::exponent(params);
+        const T e = math::exp_not_positive<kCoarse>(x), f = math::exp_not_positive<kCoarse>(q * x);
         if (kept) kept[0] = e, kept[1] = f;
         // Where all f are near 1, the sum of 1 - f is not K - sum f.
         return {{e, f, kOrdinary ? T(1) - f : -math::expm1_of(q * x, f)}};
@@ -79,8 +80,8 @@ struct PowerLoss {
     template <class T>
     FL_HD static void keep(const State<T>& s, T z, T, math::mask_t<T>, const T* params, T* kept) {
         const T x = z - s.max;
-        kept[0] = exponential(x);
-        kept[1] = exponential(Rule::exponent(params) * x);
+        kept[0] = math::exp_not_positive<kCoarse>(x);
+        kept[1] = math::exp_not_positive<kCoarse>(Rule::exponent(params) * x);
     }
 
     template <class T>
@@ -93,12 +94,6 @@ struct PowerLoss {
     template <class T>
     FL_HD static T gradient(const State<T>& s, const T* kept, math::mask_t<T> is_target, const T*) {
         return math::select(is_target, s.target_grad, s.alpha * kept[0] + s.gamma * kept[1]);
-    }
-
-private:
-    template <class T>
-    FL_HD static T exponential(T x) {
-        return kCoarse ? math::coarse_exp_not_positive(x) : math::exp_not_positive(x);
     }
 };
 

@@ -66,7 +66,7 @@ struct RescaledOf {
     FL_HD static Sums<T, 2> map(int, const State<T>& s, T z, T, math::mask_t<T> is_target, const T*, T* kept) {
         const T length = unless_masked(z);
         if (!last) return {{math::select(is_target, T(0), length * length), T(0)}};
-        const T e = math::select(is_target, T(0), exponential(below(s, z)));
+        const T e = math::select(is_target, T(0), math::exp_not_positive<kCoarse>(below(s, z)));
         if (kept) kept[0] = e, kept[1] = length;
         return {{e, e * (length - s.target_logit)}};
     }
@@ -101,7 +101,7 @@ struct RescaledOf {
 
     template <class T>
     FL_HD static void keep(const State<T>& s, T z, T, math::mask_t<T>, const T*, T* kept) {
-        kept[0] = exponential(below(s, z));
+        kept[0] = math::exp_not_positive<kCoarse>(below(s, z));
         kept[1] = unless_masked(z);
     }
 
@@ -127,11 +127,6 @@ private:
     template <class T>
     FL_HD static T below(const State<T>& s, T z) {
         return s.factor * (z - s.max) - s.shift;
-    }
-
-    template <class T>
-    FL_HD static T exponential(T x) {
-        return kCoarse ? math::coarse_exp_not_positive(x) : math::exp_not_positive(x);
     }
 };
 

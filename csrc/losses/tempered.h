@@ -296,8 +296,8 @@ private:
         }
         const T log_t_p = log_t(log_exp(x, t.of_exp), t.of_log);
         const T own = T(1) - params[2], other = s.lower, others = row.num_classes - T(1);
-        const T of_own = math::select(own == T(0), T(0), own * log_t_p);  // a label of 0 hides an infinite logarithm
-        const T of_others = math::select(other == T(0), T(0), other * sums.v[3]);  // without the target's
+        const T of_own = math::zero_at_zero(own, log_t_p);         // a label of 0 hides an infinite logarithm
+        const T of_others = math::zero_at_zero(other, sums.v[3]);  // without the target's
         const T of_labels = entropy(own, t.of_log) + others * entropy(other, t.of_log);
         s.value = of_labels + sums.v[0] / power - of_own - of_others;
     }

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from fused_losses._arguments import LOSSES, REDUCTIONS, check_reduction
 from fused_losses._common import RowLossModule
-from fused_losses._reference import SOFT_TARGETS
 from fused_losses.mixed import mixed
 
 __all__ = ["MixupLoss"]
@@ -54,7 +53,7 @@ class MixupLoss(torch.nn.Module):
 
     def _takes_probabilities(self) -> bool:
         loss = self.loss
-        if loss.stem in SOFT_TARGETS:
+        if loss.stem == "cross_entropy":
             return True
         bias = loss.logit_bias if loss.training else 0.0
         has_bias = isinstance(bias, (Tensor, str)) or bias != 0.0
