@@ -160,8 +160,9 @@ def _fake_row_loss_with_stats(*flat: Any) -> Tensors3:
 
 
 @_fake
-def _fake_row_loss_with_bits(*flat: Any) -> Tensors3:  # on CUDA stats may have more rows, but in no trace
-    return _fake_row_loss_with_stats(*flat)
+def _fake_row_loss_with_bits(*args: Any) -> Tensors3:  # on CUDA stats may have more rows, but in no trace
+    loss, stats, denominator = _fake_row_loss_with_stats(*args)
+    return loss, stats, denominator
 
 
 @_fake
