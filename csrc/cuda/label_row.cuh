@@ -253,7 +253,7 @@ private:
 
     FL_DEVICE void write_gradient(const OfThread& mine, const Labels& labels, bool counts, const Softmax& softmax,
                                   const Result& of) const {
-        const A scale = counts ? scale_of<A>(p, mine.row) : A(0);
+        const A scale = counts ? factor_of_row(mine.row) * sample_weight_of<A>(p, mine.row) : A(0);
         for (int begin = 0; begin < classes.count; begin += held()) {
             const int count = min(classes.count - begin, held());
             if (!kKeeps) read(mine, begin);
@@ -265,6 +265,11 @@ private:
             write_from(slots, p.dtype, mine.place, classes, begin, count);
             if (kKeeps) break;
         }
+    }
+
+    // The denominator may be an assumed one where forward writes the gradient.
+    FL_DEVICE A factor_of_row(const Row& row) const {
+        return p.upstream ? upstream_over_denominator<A>(p, row) : written_inverse_denominator<A>(p);
     }
 
     FL_DEVICE A gradient(const OfThread& mine, const Labels& labels, const Softmax& softmax, const Result& of,

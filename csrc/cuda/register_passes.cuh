@@ -152,7 +152,7 @@ public:
                 if constexpr (kIsRelative) whole.max = top;
                 record_row<Loss>(args, row_of(number), reads, scale, whole, sums_of_rows);
             }
-            scale *= args.upstream_of(row_of(number), inverse_denominator);
+            if (reads) scale *= args.upstream_of(row_of(number), inverse_denominator);
         }
         if (p.grad) write_gradient(team, of, reads, place, numbers, state, scale);
     }
