@@ -63,6 +63,14 @@ class _Labels(NamedTuple):
             return self.second, None, self.share
         return (self.second, None, self.share.item()) if self.share.dim() == 0 else (self.second, self.share, 0.0)
 
+    def with_shares(self, ignore_index: int) -> _Labels:
+        """The same without labels that have no share, which are left out even where the loss is not finite."""
+        share = self.share
+        if not isinstance(share, Tensor) or share.requires_grad:
+            return self
+        first = torch.where(share == 0, ignore_index, self.first.long())
+        return _Labels(first, torch.where(share == 1, ignore_index, self.second.long()), share)
+
     def one_by_one(
         self,
         loss: LossOfLabel,
@@ -95,8 +103,8 @@ class _Labels(NamedTuple):
         def loss(target: Tensor, samples: Tensor | None, reduction: str) -> Tensor:
             return row_loss_reference(args._replace(target=target, sample_weight=samples, reduction=reduction))
 
-        dtype = acc_dtype(args.logits)
-        return self.one_by_one(loss, args.sample_weight, args.reduction, args.weight, args.ignore_index, dtype)
+        dtype, labels = acc_dtype(args.logits), self.with_shares(args.ignore_index)
+        return labels.one_by_one(loss, args.sample_weight, args.reduction, args.weight, args.ignore_index, dtype)
 
 
 class _MixedLoss(torch.autograd.Function):
@@ -235,10 +243,8 @@ def mixed(
                 args, labels = _by_rows(args, labels, lam)
             return _mixed_loss(args, labels)
 
-    if entry is not None and isinstance(lam, Tensor) and not lam.requires_grad:
-        ignored = options.get("ignore_index", -100)  # what has no share is left out, even where it is infinite
-        first, second = (torch.where(lam == none, ignored, t.long()) for none, t in ((0, target_a), (1, target_b)))
-        labels = _Labels(first, second, lam)
+    if entry is not None:
+        labels = labels.with_shares(options.get("ignore_index", -100))
 
     def of_label(target: Tensor, samples: Tensor | None, reduction: str) -> Tensor:
         return function(logits, target, **(options | {"sample_weight": samples, "reduction": reduction}))
