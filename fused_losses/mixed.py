@@ -164,7 +164,8 @@ def _by_rows(args: RowLossArguments, labels: _Labels, share: Tensor) -> tuple[Ro
     """
     dtype, rows = acc_dtype(args.logits), args.target.shape
     if args.reduction == "mean":
-        share = share.double()
+        labels = labels.with_shares(args.ignore_index)
+        args, share = args._replace(target=labels.first), share.double()
         of_first, of_second = (
             torch.where(weights == 0, 0.0, part / torch.where(weights == 0, 1.0, weights))
             for part, weights in (

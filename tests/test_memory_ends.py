@@ -18,8 +18,8 @@ import fused_losses as fl
 if not hasattr(mmap, "PROT_READ"):  # Windows
     pytest.skip("no mprotect here", allow_module_level=True)
 
-# Beside words of 4 and 16 bytes, tiles of a warp, and rows of many threads.
-SHAPES = [(7, 3), (33, 10), (5, 37), (2, 130), (3, 261), (3, 19, 2, 2)]
+# Some end and begin where an access of 16 bytes does, others do not.
+SHAPES = [(12, 5), (40, 10), (5, 37), (4, 130), (7, 3), (3, 261), (3, 19, 2, 2), (8, 24)]
 _PAGE = mmap.PAGESIZE
 
 
