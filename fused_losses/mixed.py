@@ -164,8 +164,7 @@ def _by_rows(args: RowLossArguments, labels: _Labels, share: Tensor) -> tuple[Ro
     """
     dtype, rows = acc_dtype(args.logits), args.target.shape
     if args.reduction == "mean":
-        labels = labels.with_shares(args.ignore_index)
-        args, share = args._replace(target=labels.first), share.double()
+        share = share.double()
         of_first, of_second = (
             torch.where(weights == 0, 0.0, part / torch.where(weights == 0, 1.0, weights))
             for part, weights in (
@@ -173,6 +172,11 @@ def _by_rows(args: RowLossArguments, labels: _Labels, share: Tensor) -> tuple[Ro
                 (1.0 - share, sum_of_weights(args._replace(target=labels.second), share)),
             )
         )
+        first, second = (  # one without a share, or with nothing to average, is left out
+            torch.where(part == 0, args.ignore_index, target.long())
+            for part, target in ((of_first, args.target), (of_second, labels.second))
+        )
+        args, labels = args._replace(target=first), labels._replace(second=second)
         both = of_first + of_second
         share = of_first / torch.where(both == 0, 1.0, both)
         samples = both.to(dtype).expand(rows)

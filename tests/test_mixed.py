@@ -148,8 +148,10 @@ def test_one_factor_that_must_not_be_looked_at(name, batch, monkeypatch):
         for x, y in zip(value_and_grad(loss, logits), expected, strict=True):
             torch.testing.assert_close(x, y)
     monkeypatch.setattr("fused_losses.mixed.reads_values", lambda share: False)
-    loss = fl.functional.mixed(name, logits, none, none, lam)
-    assert [t.abs().max() for t in value_and_grad(loss, logits)] == [0.0, 0.0]
+    spoiled = logits.detach().fill_(torch.nan).requires_grad_()
+    for x, y, own in ((logits, none, {}), (spoiled, none, {}), (spoiled, b.clamp(min=0), {"weight": 0.0 * weight})):
+        loss = fl.functional.mixed(name, x, y, y, lam, **own)
+        assert [t.abs().max() for t in value_and_grad(loss, x)] == [0.0, 0.0]
 
 
 @pytest.mark.any_cpu
