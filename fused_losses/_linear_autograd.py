@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_losses import _ops
-from fused_losses._arguments import LOSSES, RowLossArguments, ZErrorRule
+from fused_losses._arguments import LOSSES, RowLossArguments, ZErrorRule, is_ignored
 from fused_losses._autograd import mark_constant
 from fused_losses._checks import check_row_loss
 from fused_losses._chunks import ChunkOptions, Layer, Sweep, stand_in, sweep, traced_sweep
@@ -169,7 +169,9 @@ class _SumOfRows(torch.autograd.Function):
     def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:
         layer, (args, options) = Layer(*given[:3]), given[3:]
         values, *gradients = run(layer, args, options, _wanted(ctx))
-        ctx.save_for_backward(*gradients)
+        by_class = not args.target.is_floating_point()
+        ctx.save_for_backward(*gradients, args.target if by_class else None)
+        ctx.ignore_index = args.ignore_index
         ctx.dtypes = layer.dtypes
         mark_constant(ctx, values)
         return _sum(values), values
@@ -180,10 +182,15 @@ class _SumOfRows(torch.autograd.Function):
         upstream = grad_outputs[0]
         if upstream is None:
             return (None,) * 5
+        *gradients, target = ctx.saved_tensors
+        factors = [upstream] * len(gradients)
+        if target is not None and ctx.needs_input_grad[0]:  # infinity times the zeros of ignored rows is NaN
+            factors[0] = torch.where(is_ignored(target, ctx.ignore_index), 0.0, upstream).unsqueeze(1)
+        scaled = zip(gradients, factors, strict=True)
         if not is_last_backward(upstream):
-            return _results(ctx, (made * upstream for made in ctx.saved_tensors))
+            return _results(ctx, (made * by for made, by in scaled))
         # `.data`: autograd need not notice the change, as this saved tensor is given away and nobody reads it again.
-        return _results(ctx, (made.data.mul_(upstream) for made in ctx.saved_tensors))
+        return _results(ctx, (made.data.mul_(by) for made, by in scaled))
 
 
 class _ValuesOfRows(torch.autograd.Function):

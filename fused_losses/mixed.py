@@ -61,6 +61,14 @@ class _Labels(NamedTuple):
             return self.second, None, self.share
         return (self.second, None, self.share.item()) if self.share.dim() == 0 else (self.second, self.share, 0.0)
 
+    def with_shares(self, ignore_index: int) -> _Labels:
+        """The same without labels that have no share, which are left out even where the loss is not finite."""
+        share = self.share
+        if not isinstance(share, Tensor) or share.requires_grad:
+            return self
+        first = torch.where(share == 0, ignore_index, self.first.long())
+        return _Labels(first, torch.where(share == 1, ignore_index, self.second.long()), share)
+
     def one_by_one(
         self,
         loss: LossOfLabel,
@@ -92,8 +100,8 @@ class _Labels(NamedTuple):
         def loss(target: Tensor, samples: Tensor | None, reduction: str) -> Tensor:
             return row_loss_reference(args._replace(target=target, sample_weight=samples, reduction=reduction))
 
-        dtype = acc_dtype(args.logits)
-        return self.one_by_one(loss, args.sample_weight, args.reduction, args.weight, args.ignore_index, dtype)
+        dtype, labels = acc_dtype(args.logits), self.with_shares(args.ignore_index)
+        return labels.one_by_one(loss, args.sample_weight, args.reduction, args.weight, args.ignore_index, dtype)
 
 
 class _MixedLoss(torch.autograd.Function):
@@ -158,6 +166,11 @@ def _by_rows(args: RowLossArguments, labels: _Labels, share: Tensor) -> tuple[Ro
             mean_of(part, sum_of_weights(args._replace(target=target), share))
             for part, target in ((share, labels.first), (1.0 - share, labels.second))
         )
+        first, second = (  # one without a share, or with nothing to average, is left out
+            torch.where(part == 0, args.ignore_index, target.long())
+            for part, target in ((of_first, args.target), (of_second, labels.second))
+        )
+        args, labels = args._replace(target=first), labels._replace(second=second)
         both = of_first + of_second
         share = of_first / torch.where(both == 0, 1.0, both)
         samples = both.to(dtype).expand(rows)
@@ -229,10 +242,8 @@ def mixed(
                 args, labels = _by_rows(args, labels, lam)
             return _mixed_loss(args, labels)
 
-    if entry is not None and isinstance(lam, Tensor) and not lam.requires_grad:
-        ignored = options.get("ignore_index", -100)  # what has no share is left out, even where it is infinite
-        first, second = (torch.where(lam == none, ignored, t.long()) for none, t in ((0, target_a), (1, target_b)))
-        labels = _Labels(first, second, lam)
+    if entry is not None:
+        labels = labels.with_shares(options.get("ignore_index", -100))
 
     def of_label(target: Tensor, samples: Tensor | None, reduction: str) -> Tensor:
         return function(logits, target, **(options | {"sample_weight": samples, "reduction": reduction}))

@@ -87,7 +87,7 @@ def test_ignored_rows_are_exactly_zero(name, device):
             assert reduction != "none" or torch.equal(loss[ignored], torch.zeros(3, device=device))
 
 
-@pytest.mark.parametrize("shape", [(8, 5), (2, 5, 4), (8, 40)], ids=str)
+@pytest.mark.parametrize("shape", [(8, 5), (2, 5, 4), (8, 40), (8, 33), (8, 131)], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_ignored_rows_are_zero_for_any_upstream_gradient(name, shape, device):
     for dtype, filling in itertools.product((torch.float32, torch.bfloat16), (math.nan, math.inf)):

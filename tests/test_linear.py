@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -52,6 +53,18 @@ def check(loss, dense, dtype=torch.float64, device="cpu", upstream=3.0, tensors=
     for mine, theirs in zip(tensors, twins, strict=True):
         assert mine.grad.dtype == theirs.grad.dtype
         close(mine.grad, theirs.grad, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_ignored_rows_are_zero_for_any_upstream_gradient(reduction, dtype):
+    (x, w, b), target, _ = problem(dtype, "cpu")
+    ignored = target == -100
+    loss = linear_loss(x, w, target, "gce", linear_bias=b, chunk_bytes=1, reduction=reduction)
+    for upstream, again in ((math.nan, True), (2.0, True), (math.inf, False)):
+        above = torch.where(ignored, upstream, 2.0) if loss.dim() else torch.tensor(upstream)
+        (grad,) = torch.autograd.grad(loss, x, above.to(loss.dtype), retain_graph=again)
+        assert not grad[ignored].any() and grad[~ignored].any(1).all()
 
 
 def reductions_of(name):

@@ -75,6 +75,24 @@ def value_and_grad(loss, logits, upstream=None):
 
 
 @pytest.mark.parametrize("clips", [False, True], ids=["norm", "clip"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("classes", [5, 32, 33, 101, 261, 401])
+def test_ignored_rows_have_gradient_zero(classes, dtype, clips, device):
+    """Whatever they hold, for any upstream gradient, in each backward; odd numbers of classes among them."""
+    z = torch.randn(9, classes, generator=torch.Generator().manual_seed(0)).to(dtype).to(device)
+    target = torch.arange(9, device=device) % classes
+    for filling, reduction in itertools.product((1.0, math.nan, -math.inf), REDUCTIONS):
+        spoiled, labels = z.clone(), target.clone()
+        spoiled[::2], labels[::2] = filling, -100
+        leaf = spoiled.requires_grad_()
+        loss = make(clips, "gce", reduction=reduction)(leaf, labels)
+        for upstream in (1.0, 1.0, 0.5, math.nan):
+            (grad,) = torch.autograd.grad(loss, leaf, torch.full_like(loss, upstream), retain_graph=True)
+            assert not grad[::2].any()
+            assert grad[1::2].isfinite().all() == math.isfinite(upstream)
+
+
+@pytest.mark.parametrize("clips", [False, True], ids=["norm", "clip"])
 @pytest.mark.parametrize("name", OF_LOG_P)
 def test_the_definition(name, clips, device, counted):
     """Calls drawn at random from all dtypes, layouts and options."""

@@ -148,8 +148,10 @@ def test_one_factor_that_must_not_be_looked_at(name, batch, monkeypatch):
         for x, y in zip(value_and_grad(loss, logits), expected, strict=True):
             torch.testing.assert_close(x, y)
     monkeypatch.setattr("fused_losses.mixed.reads_values", lambda share: False)
-    loss = fl.functional.mixed(name, logits, none, none, lam)
-    assert [t.abs().max() for t in value_and_grad(loss, logits)] == [0.0, 0.0]
+    spoiled = logits.detach().fill_(torch.nan).requires_grad_()
+    for x, y, own in ((logits, none, {}), (spoiled, none, {}), (spoiled, b.clamp(min=0), {"weight": 0.0 * weight})):
+        loss = fl.functional.mixed(name, x, y, y, lam, **own)
+        assert [t.abs().max() for t in value_and_grad(loss, x)] == [0.0, 0.0]
 
 
 @pytest.mark.any_cpu
@@ -177,6 +179,35 @@ def test_a_label_that_does_not_count_is_left_out():
             strict=True,
         ):
             torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("filling", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("name", fl.LOSSES)
+def test_rows_whose_only_label_has_no_share_do_not_count(name, filling, device):
+    """The other one is ignored, in the first row the second label, in the second row the first."""
+    logits = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    logits[:2] = filling
+    logits = logits.to(device).requires_grad_()
+    a, b = torch.tensor([1, -100, 2, 3, 4], device=device), torch.tensor([-100, 1, 0, 3, -100], device=device)
+    lam = torch.tensor([0.0, 1.0, 0.3, 0.5, 1.0], device=device)
+    for reduction in ("none", "sum", "mean"):
+        for make in (lambda x: x, torch.Tensor.double):
+            whole = make(logits.detach()).requires_grad_()
+            actual = fl.functional.mixed(name, whole, a, b, lam, reduction=reduction)
+            of_rest = fl.functional.mixed(name, whole[2:], a[2:], b[2:], lam[2:], reduction=reduction)
+            expected = torch.cat([of_rest.new_zeros(2), of_rest]) if reduction == "none" else of_rest
+            for differentiable in (False, True):
+                slopes = [
+                    torch.autograd.grad(x.sum(), whole, create_graph=differentiable, retain_graph=True)[0]
+                    for x in (actual, expected)
+                ]
+                torch.testing.assert_close(*slopes)
+                assert not slopes[0][:2].any()
+            torch.testing.assert_close(actual, expected)
+    for share, (first, second) in ((1.0, (b[:2], a[:2])), (0.0, (a[:2], b[:2]))):  # one of all rows, a tensor
+        x = logits.detach()[:1].requires_grad_()
+        loss = fl.functional.mixed(name, x, first[:1], second[:1], torch.tensor(share, device=device))
+        assert not loss.any() and not torch.autograd.grad(loss, x)[0].any()
 
 
 def test_options_of_a_module(batch):

@@ -101,6 +101,31 @@ def test_dtypes_and_layouts(layout, dtype, device):
             torch.testing.assert_close(grad.double(), slope, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
+WEIGHTS = {"without weights": (), "of classes": ("weight",), "of samples": ("sample_weight",)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mean_of_every_layout(layout, weights, dtype, device):
+    """As training takes it: the gradient for an upstream gradient of 1, again in a second backward, and of others."""
+    shape, arrange = LAYOUTS[layout]
+    logits, share = problem(shape, dtype, device)
+    made = {"weight": 0.5 + torch.rand(shape[1], device=device), "sample_weight": torch.rand_like(share[:, 0]) + 0.1}
+    options = {name: made[name] for name in WEIGHTS[weights]}
+    tolerance = {"rtol": 0, "atol": GRAD_TOLERANCE[dtype]}  # of gradients times the rows
+    for name in ("cross_entropy", "gce", "nce", "unhinged"):
+        z, exact = arrange(logits.detach()).requires_grad_(), logits.detach().double().requires_grad_()
+        value = fl.LOSSES[name].function(z, arrange(share), **options)
+        rows = expected(name, exact, share, **{key: tensor.double() for key, tensor in options.items()})
+        want = rows.sum() / (options["sample_weight"].sum() if "sample_weight" in options else rows.numel())
+        slope = torch.autograd.grad(want, exact)[0]
+        for upstream in (1.0, 1.0, -0.5):
+            (grad,) = torch.autograd.grad(value, z, torch.tensor(upstream).to(value), retain_graph=True)
+            largest = slope.abs().max()
+            torch.testing.assert_close(grad.double() / largest, upstream * slope / largest, **tolerance)
+
+
 @pytest.mark.parametrize("name", ["gce", "nce_agce", "ece"])
 def test_upstream_gradients_and_second_backward(name, device):
     logits, share = problem((4, 130), torch.float32, device)

@@ -197,17 +197,19 @@ private:
         if (p.other_target) read_others(p, outer, first, n);
     }
 
-    // What there is after the labels themselves: each row's second one, factors, and which rows have any label.
+    // What there is after the labels themselves: each row's second one, factors, and which rows have any label. One
+    // without a share counts as ignored.
     void read_others(const RowProblem& p, std::int64_t outer, std::int64_t first, int n) {
         A* const other_counted = other_factor;
         const RowStride& stride = p.other_target_stride;
         copy_labels(p, {p.other_target, stride.at(outer, first), stride.inner, other_target, other_counted}, n);
         any_ignored = false;
         for (int i = 0; i < padded; ++i) {
-            const A mine = i < n ? counted[i] : A(0), theirs = i < n ? other_counted[i] : A(0);
+            const A lam = p.lam && i < n ? as<A>(p.lam)[p.lam_stride.at(outer, first + i)] : A(p.lam_of_all);
+            const A mine = i < n && lam != A(0) ? counted[i] : A(0);
+            const A theirs = i < n && lam != A(1) ? other_counted[i] : A(0);
             if (theirs == A(0)) other_target[i] = mine == A(0) ? 0 : target[i];
             if (mine == A(0)) target[i] = other_target[i];
-            const A lam = p.lam && i < n ? as<A>(p.lam)[p.lam_stride.at(outer, first + i)] : A(p.lam_of_all);
             factor[i] = mine == A(0) ? A(0) : lam * A(p.label_scale[0]);
             other_factor[i] = theirs == A(0) ? A(0) : (A(1) - lam) * A(p.label_scale[1]);
             counted[i] = std::max(mine, theirs);

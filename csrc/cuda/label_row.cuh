@@ -23,21 +23,24 @@ struct Labels {
     FL_DEVICE bool are_ignored() const { return of[0].ignored && of[1].ignored; }
 };
 
-FL_DEVICE Labels labels_of(const RowProblem& p, const Row& row) {
-    Labels labels{{target_of(p, row), {0, true}}};
-    if (!p.other_target) return labels;
-    const std::int64_t offset = p.other_target_stride.at(row.outer, row.inner) * bytes_of(p.index_type);
-    const int cls = label_or(-1, p, p.other_target, offset);
-    labels.of[1] = {max(cls, 0), cls < 0};
-    return labels;
-}
-
 // lam of the first label, 1 - lam of the second.
 template <class A>
 FL_DEVICE A lam_of_label(const RowProblem& p, const Row& row, int k) {
     if (!p.other_target) return A(1);
     const A first = p.lam ? as<A>(p.lam)[p.lam_stride.at(row.outer, row.inner)] : A(p.lam_of_all);
     return k == 0 ? first : A(1) - first;
+}
+
+// One without a share counts as ignored.
+template <class A>
+FL_DEVICE Labels labels_of(const RowProblem& p, const Row& row) {
+    Labels labels{{target_of(p, row), {0, true}}};
+    if (!p.other_target) return labels;
+    const std::int64_t offset = p.other_target_stride.at(row.outer, row.inner) * bytes_of(p.index_type);
+    const int cls = label_or(-1, p, p.other_target, offset);
+    labels.of[1] = {max(cls, 0), cls < 0};
+    for (int k = 0; k < 2; ++k) labels.of[k].ignored |= lam_of_label<A>(p, row, k) == A(0);
+    return labels;
 }
 
 // What the loss of a row's label k is multiplied by, besides weights and the denominator of all.
@@ -67,7 +70,7 @@ public:
     // others' sake.
     template <class Team>
     FL_DEVICE void run(Team& team, const Row& row, bool exists, const RowPlace& place, LossSums& sums) const {
-        const Labels labels = exists ? labels_of(p, row) : Labels{{{0, true}, {0, true}}};
+        const Labels labels = exists ? labels_of<A>(p, row) : Labels{{{0, true}, {0, true}}};
         const bool counts = exists && !labels.are_ignored(), is_looked_at = exists && !kShares && p.argmax;
         OfThread mine{row, place, counts || is_looked_at ? classes.count : 0, -1, {A(0), A(0)}};
         if (!kShares && mine.count > 0) {
@@ -253,7 +256,7 @@ private:
 
     FL_DEVICE void write_gradient(const OfThread& mine, const Labels& labels, bool counts, const Softmax& softmax,
                                   const Result& of) const {
-        const A scale = counts ? scale_of<A>(p, mine.row) : A(0);
+        const A scale = counts ? factor_of_row(mine.row) * sample_weight_of<A>(p, mine.row) : A(0);
         for (int begin = 0; begin < classes.count; begin += held()) {
             const int count = min(classes.count - begin, held());
             if (!kKeeps) read(mine, begin);
@@ -265,6 +268,11 @@ private:
             write_from(slots, p.dtype, mine.place, classes, begin, count);
             if (kKeeps) break;
         }
+    }
+
+    // The denominator may be an assumed one where forward writes the gradient.
+    FL_DEVICE A factor_of_row(const Row& row) const {
+        return p.upstream ? upstream_over_denominator<A>(p, row) : written_inverse_denominator<A>(p);
     }
 
     FL_DEVICE A gradient(const OfThread& mine, const Labels& labels, const Softmax& softmax, const Result& of,

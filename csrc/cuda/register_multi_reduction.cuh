@@ -151,7 +151,7 @@ public:
                 if constexpr (kIsRelative) whole.max = top;
                 record_row<Loss>(args, row_of(number), reads, scale, whole, sums_of_rows);
             }
-            scale *= args.upstream_of(row_of(number), inverse_denominator);
+            if (reads) scale *= args.upstream_of(row_of(number), inverse_denominator);
         }
         if constexpr (Traits::leaves_bits)
             if (p.bits && reads)
@@ -182,7 +182,7 @@ private:
         }
         Words words;
         words.read(place);
-        float& extra = numbers.extra[n - 1] = Words::kLowest;
+        float& extra = numbers.extra[n - 1] = reads ? Words::kLowest : 0.0f;  // a row that is left out is one of zeros
         const int extra_class = place.extra();
         if (reads && extra_class >= 0) extra = to_acc(place.logits()[extra_class]);
         if (!Place::kIsMixed && is_apart) words.set_apart(extra, of.target, place);

@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kBlock) sum_weights(const __grid_constant__ Ro
     }
     for (; number < rows; number += step) {
         const Row row = row_at(p, number);
-        const Labels labels = labels_of(p, row);
+        const Labels labels = labels_of<A>(p, row);
         const auto weight = [&](int k) {
             if (labels.of[k].ignored) return 0.0;
             const A lam = p.lam ? lam_of_label<A>(p, row, k) : A(1);
