@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,4 +35,19 @@ def gloo_group(rank: int, world_size: int, folder: str) -> Iterator[None]:
     try:
         yield
     finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def group_of_one(folder: Path) -> Iterator[None]:
+    """A group of this process alone. What was wrapped inside is to be gone by the end.
+
+    A DistributedDataParallel that outlives the group frees it while it holds Python's lock, for which the group's
+    threads may wait.
+    """
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        gc.collect()
         dist.destroy_process_group()

@@ -13,6 +13,7 @@ import math
 import pytest
 import torch
 from conftest import one_in
+from gloo_group import group_of_one
 from torch.utils.checkpoint import checkpoint
 
 import fused_losses as fl
@@ -257,17 +258,15 @@ def tensors_of_size(like):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cross_entropy", "nce_mae", "hem", "z_ce"])
 def test_a_module_under_ddp(name, tmp_path):
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        torch.manual_seed(0)
-        model = torch.nn.Linear(5, CLASSES)
-        wrapped = torch.nn.parallel.DistributedDataParallel(model)
-        inputs, target = torch.randn(ROWS, 5), torch.randint(0, CLASSES, (ROWS,))
-        loss_of(name, wrapped(inputs), target, "mean").backward()
-        grad = model.weight.grad.clone()
+    torch.manual_seed(0)
+    model = torch.nn.Linear(5, CLASSES)
+    inputs, target = torch.randn(ROWS, 5), torch.randint(0, CLASSES, (ROWS,))
+
+    def gradient(wrap):
         model.weight.grad = None
-        loss_of(name, model(inputs), target, "mean").backward()
-        torch.testing.assert_close(grad, model.weight.grad)
-    finally:
-        torch.distributed.destroy_process_group()
+        loss_of(name, wrap(model)(inputs), target, "mean").backward()
+        return model.weight.grad.clone()
+
+    with group_of_one(tmp_path):
+        found = gradient(torch.nn.parallel.DistributedDataParallel)
+    torch.testing.assert_close(found, gradient(lambda module: module))

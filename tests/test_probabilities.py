@@ -104,9 +104,10 @@ def test_dtypes_and_layouts(layout, dtype, device):
 WEIGHTS = {"without weights": (), "of classes": ("weight",), "of samples": ("sample_weight",)}
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("dtype", "weights", "layout"),
+    one_in(3, [torch.float64, torch.float32, torch.bfloat16], WEIGHTS, LAYOUTS),
+)
 def test_mean_of_every_layout(layout, weights, dtype, device):
     """As training takes it: the gradient for an upstream gradient of 1, again in a second backward, and of others."""
     shape, arrange = LAYOUTS[layout]

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.fsdp as fsdp
 from conftest import DEVICES
+from gloo_group import group_of_one
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -248,15 +248,12 @@ def test_a_distributed_module_is_scheduled_inside(tmp_path: Path) -> None:
             super().__init__(3.0)
             self.scale = nn.Parameter(torch.ones(1))  # DistributedDataParallel refuses Modules without any
 
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    try:
+    with group_of_one(tmp_path):
         for wrap in (nn.parallel.DistributedDataParallel, fsdp.FullyShardedDataParallel, fsdp.fully_shard):
             module = Scaled()
             options = {"device_id": torch.device("cpu")} if wrap is fsdp.FullyShardedDataParallel else {}
             ThresholdSchedule(wrap(module, **options), 5.0, 1.0, 1)
             assert module.threshold.item() == 5.0
-    finally:
-        dist.destroy_process_group()
 
 
 def test_a_module_that_only_hands_the_attribute_through_is_refused_untouched() -> None:
