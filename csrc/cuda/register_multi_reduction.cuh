@@ -92,6 +92,7 @@ class RegisterMultiReduction {
     using State = typename Loss::template State<float>;
     static constexpr int n = Loss::num_kept;
     static constexpr bool kIsRelative = Loss::needs_max && Traits::is_relative;
+    static constexpr bool kLeavesBits = Traits::leaves_bits && !std::is_same_v<T, LaneTeam<1>>;  // short rows do not
     static constexpr bool kMayHaveMargins = requires(const double* params) { Loss::is_competitors_margin(params); };
 
 public:
@@ -153,7 +154,7 @@ public:
             }
             if (reads) scale *= args.upstream_of(row_of(number), inverse_denominator);
         }
-        if constexpr (Traits::leaves_bits)
+        if constexpr (kLeavesBits)
             if (p.bits && reads)
                 RowBits<Words::kHeld>(args, team, number)
                     .write([&](int i) { return numbers.of[i][0] != 0.0f; }, numbers.extra[0] != 0.0f);
