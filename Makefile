@@ -35,7 +35,7 @@ test check test-long test-emulated bench bench-compile: export PYTHONPATH := $(C
 # they are collected: by number of tests the C++ programs, minutes of compiling, would come last. Then those that
 # reach CPU kernels on its other instruction sets, some of a GPU's on emulated CUDA kernels, and the benchmarks once each,
 # on small inputs, for their checks; these are left out when PYTEST_ARGS asks for certain tests. Threads that wait do not spin: others need the cores.
-test: export OMP_WAIT_POLICY ?= passive
+test check: export OMP_WAIT_POLICY ?= passive
 test: $(BUILD_DONE)
 	@$(PY) -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder -m "not long" $(PYTEST_ARGS)
 	@$(if $(PYTEST_ARGS),,$(PY) tests/instruction_sets.py $(JOBS) --quiet)
