@@ -1,4 +1,4 @@
-"""Small calls of the Z-Error loss for classes, which have one operator for statistics and mask."""
+"""Ways of the Z-Error loss for classes: small calls have one operator for statistics and mask, large ones one for each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fused_losses as fl
-from fused_losses import _autograd, _ops
+from fused_losses import _autograd, _ops, _z_autograd
 
 
 def steps(module, dtype=torch.float32):
@@ -123,3 +123,24 @@ def test_the_operator_refuses_what_does_not_fit():
             _ops.z_error_kept_target(*args)
     with pytest.raises(ValueError, match="statistic must be 'logit', 'prob' or 'loss', got 'x'"):
         _ops.pack_z_error_constants((2.0, "x", "both", 2, True, -100, 0.1))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("base", ["cross_entropy", "nce_mae"])
+def test_large_batches_are_judged_before_their_losses_are_known(base, reduction, device, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(400, 40, generator=generator).to(device).requires_grad_()
+    target = torch.randint(0, 40, (400,), generator=generator).to(device)
+    module = fl.ZErrorCrossEntropyLoss(1.2, base=base, reduction=reduction)
+
+    def run():
+        loss, mask, scores = module(logits, target, return_mask=True)
+        return loss.detach(), mask, scores, torch.autograd.grad(0.5 * loss, logits)[0]
+
+    expected = run()
+    masked_first, calls = _z_autograd.masked_first, []
+    monkeypatch.setattr(_z_autograd, "_LARGE", 0)
+    monkeypatch.setattr(_z_autograd, "masked_first", lambda *args: calls.append(1) or masked_first(*args))
+    found = run()
+    assert calls and not expected[1].all()
+    torch.testing.assert_close(found, expected)
