@@ -1,4 +1,4 @@
-"""Ways of the Z-Error loss for classes: small calls have one operator for statistics and mask, large ones one for each."""
+"""Ways of the Z-Error loss for classes: small calls have one operator for statistics and mask, large ones two."""
 
 from __future__ import annotations
 
