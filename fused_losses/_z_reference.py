@@ -62,7 +62,7 @@ def class_moments(
 
 
 def _judge(group: Tensor, score: Tensor, moments: Tensor, rule: ZErrorRule) -> tuple[Tensor, Tensor]:
-    """Mask and standardised scores."""
+    """Mask and standardised scores. Where no row has a finite score, none is dropped: the loss is NaN then, not 0."""
     index = group.clamp(min=0)
     count, mean, m2 = moments[:, index]
     std = (m2 / (count - 1)).sqrt()
@@ -82,7 +82,8 @@ def _judge(group: Tensor, score: Tensor, moments: Tensor, rule: ZErrorRule) -> t
         near = z.abs() <= limit
     else:
         near = oriented >= -limit if rule.tail == "low" else oriented <= limit
-    return valid & torch.where(small, rule.keep_small, near | constant), z
+    kept = valid & torch.where(small, rule.keep_small, near | constant)
+    return torch.where(valid.any(), kept, group >= 0), z
 
 
 def z_error_mask(score: Tensor, target: Tensor, ignore_index: int, rule: ZErrorRule) -> tuple[Tensor, Tensor, Tensor]:

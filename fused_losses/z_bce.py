@@ -111,8 +111,9 @@ def _z_error_bce_with_logits(ops: ZOps) -> Callable[..., Any]:
                 (between GPUs: a device assertion).
 
         Source: 2506.02154, ZErrorBCEWithLogitsLoss. Deviations from its code: a NaN or infinite logit drops its own
-        row, and neither its class nor the loss of the other rows; statistics are in float64; a label whose logits have
-        a std below 1e-8 is kept whole, and so is the only row of a label.
+        row, and neither its class nor the loss of the other rows (where no logit is finite, none is dropped, and the
+        loss is NaN, not 0); statistics are in float64; a label whose logits have a std below 1e-8 is kept whole, and so
+        is the only row of a label.
 
         Example:
             >>> logits = torch.tensor([2.5, 0.2, -1.1, 1.3, -2.0, 3.0])

@@ -190,8 +190,8 @@ def _z_error_cross_entropy(ops: ZOps) -> Callable[..., Any]:
 
         Source: 2506.02154, which has the rule for two classes and names more classes as an extension; the extension is
         ours. Deviations from its code: a score that is not finite drops its own row, not its class; a dropped row
-        cannot make loss or gradient NaN; a class whose scores have a std below 1e-8 is kept whole; statistics are in
-        float64.
+        cannot make loss or gradient NaN; where no score is finite, no row is dropped, and the loss is NaN, not 0; a
+        class whose scores have a std below 1e-8 is kept whole; statistics are in float64.
 
         Example:
             >>> logits = torch.tensor([[2.0, 0.0], [1.0, 0.0], [2.0, 0.0], [0.0, 2.0], [0.0, 1.0]])

@@ -50,6 +50,63 @@ def test_a_non_finite_row_touches_no_other(bad, device):
         assert grad.isfinite().all() and grad[5] == 0
 
 
+@pytest.mark.parametrize("module", [functional, reference], ids=["fused", "plain"])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("rows", [1, 7, 3000])
+def test_where_no_score_is_finite_no_row_is_dropped(rows, reduction, module, device):
+    """A network that has diverged would otherwise have a loss of 0, the best of all."""
+    target = torch.arange(rows, device=device) % 3
+    target[3::7] = -100
+    counts = target >= 0
+    labels = torch.where(counts, (target > 0).double(), math.nan)
+    smoothed = fl.CrossEntropyLoss(torch.tensor([1.0, 2.0, 0.5], device=device), label_smoothing=0.1)
+    given = fl.class_statistics(torch.randn(60, device=device), torch.arange(60, device=device) % 3, 3)
+    both = fl.class_statistics(torch.randn(60, device=device), torch.arange(60, device=device) % 2, 2)
+    shared = {"reduction": reduction, "return_mask": True}
+    forms = [
+        lambda x, options=options, base=base: module.z_error_cross_entropy(x, target, base=base, **options, **shared)
+        for base in ("cross_entropy", "hem", smoothed)
+        for options in (
+            *({"statistic": statistic} for statistic in ("logit", "prob", "loss")),
+            {"small_class": "drop"},
+            {"statistics": given},
+        )
+    ]
+    forms += [
+        lambda x, options=options: module.z_error_bce_with_logits(x[:, 0], labels, **options, **shared)
+        for options in ({}, {"space": "prob"}, {"small_class": "drop"}, {"statistics": both})
+    ]
+    for form in forms:
+        for bad in (math.nan, math.inf):
+            x = torch.full((rows, 3), bad, device=device, requires_grad=True)
+            result = form(x)
+            assert torch.equal(result.mask, counts) and result.scores.isnan().all()
+            assert not (result.loss[counts] if reduction == "none" else result.loss).isfinite().any()
+            grad = torch.autograd.grad(result.loss.sum(), x)[0]
+            assert (grad[~counts] == 0).all()
+            assert bad == math.inf or grad[counts].isnan().any(1).all()
+            with torch.no_grad():
+                torch.testing.assert_close(form(x).loss, result.loss, equal_nan=True)
+            x.data[0] = 1.0
+            with_one = form(x)
+            assert not with_one.mask[1:].any() and with_one.loss.isfinite().all()
+    infinite = torch.full((rows,), math.inf, device=device, requires_grad=True)
+    for statistic in ("residual", "loss"):
+        result = module.z_mse_loss(infinite, torch.zeros(rows, device=device), statistic=statistic, **shared)
+        assert result.mask.all() and not result.loss.isfinite().any()
+
+
+@pytest.mark.parametrize("criterion", [fl.ZErrorCrossEntropyLoss, fl.ZErrorBCEWithLogitsLoss])
+def test_a_diverged_network_has_no_finite_loss_in_eval(criterion, device):
+    loss = criterion(running=True).to(device)
+    target = torch.arange(60, device=device) % 2
+    logits = torch.randn(60, 2, device=device)
+    given = (logits, target) if criterion is fl.ZErrorCrossEntropyLoss else (logits[:, 0], target)
+    assert loss(*given).isfinite()
+    loss.eval()
+    assert loss(*given).isfinite() and loss(given[0] * math.nan, target).isnan()
+
+
 @pytest.mark.parametrize("statistic", ["logit", "prob", "loss"])
 def test_dropped_rows_are_zero_for_any_upstream_gradient(statistic, device):
     torch.manual_seed(0)

@@ -142,6 +142,39 @@ void check_labels(const ZProblem& p) {
                     row < 0 ? 0.0 : z_error::Row(p, row).of<double>(p.target), " (entry ", row, ")");
 }
 
+void mask_of(const ZProblem& p) {
+    const IntervalTable rules(p);
+    Chunks::of_columns(p, kChunkRows).for_each([&](std::int64_t, std::int64_t begin, std::int64_t end) {
+        z_kernels().mask(p, rules, begin, end);
+    });
+}
+
+LossSums loss_of(const ZProblem& p) {
+    const IntervalTable rules(p);
+    const Chunks chunks = Chunks::of_columns(p, kChunkRows);
+    std::vector<LossSums> sums(chunks.count);
+    chunks.for_each([&](std::int64_t chunk, std::int64_t begin, std::int64_t end) {
+        sums[chunk] = z_kernels().loss(p, rules, begin, end);
+    });
+    LossSums total{};
+    for (const LossSums& of_chunk : sums) total.add(of_chunk);
+    return total;
+}
+
+// Whether no row has a finite score, and none is to be dropped therefore (z_error/rows.h). Once there is a mask.
+bool nothing_is_judged(const ZProblem& p) {
+    if (std::find(p.mask, p.mask + p.rows(), true) != p.mask + p.rows()) return false;  // nearly always
+    std::vector<double> moments(3 * p.num_groups);
+    moments_of(p, moments.data());
+    return std::all_of(moments.begin(), moments.begin() + p.num_groups, [](double count) { return count == 0; });
+}
+
+ZProblem keeping_all(const ZProblem& p) {
+    ZProblem all = p;
+    all.keep_all = true;
+    return all;
+}
+
 }  // namespace
 
 void cpu_class_moments(const ZProblem& p, double* out) {
@@ -155,24 +188,16 @@ void cpu_update_moments(double* running, const double* batch, std::int64_t group
 }
 
 void cpu_z_error_mask(const ZProblem& p) {
-    const IntervalTable rules(p);
-    Chunks::of_columns(p, kChunkRows).for_each([&](std::int64_t, std::int64_t begin, std::int64_t end) {
-        z_kernels().mask(p, rules, begin, end);
-    });
+    mask_of(p);
+    if (nothing_is_judged(p)) mask_of(keeping_all(p));
 }
 
 void cpu_z_error_loss(const ZProblem& p) {
     if (p.entropy.logits.data) compute_entropies(p);
     check_labels(p);
     if (p.own_moments) moments_of(p, p.own_moments);
-    const IntervalTable rules(p);
-    const Chunks chunks = Chunks::of_columns(p, kChunkRows);
-    std::vector<LossSums> sums(chunks.count);
-    chunks.for_each([&](std::int64_t chunk, std::int64_t begin, std::int64_t end) {
-        sums[chunk] = z_kernels().loss(p, rules, begin, end);
-    });
-    LossSums total{};
-    for (const LossSums& of_chunk : sums) total.add(of_chunk);
+    LossSums total = loss_of(p);
+    if (nothing_is_judged(p)) total = loss_of(keeping_all(p));
     write_scalar(p, p.denominator, total.weight);
     if (p.reduction == Reduction::kMean) total.value = total.weight == 0 ? 0.0 : total.value / total.weight;
     if (p.reduction != Reduction::kNone) write_scalar(p, p.loss, total.value);

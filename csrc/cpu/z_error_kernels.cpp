@@ -144,7 +144,8 @@ void judge_block(const ZProblem& p, const double* rules, const TaskColumns& colu
         const KeepIntervalOf<D> rule{number(0), number(1), number(2), number(3), number(4) > D(0.0)};
         const auto verdict = judge<D>(rule, D::load(block.score + i));
         using Bytes __attribute__((vector_size(D::size))) = std::int8_t;
-        const Bytes bytes = __builtin_convertvector((known & verdict.kept).m, Bytes) & std::int8_t(1);
+        const auto keeps = p.keep_all ? known : known & verdict.kept;
+        const Bytes bytes = __builtin_convertvector(keeps.m, Bytes) & std::int8_t(1);
         std::memcpy(kept + i, &bytes, sizeof(bytes));
         math::select(known, verdict.z, D(kNan)).store(block.score + i);
     });
@@ -159,6 +160,7 @@ void judge_classes(const ZProblem& p, const KeepInterval* rules, std::int64_t fi
         const std::int64_t group = block.group[r];
         Verdict<double> verdict{false, kNan};
         if (group >= 0) verdict = judge<double>(rules ? rules[group] : keep_interval_of(p, group), block.score[r]);
+        verdict.kept |= p.keep_all && group >= 0;
         record(p, first + r, verdict);
         if (p.kept_target) p.kept_target[first + r] = kept_target_of(p, block.target[r], group, verdict.kept);
     }

@@ -14,15 +14,15 @@ namespace {
 // Memory for partial results and counters, handed out to the phases of one launch.
 class Scratch {
 public:
-    Scratch(const DeviceScope& device, const std::vector<WorkShares*>& phases, int barrier_count = 0) {
-        std::int64_t partial_count = 0, ticket_count = barrier_count;
+    Scratch(const DeviceScope& device, const std::vector<WorkShares*>& phases, int others = 0) {
+        std::int64_t partial_count = 0, ticket_count = others;
         for (const WorkShares* shares : phases) {
             partial_count += shares->partial_count();
             ticket_count += shares->ticket_count();
         }
         numbers = device.scratch(partial_count, dtypes::float64);
         if (ticket_count > 0) find_counters(device, ticket_count);
-        unsigned* tickets = barriers + barrier_count;
+        unsigned* tickets = counters + others;
         double* partials = static_cast<double*>(numbers.mutable_data_ptr());
         for (WorkShares* shares : phases) {
             shares->partials = partials;
@@ -32,20 +32,20 @@ public:
         }
     }
 
-    unsigned* barriers = nullptr;  // between the phases
+    unsigned* counters = nullptr;  // the others first
 
 private:
     void find_counters(const DeviceScope& device, std::int64_t count) {
         if (count <= kOwnCounters) {
             if (const std::optional<int> number = number_of_stream(device))
-                return check_launch(find_own_counters(*number, barriers));
+                return check_launch(find_own_counters(*number, counters));
         }
-        counters = device.scratch(count, dtypes::int32);
-        barriers = static_cast<unsigned*>(counters.mutable_data_ptr());
-        check_launch(cudaMemsetAsync(barriers, 0, sizeof(unsigned) * count, device.stream()));
+        memory = device.scratch(count, dtypes::int32);
+        counters = static_cast<unsigned*>(memory.mutable_data_ptr());
+        check_launch(cudaMemsetAsync(counters, 0, sizeof(unsigned) * count, device.stream()));
     }
 
-    Tensor numbers, counters;
+    Tensor numbers, memory;
 };
 
 }  // namespace
@@ -60,7 +60,8 @@ void class_moments(const ZProblem& p, double* out) {
 void z_error_mask(const ZProblem& p) {
     if (p.rows() == 0) return;
     const DeviceScope device(p.device);
-    check_launch(enqueue_z_error_mask(p, device.stream()));
+    const Scratch scratch(device, {}, kMaskCounters);
+    check_launch(enqueue_z_error_mask(p, scratch.counters, device.stream()));
 }
 
 void z_error_loss(const ZProblem& p) {
@@ -69,7 +70,7 @@ void z_error_loss(const ZProblem& p) {
     std::vector<WorkShares*> phases{&shares};
     if (p.own_moments) phases.push_back(&moments);
     const Scratch scratch(device, phases, blocks_of_loss(p, moments, shares) > 1 ? kLossBarriers : 0);
-    check_launch(enqueue_z_error_loss(p, moments, shares, scratch.barriers, device.stream()));
+    check_launch(enqueue_z_error_loss(p, moments, shares, scratch.counters, device.stream()));
 }
 
 void z_error_gradient(const ZProblem& p) {

@@ -148,10 +148,35 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<double>)
     compute_moments(p, shares, out);
 }
 
-__global__ void __launch_bounds__(kBlock, kMinBlocks<double>) mask_rows(const __grid_constant__ ZProblem p) {
-    const std::int64_t step = std::int64_t(gridDim.x) * kBlock;
-    for (std::int64_t n = std::int64_t(blockIdx.x) * kBlock + threadIdx.x; n < p.rows(); n += step)
-        z_error::mask_row(p, Row(p, n));
+// Whether no row has a finite score, and none is to be dropped therefore. For all threads of a block; rare.
+FL_DEVICE bool nothing_is_judged(const ZProblem& p) {
+    bool judged = false;
+    for (std::int64_t n = threadIdx.x; n < p.rows() && !judged; n += kBlock) {
+        const Row row(p, n);
+        const std::int64_t group = z_error::group_of(p, row);
+        judged = group >= 0 && z_error::is_finite(z_error::score_of(p, row, group));
+    }
+    return !__syncthreads_or(judged);
+}
+
+// One share of the rows. Returns whether this thread keeps any.
+FL_DEVICE bool mask_share(const ZProblem& p, std::int64_t chunk, std::int64_t chunks, bool keep_all) {
+    bool any = false;
+    for (std::int64_t n = chunk * kBlock + threadIdx.x; n < p.rows(); n += chunks * kBlock)
+        any |= z_error::mask_row(p, Row(p, n), keep_all);
+    return any;
+}
+
+// counters: kMaskCounters zeros, which are zeros again afterwards: a ticket, and whether any row is kept.
+__global__ void __launch_bounds__(kBlock, kMinBlocks<double>)
+    mask_rows(const __grid_constant__ ZProblem p, unsigned* counters) {
+    unsigned &ticket = counters[0], &any_is_kept = counters[1];
+    if (__syncthreads_or(mask_share(p, blockIdx.x, gridDim.x, false)) && threadIdx.x == 0) atomicMax(&any_is_kept, 1u);
+    if (!arrives_last(&ticket, gridDim.x)) return;
+    const bool none_is_kept = __ldcg(&any_is_kept) == 0;
+    __syncthreads();
+    if (threadIdx.x == 0) any_is_kept = 0;
+    if (none_is_kept && nothing_is_judged(p)) mask_share(p, 0, 1, true);
 }
 
 FL_HD int lanes_of_entropies(const ZProblem& p) { return lanes_for(p.num_groups, p.entropy.class_stride); }
@@ -201,13 +226,13 @@ FL_DEVICE void compute_entropies(const ZProblem& p) {
 
 // One share of the rows, of which neighbouring threads take neighbours.
 template <class A>
-FL_DEVICE LossSums loss_of_share(const ZProblem& p, std::int64_t chunk, std::int64_t chunks) {
+FL_DEVICE LossSums loss_of_share(const ZProblem& p, std::int64_t chunk, std::int64_t chunks, bool keep_all) {
     A* const row_values = static_cast<A*>(p.row_values);
     A* const row_weights = static_cast<A*>(p.row_weights);
     LossSums sums{0, 0};
     for (std::int64_t n = chunk * kBlock + threadIdx.x; n < p.rows(); n += chunks * kBlock) {
         const Row row(p, n);
-        const auto of_row = z_error::weighted_loss_of<A>(p, row, z_error::mask_row(p, row));
+        const auto of_row = z_error::weighted_loss_of<A>(p, row, z_error::mask_row(p, row, keep_all));
         if (row_values) row_values[n] = of_row.value;
         if (row_weights) row_weights[n] = of_row.weight;
         sums.add({static_cast<double>(of_row.value), static_cast<double>(of_row.weight)});
@@ -230,7 +255,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<double>)
     }
     LossSums total{0, 0};
     for (std::int64_t chunk = blockIdx.x; chunk < shares.chunks; chunk += gridDim.x) {
-        total = loss_of_share<A>(p, chunk, shares.chunks);
+        total = loss_of_share<A>(p, chunk, shares.chunks, false);
         if (shares.chunks == 1 || threadIdx.x != 0) continue;
         shares.partials[2 * chunk] = total.value;
         shares.partials[2 * chunk + 1] = total.weight;
@@ -241,6 +266,8 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<double>)
     } else if (blockIdx.x != 0) {
         return;
     }
+    if (__syncthreads_or(threadIdx.x == 0 && total.weight == 0) && nothing_is_judged(p))
+        total = loss_of_share<A>(p, 0, 1, true);
     if (threadIdx.x != 0) return;
     *static_cast<A*>(p.denominator) = static_cast<A>(total.weight);
     if (p.reduction == Reduction::kNone) return;
@@ -294,8 +321,8 @@ cudaError_t enqueue_class_moments(const ZProblem& p, const WorkShares& shares, d
     return launch(reduce_moments, static_cast<unsigned>(shares.count()), stream, p, shares, moments);
 }
 
-cudaError_t enqueue_z_error_mask(const ZProblem& p, cudaStream_t stream) {
-    return launch_over_rows(mask_rows, p.rows(), kBlock, stream, p);
+cudaError_t enqueue_z_error_mask(const ZProblem& p, unsigned* counters, cudaStream_t stream) {
+    return launch_over_rows(mask_rows, p.rows(), kBlock, stream, p, counters);
 }
 
 std::int64_t blocks_of_loss(const ZProblem& p, const WorkShares& moments, const WorkShares& loss) {

@@ -41,7 +41,9 @@ WorkShares shares_of_moments(const ZProblem& p);
 WorkShares shares_of_loss(const ZProblem& p);
 
 cudaError_t enqueue_class_moments(const ZProblem& p, const WorkShares& shares, double* moments, cudaStream_t stream);
-cudaError_t enqueue_z_error_mask(const ZProblem& p, cudaStream_t stream);
+// counters: so many zeros, which are zeros again afterwards.
+constexpr int kMaskCounters = 2;
+cudaError_t enqueue_z_error_mask(const ZProblem& p, unsigned* counters, cudaStream_t stream);
 // Scores first where p.entropy has logits, then `moments` where p.own_moments is not null. barriers: kLossBarriers
 // counters of a grid_group unless it runs in one block.
 constexpr int kLossBarriers = 1;

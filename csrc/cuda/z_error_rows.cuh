@@ -58,11 +58,12 @@ FL_DEVICE WeightedLoss<A> weighted_loss_of(const ZProblem& p, const Row& row, bo
     return {weight * loss_of<A>(p, row).value, weight};
 }
 
-// Judges a row and returns whether it is kept.
-FL_DEVICE bool mask_row(const ZProblem& p, const Row& row) {
+// Judges a row and returns whether it is kept. keep_all: as in ZProblem.
+FL_DEVICE bool mask_row(const ZProblem& p, const Row& row, bool keep_all) {
     const std::int64_t group = group_of(p, row);
     Verdict<double> verdict{false, std::numeric_limits<double>::quiet_NaN()};
     if (group >= 0) verdict = judge<double>(keep_interval_of(p, group), score_of(p, row, group));
+    verdict.kept |= keep_all && group >= 0;
     record(p, row.number, verdict);
     if (p.kept_target)
         p.kept_target[row.number] = kept_target_of(p, row.of<std::int64_t>(p.target), group, verdict.kept);

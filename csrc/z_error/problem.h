@@ -78,6 +78,7 @@ struct ZProblem {
     Tail tail = Tail::kBoth;
     double min_count = 2;
     bool keep_small = false;
+    bool keep_all = false;  // rows of groups, whatever their scores
 
     // Outputs of masking
     bool* mask = nullptr;

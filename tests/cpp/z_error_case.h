@@ -284,7 +284,9 @@ private:
     void run_mask(Result& result) {
         run_moments(result.moments);
         shuffle_launches();
-        if (rows > 0) cuda::enqueue_z_error_mask(problem(result), nullptr);
+        unsigned counters[cuda::kMaskCounters] = {};
+        if (rows > 0) cuda::enqueue_z_error_mask(problem(result), counters, nullptr);
+        check(!counters[0] && !counters[1], "%s: counters are not zero again", name.c_str());
         check(result.only_elements_written(), "%s: the mask wrote outside its outputs", name.c_str());
     }
 

@@ -1,6 +1,7 @@
 // The published formulas of Z-Error in long double.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -46,7 +47,9 @@ Real cross_entropy(Logit logit, std::int64_t classes, std::int64_t own, Real smo
 // Kept: 1, dropped: 0, too near the threshold to say: -1.
 inline int verdict(const ZProblem& p, const std::vector<ZMoments>& moments, const ZRow& row, double limit, double& z) {
     z = kNaN;
-    if (row.group < 0 || !std::isfinite(row.score)) return 0;
+    if (row.group < 0) return 0;
+    if (!std::isfinite(row.score))  // where no row has a finite score, none is dropped
+        return std::none_of(moments.begin(), moments.end(), [](const ZMoments& of) { return of.count > 0; });
     const ZMoments& m = moments[row.group];
     if (m.count < p.min_count || m.count < 2) return p.keep_small;
     Real std = std::sqrt(m.m2 / (m.count - 1));

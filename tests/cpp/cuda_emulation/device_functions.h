@@ -42,6 +42,17 @@ T from_bits(std::uint64_t bits) {
 #define FL_WHERE cuda_emulation::Location where = cuda_emulation::Location::current()
 
 inline void __syncthreads(FL_WHERE) { cuda_emulation::wait_for_block("__syncthreads", where); }
+// Whether any thread of the block brings something other than 0.
+inline int __syncthreads_or(int mine, FL_WHERE) {
+    int& any = cuda_emulation::current_block->any;
+    if (mine != 0) any = 1;
+    cuda_emulation::wait_for_block("__syncthreads_or", where);
+    const int found = cuda_emulation::current_block->any;
+    cuda_emulation::wait_for_block("__syncthreads_or", where);
+    cuda_emulation::current_block->any = 0;
+    cuda_emulation::wait_for_block("__syncthreads_or", where);
+    return found;
+}
 inline void __syncwarp(unsigned mask = 0xffffffffu, FL_WHERE) {
     cuda_emulation::exchange("__syncwarp", mask, 0, where, /*is_barrier=*/true);
 }
