@@ -91,8 +91,8 @@ FL_HD Verdict<T> judge(const KeepIntervalOf<T>& rule, T score) {
     return {kept, math::select(finite, z, T(std::numeric_limits<double>::quiet_NaN()))};
 }
 
-// The rules of 2506.02154, with those rows dropped by selection that its code lets poison the sum. But where no row of a
-// call has a finite score, none is dropped (ZProblem::keep_all): a loss of 0 would look perfect, and it is NaN.
+// The rules of 2506.02154, with those rows dropped by selection that its code lets poison the sum. But where no row of
+// a call has a finite score, none is dropped (ZProblem::keep_all): a loss of 0 would look perfect, and it is NaN.
 FL_HD KeepInterval keep_interval_of(const ZProblem& p, std::int64_t group) {
     const double infinity = std::numeric_limits<double>::infinity();
     const double count = p.moments[group];

@@ -78,7 +78,7 @@ struct Block {
     uint3 index;
     Order order;
     int lowest_priority = 0;
-    int any = 0;  // of __syncthreads_or
+    int any = 0;                              // of __syncthreads_or
     unsigned running = 0;                     // threads that have not finished
     unsigned at_barrier = 0, at_cluster = 0;  // those of them that wait for all of the block, of the cluster
     std::uint64_t period = 0;                 // since its last barrier
