@@ -18,6 +18,7 @@ from benchmarks.issue_losses import (
     OF_SUMS,
     OTHERS,
     SHARES,
+    WITH_STATISTICS,
     WORD,
     MultiReduction,
     Other,
@@ -59,7 +60,7 @@ class Case:
         """The most instructions per logit that it should need, if that is stated."""
         if self.loss in MULTI_REDUCTION:
             return MULTI_REDUCTION[self.loss].budget
-        if self.loss in OTHERS or self.loss in OF_ROWS or self.loss == SHARES:
+        if self.loss in OTHERS or self.loss in OF_ROWS or self.loss in (SHARES, WITH_STATISTICS):
             return None
         return softmax_budget(self.loss, self.size, self.classes)
 
@@ -73,7 +74,10 @@ def cases(*, quick: bool) -> list[Case]:
         return found
     chosen = [loss for loss in OF_P_Y + OF_SUMS if loss != "NCE"]
     found += [
-        Case(loss, dtype, n) for loss in (*chosen, *MULTI_REDUCTION, SHARES) for dtype in DTYPES for n in FEW_CLASSES
+        Case(loss, dtype, n)
+        for loss in (*chosen, *MULTI_REDUCTION, SHARES, WITH_STATISTICS)
+        for dtype in DTYPES
+        for n in FEW_CLASSES
     ]
     found += [Case(loss, dtype, n) for loss, other in OTHERS.items() for dtype in other.moved for n in FEW_CLASSES]
     return found + [Case(loss, "float32", 1) for loss in OF_ROWS]
@@ -126,8 +130,8 @@ def kind_of(case: Case) -> str:
 
 def factors_of(case: Case) -> int:
     """Of the C++ enumeration KernelKind."""
-    if case.loss == SHARES:
-        return 2
+    if case.loss in (SHARES, WITH_STATISTICS):
+        return 2 + (case.loss == WITH_STATISTICS)
     return 3 + MULTI_REDUCTION[case.loss].kept if case.loss in MULTI_REDUCTION else int(case.loss in OF_SUMS)
 
 
@@ -156,6 +160,8 @@ def work_of_row(case: Case, plan: Plan) -> tuple[dict[str, int], int]:
         row |= {"MUFU.LG2": 1}
     if case.loss == SHARES:
         return row, 5
+    if case.loss == WITH_STATISTICS:  # beside the loss's sum and largest: the sum for the entropy, the lowest class
+        return row | {"STG": 6, "MUFU.EX2": plan.held + 2} | ({"MUFU.LG2": 2} if case.size == 2 else {}), 4
     if case.loss != "p_y":
         row |= {"CALL": 1}
     if case.loss in OF_SUMS:  # sums of exponentials and of arguments, which float32 makes one by one
@@ -277,7 +283,7 @@ def kernel_name(case: Case, plan: Plan) -> str:
     if plan.kind == "tile":
         lanes = plan.lanes if plan.factors == 0 or plan.held == 10 else 0
         return rf"softmax_in_tilesI.*{stored}{factors}Li{lanes}ELi{plan.held}E"
-    team = "WarpTeam" if plan.factors < 3 and plan.lanes == 32 else "RowTeam"
+    team = "WarpTeam" if plan.lanes == 32 else "RowTeam"
     return rf"softmax_in_registersI.*{stored}{factors}Li{plan.held}E.*{team}"
 
 

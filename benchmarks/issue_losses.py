@@ -13,6 +13,7 @@ MANGLED = {"bfloat16": r"BFloat16E", "float16": r"4HalfE", "float32": r"f"}
 NAMES = {"p_y": "cross_entropy", "NCE": "nce", "pixels p_y": "cross_entropy", "HEM": "hem"}
 NAMES |= {
     "class probabilities": "none",
+    "p_y, with statistics": "cross_entropy",
     "multi-margin": "multi_margin",
     "NGCE": "ngce",
     "SGCE": "sgce",
@@ -28,6 +29,7 @@ OF_P_Y = (
     *("phuber_gce", "truncated_gce", "ece", "ece_mae", "efl_mae"),
 )
 SHARES = "class probabilities"  # floats: each class has a share, most of them none, of the loss that it would have
+WITH_STATISTICS = "p_y, with statistics"  # of the rows, beside the loss and its gradient
 OF_SUMS = ("NCE", "nce_mae", "nce_rce", "nce_agce", "nce_aue", "cores", "unhinged")
 
 

@@ -14,7 +14,6 @@ from fused_losses.softmax import (
     AELoss,
     AGCELoss,
     AUELoss,
-    BoundedCELoss,
     FocalLoss,
     GCELoss,
     JSLoss,
@@ -24,7 +23,7 @@ from fused_losses.softmax import (
     SCELoss,
     TaylorCELoss,
 )
-from fused_losses.clipped import PHuberCELoss, PHuberGCELoss, TruncatedGCELoss
+from fused_losses.clipped import BoundedCELoss, PHuberCELoss, PHuberGCELoss, TruncatedGCELoss
 from fused_losses.eps_softmax import ECELoss, ECEMAELoss, EFLMAELoss
 from fused_losses.mean_log import CORESLoss, UnhingedLoss
 from fused_losses.normalized import NCELoss, NFLLoss, NGCELoss

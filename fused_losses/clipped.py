@@ -1,4 +1,4 @@
-"""The losses of ``p_y`` that are clipped: linear, or constant, where ``p_y`` is small.
+"""The losses of ``p_y`` that are clipped, linear or constant where ``p_y`` is small, or bounded there.
 
 Each loss: its formula in plain PyTorch, which a decorator turns into the fused function, then its Module. The C++ forms
 are in ``csrc/losses/target_losses.h``.
@@ -16,8 +16,8 @@ from typing_extensions import Unpack
 from fused_losses._arguments import CallOptions
 from fused_losses._common import RowLossModule, RowLossOptions
 from fused_losses._declare import loss_of_target
-from fused_losses._parameters import exponent, fraction
-from fused_losses._reference import expm1
+from fused_losses._parameters import exponent, fraction, positive_factor
+from fused_losses._reference import expm1, log_near_one
 from fused_losses.softmax import above_one_factor
 
 # For q near 1 tau^(-1 / (1 - q)) depends on digits of 1 - q that q does not have.
@@ -117,3 +117,30 @@ class TruncatedGCELoss(RowLossModule, stem="truncated_gce"):
 
     def __init__(self, q: float = 0.7, k: float = 0.5, **options: Unpack[RowLossOptions]) -> None:
         super().__init__({"q": q, "k": k}, **options)
+
+
+@loss_of_target(a=positive_factor)
+def bounded_ce_loss(t: Tensor, *, a: float = 0.1, **options: Unpack[CallOptions]) -> Tensor:
+    """Bounded cross entropy: ``log((1 + a) / (p_y + a))``, the limit of :func:`agce_loss` for ``q -> 0``.
+
+    For noisy labels: cross entropy with a largest value of ``log(1 + 1 / a)``.
+    Source: our reading of "bounded cross entropy" in 2306.05497, whose formula we could not read.
+
+    Args:
+        a: offset, > 0. The default 0.1 is ours.
+
+    Example:
+        >>> bounded_ce_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]), a=0.5)
+        tensor(0.4055)
+    """
+    top = 1.0 + a
+    return -log_near_one((t.exp() + a) / top, expm1(t) / top)
+
+
+class BoundedCELoss(RowLossModule, stem="bounded_ce"):
+    """Module form of :func:`bounded_ce_loss`."""
+
+    a: float
+
+    def __init__(self, a: float = 0.1, **options: Unpack[RowLossOptions]) -> None:
+        super().__init__({"a": a}, **options)

@@ -9,7 +9,7 @@ from fused_losses.active_passive import (
     nfl_rce_loss,
 )
 from fused_losses.bi_tempered import bi_tempered_loss
-from fused_losses.clipped import phuber_ce_loss, phuber_gce_loss, truncated_gce_loss
+from fused_losses.clipped import bounded_ce_loss, phuber_ce_loss, phuber_gce_loss, truncated_gce_loss
 from fused_losses.corrections import backward_correction_loss, forward_correction_loss
 from fused_losses.cross_entropy import cross_entropy
 from fused_losses.eps_softmax import ece_loss, ece_mae_loss, efl_mae_loss
@@ -27,7 +27,6 @@ from fused_losses.softmax import (
     ae_loss,
     agce_loss,
     aue_loss,
-    bounded_ce_loss,
     focal_loss,
     gce_loss,
     js_loss,

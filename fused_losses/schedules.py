@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_losses._arrays import Numbers, as_tensor
-from fused_losses._parameters import Range, check_choice, check_number, finite, non_negative, positive
+from fused_losses._parameters import Range, check_choice, check_number, finite, non_negative, positive, switch
 from fused_losses._unwrap import owns, unwrap
 
 __all__ = ["LogitBiasSchedule", "ThresholdSchedule", "get_sigma_threshold"]
@@ -119,7 +119,7 @@ class _Schedule:
         factor = _below_one.pack("factor", check_number("factor", factor))
         patience = _PATIENCE.get(mode, 0) if patience is None else _whole("patience", patience, 0)
         min_delta = non_negative.pack("min_delta", check_number("min_delta", min_delta))
-        maximize = mode == "peak" if maximize is None else maximize
+        maximize = mode == "peak" if maximize is None else bool(switch.pack("maximize", maximize))
         module = unwrap(module)
         self.module = module
         self.mode, self.steps, self.factor, self.patience = mode, steps, factor, patience

@@ -350,33 +350,6 @@ class FocalLoss(RowLossModule, stem="focal"):
         super().__init__({"gamma": gamma}, **options)
 
 
-@loss_of_target(a=positive_factor)
-def bounded_ce_loss(t: Tensor, *, a: float = 0.1, **options: Unpack[CallOptions]) -> Tensor:
-    """Bounded cross entropy: ``log((1 + a) / (p_y + a))``, the limit of :func:`agce_loss` for ``q -> 0``.
-
-    For noisy labels: cross entropy with a largest value of ``log(1 + 1 / a)``.
-    Source: our reading of "bounded cross entropy" in 2306.05497, whose formula we could not read.
-
-    Args:
-        a: offset, > 0. The default 0.1 is ours.
-
-    Example:
-        >>> bounded_ce_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]), a=0.5)
-        tensor(0.4055)
-    """
-    top = 1.0 + a
-    return -log_near_one((t.exp() + a) / top, expm1(t) / top)
-
-
-class BoundedCELoss(RowLossModule, stem="bounded_ce"):
-    """Module form of :func:`bounded_ce_loss`."""
-
-    a: float
-
-    def __init__(self, a: float = 0.1, **options: Unpack[RowLossOptions]) -> None:
-        super().__init__({"a": a}, **options)
-
-
 @loss_of_target(epsilon=_above_minus_one)
 def poly_loss(t: Tensor, *, epsilon: float = 2.0, **options: Unpack[CallOptions]) -> Tensor:
     """Poly-1: ``-log p_y + epsilon (1 - p_y)``, cross entropy plus a multiple of MAE.

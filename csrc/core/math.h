@@ -362,41 +362,10 @@ FL_HD T log_near_one(T x, T x_minus_1) {
     return log(x) + select((x > T(S(0.5))) & (x < T(S(2))), divide(lost, x), T(S(0)));
 }
 
-// a^n. Max Error: n ulp. Valid Range: n >= 1, the same for all elements; no overflow or underflow on the way.
-template <class T>
-FL_HD T integer_power(T a, int n) {
-    while (n % 2 == 0) a *= a, n /= 2;
-    T product = a;
-    while (n /= 2) {
-        a *= a;
-        if (n % 2) product *= a;
-    }
-    return product;
-}
-
-// x^y where some ulp do not matter. Max Error: 4 + 2 |log x| ulp. Valid Range: normal x > 0, NaN; |y| <= 1/2.
-template <class T>
-FL_HD T coarse_pow(T x, T y) {
-#ifdef FL_ON_DEVICE
-    if constexpr (sizeof(T) == 4) return exp2_approximately(y * log2_approximately(x));
-#endif
-    return exp(y * log(x));
-}
-
 // 0 for x < 0; NaN stays.
 template <class T>
 FL_HD T not_negative(T x) {
     return at_least(x, T(0));
-}
-
-// pow(0, 0) = 1. Max Error: 2 + 2.6 |b log a| ulp. Valid Range: a >= 0, NaN.
-template <class T>
-FL_HD T pow(T a, T b) {
-    using S = scalar_t<T>;
-#ifdef __CUDA_ARCH__
-    if constexpr (sizeof(T) == 8) return ::pow(a, b);
-#endif
-    return select(b == T(S(0)), T(S(1)), exp(b * log(a)));
 }
 
 }  // namespace math

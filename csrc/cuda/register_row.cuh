@@ -76,7 +76,7 @@ public:
             extra_u = reads && extra_class >= 0 ? factor(extra_class) : 0.0f;
         }
 
-        float pivot, others = 0.0f;
+        float pivot, others = 0.0f, weighted = 0.0f;
         if (is_saved()) {
             pivot = reads ? as<float>(p.stats)[number] : 0.0f;
         } else {
@@ -87,14 +87,20 @@ public:
         Exponential<Stored> exponential(pivot);
         float e[kHeld];
         SoftmaxState<float> state{pivot, 0.0f, 0.0f, 0.0f};
-        take_exponentials(exponential, words.w, e, state);
+        take_exponentials(exponential, words.w, e, state, weighted);
         float extra_e = exponential(extra);
+        if constexpr (kWithStatistics) weighted += extra_e * distance_of(exponential, extra);
         if (!is_saved()) {
             state.sum += extra_e;
-            if constexpr (kMerges)
+            if constexpr (kMerges) {
                 merge(team, others, is_apart ? target_logit : kLowest, exponential, e, extra_e, state);
-            else
-                state.sum = sum_of(team, state.sum);
+            } else {
+                float sums[kWithStatistics ? 2 : 1] = {state.sum};
+                if constexpr (kWithStatistics) sums[1] = weighted;
+                team.reduce(sums, 0.0f, Plus());
+                state.sum = sums[0];
+                if constexpr (kWithStatistics) weighted = sums[1];
+            }
         }
         if constexpr (kKind != KernelKind::kNoFactors)
             if (reads && sums_u()) add_factors(exponential, words.w, state, u, is_apart ? target.cls : -1, place);
@@ -105,8 +111,8 @@ public:
         } else {
             if (is_apart) state.sum += target_e;
             if constexpr (kWithStatistics) {
-                const RowSummary<float, int> all = summary(team, place, exponential, words.w, e, extra, extra_e, others,
-                                                           state.sum, is_apart ? target.cls : -1, target_logit);
+                const RowSummary<float, int> all = summary(team, place, exponential, words.w, extra, others, state.sum,
+                                                           weighted, is_apart ? target.cls : -1, target_logit);
                 if (team.leads && place.exists) write_statistics(number, target, place, exponential, target_logit, all);
                 team.sync();  // before the gradient takes the place of the logits
                 if (!reads) forget(e, extra_e);
@@ -246,19 +252,23 @@ private:
         return {sums[0], sums[1], 0.0f, sums[2]};
     }
 
+    // weighted: for statistics, the sum of each times its distance.
     FL_DEVICE void take_exponentials(const Exponential<Stored>& exponential, const unsigned* w, float* e,
-                                     SoftmaxState<float>& state) const {
+                                     SoftmaxState<float>& state, float& weighted) const {
         float sums[2];  // of every other one: they need not wait for each other
 #pragma unroll
         for (int i = 0; i < Words::kWords; ++i) {
             Word<Stored>::widen(w[i], e + i * kCount);
 #pragma unroll
             for (int at = i * kCount; at < (i + 1) * kCount; ++at) {
+                const float below = std::fmax(exponential.argument(e[at]), kFarBelow);
                 e[at] = exponential(e[at]);
+                if constexpr (kWithStatistics) weighted += e[at] * below;
                 sums[at % 2] = at < 2 ? e[at] : sums[at % 2] + e[at];
             }
         }
         state.sum = kHeld > 1 ? sums[0] + sums[1] : sums[0];
+        weighted *= exponential.unit();
     }
 
     // The classes' factors and distances but for those of the class apart.
@@ -291,26 +301,22 @@ private:
     // exponential's pivot. `target` is apart, -1 in an ignored row, which needs none.
     template <class Place>
     FL_DEVICE RowSummary<float, int> summary(Team& team, const Place& place, const Exponential<Stored>& exponential,
-                                             const unsigned* w, const float* e, float extra, float extra_e,
-                                             float others, float sum, int target, float target_logit) const {
+                                             const unsigned* w, float extra, float others, float sum, float weighted,
+                                             int target, float target_logit) const {
         constexpr float infinity = std::numeric_limits<float>::infinity();
         const float top = target >= 0 ? std::fmax(others, target_logit) : others;
-        float weighted = extra_e * distance_of(exponential, extra);
         int first = kHeld;  // of the thread's numbers that are the largest
 #pragma unroll
         for (int i = Words::kWords - 1; i >= 0; --i) {
             float z[kCount];
             Word<Stored>::widen(w[i], z);
 #pragma unroll
-            for (int h = kCount - 1; h >= 0; --h) {
-                weighted += e[i * kCount + h] * distance_of(exponential, z[h]);
+            for (int h = kCount - 1; h >= 0; --h)
                 if (z[h] == top) first = i * kCount + h;
-            }
         }
         float lowest[] = {first < kHeld ? static_cast<float>(Words::class_of(place, first)) : infinity};
         if (extra == top && place.extra() >= 0) lowest[0] = std::fmin(lowest[0], static_cast<float>(place.extra()));
         team.reduce(lowest, infinity, Smaller());
-        weighted = sum_of(team, weighted);
         if (target >= 0) {
             weighted += exponential(target_logit) * distance_of(exponential, target_logit);
             if (target_logit == top) lowest[0] = std::fmin(lowest[0], static_cast<float>(target));
@@ -321,8 +327,9 @@ private:
     }
 
     // Finite where the exponential is 0.
+    static constexpr float kFarBelow = -1e4f;
     static FL_DEVICE float distance_of(const Exponential<Stored>& exponential, float z) {
-        return std::fmax(exponential.distance(z), -1e4f);
+        return std::fmax(exponential.distance(z), kFarBelow);
     }
 
     template <class Place>

@@ -2,6 +2,7 @@
 // asymmetric losses (JAL). Their cross entropy forms are those with gamma = 0.
 #pragma once
 
+#include "core/pow.h"
 #include "losses/normalized.h"
 #include "losses/powers.h"
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/multi_reduction_loss.h"
+#include "core/pow.h"
 #include "losses/target_losses.h"
 
 namespace fused_losses {

@@ -7,7 +7,7 @@
 
 #include <limits>
 
-#include "core/math.h"
+#include "core/pow.h"
 #include "core/softmax_loss.h"
 #include "losses/cross_entropy.h"
 

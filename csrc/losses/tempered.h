@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/multi_reduction_loss.h"
+#include "core/pow.h"
 
 namespace fused_losses {
 inline namespace FL_ISA {

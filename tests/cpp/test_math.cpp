@@ -1,6 +1,6 @@
-// core/math.h, on scalars and on vectors, against the standard library in the next larger type: float through all bit
-// patterns with a stride (first argument), double at random and special points.
-#include "core/math.h"
+// core/math.h and core/pow.h, on scalars and on vectors, against the standard library in the next larger type: float
+// through all bit patterns with a stride (first argument), double at random and special points.
+#include "core/pow.h"
 
 #include <algorithm>
 #include <cstdlib>
