@@ -56,100 +56,136 @@ public:
     // For all threads of the team.
     template <class Place>
     FL_DEVICE void run(Team& team, int number, const Packed& packed, const Place& place) const {
-        const bool reads = (!Place::kIsMixed && !kWithStatistics) || !packed.is_ignored();
-        const bool has_target = kReadsU ? packed.cls >= 0 : reads;
-        const Target target{packed.cls, !reads};
-        const Row row{number, 0, number};
-        // A bias, and the margin, ask for the largest of the other logits.
-        const bool is_apart = (kWithStatistics || bias != 0.0f) && has_target;
-        Words words;
-        words.read(place);
-        const int extra_class = place.extra();
-        float extra = kLowest;
-        if (is_read(packed, place.exists) && extra_class >= 0) extra = to_acc(place.logits()[extra_class]);
-        const float target_logit = has_target ? to_acc(place.logits()[target.cls]) + bias : 0.0f;
-        if (is_apart) words.set_apart(extra, target.cls, place);
-        const ClassFactorReader<float> factor(p, args, row);
-        float u[kReadsU ? kHeld : 1] = {}, extra_u = 1.0f;
-        if constexpr (kReadsU) {
-            read_factors(factor, reads, place, u);
-            extra_u = reads && extra_class >= 0 ? factor(extra_class) : 0.0f;
-        }
-
-        float pivot, others = 0.0f, weighted = 0.0f;
-        if (is_saved()) {
-            pivot = reads ? as<float>(p.stats)[number] : 0.0f;
-        } else {
-            others = pivot = largest(team, std::fmax(words.largest(), extra));
-            if (is_apart) pivot = std::fmax(pivot, target_logit);
-            if (pivot == kLowest || !is_read(packed, place.exists)) pivot = 0.0f;
-        }
+        OfRow of = look_at(number, packed, place);
+        OfThread mine;
+        read(of, place, mine);
+        float others = 0.0f;  // the largest logit but the one that is apart
+        const float pivot = is_saved() ? saved_pivot(of) : find_pivot(team, of, mine, others);
         Exponential<Stored> exponential(pivot);
-        float e[kHeld];
         SoftmaxState<float> state{pivot, 0.0f, 0.0f, 0.0f};
-        take_exponentials(exponential, words.w, e, state, weighted);
-        float extra_e = exponential(extra);
-        if constexpr (kWithStatistics) weighted += extra_e * distance_of(exponential, extra);
-        if (!is_saved()) {
-            state.sum += extra_e;
-            if constexpr (kMerges) {
-                merge(team, others, is_apart ? target_logit : kLowest, exponential, e, extra_e, state);
-            } else {
-                float sums[kWithStatistics ? 2 : 1] = {state.sum};
-                if constexpr (kWithStatistics) sums[1] = weighted;
-                team.reduce(sums, 0.0f, Plus());
-                state.sum = sums[0];
-                if constexpr (kWithStatistics) weighted = sums[1];
-            }
-        }
+        float weighted = 0.0f;
+        take_exponentials(exponential, mine, state, weighted);
+        if (!is_saved()) sum_up(team, of, others, exponential, mine, state, weighted);
         if constexpr (kKind != KernelKind::kNoFactors)
-            if (reads && sums_u()) add_factors(exponential, words.w, state, u, is_apart ? target.cls : -1, place);
-        const float target_e = exponential(target_logit);
+            if (of.counts && sums_u()) add_factors(exponential, mine, of.apart(), place, state);
         Coefficients<float> coefficients{};
         if (is_saved()) {
-            if (reads) coefficients = saved_coefficients<float>(p, row);
+            if (of.counts) coefficients = saved_coefficients<float>(p, of.row);
         } else {
-            if (is_apart) state.sum += target_e;
-            if constexpr (kWithStatistics) {
-                const RowSummary<float, int> all = summary(team, place, exponential, words.w, extra, others, state.sum,
-                                                           weighted, is_apart ? target.cls : -1, target_logit);
-                if (team.leads && place.exists) write_statistics(number, target, place, exponential, target_logit, all);
-                team.sync();  // before the gradient takes the place of the logits
-                if (!reads) forget(e, extra_e);
-            }
-            if (sums_u()) {
-                if (reads && extra_class >= 0 && !(is_apart && extra_class == target.cls))
-                    state.add(exponential.distance(extra), has_shares() ? 1.0f : extra_u, 0.0f);
-                float sums[] = {state.centred, state.sum_u};
-                team.reduce(sums, 0.0f, Plus());
-                state.centred = sums[0], state.sum_u = sums[1];
-                if (is_apart) state.add(exponential.distance(target_logit), kReadsU ? factor(target.cls) : 1.0f, 0.0f);
-            }
-            AffineRow<float> shares{};
-            if constexpr (kReadsU)
-                if (has_shares()) shares = sum_of_shares(team, place, exponential, state, u, extra_u);
-            if (reads) {
-                coefficients = has_shares() ? end.finish_shares(row, shares, state, team.leads)
-                                            : end.template finish<kKind>(row, target, target_logit,
-                                                                         exponential.distance(target_logit), target_e,
-                                                                         exponential.log(state.sum), state, team.leads);
-                coefficients.scale(has_shares() && p.upstream ? upstream_over_denominator<float>(p, row)
-                                                              : args.upstream_of(row, inverse_denominator));
-            } else if (place.exists) {
-                ignore(team, number);
-            }
+            const float target_e = exponential(of.target_logit);
+            if (of.is_apart) state.sum += target_e;
+            if constexpr (kWithStatistics)
+                leave_statistics(team, of, place, exponential, {0.0f, others, 0, state.sum, weighted}, mine);
+            if (sums_u()) sum_factors(team, of, exponential, mine, state);
+            coefficients = finish(team, of, place, exponential, target_e, state, mine);
         }
         if (!p.grad) return;
-        write_gradient(team, place, coefficients, e, u, extra_class, extra_e, extra_u);
-        if (has_target && place.owns(target.cls))
-            place.grad()[target.cls] = to_stored<Stored>(coefficients.target_grad);
+        write_gradient(team, place, coefficients, mine);
+        if (of.has_target && place.owns(of.target.cls))
+            place.grad()[of.target.cls] = to_stored<Stored>(coefficients.target_grad);
     }
 
 private:
+    struct OfRow {
+        Row row;
+        Target target;
+        bool is_read, counts, has_target;
+        bool is_apart;       // the target's logit is not among the words: a bias, and the margin, ask for the others'
+        float target_logit;  // bias added
+
+        FL_DEVICE int apart() const { return is_apart ? target.cls : -1; }
+    };
+    struct OfThread {
+        Words words;
+        float e[kHeld], u[kReadsU ? kHeld : 1];  // exponentials and u_j
+        int extra_class;                         // of the number beside the words
+        float extra, extra_e, extra_u;
+    };
+
+    template <class Place>
+    FL_DEVICE OfRow look_at(int number, const Packed& packed, const Place& place) const {
+        const bool counts = (!Place::kIsMixed && !kWithStatistics) || !packed.is_ignored();
+        const bool has_target = kReadsU ? packed.cls >= 0 : counts, reads = is_read(packed, place.exists);
+        const bool is_apart = (kWithStatistics || bias != 0.0f) && has_target;
+        return {{number, 0, number}, {packed.cls, !counts}, reads, counts, has_target, is_apart, 0.0f};
+    }
+
+    template <class Place>
+    FL_DEVICE void read(OfRow& of, const Place& place, OfThread& mine) const {
+        mine.words.read(place);
+        mine.extra_class = place.extra();
+        mine.extra = of.is_read && mine.extra_class >= 0 ? to_acc(place.logits()[mine.extra_class]) : kLowest;
+        if (of.has_target) of.target_logit = to_acc(place.logits()[of.target.cls]) + bias;
+        if (of.is_apart) mine.words.set_apart(mine.extra, of.target.cls, place);
+        mine.extra_u = 1.0f;
+        if constexpr (kReadsU) {
+            const ClassFactorReader<float> factor(p, args, of.row);
+            read_factors(factor, of.counts, place, mine.u);
+            mine.extra_u = of.counts && mine.extra_class >= 0 ? factor(mine.extra_class) : 0.0f;
+        }
+    }
+
+    FL_DEVICE float saved_pivot(const OfRow& of) const { return of.counts ? as<float>(p.stats)[of.row.number] : 0.0f; }
+    FL_DEVICE float find_pivot(Team& team, const OfRow& of, const OfThread& mine, float& others) const {
+        others = largest(team, std::fmax(mine.words.largest(), mine.extra));
+        const float pivot = of.is_apart ? std::fmax(others, of.target_logit) : others;
+        return pivot == kLowest || !of.is_read ? 0.0f : pivot;
+    }
+
+    // The sum of the exponentials, but for that of the logit apart, and for statistics that of distances.
+    FL_DEVICE void sum_up(Team& team, const OfRow& of, float others, Exponential<Stored>& exponential, OfThread& mine,
+                          SoftmaxState<float>& state, float& weighted) const {
+        state.sum += mine.extra_e;
+        if constexpr (kMerges) {
+            merge(team, others, of.is_apart ? of.target_logit : kLowest, exponential, mine, state);
+        } else {
+            float sums[kWithStatistics ? 2 : 1] = {state.sum};
+            if constexpr (kWithStatistics) sums[1] = weighted;
+            team.reduce(sums, 0.0f, Plus());
+            state.sum = sums[0];
+            if constexpr (kWithStatistics) weighted = sums[1];
+        }
+    }
+
+    // Of all threads, with the number beside the words and the logit apart.
+    FL_DEVICE void sum_factors(Team& team, const OfRow& of, const Exponential<Stored>& exponential,
+                               const OfThread& mine, SoftmaxState<float>& state) const {
+        if (of.counts && mine.extra_class >= 0 && mine.extra_class != of.apart())
+            state.add(exponential.distance(mine.extra), has_shares() ? 1.0f : mine.extra_u, 0.0f);
+        float sums[] = {state.centred, state.sum_u};
+        team.reduce(sums, 0.0f, Plus());
+        state.centred = sums[0], state.sum_u = sums[1];
+        if (!of.is_apart) return;
+        const float u = kReadsU ? ClassFactorReader<float>(p, args, of.row)(of.target.cls) : 1.0f;
+        state.add(exponential.distance(of.target_logit), u, 0.0f);
+    }
+
+    // Adds the row to the loss.
+    template <class Place>
+    FL_DEVICE Coefficients<float> finish(Team& team, const OfRow& of, const Place& place,
+                                         const Exponential<Stored>& exponential, float target_e,
+                                         const SoftmaxState<float>& state, OfThread& mine) const {
+        AffineRow<float> shares{};
+        if constexpr (kReadsU)
+            if (has_shares()) shares = sum_of_shares(team, place, exponential, state, mine);
+        if (!of.counts) {
+            if (place.exists) ignore(team, static_cast<int>(of.row.number));
+            return {};
+        }
+        Coefficients<float> found =
+            has_shares()
+                ? end.finish_shares(of.row, shares, state, team.leads)
+                : end.template finish<kKind>(of.row, of.target, of.target_logit, exponential.distance(of.target_logit),
+                                             target_e, exponential.log(state.sum), state, team.leads);
+        found.scale(has_shares() && p.upstream ? upstream_over_denominator<float>(p, of.row)
+                                               : args.upstream_of(of.row, inverse_denominator));
+        return found;
+    }
+
     // Of all classes, as if none was the target.
     template <class Place>
     FL_DEVICE void write_gradient(Team& team, const Place& place, const Coefficients<float>& coefficients,
-                                  const float* e, const float* u, int extra_class, float extra_e, float extra_u) const {
+                                  const OfThread& mine) const {
         // All have read the target's logit: the gradient may be written in its place. Shuffles do not promise that.
         if (Place::kIsMixed || is_saved()) team.sync();
         const auto gradient_of = [&](float of_class, float factor) {
@@ -158,8 +194,9 @@ private:
             return has_shares() ? g + (coefficients.gamma + coefficients.target_grad * factor)
                                 : g + coefficients.gamma * factor;
         };
-        Words::write(place, [&](int i, bool) { return gradient_of(e[i], kReadsU ? u[i] : 1.0f); });
-        if (extra_class >= 0) place.grad()[extra_class] = to_stored<Stored>(gradient_of(extra_e, extra_u));
+        Words::write(place, [&](int i, bool) { return gradient_of(mine.e[i], kReadsU ? mine.u[i] : 1.0f); });
+        if (mine.extra_class >= 0)
+            place.grad()[mine.extra_class] = to_stored<Stored>(gradient_of(mine.extra_e, mine.extra_u));
         team.sync();
     }
 
@@ -175,8 +212,8 @@ private:
 
     // Sum and exponentials of the warp, relative to the largest of its logits and the one that is apart, become the
     // row's sum and exponentials relative to the largest of all.
-    FL_DEVICE void merge(Team& team, float largest, float apart, Exponential<Stored>& exponential, float* e,
-                         float& extra_e, SoftmaxState<float>& state) const {
+    FL_DEVICE void merge(Team& team, float largest, float apart, Exponential<Stored>& exponential, OfThread& mine,
+                         SoftmaxState<float>& state) const {
         const float own = std::fmax(largest, apart);
         const auto pivot_of = SoftmaxState<float>::pivot_of;
         const auto relative = [&](float from, float to) {
@@ -186,8 +223,8 @@ private:
         team.merge(top, state.sum, relative);
         const float by = relative(own, top);
 #pragma unroll
-        for (int i = 0; i < kHeld; ++i) e[i] *= by;
-        extra_e *= by;
+        for (int i = 0; i < kHeld; ++i) mine.e[i] *= by;
+        mine.extra_e *= by;
         state.max = pivot_of(top);
         exponential = Exponential<Stored>(state.max);
     }
@@ -225,7 +262,7 @@ private:
     // one where labels are mixed.
     template <class Place>
     FL_DEVICE AffineRow<float> sum_of_shares(Team& team, const Place& place, const Exponential<Stored>& exponential,
-                                             const SoftmaxState<float>& state, float* u, float& extra_u) const {
+                                             const SoftmaxState<float>& state, OfThread& mine) const {
         constexpr int few = 8;
         const float log_sum = exponential.log(state.sum);
         const float* const params = p.first_param ? as<float>(p.first_param) : args.params;
@@ -241,24 +278,25 @@ private:
         for (int begin = 0; begin < kHeld; begin += few) {
             bool any = false;
 #pragma unroll
-            for (int i = begin; i < begin + few && i < kHeld; ++i) any |= u[i] != 0.0f;
+            for (int i = begin; i < begin + few && i < kHeld; ++i) any |= mine.u[i] != 0.0f;
             if (!any) continue;
 #pragma unroll
             for (int i = begin; i < begin + few && i < kHeld; ++i)
-                if (u[i] != 0.0f) add(Words::class_of(place, i), u[i]);
+                if (mine.u[i] != 0.0f) add(Words::class_of(place, i), mine.u[i]);
         }
-        if (extra_u != 0.0f) add(place.extra(), extra_u);
+        if (mine.extra_u != 0.0f) add(place.extra(), mine.extra_u);
         team.reduce(sums, 0.0f, Plus());
         return {sums[0], sums[1], 0.0f, sums[2]};
     }
 
     // weighted: for statistics, the sum of each times its distance.
-    FL_DEVICE void take_exponentials(const Exponential<Stored>& exponential, const unsigned* w, float* e,
-                                     SoftmaxState<float>& state, float& weighted) const {
+    FL_DEVICE void take_exponentials(const Exponential<Stored>& exponential, OfThread& mine, SoftmaxState<float>& state,
+                                     float& weighted) const {
+        float* const e = mine.e;
         float sums[2];  // of every other one: they need not wait for each other
 #pragma unroll
         for (int i = 0; i < Words::kWords; ++i) {
-            Word<Stored>::widen(w[i], e + i * kCount);
+            Word<Stored>::widen(mine.words.w[i], e + i * kCount);
 #pragma unroll
             for (int at = i * kCount; at < (i + 1) * kCount; ++at) {
                 const float below = std::fmax(exponential.argument(e[at]), kFarBelow);
@@ -268,13 +306,15 @@ private:
             }
         }
         state.sum = kHeld > 1 ? sums[0] + sums[1] : sums[0];
-        weighted *= exponential.unit();
+        mine.extra_e = exponential(mine.extra);
+        if constexpr (kWithStatistics)
+            weighted = weighted * exponential.unit() + mine.extra_e * distance_of(exponential, mine.extra);
     }
 
     // The classes' factors and distances but for those of the class apart.
     template <class Place>
-    FL_DEVICE void add_factors(const Exponential<Stored>& exponential, const unsigned* w, SoftmaxState<float>& state,
-                               const float* u, int apart, const Place& place) const {
+    FL_DEVICE void add_factors(const Exponential<Stored>& exponential, const OfThread& mine, int apart,
+                               const Place& place, SoftmaxState<float>& state) const {
         const bool are_ones = kOnes || has_shares();
         float arguments = 0.0f;
         Words::each_round([&](int k) {
@@ -282,7 +322,8 @@ private:
             const int cls = Words::class_of(place, k * kNumbers);
             float z[kNumbers];
 #pragma unroll
-            for (int i = 0; i < Words::kOfAccess; ++i) Word<Stored>::widen(w[k * Words::kOfAccess + i], z + i * kCount);
+            for (int i = 0; i < Words::kOfAccess; ++i)
+                Word<Stored>::widen(mine.words.w[k * Words::kOfAccess + i], z + i * kCount);
             if (are_ones && apart < 0) {
 #pragma unroll
                 for (int i = 0; i < kNumbers; ++i) arguments += exponential.argument(z[i]);
@@ -291,39 +332,45 @@ private:
 #pragma unroll
                 for (int i = 0; i < kNumbers; ++i)
                     if (cls + i != apart)
-                        state.add(exponential.distance(z[i]), kReadsU ? u[k * kNumbers + i] : 1.0f, 0.0f);
+                        state.add(exponential.distance(z[i]), kReadsU ? mine.u[k * kNumbers + i] : 1.0f, 0.0f);
             }
         });
         state.centred += arguments * exponential.unit();
     }
 
-    // What RowSummary says of the row, with the largest of all logits but the target's as second; relative to the
-    // exponential's pivot. `target` is apart, -1 in an ignored row, which needs none.
+    // Of sums relative to the exponential's pivot; `all.second` is the largest of the other logits than the target's.
+    // An ignored row, which has no target apart, needs no second.
     template <class Place>
-    FL_DEVICE RowSummary<float, int> summary(Team& team, const Place& place, const Exponential<Stored>& exponential,
-                                             const unsigned* w, float extra, float others, float sum, float weighted,
-                                             int target, float target_logit) const {
+    FL_DEVICE void leave_statistics(Team& team, const OfRow& of, const Place& place,
+                                    const Exponential<Stored>& exponential, RowSummary<float, int> all,
+                                    OfThread& mine) const {
         constexpr float infinity = std::numeric_limits<float>::infinity();
-        const float top = target >= 0 ? std::fmax(others, target_logit) : others;
+        all.top = of.is_apart ? std::fmax(all.second, of.target_logit) : all.second;
         int first = kHeld;  // of the thread's numbers that are the largest
 #pragma unroll
         for (int i = Words::kWords - 1; i >= 0; --i) {
             float z[kCount];
-            Word<Stored>::widen(w[i], z);
+            Word<Stored>::widen(mine.words.w[i], z);
 #pragma unroll
             for (int h = kCount - 1; h >= 0; --h)
-                if (z[h] == top) first = i * kCount + h;
+                if (z[h] == all.top) first = i * kCount + h;
         }
         float lowest[] = {first < kHeld ? static_cast<float>(Words::class_of(place, first)) : infinity};
-        if (extra == top && place.extra() >= 0) lowest[0] = std::fmin(lowest[0], static_cast<float>(place.extra()));
+        if (mine.extra == all.top && mine.extra_class >= 0)
+            lowest[0] = std::fmin(lowest[0], static_cast<float>(mine.extra_class));
         team.reduce(lowest, infinity, Smaller());
-        if (target >= 0) {
-            weighted += exponential(target_logit) * distance_of(exponential, target_logit);
-            if (target_logit == top) lowest[0] = std::fmin(lowest[0], static_cast<float>(target));
+        if (of.is_apart) {
+            all.weighted += exponential(of.target_logit) * distance_of(exponential, of.target_logit);
+            if (of.target_logit == all.top) lowest[0] = std::fmin(lowest[0], static_cast<float>(of.target.cls));
         }
         // All masked, or NaN: numbers beyond the row are as large.
-        const int index = top == kLowest || lowest[0] == infinity ? 0 : static_cast<int>(lowest[0]);
-        return {top, others, index, sum, weighted};
+        all.index = all.top == kLowest || lowest[0] == infinity ? 0 : static_cast<int>(lowest[0]);
+        if (team.leads && place.exists) write_statistics(of, place, exponential, all);
+        team.sync();  // before the gradient takes the place of the logits
+        if (of.counts) return;
+#pragma unroll
+        for (int i = 0; i < kHeld; ++i) mine.e[i] = 0.0f;  // an ignored row's may be infinite or NaN
+        mine.extra_e = 0.0f;
     }
 
     // Finite where the exponential is 0.
@@ -333,21 +380,13 @@ private:
     }
 
     template <class Place>
-    FL_DEVICE void write_statistics(int number, const Target& target, const Place& place,
-                                    const Exponential<Stored>& exponential, float target_logit,
+    FL_DEVICE void write_statistics(const OfRow& of, const Place& place, const Exponential<Stored>& exponential,
                                     const RowSummary<float, int>& all) const {
-        const float log_p = exponential.distance(target_logit) - exponential.log(all.sum);
-        RowStatisticsOf<float> found =
-            row_statistics_of(log_p, exponential(all.top), all.top, target_logit - all.second, all.sum, all.weighted);
-        write_row_statistics(p, number, target, all.sum, all.index, found,
+        const float log_p = exponential.distance(of.target_logit) - exponential.log(all.sum);
+        const RowStatisticsOf<float> found = row_statistics_of(log_p, exponential(all.top), all.top,
+                                                               of.target_logit - all.second, all.sum, all.weighted);
+        write_row_statistics(p, of.row.number, of.target, all.sum, all.index, found,
                              [&](int cls) { return to_acc(place.logits()[cls]); });
-    }
-
-    // The exponentials of an ignored row may be infinite or NaN.
-    static FL_DEVICE void forget(float* e, float& extra_e) {
-#pragma unroll
-        for (int i = 0; i < kHeld; ++i) e[i] = 0.0f;
-        extra_e = 0.0f;
     }
 
     const RegisterArgs& args;
