@@ -93,6 +93,8 @@ def values_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Every row's weighted loss, the same on all ranks, and the gradient of their sum in this rank's logits.
 
+    The gradient is in the dtype of arithmetic.
+
     ``args.logits`` is (N, classes of this rank), targets count over all classes. All ranks have to call it: one
     collective, and one more for sums of terms that need the normaliser first. The first raises unless all make the same
     call; that of a ``chunk`` of a call about which they have agreed is given. Either brings the news of a failure.
@@ -136,7 +138,7 @@ def values_and_gradient(
         grad += of_terms
         if grad.shape[1]:
             grad.scatter_add_(1, index, torch.where(own, slopes.target, 0.0).unsqueeze(1))
-        return values, grad.to(logits.dtype)
+        return values, grad
 
 
 def _with_bias(z: Tensor, args: RowLossArguments, own: Tensor, index: Tensor) -> Tensor:
