@@ -75,8 +75,16 @@ class ClassParallel(HasProcessGroup):
         self.process_group = process_group
         self.first_class = first_class
         self.num_classes = num_classes
-        self._shard: Shard | None = None
         self._classes = 0  # of this rank
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Notices what makes ranks ask each other again for their classes."""
+        super().__setattr__(name, value)
+        if name in ("process_group", "first_class", "num_classes"):
+            self._shard: Shard | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_shard": None}  # where it is loaded, ranks have not asked
 
     def shard(self, classes: int) -> Shard:
         """Where the classes of this rank lie, given their number. The first call asks all ranks."""
