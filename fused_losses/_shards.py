@@ -69,9 +69,11 @@ def check_classes(args: RowLossArguments, num_classes: int) -> None:
 
 def in_words(args: RowLossArguments) -> str:
     """What has to be the same on all ranks that share the classes, beside the target."""
+    given = [name for name in ("weight", "sample_weight") if getattr(args, name) is not None]
     return (
         f"{args.loss}({', '.join(map(str, args.params))}) of {args.target.numel()} rows, {args.logits.dtype}, "
-        f"logit_bias={args.logit_bias}, ignore_index={args.ignore_index}, reduction={args.reduction!r}"
+        f"logit_bias={args.logit_bias}, ignore_index={args.ignore_index}, reduction={args.reduction!r}, "
+        f"{' and '.join(given) or 'no weights'}"
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fused_losses._agreement import Exchange, sum_over_ranks, telling
 from fused_losses._arguments import RowLossArguments, is_ignored
 from fused_losses._autograd import has_tangents, row_loss
-from fused_losses._checks import row_shape
+from fused_losses._checks import check_tensors, row_shape
 from fused_losses._common import Criterion, RowLossModule
 from fused_losses._reference import ACTIVE_GUARD, mean_of
 
@@ -124,6 +124,7 @@ class GlobalMean(HasProcessGroup):
         if not exchanges:
             return loss(logits, target, sample_weight)  # type: ignore[no-any-return]
         with telling(exchanges):
+            check_tensors(logits=logits, target=target)
             return self.evaluate(loss._arguments(logits, target, sample_weight), _total_and_values)
 
     def _exchanges(self, reduction: str | None = None) -> list[Exchange]:

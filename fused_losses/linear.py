@@ -96,6 +96,9 @@ def linear_loss(
     layer = Layer(input, linear_weight, linear_bias)
     group = _class_group(loss, linear_weight)
     with telling(_exchanges(loss, group, reduction)):
+        if group is None and is_distributed(linear_weight):
+            placements = linear_weight.placements  # type: ignore[attr-defined]
+            raise ValueError(f"linear_weight must be sharded over one mesh dimension by Shard(0), got {placements}")
         layer, shard = (layer, None) if group is None else _local_classes(loss, layer)
         logits, shape = _chunked(layer, target, of_chunks._replace(shard=shard))
         rows = target.reshape(-1, logits.stand_in.shape[1]) if target.shape != shape else target.reshape(-1)
@@ -207,12 +210,11 @@ def _class_group(loss: Loss, linear_weight: Any) -> tuple[dist.ProcessGroup | No
     """The group whose ranks share the classes, if any; what it holds may be None for the default group."""
     if isinstance(loss, ClassParallel):
         return (loss.process_group,)
-    if not is_distributed(linear_weight):
-        return None
-    placements = linear_weight.placements
-    if len(placements) != 1 or not placements[0].is_shard(0):
-        raise ValueError(f"linear_weight must be sharded over one mesh dimension by Shard(0), got {placements}")
-    return (linear_weight.device_mesh.get_group(0),)
+    return (linear_weight.device_mesh.get_group(0),) if _is_sharded(linear_weight) else None
+
+
+def _is_sharded(linear_weight: Any) -> bool:
+    return is_distributed(linear_weight) and [p.is_shard(0) for p in linear_weight.placements] == [True]
 
 
 def _exchanges(

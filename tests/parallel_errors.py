@@ -11,7 +11,7 @@ from parallel_problem import CLASSES, FEATURES, bounds
 from torch import nn
 from torch.autograd import forward_ad
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import fused_losses as fl
 from fused_losses.functional import linear_loss
@@ -84,6 +84,7 @@ ONE_RANK = {
     "classes": ({"more": 1}, "ValueError.*classes of this rank"),
     "sample_weight": ({"sample_weight": torch.ones(4, dtype=torch.int64)}, "RuntimeError.*sample_weight"),
     "its shape": ({"sample_weight": torch.ones(3)}, "(Value|Runtime)Error.*sample_weight"),
+    "weights": ({"sample_weight": torch.ones(4)}, "the same call.*no weights.*"),
     "weight": ({"loss": fl.GCELoss(weight=torch.ones(3))}, "RuntimeError.*weight"),
     "NaN bias": ({"loss": fl.GCELoss(logit_bias=1.0), "logit_bias": torch.nan}, "ValueError.*logit_bias"),
     "another loss": ({"loss": fl.NCELoss()}, "the same call.*nce"),
@@ -131,3 +132,7 @@ def check_one_bad_rank_of_a_mesh(rank, world_size):
         with pytest.raises((RuntimeError, ValueError, TypeError, IndexError), match=r"target|expected|another rank"):
             fl.GCELoss()(logits, given)
     fl.GCELoss()(logits, torch.zeros(8, dtype=torch.int64))
+    features, weight, target = torch.zeros(4, FEATURES), torch.zeros(CLASSES, FEATURES), torch.zeros(4).long()
+    placed = distribute_tensor(weight, init_device_mesh("cpu", (world_size,)), [Replicate()])
+    with pytest.raises((RuntimeError, ValueError), match="linear_weight must be sharded"):
+        linear_loss(features, placed if rank == 0 else weight, target, fl.GlobalMean(fl.GCELoss()))
