@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from fused_losses import _ops
 from fused_losses._arguments import LOSSES, RowLossArguments
-from fused_losses._checks import check_row_loss
+from fused_losses._checks import check_row_loss, check_tensors
 from fused_losses._ops import PackedConstants, pack_constants
 from fused_losses._plain import dispatch_modes, is_plain
 from fused_losses._reference import row_loss_reference
@@ -33,12 +33,9 @@ def row_loss(args: RowLossArguments) -> Tensor:
         _refuse(args)  # type: ignore[unreachable]
     try:
         return _row_loss(args)
-    except NotImplementedError:  # no kernel for this layout
-        for name, tensor in zip(args._fields, args.tensors, strict=False):
-            if isinstance(tensor, Tensor) and tensor.layout is not torch.strided:
-                raise RuntimeError(
-                    f"{args.loss}: {name} must be dense, got a tensor of layout {tensor.layout}"
-                ) from None
+    except RuntimeError:  # perhaps because there is no kernel for such tensors
+        given = zip(args._fields, args.tensors, strict=False)
+        check_tensors(f"{args.loss}: ", **{name: tensor for name, tensor in given if isinstance(tensor, Tensor)})
         raise
 
 
@@ -178,7 +175,7 @@ def needs_reference(differentiable: Tensor, *others: Tensor | None) -> bool:
     """Is anything asked for but the first derivative in the first of these tensors?"""
     if _in_function_transform():
         return True
-    if forward_ad._current_level >= 0 and _have_tangents(differentiable, *others):
+    if has_tangents(differentiable, *others):
         return True
     if torch.is_grad_enabled():
         for tensor in others:
@@ -187,7 +184,10 @@ def needs_reference(differentiable: Tensor, *others: Tensor | None) -> bool:
     return False
 
 
-def _have_tangents(*tensors: Tensor | None) -> bool:
+def has_tangents(*tensors: Tensor | None) -> bool:
+    """Whether a forward-mode derivative is asked for in one of them."""
+    if forward_ad._current_level < 0:
+        return False
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)  # type: ignore[no-untyped-call]
 
 
@@ -294,16 +294,20 @@ def give_away(ctx: Any, written: Tensor | None, grad_loss: Tensor) -> Tensor | N
     """
     if written is None or torch.is_grad_enabled() or hasattr(ctx, "given_away"):
         return None
-    # A batched gradient stands for many (is_grads_batched): backward is one call, the operators are called for each.
-    if not is_plain(grad_loss) or _is_legacy_batched(grad_loss) or _is_batched(grad_loss):
+    if not is_plain(grad_loss) or is_batched(grad_loss):
         return None
     ctx.given_away = True
     return written.data
 
 
+def is_batched(grad_loss: Tensor) -> bool:
+    """Whether it stands for many gradients (is_grads_batched): backward is one call, operators are called for each."""
+    return not torch.compiler.is_compiling() and bool(_is_legacy_batched(grad_loss) or _is_batched(grad_loss))
+
+
 def is_one(number: Tensor) -> bool:
     """Whether it is 1, where looking at it waits for nobody."""
-    if not (number.is_cpu and is_plain(number)) or _is_legacy_batched(number) or _is_batched(number):
+    if not (number.is_cpu and is_plain(number)) or is_batched(number):
         return False
     return number.item() == 1.0
 

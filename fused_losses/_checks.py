@@ -32,8 +32,9 @@ def check_tensors(of: str = "", /, **values: Any) -> None:
             raise TypeError(f"{of}{name} must be a Tensor, got {type(value).__name__}")
         if is_distributed(value):
             raise TypeError(f"{of}{name} must be a plain tensor, got a DTensor; pass {name}.to_local()")
-        if value.layout is not torch.strided:
-            raise RuntimeError(f"{of}{name} must be dense, got a tensor of layout {value.layout}")
+        if value.layout is not torch.strided or value.is_nested:
+            kind = "nested tensor" if value.is_nested else f"tensor of layout {value.layout}"
+            raise RuntimeError(f"{of}{name} must be dense, got a {kind}")
 
 
 def is_integer_tensor(value: Any) -> bool:
@@ -52,6 +53,18 @@ def check_row_loss(args: RowLossArguments) -> None:
     check_min_classes(args)
 
 
+def check_constants(args: RowLossArguments, rule: str) -> None:
+    """Raises where a tensor besides the logits wants a gradient and would get none; ``rule`` begins the message."""
+    others = {"target": args.target, "weight": args.weight, "sample_weight": args.sample_weight}
+    others |= {"logit_bias": args.logit_bias_tensor, LOSSES[args.loss].tensor_parameter or "": args.first_param}
+    for name, tensor in others.items():
+        if tensor is not None and tensor.requires_grad:
+            raise RuntimeError(
+                f"{rule}, got {name} that requires a gradient: detach it, or multiply the losses of "
+                'reduction="none" by it'
+            )
+
+
 def check_rows(args: RowLossArguments, reductions: tuple[str, ...], takes_probabilities: bool) -> None:
     """As :func:`check_row_loss`, for any loss of rows, in the registry or not."""
     name, logits = args.loss, args.logits
@@ -66,7 +79,9 @@ def check_rows(args: RowLossArguments, reductions: tuple[str, ...], takes_probab
     for argument, tensor in tensors.items():
         if not isinstance(tensor, (Tensor, type(None))):
             raise TypeError(f"{name}: {argument} must be a Tensor or None, got {type(tensor).__name__}")
-        if tensor is not None and not (tensor.is_floating_point() and tensor.device == logits.device):
+        if tensor is not None:
+            check_tensors(f"{name}: ", **{str(argument): tensor})
+        if tensor is not None and not (tensor.dtype in FLOATING and tensor.device == logits.device):
             raise RuntimeError(
                 f"{name}: {argument} must be a floating point tensor on the device of logits ({logits.device}), got "
                 f"{tensor.dtype} on {tensor.device}"

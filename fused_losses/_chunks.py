@@ -157,7 +157,8 @@ def _evaluate(
     samples = None if args.sample_weight is None else args.sample_weight[where]
     args = args._replace(logits=logits, target=args.target[where], sample_weight=samples)
     if options.shard is not None:
-        return _shards.values_and_gradient(args, options.shard, with_gradient, exchanges[0])
+        values, grad_logits = _shards.values_and_gradient(args, options.shard, with_gradient, exchanges[0])
+        return values, grad_logits.to(logits.dtype)
     if not with_gradient:
         return _ops.row_loss(*args), logits
     if logits.is_cpu:

@@ -174,6 +174,8 @@ class RowLossModule(Criterion):
         if type(logits) is not Tensor and is_distributed(logits):
             from fused_losses.parallel import distributed_loss  # here: it imports this file
 
+            if return_row_stats:
+                raise ValueError("return_row_stats must be False for DTensor logits, got True")
             return distributed_loss(self, logits, target, sample_weight)
         args = self._arguments(logits, target, sample_weight)
         return row_loss_and_statistics(args) if return_row_stats else row_loss(args)

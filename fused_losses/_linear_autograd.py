@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fused_losses import _ops
-from fused_losses._arguments import LOSSES, RowLossArguments, ZErrorRule, is_ignored
-from fused_losses._autograd import mark_constant
-from fused_losses._checks import check_row_loss
+from fused_losses._arguments import RowLossArguments, ZErrorRule, is_ignored
+from fused_losses._autograd import has_tangents, is_batched, mark_constant
+from fused_losses._checks import check_constants, check_row_loss
 from fused_losses._chunks import ChunkOptions, Layer, Sweep, stand_in, sweep, traced_sweep
 from fused_losses._plain import is_plain
 from fused_losses._reference import ACTIVE_GUARD, mean_of
@@ -25,6 +25,11 @@ _ONCE = (
     "linear_loss has a first derivative only: its logits no longer exist when the second is asked for. Without "
     "create_graph=True it works; for second derivatives call the loss on torch.nn.functional.linear(input, "
     "linear_weight, linear_bias)"
+)
+
+_ONE_BY_ONE = (
+    'the backward of linear_loss with reduction="none", or with weights in float16, computes the logits again, for one '
+    "upstream gradient at a time: call torch.autograd.grad once for each instead of is_grads_batched=True"
 )
 
 _NOTHING = [False] * 3  # no gradient wanted
@@ -54,17 +59,26 @@ class ChunkedLogits:
     def values(self, args: RowLossArguments) -> Tensor:
         """One loss per row; backward computes the logits again."""
         self._check(args)
+        return self._values(args)
+
+    def total(self, args: RowLossArguments) -> tuple[Tensor, Tensor]:
+        """The sum of all rows' losses, and as a constant every row's; forward makes the gradients.
+
+        Not in float16 where rows have weights: before their sum divides them and mixed precision has multiplied them by
+        the loss scale, gradients may be out of its range. Backward then makes them, as for single rows.
+        """
+        self._check(args)
+        has_weights = args.weight is not None or args.sample_weight is not None
+        is_narrow = torch.float16 in (self.options.dtype, self.layer.input.dtype)
+        if self._differentiates() and not (has_weights and is_narrow):
+            return _SumOfRows.apply(*self.layer, args, self.options)  # type: ignore[no-any-return, no-untyped-call]
+        values = self._values(args)
+        return _sum(values), values.detach()
+
+    def _values(self, args: RowLossArguments) -> Tensor:
         if self._differentiates():
             return _ValuesOfRows.apply(*self.layer, args, self.options)  # type: ignore[no-any-return, no-untyped-call]
         return run(self.layer, args, self.options, _NOTHING).values
-
-    def total(self, args: RowLossArguments) -> tuple[Tensor, Tensor]:
-        """The sum of all rows' losses, and as a constant every row's; forward makes the gradients."""
-        self._check(args)
-        if self._differentiates():
-            return _SumOfRows.apply(*self.layer, args, self.options)  # type: ignore[no-any-return, no-untyped-call]
-        values = run(self.layer, args, self.options, _NOTHING).values
-        return _sum(values), values
 
     def z_ops(self) -> ZOps:
         """What a Z-Error function is made of, for these logits."""
@@ -94,14 +108,15 @@ class ChunkedLogits:
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self.layer)
 
     def _check(self, args: RowLossArguments) -> None:
-        if torch._C._are_functorch_transforms_active():
+        if torch._C._are_functorch_transforms_active() or has_tangents(*self.layer, *args.tensors[1:]):
             raise NotImplementedError(
-                "linear_loss has no form for the transforms of torch.func: use backward or torch.autograd.grad, or "
-                "call the loss on torch.nn.functional.linear(input, linear_weight, linear_bias)"
+                "linear_loss has no form for the transforms of torch.func, nor a forward-mode derivative: use backward "
+                "or torch.autograd.grad, or call the loss on torch.nn.functional.linear(input, linear_weight, "
+                "linear_bias)"
             )
         check_row_loss(args)
         if torch.is_grad_enabled():
-            _check_constants(args)
+            check_constants(args, "linear_loss is differentiable in input, linear_weight and linear_bias only")
         shard = self.options.shard
         if shard is not None:
             check_loss(args.loss, args.loss)
@@ -116,6 +131,11 @@ class ChunkedLogits:
         input, linear_weight = self.layer.input.detach(), self.layer.weight.detach()
         linear_bias = None if self.layer.bias is None else self.layer.bias.detach()
         dtype, classes = self.options.dtype, linear_weight.shape[0]
+        if target.dim() != 1 or target.is_floating_point():
+            raise RuntimeError(
+                "Z-Error: target must hold class indices, one per row, got "
+                f"{target.dtype} of shape {tuple(target.shape)}"
+            )
         index = target.long().clamp(0, classes - 1)
         size = max(1, self.options.chunk_bytes // (8 * max(1, input.shape[1])))
         found = []
@@ -127,18 +147,6 @@ class ChunkedLogits:
                 logits += linear_bias[numbers].to(dtype)
             found.append(logits.to(dtype))
         return torch.cat(found)
-
-
-def _check_constants(args: RowLossArguments) -> None:
-    """Raises where a tensor wants a gradient and would get none."""
-    others = {"target": args.target, "weight": args.weight, "sample_weight": args.sample_weight}
-    others |= {"logit_bias": args.logit_bias_tensor, LOSSES[args.loss].tensor_parameter or "": args.first_param}
-    for name, tensor in others.items():
-        if tensor is not None and tensor.requires_grad:
-            raise RuntimeError(
-                f"linear_loss is differentiable in input, linear_weight and linear_bias only, got {name} that "
-                'requires a gradient: detach it, or multiply the losses of reduction="none" by it'
-            )
 
 
 def run(layer: Layer, args: RowLossArguments, options: ChunkOptions, wanted: list[bool]) -> Sweep:
@@ -207,10 +215,13 @@ class _ValuesOfRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         check_once()
-        layer, of_loss = Layer(*ctx.saved_tensors[:3]), ctx.saved_tensors[3:]
+        saved = ctx.saved_tensors  # once: a checkpoint gives them no second time
+        layer, of_loss = Layer(*saved[:3]), saved[3:]
         constants, options = ctx.constants
         args = RowLossArguments(stand_in(layer, options).detach(), *of_loss, *constants)
         upstream = grad_outputs[0]
+        if is_batched(upstream):
+            raise NotImplementedError(_ONE_BY_ONE)
         args = args._replace(sample_weight=upstream if args.sample_weight is None else upstream * args.sample_weight)
         return _results(ctx, run(layer, args, options, _wanted(ctx))[1:])
 
@@ -222,6 +233,6 @@ def check_once() -> None:
 
 def is_last_backward(grad_loss: Tensor) -> bool:
     """Whether no other backward will need the saved gradients: the graph is freed, nothing is traced or batched."""
-    if not is_plain(grad_loss):
+    if not is_plain(grad_loss) or is_batched(grad_loss):
         return False
     return not torch._C._autograd._get_current_graph_task_keep_graph()

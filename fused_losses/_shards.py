@@ -69,9 +69,11 @@ def check_classes(args: RowLossArguments, num_classes: int) -> None:
 
 def in_words(args: RowLossArguments) -> str:
     """What has to be the same on all ranks that share the classes, beside the target."""
+    given = [name for name in ("weight", "sample_weight") if getattr(args, name) is not None]
     return (
         f"{args.loss}({', '.join(map(str, args.params))}) of {args.target.numel()} rows, {args.logits.dtype}, "
-        f"logit_bias={args.logit_bias}, ignore_index={args.ignore_index}, reduction={args.reduction!r}"
+        f"logit_bias={args.logit_bias}, ignore_index={args.ignore_index}, reduction={args.reduction!r}, "
+        f"{' and '.join(given) or 'no weights'}"
     )
 
 
@@ -92,6 +94,8 @@ def values_and_gradient(
     args: RowLossArguments, shard: Shard, with_gradient: bool, chunk: Exchange | None = None
 ) -> tuple[Tensor, Tensor]:
     """Every row's weighted loss, the same on all ranks, and the gradient of their sum in this rank's logits.
+
+    The gradient is in the dtype of arithmetic.
 
     ``args.logits`` is (N, classes of this rank), targets count over all classes. All ranks have to call it: one
     collective, and one more for sums of terms that need the normaliser first. The first raises unless all make the same
@@ -136,7 +140,7 @@ def values_and_gradient(
         grad += of_terms
         if grad.shape[1]:
             grad.scatter_add_(1, index, torch.where(own, slopes.target, 0.0).unsqueeze(1))
-        return values, grad.to(logits.dtype)
+        return values, grad
 
 
 def _with_bias(z: Tensor, args: RowLossArguments, own: Tensor, index: Tensor) -> Tensor:

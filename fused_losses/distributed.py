@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fused_losses._agreement import Exchange, sum_over_ranks, telling
 from fused_losses._arguments import RowLossArguments, is_ignored
-from fused_losses._autograd import row_loss
-from fused_losses._checks import row_shape
+from fused_losses._autograd import has_tangents, row_loss
+from fused_losses._checks import check_tensors, row_shape
 from fused_losses._common import Criterion, RowLossModule
 from fused_losses._reference import ACTIVE_GUARD, mean_of
 
@@ -63,12 +63,22 @@ def sum_of_weights(args: RowLossArguments, values: Tensor) -> Tensor:
     return kept_weight(counted, args.target, args.weight, args.sample_weight)
 
 
+def check_constant(weights: Tensor) -> None:
+    """Raises where the sum of weights that a mean over all ranks divides by wants a derivative: there is none."""
+    if weights.requires_grad or has_tangents(weights):
+        raise RuntimeError(
+            "a mean over the rows of all ranks is not differentiable in sample_weight and weight, got one that "
+            'requires a gradient: detach it, or use reduction="sum"'
+        )
+
+
 def global_mean(total: Tensor, denominator: Tensor, group: dist.ProcessGroup | None, guard: float = 0.0) -> Tensor:
     """This rank's part of the mean over the rows of all ranks, times the number of ranks.
 
     DistributedDataParallel averages gradients over ranks, which takes that factor back; the mean of the losses over
     ranks is the loss of the whole batch. ``guard`` is added to the denominator. All ranks synchronise here.
     """
+    check_constant(denominator)
     (everywhere,) = sum_over_ranks(denominator.reshape(1), group).unbind()
     return mean_of(total * dist.get_world_size(group), everywhere.to(total.dtype), guard)
 
@@ -114,6 +124,7 @@ class GlobalMean(HasProcessGroup):
         if not exchanges:
             return loss(logits, target, sample_weight)  # type: ignore[no-any-return]
         with telling(exchanges):
+            check_tensors(logits=logits, target=target)
             return self.evaluate(loss._arguments(logits, target, sample_weight), _total_and_values)
 
     def _exchanges(self, reduction: str | None = None) -> list[Exchange]:
@@ -126,8 +137,7 @@ class GlobalMean(HasProcessGroup):
     ) -> Tensor:
         """The mean, from the sum of the rows' losses and those losses themselves."""
         total, values = total_and_values(args)
-        with torch.no_grad():
-            denominator = sum_of_weights(args, values)
+        denominator = sum_of_weights(args, values)
         guard = ACTIVE_GUARD if args.reduction == "active_mean" else 0.0
         return global_mean(total, denominator, self.process_group, guard)
 

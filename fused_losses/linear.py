@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fused_losses._agreement import Exchange, telling
 from fused_losses._arguments import LOSSES, LossEntry, RowLossArguments, check_reduction, entry_named, is_distributed
-from fused_losses._checks import check_tensors
+from fused_losses._checks import FLOATING, check_tensors
 from fused_losses._chunks import ChunkOptions, Layer
 from fused_losses._common import Criterion, RowLossModule
 from fused_losses._linear_autograd import ChunkedLogits
@@ -51,8 +51,9 @@ def linear_loss(
     For many classes, where the logits take most of the memory. Rows go through in chunks: one GEMM for the logits, into
     a buffer that is used again, the kernel of the loss, and two GEMMs for the gradients. Under "mean" and "sum" forward
     makes the gradients and backward multiplies them by the upstream gradient. "none" computes the logits a second time
-    in backward. Beyond inputs and gradients it needs ``chunk_bytes``, and a sum for the weight's gradient where
-    ``linear_weight`` has half precision. Results are deterministic. Nothing waits for a GPU unless ``skip_rows=True``.
+    in backward, and so do rows with weights in float16, whose range might not hold those gradients. Beyond inputs and
+    gradients it needs ``chunk_bytes``, and a sum for the weight's gradient where ``linear_weight`` has half precision.
+    Results are deterministic. Nothing waits for a GPU unless ``skip_rows=True``.
 
     Args:
         input: features ``(..., D)``; float64, float32, float16 or bfloat16. Autocast works as for a linear layer.
@@ -95,6 +96,9 @@ def linear_loss(
     layer = Layer(input, linear_weight, linear_bias)
     group = _class_group(loss, linear_weight)
     with telling(_exchanges(loss, group, reduction)):
+        if group is None and is_distributed(linear_weight):
+            placements = linear_weight.placements  # type: ignore[attr-defined]
+            raise ValueError(f"linear_weight must be sharded over one mesh dimension by Shard(0), got {placements}")
         layer, shard = (layer, None) if group is None else _local_classes(loss, layer)
         logits, shape = _chunked(layer, target, of_chunks._replace(shard=shard))
         rows = target.reshape(-1, logits.stand_in.shape[1]) if target.shape != shape else target.reshape(-1)
@@ -127,8 +131,7 @@ def _loss_of(
         found = loss.evaluate(logits.z_ops(), logits.stand_in, target, sample_weight, reduction=reduction)
         assert isinstance(found, Tensor)
         return found
-    row_loss: Any = loss.loss if isinstance(loss, (GlobalMean, ClassParallel)) else loss
-    arguments = _with_reduction(row_loss._arguments(logits.stand_in, target, sample_weight), reduction)
+    arguments = _with_reduction(_row_loss_of(loss)._arguments(logits.stand_in, target, sample_weight), reduction)
     if isinstance(loss, GlobalMean) and arguments.reduction not in ("none", "sum"):
         return loss.evaluate(arguments, logits.total)
     return logits.row_loss(arguments)
@@ -157,6 +160,10 @@ def check_module(loss: nn.Module) -> None:
         )
 
 
+def _row_loss_of(loss: nn.Module) -> Any:
+    return loss.loss if isinstance(loss, (GlobalMean, ClassParallel)) else loss
+
+
 def _check_no_options(options: dict[str, Any], parameters: dict[str, Any]) -> None:
     for name, value in {**options, **parameters}.items():
         if name not in _DEFAULTS or isinstance(value, Tensor) or value != _DEFAULTS[name]:
@@ -183,31 +190,31 @@ def _chunked(layer: Layer, target: Tensor, options: ChunkOptions) -> tuple[Chunk
     tensors = {"input": input, "linear_weight": linear_weight, "target": target}
     if linear_bias is not None:
         tensors["linear_bias"] = linear_bias
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+    check_tensors(**tensors)
     _check_shapes(input, linear_weight, target, linear_bias, options.shard)
-    chunk_bytes = int(positive_integer.pack("chunk_bytes", options.chunk_bytes))
-    dtype, skip = options.accumulate_dtype, options.skip_rows
-    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"accumulate_dtype must be a floating point dtype, got {dtype!r}")
-    if not (skip is None or isinstance(skip, bool)):
-        raise ValueError(f"skip_rows must be True, False or None, got {skip!r}")
-    options = options._replace(dtype=_dtype_of_logits(tensors), chunk_bytes=chunk_bytes)
+    _check_options(options.chunk_bytes, options.accumulate_dtype, options.skip_rows)
+    options = options._replace(dtype=_dtype_of_logits(tensors), chunk_bytes=int(options.chunk_bytes))
     flat = input.unsqueeze(0).flatten(0, -2)  # not by reshape, which would not know how many rows of no features
     return ChunkedLogits(Layer(flat, linear_weight, linear_bias), options), input.shape[:-1]
+
+
+def _check_options(chunk_bytes: int, accumulate_dtype: torch.dtype, skip_rows: bool | None) -> None:
+    positive_integer.pack("chunk_bytes", chunk_bytes)
+    if not (isinstance(accumulate_dtype, torch.dtype) and accumulate_dtype in FLOATING):
+        raise ValueError(f"accumulate_dtype must be float64, float32, float16 or bfloat16, got {accumulate_dtype!r}")
+    if not (skip_rows is None or isinstance(skip_rows, bool)):
+        raise ValueError(f"skip_rows must be True, False or None, got {skip_rows!r}")
 
 
 def _class_group(loss: Loss, linear_weight: Any) -> tuple[dist.ProcessGroup | None] | None:
     """The group whose ranks share the classes, if any; what it holds may be None for the default group."""
     if isinstance(loss, ClassParallel):
         return (loss.process_group,)
-    if not is_distributed(linear_weight):
-        return None
-    placements = linear_weight.placements
-    if len(placements) != 1 or not placements[0].is_shard(0):
-        raise ValueError(f"linear_weight must be sharded over one mesh dimension by Shard(0), got {placements}")
-    return (linear_weight.device_mesh.get_group(0),)
+    return (linear_weight.device_mesh.get_group(0),) if _is_sharded(linear_weight) else None
+
+
+def _is_sharded(linear_weight: Any) -> bool:
+    return is_distributed(linear_weight) and [p.is_shard(0) for p in linear_weight.placements] == [True]
 
 
 def _exchanges(
@@ -229,8 +236,7 @@ def _local_classes(loss: Loss, layer: Layer) -> tuple[Layer, Shard]:
     linear_bias: Any
     input, linear_weight, linear_bias = layer
     if isinstance(loss, ClassParallel):
-        has_classes = isinstance(linear_weight, Tensor) and linear_weight.dim() == 2
-        return layer, loss.shard(linear_weight.shape[0] if has_classes else 0)
+        return layer, loss.shard_of("linear_weight", linear_weight, 0)
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     mesh, placements = linear_weight.device_mesh, linear_weight.placements
@@ -267,6 +273,8 @@ def _check_shapes(
 def _dtype_of_logits(tensors: dict[str, Tensor]) -> torch.dtype:
     """That of ``input``, or autocast's; raises where dtypes or devices differ."""
     input, device = tensors["input"], tensors["input"].device
+    if input.dtype not in FLOATING:
+        raise RuntimeError(f"input must be float64, float32, float16 or bfloat16, got {input.dtype}")
     has_autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
     autocast = has_autocast and input.dtype != torch.float64
     for name, tensor in tensors.items():
@@ -275,9 +283,7 @@ def _dtype_of_logits(tensors: dict[str, Tensor]) -> torch.dtype:
         if name == "target":
             continue
         allowed = (torch.float32, torch.float16, torch.bfloat16) if autocast else (input.dtype,)
-        if tensor.dtype not in allowed or not tensor.is_floating_point():
-            if name == "input":
-                raise RuntimeError(f"input must be float64, float32, float16 or bfloat16, got {tensor.dtype}")
+        if tensor.dtype not in allowed:
             raise RuntimeError(
                 f"{name} must be floating point, of the dtype of input unless autocast is enabled: got {tensor.dtype} "
                 f"beside {input.dtype}"
@@ -333,7 +339,7 @@ class LinearLoss(Criterion):
         **options: Any,
     ) -> None:
         super().__init__()
-        positive_integer.pack("chunk_bytes", chunk_bytes)
+        _check_options(chunk_bytes, accumulate_dtype, skip_rows)
         in_features = int(not_negative_integer.pack("in_features", in_features))
         num_classes = int(positive_integer.pack("num_classes", num_classes))
         if isinstance(loss, nn.Module):
@@ -345,7 +351,10 @@ class LinearLoss(Criterion):
                 options["reduction"] = reduction
             self.loss = find_loss(loss).module(**options)
         if reduction is not None:
-            check_reduction(reduction, *([LOSSES[loss.stem].reductions] if isinstance(loss, RowLossModule) else []))
+            of_rows = _row_loss_of(self.loss)
+            check_reduction(
+                reduction, *([LOSSES[of_rows.stem].reductions] if isinstance(of_rows, RowLossModule) else [])
+            )
         self.linear = nn.Linear(in_features, num_classes, bias, device=device, dtype=dtype)
         self.reduction = reduction
         self.chunk_bytes = chunk_bytes

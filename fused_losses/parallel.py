@@ -9,15 +9,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused_losses._agreement import Exchange, sum_over_ranks, telling
-from fused_losses._arguments import RowLossArguments, is_distributed
-from fused_losses._autograd import row_loss
-from fused_losses._checks import check_row_loss
+from fused_losses._arguments import RowLossArguments, is_distributed, is_ignored
+from fused_losses._autograd import needs_reference, row_loss
+from fused_losses._checks import check_constants, check_row_loss, check_tensors
 from fused_losses._common import RowLossModule
 from fused_losses._logit_bias import class_dim
 from fused_losses._parameters import integer, positive_integer
 from fused_losses._reference import ACTIVE_GUARD, mean_of
 from fused_losses._shards import ROWS, Shard, check_classes, check_loss, find_shard, values_and_gradient
-from fused_losses.distributed import HasProcessGroup, sum_of_weights
+from fused_losses.distributed import HasProcessGroup, check_constant, sum_of_weights
 
 
 class ClassParallel(HasProcessGroup):
@@ -75,8 +75,16 @@ class ClassParallel(HasProcessGroup):
         self.process_group = process_group
         self.first_class = first_class
         self.num_classes = num_classes
-        self._shard: Shard | None = None
         self._classes = 0  # of this rank
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Notices what makes ranks ask each other again for their classes."""
+        super().__setattr__(name, value)
+        if name in ("process_group", "first_class", "num_classes"):
+            self._shard: Shard | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_shard": None}  # where it is loaded, ranks have not asked
 
     def shard(self, classes: int) -> Shard:
         """Where the classes of this rank lie, given their number. The first call asks all ranks."""
@@ -87,10 +95,24 @@ class ClassParallel(HasProcessGroup):
             raise ValueError(f"logits must have {self._classes} classes of this rank as at first, got {classes}")
         return self._shard
 
+    def shard_of(self, name: str, tensor: Any, dim: int) -> Shard:
+        """The same for a tensor that has these classes in a dimension.
+
+        If it has none, that is said once the other ranks, who may be asking, have been answered.
+        """
+        has_classes = isinstance(tensor, Tensor) and not tensor.is_nested and tensor.dim() > dim
+        try:
+            return self.shard(tensor.shape[dim] if has_classes else 0)
+        except ValueError:
+            check_tensors(**{name: tensor})
+            if not has_classes:
+                raise ValueError(f"{name} must have a dimension of classes, got shape {tuple(tensor.shape)}") from None
+            raise
+
     def forward(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """The loss of logits ``(N, classes here, ...)`` for ``target``; ``sample_weight`` is one weight per row."""
         with telling(self._exchanges()):
-            shard = self.shard(logits.shape[1] if isinstance(logits, Tensor) and logits.dim() > 1 else 0)
+            shard = self.shard_of("logits", logits, 1)
             args = _arguments(self.loss, self.num_classes, logits, target, sample_weight)
             values = _values(logits, args, shard)
         return values.reshape(target.shape) if args.reduction == "none" else _reduced(values, args, [])
@@ -108,17 +130,22 @@ def _arguments(
     loss: RowLossModule, num_classes: int, logits: Tensor, target: Tensor, sample_weight: Tensor | None
 ) -> RowLossArguments:
     """The loss's arguments for flat rows, checked as for all logits on one rank."""
-    if not isinstance(logits, Tensor) or logits.dim() < 2:
-        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"logits must have shape (N, classes of this rank, ...), got {shape}")
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
+    check_tensors(logits=logits, target=target)
+    if logits.dim() < 2:
+        raise ValueError(f"logits must have shape (N, classes of this rank, ...), got {tuple(logits.shape)}")
     sizes = (logits.shape[0], num_classes, *logits.shape[2:])
     args = loss._arguments(logits.detach().new_zeros(()).expand(sizes), target, sample_weight)
     check_row_loss(args)
     if target.is_floating_point():
         raise RuntimeError(f"{args.loss}: target must hold class indices where classes are sharded")
     check_classes(args, num_classes)
+    if torch.is_grad_enabled():
+        check_constants(args, "a loss of sharded classes is differentiable in the logits only")
+    if needs_reference(logits, *args.tensors[1:]):
+        raise NotImplementedError(
+            "a loss of sharded classes has no form for the transforms of torch.func, nor a forward-mode derivative: "
+            "use backward or torch.autograd.grad"
+        )
     samples = None if sample_weight is None else sample_weight.reshape(-1)
     return args._replace(target=target.reshape(-1), sample_weight=samples)
 
@@ -134,8 +161,10 @@ def _values(logits: Tensor, args: RowLossArguments, shard: Shard) -> Tensor:
 def _reduced(values: Tensor, args: RowLossArguments, row_groups: list[dist.ProcessGroup]) -> Tensor:
     """Sum or mean over the rows of all ranks of the groups: one collective for each."""
     total = values.sum()
+    denominator = total.detach().double() if args.reduction == "sum" else sum_of_weights(args, values)
+    if row_groups:
+        check_constant(denominator)
     with torch.no_grad():
-        denominator = total.double() if args.reduction == "sum" else sum_of_weights(args, values)
         sums = torch.stack([total.double(), denominator])
         for group in row_groups:
             sums = sum_over_ranks(sums, group)
@@ -153,15 +182,19 @@ class _ShardedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, args: RowLossArguments, shard: Shard) -> Tensor:
         values, grad_logits = values_and_gradient(args._replace(logits=logits), shard, True)
-        ctx.save_for_backward(grad_logits)
+        if logits.dtype != torch.float16:  # weights not yet divided by their sum may be beyond its range
+            grad_logits = grad_logits.to(logits.dtype)
+        ctx.save_for_backward(grad_logits, is_ignored(args.target, args.ignore_index))
+        ctx.dtype = logits.dtype
         return values
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("ClassParallel has a first derivative only: call it without create_graph=True")
-        (grad_logits,) = ctx.saved_tensors
-        return (grad_logits * grad_outputs[0].unsqueeze(1)).to(grad_logits.dtype), None, None
+        grad_logits, ignored = ctx.saved_tensors
+        upstream = torch.where(ignored, 0.0, grad_outputs[0])  # infinity times the zeros of ignored rows is NaN
+        return (grad_logits * upstream.unsqueeze(1)).to(ctx.dtype), None, None
 
 
 class _SumGradient(torch.autograd.Function):
@@ -216,6 +249,8 @@ def distributed_loss(loss: RowLossModule, logits: Any, target: Any, sample_weigh
     A plain tensor, the same on all ranks under "mean" and "sum"; this rank's rows under "none".
     """
     dim = class_dim(logits)
+    if logits.dim() == 0:
+        raise RuntimeError(f"{loss.stem}: logits must have shape (C,), (N, C) or (N, C, d1, ...), got a scalar")
     row_groups, class_groups = _groups(logits, dim)
     if not class_groups and (loss.reduction == "none" or not row_groups):
         local, target, sample_weight, _ = _local_parts(logits, target, sample_weight)
@@ -242,7 +277,8 @@ def _local_parts(logits: Any, target: Any, sample_weight: Any) -> tuple[Tensor, 
     shape, offset = compute_local_shape_and_global_offset(logits.shape, logits.device_mesh, logits.placements)
     if class_dim(logits) == 1:
         rows = slice(offset[0], offset[0] + shape[0])
-        target, sample_weight = (_local_rows(each, rows, logits.shape[0]) for each in (target, sample_weight))
+        target = _local_rows("target", target, rows, logits.shape[0])
+        sample_weight = _local_rows("sample_weight", sample_weight, rows, logits.shape[0])
     return logits.to_local(), target, sample_weight, offset
 
 
@@ -259,9 +295,11 @@ def _groups(logits: Any, dim: int) -> tuple[list[dist.ProcessGroup], list[dist.P
     return ([] if dim == 0 else found[0]), found[dim]
 
 
-def _local_rows(rows: Any, here: slice, everywhere: int) -> Any:
+def _local_rows(name: str, rows: Any, here: slice, everywhere: int) -> Any:
     """This rank's rows, of a DTensor, of a tensor of all rows, or of one that has only these."""
     if is_distributed(rows):
         return rows.to_local()
+    if isinstance(rows, Tensor):
+        check_tensors(**{name: rows})
     whole = isinstance(rows, Tensor) and rows.dim() > 0 and rows.shape[0] == everywhere
     return rows[here] if whole else rows

@@ -6,10 +6,12 @@ import re
 
 import pytest
 import torch
+import torch.distributed as dist
 from parallel_problem import CLASSES, FEATURES, bounds
 from torch import nn
+from torch.autograd import forward_ad
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import fused_losses as fl
 from fused_losses.functional import linear_loss
@@ -22,15 +24,49 @@ def check_errors(rank, world_size):
     sharded = ClassParallel(fl.GCELoss(), None, first, CLASSES)
     with pytest.raises(IndexError, match=rf"target {CLASSES} is out of range \[0, {CLASSES}\)"):
         sharded(logits, target + CLASSES)
+    for bad, error, message in (
+        (None, TypeError, "logits must be a Tensor, got NoneType"),
+        (torch.zeros(4), ValueError, "logits must have a dimension of classes"),
+        (logits.to_sparse(), RuntimeError, "logits must be dense"),
+    ):
+        for call in (sharded, ClassParallel(fl.GCELoss(), None, first, CLASSES)):
+            with pytest.raises(error, match=message):
+                call(bad, target)
     with pytest.raises(ValueError, match="first_class and the logits of all ranks must divide"):
         ClassParallel(fl.GCELoss(), None, first, CLASSES + 1)(logits, target)
     with pytest.raises(TypeError, match="form for sharded classes"):
         ClassParallel(fl.HEMLoss(), None, first, CLASSES)
     with pytest.raises(TypeError, match="row-loss Module"):
         ClassParallel(nn.CrossEntropyLoss(), None, first, CLASSES)
+    check_derivatives(sharded, logits, target)
     total = sharded(logits.requires_grad_(), target)
     with pytest.raises(RuntimeError, match="first derivative only"):
         torch.autograd.grad(total, logits, create_graph=True)
+
+
+def check_derivatives(sharded, logits, target):
+    """There is one, the first in the logits; others are errors, not zeros. Of sharded rows, others are right."""
+    samples, weight, bias = torch.ones(4, requires_grad=True), torch.ones(CLASSES, requires_grad=True), torch.ones(())
+    with pytest.raises(RuntimeError, match="differentiable in the logits only, got sample_weight"):
+        sharded(logits, target, samples)
+    with torch.no_grad():
+        sharded(logits, target, samples)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        sharded(forward_ad.make_dual(logits, logits), target)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    whole = torch.zeros(4, CLASSES)
+    for placement, message in ((Shard(1), "sharded classes is differentiable"), (Shard(0), "rows of all ranks is not")):
+        placed = distribute_tensor(whole, mesh, [placement])
+        for loss, weights in ((fl.GCELoss(), samples), (fl.GCELoss(weight=weight), None)):
+            with pytest.raises(RuntimeError, match=message):
+                loss(placed, target, weights)
+    loss = fl.GCELoss(logit_bias=bias.requires_grad_())
+    with pytest.raises(RuntimeError, match="got logit_bias"):
+        loss(distribute_tensor(whole, mesh, [Shard(1)]), target)
+    with pytest.raises(ValueError, match="return_row_stats must be False"):
+        loss(placed, target, return_row_stats=True)
+    with pytest.raises(TypeError, match=r"logits must be a plain tensor, got a DTensor"):
+        fl.functional.gce_loss(placed, target)
 
 
 # What only one rank gets wrong, and the error it gets. The other ranks are told that a rank has failed, or, where none
@@ -48,6 +84,7 @@ ONE_RANK = {
     "classes": ({"more": 1}, "ValueError.*classes of this rank"),
     "sample_weight": ({"sample_weight": torch.ones(4, dtype=torch.int64)}, "RuntimeError.*sample_weight"),
     "its shape": ({"sample_weight": torch.ones(3)}, "(Value|Runtime)Error.*sample_weight"),
+    "weights": ({"sample_weight": torch.ones(4)}, "the same call.*no weights.*"),
     "weight": ({"loss": fl.GCELoss(weight=torch.ones(3))}, "RuntimeError.*weight"),
     "NaN bias": ({"loss": fl.GCELoss(logit_bias=1.0), "logit_bias": torch.nan}, "ValueError.*logit_bias"),
     "another loss": ({"loss": fl.NCELoss()}, "the same call.*nce"),
@@ -95,3 +132,7 @@ def check_one_bad_rank_of_a_mesh(rank, world_size):
         with pytest.raises((RuntimeError, ValueError, TypeError, IndexError), match=r"target|expected|another rank"):
             fl.GCELoss()(logits, given)
     fl.GCELoss()(logits, torch.zeros(8, dtype=torch.int64))
+    features, weight, target = torch.zeros(4, FEATURES), torch.zeros(CLASSES, FEATURES), torch.zeros(4).long()
+    placed = distribute_tensor(weight, init_device_mesh("cpu", (world_size,)), [Replicate()])
+    with pytest.raises((RuntimeError, ValueError), match="linear_weight must be sharded"):
+        linear_loss(features, placed if rank == 0 else weight, target, fl.GlobalMean(fl.GCELoss()))

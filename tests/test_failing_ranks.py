@@ -55,6 +55,8 @@ BAD = {
     "no tensor": {"target": [0, 1, 2, 1]},
     "dtype": {"logits": torch.zeros(4, CLASSES, dtype=torch.int64)},
     "a scalar": {"logits": torch.tensor(1.0)},
+    "no logits": {"logits": None},
+    "sparse": {"logits": FINE["logits"].to_sparse()},
     "rows of sample_weight": {"sample_weight": torch.ones(3)},
 }
 
@@ -78,7 +80,7 @@ def remembering(loss):
 
 
 def first(logits):
-    return logits[:, 0] if logits.dim() > 1 else logits
+    return logits[:, 0] if isinstance(logits, torch.Tensor) and logits.dim() > 1 else logits
 
 
 def linear(loss):

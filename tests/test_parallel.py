@@ -173,6 +173,23 @@ def check_half(rank, world_size):
         assert torch.equal(repeated, found) and torch.equal(again.grad, part.grad)
 
 
+def check_range(rank, world_size):
+    """float16 with weights beyond its range, and ignored rows under any upstream gradient."""
+    x, w, b, target, _ = problem(torch.float16)
+    first, end = bounds(rank, world_size)
+    for size in (1e-7, 1e6):
+        whole, part = (z.clone().requires_grad_() for z in (F.linear(x, w, b), F.linear(x, w, b)[:, first:end]))
+        samples, loss = torch.full((ROWS,), size), fl.GCELoss()
+        (1024.0 * loss(whole, target, samples)).backward()
+        (1024.0 * ClassParallel(loss, None, first, CLASSES)(part, target, samples)).backward()
+        torch.testing.assert_close(part.grad, whole.grad[:, first:end], rtol=4e-3, atol=1e-3)
+    for upstream in (torch.inf, torch.nan):
+        part.grad = None
+        values = ClassParallel(fl.GCELoss(reduction="none"), None, first, CLASSES)(part, target)
+        values.backward(torch.where(target == -100, upstream, 1.0))
+        assert part.grad.isfinite().all() and not part.grad[target == -100].any()
+
+
 def check_powers(rank, world_size):
     """Powers of p that are all near 1, or one of them: to what float32 makes of a logit of 60, relative 6e-8."""
     classes = 4001
@@ -308,6 +325,7 @@ CHECKS = {
     "traffic": check_traffic,
     "lengths": check_lengths,
     "half": check_half,
+    "range": check_range,
     "images": check_images,
     "powers": check_powers,
     "masked": check_masked,

@@ -170,13 +170,18 @@ def test_a_copy_shares_the_process_group_and_a_pickle_says_what_to_do(tmp_path):
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         group = torch.distributed.new_group([0])
-        for module in (fl.ZErrorCrossEntropyLoss(process_group=group), fl.GlobalMean(fl.HEMLoss(), group)):
+        parallel = fl.parallel.ClassParallel(fl.GCELoss(), group, 0, 3)
+        for module in (fl.ZErrorCrossEntropyLoss(process_group=group), fl.GlobalMean(fl.HEMLoss(), group), parallel):
+            module(torch.zeros(2, 3), torch.tensor([0, 2]))
             assert copy.deepcopy(module).process_group is group
             assert copy.deepcopy(torch.nn.Sequential(module))[0].process_group is group
             with pytest.raises(TypeError, match=r"cannot be pickled with its process_group.*state_dict"):
                 pickle.dumps(module)
             module.process_group = None
             assert pickle.loads(pickle.dumps(module)).process_group is None
+        parallel.first_class = 1  # what ranks have agreed upon is asked again
+        with pytest.raises(ValueError, match=r"\[1, 4\) of 3"):
+            parallel(torch.zeros(2, 3), torch.tensor([0, 2]))
     finally:
         torch.distributed.destroy_process_group()
 

@@ -1,0 +1,118 @@
+"""Derivatives that linear_loss is asked for in unusual ways: it gives those of the dense layer or says why not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_linear import BAD, CLASSES, FEATURES, ROWS, problem
+from torch.autograd import forward_ad
+from torch.distributed import HashStore, destroy_process_group, init_process_group
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import fused_losses as fl
+from fused_losses.functional import linear_loss
+
+pytestmark = pytest.mark.any_cpu  # the kernels' callers
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_under_a_checkpoint(reduction):
+    (x, w, b), target, samples = problem()
+
+    def loss(x, w, b):
+        return linear_loss(x, w, target, linear_bias=b, sample_weight=samples, reduction=reduction).sum()
+
+    expected = torch.autograd.grad(loss(x, w, b), (x, w, b))
+    found = torch.autograd.grad(checkpoint(loss, x, w, b, use_reentrant=False), (x, w, b))
+    assert all(torch.equal(a, e) for a, e in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_many_upstream_gradients_at_once(reduction):
+    (x, w, b), target, _ = problem()
+    loss = linear_loss(x, w, target, linear_bias=b, reduction=reduction)
+    found = torch.autograd.grad(loss, (x, w), torch.tensor([1.0, -2.0]).double(), is_grads_batched=True)
+    loss = linear_loss(x, w, target, linear_bias=b, reduction=reduction)
+    for many, one in zip(found, torch.autograd.grad(loss, (x, w)), strict=True):
+        torch.testing.assert_close(many, torch.stack([one, -2.0 * one]))
+    rows = linear_loss(x, w, target, linear_bias=b, reduction="none")
+    with pytest.raises(NotImplementedError, match="one upstream gradient at a time"):
+        torch.autograd.grad(rows, x, torch.eye(ROWS).double(), is_grads_batched=True)
+
+
+@pytest.mark.parametrize("size", [1e-7, 1e6])
+@pytest.mark.parametrize("by", ["weight", "sample_weight"])
+@pytest.mark.parametrize("is_autocast", [False, True])
+def test_weights_beyond_the_range_of_float16(by, size, is_autocast):
+    """Gradients are in its range again when the mean has divided them and a loss scale has multiplied them."""
+    (x, w, b), target, _ = problem(torch.float16)
+    options = {by: torch.full((CLASSES if by == "weight" else ROWS,), size)}
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_autocast):
+        loss = linear_loss(x, w, target, "cross_entropy", linear_bias=b, **options)
+    twins = [t.detach().double().requires_grad_() for t in (x, w, b)]
+    expected = fl.functional.cross_entropy(F.linear(*twins), target, **options)
+    (1024.0 * loss).backward()
+    (1024.0 * expected).backward()
+    for mine, theirs in zip((x, w, b), twins, strict=True):
+        tolerance = 2e-2 if is_autocast else 4e-3  # as for the dense layer in test_linear.py
+        atol = tolerance * float(theirs.grad.abs().max())
+        torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=0, atol=atol)
+
+
+def test_forward_mode_is_refused_in_any_tensor():
+    (x, w, b), target, samples = (problem()[0], *problem()[1:])
+    given = {"input": x, "linear_weight": w, "linear_bias": b, "sample_weight": samples}
+    given = {name: tensor.detach() for name, tensor in given.items()}
+    for name in given:
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+            linear_loss(target=target, **{**given, name: forward_ad.make_dual(given[name], given[name])})
+
+
+def test_a_global_mean_is_no_function_of_its_weights():
+    """Its divisor is a constant, so that their gradient would be wrong: an error says so."""
+    logits, target = torch.randn(4, 3, requires_grad=True), torch.arange(4) % 3
+    samples = torch.ones(4, requires_grad=True)
+    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        group = torch.distributed.group.WORLD
+        losses = fl.GlobalMean(fl.GCELoss()), fl.ZErrorCrossEntropyLoss(process_group=group)
+        for loss in losses:
+            with pytest.raises(RuntimeError, match="sample_weight and weight, got one that requires a gradient"):
+                loss(logits, target, samples)
+            with torch.no_grad():
+                loss(logits, target, samples)
+            loss(logits, target, samples.detach()).backward()
+        weighted = fl.GlobalMean(fl.GCELoss(reduction="sum"))(logits, target, samples)
+        expected = fl.GCELoss(reduction="sum")(logits, target, samples)
+        assert torch.equal(*(torch.autograd.grad(each, samples)[0] for each in (weighted, expected)))
+    finally:
+        destroy_process_group()
+
+
+JAGGED = torch.nested.nested_tensor([torch.zeros(FEATURES)], layout=torch.jagged)
+MORE_BAD = {
+    "input must be dense, got a tensor of layout": {"input": torch.zeros(3, FEATURES).to_sparse()},
+    "linear_weight must be dense, got a nested": {"linear_weight": JAGGED},
+    "gce: weight must be dense": {"weight": torch.ones(CLASSES).to_sparse()},
+    "input must be float64": {"input": torch.zeros(3, FEATURES).to(torch.float8_e5m2)},
+    "accumulate_dtype must be float64": {"accumulate_dtype": torch.float8_e5m2},
+    "target must hold class indices": {"loss": fl.ZErrorCrossEntropyLoss(), "target": torch.zeros(3, CLASSES)},
+}
+
+
+@pytest.mark.parametrize("message", MORE_BAD)
+def test_bad_arguments_are_named(message):
+    given = {"input": torch.zeros(3, FEATURES), "linear_weight": torch.zeros(CLASSES, FEATURES)}
+    with pytest.raises(RuntimeError if "accumulate" not in message else ValueError, match=message):
+        linear_loss(**{**given, "target": torch.zeros(3, dtype=torch.int64), **MORE_BAD[message]})
+
+
+def test_the_module_checks_its_options_at_once():
+    for name in ("chunk_bytes", "accumulate_dtype", "skip_rows"):
+        ((message, bad),) = ((m, b) for m, b in BAD.items() if name in b)
+        with pytest.raises(ValueError, match=message):
+            fl.LinearLoss(FEATURES, CLASSES, **bad)
+    assert fl.LinearLoss(FEATURES, CLASSES, fl.GlobalMean(fl.HEMLoss()), reduction="active_mean").reduction
+    with pytest.raises(ValueError, match="reduction must be"):
+        fl.LinearLoss(FEATURES, CLASSES, fl.GlobalMean(fl.GCELoss()), reduction="active_mean")
