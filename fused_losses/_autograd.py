@@ -23,8 +23,14 @@ from fused_losses._plain import dispatch_modes, is_plain
 from fused_losses._reference import row_loss_reference
 from fused_losses.row_statistics import RowStatistics, row_statistics
 
+_is_grad_enabled, _is_inference = torch.is_grad_enabled, torch.is_inference_mode_enabled
 _in_function_transform = torch._C._are_functorch_transforms_active
 _is_batched, _is_legacy_batched = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
+
+
+def is_recorded(tensor: Tensor) -> bool:
+    """Whether autograd records what is done with it: in inference mode nothing, even under ``enable_grad``."""
+    return tensor.requires_grad and _is_grad_enabled() and not _is_inference()
 
 
 def row_loss(args: RowLossArguments) -> Tensor:
@@ -64,7 +70,7 @@ def fused_row_loss(args: RowLossArguments) -> Tensor:
     constants = _make_constants(args)
     if constants is not None:
         return small_row_loss(args.logits, args.target, constants)
-    if args.logits.requires_grad and torch.is_grad_enabled():
+    if is_recorded(args.logits):
         return apply(_RowLoss, args.logits, args)  # type: ignore[no-any-return]
     return _ops.row_loss(*args)
 
@@ -103,7 +109,7 @@ def _make_constants(args: RowLossArguments) -> PackedConstants | None:
 
 def small_row_loss(logits: Tensor, target: Tensor, constants: PackedConstants) -> Tensor:
     """The loss by the fused kernels, differentiable in every way."""
-    if logits.requires_grad and torch.is_grad_enabled():
+    if is_recorded(logits):
         return _apply_small(logits, (target, constants))  # type: ignore[no-any-return, no-untyped-call]
     return _ops.packed_row_loss(logits, target, constants.tensor)
 
@@ -141,7 +147,7 @@ def row_loss_and_statistics(args: RowLossArguments) -> tuple[Tensor, RowStatisti
     """The loss and the statistics of the logits' rows; from one read outside of traces, if there is such a kernel."""
     if not _has_statistics(args):
         return row_loss(args), row_statistics(args.logits, args.target, args.ignore_index)
-    if args.logits.requires_grad and torch.is_grad_enabled():
+    if is_recorded(args.logits):
         loss, stats, argmax = apply(_RowLossAndStatistics, args.logits, args)
     else:
         loss, stats, argmax = _ops.row_loss_and_statistics(*args)
@@ -178,7 +184,7 @@ def needs_reference(differentiable: Tensor, *others: Tensor | None) -> bool:
     """Is anything asked for but the first derivative in the first of these tensors?"""
     if _in_function_transform():
         return True
-    if forward_ad._current_level >= 0 and _have_tangents(differentiable, *others):
+    if in_forward_mode(differentiable, *others):
         return True
     if torch.is_grad_enabled():
         for tensor in others:
@@ -187,7 +193,10 @@ def needs_reference(differentiable: Tensor, *others: Tensor | None) -> bool:
     return False
 
 
-def _have_tangents(*tensors: Tensor | None) -> bool:
+def in_forward_mode(*tensors: Tensor | None) -> bool:
+    """Whether one of them has a tangent."""
+    if forward_ad._current_level < 0:
+        return False
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)  # type: ignore[no-untyped-call]
 
 
@@ -295,15 +304,27 @@ def give_away(ctx: Any, written: Tensor | None, grad_loss: Tensor) -> Tensor | N
     if written is None or torch.is_grad_enabled() or hasattr(ctx, "given_away"):
         return None
     # A batched gradient stands for many (is_grads_batched): backward is one call, the operators are called for each.
-    if not is_plain(grad_loss) or _is_legacy_batched(grad_loss) or _is_batched(grad_loss):
+    if not is_plain(grad_loss) or is_batched(grad_loss):
         return None
     ctx.given_away = True
     return written.data
 
 
+def is_batched(tensor: Tensor) -> bool:
+    """Whether it stands for many (vmap, ``is_grads_batched``)."""
+    return _is_legacy_batched(tensor) or _is_batched(tensor)
+
+
+def is_last_backward(grad_loss: Tensor) -> bool:
+    """Whether no other backward will need the saved gradients: the graph is freed, nothing is traced or batched."""
+    if not is_plain(grad_loss) or is_batched(grad_loss):
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 def is_one(number: Tensor) -> bool:
     """Whether it is 1, where looking at it waits for nobody."""
-    if not (number.is_cpu and is_plain(number)) or _is_legacy_batched(number) or _is_batched(number):
+    if not (number.is_cpu and is_plain(number)) or is_batched(number):
         return False
     return number.item() == 1.0
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_losses import _ops
 from fused_losses._arguments import LOSSES, RowLossArguments, ZErrorRule, is_ignored
-from fused_losses._autograd import mark_constant
+from fused_losses._autograd import in_forward_mode, is_batched, is_last_backward, is_recorded, mark_constant
 from fused_losses._checks import check_row_loss
 from fused_losses._chunks import ChunkOptions, Layer, Sweep, stand_in, sweep, traced_sweep
 from fused_losses._plain import is_plain
@@ -91,13 +91,13 @@ class ChunkedLogits:
         return ZOps(self.row_loss, class_moments, z_error_row_loss, z_error_loss)
 
     def _differentiates(self) -> bool:
-        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self.layer)
+        return any(t is not None and is_recorded(t) for t in self.layer)
 
     def _check(self, args: RowLossArguments) -> None:
-        if torch._C._are_functorch_transforms_active():
+        if torch._C._are_functorch_transforms_active() or in_forward_mode(*self.layer):
             raise NotImplementedError(
-                "linear_loss has no form for the transforms of torch.func: use backward or torch.autograd.grad, or "
-                "call the loss on torch.nn.functional.linear(input, linear_weight, linear_bias)"
+                "linear_loss has no form for the transforms of torch.func and forward mode: use backward or "
+                "torch.autograd.grad, or call the loss on torch.nn.functional.linear(input, linear_weight, linear_bias)"
             )
         check_row_loss(args)
         if torch.is_grad_enabled():
@@ -142,9 +142,10 @@ def _check_constants(args: RowLossArguments) -> None:
 
 
 def run(layer: Layer, args: RowLossArguments, options: ChunkOptions, wanted: list[bool]) -> Sweep:
-    """A sweep; one operator where somebody traces."""
+    """A sweep; one operator where somebody traces, or calls it for many."""
     has_numbers = is_plain(layer.input) and is_plain(layer.weight) and not layer.input.is_meta
-    function = sweep if has_numbers else traced_sweep
+    batched = args.sample_weight is not None and is_batched(args.sample_weight)  # by upstream gradients
+    function = sweep if has_numbers and not batched else traced_sweep
     return function(layer, args, options, wanted)
 
 
@@ -207,7 +208,8 @@ class _ValuesOfRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         check_once()
-        layer, of_loss = Layer(*ctx.saved_tensors[:3]), ctx.saved_tensors[3:]
+        saved = ctx.saved_tensors  # once: a checkpoint refuses a second look, other hooks would do their work again
+        layer, of_loss = Layer(*saved[:3]), saved[3:]
         constants, options = ctx.constants
         args = RowLossArguments(stand_in(layer, options).detach(), *of_loss, *constants)
         upstream = grad_outputs[0]
@@ -218,10 +220,3 @@ class _ValuesOfRows(torch.autograd.Function):
 def check_once() -> None:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(_ONCE)
-
-
-def is_last_backward(grad_loss: Tensor) -> bool:
-    """Whether no other backward will need the saved gradients: the graph is freed, nothing is traced or batched."""
-    if not is_plain(grad_loss):
-        return False
-    return not torch._C._autograd._get_current_graph_task_keep_graph()
