@@ -30,7 +30,8 @@ _is_batched, _is_legacy_batched = torch._C._functorch.is_batchedtensor, torch._C
 
 def is_recorded(tensor: Tensor) -> bool:
     """Whether autograd records what is done with it: in inference mode nothing, even under ``enable_grad``."""
-    return tensor.requires_grad and _is_grad_enabled() and not _is_inference()
+    # The compiler cannot ask for the mode.
+    return tensor.requires_grad and _is_grad_enabled() and (torch.compiler.is_compiling() or not _is_inference())
 
 
 def row_loss(args: RowLossArguments) -> Tensor:
@@ -109,7 +110,7 @@ def _make_constants(args: RowLossArguments) -> PackedConstants | None:
 
 def small_row_loss(logits: Tensor, target: Tensor, constants: PackedConstants) -> Tensor:
     """The loss by the fused kernels, differentiable in every way."""
-    if is_recorded(logits):
+    if logits.requires_grad and _is_grad_enabled() and not _is_inference():  # is_recorded, without a call
         return _apply_small(logits, (target, constants))  # type: ignore[no-any-return, no-untyped-call]
     return _ops.packed_row_loss(logits, target, constants.tensor)
 
