@@ -302,12 +302,14 @@ def give_away(ctx: Any, written: Tensor | None, grad_loss: Tensor) -> Tensor | N
 
     What is done to it from here on is not counted as a change of the saved tensor (`data`), which nobody reads again.
     """
-    if written is None or torch.is_grad_enabled() or hasattr(ctx, "given_away"):
+    if written is None or torch.is_grad_enabled():
         return None
     # A batched gradient stands for many (is_grads_batched): backward is one call, the operators are called for each.
     if not is_plain(grad_loss) or is_batched(grad_loss):
         return None
-    ctx.given_away = True
+    mine = object()
+    if vars(ctx).setdefault("given_away", mine) is not mine:  # in one step: threads may go backward through one graph
+        return None
     return written.data
 
 

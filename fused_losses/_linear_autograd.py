@@ -144,8 +144,9 @@ def _check_constants(args: RowLossArguments) -> None:
 def run(layer: Layer, args: RowLossArguments, options: ChunkOptions, wanted: list[bool]) -> Sweep:
     """A sweep; one operator where somebody traces, or calls it for many."""
     has_numbers = is_plain(layer.input) and is_plain(layer.weight) and not layer.input.is_meta
-    batched = args.sample_weight is not None and is_batched(args.sample_weight)  # by upstream gradients
-    function = sweep if has_numbers and not batched else traced_sweep
+    if has_numbers and args.sample_weight is not None:
+        has_numbers = not is_batched(args.sample_weight)  # by upstream gradients
+    function = sweep if has_numbers else traced_sweep
     return function(layer, args, options, wanted)
 
 

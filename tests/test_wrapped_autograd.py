@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import test_autograd as uses
@@ -11,6 +15,7 @@ from conftest import one_in
 from wrapped_losses import CASES, CLASSES, batch
 
 import fused_losses as fl
+from fused_losses._autograd import give_away
 
 pytestmark = pytest.mark.any_cpu  # of autograd, not of kernels
 
@@ -142,3 +147,36 @@ def test_forward_mode_of_a_linear_layer_is_refused():
     loss = make("linear sum", target)
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="has no form for"):
         loss(torch.autograd.forward_ad.make_dual(logits, torch.ones_like(logits)))
+
+
+@pytest.mark.parametrize(
+    "make_criterion", [lambda: fl.SmallLoss("cross_entropy", 0.5), lambda: fl.Antidote("gce", 0.5)]
+)
+def test_weights_have_no_gradient_from_rows_that_do_not_count(make_criterion):
+    """Whatever the loss of such a row is: here infinite, and that of no row at all."""
+    criterion = make_criterion()
+    criterion.loss.weight = torch.nn.Parameter(torch.ones(CLASSES))
+    logits = torch.zeros(3, CLASSES)
+    logits[0, 0] = -torch.inf
+    for target in (torch.tensor([0, 1, 1]), torch.full((3,), -100)):
+        samples = torch.ones(3, requires_grad=True)
+        for grad in torch.autograd.grad(criterion(logits, target, samples), (criterion.loss.weight, samples)):
+            assert grad.isfinite().all()
+
+
+def test_one_of_many_threads_is_given_the_gradient():
+    gradient, upstream, interval = torch.ones(2, CLASSES), torch.ones(()), sys.getswitchinterval()
+    contexts, start = [SimpleNamespace() for _ in range(3000)], threading.Barrier(4)
+
+    def take(_):
+        start.wait()
+        with torch.no_grad():
+            return [give_away(ctx, gradient, upstream) is not None for ctx in contexts]
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(take, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(sum(taken) == 1 for taken in zip(*found, strict=True))
