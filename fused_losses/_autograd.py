@@ -23,8 +23,15 @@ from fused_losses._plain import dispatch_modes, is_plain
 from fused_losses._reference import row_loss_reference
 from fused_losses.row_statistics import RowStatistics, row_statistics
 
+_is_grad_enabled, _is_inference = torch.is_grad_enabled, torch.is_inference_mode_enabled
 _in_function_transform = torch._C._are_functorch_transforms_active
 _is_batched, _is_legacy_batched = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
+
+
+def is_recorded(tensor: Tensor) -> bool:
+    """Whether autograd records what is done with it: in inference mode nothing, even under ``enable_grad``."""
+    # The compiler cannot ask for the mode.
+    return tensor.requires_grad and _is_grad_enabled() and (torch.compiler.is_compiling() or not _is_inference())
 
 
 def row_loss(args: RowLossArguments) -> Tensor:
@@ -61,7 +68,7 @@ def fused_row_loss(args: RowLossArguments) -> Tensor:
     constants = _make_constants(args)
     if constants is not None:
         return small_row_loss(args.logits, args.target, constants)
-    if args.logits.requires_grad and torch.is_grad_enabled():
+    if is_recorded(args.logits):
         return apply(_RowLoss, args.logits, args)  # type: ignore[no-any-return]
     return _ops.row_loss(*args)
 
@@ -100,7 +107,7 @@ def _make_constants(args: RowLossArguments) -> PackedConstants | None:
 
 def small_row_loss(logits: Tensor, target: Tensor, constants: PackedConstants) -> Tensor:
     """The loss by the fused kernels, differentiable in every way."""
-    if logits.requires_grad and torch.is_grad_enabled():
+    if logits.requires_grad and _is_grad_enabled() and not _is_inference():  # is_recorded, without a call
         return _apply_small(logits, (target, constants))  # type: ignore[no-any-return, no-untyped-call]
     return _ops.packed_row_loss(logits, target, constants.tensor)
 
@@ -138,7 +145,7 @@ def row_loss_and_statistics(args: RowLossArguments) -> tuple[Tensor, RowStatisti
     """The loss and the statistics of the logits' rows; from one read outside of traces, if there is such a kernel."""
     if not _has_statistics(args):
         return row_loss(args), row_statistics(args.logits, args.target, args.ignore_index)
-    if args.logits.requires_grad and torch.is_grad_enabled():
+    if is_recorded(args.logits):
         loss, stats, argmax = apply(_RowLossAndStatistics, args.logits, args)
     else:
         loss, stats, argmax = _ops.row_loss_and_statistics(*args)
@@ -175,7 +182,7 @@ def needs_reference(differentiable: Tensor, *others: Tensor | None) -> bool:
     """Is anything asked for but the first derivative in the first of these tensors?"""
     if _in_function_transform():
         return True
-    if has_tangents(differentiable, *others):
+    if in_forward_mode(differentiable, *others):
         return True
     if torch.is_grad_enabled():
         for tensor in others:
@@ -184,7 +191,7 @@ def needs_reference(differentiable: Tensor, *others: Tensor | None) -> bool:
     return False
 
 
-def has_tangents(*tensors: Tensor | None) -> bool:
+def in_forward_mode(*tensors: Tensor | None) -> bool:
     """Whether a forward-mode derivative is asked for in one of them."""
     if forward_ad._current_level < 0:
         return False
@@ -292,17 +299,27 @@ def give_away(ctx: Any, written: Tensor | None, grad_loss: Tensor) -> Tensor | N
 
     What is done to it from here on is not counted as a change of the saved tensor (`data`), which nobody reads again.
     """
-    if written is None or torch.is_grad_enabled() or hasattr(ctx, "given_away"):
+    if written is None or torch.is_grad_enabled():
         return None
+    # A batched gradient stands for many (is_grads_batched): backward is one call, the operators are called for each.
     if not is_plain(grad_loss) or is_batched(grad_loss):
         return None
-    ctx.given_away = True
+    mine = object()
+    if vars(ctx).setdefault("given_away", mine) is not mine:  # in one step: threads may go backward through one graph
+        return None
     return written.data
 
 
-def is_batched(grad_loss: Tensor) -> bool:
-    """Whether it stands for many gradients (is_grads_batched): backward is one call, operators are called for each."""
-    return not torch.compiler.is_compiling() and bool(_is_legacy_batched(grad_loss) or _is_batched(grad_loss))
+def is_batched(tensor: Tensor) -> bool:
+    """Whether it stands for many (vmap, ``is_grads_batched``)."""
+    return not torch.compiler.is_compiling() and bool(_is_legacy_batched(tensor) or _is_batched(tensor))
+
+
+def is_last_backward(grad_loss: Tensor) -> bool:
+    """Whether no other backward will need the saved gradients: the graph is freed, nothing is traced or batched."""
+    if not is_plain(grad_loss) or is_batched(grad_loss):
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def is_one(number: Tensor) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_losses import _ops
 from fused_losses._arguments import acc_dtype
-from fused_losses._autograd import apply, is_one
+from fused_losses._autograd import apply, is_last_backward, is_one, is_recorded
 from fused_losses._logit_bias import class_dim
 from fused_losses._reference import Rows
 
@@ -34,7 +34,7 @@ class ElrStep(NamedTuple):
 
 def fused_loss(step: ElrStep, logits: Tensor, scale: Tensor | None = None) -> Tensor:
     """Every row's value, flat, or with ``scale``, one number per row, the sum of their products; updates the memory."""
-    if logits.requires_grad and torch.is_grad_enabled():
+    if is_recorded(logits):
         return apply(_FusedLoss, logits, step, scale)  # type: ignore[no-any-return]
     values, _ = _run(step, logits, scale, with_grad=False)
     return values if scale is None else (values * scale).sum()
@@ -63,20 +63,22 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, step: ElrStep, scale: Tensor | None) -> Tensor:
         values, written = _run(step, logits, scale, with_grad=True)
-        ctx.ignore_index, ctx.lam = step.ignore_index, step.lam
-        ctx.save_for_backward(logits, step.target, scale, written)
+        is_tensor = isinstance(step.lam, Tensor)
+        ctx.ignore_index, ctx.lam = step.ignore_index, None if is_tensor else step.lam
+        ctx.save_for_backward(logits, step.target, scale, written, step.lam if is_tensor else None)
         return values if scale is None else (values * scale).sum()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         (grad_loss,) = grad_outputs
-        logits, target, scale, written = ctx.saved_tensors
+        logits, target, scale, written, lam = ctx.saved_tensors
         if torch.is_grad_enabled():  # under create_graph the gradient must itself be differentiable
-            values = _formula_again(logits, target, ctx.ignore_index, ctx.lam, scale, written)
+            lam = ctx.lam if lam is None else lam
+            values = _formula_again(logits, target, ctx.ignore_index, lam, scale, written)
             upstream = grad_loss if scale is None else grad_loss * scale
             return torch.autograd.grad(values, logits, upstream, create_graph=True)[0], None, None
         if scale is not None and written.dtype == logits.dtype and is_one(grad_loss):
-            return written, None, None
+            return written if is_last_backward(grad_loss) else written.clone(), None, None
         if scale is not None:  # infinity times the zeros of ignored rows is NaN
             grad_loss = torch.where(scale == 0, 0.0, grad_loss)
         return (written * _per_row(grad_loss, logits)).to(logits.dtype), None, None

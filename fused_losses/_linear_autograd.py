@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_losses import _ops
 from fused_losses._arguments import RowLossArguments, ZErrorRule, is_ignored
-from fused_losses._autograd import has_tangents, is_batched, mark_constant
+from fused_losses._autograd import in_forward_mode, is_batched, is_last_backward, is_recorded, mark_constant
 from fused_losses._checks import check_constants, check_row_loss
 from fused_losses._chunks import ChunkOptions, Layer, Sweep, stand_in, sweep, traced_sweep
 from fused_losses._plain import is_plain
@@ -25,11 +25,6 @@ _ONCE = (
     "linear_loss has a first derivative only: its logits no longer exist when the second is asked for. Without "
     "create_graph=True it works; for second derivatives call the loss on torch.nn.functional.linear(input, "
     "linear_weight, linear_bias)"
-)
-
-_ONE_BY_ONE = (
-    'the backward of linear_loss with reduction="none", or with weights in float16, computes the logits again, for one '
-    "upstream gradient at a time: call torch.autograd.grad once for each instead of is_grads_batched=True"
 )
 
 _NOTHING = [False] * 3  # no gradient wanted
@@ -105,10 +100,10 @@ class ChunkedLogits:
         return ZOps(self.row_loss, class_moments, z_error_row_loss, z_error_loss)
 
     def _differentiates(self) -> bool:
-        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self.layer)
+        return any(t is not None and is_recorded(t) for t in self.layer)
 
     def _check(self, args: RowLossArguments) -> None:
-        if torch._C._are_functorch_transforms_active() or has_tangents(*self.layer, *args.tensors[1:]):
+        if torch._C._are_functorch_transforms_active() or in_forward_mode(*self.layer, *args.tensors[1:]):
             raise NotImplementedError(
                 "linear_loss has no form for the transforms of torch.func, nor a forward-mode derivative: use backward "
                 "or torch.autograd.grad, or call the loss on torch.nn.functional.linear(input, linear_weight, "
@@ -150,8 +145,10 @@ class ChunkedLogits:
 
 
 def run(layer: Layer, args: RowLossArguments, options: ChunkOptions, wanted: list[bool]) -> Sweep:
-    """A sweep; one operator where somebody traces."""
+    """A sweep; one operator where somebody traces, or calls it for many."""
     has_numbers = is_plain(layer.input) and is_plain(layer.weight) and not layer.input.is_meta
+    if has_numbers and args.sample_weight is not None:
+        has_numbers = not is_batched(args.sample_weight)  # by upstream gradients
     function = sweep if has_numbers else traced_sweep
     return function(layer, args, options, wanted)
 
@@ -215,13 +212,11 @@ class _ValuesOfRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         check_once()
-        saved = ctx.saved_tensors  # once: a checkpoint gives them no second time
+        saved = ctx.saved_tensors  # once: a checkpoint refuses a second look, other hooks would do their work again
         layer, of_loss = Layer(*saved[:3]), saved[3:]
         constants, options = ctx.constants
         args = RowLossArguments(stand_in(layer, options).detach(), *of_loss, *constants)
         upstream = grad_outputs[0]
-        if is_batched(upstream):
-            raise NotImplementedError(_ONE_BY_ONE)
         args = args._replace(sample_weight=upstream if args.sample_weight is None else upstream * args.sample_weight)
         return _results(ctx, run(layer, args, options, _wanted(ctx))[1:])
 
@@ -229,10 +224,3 @@ class _ValuesOfRows(torch.autograd.Function):
 def check_once() -> None:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(_ONCE)
-
-
-def is_last_backward(grad_loss: Tensor) -> bool:
-    """Whether no other backward will need the saved gradients: the graph is freed, nothing is traced or batched."""
-    if not is_plain(grad_loss) or is_batched(grad_loss):
-        return False
-    return not torch._C._autograd._get_current_graph_task_keep_graph()

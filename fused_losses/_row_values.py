@@ -43,8 +43,8 @@ class RowValues(NamedTuple):
 
     def reduce(self, reduction: str, group: dist.ProcessGroup | None = None) -> Tensor:
         """The reduced loss, a mean over the rows of all ranks of ``group`` if there is one."""
-        values = torch.where(self.kept, self.values * self.weight, 0.0)
         weight = torch.where(self.kept, self.weight, 0.0)
+        values = torch.where(self.kept, self.values, 0.0) * weight  # no derivative of a dropped row is NaN
         if group is None or reduction != "mean":
             return reduce_rows(values, weight, reduction)
         return global_mean(values.sum(), weight.sum(), group)

@@ -97,7 +97,15 @@ class RunningMoments(HasProcessGroup):
             with torch.inference_mode(False):  # so that later batches can change the buffer
                 running = torch.zeros(batch.shape, dtype=torch.float64, device=batch.device)
             self.running_moments = running
-        _ops.update_moments_(running, batch, self.momentum)
+        try:
+            _ops.update_moments_(running, batch, self.momentum)
+        except RuntimeError as error:
+            if not torch._C._are_functorch_transforms_active():
+                raise
+            raise RuntimeError(
+                f"{type(self).__name__} updates its running statistics in training mode: call eval() under "
+                "torch.func.vmap"
+            ) from error
         return running
 
     def _or_batch(self, batch: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from fused_losses._autograd import (
     apply,
     forward_writes_gradient,
     fused_row_loss,
+    is_recorded,
     mark_constant,
     needs_reference,
     row_loss,
@@ -39,7 +40,7 @@ def z_error_row_loss(args: RowLossArguments, rule: ZErrorRule, judged: ClassScor
     """
     if needs_reference(*args.tensors):
         return masked_first(args, rule, judged or class_score(row_loss, rule.statistic, args), row_loss)
-    differentiate = args.logits.requires_grad and torch.is_grad_enabled()
+    differentiate = is_recorded(args.logits)
     if differentiate and forward_writes_gradient(args) and (args.logits.is_cpu or _is_worth_a_mask(args, rule)):
         return masked_first(args, rule, judged or class_score(fused_row_loss, rule.statistic, args), fused_row_loss)
     if differentiate:
@@ -164,7 +165,7 @@ def z_error_loss(args: ZErrorLossArguments, rule: ZErrorRule) -> tuple[Tensor, T
         with torch.no_grad():
             _, denominator, mask, scores = _ops.z_error_loss(*args, *rule)
         return _z_reference.masked_loss(args, mask, rule.statistic), denominator, mask, scores
-    if args.input.requires_grad and torch.is_grad_enabled():
+    if is_recorded(args.input):
         return apply(_ZErrorLoss, args.input, args, rule)  # type: ignore[no-any-return]
     return _ops.z_error_loss(*args, *rule)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fused_losses._agreement import Exchange, sum_over_ranks, telling
 from fused_losses._arguments import RowLossArguments, is_ignored
-from fused_losses._autograd import has_tangents, row_loss
+from fused_losses._autograd import in_forward_mode, row_loss
 from fused_losses._checks import check_tensors, row_shape
 from fused_losses._common import Criterion, RowLossModule
 from fused_losses._reference import ACTIVE_GUARD, mean_of
@@ -65,7 +65,7 @@ def sum_of_weights(args: RowLossArguments, values: Tensor) -> Tensor:
 
 def check_constant(weights: Tensor) -> None:
     """Raises where the sum of weights that a mean over all ranks divides by wants a derivative: there is none."""
-    if weights.requires_grad or has_tangents(weights):
+    if weights.requires_grad or in_forward_mode(weights):
         raise RuntimeError(
             "a mean over the rows of all ranks is not differentiable in sample_weight and weight, got one that "
             'requires a gradient: detach it, or use reduction="sum"'

@@ -264,20 +264,19 @@ class ELRLoss(RowsModule):
         torch.index_select(self.memory, 0, place.cpu(), out=rows)
         return rows.to(device, non_blocking=True)
 
-    @torch.no_grad()
     def _write(self, place: Tensor, rows: Tensor, usable: Tensor) -> None:
         """Remembers ``rows``; of rows with the same place the last usable one, whatever the order of the writes."""
         here = place.to(rows.device)
         key = 2 * here + usable
         order = torch.argsort(key, stable=True)
         last = order[torch.searchsorted(key[order], 2 * here + 1, right=True) - 1]
-        if maybe_any(last != torch.arange(len(last), device=last.device)):
+        if maybe_any(last != torch.arange(last.shape[0], device=last.device)):
             rows = rows[last]
-        stored = rows.to(self.memory.dtype)
+        stored = rows.detach().to(self.memory.dtype)  # torch.export.save fails on no_grad() around what returns nothing
         if self.on_host:
             self._write_host(place, stored)
         else:
-            self.memory.index_copy_(0, place, stored)
+            self.memory.detach().index_copy_(0, place, stored)
 
     @_disable_dynamo
     def _write_host(self, place: Tensor, rows: Tensor) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fused_losses import _ops
 from fused_losses._arguments import check_reduction
-from fused_losses._autograd import apply, needs_reference
+from fused_losses._autograd import apply, is_recorded, needs_reference
+from fused_losses._logit_bias import class_dim
 from fused_losses._parameters import fraction, integer
 from fused_losses._plain import is_plain
 from fused_losses._reference import Rows, zero_at_zero
@@ -89,7 +90,7 @@ def _values(first: Rows, weights: tuple[float, ...], views: Sequence[Tensor]) ->
     """Every row's value."""
     if not _is_fused(views):
         return _divergence(first, weights, *views)
-    if torch.is_grad_enabled() and any(view.requires_grad for view in views):
+    if any(is_recorded(view) for view in views):
         return apply(_FusedDivergence, first, weights, *views)  # type: ignore[no-any-return]
     return _ops.gjs_rows_(views, first.target, weights, []).view(first.target.shape)
 
@@ -101,23 +102,24 @@ class _FusedDivergence(torch.autograd.Function):
     def forward(ctx: Any, first: Rows, weights: tuple[float, ...], *views: Tensor) -> Tensor:
         gradients = [view.new_empty(view.shape) for view in views]
         values = _ops.gjs_rows_(views, first.target, weights, gradients)
-        ctx.rest = first, weights
-        ctx.save_for_backward(*views, *gradients)
+        ctx.weights = weights
+        ctx.save_for_backward(first.target, *views, *gradients)
         return values.view(first.target.shape)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_values,), (first, weights) = grad_outputs, ctx.rest
-        saved = ctx.saved_tensors
+        (grad_values,) = grad_outputs
+        target, *saved = ctx.saved_tensors
         views, written = saved[: len(saved) // 2], saved[len(saved) // 2 :]
         if torch.is_grad_enabled():  # under create_graph the gradient must itself be differentiable
             wanted = ctx.needs_input_grad[2:]
             views = [view.view_as(view) for view in views]  # of which none is made of another, whatever was given
             asked = [view for view, is_wanted in zip(views, wanted, strict=True) if is_wanted]
-            values = _divergence(first, weights, *views)
+            first = Rows.of(views[0], target, None, None, 0.0, -100, any_ignored=False)  # they were replaced before
+            values = _divergence(first, ctx.weights, *views)
             found = iter(torch.autograd.grad(values, asked, grad_values, create_graph=True))
             return None, None, *(next(found) if is_wanted else None for is_wanted in wanted)
-        upstream = grad_values.unsqueeze(first.dim)
+        upstream = grad_values.unsqueeze(class_dim(views[0]))
         return None, None, *(gradient * upstream for gradient in written)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fused_losses import _ops
 from fused_losses._agreement import Exchange, telling
 from fused_losses._arguments import LOSSES, RowLossArguments, acc_dtype, is_ignored
-from fused_losses._autograd import apply, needs_reference, row_loss
+from fused_losses._autograd import apply, is_recorded, needs_reference, row_loss
 from fused_losses._C import loss_names
 from fused_losses._checks import check_row_loss, check_tensors, is_per_row, row_shape
 from fused_losses._common import RowLossModule
@@ -100,19 +100,21 @@ class _Rescale(torch.autograd.Function):
     """The first derivative in the logits."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, kernel: _Kernel, factor_of: _Factor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, target: Tensor, kernel: _Kernel, parameter: float | Tensor) -> Tensor:
         rescaled, norms = _ops.rescale_logits(logits, *kernel)
-        ctx.save_for_backward(logits, target, norms)
-        ctx.kernel, ctx.factor_of = kernel, factor_of
+        is_tensor = isinstance(parameter, Tensor)
+        ctx.save_for_backward(logits, target, norms, parameter if is_tensor else None)
+        ctx.kernel, ctx.number = kernel, None if is_tensor else parameter
         return rescaled
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        logits, target, norms = ctx.saved_tensors
+        logits, target, norms, parameter = ctx.saved_tensors
         (grad,) = grad_outputs
         if torch.is_grad_enabled() or not is_plain(grad):  # under create_graph it must itself be differentiable
             z = _clean(logits.to(acc_dtype(logits)), target, ctx.kernel.ignore_index)
-            return _gradient(grad, z, ctx.factor_of).to(logits.dtype), None, None, None
+            factor_of = _factor(ctx.number if parameter is None else parameter, ctx.kernel.clips)
+            return _gradient(grad, z, factor_of).to(logits.dtype), None, None, None
         return _ops.rescale_logits_backward(grad, norms, logits, *ctx.kernel), None, None, None
 
 
@@ -202,13 +204,14 @@ class _LogitWrapper(RowsModule):
         check_tensors(f"{type(self).__name__}: ", logits=logits, target=target)
         self._check_parameters(logits)
         ignore_index, parameter = _ignore_index(self.loss), self._parameter()
-        factor_of = _factor(parameter, self._clips)
         if not (is_plain(logits) and is_plain(target) and self._reaches_kernels(logits, target)):
-            return _rescaled(logits, target, ignore_index, factor_of)
+            return _rescaled(logits, target, ignore_index, _factor(parameter, self._clips))
         number, on_device = _split(parameter)
         by_class = target if is_per_row(target, logits) and not target.is_floating_point() else None
         kernel = _Kernel(by_class, on_device, number, self._clips, ignore_index)
-        return apply(_Rescale, logits, target, kernel, factor_of)  # type: ignore[no-any-return]
+        if not is_recorded(logits):
+            return _ops.rescale_logits(logits, *kernel)[0]
+        return apply(_Rescale, logits, target, kernel, parameter)  # type: ignore[no-any-return]
 
     def _reaches_kernels(self, logits: Tensor, target: Tensor, *others: Tensor | None) -> bool:
         """Whether a kernel may take the call: no other derivative than that in the logits is asked for."""

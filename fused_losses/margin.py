@@ -74,7 +74,8 @@ def _margin_value(rows: Rows, margin: Tensor, mean_above_zero: bool, threshold: 
     value = total / (number + COUNT_GUARD if mean_above_zero else rows.num_classes)
     # Comparisons hide NaN, and +inf at the target looks like a row without errors: such rows become NaN as a whole.
     spoiled = ~((logits < math.inf) & (margin < math.inf)).all(dim)
-    nothing = torch.where(spoiled.unsqueeze(dim), logits, 0.0) * math.nan
+    spoil = spoiled.unsqueeze(dim)
+    nothing = torch.where(spoil, logits, 0.0) * torch.where(spoil, math.nan, 1.0)  # NaN in their derivative alone
     return torch.where(spoiled, nothing.sum(dim), value)
 
 

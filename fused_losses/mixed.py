@@ -19,7 +19,14 @@ from fused_losses._arguments import (
     entry_named,
     is_ignored,
 )
-from fused_losses._autograd import apply, complete, forward_writes_gradient, give_away, needs_reference
+from fused_losses._autograd import (
+    apply,
+    complete,
+    forward_writes_gradient,
+    give_away,
+    is_recorded,
+    needs_reference,
+)
 from fused_losses._checks import check_tensors
 from fused_losses._common import RowLossModule
 from fused_losses._parameters import closed_fraction, python_number
@@ -254,6 +261,6 @@ def mixed(
 
 
 def _mixed_loss(args: RowLossArguments, labels: _Labels) -> Tensor:
-    if args.logits.requires_grad and torch.is_grad_enabled():
+    if is_recorded(args.logits):
         return apply(_MixedLoss, args.logits, args, labels)  # type: ignore[no-any-return]
     return _ops.mixed_loss(*labels.of_operator, *args)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_losses._agreement import Exchange, sum_over_ranks, telling
 from fused_losses._arguments import RowLossArguments, is_distributed, is_ignored
-from fused_losses._autograd import needs_reference, row_loss
+from fused_losses._autograd import is_recorded, needs_reference, row_loss
 from fused_losses._checks import check_constants, check_row_loss, check_tensors
 from fused_losses._common import RowLossModule
 from fused_losses._logit_bias import class_dim
@@ -153,7 +153,7 @@ def _arguments(
 def _values(logits: Tensor, args: RowLossArguments, shard: Shard) -> Tensor:
     """One loss per row."""
     rows = logits.movedim(1, -1).flatten(0, -2)
-    if torch.is_grad_enabled() and rows.requires_grad:
+    if is_recorded(rows):
         return _ShardedLoss.apply(rows, args, shard)  # type: ignore[no-any-return, no-untyped-call]
     return values_and_gradient(args._replace(logits=rows), shard, False)[0]
 

@@ -108,7 +108,8 @@ def batched_after_a_first(loss, x, upstream):
 
 
 def create_graph(loss, x, upstream):
-    return torch.autograd.grad(loss(x), x, upstream, create_graph=True)[0].detach()
+    with torch.autograd.set_detect_anomaly(True):  # of which finite rows have none, hidden ones included
+        return torch.autograd.grad(loss(x), x, upstream, create_graph=True)[0].detach()
 
 
 def checkpointed(loss, x, upstream):

@@ -85,6 +85,19 @@ def test_export(name):
     torch.testing.assert_close(program.module()(*few), module(*few))
 
 
+@pytest.mark.slow
+def test_an_exported_memory_is_updated(tmp_path):
+    logits, target = batch(torch.float32)
+    inputs, rows = (logits, target, torch.arange(7)), torch.export.Dim("rows", min=2)
+    program = torch.export.export(fl.ELRLoss(7, CLASSES), inputs, dynamic_shapes=({0: rows},) * 3)
+    torch.export.save(program, tmp_path / "elr.pt2")
+    loaded, criterion = torch.export.load(tmp_path / "elr.pt2").module(), fl.ELRLoss(7, CLASSES)
+    for count in (7, 5):
+        few = tuple(tensor[:count] for tensor in inputs)
+        torch.testing.assert_close(loaded(*few), criterion(*few))
+        torch.testing.assert_close(loaded.state_dict()["memory"], criterion.memory)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_function_transforms(name):
     case = CASES[name]
