@@ -144,3 +144,32 @@ def test_large_batches_are_judged_before_their_losses_are_known(base, reduction,
     found = run()
     assert calls and not expected[1].all()
     torch.testing.assert_close(found, expected)
+
+
+def test_calls_of_one_stream_leave_nothing_to_each_other(device):
+    """Counters on CUDA stay from launch to launch: barriers that have turned, tickets that are zero again."""
+    torch.manual_seed(0)
+    many, target = torch.randn(9000, 5), torch.randint(0, 5, (9000,))
+    wide, of_wide = torch.randn(400, 300), torch.randint(0, 300, (400,))
+    smoothed = fl.CrossEntropyLoss(torch.rand(5), label_smoothing=0.1)
+
+    def cross_entropy(x, y, **options):
+        return lambda on: fl.functional.z_error_cross_entropy(x.to(on), y.to(on), threshold=1.0, **options)
+
+    def judge_first(on):
+        layer, rows = torch.ones(5, 5, device=on), many[:3000].to(on)
+        return fl.functional.linear_loss(rows, layer, target[:3000].to(on), fl.ZErrorCrossEntropyLoss())
+
+    calls = [
+        lambda on: fl.class_statistics(many.to(on), target.to(on), 5).mean,
+        lambda on: fl.class_statistics(wide.to(on), of_wide.to(on), 300).count,
+        cross_entropy(many, target, statistic="prob"),
+        cross_entropy(wide, of_wide),
+        lambda on: cross_entropy(many, target, statistic="loss", base=copy.deepcopy(smoothed).to(on))(on),
+        lambda on: fl.functional.z_error_bce_with_logits(many[:, 0].to(on), (target > 2).to(on), threshold=1.0),
+        lambda on: fl.functional.z_mse_loss(many[:500].to(on), wide[:, :5].repeat(2, 1)[:500].to(on), threshold=1.0),
+        judge_first,
+    ]
+    expected = [call("cpu") for call in calls]
+    for number in torch.cat([torch.randperm(len(calls)) for _ in range(8)]).tolist():
+        torch.testing.assert_close(calls[number](device).cpu(), expected[number], rtol=1e-5, atol=1e-6)

@@ -32,8 +32,8 @@ struct WorkShares {
     std::int64_t ticket_count() const { return chunks > 1 ? ranges : 0; }
 };
 
-// So many counters of a stream's own, that are as they were after every launch: for tickets and barriers. `number`: as
-// own_ticket in launch.h.
+// So many counters of a stream's own: first kLossBarriers of a grid_group, then zeros that are zeros again after every
+// launch. `number`: as own_ticket in launch.h.
 constexpr int kOwnCounters = 16;
 cudaError_t find_own_counters(int number, unsigned*& counters);
 
