@@ -81,14 +81,15 @@ class Count:
 
 
 Work = tuple[tuple[str, int], ...]
+ROW_STATISTICS = "STG.64"  # of a multi-reduction loss leave a class number, which nothing else does in a loop
 FOUND: dict[tuple[str, Work, bool], Counter[str]] = {}
 
 
-def units_of(kernel: sass.Kernel, work: Work, outermost: bool) -> Counter[str]:
+def units_of(kernel: sass.Kernel, work: Work, outermost: bool, never: str | None = None) -> Counter[str]:
     """Instructions of the cheapest trip by their unit; many cases differ in nothing but how often they make it."""
     key = (kernel.name, work, outermost)
     if key not in FOUND:
-        FOUND[key] = sass.per_class(sass.cheapest_trip(kernel, dict(work), outermost=outermost))
+        FOUND[key] = sass.per_class(sass.cheapest_trip(kernel, dict(work), outermost=outermost, never=never))
     return FOUND[key]
 
 
@@ -97,7 +98,8 @@ def count(case: Case, plan: Plan, kernel: sass.Kernel) -> Count:
     by_class = dict.fromkeys(COUNTED, 0.0)
     levels, logits = trips(case, plan)
     for work, outermost, times in levels:
-        units = Counter(units_of(kernel, tuple(work.items()), outermost))
+        never = ROW_STATISTICS if multi_reduction_of(case, plan) else None
+        units = Counter(units_of(kernel, tuple(work.items()), outermost, never))
         if "CALL" in work:
             loss_at = re.escape(f"c[0x0][{ARGUMENTS_AT + plan.loss_at:#x}]")
             units += sass.per_class(sass.cheapest_call(kernel, EVALUATION, loss_at, plan.number))

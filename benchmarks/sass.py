@@ -233,12 +233,36 @@ def amount(op: str, pattern: str) -> bool:
     )
 
 
-def cheapest_trip(kernel: Kernel, work: Mapping[str, int], *, outermost: bool = True) -> list[str]:
+def without(kernel: Kernel, header: int, members: set[int], pattern: str) -> set[int]:
+    """The blocks of a loop but for a part that may be left out, as a whole: the one with such an instruction."""
+    to = {block: {b for b in kernel.to[block] if b in members and b != header} for block in members}
+    back = {block for block in members if header in kernel.to[block]}
+
+    def reached(left_out: int = -1) -> set[int]:
+        found, todo = set[int](), [header]
+        while todo:
+            if (block := todo.pop()) not in found and block != left_out:
+                found.add(block)
+                todo += to[block]
+        return found
+
+    marked = [block for block in members if any(amount(opcode(text), pattern) for text in kernel.blocks[block])]
+    for block in marked:
+        entries = [b for b in members if b != header and block not in reached(b) and reached(b) & back]
+        if entries:  # the first of them leaves out most
+            members = min((reached(b) for b in entries), key=len)
+            to = {b: to[b] & members for b in members}
+    return members
+
+
+def cheapest_trip(
+    kernel: Kernel, work: Mapping[str, int], *, outermost: bool = True, never: str | None = None
+) -> list[str]:
     """The fewest instructions of one trip of the outermost loop in which every kind of instruction is met so often.
 
     ``work`` maps patterns of opcodes to numbers: so many exponentials, wide loads and stores as the rows of a trip
     need. Loops within the trip are entered as often as that takes. A search over (block, what is done so far). With
-    ``outermost=False`` of the innermost such loop.
+    ``outermost=False`` of the innermost such loop. ``never``: see :func:`without`.
     """
     patterns, needed = list(work), tuple(work.values())
     done_by = [
@@ -250,6 +274,8 @@ def cheapest_trip(kernel: Kernel, work: Mapping[str, int], *, outermost: bool = 
         if all(any(done_by[b][k] for b in members) for k in range(len(patterns)))
     ]
     for _, header, members in sorted(candidates, reverse=outermost):
+        if never:
+            members = without(kernel, header, members, never)
         path = cheapest_path(kernel, header, members, done_by, needed)
         if path:
             return [text for block in path for text in kernel.blocks[block]]

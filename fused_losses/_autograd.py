@@ -142,7 +142,7 @@ _apply_small = super(torch.autograd.Function, _SmallRowLoss).apply
 
 
 def row_loss_and_statistics(args: RowLossArguments) -> tuple[Tensor, RowStatistics]:
-    """The loss and the statistics of the logits' rows; from one read outside of traces, if there is such a kernel."""
+    """The loss and the statistics of the logits' rows; outside of traces from one read."""
     if not _has_statistics(args):
         return row_loss(args), row_statistics(args.logits, args.target, args.ignore_index)
     if is_recorded(args.logits):
@@ -153,11 +153,9 @@ def row_loss_and_statistics(args: RowLossArguments) -> tuple[Tensor, RowStatisti
 
 
 def _has_statistics(args: RowLossArguments) -> bool:
-    """Whether the kernel of the loss makes row statistics too: on CUDA where it is affine in the softmax."""
+    """Whether the operator of the loss may make row statistics too."""
     logits, target = args.logits, args.target
     if not (isinstance(logits, Tensor) and is_plain(logits) and isinstance(target, Tensor)):
-        return False
-    if not (logits.is_cpu or LOSSES[args.loss].affine_in_softmax):
         return False
     dense = all(tensor is None or tensor.layout is torch.strided for tensor in args.tensors)
     return dense and not target.is_floating_point() and not needs_reference(*args.tensors)
@@ -240,12 +238,18 @@ class _RowLossAndStatistics(_RowLoss):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, args: RowLossArguments) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        written = None
-        if forward_writes_gradient(args):
-            loss, written, stats, argmax = _ops.row_loss_with_grad_and_statistics(*args)
+        saved = denominator = written = None
+        if logits.is_cpu or LOSSES[args.loss].affine_in_softmax:  # backward may start from the logits
+            if forward_writes_gradient(args):
+                loss, written, stats, argmax = _ops.row_loss_with_grad_and_statistics(*args)
+            else:
+                loss, stats, argmax = _ops.row_loss_and_statistics(*args)
+        elif forward_writes_gradient(args):
+            everything = _ops.row_loss_with_stats_and_grad_and_statistics(*args)
+            loss, saved, denominator, written, stats, argmax = everything
         else:
-            loss, stats, argmax = _ops.row_loss_and_statistics(*args)
-        save_row_loss(ctx, args, None, None, written)
+            loss, saved, denominator, stats, argmax = _ops.row_loss_with_bits_and_statistics(*args)
+        save_row_loss(ctx, args, saved, denominator, written)
         mark_constant(ctx, stats, argmax)
         return loss, stats, argmax
 

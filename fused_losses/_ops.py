@@ -35,6 +35,7 @@ torch.ops.load_library(str(_FOLDER / "libfused_losses_ops.so"))  # type: ignore[
 Tensors2 = tuple[Tensor, Tensor]
 Tensors3 = tuple[Tensor, Tensor, Tensor]
 Tensors4 = tuple[Tensor, Tensor, Tensor, Tensor]
+Tensors5 = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Tensors6 = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 row_loss: Callable[..., Tensor] = torch.ops.fused_losses.row_loss.default
@@ -57,6 +58,12 @@ rescale_logits_backward: Callable[..., Tensor] = torch.ops.fused_losses.rescale_
 row_loss_and_statistics: Callable[..., Tensors3] = torch.ops.fused_losses.row_loss_and_statistics.default
 row_loss_with_grad_and_statistics: Callable[..., Tensors4] = (
     torch.ops.fused_losses.row_loss_with_grad_and_statistics.default
+)
+row_loss_with_bits_and_statistics: Callable[..., Tensors5] = (
+    torch.ops.fused_losses.row_loss_with_bits_and_statistics.default
+)
+row_loss_with_stats_and_grad_and_statistics: Callable[..., Tensors6] = (
+    torch.ops.fused_losses.row_loss_with_stats_and_grad_and_statistics.default
 )
 class_moments: Callable[..., Tensor] = torch.ops.fused_losses.class_moments.default
 z_error_mask: Callable[..., Tensors3] = torch.ops.fused_losses.z_error_mask.default
@@ -220,6 +227,18 @@ def _fake_row_loss_and_statistics(*flat: Any) -> Tensors3:
 def _fake_row_loss_with_grad_and_statistics(*flat: Any) -> Tensors4:
     loss, *statistics = _fake_row_loss_and_statistics(*flat)
     return loss, torch.empty_like(flat[0]), *statistics
+
+
+@_fake
+def _fake_row_loss_with_bits_and_statistics(*flat: Any) -> Tensors5:
+    _, *statistics = _fake_row_loss_and_statistics(*flat)
+    return *_fake_row_loss_with_stats(*flat), *statistics
+
+
+@_fake
+def _fake_row_loss_with_stats_and_grad_and_statistics(*flat: Any) -> Tensors6:
+    _, *statistics = _fake_row_loss_and_statistics(*flat)
+    return *_fake_row_loss_with_stats_and_grad(*flat), *statistics
 
 
 @_fake

@@ -19,8 +19,8 @@ struct RowStatisticsOf {
 // From log p of the target, e and logit of the likeliest class, and the sums of RowSummary.
 template <class T>
 FL_HD RowStatisticsOf<T> row_statistics_of(T log_p, T top_e, T top, T margin, T sum, T weighted) {
-    const T entropy = math::log(sum) - weighted / sum;
-    return {{log_p, top_e / sum, top, margin, math::select(entropy < T(0), T(0), entropy)}};
+    const T entropy = math::log(sum) - math::divide(weighted, sum);
+    return {{log_p, math::divide(top_e, sum), top, margin, math::select(entropy < T(0), T(0), entropy)}};
 }
 
 // A reduction over classes. T is a float, a double, or a vector of them; I holds a class number.

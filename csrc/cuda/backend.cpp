@@ -59,8 +59,8 @@ bool is_mean(const RowProblem& p) { return p.reduction == Reduction::kMean || p.
 void forward(RowProblem& p, void* loss, void* denominator) {
     check_classes(p);
     const DeviceScope device(p.device);
-    check(!is_multi_reduction_loss(p.loss) || !is_about_labels(p),
-          "fused_losses: on CUDA this loss makes no row statistics, and no gradient from the logits alone");
+    check(!is_multi_reduction_loss(p.loss) || !(p.other_target || (p.grad && p.upstream)),
+          "fused_losses: on CUDA this loss has one label a row, and makes no gradient from the logits alone");
     const auto enqueue = is_multi_reduction_loss(p.loss) ? &enqueue_multi_reduction_forward : &enqueue_forward;
     // A caller that will run backward gives memory for stats or for the denominator. Only then may the gradient be
     // written for an assumed denominator: backward puts it right.
@@ -92,6 +92,7 @@ void forward(RowProblem& p, void* loss, void* denominator) {
     first.grad = nullptr;
     check_launch(enqueue(first, sums.to, device.stream()));
     p.denominator = denominator;
+    p.argmax = nullptr;  // statistics are there
     launch_gradient(p, device.stream());
 }
 

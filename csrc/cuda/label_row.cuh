@@ -79,7 +79,7 @@ public:
             if (p.other_target) mine.label_logit[1] = read_logit<A>(p.dtype, place, labels.of[1].cls);
         }
         if (kKeeps) read(mine, 0);
-        if (!kShares && p.argmax) take_statistics(team, mine, labels.of[0], exists);
+        if (!kShares && p.argmax) take_row_statistics<A>(team, p, row.number, labels.of[0], exists, part_of(mine));
         if (!counts) mine.count = 0;
         Softmax softmax{sum_up(team, mine)};
         softmax.log_sum = math::log(softmax.state.sum);
@@ -141,34 +141,19 @@ private:
         }
     }
 
-    static FL_DEVICE A logit(const OfThread& mine, const A* kept, int number) {
-        return !kShares && number == mine.target_at ? mine.label_logit[0] : kept[n - 1];
+    FL_DEVICE auto part_of(const OfThread& mine) const {
+        return part_of_row<A>(
+            [&](auto body) {
+                each_class(mine, [&](const A* kept, int number) {
+                    const A only[] = {kept[n - 1]};
+                    body(only, class_at(number));
+                });
+            },
+            [&](int cls) { return read_logit<A>(p.dtype, mine.place, cls); });
     }
 
-    // core/row_statistics.h, of the logits as they are.
-    template <class Team>
-    FL_DEVICE void take_statistics(Team& team, const OfThread& mine, const Target& target, bool exists) const {
-        constexpr A infinity = std::numeric_limits<A>::infinity();
-        A largest[] = {-infinity, -infinity};  // of all classes, of all but the target's
-        each_class(mine, [&](const A* kept, int number) {
-            largest[0] = Larger()(largest[0], kept[n - 1]);
-            if (number != mine.target_at) largest[1] = Larger()(largest[1], kept[n - 1]);
-        });
-        team.reduce(largest, -infinity, Larger());
-        RowSummary<A, int> all{largest[0], largest[1], 0, A(0), A(0)};
-        A first[] = {infinity};  // class of the largest
-        each_class(mine, [&](const A* kept, int number) {
-            if (kept[n - 1] == all.top) first[0] = Smaller()(first[0], A(class_at(number)));
-            all.add(kept[n - 1]);
-        });
-        team.reduce(first, infinity, Smaller());
-        A sums[] = {all.sum, all.weighted};
-        team.reduce(sums, A(0), Plus());
-        if (!team.leads || !exists) return;
-        all.sum = sums[0], all.weighted = sums[1], all.index = first[0] == infinity ? 0 : static_cast<int>(first[0]);
-        const auto logit_of = [&](int cls) { return read_logit<A>(p.dtype, mine.place, cls); };
-        write_row_statistics(p, mine.row.number, target, all.sum, all.index,
-                             all.finish(logit_of(target.cls), target.cls), logit_of);
+    static FL_DEVICE A logit(const OfThread& mine, const A* kept, int number) {
+        return !kShares && number == mine.target_at ? mine.label_logit[0] : kept[n - 1];
     }
 
     // The softmax sums relative to state.max, which is no infinity of a row whose classes are all masked.

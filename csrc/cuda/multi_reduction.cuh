@@ -6,6 +6,7 @@
 
 #include "cuda/kept_rows.cuh"
 #include "cuda/register_multi_reduction.cuh"
+#include "cuda/statistics_output.cuh"
 #include "losses/run_as.h"
 
 namespace fused_losses::cuda {
@@ -40,12 +41,18 @@ public:
     FL_DEVICE void run(Team& team, const Row& row, bool exists, const RowPlace& place, LossSums& sums) const {
         const Target target = exists ? target_of(p, row) : Target{0, true};
         const bool reads = exists && !target.ignored;
-        OfThread mine{place, reads ? classes.count : 0, -1, A(0)};
-        if (reads) {
-            mine.target_logit = read_logit<A>(p.dtype, place, target.cls) + bias;
-            mine.target_at = classes.place_of(target.cls);
-        }
+        const bool looks = kKeeps && p.argmax;
+        OfThread mine{place, reads || (exists && looks) ? classes.count : 0, -1, A(0)};
+        if (reads) mine.target_logit = read_logit<A>(p.dtype, place, target.cls) + bias;
         if (kKeeps) read(mine, 0);
+        if constexpr (kKeeps)
+            if (looks) take_row_statistics<A>(team, p, row.number, target, exists, part_of(mine));
+        if (reads) {
+            mine.target_at = classes.place_of(target.cls);
+            if (kKeeps) place_target(mine, 0);
+        } else {
+            mine.count = 0;
+        }
         State state{};
         A scale = A(0);
         if (args.is_saved) {
@@ -76,9 +83,26 @@ private:
     FL_DEVICE int class_at(int k) const { return classes.first + k * classes.step; }
 
     FL_DEVICE void read(const OfThread& mine, int begin) const {
+        read_into(slots, p.dtype, mine.place, classes, begin, min(mine.count - begin, held()));
+        place_target(mine, begin);
+    }
+
+    // The target's logit with its bias, if it is one of the thread's.
+    FL_DEVICE void place_target(const OfThread& mine, int begin) const {
         const int count = min(mine.count - begin, held()), own = mine.target_at - begin;
-        read_into(slots, p.dtype, mine.place, classes, begin, count);
         if (static_cast<unsigned>(own) < static_cast<unsigned>(max(count, 0))) slots.of(own)[n - 1] = mine.target_logit;
+    }
+
+    // While no target has its place among the numbers: the logits as they are.
+    FL_DEVICE auto part_of(const OfThread& mine) const {
+        return part_of_row<A>(
+            [&](auto body) {
+                each_class(mine, [&](const A* kept, int number) {
+                    const A only[] = {kept[n - 1]};
+                    body(only, class_at(number));
+                });
+            },
+            [&](int cls) { return read_logit<A>(p.dtype, mine.place, cls); });
     }
 
     // body(numbers of the class, its number among the thread's) for `count` of them.
@@ -168,8 +192,11 @@ __global__ void __launch_bounds__(kKeeps ? kMostColumnThreads : kBlock, sizeof(A
     work_on_rows<A, MultiReductionRow<Loss, A, kKeeps>>(args);
 }
 
+// Rows that are read again in each pass: then statistics may as well have a launch of their own.
 template <class Loss, class A>
 cudaError_t enqueue_any_rows(PlannedArgs<A>& args, cudaStream_t stream) {
+    if (args.problem.argmax)
+        if (const cudaError_t error = enqueue_row_statistics(args.problem, stream); error != cudaSuccess) return error;
     args.plan = plan_any_rows(args.problem, MultiReductionRow<Loss, A, false>::n);
     return launch_rows_resident(&multi_reduction_of_rows<Loss, A, false>, args, stream);
 }

@@ -106,6 +106,7 @@ struct Word<Half> : PackedPair<Half> {
 // instruction. The pivot is then c / log2(e), not the number given, the same for all that is taken relative to it.
 template <class Stored>
 class Exponential {
+    using A = acc_t<Stored>;
     static constexpr bool kAsPower = sizeof(Stored) == 2, kMayBeHuge = std::is_same_v<Stored, BFloat16>;
     static constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;
     // From here on rounding moves the pivot so far that exponentials overflow. Logits that are so large and differ do
@@ -113,14 +114,14 @@ class Exponential {
     static constexpr float kHuge = 0x1p30f;
 
 public:
-    FL_DEVICE explicit Exponential(float pivot)
+    FL_DEVICE explicit Exponential(A pivot)
         : scale(!kAsPower || (kMayBeHuge && std::fabs(pivot) >= kHuge) ? 1.0f : kLog2E), c(pivot * scale) {}
 
     // Of z from the pivot, in units of unit().
-    FL_DEVICE float unit() const { return scale == 1.0f ? 1.0f : kLn2; }
-    FL_DEVICE float argument(float z) const { return kAsPower ? std::fma(z, scale, -c) : z - c; }
-    FL_DEVICE float distance(float z) const { return argument(z) * unit(); }
-    FL_DEVICE float operator()(float z) const {
+    FL_DEVICE A unit() const { return scale == A(1) ? A(1) : A(kLn2); }
+    FL_DEVICE A argument(A z) const { return kAsPower ? std::fma(z, scale, -c) : z - c; }
+    FL_DEVICE A distance(A z) const { return argument(z) * unit(); }
+    FL_DEVICE A operator()(A z) const {
         if constexpr (kAsPower)
             return exp2_approximately(argument(z));
         else
@@ -128,8 +129,8 @@ public:
     }
 
     // Of another pivot, not larger than this one. Where one is so huge that its base is another, it is 0.
-    FL_DEVICE float of_pivot(const Exponential& other) const {
-        if (scale != other.scale) return 0.0f;
+    FL_DEVICE A of_pivot(const Exponential& other) const {
+        if (scale != other.scale) return A(0);
         if constexpr (kAsPower)
             return exp2_approximately(other.c - c);
         else
@@ -138,10 +139,15 @@ public:
 
     // The logarithm of a sum of exponentials, of which one at least is hardly below 1: its rounding is no smaller than
     // the error near 1.
-    static FL_DEVICE float log(float sum) { return kAsPower ? log2_approximately(sum) * kLn2 : math::log(sum); }
+    static FL_DEVICE A log(A sum) {
+        if constexpr (kAsPower)
+            return log2_approximately(sum) * kLn2;
+        else
+            return math::log(sum);
+    }
 
 private:
-    float scale, c;
+    A scale, c;
 };
 
 }  // namespace fused_losses::cuda

@@ -64,7 +64,7 @@ public:
     using Packed = PackedTarget<KernelKind::kNoFactors>;
     using Words = RegisterWords<S, Access, kNumRounds, kAlways>;
     static constexpr int kRounds = kNumRounds;
-    static constexpr bool kRagged = kMayBeRagged, kReadsRows = false;
+    static constexpr bool kRagged = kMayBeRagged, kReadsRows = false, kMayLeaveStatistics = false;
 
     FL_DEVICE GradientOfBits(const RegisterArgs& a, LossSums&) : args(a), p(a.problem) {}
 

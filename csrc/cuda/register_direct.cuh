@@ -6,7 +6,7 @@
 
 #include <cuda_pipeline.h>
 
-#include "cuda/register_words.cuh"
+#include "cuda/register_statistics.cuh"
 
 namespace fused_losses::cuda {
 
@@ -91,11 +91,17 @@ private:
 template <class Worker>
 FL_DEVICE void work_on_direct_rows(const RegisterArgs& args) {
     using Packed = typename Worker::Packed;
-    using Place = DirectPlace<typename Worker::Stored, typename Worker::Team, typename Worker::Words>;
+    using Stored = typename Worker::Stored;
+    using Team = typename Worker::Team;
+    using Words = typename Worker::Words;
+    using Place = DirectPlace<Stored, Team, Words>;
     const RowProblem& p = args.problem;
     if (is_already_written<float>(p)) return;
-    const auto brings = [](const Packed& target) { return Worker::kReadsRows && Worker::is_read(target, true); };
-    typename Worker::Team team(args.plan);
+    const bool leaves_statistics = Worker::kMayLeaveStatistics && p.argmax;
+    const auto brings = [&](const Packed& target) {
+        return Worker::kReadsRows && (leaves_statistics || Worker::is_read(target, true));
+    };
+    Team team(args.plan);
     const int rows = static_cast<int>(p.inner), step = static_cast<int>(team.step());
     int number = static_cast<int>(team.first()) + team.place();
     Packed target(args, load_target(args, number, number < rows), number < rows);
@@ -111,6 +117,9 @@ FL_DEVICE void work_on_direct_rows(const RegisterArgs& args) {
         label = load_target(args, number + 2 * step, number + 2 * step < rows);  // arrives while this row is worked on
         const Place place(args, team, number, number + step < rows && brings(next) ? number + step : -1);
         Place::wait_until_brought();
+        if constexpr (Worker::kMayLeaveStatistics)
+            if (leaves_statistics)
+                take_row_statistics<Stored>(team, p, number, target.unpacked(), true, PartOfWords<Words, Place>(place));
         if (!Worker::is_read(target, true)) {
             place.has_been_read();
             worker.ignore(team, number);

@@ -101,7 +101,7 @@ public:
     using Packed = PackedTarget<KernelKind::kNoFactors>;
     using Words = RegisterWords<S, Access, kNumRounds, kAlways>;
     static constexpr int kRounds = kNumRounds;
-    static constexpr bool kRagged = kMayBeRagged, kReadsRows = true;
+    static constexpr bool kRagged = kMayBeRagged, kReadsRows = true, kMayLeaveStatistics = true;
 
     FL_DEVICE RegisterMultiReduction(const RegisterArgs& a, LossSums& s)
         : args(a),

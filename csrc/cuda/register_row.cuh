@@ -28,7 +28,7 @@ public:
     using Team = T;
     using Packed = PackedTarget<kKind>;
     static constexpr int kRounds = kNumRounds;
-    static constexpr bool kRagged = true, kReadsRows = true;
+    static constexpr bool kRagged = true, kReadsRows = true, kMayLeaveStatistics = false;
 
     FL_DEVICE RegisterRow(const RegisterArgs& a, LossSums& sums)
         : args(a),
@@ -382,10 +382,8 @@ private:
     template <class Place>
     FL_DEVICE void write_statistics(const OfRow& of, const Place& place, const Exponential<Stored>& exponential,
                                     const RowSummary<float, int>& all) const {
-        const float log_p = exponential.distance(of.target_logit) - exponential.log(all.sum);
-        const RowStatisticsOf<float> found = row_statistics_of(log_p, exponential(all.top), all.top,
-                                                               of.target_logit - all.second, all.sum, all.weighted);
-        write_row_statistics(p, of.row.number, of.target, all.sum, all.index, found,
+        write_row_statistics(p, of.row.number, of.target, all.sum, all.index,
+                             statistics_of_sums(exponential, of.target_logit, all),
                              [&](int cls) { return to_acc(place.logits()[cls]); });
     }
 

@@ -2,7 +2,7 @@
 // the number of classes, while it works on another; a row is then in the registers of one to 32 lanes.
 #pragma once
 
-#include "cuda/register_words.cuh"
+#include "cuda/register_statistics.cuh"
 #include "cuda/warp_tiles.cuh"
 
 namespace fused_losses::cuda {
@@ -60,12 +60,13 @@ private:
 template <class Worker>
 FL_DEVICE void work_on_register_tiles(const RegisterArgs& args) {
     using Stored = typename Worker::Stored;
+    using Team = typename Worker::Team;
     using Packed = typename Worker::Packed;
     constexpr int n = Word<Stored>::count;
     const RowProblem& p = args.problem;
     if (is_already_written<float>(p)) return;
     const int classes = static_cast<int>(p.num_classes);
-    typename Worker::Team team(args.plan.lanes);
+    Team team(args.plan.lanes);
     __shared__ struct {
         LossSums of_thread[kTileThreads];  // registers have other uses
         unsigned zeros[Worker::kRounds];
@@ -93,9 +94,16 @@ FL_DEVICE void work_on_register_tiles(const RegisterArgs& args) {
             const Packed target(args, label, exists);
             const int next = trips > 1 ? number + at_once : following + own;
             label = load_target(args, next, next < rows);
+            const int before = Worker::kRagged ? skip & (n - 1) : 0;
+            using Place = TilePlace<Stored, Worker::kRagged>;
+            if constexpr (Worker::kMayLeaveStatistics)
+                if (p.argmax) {
+                    const Place whole(part, row, before, shared.zeros, false, exists);
+                    take_row_statistics<Stored>(team, p, number, target.unpacked(), exists,
+                                                PartOfWords<typename Worker::Words, Place>(whole));
+                }
             worker.run(team, number, target,
-                       TilePlace<Stored, Worker::kRagged>(part, row, Worker::kRagged ? skip & (n - 1) : 0, shared.zeros,
-                                                          !worker.is_read(target, exists), exists));
+                       Place(part, row, before, shared.zeros, !worker.is_read(target, exists), exists));
             number += at_once, row += at_once * classes, skip += at_once * classes;
         }
     };

@@ -31,6 +31,7 @@ struct PackedTarget {
             cls = class_or(kIgnored, args.problem, label.index(args.problem.index_type));
     }
     FL_DEVICE bool is_ignored() const { return cls == kIgnored; }
+    FL_DEVICE Target unpacked() const { return {max(cls, 0), cls < 0}; }
 };
 
 // Place: where a thread finds its part of a row, as whole accesses `step()` apart.
@@ -51,6 +52,7 @@ struct PackedTarget {
 //     Stored, Team, Packed, Words      dtype; the threads of a row; its label; what a thread holds of it
 //     kRounds, kRagged                 accesses that it has room for; whether some numbers may be beside them
 //     kReadsRows                       whether it reads any logits
+//     kMayLeaveStatistics              whether row statistics may be asked of the kernel
 //     Worker(args, sums)               adds to `sums` what the rows give
 //     is_read(packed, exists)          whether the logits of a row are read
 //     ignore(team, number)             what is kept of a row that is left out; write_zeros(place): its gradient
@@ -59,6 +61,7 @@ struct PackedTarget {
 // Of the kRounds accesses that a thread has room for, every thread has the first kAlways.
 template <class Stored, class Access, int kNumRounds, int kAlways>
 struct RegisterWords {
+    using OneAccess = RegisterWords<Stored, Access, 1, 1>;
     static constexpr int kRounds = kNumRounds;
     static constexpr int kOfAccess = sizeof(Access) / 4, kCount = Word<Stored>::count, kNumbers = kOfAccess * kCount;
     static constexpr int kWords = kRounds * kOfAccess, kHeld = kRounds * kNumbers;
@@ -113,6 +116,11 @@ struct RegisterWords {
                 for (int i = 0; i < kNumbers; ++i) x[k * kNumbers + i] = is_there ? to_acc(of_round[i]) : 0.0f;
             }
         });
+    }
+
+    FL_DEVICE void widen(float (&z)[kHeld]) const {
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) Word<Stored>::widen(w[i], z + i * kCount);
     }
 
     FL_DEVICE float largest() const {

@@ -110,15 +110,6 @@ bool is_about_labels(const RowProblem& p) {
 
 cudaError_t enqueue_labels(const RowProblem& p, const LossOutput& out, cudaStream_t stream) {
     if (const cudaError_t error = enqueue_in_registers(p, out, stream); error != kDoesNotFit) return error;
-    constexpr std::int64_t exact = 1 << 24;  // class numbers are floats
-    if (p.argmax && p.num_classes > exact && p.dtype != Dtype::kFloat64) {
-        if (const cudaError_t error = enqueue_row_statistics(p, stream); error != cudaSuccess) return error;
-        RowProblem rest = p;
-        rest.argmax = nullptr;
-        LossOutput later = out;
-        later.follows_weights = false;
-        return enqueue_of<false>(rest, later, stream);
-    }
     return p.class_factors == ClassFactors::kClassLosses ? enqueue_of<true>(p, out, stream)
                                                          : enqueue_of<false>(p, out, stream);
 }

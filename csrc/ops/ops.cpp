@@ -68,9 +68,15 @@ STABLE_TORCH_LIBRARY(fused_losses, m) {
     // argmax is int64. Rows are in logical order.
     m.def("row_statistics(Tensor logits, Tensor target, int ignore_index) -> (Tensor stats, Tensor argmax)");
 
-    // The same from the read of a loss; class indices only, on CUDA losses that are affine in the softmax only.
+    // The same from the read of a loss; class indices only.
     def("row_loss_and_statistics", "", "(Tensor loss, Tensor stats, Tensor argmax)");
     def("row_loss_with_grad_and_statistics", "", "(Tensor loss, Tensor grad_logits, Tensor stats, Tensor argmax)");
+
+    // For multi-reduction losses on CUDA, whose backward needs what forward saves.
+    def("row_loss_with_bits_and_statistics", "",
+        "(Tensor loss, Tensor stats, Tensor denominator, Tensor row_stats, Tensor argmax)");
+    def("row_loss_with_stats_and_grad_and_statistics", "",
+        "(Tensor loss, Tensor stats, Tensor denominator, Tensor grad_logits, Tensor row_stats, Tensor argmax)");
 
     // A step of early-learning regularisation (losses/elr.h) from one read of the logits and of memory [samples,
     // classes], float32 or bfloat16, which is written if it `updates`. place: where each row's sample is, int64 [rows];

@@ -109,7 +109,8 @@ void test_registers(int thinning, Random& random) {
             for (bool is_done = false; !is_done;) {
                 const int loss = given_loss < 0 ? random.below(SoftmaxLosses::size) : given_loss;
                 const bool looks = kernel.compiled_for() == KernelKind::kStatistics;
-                CudaCase<Stored> problem(shape, loss, naive_loss(loss_names()[loss]).params[params], random, looks,
+                const bool may_look = looks || is_multi_reduction(kernel.compiled_for());
+                CudaCase<Stored> problem(shape, loss, naive_loss(loss_names()[loss]).params[params], random, may_look,
                                          looks);
                 is_done = problem.is_for(kernel.compiled_for());
                 if (is_done) problem.test_planned(describe(shape, dtype, loss));

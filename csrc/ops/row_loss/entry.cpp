@@ -4,6 +4,8 @@
 #include "ops/row_layout.h"
 #include "ops/row_loss/checks.h"
 
+#include <optional>
+
 namespace fused_losses {
 namespace {
 
@@ -194,22 +196,31 @@ private:
     Tensor copied_grad;  // what the caller gets, where `grad` is a copy in another layout
 };
 
-// In place: the gradient goes to memory of the caller's.
-template <bool with_stats, bool with_grad, bool in_place = false, bool with_bits = false>
+// What forward gives beside the loss.
+struct Asked {
+    bool stats = false, bits = false;     // for backward: numbers of each row, and of some losses bits
+    bool grad = false, in_place = false;  // in place: in memory of the caller's
+    bool row_statistics = false;
+};
+
+template <Asked asked>
 void forward(StableIValue* stack, std::uint64_t, std::uint64_t) {
     Arguments in(stack);
     OptionalTensor grad;
-    if (in_place) in.read(Required{grad});
-    RowLossCall call(RowLossArgs(in), with_grad, {}, std::move(grad));
+    if (asked.in_place) in.read(Required{grad});
+    RowLossCall call(RowLossArgs(in), asked.grad, {}, std::move(grad));
+    std::optional<RowStatisticsTensors> looks;
+    if (asked.row_statistics) looks = call.new_statistics();
     Tensor loss = call.new_loss(), stats, denominator;
-    if (with_stats) stats = call.new_stats(with_bits), denominator = call.new_denominator();
-    const bool divides = with_stats && denominator.numel() > 0;
+    if (asked.stats) stats = call.new_stats(asked.bits), denominator = call.new_denominator();
+    const bool divides = asked.stats && denominator.numel() > 0;
     call.backend().row_loss(call.problem, loss.mutable_data_ptr(), divides ? denominator.mutable_data_ptr() : nullptr);
     Results out(stack);
     out.push(loss);
-    if (with_stats) out.push(stats, denominator);
+    if (asked.stats) out.push(stats, denominator);
     Tensor written = call.finished_grad();
-    if (with_grad && !in_place) out.push(written);
+    if (asked.grad && !asked.in_place) out.push(written);
+    if (looks) out.push(looks->stats, looks->argmax);
 }
 
 // In place: completes the gradient that forward has written.
@@ -231,23 +242,14 @@ void backward(StableIValue* stack, std::uint64_t, std::uint64_t) {
     if (!in_place) Results(stack).push(written);
 }
 
-// A forward that saves nothing. more: results that come after the gradient, for which `call` has room.
-template <bool with_grad, class... More>
-void run_forward(StableIValue* stack, RowLossCall& call, More&... more) {
+// A forward that saves nothing.
+template <bool with_grad>
+void run_forward(StableIValue* stack, RowLossCall& call) {
     Tensor loss = call.new_loss();
     call.backend().row_loss(call.problem, loss.mutable_data_ptr(), nullptr);
     Results out(stack);
     out.push(loss);
     if (with_grad) out.push(call.finished_grad());
-    out.push(more...);
-}
-
-template <bool with_grad>
-void statistics_forward(StableIValue* stack, std::uint64_t, std::uint64_t) {
-    Arguments in(stack);
-    RowLossCall call(RowLossArgs(in), with_grad);
-    RowStatisticsTensors found = call.new_statistics();
-    run_forward<with_grad>(stack, call, found.stats, found.argmax);
 }
 
 template <bool with_grad>
@@ -288,24 +290,27 @@ void row_loss_constants(StableIValue* stack, std::uint64_t, std::uint64_t) {
 }  // namespace
 
 void implement_row_losses(Library& m) {
-    m.impl("row_loss", &forward<false, false>);
-    m.impl("row_loss_with_grad", &forward<false, true>);
-    m.impl("row_loss_with_stats", &forward<true, false>);
-    m.impl("row_loss_with_bits", &forward<true, false, false, true>);
-    m.impl("row_loss_with_stats_and_grad", &forward<true, true>);
+    m.impl("row_loss", &forward<Asked{}>);
+    m.impl("row_loss_with_grad", &forward<Asked{.grad = true}>);
+    m.impl("row_loss_with_stats", &forward<Asked{.stats = true}>);
+    m.impl("row_loss_with_bits", &forward<Asked{.stats = true, .bits = true}>);
+    m.impl("row_loss_with_stats_and_grad", &forward<Asked{.stats = true, .grad = true}>);
     m.impl("row_loss_backward", &backward<false>);
     m.impl("row_loss_backward_", &backward<true>);
     m.impl("mixed_loss", &mixed_forward<false>);
     m.impl("mixed_loss_with_grad", &mixed_forward<true>);
     m.impl("mixed_loss_backward", &mixed_backward<false>);
     m.impl("mixed_loss_backward_", &mixed_backward<true>);
-    m.impl("row_loss_and_statistics", &statistics_forward<false>);
-    m.impl("row_loss_with_grad_and_statistics", &statistics_forward<true>);
+    m.impl("row_loss_and_statistics", &forward<Asked{.row_statistics = true}>);
+    m.impl("row_loss_with_grad_and_statistics", &forward<Asked{.grad = true, .row_statistics = true}>);
+    m.impl("row_loss_with_bits_and_statistics", &forward<Asked{.stats = true, .bits = true, .row_statistics = true}>);
+    m.impl("row_loss_with_stats_and_grad_and_statistics",
+           &forward<Asked{.stats = true, .grad = true, .row_statistics = true}>);
 }
 
 // For calls into given memory, and small ones, on the CPU.
 STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) {
-    m.impl("row_loss_with_grad_", &forward<false, true, true>);
+    m.impl("row_loss_with_grad_", &forward<Asked{.grad = true, .in_place = true}>);
     m.impl("row_loss.packed", &packed_forward<false>);
     m.impl("row_loss_with_grad.packed", &packed_forward<true>);
 }
