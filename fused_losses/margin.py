@@ -63,8 +63,9 @@ def _margin_value(rows: Rows, margin: Tensor, mean_above_zero: bool, threshold: 
     index = rows.target.unsqueeze(dim)
     raw = logits - logits.gather(dim, index) + margin
     is_target = torch.zeros_like(logits, dtype=torch.bool).scatter(dim, index, True)
-    # The comparison also drops masked classes (-inf) where the target is -inf, too.
-    errors = torch.where((raw > 0.0) & ~is_target, raw, 0.0)
+    # The comparison also drops masked classes (-inf) where the target is -inf, too. With relu the gradient is a
+    # function of the logits, whose derivative is 0, and not a constant, which has none.
+    errors = torch.where((raw > 0.0) & ~is_target, torch.relu(raw), 0.0)
     counted = errors > 0.0
     if threshold:
         counted = counted & (errors >= errors.detach().sum(dim, keepdim=True) / rows.num_classes)

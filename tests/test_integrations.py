@@ -240,10 +240,19 @@ def test_mixup_refuses_what_it_cannot_give() -> None:
         MixupLoss(fl.GCELoss(weight=torch.ones(5)))(logits, smooth)
     with pytest.raises(ValueError, match=r"target must have two labels in a row .* got a row with 0.0"):
         MixupLoss(fl.HEMLoss(reduction="mean"))(logits, smooth)
-    with pytest.raises(ValueError, match="reduction must be 'none', 'mean' or 'sum', got 'active_mean'"):
-        MixupLoss(fl.HEMLoss())
     with pytest.raises(TypeError, match="loss must be the Module of a row loss, got ZErrorCrossEntropyLoss"):
         MixupLoss(fl.ZErrorCrossEntropyLoss())  # type: ignore[arg-type]
+
+
+def test_mixup_of_a_mean_over_active_rows() -> None:
+    logits, first = rows(8)
+    shares, second = torch.rand(8), first.flip(0)
+    found = MixupLoss(fl.HEMLoss())(logits, dense(shares, first, second, 5))
+    total, active = 0.0, 1e-6
+    for label, share in ((first, shares), (second, 1.0 - shares)):
+        values = fl.reference.hem_loss(logits.double(), label, reduction="none")
+        total, active = total + (share * values).sum(), active + share[values > 0].sum()
+    torch.testing.assert_close(found.double(), total / active, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
