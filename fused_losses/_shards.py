@@ -17,6 +17,7 @@ from fused_losses._agreement import Exchange, check_member, gather, telling
 from fused_losses._arguments import LOSSES, RowLossArguments, acc_dtype, is_ignored
 from fused_losses._reference import zero_at_zero
 from fused_losses._shard_formula import Formula, Powers, RowNumbers, evaluate
+from fused_losses._shard_margin import sums_of_errors, values_and_gradient_of_errors
 
 # Names of the exchanges: numbers of all rows, only that ranks make the same call, or then numbers of some rows.
 ROWS, CALL, CHUNK = "rows", "call", "chunk"
@@ -104,8 +105,12 @@ def values_and_gradient(
     logits, rows = args.logits, len(args.target)
     formula = Formula(args, shard.num_classes)
     numbers = Exchange.over(shard.group, ROWS) if chunk is None else chunk
-    sums = 2 * formula.count_terms()
-    terms = [Exchange.adding(shard.group, sums * rows, acc_dtype(logits))] if sums else []
+    of_errors = _has_errors(args)
+    if of_errors:
+        terms = sums_of_errors(formula, shard.group, rows, acc_dtype(logits))
+    else:
+        sums = 2 * formula.count_terms()
+        terms = [Exchange.adding(shard.group, sums * rows, acc_dtype(logits))] if sums else []
     with telling([numbers, *terms]):
         target = args.target.long()
         ignored = is_ignored(target, args.ignore_index)
@@ -113,6 +118,11 @@ def values_and_gradient(
         own = (local >= 0) & (local < logits.shape[1])
         index = torch.where(own, local, 0).unsqueeze(1)
         z = _with_bias(logits.to(acc_dtype(logits)), args, own, index)
+        if of_errors:
+            first = shard.first_class
+            return values_and_gradient_of_errors(
+                formula, z, own, index, first, lambda message: _gather(numbers, message, args), terms
+            )
         linear, exponent = _linear_weights(args, shard, z), _exponent(args)
         top, of_target, d = _reduce_classes(z, ignored, own, index)
         e = d.exp()
@@ -235,7 +245,14 @@ def _below(top: Tensor, of_all: Tensor) -> Tensor:
 
 def _numbers_per_row(args: RowLossArguments) -> int:
     """That a rank tells of each row before any normaliser is known."""
+    if _has_errors(args):
+        return 2
     return 3 + _has_linear_sum(args) + (_exponent(args) is not None)
+
+
+def _has_errors(args: RowLossArguments) -> bool:
+    """Whether it is a margin loss, which adds up errors and no exponentials."""
+    return "errors" in (LOSSES[args.loss].sums or ())
 
 
 def _has_linear_sum(args: RowLossArguments) -> bool:
