@@ -117,7 +117,7 @@ class LossEntry:
     Nothing of a row but log p_y counts if the loss is ``of_log_p``.
     Logits must have ``min_classes`` classes. ``sums`` names what the formula adds up over the classes: "log_probs",
     "p^q" with the name or value of the exponent, "terms" (:meth:`Rows.sum_log_probs`, :meth:`Rows.target_and_powers`,
-    :meth:`Rows.target_and_sum`), "errors" of margins; None: what needs all classes on one rank.
+    :meth:`Rows.target_and_sum`), "errors" of margins; None: ranks that share the classes gather whole rows.
     """
 
     name: str

@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.any_cpu,
     pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo"),
 ]
-NAMES = [name for name, entry in fl.LOSSES.items() if entry.sums is not None]
+NAMES = list(fl.LOSSES)
 
 MARGINS = ("hem", "multi_margin")
 
@@ -80,7 +80,7 @@ class Count:
 def check_plain(rank, world_size):
     x, w, b, target, samples = problem()
     first, end = bounds(rank, world_size)
-    some = ("gce", "weighted nfl_mae", "weighted smooth", "ngce", "hem", "weighted hem", "weighted multi_margin")
+    some = ("gce", "weighted nfl_mae", "weighted smooth", "ngce", "hem", "weighted hem", "weighted ldr_kl")
     active = [(name, loss) for name, loss in losses("mean") if isinstance(loss, fl.HEMLoss | fl.MultiMarginLoss)]
     for reduction in ("mean", "sum", "none", "active_mean"):
         for name, loss in active if reduction == "active_mean" else losses(reduction):
@@ -109,11 +109,11 @@ def check_plain(rank, world_size):
 # of exponentials and the target's logit; what is summed up over the classes adds to that.
 TRAFFIC = {
     (1, 16): "cores unhinged nce nce_mae nce_rce nce_agce nce_aue ngce sgce amse",
-    (1, 20): "jal_ce",
     (2, 20): "nfl nfl_mae nfl_rce nnce nnfl",
     (2, 24): "anl_ce jal_fl",
     (2, 28): "anl_fl",
     (2, 16): "multi_margin",  # the label's logit and whether there is NaN, then errors and their number
+    (1, 20): "jal_ce",
     (3, 20): "hem",  # and the mean error in between
 }
 
@@ -139,6 +139,8 @@ def check_traffic(rank, world_size):
         found[name] = forward.calls, (forward.bytes - once) / ROWS
         assert (backward.calls, without.calls) == (0, forward.calls), name
     more = {name: each for each, names in TRAFFIC.items() for name in names.split()}
+    all_logits = 1, 4 * bounds(0, world_size)[1]  # as many from every rank as from the one that has most classes
+    more |= {"ldr_kl": all_logits, "bi_tempered": all_logits}
     assert found == {name: more.get(name, (1, 12)) for name in NAMES}
 
 
