@@ -244,17 +244,6 @@ def test_mixup_refuses_what_it_cannot_give() -> None:
         MixupLoss(fl.ZErrorCrossEntropyLoss())  # type: ignore[arg-type]
 
 
-def test_mixup_of_a_mean_over_active_rows() -> None:
-    logits, first = rows(8)
-    shares, second = torch.rand(8), first.flip(0)
-    found = MixupLoss(fl.HEMLoss())(logits, dense(shares, first, second, 5))
-    total, active = 0.0, 1e-6
-    for label, share in ((first, shares), (second, 1.0 - shares)):
-        values = fl.reference.hem_loss(logits.double(), label, reduction="none")
-        total, active = total + (share * values).sum(), active + share[values > 0].sum()
-    torch.testing.assert_close(found.double(), total / active, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
 @pytest.mark.parametrize("stem", MIXED)
 def test_timm_mixup(mode: str, stem: str) -> None:

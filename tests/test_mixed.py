@@ -6,8 +6,10 @@ import itertools
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import fused_losses as fl
+from fused_losses.integrations.timm import MixupLoss
 
 
 @pytest.fixture
@@ -303,3 +305,14 @@ def test_active_rows_with_a_factor_per_row(batch):
     actual = fl.functional.mixed("hem", logits, a, b, lam, sample_weight=samples)
     for x, y in zip(value_and_grad(actual, logits), value_and_grad(total / (active + 1e-6), logits), strict=True):
         torch.testing.assert_close(x, y)
+
+
+def test_active_rows_of_a_mixup(batch):
+    """timm's targets for a loss that takes no probabilities, with its default reduction."""
+    logits, a, b, lam = (each[3:] for each in batch)
+    target = lam[:, None] * F.one_hot(a, 5) + (1.0 - lam[:, None]) * F.one_hot(b, 5)
+    total, active = 0.0, 1e-6
+    for label, share in ((a, lam), (b, 1.0 - lam)):
+        values = fl.reference.hem_loss(logits, label, reduction="none")
+        total, active = total + (share * values).sum(), active + share[values > 0].sum()
+    torch.testing.assert_close(MixupLoss(fl.HEMLoss())(logits, target), total / active)
