@@ -281,7 +281,8 @@ def test_the_reduction_is_the_loss_s_own(name, own, batch):
     with torch.no_grad():
         logits[3, a[3]], logits[4, b[4]] = 20.0, 20.0  # rows that satisfy one label
     for options, lam in itertools.product(
-        ({}, {"weight": weight, "sample_weight": samples}), (0.0, 0.3, 1.0, torch.tensor(0.3, dtype=torch.float64))
+        ({}, {"weight": weight, "sample_weight": samples}),
+        (0.0, 0.3, 1.0, torch.tensor(0.3, dtype=torch.float64, device=logits.device)),
     ):
         parts = [entry.reference(logits, target, **own, **options) for target in (a, b)]
         expected = value_and_grad(lam * parts[0] + (1.0 - lam) * parts[1], logits)
