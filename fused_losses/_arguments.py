@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, Protocol, TypedDict
 
 import torch
@@ -18,6 +19,14 @@ if TYPE_CHECKING:
 
 REDUCTIONS = ("none", "mean", "sum")
 ACTIVE_REDUCTIONS = (*REDUCTIONS, "active_mean")
+
+
+class _Default(Enum):
+    """Stands for an option that is left out, where None has a meaning."""
+
+    OF_LOSS = 0
+
+
 Own = ParamSpec("Own")  # a loss's own hyper-parameters, and the options of every call
 
 
@@ -108,7 +117,7 @@ class LossEntry:
     Nothing of a row but log p_y counts if the loss is ``of_log_p``.
     Logits must have ``min_classes`` classes. ``sums`` names what the formula adds up over the classes: "log_probs",
     "p^q" with the name or value of the exponent, "terms" (:meth:`Rows.sum_log_probs`, :meth:`Rows.target_and_powers`,
-    :meth:`Rows.target_and_sum`); None: what needs all classes on one rank.
+    :meth:`Rows.target_and_sum`), "errors" of margins; None: ranks that share the classes gather whole rows.
     """
 
     name: str
@@ -179,13 +188,13 @@ class LossEntry:
         *,
         weight: Tensor | None = None,
         ignore_index: int = -100,
-        reduction: str | None = "",
+        reduction: str | _Default | None = _Default.OF_LOSS,
         logit_bias: LogitBias = 0.0,
         sample_weight: Tensor | None = None,
         **parameters: Any,
     ) -> RowLossArguments:
-        """The operators' arguments for a call of the function; a ``reduction`` of "" is the default."""
-        if reduction == "" or (reduction is None and self.none_is_default):
+        """The operators' arguments for a call of the function."""
+        if reduction is _Default.OF_LOSS or (reduction is None and self.none_is_default):
             reduction = self.reduction(parameters)
         elif reduction.__class__ is not str:
             check_reduction(reduction, self.reductions)  # type: ignore[arg-type]

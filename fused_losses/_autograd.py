@@ -42,7 +42,7 @@ def row_loss(args: RowLossArguments) -> Tensor:
         return _row_loss(args)
     except RuntimeError:  # perhaps because there is no kernel for such tensors
         given = zip(args._fields, args.tensors, strict=False)
-        check_tensors(f"{args.loss}: ", **{name: tensor for name, tensor in given if isinstance(tensor, Tensor)})
+        check_tensors(f"{args.loss}: ", **{name: tensor for name, tensor in given if tensor is not None})
         raise
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_losses._arguments import LOSSES, RowLossArguments, check_reduction, is_distributed
+from fused_losses._arguments import LOSSES, RowLossArguments, check_reduction, is_distributed, is_ignored
 from fused_losses._logit_bias import class_dim
+from fused_losses._plain import inside_transforms, is_plain
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _INDEX = (torch.int64, torch.int32, torch.int16, torch.uint8)
@@ -109,6 +110,20 @@ def check_min_classes(args: RowLossArguments) -> None:
     if args.logits.shape[class_dim(args.logits)] < LOSSES[args.loss].min_classes:
         shape = list(args.logits.shape)
         raise ValueError(f"{args.loss}: logits must have at least two classes, got shape {shape}")
+
+
+def check_targets(target: Tensor, ignore_index: int, num_classes: int) -> None:
+    """Raises the kernels' IndexError for a class out of range, where looking at the values waits for nobody."""
+    target = inside_transforms(target)
+    if not (target.is_cpu and is_plain(target)):
+        return
+    bad = ~is_ignored(target, ignore_index) & ((target < 0) | (target.long() >= num_classes))
+    if bad.any():
+        row = int(bad.flatten().nonzero()[0])
+        raise IndexError(
+            f"target must be in [0, {num_classes}) or equal ignore_index={ignore_index}: Target "
+            f"{int(target.flatten()[row])} is out of bounds (row {row})"
+        )
 
 
 def _check_target(args: RowLossArguments, takes_probabilities: bool) -> None:

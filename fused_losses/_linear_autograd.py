@@ -15,7 +15,7 @@ from fused_losses._checks import check_constants, check_row_loss
 from fused_losses._chunks import ChunkOptions, Layer, Sweep, stand_in, sweep, traced_sweep
 from fused_losses._plain import is_plain
 from fused_losses._reference import ACTIVE_GUARD, mean_of
-from fused_losses._shards import agree_about_call, check_classes, check_loss
+from fused_losses._shards import agree_about_call, check_classes
 from fused_losses._z_autograd import masked_first
 from fused_losses._z_error import ZOps
 from fused_losses._z_reference import ClassScore, class_score
@@ -114,7 +114,6 @@ class ChunkedLogits:
             check_constants(args, "linear_loss is differentiable in input, linear_weight and linear_bias only")
         shard = self.options.shard
         if shard is not None:
-            check_loss(args.loss, args.loss)
             if args.target.is_floating_point():
                 raise RuntimeError(f"{args.loss}: target must hold class indices where classes are sharded")
             check_classes(args, shard.num_classes)

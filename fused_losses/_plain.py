@@ -15,6 +15,13 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
 
 
+def inside_transforms(tensor: Tensor) -> Tensor:
+    """What a function transform has wrapped, with all that it is mapped over."""
+    while not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
 def reads_values(tensor: Tensor) -> bool:
     """Whether its values are there to be looked at: on the CPU, not traced or wrapped."""
     return tensor.is_cpu and is_plain(tensor) and not torch._C._are_functorch_transforms_active()

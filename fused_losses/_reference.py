@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_losses._arguments import LOSSES, RowLossArguments, acc_dtype, check_reduction
-from fused_losses._checks import check_min_classes, check_row_loss
+from fused_losses._checks import check_min_classes, check_row_loss, check_targets
 from fused_losses._logit_bias import class_dim
 
 # Added to the denominator of a mean over active rows, as in the reference code of 2501.12191.
@@ -235,6 +235,7 @@ def row_loss_reference(args: RowLossArguments) -> Tensor:
     check_min_classes(args)
     if args.target.is_floating_point() and entry.takes_probabilities:
         return probability_loss(args)
+    check_targets(args.target, args.ignore_index, args.logits.shape[class_dim(args.logits)])
     bias = args.logit_bias if args.logit_bias_tensor is None else args.logit_bias_tensor
     rows = Rows.of(args.logits, args.target, args.weight, args.sample_weight, bias, args.ignore_index)
     values = entry.formula(rows, **entry.unpack(args))

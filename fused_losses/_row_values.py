@@ -18,7 +18,7 @@ from fused_losses._arguments import (
     is_ignored,
 )
 from fused_losses._autograd import row_loss
-from fused_losses._checks import check_row_loss, check_rows, check_tensors, row_shape
+from fused_losses._checks import check_row_loss, check_rows, check_targets, check_tensors, row_shape
 from fused_losses._common import Criterion, RowLossModule
 from fused_losses._logit_bias import class_dim
 from fused_losses._parameters import OrTensor, integer
@@ -187,20 +187,6 @@ def checked_rows(args: RowLossArguments) -> Rows:
 def check_dense(**values: Any) -> None:
     """Raises for a sparse tensor among values of any kind."""
     check_tensors(**{name: value for name, value in values.items() if isinstance(value, Tensor)})
-
-
-def check_targets(target: Tensor, ignore_index: int, num_classes: int) -> None:
-    """Raises the kernels' IndexError for a class out of range, where looking at the values waits for nobody."""
-    if not reads_values(target):
-        return
-    target = target.long()
-    bad = ~is_ignored(target, ignore_index) & ((target < 0) | (target >= num_classes))
-    if bad.any():
-        row = int(bad.flatten().nonzero()[0])
-        raise IndexError(
-            f"target must be in [0, {num_classes}) or equal ignore_index={ignore_index}: Target "
-            f"{int(target.flatten()[row])} is out of bounds (row {row})"
-        )
 
 
 def maybe_any(flags: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """Row losses whose classes are spread over the ranks of a process group.
 
-Every rank has all rows, with the logits of some consecutive classes. What a loss has to know of the other classes is a
-few numbers per row: the maximum, the sum of exponentials, the target's logit, and for some losses a sum over the
+Every rank has all rows, with the logits of some consecutive classes. What most losses have to know of the other classes
+is a few numbers per row: the maximum, the sum of exponentials, the target's logit, and for some losses a sum over the
 classes. With these, each rank has the loss and its own classes' gradient, so backward communicates nothing.
 """
 
@@ -12,11 +12,14 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 from fused_losses._agreement import Exchange, check_member, gather, telling
 from fused_losses._arguments import LOSSES, RowLossArguments, acc_dtype, is_ignored
+from fused_losses._autograd import row_loss
 from fused_losses._reference import zero_at_zero
 from fused_losses._shard_formula import Formula, Powers, RowNumbers, evaluate
+from fused_losses._shard_margin import sums_of_errors, values_and_gradient_of_errors
 
 # Names of the exchanges: numbers of all rows, only that ranks make the same call, or then numbers of some rows.
 ROWS, CALL, CHUNK = "rows", "call", "chunk"
@@ -50,13 +53,6 @@ def find_shard(group: dist.ProcessGroup | None, first_class: int, classes: int, 
     )
 
 
-def check_loss(stem: str, name: str) -> None:
-    """Raises unless the loss has a form for sharded classes."""
-    if LOSSES[stem].sums is None:
-        others = ", ".join(stem for stem, entry in LOSSES.items() if entry.sums is not None)
-        raise TypeError(f"loss must be one with a form for sharded classes ({others}), got {name}")
-
-
 def check_classes(args: RowLossArguments, num_classes: int) -> None:
     """Raises where a target is no class: no rank would notice. On CUDA a device assertion."""
     target = args.target.long()
@@ -85,7 +81,7 @@ def agree_about_call(args: RowLossArguments, shard: Shard, how: str) -> None:
 
 def exchange_of_chunk(args: RowLossArguments, shard: Shard, rows: int) -> Exchange:
     """What :func:`values_and_gradient` gathers of up to so many rows, where all ranks have agreed about the call."""
-    numbers = _numbers_per_row(args) * rows + 2
+    numbers = _numbers_per_row(args, shard) * rows + 2
     return Exchange.over(shard.group, CHUNK, numbers * acc_dtype(args.logits).itemsize)
 
 
@@ -102,10 +98,17 @@ def values_and_gradient(
     call; that of a ``chunk`` of a call about which they have agreed is given. Either brings the news of a failure.
     """
     logits, rows = args.logits, len(args.target)
-    formula = Formula(args, shard.num_classes)
     numbers = Exchange.over(shard.group, ROWS) if chunk is None else chunk
-    sums = 2 * formula.count_terms()
-    terms = [Exchange.adding(shard.group, sums * rows, acc_dtype(logits))] if sums else []
+    if LOSSES[args.loss].sums is None:
+        with telling([numbers]):
+            return _whole_rows(args, shard, numbers, with_gradient)
+    formula = Formula(args, shard.num_classes)
+    of_errors = _has_errors(args)
+    if of_errors:
+        terms = sums_of_errors(formula, shard.group, rows, acc_dtype(logits))
+    else:
+        sums = 2 * formula.count_terms()
+        terms = [Exchange.adding(shard.group, sums * rows, acc_dtype(logits))] if sums else []
     with telling([numbers, *terms]):
         target = args.target.long()
         ignored = is_ignored(target, args.ignore_index)
@@ -113,6 +116,11 @@ def values_and_gradient(
         own = (local >= 0) & (local < logits.shape[1])
         index = torch.where(own, local, 0).unsqueeze(1)
         z = _with_bias(logits.to(acc_dtype(logits)), args, own, index)
+        if of_errors:
+            first = shard.first_class
+            return values_and_gradient_of_errors(
+                formula, z, own, index, first, lambda message: _gather(numbers, message, args), terms
+            )
         linear, exponent = _linear_weights(args, shard, z), _exponent(args)
         top, of_target, d = _reduce_classes(z, ignored, own, index)
         e = d.exp()
@@ -233,9 +241,38 @@ def _below(top: Tensor, of_all: Tensor) -> Tensor:
     return torch.where(top == -torch.inf, 0.0, top - of_all)
 
 
-def _numbers_per_row(args: RowLossArguments) -> int:
+def _whole_rows(args: RowLossArguments, shard: Shard, numbers: Exchange, with_gradient: bool) -> tuple[Tensor, Tensor]:
+    """Of a loss that no few numbers of a row make: every rank gathers all logits, and keeps its classes' gradient."""
+    logits, largest = args.logits.to(acc_dtype(args.logits)), shard.largest
+    rows, classes = logits.shape
+    here = logits.new_tensor([shard.first_class, classes])
+    found = _gather(numbers, torch.cat([F.pad(logits, (0, largest - classes)).flatten(), here]), args)
+    first, count = found[:, -2:-1], found[:, -1:]
+    column = torch.arange(largest, device=logits.device)
+    place = torch.where(column < count, first + column, shard.num_classes).long()  # padding goes to one column more
+    parts = found[:, :-2].reshape(len(found), rows, largest).transpose(0, 1).flatten(1)
+    whole = logits.new_empty(rows, shard.num_classes + 1).scatter_(1, place.flatten().expand(rows, -1), parts)
+    with torch.enable_grad():
+        leaf = whole[:, : shard.num_classes].contiguous().requires_grad_(with_gradient)
+        values = row_loss(args._replace(logits=leaf, reduction="none"))
+        if not with_gradient:
+            return values.detach(), logits.new_empty(0)
+        (grad,) = torch.autograd.grad(values.sum(), leaf)
+    return values.detach(), grad[:, shard.first_class : shard.first_class + classes]
+
+
+def _numbers_per_row(args: RowLossArguments, shard: Shard) -> int:
     """That a rank tells of each row before any normaliser is known."""
+    if LOSSES[args.loss].sums is None:
+        return shard.largest
+    if _has_errors(args):
+        return 2
     return 3 + _has_linear_sum(args) + (_exponent(args) is not None)
+
+
+def _has_errors(args: RowLossArguments) -> bool:
+    """Whether it is a margin loss, which adds up errors and no exponentials."""
+    return "errors" in (LOSSES[args.loss].sums or ())
 
 
 def _has_linear_sum(args: RowLossArguments) -> bool:

@@ -156,6 +156,8 @@ def masked_loss(
 ) -> Tensor | ZErrorResult:
     """Statistics, then mask and loss. The operators take the last of several dimensions for the tasks."""
     check_reduction(reduction)
+    if pos_weight is not None:
+        check_tensors(pos_weight=pos_weight)
     weights = spread_weight(sample_weight, input)
     input, target = _tasks_last(input, per_task), _tasks_last(target, per_task)
     weights = None if weights is None else _tasks_last(weights, per_task)

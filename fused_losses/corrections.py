@@ -79,7 +79,7 @@ def _documented(arguments: str) -> Callable[[_Documented], _Documented]:
     return decorate
 
 
-def _check_call(transition: Any, logits: Tensor, inverse: bool) -> Tensor | None:
+def check_call(transition: Any, logits: Tensor, inverse: bool) -> Tensor | None:
     """Checks a function's matrix; the inverse if it is wanted."""
     if not isinstance(transition, Tensor) or not transition.is_floating_point():
         got = getattr(transition, "dtype", type(transition).__name__)
@@ -95,7 +95,7 @@ def _check_call(transition: Any, logits: Tensor, inverse: bool) -> Tensor | None
     return found
 
 
-def _of_target(matrix: Tensor, rows: Rows) -> Tensor:
+def of_target(matrix: Tensor, rows: Rows) -> Tensor:
     """The row of ``matrix`` that belongs to each row's target, in the place of its logits."""
     classes = rows.num_classes
     if matrix.shape[0] != classes:
@@ -110,11 +110,11 @@ def _forward_values(rows: Rows, transition: Tensor) -> Tensor:
     cross entropies of any class, but for its ``log T[class, y]``. Digits are lost the least with z relative to its
     maximum, and with the class where a is largest."""
     if not is_plain(rows.logits) or needs_reference(rows.logits, transition):
-        return _forward_formula(rows, transition)
+        return forward_formula(rows, transition)
     few = rows.target.numel() < rows.num_classes
     columns = transition.t().to(rows.logits.dtype).contiguous()  # its rows are read as a whole
     a = rows.logits - rows.logits.detach().amax(rows.dim, keepdim=True)
-    a.add_(_of_target(columns, rows).log_() if few else _of_target(columns.log(), rows))
+    a.add_(of_target(columns, rows).log_() if few else of_target(columns.log(), rows))
     top = a.detach().max(rows.dim).indices
     possible = transition[top, rows.target].to(a.dtype)
     of_all = cross_entropy(rows.logits, top, reduction="none")
@@ -122,8 +122,9 @@ def _forward_values(rows: Rows, transition: Tensor) -> Tensor:
     return torch.where(possible == 0, of_all + torch.inf, value)
 
 
-def _forward_formula(rows: Rows, transition: Tensor) -> Tensor:
-    column = _of_target(transition.t(), rows)
+def forward_formula(rows: Rows, transition: Tensor) -> Tensor:
+    """Every row's ``-log q``."""
+    column = of_target(transition.t(), rows)
     log_p = rows.log_probs
     # q is computed relative to the largest p that contributes: so p that underflow still have a loss and a gradient.
     largest = torch.where(column > 0, log_p, -torch.inf).amax(rows.dim, keepdim=True).detach()
@@ -135,7 +136,7 @@ def _forward_formula(rows: Rows, transition: Tensor) -> Tensor:
 def _backward_loss(logits: Tensor, rows: Rows, inverse: Tensor, reduction: str, weighted: bool = True) -> Tensor:
     """The fused cross entropy with rows of the inverse as targets."""
     weight = torch.where(rows.ignored, 0.0, rows.class_weight * rows.sample_weight) if weighted else None
-    share = _of_target(inverse, rows)
+    share = of_target(inverse, rows)
     if maybe_any(rows.ignored):
         ignored = rows.ignored.unsqueeze(rows.dim)
         logits, share = logits.masked_fill(ignored, 0.0), share.masked_fill(ignored, 0.0)
@@ -181,7 +182,7 @@ def forward_correction_loss(
         sample_weight=sample_weight,
         reduction=reduction,
     )
-    _check_call(transition, logits, inverse=False)
+    check_call(transition, logits, inverse=False)
     return RowValues.of(rows, _forward_values(rows, transition)).reduce(reduction)
 
 
@@ -224,7 +225,7 @@ def backward_correction_loss(
         sample_weight=sample_weight,
         reduction=reduction,
     )
-    inverse = _check_call(transition, logits, inverse=True)
+    inverse = check_call(transition, logits, inverse=True)
     assert inverse is not None
     return _backward_loss(logits, rows, inverse, reduction)
 

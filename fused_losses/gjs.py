@@ -36,7 +36,8 @@ def pack_weights(weights: Any) -> tuple[float, ...]:
     return tuple(value / sum(packed) for value in packed)
 
 
-def _check_views(views: Any, count: int) -> Sequence[Tensor]:
+def check_views(views: Any, count: int) -> Sequence[Tensor]:
+    """The views one by one; raises unless they are so many tensors of one shape."""
     if isinstance(views, Tensor):
         if views.dim() < 2:
             raise ValueError(f"views must have shape (M, N, C), got {tuple(views.shape)}")
@@ -55,7 +56,7 @@ def _check_views(views: Any, count: int) -> Sequence[Tensor]:
 
 
 def _rows(name: str, views: Any, target: Tensor, weights: tuple[float, ...], **options: Any) -> RowValues:
-    of_views = [plain_rows(name, view, target, **options) for view in _check_views(views, len(weights) - 1)]
+    of_views = [plain_rows(name, view, target, **options) for view in check_views(views, len(weights) - 1)]
     first, logits = of_views[0], [of_view.logits for of_view in of_views]
     return RowValues.of(first, _values(first, weights, logits))
 
@@ -64,7 +65,8 @@ def _normaliser(label: float) -> float:
     return -(1.0 - label) * math.log1p(-label)
 
 
-def _divergence(first: Rows, weights: tuple[float, ...], *views: Tensor) -> Tensor:
+def divergence(first: Rows, weights: tuple[float, ...], *views: Tensor) -> Tensor:
+    """Every row's value; of ``first`` only the target counts."""
     label, *shares = weights
     log_ps = [torch.log_softmax(view, first.dim) for view in views]
     ps = [log_p.exp() for log_p in log_ps]
@@ -89,7 +91,7 @@ def _is_fused(views: Sequence[Tensor]) -> bool:
 def _values(first: Rows, weights: tuple[float, ...], views: Sequence[Tensor]) -> Tensor:
     """Every row's value."""
     if not _is_fused(views):
-        return _divergence(first, weights, *views)
+        return divergence(first, weights, *views)
     if any(is_recorded(view) for view in views):
         return apply(_FusedDivergence, first, weights, *views)  # type: ignore[no-any-return]
     return _ops.gjs_rows_(views, first.target, weights, []).view(first.target.shape)
@@ -116,7 +118,7 @@ class _FusedDivergence(torch.autograd.Function):
             views = [view.view_as(view) for view in views]  # of which none is made of another, whatever was given
             asked = [view for view, is_wanted in zip(views, wanted, strict=True) if is_wanted]
             first = Rows.of(views[0], target, None, None, 0.0, -100, any_ignored=False)  # they were replaced before
-            values = _divergence(first, ctx.weights, *views)
+            values = divergence(first, ctx.weights, *views)
             found = iter(torch.autograd.grad(values, asked, grad_values, create_graph=True))
             return None, None, *(next(found) if is_wanted else None for is_wanted in wanted)
         upstream = grad_values.unsqueeze(class_dim(views[0]))

@@ -7,7 +7,7 @@ Module. The C++ forms are in ``csrc/losses/margin.h``.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -53,27 +53,56 @@ def _check_power(p: float, mean_above_zero: float, threshold: float, **others: f
         raise ValueError("p must be 1 with mean_above_zero or threshold, which 2501.12191 defines for it, got 2")
 
 
-def _margin_value(rows: Rows, margin: Tensor, mean_above_zero: bool, threshold: bool, p: int = 1) -> Tensor:
-    """The errors ``e_j = max(0, z_j - z_y + margin)``, ``e_y = 0``, to the power p; of those that count, over C or
-    their number.
+class MarginRule(NamedTuple):
+    """Whose margin counts, which errors, their power, and whether their number or C divides."""
+
+    of_competitor: bool = False
+    mean_above_zero: bool = True
+    threshold: bool = True
+    power: int = 1
+
+
+def margin_rule(stem: str, own: dict[str, Any]) -> tuple[float | Tensor, MarginRule]:
+    """The margin and the rule of a call of either loss."""
+    if stem == "hem":
+        return own["margin"], MarginRule(own["margin_index"] == "competitor")
+    return own["margin"], MarginRule(False, own["mean_above_zero"], own["threshold"], int(own["p"]))
+
+
+def errors_of(logits: Tensor, target_logit: Tensor, margin: Tensor, is_target: Tensor) -> Tensor:
+    """The errors ``e_j = max(0, z_j - z_y + margin)``, ``e_y = 0``."""
+    raw = logits - target_logit + margin
+    # The comparison also drops masked classes (-inf) where the target is -inf, too. With relu the gradient is a
+    # function of the logits, whose derivative is 0, and not a constant, which has none.
+    return torch.where((raw > 0.0) & ~is_target, torch.relu(raw), 0.0)
+
+
+def value_of(total: Tensor, number: Tensor, num_classes: int, rule: MarginRule) -> Tensor:
+    """A row's value from what its errors add up to, and their number."""
+    return total / (number + COUNT_GUARD if rule.mean_above_zero else num_classes)
+
+
+def are_spoiled(logits: Tensor, margin: Tensor, dim: int) -> Tensor:
+    """Rows that become NaN as a whole: comparisons hide NaN, and +inf at the target looks like a row without errors."""
+    return ~((logits < math.inf) & (margin < math.inf)).all(dim)
+
+
+def _margin_value(rows: Rows, margin: Tensor, rule: MarginRule) -> Tensor:
+    """The errors that count, to their power, over C or their number.
 
     The threshold and the number are constants for every derivative.
     """
     logits, dim = rows.logits, rows.dim
     index = rows.target.unsqueeze(dim)
-    raw = logits - logits.gather(dim, index) + margin
     is_target = torch.zeros_like(logits, dtype=torch.bool).scatter(dim, index, True)
-    # The comparison also drops masked classes (-inf) where the target is -inf, too.
-    errors = torch.where((raw > 0.0) & ~is_target, raw, 0.0)
+    errors = errors_of(logits, logits.gather(dim, index), margin, is_target)
     counted = errors > 0.0
-    if threshold:
+    if rule.threshold:
         counted = counted & (errors >= errors.detach().sum(dim, keepdim=True) / rows.num_classes)
     powers = torch.where(counted, errors, 0.0)
-    total = (powers if p == 1 else powers.square()).sum(dim)
-    number = counted.to(logits.dtype).sum(dim)
-    value = total / (number + COUNT_GUARD if mean_above_zero else rows.num_classes)
-    # Comparisons hide NaN, and +inf at the target looks like a row without errors: such rows become NaN as a whole.
-    spoiled = ~((logits < math.inf) & (margin < math.inf)).all(dim)
+    total = (powers if rule.power == 1 else powers.square()).sum(dim)
+    value = value_of(total, counted.to(logits.dtype).sum(dim), rows.num_classes, rule)
+    spoiled = are_spoiled(logits, margin, dim)
     spoil = spoiled.unsqueeze(dim)
     nothing = torch.where(spoil, logits, 0.0) * torch.where(spoil, math.nan, 1.0)  # NaN in their derivative alone
     return torch.where(spoiled, nothing.sum(dim), value)
@@ -81,7 +110,7 @@ def _margin_value(rows: Rows, margin: Tensor, mean_above_zero: bool, threshold: 
 
 @loss_of_row(
     {"margin": _margin, "margin_index": Choice(("target", "competitor"))},
-    sums=None,
+    sums=("errors",),
     reductions=ACTIVE_REDUCTIONS,
     reduction=("active_mean", _ACTIVE_DOC),
 )
@@ -112,7 +141,7 @@ def hem_loss(
         tensor(0.4000)
     """
     of_competitor = margin_index == "competitor"
-    return _margin_value(rows, _per_class(rows, margin, of_competitor), mean_above_zero=True, threshold=True)
+    return _margin_value(rows, _per_class(rows, margin, of_competitor), MarginRule(of_competitor))
 
 
 class HEMLoss(RowLossModule, stem="hem"):
@@ -131,7 +160,7 @@ class HEMLoss(RowLossModule, stem="hem"):
 
 @loss_of_row(
     {"margin": _margin, "mean_above_zero": switch, "threshold": switch, "p": _power},
-    sums=None,
+    sums=("errors",),
     reductions=ACTIVE_REDUCTIONS,
     reduction=(None, _ACTIVE_DOC + '\n            None: ``"active_mean"`` with ``mean_above_zero``, else ``"mean"``.'),
     reduction_of=_default_reduction,
@@ -165,7 +194,8 @@ def multi_margin_loss(
         >>> multi_margin_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]))
         tensor(0.5000)
     """
-    return _margin_value(rows, _per_class(rows, margin, False), mean_above_zero, threshold, p)
+    rule = MarginRule(False, mean_above_zero, threshold, p)
+    return _margin_value(rows, _per_class(rows, margin, False), rule)
 
 
 class MultiMarginLoss(RowLossModule, stem="multi_margin"):

@@ -31,7 +31,7 @@ from fused_losses._checks import check_tensors
 from fused_losses._common import RowLossModule
 from fused_losses._parameters import closed_fraction, python_number
 from fused_losses._plain import reads_values
-from fused_losses._reference import mean_of, row_loss_reference
+from fused_losses._reference import ACTIVE_GUARD, mean_of, row_loss_reference
 from fused_losses._row_values import check_dense
 from fused_losses.distributed import sum_of_weights
 
@@ -52,6 +52,14 @@ def _function_and_options(
     if isinstance(loss, nn.Module) or not callable(loss):
         raise TypeError(f"loss must be a name, a function or a Module of a row loss, got {type(loss).__name__}")
     return loss, next((entry for entry in LOSSES.values() if entry.function is loss), None), {}
+
+
+def _check_reduction(entry: LossEntry | None, options: dict[str, Any]) -> None:
+    """Puts the loss's own reduction in the place of one that is left out; raises on one that it does not have."""
+    left_out = "mean" if entry is None else entry.reduction(options)
+    if options.setdefault("reduction", left_out) is None and entry is not None and entry.none_is_default:
+        options["reduction"] = left_out
+    check_reduction(options["reduction"], REDUCTIONS if entry is None else entry.reductions)
 
 
 class _Labels(NamedTuple):
@@ -93,13 +101,17 @@ class _Labels(NamedTuple):
         total = weights = share.new_zeros(())
         for target, part in ((self.first, share), (self.second, 1.0 - share)):
             samples = part if sample_weight is None else part * sample_weight.to(dtype)
-            total = total + loss(target, samples, "sum")
             counted = ~is_ignored(target, ignore_index)
+            if reduction == "active_mean":
+                values = loss(target, samples, "none")
+                total, counted = total + values.sum(), counted & (values.detach() != 0)
+            else:
+                total = total + loss(target, samples, "sum")
             of_class = 1.0 if weight is None else weight.to(dtype)[torch.where(counted, target.long(), 0)]
             weights = weights + torch.where(counted, samples * of_class, 0.0).sum()
         if reduction == "sum":
             return total
-        return mean_of(total, weights)
+        return mean_of(total, weights, ACTIVE_GUARD if reduction == "active_mean" else 0.0)
 
     def by_formula(self, args: RowLossArguments) -> Tensor:
         """Their loss by plain operations of torch."""
@@ -205,18 +217,18 @@ def mixed(
         target_a: class indices of the labels with share ``lam``.
         target_b: class indices of the labels with share ``1 - lam``, the shape of ``target_a``.
         lam: in [0, 1]: a number, or a tensor, 0-dim or of the shape of the targets.
-        **options: of the loss: its parameters, ``weight``, ``ignore_index``, ``reduction`` (``"mean"`` by default),
-            ``logit_bias``, ``sample_weight``. They take the place of those of a Module.
+        **options: of the loss: its parameters, ``weight``, ``ignore_index``, ``reduction`` (the loss's own by
+            default), ``logit_bias``, ``sample_weight``. They take the place of those of a Module.
 
     Returns:
         As the loss does. With one ``lam`` the mean is ``lam`` times the mean of one label plus ``1 - lam`` times that
-        of the other, each over its own weights. With ``lam`` per row it is the sum of both divided by the sum of all
-        weights.
+        of the other, each over its own weights (under "active_mean" over its own active rows). With ``lam`` per row it
+        is the sum of both divided by the sum of all weights, those of active rows under "active_mean".
 
     Raises:
         TypeError: ``loss`` is none of these, ``lam`` no number, or logits or a target no tensor.
         ValueError: ``lam`` is outside [0, 1] (of a tensor, looked at on the CPU only); the loss or the reduction is
-            unknown ("active_mean" cannot be mixed).
+            unknown.
         RuntimeError: shapes or dtypes do not fit.
 
     Example:
@@ -227,9 +239,10 @@ def mixed(
     function, entry, own = _function_and_options(loss)
     check_tensors(logits=logits, target_a=target_a, target_b=target_b)
     options = own | options
-    reduction = options.setdefault("reduction", "mean")
-    check_reduction(reduction, REDUCTIONS)
-    check_dense(**{name: options.get(name) for name in ("weight", "sample_weight", "logit_bias")}, lam=lam)
+    _check_reduction(entry, options)
+    reduction = options["reduction"]
+    check_tensors(**{name: options[name] for name in ("weight", "sample_weight") if options.get(name) is not None})
+    check_dense(logit_bias=options.get("logit_bias"), lam=lam)
     if not isinstance(lam, Tensor):
         lam = python_number(closed_fraction.pack("lam", lam))
     elif lam.dim() > 0 and lam.shape != target_a.shape:

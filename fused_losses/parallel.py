@@ -16,7 +16,7 @@ from fused_losses._common import RowLossModule
 from fused_losses._logit_bias import class_dim
 from fused_losses._parameters import integer, positive_integer
 from fused_losses._reference import ACTIVE_GUARD, mean_of
-from fused_losses._shards import ROWS, Shard, check_classes, check_loss, find_shard, values_and_gradient
+from fused_losses._shards import ROWS, Shard, check_classes, find_shard, values_and_gradient
 from fused_losses.distributed import HasProcessGroup, check_constant, sum_of_weights
 
 
@@ -66,7 +66,6 @@ class ClassParallel(HasProcessGroup):
         super().__init__()
         if not isinstance(loss, RowLossModule):
             raise TypeError(f"loss must be a row-loss Module of fused_losses, got {type(loss).__name__}")
-        check_loss(loss.stem, type(loss).__name__)
         num_classes = int(positive_integer.pack("num_classes", num_classes))
         first_class = int(integer("first_class", first_class))
         if not 0 <= first_class <= num_classes:
@@ -259,7 +258,6 @@ def distributed_loss(loss: RowLossModule, logits: Any, target: Any, sample_weigh
     with telling([*(Exchange.over(group, ROWS) for group in class_groups), *sums]):
         local, target, sample_weight, offset = _local_parts(logits, target, sample_weight)
         if class_groups:
-            check_loss(loss.stem, type(loss).__name__)
             classes, group = logits.shape[dim], class_groups[0]
             shard = Shard(group, offset[dim], classes, -(-classes // dist.get_world_size(group)))
             args = _arguments(loss, classes, local, target, sample_weight)

@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_losses._agreement import telling
 from fused_losses._arguments import LOSSES, LossEntry, ZErrorRule, check_reduction, entry_named
 from fused_losses._autograd import is_small, small_row_loss
-from fused_losses._checks import check_row_loss, check_tensors
+from fused_losses._checks import check_row_loss, check_targets, check_tensors
 from fused_losses._common import RowLossModule
 from fused_losses._logit_bias import LogitBias, check_logit_bias, class_dim
 from fused_losses._ops import (
@@ -23,7 +23,6 @@ from fused_losses._ops import (
     z_error_kept_target,
 )
 from fused_losses._parameters import check_choice, integer
-from fused_losses._row_values import check_targets
 from fused_losses._running import Source, source_of
 from fused_losses._z_error import (
     FUSED,
@@ -104,6 +103,8 @@ def _z_cross_entropy(
     arguments = entry.arguments(
         logits, target, reduction="sum" if mean_over_ranks else reduction, sample_weight=sample_weight, **keywords
     )
+    given = {"weight": arguments.weight, "sample_weight": arguments.sample_weight}
+    check_tensors(**{name: tensor for name, tensor in given.items() if tensor is not None})
     if source.group is not None:  # while other ranks can still be told
         check_row_loss(arguments)
         check_targets(target, arguments.ignore_index, num_classes)

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused_losses._agreement import telling
+from fused_losses._arguments import acc_dtype
+from fused_losses._checks import is_integer_tensor
 from fused_losses._running import Source, source_of
 from fused_losses._z_error import (
     FUSED,
@@ -32,6 +34,8 @@ def _z_mse(
 ) -> Tensor | ZErrorResult:
     word = choose("statistic", statistic, _STATISTICS)
     check_pair("input", input, target)
+    if is_integer_tensor(target):  # counts, which nn.MSELoss takes, too
+        target = target.to(acc_dtype(input))
     # One row says nothing about itself: it is kept.
     rest: dict[str, Any] = {"labels": 1, "tail": "both", "min_count": 2, "keep_small": True, "pos_weight": None}
     return masked_loss(ops, source, input, target, word, **rest, **options)
@@ -60,7 +64,7 @@ def _z_mse_loss(ops: ZOps) -> Callable[..., Any]:
 
         Args:
             input: predictions of any shape and strides; float64, float32, float16 or bfloat16.
-            target: the same shape; floating point.
+            target: the same shape; floating point or integers.
             threshold: in standard deviations, > 0: a number or a 0-dim tensor. 2 is the paper's value; it can drop
                 nothing from fewer than six rows.
             statistic: s: ``"target"`` as the paper's code (finds targets out of range, whatever the model says),

@@ -34,8 +34,6 @@ def check_errors(rank, world_size):
                 call(bad, target)
     with pytest.raises(ValueError, match="first_class and the logits of all ranks must divide"):
         ClassParallel(fl.GCELoss(), None, first, CLASSES + 1)(logits, target)
-    with pytest.raises(TypeError, match="form for sharded classes"):
-        ClassParallel(fl.HEMLoss(), None, first, CLASSES)
     with pytest.raises(TypeError, match="row-loss Module"):
         ClassParallel(nn.CrossEntropyLoss(), None, first, CLASSES)
     check_derivatives(sharded, logits, target)

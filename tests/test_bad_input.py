@@ -267,8 +267,10 @@ def test_weights(name, problem):
             function(logits, target, sample_weight=torch.ones(shape, device=logits.device))
     with pytest.raises(RuntimeError, match=r"sample_weight must be a floating point tensor .*, got Int"):
         function(logits, target, sample_weight=torch.ones(4, dtype=torch.int32, device=logits.device))
-    with pytest.raises(RuntimeError, match=r"type 'Optional.Tensor.' for argument 'weight'"):
-        function(logits, target, weight=[1.0, 1.0, 1.0])
+    for option in ("weight", "sample_weight"):
+        for call in (function, fl.LOSSES[name].reference):
+            with pytest.raises(TypeError, match=rf": {option} must be a Tensor.*, got list"):
+                call(logits, target, **{option: [1.0, 1.0, 1.0, 1.0]})
     with pytest.raises(TypeError, match="buffer 'weight'"):
         fl.LOSSES[name].module(weight=[1.0, 1.0, 1.0])
     with pytest.raises(TypeError, match=r"^ignore_index must be an integer, got 1\.5"):
@@ -296,3 +298,25 @@ def test_probabilities_exclude_what_needs_a_target_class(problem):
             fl.functional.cross_entropy(logits, probabilities, logit_bias=bias)
     with pytest.raises(ValueError, match="logit_bias is not supported for class probabilities"):
         fl.functional.cross_entropy(logits.repeat(1, 4), probabilities.repeat(1, 4) / 4, logit_bias="auto")
+
+
+@pytest.mark.parametrize("made", ["function", "reference"])
+@pytest.mark.parametrize("name", NAMES)
+def test_no_word_stands_for_the_default_reduction(name, made, problem):
+    for reduction in ("", "default", "Mean"):
+        with pytest.raises(ValueError, match=rf"reduction must be .*, got '{reduction}'"):
+            getattr(fl.LOSSES[name], made)(*problem, reduction=reduction)
+
+
+def test_other_options_that_are_no_tensors(problem):
+    logits, target = problem
+    functional, wrong = fl.functional, [1.0, 1.0, 1.0, 1.0]
+    for option, call in [
+        ("weight", lambda: functional.z_error_cross_entropy(logits, target, weight=wrong)),
+        ("sample_weight", lambda: functional.z_error_cross_entropy(logits, target, sample_weight=wrong)),
+        ("pos_weight", lambda: functional.z_error_bce_with_logits(logits, logits > 0, pos_weight=wrong)),
+        ("weight", lambda: functional.mixed("gce", logits, target, target, 0.3, weight=wrong)),
+        ("sample_weight", lambda: functional.mixed("hem", logits, target, target, 0.3, sample_weight=wrong)),
+    ]:
+        with pytest.raises(TypeError, match=rf"{option} must be a Tensor, got list"):
+            call()

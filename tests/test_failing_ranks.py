@@ -13,7 +13,7 @@ import torch.distributed as dist
 from gloo_group import gloo_group, run_ranks
 
 import fused_losses as fl
-from fused_losses import _chunks, _shard_formula, _shards
+from fused_losses import _chunks, _shard_formula, _shard_margin, _shards
 from fused_losses.functional import linear_loss, z_error_cross_entropy
 
 pytestmark = [
@@ -99,6 +99,10 @@ AMID_CHUNKS = {
     "gradient": (_chunks, "_add_gradients", 3),
     "logits in backward": (_chunks, "_logits", 6),
 }
+OF_MARGINS = {  # in place of those of the same names
+    "numbers of the rows": (_shard_margin, "errors_of", 2),
+    "formula": (_shard_margin, "value_of", 3),
+}
 
 
 def sharded_step(name, reduction, rank, world_size):
@@ -128,7 +132,8 @@ def out_of_memory(module, function, at):
 
 def check_chunks(rank, world_size, bad_rank, name, place):
     reduction = "none" if place == "logits in backward" else "sum"
-    fails = out_of_memory(*AMID_CHUNKS[place]) if rank == bad_rank else nullcontext()
+    places = AMID_CHUNKS | OF_MARGINS if name == "hem" else AMID_CHUNKS
+    fails = out_of_memory(*places[place]) if rank == bad_rank else nullcontext()
     expected = (MemoryError, "^no room$") if rank == bad_rank else (RuntimeError, f"Rank {bad_rank} raised MemoryError")
     with fails, pytest.raises(expected[0], match=expected[1]):
         sharded_step(name, reduction, rank, world_size)
@@ -168,7 +173,7 @@ def worker(rank: int, world_size: int, folder: str) -> None:
             for bad, given in BAD.items():
                 turn += 1
                 check(rank, world_size, name, make, turn % world_size, bad, given)
-        for name in ("gce", "nfl"):  # the latter with a second collective for each chunk
+        for name in ("gce", "nfl", "hem"):  # the latter with more than one collective for each chunk
             for place in AMID_CHUNKS:
                 turn += 1
                 check_chunks(rank, world_size, turn % world_size, name, place)

@@ -240,8 +240,6 @@ def test_mixup_refuses_what_it_cannot_give() -> None:
         MixupLoss(fl.GCELoss(weight=torch.ones(5)))(logits, smooth)
     with pytest.raises(ValueError, match=r"target must have two labels in a row .* got a row with 0.0"):
         MixupLoss(fl.HEMLoss(reduction="mean"))(logits, smooth)
-    with pytest.raises(ValueError, match="reduction must be 'none', 'mean' or 'sum', got 'active_mean'"):
-        MixupLoss(fl.HEMLoss())
     with pytest.raises(TypeError, match="loss must be the Module of a row loss, got ZErrorCrossEntropyLoss"):
         MixupLoss(fl.ZErrorCrossEntropyLoss())  # type: ignore[arg-type]
 
@@ -339,8 +337,9 @@ def test_mmengine_255_is_a_class_where_there_are_that_many() -> None:
     logits, label = torch.randn(4, 300), torch.tensor([255, 0, -100, 2])
     expected = fl.CrossEntropyLoss()(logits, label)
     assert FusedLoss("cross_entropy")(logits, label) == expected
-    assert FusedLoss("cross_entropy", ignore_index=255)(logits[[0, 1]], label[[0, 1]]) == F.cross_entropy(
-        logits[1:2], label[1:2]
+    torch.testing.assert_close(
+        FusedLoss("cross_entropy", ignore_index=255)(logits[[0, 1]], label[[0, 1]]),
+        F.cross_entropy(logits[1:2], label[1:2]),
     )
 
 

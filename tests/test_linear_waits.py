@@ -30,7 +30,7 @@ def test_nothing_waits_for_a_gpu(shard, monkeypatch, request):
         monkeypatch.setattr(dist, name, lambda *_, **__: None)
     layer = Layer(*(t.detach().to("meta") for t in problem()[0]))
     target = torch.zeros(ROWS, dtype=torch.int64, device="meta")
-    kinds = ("gce", "nce", "ngce", "nfl", "anl_fl") if shard else fl.LOSSES
+    kinds = ("gce", "nce", "ngce", "nfl", "anl_fl", "hem", "multi_margin") if shard else fl.LOSSES
     for name in kinds:
         options = ChunkOptions(torch.float32, torch.float32, 3000, None, shard)
         args = fl.LOSSES[name].arguments(stand_in(layer, options), target, logit_bias=0.5)

@@ -6,8 +6,10 @@ import itertools
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import fused_losses as fl
+from fused_losses.integrations.timm import MixupLoss
 
 
 @pytest.fixture
@@ -262,5 +264,56 @@ def test_bad_input(batch):
         fl.functional.mixed("nonsense", logits, a, b, lam)
     with pytest.raises(TypeError, match=r"^loss must be a name, a function or a Module of a row loss, got MSELoss"):
         fl.functional.mixed(torch.nn.MSELoss(), logits, a, b, lam)
-    with pytest.raises(ValueError, match=r"^reduction must be 'none', 'mean' or 'sum'"):
-        fl.functional.mixed(fl.HEMLoss(), logits, a, b, lam)
+    with pytest.raises(ValueError, match=r"^reduction must be 'none', 'mean' or 'sum', got 'active_mean'"):
+        fl.functional.mixed("gce", logits, a, b, lam, reduction="active_mean")
+
+
+WITH_ACTIVE_MEAN = [("hem", {}), ("multi_margin", {"mean_above_zero": True}), ("multi_margin", {})]
+
+
+@pytest.mark.parametrize("name, own", WITH_ACTIVE_MEAN)
+def test_the_reduction_is_the_loss_s_own(name, own, batch):
+    """A name, a function and a Module: lam loss(a) + (1 - lam) loss(b), each with its own active rows."""
+    logits, a, b, _ = batch
+    weight = torch.linspace(0.5, 1.5, 5, dtype=torch.float64, device=logits.device)
+    samples = torch.linspace(0.2, 2.0, 6, dtype=torch.float64, device=logits.device)
+    entry = fl.LOSSES[name]
+    with torch.no_grad():
+        logits[3, a[3]], logits[4, b[4]] = 20.0, 20.0  # rows that satisfy one label
+    for options, lam in itertools.product(
+        ({}, {"weight": weight, "sample_weight": samples}),
+        (0.0, 0.3, 1.0, torch.tensor(0.3, dtype=torch.float64, device=logits.device)),
+    ):
+        parts = [entry.reference(logits, target, **own, **options) for target in (a, b)]
+        expected = value_and_grad(lam * parts[0] + (1.0 - lam) * parts[1], logits)
+        for loss in (name, entry.function, entry.module(**own)):
+            given = {} if isinstance(loss, torch.nn.Module) else own
+            actual = value_and_grad(fl.functional.mixed(loss, logits, a, b, lam, **given, **options), logits)
+            for x, y in zip(actual, expected, strict=True):
+                torch.testing.assert_close(x, y)
+
+
+def test_active_rows_with_a_factor_per_row(batch):
+    logits, a, b, lam = batch
+    samples = torch.linspace(0.2, 2.0, 6, dtype=torch.float64, device=logits.device)
+    with torch.no_grad():
+        logits[3, a[3]], logits[4, b[4]] = 20.0, 20.0
+    rows = [fl.reference.hem_loss(logits, target, reduction="none") for target in (a, b)]
+    shares = [lam * samples, (1.0 - lam) * samples]
+    assert all(((row == 0) & (target >= 0)).any() for row, target in zip(rows, (a, b), strict=True))
+    total = sum((share * row).sum() for share, row in zip(shares, rows, strict=True))
+    active = sum(share[row != 0].sum() for share, row in zip(shares, rows, strict=True))
+    actual = fl.functional.mixed("hem", logits, a, b, lam, sample_weight=samples)
+    for x, y in zip(value_and_grad(actual, logits), value_and_grad(total / (active + 1e-6), logits), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_active_rows_of_a_mixup(batch):
+    """timm's targets for a loss that takes no probabilities, with its default reduction."""
+    logits, a, b, lam = (each[3:] for each in batch)
+    target = lam[:, None] * F.one_hot(a, 5) + (1.0 - lam[:, None]) * F.one_hot(b, 5)
+    total, active = 0.0, 1e-6
+    for label, share in ((a, lam), (b, 1.0 - lam)):
+        values = fl.reference.hem_loss(logits, label, reduction="none")
+        total, active = total + (share * values).sum(), active + share[values > 0].sum()
+    torch.testing.assert_close(MixupLoss(fl.HEMLoss())(logits, target), total / active)

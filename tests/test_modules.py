@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -158,3 +159,31 @@ def test_cross_entropy_takes_torchs_names():
     logits, target = torch.randn(5, 3), torch.tensor([0, 1, 2, 1, 0])
     criterion = fl.CrossEntropyLoss()
     torch.testing.assert_close(criterion(input=logits, target=target), criterion(logits, target))
+
+
+@pytest.mark.parametrize("name", ["gjs_loss", "forward_correction_loss", "backward_correction_loss"])
+def test_references_of_losses_in_no_registry(name, device):
+    """The plain formula, with the function's signature, values, derivatives and errors."""
+    fused, plain = getattr(fl.functional, name), getattr(fl.reference, name)
+    assert inspect.signature(plain) == inspect.signature(fused) and plain.__name__ == name and plain.__doc__
+    assert pickle.loads(pickle.dumps(plain)) is plain
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 6, 4) if name == "gjs_loss" else (6, 4)
+    logits = torch.randn(shape, generator=generator, dtype=torch.float64).to(device).requires_grad_()
+    target = torch.tensor([0, 1, -100, 3, 2, 1], device=device)
+    matrix = 0.7 * torch.eye(4, dtype=torch.float64, device=device) + 0.075
+    own = (0.5, 0.3, 0.2) if name == "gjs_loss" else matrix
+    weight, samples = (torch.linspace(0.5, 2.0, n, dtype=torch.float64, device=device) for n in (4, 6))
+    for options in ({}, {"weight": weight, "sample_weight": samples}):
+        for reduction in ("mean", "sum", "none"):
+            losses = [function(logits, target, own, reduction=reduction, **options) for function in (fused, plain)]
+            torch.testing.assert_close(*losses)
+            torch.testing.assert_close(*(torch.autograd.grad(loss.sum(), logits)[0] for loss in losses))
+    for function in (fused, plain):
+        with pytest.raises(ValueError, match="reduction must be"):
+            function(logits, target, own, reduction="average")
+        with pytest.raises(TypeError, match="alpha"):
+            function(logits, target, own, alpha=1.0)
+        if device == "cpu":
+            with pytest.raises(IndexError, match=r"Target 4 is out of bounds \(row 0\)"):
+                function(logits, target + 4, own)

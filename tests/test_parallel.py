@@ -28,7 +28,9 @@ pytestmark = [
     pytest.mark.any_cpu,
     pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo"),
 ]
-NAMES = [name for name, entry in fl.LOSSES.items() if entry.sums is not None]
+NAMES = list(fl.LOSSES)
+
+MARGINS = ("hem", "multi_margin")
 
 
 def losses(reduction):
@@ -46,6 +48,10 @@ def losses(reduction):
     yield "sgce of a small power", fl.SGCELoss(1e-3, reduction=reduction)
     yield "cores of a tensor", fl.CORESLoss(torch.tensor(0.7), reduction=reduction)
     yield "half of a sum", fl.JALFLLoss(alpha=0.0, reduction=reduction)
+    for index in ("target", "competitor"):
+        yield f"hem by {index}", fl.HEMLoss(weight, index, weight=weight, logit_bias=0.3, reduction=reduction)
+    for own in ({"mean_above_zero": True}, {"threshold": True}, {"p": 2}):
+        yield f"multi_margin {own}", fl.MultiMarginLoss(**own, weight=weight, reduction=reduction)
 
 
 class Count:
@@ -74,10 +80,13 @@ class Count:
 def check_plain(rank, world_size):
     x, w, b, target, samples = problem()
     first, end = bounds(rank, world_size)
-    for reduction in ("mean", "sum", "none"):
-        for name, loss in losses(reduction):
-            if reduction != "mean" and name not in ("gce", "weighted nfl_mae", "weighted smooth", "ngce"):
+    some = ("gce", "weighted nfl_mae", "weighted smooth", "ngce", "hem", "weighted hem", "weighted ldr_kl")
+    active = [(name, loss) for name, loss in losses("mean") if isinstance(loss, fl.HEMLoss | fl.MultiMarginLoss)]
+    for reduction in ("mean", "sum", "none", "active_mean"):
+        for name, loss in active if reduction == "active_mean" else losses(reduction):
+            if reduction in ("sum", "none") and name not in some:
                 continue
+            loss.reduction = reduction
             dense = step(lambda x, w, b: loss(F.linear(x, w, b), target, samples), (x, w, b))
             sharded = ClassParallel(loss, dist.group.WORLD, first, CLASSES)
             wanted = [dense[0], dense[1], dense[2][first:end], dense[3][first:end]]
@@ -100,10 +109,12 @@ def check_plain(rank, world_size):
 # of exponentials and the target's logit; what is summed up over the classes adds to that.
 TRAFFIC = {
     (1, 16): "cores unhinged nce nce_mae nce_rce nce_agce nce_aue ngce sgce amse",
-    (1, 20): "jal_ce",
     (2, 20): "nfl nfl_mae nfl_rce nnce nnfl",
     (2, 24): "anl_ce jal_fl",
     (2, 28): "anl_fl",
+    (2, 16): "multi_margin",  # the label's logit and whether there is NaN, then errors and their number
+    (1, 20): "jal_ce",
+    (3, 20): "hem",  # and the mean error in between
 }
 
 
@@ -124,10 +135,12 @@ def check_traffic(rank, world_size):
         with Count() as without, torch.no_grad():
             sharded(logits, target)
         # What tells calls apart; two sums over classes that no row changes; news of failures with sums of terms.
-        once = 16 + 8 + 4 * (forward.calls - 1)
+        once = 16 + 8 * (name not in MARGINS) + 4 * (forward.calls - 1)
         found[name] = forward.calls, (forward.bytes - once) / ROWS
         assert (backward.calls, without.calls) == (0, forward.calls), name
     more = {name: each for each, names in TRAFFIC.items() for name in names.split()}
+    all_logits = 1, 4 * bounds(0, world_size)[1]  # as many from every rank as from the one that has most classes
+    more |= {"ldr_kl": all_logits, "bi_tempered": all_logits}
     assert found == {name: more.get(name, (1, 12)) for name in NAMES}
 
 
@@ -244,8 +257,6 @@ def check_dtensor(rank, world_size):
     logits = F.linear(x, w, b)
     for placement in (Shard(0), Shard(1), Shard(-1), Replicate()):
         for loss in (fl.CrossEntropyLoss(label_smoothing=0.1), fl.NCELoss(), fl.GCELoss(reduction="sum"), fl.HEMLoss()):
-            if isinstance(loss, fl.HEMLoss) and placement in (Shard(1), Shard(-1)):
-                continue
             whole, part = logits.clone().requires_grad_(), distribute_tensor(logits, mesh, [placement]).requires_grad_()
             expected, found = loss(whole, target, samples), loss(part, target, samples)
             assert type(found) is torch.Tensor
@@ -254,6 +265,28 @@ def check_dtensor(rank, world_size):
             (2 * found).backward()
             assert isinstance(part.grad, DTensor)
             torch.testing.assert_close(part.grad.full_tensor(), whole.grad, **CLOSE)
+
+
+def check_margins_of_odd_rows(rank, world_size):
+    """Ties at the threshold, masked classes and rows that are not finite, ignored or not, as in one process."""
+    first, end = bounds(rank, world_size)
+    tied = torch.arange(ROWS * CLASSES, dtype=torch.float64).view(ROWS, CLASSES).mul(0.7).sin().mul(3).round()
+    masked, odd = tied.clone(), tied.clone()
+    masked[:, 4], masked[5, :] = -torch.inf, -torch.inf
+    masked[5, 2] = 0.0
+    odd[3], odd[6, 1], odd[7, CLASSES - 1], odd[8, 8] = torch.nan, torch.nan, torch.inf, torch.inf
+    target = torch.arange(ROWS) % CLASSES
+    target[3] = -100
+    for logits in (tied, masked, odd):
+        for name, loss in losses("none"):
+            if not isinstance(loss, fl.HEMLoss | fl.MultiMarginLoss):
+                continue
+            whole, part = logits.clone().requires_grad_(), logits[:, first:end].clone().requires_grad_()
+            expected, found = loss(whole, target), ClassParallel(loss, None, first, CLASSES)(part, target)
+            torch.testing.assert_close(found, expected, equal_nan=True, msg=name, **CLOSE)
+            expected.sum().backward()
+            found.sum().backward()
+            torch.testing.assert_close(part.grad, whole.grad[:, first:end], equal_nan=True, msg=name, **CLOSE)
 
 
 def check_two_dimensions(rank, world_size):
@@ -329,6 +362,7 @@ CHECKS = {
     "images": check_images,
     "powers": check_powers,
     "masked": check_masked,
+    "margins of odd rows": check_margins_of_odd_rows,
     "errors": check_errors,
     "one bad rank": check_one_bad_rank,
     "one bad rank of a mesh": check_one_bad_rank_of_a_mesh,

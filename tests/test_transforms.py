@@ -170,3 +170,36 @@ def test_floats_that_change_are_not_stale_under_inductor(name):
             values = compiled(leaves[0], s), loss(leaves[1], s)
             torch.testing.assert_close(*values)
             torch.testing.assert_close(*(torch.autograd.grad(v, z)[0] for v, z in zip(values, leaves, strict=True)))
+
+
+@pytest.mark.parametrize("made", ["function", "reference"])
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_penalty(name, made):
+    """Where the gradient does not depend on the logits, as for margins, the penalty's gradient is 0 and no error."""
+    logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    loss = getattr(fl.LOSSES[name], made)(logits, torch.tensor([0, 1, 2, 3, -100, 1]))
+    (slope,) = torch.autograd.grad(loss, logits, create_graph=True)
+    slope.square().sum().backward()
+    assert logits.grad.isfinite().all()
+    assert (logits.grad != 0).any() == (name not in ("hem", "multi_margin", "unhinged", "truncated_gce"))
+
+
+@pytest.mark.parametrize("bad", [3, -1])
+@pytest.mark.parametrize("name", NAMES)
+def test_targets_out_of_range_are_the_same_error_everywhere(name, bad):
+    """As with torch's losses, the plain formula and what goes through it raise as the kernels do."""
+    entry = fl.LOSSES[name]
+    logits, target = torch.randn(4, 3), torch.tensor([0, -100, bad, 2])
+    learnt = torch.ones(3, requires_grad=True)
+    for call in [
+        lambda: entry.function(logits, target),
+        lambda: entry.reference(logits, target),
+        lambda: entry.function(logits, target, weight=learnt),
+        lambda: torch.func.grad(lambda x: entry.function(x, target))(logits),
+        lambda: torch.func.jvp(lambda x: entry.function(x, target), (logits,), (logits,)),
+        lambda: torch.func.vmap(lambda x, y: entry.function(x, y))(logits, target),
+        lambda: torch.func.vmap(torch.func.grad(entry.function))(logits, target),
+        lambda: fl.reference.z_error_cross_entropy(logits, target, base=name),
+    ]:
+        with pytest.raises(IndexError, match=rf"Target {bad} is out of bounds \(row 2\)"):
+            call()

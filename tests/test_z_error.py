@@ -319,3 +319,16 @@ def test_index_types(dtype, device):
         functional.z_error_bce_with_logits(logits[:, 0], labels, threshold=1.0),
         functional.z_error_bce_with_logits(logits[:, 0], target > 2, threshold=1.0),
     )
+
+
+@pytest.mark.parametrize("module", [functional, reference])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.int8])
+def test_squared_error_of_counts(dtype, module, device):
+    """Integer targets, as nn.MSELoss takes them: exact where the input's own dtype would round them."""
+    counts = torch.tensor([1, 2, 3, 2, 1, 101], dtype=dtype, device=device)
+    for of_input in (torch.float64, torch.float32, torch.bfloat16):
+        predicted = torch.zeros(6, dtype=of_input, device=device, requires_grad=True)
+        for threshold, expected in ((1e6, F.mse_loss(predicted.double(), counts)), (2.0, 19.0 / 5.0)):
+            loss = module.z_mse_loss(predicted, counts, threshold=threshold)
+            assert loss.item() == pytest.approx(float(expected), rel=1e-6)
+            assert torch.autograd.grad(loss, predicted)[0].dtype is of_input

@@ -290,7 +290,7 @@ X, T = torch.randn(6), torch.tensor([0, 1, 0, 1, 0, 1])
         (lambda: fl.ZErrorCrossEntropyLoss(base=torch.nn.CrossEntropyLoss()), TypeError, "base must be the name of"),
         (lambda: fl.ZErrorCrossEntropyLoss(torch.tensor(2)), ValueError, "threshold must be floating point"),
         (lambda: functional.z_mse_loss(X, X[:, None]), ValueError, "target must have the shape of the input"),
-        (lambda: functional.z_mse_loss(X, T), RuntimeError, "target must be float64"),
+        (lambda: functional.z_mse_loss(X, X * 1j), RuntimeError, "target must be float64"),
         (lambda: functional.z_mse_loss(X, X, sample_weight=X[:2]), ValueError, r"sample_weight must have shape \(6,\)"),
         (lambda: functional.z_mse_loss(X, X, threshold=torch.ones(3)), ValueError, "threshold must be 0-dim or hold"),
         (lambda: functional.z_error_bce_with_logits(X, T[:5]), ValueError, "target must have the shape of the input"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_losses._arguments import LOSSES, REDUCTIONS, check_reduction
+from fused_losses._arguments import LOSSES
 from fused_losses._common import RowLossModule
 from fused_losses.mixed import mixed
 
@@ -22,13 +22,13 @@ class MixupLoss(torch.nn.Module):
     criterion serves validation.
 
     Args:
-        loss: the Module of a row loss; its options apply, with ``reduction`` "mean", "sum" or "none".
+        loss: the Module of a row loss; its options apply.
 
     Raises:
         TypeError: ``loss`` is no Module of a row loss. Z-Error losses are none: they compare a row with those of its
             class, and a mixed row has two.
-        ValueError: the mean is over active rows ("active_mean"); at a call, where two labels have to be found, a row
-            has more of them (on CUDA: a device assertion) or holds no probabilities (looked at on the CPU only).
+        ValueError: at a call, where two labels have to be found, a row has more of them (on CUDA: a device assertion)
+            or holds no probabilities (looked at on the CPU only).
 
     Example:
         >>> task = timm.task.ClassificationTask(model, MixupLoss(fl.GCELoss()))  # doctest: +SKIP
@@ -38,7 +38,6 @@ class MixupLoss(torch.nn.Module):
         super().__init__()
         if not isinstance(loss, RowLossModule):
             raise TypeError(f"loss must be the Module of a row loss, got {type(loss).__name__}")
-        check_reduction(loss.reduction, REDUCTIONS)
         self.loss = loss
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
