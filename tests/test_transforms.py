@@ -168,6 +168,18 @@ def test_export():
     torch.testing.assert_close(program.module()(logits[:5], target[:5]), module(logits[:5], target[:5]))
 
 
+@pytest.mark.slow
+def test_an_exported_program_updates_statistics_whose_shape_is_known():
+    logits, target = torch.randn(8, 4), torch.randint(0, 4, (8,))
+    with pytest.raises(RuntimeError, match=r"^ZErrorCrossEntropyLoss with running=True cannot be exported .* num_clas"):
+        torch.export.export(fl.ZErrorCrossEntropyLoss(running=True), (logits, target))
+    exported, module = (fl.ZErrorCrossEntropyLoss(running=True, num_classes=4) for _ in range(2))
+    program = torch.export.export(exported, (logits, target)).module()
+    for _ in range(3):
+        torch.testing.assert_close(program(logits, target), module(logits, target))
+        torch.testing.assert_close(program.state_dict()["running_moments"], module.running_moments)
+
+
 # Compiled functions of a number that changes. With torch 2.13's cache of autograd graphs torch's own label_smoothing is
 # then wrong from the third number on; losses from here are not ("torch.compile" in docs/training.md).
 FLOATS = {
