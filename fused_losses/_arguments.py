@@ -162,9 +162,12 @@ class LossEntry:
 
     def pack(self, parameters: dict[str, Any]) -> tuple[float, ...]:
         """The operators' ``params``: checked numbers in the order of the C++ header."""
-        if not parameters:
+        if torch.compiler.is_compiling():
+            packed = dict(zip(self.packed, _defaults(self.name), strict=True))
+        elif parameters:
+            packed = self.packed.copy()
+        else:
             return tuple(self.packed.values())
-        packed = self.packed.copy()
         for name, value in parameters.items():
             rule = self.ranges.get(name)
             if rule is None:
@@ -215,6 +218,15 @@ class LossEntry:
 LOSSES: dict[str, LossEntry] = {}
 
 
+def _defaults(name: str) -> tuple[float, ...]:
+    return tuple(LOSSES[name].packed.values())
+
+
+# A constant to the compiler. With dynamic=True the numbers in the registry would be inputs of the graph, and torch 2.13
+# fails where one of them is first met within an autograd.Function and needed outside, as by two losses in one graph.
+_defaults._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def entry_named(name: str, argument: str = "loss", or_else: str = "") -> LossEntry:
     """The loss of that name, "gce" or "gce_loss". Raises a ValueError that lists all, and what else may be given."""
     entry = LOSSES.get(name.removesuffix("_loss"))
@@ -236,7 +248,7 @@ def pack_arguments(
     reduction: str,
 ) -> RowLossArguments:
     """The operators' arguments; ``params`` are packed already. Of ``first_param`` only a tensor matters."""
-    if logit_bias.__class__ is float and logit_bias == 0.0:  # nearly always
+    if isinstance(logit_bias, float) and logit_bias == 0.0:  # nearly always
         bias, bias_tensor = 0.0, None
     else:
         bias, bias_tensor = resolve_logit_bias(logit_bias, logits)

@@ -94,6 +94,11 @@ class RunningMoments(HasProcessGroup):
         """
         running: Tensor = self._tensor("running_moments")
         if running.shape[1] == 0:
+            if torch.compiler.is_exporting():  # every call of the program would find empty statistics
+                raise RuntimeError(
+                    f"{type(self).__name__} with running=True cannot be exported in training mode before its "
+                    "statistics have a shape: give num_classes (num_tasks), or call it once"
+                )
             with torch.inference_mode(False):  # so that later batches can change the buffer
                 running = torch.zeros(batch.shape, dtype=torch.float64, device=batch.device)
             self.running_moments = running

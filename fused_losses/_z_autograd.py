@@ -89,9 +89,7 @@ class _Plan(NamedTuple):
     rows: RowLossArguments  # that give one loss per row, not yet multiplied by sample_weight
     by_values: bool = False  # judge rows by these losses
     unweighted: bool = False  # the reduction multiplies the losses by the class weights
-    label_smoothing: float = 0.0
-    logit_bias: float = 0.0
-    logit_bias_tensor: Tensor | None = None
+    by_entropy: bool = False  # judge rows by their cross entropy without class weights, made of the logits once more
 
     @staticmethod
     def of(args: RowLossArguments, rule: ZErrorRule) -> _Plan:
@@ -107,22 +105,16 @@ class _Plan(NamedTuple):
             return _Plan(args, rule._replace(statistic="class_softmax"), rows)
         if smooth and args.weight is not None:
             # Smoothing sums over all classes, each with its weight. Dividing by the target's weight does not undo that.
-            rule = rule._replace(statistic="class_cross_entropy")
-            return _Plan(
-                args,
-                rule,
-                rows,
-                label_smoothing=args.params[0],
-                logit_bias=args.logit_bias,
-                logit_bias_tensor=args.logit_bias_tensor,
-            )
+            return _Plan(args, rule._replace(statistic="class_cross_entropy"), rows, by_entropy=True)
         weighted = args.weight is not None
         rows = rows._replace(weight=None)
         return _Plan(args, rule._replace(statistic="class"), rows, by_values=True, unweighted=weighted)
 
     def reduce(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The reduction: loss, denominator, mask, kept target, scores, weight of each row."""
-        args = self.args
+        args, smoothing, bias, bias_tensor = self.args, 0.0, 0.0, None
+        if self.by_entropy:
+            smoothing, bias, bias_tensor = args.params[0], args.logit_bias, args.logit_bias_tensor
         return _ops.z_error_class_loss(
             values,
             values if self.by_values else args.logits,
@@ -130,9 +122,9 @@ class _Plan(NamedTuple):
             args.logits.shape[class_dim(args.logits)],
             args.weight,
             args.sample_weight,
-            self.logit_bias_tensor,
-            self.label_smoothing,
-            self.logit_bias,
+            bias_tensor,
+            smoothing,
+            bias,
             self.unweighted,
             args.ignore_index,
             args.reduction,

@@ -119,6 +119,31 @@ def test_compile_fullgraph_dynamic(name, backend="aot_eager"):
         torch.testing.assert_close(*grads)
 
 
+MORE = {
+    "z_error": fl.functional.z_error_cross_entropy,
+    "mixed": lambda x, y: fl.functional.mixed("gce", x, y, y.flip(0), 0.3),
+    "mixed, one by one": lambda x, y: fl.functional.mixed("hem", x, y, y.flip(0), 0.3),
+    "module": fl.ZErrorCrossEntropyLoss(base="gce"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*KINDS, *MORE])
+def test_one_graph_of_any_size_holds_a_loss_several_times(name):
+    """Trained twice and looked at once."""
+    torch._dynamo.reset()
+    function = MORE[name] if name in MORE else fl.LOSSES[name].function
+
+    def call(x, y):
+        return function(x, y) + 0.5 * function(2 * x, y) - function(x.detach(), y)
+
+    logits, target = torch.randn(8, 10, requires_grad=True), torch.randint(0, 10, (8,))
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    losses = compiled(logits, target), call(logits, target)
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in losses))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["agce", pytest.param("cross_entropy", marks=pytest.mark.long)])
 def test_inductor(name):
@@ -141,6 +166,18 @@ def test_export():
     batch = torch.export.Dim("batch", min=2)
     program = torch.export.export(module, (logits, target), dynamic_shapes=({0: batch}, {0: batch}))
     torch.testing.assert_close(program.module()(logits[:5], target[:5]), module(logits[:5], target[:5]))
+
+
+@pytest.mark.slow
+def test_an_exported_program_updates_statistics_whose_shape_is_known():
+    logits, target = torch.randn(8, 4), torch.randint(0, 4, (8,))
+    with pytest.raises(RuntimeError, match=r"^ZErrorCrossEntropyLoss with running=True cannot be exported .* num_clas"):
+        torch.export.export(fl.ZErrorCrossEntropyLoss(running=True), (logits, target))
+    exported, module = (fl.ZErrorCrossEntropyLoss(running=True, num_classes=4) for _ in range(2))
+    program = torch.export.export(exported, (logits, target)).module()
+    for _ in range(3):
+        torch.testing.assert_close(program(logits, target), module(logits, target))
+        torch.testing.assert_close(program.state_dict()["running_moments"], module.running_moments)
 
 
 # Compiled functions of a number that changes. With torch 2.13's cache of autograd graphs torch's own label_smoothing is
