@@ -233,26 +233,29 @@ def amount(op: str, pattern: str) -> bool:
     )
 
 
-def without(kernel: Kernel, header: int, members: set[int], pattern: str) -> set[int]:
-    """The blocks of a loop but for a part that may be left out, as a whole: the one with such an instruction."""
-    to = {block: {b for b in kernel.to[block] if b in members and b != header} for block in members}
-    back = {block for block in members if header in kernel.to[block]}
+def optional_part(kernel: Kernel, pattern: str) -> set[int]:
+    """The blocks that a trip of the innermost loop around such an instruction may leave out, as a whole, with it."""
+    around = [
+        (len(members), header, members, block)
+        for header, members in loops(kernel).items()
+        for block in members
+        if any(amount(opcode(text), pattern) for text in kernel.blocks[block])
+    ]
+    if not around:
+        return set()
+    _, header, members, marked = min(around)
 
-    def reached(left_out: int = -1) -> set[int]:
+    def reached(left_out: int) -> set[int]:
         found, todo = set[int](), [header]
         while todo:
             if (block := todo.pop()) not in found and block != left_out:
                 found.add(block)
-                todo += to[block]
+                todo += [b for b in kernel.to[block] if b in members and b != header]
         return found
 
-    marked = [block for block in members if any(amount(opcode(text), pattern) for text in kernel.blocks[block])]
-    for block in marked:
-        entries = [b for b in members if b != header and block not in reached(b) and reached(b) & back]
-        if entries:  # the first of them leaves out most
-            members = min((reached(b) for b in entries), key=len)
-            to = {b: to[b] & members for b in members}
-    return members
+    kept = [reached(block) for block in members - {header}]
+    kept = [blocks for blocks in kept if marked not in blocks and any(header in kernel.to[b] for b in blocks)]
+    return members - min(kept, key=len) if kept else set()
 
 
 def cheapest_trip(
@@ -262,20 +265,19 @@ def cheapest_trip(
 
     ``work`` maps patterns of opcodes to numbers: so many exponentials, wide loads and stores as the rows of a trip
     need. Loops within the trip are entered as often as that takes. A search over (block, what is done so far). With
-    ``outermost=False`` of the innermost such loop. ``never``: see :func:`without`.
+    ``outermost=False`` of the innermost such loop. Without the :func:`optional_part` of ``never``.
     """
     patterns, needed = list(work), tuple(work.values())
     done_by = [
         tuple(sum(amount(opcode(text), pattern) for text in block) for pattern in patterns) for block in kernel.blocks
     ]
+    left_out = optional_part(kernel, never) if never else set()
     candidates = [
-        (len(members), header, members)
+        (len(members), header, members - left_out)
         for header, members in loops(kernel).items()
         if all(any(done_by[b][k] for b in members) for k in range(len(patterns)))
     ]
     for _, header, members in sorted(candidates, reverse=outermost):
-        if never:
-            members = without(kernel, header, members, never)
         path = cheapest_path(kernel, header, members, done_by, needed)
         if path:
             return [text for block in path for text in kernel.blocks[block]]
