@@ -11,6 +11,7 @@ from benchmarks.issue_losses import (
     CLASSES,
     DTYPES,
     FEW_CLASSES,
+    LOOKS,
     MANGLED,
     MULTI_REDUCTION,
     OF_P_Y,
@@ -77,7 +78,7 @@ def cases(*, quick: bool) -> list[Case]:
         Case(loss, dtype, n)
         for loss in (*chosen, *MULTI_REDUCTION, SHARES, WITH_STATISTICS)
         for dtype in DTYPES
-        for n in FEW_CLASSES
+        for n in (FEW_CLASSES if loss != LOOKS else (1000,))  # in tiles, that search takes minutes
     ]
     found += [Case(loss, dtype, n) for loss, other in OTHERS.items() for dtype in other.moved for n in FEW_CLASSES]
     return found + [Case(loss, "float32", 1) for loss in OF_ROWS]
@@ -154,6 +155,8 @@ def work_of_row(case: Case, plan: Plan) -> tuple[dict[str, int], int]:
     largest = {"VHMNMX|HMNMX2": plan.held // 4} if case.size == 2 else {"FMNMX": plan.held - 1}
     if loss := multi_reduction_of(case, plan):
         row |= Counter({op: n * plan.held for op, n in loss.per_class.items()}) + Counter(loss.per_row)
+        if loss.looks:
+            row |= {"MUFU.EX2": plan.held + 1, "STG.64": 1, "STG.!64.!128.!U16": 5}
         return row | (largest if loss.needs_max else {}), loss.sums
     row |= largest | {"MUFU.EX2": plan.held, "MUFU.RCP": 1}
     if case.size == 2:
@@ -184,15 +187,17 @@ def trips(case: Case, plan: Plan) -> Trips:
     beside = case.classes * case.size % (4 if plan.kind == "tile" else 16) != 0  # numbers beside the whole accesses
     shares, single = case.loss == SHARES, beside + (case.loss != SHARES)  # the label's logit is read by itself
     row, reduced = work_of_row(case, plan)
+    loss = multi_reduction_of(case, plan)
+    reads = 3 if loss and loss.looks else 1  # of the row in shared memory
     if plan.kind == "tile":
         accesses = -(-plan.tile_rows * case.classes * case.size // 512)
         steps = plan.lanes.bit_length() - 1
         row |= {"SHFL": reduced * steps} if steps else {}
         if halves:
-            row |= {"LDS.!64.!U16.!128": words, "STS.!64.!U16": words}
+            row |= {"LDS.!64.!U16.!128": reads * words, "STS.!64.!U16": words}
             row |= {"LDS.U16": single, "STS.U16": single} if single else {}
         else:
-            row |= {"LDS.!64.!128": words + single, "STS.!64": words + single}
+            row |= {"LDS.!64.!128": reads * words + single, "STS.!64": words + single}
         row |= {"LDG.!64.!128": plan.held} if shares else {}
         # What is done once a tile is what a trip of the outer loop needs more than the trip of the inner one in it.
         start = LOSS | {"STS.64": 2} | ({} if shares else LABEL)  # the sums are kept in shared memory
@@ -203,7 +208,7 @@ def trips(case: Case, plan: Plan) -> Trips:
         ], plan.tile_rows * case.classes / 32
     accesses = plan.held * case.size // 16
     steps = 5 * (1 + (plan.lanes > 32) + (plan.cluster > 1))  # of a warp, of the warps of a block, of blocks
-    row |= {"LDGSTS": accesses, "LDS.128": accesses, "STG.128": accesses, "SHFL": reduced * steps}
+    row |= {"LDGSTS": accesses, "LDS.128": reads * accesses, "STG.128": accesses, "SHFL": reduced * steps}
     row |= {"LDG.128": plan.held // 4} if shares else {}
     width = "U16" if halves else "!64.!128"
     row |= {f"LDG.{width}": single, f"STG.{width}": single} if single else {}

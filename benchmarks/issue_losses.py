@@ -10,7 +10,8 @@ FEW_CLASSES = (10, 100, 1000)
 DTYPES = ("bfloat16", "float32")  # float16 differs from bfloat16 in two conversions, of one instruction each
 # How a kernel's name spells them.
 MANGLED = {"bfloat16": r"BFloat16E", "float16": r"4HalfE", "float32": r"f"}
-NAMES = {"p_y": "cross_entropy", "NCE": "nce", "pixels p_y": "cross_entropy", "HEM": "hem"}
+NAMES = {"p_y": "cross_entropy", "NCE": "nce", "pixels p_y": "cross_entropy"}
+NAMES |= {"HEM": "hem", "HEM, with statistics": "hem"}
 NAMES |= {
     "class probabilities": "none",
     "p_y, with statistics": "cross_entropy",
@@ -29,7 +30,7 @@ OF_P_Y = (
     *("phuber_gce", "truncated_gce", "ece", "ece_mae", "efl_mae"),
 )
 SHARES = "class probabilities"  # floats: each class has a share, most of them none, of the loss that it would have
-WITH_STATISTICS = "p_y, with statistics"  # of the rows, beside the loss and its gradient
+WITH_STATISTICS, LOOKS = "p_y, with statistics", "HEM, with statistics"  # of the rows, beside loss and gradient
 OF_SUMS = ("NCE", "nce_mae", "nce_rce", "nce_agce", "nce_aue", "cores", "unhinged")
 
 
@@ -49,6 +50,7 @@ class MultiReduction:
     # and of that for each step of a sum over a few lanes.
     left_out: int = 0
     left_out_of_step: int = 0
+    looks: bool = False  # with row statistics, for which it reads a row in shared memory twice more
 
 
 MARGIN = (
@@ -72,6 +74,7 @@ TWO_POWERS = {"MUFU.EX2": 2, "FADD": 4}
 FOCAL = {"MUFU.EX2": 1, "MUFU.RSQ": 1}  # of gamma = 0.5, and of 0 by the same kernel
 MULTI_REDUCTION = {
     "HEM": MultiReduction(1, 30, r"MarginLossI.*KnowingILb1ELb0E", 3, False, {"FADD": 2}, {}, MARGIN),
+    LOOKS: MultiReduction(1, None, r"MarginLossI.*KnowingILb1ELb0E", 7, False, {}, {}, "", looks=True),
     "multi-margin": MultiReduction(1, 30, r"MarginLossI.*KnowingILb0ELb0E", 2, False, {"FADD": 1}, {}, MARGIN),
     "NGCE": MultiReduction(2, 45, r"PowerLossI.*ELb1E", 4, True, TWO_POWERS, {"MUFU.EX2": 3}, POWER),
     "SGCE": MultiReduction(2, None, r"PowerLossI.*ELb1E", 4, True, TWO_POWERS, {"MUFU.EX2": 2}, ""),

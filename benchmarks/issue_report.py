@@ -98,7 +98,8 @@ def count(case: Case, plan: Plan, kernel: sass.Kernel) -> Count:
     by_class = dict.fromkeys(COUNTED, 0.0)
     levels, logits = trips(case, plan)
     for work, outermost, times in levels:
-        never = ROW_STATISTICS if multi_reduction_of(case, plan) else None
+        held = multi_reduction_of(case, plan)
+        never = ROW_STATISTICS if held and not held.looks else None
         units = Counter(units_of(kernel, tuple(work.items()), outermost, never))
         if "CALL" in work:
             loss_at = re.escape(f"c[0x0][{ARGUMENTS_AT + plan.loss_at:#x}]")
