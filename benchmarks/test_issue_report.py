@@ -68,6 +68,37 @@ TWO_WAYS = """
     EXIT
 """
 
+# Rows of a tile, of which there may be none. Some calls want a store of 8 bytes of each, and for it two exponentials.
+OPTIONAL = """
+.L_x_0:
+    LDGSTS.E.128 [R0], [R2.64]
+    @!P2 BRA `(.L_x_4)
+.L_x_1:
+    LDS R4, [R0]
+    @!P3 BRA `(.L_x_3)
+    MUFU.EX2 R5, R4
+    MUFU.EX2 R6, R4
+    @P4 BRA `(.L_x_3)
+    STG.E.64 desc[UR4][R2.64], R6
+.L_x_3:
+    MUFU.EX2 R4, R4
+    ISETP.GE.AND P0, PT, R1, R6, PT
+    @!P0 BRA `(.L_x_1)
+.L_x_4:
+    ISETP.GE.AND P0, PT, R0, R6, PT
+    @!P0 BRA `(.L_x_0)
+    EXIT
+"""
+
+
+def test_leaves_out_what_only_some_calls_ask_for() -> None:
+    (kernel,) = sass.parse(listing(OPTIONAL))
+    work = {"LDGSTS": 1, "MUFU.EX2": 3}
+    with_it = sass.cheapest_trip(kernel, work)
+    assert len(with_it) == 2 + (2 + 3 + 3) + 2 and "STG.E.64 desc[UR4][R2.64], R6" not in with_it
+    assert len(sass.cheapest_trip(kernel, work, never="STG.64")) == 2 + 3 * (2 + 3) + 2
+    assert len(sass.cheapest_trip(kernel, {"STG.64": 1}, never="ATOM")) == len(sass.cheapest_trip(kernel, {"STG.64": 1}))
+
 
 def test_counts_a_loop_within_a_loop() -> None:
     (kernel,) = sass.parse(listing(LOOP_IN_LOOP))
