@@ -15,7 +15,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,6 +68,23 @@ def make_logits(layout: str, num_classes: int, dtype: torch.dtype) -> Tensor:
     return images if layout == "images" else images.to(memory_format=torch.channels_last)
 
 
+def rows_and_statistics(name: str, exact: bool) -> Function:
+    """Each row's loss, and behind it what the row looks like, by the plain formula or by the kernel that has both."""
+
+    def run(logits: Tensor, target: Tensor, *, sample_weight: Tensor, **options: Any) -> Tensor:
+        entry = fl.LOSSES[name]
+        if exact:
+            values = entry.reference(logits, target, sample_weight=sample_weight, reduction="none", **options)
+            looks = fl.row_statistics(logits.detach(), target, options["ignore_index"])
+        else:
+            criterion = entry.module(reduction="none", **options)
+            values, looks = criterion(logits, target, sample_weight=sample_weight, return_row_stats=True)
+        looks = looks._replace(argmax=looks.argmax % 89 / 89)  # as small as the others, and neighbours differ
+        return torch.cat([values.flatten(), *(field.nan_to_num().flatten().to(values.dtype) for field in looks)])
+
+    return run
+
+
 def row_cases(regime: str, name: str, layout: str, num_classes: int, dtype: torch.dtype) -> Iterator[Case]:
     entry = fl.LOSSES[name]
     logits = make_logits(layout, num_classes, dtype)
@@ -84,6 +101,8 @@ def row_cases(regime: str, name: str, layout: str, num_classes: int, dtype: torc
     yield case(target, **weighted, logit_bias=torch.tensor(1.5))
     yield case(target.int(), **weighted, reduction="sum")
     yield case(target, **weighted, reduction="none")
+    looks, exact_looks = rows_and_statistics(name, exact=False), rows_and_statistics(name, exact=True)
+    yield Case(regime, name, looks, exact_looks, logits, target, weighted, f"{where}, with row statistics")
     if name == "cross_entropy":
         yield case(target, **weighted, label_smoothing=0.1)
         yield case(logits.double().softmax(1).to(dtype), label_smoothing=0.1)
