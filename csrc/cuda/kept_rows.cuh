@@ -8,9 +8,23 @@
 #include "cuda/loss_output.cuh"
 #include "cuda/row_part.cuh"
 #include "cuda/row_team.cuh"
+#include "cuda/statistics_output.cuh"
 #include "cuda/warp_tiles.cuh"
 
 namespace fused_losses::cuda {
+
+// Of a row whose logits are the last of n numbers of each class: for row statistics. each_class(body): body(numbers of
+// a class, its number among the thread's).
+template <class A, int n, class EachClass>
+FL_DEVICE auto part_of_kept(Dtype dtype, const RowPlace& place, const ClassesOfThread& classes, EachClass each_class) {
+    const auto each = [&classes, each_class](auto body) {
+        each_class([&](const A* kept, int number) {
+            const A only[] = {kept[n - 1]};
+            body(only, classes.first + number * classes.step);
+        });
+    };
+    return part_of_row<A>(each, [dtype, &place](int cls) { return read_logit<A>(dtype, place, cls); });
+}
 
 // Rows in tiles, of some lanes of a warp each.
 template <class Worker, class Args>

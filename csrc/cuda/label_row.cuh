@@ -4,7 +4,6 @@
 
 #include "cuda/kept_rows.cuh"
 #include "cuda/row_end.cuh"
-#include "cuda/statistics_output.cuh"
 
 namespace fused_losses::cuda {
 
@@ -79,7 +78,10 @@ public:
             if (p.other_target) mine.label_logit[1] = read_logit<A>(p.dtype, place, labels.of[1].cls);
         }
         if (kKeeps) read(mine, 0);
-        if (!kShares && p.argmax) take_row_statistics<A>(team, p, row.number, labels.of[0], exists, part_of(mine));
+        if (!kShares && p.argmax)
+            take_row_statistics<A>(
+                team, p, row.number, labels.of[0], exists,
+                part_of_kept<A, n>(p.dtype, place, classes, [&](auto body) { each_class(mine, body); }));
         if (!counts) mine.count = 0;
         Softmax softmax{sum_up(team, mine)};
         softmax.log_sum = math::log(softmax.state.sum);
@@ -139,17 +141,6 @@ private:
             for (int k = 0; k < count; ++k) body(slots.of(k), begin + k);
             if (kKeeps) break;
         }
-    }
-
-    FL_DEVICE auto part_of(const OfThread& mine) const {
-        return part_of_row<A>(
-            [&](auto body) {
-                each_class(mine, [&](const A* kept, int number) {
-                    const A only[] = {kept[n - 1]};
-                    body(only, class_at(number));
-                });
-            },
-            [&](int cls) { return read_logit<A>(p.dtype, mine.place, cls); });
     }
 
     static FL_DEVICE A logit(const OfThread& mine, const A* kept, int number) {

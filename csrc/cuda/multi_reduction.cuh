@@ -6,7 +6,6 @@
 
 #include "cuda/kept_rows.cuh"
 #include "cuda/register_multi_reduction.cuh"
-#include "cuda/statistics_output.cuh"
 #include "losses/run_as.h"
 
 namespace fused_losses::cuda {
@@ -46,7 +45,10 @@ public:
         if (reads) mine.target_logit = read_logit<A>(p.dtype, place, target.cls) + bias;
         if (kKeeps) read(mine, 0);
         if constexpr (kKeeps)
-            if (looks) take_row_statistics<A>(team, p, row.number, target, exists, part_of(mine));
+            if (looks)  // while no target has its place among the numbers: of the logits as they are
+                take_row_statistics<A>(
+                    team, p, row.number, target, exists,
+                    part_of_kept<A, n>(p.dtype, place, classes, [&](auto body) { each_class(mine, body); }));
         if (reads) {
             mine.target_at = classes.place_of(target.cls);
             if (kKeeps) place_target(mine, 0);
@@ -91,18 +93,6 @@ private:
     FL_DEVICE void place_target(const OfThread& mine, int begin) const {
         const int count = min(mine.count - begin, held()), own = mine.target_at - begin;
         if (static_cast<unsigned>(own) < static_cast<unsigned>(max(count, 0))) slots.of(own)[n - 1] = mine.target_logit;
-    }
-
-    // While no target has its place among the numbers: the logits as they are.
-    FL_DEVICE auto part_of(const OfThread& mine) const {
-        return part_of_row<A>(
-            [&](auto body) {
-                each_class(mine, [&](const A* kept, int number) {
-                    const A only[] = {kept[n - 1]};
-                    body(only, class_at(number));
-                });
-            },
-            [&](int cls) { return read_logit<A>(p.dtype, mine.place, cls); });
     }
 
     // body(numbers of the class, its number among the thread's) for `count` of them.

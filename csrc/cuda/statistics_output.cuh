@@ -55,11 +55,13 @@ FL_DEVICE void write_row_statistics(const RowProblem& p, std::int64_t number, co
         *to = target.ignored ? std::numeric_limits<A>::quiet_NaN() : found.v[k];
 }
 
-// A thread's part of a row:
-//     each(body)         body(logits of some neighbouring classes, the first of these) for all of its logits, as they
-//     are largest_but(cls)   the largest of these but for that class's logit_of(cls)      of any class of a row that
-//     exists
-// This one has the first and the last from elsewhere.
+// A thread's part of a row offers
+//
+//     each(body)         body(logits of some neighbouring classes, the first of these) for all of its logits
+//     largest_but(cls)   the largest of them, but for that class's
+//     logit_of(cls)      of any class of a row that exists
+//
+// of the logits as they are. This one takes the first and the last from elsewhere.
 template <class A, class Each, class LogitOf>
 struct PartOfRow {
     const Each each;
