@@ -200,7 +200,7 @@ def test_from_the_read_of_a_loss(name, layout, dtype, device, monkeypatch):
             rounding = rounding_of(name, device)
             torch.testing.assert_close(loss, alone, rtol=rounding, atol=rounding, equal_nan=True)
             grads = [torch.autograd.grad(value.sum(), z)[0] for value in (alone, loss)]
-            if rounding > 0:
+            if rounding > 0 or (device == "cpu" and reduction == "none"):  # the CPU saves no numbers of rows here
                 rounding = max(rounding, torch.finfo(dtype).eps)
             torch.testing.assert_close(*grads, rtol=rounding, atol=rounding, equal_nan=True)
             assert not any(field.requires_grad for field in found)
