@@ -142,7 +142,7 @@ _apply_small = super(torch.autograd.Function, _SmallRowLoss).apply
 
 
 def row_loss_and_statistics(args: RowLossArguments) -> tuple[Tensor, RowStatistics]:
-    """The loss and the statistics of the logits' rows; outside of traces from one read."""
+    """The loss and the statistics of the logits' rows, from one read if there is an operator that has both."""
     if not _has_statistics(args):
         return row_loss(args), row_statistics(args.logits, args.target, args.ignore_index)
     if is_recorded(args.logits):
@@ -155,7 +155,11 @@ def row_loss_and_statistics(args: RowLossArguments) -> tuple[Tensor, RowStatisti
 def _has_statistics(args: RowLossArguments) -> bool:
     """Whether the operator of the loss may make row statistics too."""
     logits, target = args.logits, args.target
-    if not (isinstance(logits, Tensor) and is_plain(logits) and isinstance(target, Tensor)):
+
+    def is_traced() -> bool:  # of a multi-reduction loss on CUDA a trace could not say how much is saved
+        return torch.compiler.is_compiling() and (logits.is_cpu or LOSSES[args.loss].affine_in_softmax)
+
+    if not (isinstance(logits, Tensor) and isinstance(target, Tensor) and (is_plain(logits) or is_traced())):
         return False
     dense = all(tensor is None or tensor.layout is torch.strided for tensor in args.tensors)
     return dense and not target.is_floating_point() and not needs_reference(*args.tensors)

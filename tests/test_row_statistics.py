@@ -7,10 +7,13 @@ import math
 import pytest
 import torch
 from conftest import one_in
+from functorch.compile import make_boxed_func
 from test_layouts import DENSE, SPARSE
+from torch._dynamo.backends.common import aot_autograd
 
 import fused_losses as fl
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 # float32 arithmetic on exactly converted logits: a few roundings of numbers up to the largest logit.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-6, torch.bfloat16: 2e-6}
@@ -143,6 +146,37 @@ def test_compiled():
     logits, target = torch.randn(6, 5), torch.randint(5, (6,))
     for a, b in zip(compiled(logits, target), fl.row_statistics(logits, target), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["gce", "hem"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("place", ["cpu", pytest.param("cuda", marks=needs_gpu)])  # nothing traces the emulation
+def test_compiled_from_the_read_of_a_loss(name, reduction, place):
+    criterion = fl.LOSSES[name].module(reduction=reduction)
+    targets = []
+
+    def count(graph, _):
+        targets.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return make_boxed_func(graph.forward)
+
+    def step(logits, target):
+        return criterion(2 * logits, target, return_row_stats=True)
+
+    backend = aot_autograd(fw_compiler=count, bw_compiler=count)
+    compiled = torch.compile(step, backend=backend, fullgraph=True, dynamic=True)
+    for rows in (6, 9):
+        logits = torch.randn(rows, 5, device=place, requires_grad=True)
+        target = torch.randint(5, (rows,), device=place)
+        (loss, found), (eager, expected_rows) = compiled(logits, target), step(logits, target)
+        torch.testing.assert_close(loss, eager)
+        grads = [torch.autograd.grad(1.5 * value.sum(), logits)[0] for value in (loss, eager)]
+        torch.testing.assert_close(*grads)
+        for actual, field in zip(found, expected_rows, strict=True):
+            torch.testing.assert_close(actual, field)
+            assert not actual.requires_grad
+    one = targets.count("fused_losses.row_loss_and_statistics.default")
+    two = targets.count("fused_losses.row_statistics.default")
+    assert (one, two) == ((0, 1) if place == "cuda" and name == "hem" else (1, 0))
 
 
 # The loss is computed as without statistics, to the bit, but for softmax losses on CUDA, which have another kernel.
