@@ -56,8 +56,7 @@ class CudaCase : ExpectedRows<Stored> {
 public:
     // more: whether it may be asked for more than the loss of one label; must_look: for row statistics.
     CudaCase(const Shape& s, int loss, const Params& params, Random& r, bool more = true, bool must_look = false)
-        : Base(s, loss, params, r, more && !must_look),
-          looks(must_look || (more && !soft && !mixes && r.one_in(3))) {
+        : Base(s, loss, params, r, more && !must_look), looks(must_look || (more && !soft && !mixes && r.one_in(3))) {
         if (looks && !is_multi_reduction_loss(loss)) p.stats_count = 0;
     }
 
