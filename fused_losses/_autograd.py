@@ -155,11 +155,9 @@ def row_loss_and_statistics(args: RowLossArguments) -> tuple[Tensor, RowStatisti
 def _has_statistics(args: RowLossArguments) -> bool:
     """Whether the operator of the loss may make row statistics too."""
     logits, target = args.logits, args.target
-
-    def is_traced() -> bool:  # of a multi-reduction loss on CUDA a trace could not say how much is saved
-        return torch.compiler.is_compiling() and (logits.is_cpu or LOSSES[args.loss].affine_in_softmax)
-
-    if not (isinstance(logits, Tensor) and isinstance(target, Tensor) and (is_plain(logits) or is_traced())):
+    if not (isinstance(logits, Tensor) and isinstance(target, Tensor)):
+        return False  # type: ignore[unreachable]
+    if not (is_plain(logits) or torch.compiler.is_compiling()):
         return False
     dense = all(tensor is None or tensor.layout is torch.strided for tensor in args.tensors)
     return dense and not target.is_floating_point() and not needs_reference(*args.tensors)
@@ -252,7 +250,9 @@ class _RowLossAndStatistics(_RowLoss):
             everything = _ops.row_loss_with_stats_and_grad_and_statistics(*args)
             loss, saved, denominator, written, stats, argmax = everything
         else:
-            loss, saved, denominator, stats, argmax = _ops.row_loss_with_bits_and_statistics(*args)
+            with_bits, without = _ops.row_loss_with_bits_and_statistics, _ops.row_loss_with_stats_and_statistics
+            save = with_bits if is_plain(logits) else without
+            loss, saved, denominator, stats, argmax = save(*args)
         save_row_loss(ctx, args, saved, denominator, written)
         mark_constant(ctx, stats, argmax)
         return loss, stats, argmax

@@ -161,8 +161,8 @@ class RowLossModule(Criterion):
             target: as for the loss's function.
             sample_weight: one weight per row, the shape of ``target``.
             return_row_stats: also return :func:`fused_losses.row_statistics` of the logits as they are (without
-                ``logit_bias``). One read of the logits gives both, but for multi-reduction losses on CUDA in compiled
-                code, in float64 and of rows longer than shared memory: these are read once more.
+                ``logit_bias``). One read of the logits gives both, but for multi-reduction losses on CUDA in float64
+                and of rows longer than shared memory: these are read once more.
 
         Returns:
             The loss, or a pair of loss and :class:`fused_losses.RowStatistics`.

@@ -59,6 +59,9 @@ row_loss_and_statistics: Callable[..., Tensors3] = torch.ops.fused_losses.row_lo
 row_loss_with_grad_and_statistics: Callable[..., Tensors4] = (
     torch.ops.fused_losses.row_loss_with_grad_and_statistics.default
 )
+row_loss_with_stats_and_statistics: Callable[..., Tensors5] = (
+    torch.ops.fused_losses.row_loss_with_stats_and_statistics.default
+)
 row_loss_with_bits_and_statistics: Callable[..., Tensors5] = (
     torch.ops.fused_losses.row_loss_with_bits_and_statistics.default
 )
@@ -230,9 +233,15 @@ def _fake_row_loss_with_grad_and_statistics(*flat: Any) -> Tensors4:
 
 
 @_fake
-def _fake_row_loss_with_bits_and_statistics(*flat: Any) -> Tensors5:
+def _fake_row_loss_with_stats_and_statistics(*flat: Any) -> Tensors5:
     _, *statistics = _fake_row_loss_and_statistics(*flat)
     return *_fake_row_loss_with_stats(*flat), *statistics
+
+
+@_fake
+def _fake_row_loss_with_bits_and_statistics(*flat: Any) -> Tensors5:  # as without statistics: in no trace
+    loss, stats, denominator, row_stats, argmax = _fake_row_loss_with_stats_and_statistics(*flat)
+    return loss, stats, denominator, row_stats, argmax
 
 
 @_fake

@@ -72,7 +72,9 @@ STABLE_TORCH_LIBRARY(fused_losses, m) {
     def("row_loss_and_statistics", "", "(Tensor loss, Tensor stats, Tensor argmax)");
     def("row_loss_with_grad_and_statistics", "", "(Tensor loss, Tensor grad_logits, Tensor stats, Tensor argmax)");
 
-    // For multi-reduction losses on CUDA, whose backward needs what forward saves.
+    // For multi-reduction losses on CUDA, whose backward needs what forward saves; traces have no bits.
+    def("row_loss_with_stats_and_statistics", "",
+        "(Tensor loss, Tensor stats, Tensor denominator, Tensor row_stats, Tensor argmax)");
     def("row_loss_with_bits_and_statistics", "",
         "(Tensor loss, Tensor stats, Tensor denominator, Tensor row_stats, Tensor argmax)");
     def("row_loss_with_stats_and_grad_and_statistics", "",

@@ -303,6 +303,7 @@ void implement_row_losses(Library& m) {
     m.impl("mixed_loss_backward_", &mixed_backward<true>);
     m.impl("row_loss_and_statistics", &forward<Asked{.row_statistics = true}>);
     m.impl("row_loss_with_grad_and_statistics", &forward<Asked{.grad = true, .row_statistics = true}>);
+    m.impl("row_loss_with_stats_and_statistics", &forward<Asked{.stats = true, .row_statistics = true}>);
     m.impl("row_loss_with_bits_and_statistics", &forward<Asked{.stats = true, .bits = true, .row_statistics = true}>);
     m.impl("row_loss_with_stats_and_grad_and_statistics",
            &forward<Asked{.stats = true, .grad = true, .row_statistics = true}>);
