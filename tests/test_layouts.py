@@ -95,3 +95,19 @@ def test_probabilities_in_any_layout(reduction, device):
     ours = loss_and_grad(fl.functional.cross_entropy, logits, target, reduction=reduction)
     torchs = loss_and_grad(torch.nn.functional.cross_entropy, logits, target, reduction=reduction)
     torch.testing.assert_close(ours, torchs)
+
+
+@pytest.mark.any_cpu
+@pytest.mark.parametrize(("dtype", "classes"), [(torch.bfloat16, 71), (torch.float32, 1001)], ids=str)
+@pytest.mark.parametrize("name", ["cross_entropy", "nfl", "multi_margin", "hem"])
+def test_saved_logits_lie_elsewhere(name, dtype, classes, device):
+    """The copy that a hook gives to backward has other strides and another alignment than a part of a larger tensor."""
+    memory = torch.randn(7, classes + 2, device=device).to(dtype)
+    target = torch.randint(0, classes, (7,), device=device)
+    function = getattr(fl.functional, name if name == "cross_entropy" else f"{name}_loss")
+    upstream = torch.linspace(1, 2, 7, device=device)
+    for logits in (memory[:, :classes], memory.view(-1)[1 : 7 * classes + 1].view(7, classes)):
+        expected = loss_and_grad(function, logits, target, upstream, reduction="none")
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda copy: copy):
+            found = loss_and_grad(function, logits, target, upstream, reduction="none")
+        torch.testing.assert_close(found, expected)

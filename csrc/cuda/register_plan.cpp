@@ -196,6 +196,10 @@ RegisterPlan plan_of_bits(const RowProblem& p, int multiprocessors) {
     RowProblem of_forward = p;
     of_forward.grad = nullptr;
     constexpr KernelKind kind = KernelKind::kOneKept;
+    // Who holds which class follows from where rows lie. Hooks of saved tensors may give backward a copy of the logits.
+    const bool lie_as_a_copy = reinterpret_cast<std::uintptr_t>(p.logits) % 16 == 0 &&
+                               rows_are_dense(p, p.logits_stride, p.logits_class_stride);
+    if (!lie_as_a_copy) return {};
     if (plan_tiles(of_forward, kind, multiprocessors)) return plan_tiles(p, kind, multiprocessors);
     const RegisterPlan plan = plan_direct(p, kind, kMaxCluster);
     return plan.cluster == 1 ? plan : RegisterPlan{};  // a cluster may find no place, and would become a smaller one

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <functional>
 #include <vector>
 
@@ -134,6 +135,30 @@ inline void test_register_plans() {
     check(!plan_direct(p, kind_of(p), 16), "every other class");
     p.logits_class_stride = 1, p.dtype = Dtype::kFloat64;
     check(!plan_direct(p, kind_of(p), 16), "doubles");
+}
+
+// Backward's logits may be a copy of forward's, where they are a tensor of their own. Bits are then shared out as they
+// were; of a part of a larger tensor there are none.
+inline void test_plans_of_bits() {
+    alignas(16) static char memory[64];
+    for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16})
+        for (const std::int64_t classes : {33, 70, 101, 300, 1000, 1001, 4000}) {
+            RowProblem p;
+            p.dtype = dtype, p.num_classes = classes, p.inner = 8;
+            p.logits = memory, p.logits_stride.inner = p.grad_stride.inner = classes;
+            const auto where = [](const RegisterPlan& plan) {
+                return std::array{plan.kernel, plan.lanes,      plan.held,           plan.rounds,
+                                  plan.longer, plan.block_part, int(plan.is_ragged), plan.words_of_bits()};
+            };
+            const RegisterPlan forward = plan_of_bits(p, 132);
+            p.logits = memory + 16, p.grad = memory + 32;
+            check(forward && where(plan_of_bits(p, 132)) == where(forward),
+                  "%lld classes: bits of a copy lie elsewhere", (long long)classes);
+            p.logits = memory + bytes_of(dtype), p.grad = nullptr;
+            check(!plan_of_bits(p, 132), "%lld classes: bits of logits that are not aligned", (long long)classes);
+            p.logits = memory, p.logits_stride.inner = classes + 8;
+            check(!plan_of_bits(p, 132), "%lld classes: bits of rows with gaps", (long long)classes);
+        }
 }
 
 // Every class has one thread and one place there.

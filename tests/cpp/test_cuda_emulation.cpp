@@ -252,6 +252,7 @@ int main() {
     test_grids();
     test_assumed_denominator();
     test_register_plans();
+    test_plans_of_bits();
     test_kept_plans();
     test_column_plans();
     return report("CUDA emulation");
