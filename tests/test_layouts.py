@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from test_edge_cases import DTYPES, NAMES, REDUCTIONS, assert_matches_reference, loss_and_grad
@@ -101,13 +103,18 @@ def test_probabilities_in_any_layout(reduction, device):
 @pytest.mark.parametrize(("dtype", "classes"), [(torch.bfloat16, 71), (torch.float32, 1001)], ids=str)
 @pytest.mark.parametrize("name", ["cross_entropy", "nfl", "multi_margin", "hem"])
 def test_saved_logits_lie_elsewhere(name, dtype, classes, device):
-    """The copy that a hook gives to backward has other strides and another alignment than a part of a larger tensor."""
+    """The copy that a hook gives to backward has other strides and another alignment than what forward read."""
+
+    def moved(saved):
+        return torch.cat([saved.new_zeros(1), saved.flatten()])[1:].view(saved.shape)
+
     memory = torch.randn(7, classes + 2, device=device).to(dtype)
     target = torch.randint(0, classes, (7,), device=device)
     function = getattr(fl.functional, name if name == "cross_entropy" else f"{name}_loss")
     upstream = torch.linspace(1, 2, 7, device=device)
-    for logits in (memory[:, :classes], memory.view(-1)[1 : 7 * classes + 1].view(7, classes)):
+    parts = memory[:, :classes], memory.view(-1)[1 : 7 * classes + 1].view(7, classes)
+    for logits, copy in itertools.product((*parts, parts[0].contiguous()), (torch.clone, moved)):
         expected = loss_and_grad(function, logits, target, upstream, reduction="none")
-        with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda copy: copy):
+        with torch.autograd.graph.saved_tensors_hooks(copy, lambda saved: saved):
             found = loss_and_grad(function, logits, target, upstream, reduction="none")
         torch.testing.assert_close(found, expected)
