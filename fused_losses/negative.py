@@ -50,8 +50,8 @@ def nnce_loss(rows: Rows, *, min_prob: float = 1e-7, **options: Unpack[CallOptio
 
     A part of sums for noisy labels (:func:`anl_ce_loss`); alone it learns slowly. ``A = -log min_prob``. It trains on
     the labels that a row does not have, as MAE does, with more weight where the network is unsure. It is in [0, 1], and
-    its sum over all labels is constant. It needs at least two classes, and a class above ``min_prob`` in every row, which
-    there is if ``min_prob < 1 / C``; a row without one is 0 / 0, and so is NaN, as in the authors' code.
+    its sum over all labels is constant. It needs at least two classes, and a class above ``min_prob`` in every row,
+    which there is if ``min_prob < 1 / C``; a row without one is 0 / 0, and so is NaN, as in the authors' code.
 
     Source: ANL, NeurIPS 2023.
 
