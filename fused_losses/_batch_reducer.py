@@ -25,7 +25,8 @@ OPTIONS = """
         **options: those of the Module of ``loss``, where ``loss`` is a name or a function.
 
     Returns:
-        Called as ``loss`` is, with ``(logits, target, ...)``: the loss in float32, float64 for float64 logits.
+        Called as ``loss`` is, with ``(logits, target, ...)`` but for ``return_row_stats``: the loss in float32, float64
+        for float64 logits.
 
     Raises:
         TypeError: ``loss`` is none of these, an argument is no number, or logits are a DTensor.

@@ -37,6 +37,10 @@ class Criterion(nn.Module):
 
     _precise: tuple[str, ...] = ()  # buffers that keep their dtype under half() and the like
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Numbers of NumPy's are kept as Python's, which the compiler and operators take everywhere."""
+        super().__setattr__(name, python_number(value))
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Criterion:
         before = {name: self._buffers.get(name) for name in self._precise}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -61,7 +65,7 @@ class Criterion(nn.Module):
         if isinstance(value, Tensor):
             self.register_buffer(name, value)
         else:
-            setattr(self, name, python_number(value))
+            setattr(self, name, value)
 
     def _tensor(self, name: str) -> Any:
         # Not by getattr: nn.Module's look-up takes as long as a small loss.

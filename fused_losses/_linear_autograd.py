@@ -59,13 +59,12 @@ class ChunkedLogits:
     def total(self, args: RowLossArguments) -> tuple[Tensor, Tensor]:
         """The sum of all rows' losses, and as a constant every row's; forward makes the gradients.
 
-        Not in float16 where rows have weights: before their sum divides them and mixed precision has multiplied them by
-        the loss scale, gradients may be out of its range. Backward then makes them, as for single rows.
+        Not in float16: before the sum of the weights divides them and mixed precision multiplies them by the loss
+        scale, gradients may be out of its range. Backward then makes them, as for single rows.
         """
         self._check(args)
-        has_weights = args.weight is not None or args.sample_weight is not None
         is_narrow = torch.float16 in (self.options.dtype, self.layer.input.dtype)
-        if self._differentiates() and not (has_weights and is_narrow):
+        if self._differentiates() and not is_narrow:
             return _SumOfRows.apply(*self.layer, args, self.options)  # type: ignore[no-any-return, no-untyped-call]
         values = self._values(args)
         return _sum(values), values.detach()
@@ -216,8 +215,21 @@ class _ValuesOfRows(torch.autograd.Function):
         constants, options = ctx.constants
         args = RowLossArguments(stand_in(layer, options).detach(), *of_loss, *constants)
         upstream = grad_outputs[0]
-        args = args._replace(sample_weight=upstream if args.sample_weight is None else upstream * args.sample_weight)
-        return _results(ctx, run(layer, args, options, _wanted(ctx))[1:])
+        weight = upstream if args.sample_weight is None else upstream * args.sample_weight
+        if options.dtype != torch.float16:
+            return _results(ctx, run(layer, args._replace(sample_weight=weight), options, _wanted(ctx))[1:])
+        scale = _small_scale(weight, args.weight)
+        made = run(layer, args._replace(sample_weight=weight / scale), options, _wanted(ctx))[1:]
+        return _results(ctx, (gradient.mul_(scale) for gradient in made))
+
+
+def _small_scale(of_rows: Tensor, of_classes: Tensor | None) -> Tensor:
+    """What the weights of rows are at most where that is below 1, else 1: gradients of so little would vanish in
+    float16."""
+    largest = torch.cat([of_rows.abs(), of_rows.new_zeros(1)]).amax()  # of no rows 0
+    if of_classes is not None:
+        largest = largest * of_classes.abs().amax()
+    return torch.where(largest > 0, largest, 1.0).clamp(max=1.0)
 
 
 def check_once() -> None:

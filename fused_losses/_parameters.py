@@ -45,7 +45,10 @@ def unexpected_keyword(called: str, name: str) -> TypeError:
 
 def python_number(value: Any) -> Any:
     """A NumPy scalar, or an array of one, as the number of Python's that it holds; anything else as it is."""
-    return value.item() if isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0 else value
+    if not (isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0):
+        return value
+    # The compiler cannot trace an integer of NumPy's, made in the code that it compiles, to a number.
+    return torch.as_tensor(value).item() if torch.compiler.is_compiling() else value.item()
 
 
 def integer(name: str, value: Any) -> int:

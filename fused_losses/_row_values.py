@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -59,10 +61,6 @@ class RowsModule(Criterion):
     reduction: str
     rows: Callable[..., RowValues]  # takes the arguments of forward
 
-    def forward(self, logits: Tensor, target: Tensor, *inputs: Any, **options: Any) -> Any:
-        """The loss of ``logits`` for ``target``; ``sample_weight`` is one weight per row."""
-        return self.rows(logits, target, *inputs, **options).reduce(self.reduction)
-
     def _row_exchanges(self) -> list[Exchange]:
         """What :attr:`rows` communicates."""
         return []
@@ -115,10 +113,20 @@ def row_exchanges(loss: nn.Module) -> list[Exchange]:
 
 def row_values(loss: nn.Module, logits: Tensor, target: Tensor, *inputs: Any, **options: Any) -> RowValues:
     """Every row's loss by a Module that :func:`check_has_rows` lets pass, called as the Module is."""
-    if isinstance(loss, RowsModule):
-        return loss.rows(logits, target, *inputs, **options)
-    assert isinstance(loss, RowLossModule)
-    return _registered(loss, logits, target, *inputs, **options)
+    rows = loss.rows if isinstance(loss, RowsModule) else functools.partial(_registered, loss)  # type: ignore[arg-type]
+    try:
+        return rows(logits, target, *inputs, **options)
+    except TypeError:
+        _check_inputs(loss, rows, logits, target, *inputs, **options)
+        raise
+
+
+def _check_inputs(loss: nn.Module, rows: Callable[..., RowValues], *inputs: Any, **options: Any) -> None:
+    """Raises, without naming functions that users do not know, where ``rows`` does not take such arguments."""
+    try:
+        inspect.signature(rows).bind(*inputs, **options)
+    except TypeError as error:
+        raise TypeError(f"{type(loss).__name__} inside a wrapper: {error}") from None
 
 
 def _registered(loss: RowLossModule, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> RowValues:

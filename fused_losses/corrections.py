@@ -163,8 +163,7 @@ def forward_correction_loss(
     {arguments}
 
     A masked class (logit -inf) adds nothing to q. Where no class can have the label, q is 0, the loss infinite and the
-    gradient NaN.
-    There is no ``logit_bias``, and targets cannot be class probabilities.
+    gradient NaN. There is no ``logit_bias``, and targets cannot be class probabilities.
 
     Example:
         >>> transition = torch.tensor([[0.8, 0.2], [0.4, 0.6]])
@@ -319,14 +318,12 @@ class _CorrectionLoss(RowsModule):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _rows(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None) -> Rows:
-        return plain_rows(
-            type(self).__name__,
-            logits,
-            target,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-            sample_weight=sample_weight,
-        )
+        options = {"weight": self.weight, "ignore_index": self.ignore_index, "sample_weight": sample_weight}
+        return plain_rows(type(self).__name__, logits, target, **options)
+
+    def forward(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+        """The loss of ``logits`` for ``target``; ``sample_weight`` is one weight per row."""
+        return self.rows(logits, target, sample_weight).reduce(self.reduction)
 
     def extra_repr(self) -> str:
         """How many classes, and the options that differ from their defaults."""

@@ -227,6 +227,10 @@ class GJSLoss(RowsModule):
         self.register_buffer("weight", weight)
         self.ignore_index, self.reduction = integer("ignore_index", ignore_index), reduction
 
+    def forward(self, views: Tensor | Sequence[Tensor], target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+        """The loss of ``views`` for ``target``; ``sample_weight`` is one weight per row."""
+        return self.rows(views, target, sample_weight).reduce(self.reduction)
+
     def rows(self, views: Tensor | Sequence[Tensor], target: Tensor, sample_weight: Tensor | None = None) -> RowValues:
         """Every row's loss."""
         return _rows(

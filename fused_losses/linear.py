@@ -51,7 +51,7 @@ def linear_loss(
     For many classes, where the logits take most of the memory. Rows go through in chunks: one GEMM for the logits, into
     a buffer that is used again, the kernel of the loss, and two GEMMs for the gradients. Under "mean" and "sum" forward
     makes the gradients and backward multiplies them by the upstream gradient. "none" computes the logits a second time
-    in backward, and so do rows with weights in float16, whose range might not hold those gradients. Beyond inputs and
+    in backward, and so does float16, whose range might not hold gradients without the loss scale. Beyond inputs and
     gradients it needs ``chunk_bytes``, and a sum for the weight's gradient where ``linear_weight`` has half precision.
     Results are deterministic. Nothing waits for a GPU unless ``skip_rows=True``.
 

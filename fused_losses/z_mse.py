@@ -135,7 +135,8 @@ class ZMSELoss(ZErrorModule):
             eval mode they stay as they are; before any training batch, an eval call uses its own batch.
         momentum: how fast earlier batches fade, in [0, 1]: their weight is multiplied by ``1 - momentum`` with every
             batch. 0.1 remembers about 10 batches, 0 all of them.
-        num_tasks: T with ``per_task``, else 1. It gives running statistics their shape from the start.
+        num_tasks: T with ``per_task``, else 1. It gives running statistics their shape from the start, as
+            :class:`ZErrorBCEWithLogitsLoss` says.
 
     Returns:
         Called with ``(input, target, sample_weight=None, *, return_mask=False)``: the loss, or

@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+import wrapped_losses
 
 import fused_losses as fl
 from fused_losses import functional as F
@@ -145,3 +146,29 @@ def test_rows_that_are_no_probabilities() -> None:
     for row in ([0.5, 0.2, 0.0], [-0.5, 1.5, 0.0]):
         with pytest.raises(ValueError, match="target must hold probabilities"):
             MixupLoss(fl.NFLLoss())(Z[:1], torch.tensor([row]))
+
+
+@pytest.mark.parametrize("name", wrapped_losses.CASES)
+def test_errors_of_calls_name_what_users_know(name: str) -> None:
+    case, (logits, target) = wrapped_losses.CASES[name], wrapped_losses.batch()
+    module = case.make()
+    calls = [
+        (lambda: case(module, logits, target, no_option=1), "'no_option'"),
+        (lambda: module(logits, target, *[None] * 4), "too many|takes"),
+    ]
+    if case.takes_index:
+        calls.append((lambda: module(logits, target), "'index'"))
+    for call, what in calls:
+        with pytest.raises(TypeError, match=rf"^\w+(\.forward\(\)| inside a wrapper:) .*({what})"):
+            call()
+
+
+def test_a_wrapper_does_not_take_row_statistics() -> None:
+    with pytest.raises(TypeError, match=r"^GCELoss inside a wrapper: got .* 'return_row_stats'"):
+        fl.SuperLoss("gce")(Z, Y, return_row_stats=True)
+
+
+def test_arguments_can_be_named() -> None:
+    gjs, forward = fl.GJSLoss((0.5, 0.3, 0.2)), fl.ForwardCorrectionLoss(torch.eye(3))
+    assert torch.equal(gjs(views=[Z, Z], target=Y), gjs([Z, Z], Y))
+    assert torch.equal(forward(logits=Z, target=Y, sample_weight=None), forward(Z, Y))

@@ -50,6 +50,50 @@ def test_numpy_options(name):
         assert torch.equal(entry.module(**options)(LOGITS, TARGET), expected)
 
 
+ASSIGNED = {
+    "super lam": (lambda: fl.SuperLoss("gce"), "lam", 0.5),
+    "small keep": (lambda: fl.SmallLoss("gce", 0.7), "keep", 0.5),
+    "clipped c": (lambda: fl.ClippedLoss("gce", 0.7), "c", 0.5),
+    "antidote delta": (lambda: fl.Antidote("gce", 0.7), "delta", 0.5),
+    "norm t": (lambda: fl.LogitNorm("gce"), "t", 0.5),
+    "norm t around a loss of its own": (lambda: fl.LogitNorm("nfl"), "t", 0.5),
+    "gce q": (fl.GCELoss, "q", 0.5),
+    "gce ignore_index": (fl.GCELoss, "ignore_index", 2),
+    "gce logit_bias": (fl.GCELoss, "logit_bias", 0.5),
+    "z threshold": (lambda: fl.ZErrorCrossEntropyLoss(running=True, num_classes=3), "threshold", 0.5),
+    "z momentum": (lambda: fl.ZErrorCrossEntropyLoss(running=True, num_classes=3), "momentum", 0.5),
+    "forward ignore_index": (lambda: fl.ForwardCorrectionLoss(torch.eye(3)), "ignore_index", 2),
+}
+
+
+@pytest.mark.parametrize("name", ASSIGNED)
+def test_numpy_numbers_can_be_assigned(name):
+    make, attribute, value = ASSIGNED[name]
+    for kind in [np.int64, np.int32, np.array] if isinstance(value, int) else [np.float64, np.float32, np.array]:
+        found, expected = make(), make()
+        setattr(expected, attribute, value)
+        setattr(found, attribute, kind(value))
+        assert repr(found) == repr(expected)
+        assert torch.equal(found(LOGITS, TARGET), expected(LOGITS, TARGET))
+        torch._dynamo.reset()
+        compiled = torch.compile(found, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(LOGITS, TARGET), expected(LOGITS, TARGET))
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.array])
+def test_numpy_integers_made_in_compiled_code(kind):
+    for call in (
+        lambda n: functional.gce_loss(LOGITS, TARGET, ignore_index=n),
+        lambda n: functional.taylor_ce_loss(LOGITS, TARGET, order=n),
+        lambda n: functional.z_error_cross_entropy(LOGITS, TARGET, min_count=n),
+        lambda n: fl.row_statistics(LOGITS, TARGET, n).margin.nan_to_num(),
+        lambda n: functional.linear_loss(LOGITS, torch.eye(3), TARGET, ignore_index=n),
+    ):
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda call=call: call(kind(2)), backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(), call(2))
+
+
 def test_numpy_thresholds():
     expected = functional.z_error_cross_entropy(LOGITS, TARGET, threshold=1.0)
     for threshold in (np.float32(1.0), np.array(1.0), 1, np.int32(1)):

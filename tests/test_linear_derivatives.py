@@ -61,6 +61,44 @@ def test_weights_beyond_the_range_of_float16(by, size, is_autocast):
         torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=0, atol=atol)
 
 
+def test_upstream_gradients_of_float16():
+    """One by one, many at once, in compiled code; an infinite one leaves ignored rows at zero."""
+    (x, w, _), target, _ = problem(torch.float16)
+
+    def loss(x, w):
+        return linear_loss(x, w, target, "gce")
+
+    upstream = torch.tensor([1024.0, 0.5, 0.0, -3.0])
+    many = torch.autograd.grad(loss(x, w), (x, w), upstream, is_grads_batched=True)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for i, factor in enumerate(upstream):
+        one = torch.autograd.grad(loss(x, w), (x, w), factor)
+        assert all(torch.equal(gradient, all_[i]) for gradient, all_ in zip(one, many, strict=True))
+        traced = torch.autograd.grad(compiled(x, w), (x, w), factor)
+        assert all(map(torch.equal, one, traced))
+    endless = torch.autograd.grad(loss(x, w), x, torch.tensor(torch.inf))[0]
+    assert torch.equal(endless.isfinite().all(1), target == -100) and not endless[target == -100].any()
+
+
+@pytest.mark.parametrize("scale", [1.0 / 16, 256.0])
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+def test_small_gradients_in_float16(reduction, scale):
+    """Those of many classes need the loss scale before they are rounded; without one they are not rounded as it is."""
+    rows, classes = 16, 30_000
+    x, w = torch.randn(rows, 8).half(), (0.01 * torch.randn(classes, 8)).half()
+    target = torch.randint(classes, (rows,))
+    found, expected = [], []
+    for dtype, gradients in ((torch.float32, found), (torch.float64, expected)):
+        inputs = [t.detach().to(dtype).requires_grad_() for t in (x, w)]
+        with torch.autocast("cpu", dtype=torch.float16, enabled=dtype == torch.float32):
+            loss = linear_loss(inputs[0], inputs[1], target, "gce", reduction=reduction)
+        upstream = scale * (rows if reduction == "mean" else 1)
+        gradients += torch.autograd.grad(loss, inputs, torch.full_like(loss, upstream))
+    tolerance = 1e-3 if scale > 1.0 else 5e-2  # at a scale of 1 it is as good as at smaller ones
+    for mine, theirs in zip(found, expected, strict=True):
+        assert (mine - theirs).norm() < tolerance * theirs.norm()
+
+
 def test_forward_mode_is_refused_in_any_tensor():
     (x, w, b), target, samples = (problem()[0], *problem()[1:])
     given = {"input": x, "linear_weight": w, "linear_bias": b, "sample_weight": samples}
