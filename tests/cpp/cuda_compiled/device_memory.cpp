@@ -1,5 +1,5 @@
-// Device memory as blocks see it that do not wait for each other: what lacks a fence, or reads an old line of the cache,
-// shows in results.
+// Device memory as blocks see it that do not wait for each other: what lacks a fence, or reads an old line of the
+// cache, shows in results.
 #include <unordered_map>
 
 #include "cuda_compiled/memory.h"
@@ -91,7 +91,8 @@ void store_to_device(u64 at, std::size_t size, const unsigned char* from) {
         Store& store = view.stores[word];
         if (!store.is_by_same()) {
             store.publish(word);
-            store = Store{.bytes = {}, .thread = current->number, .period = current_block->period, .sync = current->sync};
+            store =
+                Store{.bytes = {}, .thread = current->number, .period = current_block->period, .sync = current->sync};
             view.cached.erase(word);
         }
         store.bytes[byte % kWord] = from[byte - at];

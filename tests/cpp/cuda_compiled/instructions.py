@@ -17,6 +17,8 @@ _SPECIAL = {
     "%cluster_nctarank": "__clusterSizeInBlocks()",
 }
 
+_SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/", "and": "&", "or": "|", "xor": "^"}
+
 
 def identifier(name: str) -> str:
     return re.sub(r"\W", "_", name)
@@ -134,7 +136,7 @@ def _arithmetic(i: Instruction) -> str:
     assert name in ("add", "sub") or "lo" in i.words, i.words
     x, y = (f"u64({i.read(n)})" for n in (1, 2))
     more = f" + u64({i.read(3)})" if name == "mad" else ""
-    return i.result(f"{c}({x} {'-' if name == 'sub' else '+' if name == 'add' else '*'} {y}{more})")
+    return i.result(f"{c}({x} {_SIGNS.get(name, '*')} {y}{more})")
 
 
 def _of_floats(i: Instruction) -> str:
@@ -142,13 +144,13 @@ def _of_floats(i: Instruction) -> str:
     rest = [word for word in i.words[1:-1] if word != "rn"]
     if rest:
         z = f", {i.read(3)}" if name == "fma" else ""
-        special = {("fma", "rm"): "fma_down", ("add", "rz"): "add_to_zero", ("max", "NaN"): "max_or_nan"}
-        return f"{special[name, *rest]}({x}, {y}{z})"
+        special = {"fma.rm": "fma_down", "add.rz": "add_to_zero", "max.NaN": "max_or_nan"}
+        return f"{special['.'.join([name, *rest])]}({x}, {y}{z})"
     if name == "fma":
         return f"std::fma({x}, {y}, {i.read(3)})"
     if name in ("min", "max"):
         return f"{name}_of_floats({x}, {y})"
-    return f"{x} {dict(add='+', sub='-', mul='*', div='/')[name]} {y}"
+    return f"{x} {_SIGNS[name]} {y}"
 
 
 @_for("neg", "abs", "not", "and", "or", "xor", "shl", "shr", "bfi", "prmt", "sqrt", "rcp", "ex2", "lg2", "rsqrt")
@@ -157,11 +159,13 @@ def _others(i: Instruction) -> str:
     if "approx" in i.words:
         names = {"ex2": "exp2", "lg2": "log2", "rsqrt": "rsqrt", "rcp": "reciprocal"}
         assert "ftz" in i.words
-        return i.result(f"cuda_emulation::{names[name]}_approximately({values})" if kind == "f32" else f"coarse_{name}({values})")
+        return i.result(
+            f"cuda_emulation::{names[name]}_approximately({values})" if kind == "f32" else f"coarse_{name}({values})"
+        )
     assert len(i.words) == 2 or i.words[1] == "rn", i.words
     c = TYPES[kind][0]
     if name in ("and", "or", "xor"):
-        return i.result(f"{c}({i.read(1)} {dict([('and', '&'), ('or', '|'), ('xor', '^')])[name]} {i.read(2)})")
+        return i.result(f"{c}({i.read(1)} {_SIGNS[name]} {i.read(2)})")
     if name == "not":
         return i.result(f"!{values}" if kind == "pred" else f"{c}(~{values})")
     if name in ("shl", "shr"):
@@ -170,7 +174,14 @@ def _others(i: Instruction) -> str:
         return i.result(f"insert_bits<{c}>({i.read(1)}, {i.read(2)}, {i.read(3, 'u32')}, {i.read(4, 'u32')})")
     if name == "rcp":
         return i.result(f"{c}(1) / {values}")
-    return i.result({"neg": f"{c}(-{values})", "abs": f"std::abs({values})", "sqrt": f"std::sqrt({values})", "prmt": f"permute({values})"}[name])
+    return i.result(
+        {
+            "neg": f"{c}(-{values})",
+            "abs": f"std::abs({values})",
+            "sqrt": f"std::sqrt({values})",
+            "prmt": f"permute({values})",
+        }[name]
+    )
 
 
 @_for("setp")
@@ -198,7 +209,9 @@ def _move(i: Instruction) -> str:
     parts = split((to if to.startswith("{") else given).strip("{}"))
     width = 8 * TYPES[i.kind][1] // len(parts) if i.kind != "pred" else 1
     if to.startswith("{"):
-        copies = " ".join(i.body.write(part, f"u{width}(all >> {width * n})", f"u{width}") for n, part in enumerate(parts))
+        copies = " ".join(
+            i.body.write(part, f"u{width}(all >> {width * n})", f"u{width}") for n, part in enumerate(parts)
+        )
         return f"{{ const auto all = {i.read(1, _as_bits(i.kind))}; {copies} }}"
     if given.startswith("{"):
         shifted = (f"u64({i.body.read(part, f'u{width}')}) << {width * n}" for n, part in enumerate(parts))
@@ -236,7 +249,7 @@ def _vector(i: Instruction, operand: str) -> list[str]:
 @_for("ld")
 def _load(i: Instruction) -> str:
     space, registers = i.one_of("global", "shared", "param", "local") or "generic", _vector(i, i.operands[0])
-    c, size = TYPES[i.kind]
+    c = TYPES[i.kind][0]
     how = "kBypass" if "cg" in i.words else "kUsual"
     copies = " ".join(i.body.write(register, f"all[{n}]", i.kind) for n, register in enumerate(registers))
     call = f"load_{space}<{c}, {len(registers)}>({i.address(1)}{f', {how}' if space == 'global' else ''})"
@@ -293,7 +306,9 @@ def _order(i: Instruction) -> str:
 @_for("shfl")
 def _shuffle(i: Instruction) -> str:
     register, _, predicate = i.operands[0].partition("|")
-    found = f"shuffle<Shuffle::{i.words[2]}>({', '.join(i.read(n, 'b32') for n in range(1, 5))}, {identifier(predicate)})"
+    found = (
+        f"shuffle<Shuffle::{i.words[2]}>({', '.join(i.read(n, 'b32') for n in range(1, 5))}, {identifier(predicate)})"
+    )
     return i.body.write(register, found, "b32")
 
 
@@ -320,7 +335,7 @@ def _counting_barrier(i: Instruction) -> str:
 
 @_for("griddepcontrol", "nanosleep")
 def _waits(i: Instruction) -> str:
-    return {"wait": "cuda_emulation::current_block->has_waited = true;", "u32": "__nanosleep(0);"}.get(i.kind, "")
+    return {"wait": "wait_for_launch_before();", "u32": "__nanosleep(0);"}.get(i.kind, "")
 
 
 # ---- Flow ----------------------------------------------------------------------------------------------------------

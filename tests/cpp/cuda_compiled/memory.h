@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "cuda_runtime_api.h"
 #include "cuda_pipeline.h"
+#include "cuda_runtime_api.h"
 
 using u8 = std::uint8_t;
 using u16 = std::uint16_t;
@@ -16,9 +16,10 @@ using s64 = std::int64_t;
 
 namespace cuda_emulation {
 
-inline constexpr std::size_t kStaticShared = 32 * 1024, kSharedSize = kStaticShared + fused_losses::cuda::kMostDynamicShared;
-// A kernel's shared memory, of which registers hold offsets. In the upper byte of those that other blocks of the cluster
-// may use is the block's rank, plus one.
+inline constexpr std::size_t kStaticShared = 32 * 1024,
+                             kSharedSize = kStaticShared + fused_losses::cuda::kMostDynamicShared;
+// A kernel's shared memory, of which registers hold offsets. In the upper byte of those that other blocks of the
+// cluster may use is the block's rank, plus one.
 extern thread_local unsigned char compiled_shared[kSharedSize];
 
 inline int line = 0;  // of the PTX that runs

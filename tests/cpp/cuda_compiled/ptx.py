@@ -7,7 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 # Type of a register or an instruction: its C++ type and bytes
-TYPES = {f"{kind}{8 * size}": (f"{c}{8 * size}", size) for kind, c in (("u", "u"), ("s", "s"), ("b", "u")) for size in (1, 2, 4, 8)}
+TYPES = {
+    f"{kind}{8 * size}": (f"{c}{8 * size}", size)
+    for kind, c in (("u", "u"), ("s", "s"), ("b", "u"))
+    for size in (1, 2, 4, 8)
+}
 TYPES |= {"f32": ("float", 4), "f64": ("double", 8), "pred": ("bool", 1)}
 
 _PARAMETER = re.compile(r"\.param (?:\.align \d+ )?\.(\w+) ([\w$]+)(?:\[(\d+)\])?")
@@ -103,7 +107,9 @@ def read_module(text: str) -> Module:
         if variable := read_variable(declaration):
             module.variables[variable.name] = variable
         elif found := _FUNCTION.match(declaration):
-            names = [[name for _, name, _ in _PARAMETER.findall(part or "")] for part in found.group("result", "parameters")]
+            names = [
+                [name for _, name, _ in _PARAMETER.findall(part or "")] for part in found.group("result", "parameters")
+            ]
             current = Function(found["name"], found[1] == "entry", next(iter(names[0]), None), names[1], [])
             module.functions.append(current)
     module.functions = [function for function in module.functions if function.body]  # others are declared only

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from instructions import Body, identifier, translate
-from ptx import TYPES, Function, Module, read_module, read_variable, split
+from ptx import TYPES, Function, Module, Variable, read_module, read_variable, split
 
 _WAITS = ("bar", "shfl", "barrier")  # where threads meet: by their line, not by that of a header
 
@@ -21,7 +21,9 @@ def _declaration(function: Function) -> str:
     if function.is_entry:
         return f"void {identifier(function.name)}(const void* const* arguments)"
     names = ([function.result] if function.result else []) + function.parameters
-    return f"static void {identifier(function.name)}({', '.join(f'unsigned char* {identifier(name)}' for name in names)})"
+    return (
+        f"static void {identifier(function.name)}({', '.join(f'unsigned char* {identifier(name)}' for name in names)})"
+    )
 
 
 def _code(function: Function, body: Body, file: str) -> tuple[list[str], list[str]]:
@@ -76,6 +78,11 @@ def _definition(function: Function, module: Module, file: str) -> str:
     return "\n".join([f"{_declaration(function)} {{", *begin, *lines, "}"])
 
 
+def _definition_of(variable: Variable) -> str:
+    values = f" = {variable.values}" if variable.values else ""
+    return f"alignas({max(variable.align, 8)}) unsigned char {identifier(variable.name)}[{variable.size}]{values};"
+
+
 def _host_name(name: str) -> str:
     """As the host's compiler calls it, for which a namespace without name is called alike in every file."""
     while found := re.search(r"(\d+)_GLOBAL__N__", name):
@@ -91,10 +98,7 @@ def main(source: str, folder: str, parts: str) -> None:
     module = read_module(Path(source).read_text())
     variables = [variable for variable in module.variables.values() if variable.space == "global"]
     declared = [f"extern unsigned char {identifier(variable.name)}[{variable.size}];" for variable in variables]
-    defined = [
-        f"alignas({max(v.align, 8)}) unsigned char {identifier(v.name)}[{v.size}]{f' = {v.values}' if v.values else ''};"
-        for v in variables
-    ]
+    defined = [_definition_of(variable) for variable in variables]
     helpers = [function for function in module.functions if not function.is_entry]
     entries = [function for function in module.functions if function.is_entry]
     common = [f"{_declaration(helper)};" for helper in helpers]
@@ -105,8 +109,8 @@ def main(source: str, folder: str, parts: str) -> None:
         lines += (defined if part == 0 else []) + common
         lines += [_definition(function, module, f"{stem}.ptx") for function in mine]
         lines += [
-            f'const cuda_emulation::CompiledKernel kernel_{n}("{_host_name(function.name)}", &{identifier(function.name)});'
-            for n, function in enumerate(mine)
+            f'const cuda_emulation::CompiledKernel kernel_{n}("{_host_name(f.name)}", &{identifier(f.name)});'
+            for n, f in enumerate(mine)
         ]
         Path(folder, f"{stem}_{part}.cpp").write_text("\n".join([*lines, "}", ""]))
 

@@ -7,7 +7,8 @@
 
 enum class Shuffle { down, bfly, idx };
 
-// limits: in its low bits the last lane that may be read, or that of a segment; above them the bits that name a segment.
+// limits: in its low bits the last lane that may be read, or that of a segment; above them the bits that name a
+// segment.
 template <Shuffle kind>
 u32 shuffle(u32 mine, u32 by, u32 limits, u32 mask, bool& is_inside,
             cuda_emulation::Location where = cuda_emulation::Location::current()) {
@@ -105,6 +106,10 @@ inline void store_async(u64 to, u32 value, u64 barrier) {
 inline void wait_for_cluster(cuda_emulation::Location where = cuda_emulation::Location::current()) {
     cuda_emulation::deliver(/*all=*/true);
     cuda_emulation::wait_for_cluster("barrier.cluster", where);
+}
+
+inline void wait_for_launch_before() {
+    cuda_emulation::current->has_waited = cuda_emulation::current_block->has_waited = true;
 }
 
 // ---- Assertions ----------------------------------------------------------------------------------------------------
