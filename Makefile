@@ -24,12 +24,12 @@ TORCH_DONE := $(VENV)/.done-$(subst /,_,$(subst =,-,$(TORCH)))
 BUILD_DONE := $(VENV)/.done-build
 DEV_DONE := $(VENV)/.done-dev
 
-.PHONY: build check test test-long test-emulated demo bench bench-compile docs lint format wheel wheels clean distclean
+.PHONY: build check test test-long test-emulated test-compiled demo bench bench-compile docs lint format wheel wheels clean distclean
 
 build: $(BUILD_DONE)
 
 # `python -m benchmarks`, even where Python is told not to look into the current folder by itself
-test check test-long test-emulated bench bench-compile: export PYTHONPATH := $(CURDIR)
+test check test-long test-emulated test-compiled bench bench-compile: export PYTHONPATH := $(CURDIR)
 
 # All tests on the kernels that this processor chooses; a file stays in one process, for its fixtures, and they come as
 # they are collected: by number of tests the C++ programs, minutes of compiling, would come last. Then those that
@@ -55,6 +55,10 @@ test-long: $(BUILD_DONE)
 # All tests of a GPU on CUDA kernels that run on the host: five minutes.
 test-emulated: $(BUILD_DONE)
 	@$(PY) tests/emulated_cuda.py $(JOBS) -m "not long" $(PYTEST_ARGS)
+
+# The same on what nvcc makes of the kernels: twice five minutes to build them, ten to run.
+test-compiled: $(BUILD_DONE)
+	@$(PY) tests/emulated_cuda.py $(JOBS) --compiled -m "not long" $(PYTEST_ARGS)
 
 # Five minutes of measurements; results.json, report.md and pictures go to benchmarks/results/cpu. See BENCH_ARGS=--help.
 bench bench-compile: export OMP_PROC_BIND ?= true

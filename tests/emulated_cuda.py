@@ -1,12 +1,12 @@
 """The tests of a GPU on a machine without one: the CUDA kernels, run on the host, under everything that is above them.
 
-    python tests/emulated_cuda.py NUMBER_OF_PROCESSES [--some] [arguments of pytest]
+    python tests/emulated_cuda.py NUMBER_OF_PROCESSES [--some] [--compiled] [arguments of pytest]
 
 A library of csrc/ops and the kernels as ``tests/cpp/cuda_emulation`` runs them takes the place of the operators. Its
 tensors are the CPU's. For tests the device is :class:`EmulatedCuda`; to the package, and nobody else, tensors of the
 CPU say that they are on a GPU, so that it goes the ways it would go there. Tests that have a ``device`` are run, and
 those of some files that have none; with ``--some`` those of half a minute that the C++ programs of the emulation do not
-stand for.
+stand for. With ``--compiled`` they run on what nvcc makes of the kernels (``tests/cpp/cuda_compiled``).
 """
 
 from __future__ import annotations
@@ -95,12 +95,16 @@ def main(arguments: list[str]) -> int:
     if "--some" in rest:
         rest.remove("--some")
         chosen = [str(Path(__file__).parent / f"test_{name}") for name in _SOME]
+    target = "fused_losses_emulated"
+    if "--compiled" in rest:
+        rest.remove("--compiled")
+        target = "fused_losses_compiled"
     folder = find_build_folder()
     if folder is None:
         print("emulated CUDA: the package was not built here")
         return 1
-    compile_targets(folder, "fused_losses_emulated")
-    library = folder / "tests" / "cpp" / "libfused_losses_emulated.so"
+    compile_targets(folder, target)
+    library = folder / "tests" / "cpp" / f"lib{target}.so"
     command = [sys.executable, "-m", "pytest", "-n", processes, *chosen, *rest]
     return subprocess.run(command, env={**os.environ, _VARIABLE: str(library)}).returncode
 

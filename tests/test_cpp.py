@@ -40,6 +40,7 @@ CUDA_PROGRAMS = (
     "cuda_rescale",
     "cuda_gjs",
     "cuda_emulation",
+    "cuda_compiled",
 )
 HEADERS = ("math", "numeric", "vec")
 FORMULAS = ("losses", "multi_reduction")
@@ -57,6 +58,7 @@ ARGUMENTS["optimised"] |= {
     "cuda_rescale": "1 2",
     "cuda_gjs": "1 2",
     "cuda_emulation": "",
+    "cuda_compiled": "",
 }
 ARGUMENTS["sanitized"] |= {
     "cuda_rows": "40 4",
@@ -66,6 +68,7 @@ ARGUMENTS["sanitized"] |= {
     "cuda_rescale": "3",
     "cuda_gjs": "3",
     "cuda_emulation": "",
+    "cuda_compiled": "",
 }
 # Longest runs first. What is made of scalars is the same for every instruction set but for fused multiply-adds, so the
 # slower builds try it once.

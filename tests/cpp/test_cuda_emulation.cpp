@@ -1,15 +1,12 @@
 // The host emulation of CUDA launches itself: what it promises kernels, and that it stops those that go wrong. And the
 // pieces of the CUDA sources that plan launches: grids and the sharing out of rows (launch_plans.h).
-#include <signal.h>
-#include <sys/wait.h>
-#include <unistd.h>
-
 #include <string>
 
 #include "check.h"
 #include "cuda/cluster.cuh"
 #include "cuda/grid.cuh"
 #include "cuda/warp_tiles.cuh"
+#include "deaths.h"
 #include "guarded.h"
 #include "launch_plans.h"
 #include "losses/registry.h"
@@ -150,30 +147,11 @@ __global__ void endless(int* wrong) {
     while (atomicAdd(wrong, 0) == 0) __nanosleep(1);
 }
 
-// The launch ends its process with a message that holds `text`.
 void expect_death(
     void (*kernel)(int*), const std::string& text,
     void (*run)(void (*)(int*), int*) = [](void (*k)(int*), int* wrong) { launch(k, 2, nullptr, wrong); }) {
-    int ends[2];
-    if (!check(pipe(ends) == 0, "no pipe")) return;
-    std::fflush(nullptr);
-    const pid_t child = fork();
-    if (child == 0) {
-        dup2(ends[1], STDERR_FILENO);
-        signal(SIGABRT, SIG_DFL);
-        int wrong = 0;
-        run(kernel, &wrong);
-        _exit(0);
-    }
-    close(ends[1]);
-    std::string message;
-    char part[4096];
-    for (ssize_t size; (size = read(ends[0], part, sizeof part)) > 0;) message.append(part, std::size_t(size));
-    close(ends[0]);
-    int status = 0;
-    waitpid(child, &status, 0);
-    check(!WIFEXITED(status) || WEXITSTATUS(status) != 0, "a launch that should die ended well: %s", text.c_str());
-    check(message.find(text) != std::string::npos, "not the message '%s': %s", text.c_str(), message.c_str());
+    int wrong = 0;
+    fused_losses_test::expect_death(text, [&] { run(kernel, &wrong); });
 }
 
 void launch_clusters(void (*kernel)(int*), int* wrong) {

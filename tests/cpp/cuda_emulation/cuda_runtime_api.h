@@ -50,6 +50,7 @@ inline int shared_per_block = int(fused_losses::cuda::kMostDynamicShared),
            shared_per_multiprocessor = 2 * shared_per_block;
 inline unsigned largest_cluster = 16;       // that it can launch; 1 without clusters
 inline unsigned widest_launch = 0;          // the largest cluster so far
+inline int ptx_version = 90;                // of kernels
 inline long questions = 0;                  // to the driver so far: what a launch can do without
 inline std::set<const void*> non_portable;  // kernels that may have clusters of more than 8 blocks
 }  // namespace cuda_emulation
@@ -88,7 +89,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 }
 template <class Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
-    *attributes = {0, 90};
+    *attributes = {0, cuda_emulation::ptx_version};
     return cudaSuccess;
 }
 template <class Kernel>
@@ -151,6 +152,18 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* count, Kernel* kernel, const cud
     return cudaSuccess;
 }
 
+namespace cuda_emulation {
+
+// A kernel as nvcc compiled it (cuda_compiled/), which takes pointers to its arguments, in the place of its source.
+using Kernel = void (*)(const void* const*);
+inline Kernel (*compiled_kernel)(const void* source) = nullptr;
+
+struct CompiledKernel {
+    CompiledKernel(const char* name, Kernel kernel);
+};
+
+}  // namespace cuda_emulation
+
 // The kernel has run when this returns.
 template <class... Params, class... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args&&... args) {
@@ -172,10 +185,12 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     if (cluster > 1 && !cuda_emulation::can_have_cluster(kernel, cluster)) return cudaErrorInvalidClusterSize;
     if (config->gridDim.x % cluster != 0) return cudaErrorInvalidValue;
     [&](Params... converted) {
-        cuda_emulation::run_launch([&] {
-            cuda_emulation::launch(config->gridDim, config->blockDim, cluster, cooperative,
-                                   [&] { kernel(converted...); });
-        });
+        const void* const arguments[] = {static_cast<const void*>(&converted)..., nullptr};
+        std::function<void()> run = [&] { kernel(converted...); };
+        if (cuda_emulation::compiled_kernel)
+            run = [&, it = cuda_emulation::compiled_kernel(reinterpret_cast<const void*>(kernel))] { it(arguments); };
+        cuda_emulation::run_launch(
+            [&] { cuda_emulation::launch(config->gridDim, config->blockDim, cluster, cooperative, run); });
     }(std::forward<Args>(args)...);
     return std::exchange(cuda_emulation::has_failed, false) ? cudaErrorAssert : cudaSuccess;
 }

@@ -181,6 +181,9 @@ inline const std::uint64_t* exchange(const char* function, unsigned mask, std::u
     return current->received;
 }
 
+// A block that has run to its end is still the current one.
+inline void (*block_ends)() = [] {};
+
 // ---- Launches ------------------------------------------------------------------------------------------------------
 
 constexpr std::size_t kStackSize = 64 * 1024, kPage = 4096;
@@ -311,6 +314,7 @@ inline void launch(dim3 grid, dim3 block_size, unsigned cluster, bool cooperativ
         if (has_failed) break;
         if (next->running > 0) continue;
         if (overlaps && !next->has_waited) die("a block ends that has not waited for the launch before");
+        block_ends();
         current_block = nullptr;  // its shared memory is worth nothing
         if (numbers.empty()) {
             --alive;

@@ -59,6 +59,7 @@ struct Thread {
     ucontext_t context;  // where it begins
     Place place;         // where it goes on
     bool begun = false;
+    bool has_waited = false;  // for the launch before
     uint3 index;
     int number;
     State state;
@@ -82,7 +83,7 @@ struct Block {
     unsigned running = 0;                     // threads that have not finished
     unsigned at_barrier = 0, at_cluster = 0;  // those of them that wait for all of the block, of the cluster
     std::uint64_t period = 0;                 // since its last barrier
-    bool has_waited = false;                  // for the launch before
+    bool has_waited = false;                  // one of its threads, for the launch before
     std::vector<Thread> threads;
     // Side by side, as a turn reads those of all threads that are ready
     std::vector<int> priority;
