@@ -48,7 +48,7 @@ T div_of(T x, T y) {
 }
 template <class T>
 T rem_of(T x, T y) {
-    return y == 0 ? x : T(x - div_of(x, y) * y);
+    return y == 0 ? x : T(u64(x) - u64(div_of(x, y)) * u64(y));
 }
 template <class T>
 T shl_of(T x, u32 places) {

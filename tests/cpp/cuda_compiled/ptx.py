@@ -89,7 +89,7 @@ def read_variable(text: str) -> Variable | None:
 
 def read_module(text: str) -> Module:
     """All of a file."""
-    # As many lines as before, each of one statement's words at most: nvcc writes no more, inline assembler may
+    # Comments go and lines stay, as messages name them.
     text = re.sub(r"//[^\n]*", "", re.sub(r"^\.(version|target|address_size).*$", "", text, flags=re.MULTILINE))
     module = Module()
     depth = 0
