@@ -246,9 +246,13 @@ def _vector(i: Instruction, operand: str) -> list[str]:
     return split(operand.strip("{}")) if i.one_of("v2", "v4") else [operand]
 
 
+def _space(i: Instruction) -> str:
+    return "local" if i.one_of("param", "local") else i.one_of("global", "shared") or "generic"
+
+
 @_for("ld")
 def _load(i: Instruction) -> str:
-    space, registers = i.one_of("global", "shared", "param", "local") or "generic", _vector(i, i.operands[0])
+    space, registers = _space(i), _vector(i, i.operands[0])
     c = TYPES[i.kind][0]
     how = "kBypass" if "cg" in i.words else "kUsual"
     copies = " ".join(i.body.write(register, f"all[{n}]", i.kind) for n, register in enumerate(registers))
@@ -261,7 +265,7 @@ def _store(i: Instruction) -> str:
     if "async" in i.words:
         assert i.words[-2].endswith("::bytes") and i.kind == "b32"
         return f"AT({i.line}) store_async({i.address(0)}, {i.read(1)}, {i.address(2)});"
-    space, values = i.one_of("global", "shared", "param", "local") or "generic", _vector(i, i.operands[1])
+    space, values = _space(i), _vector(i, i.operands[1])
     read = ", ".join(i.body.read(value, i.kind) for value in values)
     return f"AT({i.line}) store_{space}<{TYPES[i.kind][0]}, {len(values)}>({i.address(0)}, {{{read}}});"
 

@@ -103,7 +103,7 @@ void store_shared(u64 at, const Values<T, n>& values) {
     std::memcpy(place, &values, sizeof values);
 }
 
-// Of a thread's own.
+// Of a thread's own: parameters, too.
 template <class T, int n>
 Values<T, n> load_local(u64 at) {
     Values<T, n> found;
@@ -114,15 +114,6 @@ template <class T, int n>
 void store_local(u64 at, const Values<T, n>& values) {
     std::memcpy(reinterpret_cast<void*>(at), &values, sizeof values);
 }
-template <class T, int n>
-Values<T, n> load_param(u64 at) {
-    return load_local<T, n>(at);
-}
-template <class T, int n>
-void store_param(u64 at, const Values<T, n>& values) {
-    store_local<T, n>(at, values);
-}
-
 template <class T, int n>
 Values<T, n> load_generic(u64 at) {
     return is_shared(at) ? load_shared<T, n>(shared_of_address(at)) : load_local<T, n>(at);
