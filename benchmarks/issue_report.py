@@ -47,8 +47,8 @@ from benchmarks.issue_losses import EVALUATION, FULL, NAMES, OTHERS, reason  # n
 
 SOFTMAX = ("register_tile", "register_direct", "softmax_columns")
 REST = (
-    *("multi_reduction", "multi_reduction_rescaled", "multi_reduction_tempered", "softmax_labels"),
-    *("row_statistics", "rescale", "elr", "gjs", "z_error"),
+    *(path.stem for path in sorted(cubins.SOURCES.glob("multi_reduction_*.cu"))),
+    *("softmax_labels", "row_statistics", "rescale", "elr", "gjs", "z_error"),
 )
 BYTES_PER_SECOND = {"H100": 3.0e12, "H200": 4.3e12}  # of a copy, read and write
 SLOTS_PER_SECOND = 132 * 4 * 1.98e9

@@ -1,14 +1,19 @@
-// Multi-reduction losses, but for the bi-tempered one and those of rescaled logits.
-#include "cuda/multi_reduction.cuh"
+// The choice of a multi-reduction loss and of what it leaves for backward.
+#include "cuda/multi_reduction.h"
+
+#include "cuda/launch.cuh"
+#include "cuda/register_plan.h"
+#include "losses/run_as.h"
 
 namespace fused_losses::cuda {
 namespace {
 
-cudaError_t enqueue_multi_reduction(const RowProblem& p, const LossOutput& out, Direction direction,
+cudaError_t enqueue_multi_reduction(const RowProblem& given, const LossOutput& out, Direction direction,
                                     cudaStream_t stream) {
+    RowProblem p = given;
     cudaError_t error = cudaErrorInvalidValue;
-    visit_multi_reduction_loss(
-        p.loss, [&]<class Loss>() { error = enqueue_multi_reduction_of<Loss>(p, out, direction, stream); });
+    visit_multi_reduction_as_run(
+        p.loss, p.params, [&]<class Loss>() { error = enqueue_multi_reduction_of<Loss>(p, out, direction, stream); });
     return error;
 }
 
@@ -21,12 +26,8 @@ cudaError_t enqueue_multi_reduction_forward(const RowProblem& p, const LossOutpu
 std::int64_t words_of_bits(const RowProblem& given) {
     RowProblem p = given;
     bool suffice = false;
-    visit_multi_reduction_loss(p.loss, [&]<class Loss>() {
-        if constexpr (kHasBits<Loss>) {
-            RunAs<Loss>::convert(p.params);
-            using Run = typename RunAs<Loss>::type;
-            suffice = Run::bits_suffice(p.params) && has_one_param_a_row<Run>(p);
-        }
+    visit_multi_reduction_as_run(p.loss, p.params, [&]<class Loss>() {
+        if constexpr (kHasBits<Loss>) suffice = Loss::bits_suffice(p.params) && has_one_param_a_row<Loss>(p);
     });
     if (!suffice || backward_recomputes(p)) return 0;
     int multiprocessors = 0;

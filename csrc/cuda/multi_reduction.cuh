@@ -5,8 +5,9 @@
 #pragma once
 
 #include "cuda/kept_rows.cuh"
+#include "cuda/multi_reduction.h"
 #include "cuda/register_multi_reduction.cuh"
-#include "losses/run_as.h"
+#include "losses/registry.h"
 
 namespace fused_losses::cuda {
 
@@ -191,21 +192,9 @@ cudaError_t enqueue_any_rows(PlannedArgs<A>& args, cudaStream_t stream) {
     return launch_rows_resident(&multi_reduction_of_rows<Loss, A, false>, args, stream);
 }
 
-// Whether the first parameter is the same for all classes of a row.
 template <class Loss>
-bool has_one_param_a_row(const RowProblem& p) {
-    if (!p.first_param) return true;
-    if constexpr (requires { Loss::is_competitors_margin(p.params); })
-        return p.first_param_stride == 0 || !Loss::is_competitors_margin(p.params);
-    return false;
-}
-
-template <class Given>
-cudaError_t enqueue_multi_reduction_of(const RowProblem& given, const LossOutput& out, Direction direction,
+cudaError_t enqueue_multi_reduction_of(const RowProblem& p, const LossOutput& out, Direction direction,
                                        cudaStream_t stream) {
-    using Loss = typename RunAs<Given>::type;
-    RowProblem p = given;
-    RunAs<Given>::convert(p.params);
     if (p.dtype == Dtype::kFloat64) {
         PlannedArgs<double> args(p, out);
         args.take_direction(direction);
@@ -226,11 +215,5 @@ cudaError_t enqueue_multi_reduction_of(const RowProblem& given, const LossOutput
     const bool is_done = error != kDoesNotFit || (p.bits && direction == Direction::kForward);
     return is_done ? error : enqueue_any_rows<Loss>(args, stream);
 }
-
-// In files that are compiled at the same time as the others.
-extern template cudaError_t enqueue_multi_reduction_of<BiTempered>(const RowProblem&, const LossOutput&, Direction,
-                                                                   cudaStream_t);
-extern template cudaError_t enqueue_multi_reduction_of<Rescaled>(const RowProblem&, const LossOutput&, Direction,
-                                                                 cudaStream_t);
 
 }  // namespace fused_losses::cuda

@@ -68,5 +68,14 @@ struct RunAs<MultiMargin> {
     static void convert(double* params) { params[4] = 0; }
 };
 
+// Calls body.operator()<Loss>() with what runs in place of the multi-reduction loss; params become those of Loss.
+template <class Body>
+void visit_multi_reduction_as_run(int loss, double* params, Body body) {
+    visit_multi_reduction_loss(loss, [&]<class Given>() {
+        RunAs<Given>::convert(params);
+        body.template operator()<typename RunAs<Given>::type>();
+    });
+}
+
 }  // namespace FL_ISA
 }  // namespace fused_losses
