@@ -40,9 +40,8 @@ void forward_of_tiles(const RowProblem& p, const Tiling& tiling, std::int64_t be
 template <class Kernel>
 void gradient_of_tiles(const RowProblem& p, const Tiling& tiling, std::int64_t begin, std::int64_t end) {
     Kernel kernel(p, tiling.tile_rows);
-    for_tiles(p, tiling, begin, end, [&](std::int64_t outer, std::int64_t first, int n, std::int64_t) {
-        kernel.backward(outer, first, n);
-    });
+    for_tiles(p, tiling, begin, end,
+              [&](std::int64_t outer, std::int64_t first, int n, std::int64_t) { kernel.backward(outer, first, n); });
 }
 
 }  // namespace FL_ISA

@@ -3,6 +3,7 @@
 
 namespace fused_losses::cuda {
 
-template cudaError_t enqueue_multi_reduction_of<Rescaled>(const RowProblem&, const LossOutput&, Direction, cudaStream_t);
+template cudaError_t enqueue_multi_reduction_of<Rescaled>(const RowProblem&, const LossOutput&, Direction,
+                                                          cudaStream_t);
 
 }  // namespace fused_losses::cuda
