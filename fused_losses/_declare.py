@@ -48,7 +48,8 @@ _OPTIONS_DOC = """
 
 _PROBABILITIES_DOC = """ Or class probabilities u, of the shape of ``logits`` and
             floating point, as Mixup and CutMix make them: the loss of a row is then
-            ``sum_k u_k weight[k] loss(logits, k)``, the mean is over rows, and ``logit_bias`` must be 0."""
+            ``sum_k u_k weight[k] loss(logits, k)``, the mean is over rows (divided by the sum of
+            ``sample_weight``, if given), and ``logit_bias`` must be 0."""
 
 _MODULE_DOC = """{summary}
 

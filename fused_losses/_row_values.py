@@ -126,7 +126,8 @@ def _check_inputs(loss: nn.Module, rows: Callable[..., RowValues], *inputs: Any,
     try:
         inspect.signature(rows).bind(*inputs, **options)
     except TypeError as error:
-        raise TypeError(f"{type(loss).__name__} inside a wrapper: {error}") from None
+        hint = "; for row statistics call fused_losses.row_statistics" if "return_row_stats" in options else ""
+        raise TypeError(f"{type(loss).__name__} inside a wrapper: {error}{hint}") from None
 
 
 def _registered(loss: RowLossModule, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> RowValues:

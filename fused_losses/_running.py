@@ -66,6 +66,7 @@ class RunningMoments(HasProcessGroup):
 
     running_moments: Tensor
     _precise: tuple[str, ...] = ("running_moments",)
+    _groups: tuple[str, int] = ("classes", 1)  # what users count, and how many groups each has
 
     def __init__(
         self, *, running: bool, momentum: float, process_group: dist.ProcessGroup | None, num_groups: int | None
@@ -122,7 +123,8 @@ class RunningMoments(HasProcessGroup):
         known = self._tensor("running_moments").shape[1] if self.running else self.num_groups
         if known and known != num_groups:
             what = "running statistics are those" if self.running else "the loss was made for statistics"
-            raise ValueError(f"{what} of {known} classes, got a batch with {num_groups}")
+            called, share = self._groups
+            raise ValueError(f"{what} of {known // share} {called}, got a batch with {num_groups // share}")
         if not self.running:
             return Source(group=self.process_group)
         if self.training:

@@ -44,7 +44,8 @@ def cross_entropy(
     For clean labels, and as the baseline for noisy ones: it is not bounded, so trained to the end it learns wrong
     labels. For class indices y, with ``s = label_smoothing`` and ``w = weight``, a row's loss is ``(1 - s) w_y (-log
     p_y) + (s / C) sum_j w_j (-log p_j)``, and the mean divides by the sum of ``w_y``. For class probabilities q it is
-    ``sum_j w_j ((1 - s) q_j + s / C) (-log p_j)``, and the mean is over rows.
+    ``sum_j w_j ((1 - s) q_j + s / C) (-log p_j)``, and the mean is over rows (divided by the sum of ``sample_weight``,
+    if given).
 
     Args:
         input: logits ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``, any strides; float64, float32, float16 or bfloat16. A

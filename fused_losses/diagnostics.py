@@ -329,6 +329,10 @@ class OutlierTracker:
 
 def _rows(name: str, values: Numbers, shape: torch.Size | None) -> Tensor:
     """An argument of ``update`` as a tensor of its kind (index, mask, or numbers) and of the given shape."""
+    if hasattr(values, "log_prob"):
+        raise TypeError(
+            f"{name} must be a tensor, an array or a list; give a {type(values).__name__} as row_statistics="
+        )
     tensor = as_tensor(name, values)
     if tensor.numel() == 0 and not isinstance(values, (Tensor, np.ndarray)):
         tensor = tensor.to({"index": torch.int64, "mask": torch.bool}.get(name, torch.float64))
@@ -337,7 +341,7 @@ def _rows(name: str, values: Numbers, shape: torch.Size | None) -> Tensor:
     if name == "index" and not is_integer_tensor(tensor):
         raise TypeError(f"index must hold integers, got {tensor.dtype}")
     if name == "mask" and tensor.dtype != torch.bool:
-        raise TypeError(f"mask must be a bool tensor (True = kept), got {tensor.dtype}")
+        raise TypeError(f"mask must be a bool tensor (True = kept; other numbers by keyword), got {tensor.dtype}")
     if name not in ("index", "mask") and not tensor.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
     if shape is not None and tensor.shape != shape:

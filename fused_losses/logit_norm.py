@@ -282,8 +282,9 @@ class LogitNorm(_LogitWrapper):
         **options: those of the Module of ``loss``, where ``loss`` is a name or a function.
 
     Returns:
-        Called with ``(logits, target, ...)``: what the loss returns. Logits are ``(C,)``, ``(N, C)`` or ``(N, C, d1,
-        ...)`` in any floating dtype; the normalised ones are float32, or float64.
+        Called with ``(logits, target, ...)``: what the loss returns; row statistics are those of the rescaled logits.
+        Logits are ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)`` in any floating dtype; the normalised ones are float32,
+        or float64.
 
     Raises:
         TypeError: there is no such loss, ``t`` is no number, or logits are a DTensor.
@@ -338,8 +339,9 @@ class LogitClip(_LogitWrapper):
         **options: those of the Module of ``loss``, where ``loss`` is a name or a function.
 
     Returns:
-        Called with ``(logits, target, ...)``: what the loss returns. Logits are ``(C,)``, ``(N, C)`` or ``(N, C, d1,
-        ...)`` in any floating dtype; the clipped ones are float32, or float64.
+        Called with ``(logits, target, ...)``: what the loss returns; row statistics are those of the rescaled logits.
+        Logits are ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)`` in any floating dtype; the clipped ones are float32,
+        or float64.
 
     Raises:
         TypeError: there is no such loss, ``tau`` is no number, or logits are a DTensor.

@@ -178,6 +178,8 @@ class ZErrorBCEWithLogitsLoss(ZErrorModule):
 
     pos_weight: Tensor | None
 
+    _groups = ("tasks", 2)
+
     def __init__(
         self,
         threshold: Threshold = 2.0,

@@ -152,6 +152,8 @@ class ZMSELoss(ZErrorModule):
         tensor(1.)
     """
 
+    _groups = ("tasks", 1)
+
     def __init__(
         self,
         threshold: float | Tensor = 2.0,

@@ -310,6 +310,7 @@ ONE, KEPT = torch.tensor([1]), torch.tensor([True])
         (lambda t: t.update(["a"], KEPT), TypeError, "index must be a tensor, an array or a list of numbers, got list"),
         (lambda t: t.update([0, 4], [True, True]), IndexError, r"index must be in \[0, 4\), got 4"),
         (lambda t: t.update([0], [1]), TypeError, "mask must be a bool tensor .*, got torch.int64"),
+        (lambda t: t.update(ONE, fl.row_statistics(torch.zeros(1, 2), ONE)), TypeError, "mask .* as row_statistics="),
         (lambda t: t.update(ONE), TypeError, r"update\(\) needs a mask, a score or a probability"),
         (lambda t: t.update(ONE, prob=[[0.5]]), ValueError, r"prob must have the shape \(1,\) of index, got \(1, 1\)"),
         (lambda t: t.update(ONE, prob=[1.5]), ValueError, "prob must be between 0 and 1, got 1.5"),

@@ -94,6 +94,9 @@ def test_running_statistics_in_eval_and_state_dict(device):
     assert fresh(logits, target) == fl.ZErrorCrossEntropyLoss()(logits, target)  # judged by the batch itself
     with pytest.raises(ValueError, match="running statistics are those of 4 classes, got a batch with 3"):
         module.train()(logits[:, :3], target.clamp(max=2))
+    for of_tasks in (fl.ZErrorBCEWithLogitsLoss(running=True, num_tasks=4), fl.ZMSELoss(per_task=True, num_tasks=4)):
+        with pytest.raises(ValueError, match="of 4 tasks, got a batch with 3"):
+            of_tasks(logits[:, :3].float().cpu(), torch.ones(len(logits), 3))
     with pytest.raises(AttributeError, match="running_statistics"):
         _ = fl.ZMSELoss().running_statistics
 
