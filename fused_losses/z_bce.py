@@ -177,7 +177,6 @@ class ZErrorBCEWithLogitsLoss(ZErrorModule):
     """
 
     pos_weight: Tensor | None
-
     _groups = ("tasks", 2)
 
     def __init__(
