@@ -21,7 +21,7 @@ def as_tensor(name: str, values: Any) -> Tensor:
     """
     if isinstance(values, Tensor) and not values.is_complex():
         return values.detach()
-    kind = type(values).__name__
+    kind = f"a tensor of {values.dtype}" if isinstance(values, Tensor) else type(values).__name__
     try:
         if isinstance(values, Tensor):
             raise TypeError

@@ -213,10 +213,11 @@ class RowLossModule(Criterion):
             value = getattr(self, name)
             if isinstance(value, Tensor) or value != default:
                 shown[name] = value
-        return ", ".join(f"{name}={_shown(value)}" for name, value in shown.items())
+        return ", ".join(f"{name}={shown_value(value)}" for name, value in shown.items())
 
 
-def _shown(value: Any) -> str:
+def shown_value(value: Any) -> str:
+    """A value for ``repr``, a tensor by its size."""
     if not isinstance(value, Tensor):
         return repr(value)
     return f"Tensor[{value.numel()}]" if value.dim() else repr(value.item())

@@ -126,9 +126,9 @@ class Range:
         if is_endless or not self.defined(value):
             raise ValueError(f"{name} must {self.rule}, got {value}")
         if not self.holds(value):
-            raise ValueError(
-                f"{name} must be between {self.low} and {self.high}, where float32 can compute it, got {value}"
-            )
+            bounds = f"at most {self.high}" if self.low == -math.inf else f"between {self.low} and {self.high}"
+            zero = "0 or " if self.low > 0.0 and self.defined(0.0) else ""
+            raise ValueError(f"{name} must be {zero}{bounds}, where float32 can compute it, got {value}")
         return value  # type: ignore[return-value]  # symbolic while tracing
 
     def unpack(self, number: Any) -> Any:

@@ -27,6 +27,11 @@ class Source(NamedTuple):
     update: Callable[[Tensor], Tensor] | None = None
 
     @property
+    def needs_checks(self) -> bool:
+        """Whether arguments must be checked before :meth:`moments`: other ranks wait there, or the batch is learnt."""
+        return self.group is not None or self.update is not None
+
+    @property
     def wants_batch(self) -> bool:
         """Whether :meth:`moments` looks at those of the batch."""
         return self.given is None and not (self.group is None and self.update is None)
@@ -82,10 +87,10 @@ class RunningMoments(HasProcessGroup):
 
     @property
     def running_statistics(self) -> ClassStatistics:
-        """The running statistics of each class. Counts fade with the batches and are no integers."""
+        """The running statistics of each class as they are now. Counts fade with the batches and are no integers."""
         if not self.running:
             raise AttributeError(f"{type(self).__name__} has running_statistics only with running=True")
-        return ClassStatistics.from_moments(self.running_moments)
+        return ClassStatistics.from_moments(self.running_moments.clone())
 
     def _update(self, batch: Tensor) -> Tensor:
         """Merges a batch's moments into the running ones, whose counts are first multiplied by ``1 - momentum``.
@@ -128,6 +133,7 @@ class RunningMoments(HasProcessGroup):
         if not self.running:
             return Source(group=self.process_group)
         if self.training:
+            closed_fraction.pack("momentum", self.momentum)  # it may have been assigned
             return Source(group=self.process_group, update=self._update)
         return Source(update=self._or_batch) if known else Source()
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -28,6 +29,7 @@ from fused_losses._agreement import Exchange
 from fused_losses._arguments import RowLossArguments, ZErrorLossArguments, ZErrorRule, check_reduction
 from fused_losses._autograd import row_loss
 from fused_losses._checks import FLOATING, check_tensors
+from fused_losses._common import shown_value
 from fused_losses._parameters import check_choice, check_entries, positive, positive_integer, python_number
 from fused_losses._plain import reads_values
 from fused_losses._reference import row_loss_reference
@@ -109,15 +111,41 @@ def check_threshold(threshold: Threshold) -> None:
         positive.pack("threshold", threshold)
 
 
-def pack_threshold(threshold: Threshold, shape: tuple[int, ...] = ()) -> tuple[list[float], Tensor | None]:
-    """The operators' ``threshold`` and ``threshold_tensor``, which may have that shape if it has two dimensions."""
+class Groups(NamedTuple):
+    """What thresholds are for: classes, or tasks with so many labels each."""
+
+    unit: str
+    number: int
+    labels: int = 1
+
+    def check_threshold(self, threshold: Threshold) -> None:
+        """Raises unless there is one for all, for each label, or for each label of each task (for each class)."""
+        pair = self.labels == 2
+        if isinstance(threshold, (tuple, list)):
+            if len(threshold) != 1 and not (pair and len(threshold) == 2):
+                rule = f"one number{' or two, for labels 0 and 1,' * pair} or a tensor with one per {self.unit}"
+                raise ValueError(f"threshold must be {rule}, got a list of {len(threshold)}")
+        elif isinstance(threshold, Tensor):
+            shape = (self.number, self.labels)
+            if threshold.dim() > 1 and (self.unit == "class" or threshold.shape != shape):
+                may_be = (
+                    "have at most one dimension" if self.unit == "class" else f"have one dimension or shape {shape}"
+                )
+                raise ValueError(f"threshold must {may_be}, got shape {tuple(threshold.shape)}")
+            if threshold.numel() not in {1, self.labels, self.number * self.labels}:
+                per = "label or per task and label" if pair else self.unit
+                rule = f"0-dim or hold one number per {per} ({self.number * self.labels})"
+                raise ValueError(f"threshold must be {rule}, got shape {list(threshold.shape)}")
+
+
+def pack_threshold(threshold: Threshold, groups: Groups | None = None) -> tuple[list[float], Tensor | None]:
+    """The operators' ``threshold`` and ``threshold_tensor``."""
     if threshold.__class__ is float and positive.holds(threshold):  # nearly always
         return [threshold], None
     check_threshold(threshold)
+    if groups is not None:
+        groups.check_threshold(threshold)
     if isinstance(threshold, Tensor):
-        if threshold.dim() > 1 and threshold.shape != shape:
-            rule = f"be a number, have one dimension or shape {shape}" if shape else "have at most one dimension"
-            raise ValueError(f"threshold must {rule}, got shape {tuple(threshold.shape)}")
         return [], threshold.detach().reshape(-1) if threshold.dim() > 1 else threshold.detach()
     given = threshold if isinstance(threshold, (tuple, list)) else [threshold]
     return [python_number(number) for number in given], None
@@ -163,7 +191,9 @@ def masked_loss(
     weights = None if weights is None else _tasks_last(weights, per_task)
     tasks = input.shape[-1] if input.dim() > 1 else 1
     groups = labels * tasks
-    numbers, tensor = pack_threshold(threshold, (tasks, labels))
+    numbers, tensor = pack_threshold(threshold, Groups("task", tasks, labels))
+    if source.needs_checks:
+        _check_weights(input, weights, pos_weight, tasks)
     constant_input, constant_target = input.detach(), target.detach()
     moments = source.moments(
         groups, lambda: ops.class_moments(constant_input, constant_target, groups, statistic, -100)
@@ -179,6 +209,20 @@ def masked_loss(
     if not return_mask:
         return loss
     return ZErrorResult(loss, _tasks_back(mask, per_task), _tasks_back(scores, per_task))
+
+
+def _check_weights(input: Tensor, sample_weight: Tensor | None, pos_weight: Tensor | None, tasks: int) -> None:
+    """Raises where the operator would, after statistics have learnt from the batch."""
+    for name, weight in (("sample_weight", sample_weight), ("pos_weight", pos_weight)):
+        if weight is None:
+            continue
+        if weight.dtype not in FLOATING:
+            raise RuntimeError(f"{name} must be float64, float32, float16 or bfloat16, got {weight.dtype}")
+        if weight.device != input.device:
+            raise RuntimeError(f"{name} must be on the device of input ({input.device}), got {weight.device}")
+    if pos_weight is not None and (pos_weight.dim() > 1 or pos_weight.numel() not in (1, tasks)):
+        shape = list(pos_weight.shape)
+        raise ValueError(f"pos_weight must hold one number or one per task ({tasks}), got shape {shape}")
 
 
 def _tasks_last(rows: Tensor, per_task: bool) -> Tensor:
@@ -227,8 +271,14 @@ class ZErrorModule(RunningMoments):
     ) -> None:
         super().__init__(running=running, momentum=momentum, process_group=process_group, num_groups=num_groups)
         check_threshold(threshold)
+        units, labels = self._groups
+        if isinstance(threshold, (tuple, list)) and labels == 1:
+            threshold = torch.tensor(threshold, dtype=torch.float64)  # one per class or task
         if isinstance(threshold, Tensor):  # on a GPU, too: once
             check_entries("threshold", threshold, positive)
+        if num_groups is not None or not isinstance(threshold, Tensor):
+            unit = "class" if units == "classes" else "task"
+            Groups(unit, (num_groups or labels) // labels, labels).check_threshold(threshold)
         check_reduction(reduction)
         self._keep("threshold", threshold)
         self.reduction = reduction
@@ -240,17 +290,20 @@ class ZErrorModule(RunningMoments):
         return Source(group=self.process_group).exchanges(reduction or self.reduction)
 
     def _shown(self) -> dict[str, Any]:
-        """Options for ``repr``; those at their defaults are left out."""
-        threshold: Any = self.threshold
-        if isinstance(threshold, Tensor):
-            threshold = threshold.item() if threshold.numel() == 1 else f"Tensor{list(threshold.shape)}"
-        shown: dict[str, Any] = {"threshold": threshold}
-        if self.reduction != "mean":
-            shown["reduction"] = self.reduction
+        """Options for ``repr``: the threshold, and what differs from the defaults."""
+        shown: dict[str, Any] = {"threshold": self.threshold, **self._unusual(reduction="mean")}
         if self.running:
             shown |= {"running": True, "momentum": self.momentum}
+        units, labels = self._groups
+        if self.num_groups is not None:
+            shown[f"num_{units}"] = self.num_groups // labels
         return shown
 
+    def _unusual(self, **defaults: Any) -> dict[str, Any]:
+        """The attributes of these names that have other values."""
+        values = {name: getattr(self, name) for name in defaults}
+        return {name: x for name, x in values.items() if isinstance(x, Tensor) or x != defaults[name]}
+
     def extra_repr(self) -> str:
-        """The threshold and the options that differ from their defaults."""
-        return ", ".join(f"{name}={value!r}" for name, value in self._shown().items())
+        """The threshold, what rows are judged by, and the options that differ from their defaults."""
+        return ", ".join(f"{name}={shown_value(value)}" for name, value in self._shown().items())

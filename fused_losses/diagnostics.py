@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import enum
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -209,8 +210,10 @@ class OutlierTracker:
         Args:
             by: ``"probability"``, ``"score"``, or ``"auto"``: probabilities if :meth:`update` was given any, else
                 scores.
-            suspicious: which mean scores come first: ``"low"`` (z of logits and probabilities) or ``"high"`` (losses,
-                and z of losses). It has no effect on probabilities.
+            suspicious: which mean scores come first: ``"low"`` (z of logits and probabilities of class labels),
+                ``"high"`` (losses, and z of losses) or ``"both"``, those far from 0 (z of targets and residuals). It
+                has no effect on probabilities. z of yes/no labels is suspicious where it is low for yes and high for
+                no: give probabilities, or ``torch.where(target > 0.5, z, -z)``.
             min_seen: samples with fewer such numbers are left out, at least 1.
 
         Returns:
@@ -221,15 +224,17 @@ class OutlierTracker:
             ValueError: an option is unknown or out of range.
         """
         check_choice("by", by, ("auto", "probability", "score"))
-        check_choice("suspicious", suspicious, ("low", "high"))
+        check_choice("suspicious", suspicious, ("low", "high", "both"))
         min_seen = check_index("min_seen", min_seen, 1)
         if by == "auto":
             by = "probability" if bool(self._counts[:, _Count.WITH_PROB].any()) else "score"
         count = self._counts[:, _Count.WITH_PROB if by == "probability" else _Count.SCORED]
         mean = self.mean_probability() if by == "probability" else self.mean_score()
         candidates = torch.nonzero(count >= min_seen).flatten()
-        descending = by == "score" and suspicious == "high"
-        return candidates[torch.argsort(mean[candidates], descending=descending, stable=True)]
+        means = mean[candidates]
+        if by == "score" and suspicious != "low":
+            means = -means if suspicious == "high" else -means.abs()
+        return candidates[torch.argsort(means, stable=True)]
 
     def to_csv(self, path: str | Path) -> None:
         """Writes a table with one line per sample, in the order of the data set.
@@ -309,12 +314,17 @@ class OutlierTracker:
         """Restores what :meth:`state_dict` gave.
 
         Raises:
+            TypeError: it is no dictionary of tensors.
             ValueError: keys are missing or unknown, or it is for a data set of another size.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a dictionary, got {type(state_dict).__name__}")
         own: dict[str, Tensor] = {"counts": self._counts, "sums": self._sums}
         if state_dict.keys() != own.keys():
             raise ValueError(f"state_dict must have the keys {sorted(own)}, got {sorted(state_dict)}")
         for name, tensor in own.items():
+            if not isinstance(state_dict[name], Tensor):
+                raise TypeError(f"state_dict must hold tensors, got {name} of type {type(state_dict[name]).__name__}")
             if state_dict[name].shape != tensor.shape:
                 raise ValueError(
                     f"state_dict must be for num_samples={self.num_samples}, got {name} of shape "

@@ -104,7 +104,8 @@ def _margin_value(rows: Rows, margin: Tensor, rule: MarginRule) -> Tensor:
     value = value_of(total, counted.to(logits.dtype).sum(dim), rows.num_classes, rule)
     spoiled = are_spoiled(logits, margin, dim)
     spoil = spoiled.unsqueeze(dim)
-    nothing = torch.where(spoil, logits, 0.0) * torch.where(spoil, math.nan, 1.0)  # NaN in their derivative alone
+    factor = torch.where(spoil, math.nan, 1.0).to(logits.dtype)  # two numbers alone would make it of the default dtype
+    nothing = torch.where(spoil, logits, 0.0) * factor  # NaN in the derivative of such rows alone
     return torch.where(spoiled, nothing.sum(dim), value)
 
 

@@ -150,13 +150,15 @@ class NNFLLoss(RowLossModule, stem="nnfl"):
     """Module form of :func:`nnfl_loss`."""
 
     gamma: float
-    detach: bool
     min_prob: float
+    detach: bool
 
     def __init__(
-        self, gamma: float = 0.5, detach: bool = True, min_prob: float = 1e-7, **options: Unpack[RowLossOptions]
+        self, gamma: float = 0.5, min_prob: float = 1e-7, detach: bool = True, **options: Unpack[RowLossOptions]
     ) -> None:
-        super().__init__({"gamma": gamma, "detach": detach, "min_prob": min_prob}, **options)
+        super().__init__(
+            {"gamma": gamma, "detach": detach, "min_prob": min_prob}, **options
+        )  # as the operator has them
 
 
 @loss_of_row(

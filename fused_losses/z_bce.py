@@ -48,6 +48,8 @@ def _z_bce(
     if pair and target.dim() == 1 and logits.dim() == 2 and logits.shape[1] == 1:
         target = target.unsqueeze(1)
     check_pair("logits", logits, target)
+    if logits.dim() == 0:
+        raise ValueError("logits must have shape (N,), (N, T) or (N, T, d1, ...), got a scalar")
     rest: dict[str, Any] = {"per_task": True, "labels": 2, "tail": tail, "min_count": min_count}
     return masked_loss(ops, source, logits, target, word, keep_small=keep_small, **rest, **options)
 
@@ -231,4 +233,5 @@ class ZErrorBCEWithLogitsLoss(ZErrorModule):
             )
 
     def _shown(self) -> dict[str, Any]:
-        return {**super()._shown(), "space": self.space, "sided": self.sided}
+        judge = {"space": self.space, "sided": self.sided}
+        return {**super()._shown(), **judge, **self._unusual(min_count=2, small_class="keep", pos_weight=None)}

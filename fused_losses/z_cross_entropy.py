@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -22,17 +21,17 @@ from fused_losses._ops import (
     pack_z_error_constants,
     z_error_kept_target,
 )
-from fused_losses._parameters import check_choice, integer
+from fused_losses._parameters import check_choice, closed_fraction, integer
 from fused_losses._running import Source, source_of
 from fused_losses._z_error import (
     FUSED,
+    Groups,
     Threshold,
     ZErrorModule,
     ZErrorResult,
     ZOps,
     check_count,
     check_small_class,
-    check_threshold,
     choose,
     fused_and_plain,
     pack_threshold,
@@ -96,8 +95,8 @@ def _z_cross_entropy(
     check_reduction(reduction)
     check_tensors(logits=logits, target=target)
     entry, keywords = resolve_base(base, weight=weight, ignore_index=ignore_index, logit_bias=logit_bias)
-    numbers, tensor = pack_threshold(threshold)
     num_classes = logits.shape[class_dim(logits)] if logits.dim() else 1
+    numbers, tensor = pack_threshold(threshold, Groups("class", num_classes))
     source = source_of_classes(num_classes)
     mean_over_ranks = source.group is not None and reduction == "mean"
     arguments = entry.arguments(
@@ -105,7 +104,7 @@ def _z_cross_entropy(
     )
     given = {"weight": arguments.weight, "sample_weight": arguments.sample_weight}
     check_tensors(**{name: tensor for name, tensor in given.items() if tensor is not None})
-    if source.group is not None:  # while other ranks can still be told
+    if source.needs_checks:
         check_row_loss(arguments)
         check_targets(target, arguments.ignore_index, num_classes)
     judged = class_score(ops.row_loss, statistic, arguments) if source.wants_batch else None
@@ -280,9 +279,6 @@ class ZErrorCrossEntropyLoss(ZErrorModule):
         process_group: dist.ProcessGroup | None = None,
         num_classes: int | None = None,
     ) -> None:
-        if isinstance(threshold, (tuple, list)):
-            check_threshold(threshold)
-            threshold = torch.tensor(threshold, dtype=torch.float64)
         super().__init__(
             threshold,
             reduction=reduction,
@@ -332,7 +328,8 @@ class ZErrorCrossEntropyLoss(ZErrorModule):
             return ()
         entry, _ = resolve_base(base)
         if statistic != "loss" or entry.name == "cross_entropy":  # other losses take an operator of their own
-            rule = (numbers[0], statistic, tail, min_count, keep_small, ignore_index, float(self.momentum))
+            momentum = closed_fraction.pack("momentum", self.momentum)
+            rule = (numbers[0], statistic, tail, min_count, keep_small, ignore_index, float(momentum))
             self._constants = rule, pack_constants((entry.name, entry.pack({}), 0.0, ignore_index, reduction))
         return self._constants
 
@@ -340,6 +337,8 @@ class ZErrorCrossEntropyLoss(ZErrorModule):
         """The loss of a small call; None where another way must take it."""
         constants = self._make_constants() if self._constants is None else self._constants
         if not constants or logits.dim() != 2 or self._tensor("weight") is not None:
+            return None
+        if target.shape != logits.shape[:1] or not logits.is_floating_point():  # for the error of the other way
             return None
         running, classes = None, logits.shape[1]
         if self.running:
@@ -391,4 +390,6 @@ class ZErrorCrossEntropyLoss(ZErrorModule):
 
     def _shown(self) -> dict[str, Any]:
         base = self.base if isinstance(self.base, str) else type(self.base).__name__
-        return {**super()._shown(), "statistic": self.statistic, "base": base, "sided": self.sided}
+        judge = {"statistic": self.statistic, "base": base, "sided": self.sided}
+        options = self._unusual(min_count=2, small_class="keep", weight=None, ignore_index=-100, logit_bias=0.0)
+        return {**super()._shown(), **judge, **options}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from fused_losses._checks import is_integer_tensor
 from fused_losses._running import Source, source_of
 from fused_losses._z_error import (
     FUSED,
+    Threshold,
     ZErrorModule,
     ZErrorResult,
     ZOps,
@@ -34,6 +36,8 @@ def _z_mse(
 ) -> Tensor | ZErrorResult:
     word = choose("statistic", statistic, _STATISTICS)
     check_pair("input", input, target)
+    if target.dtype == torch.bool:
+        raise RuntimeError("target must be floating point or integers, got torch.bool")
     if is_integer_tensor(target):  # counts, which nn.MSELoss takes, too
         target = target.to(acc_dtype(input))
     # One row says nothing about itself: it is kept.
@@ -64,7 +68,7 @@ def _z_mse_loss(ops: ZOps) -> Callable[..., Any]:
 
         Args:
             input: predictions of any shape and strides; float64, float32, float16 or bfloat16.
-            target: the same shape; floating point or integers.
+            target: the same shape; floating point or integers. NaN is a missing label, and its row is dropped.
             threshold: in standard deviations, > 0: a number or a 0-dim tensor. 2 is the paper's value; it can drop
                 nothing from fewer than six rows.
             statistic: s: ``"target"`` as the paper's code (finds targets out of range, whatever the model says),
@@ -129,7 +133,7 @@ class ZMSELoss(ZErrorModule):
     batches.
 
     Args:
-        threshold: as for the function; a tensor becomes a buffer.
+        threshold: as for the function; a tensor becomes a buffer, and one number per task may also be a list.
         statistic, per_task, reduction, process_group: as for the function.
         running: True: use statistics over batches, which are in ``state_dict``. A batch is added before it is used. In
             eval mode they stay as they are; before any training batch, an eval call uses its own batch.
@@ -156,7 +160,7 @@ class ZMSELoss(ZErrorModule):
 
     def __init__(
         self,
-        threshold: float | Tensor = 2.0,
+        threshold: Threshold = 2.0,
         statistic: str = "target",
         *,
         per_task: bool = False,
@@ -199,4 +203,7 @@ class ZMSELoss(ZErrorModule):
             )
 
     def _shown(self) -> dict[str, Any]:
-        return {**super()._shown(), "statistic": self.statistic}
+        shown = {**super()._shown(), "statistic": self.statistic, **self._unusual(per_task=False)}
+        if not self.per_task:
+            del shown["num_tasks"]  # it can be 1 only
+        return shown

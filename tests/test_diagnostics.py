@@ -324,7 +324,7 @@ ONE, KEPT = torch.tensor([1]), torch.tensor([True])
         ),
         (lambda t: t.update(ONE, row_statistics=ONE), TypeError, "row_statistics must have log_prob, got Tensor"),
         (lambda t: t.rank(by="loss"), ValueError, "by must be 'auto', 'probability' or 'score', got 'loss'"),
-        (lambda t: t.rank(suspicious="both"), ValueError, "suspicious must be 'low' or 'high', got 'both'"),
+        (lambda t: t.rank(suspicious="far"), ValueError, "suspicious must be 'low', 'high' or 'both', got 'far'"),
         (lambda t: t.rank(min_seen=0), ValueError, "min_seen must be at least 1, got 0"),
         (lambda t: t.flagged(1.5), ValueError, "min_rate must be between 0 and 1, got 1.5"),
         (lambda t: t.flagged(math.nan), ValueError, "min_rate must be between 0 and 1, got nan"),
@@ -338,3 +338,34 @@ def test_bad_input(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call(tracker)
     assert int(tracker.times_seen.sum()) == 0, "a rejected batch leaves no trace"
+
+
+def test_scores_that_are_suspicious_on_either_side():
+    target = torch.randn(500, generator=torch.Generator().manual_seed(0))
+    target[:10] += 30
+    target[10:20] -= 30
+    _, kept, scores = fl.ZMSELoss()(torch.zeros(500), target, return_mask=True)
+    tracker = fl.OutlierTracker(500)
+    tracker.update(torch.arange(500), kept, scores)
+    assert set(tracker.rank(suspicious="both")[:20].tolist()) == set(range(20))
+
+
+def test_scores_of_yes_no_labels_turned_as_rank_wants_them():
+    logits = torch.randn(400, generator=torch.Generator().manual_seed(0))
+    logits[:200] += 5
+    logits[200:] -= 5
+    answers = torch.arange(400) < 200
+    answers[:10], answers[-10:] = False, True
+    criterion = fl.ZErrorBCEWithLogitsLoss(sided="lower")
+    _, kept, z = criterion(logits, answers.float(), return_mask=True)
+    tracker = fl.OutlierTracker(400)
+    tracker.update(torch.arange(400), kept, torch.where(answers, z, -z))
+    wrong = {*range(10), *range(390, 400)}
+    assert len(wrong & set(tracker.rank()[:20].tolist())) >= 18  # some right answers look as bad
+    assert wrong <= set(tracker.flagged(0.5).tolist())
+
+
+@pytest.mark.parametrize("state", [None, [1], {"counts": None, "sums": None}])
+def test_a_state_that_is_none(state):
+    with pytest.raises(TypeError, match=r"state_dict must (be a dictionary|hold tensors), got"):
+        fl.OutlierTracker(3).load_state_dict(state)

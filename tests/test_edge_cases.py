@@ -332,3 +332,19 @@ def test_float16_gradient_of_a_large_batch_survives_loss_scaling(name, device):
     assert loss.dtype == torch.float32
     _, expected = loss_and_grad(fl.LOSSES[name].reference, logits.double(), target, scale.double())
     assert (grad.double() - expected).abs().max() <= GRAD_TOLERANCE[torch.float16] * expected.abs().max()
+
+
+@pytest.mark.parametrize("classes", [10, 33, 64, 100, 101, 400, 1000])
+def test_small_probabilities_beside_a_large_one_add_up(classes, device):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(500, classes, generator=generator)
+    logits[:, 0] += 12.0 + 5.0 * torch.rand(500, generator=generator)
+    target = torch.zeros(500, dtype=torch.int64)
+    leaf = logits.to(device).requires_grad_()
+    loss = fl.functional.cross_entropy(leaf, target.to(device), reduction="none")
+    loss.sum().backward()
+    expected = torch.nn.functional.cross_entropy(logits.double(), target, reduction="none")
+    rest = torch.softmax(logits.double(), 1)[:, 1:].sum(1)
+    # Of neighbours that are added to the largest one, 1, each may lose half a unit in its last place, 6e-8.
+    assert (loss.cpu() - expected).abs().max() < 1.5e-6
+    assert (leaf.grad[:, 0].cpu() + rest).abs().max() < 1.5e-6

@@ -187,3 +187,22 @@ def test_references_of_losses_in_no_registry(name, device):
         if device == "cpu":
             with pytest.raises(IndexError, match=r"Target 4 is out of bounds \(row 0\)"):
                 function(logits, target + 4, own)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_dtypes_do_not_follow_the_default_dtype(name, default):
+    entry = fl.LOSSES[name]
+    logits, target = torch.randn(9, 3), torch.tensor([0, 1, 2, -100, 0, 1, 2, 0, 1])
+    weight = torch.ones(9).requires_grad_()  # a gradient that plain formulas give
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        leaf = logits.clone().requires_grad_()
+        losses = [entry.function(leaf, target), entry.function(leaf, target, sample_weight=weight)]
+        losses += [entry.reference(x, target) for x in (leaf, logits.bfloat16())]
+        losses += [torch.vmap(lambda x: entry.function(x, target))(logits[None])]
+        assert [loss.dtype for loss in losses] == [torch.float32] * 5
+        assert entry.function(logits.double(), target).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(before)

@@ -15,6 +15,8 @@ class VerticalSoftmax : VerticalTile<acc_t<Stored>> {
     using Block = VerticalBlock<Stored>;
     using Tile::block, Tile::p, Tile::rows;
     static constexpr int kWidth = V::size;
+    // Exponentials to a sum. Beside the largest, which is 1, those below 6e-8 vanish, but no more than so many.
+    static constexpr std::int64_t kClassesPerRun = 16;
 
 public:
     VerticalSoftmax(const RowProblem& problem, std::int64_t tile_rows)
@@ -140,7 +142,7 @@ private:
         const std::int64_t step = p.logits_class_stride == 1 ? kWidth : p.logits_class_stride;
         const V top = V::load(rows.max + b);
         V all = A(0), weighted = A(0);
-        for_runs(classes, kVectorsPerRun, [&](std::int64_t begin, std::int64_t end) {
+        for_runs(classes, kClassesPerRun, [&](std::int64_t begin, std::int64_t end) {
             V sum = A(0);
             for (std::int64_t c = begin; c < end; ++c) {
                 __builtin_prefetch(next_logits + c * step, /*for writing=*/0, /*into the second cache*/ 2);

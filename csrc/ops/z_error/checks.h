@@ -6,6 +6,7 @@
 #include "ops/packed.h"
 #include "ops/z_error/args.h"
 #include "z_error/problem.h"
+#include "z_error/rows.h"
 
 namespace fused_losses {
 
@@ -170,6 +171,16 @@ inline Statistic check_loss(const ZErrorArgs& args) {
     check_value(pos_weight.dim() <= 1 && (pos_weight.numel() == 1 || pos_weight.numel() == tasks),
                 "pos_weight must hold one number or one per task (", tasks, "), got shape ", pos_weight.sizes());
     return statistic;
+}
+
+// Of the targets, on the CPU.
+inline void check_classes(const ZProblem& p) {
+    for (std::int64_t i = 0; i < p.rows(); ++i) {
+        const auto target = z_error::Row(p, i).of<std::int64_t>(p.target);
+        check_index(target == p.ignore_index || (target >= 0 && target < p.num_groups), "target must be in [0, ",
+                    p.num_groups, ") or equal ignore_index=", p.ignore_index, ": Target ", target,
+                    " is out of bounds (row ", i, ")");
+    }
 }
 
 // What a call of z_error_kept_target says besides its tensors.

@@ -211,6 +211,7 @@ void z_error_kept_target(StableIValue* stack, std::uint64_t, std::uint64_t) {
     if (constants.by_entropy) call.score_by_entropy();
     ZProblem& p = call.p;
     constants.set_rule(p);
+    if (args.moments) check_classes(p);  // the loss would raise after the running moments have learnt from the batch
     std::vector<double> moments(3 * classes);
     call.backend().class_moments(p, moments.data());
     p.moments = moments.data();
