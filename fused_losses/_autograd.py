@@ -46,12 +46,17 @@ def row_loss(args: RowLossArguments) -> Tensor:
         raise
 
 
+class NotATensorError(TypeError, RuntimeError):
+    """What torch's functions raise for such an argument, and what its operators raise."""
+
+
 def _refuse(args: RowLossArguments) -> None:
     """Raises for logits or a target that are no tensors."""
-    for name, value in (("logits", args.logits), ("target", args.target)):
-        if value is None:
-            raise TypeError(f"{args.loss}: {name} must be a Tensor, got None")
-    _ops.row_loss(*args)  # its error says what it expects
+    given: tuple[tuple[str, object], ...] = (("logits", args.logits), ("target", args.target))
+    for name, value in given:
+        if not isinstance(value, Tensor):
+            kind = "None" if value is None else type(value).__name__
+            raise NotATensorError(f"{args.loss}: {name} must be a Tensor, got {kind}")
 
 
 def _row_loss(args: RowLossArguments) -> Tensor:

@@ -246,8 +246,11 @@ def test_logits(name, problem):
     for no_classes, labels in [(logits[:, :0], target), (logits[0, :0], target[0]), (logits[:0, :0], target[:0])]:
         with pytest.raises(ValueError, match="logits must have at least one class, got shape"):
             function(no_classes, labels)
-    with pytest.raises(RuntimeError, match="Expected a value of type 'Tensor' for argument 'logits'"):
-        function([[0.0, 1.0]], target)
+    for error in (TypeError, RuntimeError):  # as torch's functions and as its operators
+        with pytest.raises(error, match=rf"^{name}: logits must be a Tensor, got list$"):
+            function([[0.0, 1.0]], target)
+        with pytest.raises(error, match=rf"^{name}: target must be a Tensor, got ndarray$"):
+            function(logits, target.cpu().numpy())
 
 
 @pytest.mark.parametrize("name", NAMES)
