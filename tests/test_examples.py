@@ -36,6 +36,7 @@ def load(name: str) -> ModuleType:
 
 
 class_parallel = load("class_parallel")
+decision_cutoff = load("decision_cutoff")
 find_wrong_labels = load("find_wrong_labels")
 rank_wrong_labels = load("rank_wrong_labels")
 unit_errors = load("unit_errors")
@@ -43,7 +44,7 @@ unit_errors = load("unit_errors")
 
 def test_every_example_is_tested_and_helps(capsys: pytest.CaptureFixture[str]) -> None:
     modules = {path.stem: globals()[path.stem] for path in EXAMPLES.glob("*.py")}
-    assert len(modules) == 4
+    assert len(modules) == 5
     for name, module in modules.items():
         with pytest.raises(SystemExit) as caught:
             module.main(["--help"])
@@ -186,3 +187,13 @@ def test_unit_errors_are_what_they_are_called() -> None:
     target = torch.tensor([25.0, 100.0])
     spoilt = {name: error(target).tolist() for name, error in unit_errors.ERRORS.items()}
     assert spoilt == {"none": [25.0, 100.0], "x1.8+32": [77.0, 212.0], "x10": [250.0, 1000.0], "/10": [2.5, 10.0]}
+
+
+def test_decision_cutoff(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "150")
+    assert decision_cutoff.main(["--quick"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("breast cancer") == printed.count("an 8 or not") == 4 and "skew-normal" in printed
+    for flipped in (0.0, 0.1):  # one yes in ten: the cut-off 0.5 finds few of them
+        found = decision_cutoff.compare("an 8 or not", flipped, 5)
+        assert found["Gaussians"][0] > found["0.5"][0] + 5.0
