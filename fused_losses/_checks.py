@@ -115,14 +115,19 @@ def check_min_classes(args: RowLossArguments) -> None:
 def check_targets(target: Tensor, ignore_index: int, num_classes: int) -> None:
     """Raises the kernels' IndexError for a class out of range, where looking at the values waits for nobody."""
     target = inside_transforms(target)
-    if not (target.is_cpu and is_plain(target)):
+    if not (target.is_cpu and is_plain(target)) or target.numel() == 0:
         return
-    if target.numel() == 0:
+
+    def are_classes(labels: Tensor) -> bool:
+        smallest, largest = labels.aminmax()
+        return int(smallest) >= 0 and int(largest) < num_classes
+
+    if are_classes(target):
         return
-    smallest, largest = target.aminmax()
-    if int(smallest) >= 0 and int(largest) < num_classes:  # nearly always
+    ignored = is_ignored(target, ignore_index)
+    if are_classes(target.masked_fill(ignored, 0)):
         return
-    bad = ~is_ignored(target, ignore_index) & ((target < 0) | (target.long() >= num_classes))
+    bad = ~ignored & ((target < 0) | (target.long() >= num_classes))
     if bad.any():
         row = int(bad.flatten().nonzero()[0])
         raise IndexError(

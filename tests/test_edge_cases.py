@@ -345,6 +345,8 @@ def test_small_probabilities_beside_a_large_one_add_up(classes, device):
     loss.sum().backward()
     expected = torch.nn.functional.cross_entropy(logits.double(), target, reduction="none")
     rest = torch.softmax(logits.double(), 1)[:, 1:].sum(1)
-    # Of neighbours that are added to the largest one, 1, each may lose half a unit in its last place, 6e-8.
-    assert (loss.cpu() - expected).abs().max() < 1.5e-6
-    assert (leaf.grad[:, 0].cpu() + rest).abs().max() < 1.5e-6
+    # Of those that are added to the largest one, 1, each may lose half a unit in its last place, 6e-8. torch's errors
+    # are up to 5e-7 for 100 classes and 2.3e-6 for 1000.
+    most = 1.5e-6 if classes <= 400 else 3e-6
+    assert (loss.cpu() - expected).abs().max() < most
+    assert (leaf.grad[:, 0].cpu() + rest).abs().max() < most
