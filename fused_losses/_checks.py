@@ -117,19 +117,10 @@ def check_targets(target: Tensor, ignore_index: int, num_classes: int) -> None:
     target = inside_transforms(target)
     if not (target.is_cpu and is_plain(target)) or target.numel() == 0:
         return
-
-    def are_classes(labels: Tensor) -> bool:
-        smallest, largest = labels.aminmax()
-        return int(smallest) >= 0 and int(largest) < num_classes
-
-    if are_classes(target):
-        return
-    ignored = is_ignored(target, ignore_index)
-    if are_classes(target.masked_fill(ignored, 0)):
-        return
-    bad = ~ignored & ((target < 0) | (target.long() >= num_classes))
-    if bad.any():
-        row = int(bad.flatten().nonzero()[0])
+    classes = target.masked_fill(is_ignored(target, ignore_index), 0).long()
+    smallest, largest = classes.aminmax()
+    if int(smallest) < 0 or int(largest) >= num_classes:
+        row = int(((classes < 0) | (classes >= num_classes)).flatten().nonzero()[0])
         raise IndexError(
             f"target must be in [0, {num_classes}) or equal ignore_index={ignore_index}: Target "
             f"{int(target.flatten()[row])} is out of bounds (row {row})"

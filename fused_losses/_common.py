@@ -67,6 +67,11 @@ class Criterion(nn.Module):
         else:
             setattr(self, name, value)
 
+    def _unusual(self, **defaults: Any) -> dict[str, Any]:
+        """The attributes of these names that have other values, for ``repr``."""
+        values = {name: getattr(self, name) for name in defaults}
+        return {name: x for name, x in values.items() if isinstance(x, Tensor) or x != defaults[name]}
+
     def _tensor(self, name: str) -> Any:
         # Not by getattr: nn.Module's look-up takes as long as a small loss.
         buffers = self._buffers
@@ -208,11 +213,7 @@ class RowLossModule(Criterion):
     def extra_repr(self) -> str:
         """Parameters, then the options that differ from their defaults."""
         shown = {name: getattr(self, name) for name in self.parameter_names}
-        defaults = {"ignore_index": -100, "reduction": "mean", "logit_bias": 0.0, "weight": None}
-        for name, default in defaults.items():
-            value = getattr(self, name)
-            if isinstance(value, Tensor) or value != default:
-                shown[name] = value
+        shown |= self._unusual(ignore_index=-100, reduction="mean", logit_bias=0.0, weight=None)
         return ", ".join(f"{name}={shown_value(value)}" for name, value in shown.items())
 
 

@@ -299,11 +299,6 @@ class ZErrorModule(RunningMoments):
             shown[f"num_{units}"] = self.num_groups // labels
         return shown
 
-    def _unusual(self, **defaults: Any) -> dict[str, Any]:
-        """The attributes of these names that have other values."""
-        values = {name: getattr(self, name) for name in defaults}
-        return {name: x for name, x in values.items() if isinstance(x, Tensor) or x != defaults[name]}
-
     def extra_repr(self) -> str:
         """The threshold, what rows are judged by, and the options that differ from their defaults."""
         return ", ".join(f"{name}={shown_value(value)}" for name, value in self._shown().items())

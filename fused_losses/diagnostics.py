@@ -231,10 +231,9 @@ class OutlierTracker:
         count = self._counts[:, _Count.WITH_PROB if by == "probability" else _Count.SCORED]
         mean = self.mean_probability() if by == "probability" else self.mean_score()
         candidates = torch.nonzero(count >= min_seen).flatten()
-        means = mean[candidates]
-        if by == "score" and suspicious != "low":
-            means = -means if suspicious == "high" else -means.abs()
-        return candidates[torch.argsort(means, stable=True)]
+        if by == "score":
+            mean = {"low": mean, "high": -mean, "both": -mean.abs()}[suspicious]
+        return candidates[torch.argsort(mean[candidates], stable=True)]
 
     def to_csv(self, path: str | Path) -> None:
         """Writes a table with one line per sample, in the order of the data set.

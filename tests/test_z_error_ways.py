@@ -173,3 +173,10 @@ def test_calls_of_one_stream_leave_nothing_to_each_other(device):
     expected = [call("cpu") for call in calls]
     for number in torch.cat([torch.randperm(len(calls)) for _ in range(8)]).tolist():
         torch.testing.assert_close(calls[number](device).cpu(), expected[number], rtol=1e-5, atol=1e-6)
+
+
+def test_repr_shows_what_differs_from_the_defaults():
+    shown = repr(fl.ZErrorCrossEntropyLoss([1.0, 2.0], weight=torch.ones(2), ignore_index=9, num_classes=2))
+    assert "threshold=Tensor[2], num_classes=2," in shown and "weight=Tensor[2], ignore_index=9" in shown
+    assert "num_tasks=3, statistic='target', per_task=True" in repr(fl.ZMSELoss(per_task=True, num_tasks=3))
+    assert "min_count=4, pos_weight=2.0" in repr(fl.ZErrorBCEWithLogitsLoss(min_count=4, pos_weight=torch.tensor(2.0)))

@@ -35,8 +35,7 @@ double check_and_weigh_targets(const RowProblem& p, bool other = false) {
     });
     double weight = 0;
     for (const TargetSummary& s : summaries) {
-        check_index(!s.is_bad(), "target must be in [0, ", p.num_classes, ") or equal ignore_index=", p.ignore_index,
-                    ": Target ", s.bad_target, " is out of bounds (row ", s.bad_row, ")");
+        check_class(!s.is_bad(), s.bad_target, s.bad_row, p.num_classes, p.ignore_index);
         weight += s.weight;
     }
     return weight;

@@ -177,9 +177,8 @@ inline Statistic check_loss(const ZErrorArgs& args) {
 inline void check_classes(const ZProblem& p) {
     for (std::int64_t i = 0; i < p.rows(); ++i) {
         const auto target = z_error::Row(p, i).of<std::int64_t>(p.target);
-        check_index(target == p.ignore_index || (target >= 0 && target < p.num_groups), "target must be in [0, ",
-                    p.num_groups, ") or equal ignore_index=", p.ignore_index, ": Target ", target,
-                    " is out of bounds (row ", i, ")");
+        const bool holds = target == p.ignore_index || z_error::group_of_class(p, target) >= 0;
+        check_class(holds, target, i, p.num_groups, p.ignore_index);
     }
 }
 
