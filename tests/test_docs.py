@@ -185,3 +185,7 @@ def test_site_builds_without_warnings(tmp_path):
     modules = (tmp_path / "api/modules/index.html").read_text()
     for entry in fl.LOSSES.values():
         assert f'id="fused_losses.{entry.module.__name__}"' in modules
+    pages = [page.read_text() for page in (tmp_path / "api").rglob("*.html")]
+    described = [name.rpartition(".")[2] for page in pages for name in re.findall(r'id="fused_losses\.([\w.]+)"', page)]
+    assert [thing.__name__ for thing in THINGS.values() if described.count(thing.__name__) != 1] == ["max_logit"]
+    assert not {"LOSSES", "RowLossModule", "finite"} & set(described), "what a module imports"
