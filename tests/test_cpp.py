@@ -51,7 +51,7 @@ ARGUMENTS = {
     "pattern": {"losses": "2", "multi_reduction": "1", "kernels": "4"},
 }
 ARGUMENTS["optimised"] |= {
-    "cuda_rows": "32 1 2",
+    "cuda_rows": "32 1",
     "cuda_z_error": "30 1 2",
     "cuda_statistics": "1 2",
     "cuda_elr": "1 2",
