@@ -19,7 +19,7 @@ from fused_losses import _ops
 from fused_losses._arguments import LOSSES, RowLossArguments
 from fused_losses._checks import check_row_loss, check_tensors
 from fused_losses._ops import PackedConstants, pack_constants
-from fused_losses._plain import dispatch_modes, is_plain
+from fused_losses._plain import dispatch_modes, in_forward_mode, is_plain
 from fused_losses._reference import row_loss_reference
 from fused_losses.row_statistics import RowStatistics, row_statistics
 
@@ -194,13 +194,6 @@ def needs_reference(differentiable: Tensor, *others: Tensor | None) -> bool:
             if tensor is not None and getattr(tensor, "requires_grad", False):
                 return True
     return False
-
-
-def in_forward_mode(*tensors: Tensor | None) -> bool:
-    """Whether a forward-mode derivative is asked for in one of them."""
-    if forward_ad._current_level < 0:
-        return False
-    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)  # type: ignore[no-untyped-call]
 
 
 def forward_writes_gradient(args: RowLossArguments) -> bool:

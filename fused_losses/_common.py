@@ -19,7 +19,7 @@ from fused_losses._autograd import is_small, row_loss, row_loss_and_statistics, 
 from fused_losses._declare import describe_module
 from fused_losses._logit_bias import LogitBias, check_logit_bias
 from fused_losses._ops import PackedConstants, pack_constants
-from fused_losses._parameters import integer, python_number, unexpected_keyword
+from fused_losses._parameters import OrTensor, integer, kept_value, python_number, unexpected_keyword
 from fused_losses.row_statistics import RowStatistics
 
 
@@ -114,6 +114,7 @@ class RowLossModule(Criterion):
             raise unexpected_keyword(type(self).__name__, name)
         super().__init__()
         entry = LOSSES[self.stem]
+        parameters = {name: kept_value(name, value, entry.ranges[name]) for name, value in parameters.items()}
         self._params: tuple[float, ...] | None = entry.pack(parameters)
         check_reduction(reduction, entry.reductions)
         check_logit_bias(logit_bias)
@@ -127,14 +128,17 @@ class RowLossModule(Criterion):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Notices that a hyper-parameter has a new value, so that calls need not look."""
-        super().__setattr__(name, value)
         if name in self.parameter_names:
+            value = kept_value(name, value, LOSSES[self.stem].ranges[name])
             self._params = self._constants = None
         elif name in ("ignore_index", "reduction", "logit_bias"):
             self._constants = None
+        super().__setattr__(name, value)
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         """Notices that a buffer takes the place of a number, as schedules do it."""
+        if name in self.parameter_names and not isinstance(LOSSES[self.stem].ranges[name], OrTensor):
+            raise TypeError(f"{name} must be a number, got a buffer, whose later values would not count")
         super().register_buffer(name, tensor, persistent)
         self._constants = None
         if name in self.parameter_names:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fused_losses._plain import reads_values
+from fused_losses._plain import in_forward_mode, reads_values
 
 
 class ParameterRange(Protocol):
@@ -51,19 +51,38 @@ def python_number(value: Any) -> Any:
     return torch.as_tensor(value).item() if torch.compiler.is_compiling() else value.item()
 
 
+def plain_number(name: str, value: Any) -> Any:
+    """What torch's losses take for a number - a bool, a NumPy scalar, a 0-dim array or tensor - as the number of
+    Python's that it holds; anything else as it is. Raises a TypeError for a tensor whose derivative would be lost."""
+    if isinstance(value, Tensor) and value.dim() == 0 and not (value.is_meta or value.is_complex()):
+        if value.requires_grad or in_forward_mode(value):
+            raise TypeError(f"{name} must be a number, got a tensor that requires a gradient, and would get none")
+        value = value.item()
+    value = python_number(value)
+    return int(value) if isinstance(value, bool) else value
+
+
+def kept_value(name: str, value: Any, rule: ParameterRange) -> Any:
+    """``value`` as a Module keeps it: a tensor only where ``rule`` has a place for one."""
+    if isinstance(rule, Switch) or (isinstance(rule, OrTensor) and isinstance(value, Tensor)):
+        return python_number(value)
+    return plain_number(name, value)
+
+
 def integer(name: str, value: Any) -> int:
     """``value``, an integer of Python, NumPy or a 0-dim tensor. Raises a TypeError on anything else, a ValueError on
     one that operators cannot take."""
     value = python_number(value)
-    is_tensor = isinstance(value, Tensor) and value.dim() == 0
-    if not isinstance(value, (int, torch.SymInt)) and not (is_tensor and value.dtype not in _FRACTIONS):
+    if isinstance(value, Tensor) and value.dim() == 0 and value.dtype in _INTEGERS:
+        return value if torch.compiler.is_compiling() else int(value)  # type: ignore[return-value]  # operators take it
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ValueError(f"{name} must be an integer of 64 bits, got {value}")
-    return value  # type: ignore[no-any-return]  # symbolic while tracing, or a tensor, which operators take
+    return value  # type: ignore[return-value]  # symbolic while tracing
 
 
-_FRACTIONS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def check_num_classes(num_classes: int, fewest: int = 2) -> int:
@@ -118,8 +137,8 @@ class Range:
         """``value`` itself. Raises a ValueError where it is out of range, a TypeError where it is no number."""
         if value.__class__ is float and self.holds(value):  # nearly always
             return value
-        value = python_number(value)
-        if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        value = plain_number(name, value)
+        if not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
             hint = "; class weights are given as weight=" if isinstance(value, Tensor) and value.dim() == 1 else ""
             raise TypeError(f"{name} must be a number, got {type(value).__name__}{hint}")
         is_endless = isinstance(value, int) and abs(value) > sys.float_info.max

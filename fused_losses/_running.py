@@ -77,9 +77,8 @@ class RunningMoments(HasProcessGroup):
         self, *, running: bool, momentum: float, process_group: dist.ProcessGroup | None, num_groups: int | None
     ) -> None:
         super().__init__()
-        closed_fraction.pack("momentum", momentum)
         self.running = running
-        self.momentum = momentum
+        self.momentum = closed_fraction.pack("momentum", momentum)
         self.process_group = process_group
         self.num_groups = num_groups
         if running:
@@ -109,7 +108,7 @@ class RunningMoments(HasProcessGroup):
                 running = torch.zeros(batch.shape, dtype=torch.float64, device=batch.device)
             self.running_moments = running
         try:
-            _ops.update_moments_(running, batch, self.momentum)
+            _ops.update_moments_(running, batch, closed_fraction.pack("momentum", self.momentum))
         except RuntimeError as error:
             if not torch._C._are_functorch_transforms_active():
                 raise

@@ -89,16 +89,11 @@ def cross_entropy(
         weight=weight,
         ignore_index=ignore_index,
         reduction=reduction,
-        label_smoothing=_number(label_smoothing),
+        label_smoothing=label_smoothing,
         logit_bias=logit_bias,
         sample_weight=sample_weight,
     )
     return row_loss(arguments)
-
-
-def _number(value: Any) -> Any:
-    """A 0-dim tensor, which torch takes for a number, as the number that it holds now."""
-    return value.item() if isinstance(value, Tensor) and value.dim() == 0 else value
 
 
 @functools.wraps(cross_entropy)
@@ -155,7 +150,7 @@ class CrossEntropyLoss(RowLossModule, stem="cross_entropy"):
         logit_bias: LogitBias = 0.0,
     ) -> None:
         super().__init__(
-            {"label_smoothing": _number(label_smoothing)},
+            {"label_smoothing": label_smoothing},
             weight=weight,
             ignore_index=ignore_index,
             reduction=reduction,

@@ -207,7 +207,7 @@ class ZErrorBCEWithLogitsLoss(ZErrorModule):
         )
         choose("space", space, _SPACES)
         choose("sided", sided, SIDES)
-        check_small_class(min_count, small_class)
+        min_count, _ = check_small_class(min_count, small_class)
         self.space, self.sided, self.min_count, self.small_class = space, sided, min_count, small_class
         self.register_buffer("pos_weight", pos_weight)
 

@@ -290,7 +290,7 @@ class ZErrorCrossEntropyLoss(ZErrorModule):
         judge = _Judge.of(statistic, base, sided, min_count, small_class)
         check_logit_bias(logit_bias)
         resolve_base(base, weight=weight, ignore_index=ignore_index, logit_bias=logit_bias)
-        self.statistic, self.sided, self.min_count, self.small_class = statistic, sided, min_count, small_class
+        self.statistic, self.sided, self.min_count, self.small_class = statistic, sided, judge.min_count, small_class
         self.base = base
         self._judge: _Judge | None = judge  # behind what it is made of, which resets it
         self.ignore_index = integer("ignore_index", ignore_index)
