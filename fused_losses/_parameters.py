@@ -155,8 +155,9 @@ class Range:
         return number
 
 
-# The bounds exclude NaN and infinities; math.isfinite would break tracing with symbolic floats.
+# The bounds exclude NaN and, but for thresholds, infinities; math.isfinite would break tracing with symbolic floats.
 positive = Range("satisfy 0 < value < inf", lambda v: 0.0 < v < math.inf)
+positive_or_inf = Range("satisfy 0 < value <= inf", lambda v: v > 0.0)
 non_negative = Range("satisfy 0 <= value < inf", lambda v: 0.0 <= v < math.inf)
 above_one = Range("satisfy 1 < value < inf", lambda v: 1.0 < v < math.inf)
 fraction = Range("satisfy 0 < value < 1", lambda v: 0.0 < v < 1.0)

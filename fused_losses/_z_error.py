@@ -30,7 +30,7 @@ from fused_losses._arguments import RowLossArguments, ZErrorLossArguments, ZErro
 from fused_losses._autograd import row_loss
 from fused_losses._checks import FLOATING, check_tensors
 from fused_losses._common import shown_value
-from fused_losses._parameters import check_choice, check_entries, positive, positive_integer
+from fused_losses._parameters import check_choice, check_entries, positive_integer, positive_or_inf
 from fused_losses._plain import reads_values
 from fused_losses._reference import row_loss_reference
 from fused_losses._running import RunningMoments, Source
@@ -104,11 +104,11 @@ def check_threshold(threshold: Threshold) -> Threshold:
         if not threshold.is_floating_point():
             raise ValueError(f"threshold must be floating point, got a tensor of dtype {threshold.dtype}")
         if reads_values(threshold):
-            check_entries("threshold", threshold, positive)
+            check_entries("threshold", threshold, positive_or_inf)
         return threshold
     if isinstance(threshold, (tuple, list)):
-        return tuple(positive.pack("threshold", value) for value in threshold)
-    return positive.pack("threshold", threshold)
+        return tuple(positive_or_inf.pack("threshold", value) for value in threshold)
+    return positive_or_inf.pack("threshold", threshold)
 
 
 class Groups(NamedTuple):
@@ -140,7 +140,7 @@ class Groups(NamedTuple):
 
 def pack_threshold(threshold: Threshold, groups: Groups | None = None) -> tuple[list[float], Tensor | None]:
     """The operators' ``threshold`` and ``threshold_tensor``."""
-    if threshold.__class__ is float and positive.holds(threshold):  # nearly always
+    if threshold.__class__ is float and positive_or_inf.holds(threshold):  # nearly always
         return [threshold], None
     threshold = check_threshold(threshold)
     if groups is not None:
@@ -274,7 +274,7 @@ class ZErrorModule(RunningMoments):
         if isinstance(threshold, tuple) and labels == 1:
             threshold = torch.tensor(threshold, dtype=torch.float64)  # one per class or task
         if isinstance(threshold, Tensor):  # on a GPU, too: once
-            check_entries("threshold", threshold, positive)
+            check_entries("threshold", threshold, positive_or_inf)
         if num_groups is not None or not isinstance(threshold, Tensor):
             unit = "class" if units == "classes" else "task"
             Groups(unit, (num_groups or labels) // labels, labels).check_threshold(threshold)

@@ -52,10 +52,10 @@ def get_sigma_threshold(epoch: float, max_epochs: int, start_sigma: float = 100.
     Args:
         epoch: epochs done, 0 for the first; fractions are fine. Clamped to [0, ``max_epochs``].
         max_epochs: epochs until ``end_sigma`` is reached, at least 1.
-        start_sigma: threshold at epoch 0, in standard deviations, > 0. Of n rows none has ``|z| > (n - 1) / sqrt(n)``,
-            which is 15.9 for 256 rows, so the default 100 drops nothing for most of the training. It is that of the
-            paper's code; the paper's text says 10, which we recommend.
-        end_sigma: threshold from ``max_epochs`` on, > 0.
+        start_sigma: threshold at epoch 0, in standard deviations, > 0 and finite. Of n rows none has ``|z| > (n - 1) /
+            sqrt(n)``, which is 15.9 for 256 rows, so the default 100 drops nothing for most of the training. It is that
+            of the paper's code; the paper's text says 10, which we recommend.
+        end_sigma: threshold from ``max_epochs`` on, > 0 and finite.
 
     Returns:
         The threshold in standard deviations.
@@ -97,6 +97,7 @@ class _Schedule:
 
     name: str  # of the Module's attribute
     rule: str  # completes the sentence "start must ..."
+    about_inf = ""
 
     def __init__(
         self,
@@ -138,8 +139,10 @@ class _Schedule:
     @property
     def value(self) -> float | Tensor:
         """The present value: a float, or a float64 tensor ``(C,)`` if the Module has one value per class."""
-        # The end is exact; 0 * (end - start) keeps the start exact too.
-        now = self.end if self.fraction == 1.0 else self.start + (self.end - self.start) * self.fraction
+        if self.fraction in (0.0, 1.0):  # both ends are exact, and may be inf
+            now = self.end if self.fraction else self.start
+        else:
+            now = self.start + (self.end - self.start) * self.fraction
         return float(now) if now.dim() == 0 else now.clone()
 
     def step(self, metric: float | Tensor | None = None) -> None:
@@ -241,14 +244,15 @@ class _Schedule:
                 f"{argument} must be a number or have the shape {tuple(shape)} of module.{self.name}, "
                 f"got shape {tuple(result.shape)}"
             )
-        if not (result.isfinite() & self._holds(result)).all():
-            auto = argument == "start" and isinstance(getattr(self.module, self.name), str)
-            hint = f"; module.{self.name} is no number: give start" if auto else ""
+        if not self._holds(result).all():
+            hint = self.about_inf if result.isinf().any() else ""
+            if argument == "start" and isinstance(getattr(self.module, self.name), str):
+                hint = f"; module.{self.name} is no number: give start"
             raise ValueError(f"{argument} must {self.rule}, got {result.tolist()}{hint}")
         return result.expand(shape).clone()
 
     def _holds(self, value: Tensor) -> Tensor:
-        return torch.ones_like(value, dtype=torch.bool)
+        return value.isfinite()
 
     def _make_buffer(self) -> None:
         tensors = [*self.module.parameters(), *self.module.buffers()]
@@ -280,8 +284,8 @@ class ThresholdSchedule(_Schedule):
     Args:
         module: the loss; its ``threshold`` is a number, a 0-dim tensor or a tensor ``(C,)``.
         start: first value in standard deviations, > 0, a number or ``(C,)``. The default 10 drops nothing. None: what
-            the Module has.
-        end: last value, > 0, a number or ``(C,)``. It may also be larger than ``start``.
+            the Module has. With ``mode="peak"`` and without ``steps`` it may be inf.
+        end: last value, likewise. It may also be larger than ``start``.
         steps: calls of :meth:`step` until ``end``, at least 1; optional with ``mode="peak"``, left out with "plateau".
         mode: "linear", "cosine", "peak" or "plateau".
         factor: for "plateau": what is left of the distance to ``end`` after one plateau, 0 <= factor < 1.
@@ -307,6 +311,7 @@ class ThresholdSchedule(_Schedule):
 
     name = "threshold"
     rule = "satisfy 0 < value < inf"
+    about_inf = "; mode='peak' without steps alone takes inf, because it goes there at once"
 
     def __init__(
         self,
@@ -325,7 +330,8 @@ class ThresholdSchedule(_Schedule):
         super().__init__(module, start, end, steps, mode=mode, **options)
 
     def _holds(self, value: Tensor) -> Tensor:
-        return value > 0.0
+        moves_at_once = self.mode == "peak" and self.steps is None  # nothing lies between a number and inf
+        return (value > 0.0) & (value.isfinite() | moves_at_once)
 
 
 class LogitBiasSchedule(_Schedule):

@@ -85,7 +85,7 @@ def _z_error_bce_with_logits(ops: ZOps) -> Callable[..., Any]:
                 label as it is.
             threshold: in standard deviations, > 0: a number, a pair of numbers for labels 0 and 1, or a tensor, 0-dim,
                 ``(2,)`` or ``(T, 2)``. 2 is the paper's value; it can drop nothing from a label with fewer than six
-                rows.
+                rows. inf keeps all finite scores.
             space: ``"logit"``, or ``"prob"`` for x the sigmoid of the logit.
             sided: ``"two"`` as the paper's code, or ``"lower"``: drop only rows whose own label looks unlikely, which
                 are low logits of label 1 and high logits of label 0.
