@@ -9,6 +9,7 @@ kind of derivative is rare and goes through the plain formula, which torch diffe
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -108,6 +109,12 @@ def _make_constants(args: RowLossArguments) -> PackedConstants | None:
     if others or not is_small(args.logits, args.target):
         return None
     return pack_constants(args.constants) if type(args.ignore_index) is int and type(args.params) is tuple else None
+
+
+def small_constants(values: tuple[str, Sequence[float], float, int, str]) -> PackedConstants | None:
+    """The constants for small calls that nobody looks at; None where one might have too many classes for them."""
+    name, params = values[:2]
+    return pack_constants(values) if LOSSES[name].suits(params, _MOST_LOGITS) else None
 
 
 def small_row_loss(logits: Tensor, target: Tensor, constants: PackedConstants) -> Tensor:

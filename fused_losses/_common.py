@@ -15,10 +15,10 @@ from fused_losses._arguments import (
     is_distributed,
     pack_arguments,
 )
-from fused_losses._autograd import is_small, row_loss, row_loss_and_statistics, small_row_loss
+from fused_losses._autograd import is_small, row_loss, row_loss_and_statistics, small_constants, small_row_loss
 from fused_losses._declare import describe_module
 from fused_losses._logit_bias import LogitBias, check_logit_bias
-from fused_losses._ops import PackedConstants, pack_constants
+from fused_losses._ops import PackedConstants
 from fused_losses._parameters import OrTensor, integer, kept_value, python_number, unexpected_keyword
 from fused_losses.row_statistics import RowStatistics
 
@@ -153,10 +153,10 @@ class RowLossModule(Criterion):
         bias, ignore_index, reduction = self.logit_bias, self.ignore_index, self.reduction
         own = [getattr(self, name) for name in self.parameter_names]
         numbers = (type(bias), type(ignore_index), type(reduction)) == (float, int, str) and bias == 0.0
+        made = None
         if numbers and not any(isinstance(value, Tensor) for value in own):
-            self._constants = pack_constants((self.stem, self._pack(), 0.0, ignore_index, reduction))
-        else:
-            self._constants = ()
+            made = small_constants((self.stem, self._pack(), 0.0, ignore_index, reduction))
+        self._constants = made or ()
         return self._constants
 
     def forward(

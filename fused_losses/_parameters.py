@@ -121,13 +121,15 @@ class Range:
 
     Of these, kernels that compute in float32 can use the ones between ``low`` and ``high``, and 0 where it is defined;
     the others are refused, whatever the dtype of the logits. Beyond these bounds results would be off by more than a
-    hundredth, or infinite, or NaN (tests/test_parameter_edges.py goes to all of them).
+    hundredth, or infinite, or NaN (tests/test_parameter_edges.py goes to all of them). If ``below_share``, a call's
+    number must besides be below 1 / C.
     """
 
     rule: str
     defined: Callable[[Any], bool]
     low: float = -math.inf
     high: float = math.inf
+    below_share: bool = False
 
     def holds(self, value: Any) -> bool:
         """Whether it is an allowed number."""
