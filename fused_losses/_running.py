@@ -88,8 +88,13 @@ class RunningMoments(HasProcessGroup):
     def running_statistics(self) -> ClassStatistics:
         """The running statistics of each class as they are now. Counts fade with the batches and are no integers."""
         if not self.running:
-            raise AttributeError(f"{type(self).__name__} has running_statistics only with running=True")
+            raise AttributeError  # of which nn.Module asks __getattr__ what to say
         return ClassStatistics.from_moments(self.running_moments.clone())
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "running_statistics":
+            raise AttributeError(f"{type(self).__name__} has running_statistics only with running=True")
+        return super().__getattr__(name)
 
     def _update(self, batch: Tensor) -> Tensor:
         """Merges a batch's moments into the running ones, whose counts are first multiplied by ``1 - momentum``.
