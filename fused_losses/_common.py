@@ -19,7 +19,7 @@ from fused_losses._autograd import is_small, row_loss, row_loss_and_statistics, 
 from fused_losses._declare import describe_module
 from fused_losses._logit_bias import LogitBias, check_logit_bias
 from fused_losses._ops import PackedConstants
-from fused_losses._parameters import OrTensor, integer, kept_value, python_number, unexpected_keyword
+from fused_losses._parameters import OrTensor, explains_keywords, integer, kept_value, python_number
 from fused_losses.row_statistics import RowStatistics
 
 
@@ -36,6 +36,11 @@ class Criterion(nn.Module):
     """Base of all loss Modules."""
 
     _precise: tuple[str, ...] = ()  # buffers that keep their dtype under half() and the like
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = explains_keywords(cls.__init__)  # type: ignore[method-assign]
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Numbers of NumPy's are kept as Python's, which the compiler and operators take everywhere."""
@@ -108,10 +113,7 @@ class RowLossModule(Criterion):
         ignore_index: int = -100,
         reduction: str = "mean",
         logit_bias: LogitBias = 0.0,
-        **unknown: Any,
     ) -> None:
-        for name in unknown:
-            raise unexpected_keyword(type(self).__name__, name)
         super().__init__()
         entry = LOSSES[self.stem]
         parameters = {name: kept_value(name, value, entry.ranges[name]) for name, value in parameters.items()}

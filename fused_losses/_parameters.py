@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import operator
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +28,8 @@ class ParameterRange(Protocol):
         """The value that ``number`` stands for."""
 
 
+_Made = TypeVar("_Made", bound=Callable[..., Any])
+
 # What other implementations call things, and what to do here.
 _HINTS = {
     "num_classes": "leave it out, the logits tell the number of classes",
@@ -41,6 +45,24 @@ def unexpected_keyword(called: str, name: str) -> TypeError:
     """The error for a keyword that ``called`` does not have."""
     hint = f"; {_HINTS[name]}" if name in _HINTS else ""
     return TypeError(f"{called}() got an unexpected keyword argument {name!r}{hint}")
+
+
+def explains_keywords(function: _Made) -> _Made:
+    """``function``, a loss's or a constructor, which answers keywords that it does not have by the error above."""
+    known = inspect.signature(function).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        return function  # what it calls will look
+    names = frozenset(known)
+
+    @functools.wraps(function)
+    def explaining(*args: Any, **options: Any) -> Any:
+        for name in options:
+            if name not in names:
+                is_constructor = function.__name__ == "__init__"
+                raise unexpected_keyword(type(args[0]).__name__ if is_constructor else function.__name__, name)
+        return function(*args, **options)
+
+    return explaining  # type: ignore[return-value]
 
 
 def python_number(value: Any) -> Any:

@@ -30,7 +30,7 @@ from fused_losses._arguments import RowLossArguments, ZErrorLossArguments, ZErro
 from fused_losses._autograd import row_loss
 from fused_losses._checks import FLOATING, check_tensors
 from fused_losses._common import shown_value
-from fused_losses._parameters import check_choice, check_entries, positive_integer, positive_or_inf
+from fused_losses._parameters import check_choice, check_entries, explains_keywords, positive_integer, positive_or_inf
 from fused_losses._plain import reads_values
 from fused_losses._reference import row_loss_reference
 from fused_losses._running import RunningMoments, Source
@@ -74,7 +74,7 @@ PLAIN = ZOps(row_loss_reference, _z_reference.class_moments, _z_reference.z_erro
 
 def fused_and_plain(make: Callable[[ZOps], Callable[..., Any]]) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Both kinds of a Z-Error function, under the names by which users and pickle find them."""
-    fused, plain = make(FUSED), make(PLAIN)
+    fused, plain = explains_keywords(make(FUSED)), explains_keywords(make(PLAIN))
     for function in (fused, plain):
         function.__qualname__ = function.__name__
     plain.__module__ = "fused_losses.reference"

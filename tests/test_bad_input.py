@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fused_losses as fl
+from fused_losses._common import Criterion
 from fused_losses._parameters import OrNone, OrTensor, Range, one_of
 
 pytestmark = pytest.mark.any_cpu  # errors
@@ -134,6 +135,30 @@ def test_keywords_of_other_implementations_are_explained(keyword, hint, problem)
     for call in (fl.GCELoss, lambda **given: fl.functional.gce_loss(*problem, **given)):
         with pytest.raises(TypeError, match=f"unexpected keyword argument '{keyword}'; .*{hint}"):
             call(**{keyword: 1})
+
+
+LOSS_MODULES = [made for made in vars(fl).values() if isinstance(made, type) and issubclass(made, Criterion)]
+FUNCTIONS = [
+    getattr(made, name)
+    for made in (fl.functional, fl.reference)
+    for name in fl.functional.__all__
+    if hasattr(made, name) and name not in ("linear_loss", "mixed", "row_statistics")  # these hand them on, or are none
+]
+
+
+HANDING_ON = {  # their options to the loss inside
+    fl.LinearLoss: (3, 3, "gce"), fl.LogitClip: ("gce", 1.0), fl.LogitNorm: ("gce",), fl.Antidote: ("gce", 0.5),
+    fl.ClippedLoss: ("gce", 0.5), fl.SmallLoss: ("gce", 0.5), fl.SuperLoss: ("gce",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("made", [*LOSS_MODULES, *FUNCTIONS], ids=lambda made: f"{made.__module__}.{made.__name__}")
+def test_every_loss_explains_foreign_keywords(made, problem):
+    arguments = HANDING_ON.get(made, () if isinstance(made, type) else problem)
+    name = "GCELoss" if made in HANDING_ON else made.__name__
+    for keyword, hint in [("size_average", "; reduction='mean' or 'sum'"), ("reduce", "; reduction='none'"), ("x", "")]:
+        with pytest.raises(TypeError, match=rf"^{name}\(\) got an unexpected keyword argument '{keyword}'{hint}$"):
+            made(*arguments, **{keyword: True})
 
 
 @pytest.mark.parametrize("value", [None, "1", 1.5, True])
