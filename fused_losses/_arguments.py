@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, Protocol, TypedDic
 import torch
 from torch import Tensor
 
-from fused_losses._logit_bias import LogitBias, resolve_logit_bias
+from fused_losses._logit_bias import LogitBias, class_dim, resolve_logit_bias
 from fused_losses._parameters import OrTensor, ParameterRange, check_choice, integer, unexpected_keyword
 
 if TYPE_CHECKING:
@@ -138,6 +138,7 @@ class LossEntry:
     modules: list[type[RowLossModule]] = field(default_factory=list)
     packed: dict[str, float] = field(init=False)
     tensor_parameter: str | None = field(init=False)  # the first, if a tensor may take its place
+    share_parameter: int | None = field(init=False)  # the place of the one that must be below 1 / C
 
     def __post_init__(self) -> None:
         """Packs the defaults once."""
@@ -145,6 +146,8 @@ class LossEntry:
         object.__setattr__(self, "packed", packed)
         first = next(iter(self.ranges), "")
         object.__setattr__(self, "tensor_parameter", first if isinstance(self.ranges.get(first), OrTensor) else None)
+        shares = [i for i, rule in enumerate(self.ranges.values()) if getattr(rule, "below_share", False)]
+        object.__setattr__(self, "share_parameter", shares[0] if shares else None)
 
     def __reduce__(self) -> tuple[Callable[[str], LossEntry], tuple[str]]:
         """Copies and pickles are the entry itself: there is one of each loss."""
@@ -176,6 +179,10 @@ class LossEntry:
         if self.check is not None:
             self.check(**packed)
         return tuple(packed.values())
+
+    def suits(self, params: Sequence[float], num_classes: int) -> bool:
+        """Whether no packed parameter is too large for that number of classes, whatever the row."""
+        return self.share_parameter is None or params[self.share_parameter] < 1.0 / num_classes
 
     def unpack(self, args: RowLossArguments) -> dict[str, Any]:
         """The hyper-parameters of a call."""
@@ -254,6 +261,8 @@ def pack_arguments(
         bias, bias_tensor = resolve_logit_bias(logit_bias, logits)
     if ignore_index.__class__ is not int or not -(2**63) <= ignore_index < 2**63:
         ignore_index = integer("ignore_index", ignore_index)
+    if LOSSES[loss].share_parameter is not None and isinstance(logits, Tensor) and logits.dim() > 0:
+        _check_share(LOSSES[loss], params, logits)
     return RowLossArguments(
         logits,
         target,
@@ -267,6 +276,17 @@ def pack_arguments(
         ignore_index,
         reduction,
     )
+
+
+def _check_share(entry: LossEntry, params: Sequence[float], logits: Tensor) -> None:
+    """Raises where a parameter must be below 1 / C and is not."""
+    classes = logits.shape[class_dim(logits)]
+    if classes > 0 and not entry.suits(params, classes):
+        place: Any = entry.share_parameter
+        raise ValueError(
+            f"{list(entry.ranges)[place]} must be below 1 / C, which is {1.0 / classes:.6g} for {classes} classes, got "
+            f"{params[place]}"
+        )
 
 
 def is_distributed(tensor: Any) -> bool:

@@ -9,6 +9,7 @@ kind of derivative is rare and goes through the plain formula, which torch diffe
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from fused_losses import _ops
 from fused_losses._arguments import LOSSES, RowLossArguments
 from fused_losses._checks import check_row_loss, check_tensors
 from fused_losses._ops import PackedConstants, pack_constants
-from fused_losses._plain import dispatch_modes, is_plain
+from fused_losses._plain import dispatch_modes, in_forward_mode, is_plain
 from fused_losses._reference import row_loss_reference
 from fused_losses.row_statistics import RowStatistics, row_statistics
 
@@ -110,6 +111,12 @@ def _make_constants(args: RowLossArguments) -> PackedConstants | None:
     return pack_constants(args.constants) if type(args.ignore_index) is int and type(args.params) is tuple else None
 
 
+def small_constants(values: tuple[str, Sequence[float], float, int, str]) -> PackedConstants | None:
+    """The constants for small calls that nobody looks at; None where one might have too many classes for them."""
+    name, params = values[:2]
+    return pack_constants(values) if LOSSES[name].suits(params, _MOST_LOGITS) else None
+
+
 def small_row_loss(logits: Tensor, target: Tensor, constants: PackedConstants) -> Tensor:
     """The loss by the fused kernels, differentiable in every way."""
     if logits.requires_grad and _is_grad_enabled() and not _is_inference():  # is_recorded, without a call
@@ -194,13 +201,6 @@ def needs_reference(differentiable: Tensor, *others: Tensor | None) -> bool:
             if tensor is not None and getattr(tensor, "requires_grad", False):
                 return True
     return False
-
-
-def in_forward_mode(*tensors: Tensor | None) -> bool:
-    """Whether a forward-mode derivative is asked for in one of them."""
-    if forward_ad._current_level < 0:
-        return False
-    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)  # type: ignore[no-untyped-call]
 
 
 def forward_writes_gradient(args: RowLossArguments) -> bool:

@@ -15,11 +15,11 @@ from fused_losses._arguments import (
     is_distributed,
     pack_arguments,
 )
-from fused_losses._autograd import is_small, row_loss, row_loss_and_statistics, small_row_loss
+from fused_losses._autograd import is_small, row_loss, row_loss_and_statistics, small_constants, small_row_loss
 from fused_losses._declare import describe_module
 from fused_losses._logit_bias import LogitBias, check_logit_bias
-from fused_losses._ops import PackedConstants, pack_constants
-from fused_losses._parameters import integer, python_number, unexpected_keyword
+from fused_losses._ops import PackedConstants
+from fused_losses._parameters import OrTensor, explains_keywords, integer, kept_value, python_number
 from fused_losses.row_statistics import RowStatistics
 
 
@@ -36,6 +36,11 @@ class Criterion(nn.Module):
     """Base of all loss Modules."""
 
     _precise: tuple[str, ...] = ()  # buffers that keep their dtype under half() and the like
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = explains_keywords(cls.__init__)  # type: ignore[method-assign]
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Numbers of NumPy's are kept as Python's, which the compiler and operators take everywhere."""
@@ -108,12 +113,10 @@ class RowLossModule(Criterion):
         ignore_index: int = -100,
         reduction: str = "mean",
         logit_bias: LogitBias = 0.0,
-        **unknown: Any,
     ) -> None:
-        for name in unknown:
-            raise unexpected_keyword(type(self).__name__, name)
         super().__init__()
         entry = LOSSES[self.stem]
+        parameters = {name: kept_value(name, value, entry.ranges[name]) for name, value in parameters.items()}
         self._params: tuple[float, ...] | None = entry.pack(parameters)
         check_reduction(reduction, entry.reductions)
         check_logit_bias(logit_bias)
@@ -127,14 +130,17 @@ class RowLossModule(Criterion):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Notices that a hyper-parameter has a new value, so that calls need not look."""
-        super().__setattr__(name, value)
         if name in self.parameter_names:
+            value = kept_value(name, value, LOSSES[self.stem].ranges[name])
             self._params = self._constants = None
         elif name in ("ignore_index", "reduction", "logit_bias"):
             self._constants = None
+        super().__setattr__(name, value)
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         """Notices that a buffer takes the place of a number, as schedules do it."""
+        if name in self.parameter_names and not isinstance(LOSSES[self.stem].ranges[name], OrTensor):
+            raise TypeError(f"{name} must be a number, got a buffer, whose later values would not count")
         super().register_buffer(name, tensor, persistent)
         self._constants = None
         if name in self.parameter_names:
@@ -149,10 +155,10 @@ class RowLossModule(Criterion):
         bias, ignore_index, reduction = self.logit_bias, self.ignore_index, self.reduction
         own = [getattr(self, name) for name in self.parameter_names]
         numbers = (type(bias), type(ignore_index), type(reduction)) == (float, int, str) and bias == 0.0
+        made = None
         if numbers and not any(isinstance(value, Tensor) for value in own):
-            self._constants = pack_constants((self.stem, self._pack(), 0.0, ignore_index, reduction))
-        else:
-            self._constants = ()
+            made = small_constants((self.stem, self._pack(), 0.0, ignore_index, reduction))
+        self._constants = made or ()
         return self._constants
 
     def forward(

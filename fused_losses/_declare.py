@@ -11,9 +11,9 @@ from typing import Any, Concatenate
 from torch import Tensor
 
 from fused_losses._arguments import LOSSES, REDUCTIONS, LossEntry, Own, RowLossFunction
-from fused_losses._autograd import is_small, row_loss, small_row_loss
+from fused_losses._autograd import is_small, row_loss, small_constants, small_row_loss
 from fused_losses._checks import check_tensors
-from fused_losses._ops import PackedConstants, pack_constants
+from fused_losses._ops import PackedConstants
 from fused_losses._parameters import ParameterRange
 from fused_losses._reference import Rows, checked_reference
 
@@ -86,7 +86,7 @@ def _make_fused(name: str) -> Callable[..., Tensor]:
         if options.get("weight") is not None or options.get("sample_weight") is not None:  # no tensor: to be refused
             return None
         args = LOSSES[name].arguments(None, None, **options)  # type: ignore[arg-type]
-        return pack_constants(args.constants) if type(args.ignore_index) is int else None
+        return small_constants(args.constants) if type(args.ignore_index) is int else None
 
     def function(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
         if is_small(logits, target) and _PLAIN.issuperset(map(type, options.values())):

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fused_losses import _ops
 from fused_losses._arguments import RowLossArguments, ZErrorRule, is_ignored
-from fused_losses._autograd import in_forward_mode, is_batched, is_last_backward, is_recorded, mark_constant
+from fused_losses._autograd import is_batched, is_last_backward, is_recorded, mark_constant
 from fused_losses._checks import check_constants, check_row_loss
 from fused_losses._chunks import ChunkOptions, Layer, Sweep, stand_in, sweep, traced_sweep
-from fused_losses._plain import is_plain
+from fused_losses._plain import in_forward_mode, is_plain
 from fused_losses._reference import ACTIVE_GUARD, mean_of
 from fused_losses._shards import agree_about_call, check_classes
 from fused_losses._z_autograd import masked_first

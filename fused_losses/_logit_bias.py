@@ -45,6 +45,8 @@ def check_logit_bias(logit_bias: LogitBias) -> None:
                 "logit_bias must be a number or a 0-dim floating point tensor, got a tensor of shape "
                 f"{tuple(logit_bias.shape)} and dtype {logit_bias.dtype}"
             )
+    elif isinstance(python_number(logit_bias), bool):  # it looks like a switch, and is none
+        raise TypeError("logit_bias must be a number, got bool")
     else:
         finite.pack("logit_bias", logit_bias)
 

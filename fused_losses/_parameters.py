@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import operator
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fused_losses._plain import reads_values
+from fused_losses._plain import in_forward_mode, reads_values
 
 
 class ParameterRange(Protocol):
@@ -25,6 +27,8 @@ class ParameterRange(Protocol):
     def unpack(self, number: Any) -> Any:
         """The value that ``number`` stands for."""
 
+
+_Made = TypeVar("_Made", bound=Callable[..., Any])
 
 # What other implementations call things, and what to do here.
 _HINTS = {
@@ -43,6 +47,24 @@ def unexpected_keyword(called: str, name: str) -> TypeError:
     return TypeError(f"{called}() got an unexpected keyword argument {name!r}{hint}")
 
 
+def explains_keywords(function: _Made) -> _Made:
+    """``function``, a loss's or a constructor, which answers keywords that it does not have by the error above."""
+    known = inspect.signature(function).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        return function  # what it calls will look
+    names = frozenset(known)
+
+    @functools.wraps(function)
+    def explaining(*args: Any, **options: Any) -> Any:
+        for name in options:
+            if name not in names:
+                is_constructor = function.__name__ == "__init__"
+                raise unexpected_keyword(type(args[0]).__name__ if is_constructor else function.__name__, name)
+        return function(*args, **options)
+
+    return explaining  # type: ignore[return-value]
+
+
 def python_number(value: Any) -> Any:
     """A NumPy scalar, or an array of one, as the number of Python's that it holds; anything else as it is."""
     if not (isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0):
@@ -51,19 +73,38 @@ def python_number(value: Any) -> Any:
     return torch.as_tensor(value).item() if torch.compiler.is_compiling() else value.item()
 
 
+def plain_number(name: str, value: Any) -> Any:
+    """What torch's losses take for a number - a bool, a NumPy scalar, a 0-dim array or tensor - as the number of
+    Python's that it holds; anything else as it is. Raises a TypeError for a tensor whose derivative would be lost."""
+    if isinstance(value, Tensor) and value.dim() == 0 and not (value.is_meta or value.is_complex()):
+        if value.requires_grad or in_forward_mode(value):
+            raise TypeError(f"{name} must be a number, got a tensor that requires a gradient, and would get none")
+        value = value.item()
+    value = python_number(value)
+    return int(value) if isinstance(value, bool) else value
+
+
+def kept_value(name: str, value: Any, rule: ParameterRange) -> Any:
+    """``value`` as a Module keeps it: a tensor only where ``rule`` has a place for one."""
+    if isinstance(rule, Switch) or (isinstance(rule, OrTensor) and isinstance(value, Tensor)):
+        return python_number(value)
+    return plain_number(name, value)
+
+
 def integer(name: str, value: Any) -> int:
     """``value``, an integer of Python, NumPy or a 0-dim tensor. Raises a TypeError on anything else, a ValueError on
     one that operators cannot take."""
     value = python_number(value)
-    is_tensor = isinstance(value, Tensor) and value.dim() == 0
-    if not isinstance(value, (int, torch.SymInt)) and not (is_tensor and value.dtype not in _FRACTIONS):
+    if isinstance(value, Tensor) and value.dim() == 0 and value.dtype in _INTEGERS:
+        return value if torch.compiler.is_compiling() else int(value)  # type: ignore[return-value]  # operators take it
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ValueError(f"{name} must be an integer of 64 bits, got {value}")
-    return value  # type: ignore[no-any-return]  # symbolic while tracing, or a tensor, which operators take
+    return value  # type: ignore[return-value]  # symbolic while tracing
 
 
-_FRACTIONS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def check_num_classes(num_classes: int, fewest: int = 2) -> int:
@@ -102,13 +143,15 @@ class Range:
 
     Of these, kernels that compute in float32 can use the ones between ``low`` and ``high``, and 0 where it is defined;
     the others are refused, whatever the dtype of the logits. Beyond these bounds results would be off by more than a
-    hundredth, or infinite, or NaN (tests/test_parameter_edges.py goes to all of them).
+    hundredth, or infinite, or NaN (tests/test_parameter_edges.py goes to all of them). If ``below_share``, a call's
+    number must besides be below 1 / C.
     """
 
     rule: str
     defined: Callable[[Any], bool]
     low: float = -math.inf
     high: float = math.inf
+    below_share: bool = False
 
     def holds(self, value: Any) -> bool:
         """Whether it is an allowed number."""
@@ -118,8 +161,8 @@ class Range:
         """``value`` itself. Raises a ValueError where it is out of range, a TypeError where it is no number."""
         if value.__class__ is float and self.holds(value):  # nearly always
             return value
-        value = python_number(value)
-        if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        value = plain_number(name, value)
+        if not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
             hint = "; class weights are given as weight=" if isinstance(value, Tensor) and value.dim() == 1 else ""
             raise TypeError(f"{name} must be a number, got {type(value).__name__}{hint}")
         is_endless = isinstance(value, int) and abs(value) > sys.float_info.max
@@ -136,8 +179,9 @@ class Range:
         return number
 
 
-# The bounds exclude NaN and infinities; math.isfinite would break tracing with symbolic floats.
+# The bounds exclude NaN and, but for thresholds, infinities; math.isfinite would break tracing with symbolic floats.
 positive = Range("satisfy 0 < value < inf", lambda v: 0.0 < v < math.inf)
+positive_or_inf = Range("satisfy 0 < value <= inf", lambda v: v > 0.0)
 non_negative = Range("satisfy 0 <= value < inf", lambda v: 0.0 <= v < math.inf)
 above_one = Range("satisfy 1 < value < inf", lambda v: 1.0 < v < math.inf)
 fraction = Range("satisfy 0 < value < 1", lambda v: 0.0 < v < 1.0)

@@ -1,9 +1,10 @@
-"""Whether a tensor's memory and numbers are there to be looked at."""
+"""Whether a tensor's memory and numbers are there to be looked at, and whether a derivative in it is asked for."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 dispatch_modes = torch._C._len_torch_dispatch_stack
 
@@ -20,6 +21,13 @@ def inside_transforms(tensor: Tensor) -> Tensor:
     while not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
+
+
+def in_forward_mode(*tensors: Tensor | None) -> bool:
+    """Whether a forward-mode derivative is asked for in one of them."""
+    if forward_ad._current_level < 0:
+        return False
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)  # type: ignore[no-untyped-call]
 
 
 def reads_values(tensor: Tensor) -> bool:

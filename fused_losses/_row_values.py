@@ -23,7 +23,7 @@ from fused_losses._autograd import row_loss
 from fused_losses._checks import check_row_loss, check_rows, check_targets, check_tensors, row_shape
 from fused_losses._common import Criterion, RowLossModule
 from fused_losses._logit_bias import class_dim
-from fused_losses._parameters import OrTensor, integer
+from fused_losses._parameters import OrTensor, integer, kept_value
 from fused_losses._plain import reads_values
 from fused_losses._reference import Rows, reduce_rows
 from fused_losses.distributed import global_mean
@@ -78,7 +78,7 @@ class RowsModule(Criterion):
         """Checks a hyper-parameter and keeps it."""
         rule.pack(name, value)
         rule.check_entries(name, value)
-        self._keep(name, value)
+        self._keep(name, kept_value(name, value, rule))
 
 
 def as_module(loss: Loss, options: dict[str, Any]) -> nn.Module:

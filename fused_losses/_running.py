@@ -77,9 +77,8 @@ class RunningMoments(HasProcessGroup):
         self, *, running: bool, momentum: float, process_group: dist.ProcessGroup | None, num_groups: int | None
     ) -> None:
         super().__init__()
-        closed_fraction.pack("momentum", momentum)
         self.running = running
-        self.momentum = momentum
+        self.momentum = closed_fraction.pack("momentum", momentum)
         self.process_group = process_group
         self.num_groups = num_groups
         if running:
@@ -89,8 +88,13 @@ class RunningMoments(HasProcessGroup):
     def running_statistics(self) -> ClassStatistics:
         """The running statistics of each class as they are now. Counts fade with the batches and are no integers."""
         if not self.running:
-            raise AttributeError(f"{type(self).__name__} has running_statistics only with running=True")
+            raise AttributeError  # of which nn.Module asks __getattr__ what to say
         return ClassStatistics.from_moments(self.running_moments.clone())
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "running_statistics":
+            raise AttributeError(f"{type(self).__name__} has running_statistics only with running=True")
+        return super().__getattr__(name)
 
     def _update(self, batch: Tensor) -> Tensor:
         """Merges a batch's moments into the running ones, whose counts are first multiplied by ``1 - momentum``.
@@ -109,7 +113,7 @@ class RunningMoments(HasProcessGroup):
                 running = torch.zeros(batch.shape, dtype=torch.float64, device=batch.device)
             self.running_moments = running
         try:
-            _ops.update_moments_(running, batch, self.momentum)
+            _ops.update_moments_(running, batch, closed_fraction.pack("momentum", self.momentum))
         except RuntimeError as error:
             if not torch._C._are_functorch_transforms_active():
                 raise

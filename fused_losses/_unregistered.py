@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fused_losses import corrections, gjs
+from fused_losses._parameters import explains_keywords
 from fused_losses._reference import zero_at_zero
 from fused_losses._row_values import RowValues, plain_rows
 
@@ -27,7 +28,7 @@ def _reference_of(function: Callable[..., Tensor]) -> Callable[[Callable[..., Te
         reference.__name__ = reference.__qualname__ = function.__name__
         reference.__doc__, reference.__module__ = function.__doc__, "fused_losses.reference"
         reference.__signature__ = signature  # type: ignore[attr-defined]
-        return reference
+        return explains_keywords(reference)
 
     return decorate
 

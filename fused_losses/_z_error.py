@@ -30,7 +30,7 @@ from fused_losses._arguments import RowLossArguments, ZErrorLossArguments, ZErro
 from fused_losses._autograd import row_loss
 from fused_losses._checks import FLOATING, check_tensors
 from fused_losses._common import shown_value
-from fused_losses._parameters import check_choice, check_entries, positive, positive_integer, python_number
+from fused_losses._parameters import check_choice, check_entries, explains_keywords, positive_integer, positive_or_inf
 from fused_losses._plain import reads_values
 from fused_losses._reference import row_loss_reference
 from fused_losses._running import RunningMoments, Source
@@ -74,7 +74,7 @@ PLAIN = ZOps(row_loss_reference, _z_reference.class_moments, _z_reference.z_erro
 
 def fused_and_plain(make: Callable[[ZOps], Callable[..., Any]]) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Both kinds of a Z-Error function, under the names by which users and pickle find them."""
-    fused, plain = make(FUSED), make(PLAIN)
+    fused, plain = explains_keywords(make(FUSED)), explains_keywords(make(PLAIN))
     for function in (fused, plain):
         function.__qualname__ = function.__name__
     plain.__module__ = "fused_losses.reference"
@@ -97,18 +97,18 @@ def check_count(name: str, count: int | None) -> int | None:
     return None if count is None else int(positive_integer.pack(name, count))
 
 
-def check_threshold(threshold: Threshold) -> None:
-    """Raises unless all numbers are positive; those of tensors are looked at where that waits for nobody."""
+def check_threshold(threshold: Threshold) -> Threshold:
+    """``threshold``, its numbers as Python's. Raises unless all are positive; those of tensors are looked at where that
+    waits for nobody."""
     if isinstance(threshold, Tensor):
         if not threshold.is_floating_point():
             raise ValueError(f"threshold must be floating point, got a tensor of dtype {threshold.dtype}")
         if reads_values(threshold):
-            check_entries("threshold", threshold, positive)
-    elif isinstance(threshold, (tuple, list)):
-        for value in threshold:
-            positive.pack("threshold", value)
-    else:
-        positive.pack("threshold", threshold)
+            check_entries("threshold", threshold, positive_or_inf)
+        return threshold
+    if isinstance(threshold, (tuple, list)):
+        return tuple(positive_or_inf.pack("threshold", value) for value in threshold)
+    return positive_or_inf.pack("threshold", threshold)
 
 
 class Groups(NamedTuple):
@@ -140,15 +140,14 @@ class Groups(NamedTuple):
 
 def pack_threshold(threshold: Threshold, groups: Groups | None = None) -> tuple[list[float], Tensor | None]:
     """The operators' ``threshold`` and ``threshold_tensor``."""
-    if threshold.__class__ is float and positive.holds(threshold):  # nearly always
+    if threshold.__class__ is float and positive_or_inf.holds(threshold):  # nearly always
         return [threshold], None
-    check_threshold(threshold)
+    threshold = check_threshold(threshold)
     if groups is not None:
         groups.check_threshold(threshold)
     if isinstance(threshold, Tensor):
         return [], threshold.detach().reshape(-1) if threshold.dim() > 1 else threshold.detach()
-    given = threshold if isinstance(threshold, (tuple, list)) else [threshold]
-    return [python_number(number) for number in given], None
+    return list(threshold) if isinstance(threshold, tuple) else [threshold], None  # type: ignore[list-item]
 
 
 def spread_weight(sample_weight: Tensor | None, like: Tensor) -> Tensor | None:
@@ -270,12 +269,12 @@ class ZErrorModule(RunningMoments):
         num_groups: int | None,
     ) -> None:
         super().__init__(running=running, momentum=momentum, process_group=process_group, num_groups=num_groups)
-        check_threshold(threshold)
+        threshold = check_threshold(threshold)
         units, labels = self._groups
-        if isinstance(threshold, (tuple, list)) and labels == 1:
+        if isinstance(threshold, tuple) and labels == 1:
             threshold = torch.tensor(threshold, dtype=torch.float64)  # one per class or task
         if isinstance(threshold, Tensor):  # on a GPU, too: once
-            check_entries("threshold", threshold, positive)
+            check_entries("threshold", threshold, positive_or_inf)
         if num_groups is not None or not isinstance(threshold, Tensor):
             unit = "class" if units == "classes" else "task"
             Groups(unit, (num_groups or labels) // labels, labels).check_threshold(threshold)

@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from fused_losses._arguments import CallOptions
 from fused_losses._common import RowLossModule, RowLossOptions
 from fused_losses._declare import loss_of_row
-from fused_losses._parameters import OrNone, Range, closed_fraction, iterations
+from fused_losses._parameters import OrNone, Range, closed_fraction, iterations, plain_number
 from fused_losses._reference import Rows
 
 
@@ -25,6 +25,7 @@ class _Temperature(Range):
 
     def pack(self, name: str, value: Any) -> float:
         """``value``, or 1.0 for it. Raises as :class:`Range` does."""
+        value = plain_number(name, value)
         if isinstance(value, float) and 1.0 - 2.0**-25 <= value <= 1.0 + 2.0**-24 and self.defined(value):
             return 1.0
         return super().pack(name, value)

@@ -121,6 +121,8 @@ def match_parameter(
     count, reference_count = check_num_classes(num_classes), check_num_classes(reference_num_classes)
     holds = _allowed_values(loss, name)
     start = check_number("reference_value", reference_value)
+    if not math.isfinite(start):
+        raise ValueError(f"reference_value must be finite, got {reference_value}")
     origin = np.zeros(1)
 
     def error(value: float, classes: int) -> float:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fused_losses._arguments import check_reduction
 from fused_losses._arrays import as_tensor
 from fused_losses._autograd import needs_reference
-from fused_losses._parameters import finite, integer, positive_integer
+from fused_losses._parameters import explains_keywords, finite, integer, positive_integer
 from fused_losses._plain import is_plain, reads_values
 from fused_losses._reference import Rows
 from fused_losses._row_values import RowsModule, RowValues, check_dense, maybe_any, plain_rows
@@ -143,6 +143,7 @@ def _backward_loss(logits: Tensor, rows: Rows, inverse: Tensor, reduction: str, 
     return cross_entropy(logits, share, sample_weight=weight, reduction=reduction)
 
 
+@explains_keywords
 @_documented(_ARGUMENTS.format(singular=""))
 def forward_correction_loss(
     logits: Tensor,
@@ -185,6 +186,7 @@ def forward_correction_loss(
     return RowValues.of(rows, _forward_values(rows, transition)).reduce(reduction)
 
 
+@explains_keywords
 @_documented(_ARGUMENTS.format(singular=" or is singular"))
 def backward_correction_loss(
     logits: Tensor,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import Never
 
 from fused_losses._arguments import LOSSES, LossEntry
 from fused_losses._autograd import row_loss
@@ -38,6 +40,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     logit_bias: LogitBias = 0.0,
     sample_weight: Tensor | None = None,
+    **unknown: Never,
 ) -> Tensor:
     """Cross entropy: everything :func:`torch.nn.functional.cross_entropy` does, fused.
 
@@ -89,16 +92,16 @@ def cross_entropy(
         weight=weight,
         ignore_index=ignore_index,
         reduction=reduction,
-        label_smoothing=_number(label_smoothing),
+        label_smoothing=label_smoothing,
         logit_bias=logit_bias,
         sample_weight=sample_weight,
+        **unknown,  # which it refuses
     )
     return row_loss(arguments)
 
 
-def _number(value: Any) -> Any:
-    """A 0-dim tensor, which torch takes for a number, as the number that it holds now."""
-    return value.item() if isinstance(value, Tensor) and value.dim() == 0 else value
+_signature = inspect.signature(cross_entropy)
+cross_entropy.__signature__ = _signature.replace(parameters=[*_signature.parameters.values()][:-1])  # type: ignore[attr-defined]
 
 
 @functools.wraps(cross_entropy)
@@ -155,7 +158,7 @@ class CrossEntropyLoss(RowLossModule, stem="cross_entropy"):
         logit_bias: LogitBias = 0.0,
     ) -> None:
         super().__init__(
-            {"label_smoothing": _number(label_smoothing)},
+            {"label_smoothing": label_smoothing},
             weight=weight,
             ignore_index=ignore_index,
             reduction=reduction,

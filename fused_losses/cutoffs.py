@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fused_losses._arrays import as_tensor
 from fused_losses._crossings import SkewNormal, gaussian_crossing, skewnorm_crossing
-from fused_losses._parameters import check_number, positive
+from fused_losses._parameters import check_number, positive_or_inf
 
 __all__ = [
     "CutoffCollector",
@@ -47,8 +47,8 @@ def z_error_inlier_mask(logits: _Rows, labels: _Rows, threshold: float = 2.0) ->
         logits: scores ``(N,)`` or ``(N, 1)``, a tensor of any device and dtype, or an array.
         labels: 0 or 1 per row, the shape of ``logits``. Rows with another label (soft, or NaN for a missing one) are
             not kept.
-        threshold: in standard deviations, > 0. Of n rows none has ``|z| > (n - 1) / sqrt(n)``, so 2 drops nothing from
-            a class with fewer than six rows.
+        threshold: in standard deviations, > 0; inf keeps every row with a finite score and a label. Of n rows none has
+            ``|z| > (n - 1) / sqrt(n)``, so 2 drops nothing from a class with fewer than six rows.
 
     Returns:
         A bool tensor or array, as ``logits`` is one, of its shape: True for rows that are kept.
@@ -62,8 +62,8 @@ def z_error_inlier_mask(logits: _Rows, labels: _Rows, threshold: float = 2.0) ->
         array([ True, False,  True,  True,  True,  True])
 
     Source: 2506.02154, the inlier mask of the cut-off code. Deviation: a score that is not finite drops its own row,
-    where the paper's code drops the whole class. The only row of a class is dropped, as there. Scores beyond about
-    1e150, whose squares leave float64, are not told apart.
+    where the paper's code drops the whole class. The only row of a class is dropped, as there, but for a threshold
+    of inf. Scores beyond about 1e150, whose squares leave float64, are not told apart.
     """
     threshold = _check_threshold("threshold", threshold)
     scores, classes = _tensors(logits, labels)
@@ -85,7 +85,7 @@ def optimal_logit_cutoff_from_gaussians(
         logits: ``(N,)`` or ``(N, 1)``, a tensor of any device and dtype, or an array.
         labels: 0 or 1 per row, the shape of ``logits``; other rows are left out.
         z_threshold: rows further than this from the mean of their class are left out (:func:`z_error_inlier_mask`), in
-            standard deviations, > 0.
+            standard deviations, > 0; inf leaves out none.
 
     Returns:
         The cut-off as a logit, and its sigmoid. Predict class 1 above it (if ``m_1 > m_0``).
@@ -129,7 +129,7 @@ def optimal_prob_cutoff_from_skewnorm(
         logits: ``(N,)`` or ``(N, 1)``, a tensor of any device and dtype, or an array. Logits, not probabilities.
         labels: 0 or 1 per row, the shape of ``logits``; other rows are left out.
         z_threshold: rows whose probability is further than this from the mean of their class are left out, in standard
-            deviations, > 0.
+            deviations, > 0; inf leaves out none.
 
     Returns:
         The cut-off as a probability.
@@ -273,7 +273,7 @@ def _collector(logits: Sequence[Tensor], labels: Sequence[Tensor]) -> CutoffColl
 
 
 def _check_threshold(name: str, threshold: float) -> float:
-    return positive.pack(name, check_number(name, threshold))
+    return positive_or_inf.pack(name, check_number(name, threshold))
 
 
 def _tensors(logits: Tensor | npt.NDArray[Any], labels: Tensor | npt.NDArray[Any]) -> tuple[Tensor, Tensor]:
@@ -302,7 +302,7 @@ def _inliers(scores: Tensor, classes: Tensor, threshold: float) -> Tensor:
         mean = torch.where(member, scores, 0.0).sum() / count
         distance = torch.where(member, scores - mean, 0.0).abs()
         std = (distance.square().sum() / (count - 1)).sqrt()  # NaN for one row: the comparison below drops it
-        kept |= member & ((std < _CONSTANT_STD) | (distance / std <= threshold))
+        kept |= member & ((std < _CONSTANT_STD) | (distance / std <= threshold) | (threshold == math.inf))
     return kept
 
 

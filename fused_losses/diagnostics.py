@@ -7,29 +7,18 @@ import enum
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fused_losses._agreement import Exchange, gather
-from fused_losses._arrays import Numbers, as_tensor
-from fused_losses._checks import is_integer_tensor
+from fused_losses._arrays import Numbers
+from fused_losses._observations import RowLogProbs, check_samples, label_probability, rows_of
 from fused_losses._parameters import check_choice, check_index, check_number
 
 __all__ = ["OutlierTracker"]
-
-_ROUNDING = 1e-3  # a probability computed in low precision may be this much above 1
-
-
-class RowLogProbs(Protocol):
-    """Something that has the log-probability of every row's label."""
-
-    @property
-    def log_prob(self) -> Tensor:
-        """Of the shape of the labels."""
 
 
 class _Count(enum.IntEnum):
@@ -130,16 +119,16 @@ class OutlierTracker:
             IndexError: an index is out of range. If tensors and counts are on a CUDA device, indices and probabilities
                 out of range are device assertions, because a check would wait for the device.
         """
-        rows = _rows("index", index, None)
+        rows = rows_of("index", index, None)
         device = self._counts.device
         counts = torch.zeros(*rows.shape, len(_Count), dtype=torch.int32, device=device)
         sums = torch.zeros(*rows.shape, len(_Sum), dtype=torch.float64, device=device)
-        kept = None if mask is None else _rows("mask", mask, rows.shape)
-        scores = None if score is None else _rows("score", score, rows.shape)
-        probs = _label_probability(rows.shape, device, row_statistics=row_statistics, log_prob=log_prob, prob=prob)
+        kept = None if mask is None else rows_of("mask", mask, rows.shape)
+        scores = None if score is None else rows_of("score", score, rows.shape)
+        probs = label_probability(rows.shape, device, row_statistics=row_statistics, log_prob=log_prob, prob=prob)
         if kept is None and scores is None and probs is None:
             raise TypeError("update() needs a mask, a score or a probability (row_statistics, log_prob or prob)")
-        _check_index(rows, self.num_samples, device)
+        check_samples(rows, self.num_samples, device)
 
         known = torch.ones(rows.shape, dtype=torch.bool, device=device)
         if scores is not None:
@@ -193,13 +182,19 @@ class OutlierTracker:
         Raises:
             TypeError: ``min_rate`` is no number, or ``min_seen`` no integer.
             ValueError: an argument is out of range.
+            RuntimeError: no mask has judged any sample, so that none has a rate.
         """
         rate = check_number("min_rate", min_rate)
         if not 0.0 <= rate <= 1.0:
             raise ValueError(f"min_rate must be between 0 and 1, got {min_rate}")
         min_seen = check_index("min_seen", min_seen, 1)
-        judged = self._counts[:, _Count.JUDGED] >= min_seen
-        return torch.nonzero(judged & (self.flag_rate() >= rate)).flatten()
+        judged = self._counts[:, _Count.JUDGED]
+        if not judged.any():
+            raise RuntimeError(
+                "flagged() needs masks, and update() was given none, or none for rows that have a score; rank() orders "
+                "the samples without"
+            )
+        return torch.nonzero((judged >= min_seen) & (self.flag_rate() >= rate)).flatten()
 
     def rank(self, *, by: str = "auto", suspicious: str = "low", min_seen: int = 1) -> Tensor:
         """The samples in the order in which to check their labels, the most suspicious first.
@@ -334,67 +329,3 @@ class OutlierTracker:
 
     def __repr__(self) -> str:
         return f"OutlierTracker(num_samples={self.num_samples})"
-
-
-def _rows(name: str, values: Numbers, shape: torch.Size | None) -> Tensor:
-    """An argument of ``update`` as a tensor of its kind (index, mask, or numbers) and of the given shape."""
-    if hasattr(values, "log_prob"):
-        raise TypeError(
-            f"{name} must be a tensor, an array or a list; give a {type(values).__name__} as row_statistics="
-        )
-    tensor = as_tensor(name, values)
-    if tensor.numel() == 0 and not isinstance(values, (Tensor, np.ndarray)):
-        tensor = tensor.to({"index": torch.int64, "mask": torch.bool}.get(name, torch.float64))
-    elif name not in ("index", "mask") and isinstance(values, (list, tuple)) and tensor.dtype == torch.int64:
-        tensor = tensor.double()  # a list such as [0, 1] may hold probabilities
-    if name == "index" and not is_integer_tensor(tensor):
-        raise TypeError(f"index must hold integers, got {tensor.dtype}")
-    if name == "mask" and tensor.dtype != torch.bool:
-        raise TypeError(f"mask must be a bool tensor (True = kept; other numbers by keyword), got {tensor.dtype}")
-    if name not in ("index", "mask") and not tensor.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
-    if shape is not None and tensor.shape != shape:
-        raise ValueError(f"{name} must have the shape {tuple(shape)} of index, got {tuple(tensor.shape)}")
-    return tensor
-
-
-def _check_index(rows: Tensor, num_samples: int, device: torch.device) -> None:
-    """Raises an IndexError where that needs no waiting for a device; there, ``index_put_`` asserts."""
-    if rows.numel() and "cpu" in (rows.device.type, device.type):
-        smallest, largest = (int(end) for end in torch.aminmax(rows.long()))
-        worst = smallest if smallest < 0 else largest
-        if not 0 <= worst < num_samples:
-            raise IndexError(f"index must be in [0, {num_samples}), got {worst}")
-
-
-def _label_probability(
-    shape: torch.Size,
-    device: torch.device,
-    *,
-    row_statistics: RowLogProbs | None,
-    log_prob: Numbers | None,
-    prob: Numbers | None,
-) -> Tensor | None:
-    """The probability of every row's label, float64, from the one argument that is given."""
-    named = {"row_statistics": row_statistics, "log_prob": log_prob, "prob": prob}
-    given = [name for name, value in named.items() if value is not None]
-    if not given:
-        return None
-    if len(given) > 1:
-        raise ValueError(f"the probability must be given in one way, got {' and '.join(given)}")
-    if row_statistics is not None:
-        if not hasattr(row_statistics, "log_prob"):
-            raise TypeError(f"row_statistics must have log_prob, got {type(row_statistics).__name__}")
-        log_prob = row_statistics.log_prob
-    name, values = ("prob", prob) if log_prob is None else ("log_prob", log_prob)
-    tensor = _rows(name, values, shape)  # type: ignore[arg-type]
-    probs = tensor.to(device, torch.float64)
-    if name == "log_prob":
-        probs = probs.exp()
-    possible = probs.isnan() | ((probs >= 0.0) & (probs <= 1.0 + _ROUNDING))
-    if "cpu" not in (tensor.device.type, device.type):
-        torch._assert_async(possible.all(), f"{name} must be that of a probability between 0 and 1")
-    elif not possible.all():
-        rule = "be between 0 and 1" if name == "prob" else "not be above 0"
-        raise ValueError(f"{name} must {rule}, got {float(tensor[~possible.to(tensor.device)].flatten()[0])}")
-    return probs.clamp(max=1.0)

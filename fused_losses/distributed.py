@@ -12,9 +12,10 @@ from torch import Tensor
 
 from fused_losses._agreement import Exchange, sum_over_ranks, telling
 from fused_losses._arguments import RowLossArguments, is_ignored
-from fused_losses._autograd import in_forward_mode, row_loss
+from fused_losses._autograd import row_loss
 from fused_losses._checks import check_tensors, row_shape
 from fused_losses._common import Criterion, RowLossModule
+from fused_losses._plain import in_forward_mode
 from fused_losses._reference import ACTIVE_GUARD, mean_of
 
 

@@ -13,7 +13,7 @@ from fused_losses import _ops
 from fused_losses._arguments import check_reduction
 from fused_losses._autograd import apply, is_recorded, needs_reference
 from fused_losses._logit_bias import class_dim
-from fused_losses._parameters import fraction, integer
+from fused_losses._parameters import explains_keywords, fraction, integer
 from fused_losses._plain import is_plain
 from fused_losses._reference import Rows, zero_at_zero
 from fused_losses._row_values import RowsModule, RowValues, plain_rows
@@ -125,6 +125,7 @@ class _FusedDivergence(torch.autograd.Function):
         return None, None, *(gradient * upstream for gradient in written)
 
 
+@explains_keywords
 def gjs_loss(
     views: Tensor | Sequence[Tensor],
     target: Tensor,

@@ -192,18 +192,19 @@ def _chunked(layer: Layer, target: Tensor, options: ChunkOptions) -> tuple[Chunk
         tensors["linear_bias"] = linear_bias
     check_tensors(**tensors)
     _check_shapes(input, linear_weight, target, linear_bias, options.shard)
-    _check_options(options.chunk_bytes, options.accumulate_dtype, options.skip_rows)
-    options = options._replace(dtype=_dtype_of_logits(tensors), chunk_bytes=int(options.chunk_bytes))
+    size = _check_options(options.chunk_bytes, options.accumulate_dtype, options.skip_rows)
+    options = options._replace(dtype=_dtype_of_logits(tensors), chunk_bytes=size)
     flat = input.unsqueeze(0).flatten(0, -2)  # not by reshape, which would not know how many rows of no features
     return ChunkedLogits(Layer(flat, linear_weight, linear_bias), options), input.shape[:-1]
 
 
-def _check_options(chunk_bytes: int, accumulate_dtype: torch.dtype, skip_rows: bool | None) -> None:
-    positive_integer.pack("chunk_bytes", chunk_bytes)
+def _check_options(chunk_bytes: int, accumulate_dtype: torch.dtype, skip_rows: bool | None) -> int:
+    size = int(positive_integer.pack("chunk_bytes", chunk_bytes))
     if not (isinstance(accumulate_dtype, torch.dtype) and accumulate_dtype in FLOATING):
         raise ValueError(f"accumulate_dtype must be float64, float32, float16 or bfloat16, got {accumulate_dtype!r}")
     if not (skip_rows is None or isinstance(skip_rows, bool)):
         raise ValueError(f"skip_rows must be True, False or None, got {skip_rows!r}")
+    return size
 
 
 def _class_group(loss: Loss, linear_weight: Any) -> tuple[dist.ProcessGroup | None] | None:
@@ -339,7 +340,7 @@ class LinearLoss(Criterion):
         **options: Any,
     ) -> None:
         super().__init__()
-        _check_options(chunk_bytes, accumulate_dtype, skip_rows)
+        chunk_bytes = _check_options(chunk_bytes, accumulate_dtype, skip_rows)
         in_features = int(not_negative_integer.pack("in_features", in_features))
         num_classes = int(positive_integer.pack("num_classes", num_classes))
         if isinstance(loss, nn.Module):

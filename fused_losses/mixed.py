@@ -29,7 +29,7 @@ from fused_losses._autograd import (
 )
 from fused_losses._checks import check_tensors
 from fused_losses._common import RowLossModule
-from fused_losses._parameters import closed_fraction, python_number
+from fused_losses._parameters import closed_fraction
 from fused_losses._plain import reads_values
 from fused_losses._reference import ACTIVE_GUARD, mean_of, row_loss_reference
 from fused_losses._row_values import check_dense
@@ -244,7 +244,7 @@ def mixed(
     check_tensors(**{name: options[name] for name in ("weight", "sample_weight") if options.get(name) is not None})
     check_dense(logit_bias=options.get("logit_bias"), lam=lam)
     if not isinstance(lam, Tensor):
-        lam = python_number(closed_fraction.pack("lam", lam))
+        lam = closed_fraction.pack("lam", lam)
     elif lam.dim() > 0 and lam.shape != target_a.shape:
         raise RuntimeError(
             f"lam must be a number, 0-dim or of the shape of target_a, {tuple(target_a.shape)}, got {tuple(lam.shape)}"

@@ -23,8 +23,8 @@ from fused_losses._reference import Rows, expm1
 from fused_losses.active_passive import weighted_sum
 from fused_losses.normalized import nfl_term
 
-# Classes below it must not make up the sum over the classes.
-_min_prob = replace(fraction, low=1e-30, high=1e-3)
+# Classes below it must not make up the sum over the classes, and one class must be above it.
+_min_prob = replace(fraction, low=1e-30, high=1e-3, below_share=True)
 
 
 def _missing(gamma: float, detach: bool, min_prob: float) -> Callable[[Tensor], Tensor]:
@@ -50,14 +50,14 @@ def nnce_loss(rows: Rows, *, min_prob: float = 1e-7, **options: Unpack[CallOptio
 
     A part of sums for noisy labels (:func:`anl_ce_loss`); alone it learns slowly. ``A = -log min_prob``. It trains on
     the labels that a row does not have, as MAE does, with more weight where the network is unsure. It is in [0, 1], and
-    its sum over all labels is constant. It needs at least two classes, and a class above ``min_prob`` in every row,
-    which there is if ``min_prob < 1 / C``; a row without one is 0 / 0, and so is NaN, as in the authors' code.
+    its sum over all labels is constant. It needs at least two classes, and a class above ``min_prob`` in every row: a
+    row without one is 0 / 0.
 
-    Source: ANL, NeurIPS 2023.
+    Source: ANL, NeurIPS 2023. Deviation: ``min_prob`` must be below ``1 / C``, where the authors' code gives NaN.
 
     Args:
-        min_prob: smaller probabilities count as this one, from 1e-30 to 0.001; take it well below ``1 / C``, near which
-            gradients of unsure rows are huge. 1e-7 is the value of the authors' code.
+        min_prob: smaller probabilities count as this one, from 1e-30 to 0.001 and below ``1 / C``; take it well below,
+            because near it gradients of unsure rows are huge. 1e-7 is the value of the authors' code.
 
     Example:
         >>> nnce_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]))

@@ -38,6 +38,7 @@ __all__ = ["LogitBiasSchedule", "ThresholdSchedule", "get_sigma_threshold"]
 
 _MODES = ("linear", "cosine", "peak", "plateau")
 _PATIENCE = {"peak": 1, "plateau": 5}
+_comparable = Range("be a number", lambda v: v == v)  # but NaN
 _below_one = Range("satisfy 0 <= value < 1", lambda v: 0.0 <= v < 1.0)
 _SNAP = 1e-3  # a rest of the way smaller than this share is skipped
 
@@ -51,11 +52,11 @@ def get_sigma_threshold(epoch: float, max_epochs: int, start_sigma: float = 100.
 
     Args:
         epoch: epochs done, 0 for the first; fractions are fine. Clamped to [0, ``max_epochs``].
-        max_epochs: epochs until ``end_sigma`` is reached, at least 1.
-        start_sigma: threshold at epoch 0, in standard deviations, > 0. Of n rows none has ``|z| > (n - 1) / sqrt(n)``,
-            which is 15.9 for 256 rows, so the default 100 drops nothing for most of the training. It is that of the
-            paper's code; the paper's text says 10, which we recommend.
-        end_sigma: threshold from ``max_epochs`` on, > 0.
+        max_epochs: epochs until ``end_sigma`` is reached, at least 1 and finite.
+        start_sigma: threshold at epoch 0, in standard deviations, > 0 and finite. Of n rows none has ``|z| > (n - 1) /
+            sqrt(n)``, which is 15.9 for 256 rows, so the default 100 drops nothing for most of the training. It is that
+            of the paper's code; the paper's text says 10, which we recommend.
+        end_sigma: threshold from ``max_epochs`` on, > 0 and finite.
 
     Returns:
         The threshold in standard deviations.
@@ -72,10 +73,9 @@ def get_sigma_threshold(epoch: float, max_epochs: int, start_sigma: float = 100.
     ``max_epochs``, and divides by 0 for ``max_epochs=0``.
     """
     done, epochs = check_number("epoch", epoch), check_number("max_epochs", max_epochs)
-    if not epochs >= 1:
-        raise ValueError(f"max_epochs must be at least 1, got {max_epochs}")
-    if math.isnan(done):
-        raise ValueError(f"epoch must be a number, got {epoch}")
+    if not 1 <= epochs < math.inf:
+        raise ValueError(f"max_epochs must be at least 1{' and finite' * (epochs == math.inf)}, got {max_epochs}")
+    done = _comparable.pack("epoch", done)
     start = positive.pack("start_sigma", check_number("start_sigma", start_sigma))
     end = positive.pack("end_sigma", check_number("end_sigma", end_sigma))
     progress = min(max(done / epochs, 0.0), 1.0)
@@ -97,6 +97,7 @@ class _Schedule:
 
     name: str  # of the Module's attribute
     rule: str  # completes the sentence "start must ..."
+    about_inf = ""
 
     def __init__(
         self,
@@ -138,8 +139,10 @@ class _Schedule:
     @property
     def value(self) -> float | Tensor:
         """The present value: a float, or a float64 tensor ``(C,)`` if the Module has one value per class."""
-        # The end is exact; 0 * (end - start) keeps the start exact too.
-        now = self.end if self.fraction == 1.0 else self.start + (self.end - self.start) * self.fraction
+        if self.fraction in (0.0, 1.0):  # both ends are exact, and may be inf
+            now = self.end if self.fraction else self.start
+        else:
+            now = self.start + (self.end - self.start) * self.fraction
         return float(now) if now.dim() == 0 else now.clone()
 
     def step(self, metric: float | Tensor | None = None) -> None:
@@ -147,17 +150,18 @@ class _Schedule:
 
         Args:
             metric: required with ``mode="peak"`` and ``"plateau"``, not taken by the others: the number to watch, such
-                as the accuracy or the loss on validation data. NaN counts as no improvement. Under
-                DistributedDataParallel give the same number on every rank.
+                as the accuracy or the loss on validation data. Under DistributedDataParallel give the same number on
+                every rank.
 
         Raises:
             TypeError: ``metric`` is missing or no number, or given with a mode that does not watch one.
+            ValueError: ``metric`` is NaN, which is neither better nor worse; nothing has moved then.
         """
         watching = self.mode in _PATIENCE
         if watching != (metric is not None):
             rule = "needs a metric" if watching else "takes no metric"
             raise TypeError(f"step() {rule} with mode={self.mode!r}, got {metric!r}")
-        number = None if metric is None else check_number("metric", metric)
+        number = None if metric is None else _comparable.pack("metric", check_number("metric", metric))
         self.step_count += 1
         if self.steps is not None and self.fraction < 1.0:
             progress = min(self.step_count / self.steps, 1.0)
@@ -209,8 +213,7 @@ class _Schedule:
         fraction, best = (check_number(name, state_dict[name]) for name in ("fraction", "best"))
         if not 0.0 <= fraction <= 1.0:
             raise ValueError(f"fraction must satisfy 0 <= value <= 1, got {fraction}")
-        if math.isnan(best):  # nothing would ever be better
-            raise ValueError(f"best must be a number, got {best}")
+        best = _comparable.pack("best", best)  # nothing would ever be better than NaN
         vars(self).update(loaded, fraction=fraction, best=best)
         self._write()
 
@@ -241,14 +244,15 @@ class _Schedule:
                 f"{argument} must be a number or have the shape {tuple(shape)} of module.{self.name}, "
                 f"got shape {tuple(result.shape)}"
             )
-        if not (result.isfinite() & self._holds(result)).all():
-            auto = argument == "start" and isinstance(getattr(self.module, self.name), str)
-            hint = f"; module.{self.name} is no number: give start" if auto else ""
+        if not self._holds(result).all():
+            hint = self.about_inf if result.isinf().any() else ""
+            if argument == "start" and isinstance(getattr(self.module, self.name), str):
+                hint = f"; module.{self.name} is no number: give start"
             raise ValueError(f"{argument} must {self.rule}, got {result.tolist()}{hint}")
         return result.expand(shape).clone()
 
     def _holds(self, value: Tensor) -> Tensor:
-        return torch.ones_like(value, dtype=torch.bool)
+        return value.isfinite()
 
     def _make_buffer(self) -> None:
         tensors = [*self.module.parameters(), *self.module.buffers()]
@@ -280,8 +284,8 @@ class ThresholdSchedule(_Schedule):
     Args:
         module: the loss; its ``threshold`` is a number, a 0-dim tensor or a tensor ``(C,)``.
         start: first value in standard deviations, > 0, a number or ``(C,)``. The default 10 drops nothing. None: what
-            the Module has.
-        end: last value, > 0, a number or ``(C,)``. It may also be larger than ``start``.
+            the Module has. With ``mode="peak"`` and without ``steps`` it may be inf.
+        end: last value, likewise. It may also be larger than ``start``.
         steps: calls of :meth:`step` until ``end``, at least 1; optional with ``mode="peak"``, left out with "plateau".
         mode: "linear", "cosine", "peak" or "plateau".
         factor: for "plateau": what is left of the distance to ``end`` after one plateau, 0 <= factor < 1.
@@ -307,6 +311,7 @@ class ThresholdSchedule(_Schedule):
 
     name = "threshold"
     rule = "satisfy 0 < value < inf"
+    about_inf = "; mode='peak' without steps alone takes inf, because it goes there at once"
 
     def __init__(
         self,
@@ -325,7 +330,8 @@ class ThresholdSchedule(_Schedule):
         super().__init__(module, start, end, steps, mode=mode, **options)
 
     def _holds(self, value: Tensor) -> Tensor:
-        return value > 0.0
+        moves_at_once = self.mode == "peak" and self.steps is None  # nothing lies between a number and inf
+        return (value > 0.0) & (value.isfinite() | moves_at_once)
 
 
 class LogitBiasSchedule(_Schedule):

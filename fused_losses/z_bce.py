@@ -85,7 +85,7 @@ def _z_error_bce_with_logits(ops: ZOps) -> Callable[..., Any]:
                 label as it is.
             threshold: in standard deviations, > 0: a number, a pair of numbers for labels 0 and 1, or a tensor, 0-dim,
                 ``(2,)`` or ``(T, 2)``. 2 is the paper's value; it can drop nothing from a label with fewer than six
-                rows.
+                rows. inf keeps all finite scores.
             space: ``"logit"``, or ``"prob"`` for x the sigmoid of the logit.
             sided: ``"two"`` as the paper's code, or ``"lower"``: drop only rows whose own label looks unlikely, which
                 are low logits of label 1 and high logits of label 0.
@@ -207,7 +207,7 @@ class ZErrorBCEWithLogitsLoss(ZErrorModule):
         )
         choose("space", space, _SPACES)
         choose("sided", sided, SIDES)
-        check_small_class(min_count, small_class)
+        min_count, _ = check_small_class(min_count, small_class)
         self.space, self.sided, self.min_count, self.small_class = space, sided, min_count, small_class
         self.register_buffer("pos_weight", pos_weight)
 

@@ -155,8 +155,8 @@ def _z_error_cross_entropy(ops: ZOps) -> Callable[..., Any]:
             target: class indices in ``[0, C)`` or ``ignore_index``, the shape of ``logits`` without its class
                 dimension; int64, int32, int16 or uint8.
             threshold: in standard deviations, > 0: a number, a 0-dim tensor, or one number per class ``(C,)``. 2 is the
-                paper's value. Of n rows none has ``|z| > (n - 1) / sqrt(n)``, so 2 drops nothing from a class with
-                fewer than six rows.
+                paper's value; inf keeps all finite scores. Of n rows none has ``|z| > (n - 1) / sqrt(n)``, so 2 drops
+                nothing from a class with fewer than six rows.
             statistic: the score: ``"logit"`` (of the target), ``"prob"`` (the softmax probability of the target,
                 without ``logit_bias``) or ``"loss"`` (of ``base``, without weights).
             base: the row loss: a name such as ``"gce"`` or ``"gce_loss"`` for its default parameters, or a Module,
@@ -290,7 +290,7 @@ class ZErrorCrossEntropyLoss(ZErrorModule):
         judge = _Judge.of(statistic, base, sided, min_count, small_class)
         check_logit_bias(logit_bias)
         resolve_base(base, weight=weight, ignore_index=ignore_index, logit_bias=logit_bias)
-        self.statistic, self.sided, self.min_count, self.small_class = statistic, sided, min_count, small_class
+        self.statistic, self.sided, self.min_count, self.small_class = statistic, sided, judge.min_count, small_class
         self.base = base
         self._judge: _Judge | None = judge  # behind what it is made of, which resets it
         self.ignore_index = integer("ignore_index", ignore_index)

@@ -70,7 +70,7 @@ def _z_mse_loss(ops: ZOps) -> Callable[..., Any]:
             input: predictions of any shape and strides; float64, float32, float16 or bfloat16.
             target: the same shape; floating point or integers. NaN is a missing label, and its row is dropped.
             threshold: in standard deviations, > 0: a number or a 0-dim tensor. 2 is the paper's value; it can drop
-                nothing from fewer than six rows.
+                nothing from fewer than six rows. inf keeps all finite scores.
             statistic: s: ``"target"`` as the paper's code (finds targets out of range, whatever the model says),
                 ``"loss"`` as its text, the squared error, or ``"residual"``, which is ``input - target``. All are
                 two-sided.

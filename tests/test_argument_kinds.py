@@ -4,6 +4,7 @@ refused by an error that names the argument."""
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Hashable
 from fractions import Fraction
 from typing import Any
@@ -147,12 +148,12 @@ def test_integers_of_numpy(name: str) -> None:
 def test_what_is_no_number_is_refused_by_name(name: str) -> None:
     call, _ = (REAL | WHOLE)[name]
     argument = name.split()[0]
-    takes_any = argument == "metric"  # NaN is no improvement
-    takes_endless = takes_any or argument in ("epoch", "max_epochs", "steps", "patience")
+    takes_endless = argument in ("epoch", "metric", "steps", "patience", "z_threshold")
+    takes_endless |= name == "threshold z_error_inlier_mask"
     takes_several = name.startswith("threshold z_")
     for value in [*NO_NUMBERS, *([] if takes_endless else [10**400])]:
         is_key = name == "pairs from" and not isinstance(value, Hashable)
-        if (isinstance(value, float) and takes_any) or (isinstance(value, (list, tuple)) and takes_several) or is_key:
+        if (isinstance(value, (list, tuple)) and takes_several) or is_key:
             continue
         with pytest.raises((TypeError, ValueError), match=argument):
             call(value)
@@ -160,6 +161,23 @@ def test_what_is_no_number_is_refused_by_name(name: str) -> None:
         for value in (1.5, Fraction(3, 2), torch.tensor(1.5)):
             with pytest.raises((TypeError, ValueError), match=argument):
                 call(value)
+
+
+@pytest.mark.parametrize("name", [*REAL, "reference_value match_parameter", "end of epochs"])
+def test_numbers_without_end_are_refused_or_make_sense(name: str) -> None:
+    more: dict[str, Callable[[Any], Any]] = {
+        "reference_value match_parameter": lambda v: calibration.match_parameter("gce", "logit_bias", 10, 5, v),
+        "end of epochs": lambda v: fl.get_sigma_threshold(v, v),
+    }
+    call = more[name] if name in more else REAL[name][0]
+    for value in (math.inf, -math.inf, -1.0):
+        try:
+            found = call(value)
+        except ValueError as error:
+            assert re.search(name.split()[0] + "|epochs", str(error)) and "got" in str(error)
+        else:
+            numbers = found if isinstance(found, (tuple, list)) else [found]
+            assert all(torch.as_tensor(number).isfinite().all() for number in numbers), value
 
 
 WEIGHED: dict[str, Callable[..., Any]] = {

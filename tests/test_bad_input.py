@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fused_losses as fl
+from fused_losses._common import Criterion
 from fused_losses._parameters import OrNone, OrTensor, Range, one_of
 
 pytestmark = pytest.mark.any_cpu  # errors
@@ -89,14 +90,25 @@ def test_hyper_parameter_is_no_number(name, parameter, problem):
     entry = fl.LOSSES[name]
     rule = entry.ranges[parameter]
     none = [] if isinstance(rule, OrNone) else [None]
-    takes_tensors = isinstance(rule, OrTensor) or name == "cross_entropy"  # torch's takes them, too
-    for value in (True, "1.5", [1.5], *none, *([] if takes_tensors else [torch.tensor(1.5)])):
+    for value in ("1.5", [1.5], *none):
         message = f"^{parameter} must be a number, got {type(value).__name__}$"
         for made in (entry.function, entry.reference):
             with pytest.raises(TypeError, match=message):
                 made(*problem, **{parameter: value})
         with pytest.raises(TypeError, match=message):
             entry.module(**{parameter: value})
+    if isinstance(rule, OrTensor):
+        return
+    for tensor, message in [
+        (torch.ones(3), "Tensor; class weights are given as weight=$"),
+        (torch.ones(1, 1), "Tensor$"),
+        (torch.tensor(1.0, device="meta"), "Tensor$"),
+        (torch.tensor(1j), "Tensor$"),
+        (torch.tensor(1.0, requires_grad=True), "a tensor that requires a gradient, and would get none$"),
+    ]:
+        for call in (entry.module, lambda **given: entry.function(*problem, **given)):
+            with pytest.raises(TypeError, match=f"^{parameter} must be a number, got {message}"):
+                call(**{parameter: tensor})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -125,7 +137,31 @@ def test_keywords_of_other_implementations_are_explained(keyword, hint, problem)
             call(**{keyword: 1})
 
 
-@pytest.mark.parametrize("value", [None, "1", 1.5])
+LOSS_MODULES = [made for made in vars(fl).values() if isinstance(made, type) and issubclass(made, Criterion)]
+FUNCTIONS = [
+    getattr(made, name)
+    for made in (fl.functional, fl.reference)
+    for name in fl.functional.__all__
+    if hasattr(made, name) and name not in ("linear_loss", "mixed", "row_statistics")  # these hand them on, or are none
+]
+
+
+HANDING_ON = {  # their options to the loss inside
+    fl.LinearLoss: (3, 3, "gce"), fl.LogitClip: ("gce", 1.0), fl.LogitNorm: ("gce",), fl.Antidote: ("gce", 0.5),
+    fl.ClippedLoss: ("gce", 0.5), fl.SmallLoss: ("gce", 0.5), fl.SuperLoss: ("gce",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("made", [*LOSS_MODULES, *FUNCTIONS], ids=lambda made: f"{made.__module__}.{made.__name__}")
+def test_every_loss_explains_foreign_keywords(made, problem):
+    arguments = HANDING_ON.get(made, () if isinstance(made, type) else problem)
+    name = "GCELoss" if made in HANDING_ON else made.__name__
+    for keyword, hint in [("size_average", "; reduction='mean' or 'sum'"), ("reduce", "; reduction='none'"), ("x", "")]:
+        with pytest.raises(TypeError, match=rf"^{name}\(\) got an unexpected keyword argument '{keyword}'{hint}$"):
+            made(*arguments, **{keyword: True})
+
+
+@pytest.mark.parametrize("value", [None, "1", 1.5, True])
 def test_ignore_index(value, problem):
     logits, target = problem
     for call in (

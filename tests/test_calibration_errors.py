@@ -28,6 +28,17 @@ pytestmark = pytest.mark.any_cpu  # no kernel
         (lambda: match_parameter("gce", "tau", 10, 5, 0.7), ValueError, "name must be one of q, logit_bias, got 'tau'"),
         (lambda: match_parameter("taylor_ce", "order", 10, 5, 2), ValueError, "got 'order', which takes integers"),
         (lambda: match_parameter("gce", "q", 10, 5, "0.7"), TypeError, "reference_value must be a number, got"),
+        (lambda: match_parameter("gce", "q", 10, 5, math.nan), ValueError, "reference_value must be finite, got nan"),
+        (
+            lambda: match_parameter(torch.nn.MultiMarginLoss(), "margin", 10, 5, math.inf),
+            ValueError,
+            "reference_value must be finite, got inf",
+        ),
+        (
+            lambda: match_parameter(torch.nn.MultiMarginLoss(), "margin", 10, 5, math.nan),
+            ValueError,
+            "reference_value must be finite, got nan",
+        ),
         (lambda: match_parameter("gce", "q", 10, 5, 0.0), ValueError, "q must satisfy 0 < value < inf, got 0.0"),
         (
             lambda: match_parameter(torch.nn.Identity(), "q", 10, 5, 0.7),

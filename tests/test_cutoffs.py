@@ -192,9 +192,9 @@ def test_more_degenerate_data() -> None:
     same = np.array([1.0, 2.0, 3.0, 1.0, 2.0, 3.0])
     with pytest.raises(ValueError, match=r"classes 0 and 1 have the same mean 2 and the same spread 0.816"):
         optimal_logit_cutoff_from_gaussians(same, np.repeat([0, 1], 3))
-    with pytest.raises(ValueError, match=r"z_threshold must satisfy 0 < value < inf, got 0.0"):
+    with pytest.raises(ValueError, match=r"z_threshold must satisfy 0 < value <= inf, got 0.0"):
         optimal_logit_cutoff_from_gaussians(same, np.repeat([0, 1], 3), 0.0)
-    with pytest.raises(ValueError, match="threshold must satisfy 0 < value < inf, got nan"):
+    with pytest.raises(ValueError, match="threshold must satisfy 0 < value <= inf, got nan"):
         z_error_inlier_mask(same, np.repeat([0, 1], 3), math.nan)
     with pytest.raises(TypeError, match="logits must be a tensor or an array, got list"):
         z_error_inlier_mask([1.0], np.array([1]))

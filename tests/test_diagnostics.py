@@ -144,8 +144,19 @@ def test_rank_by_probability_then_by_score() -> None:
     assert tracker.rank().tolist() == [5, 0, 1] == tracker.rank(suspicious="high").tolist()
     assert tracker.rank(min_seen=2).tolist() == [0, 1]
     assert tracker.rank(by="score").tolist() == [1, 2, 4, 0]
-    assert tracker.flagged(0.0).tolist() == [], "nothing was judged by a mask"
     assert tracker.flag_rate().isnan().all()
+
+
+def test_flagged_needs_masks() -> None:
+    tracker, message = OutlierTracker(3), r"^flagged\(\) needs masks, and update\(\) was given none"
+    for recorded in ({}, {"score": [1.0, 2.0]}, {"prob": [0.1, 0.2]}, {"mask": [True, False], "score": [math.nan] * 2}):
+        if recorded:
+            tracker.update([0, 1], **recorded)
+        for asked in (tracker, tracker.merge(OutlierTracker(3))):
+            with pytest.raises(RuntimeError, match=message):
+                asked.flagged(0.0)
+    tracker.update([2], mask=[True])
+    assert tracker.flagged(0.0).tolist() == [2] and tracker.flagged(0.5).tolist() == []
 
 
 def test_rank_without_observations_is_empty() -> None:

@@ -255,3 +255,39 @@ def test_what_each_of_many_improbable_classes_adds_is_not_lost(name, classes, de
     expected, _ = loss_and_grad(fl.LOSSES[name].reference, logits.double(), target)
     assert expected.abs() > 1e-6
     assert loss.item() == pytest.approx(expected.item(), rel=0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name, entry in fl.LOSSES.items() if "min_prob" in entry.ranges])
+def test_min_prob_is_below_an_equal_share(name):
+    """Else a row of equal logits is 0 / 0; whatever way a call takes, small ones included."""
+    entry, target = fl.LOSSES[name], torch.tensor([0, 3])
+    assert entry.function(torch.zeros(2, 999), target, min_prob=1e-3).isfinite()
+    for classes in (1000, 1200, 9000):
+        logits, head = torch.zeros(2, classes), torch.zeros(classes, 3)
+        late = entry.module()
+        assert late(logits, target).isfinite()
+        late.min_prob = 1e-3
+        made = entry.module(min_prob=1e-3)
+        for call in (
+            made,
+            late,
+            lambda x, y: made(x, y, torch.ones(2)),
+            lambda x, y: made(x, y, return_row_stats=True),
+            lambda x, y: made(x[0], y[0]),
+            lambda x, y: made(x.double().requires_grad_(), y),
+            lambda x, y: entry.function(x, y, min_prob=1e-3),
+            lambda x, y: entry.function(x, y, min_prob=1e-3, logit_bias=1.0),
+            lambda x, y: entry.reference(x, y, min_prob=1e-3),
+            lambda x, y: torch.func.grad(lambda z: made(z, y))(x),
+            lambda x, y: fl.functional.linear_loss(torch.zeros(2, 3), head, y, entry.function, min_prob=1e-3),
+            lambda x, y: fl.functional.linear_loss(torch.zeros(2, 3), head, y, made),
+            lambda x, y: fl.functional.mixed(made, x, y, y.flip(0), 0.3),
+            lambda x, y: fl.functional.z_error_cross_entropy(x, y, base=made),
+            fl.LogitNorm(made),
+            fl.SmallLoss(made, 0.5),
+            torch.compile(made, backend="eager"),
+        ):
+            share = f"{1 / classes:.6g}"
+            message = rf"^min_prob must be below 1 / C, which is {share} for {classes} classes, got 0\.001"
+            with pytest.raises(ValueError, match=message):
+                call(logits, target)

@@ -126,3 +126,22 @@ def test_beyond_the_ends_of_every_range(name):
                 arguments = () if made is entry.module else (torch.zeros(2, 3), torch.tensor([0, 1]))
                 with pytest.raises(ValueError, match=rf"^{parameter} must (be|satisfy) .*[0-9].*, got {value}$"):
                     made(*arguments, **{parameter: value})
+
+
+@pytest.mark.parametrize("name", fl.LOSSES)
+def test_no_number_of_classes_makes_a_row_nan(name):
+    """At the ends of every range: a finite value and gradient, or a ValueError that names what is too large for C."""
+    entry = fl.LOSSES[name]
+    cases = [{}] + [{p: v} for p, rule in entry.ranges.items() if range_of(rule) for v in edges(rule)]
+    for classes, parameters in itertools.product((1, 2, 999, 1000, 8192, 9000), cases):
+        rows = torch.stack([torch.zeros(classes), torch.linspace(-1.0, 1.0, classes)])
+        for logits, made in itertools.product((rows[:1], rows), (entry.function, entry.reference, entry.module)):
+            x, target = logits.clone().requires_grad_(), torch.zeros(len(logits), dtype=torch.int64)
+            try:
+                loss = entry.module(**parameters)(x, target) if made is entry.module else made(x, target, **parameters)
+            except ValueError as error:
+                named = [p for p in (*parameters, "logits") if p in str(error)]
+                assert named and "got" in str(error), error
+                continue
+            (grad,) = torch.autograd.grad(loss, x)
+            assert loss.isfinite() and grad.isfinite().all(), (parameters, classes, made)

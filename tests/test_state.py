@@ -149,6 +149,9 @@ def test_what_does_not_apply_is_no_attribute(kind):
     module = MAKE[kind]()
     module.running = False
     assert not hasattr(module, "running_statistics")
+    for loss in (module, fl.SmallLoss("gce", 0.5), copy.deepcopy(module)):
+        with pytest.raises(AttributeError, match=r"^\w+Loss has running_statistics only with running=True$"):
+            loss.running_statistics  # noqa: B018
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -274,8 +274,8 @@ X, T = torch.randn(6), torch.tensor([0, 1, 0, 1, 0, 1])
 @pytest.mark.parametrize(
     "call, error, message",
     [
-        (lambda: fl.ZMSELoss(threshold=0.0), ValueError, "threshold must satisfy 0 < value < inf, got 0.0"),
-        (lambda: fl.ZMSELoss(threshold=math.nan), ValueError, "threshold must satisfy 0 < value < inf, got nan"),
+        (lambda: fl.ZMSELoss(threshold=0.0), ValueError, "threshold must satisfy 0 < value <= inf, got 0.0"),
+        (lambda: fl.ZMSELoss(threshold=math.nan), ValueError, "threshold must satisfy 0 < value <= inf, got nan"),
         (lambda: fl.ZMSELoss(num_tasks=3), ValueError, "num_tasks must be 1 without per_task=True, got 3"),
         (lambda: fl.ZMSELoss(statistic="mean"), ValueError, "statistic must be 'target', 'loss' or 'residual', got"),
         (lambda: fl.ZMSELoss(reduction="avg"), ValueError, "reduction must be"),
