@@ -182,18 +182,15 @@ class OutlierTracker:
         Raises:
             TypeError: ``min_rate`` is no number, or ``min_seen`` no integer.
             ValueError: an argument is out of range.
-            RuntimeError: no mask has judged any sample, so that none has a rate.
+            RuntimeError: samples were seen, but none with a mask.
         """
         rate = check_number("min_rate", min_rate)
         if not 0.0 <= rate <= 1.0:
             raise ValueError(f"min_rate must be between 0 and 1, got {min_rate}")
         min_seen = check_index("min_seen", min_seen, 1)
-        judged = self._counts[:, _Count.JUDGED]
-        if not judged.any():
-            raise RuntimeError(
-                "flagged() needs masks, and update() was given none, or none for rows that have a score; rank() orders "
-                "the samples without"
-            )
+        judged = self._count(_Count.JUDGED)
+        if self._count(_Count.SEEN).any() and not judged.any():
+            raise RuntimeError("flagged() needs masks, and update() was given none; rank() orders samples without")
         return torch.nonzero((judged >= min_seen) & (self.flag_rate() >= rate)).flatten()
 
     def rank(self, *, by: str = "auto", suspicious: str = "low", min_seen: int = 1) -> Tensor:

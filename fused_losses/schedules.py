@@ -150,18 +150,17 @@ class _Schedule:
 
         Args:
             metric: required with ``mode="peak"`` and ``"plateau"``, not taken by the others: the number to watch, such
-                as the accuracy or the loss on validation data. Under DistributedDataParallel give the same number on
-                every rank.
+                as the accuracy or the loss on validation data. NaN counts as no improvement. Under
+                DistributedDataParallel give the same number on every rank.
 
         Raises:
             TypeError: ``metric`` is missing or no number, or given with a mode that does not watch one.
-            ValueError: ``metric`` is NaN, which is neither better nor worse; nothing has moved then.
         """
         watching = self.mode in _PATIENCE
         if watching != (metric is not None):
             rule = "needs a metric" if watching else "takes no metric"
             raise TypeError(f"step() {rule} with mode={self.mode!r}, got {metric!r}")
-        number = None if metric is None else _comparable.pack("metric", check_number("metric", metric))
+        number = None if metric is None else check_number("metric", metric)
         self.step_count += 1
         if self.steps is not None and self.fraction < 1.0:
             progress = min(self.step_count / self.steps, 1.0)

@@ -148,12 +148,13 @@ def test_integers_of_numpy(name: str) -> None:
 def test_what_is_no_number_is_refused_by_name(name: str) -> None:
     call, _ = (REAL | WHOLE)[name]
     argument = name.split()[0]
-    takes_endless = argument in ("epoch", "metric", "steps", "patience", "z_threshold")
+    takes_any = argument == "metric"  # NaN is no improvement
+    takes_endless = takes_any or argument in ("epoch", "steps", "patience", "z_threshold")
     takes_endless |= name == "threshold z_error_inlier_mask"
     takes_several = name.startswith("threshold z_")
     for value in [*NO_NUMBERS, *([] if takes_endless else [10**400])]:
         is_key = name == "pairs from" and not isinstance(value, Hashable)
-        if (isinstance(value, (list, tuple)) and takes_several) or is_key:
+        if (isinstance(value, float) and takes_any) or (isinstance(value, (list, tuple)) and takes_several) or is_key:
             continue
         with pytest.raises((TypeError, ValueError), match=argument):
             call(value)

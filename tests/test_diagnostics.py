@@ -148,12 +148,14 @@ def test_rank_by_probability_then_by_score() -> None:
 
 
 def test_flagged_needs_masks() -> None:
-    tracker, message = OutlierTracker(3), r"^flagged\(\) needs masks, and update\(\) was given none"
-    for recorded in ({}, {"score": [1.0, 2.0]}, {"prob": [0.1, 0.2]}, {"mask": [True, False], "score": [math.nan] * 2}):
-        if recorded:
-            tracker.update([0, 1], **recorded)
+    tracker = OutlierTracker(3)
+    assert tracker.flagged(0.0).tolist() == [], "nothing was seen"
+    tracker.update([0, 1], mask=[True, False], score=[math.nan] * 2)
+    assert tracker.flagged(0.0).tolist() == [], "rows without a score are no observations"
+    for recorded in ({"score": [1.0, 2.0]}, {"prob": [0.1, 0.2]}):
+        tracker.update([0, 1], **recorded)
         for asked in (tracker, tracker.merge(OutlierTracker(3))):
-            with pytest.raises(RuntimeError, match=message):
+            with pytest.raises(RuntimeError, match=r"^flagged\(\) needs masks, and update\(\) was given none"):
                 asked.flagged(0.0)
     tracker.update([2], mask=[True])
     assert tracker.flagged(0.0).tolist() == [2] and tracker.flagged(0.5).tolist() == []

@@ -106,8 +106,8 @@ def test_cosine_by_hand() -> None:
 
 def test_plateau_halves_the_distance_after_more_than_patience_bad_steps() -> None:
     schedule = LogitBiasSchedule(fl.MAELoss(), start=8.0, mode="plateau", patience=1)
-    # better, better, bad, bad -> halve, bad, bad (diverged) -> halve, better, bad
-    metrics = [1.0, 0.5, 0.5, 0.6, 0.5, math.inf, 0.4, 0.4]
+    # better, better, bad, bad -> halve, bad, NaN counts as bad -> halve, better, bad
+    metrics = [1.0, 0.5, 0.5, 0.6, 0.5, math.nan, 0.4, 0.4]
     assert values(schedule, 8, metrics) == [8.0, 8.0, 8.0, 8.0, 4.0, 4.0, 2.0, 2.0, 2.0]
 
 
@@ -123,7 +123,7 @@ def test_a_peak_cuts_linear_annealing_short_and_a_late_one_does_not_delay_it() -
     assert values(ThresholdSchedule(Thresholded(), **options), 3, [0.5, 0.6, 0.6]) == [10.0, 8.0, 6.0, 2.0]
     assert values(ThresholdSchedule(Thresholded(), **options), 5, [1, 2, 3, 4, 5]) == [10.0, 8.0, 6.0, 4.0, 2.0, 2.0]
     losses = ThresholdSchedule(Thresholded(), **options, maximize=False)
-    assert values(losses, 3, [0.5, 0.4, math.inf]) == [10.0, 8.0, 6.0, 2.0]
+    assert values(losses, 3, [0.5, 0.4, math.nan]) == [10.0, 8.0, 6.0, 2.0]
 
 
 def test_annealing_ends_at_the_peak_of_a_training() -> None:
