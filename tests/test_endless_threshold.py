@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import loss_and_grad
+from conftest import loss_and_grad, one_in
 from torch.nn import functional as F
 
 import fused_losses as fl
@@ -38,9 +38,9 @@ def problem(rows, dtype, device):
     return logits.to(device, dtype), target.to(device)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rows", [12, 5000])
+@pytest.mark.parametrize(
+    ("rows", "dtype", "kind"), one_in(3, [12, 5000], [torch.float32, torch.float64, torch.bfloat16], KINDS)
+)
 def test_classes(rows, dtype, kind, device):
     logits, target = problem(rows, dtype, device)
     threshold = KINDS[kind]((5,), device)

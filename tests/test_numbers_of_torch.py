@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import one_in
 from test_argument_kinds import REAL, WHOLE
 from torch.nn import functional as F
 
@@ -48,12 +49,12 @@ def number_for(name: str, parameter: str, kind: str) -> float | None:
     return allowed[0] if allowed else None
 
 
-CASES = [(*key, kind) for key in RANGES for kind in KINDS if number_for(*key, kind) is not None]
-
-
-@pytest.mark.parametrize(("name", "parameter", "kind"), CASES)
-def test_it_counts_as_the_number_that_it_holds(name: str, parameter: str, kind: str) -> None:
+@pytest.mark.parametrize(("key", "kind"), one_in(3, RANGES, KINDS))
+def test_it_counts_as_the_number_that_it_holds(key: tuple[str, str], kind: str) -> None:
+    name, parameter = key
     entry, number = fl.LOSSES[name], number_for(name, parameter, kind)
+    if number is None:
+        pytest.skip("the kind holds no number of this range")
     given = KINDS[kind](number)
     for function in (entry.function, entry.reference):
         assert torch.equal(function(X, Y, **{parameter: given}), function(X, Y, **{parameter: number}))
