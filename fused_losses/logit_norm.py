@@ -213,6 +213,11 @@ class _LogitWrapper(RowsModule):
             return _ops.rescale_logits(logits, *kernel)[0]
         return apply(_Rescale, logits, target, kernel, parameter)  # type: ignore[no-any-return]
 
+    def _given(self, logits: Any, target: Tensor) -> Any:
+        """What the loss inside is called with: of several views each is rescaled."""
+        views = self._views(logits)
+        return self.rescale(logits, target) if views is None else [self.rescale(view, target) for view in views]
+
     def _reaches_kernels(self, logits: Tensor, target: Tensor, *others: Tensor | None) -> bool:
         """Whether a kernel may take the call: no other derivative than that in the logits is asked for."""
         on_device = logits.is_cpu or logits.is_cuda
@@ -247,7 +252,7 @@ class _LogitWrapper(RowsModule):
         if args := self._known_arguments(logits, target, inputs, options):
             return row_loss(_in_one_read(args, self._parameter(), self._clips))
         with telling(self._exchanges()):
-            return self.loss(self.rescale(logits, target), target, *inputs, **options)
+            return self.loss(self._given(logits, target), target, *inputs, **options)
 
     def _exchanges(self) -> list[Exchange]:
         """What a call communicates: what the loss does."""
@@ -263,7 +268,7 @@ class _LogitWrapper(RowsModule):
         if args := self._known_arguments(logits, target, inputs, options):
             check_row_loss(args)
             return rows_of(_in_one_read(args, self._parameter(), self._clips))
-        return row_values(self.loss, self.rescale(logits, target), target, *inputs, **options)
+        return row_values(self.loss, self._given(logits, target), target, *inputs, **options)
 
 
 class LogitNorm(_LogitWrapper):
