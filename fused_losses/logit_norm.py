@@ -102,20 +102,22 @@ class _Rescale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, kernel: _Kernel, parameter: float | Tensor) -> Tensor:
         rescaled, norms = _ops.rescale_logits(logits, *kernel)
-        is_tensor = isinstance(parameter, Tensor)
-        ctx.save_for_backward(logits, target, norms, parameter if is_tensor else None)
-        ctx.kernel, ctx.number = kernel, None if is_tensor else parameter
+        ctx.save_for_backward(logits, target, norms, parameter if isinstance(parameter, Tensor) else None)
+        ctx.by_class, ctx.constants = kernel.target is not None, kernel[2:]
         return rescaled
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, norms, parameter = ctx.saved_tensors
+        number, clips, ignore_index = ctx.constants
         (grad,) = grad_outputs
         if torch.is_grad_enabled() or not is_plain(grad):  # under create_graph it must itself be differentiable
-            z = _clean(logits.to(acc_dtype(logits)), target, ctx.kernel.ignore_index)
-            factor_of = _factor(ctx.number if parameter is None else parameter, ctx.kernel.clips)
+            z = _clean(logits.to(acc_dtype(logits)), target, ignore_index)
+            factor_of = _factor(number if parameter is None else parameter, clips)
             return _gradient(grad, z, factor_of).to(logits.dtype), None, None, None
-        return _ops.rescale_logits_backward(grad, norms, logits, *ctx.kernel), None, None, None
+        on_device = None if parameter is None else _split(parameter)[1]
+        kernel = _Kernel(target if ctx.by_class else None, on_device, *ctx.constants)
+        return _ops.rescale_logits_backward(grad, norms, logits, *kernel), None, None, None
 
 
 def _ignore_index(loss: nn.Module) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -112,6 +113,18 @@ def test_views_are_not_kept_when_the_graph_is_gone():
     fused = [node for node in nodes if "FusedDivergence" in type(node).__name__]
     assert len(fused) == 1
     assert not any(isinstance(value, (torch.Tensor, fl._reference.Rows)) for value in _flat(vars(fused[0])))
+
+
+@pytest.mark.parametrize("name", ["nce", "forward"])  # a loss whose logits are rescaled by a kernel of its own
+@pytest.mark.parametrize("wrap", [fl.LogitNorm, fl.LogitClip])
+def test_targets_are_not_kept_when_the_graph_is_gone(wrap, name):
+    loss = fl.NCELoss() if name == "nce" else fl.ForwardCorrectionLoss(torch.eye(CLASSES))
+    target = torch.zeros(7, dtype=torch.long)
+    value = wrap(loss, 0.5)(torch.randn(7, CLASSES, requires_grad=True), target)
+    value.backward()
+    alive = weakref.ref(target)
+    del target
+    assert alive() is None
 
 
 def _flat(value):
