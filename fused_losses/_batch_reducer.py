@@ -133,7 +133,7 @@ class BatchReducer(RunningMoments, RowsModule):
 
     def _check_constants(self) -> None:
         """Raises where a parameter wants a gradient and would get none."""
-        for name, tensor in self._buffers.items():
+        for name, tensor in (*self._buffers.items(), *self._parameters.items()):
             if tensor is not None and tensor.requires_grad:
                 raise RuntimeError(
                     f"{name} of {type(self).__name__} is a constant, got a tensor that requires a gradient: detach it"

@@ -71,7 +71,7 @@ class RowsModule(Criterion):
 
     def _check_parameters(self, logits: Tensor) -> None:
         """Raises where a hyper-parameter is on a device from which it cannot be multiplied with ``logits``."""
-        for name, tensor in self._buffers.items():
+        for name, tensor in (*self._buffers.items(), *self._parameters.items()):
             if tensor is not None and tensor.dim() == 0 and tensor.device.type not in ("cpu", logits.device.type):
                 raise RuntimeError(
                     f"{name} of {type(self).__name__} must be on the device of logits ({logits.device}), got "
