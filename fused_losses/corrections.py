@@ -313,7 +313,7 @@ class _CorrectionLoss(RowsModule):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         saved = state_dict.get(prefix + "transition")
-        if saved is not None and "transition" in self._buffers and not saved.is_meta:
+        if saved is not None and "transition" in self._buffers:
             try:
                 self._check(saved)
             except ValueError as error:

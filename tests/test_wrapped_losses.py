@@ -284,6 +284,11 @@ def test_a_fixed_matrix_is_saved_checked_and_kept_exact():
         with pytest.warns(UserWarning, match="transition"):  # nothing can be copied there
             elsewhere.load_state_dict(saved)
         assert all(buffer.is_meta for buffer in elsewhere.buffers())
+        with torch.device("meta"):
+            made_later = loss(torch.empty(CLASSES, CLASSES, dtype=torch.float64))
+            assert loss(fl.TransitionMatrix(CLASSES)).transition.weight.is_meta
+        made_later.load_state_dict(saved, assign=True)
+        torch.testing.assert_close(made_later(logits, target), loss(other)(logits, target))
         assert loss(TRANSITION.numpy()).half().transition.dtype == torch.float64
 
 
