@@ -14,6 +14,7 @@ from fused_losses._agreement import Exchange, sum_over_ranks, telling
 from fused_losses._arguments import check_reduction
 from fused_losses._row_values import Loss, RowsModule, RowValues, as_module, check_has_rows, row_exchanges, row_values
 from fused_losses._running import RunningMoments
+from fused_losses.distributed import check_constant
 
 OPTIONS = """
         reduction: ``"none"``, ``"sum"``, or ``"mean"``: the sum of the weighted losses divided by the sum of the
@@ -96,7 +97,10 @@ class BatchReducer(RunningMoments, RowsModule):
     def forward(self, logits: Tensor, target: Tensor, *inputs: Any, **options: Any) -> Tensor:
         """The loss of ``logits`` for ``target``; further arguments are those of the loss inside."""
         with telling(self._exchanges()):
-            return self.rows(logits, target, *inputs, **options).reduce(self.reduction, self.process_group)
+            inner = row_values(self.loss, logits, target, *inputs, **options)
+            if self.process_group is not None and self.reduction == "mean":
+                check_constant(inner.weight)  # before the statistic learns from the batch
+            return self._weighed(inner, logits).reduce(self.reduction, self.process_group)
 
     def _exchanges(self) -> list[Exchange]:
         """What a call communicates, as the first thing of either part."""
@@ -114,7 +118,9 @@ class BatchReducer(RunningMoments, RowsModule):
 
     def rows(self, logits: Tensor, target: Tensor, *inputs: Any, **options: Any) -> RowValues:
         """Every row's loss as this one weighs it."""
-        inner = row_values(self.loss, logits, target, *inputs, **options)
+        return self._weighed(row_values(self.loss, logits, target, *inputs, **options), logits)
+
+    def _weighed(self, inner: RowValues, logits: Any) -> RowValues:
         self._check_parameters(inner.values)
         self._check_constants()
         # Weights are constants in forward mode, too; no_grad alone would let derivatives through there.
@@ -127,7 +133,7 @@ class BatchReducer(RunningMoments, RowsModule):
 
     def _check_constants(self) -> None:
         """Raises where a parameter wants a gradient and would get none."""
-        for name, tensor in self._buffers.items():
+        for name, tensor in (*self._buffers.items(), *self._parameters.items()):
             if tensor is not None and tensor.requires_grad:
                 raise RuntimeError(
                     f"{name} of {type(self).__name__} is a constant, got a tensor that requires a gradient: detach it"

@@ -46,6 +46,13 @@ class Criterion(nn.Module):
         """Numbers of NumPy's are kept as Python's, which the compiler and operators take everywhere."""
         super().__setattr__(name, python_number(value))
 
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """A Parameter stays one: it is to be learnt, and as a buffer it would be another tensor once it has moved."""
+        if isinstance(tensor, nn.Parameter):
+            self.register_parameter(name, tensor)
+        else:
+            super().register_buffer(name, tensor, persistent)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Criterion:
         before = {name: self._buffers.get(name) for name in self._precise}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -66,7 +73,7 @@ class Criterion(nn.Module):
         return []
 
     def _keep(self, name: str, value: Any) -> None:
-        """A tensor as a buffer, anything else as an attribute."""
+        """A tensor as a buffer (a Parameter as one), anything else as an attribute."""
         if isinstance(value, Tensor):
             self.register_buffer(name, value)
         else:
@@ -86,9 +93,10 @@ class Criterion(nn.Module):
 class RowLossModule(Criterion):
     """Base of the Modules of losses that give one value per row.
 
-    A tensor given for ``weight``, ``logit_bias`` or a parameter becomes a buffer: it moves with the Module and is in
-    its ``state_dict``, and a value written into it counts from the next call on, also in compiled code and captured
-    CUDA graphs. Numbers are plain attributes and can be assigned. ``logit_bias`` is applied in training mode only.
+    A tensor given for ``weight``, ``logit_bias`` or a parameter becomes a buffer, an ``nn.Parameter`` stays one: it
+    moves with the Module and is in its ``state_dict``, and a value written into it counts from the next call on, also
+    in compiled code and captured CUDA graphs. Numbers are plain attributes and can be assigned. ``logit_bias`` is
+    applied in training mode only.
     """
 
     stem: str

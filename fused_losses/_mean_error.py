@@ -41,7 +41,7 @@ def target_slopes(loss: RowLoss, logits: Tensor) -> tuple[Tensor, Tensor]:
     """Values (N,) and derivatives (N,) with respect to the logit of class 0, the label of every row of (N, C)."""
     logits = logits.detach().requires_grad_()
     with torch.enable_grad():
-        values = loss(logits, torch.zeros(len(logits), dtype=torch.int64))
+        values = loss(logits, logits.new_zeros(len(logits), dtype=torch.int64))
         if values.shape != logits.shape[:1]:
             raise ValueError(
                 f'loss must return one value per row (reduction="none"), got shape {tuple(values.shape)} '

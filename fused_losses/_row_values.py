@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -65,9 +65,13 @@ class RowsModule(Criterion):
         """What :attr:`rows` communicates."""
         return []
 
+    def _views(self, logits: Any) -> Sequence[Tensor] | None:
+        """The logits one by one where the loss inside takes several for each row, else None."""
+        return views_of(getattr(self, "loss", None), logits)
+
     def _check_parameters(self, logits: Tensor) -> None:
         """Raises where a hyper-parameter is on a device from which it cannot be multiplied with ``logits``."""
-        for name, tensor in self._buffers.items():
+        for name, tensor in (*self._buffers.items(), *self._parameters.items()):
             if tensor is not None and tensor.dim() == 0 and tensor.device.type not in ("cpu", logits.device.type):
                 raise RuntimeError(
                     f"{name} of {type(self).__name__} must be on the device of logits ({logits.device}), got "
@@ -99,6 +103,11 @@ def check_has_rows(loss: nn.Module) -> None:
             "loss must be a name, a function or a Module of a row loss of fused_losses, or a wrapper around one, got "
             f"{type(loss).__name__}"
         )
+
+
+def views_of(loss: object, logits: Any) -> Sequence[Tensor] | None:
+    """The logits one by one where ``loss`` takes several for each row, else None."""
+    return loss._views(logits) if isinstance(loss, RowsModule) else None
 
 
 def exchanges(loss: nn.Module) -> list[Exchange]:

@@ -127,11 +127,18 @@ class Formula:
         return len(self.terms(RowNumbers(none, self.ignored, none, Powers(none, none), none), none.unsqueeze(1)))
 
 
+def values_of(formula: Formula, numbers: RowNumbers, log_probs: Tensor, exchanges: list[Exchange]) -> Tensor:
+    """Values alone, in inference mode, too."""
+    sums = _sums_of_terms(formula.terms(numbers, log_probs), log_probs, exchanges, False)
+    totals = iter([each.total for each in sums])
+    return formula.values(numbers, log_probs, lambda term: next(totals))
+
+
 def evaluate(
     formula: Formula, numbers: RowNumbers, log_probs: Tensor, exchanges: list[Exchange]
 ) -> tuple[Tensor, Slopes, Tensor | float]:
     """Values, their derivatives, and those in each log p_j of this rank through the sums of terms."""
-    sums = _sums_of_terms(formula.terms(numbers, log_probs), log_probs, exchanges)
+    sums = _sums_of_terms(formula.terms(numbers, log_probs), log_probs, exchanges, True)
     with torch.enable_grad():
         totals = iter([each.total.requires_grad_() for each in sums])
         leaves = [numbers.log_p, numbers.linear_sum, numbers.powers_change]
@@ -148,10 +155,16 @@ def evaluate(
     return values.detach(), Slopes(found[0], found[1], found[2], pull), terms
 
 
-def _sums_of_terms(asked: list[Term], log_probs: Tensor, exchanges: list[Exchange]) -> list[_Sum]:
-    """What the terms add up to over the classes of all ranks: one collective, or none where there are no terms."""
+def _sums_of_terms(asked: list[Term], log_probs: Tensor, exchanges: list[Exchange], with_slopes: bool) -> list[_Sum]:
+    """What the terms add up to over the classes of all ranks: one collective, or none where there are no terms.
+
+    Slopes that are not wanted are zeros: other ranks may want theirs, and messages have one length.
+    """
     made: list[Tensor] = []
     for term in asked:
+        if not with_slopes:
+            made += [term(log_probs), torch.zeros_like(log_probs)]
+            continue
         with torch.enable_grad():
             leaf = log_probs.detach().requires_grad_()
             terms = term(leaf)

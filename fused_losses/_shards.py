@@ -18,7 +18,7 @@ from fused_losses._agreement import Exchange, check_member, gather, telling
 from fused_losses._arguments import LOSSES, RowLossArguments, acc_dtype, is_ignored
 from fused_losses._autograd import row_loss
 from fused_losses._reference import zero_at_zero
-from fused_losses._shard_formula import Formula, Powers, RowNumbers, evaluate
+from fused_losses._shard_formula import Formula, Powers, RowNumbers, evaluate, values_of
 from fused_losses._shard_margin import sums_of_errors, values_and_gradient_of_errors
 
 # Names of the exchanges: numbers of all rows, only that ranks make the same call, or then numbers of some rows.
@@ -133,9 +133,9 @@ def values_and_gradient(
         everywhere = _merge(_gather(numbers, message, args), len(top), linear is not None, exponent)
         below = _below(top, everywhere.top)
         log_probs = d.add_((below - everywhere.log_sum).unsqueeze(1))
-        values, slopes, of_terms = evaluate(formula, everywhere.of_rows(), log_probs, terms)
         if not with_gradient:
-            return values, logits.new_empty(0)
+            return values_of(formula, everywhere.of_rows(), log_probs, terms), logits.new_empty(0)
+        values, slopes, of_terms = evaluate(formula, everywhere.of_rows(), log_probs, terms)
         # d log p_k / d z_j is [k = j] - p_j, in every one of these numbers.
         pull = slopes.target + slopes.linear * everywhere.linear_weight + slopes.terms
         if exponent is not None:

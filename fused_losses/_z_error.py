@@ -34,7 +34,7 @@ from fused_losses._parameters import check_choice, check_entries, explains_keywo
 from fused_losses._plain import reads_values
 from fused_losses._reference import row_loss_reference
 from fused_losses._running import RunningMoments, Source
-from fused_losses.distributed import global_mean
+from fused_losses.distributed import check_constant, global_mean
 
 Threshold = float | Sequence[float] | Tensor
 SIDES = {"two": "both", "lower": "low"}
@@ -191,13 +191,15 @@ def masked_loss(
     tasks = input.shape[-1] if input.dim() > 1 else 1
     groups = labels * tasks
     numbers, tensor = pack_threshold(threshold, Groups("task", tasks, labels))
+    mean_over_ranks = source.group is not None and reduction == "mean"
+    if mean_over_ranks and weights is not None:
+        check_constant(weights)
     if source.needs_checks:
         _check_weights(input, weights, pos_weight, tasks)
     constant_input, constant_target = input.detach(), target.detach()
     moments = source.moments(
         groups, lambda: ops.class_moments(constant_input, constant_target, groups, statistic, -100)
     )
-    mean_over_ranks = source.group is not None and reduction == "mean"
     arguments = ZErrorLossArguments(input, target, pos_weight, weights, "sum" if mean_over_ranks else reduction)
     rule = ZErrorRule(moments, tensor, numbers, statistic, tail, min_count, keep_small, return_mask)
     loss, denominator, mask, scores = ops.z_error_loss(arguments, rule)

@@ -40,6 +40,7 @@ Loss = str | nn.Module | Callable[..., Tensor]
 _Numbers = TypeVar("_Numbers", float, Tensor, npt.NDArray[Any])
 
 
+@torch.inference_mode(False)  # it takes derivatives
 def mean_target_error(loss: Loss, num_classes: int, z: _Numbers, **parameters: float) -> _Numbers:
     """The mean derivative of a loss in the logit of the labelled class, for an untrained network.
 
@@ -87,6 +88,7 @@ def mean_target_error(loss: Loss, num_classes: int, z: _Numbers, **parameters: f
     return means if isinstance(z, np.ndarray) else float(means)
 
 
+@torch.inference_mode(False)
 def match_parameter(
     loss: Loss, name: str, num_classes: int, reference_num_classes: int, reference_value: float
 ) -> float:

@@ -297,7 +297,8 @@ class _CorrectionLoss(RowsModule):
         self.register_buffer("weight", weight)
         self.ignore_index, self.reduction = integer("ignore_index", ignore_index), reduction
         with torch.no_grad():
-            self._accept(self.matrix())
+            self._check(self.matrix())
+        self._take()
 
     def matrix(self) -> Tensor:
         """The transition matrix as it is now."""
@@ -305,19 +306,24 @@ class _CorrectionLoss(RowsModule):
         matrix: Tensor = found() if isinstance(found, nn.Module) else found
         return matrix
 
-    def _accept(self, matrix: Tensor) -> None:
-        """Checks a new matrix; raises a ValueError."""
+    def _check(self, matrix: Tensor) -> None:
+        """Raises a ValueError unless a matrix is one for this loss."""
         check_transition(matrix)
+
+    def _take(self) -> None:
+        """Makes what a call needs of a matrix that is new."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         saved = state_dict.get(prefix + "transition")
-        if saved is not None and "transition" in self._buffers and not saved.is_meta:
+        if saved is not None and "transition" in self._buffers:
             try:
-                self._accept(saved)
+                self._check(saved)
             except ValueError as error:
                 args[-1].append(f"{prefix}{error}")  # torch collects the messages and raises
                 return
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if saved is not None:
+            self._take()
 
     def _rows(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None) -> Rows:
         options = {"weight": self.weight, "ignore_index": self.ignore_index, "sample_weight": sample_weight}
@@ -375,12 +381,13 @@ class BackwardCorrectionLoss(_CorrectionLoss):
     inverse: Tensor
     _precise = ("transition", "inverse")
 
-    def _accept(self, matrix: Tensor) -> None:
+    def _check(self, matrix: Tensor) -> None:
         check_transition(matrix)
-        inverse = invert(matrix)
-        check_transition(matrix, inverse)
+        check_transition(matrix, invert(matrix))
+
+    def _take(self) -> None:
         if "transition" in self._buffers:
-            self.register_buffer("inverse", inverse, persistent=False)
+            self.register_buffer("inverse", invert(self.matrix()), persistent=False)
 
     def _inverse(self) -> Tensor:
         return self.inverse if "transition" in self._buffers else invert(self.matrix())

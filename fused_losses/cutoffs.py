@@ -195,12 +195,12 @@ class CutoffCollector:
     @property
     def logits(self) -> Tensor:
         """What was collected, float64 ``(N,)``."""
-        return torch.cat([torch.empty(0, dtype=torch.float64), *self._logits])
+        return torch.cat([torch.empty(0, dtype=torch.float64, device="cpu"), *self._logits])
 
     @property
     def labels(self) -> Tensor:
         """The label of each row, int8 ``(N,)``, 0 or 1."""
-        return torch.cat([torch.empty(0, dtype=torch.int8), *self._labels])
+        return torch.cat([torch.empty(0, dtype=torch.int8, device="cpu"), *self._labels])
 
     def __len__(self) -> int:
         """The number of rows collected."""

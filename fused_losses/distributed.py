@@ -65,8 +65,8 @@ def sum_of_weights(args: RowLossArguments, values: Tensor) -> Tensor:
 
 
 def check_constant(weights: Tensor) -> None:
-    """Raises where the sum of weights that a mean over all ranks divides by wants a derivative: there is none."""
-    if weights.requires_grad or in_forward_mode(weights):
+    """Raises where weights, or their sum, by which a mean over all ranks divides, want a derivative: there is none."""
+    if (weights.requires_grad and torch.is_grad_enabled()) or in_forward_mode(weights):
         raise RuntimeError(
             "a mean over the rows of all ranks is not differentiable in sample_weight and weight, got one that "
             'requires a gradient: detach it, or use reduction="sum"'

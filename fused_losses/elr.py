@@ -260,7 +260,8 @@ class ELRLoss(RowsModule):
     @_disable_dynamo
     def _read_host(self, place: Tensor, device: torch.device) -> Tensor:
         self.flush()
-        rows = torch.empty(len(place), self.num_classes, dtype=self.memory.dtype, pin_memory=device.type == "cuda")
+        shape, pinned = (len(place), self.num_classes), device.type == "cuda"
+        rows = torch.empty(shape, dtype=self.memory.dtype, device="cpu", pin_memory=pinned)
         torch.index_select(self.memory, 0, place.cpu(), out=rows)
         return rows.to(device, non_blocking=True)
 
@@ -281,7 +282,7 @@ class ELRLoss(RowsModule):
     @_disable_dynamo
     def _write_host(self, place: Tensor, rows: Tensor) -> None:
         on_cuda = rows.is_cuda
-        staged = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=on_cuda)
+        staged = torch.empty(rows.shape, dtype=rows.dtype, device="cpu", pin_memory=on_cuda)
         staged.copy_(rows, non_blocking=True)
         arrived = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]
         if arrived is not None:

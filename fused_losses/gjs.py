@@ -245,6 +245,9 @@ class GJSLoss(RowsModule):
             reduction=self.reduction,
         )
 
+    def _views(self, logits: Any) -> Sequence[Tensor]:
+        return check_views(logits, len(self.weights) - 1)
+
     def extra_repr(self) -> str:
         """The weights, then options that differ from their defaults."""
         shown = f"weights={self.weights}"

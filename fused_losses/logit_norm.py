@@ -102,20 +102,22 @@ class _Rescale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, kernel: _Kernel, parameter: float | Tensor) -> Tensor:
         rescaled, norms = _ops.rescale_logits(logits, *kernel)
-        is_tensor = isinstance(parameter, Tensor)
-        ctx.save_for_backward(logits, target, norms, parameter if is_tensor else None)
-        ctx.kernel, ctx.number = kernel, None if is_tensor else parameter
+        ctx.save_for_backward(logits, target, norms, parameter if isinstance(parameter, Tensor) else None)
+        ctx.by_class, ctx.constants = kernel.target is not None, kernel[2:]
         return rescaled
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, norms, parameter = ctx.saved_tensors
+        number, clips, ignore_index = ctx.constants
         (grad,) = grad_outputs
         if torch.is_grad_enabled() or not is_plain(grad):  # under create_graph it must itself be differentiable
-            z = _clean(logits.to(acc_dtype(logits)), target, ctx.kernel.ignore_index)
-            factor_of = _factor(ctx.number if parameter is None else parameter, ctx.kernel.clips)
+            z = _clean(logits.to(acc_dtype(logits)), target, ignore_index)
+            factor_of = _factor(number if parameter is None else parameter, clips)
             return _gradient(grad, z, factor_of).to(logits.dtype), None, None, None
-        return _ops.rescale_logits_backward(grad, norms, logits, *ctx.kernel), None, None, None
+        on_device = None if parameter is None else _split(parameter)[1]
+        kernel = _Kernel(target if ctx.by_class else None, on_device, *ctx.constants)
+        return _ops.rescale_logits_backward(grad, norms, logits, *kernel), None, None, None
 
 
 def _ignore_index(loss: nn.Module) -> int:
@@ -213,6 +215,11 @@ class _LogitWrapper(RowsModule):
             return _ops.rescale_logits(logits, *kernel)[0]
         return apply(_Rescale, logits, target, kernel, parameter)  # type: ignore[no-any-return]
 
+    def _given(self, logits: Any, target: Tensor) -> Any:
+        """What the loss inside is called with: of several views each is rescaled."""
+        views = self._views(logits)
+        return self.rescale(logits, target) if views is None else [self.rescale(view, target) for view in views]
+
     def _reaches_kernels(self, logits: Tensor, target: Tensor, *others: Tensor | None) -> bool:
         """Whether a kernel may take the call: no other derivative than that in the logits is asked for."""
         on_device = logits.is_cpu or logits.is_cuda
@@ -247,7 +254,7 @@ class _LogitWrapper(RowsModule):
         if args := self._known_arguments(logits, target, inputs, options):
             return row_loss(_in_one_read(args, self._parameter(), self._clips))
         with telling(self._exchanges()):
-            return self.loss(self.rescale(logits, target), target, *inputs, **options)
+            return self.loss(self._given(logits, target), target, *inputs, **options)
 
     def _exchanges(self) -> list[Exchange]:
         """What a call communicates: what the loss does."""
@@ -263,7 +270,7 @@ class _LogitWrapper(RowsModule):
         if args := self._known_arguments(logits, target, inputs, options):
             check_row_loss(args)
             return rows_of(_in_one_read(args, self._parameter(), self._clips))
-        return row_values(self.loss, self.rescale(logits, target), target, *inputs, **options)
+        return row_values(self.loss, self._given(logits, target), target, *inputs, **options)
 
 
 class LogitNorm(_LogitWrapper):

@@ -108,11 +108,12 @@ def symmetric(
     if not redraw and num_classes < 2:
         raise ValueError(f"num_classes must be at least 2 with redraw=False, got {num_classes}")
     generator = _generator(seed)
-    replace = torch.rand(given.shape, generator=generator) < rate
+    replace = torch.rand(given.shape, generator=generator, dtype=torch.float32, device="cpu") < rate
     if redraw:
-        drawn = torch.randint(num_classes, given.shape, generator=generator)
+        drawn = torch.randint(num_classes, given.shape, generator=generator, device="cpu")
     else:
-        drawn = (given + torch.randint(1, num_classes, given.shape, generator=generator)) % num_classes
+        step = torch.randint(1, num_classes, given.shape, generator=generator, device="cpu")
+        drawn = (given + step) % num_classes
     return _result(labels, torch.where(replace, drawn, given), ignore_index)
 
 
@@ -234,12 +235,12 @@ def instance_dependent(
         raise ValueError(f"inputs must be finite, got {bad}")
     generator = _generator(seed)
     rates = _truncated_normal(rate, std, len(given), generator)
-    flips = torch.rand(len(given), generator=generator, dtype=torch.float64) < rates
+    flips = torch.rand(given.shape, generator=generator, dtype=torch.float64, device="cpu") < rates
     features = inputs.detach().flatten(1)
     drawn = given.clone()
-    projections = torch.empty(features.shape[1], num_classes)
+    projections = torch.empty(features.shape[1], num_classes, dtype=torch.float32, device="cpu")
     for cls, rows in _rows_of_classes(given, ignore_index):
-        torch.randn(projections.shape, generator=generator, out=projections)
+        projections.normal_(generator=generator)
         rows = rows[flips[rows]]  # these labels change for certain: q no longer matters
         scores = features[rows.to(features.device)].cpu().float() @ projections
         scores[:, cls] = -torch.inf
@@ -379,8 +380,8 @@ def _rows_of_classes(labels: Tensor, ignore_index: int) -> list[tuple[int, Tenso
 
 def _truncated_normal(mean: float, std: float, count: int, generator: torch.Generator) -> Tensor:
     """Normal numbers in [0, 1], by the inverse of their distribution function."""
-    low, high = (torch.special.ndtr(torch.tensor((x - mean) / std, dtype=torch.float64)) for x in (0.0, 1.0))
-    uniform = torch.rand(count, generator=generator, dtype=torch.float64)
+    low, high = torch.special.ndtr((torch.arange(2, dtype=torch.float64, device="cpu") - mean) / std)
+    uniform = torch.rand(count, generator=generator, dtype=torch.float64, device="cpu")
     normal: Tensor = torch.special.ndtri(low + (high - low) * uniform)
     return (mean + std * normal).clamp(0.0, 1.0)
 

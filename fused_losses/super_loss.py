@@ -94,7 +94,8 @@ class SuperLoss(BatchReducer):
         if self.tau is not None:
             return self.tau
         if not self.running:
-            return math.log(logits.shape[class_dim(logits)])
+            one = (self._views(logits) or [logits])[0]
+            return math.log(one.shape[class_dim(one)])
         finite = judged.known & judged.values.isfinite()
         sums = torch.stack([torch.where(finite, judged.values, 0.0).sum(dtype=torch.float64), finite.sum()])
         total, count = self._first_sums(sums).unbind()

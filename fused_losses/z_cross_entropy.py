@@ -37,7 +37,7 @@ from fused_losses._z_error import (
     pack_threshold,
 )
 from fused_losses._z_reference import class_score
-from fused_losses.distributed import global_mean, kept_weight
+from fused_losses.distributed import check_constant, global_mean, kept_weight
 from fused_losses.statistics import ClassStatistics
 
 _STATISTICS = ("logit", "prob", "loss")
@@ -103,7 +103,11 @@ def _z_cross_entropy(
         logits, target, reduction="sum" if mean_over_ranks else reduction, sample_weight=sample_weight, **keywords
     )
     given = {"weight": arguments.weight, "sample_weight": arguments.sample_weight}
-    check_tensors(**{name: tensor for name, tensor in given.items() if tensor is not None})
+    weights = {name: tensor for name, tensor in given.items() if tensor is not None}
+    check_tensors(**weights)
+    if mean_over_ranks:
+        for of_rows in weights.values():
+            check_constant(of_rows)
     if source.needs_checks:
         check_row_loss(arguments)
         check_targets(target, arguments.ignore_index, num_classes)

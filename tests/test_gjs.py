@@ -110,3 +110,29 @@ def test_bad_input(error, message, views, weights):
     target = torch.zeros(3 if error is not RuntimeError else (3, 2), dtype=torch.int64)
     with pytest.raises(error, match=message):
         fl.functional.gjs_loss(views, target, weights)
+
+
+WRAPPED = {
+    "super": fl.SuperLoss,
+    "norm": lambda loss: fl.LogitNorm(loss, t=0.5),
+    "clip": lambda loss: fl.LogitClip(loss, tau=1.0),
+    "super of norm": lambda loss: fl.SuperLoss(fl.LogitNorm(loss, t=0.5)),
+    "norm of super": lambda loss: fl.LogitNorm(fl.SuperLoss(loss), t=0.5),
+    "small of clip": lambda loss: fl.SmallLoss(fl.LogitClip(loss, tau=1.0), keep=0.5),
+}
+
+
+@pytest.mark.parametrize("shape", [(5,), (6, 5), (3, 5, 2)], ids=str)
+@pytest.mark.parametrize("name", WRAPPED)
+def test_wrappers_find_the_classes_of_views(name, shape):
+    torch.manual_seed(0)
+    z = 2 * torch.randn(shape, dtype=torch.float64)
+    target = torch.randint(5, shape[:-1] if len(shape) < 3 else (3, 2))
+    right = WRAPPED[name](fl.JSLoss(0.5))(z, target)
+    one, two = WRAPPED[name](fl.GJSLoss((0.5, 0.5))), WRAPPED[name](fl.GJSLoss((0.5, 0.2, 0.3)))
+    for views in ([z], z.unsqueeze(0)):
+        torch.testing.assert_close(one(views, target), right)
+    for views in ([z, z], torch.stack([z, z])):  # that agree
+        torch.testing.assert_close(two(views, target), right)
+    with pytest.raises(ValueError, match="views must be 2, one for each weight"):
+        two([z], target)

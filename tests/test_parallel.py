@@ -103,6 +103,9 @@ def check_plain(rank, world_size):
                 found = step(head, (x, w[first:end], b[first:end]))
                 for value, expected in zip(found, wanted, strict=True):
                     assert torch.allclose(value, expected, **CLOSE), (name, reduction, head.__name__)
+                with torch.inference_mode(rank == 0), torch.no_grad():  # one rank may want less than another
+                    value = head(x, w[first:end], b[first:end])
+                assert torch.allclose(value, dense[0], **CLOSE), (name, reduction, head.__name__, "inference mode")
 
 
 # Collectives of forward, and the bytes per row that a rank hands to them: a function of p_y needs the maximum, the sum
@@ -261,6 +264,9 @@ def check_dtensor(rank, world_size):
             expected, found = loss(whole, target, samples), loss(part, target, samples)
             assert type(found) is torch.Tensor
             torch.testing.assert_close(found, expected, **CLOSE)
+            constant = part.detach()
+            with torch.inference_mode():
+                torch.testing.assert_close(loss(constant, target, samples), expected, **CLOSE)
             (2 * expected).backward()
             (2 * found).backward()
             assert isinstance(part.grad, DTensor)

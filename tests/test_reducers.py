@@ -150,6 +150,22 @@ def test_reducers_around_each_other_and_probabilities():
 
 
 @pytest.mark.parametrize(
+    "make, name",
+    [
+        (lambda: fl.SmallLoss("gce", 0.5), "keep"),
+        (lambda: fl.ClippedLoss("gce", 0.5), "c"),
+        (lambda: fl.Antidote("gce", 0.5), "kappa"),
+        (lambda: fl.SuperLoss("gce"), "lam"),
+    ],
+)
+def test_parameters_cannot_be_learnt(make, name):
+    module = make()
+    setattr(module, name, nn.Parameter(torch.tensor(0.5)))
+    with pytest.raises(RuntimeError, match=f"^{name} of {type(module).__name__} is a constant, got a tensor that req"):
+        module(torch.zeros(2, 3), torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize(
     "error, message, make",
     [
         (ValueError, r"^keep must satisfy 0 < value <= 1, got 0.0", lambda: fl.SmallLoss("gce", 0.0)),

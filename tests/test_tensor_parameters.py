@@ -59,6 +59,38 @@ def test_a_new_value_takes_effect(name):
     assert torch.equal(loaded(logits, target), module(logits, target))
 
 
+LEARNT = {
+    **{f"{name} {own}": (LOSS, own) for name, own in NAMES.items() for LOSS in [fl.LOSSES[name].module]},
+    "norm t": (lambda t: fl.LogitNorm("nce", t), "t"),
+    "elr lam": (lambda lam: fl.ELRLoss(8, 5, lam=lam), "lam"),
+    "logit_bias": (lambda logit_bias: fl.GCELoss(logit_bias=logit_bias), "logit_bias"),
+    "z logit_bias": (lambda logit_bias: fl.ZErrorCrossEntropyLoss(logit_bias=logit_bias), "logit_bias"),
+    "weight": (lambda weight: fl.GCELoss(weight=weight, reduction="sum"), "weight"),
+    "z weight": (lambda weight: fl.ZErrorCrossEntropyLoss(weight=weight, reduction="sum"), "weight"),
+    "gjs weight": (lambda weight: fl.GJSLoss((0.5, 0.5), weight=weight, reduction="sum"), "weight"),
+    "corrected weight": (
+        lambda weight: fl.ForwardCorrectionLoss(torch.eye(5), weight=weight, reduction="sum"),
+        "weight",
+    ),
+}
+
+
+@pytest.mark.any_cpu
+@pytest.mark.parametrize("name", LEARNT)
+def test_what_is_given_as_a_parameter_is_learnt(name):
+    make, own = LEARNT[name]
+    given = torch.nn.Parameter(torch.full((5,) if own == "weight" else (), 0.5))
+    module = make(given).double()  # a buffer would be another tensor from here on
+    assert [learnt for learnt, _ in module.named_parameters()] == [own] and own in module.state_dict()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.01)
+    logits, target = torch.randn(8, 5, dtype=torch.float64), torch.arange(8) % 5
+    views = logits.unsqueeze(0) if "gjs" in name else logits
+    index = (torch.arange(8),) if "elr" in name else ()
+    module(views, target, *index).backward()
+    optimizer.step()
+    assert not torch.equal(getattr(module, own), torch.full_like(given, 0.5)) and given is getattr(module, own)
+
+
 @pytest.mark.any_cpu
 @pytest.mark.parametrize("made", [functional, reference], ids=["functional", "reference"])
 def test_beta_can_be_learnt(made):

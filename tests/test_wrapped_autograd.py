@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import pytest
 import test_autograd as uses
 import torch
 from conftest import one_in
+from gloo_group import group_of_one
 from wrapped_losses import CASES, CLASSES, batch
 
 import fused_losses as fl
@@ -112,6 +114,48 @@ def test_views_are_not_kept_when_the_graph_is_gone():
     fused = [node for node in nodes if "FusedDivergence" in type(node).__name__]
     assert len(fused) == 1
     assert not any(isinstance(value, (torch.Tensor, fl._reference.Rows)) for value in _flat(vars(fused[0])))
+
+
+@pytest.mark.parametrize("name", ["nce", "forward"])  # a loss whose logits are rescaled by a kernel of its own
+@pytest.mark.parametrize("wrap", [fl.LogitNorm, fl.LogitClip])
+def test_targets_are_not_kept_when_the_graph_is_gone(wrap, name):
+    loss = fl.NCELoss() if name == "nce" else fl.ForwardCorrectionLoss(torch.eye(CLASSES))
+    target = torch.zeros(7, dtype=torch.long)
+    value = wrap(loss, 0.5)(torch.randn(7, CLASSES, requires_grad=True), target)
+    value.backward()
+    alive = weakref.ref(target)
+    del target
+    assert alive() is None
+
+
+IN_A_GROUP = {
+    "z cross entropy": lambda **options: fl.ZErrorCrossEntropyLoss(**options),
+    "z bce": lambda **options: fl.ZErrorBCEWithLogitsLoss(**options),
+    "z mse": lambda **options: fl.ZMSELoss(**options),
+    "small": lambda **options: fl.SmallLoss("gce", 0.5, **options),
+    "antidote": lambda **options: fl.Antidote("gce", 0.5, **options),
+    "super": lambda **options: fl.SuperLoss("gce", **options),
+}
+
+
+@pytest.mark.parametrize("name", IN_A_GROUP)
+def test_weights_of_a_mean_over_all_ranks_are_constants(name, tmp_path):
+    """They are in its divisor, too, which has no derivative. Nothing is learnt from a call that is refused."""
+    logits, target = torch.randn(7, CLASSES), torch.arange(7) % CLASSES
+    if name in ("z bce", "z mse"):
+        target = torch.nn.functional.one_hot(target, CLASSES).float()
+    weight = torch.rand(7, requires_grad=True)
+    with group_of_one(tmp_path):
+        loss = IN_A_GROUP[name](running=True, process_group=torch.distributed.group.WORLD)
+        loss(logits, target)
+        before = loss.running_moments.clone()
+        with pytest.raises(RuntimeError, match=r"^a mean over the rows of all ranks is not differentiable in"):
+            loss(logits + 1.0, target + 1.0 if name == "z mse" else target, weight)
+        assert torch.equal(loss.running_moments, before)
+        with torch.no_grad():
+            loss(logits, target, weight)
+        loss.reduction = "sum"
+        assert torch.autograd.grad(loss(logits, target, weight), weight)[0].abs().sum() > 0
 
 
 def _flat(value):

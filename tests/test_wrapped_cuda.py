@@ -9,6 +9,7 @@ import torch
 from wrapped_losses import CASES, CLASSES, batch, value_and_grad
 
 import fused_losses as fl
+from fused_losses.integrations.mmengine import FusedLoss
 
 pytestmark = [
     pytest.mark.cuda,
@@ -47,3 +48,15 @@ def test_a_memory_on_the_host_is_one_on_the_device(dtype):
         assert torch.equal(*losses)
         assert torch.equal(*(torch.autograd.grad(loss, logits)[0] for loss in losses))
     assert torch.equal(host.state_dict()["memory"], device.memory.cpu())
+
+
+def test_a_number_to_divide_by_is_not_copied_to_the_device():
+    loss, (logits, target) = FusedLoss("gce"), batch(torch.float32)
+    logits, target = logits.cuda(), target.cuda()
+    right = loss(logits, target, reduction_override="sum") / 3.0
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = loss(logits, target, avg_factor=3.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(found, right)

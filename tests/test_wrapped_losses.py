@@ -277,6 +277,18 @@ def test_a_fixed_matrix_is_saved_checked_and_kept_exact():
         with pytest.raises(RuntimeError, match=r"transition must be >= 0 with rows that sum to 1, got a sum of 2 in"):
             fresh.load_state_dict({"transition": 2 * other})
         assert torch.equal(fresh.transition, other)
+        with pytest.raises(RuntimeError, match="size mismatch for transition"):
+            fresh.load_state_dict({"transition": torch.eye(CLASSES + 1)})
+        torch.testing.assert_close(fresh(logits, target), loss(other)(logits, target))
+        elsewhere = loss(TRANSITION).to("meta")  # as a checkpoint read on the CPU for a loss on a GPU
+        with pytest.warns(UserWarning, match="transition"):  # nothing can be copied there
+            elsewhere.load_state_dict(saved)
+        assert all(buffer.is_meta for buffer in elsewhere.buffers())
+        with torch.device("meta"):
+            made_later = loss(torch.empty(CLASSES, CLASSES, dtype=torch.float64))
+            assert loss(fl.TransitionMatrix(CLASSES)).transition.weight.is_meta
+        made_later.load_state_dict(saved, assign=True)
+        torch.testing.assert_close(made_later(logits, target), loss(other)(logits, target))
         assert loss(TRANSITION.numpy()).half().transition.dtype == torch.float64
 
 

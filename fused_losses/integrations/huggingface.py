@@ -105,8 +105,10 @@ def _call(criterion: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels:
         criterion.to(logits.device)
     if torch.is_grad_enabled() or not criterion.training:
         return criterion(logits, labels)  # type: ignore[no-any-return]
+    modes = [(module, module.training) for module in criterion.modules()]
     criterion.eval()
     try:
         return criterion(logits, labels)  # type: ignore[no-any-return]
     finally:
-        criterion.train()
+        for module, mode in modes:
+            module.training = mode

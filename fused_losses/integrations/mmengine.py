@@ -120,7 +120,9 @@ class FusedLoss(nn.Module):
             raise ValueError(f'avg_factor must be None with reduction="sum", got {avg_factor}')
         criterion.reduction = "sum"
         total: Tensor = criterion(cls_score, label, weight)
-        return total * self.loss_weight / torch.as_tensor(avg_factor, device=total.device).clamp(min=_SMALLEST)
+        if isinstance(avg_factor, Tensor):
+            return total * self.loss_weight / avg_factor.to(total.device).clamp(min=_SMALLEST)
+        return total * self.loss_weight / max(avg_factor, _SMALLEST)  # as a number: a copy would wait for the device
 
     def _counted(self, label: Tensor, ignore_index: int) -> Tensor:
         counts = ~_arguments.is_ignored(label, ignore_index)
