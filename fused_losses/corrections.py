@@ -19,8 +19,7 @@ from fused_losses._row_values import RowsModule, RowValues, check_dense, maybe_a
 from fused_losses._transition import check_transition, invert
 from fused_losses.cross_entropy import cross_entropy
 
-# Its exponential is far from the end of float32. Only classes that cannot have the label come near it; their
-# share is 0.
+# Its exponential is far from the end of float32. Only classes that cannot have the label come near: their share is 0.
 _LARGEST_LOG = 80.0
 
 _ARGUMENTS = """
@@ -47,7 +46,6 @@ _ARGUMENTS = """
         RuntimeError: shapes, dtypes or devices do not fit.
         IndexError: a target is out of range (on CUDA: a device assertion).
 """
-
 
 _MODULE_ARGUMENTS = """
     Args:
@@ -394,8 +392,7 @@ class BackwardCorrectionLoss(_CorrectionLoss):
 
     def forward(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """The loss of ``logits`` for ``target``; ``sample_weight`` is one weight per row."""
-        rows = self._rows(logits, target, sample_weight)
-        return _backward_loss(logits, rows, self._inverse(), self.reduction)
+        return _backward_loss(logits, self._rows(logits, target, sample_weight), self._inverse(), self.reduction)
 
     def rows(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> RowValues:
         """Every row's loss."""
