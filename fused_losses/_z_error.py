@@ -103,6 +103,8 @@ def check_threshold(threshold: Threshold) -> Threshold:
     if isinstance(threshold, Tensor):
         if not threshold.is_floating_point():
             raise ValueError(f"threshold must be floating point, got a tensor of dtype {threshold.dtype}")
+        if threshold.requires_grad:
+            raise RuntimeError("threshold is a constant, got a tensor that requires a gradient: detach it")
         if reads_values(threshold):
             check_entries("threshold", threshold, positive_or_inf)
         return threshold

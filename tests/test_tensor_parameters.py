@@ -149,3 +149,26 @@ def test_bad_tensors():
         torch.ops.fused_losses.row_loss(*arguments, "gce", [0.7], 0.0, -100, "mean")
     with pytest.raises(ValueError, match=r"cores: beta must be a number or 0-dim, got shape \[3\]"):
         torch.ops.fused_losses.row_loss(*arguments[:5], torch.ones(3), "cores", [1.0], 0.0, -100, "mean")
+
+
+THRESHOLDS = {
+    "cross entropy": (fl.ZErrorCrossEntropyLoss, functional.z_error_cross_entropy, torch.tensor([0, 1, 2, 0])),
+    "binary": (fl.ZErrorBCEWithLogitsLoss, functional.z_error_bce_with_logits, torch.ones(4, 3)),
+    "numbers": (fl.ZMSELoss, functional.z_mse_loss, torch.ones(4, 3)),
+}
+
+
+@pytest.mark.any_cpu
+@pytest.mark.parametrize("kind", THRESHOLDS)
+def test_a_threshold_that_would_get_no_gradient_is_refused(kind):
+    module, function, target = THRESHOLDS[kind]
+    wanted, message = torch.nn.Parameter(torch.tensor(2.0)), "^threshold is a constant, got a tensor that requires"
+    assigned = module()
+    with pytest.raises(RuntimeError, match=message):
+        module(wanted)
+    with pytest.raises(RuntimeError, match=message):
+        function(torch.randn(4, 3), target, threshold=wanted)
+    del assigned.threshold
+    assigned.threshold = wanted
+    with pytest.raises(RuntimeError, match=message):
+        assigned(torch.randn(4, 3), target)
