@@ -88,7 +88,13 @@ def kept_value(name: str, value: Any, rule: ParameterRange) -> Any:
     """``value`` as a Module keeps it: a tensor only where ``rule`` has a place for one."""
     if isinstance(rule, Switch) or (isinstance(rule, OrTensor) and isinstance(value, Tensor)):
         return python_number(value)
+    if _is_bool(value):
+        rule.pack(name, value)  # raises where a bool is none
     return plain_number(name, value)
+
+
+def _is_bool(value: Any) -> bool:
+    return value.dtype == torch.bool if isinstance(value, Tensor) else isinstance(python_number(value), bool)
 
 
 def integer(name: str, value: Any) -> int:
@@ -179,6 +185,17 @@ class Range:
         return number
 
 
+@dataclass(frozen=True)
+class Count(Range):
+    """A range of integers, none of which is a bool, as in torch."""
+
+    def pack(self, name: str, value: Any) -> float:
+        """``value`` itself. Raises as :class:`Range` does."""
+        if _is_bool(value):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+        return super().pack(name, value)
+
+
 # The bounds exclude NaN and, but for thresholds, infinities; math.isfinite would break tracing with symbolic floats.
 positive = Range("satisfy 0 < value < inf", lambda v: 0.0 < v < math.inf)
 positive_or_inf = Range("satisfy 0 < value <= inf", lambda v: v > 0.0)
@@ -186,8 +203,8 @@ non_negative = Range("satisfy 0 <= value < inf", lambda v: 0.0 <= v < math.inf)
 above_one = Range("satisfy 1 < value < inf", lambda v: 1.0 < v < math.inf)
 fraction = Range("satisfy 0 < value < 1", lambda v: 0.0 < v < 1.0)
 closed_fraction = Range("be between 0.0 and 1.0", lambda v: 0.0 <= v <= 1.0)
-positive_integer = Range("be an integer >= 1", lambda v: 1.0 <= v < math.inf and v == int(v))
-not_negative_integer = Range("be an integer >= 0", lambda v: 0.0 <= v < math.inf and v == int(v))
+positive_integer = Count("be an integer >= 1", lambda v: 1.0 <= v < math.inf and v == int(v))
+not_negative_integer = Count("be an integer >= 0", lambda v: 0.0 <= v < math.inf and v == int(v))
 iterations = replace(positive_integer, high=1000)  # of a loop that kernels run for every row
 # Numbers that logits and losses are multiplied with or added to. Products of two stay far from the ends of float32.
 finite = Range("satisfy -inf < value < inf", lambda v: -math.inf < v < math.inf, -1e15, 1e15)

@@ -74,11 +74,11 @@ PLAIN = ZOps(row_loss_reference, _z_reference.class_moments, _z_reference.z_erro
 
 def fused_and_plain(make: Callable[[ZOps], Callable[..., Any]]) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Both kinds of a Z-Error function, under the names by which users and pickle find them."""
-    fused, plain = explains_keywords(make(FUSED)), explains_keywords(make(PLAIN))
+    fused, plain = make(FUSED), make(PLAIN)
     for function in (fused, plain):
         function.__qualname__ = function.__name__
     plain.__module__ = "fused_losses.reference"
-    return fused, plain
+    return explains_keywords(fused), explains_keywords(plain)
 
 
 def choose(name: str, value: str, choices: dict[str, str]) -> str:

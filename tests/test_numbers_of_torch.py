@@ -15,7 +15,7 @@ from test_argument_kinds import REAL, WHOLE
 from torch.nn import functional as F
 
 import fused_losses as fl
-from fused_losses._parameters import OrNone, OrTensor, Range
+from fused_losses._parameters import Count, OrNone, OrTensor, Range
 
 pytestmark = pytest.mark.any_cpu  # what is given to kernels, not what they make of it
 
@@ -40,6 +40,8 @@ KINDS: dict[str, Callable[[Any], Any]] = {
 
 def number_for(name: str, parameter: str, kind: str) -> float | None:
     """A number of the parameter's range that the kind can hold."""
+    if isinstance(RANGES[name, parameter], Count) and ("bool" in kind or kind == "flag"):
+        return None
     default = fl.LOSSES[name].parameters[parameter]
     candidates = [1.0, 0.0] if "bool" in kind or kind == "flag" else [default, 0.3, 1.0, 2.0, 0.0, 1e-4]
     whole = kind in ("integer", "int32")
@@ -124,6 +126,20 @@ def test_other_arguments(name: str) -> None:
     if name in REAL and isinstance(number, int):
         torch.testing.assert_close(call(torch.tensor(number)), call(number))
     torch.testing.assert_close(call(given), call(number))
+
+
+@pytest.mark.parametrize("value", [True, np.True_, torch.tensor(True)], ids=["bool", "numpy bool", "flag"])
+def test_a_bool_is_no_count(value: Any) -> None:
+    for name, call in {
+        "num_iters": lambda: fl.BiTemperedLoss(num_iters=value),
+        "order": lambda: fl.functional.taylor_ce_loss(X, Y, order=value),
+        "min_count": lambda: fl.ZErrorCrossEntropyLoss(min_count=value),
+        "num_tasks": lambda: fl.ZErrorBCEWithLogitsLoss(num_tasks=value),
+        "in_features": lambda: fl.LinearLoss(value, 3),
+        "num_samples": lambda: fl.ELRLoss(value, 3),
+    }.items():
+        with pytest.raises(TypeError, match=f"^{name} must be an integer, got "):
+            call()
 
 
 def test_what_modules_keep() -> None:
