@@ -48,9 +48,11 @@ check: $(BUILD_DONE)
 	@$(PY) -m pytest --numprocesses $(JOBS) --dist loadfile -m "not slow and not long" --quiet \
 		--ignore tests/test_cpp.py --ignore tests/test_demo.py --ignore tests/test_examples.py $(PYTEST_ARGS)
 
-# Trainings that are killed and resumed, or of several processes; C++ programs that take minutes to compile.
+# Trainings that are killed and resumed, or of several processes; C++ programs that take minutes to compile; every test of a
+# kernel on every instruction set.
 test-long: $(BUILD_DONE)
 	@$(PY) -m pytest tests benchmarks --benchmark-disable -m long $(PYTEST_ARGS)
+	@$(if $(PYTEST_ARGS),,$(PY) tests/instruction_sets.py $(JOBS) --all --quiet)
 
 # All tests of a GPU on CUDA kernels that run on the host: five minutes.
 test-emulated: $(BUILD_DONE)

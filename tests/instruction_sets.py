@@ -1,9 +1,10 @@
 """The tests once more, on the CPU kernels of every instruction set that this processor has and would not choose itself.
 
-    python tests/instruction_sets.py NUMBER_OF_PROCESSES [arguments of pytest]
+    python tests/instruction_sets.py NUMBER_OF_PROCESSES [--all] [arguments of pytest]
 
 One after the other, each in so many processes, run all tests but those marked ``any_cpu``, which do not judge a kernel.
-Files that are so marked as a whole are not even imported. The C++ tests run every instruction set by themselves.
+Files that are so marked as a whole are not even imported. Where there are two older instruction sets, each gets every
+other file; both get all with ``--all``. The C++ tests run every instruction set by themselves.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -33,6 +35,13 @@ def files() -> list[str]:
     ]
 
 
+def share(names: Sequence[str], paths: list[str]) -> dict[str, list[str]]:
+    """The files that each instruction set gets: all get the one that asks which is in use."""
+    asking = [path for path in paths if Path(path).name == "test_instruction_sets.py"]
+    rest = [path for path in paths if path not in asking]
+    return {name: asking + rest[i :: len(names)] for i, name in enumerate(names)}
+
+
 def main(arguments: list[str]) -> int:
     own = torch.backends.cpu.get_cpu_capability()
     if not others(own):
@@ -40,10 +49,16 @@ def main(arguments: list[str]) -> int:
         return 0
     print(f"instruction sets: {', '.join(others(own))}, besides {own}, which all tests use", flush=True)
     processes, *rest = arguments
-    chosen = [*files(), "-m", "not any_cpu and not long"]
-    command = [sys.executable, "-m", "pytest", *chosen, "-n", processes, "--dist", "loadfile", *rest]
+    parts = share(others(own), files())
+    if "--all" in rest:
+        rest.remove("--all")
+        parts = dict.fromkeys(others(own), files())
+    options = ["-m", "not any_cpu and not long", "-n", processes, "--dist", "loadfile", *rest]
     statuses = [
-        subprocess.run(command, env={**os.environ, "ATEN_CPU_CAPABILITY": name}).returncode for name in others(own)
+        subprocess.run(
+            [sys.executable, "-m", "pytest", *paths, *options], env={**os.environ, "ATEN_CPU_CAPABILITY": name}
+        ).returncode
+        for name, paths in parts.items()
     ]
     return max(statuses)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from instruction_sets import files, others
+from instruction_sets import files, others, share
 
 
 def test_torch_uses_the_instruction_set_that_was_asked_for() -> None:
@@ -29,3 +29,13 @@ def test_files_that_judge_no_kernel_are_left_out() -> None:
     names = {Path(path).name for path in files()}
     assert {"test_values.py", "test_z_error.py", "test_instruction_sets.py"} <= names
     assert not names & {"test_transforms.py", "test_parallel.py"}
+
+
+@pytest.mark.any_cpu
+def test_two_older_instruction_sets_share_the_files() -> None:
+    paths = ["test_a.py", "test_b.py", "test_instruction_sets.py", "test_c.py"]
+    assert share(["default"], paths)["default"] == ["test_instruction_sets.py", "test_a.py", "test_b.py", "test_c.py"]
+    assert share(["default", "avx2"], paths) == {
+        "default": ["test_instruction_sets.py", "test_a.py", "test_c.py"],
+        "avx2": ["test_instruction_sets.py", "test_b.py"],
+    }
