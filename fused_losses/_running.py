@@ -12,6 +12,7 @@ from torch import Tensor
 from fused_losses import _ops
 from fused_losses._agreement import Exchange
 from fused_losses._parameters import closed_fraction
+from fused_losses._plain import reads_values
 from fused_losses.distributed import HasProcessGroup
 from fused_losses.statistics import MOMENTS, ClassStatistics, all_reduce_moments
 
@@ -59,7 +60,12 @@ def source_of(statistics: ClassStatistics | None, group: dist.ProcessGroup | Non
     """The source for a function's arguments."""
     if not isinstance(statistics, (ClassStatistics, type(None))):
         raise TypeError(f"statistics must be ClassStatistics or None, got {type(statistics).__name__}")
-    return Source(None if statistics is None else statistics.moments(), group)
+    if statistics is None:
+        return Source(None, group)
+    moments = statistics.moments()
+    if reads_values(moments) and _fault_of(moments, None):  # such a class would lose all its rows
+        raise ValueError(f"statistics must {_fault_of(moments, None)}, got {statistics}")
+    return Source(moments, group)
 
 
 class RunningMoments(HasProcessGroup):

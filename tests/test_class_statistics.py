@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 import fused_losses as fl
-from fused_losses import _z_reference
+from fused_losses import _z_reference, functional
 
 OPS = torch.ops.fused_losses
 
@@ -221,3 +222,16 @@ def test_compile():
         expected = fl.class_statistics(score, target, 3)
         assert torch.equal(count, expected.count)
         torch.testing.assert_close(std, expected.merge(expected).std, equal_nan=True)
+
+
+@pytest.mark.any_cpu
+@pytest.mark.parametrize(("field", "bad"), [("mean", math.nan), ("mean", math.inf), ("std", math.nan), ("count", -1)])
+def test_statistics_by_which_no_row_would_be_kept_are_refused(field, bad):
+    logits, target = torch.randn(12, 3), torch.arange(12) % 3
+    good = fl.class_statistics(logits.gather(1, target[:, None])[:, 0], target, 3)
+    wrong = getattr(good, field).clone()
+    wrong[1] = bad
+    with pytest.raises(ValueError, match=r"^statistics must hold finite means and counts .*got ClassStatistics"):
+        functional.z_error_cross_entropy(logits, target, statistics=dataclasses.replace(good, **{field: wrong}))
+    absent = fl.class_statistics(torch.randn(4), torch.tensor([0, 0, 1, 0]), 3)  # one row of class 1, none of class 2
+    assert functional.z_error_cross_entropy(logits, target, statistics=absent, return_mask=True).mask[target > 0].all()
