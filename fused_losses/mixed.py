@@ -252,6 +252,8 @@ def mixed(
     elif reads_values(lam) and lam.numel():
         for end in (lam.min(), lam.max()):
             closed_fraction.pack("every entry of lam" if lam.dim() else "lam", float(end))
+    if isinstance(lam, Tensor) and logits.dim() == 1 and lam.numel() == 1:
+        lam = lam.reshape(())  # of the only row, whose loss is a scalar
     if not isinstance(lam, Tensor) and lam in (0.0, 1.0):
         return function(logits, target_a if lam == 1.0 else target_b, **options)
     labels = _Labels(target_a, target_b, lam)

@@ -317,3 +317,13 @@ def test_active_rows_of_a_mixup(batch):
         values = fl.reference.hem_loss(logits, label, reduction="none")
         total, active = total + (share * values).sum(), active + share[values > 0].sum()
     torch.testing.assert_close(MixupLoss(fl.HEMLoss())(logits, target), total / active)
+
+
+@pytest.mark.parametrize("name", fl.LOSSES)
+def test_one_row_alone_has_a_scalar_loss(name):
+    logits, a, b = torch.randn(5), torch.tensor([2]), torch.tensor([4])
+    expected = fl.functional.mixed(name, logits, a, b, 0.3, reduction="none")
+    for lam in (torch.tensor(0.3), torch.tensor([0.3])):
+        loss = fl.functional.mixed(name, logits, a, b, lam, reduction="none")
+        assert loss.shape == expected.shape == ()
+        torch.testing.assert_close(loss, expected)
