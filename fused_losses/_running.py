@@ -63,8 +63,8 @@ def source_of(statistics: ClassStatistics | None, group: dist.ProcessGroup | Non
     if statistics is None:
         return Source(None, group)
     moments = statistics.moments()
-    if reads_values(moments) and _fault_of(moments, None):  # such a class would lose all its rows
-        raise ValueError(f"statistics must {_fault_of(moments, None)}, got {statistics}")
+    if reads_values(moments) and (fault := _fault_of(moments, None)):  # such a class would lose all its rows
+        raise ValueError(f"statistics must {fault}, got {statistics}")
     return Source(moments, group)
 
 

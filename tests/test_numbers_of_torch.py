@@ -51,12 +51,13 @@ def number_for(name: str, parameter: str, kind: str) -> float | None:
     return allowed[0] if allowed else None
 
 
-@pytest.mark.parametrize(("key", "kind"), one_in(3, RANGES, KINDS))
+CASES = [case for case in one_in(3, RANGES, KINDS) if number_for(*case.values[0], case.values[1]) is not None]
+
+
+@pytest.mark.parametrize(("key", "kind"), CASES)
 def test_it_counts_as_the_number_that_it_holds(key: tuple[str, str], kind: str) -> None:
     name, parameter = key
     entry, number = fl.LOSSES[name], number_for(name, parameter, kind)
-    if number is None:
-        pytest.skip("the kind holds no number of this range")
     given = KINDS[kind](number)
     for function in (entry.function, entry.reference):
         assert torch.equal(function(X, Y, **{parameter: given}), function(X, Y, **{parameter: number}))
