@@ -116,8 +116,9 @@ def stages(python: str, architecture: str, wheels: Path | None) -> list[Stage]:
     parts = [smoke(f"smoke{i}", CHECK_SECONDS, "--part", f"{i}/{SMOKE_PARTS}") for i in range(SMOKE_PARTS)]
     tools = [sanitized(tool) for tool in ("memcheck", "racecheck", "initcheck", "synccheck")]
     linear = (python, "-m", "benchmarks.linear")
+    first = replace(smoke("first", 60, "--quick"), environment=())  # with nothing beside it
     return [
-        Stage("a", "build and a first look", (*_build(python, architecture, wheels), smoke("first", 60, "--quick"))),
+        Stage("a", "build and a first look", (*_build(python, architecture, wheels), first)),
         Stage(
             "b",
             "main figures: a copy, cross entropy, every loss",

@@ -283,6 +283,17 @@ def test_the_smoke_test_runs_on_a_cpu() -> None:
     assert re.search(r"^[1-9]\d* calls agree with float64, 0 do not$", result.stdout, re.MULTILINE)
 
 
+def test_the_smoke_test_begins_with_what_racecheck_should_see() -> None:
+    todo = gpu_smoke.problems(quick=True)
+    of_z_error = [case.options for case in todo[0]()]
+    assert {options.get("statistic") for options in of_z_error} >= {"logit", "prob", "loss", "target", "residual"}
+    names, shapes = gpu_smoke.LOSSES_OF_MANY_ROWS, gpu_smoke.MANY_ROWS
+    assert [make.args for make in todo[1:7]] == [(name, *shape) for name in names for shape in shapes]  # type: ignore[attr-defined]
+    for name in names:
+        (case,) = gpu_smoke.many_rows_case(name, 70, 100, torch.float32)
+        assert gpu_smoke.complaint(case, "cpu") is None
+
+
 @pytest.mark.parametrize("dtype", gpu_smoke.DTYPES, ids=str)
 def test_the_smoke_test_notices_wrong_results(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
