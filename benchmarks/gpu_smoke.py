@@ -142,6 +142,9 @@ def z_error_cases(dtype: torch.dtype) -> Iterator[Case]:
             logits, target = (2 * torch.randn(rows, classes)).to(dtype), torch.randint(classes, (rows,))
             for statistic, base in Z_STATISTICS:
                 yield case("z_error_cross_entropy", logits, target, statistic=statistic, base=base)
+    rows = 1 + (1 << 26) // (1000 * dtype.itemsize)  # so large that a mask is made before the loss (_is_worth_a_mask)
+    logits, target = (2 * torch.randn(rows, 1000)).to(dtype), torch.randint(1000, (rows,))
+    yield case("z_error_cross_entropy", logits, target, statistic="logit")
 
 
 def copy_to(device: str, x: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from benchmarks.gpu_check import ROOT, Record, Stage, Step
 from benchmarks.results import Results, Row
 from benchmarks.suites import SUITES
 from benchmarks.test_commands import said_of_itself
+from fused_losses import _z_autograd
 
 STAGES = gpu_check.stages("python", "90", None)
 STEPS = [step for stage in STAGES for step in stage.steps]
@@ -285,8 +286,9 @@ def test_the_smoke_test_runs_on_a_cpu() -> None:
 
 def test_the_smoke_test_begins_with_what_racecheck_should_see() -> None:
     todo = gpu_smoke.problems(quick=True)
-    of_z_error = [case.options for case in todo[0]()]
-    assert {options.get("statistic") for options in of_z_error} >= {"logit", "prob", "loss", "target", "residual"}
+    of_z_error = list(todo[0]())
+    assert {case.options.get("statistic") for case in of_z_error} >= {"logit", "prob", "loss", "target", "residual"}
+    assert max(case.logits.nbytes for case in of_z_error) >= _z_autograd._LARGE
     names, shapes = gpu_smoke.LOSSES_OF_MANY_ROWS, gpu_smoke.MANY_ROWS
     assert [make.args for make in todo[1:7]] == [(name, *shape) for name in names for shape in shapes]  # type: ignore[attr-defined]
     for name in names:
