@@ -199,7 +199,9 @@ void rescale(const RowProblem& p, const LogitRescale& of) {
 
 void gjs(const RowProblem& p, const GjsViews& views) {
     static const GjsKernel kernel = for_this_processor([]<Isa isa>() { return gjs_kernel<isa>(); });
-    check_and_weigh_targets(p);
+    const double labelled = check_and_weigh_targets(p);
+    check_index(labelled == double(p.rows()), "gjs: every target must be in [0, ", p.num_classes, "), got ",
+                p.ignore_index);
     for_rows(p, [&](std::int64_t begin, std::int64_t end) { kernel(p, views, begin, end); });
 }
 
