@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -150,6 +151,19 @@ def test_other_arguments(wrong):
     call, kind, message = OTHERS[wrong]
     with pytest.raises(kind, match=message):
         call()
+
+
+@pytest.mark.parametrize("name", ["gce", "hem"])
+@pytest.mark.parametrize("label", [3, -1, 10**9])
+def test_labels_that_change_before_backward_are_checked_again(name, label):
+    """torch does not see what NumPy writes into memory that a tensor shares."""
+    labels = np.array([0, 1, 2, 0])
+    logits = LOGITS.clone().requires_grad_()
+    # With weights, rows save numbers for backward; without, a small call saves nothing.
+    loss = fl.LOSSES[name].function(logits, torch.from_numpy(labels), weight=torch.ones(3), reduction="none")
+    labels[2] = label
+    with pytest.raises(IndexError, match=rf"Target {label} is out of bounds \(row 2\)"):
+        loss.sum().backward()
 
 
 WITHOUT_MEMORY = """
