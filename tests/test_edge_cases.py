@@ -286,6 +286,20 @@ def test_many_classes(name, dtype, classes, device):
     assert_matches_reference(name, shifted, target)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WITH_MARGIN)
+def test_more_classes_than_float32_can_count(name):
+    """Beyond 2^24 not every class has a number of its own."""
+    logits = torch.zeros(1, 2**24 + 40)
+    for target in (2**24 + 17, 2**24 + 39):
+        _, grad = loss_and_grad(fl.LOSSES[name].function, logits, torch.tensor([target]))
+        assert grad.argmin() == target and (grad < 0).sum() == 1
+    logits[0, 2**24 + 16 : 2**24 + 18] = torch.tensor([5.0, 1.0])
+    for laid_out in (logits, torch.stack([logits, logits], -1)[..., 0]):
+        rows = fl.row_statistics(laid_out, torch.tensor([2**24 + 17]))
+        assert rows.margin == -4.0 and rows.argmax == 2**24 + 16
+
+
 # Around the sizes of vectors and tiles; one loss of each kind takes every number, the others do under `make test-long`.
 COUNTS = {
     "some": [1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 65, 99, 100, 101, 104, 128],

@@ -133,6 +133,20 @@ def test_a_class_beyond_is_found_in_a_narrow_dtype() -> None:
         fl.ForwardCorrectionLoss(torch.eye(200))(many[:, :200], target)
 
 
+def test_two_labels_of_different_dtypes() -> None:
+    narrow, wide = torch.tensor([3, 156, 9, 199, 44, 0], dtype=torch.uint8), torch.tensor([1, -100, 199, 5, -100, 7])
+    logits, _ = problem(0)
+    for first, second in ((narrow, wide), (wide, narrow)):
+        for share in (0.3, torch.linspace(0.1, 0.9, 6)):
+            found, expected = (
+                loss_and_grad(lambda z, a, b=b, s=share: fl.functional.mixed("gce", z, a, b, s), logits, a)
+                for a, b in ((first, second), (first.long(), second.long()))
+            )
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    with pytest.raises(IndexError, match="Target 300 is out of bounds"):
+        fl.functional.mixed("gce", logits, narrow, wide.masked_fill(wide == 5, 300), 0.3)
+
+
 def check_between_ranks(rank: int, world_size: int, folder: str) -> None:
     with gloo_group(rank, world_size, folder):
         for dtype, ignore_index, wrapped in CASES:

@@ -100,6 +100,12 @@ void gradient(const RowProblem& p) {
                  [&](std::int64_t begin, std::int64_t end) { kernels().gradient(p, begin, end); });
 }
 
+// Targets may have changed since forward: torch does not see what NumPy writes into memory that they share.
+void gradient_of_saved(const RowProblem& p) {
+    check_and_weigh_targets(p);
+    gradient(p);
+}
+
 // The mean over active rows divides by their number, which is known only after all rows. So a second run over the tiles
 // writes the gradient. Where the first run leaves a bit per class, the second one does not read the logits.
 LossSums run_tiles_then_gradient(RowProblem p) {
@@ -199,7 +205,9 @@ void rescale(const RowProblem& p, const LogitRescale& of) {
 
 void gjs(const RowProblem& p, const GjsViews& views) {
     static const GjsKernel kernel = for_this_processor([]<Isa isa>() { return gjs_kernel<isa>(); });
-    check_and_weigh_targets(p);
+    const double labelled = check_and_weigh_targets(p);
+    check_index(labelled == double(p.rows()), "gjs: every target must be in [0, ", p.num_classes, "), got ",
+                p.ignore_index);
     for_rows(p, [&](std::int64_t begin, std::int64_t end) { kernel(p, views, begin, end); });
 }
 
@@ -208,7 +216,7 @@ void gjs(const RowProblem& p, const GjsViews& views) {
 void cpu_row_loss(RowProblem& p) { forward(p, nullptr, nullptr); }
 
 const Backend cpu_backend{&forward,
-                          &gradient,
+                          &gradient_of_saved,
                           [](const RowProblem&) { return false; },
                           [](const RowProblem&) -> std::int64_t { return 0; },
                           &statistics,

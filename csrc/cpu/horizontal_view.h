@@ -96,12 +96,12 @@ public:
 
     template <class Body, class EndRun = void (*)()>
     FL_ALWAYS_INLINE void for_each(int part, Body body, EndRun end_run = [] {}) const {
-        const V target = A(rows.target[first_row + part]);
-        for_class_vectors(whole, V::iota(), V(A(V::size)), target, body, end_run);
+        const std::int64_t target = rows.target[first_row + part];
+        const auto behind_target = [=](std::int64_t k) FL_INLINE { return V::iota() + V(A(k * V::size - target)); };
+        for_class_vectors(whole, behind_target, V(A(V::size)), body, end_run);
         if (tail == 0) return;
-        const V number = V::iota() + V(A(whole * V::size));
-        const Mask<A> is_class = first_n<A>(tail);
-        body(whole, tail, number == target, [=](V sum, V x) { return sum + math::select(is_class, x, V(A(0))); });
+        const Mask<A> is_class = first_n<A>(tail), is_target = behind_target(whole) == V(A(0));
+        body(whole, tail, is_target, [=](V sum, V x) { return sum + math::select(is_class, x, V(A(0))); });
     }
 
     // Fetches the part's counterpart in the next strip, while the gradient of the previous one leaves.

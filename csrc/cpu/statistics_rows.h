@@ -58,7 +58,7 @@ public:
             labels[i] = label(outer, row + i);
             target.v[i] = A(labels[i].cls);
         }
-        const RowStatisticsOf<V> found = all.finish(target_logit, target);
+        const RowStatisticsOf<V> found = finish(all, target_logit, target);
         if (is_ordinary(all, n)) return write_all(outer * p.inner + row, n, labels, found, all.index);
         for (int i = 0; i < n; ++i) {
             RowStatisticsOf<A> of_row;
@@ -96,6 +96,12 @@ private:
             store_n(to + k * p.rows(), math::select(hidden == hidden, found.v[k], hidden), n);
     }
 
+    // Class numbers beyond kExactIntegers are rounded: a target counts as the largest only if its logit is as large.
+    template <class T>
+    static RowStatisticsOf<T> finish(const RowSummary<T, T>& all, T target_logit, T target) {
+        return all.finish(target_logit, math::select(target_logit < all.top, T(A(-1)), target));
+    }
+
     OfRow compared(const Stored* x) const {
         OfBlock partial = OfBlock::none();
         V number = V::iota();
@@ -127,7 +133,7 @@ private:
     void write_row(std::int64_t outer, std::int64_t row, const OfRow& all) const {
         const Label labelled = label(outer, row);
         const A target_logit = widen(logits_at<Stored>(p, outer, row)[labelled.cls]);
-        write(outer, row, labelled, all.finish(target_logit, A(labelled.cls)), all.sum, all.index);
+        write(outer, row, labelled, finish(all, target_logit, A(labelled.cls)), all.sum, all.index);
     }
 
     void take_block(std::int64_t outer, std::int64_t row, int n) {

@@ -26,14 +26,16 @@ namespace fused_losses {
 inline namespace FL_ISA {
 
 // Calls body(k, Whole{}, is_target, add) for the vectors k in [0, n) of a part, and end_run() between runs of them.
-// `number` holds the class of each element of the first vector, `step` how much it grows, `target` the row's target.
-template <class V, class Body, class EndRun>
-FL_ALWAYS_INLINE void for_class_vectors(std::int64_t n, V number, V step, V target, Body body, EndRun end_run) {
+// behind_target(k) holds how many classes each element of vector k lies behind the row's target, `step` is how much
+// that grows. Floats have no number for every class beyond 2^24, but exact ones for those within a run of the target.
+template <class V, class BehindTarget, class Body, class EndRun>
+FL_ALWAYS_INLINE void for_class_vectors(std::int64_t n, BehindTarget behind_target, V step, Body body, EndRun end_run) {
     for_runs(n, kVectorsPerRun, [&](std::int64_t begin, std::int64_t end) FL_INLINE {
         if (begin > 0) end_run();
+        V behind = behind_target(begin);
         for (std::int64_t k = begin; k < end; ++k) {
-            body(k, Whole{}, number == target, [](V sum, V x) { return sum + x; });
-            number += step;
+            body(k, Whole{}, behind == V{}, [](V sum, V x) { return sum + x; });
+            behind += step;
         }
     });
 }

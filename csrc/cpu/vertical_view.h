@@ -87,7 +87,9 @@ public:
 
     template <class Body, class EndRun = void (*)()>
     FL_ALWAYS_INLINE void for_each(int part, Body body, EndRun end_run = [] {}) const {
-        for_class_vectors(whole, V(A(0)), V(A(1)), target[part], body, end_run);
+        const V target_class = target[part];
+        const auto behind_target = [=](std::int64_t k) FL_INLINE { return V(A(k)) - target_class; };
+        for_class_vectors(whole, behind_target, V(A(1)), body, end_run);
     }
 
     // Fetches the part's counterpart in the next tile.

@@ -6,9 +6,11 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <vector>
 
 #include "core/row_problem.h"
+#include "ops/tensor.h"
 
 namespace fused_losses {
 
@@ -32,18 +34,26 @@ void for_stealing(std::int64_t count, std::int64_t grain, const Body& body) {
     for (std::int64_t w = 0; w < workers; ++w)
         ranges[w].next = count * w / workers, ranges[w].end = count * (w + 1) / workers;
     const std::int64_t run = std::max(grain, count / (workers * kRunsPerRange));
+    std::exception_ptr thrown;  // by a body, which has no memory for its scratch, say: torch would only return a code
+    std::atomic_flag has_thrown;
     const auto work = [&](std::int64_t worker) {
-        for (std::int64_t w = 0; w < workers; ++w) {
-            Range& range = ranges[(worker + w) % workers];
-            for (std::int64_t begin; (begin = range.next.fetch_add(run, std::memory_order_relaxed)) < range.end;)
-                body(begin, std::min(begin + run, range.end));
+        try {
+            for (std::int64_t w = 0; w < workers; ++w) {
+                Range& range = ranges[(worker + w) % workers];
+                for (std::int64_t begin; (begin = range.next.fetch_add(run, std::memory_order_relaxed)) < range.end;)
+                    body(begin, std::min(begin + run, range.end));
+            }
+        } catch (...) {
+            if (!has_thrown.test_and_set()) thrown = std::current_exception();
         }
     };
     // Where torch is in a parallel region already, it calls this once, for all ranges.
     const auto call = [](std::int64_t worker, std::int64_t, void* context) {
         (*static_cast<decltype(work)*>(context))(worker);
     };
-    torch_parallel_for(0, workers, 1, call, const_cast<void*>(static_cast<const void*>(&work)));
+    check_torch(torch_parallel_for(0, workers, 1, call, const_cast<void*>(static_cast<const void*>(&work))),
+                "run a loop on its threads");
+    if (thrown) std::rethrow_exception(thrown);
 }
 
 }  // namespace fused_losses

@@ -59,9 +59,13 @@ void elr_rows_(StableIValue* stack, std::uint64_t, std::uint64_t) {
     if (order) m.order = static_cast<const std::int64_t*>(of_rows("order", *order, dtypes::int64, logits, p.rows()));
     if (scale) m.scale = of_rows("scale", *scale, acc, logits, p.rows());
     if (parameters) m.parameters = of_rows("parameters", *parameters, acc, logits, 2);
-    for (std::int64_t i = 0; i < p.rows() && place.is_cpu(); ++i)
-        check_index(m.place[i] >= 0 && m.place[i] < memory.size(0), "ELRLoss: place must be in [0, ", memory.size(0),
-                    "), got ", m.place[i]);
+    const auto check_numbers = [&](const char* name, const std::int64_t* numbers, std::int64_t end) {
+        for (std::int64_t i = 0; numbers && i < p.rows() && logits.is_cpu(); ++i)
+            check_index(numbers[i] >= 0 && numbers[i] < end, "ELRLoss: ", name, " must be in [0, ", end, "), got ",
+                        numbers[i]);
+    };
+    check_numbers("place", m.place, memory.size(0));
+    check_numbers("order", m.order, p.rows());
     if (p.rows() > 0) backend_of(logits.device()).elr(p, m);
     Results(stack).push(values, grad);
 }

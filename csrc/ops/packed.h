@@ -22,7 +22,8 @@ Tensor pack(const T& constants) {
 // Nothing if the tensor cannot hold such a struct.
 template <class T>
 std::optional<T> unpack(const Tensor& packed) {
-    if (!packed.is_cpu() || packed.dtype() != dtypes::uint8 || packed.numel() != sizeof(T)) return {};
+    const bool has_bytes = packed.dim() == 1 && packed.size(0) == sizeof(T) && packed.is_contiguous();
+    if (!packed.is_cpu() || packed.dtype() != dtypes::uint8 || !has_bytes) return {};
     T constants;
     std::memcpy(&constants, packed.const_data_ptr(), sizeof(T));
     return constants;

@@ -46,6 +46,9 @@ Tensor rescaled(RescaleArgs& a) {
 
     if (a.on_device) {
         check_same_device("parameter", *a.on_device, logits);
+        check(a.on_device->dim() == 0 && a.on_device->is_floating(),
+              "rescale_logits: on_device must be a 0-dim floating point tensor, got ", a.on_device->dtype(),
+              " of shape ", a.on_device->sizes());
         convert(*a.on_device, acc);
         a.of.on_device = a.on_device->const_data_ptr();
     }
@@ -55,7 +58,8 @@ Tensor rescaled(RescaleArgs& a) {
     } else {
         a.of.upstream = a.upstream.const_data_ptr(), a.of.upstream_stride = tensors[1].stride;
         a.of.upstream_class_stride = a.upstream.stride(class_dim);
-        check(a.norms.numel() == p.rows() && a.norms.dtype() == acc && a.norms.device() == logits.device(),
+        check(a.norms.numel() == p.rows() && a.norms.dtype() == acc && a.norms.device() == logits.device() &&
+                  a.norms.is_contiguous(),
               "rescale_logits: norms must be what forward made");
     }
     a.of.norms = a.norms.mutable_data_ptr();

@@ -38,12 +38,18 @@ struct RowLossConstants {
 
     static RowLossConstants unpack(const Tensor& packed) {
         const auto constants = fused_losses::unpack<RowLossConstants>(packed);
-        check(constants && constants->loss >= 0 && constants->loss < CompiledLosses::size,
-              "constants must come from row_loss_constants");
+        check(constants && constants->is_possible(), "constants must come from row_loss_constants");
         return *constants;
     }
 
 private:
+    bool is_possible() const {
+        if (loss < 0 || loss >= CompiledLosses::size) return false;
+        const LossNeeds needs = needs_of(loss);
+        const Reduction last = needs.has_margin ? Reduction::kActiveMean : Reduction::kMean;
+        return num_params == needs.num_params && reduction <= last;
+    }
+
     static Reduction parse_reduction(const std::string& loss, const LossNeeds& needs, const std::string& reduction) {
         if (reduction == "active_mean" && needs.has_margin) return Reduction::kActiveMean;
         if (reduction == "mean") return Reduction::kMean;

@@ -119,14 +119,30 @@ inline void check_other_label(RowLossArgs& args, OtherLabel& other, const RowLos
     const int loss = args.constants.loss;
     check_value(!is_multi_reduction_loss(loss), args.loss, ": takes one target only");
     std::swap(args.target, *other.target);
-    check_target(args, needs_of(loss), shape.rows);
+    const bool other_is_soft = check_target(args, needs_of(loss), shape.rows);
     std::swap(args.target, *other.target);
+    check(!other_is_soft, args.loss, ": other_target must hold class indices, got class probabilities");
     if (!other.lam) return;
     const Tensor& lam = *other.lam;
     check(lam.is_floating() && lam.device() == args.logits.device() && is_per_row(lam, shape.rows), args.loss,
           ": lam must be a floating point tensor with one entry per row, shape ", Sizes(shape.rows),
           ", on the device of ", "logits (", args.logits.device(), "), got ", lam.dtype(), " of shape ", lam.sizes(),
           " on ", lam.device());
+}
+
+// Memory of the caller's for the gradient.
+inline void check_given_grad(const RowLossArgs& args, const Tensor& grad) {
+    const Tensor& logits = args.logits;
+    check(grad.sizes() == logits.sizes() && grad.dtype() == logits.dtype() && grad.device() == logits.device(),
+          args.loss, ": grad_logits must be like logits, ", logits.dtype(), " of shape ", logits.sizes(), " on ",
+          logits.device(), ", got ", grad.dtype(), " of shape ", grad.sizes(), " on ", grad.device());
+    for (std::int64_t d = 0; d < grad.dim(); ++d)
+        check(grad.stride(d) != 0 || grad.size(d) <= 1, args.loss,
+              ": grad_logits must have memory for every logit, got stride 0 in dimension ", d, " of shape ",
+              grad.sizes());
+    const auto address = reinterpret_cast<std::uintptr_t>(grad.const_data_ptr());
+    check(address % bytes_of(dtype_of(*element_type(grad))) == 0, args.loss,
+          ": grad_logits must begin at a multiple of its element's size, got address ", address);
 }
 
 inline RowLossShape check_row_loss(const RowLossArgs& args) {

@@ -21,6 +21,7 @@ public:
         if (shape.soft_target && args.target.dtype() != args.logits.dtype()) convert(args.target, acc);
         if (args.sample_weight) convert(*args.sample_weight, acc);
         if (grad_loss) take_upstream(std::move(*grad_loss));
+        if (given_grad) check_given_grad(args, *given_grad);
         if (with_grad) grad = given_grad ? std::move(*given_grad) : empty_like(args.logits);
         lay_out();
         set_pointers();
@@ -57,13 +58,15 @@ public:
     }
 
     // Takes what forward has saved; whether that is enough for the gradient.
-    bool take_saved(const Tensor& stats, const Tensor& denominator) {
+    bool take_saved(Tensor& stats, const Tensor& denominator) {
+        // [0, rows]: forward left none because backward needs none. [0]: forward saved nothing at all.
+        if (stats.dim() == 1 && stats.numel() == 0) return false;
+        check_saved(stats, denominator);
+        if (!stats.is_contiguous()) stats = contiguous(stats);
         problem.stats = const_cast<void*>(stats.const_data_ptr());
         if (problem.stats && stats.size(0) > problem.stats_count) problem.bits = behind_stats();
-        if (divides() && denominator.numel() > 0) problem.denominator = denominator.const_data_ptr();
-        // [0, rows]: forward left none because backward needs none. [0]: forward saved nothing at all.
-        const bool needs_none = stats.dim() == 2 && backend().backward_recomputes(problem);
-        return problem.stats || needs_none;
+        if (divides()) problem.denominator = denominator.const_data_ptr();
+        return problem.stats || backend().backward_recomputes(problem);
     }
 
     // The gradient in the layout of the caller's logits.
@@ -79,6 +82,21 @@ private:
     static constexpr std::int64_t kNoNumbers[] = {0};
 
     Tensor empty(Sizes sizes) const { return fused_losses::empty(sizes, acc, args.logits.device()); }
+
+    void check_saved(const Tensor& stats, const Tensor& denominator) const {
+        const Device device = args.logits.device();
+        const bool has_rows = stats.dim() == 2 && stats.size(1) == problem.rows();
+        const bool has_numbers = has_rows && (stats.size(0) == problem.stats_count ||
+                                              (device.is_cuda() && stats.size(0) > problem.stats_count));  // with bits
+        check(has_numbers && stats.dtype() == acc && stats.device() == device, args.loss,
+              ": stats must be those that forward has saved, ", acc, " of shape [", problem.stats_count, ", ",
+              problem.rows(), "] or [0] on ", device, ", got ", stats.dtype(), " of shape ", stats.sizes(), " on ",
+              stats.device());
+        const bool is_number = denominator.numel() == 1 && denominator.dtype() == acc && denominator.device() == device;
+        check(!divides() || is_number, args.loss, ": denominator must be the one that forward has saved, a number of ",
+              acc, " on ", device, ", got ", denominator.dtype(), " of shape ", denominator.sizes(), " on ",
+              denominator.device());
+    }
 
     void* behind_stats() const {
         return static_cast<char*>(problem.stats) +
@@ -124,7 +142,8 @@ private:
 
     void take_other_label() {
         check_other_label(args, other, shape);
-        convert(*other.target, args.target.dtype());
+        if (other.target->dtype() != args.target.dtype())  // the narrower one has no room for all labels of the other
+            for (Tensor* const labels : {&args.target, &*other.target}) convert(*labels, dtypes::int64);
         if (other.lam) convert(*other.lam, acc);
         problem.lam_of_all = other.lam_of_all;
     }

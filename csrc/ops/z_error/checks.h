@@ -69,6 +69,14 @@ inline std::int64_t check_scores(const ZErrorArgs& args, std::int64_t num_classe
 }
 
 inline void check_class_loss(const ZErrorArgs& args) {
+    if (args.logit_bias_tensor) {
+        const Tensor& bias = *args.logit_bias_tensor;
+        check_floating("logit_bias", bias);
+        check_value(bias.dim() == 0, "logit_bias must be a number or 0-dim, got shape ", bias.sizes());
+        check(bias.device() == args.input.device() || bias.device().is_cpu(),
+              "logit_bias must be on the device of the input (", args.input.device(), ") or on the CPU, got ",
+              bias.device());
+    }
     check_rows("values", *args.values, args.target);
     if (args.sample_weight) check_rows("sample_weight", *args.sample_weight, args.target);
     if (!args.weight) return;
@@ -173,6 +181,19 @@ inline Statistic check_loss(const ZErrorArgs& args) {
     return statistic;
 }
 
+// What forward has saved.
+inline void check_saved(const ZErrorArgs& args, Reduction reduction) {
+    const Tensor &input = args.input, &mask = args.mask, &denominator = args.denominator;
+    check(mask.dtype() == dtypes::boolean && mask.device() == input.device() && mask.sizes() == input.sizes(),
+          "mask must be the one that forward has saved, bool of shape ", input.sizes(), " on ", input.device(),
+          ", got ", mask.dtype(), " of shape ", mask.sizes(), " on ", mask.device());
+    const bool is_number =
+        denominator.numel() == 1 && denominator.dtype() == acc_of(input) && denominator.device() == input.device();
+    check(reduction != Reduction::kMean || is_number,
+          "denominator must be the one that forward has saved, a number of ", acc_of(input), " on ", input.device(),
+          ", got ", denominator.dtype(), " of shape ", denominator.sizes(), " on ", denominator.device());
+}
+
 // Of the targets, on the CPU.
 inline void check_classes(const ZProblem& p) {
     for (std::int64_t i = 0; i < p.rows(); ++i) {
@@ -208,7 +229,8 @@ struct ZErrorConstants {
 
     static ZErrorConstants unpack(const Tensor& packed) {
         const auto constants = fused_losses::unpack<ZErrorConstants>(packed);
-        check(constants.has_value(), "constants must come from z_error_constants");
+        check(constants && is_class(constants->statistic) && constants->tail <= Tail::kHigh,
+              "constants must come from z_error_constants");
         return *constants;
     }
 

@@ -202,6 +202,7 @@ void z_error_kept_target(StableIValue* stack, std::uint64_t, std::uint64_t) {
     const ZErrorConstants constants = ZErrorConstants::unpack(packed);
     const std::int64_t classes = args.input.dim() == 2 ? args.input.size(1) : 0;
     check_value(classes >= 1, "logits must have shape (N, C), got ", args.input.sizes());
+    check_value(args.target.dim() == 1, "target must have shape (N,), got ", args.target.sizes());
     const std::int64_t class_dim = check_scores(args, classes);
     if (args.moments) {
         check_moments_of(classes, *args.moments, args.input);
@@ -280,12 +281,14 @@ void z_error_loss_backward(StableIValue* stack, std::uint64_t, std::uint64_t) {
     Arguments(stack).read(Required{args.grad_loss}, args.denominator, args.mask, args.statistic, args.input,
                           args.target, args.pos_weight, args.sample_weight, args.reduction);
     const Statistic statistic = check_loss(args);
+    const Reduction reduction = parse_z_reduction(args.reduction);
     check_upstream(*args.grad_loss, args.input, args.input.sizes());
+    check_saved(args, reduction);
     ZErrorCall call(args, statistic, /*class_dim=*/-1, groups_of(args.input, statistic));
     if (!args.mask.is_contiguous()) args.mask = contiguous(args.mask);
     call.p.mask = static_cast<bool*>(const_cast<void*>(args.mask.const_data_ptr()));
-    call.p.reduction = parse_z_reduction(args.reduction);
-    if (call.p.reduction == Reduction::kMean) call.p.divisor = args.denominator.const_data_ptr();
+    call.p.reduction = reduction;
+    if (reduction == Reduction::kMean) call.p.divisor = args.denominator.const_data_ptr();
     Tensor grad = call.new_grad();
     call.backend().z_error_gradient(call.p);
     Results(stack).push(grad);
