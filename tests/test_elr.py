@@ -198,6 +198,9 @@ def test_resumes_exactly(where, dtype):
             assert torch.equal(found, expected)
         assert other.memory.dtype == dtype
         assert torch.equal(other.state_dict()["memory"], whole.state_dict()["memory"])
+    run(whole, steps[3:])
+    whole.load_state_dict(state)  # takes the place of what the last step has yet to write
+    assert torch.equal(whole.state_dict()["memory"], state["memory"])
 
 
 def test_bfloat16_memory_follows_and_never_reaches_one():
@@ -255,7 +258,7 @@ def test_places_and_dtypes():
         (ValueError, r"^beta must be between 0.0 and 1.0, got 1.1", {"beta": 1.1}),
         (ValueError, r"^lam must satisfy", {"lam": -1.0}),
         (ValueError, r"^num_samples must be an integer >= 1", {"num_samples": 0}),
-        (ValueError, r"^num_classes must be an integer >= 2", {"num_classes": 1}),
+        *((ValueError, r"^num_classes must be an integer >= 2", {"num_classes": number}) for number in (1, 2.5)),
         (ValueError, r"^memory_dtype must be", {"memory_dtype": torch.float16}),
         (ValueError, r"^memory must be 'device' or 'host'", {"memory": "disk"}),
         (ValueError, r"^shard must satisfy", {"shard": (2, 2)}),

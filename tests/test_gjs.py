@@ -112,6 +112,12 @@ def test_bad_input(error, message, views, weights):
         fl.functional.gjs_loss(views, target, weights)
 
 
+def test_views_of_different_precision():
+    views, target = [torch.randn(3, 4, dtype=dtype) for dtype in (torch.float32, torch.float64)], torch.tensor([0, 1, 2])
+    loss = fl.GJSLoss((0.5, 0.2, 0.3))
+    torch.testing.assert_close(loss(views, target), loss([view.double() for view in views], target))
+
+
 WRAPPED = {
     "super": fl.SuperLoss,
     "norm": lambda loss: fl.LogitNorm(loss, t=0.5),

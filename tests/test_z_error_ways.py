@@ -180,3 +180,10 @@ def test_repr_shows_what_differs_from_the_defaults():
     assert "threshold=Tensor[2], num_classes=2," in shown and "weight=Tensor[2], ignore_index=9" in shown
     assert "num_tasks=3, statistic='target', per_task=True" in repr(fl.ZMSELoss(per_task=True, num_tasks=3))
     assert "min_count=4, pos_weight=2.0" in repr(fl.ZErrorBCEWithLogitsLoss(min_count=4, pos_weight=torch.tensor(2.0)))
+
+
+def test_a_weight_per_task_beside_running_statistics():
+    x, y, weight = torch.randn(20, 3), torch.arange(60).remainder(2).view(20, 3), torch.tensor([0.5, 1.0, 2.0])
+    running = fl.ZErrorBCEWithLogitsLoss(1.5, running=True, pos_weight=weight)  # the first batch is judged by itself
+    plain = fl.functional.z_error_bce_with_logits(x, y, threshold=1.5, pos_weight=weight)
+    torch.testing.assert_close(running(x, y), plain)
