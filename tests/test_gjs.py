@@ -113,8 +113,8 @@ def test_bad_input(error, message, views, weights):
 
 
 def test_views_of_different_precision():
-    views, target = [torch.randn(3, 4, dtype=dtype) for dtype in (torch.float32, torch.float64)], torch.tensor([0, 1, 2])
-    loss = fl.GJSLoss((0.5, 0.2, 0.3))
+    views = [torch.randn(3, 4, dtype=dtype) for dtype in (torch.float32, torch.float64)]
+    loss, target = fl.GJSLoss((0.5, 0.2, 0.3)), torch.tensor([0, 1, 2])
     torch.testing.assert_close(loss(views, target), loss([view.double() for view in views], target))
 
 

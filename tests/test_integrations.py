@@ -232,7 +232,7 @@ def test_mixup_of_masked_classes_and_of_class_indices() -> None:
     found = MixupLoss(fl.GCELoss())(logits, target)
     torch.testing.assert_close(found.double(), expanded("gce", logits[:, :2], target[:, :2]).mean())
     labels = torch.tensor([0, 1])
-    for loss in (fl.GCELoss(), fl.NCELoss()):
+    for loss in (fl.GCELoss(), fl.NFLLoss()):
         assert MixupLoss(loss)(logits, labels) == loss(logits, labels)
 
 
