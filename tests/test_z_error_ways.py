@@ -187,3 +187,11 @@ def test_a_weight_per_task_beside_running_statistics():
     running = fl.ZErrorBCEWithLogitsLoss(1.5, running=True, pos_weight=weight)  # the first batch is judged by itself
     plain = fl.functional.z_error_bce_with_logits(x, y, threshold=1.5, pos_weight=weight)
     torch.testing.assert_close(running(x, y), plain)
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (3,), (1, 2)])
+def test_a_weight_of_another_shape_is_refused(shape):
+    x, y = torch.randn(4, 2), torch.ones(4, 2)
+    for loss in (fl.ZMSELoss(), fl.ZErrorBCEWithLogitsLoss()):
+        with pytest.raises(ValueError, match=r"^sample_weight must have shape \(4, 2\) or \(4,\), got"):
+            loss(x, y, torch.ones(shape))
