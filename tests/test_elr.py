@@ -198,9 +198,15 @@ def test_resumes_exactly(where, dtype):
             assert torch.equal(found, expected)
         assert other.memory.dtype == dtype
         assert torch.equal(other.state_dict()["memory"], whole.state_dict()["memory"])
-    run(whole, steps[3:])
-    whole.load_state_dict(make().state_dict())  # zeros, in the place of what the last step has yet to write, too
-    assert not whole.state_dict()["memory"].any()
+
+
+def test_a_loaded_memory_takes_the_place_of_an_update_on_its_way():
+    learnt = torch.nn.Parameter(torch.tensor(3.0))  # so that torch's operations do it, and write at the next step
+    criterion = fl.ELRLoss(SAMPLES, CLASSES, lam=learnt, memory="host")
+    before = copy.deepcopy(criterion.state_dict())
+    criterion(*next(iter(batches(1))))
+    criterion.load_state_dict(before)
+    assert not criterion.state_dict()["memory"].any()
 
 
 def test_bfloat16_memory_follows_and_never_reaches_one():
