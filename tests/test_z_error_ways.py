@@ -195,3 +195,14 @@ def test_a_weight_of_another_shape_is_refused(shape):
     for loss in (fl.ZMSELoss(), fl.ZErrorBCEWithLogitsLoss()):
         with pytest.raises(ValueError, match=r"^sample_weight must have shape \(4, 2\) or \(4,\), got"):
             loss(x, y, torch.ones(shape))
+
+
+@pytest.mark.parametrize("min_count", [1, 2, 4])
+@pytest.mark.parametrize("small_class", ["keep", "drop"])
+def test_small_classes_of_the_plain_formula(min_count, small_class):
+    torch.manual_seed(0)
+    x, y = torch.randn(14, 4, dtype=torch.float64), torch.tensor([0] * 8 + [1] * 3 + [2] * 2 + [3])
+    options = {"threshold": 0.8, "min_count": min_count, "small_class": small_class, "return_mask": True}
+    for name, target in (("z_error_cross_entropy", y), ("z_error_bce_with_logits", (y[:, None] == 0) | (x > 1.2))):
+        fused, plain = (getattr(space, name)(x, target, **options) for space in (fl.functional, fl.reference))
+        torch.testing.assert_close(plain, fused, equal_nan=True)
