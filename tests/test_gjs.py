@@ -103,6 +103,7 @@ def test_forms_of_the_arguments(batch):
         ),
         (ValueError, r"^views must have one shape", [torch.zeros(3, 4), torch.zeros(3, 5)], (0.5, 0.25, 0.25)),
         (TypeError, r"^views must be a Tensor", "views", (0.5, 0.5)),
+        (TypeError, r"^views must be a Tensor .*, got list of list$", [[0.0, 1.0]], (0.5, 0.5)),
         (RuntimeError, r"^gjs_loss: ", torch.zeros(1, 3, 4), (0.5, 0.5)),
     ],
 )
