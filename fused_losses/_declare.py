@@ -85,8 +85,7 @@ def _make_fused(name: str) -> Callable[..., Tensor]:
             return None
         if options.get("weight") is not None or options.get("sample_weight") is not None:  # no tensor: to be refused
             return None
-        args = LOSSES[name].arguments(None, None, **options)  # type: ignore[arg-type]
-        return small_constants(args.constants) if type(args.ignore_index) is int else None
+        return small_constants(LOSSES[name].arguments(None, None, **options).constants)  # type: ignore[arg-type]
 
     def function(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
         if is_small(logits, target) and _PLAIN.issuperset(map(type, options.values())):

@@ -181,6 +181,8 @@ def test_skew_normal_crossing_outside_the_modes() -> None:
         ([0.1, 0.1, 0.1, 1.0, 2.0], [0, 0, 0, 1, 1], "class 0 must have (logits|probabilities) that differ, all 3"),
         ([1.0, 2.0], [0], r"labels must have the shape \(2,\) of logits, got \(1,\)"),
         ([[1.0, 2.0]], [[0, 1]], r"logits must have shape \(N,\) or \(N, 1\), got \(1, 2\)"),
+        ([[[1.0, 2.0]]], [[[0, 1]]], r"logits must have shape \(N,\) or \(N, 1\), got \(1, 1, 2\)"),
+        (1.0, 0, r"logits must have shape \(N,\) or \(N, 1\), got \(\)"),
     ],
 )
 def test_degenerate_data(cutoff: Any, logits: list[float], labels: list[int], message: str) -> None:

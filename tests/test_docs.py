@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib.util
 import inspect
@@ -162,6 +163,42 @@ def test_every_argument_is_documented(name):
     given -= {"std", "count", "mean"} if thing is fl.ClassStatistics else set()
     assert given - named == set()
     assert named - given - {"options"} == set()
+
+
+LISTED = re.findall(r"`(\w+)\(([^`]*)\)`", "".join(re.findall(r"^\| (`.*?`) \|", TEXTS["docs/losses.md"], re.M)))
+
+
+@pytest.mark.parametrize(("name", "arguments"), LISTED)
+def test_defaults_are_those_of_the_list_of_losses(name, arguments):
+    defaults = inspect.signature(getattr(fl, name)).parameters
+    for option, value in re.findall(r"(\w+)=([^,]+)", arguments):
+        right, default = ast.literal_eval(value), defaults[option].default
+        assert default == right if isinstance(right, str) else default == pytest.approx(right, rel=1e-3), option
+
+
+OF_FUNCTIONS = {entry.module: entry.function for entry in fl.LOSSES.values()}
+OF_FUNCTIONS |= {
+    fl.ZMSELoss: fl.functional.z_mse_loss,
+    fl.ZErrorBCEWithLogitsLoss: fl.functional.z_error_bce_with_logits,
+}
+OF_FUNCTIONS |= {
+    fl.ZErrorCrossEntropyLoss: fl.functional.z_error_cross_entropy,
+    fl.LinearLoss: fl.functional.linear_loss,
+}
+
+
+def test_running_statistics_have_one_momentum():
+    parameters = [inspect.signature(thing).parameters for thing in THINGS.values() if inspect.isclass(thing)]
+    assert [own["momentum"].default for own in parameters if "momentum" in own] == [0.1] * 6
+
+
+@pytest.mark.parametrize("module", OF_FUNCTIONS)
+def test_a_module_has_the_defaults_of_its_function(module):
+    own, of_function = (inspect.signature(thing).parameters for thing in (module, OF_FUNCTIONS[module]))
+    both = own.keys() & of_function.keys()
+    assert {name: own[name].default for name in both} == {name: of_function[name].default for name in both}
+    if module in (entry.module for entry in fl.LOSSES.values()):
+        assert of_function.keys() - own.keys() == {"logits", "target", "sample_weight"} or module is fl.CrossEntropyLoss
 
 
 def test_readme_is_read_in_two_minutes():

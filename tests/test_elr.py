@@ -200,6 +200,15 @@ def test_resumes_exactly(where, dtype):
         assert torch.equal(other.state_dict()["memory"], whole.state_dict()["memory"])
 
 
+def test_a_loaded_memory_takes_the_place_of_an_update_on_its_way():
+    learnt = torch.nn.Parameter(torch.tensor(3.0))  # so that torch's operations do it, and write at the next step
+    criterion = fl.ELRLoss(SAMPLES, CLASSES, lam=learnt, memory="host")
+    before = copy.deepcopy(criterion.state_dict())
+    criterion(*next(iter(batches(1))))
+    criterion.load_state_dict(before)
+    assert not criterion.state_dict()["memory"].any()
+
+
 def test_bfloat16_memory_follows_and_never_reaches_one():
     narrow, wide = (fl.ELRLoss(1, CLASSES, memory_dtype=d, reduction="sum") for d in (torch.bfloat16, torch.float32))
     target, index = torch.tensor([1]), torch.tensor([0])
@@ -255,7 +264,7 @@ def test_places_and_dtypes():
         (ValueError, r"^beta must be between 0.0 and 1.0, got 1.1", {"beta": 1.1}),
         (ValueError, r"^lam must satisfy", {"lam": -1.0}),
         (ValueError, r"^num_samples must be an integer >= 1", {"num_samples": 0}),
-        (ValueError, r"^num_classes must be an integer >= 2", {"num_classes": 1}),
+        *((ValueError, r"^num_classes must be an integer >= 2", {"num_classes": number}) for number in (1, 2.5)),
         (ValueError, r"^memory_dtype must be", {"memory_dtype": torch.float16}),
         (ValueError, r"^memory must be 'device' or 'host'", {"memory": "disk"}),
         (ValueError, r"^shard must satisfy", {"shard": (2, 2)}),

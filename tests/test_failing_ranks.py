@@ -13,7 +13,7 @@ import torch.distributed as dist
 from gloo_group import gloo_group, run_ranks
 
 import fused_losses as fl
-from fused_losses import _chunks, _shard_formula, _shard_margin, _shards
+from fused_losses import _chunks, _ops, _shard_formula, _shard_margin, _shards
 from fused_losses.functional import linear_loss, z_error_cross_entropy
 
 pytestmark = [
@@ -105,6 +105,14 @@ OF_MARGINS = {  # in place of those of the same names
 }
 
 
+# The same between two exchanges of a call.
+BETWEEN = {
+    "Z-Error": (_ops, "z_error_class_loss", 1),
+    "Z-Error binary": (_ops, "z_error_loss", 1),
+    "small": (fl.SmallLoss, "_weigh", 1),
+}
+
+
 def sharded_step(name, reduction, rank, world_size):
     """Forward and backward in four chunks."""
     first, end = (CLASSES * r // world_size for r in (rank, rank + 1))
@@ -138,6 +146,15 @@ def check_chunks(rank, world_size, bad_rank, name, place):
     with fails, pytest.raises(expected[0], match=expected[1]):
         sharded_step(name, reduction, rank, world_size)
     sharded_step(name, reduction, rank, world_size)  # nothing is left over of it
+
+
+def check_between(rank, bad_rank, name):
+    loss = LOSSES[name](dist.group.WORLD)
+    with out_of_memory(*BETWEEN[name]) if rank == bad_rank else nullcontext():
+        error = error_of(loss, {})
+    expected = "^no room$" if rank == bad_rank else f"Rank {bad_rank} raised MemoryError"
+    assert re.search(expected, str(error)), (name, error)
+    call(loss)  # nothing is left over of it
 
 
 def call(loss, **given):
@@ -177,6 +194,9 @@ def worker(rank: int, world_size: int, folder: str) -> None:
             for place in AMID_CHUNKS:
                 turn += 1
                 check_chunks(rank, world_size, turn % world_size, name, place)
+        for name in BETWEEN:
+            turn += 1
+            check_between(rank, turn % world_size, name)
         Path(folder, f"done{rank}").touch()
 
 

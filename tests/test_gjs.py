@@ -103,6 +103,7 @@ def test_forms_of_the_arguments(batch):
         ),
         (ValueError, r"^views must have one shape", [torch.zeros(3, 4), torch.zeros(3, 5)], (0.5, 0.25, 0.25)),
         (TypeError, r"^views must be a Tensor", "views", (0.5, 0.5)),
+        (TypeError, r"^views must be a Tensor .*, got list of list$", [[0.0, 1.0]], (0.5, 0.5)),
         (RuntimeError, r"^gjs_loss: ", torch.zeros(1, 3, 4), (0.5, 0.5)),
     ],
 )
@@ -110,6 +111,12 @@ def test_bad_input(error, message, views, weights):
     target = torch.zeros(3 if error is not RuntimeError else (3, 2), dtype=torch.int64)
     with pytest.raises(error, match=message):
         fl.functional.gjs_loss(views, target, weights)
+
+
+def test_views_of_different_precision():
+    views = [torch.randn(3, 4, dtype=dtype) for dtype in (torch.float32, torch.float64)]
+    loss, target = fl.GJSLoss((0.5, 0.2, 0.3)), torch.tensor([0, 1, 2])
+    torch.testing.assert_close(loss(views, target), loss([view.double() for view in views], target))
 
 
 WRAPPED = {

@@ -93,6 +93,10 @@ def test_huggingface_layouts() -> None:
     for reduction in ("sum", "none"):
         with pytest.raises(ValueError, match=f"criterion must give a mean, got one with reduction='{reduction}'"):
             compute_loss(fl.GCELoss(reduction=reduction))
+    with pytest.raises(TypeError, match="criterion must be a Module or a function, got str"):
+        compute_loss("gce")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="causal must be True, False or None, got 'no'"):
+        compute_loss(fl.GCELoss(), causal="no")  # type: ignore[arg-type]
 
 
 def test_huggingface_evaluates_in_eval_mode() -> None:
@@ -228,7 +232,8 @@ def test_mixup_of_masked_classes_and_of_class_indices() -> None:
     found = MixupLoss(fl.GCELoss())(logits, target)
     torch.testing.assert_close(found.double(), expanded("gce", logits[:, :2], target[:, :2]).mean())
     labels = torch.tensor([0, 1])
-    assert MixupLoss(fl.GCELoss())(logits, labels) == fl.GCELoss()(logits, labels)
+    for loss in (fl.GCELoss(), fl.NFLLoss()):
+        assert MixupLoss(loss)(logits, labels) == loss(logits, labels)
 
 
 def test_mixup_refuses_what_it_cannot_give() -> None:

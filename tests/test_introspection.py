@@ -153,6 +153,26 @@ def test_instances_can_be_looked_at(name: str) -> None:
     look_at_everything(INSTANCES[name]())
 
 
+UNUSUAL: dict[str, Any] = {
+    "reduction": "sum", "ignore_index": 7, "logit_bias": 0.5, "running": True, "min_count": 5, "small_class": "drop",
+    "per_task": True, "memory": "host", "memory_dtype": torch.bfloat16, "shard": (0, 2),
+}  # fmt: skip
+NEEDED: dict[str, Any] = {"loss": "gce", "keep": 0.5, "c": 2.0, "delta": 0.5, "num_samples": 8, "num_classes": 3}
+NEEDED |= {"weights": (0.5, 0.5), "transition": torch.eye(3)}
+BY_OWN_REPR = [*(fl.LOSSES[name].module for name in ("gce", "nce")), fl.ZMSELoss, fl.ZErrorBCEWithLogitsLoss]
+BY_OWN_REPR += [fl.ZErrorCrossEntropyLoss, fl.SmallLoss, fl.ClippedLoss, fl.Antidote, fl.SuperLoss, fl.ELRLoss]
+BY_OWN_REPR += [fl.ForwardCorrectionLoss, fl.BackwardCorrectionLoss, fl.GJSLoss]
+
+
+@pytest.mark.parametrize("kind", BY_OWN_REPR)
+def test_repr_names_every_option_that_is_not_the_default(kind: type[nn.Module]) -> None:
+    parameters = inspect.signature(kind).parameters
+    needed = {name: NEEDED[name] for name, p in parameters.items() if p.default is p.empty and name in NEEDED}
+    for name in parameters.keys() & UNUSUAL.keys():
+        assert f"{name}={UNUSUAL[name]!r}" in repr(kind(**needed, **{name: UNUSUAL[name]}))
+        assert f"{name}=" not in repr(kind(**needed))
+
+
 @pytest.mark.parametrize("name", INSTANCES)
 def test_instances_can_be_copied(name: str) -> None:
     thing = INSTANCES[name]()

@@ -81,3 +81,33 @@ def test_the_reduction_is_that_of_the_loss(criterion):
     criterion.reduction = "none"
     assert criterion.loss.reduction == "none"
     assert torch.allclose(criterion(logits, target).mean(), mean)
+
+
+SECOND = [lambda loss: fl.LogitNorm(loss, t=0.5), lambda loss: fl.LogitClip(loss, 1.0)]
+
+
+@pytest.mark.parametrize("name", ["gce", "nce"])  # in one read, and around another loss
+@pytest.mark.parametrize("make", SECOND)
+def test_second_derivatives_of_short_and_of_long_rows(make, name):
+    z, target = torch.randn(3, 4, dtype=torch.float64), torch.tensor([0, 1, 2])
+    z *= torch.tensor([0.1, 0.5, 3.0]).double().unsqueeze(1) / z.norm(dim=1, keepdim=True)
+    loss, leaf = make(name), z.requires_grad_()
+    first, differentiable = (
+        torch.autograd.grad(loss(leaf, target), leaf, create_graph=graph)[0] for graph in (False, True)
+    )
+    torch.testing.assert_close(differentiable, first)
+    assert torch.autograd.gradgradcheck(loss, (leaf, target))
+
+
+@pytest.mark.parametrize("name", ["gce", "nce"])
+@pytest.mark.parametrize("make", SECOND)
+def test_ignored_rows_have_no_second_derivative_whatever_they_hold(make, name):
+    z, target = torch.randn(3, 4, dtype=torch.float64), torch.tensor([0, -100, 2])
+    kept = z[[0, 2]].clone().requires_grad_()
+    z[1] = math.nan
+    seconds = []
+    for logits, labels in ((z.requires_grad_(), target), (kept, target[[0, 2]])):
+        (first,) = torch.autograd.grad(make(name)(logits, labels), logits, create_graph=True)
+        seconds += torch.autograd.grad(first.square().sum(), logits)
+    torch.testing.assert_close(seconds[0][[0, 2]], seconds[1])
+    assert not seconds[0][1].any()

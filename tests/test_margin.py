@@ -391,3 +391,10 @@ def test_bad_options():
     for made in MADE:
         with pytest.raises(ValueError, match="reduction must be 'none', 'mean' or 'sum', got 'active_mean'"):
             getattr(fl.LOSSES["gce"], made)(*problem, reduction="active_mean")
+
+
+def test_a_learnt_margin_that_left_its_range_spoils_its_rows_alone():
+    for bad in (math.nan, math.inf):
+        margin = torch.tensor([1.0, bad, 1.0], requires_grad=True)
+        values = fl.functional.hem_loss(torch.eye(3), torch.arange(3), margin=margin, reduction="none")
+        assert values.isnan().tolist() == [False, True, False]

@@ -133,6 +133,7 @@ def test_matrices_by_hand() -> None:
     assert noise.symmetric_matrix(0.6, 3).tolist() == [
         pytest.approx(row) for row in ([0.6, 0.2, 0.2], [0.2, 0.6, 0.2], [0.2, 0.2, 0.6])
     ]
+    assert noise.symmetric_matrix(0.4, 2, redraw=False)[0].tolist() == pytest.approx([0.6, 0.4])
     assert noise.symmetric_matrix(0.6, 3, redraw=False)[0].tolist() == pytest.approx([0.4, 0.3, 0.3])
     assert noise.pair_matrix(0.25, 3, {0: 2}).tolist() == [[0.75, 0.0, 0.25], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
 

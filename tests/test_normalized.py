@@ -291,3 +291,10 @@ def test_min_prob_is_below_an_equal_share(name):
             message = rf"^min_prob must be below 1 / C, which is {share} for {classes} classes, got 0\.001"
             with pytest.raises(ValueError, match=message):
                 call(logits, target)
+
+
+@pytest.mark.parametrize("name", ["ngce", "sgce"])
+def test_small_powers_keep_their_digits_in_the_plain_formula(name):
+    logits, target = torch.randn(20, 5, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 5
+    found, right = (fl.LOSSES[name].reference(z, target, q=1e-4) for z in (logits, logits.double()))
+    torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=1e-6)

@@ -145,3 +145,11 @@ def test_no_number_of_classes_makes_a_row_nan(name):
                 continue
             (grad,) = torch.autograd.grad(loss, x)
             assert loss.isfinite() and grad.isfinite().all(), (parameters, classes, made)
+
+
+@pytest.mark.parametrize(("a", "q"), [(1.0 + 1e-6, 0.4), (1.5, 0.4), (1.0 + 1e-7, 0.5)])
+def test_a_of_aue_beside_a_small_power(a, q):
+    logits, target = torch.tensor([[30.0, 0.0], [0.0, 1.0], [0.0, 30.0]]), torch.zeros(3, dtype=torch.int64)
+    found = fl.functional.aue_loss(logits, target, a=a, q=q, reduction="none")
+    right = fl.reference.aue_loss(logits.double(), target, a=a, q=q, reduction="none")
+    torch.testing.assert_close(found.double(), right, rtol=1e-2, atol=1e-3)

@@ -182,3 +182,10 @@ def test_what_needs_one_label_is_refused():
             fl.LOSSES[name].function(logits, share, logit_bias=1.0)
         with pytest.raises(RuntimeError, match="ignore_index is not supported for floating point target, got 1"):
             fl.LOSSES[name].function(logits, share, ignore_index=1)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "gce"])
+def test_the_plain_formula_of_half_precision_computes_in_float32(name):
+    logits, target = torch.randn(5, 7).bfloat16(), torch.softmax(torch.randn(5, 7), 1)
+    found, right = (fl.LOSSES[name].reference(z, target) for z in (logits, logits.float()))
+    torch.testing.assert_close(found, right)

@@ -115,6 +115,7 @@ def test_running_statistics(name):
     assert len(set(of_batch)) == 4
     before = running.running_moments.clone()
     loss = running.eval()(*batches[0])
+    assert loss.dtype == torch.float32
     assert torch.equal(running.running_moments, before) and running.half().running_moments.dtype == torch.float64
     other = make(running=True).eval()
     other.load_state_dict(running.state_dict())

@@ -284,3 +284,12 @@ def test_what_traced_and_untraced_calls_save_gives_one_gradient(name, device):
     assert torch.equal(loss, other) and all(map(torch.equal, rows, others))
     grads = [fl._ops.row_loss_backward(upstream, of, denominator, *args) for of in (stats, saved)]
     assert torch.equal(*grads) and stats.shape == fl._ops.row_loss_with_stats(*args)[1].shape
+
+
+def test_other_derivatives_beside_statistics():
+    logits, target = torch.randn(6, 4), torch.arange(6) % 4
+    for options in ({"logit_bias": torch.nn.Parameter(torch.tensor(0.5))}, {"weight": torch.ones(4).requires_grad_()}):
+        criterion, (leaf,) = fl.GCELoss(**options), options.values()
+        loss, _ = criterion(logits, target, return_row_stats=True)
+        found, right = (torch.autograd.grad(value, leaf)[0] for value in (loss, criterion(logits, target)))
+        torch.testing.assert_close(found, right)

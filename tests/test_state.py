@@ -54,6 +54,8 @@ def test_a_given_number_fixes_the_shape_from_the_start(kind):
     for name, buffer in resumed.state_dict().items():  # in place, as a distributed checkpoint does it
         buffer.copy_(module.state_dict()[name])
     assert torch.equal(resumed.running_moments, module.running_moments)
+    resumed.load_state_dict({"running_moments": torch.zeros_like(kept := resumed.running_moments)})  # graphs read it
+    assert resumed.running_moments is kept and not kept.any()
 
 
 @pytest.mark.parametrize("fixed", [False, True])

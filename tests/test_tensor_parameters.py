@@ -172,3 +172,24 @@ def test_a_threshold_that_would_get_no_gradient_is_refused(kind):
     assigned.threshold = wanted
     with pytest.raises(RuntimeError, match=message):
         assigned(torch.randn(4, 3), target)
+
+
+@pytest.mark.parametrize("name", fl.LOSSES)
+def test_a_learnt_bias_may_start_at_zero(name):
+    """It is added to the label's logit, and has its derivative there."""
+    logits, target = torch.randn(6, 4, dtype=torch.float64, requires_grad=True), torch.arange(6) % 4
+    bias = torch.zeros((), requires_grad=True)
+    loss = fl.LOSSES[name].function(logits, target, logit_bias=bias)
+    in_bias, in_logits = torch.autograd.grad(loss, (bias, logits))
+    torch.testing.assert_close(in_bias.double(), in_logits.gather(1, target[:, None]).sum(), rtol=1e-5, atol=1e-7)
+    assert in_bias != 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_buffer_may_take_the_place_of_the_number(name):
+    logits, target, parameter = torch.randn(6, 4), torch.arange(6) % 4, NAMES[name]
+    module, right = (fl.LOSSES[name].module(**{parameter: value}) for value in (0.3, 0.6))
+    module(logits, target)
+    delattr(module, parameter)
+    module.register_buffer(parameter, torch.tensor(0.6))
+    torch.testing.assert_close(module(logits, target), right(logits, target))

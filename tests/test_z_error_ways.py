@@ -180,3 +180,29 @@ def test_repr_shows_what_differs_from_the_defaults():
     assert "threshold=Tensor[2], num_classes=2," in shown and "weight=Tensor[2], ignore_index=9" in shown
     assert "num_tasks=3, statistic='target', per_task=True" in repr(fl.ZMSELoss(per_task=True, num_tasks=3))
     assert "min_count=4, pos_weight=2.0" in repr(fl.ZErrorBCEWithLogitsLoss(min_count=4, pos_weight=torch.tensor(2.0)))
+
+
+def test_a_weight_per_task_beside_running_statistics():
+    x, y, weight = torch.randn(20, 3), torch.arange(60).remainder(2).view(20, 3), torch.tensor([0.5, 1.0, 2.0])
+    running = fl.ZErrorBCEWithLogitsLoss(1.5, running=True, pos_weight=weight)  # the first batch is judged by itself
+    plain = fl.functional.z_error_bce_with_logits(x, y, threshold=1.5, pos_weight=weight)
+    torch.testing.assert_close(running(x, y), plain)
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (3,), (1, 2)])
+def test_a_weight_of_another_shape_is_refused(shape):
+    x, y = torch.randn(4, 2), torch.ones(4, 2)
+    for loss in (fl.ZMSELoss(), fl.ZErrorBCEWithLogitsLoss()):
+        with pytest.raises(ValueError, match=r"^sample_weight must have shape \(4, 2\) or \(4,\), got"):
+            loss(x, y, torch.ones(shape))
+
+
+@pytest.mark.parametrize("min_count", [1, 2, 4])
+@pytest.mark.parametrize("small_class", ["keep", "drop"])
+def test_small_classes_of_the_plain_formula(min_count, small_class):
+    torch.manual_seed(0)
+    x, y = torch.randn(14, 4, dtype=torch.float64), torch.tensor([0] * 8 + [1] * 3 + [2] * 2 + [3])
+    options = {"threshold": 0.8, "min_count": min_count, "small_class": small_class, "return_mask": True}
+    for name, target in (("z_error_cross_entropy", y), ("z_error_bce_with_logits", (y[:, None] == 0) | (x > 1.2))):
+        fused, plain = (getattr(space, name)(x, target, **options) for space in (fl.functional, fl.reference))
+        torch.testing.assert_close(plain, fused, equal_nan=True)
