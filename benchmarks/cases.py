@@ -22,7 +22,7 @@ CLASS_COUNTS = (10, 19, 100, 150, 1000, 1001, 21841, 50257, 128256)
 class Loss:
     """A loss under test; ``kind`` says what its input is: rows of logits, binary logits, or numbers to regress.
 
-    A ``wrapped`` one is another one of rescaled logits.
+    A ``wrapped`` one is another one of rescaled logits, or with row statistics.
     """
 
     name: str
@@ -52,6 +52,14 @@ def _of_rescaled(loss: str, factor: Callable[[Tensor], Tensor]) -> Callable[...,
     return plain
 
 
+def _with_statistics(criterion: fl.GCELoss) -> LossFunction:
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        value: Tensor = criterion(logits, target, return_row_stats=True)[0]
+        return value
+
+    return loss
+
+
 def _losses() -> dict[str, Loss]:
     found = {name: Loss(name, entry.function, formula(name)) for name, entry in fl.LOSSES.items()}
 
@@ -73,6 +81,8 @@ def _losses() -> dict[str, Loss]:
     }
     for name, (module, loss, factor) in wrapped.items():
         found[name] = Loss(name, module, _of_rescaled(loss, factor), wrapped=True)
+    statistics = _with_statistics(fl.GCELoss())
+    found["gce_statistics"] = Loss("gce_statistics", statistics, formula("gce"), wrapped=True)
     return found
 
 

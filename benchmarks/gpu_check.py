@@ -110,14 +110,17 @@ def stages(python: str, architecture: str, wheels: Path | None) -> list[Stage]:
         return Step(name, 20, (python, "-m", "benchmarks.report", str(RESULTS), "--out", str(REPORT)))
 
     tests = ("-q", "-n", "8", "--dist", "loadgroup", "-p", "benchmarks.resume_tests", "-p", "no:cacheprovider")
-    goes_on = ("--passed-file", str(PASSED_TESTS), "--stop-after-minutes", "{minutes}", "--first", "tests/test_cuda.py")
+    firsts = [f"tests/test_{name}.py" for name in ("cuda", "wrapped_cuda", "layouts")]
+    begins = [word for file in firsts for word in ("--first", file)]
+    goes_on = ("--passed-file", str(PASSED_TESTS), "--stop-after-minutes", "{minutes}", *begins)
     chosen = ("-m", "not long", "-k", "cuda and not cpp and not build and not sources", "tests")
     tested = Step("tests", CHECK_SECONDS, (python, "-m", "pytest", *tests, *goes_on, *chosen), environment=ONE_THREAD)
     parts = [smoke(f"smoke{i}", CHECK_SECONDS, "--part", f"{i}/{SMOKE_PARTS}") for i in range(SMOKE_PARTS)]
     tools = [sanitized(tool) for tool in ("memcheck", "racecheck", "initcheck", "synccheck")]
     linear = (python, "-m", "benchmarks.linear")
+    first = replace(smoke("first", 60, "--quick"), environment=())  # with nothing beside it
     return [
-        Stage("a", "build and a first look", (*_build(python, architecture, wheels), smoke("first", 60, "--quick"))),
+        Stage("a", "build and a first look", (*_build(python, architecture, wheels), first)),
         Stage(
             "b",
             "main figures: a copy, cross entropy, every loss",

@@ -37,6 +37,10 @@ REGIMES: dict[str, tuple[tuple[str, int], ...]] = {
 }
 QUICK_LOSSES = ("cross_entropy", "mae", "hem", "nfl")
 QUICK_CLASSES, QUICK_DTYPES = 60_000, (torch.float32, torch.bfloat16)
+# So many rows that a warp of an H100 has three and more of them, or as many tiles, one after the other: only then what
+# comes for the next takes the place of the last. (In bfloat16, 65536 rows of 100 classes are two tiles at most.)
+MANY_ROWS = ((8192, 1000, torch.bfloat16), (65536, 100, torch.float32))
+LOSSES_OF_MANY_ROWS = ("hem", "nfl", "bi_tempered")
 Z_STATISTICS = (("logit", "cross_entropy"), ("prob", "gce"), ("loss", "cross_entropy"), ("loss", "hem"))
 HEM_MARGIN = 0.2  # that of the function, which all cases have
 # Relative to the largest entry; the gradient is rounded once to the dtype of the logits.
@@ -69,15 +73,15 @@ def make_logits(layout: str, num_classes: int, dtype: torch.dtype) -> Tensor:
 
 
 def rows_and_statistics(name: str, exact: bool) -> Function:
-    """Each row's loss, and behind it what the row looks like, by the plain formula or by the kernel that has both."""
+    """The loss, and behind it what each row looks like, by the plain formula or by the kernel that has both."""
 
     def run(logits: Tensor, target: Tensor, *, sample_weight: Tensor, **options: Any) -> Tensor:
         entry = fl.LOSSES[name]
         if exact:
-            values = entry.reference(logits, target, sample_weight=sample_weight, reduction="none", **options)
+            values = entry.reference(logits, target, sample_weight=sample_weight, **options)
             looks = fl.row_statistics(logits.detach(), target, options["ignore_index"])
         else:
-            criterion = entry.module(reduction="none", **options)
+            criterion = entry.module(**options)
             values, looks = criterion(logits, target, sample_weight=sample_weight, return_row_stats=True)
         looks = looks._replace(argmax=looks.argmax % 89 / 89)  # as small as the others, and neighbours differ
         return torch.cat([values.flatten(), *(field.nan_to_num().flatten().to(values.dtype) for field in looks)])
@@ -102,10 +106,20 @@ def row_cases(regime: str, name: str, layout: str, num_classes: int, dtype: torc
     yield case(target.int(), **weighted, reduction="sum")
     yield case(target, **weighted, reduction="none")
     looks, exact_looks = rows_and_statistics(name, exact=False), rows_and_statistics(name, exact=True)
-    yield Case(regime, name, looks, exact_looks, logits, target, weighted, f"{where}, with row statistics")
+    by_row: dict[str, object] = {**weighted, "reduction": "none"}
+    yield Case(regime, name, looks, exact_looks, logits, target, by_row, f"{where}, with row statistics")
     if name == "cross_entropy":
         yield case(target, **weighted, label_smoothing=0.1)
         yield case(logits.double().softmax(1).to(dtype), label_smoothing=0.1)
+
+
+def many_rows_case(name: str, rows: int, num_classes: int, dtype: torch.dtype) -> Iterator[Case]:
+    """The mean with row statistics; weights make its kernel begin beside the one that adds them up."""
+    logits, target = (3 * torch.randn(rows, num_classes)).to(dtype), torch.randint(num_classes, (rows,))
+    looks, exact_looks = rows_and_statistics(name, exact=False), rows_and_statistics(name, exact=True)
+    options: dict[str, object] = {"ignore_index": 1, "sample_weight": torch.rand(rows)}
+    where = f"{rows} rows, {num_classes} classes, {dtype}, with row statistics"
+    yield Case("many rows", name, looks, exact_looks, logits, target, options, where)
 
 
 def z_error_cases(dtype: torch.dtype) -> Iterator[Case]:
@@ -124,10 +138,13 @@ def z_error_cases(dtype: torch.dtype) -> Iterator[Case]:
         label = (torch.rand(rows) < 0.3).to(dtype)
         yield case("z_error_bce_with_logits", x, label, threshold=(1.0, 2.0), space="logit")
         yield case("z_error_bce_with_logits", x, label, space="prob", reduction="sum")
-        for classes in (10, 1000):
+        for classes in (10, 300):  # of more than 256, several blocks have the statistics
             logits, target = (2 * torch.randn(rows, classes)).to(dtype), torch.randint(classes, (rows,))
             for statistic, base in Z_STATISTICS:
                 yield case("z_error_cross_entropy", logits, target, statistic=statistic, base=base)
+    rows = 1 + (1 << 26) // (1000 * dtype.itemsize)  # so large that a mask is made before the loss (_is_worth_a_mask)
+    logits, target = (2 * torch.randn(rows, 1000)).to(dtype), torch.randint(1000, (rows,))
+    yield case("z_error_cross_entropy", logits, target, statistic="logit")
 
 
 def copy_to(device: str, x: Tensor) -> Tensor:
@@ -247,23 +264,27 @@ def check_empty(device: str) -> None:
 
 
 def problems(quick: bool) -> list[Callable[[], Iterator[Case]]]:
-    """Makers of cases, in an order that mixes losses, regimes and dtypes."""
+    """Makers of cases: many rows and Z-Error, then the rest in an order that mixes losses, regimes and dtypes.
+
+    Racecheck has had time for some fifty cases.
+    """
     losses = QUICK_LOSSES if quick else tuple(fl.LOSSES)
-    found: list[Callable[[], Iterator[Case]]] = []
-    for dtype in QUICK_DTYPES if quick else DTYPES:
-        found.append(partial(z_error_cases, dtype))
+    dtypes = QUICK_DTYPES if quick else DTYPES
+    many = [partial(many_rows_case, name, *shape) for name in LOSSES_OF_MANY_ROWS for shape in MANY_ROWS]
+    found: list[Callable[[], Iterator[Case]]] = [partial(z_error_cases, dtype) for dtype in dtypes[1:]]
+    for dtype in dtypes:
         for regime, shapes in REGIMES.items():
             for layout, classes in shapes:
                 if not quick or classes <= QUICK_CLASSES:
                     found += [partial(row_cases, regime, name, layout, classes, dtype) for name in losses]
     random.Random(0).shuffle(found)
-    return found
+    return [*many, partial(z_error_cases, dtypes[0]), *found]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few losses and dtypes; for compute-sanitizer")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing new after so many")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no case after so many")
     parser.add_argument("--part", default="0/1", help="I/N: every N-th problem, from the I-th on")
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
@@ -275,15 +296,14 @@ def main() -> None:
     complaints: list[str] = []
     check_empty(options.device)
     done = 0
-    for make in todo:
-        done += 1
-        for case in make():
-            found = complaint(case, options.device, "cpu" if options.quick else options.device)
-            if found is not None:
-                complaints.append(found)
-                print(f"WRONG: {found}", flush=True)
-            counts[case.regime, case.logits.dtype] += 1
-            losses.add(case.loss)
+    for number, case in ((number, case) for number, make in enumerate(todo, 1) for case in make()):
+        done = number
+        found = complaint(case, options.device, "cpu" if options.quick else options.device)
+        if found is not None:
+            complaints.append(found)
+            print(f"WRONG: {found}", flush=True)
+        counts[case.regime, case.logits.dtype] += 1
+        losses.add(case.loss)
         if time.perf_counter() - began > 60 * options.minutes:
             break
     # Capturing needs the caching allocator, which is switched off under compute-sanitizer.
@@ -291,7 +311,7 @@ def main() -> None:
         check_capture()
     dtypes = [dtype for dtype in DTYPES if any(dtype == d for _, d in counts)]
     print(f"{'cases':<10}" + "".join(f"{str(dtype).removeprefix('torch.'):>10}" for dtype in dtypes))
-    for regime in (*REGIMES, "z_error"):
+    for regime in (*REGIMES, "many rows", "z_error"):
         print(f"{regime:<10}" + "".join(f"{counts[regime, dtype]:10}" for dtype in dtypes))
     print(f"{done} of {len(todo)} problems, {len(losses)} losses, {time.perf_counter() - began:.0f} s")
     print(f"{sum(counts.values()) - len(complaints)} calls agree with float64, {len(complaints)} do not")

@@ -1,8 +1,8 @@
 """A pytest plugin, ``-p benchmarks.resume_tests``: a run that may be cut off, and the next one that goes on with it.
 
 ``--passed-file`` names what has passed, a line for each test, which the next run leaves out. ``--stop-after-minutes``
-skips what there is no time for and says how much that is; ``--first`` names the file to begin with. Works with
-pytest-xdist, whose workers stop by themselves.
+skips what there is no time for and says how much that is; ``--first`` names a file to begin with, and may be given more
+than once. Works with pytest-xdist, whose workers stop by themselves.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NO_TIME = "no time left"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--passed-file", help="leave out what is listed here, add what passes")
-    parser.addoption("--first", default="", help="tests of this file come before all others")
+    parser.addoption("--first", action="append", default=[], help="tests of this file come before all others")
     parser.addoption("--stop-after-minutes", type=float, default=math.inf, help="skip what would begin later")
 
 
@@ -30,7 +30,7 @@ class Resumed:
     """Workers select and skip; the process that hears of all results writes them down."""
 
     def __init__(self, config: pytest.Config) -> None:
-        self.first = config.getoption("--first")
+        self.first = tuple(config.getoption("--first"))
         given = config.getoption("--passed-file")
         self.file = Path(given) if given else None
         self.stop_at = time.monotonic() + 60 * float(config.getoption("--stop-after-minutes"))

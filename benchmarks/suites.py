@@ -137,6 +137,7 @@ def cuda_main() -> Iterator[Job]:
     for shape in shapes.values():
         yield job("cross_entropy", shape, "fwd", "fwd_bwd", "fwd_bwd_scaled")
     yield job("cross_entropy", (8, 150, 512, 512), "fwd", "fwd_bwd")
+    yield job("hem", shapes[100])  # from bits, in tiles
     for num_classes in (1000, 10, 1001):
         of_rows = (*ROW_LOSSES, *WRAPPED_LOSSES)
         yield from (job(loss, shapes[num_classes]) for loss in of_rows if loss != "cross_entropy")

@@ -25,6 +25,7 @@ from benchmarks.gpu_check import ROOT, Record, Stage, Step
 from benchmarks.results import Results, Row
 from benchmarks.suites import SUITES
 from benchmarks.test_commands import said_of_itself
+from fused_losses import _z_autograd
 
 STAGES = gpu_check.stages("python", "90", None)
 STEPS = [step for stage in STAGES for step in stage.steps]
@@ -281,6 +282,18 @@ def test_the_smoke_test_runs_on_a_cpu() -> None:
     result = subprocess.run(script, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert re.search(r"^[1-9]\d* calls agree with float64, 0 do not$", result.stdout, re.MULTILINE)
+
+
+def test_the_smoke_test_begins_with_what_racecheck_should_see() -> None:
+    todo = gpu_smoke.problems(quick=True)
+    of_z_error = list(todo[6]())
+    assert {case.options.get("statistic") for case in of_z_error} >= {"logit", "prob", "loss", "target", "residual"}
+    assert max(case.logits.nbytes for case in of_z_error) >= _z_autograd._LARGE
+    names, shapes = gpu_smoke.LOSSES_OF_MANY_ROWS, gpu_smoke.MANY_ROWS
+    assert [make.args for make in todo[:6]] == [(name, *shape) for name in names for shape in shapes]  # type: ignore[attr-defined]
+    for name in names:
+        (case,) = gpu_smoke.many_rows_case(name, 70, 100, torch.float32)
+        assert gpu_smoke.complaint(case, "cpu") is None
 
 
 @pytest.mark.parametrize("dtype", gpu_smoke.DTYPES, ids=str)

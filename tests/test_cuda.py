@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import time
@@ -26,6 +27,10 @@ Step = Callable[[], tuple[Tensor, ...]]
 def problem(rows: int, classes: int, dtype: torch.dtype = torch.float32, device: str = "cuda") -> tuple[Tensor, Tensor]:
     logits = (torch.randn(rows, classes, device=device) * 3).to(dtype).requires_grad_()
     return logits, torch.randint(0, classes, (rows,), device=device)
+
+
+def module_of(name: str) -> Callable[..., Tensor]:
+    return fl.ZErrorCrossEntropyLoss() if name == "z_error" else fl.LOSSES[name].module()
 
 
 def loss_and_gradient(loss: Callable[..., Tensor], logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,8 +88,13 @@ MORE = {"shares": with_shares, "two labels": with_two_labels, "statistics": with
 
 
 @pytest.mark.parametrize("classes", [10, 100, 1001, 30_000])
-@pytest.mark.parametrize("name", ["cross_entropy", "gce", "nce_agce"])
-@pytest.mark.parametrize("more", MORE)
+@pytest.mark.parametrize(
+    ("more", "name"),
+    [
+        *itertools.product(MORE, ["cross_entropy", "gce", "nce_agce"]),
+        *itertools.product(["statistics"], ["nfl", "bi_tempered"]),
+    ],
+)
 def test_a_captured_step_of_more_than_one_label(more: str, name: str, classes: int) -> None:
     """It can be captured, so nothing waits for the device, and gives what the CPU gives."""
     torch.manual_seed(0)
@@ -125,10 +135,10 @@ def test_a_captured_step_sees_a_new_threshold(rows: int, statistic: str) -> None
     assert kept[1] < kept[0]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "z_error"])
 def test_streams_do_not_disturb_each_other(name: str) -> None:
     torch.manual_seed(0)
-    loss = fl.LOSSES[name].module()
+    loss = module_of(name)
     problems = [problem(4096, 100) for _ in range(4)]
     expected = [loss_and_gradient(loss, *one) for one in problems]
     torch.cuda.synchronize()
@@ -145,7 +155,7 @@ def test_streams_do_not_disturb_each_other(name: str) -> None:
 @pytest.mark.parametrize("name", [*NAMES, "z_error"])
 def test_a_call_keeps_no_memory(name: str) -> None:
     """Not even the first one in a stream: it may run inside the memory pool of a graph."""
-    loss = fl.ZErrorCrossEntropyLoss() if name == "z_error" else fl.LOSSES[name].module()
+    loss = module_of(name)
     logits, target = problem(5000, 100)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
