@@ -121,9 +121,10 @@ def print_notes(console: Console, results: Sequence[Result]) -> None:
     if len(results) > 1:
         winner, loser = (of(means, key=means.__getitem__) for of in (max, min))
         fallen = max(lost, key=lost.__getitem__)
+        fall = f"; {fallen} loses most between its best and its last epoch ({lost[fallen]:.3f})"
         console.print(
-            f"\nHere {winner} ends highest ({means[winner]:.3f}) and {loser} lowest ({means[loser]:.3f}); "
-            f"{fallen} loses most between its best and its last epoch ({lost[fallen]:.3f}). "
+            f"\nHere {winner} ends highest ({means[winner]:.3f}) and {loser} lowest ({means[loser]:.3f})"
+            f"{fall if lost[fallen] >= 0.0005 else ''}. "
             "Differences below the spread over seeds mean nothing. Which loss to take for other data does not follow "
             "from these digits: see README.md, Which loss."
         )

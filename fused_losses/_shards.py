@@ -97,58 +97,82 @@ def values_and_gradient(
     collective, and one more for sums of terms that need the normaliser first. The first raises unless all make the same
     call; that of a ``chunk`` of a call about which they have agreed is given. Either brings the news of a failure.
     """
-    logits, rows = args.logits, len(args.target)
     numbers = Exchange.over(shard.group, ROWS) if chunk is None else chunk
     if LOSSES[args.loss].sums is None:
         with telling([numbers]):
             return _whole_rows(args, shard, numbers, with_gradient)
     formula = Formula(args, shard.num_classes)
-    of_errors = _has_errors(args)
-    if of_errors:
-        terms = sums_of_errors(formula, shard.group, rows, acc_dtype(logits))
-    else:
-        sums = 2 * formula.count_terms()
-        terms = [Exchange.adding(shard.group, sums * rows, acc_dtype(logits))] if sums else []
+    terms = _exchanges_of_terms(args, shard, formula)
     with telling([numbers, *terms]):
-        target = args.target.long()
-        ignored = is_ignored(target, args.ignore_index)
-        local = torch.where(ignored, -1, target - shard.first_class)
-        own = (local >= 0) & (local < logits.shape[1])
-        index = torch.where(own, local, 0).unsqueeze(1)
-        z = _with_bias(logits.to(acc_dtype(logits)), args, own, index)
-        if of_errors:
-            first = shard.first_class
+        rows = _find_targets(args, shard)
+        if _has_errors(args):
             return values_and_gradient_of_errors(
-                formula, z, own, index, first, lambda message: _gather(numbers, message, args), terms
-            )
-        linear, exponent = _linear_weights(args, shard, z), _exponent(args)
-        top, of_target, d = _reduce_classes(z, ignored, own, index)
-        e = d.exp()
-        of_rank = [top, of_target, e.sum(1)]
-        if linear is not None:
-            of_rank.append(zero_at_zero(linear.expand_as(d), d).sum(1))
-        if exponent is not None:
-            of_rank.append(_smaller_power_sum(d, exponent))
-        message = torch.cat([*of_rank, _of_no_row(linear, d)])
-        everywhere = _merge(_gather(numbers, message, args), len(top), linear is not None, exponent)
-        below = _below(top, everywhere.top)
-        log_probs = d.add_((below - everywhere.log_sum).unsqueeze(1))
-        if not with_gradient:
-            return values_of(formula, everywhere.of_rows(), log_probs, terms), logits.new_empty(0)
-        values, slopes, of_terms = evaluate(formula, everywhere.of_rows(), log_probs, terms)
-        # d log p_k / d z_j is [k = j] - p_j, in every one of these numbers.
-        pull = slopes.target + slopes.linear * everywhere.linear_weight + slopes.terms
-        if exponent is not None:
-            of_power = exponent * slopes.power
-            pull += of_power * everywhere.powers.whole
-            of_terms = of_terms + of_power.unsqueeze(1) * torch.exp(exponent * log_probs)
-        grad = e.mul_((-pull * (below - everywhere.log_sum).exp()).unsqueeze(1))
-        if linear is not None:
-            grad += slopes.linear.unsqueeze(1) * linear
-        grad += of_terms
-        if grad.shape[1]:
-            grad.scatter_add_(1, index, torch.where(own, slopes.target, 0.0).unsqueeze(1))
-        return values, grad
+                formula, rows.z, rows.own, rows.column, shard.first_class,
+                lambda message: _gather(numbers, message, args), terms,
+            )  # fmt: skip
+        return _softmax_rows(args, shard, formula, rows, numbers, terms, with_gradient)
+
+
+def _exchanges_of_terms(args: RowLossArguments, shard: Shard, formula: Formula) -> list[Exchange]:
+    """Those of sums over the classes whose terms need numbers of whole rows."""
+    rows, dtype = len(args.target), acc_dtype(args.logits)
+    if _has_errors(args):
+        return sums_of_errors(formula, shard.group, rows, dtype)
+    sums = 2 * formula.count_terms()
+    return [Exchange.adding(shard.group, sums * rows, dtype)] if sums else []
+
+
+class _Rows(NamedTuple):
+    """The rows' logits of this rank's classes, in the dtype of arithmetic, and where their targets are."""
+
+    z: Tensor  # with the bias
+    ignored: Tensor
+    own: Tensor  # whether the target is one of these classes
+    column: Tensor  # (N, 1): which one, else 0
+
+
+def _find_targets(args: RowLossArguments, shard: Shard) -> _Rows:
+    target = args.target.long()
+    ignored = is_ignored(target, args.ignore_index)
+    local = torch.where(ignored, -1, target - shard.first_class)
+    own = (local >= 0) & (local < args.logits.shape[1])
+    index = torch.where(own, local, 0).unsqueeze(1)
+    return _Rows(_with_bias(args.logits.to(acc_dtype(args.logits)), args, own, index), ignored, own, index)
+
+
+def _softmax_rows(
+    args: RowLossArguments, shard: Shard, formula: Formula, rows: _Rows, numbers: Exchange, terms: list[Exchange],
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Of losses of the probabilities."""
+    linear, exponent = _linear_weights(args, shard, rows.z), _exponent(args)
+    top, of_target, d = _reduce_classes(rows)
+    e = d.exp()
+    of_rank = [top, of_target, e.sum(1)]
+    if linear is not None:
+        of_rank.append(zero_at_zero(linear.expand_as(d), d).sum(1))
+    if exponent is not None:
+        of_rank.append(_smaller_power_sum(d, exponent))
+    message = torch.cat([*of_rank, _of_no_row(linear, d)])
+    everywhere = _merge(_gather(numbers, message, args), len(top), linear is not None, exponent)
+    shift = _below(top, everywhere.top) - everywhere.log_sum
+    log_probs = d.add_(shift.unsqueeze(1))
+    if not with_gradient:
+        return values_of(formula, everywhere.of_rows(), log_probs, terms), d.new_empty(0)
+    values, slopes, of_terms = evaluate(formula, everywhere.of_rows(), log_probs, terms)
+    # d log p_k / d z_j is [k = j] - p_j, in every one of these numbers.
+    pull = slopes.target + slopes.linear * everywhere.linear_weight + slopes.terms
+    if exponent is not None:
+        of_power = exponent * slopes.power
+        pull += of_power * everywhere.powers.whole
+        of_terms = of_terms + of_power.unsqueeze(1) * torch.exp(exponent * log_probs)
+    grad = e.mul_((-pull * shift.exp()).unsqueeze(1))
+    if linear is not None:
+        grad += slopes.linear.unsqueeze(1) * linear
+    grad += of_terms
+    if grad.shape[1]:
+        grad.scatter_add_(1, rows.column, torch.where(rows.own, slopes.target, 0.0).unsqueeze(1))
+    return values, grad
 
 
 def _with_bias(z: Tensor, args: RowLossArguments, own: Tensor, index: Tensor) -> Tensor:
@@ -158,14 +182,15 @@ def _with_bias(z: Tensor, args: RowLossArguments, own: Tensor, index: Tensor) ->
     return z.scatter_add(1, index, (own.to(z.dtype) * bias).unsqueeze(1))
 
 
-def _reduce_classes(z: Tensor, ignored: Tensor, own: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _reduce_classes(rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's maximum, the target's logit, and ``z`` less the maximum; zeros in ignored rows.
 
     A rank without the target's class, or without any, sends -inf: the maximum over ranks is then another rank's number.
     """
+    z, ignored, own, column = rows
     none = torch.full((z.shape[0],), -torch.inf, dtype=z.dtype, device=z.device)
     top = torch.where(ignored, 0.0, z.amax(1)) if z.shape[1] else none
-    of_target = torch.where(own, z.gather(1, index).squeeze(1), none) if z.shape[1] else none
+    of_target = torch.where(own, z.gather(1, column).squeeze(1), none) if z.shape[1] else none
     of_target = torch.where(ignored, 0.0, of_target)
     shift = torch.where(top == -torch.inf, 0.0, top)
     return top, of_target, torch.where(ignored.unsqueeze(1), 0.0, z - shift.unsqueeze(1))

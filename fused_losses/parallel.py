@@ -196,6 +196,18 @@ class _ShardedLoss(torch.autograd.Function):
         return (grad_logits * upstream.unsqueeze(1)).to(ctx.dtype), None, None
 
 
+class _Everywhere(torch.autograd.Function):
+    """The sum over all ranks, of which this rank's is a part."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, everywhere: Tensor) -> Tensor:
+        return everywhere.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        return grad_outputs[0], None
+
+
 class _SumGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -204,8 +216,11 @@ class _SumGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        total = grad_outputs[0].contiguous().clone()
+        part = grad_outputs[0]
+        total = part.detach().contiguous().clone()
         dist.all_reduce(total, group=ctx.group)
+        if torch.is_grad_enabled():  # create_graph
+            total = _Everywhere.apply(part, total)  # type: ignore[no-untyped-call]
         return total, None
 
 
@@ -228,18 +243,6 @@ def sum_gradient(input: Tensor, process_group: dist.ProcessGroup | None = None) 
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
     return _SumGradient.apply(input, process_group)  # type: ignore[no-any-return, no-untyped-call]
-
-
-class _Everywhere(torch.autograd.Function):
-    """The sum over all ranks, of which this rank's is a part."""
-
-    @staticmethod
-    def forward(ctx: Any, total: Tensor, everywhere: Tensor) -> Tensor:
-        return everywhere.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        return grad_outputs[0], None
 
 
 def distributed_loss(loss: RowLossModule, logits: Any, target: Any, sample_weight: Any) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 
 ROWS, FEATURES, CLASSES = 12, 5, 11
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}  # float64: sums in another order
@@ -31,3 +32,26 @@ def step(head, tensors):
     loss = head(*tensors)
     (loss * torch.linspace(1.0, 3.0, loss.numel(), dtype=loss.dtype).reshape(loss.shape)).sum().backward()
     return [loss.detach(), *(t.grad for t in tensors)]
+
+
+class Count:
+    """Counts collectives and the bytes each rank hands to them."""
+
+    def __enter__(self):
+        self.calls, self.bytes, self.real = 0, 0, {name: getattr(dist, name) for name in ("all_reduce", "all_gather")}
+        for name in self.real:
+            setattr(dist, name, self.counted(name))
+        return self
+
+    def counted(self, name):
+        def function(*args, **kwargs):
+            given = args[0 if name == "all_reduce" else 1]
+            self.calls += 1
+            self.bytes += given.numel() * given.element_size()
+            return self.real[name](*args, **kwargs)
+
+        return function
+
+    def __exit__(self, *_):
+        for name, real in self.real.items():
+            setattr(dist, name, real)

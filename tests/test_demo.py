@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import platform
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,11 @@ def test_demo_trains_prints_and_saves(tmp_path: Path, capsys: pytest.CaptureFixt
         assert loss["fused_microseconds_per_step"] > 0 and loss["plain_microseconds_per_step"] > 0
         assert len(loss["wrong_labels_ranked"]) == 2
         assert all(found["precision"] == found["recall"] > 0.4 for found in loss["wrong_labels_ranked"])  # chance: 0.36
+    falls = [
+        statistics.fmean(loss["best_test_accuracy"]) - statistics.fmean(loss["last_test_accuracy"])
+        for loss in numbers["losses"]
+    ]
+    assert ("loses most" in " ".join(printed.split())) == (max(falls) >= 0.0005)  # as it is printed
     assert "logit_bias" not in numbers["losses"][0]
     assert numbers["losses"][1]["logit_bias"] == pytest.approx(solve_logit_bias(10))
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
 from gloo_group import gloo_group, run_ranks
 from parallel_errors import check_errors, check_one_bad_rank, check_one_bad_rank_of_a_mesh
-from parallel_problem import CLASSES, CLOSE, FEATURES, ROWS, bounds, problem, step
+from parallel_problem import CLASSES, CLOSE, FEATURES, ROWS, Count, bounds, problem, step
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -52,29 +53,6 @@ def losses(reduction):
         yield f"hem by {index}", fl.HEMLoss(weight, index, weight=weight, logit_bias=0.3, reduction=reduction)
     for own in ({"mean_above_zero": True}, {"threshold": True}, {"p": 2}):
         yield f"multi_margin {own}", fl.MultiMarginLoss(**own, weight=weight, reduction=reduction)
-
-
-class Count:
-    """Counts collectives and the bytes each rank hands to them."""
-
-    def __enter__(self):
-        self.calls, self.bytes, self.real = 0, 0, {name: getattr(dist, name) for name in ("all_reduce", "all_gather")}
-        for name in self.real:
-            setattr(dist, name, self.counted(name))
-        return self
-
-    def counted(self, name):
-        def function(*args, **kwargs):
-            given = args[0 if name == "all_reduce" else 1]
-            self.calls += 1
-            self.bytes += given.numel() * given.element_size()
-            return self.real[name](*args, **kwargs)
-
-        return function
-
-    def __exit__(self, *_):
-        for name, real in self.real.items():
-            setattr(dist, name, real)
 
 
 def check_plain(rank, world_size):
@@ -359,6 +337,23 @@ def check_data_parallel(rank, world_size):
                 torch.testing.assert_close(grad, expected, **CLOSE)
 
 
+def check_second_derivative(rank, world_size):
+    """A penalty on the gradient of the features, which every rank has whole."""
+    x, w, _, _, _ = problem()
+    first, end = bounds(rank, world_size)
+
+    def penalty(features, x, w):
+        (grad,) = torch.autograd.grad((F.linear(features(x), w) ** 3).sum(), x, create_graph=True)
+        return torch.autograd.grad((grad**2).sum(), (x, w))
+
+    expected = penalty(lambda x: x, x.requires_grad_(), w.requires_grad_())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = penalty(sum_gradient, x, w[first:end].detach().requires_grad_())
+    torch.testing.assert_close(found[0], expected[0], **CLOSE)
+    torch.testing.assert_close(found[1], expected[1][first:end], **CLOSE)
+
+
 CHECKS = {
     "plain": check_plain,
     "traffic": check_traffic,
@@ -375,6 +370,7 @@ CHECKS = {
     "dtensor": check_dtensor,
     "head": check_tensor_parallel_head,
     "data": check_data_parallel,
+    "second derivative": check_second_derivative,
     "mesh": check_two_dimensions,
 }
 
