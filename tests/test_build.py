@@ -4,6 +4,7 @@ import contextlib
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -125,6 +126,15 @@ def test_build_without_torch_says_what_to_do():
     assert result.returncode == 1
     assert "no torch" in result.stderr
     assert "pip install --no-build-isolation ." in result.stderr
+
+
+@pytest.mark.parametrize("path", ["README.md", "setup.py"])
+def test_what_to_install_before_a_build_is_all_it_asks_for(path):
+    """With their versions: `pip install setuptools` keeps an old one, as Python 3.11 puts into new environments."""
+    line = re.search(r"pip install torch .*", (ROOT / path).read_text())
+    declared = re.search(r"^requires = \[(.+)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert line is not None and declared is not None
+    assert set(re.findall(r'"(.+?)"', declared[1])) <= set(shlex.split(line[0]))
 
 
 @pytest.mark.slow
