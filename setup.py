@@ -20,7 +20,7 @@ PACKAGE = "fused_losses"
 NO_TORCH = f"""
 fused_losses is compiled with the headers of an installed torch, and {sys.executable} has no torch.
 Install one first, 2.11 or newer, and build without isolation:
-    pip install torch numpy "setuptools>=77" wheel pybind11 ninja
+    pip install torch numpy "setuptools>=77" wheel "pybind11>=2.13" ninja
     pip install --no-build-isolation .
 (An isolated build cannot see the installed torch and would fetch another. What is built runs under every torch from
 2.11 on. FUSED_LOSSES_TORCH_PYTHON names another Python that has one.)"""

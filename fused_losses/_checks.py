@@ -45,6 +45,11 @@ def is_integer_tensor(value: Any) -> bool:
     )
 
 
+def kind_of(value: Any) -> Any:
+    """What an error says was given: the dtype of a tensor, else the type (an array has a dtype, too)."""
+    return value.dtype if isinstance(value, Tensor) else type(value).__name__
+
+
 def check_row_loss(args: RowLossArguments) -> None:
     """Raises where the operators would, with their types of error, but for targets out of range."""
     entry = LOSSES.get(args.loss)

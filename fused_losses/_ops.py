@@ -6,6 +6,7 @@ A kernel sees memory; beside each operator is what tracing sees of it, shapes an
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,12 +16,22 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from fused_losses import _C
 from fused_losses._arguments import RowLossArguments, RowLossConstants, ZErrorLossArguments, ZErrorRule, acc_dtype
 from fused_losses._checks import check_row_loss, row_shape
 from fused_losses._logit_bias import class_dim
 
 _FOLDER = Path(__file__).parent
+
+try:
+    from fused_losses import _C
+except ImportError:
+    if importlib.util.find_spec("fused_losses._C") is not None:
+        raise
+    raise ImportError(
+        f"fused_losses in {_FOLDER} is not built for this Python. If these are the sources and it is installed, "
+        "start Python in another folder, since it looks in the current one first; if it is not installed, run "
+        "pip install --no-build-isolation ."
+    ) from None
 
 
 def _require_torch() -> None:

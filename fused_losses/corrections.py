@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from fused_losses._arguments import check_reduction
 from fused_losses._arrays import as_tensor
 from fused_losses._autograd import needs_reference
+from fused_losses._checks import kind_of
 from fused_losses._parameters import explains_keywords, finite, integer, positive_integer
 from fused_losses._plain import is_plain, reads_values
 from fused_losses._reference import Rows
@@ -80,8 +81,7 @@ def _documented(arguments: str) -> Callable[[_Documented], _Documented]:
 def check_call(transition: Any, logits: Tensor, inverse: bool) -> Tensor | None:
     """Checks a function's matrix; the inverse if it is wanted."""
     if not isinstance(transition, Tensor) or not transition.is_floating_point():
-        got = getattr(transition, "dtype", type(transition).__name__)
-        raise TypeError(f"transition must be a floating point tensor, got {got}")
+        raise TypeError(f"transition must be a floating point tensor, got {kind_of(transition)}")
     check_dense(transition=transition)
     if transition.device != logits.device:
         raise RuntimeError(f"transition must be on the device of logits ({logits.device}), got {transition.device}")

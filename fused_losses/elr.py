@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fused_losses._arguments import RowLossArguments, check_reduction
 from fused_losses._autograd import needs_reference
-from fused_losses._checks import is_integer_tensor, row_shape
+from fused_losses._checks import is_integer_tensor, kind_of, row_shape
 from fused_losses._elr import LARGEST, ElrStep, fused_loss, next_memory, plain_values
 from fused_losses._logit_bias import class_dim
 from fused_losses._parameters import Choice, OrTensor, Range, closed_fraction, factor, integer, positive_integer
@@ -214,7 +214,7 @@ class ELRLoss(RowsModule):
     def _place(self, index: Any, logits: Tensor, target: Tensor) -> Tensor:
         """Where the rows' samples are in the memory."""
         if not is_integer_tensor(index):
-            raise TypeError(f"index must be an integer tensor, got {getattr(index, 'dtype', type(index).__name__)}")
+            raise TypeError(f"index must be an integer tensor, got {kind_of(index)}")
         if index.shape != target.shape:
             raise RuntimeError(f"index must have the shape {list(target.shape)} of target, got {list(index.shape)}")
         if logits.shape[class_dim(logits)] != self.num_classes:

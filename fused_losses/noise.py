@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_losses._arguments import is_ignored
-from fused_losses._checks import is_integer_tensor
+from fused_losses._checks import is_integer_tensor, kind_of
 from fused_losses._parameters import check_index, check_num_classes, closed_fraction, integer, positive
 from fused_losses._transition import check_matrix
 
@@ -223,9 +223,7 @@ def instance_dependent(
     if num_classes < 2:
         raise ValueError(f"num_classes must be at least 2, got {num_classes}")
     if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
-        raise TypeError(
-            f"inputs must be a floating point tensor, got {getattr(inputs, 'dtype', type(inputs).__name__)}"
-        )
+        raise TypeError(f"inputs must be a floating point tensor, got {kind_of(inputs)}")
     if given.dim() != 1 or len(inputs) != len(given):
         raise ValueError(
             f"labels must have shape (N,) and inputs (N, ...), got {tuple(given.shape)} and {tuple(inputs.shape)}"
@@ -324,8 +322,7 @@ def estimate_transition(probabilities: Tensor, quantile: float | None = None) ->
     Source: 1609.03683, Eq. 12 and 13.
     """
     if not isinstance(probabilities, Tensor) or not probabilities.is_floating_point():
-        got = getattr(probabilities, "dtype", type(probabilities).__name__)
-        raise TypeError(f"probabilities must be a floating point tensor, got {got}")
+        raise TypeError(f"probabilities must be a floating point tensor, got {kind_of(probabilities)}")
     if probabilities.dim() != 2 or 0 in probabilities.shape:
         raise ValueError(f"probabilities must have shape (N, C), got {tuple(probabilities.shape)}")
     p = probabilities.detach().double()
@@ -348,7 +345,7 @@ def _check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> tuple[
     """The number of classes, and the labels as a contiguous int64 tensor on the CPU."""
     num_classes = check_num_classes(num_classes, 1)
     if not is_integer_tensor(labels):
-        raise TypeError(f"labels must be an integer tensor, got {getattr(labels, 'dtype', type(labels).__name__)}")
+        raise TypeError(f"labels must be an integer tensor, got {kind_of(labels)}")
     if num_classes - 1 > torch.iinfo(labels.dtype).max:
         raise ValueError(
             f"labels must have a dtype that holds every class, got num_classes {num_classes} and {labels.dtype}"

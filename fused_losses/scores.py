@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fused_losses._checks import kind_of
+
 __all__ = ["max_logit", "max_softmax_probability"]
 
 
@@ -65,8 +67,7 @@ def max_logit(logits: Tensor) -> Tensor:
 
 def _checked(logits: Tensor) -> tuple[Tensor, int]:
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        kind = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-        raise TypeError(f"logits must be a floating point tensor, got {kind}")
+        raise TypeError(f"logits must be a floating point tensor, got {kind_of(logits)}")
     dim = 0 if logits.dim() == 1 else 1
     if logits.dim() == 0 or logits.shape[dim] == 0:
         raise ValueError(f"logits must have at least one class, got shape {tuple(logits.shape)}")

@@ -200,6 +200,23 @@ def test_weights_that_are_no_tensors(name: str) -> None:
             WEIGHED[name](sample_weight=value)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: noise.symmetric(LABELS, 0.4, 2),  # type: ignore[arg-type]
+        lambda: noise.instance_dependent(SCORES, Y, 0.4, 3),  # type: ignore[arg-type]
+        lambda: noise.estimate_transition(SCORES),  # type: ignore[arg-type]
+        lambda: fl.ELRLoss(6, 3)(X, Y, LABELS),  # type: ignore[arg-type]
+        lambda: F.forward_correction_loss(X, Y, np.eye(3)),  # type: ignore[arg-type]
+        lambda: F.backward_correction_loss(X, Y, np.eye(3)),  # type: ignore[arg-type]
+        lambda: fl.scores.max_logit(SCORES),  # type: ignore[arg-type]
+    ],
+)
+def test_an_array_where_a_tensor_is_wanted_is_called_so(call: Callable[[], object]) -> None:
+    with pytest.raises(TypeError, match=r"^\w+ must be an? .*tensor, got ndarray$"):  # an array has a dtype, too
+        call()
+
+
 def test_complex_numbers_lose_nothing_unnoticed() -> None:
     for call in (
         lambda z: fl.ThresholdSchedule(fl.ZErrorCrossEntropyLoss(), start=z, steps=3),

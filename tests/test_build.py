@@ -4,6 +4,7 @@ import contextlib
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -85,6 +86,17 @@ def test_torch_must_be_new_enough(version, refused, monkeypatch):
         _ops._require_torch()
 
 
+def test_sources_that_are_not_built_say_what_to_do(tmp_path):
+    """As after ``pip install .`` inside of the clone, where Python finds the sources first."""
+    shutil.copytree(ROOT / "fused_losses", tmp_path / "fused_losses", ignore=shutil.ignore_patterns("*.so"))
+    command = [sys.executable, "-m", "fused_losses", "info"]
+    environment = {**os.environ, "PYTHONPATH": ""}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert f"fused_losses in {tmp_path / 'fused_losses'} is not built for this Python" in done.stderr
+    assert "start Python in another folder" in done.stderr and "circular" not in done.stderr
+
+
 @pytest.mark.slow
 def test_the_import_asks_for_it_and_takes_no_longer_than_torchs():
     result = run_python(
@@ -125,6 +137,15 @@ def test_build_without_torch_says_what_to_do():
     assert result.returncode == 1
     assert "no torch" in result.stderr
     assert "pip install --no-build-isolation ." in result.stderr
+
+
+@pytest.mark.parametrize("path", ["README.md", "setup.py"])
+def test_what_to_install_before_a_build_is_all_it_asks_for(path):
+    """With their versions: `pip install setuptools` keeps an old one, as Python 3.11 puts into new environments."""
+    line = re.search(r"pip install torch .*", (ROOT / path).read_text())
+    declared = re.search(r"^requires = \[(.+)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert line is not None and declared is not None
+    assert set(re.findall(r'"(.+?)"', declared[1])) <= set(shlex.split(line[0]))
 
 
 @pytest.mark.slow

@@ -319,6 +319,23 @@ def test_active_rows_of_a_mixup(batch):
     torch.testing.assert_close(MixupLoss(fl.HEMLoss())(logits, target), total / active)
 
 
+@pytest.mark.any_cpu
+def test_mixup_in_compiled_and_transformed_code():
+    logits, first, share = torch.randn(8, 5), torch.arange(8) % 5, torch.rand(8, 1)
+    target = share * F.one_hot(first, 5) + (1.0 - share) * F.one_hot(first.flip(0), 5)
+    criterion = MixupLoss(fl.NFLLoss())
+    expected = criterion(logits, target)
+    compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(logits, target), expected)
+    program = torch.export.export(criterion, (logits, target))
+    torch.testing.assert_close(program.module()(logits, target), expected)
+    for transformed in (compiled, program.module()):
+        with pytest.raises(RuntimeError, match="target must have two labels in a row"):
+            transformed(logits, torch.full((8, 5), 0.2))
+    per_row = torch.vmap(lambda z, u: criterion(z[None], u[None]))(logits, target)
+    torch.testing.assert_close(per_row.mean(), expected)
+
+
 @pytest.mark.parametrize("name", fl.LOSSES)
 def test_one_row_alone_has_a_scalar_loss(name):
     logits, a, b = torch.randn(5), torch.tensor([2]), torch.tensor([4])

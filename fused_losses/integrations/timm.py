@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fused_losses._arguments import LOSSES
 from fused_losses._common import RowLossModule
+from fused_losses._plain import reads_values
 from fused_losses.mixed import mixed
 
 __all__ = ["MixupLoss"]
@@ -27,8 +28,8 @@ class MixupLoss(torch.nn.Module):
     Raises:
         TypeError: ``loss`` is no Module of a row loss. Z-Error losses are none: they compare a row with those of its
             class, and a mixed row has two.
-        ValueError: at a call, where two labels have to be found, a row has more of them (on CUDA: a device assertion)
-            or holds no probabilities (looked at on the CPU only).
+        ValueError: at a call, where two labels have to be found, a row has more of them (on CUDA: a device assertion,
+            in compiled code: RuntimeError) or holds no probabilities (looked at on the CPU only, in eager mode).
 
     Example:
         >>> task = timm.task.ClassificationTask(model, MixupLoss(fl.GCELoss()))  # doctest: +SKIP
@@ -65,11 +66,11 @@ def _two_labels(target: Tensor) -> tuple[Tensor, Tensor]:
     shares, labels = (found.T.contiguous() for found in target.topk(2, dim=1))
     rest = target.sum(1) - shares.sum(0)
     message = "target must have two labels in a row where the loss takes no probabilities (label_smoothing=0)"
-    if target.device.type == "cpu":
+    if reads_values(target):
         if bool(((target < 0).any(1) | ((target.sum(1) - 1.0).abs() > 1e-2)).any()):
             raise ValueError("target must hold probabilities, >= 0 with rows that sum to 1, got a row that does not")
         if rest.numel() and float(rest.max()) > 1e-3:
             raise ValueError(f"{message}, got a row with {float(rest.max()):.3g} on others")
-    else:
+    elif not torch._C._are_functorch_transforms_active():  # torch has no form of the assertion for vmap
         torch._assert_async((rest <= 1e-3).all(), message)
     return shares, labels
