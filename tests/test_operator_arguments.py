@@ -48,7 +48,6 @@ INTO_GRADIENT = {
 SAVED = {
     "stats of fewer rows": ({"stats": STATS[:, :2]}, "stats must be those"),
     "fewer numbers": ({"stats": STATS[:1]}, "stats must be those"),
-    "more numbers": ({"stats": torch.cat([STATS, STATS])}, "stats must be those"),
     "a number for stats": ({"stats": ONE}, "stats must be those"),
     "stats of another dtype": ({"stats": STATS.half()}, "stats must be those"),
     "no denominator": ({"denominator": torch.empty(0)}, "denominator must be the one"),

@@ -64,7 +64,8 @@ public:
         check_saved(stats, denominator);
         if (!stats.is_contiguous()) stats = contiguous(stats);
         problem.stats = const_cast<void*>(stats.const_data_ptr());
-        if (problem.stats && stats.size(0) > problem.stats_count) problem.bits = behind_stats();
+        const std::int64_t words = stats.size(0) - problem.stats_count;
+        if (words > 0 && words == backend().words_of_bits(problem)) problem.bits = behind_stats();
         if (divides()) problem.denominator = denominator.const_data_ptr();
         return problem.stats || backend().backward_recomputes(problem);
     }
@@ -86,8 +87,7 @@ private:
     void check_saved(const Tensor& stats, const Tensor& denominator) const {
         const Device device = args.logits.device();
         const bool has_rows = stats.dim() == 2 && stats.size(1) == problem.rows();
-        const bool has_numbers = has_rows && (stats.size(0) == problem.stats_count ||
-                                              (device.is_cuda() && stats.size(0) > problem.stats_count));  // with bits
+        const bool has_numbers = has_rows && stats.size(0) >= problem.stats_count;  // bits may be behind them
         check(has_numbers && stats.dtype() == acc && stats.device() == device, args.loss,
               ": stats must be those that forward has saved, ", acc, " of shape [", problem.stats_count, ", ",
               problem.rows(), "] or [0] on ", device, ", got ", stats.dtype(), " of shape ", stats.sizes(), " on ",
