@@ -89,8 +89,8 @@ def test_torch_must_be_new_enough(version, refused, monkeypatch):
 def test_sources_that_are_not_built_say_what_to_do(tmp_path):
     """As after ``pip install .`` inside of the clone, where Python finds the sources first."""
     shutil.copytree(ROOT / "fused_losses", tmp_path / "fused_losses", ignore=shutil.ignore_patterns("*.so"))
-    command = [sys.executable, "-m", "fused_losses", "info"]
-    environment = {**os.environ, "PYTHONPATH": ""}
+    command = [sys.executable, "-S", "-m", "fused_losses", "info"]  # -S: an editable installation would be found
+    environment = {**os.environ, "PYTHONPATH": str(Path(torch.__file__).parent.parent)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert f"fused_losses in {tmp_path / 'fused_losses'} is not built for this Python" in done.stderr
