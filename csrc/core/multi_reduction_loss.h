@@ -99,11 +99,17 @@ struct NormalizedTerm {
     T n, w;
 };
 
-// From D = sum n_j: L = n_y / D, dL/dz_j = (W_y (p_j - [j = y]) - L (p_j sum W - W_j)) / D: affine in p with u_j = W_j.
+// From 1 / D, D = sum n_j: L = n_y / D, dL/dz_j = (W_y (p_j - [j = y]) - L (p_j sum W - W_j)) / D: affine in p with
+// u_j = W_j.
+template <class T>
+FL_HD AffineRow<T> normalized_by(T of_one, const NormalizedTerm<T>& of_target, T sum_w) {
+    const T value = of_target.n * of_one;
+    return {value, (of_target.w - value * sum_w) * of_one, -of_target.w * of_one, value * of_one};
+}
+
 template <class T>
 FL_HD AffineRow<T> normalized(const NormalizedTerm<T>& of_target, T sum_n, T sum_w) {
-    const T of_one = T(1) / sum_n, value = of_target.n * of_one;
-    return {value, (of_target.w - value * sum_w) * of_one, -of_target.w * of_one, value * of_one};
+    return normalized_by(T(1) / sum_n, of_target, sum_w);
 }
 
 template <class T, int n>

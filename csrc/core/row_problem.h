@@ -31,6 +31,9 @@ constexpr double kActiveGuard = 1e-6;
 // kClassLosses: each class has a loss of its own, whose share is the weighted soft target (cpu/class_losses.h).
 enum class ClassFactors : std::uint8_t { kNone, kOnes, kClassWeights, kSoftTarget, kClassLosses };
 
+// Of a loss, with those that are derived from them.
+constexpr int kMaxParams = 10;
+
 struct RowStride {
     std::int64_t outer = 0, inner = 0;
 
@@ -62,7 +65,7 @@ struct RowProblem {
 
     // The loss
     int loss = 0;  // index into CompiledLosses
-    double params[8] = {};
+    double params[kMaxParams] = {};
     ClassFactors class_factors = ClassFactors::kNone;
     int stats_count = 0;  // numbers per row that its gradient needs: 3 or 4, or the state of a MultiReductionLoss
     double logit_bias = 0;

@@ -11,6 +11,7 @@
 //     static constexpr const char* name;                            its stem in the Python registry
 //     static constexpr int num_params;                              how many entries of `params` it reads
 //     static constexpr ClassFactors class_factors(const double*)    the u_j, if eval reads sum_neg_log_p
+//     static void derive(double* params)                            if eval reads more than those: what follows from them
 //     template <class T> static AffineRow<T> eval(SoftmaxRow<T>, const T* params)
 //     what it asks of its arguments (losses/needs.h), where that is not the default
 #pragma once
@@ -25,7 +26,11 @@
 namespace fused_losses {
 inline namespace FL_ISA {
 
-constexpr int kMaxParams = 8;
+// Adds to a loss's parameters, behind the last, what follows from them alone: found once, not in every row.
+template <class Loss>
+void derive_params(double* params) {
+    if constexpr (requires { Loss::derive(params); }) Loss::derive(params);
+}
 
 template <class T>
 struct SoftmaxRow {
@@ -72,6 +77,8 @@ struct OfTarget {
     static constexpr int num_params = Loss::num_params;
 
     static constexpr ClassFactors class_factors(const double*) { return ClassFactors::kNone; }
+
+    static void derive(double* params) { derive_params<Loss>(params); }
 
     template <class T>
     FL_HD static AffineRow<T> eval(const SoftmaxRow<T>& row, const T* params) {

@@ -265,12 +265,12 @@ private:
                                              const SoftmaxState<float>& state, OfThread& mine) const {
         constexpr int few = 8;
         const float log_sum = exponential.log(state.sum);
-        const float* const params = p.first_param ? as<float>(p.first_param) : args.params;
+        const LossParams<float> params(p.first_param ? as<float>(p.first_param) : args.params);
         float sums[3] = {};
         const auto add = [&](int cls, float& share) {
             const float z = to_acc(place.logits()[cls]);
             const SoftmaxRow<float> softmax = end.template softmax_of<true>(z, exponential.distance(z), log_sum, state);
-            const AffineRow<float> of = evaluate_any(p.loss, params, softmax);
+            const AffineRow<float> of = evaluate_any<kKind>(p.loss, params, softmax);
             sums[0] += share * of.value, sums[1] += share * of.alpha, sums[2] += share * of.gamma;
             share *= of.beta;
         };

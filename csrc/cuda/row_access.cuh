@@ -26,6 +26,21 @@ FL_DEVICE const A* as(const void* pointer) {
     return static_cast<const A*>(pointer);
 }
 
+// For the compiler another number, that is known from here on: it keeps nothing that it has made of the first, and what
+// is made of this one it does not find before.
+FL_DEVICE unsigned as_new(unsigned x) {
+#ifdef __CUDA_ARCH__
+    asm volatile("" : "+r"(x));
+#endif
+    return x;
+}
+FL_DEVICE std::int64_t as_new(std::int64_t x) {
+#ifdef __CUDA_ARCH__
+    asm volatile("" : "+l"(x));
+#endif
+    return x;
+}
+
 // Kernel argument. Arithmetic on doubles is slow on most GPUs, so the host converts the parameters.
 template <class A>
 struct RowArgs {

@@ -26,25 +26,44 @@ struct Coefficients {
     }
 };
 
-// The loss is a uniform branch, once a row: kernels are compiled once per dtype, not once per loss. Not inlined: powers
-// and logarithms would take the registers that hold a row.
 template <class A>
-__device__ __noinline__ AffineRow<A> evaluate_any(int loss, const A* params, SoftmaxRow<A> row) {
-    AffineRow<A> affine{};
-    visit_loss(SoftmaxLosses{}, loss, [&]<class Loss>() { affine = Loss::eval(row, params); });
-    return affine;
+struct LossParams {
+    A of[kMaxParams];
+
+    explicit FL_DEVICE LossParams(const A* params) {
+#pragma unroll
+        for (int i = 0; i < kMaxParams; ++i) of[i] = params[i];
+    }
+};
+
+// The loss is a uniform branch, once a row: kernels are compiled once per dtype, not once per loss. Not inlined: powers
+// and logarithms would take the registers that hold a row. The parameters come by value: so the compiler knows them for
+// arguments of the kernel, which need no instruction to be loaded. Without u_j: of a row of weight 1.
+template <KernelKind kKind, class A>
+__device__ __noinline__ auto evaluate_any(int loss, LossParams<A> params, SoftmaxRow<A> row) {
+    if constexpr (kKind == KernelKind::kNoFactors) {
+        return visit_known_loss(LossesWithoutFactors{}, loss, [&]<class Loss>() {
+            const AffineRow<A> affine = Loss::eval(row, params.of);
+            return ValueSlope<A>{affine.value, affine.beta};
+        });
+    } else {
+        return visit_known_loss(SoftmaxLosses{}, loss, [&]<class Loss>() { return Loss::eval(row, params.of); });
+    }
 }
 
 template <KernelKind kKind, class A>
-FL_DEVICE AffineRow<A> evaluate(const RowProblem& p, const A* params, const SoftmaxRow<A>& row) {
+FL_DEVICE AffineRow<A> evaluate(const RowProblem& p, const A* params, SoftmaxRow<A> row) {
     if constexpr (kKind == KernelKind::kNoFactors) {
-        if (p.loss == kCrossEntropy) return affine_of(PlainCrossEntropy::eval(row.log_p, params), row.class_weight);
+        const A weight = row.class_weight;
+        if (p.loss == kCrossEntropy) return affine_of(PlainCrossEntropy::eval(row.log_p, params), weight);
+        row.class_weight = A(1);
+        return affine_of(evaluate_any<kKind>(p.loss, LossParams<A>(params), row), weight);
     } else {
         if (p.class_factors == ClassFactors::kSoftTarget) return SoftCrossEntropy::eval(row, params);
         if (p.loss == kCrossEntropy) return CrossEntropy::eval(row, params);
         if (p.first_param) params = as<A>(p.first_param);  // a parameter on the device is the only one of its loss
+        return evaluate_any<kKind>(p.loss, LossParams<A>(params), row);
     }
-    return evaluate_any(p.loss, params, row);
 }
 
 // What forward knows of its row, and what comes out of it.

@@ -127,18 +127,17 @@ private:
         for (int k = 0; k < kHeld; ++k) body(k);
     }
 
-    // For the compiler another number, so that it does not keep what it has made of the first.
-    static FL_DEVICE unsigned as_new(unsigned word) {
-#ifdef __CUDA_ARCH__
-        asm volatile("" : "+r"(word));
-#endif
-        return word;
+    // Of class k. One instruction, where the compiler does not see that there are more of them: it would make each from
+    // the one before by an addition, which are two.
+    template <class Byte>
+    static FL_DEVICE Byte* class_at(Byte* first, unsigned step, int k) {
+        return first + std::uint64_t(as_new(step)) * static_cast<unsigned>(k);
     }
 
     // What is not read is -inf.
     FL_DEVICE void read(const Stored* x, const Column (&of)[n], Words& w) const {
         const char* const from = reinterpret_cast<const char*>(x) + std::uint64_t(args.plan.logits_step) * begin;
-        const auto at = [&](int k) { return from + std::uint64_t(args.plan.logits_step) * k; };
+        const auto at = [&](int k) { return class_at(from, args.plan.logits_step, k); };
         if (n == 1 || args.plan.is_paired) {
             each_class(
                 [&](int k) { w[k] = has(k) ? *reinterpret_cast<const unsigned*>(at(k)) : Word<Stored>::lowest; });
@@ -288,7 +287,7 @@ private:
                         if (has(k) && of[j].reads()) g[j] += c[j].gamma * u_of(row_of(place, j), begin + k);
                 }
                 const unsigned word = Word<Stored>::narrow(g);
-                if (has(k)) store(to + std::uint64_t(args.plan.grad_step) * k, word);
+                if (has(k)) store(class_at(to, args.plan.grad_step, k), word);
             });
         };
         if (n == 1 || args.plan.is_paired)

@@ -21,6 +21,12 @@ FL_HD AffineRow<T> add(const AffineRow<T>& active, T alpha, const ValueSlope<T>&
 }
 
 // log p_y / sum_j log p_j. With S = -sum_j log p_j: n_j = -log p_j, W_j = 1.
+template <class T>
+FL_HD AffineRow<T> normalized_cross_entropy(const SoftmaxRow<T>& row) {
+    return normalized_by(math::reciprocal_or_zero(row.sum_neg_log_p), NormalizedTerm<T>{-row.log_p, T(1)},
+                         row.num_classes);
+}
+
 struct NCE {
     static constexpr const char* name = "nce";
     static constexpr int num_params = 0, min_classes = 2;
@@ -29,8 +35,7 @@ struct NCE {
 
     template <class T>
     FL_HD static AffineRow<T> eval(const SoftmaxRow<T>& row, const T*) {
-        const AffineRow<T> nce = normalized(NormalizedTerm<T>{-row.log_p, T(1)}, row.sum_neg_log_p, row.num_classes);
-        return add(nce, T(1), ValueSlope<T>{T(0), T(0)}, T(0), row.class_weight);
+        return add(normalized_cross_entropy(row), T(1), ValueSlope<T>{T(0), T(0)}, T(0), row.class_weight);
     }
 };
 
@@ -41,10 +46,12 @@ struct NCEAnd {
 
     static constexpr ClassFactors class_factors(const double*) { return ClassFactors::kOnes; }
 
+    static void derive(double* params) { derive_params<Passive>(params + 2); }
+
     template <class T>
     FL_HD static AffineRow<T> eval(const SoftmaxRow<T>& row, const T* params) {
-        const AffineRow<T> nce = normalized(NormalizedTerm<T>{-row.log_p, T(1)}, row.sum_neg_log_p, row.num_classes);
-        return add(nce, params[0], Passive::eval(row.log_p, params + 2), params[1], row.class_weight);
+        return add(normalized_cross_entropy(row), params[0], Passive::eval(row.log_p, params + 2), params[1],
+                   row.class_weight);
     }
 };
 

@@ -17,7 +17,9 @@
 namespace fused_losses {
 inline namespace FL_ISA {
 
-using SoftmaxLosses = decltype(LossesOfLogP{} + EpsSoftmaxLosses{} + MeanLogLosses{} + NormalizedSoftmaxLosses{});
+// Those of which ClassFactors may be kNone, first: their indices are the same in both lists.
+using LossesWithoutFactors = decltype(LossesOfLogP{} + EpsSoftmaxLosses{} + MeanLogLosses{});
+using SoftmaxLosses = decltype(LossesWithoutFactors{} + NormalizedSoftmaxLosses{});
 using MultiReductionLosses = decltype(NormalizedMultiReductionLosses{} + PowerLosses{} + NFLSumLosses{} +
                                       TypeList<LDRKL, BiTempered>{} + MarginLosses{});
 using AllLosses = decltype(SoftmaxLosses{} + MultiReductionLosses{});  // those of loss_names()
@@ -32,6 +34,10 @@ FL_HD bool is_multi_reduction_loss(int index) { return index >= SoftmaxLosses::s
 template <class Visitor>
 FL_HD void visit_multi_reduction_loss(int index, Visitor&& visitor) {
     visit_loss(decltype(MultiReductionLosses{} + WrappedLosses{}){}, index - SoftmaxLosses::size, visitor);
+}
+
+inline void derive_params(int loss, double* params) {
+    visit_loss(CompiledLosses{}, loss, [&]<class Loss>() { derive_params<Loss>(params); });
 }
 
 // Calls body.operator()<Loss>() with Loss, or with one that computes the same for these parameters alone, but faster.

@@ -43,6 +43,10 @@ struct RescaledOf {
     static constexpr int num_params = 7, num_sums = 2, num_early_sums = 1, num_kept = 2;
     static constexpr bool needs_max = true;
 
+    static void derive(double* params) {
+        visit_loss(LossesOfLogP{}, static_cast<int>(params[3]), [&]<class Loss>() { derive_params<Loss>(params + 4); });
+    }
+
     template <class T>
     struct State {
         T factor, max;      // f, and the largest logit

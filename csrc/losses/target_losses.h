@@ -3,6 +3,8 @@
 //
 // Everything is written through t: p^q = e^(qt) and 1 - p = -expm1(t). p^(q-1), which is infinite where p underflows,
 // never appears, so nothing has to be clamped.
+//
+// What follows from the parameters alone derive() adds to them.
 #pragma once
 
 #include <limits>
@@ -20,6 +22,14 @@ FL_HD T neg_p_log_p(T p, T t) {
     return math::select(p > T(0), -p * t, p);
 }
 
+// e^t and e^t - 1 of t <= 0.
+template <class T>
+struct Power {
+    T value, minus_1;
+
+    FL_HD explicit Power(T t) : value(math::exp_not_positive(t)), minus_1(math::expm1_of(t, value)) {}
+};
+
 // params: scale
 struct MAE {
     static constexpr const char* name = "mae";
@@ -27,7 +37,8 @@ struct MAE {
 
     template <class T>
     FL_HD static ValueSlope<T> eval(T t, const T* params) {
-        return {-params[0] * math::expm1(t), -params[0] * math::exp(t)};
+        const Power<T> p(t);
+        return {-params[0] * p.minus_1, -params[0] * p.value};
     }
 };
 
@@ -39,22 +50,29 @@ struct GCE {
     template <class T>
     FL_HD static ValueSlope<T> eval(T t, const T* params) {
         const T q = params[0];
-        return {-math::divide(math::expm1(q * t), q), -math::exp(q * t)};
+        const Power<T> p_to_q(q * t);
+        return {-math::divide(p_to_q.minus_1, q), -p_to_q.value};
     }
 };
 
-// params: a, q. ((a + 1)^q - (a + p)^q) / q, written as -(a + 1)^q expm1(q r) / q, r = log((a + p) / (a + 1)), because
-// the difference cancels as p -> 1.
+// params: a, q, and derived 1 / (a + 1), (a + 1)^q, (a + 1)^q / q. ((a + 1)^q - (a + p)^q) / q, written as
+// -(a + 1)^q expm1(q r) / q, r = log((a + p) / (a + 1)), because the difference cancels as p -> 1.
 struct AGCE {
     static constexpr const char* name = "agce";
     static constexpr int num_params = 2;
 
+    static void derive(double* params) {
+        const double top = params[0] + 1, power = std::pow(top, params[1]);
+        params[2] = 1 / top, params[3] = power, params[4] = power / params[1];
+    }
+
     template <class T>
     FL_HD static ValueSlope<T> eval(T t, const T* params) {
-        const T a = params[0], q = params[1], p = math::exp(t), top = a + T(1), log_top = math::log(top);
-        const T log_ratio = math::log_near_one(math::divide(a + p, top), math::divide(math::expm1(t), top));
-        const T value = -math::exp(q * log_top) * math::divide(math::expm1(q * log_ratio), q);
-        return {value, -p * math::exp((q - T(1)) * (log_top + log_ratio))};
+        const T a = params[0], q = params[1], of_top = params[2];
+        const Power<T> p(t);
+        const T log_ratio = math::log_near_one((a + p.value) * of_top, p.minus_1 * of_top);
+        const Power<T> ratio_to_q(q * log_ratio);
+        return {-params[4] * ratio_to_q.minus_1, -params[3] * ratio_to_q.value * math::divide(p.value, a + p.value)};
     }
 };
 
@@ -69,10 +87,11 @@ struct AUE {
         // An a so near to 1 that their difference is rounded away counts as the next number above 1.
         const T rounded = params[0] - T(1), least = T(std::numeric_limits<math::scalar_t<T>>::epsilon());
         const T gap = math::select(rounded < least, least, rounded), q = params[1];
-        const T miss = -math::expm1(t), rest = gap + miss;  // 1 - p, a - p
-        const T power = math::exp((q - T(1)) * math::log(rest));
-        const T log_of = math::log1p(miss / gap);
-        return {-rest * power * math::divide(math::expm1(-q * log_of), q), -math::exp(t) * power};
+        const Power<T> p(t);
+        const T rest = gap - p.minus_1;  // a - p
+        const T power = math::coarse_pow(rest, q - T(1));
+        const T above = -math::divide(p.minus_1, gap), log_of = math::log_near_one(T(1) + above, above);
+        return {-rest * power * math::divide(Power<T>(-q * log_of).minus_1, q), -p.value * power};
     }
 };
 
@@ -83,8 +102,8 @@ struct AE {
 
     template <class T>
     FL_HD static ValueSlope<T> eval(T t, const T* params) {
-        const T ratio = math::divide(math::exp(t), params[0]);
-        const T value = math::exp(-ratio);
+        const T ratio = math::divide(math::exp_not_positive(t), params[0]);
+        const T value = math::exp_not_positive(-ratio);
         return {value, -ratio * value};
     }
 };
@@ -115,38 +134,41 @@ struct SCE {
     }
 };
 
-// params: order. sum_{k=1..order} (1 - p)^k / k; the slope's geometric series sums to (1 - p)^order - 1.
+// params: order. sum_{k=1..order} (1 - p)^k / k; its slope is -p sum_{k<order} (1 - p)^k.
 struct TaylorCE {
     static constexpr const char* name = "taylor_ce";
     static constexpr int num_params = 1;
 
     template <class T>
     FL_HD static ValueSlope<T> eval(T t, const T* params) {
-        const T miss = -math::expm1(t);
-        T value = T(0);
-        for (int k = static_cast<int>(math::to_scalar(params[0])); k >= 1; --k)
-            value = miss * (value + math::divide(T(1), T(k)));
-        const T p = math::exp(t), at_most_1 = math::select(p > T(1), T(1), p);  // by rounding it may be above
-        return {value, math::expm1(params[0] * math::log1p(-at_most_1))};
+        const Power<T> p(t);
+        T value = T(0), powers = T(0);
+        for (int k = static_cast<int>(math::to_scalar(params[0])); k >= 1; --k) {
+            value = -p.minus_1 * (value + math::divide(T(1), T(k)));
+            powers = T(1) - p.minus_1 * powers;
+        }
+        return {value, -p.value * powers};
     }
 };
 
-// params: tau. -log p where p > 1 / tau, below that its tangent, so that the slope in p never exceeds tau.
+// params: tau, and derived log tau. -log p where p > 1 / tau, below that its tangent, so that the slope in p never
+// exceeds tau.
 struct PHuberCE {
     static constexpr const char* name = "phuber_ce";
     static constexpr int num_params = 1;
 
+    static void derive(double* params) { params[1] = std::log(params[0]); }
+
     template <class T>
     FL_HD static ValueSlope<T> eval(T t, const T* params) {
-        const T tau = params[0], log_tau = math::log(tau);
-        const T tau_p = math::exp(t + log_tau);
+        const T log_tau = params[1], tau_p = params[0] * math::exp_not_positive(t);
         const auto linear = t <= -log_tau;
         return {math::select(linear, T(1) + log_tau - tau_p, -t), math::select(linear, -tau_p, T(-1))};
     }
 };
 
-// params: pi. Jensen-Shannon divergence of label and prediction with weights (pi, 1 - pi), divided by
-// H = -(1 - pi) log(1 - pi). With m = pi + (1 - pi) p it collapses to a function of p_y:
+// params: pi, and derived log(1 - pi), 1 / H, (1 - pi) / H. Jensen-Shannon divergence of label and prediction with
+// weights (pi, 1 - pi), divided by H = -(1 - pi) log(1 - pi). With m = pi + (1 - pi) p it collapses to a function of p_y:
 //   -m log m + (1 - pi) (p t - (1 - p) log(1 - pi)),
 // whose terms cancel where p is much larger than pi. There log m = t + log(m / p) leaves
 //   -m log(m / p) - pi t - (1 - pi) (1 - p) log(1 - pi).
@@ -154,19 +176,24 @@ struct JS {
     static constexpr const char* name = "js";
     static constexpr int num_params = 1;
 
+    static void derive(double* params) {
+        const double log_rest = std::log1p(-params[0]), of_slope = -1 / log_rest;
+        params[1] = log_rest, params[2] = of_slope / (1 - params[0]), params[3] = of_slope;
+    }
+
     template <class T>
     FL_HD static ValueSlope<T> eval(T t, const T* params) {
-        const T pi = params[0], rest = T(1) - pi, log_rest = math::log1p(-pi);
-        const T p = math::exp(t), p_minus_1 = math::expm1(t), p_log_p = -neg_p_log_p(p, t);
-        const T m = pi + rest * p;
-        const auto small = p < pi;
-        const T excess = -math::divide(pi * p_minus_1, math::select(small, T(1), p));  // m / p - 1
+        const T pi = params[0], rest = T(1) - pi, log_rest = params[1];
+        const Power<T> p(t);
+        const T p_log_p = -neg_p_log_p(p.value, t);
+        const T m = pi + rest * p.value;
+        const auto small = p.value < pi;
+        const T excess = -math::divide(pi * p.minus_1, math::select(small, T(1), p.value));  // m / p - 1
         const T log_of = math::log_near_one(math::select(small, m, T(1) + excess),
-                                            math::select(small, rest * p_minus_1, excess));  // m or m / p
-        const T h = -rest * log_rest;
-        const T value = math::select(small, rest * p_log_p, -pi * t) - m * log_of + rest * p_minus_1 * log_rest;
-        const T slope = p * (log_rest - log_of) + math::select(small, p_log_p, T(0));
-        return {math::divide(value, h), math::divide(rest * slope, h)};
+                                            math::select(small, rest * p.minus_1, excess));  // m or m / p
+        const T value = math::select(small, rest * p_log_p, -pi * t) - m * log_of + rest * p.minus_1 * log_rest;
+        const T slope = p.value * (log_rest - log_of) + math::select(small, p_log_p, T(0));
+        return {params[2] * value, params[3] * slope};
     }
 };
 
@@ -178,23 +205,27 @@ struct Focal {
 
     template <class T>
     FL_HD static ValueSlope<T> eval(T t, const T* params) {
-        const T gamma = params[0], miss = -math::expm1(t);
-        const T factor = math::pow(miss, gamma);
-        const T p_times_r = math::select(miss > T(0), math::divide(neg_p_log_p(math::exp(t), t), miss), T(1));
+        const T gamma = params[0];
+        const Power<T> p(t);
+        const T miss = -p.minus_1, power = math::exp_not_positive(gamma * math::log_near_one(miss, -p.value));
+        const T factor = math::select(gamma == T(0), T(1), power);
+        const T p_times_r = math::select(miss > T(0), math::divide(neg_p_log_p(p.value, t), miss), T(1));
         return {math::select(miss > T(0), -factor * t, T(0) * t), -factor * (T(1) + gamma * p_times_r)};
     }
 };
 
-// params: a. log((1 + a) / (p + a)).
+// params: a, and derived 1 / (1 + a). log((1 + a) / (p + a)).
 struct BoundedCE {
     static constexpr const char* name = "bounded_ce";
     static constexpr int num_params = 1;
 
+    static void derive(double* params) { params[1] = 1 / (1 + params[0]); }
+
     template <class T>
     FL_HD static ValueSlope<T> eval(T t, const T* params) {
-        const T a = params[0], p = math::exp(t), top = T(1) + a;
-        const T log_ratio = math::log_near_one(math::divide(p + a, top), math::divide(math::expm1(t), top));
-        return {-log_ratio, -math::divide(p, p + a)};
+        const T a = params[0], of_top = params[1];
+        const Power<T> p(t);
+        return {-math::log_near_one((p.value + a) * of_top, p.minus_1 * of_top), -math::divide(p.value, p.value + a)};
     }
 };
 
@@ -210,34 +241,42 @@ struct Poly {
     }
 };
 
-// params: q < 1, tau. GCE where p > p0 = tau^(-1 / (1 - q)), below that its tangent: the slope in p stays below tau.
-// With t0 = log p0, tau p0 = e^(q t0).
+// params: q < 1, tau, and derived t0, intercept. GCE where p > p0 = tau^(-1 / (1 - q)), below that its tangent,
+// intercept - tau p: the slope in p stays below tau. With t0 = log p0, tau p0 = e^(q t0).
 struct PHuberGCE {
     static constexpr const char* name = "phuber_gce";
     static constexpr int num_params = 2;
 
+    static void derive(double* params) {
+        params[2] = -std::log(params[1]) / (1 - params[0]);
+        const ValueSlope<double> at_p0 = GCE::eval(params[2], params);
+        params[3] = at_p0.value - at_p0.slope;
+    }
+
     template <class T>
     FL_HD static ValueSlope<T> eval(T t, const T* params) {
-        const T q = params[0], log_tau = math::log(params[1]), t0 = -math::divide(log_tau, T(1) - q);
-        const ValueSlope<T> gce = GCE::eval(t, params), at_p0 = GCE::eval(t0, params);
-        const T tau_p = math::exp(t + log_tau);
-        const auto linear = t <= t0;
-        return {math::select(linear, at_p0.value - at_p0.slope - tau_p, gce.value),
-                math::select(linear, -tau_p, gce.slope)};
+        const ValueSlope<T> gce = GCE::eval(t, params);
+        const T tau_p = params[1] * math::exp_not_positive(t);
+        const auto linear = t <= params[2];
+        return {math::select(linear, params[3] - tau_p, gce.value), math::select(linear, -tau_p, gce.slope)};
     }
 };
 
-// params: q, k. GCE where p > k, below that its value at k, without a gradient.
+// params: q, k, and derived log k, value there. GCE where p > k, below that its value at k, without a gradient.
 struct TruncatedGCE {
     static constexpr const char* name = "truncated_gce";
     static constexpr int num_params = 2;
 
+    static void derive(double* params) {
+        params[2] = std::log(params[1]);
+        params[3] = GCE::eval(params[2], params).value;
+    }
+
     template <class T>
     FL_HD static ValueSlope<T> eval(T t, const T* params) {
-        const T t_k = math::log(params[1]);
-        const ValueSlope<T> gce = GCE::eval(t, params), at_k = GCE::eval(t_k, params);
-        const auto truncated = t <= t_k;
-        return {math::select(truncated, at_k.value, gce.value), math::select(truncated, T(0), gce.slope)};
+        const ValueSlope<T> gce = GCE::eval(t, params);
+        const auto truncated = t <= params[2];
+        return {math::select(truncated, params[3], gce.value), math::select(truncated, T(0), gce.slope)};
     }
 };
 

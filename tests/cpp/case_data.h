@@ -79,6 +79,7 @@ public:
         p.reduction = mixes ? Reduction::kSum : Reduction(random.below(4));  // the kernels deliver the same for each
         // As the operators hand them on: kernels that compute in floats get numbers that are rounded to floats.
         std::transform(loss_params.begin(), loss_params.end(), p.params, [](double x) { return double(A(x)); });
+        derive_params(p.loss, p.params);
         choose_class_factors();
         p.logits = logits.data() + logits.layout.begin;
         set_strides(layout_of(s.kind, s.outer, s.inner, s.classes), p.logits_stride, p.logits_class_stride);

@@ -67,6 +67,7 @@ void test_accuracy(const AccuracyCase& of, const Shape& shape) {
     p.dtype = Precision<Stored>::dtype, p.reduction = Reduction::kNone, p.inner = rows, p.num_classes = classes;
     p.loss = index_of(AllLosses{}, of.loss);
     std::copy(naive.params[0].begin(), naive.params[0].end(), p.params);
+    derive_params(p.loss, p.params);
     p.logits = logits.data(), p.grad = grad.data(), p.target = target.data(), p.row_values = values.data();
     p.logits_class_stride = p.grad_class_stride = logits.layout.cls;
     p.logits_stride = p.grad_stride = logits.layout.row, p.target_stride = {0, 1};

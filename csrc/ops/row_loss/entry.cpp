@@ -113,6 +113,7 @@ private:
         problem.reduction = constants.reduction;
         // Rounded here, so that choices that depend on a parameter see the number that kernels compute with.
         for (int i = 0; i < constants.num_params; ++i) problem.params[i] = rounded(constants.params[i]);
+        derive_params(problem.loss, problem.params);
         problem.class_factors = class_factors_of(problem.loss, problem.params, shape.soft_target);
         problem.stats_count = stats_count_of(problem.loss, problem.class_factors);
         problem.ignore_index = constants.ignore_index;
