@@ -337,6 +337,16 @@ FL_HD T log1p(T x) {
 #endif
 }
 
+// log of a sum of exponentials, of which one at least is hardly below 1: the error that matters is that in sums near 1,
+// which is no larger than the sum's own rounding. kCoarse: logits and gradient are numbers of 16 bits.
+template <bool kCoarse, class T>
+FL_HD T log_of_sum(T x) {
+#ifdef FL_ON_DEVICE
+    if constexpr (kCoarse && sizeof(T) == 4) return log2_approximately(x) * 0.69314718f;
+#endif
+    return log(x);
+}
+
 // log(1 + x) / x, 1 at 0.
 // Max Error: 3 ulp. Valid Range: 0 <= x <= 1, NaN.
 template <class T>

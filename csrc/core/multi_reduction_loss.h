@@ -109,7 +109,7 @@ FL_HD AffineRow<T> normalized_by(T of_one, const NormalizedTerm<T>& of_target, T
 
 template <class T>
 FL_HD AffineRow<T> normalized(const NormalizedTerm<T>& of_target, T sum_n, T sum_w) {
-    return normalized_by(T(1) / sum_n, of_target, sum_w);
+    return normalized_by(math::divide(T(1), sum_n), of_target, sum_w);
 }
 
 template <class T, int n>
@@ -183,7 +183,7 @@ struct NormalizedLoss {
     FL_HD static void finalize(int pass, State<T>& s, const Sums<T, num_sums>& sums, const RowInputs<T>& row,
                                const T* params) {
         if (pass == 0) {
-            s.log_sum = math::log(sums.v[0]);
+            s.log_sum = math::log_of_sum<kCoarse>(sums.v[0]);
             return;
         }
         const T log_p = (row.target_logit - s.max) - s.log_sum, p = math::exp_not_positive(log_p);

@@ -7,6 +7,14 @@ namespace fused_losses {
 inline namespace FL_ISA {
 namespace math {
 
+// e^x and e^x - 1 of what exp_not_positive() takes.
+template <class T>
+struct Exponentials {
+    T value, minus_1;
+
+    FL_HD explicit Exponentials(T x) : value(exp_not_positive(x)), minus_1(expm1_of(x, value)) {}
+};
+
 // a^n. Max Error: n ulp. Valid Range: n >= 1, the same for all elements; no overflow or underflow on the way.
 template <class T>
 FL_HD T integer_power(T a, int n) {

@@ -11,15 +11,16 @@
 //     static constexpr const char* name;                            its stem in the Python registry
 //     static constexpr int num_params;                              how many entries of `params` it reads
 //     static constexpr ClassFactors class_factors(const double*)    the u_j, if eval reads sum_neg_log_p
-//     static void derive(double* params)                            if eval reads more than those: what follows from them
-//     template <class T> static AffineRow<T> eval(SoftmaxRow<T>, const T* params)
-//     what it asks of its arguments (losses/needs.h), where that is not the default
+//     static void derive(double* params)                            if eval reads more than those: what follows from
+//     them template <class T> static AffineRow<T> eval(SoftmaxRow<T>, const T* params) what it asks of its arguments
+//     (losses/needs.h), where that is not the default
 #pragma once
 
 #include <type_traits>
 
 #include "core/host_device.h"
 #include "core/math.h"
+#include "core/pow.h"
 #include "core/row_problem.h"
 #include "core/type_list.h"
 
@@ -55,7 +56,7 @@ enum SavedNumber { kSavedMax, kSavedAlpha, kSavedTargetGrad, kSavedGamma };
 // dL/dz_y. In a row that is nearly certain, alpha p_y and beta cancel: alpha (p_y - 1) is exact.
 template <class T>
 FL_HD T target_gradient(const AffineRow<T>& affine, T log_p, T target_u) {
-    return (affine.alpha + affine.beta + affine.gamma * target_u) + affine.alpha * math::expm1(log_p);
+    return (affine.alpha + affine.beta + affine.gamma * target_u) + affine.alpha * math::Exponentials<T>(log_p).minus_1;
 }
 
 template <class T>

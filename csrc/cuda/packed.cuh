@@ -137,14 +137,7 @@ public:
             return math::exp_not_positive(other.c - c);
     }
 
-    // The logarithm of a sum of exponentials, of which one at least is hardly below 1: its rounding is no smaller than
-    // the error near 1.
-    static FL_DEVICE A log(A sum) {
-        if constexpr (kAsPower)
-            return log2_approximately(sum) * kLn2;
-        else
-            return math::log(sum);
-    }
+    static FL_DEVICE A log(A sum) { return math::log_of_sum<kAsPower>(sum); }
 
 private:
     A scale, c;

@@ -19,7 +19,7 @@ struct EpsSoftmax {
 template <class T>
 FL_HD ValueSlope<T> log_eps_softmax(const SoftmaxRow<T>& row, const EpsSoftmax<T>& eps) {
     const T t = row.log_p, floor = T(-18.420680743952367);
-    const Power<T> p(t);
+    const math::Exponentials<T> p(t);
     const auto is_top = row.below_max >= T(0);
     const T of_top = math::log_near_one((p.value + eps.m) * eps.of_whole, p.minus_1 * eps.of_whole),
             other = t - eps.log_whole;

@@ -60,11 +60,12 @@ struct PowerLoss {
 
     template <class T>
     FL_HD static void finalize(int, State<T>& s, const Sums<T, 3>& sums, const RowInputs<T>& row, const T* params) {
-        const T q = Rule::exponent(params), log_sum = math::log(sums.v[0]), shift = -q * log_sum;
-        const T log_p = (row.target_logit - s.max) - log_sum, scale = math::exp(shift);
+        const T q = Rule::exponent(params), log_sum = math::log_of_sum<kCoarse>(sums.v[0]);
+        const T shift = -q * log_sum, scale = math::exp_not_positive(shift);
+        const T log_p = (row.target_logit - s.max) - log_sum;
         // 1 - p^q = (1 - e^shift) + e^shift (1 - f)
         const T misses = scale * sums.v[2] - row.num_classes * math::expm1_of(shift, scale);
-        const PowerRow<T> of{log_p, math::exp(q * log_p), scale * sums.v[1], misses, row.num_classes};
+        const PowerRow<T> of{log_p, math::exp_not_positive(q * log_p), scale * sums.v[1], misses, row.num_classes};
         const AffineRow<T> affine = Rule::eval(of, params);
         s.value = affine.value;
         s.alpha = affine.alpha * math::reciprocal(sums.v[0]);
@@ -153,8 +154,10 @@ struct AMSERule {
     // From p_y^2 and sum p_j^2. The target's term by itself: with a = 1 it is the square of what p_y misses.
     template <class T>
     FL_HD static AffineRow<T> of_squares(T log_p, T square, T sum, T num_classes, T a) {
-        const T two = T(2) / num_classes, a_p = a * math::exp(log_p), rest = (a - T(1)) - math::expm1(log_p);
-        return {(rest * rest + (sum - square)) / num_classes, two * (a_p - sum), -two * a_p, two};
+        const math::Exponentials<T> p(log_p);
+        const T of_class = math::divide(T(1), num_classes), two = T(2) * of_class;
+        const T a_p = a * p.value, rest = (a - T(1)) - p.minus_1;
+        return {(rest * rest + (sum - square)) * of_class, two * (a_p - sum), -two * a_p, two};
     }
 };
 

@@ -22,14 +22,6 @@ FL_HD T neg_p_log_p(T p, T t) {
     return math::select(p > T(0), -p * t, p);
 }
 
-// e^t and e^t - 1 of t <= 0.
-template <class T>
-struct Power {
-    T value, minus_1;
-
-    FL_HD explicit Power(T t) : value(math::exp_not_positive(t)), minus_1(math::expm1_of(t, value)) {}
-};
-
 // params: scale
 struct MAE {
     static constexpr const char* name = "mae";
@@ -37,7 +29,7 @@ struct MAE {
 
     template <class T>
     FL_HD static ValueSlope<T> eval(T t, const T* params) {
-        const Power<T> p(t);
+        const math::Exponentials<T> p(t);
         return {-params[0] * p.minus_1, -params[0] * p.value};
     }
 };
@@ -50,7 +42,7 @@ struct GCE {
     template <class T>
     FL_HD static ValueSlope<T> eval(T t, const T* params) {
         const T q = params[0];
-        const Power<T> p_to_q(q * t);
+        const math::Exponentials<T> p_to_q(q * t);
         return {-math::divide(p_to_q.minus_1, q), -p_to_q.value};
     }
 };
@@ -69,9 +61,9 @@ struct AGCE {
     template <class T>
     FL_HD static ValueSlope<T> eval(T t, const T* params) {
         const T a = params[0], q = params[1], of_top = params[2];
-        const Power<T> p(t);
+        const math::Exponentials<T> p(t);
         const T log_ratio = math::log_near_one((a + p.value) * of_top, p.minus_1 * of_top);
-        const Power<T> ratio_to_q(q * log_ratio);
+        const math::Exponentials<T> ratio_to_q(q * log_ratio);
         return {-params[4] * ratio_to_q.minus_1, -params[3] * ratio_to_q.value * math::divide(p.value, a + p.value)};
     }
 };
@@ -87,11 +79,11 @@ struct AUE {
         // An a so near to 1 that their difference is rounded away counts as the next number above 1.
         const T rounded = params[0] - T(1), least = T(std::numeric_limits<math::scalar_t<T>>::epsilon());
         const T gap = math::select(rounded < least, least, rounded), q = params[1];
-        const Power<T> p(t);
+        const math::Exponentials<T> p(t);
         const T rest = gap - p.minus_1;  // a - p
         const T power = math::coarse_pow(rest, q - T(1));
         const T above = -math::divide(p.minus_1, gap), log_of = math::log_near_one(T(1) + above, above);
-        return {-rest * power * math::divide(Power<T>(-q * log_of).minus_1, q), -p.value * power};
+        return {-rest * power * math::divide(math::Exponentials<T>(-q * log_of).minus_1, q), -p.value * power};
     }
 };
 
@@ -141,7 +133,7 @@ struct TaylorCE {
 
     template <class T>
     FL_HD static ValueSlope<T> eval(T t, const T* params) {
-        const Power<T> p(t);
+        const math::Exponentials<T> p(t);
         T value = T(0), powers = T(0);
         for (int k = static_cast<int>(math::to_scalar(params[0])); k >= 1; --k) {
             value = -p.minus_1 * (value + math::divide(T(1), T(k)));
@@ -168,7 +160,8 @@ struct PHuberCE {
 };
 
 // params: pi, and derived log(1 - pi), 1 / H, (1 - pi) / H. Jensen-Shannon divergence of label and prediction with
-// weights (pi, 1 - pi), divided by H = -(1 - pi) log(1 - pi). With m = pi + (1 - pi) p it collapses to a function of p_y:
+// weights (pi, 1 - pi), divided by H = -(1 - pi) log(1 - pi). With m = pi + (1 - pi) p it collapses to a function of
+// p_y:
 //   -m log m + (1 - pi) (p t - (1 - p) log(1 - pi)),
 // whose terms cancel where p is much larger than pi. There log m = t + log(m / p) leaves
 //   -m log(m / p) - pi t - (1 - pi) (1 - p) log(1 - pi).
@@ -184,7 +177,7 @@ struct JS {
     template <class T>
     FL_HD static ValueSlope<T> eval(T t, const T* params) {
         const T pi = params[0], rest = T(1) - pi, log_rest = params[1];
-        const Power<T> p(t);
+        const math::Exponentials<T> p(t);
         const T p_log_p = -neg_p_log_p(p.value, t);
         const T m = pi + rest * p.value;
         const auto small = p.value < pi;
@@ -206,7 +199,7 @@ struct Focal {
     template <class T>
     FL_HD static ValueSlope<T> eval(T t, const T* params) {
         const T gamma = params[0];
-        const Power<T> p(t);
+        const math::Exponentials<T> p(t);
         const T miss = -p.minus_1, power = math::exp_not_positive(gamma * math::log_near_one(miss, -p.value));
         const T factor = math::select(gamma == T(0), T(1), power);
         const T p_times_r = math::select(miss > T(0), math::divide(neg_p_log_p(p.value, t), miss), T(1));
@@ -224,7 +217,7 @@ struct BoundedCE {
     template <class T>
     FL_HD static ValueSlope<T> eval(T t, const T* params) {
         const T a = params[0], of_top = params[1];
-        const Power<T> p(t);
+        const math::Exponentials<T> p(t);
         return {-math::log_near_one((p.value + a) * of_top, p.minus_1 * of_top), -math::divide(p.value, p.value + a)};
     }
 };

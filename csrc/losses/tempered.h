@@ -118,7 +118,7 @@ struct BiTemperedOf {
     template <class T>
     FL_HD static T log_t(T log_x, T excess) {
         if (math::to_scalar(excess) == math::scalar_t<T>(0)) return log_x;
-        return math::expm1(excess * log_x) / excess;
+        return math::divide(math::expm1(excess * log_x), excess);
     }
 
     // b = exp_t2(x)^(t2-1) for whole n, x <= 0: 0 at -inf.
@@ -289,7 +289,7 @@ private:
     FL_HD static void finish(State<T>& s, const Sums<T, 4>& sums, const RowInputs<T>& row, const T* params) {
         const Excess<T> t = excess(params);
         const T power = T(1) + t.of_log, x = (row.target_logit - s.max) - s.root;
-        s.ratio = sums.v[2] / sums.v[1];
+        s.ratio = math::divide(sums.v[2], sums.v[1]);
         if constexpr (kDefaults) {  // labels 1 and 0; log_t1 p = (b - 1) / of_log = x b
             const T b = quotient(x, t.of_exp), log_t_p = math::select(b == T(0), T(-1) / t.of_log, x * b);
             s.value = (sums.v[0] - T(1)) * (T(1) / power) - log_t_p;
