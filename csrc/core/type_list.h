@@ -29,10 +29,10 @@ FL_HD auto visit_between(unsigned index, Visitor& visitor) {
     }
 }
 
-// What visitor.operator()<Loss>() returns for the loss at `index`, which must be one of the list's.
-template <class... Losses, class Visitor>
+// What visitor.operator()<Loss>() returns for the loss at `index`, which must be one of the list's, `first` or later.
+template <std::size_t first = 0, class... Losses, class Visitor>
 FL_HD auto visit_known_loss(TypeList<Losses...>, int index, Visitor&& visitor) {
-    return visit_between<std::tuple<Losses...>, 0, sizeof...(Losses)>(static_cast<unsigned>(index), visitor);
+    return visit_between<std::tuple<Losses...>, first, sizeof...(Losses)>(static_cast<unsigned>(index), visitor);
 }
 
 // Calls visitor.operator()<Loss>() for the loss at `index`, if there is one.

@@ -270,7 +270,7 @@ private:
         const auto add = [&](int cls, float& share) {
             const float z = to_acc(place.logits()[cls]);
             const SoftmaxRow<float> softmax = end.template softmax_of<true>(z, exponential.distance(z), log_sum, state);
-            const AffineRow<float> of = evaluate_any<kKind>(p.loss, params, softmax);
+            const AffineRow<float> of = evaluate_other<kKind>(p.loss, params, softmax);
             sums[0] += share * of.value, sums[1] += share * of.alpha, sums[2] += share * of.gamma;
             share *= of.beta;
         };

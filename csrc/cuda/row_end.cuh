@@ -36,18 +36,19 @@ struct LossParams {
     }
 };
 
-// The loss is a uniform branch, once a row: kernels are compiled once per dtype, not once per loss. Not inlined: powers
+// Of other losses than cross entropy. The loss is a uniform branch, once a row: kernels are compiled once per dtype, not once per loss. Not inlined: powers
 // and logarithms would take the registers that hold a row. The parameters come by value: so the compiler knows them for
 // arguments of the kernel, which need no instruction to be loaded. Without u_j: of a row of weight 1.
 template <KernelKind kKind, class A>
-__device__ __noinline__ auto evaluate_any(int loss, LossParams<A> params, SoftmaxRow<A> row) {
+__device__ __noinline__ auto evaluate_other(int loss, LossParams<A> params, SoftmaxRow<A> row) {
+    constexpr int first = kCrossEntropy + 1;
     if constexpr (kKind == KernelKind::kNoFactors) {
-        return visit_known_loss(LossesWithoutFactors{}, loss, [&]<class Loss>() {
+        return visit_known_loss<first>(LossesWithoutFactors{}, loss, [&]<class Loss>() {
             const AffineRow<A> affine = Loss::eval(row, params.of);
             return ValueSlope<A>{affine.value, affine.beta};
         });
     } else {
-        return visit_known_loss(SoftmaxLosses{}, loss, [&]<class Loss>() { return Loss::eval(row, params.of); });
+        return visit_known_loss<first>(SoftmaxLosses{}, loss, [&]<class Loss>() { return Loss::eval(row, params.of); });
     }
 }
 
@@ -57,12 +58,12 @@ FL_DEVICE AffineRow<A> evaluate(const RowProblem& p, const A* params, SoftmaxRow
         const A weight = row.class_weight;
         if (p.loss == kCrossEntropy) return affine_of(PlainCrossEntropy::eval(row.log_p, params), weight);
         row.class_weight = A(1);
-        return affine_of(evaluate_any<kKind>(p.loss, LossParams<A>(params), row), weight);
+        return affine_of(evaluate_other<kKind>(p.loss, LossParams<A>(params), row), weight);
     } else {
         if (p.class_factors == ClassFactors::kSoftTarget) return SoftCrossEntropy::eval(row, params);
         if (p.loss == kCrossEntropy) return CrossEntropy::eval(row, params);
         if (p.first_param) params = as<A>(p.first_param);  // a parameter on the device is the only one of its loss
-        return evaluate_any<kKind>(p.loss, LossParams<A>(params), row);
+        return evaluate_other<kKind>(p.loss, LossParams<A>(params), row);
     }
 }
 
@@ -124,7 +125,7 @@ struct RowEnd {
         softmax.sum_neg_log_p = kSumsU ? state.sum_u * log_sum - state.centred : A(0);
         softmax.sum_u = kSumsU ? state.sum_u : A(0);
         softmax.class_weight = A(1);
-        softmax.num_classes = A(args.problem.num_classes);
+        softmax.num_classes = kSumsU ? A(args.problem.num_classes) : A(1);
         softmax.below_max = logit - state.max;
         return softmax;
     }

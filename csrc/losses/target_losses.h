@@ -34,16 +34,23 @@ struct MAE {
     }
 };
 
-// params: q. (1 - p^q) / q.
+// (1 - p^q) / q
+template <class T>
+FL_HD ValueSlope<T> gce_of(T t, T q, T of_q) {
+    const math::Exponentials<T> p_to_q(q * t);
+    return {-p_to_q.minus_1 * of_q, -p_to_q.value};
+}
+
+// params: q, and derived 1 / q.
 struct GCE {
     static constexpr const char* name = "gce";
     static constexpr int num_params = 1;
 
+    static void derive(double* params) { params[1] = 1 / params[0]; }
+
     template <class T>
     FL_HD static ValueSlope<T> eval(T t, const T* params) {
-        const T q = params[0];
-        const math::Exponentials<T> p_to_q(q * t);
-        return {-math::divide(p_to_q.minus_1, q), -p_to_q.value};
+        return gce_of(t, params[0], params[1]);
     }
 };
 
@@ -111,18 +118,20 @@ struct RCE {
     }
 };
 
-// params: alpha, beta, A. alpha CE + beta RCE.
+// params: alpha, beta, A, and derived beta A. alpha CE + beta RCE.
 struct SCE {
     static constexpr const char* name = "sce";
     static constexpr int num_params = 3;
 
+    static void derive(double* params) { params[3] = params[1] * params[2]; }
+
     template <class T>
     FL_HD static ValueSlope<T> eval(T t, const T* params) {
-        const T alpha = params[0], beta = params[1];
-        const ValueSlope<T> rce = RCE::eval(t, params + 2);
+        const T alpha = params[0];
+        const ValueSlope<T> rce = RCE::eval(t, params + 3);
         // alpha = 0 must stay 0 where t = -inf
         const T ce = math::select(alpha == T(0), T(0), -alpha * t);
-        return {ce + beta * rce.value, -alpha + beta * rce.slope};
+        return {ce + rce.value, -alpha + rce.slope};
     }
 };
 
@@ -159,9 +168,9 @@ struct PHuberCE {
     }
 };
 
-// params: pi, and derived log(1 - pi), 1 / H, (1 - pi) / H. Jensen-Shannon divergence of label and prediction with
-// weights (pi, 1 - pi), divided by H = -(1 - pi) log(1 - pi). With m = pi + (1 - pi) p it collapses to a function of
-// p_y:
+// params: pi, and derived 1 - pi, log(1 - pi), 1 / H, (1 - pi) / H. Jensen-Shannon divergence of label and prediction
+// with weights (pi, 1 - pi), divided by H = -(1 - pi) log(1 - pi). With m = pi + (1 - pi) p it collapses to a function
+// of p_y:
 //   -m log m + (1 - pi) (p t - (1 - p) log(1 - pi)),
 // whose terms cancel where p is much larger than pi. There log m = t + log(m / p) leaves
 //   -m log(m / p) - pi t - (1 - pi) (1 - p) log(1 - pi).
@@ -170,13 +179,13 @@ struct JS {
     static constexpr int num_params = 1;
 
     static void derive(double* params) {
-        const double log_rest = std::log1p(-params[0]), of_slope = -1 / log_rest;
-        params[1] = log_rest, params[2] = of_slope / (1 - params[0]), params[3] = of_slope;
+        const double rest = 1 - params[0], log_rest = std::log1p(-params[0]);
+        params[1] = rest, params[2] = log_rest, params[3] = -1 / (rest * log_rest), params[4] = -1 / log_rest;
     }
 
     template <class T>
     FL_HD static ValueSlope<T> eval(T t, const T* params) {
-        const T pi = params[0], rest = T(1) - pi, log_rest = params[1];
+        const T pi = params[0], rest = params[1], log_rest = params[2];
         const math::Exponentials<T> p(t);
         const T p_log_p = -neg_p_log_p(p.value, t);
         const T m = pi + rest * p.value;
@@ -184,9 +193,9 @@ struct JS {
         const T excess = -math::divide(pi * p.minus_1, math::select(small, T(1), p.value));  // m / p - 1
         const T log_of = math::log_near_one(math::select(small, m, T(1) + excess),
                                             math::select(small, rest * p.minus_1, excess));  // m or m / p
-        const T value = math::select(small, rest * p_log_p, -pi * t) - m * log_of + rest * p.minus_1 * log_rest;
+        const T value = math::select(small, rest * p_log_p, -pi * t) - m * log_of;
         const T slope = p.value * (log_rest - log_of) + math::select(small, p_log_p, T(0));
-        return {params[2] * value, params[3] * slope};
+        return {params[3] * value - p.minus_1, params[4] * slope};
     }
 };
 
@@ -234,40 +243,40 @@ struct Poly {
     }
 };
 
-// params: q < 1, tau, and derived t0, intercept. GCE where p > p0 = tau^(-1 / (1 - q)), below that its tangent,
+// params: q < 1, tau, and derived t0, intercept, 1 / q. GCE where p > p0 = tau^(-1 / (1 - q)), below that its tangent,
 // intercept - tau p: the slope in p stays below tau. With t0 = log p0, tau p0 = e^(q t0).
 struct PHuberGCE {
     static constexpr const char* name = "phuber_gce";
     static constexpr int num_params = 2;
 
     static void derive(double* params) {
-        params[2] = -std::log(params[1]) / (1 - params[0]);
-        const ValueSlope<double> at_p0 = GCE::eval(params[2], params);
+        params[2] = -std::log(params[1]) / (1 - params[0]), params[4] = 1 / params[0];
+        const ValueSlope<double> at_p0 = gce_of(params[2], params[0], params[4]);
         params[3] = at_p0.value - at_p0.slope;
     }
 
     template <class T>
     FL_HD static ValueSlope<T> eval(T t, const T* params) {
-        const ValueSlope<T> gce = GCE::eval(t, params);
+        const ValueSlope<T> gce = gce_of(t, params[0], params[4]);
         const T tau_p = params[1] * math::exp_not_positive(t);
         const auto linear = t <= params[2];
         return {math::select(linear, params[3] - tau_p, gce.value), math::select(linear, -tau_p, gce.slope)};
     }
 };
 
-// params: q, k, and derived log k, value there. GCE where p > k, below that its value at k, without a gradient.
+// params: q, k, and derived log k, value there, 1 / q. GCE where p > k, below that its value at k, without a gradient.
 struct TruncatedGCE {
     static constexpr const char* name = "truncated_gce";
     static constexpr int num_params = 2;
 
     static void derive(double* params) {
-        params[2] = std::log(params[1]);
-        params[3] = GCE::eval(params[2], params).value;
+        params[2] = std::log(params[1]), params[4] = 1 / params[0];
+        params[3] = gce_of(params[2], params[0], params[4]).value;
     }
 
     template <class T>
     FL_HD static ValueSlope<T> eval(T t, const T* params) {
-        const ValueSlope<T> gce = GCE::eval(t, params);
+        const ValueSlope<T> gce = gce_of(t, params[0], params[4]);
         const auto truncated = t <= params[2];
         return {math::select(truncated, params[3], gce.value), math::select(truncated, T(0), gce.slope)};
     }
