@@ -147,6 +147,9 @@ class RunningMoments(HasProcessGroup):
             return Source(group=self.process_group, update=self._update)
         return Source(update=self._or_batch) if known else Source()
 
+    def _shown(self) -> dict[str, Any]:
+        return self._unusual(running=False, momentum=0.1)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         saved = state_dict.get(prefix + "running_moments") if self.running else None
         if saved is not None:

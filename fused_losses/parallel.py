@@ -120,9 +120,8 @@ class ClassParallel(HasProcessGroup):
         """What a call communicates, as far as it may bring news."""
         return [Exchange.over(self.process_group, ROWS)]
 
-    def extra_repr(self) -> str:
-        """Which classes."""
-        return f"first_class={self.first_class}, num_classes={self.num_classes}"
+    def _shown(self) -> dict[str, Any]:
+        return {"first_class": self.first_class, "num_classes": self.num_classes}
 
 
 def _arguments(

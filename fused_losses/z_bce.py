@@ -233,5 +233,5 @@ class ZErrorBCEWithLogitsLoss(ZErrorModule):
             )
 
     def _shown(self) -> dict[str, Any]:
-        judge = {"space": self.space, "sided": self.sided}
-        return {**super()._shown(), **judge, **self._unusual(min_count=2, small_class="keep", pos_weight=None)}
+        own = {"threshold": self.threshold, "space": self.space, "sided": self.sided}
+        return {**own, **self._unusual(min_count=2, small_class="keep", pos_weight=None), **super()._shown()}

@@ -393,7 +393,7 @@ class ZErrorCrossEntropyLoss(ZErrorModule):
             )
 
     def _shown(self) -> dict[str, Any]:
-        base = self.base if isinstance(self.base, str) else type(self.base).__name__
-        judge = {"statistic": self.statistic, "base": base, "sided": self.sided}
+        base = {"base": self.base} if isinstance(self.base, str) else {}  # torch shows a Module inside by itself
+        own = {"threshold": self.threshold, "statistic": self.statistic, **base, "sided": self.sided}
         options = self._unusual(min_count=2, small_class="keep", weight=None, ignore_index=-100, logit_bias=0.0)
-        return {**super()._shown(), **judge, **options}
+        return {**own, **options, **super()._shown()}
