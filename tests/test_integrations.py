@@ -99,6 +99,21 @@ def test_huggingface_layouts() -> None:
         compute_loss(fl.GCELoss(), causal="no")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("kind", [dict, TokenOutput, SomeCausalLMOutputWithPast, tuple, list])
+@pytest.mark.parametrize("grad", [True, False])
+def test_huggingface_compiles_as_a_whole(kind: type, grad: bool) -> None:
+    logits, labels = rows(4) if kind in (tuple, list) else rows(3, 8)
+    function = compute_loss(fl.GCELoss())
+
+    def step(logits: Tensor, labels: Tensor) -> Tensor:
+        return function(kind(logits=logits) if issubclass(kind, dict) else kind([logits]), labels)
+
+    torch.compiler.reset()  # every case compiles the same code
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    with torch.set_grad_enabled(grad):
+        assert torch.equal(compiled(logits.requires_grad_(), labels), step(logits, labels))
+
+
 def test_huggingface_evaluates_in_eval_mode() -> None:
     modes = []
 
