@@ -160,8 +160,8 @@ class ZErrorBCEWithLogitsLoss(ZErrorModule):
             eval mode they stay as they are; before any training batch, an eval call uses its own batch.
         momentum: how fast earlier batches fade, in [0, 1]: their weight is multiplied by ``1 - momentum`` with every
             batch. 0.1 remembers about 10 batches, 0 all of them.
-        num_tasks: T. It gives running statistics their shape from the start, which copies (``AveragedModel``),
-            distributed checkpoints and a compiled first call in training mode under ``torch.inference_mode`` need.
+        num_tasks: T. It gives running statistics their shape from the start: for copies (``AveragedModel``), replicas
+            (``DataParallel``), ``functional_call``, distributed checkpoints and compiled first calls in inference mode.
 
     Returns:
         Called with ``(logits, target, sample_weight=None, *, return_mask=False)``: the loss, or

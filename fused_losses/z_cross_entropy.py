@@ -241,8 +241,8 @@ class ZErrorCrossEntropyLoss(ZErrorModule):
             eval call uses its own batch.
         momentum: how fast earlier batches fade, in [0, 1]: a class's earlier weight is multiplied by ``1 - momentum``
             with every batch that has the class. 0.1 remembers about 10 such batches, 0 all of them.
-        num_classes: C. It gives running statistics their shape from the start, which copies (``AveragedModel``),
-            distributed checkpoints and a compiled first call in training mode under ``torch.inference_mode`` need.
+        num_classes: C. It gives running statistics their shape from the start: for copies (``AveragedModel``), replicas
+            (``DataParallel``), ``functional_call``, distributed checkpoints and compiled first calls in inference mode.
 
     Returns:
         Called with ``(logits, target, sample_weight=None, *, return_mask=False)``: the loss, or
