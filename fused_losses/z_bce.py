@@ -90,7 +90,8 @@ def _z_error_bce_with_logits(ops: ZOps) -> Callable[..., Any]:
             sided: ``"two"`` as the paper's code, or ``"lower"``: drop only rows whose own label looks unlikely, which
                 are low logits of label 1 and high logits of label 0.
             min_count: labels with fewer rows have no statistics, an integer >= 1; below 2 rows there are never any.
-            small_class: what happens to rows of such labels: ``"keep"``, or ``"drop"`` as in the paper's code.
+            small_class: what happens to rows of such labels, whatever the threshold: ``"keep"``, or ``"drop"`` as in
+                the paper's code.
             pos_weight: factor on the loss of label 1, a tensor with one number or one per task, as in ``torch``.
             reduction: ``"none"`` (0 for dropped rows), ``"sum"``, or ``"mean"``: the sum of the weighted losses divided
                 by the sum of the weights of the kept rows, or 0 with gradient 0 where that is 0.

@@ -168,8 +168,8 @@ def _z_error_cross_entropy(ops: ZOps) -> Callable[..., Any]:
             sided: ``"two"`` as the paper's code, or ``"lower"``: drop only rows whose own class looks unlikely, which
                 are those with a low logit, a low probability or a high loss.
             min_count: classes with fewer rows have no statistics, an integer >= 1; below 2 rows there are never any.
-            small_class: what happens to rows of such classes: ``"keep"``, or ``"drop"`` as in the paper's code, which
-                at 1000 classes and 256 rows drops 78 % of a batch.
+            small_class: what happens to rows of such classes, whatever the threshold: ``"keep"``, or ``"drop"`` as in
+                the paper's code, which at 1000 classes and 256 rows drops 78 % of a batch.
             weight: class weights ``(C,)``: a row's loss is multiplied by ``weight[target]``.
             ignore_index: rows with this target have loss and gradient 0 and count nowhere.
             reduction: ``"none"`` (0 for dropped rows), ``"sum"``, or ``"mean"``: the sum of the weighted losses divided
