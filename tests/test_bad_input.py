@@ -139,6 +139,15 @@ def test_keywords_of_other_implementations_are_explained(keyword, hint, problem)
             call(**{keyword: 1})
 
 
+def test_what_z_error_losses_judge_by_has_two_names():
+    assert fl.ZErrorBCEWithLogitsLoss(space="prob") and fl.ZErrorCrossEntropyLoss(statistic="prob")
+    with pytest.raises(TypeError, match=r"keyword argument 'statistic'; the Z-Error losses .* as space$"):
+        fl.ZErrorBCEWithLogitsLoss(statistic="prob")
+    for kind in (fl.ZErrorCrossEntropyLoss, fl.ZMSELoss):
+        with pytest.raises(TypeError, match=r"keyword argument 'space'; the other Z-Error losses call it statistic$"):
+            kind(space="prob")
+
+
 @pytest.mark.parametrize("kind", [fl.ZErrorBCEWithLogitsLoss, fl.ZMSELoss])
 @pytest.mark.parametrize(
     ("keyword", "hint"), [("weight", "sample_weight, in the call"), ("ignore_index", "a missing label is NaN")]
