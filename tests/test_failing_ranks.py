@@ -13,7 +13,7 @@ import torch.distributed as dist
 from gloo_group import gloo_group, run_ranks
 
 import fused_losses as fl
-from fused_losses import _chunks, _ops, _shard_formula, _shard_margin, _shards
+from fused_losses import _agreement, _chunks, _ops, _shard_formula, _shard_margin, _shards
 from fused_losses.functional import linear_loss, z_error_cross_entropy
 
 pytestmark = [
@@ -197,6 +197,7 @@ def worker(rank: int, world_size: int, folder: str) -> None:
         for name in BETWEEN:
             turn += 1
             check_between(rank, turn % world_size, name)
+        assert not _agreement._open.agreements
         Path(folder, f"done{rank}").touch()
 
 
