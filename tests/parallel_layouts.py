@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parallel_problem import CLASSES, CLOSE, ROWS, bounds, problem
+import torch.distributed as dist
+from parallel_problem import CLASSES, CLOSE, ROWS, Count, bounds, problem
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
 
 import fused_losses as fl
-from fused_losses.parallel import ClassParallel
+from fused_losses import _agreement
+from fused_losses.functional import linear_loss
+from fused_losses.parallel import ClassParallel, sum_gradient
 
 
 def check_order(rank, world_size):
@@ -26,6 +29,18 @@ def check_order(rank, world_size):
         expected.backward()
         found.backward()
         torch.testing.assert_close(part.grad, whole.grad[:, first:end], **CLOSE)
+
+
+def check_chunks(rank, world_size):
+    """One collective about the call, and one for each chunk: ranks know from the start how long its message is."""
+    first, end = bounds(rank, world_size)
+    x, w, _, _, _ = problem()
+    sharded = ClassParallel(fl.GCELoss(), None, first, CLASSES)
+    sharded.shard(end - first)
+    _agreement._known.clear()
+    with Count() as sent:
+        linear_loss(x, w[first:end], torch.arange(ROWS) % CLASSES, sharded, chunk_bytes=1)
+    assert sent.calls == 1 + ROWS
 
 
 def check_no_classes(rank, world_size):
@@ -87,3 +102,48 @@ def check_one_row(rank, world_size):
     images = distribute_tensor(torch.zeros(2, CLASSES, 4), mesh, [Shard(2)])
     with pytest.raises(ValueError, match=r"logits must be Shard\(0\), Shard\(1\) or Replicate"):
         fl.GCELoss()(images, torch.zeros(2, 4, dtype=torch.int64))
+
+
+def check_groups(rank, world_size):
+    """Ranks of other groups have other rows, other losses and errors of their own."""
+    own = [dist.new_group([each]) for each in range(world_size)][rank]
+    x, w, b, target, samples = (t[rank:] if len(t) == ROWS else t for t in problem())  # rank rows less
+    x.requires_grad_()
+    logits, loss = F.linear(x, w, b), fl.NFLLoss(gamma=0.5 + rank)
+    scores = logits.detach()
+    for found, expected in (
+        (ClassParallel(loss, own, 0, CLASSES)(logits, target, samples), loss(logits, target, samples)),
+        (linear_loss(x, w, target, ClassParallel(loss, own, 0, CLASSES), linear_bias=b), loss(logits, target)),
+        (ClassParallel(fl.HEMLoss(), own, 0, CLASSES)(logits, target), fl.HEMLoss()(logits, target)),
+        (fl.GlobalMean(loss, own)(logits, target, samples), loss(logits, target, samples)),
+        (
+            fl.ZErrorCrossEntropyLoss(1.0, process_group=own)(logits, target),
+            fl.ZErrorCrossEntropyLoss(1.0)(logits, target),
+        ),
+        (fl.SmallLoss("gce", 0.5, process_group=own)(logits, target), fl.SmallLoss("gce", 0.5)(logits, target)),
+        (fl.Antidote("gce", 0.5, process_group=own)(logits, target), fl.Antidote("gce", 0.5)(logits, target)),
+    ):
+        torch.testing.assert_close(found, expected, **CLOSE)
+    (grad,) = torch.autograd.grad(sum_gradient(x, own).sum(), x)
+    assert torch.equal(grad, torch.ones_like(x))
+    statistics = fl.class_statistics(scores, target, CLASSES)
+    assert torch.equal(statistics.all_reduce(own).count, statistics.count)
+    tracker = fl.OutlierTracker(ROWS + rank)
+    tracker.update(torch.arange(3), prob=torch.full((3,), 0.5))
+    assert torch.equal(tracker.all_reduce(own).times_seen, tracker.times_seen)
+    wrong = torch.full_like(target, CLASSES)
+    for each in (ClassParallel(loss, own, 0, CLASSES), fl.GlobalMean(loss, own)):
+        if rank == 0:
+            with pytest.raises(IndexError, match=rf"arget {CLASSES} is out of"):
+                each(logits, wrong)
+        each(logits, target)
+
+
+LAYOUTS = {
+    "order": check_order,
+    "chunks": check_chunks,
+    "no classes": check_no_classes,
+    "dtensor rows": check_dtensor_rows,
+    "one row": check_one_row,
+    "groups": check_groups,
+}

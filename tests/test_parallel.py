@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from gloo_group import gloo_group, run_ranks
 from parallel_errors import check_errors, check_one_bad_rank, check_one_bad_rank_of_a_mesh
-from parallel_layouts import check_dtensor_rows, check_no_classes, check_one_row, check_order
+from parallel_layouts import LAYOUTS
 from parallel_problem import CLASSES, CLOSE, FEATURES, ROWS, Count, bounds, problem, step
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -366,17 +366,14 @@ CHECKS = {
     "masked": check_masked,
     "margins of odd rows": check_margins_of_odd_rows,
     "errors": check_errors,
-    "no classes": check_no_classes,
-    "order": check_order,
     "one bad rank": check_one_bad_rank,
     "one bad rank of a mesh": check_one_bad_rank_of_a_mesh,
     "dtensor": check_dtensor,
-    "dtensor rows": check_dtensor_rows,
-    "one row": check_one_row,
     "head": check_tensor_parallel_head,
     "data": check_data_parallel,
     "second derivative": check_second_derivative,
     "mesh": check_two_dimensions,
+    **LAYOUTS,
 }
 
 
