@@ -131,6 +131,11 @@ def check_groups(rank, world_size):
     tracker = fl.OutlierTracker(ROWS + rank)
     tracker.update(torch.arange(3), prob=torch.full((3,), 0.5))
     assert torch.equal(tracker.all_reduce(own).times_seen, tracker.times_seen)
+    collector = fl.CutoffCollector()
+    collector.update(scores[:, 0], target == 0)
+    assert torch.equal(collector.all_reduce(own).logits, collector.logits)
+    for each in (fl.GlobalMean(loss, own), fl.ZErrorCrossEntropyLoss(1.0, process_group=own)):
+        torch.testing.assert_close(torch.compile(each, backend="eager")(scores, target), each(scores, target), **CLOSE)
     wrong = torch.full_like(target, CLASSES)
     for each in (ClassParallel(loss, own, 0, CLASSES), fl.GlobalMean(loss, own)):
         if rank == 0:
