@@ -136,6 +136,12 @@ def check_groups(rank, world_size):
     assert torch.equal(collector.all_reduce(own).logits, collector.logits)
     for each in (fl.GlobalMean(loss, own), fl.ZErrorCrossEntropyLoss(1.0, process_group=own)):
         torch.testing.assert_close(torch.compile(each, backend="eager")(scores, target), each(scores, target), **CLOSE)
+    running = fl.SmallLoss("gce", 0.5, running=True, process_group=own)
+    with pytest.raises(RuntimeError, match="rows of all ranks is not differentiable in sample_weight"):
+        running(logits, target, samples.requires_grad_())
+    assert not running.running_moments.any()  # it has learnt nothing from a call that raises
+    running.reduction = "sum"
+    assert torch.autograd.grad(running(logits, target, samples), samples)[0].any()
     wrong = torch.full_like(target, CLASSES)
     for each in (ClassParallel(loss, own, 0, CLASSES), fl.GlobalMean(loss, own)):
         if rank == 0:
