@@ -165,6 +165,14 @@ def test_worked_by_hand():
     torch.testing.assert_close(criterion.memory, torch.tensor([[0.4, 0.1]]))
 
 
+def test_eval_over_rows_and_their_samples():
+    logits, target, index = next(batches())
+    criterion = fl.ELRLoss(SAMPLES, CLASSES, reduction="none")
+    criterion(logits, target, index)
+    criterion.eval()
+    torch.testing.assert_close(torch.vmap(criterion)(logits, target, index), criterion(logits, target, index))
+
+
 def test_eval_reads_and_does_not_write():
     criterion = fl.ELRLoss(SAMPLES, CLASSES).eval()
     logits, target, index = next(batches())
