@@ -164,22 +164,28 @@ def gather(exchange: Exchange, call: str, numbers: Tensor, target: Tensor | None
         dist.all_gather(parts, numbers.contiguous(), group=exchange.group)
         return torch.stack(parts)
     size = numbers.numel() * numbers.element_size()
-    needed = _with_header(size)
-    known = _known_of(exchange.group)
-    length = exchange.length or known.lengths.get(exchange.gathers, _HEADER)
+    needed, lengths = _with_header(size), _known_of(exchange.group).lengths
+    expected = exchange.length or lengths.get(exchange.gathers, _HEADER)
     number = zlib.crc32(call.encode())
-    message = torch.empty(max(length, needed), dtype=torch.uint8, device=numbers.device)
-    message[_HEADER : _HEADER + size] = numbers.contiguous().view(-1).view(torch.uint8)
+    message = _message(max(expected, needed), number, target, numbers)
+    found = _take_part(exchange, message[:expected])
+    _check_alike(exchange, found[:, :_HEADER].view(torch.int64), number, call)
+    if needed > expected:
+        found = _take_part(exchange, message)
+    if not exchange.length and not needed <= expected <= _TOO_LONG * needed:
+        lengths[exchange.gathers] = needed  # is expected of the next call
+    return found[:, _HEADER : _HEADER + size].view(numbers.dtype).reshape(len(found), *numbers.shape)
+
+
+def _message(length: int, number: int, target: Tensor | None, numbers: Tensor) -> Tensor:
+    """So many bytes: the number of the call, one for the target, ``numbers``, and nothing in particular."""
+    message = torch.empty(length, dtype=torch.uint8, device=numbers.device)
     header = message[:_HEADER].view(torch.int64)
     header[0] = number
     header[1] = 0 if target is None else _checksum(target)
-    found = _take_part(exchange, message[:length])
-    _check_alike(exchange, found[:, :_HEADER].view(torch.int64), number, call)
-    if needed > length:
-        found = _take_part(exchange, message)
-    if not exchange.length and not needed <= length <= _TOO_LONG * needed:
-        known.lengths[exchange.gathers] = needed
-    return found[:, _HEADER : _HEADER + size].view(numbers.dtype).reshape(len(found), *numbers.shape)
+    content = numbers.contiguous().view(-1).view(torch.uint8)
+    message[_HEADER : _HEADER + len(content)] = content
+    return message
 
 
 def _take_part(exchange: Exchange, message: Tensor) -> Tensor:

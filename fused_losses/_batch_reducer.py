@@ -171,16 +171,8 @@ class BatchReducer(RunningMoments, RowsModule):
             dist.all_reduce(sums, op, group=self.process_group)
         return sums
 
-    def extra_repr(self) -> str:
-        """The parameters, then options that differ from their defaults."""
-        shown = self._shown()
-        shown |= {} if self.reduction == "mean" else {"reduction": self.reduction}
-        shown |= {"running": True, "momentum": self.momentum} if self.running else {}
-        numbers = {name: value.item() if isinstance(value, Tensor) else value for name, value in shown.items()}
-        return ", ".join(f"{name}={value!r}" for name, value in numbers.items())
-
     def _shown(self) -> dict[str, Any]:
-        raise NotImplementedError
+        return {**self._unusual(reduction="mean"), **super()._shown()}
 
 
 def largest(holds: Callable[[Tensor], Tensor], start: int, digits: int, device: torch.device) -> Tensor:

@@ -79,8 +79,16 @@ class Criterion(nn.Module):
         else:
             setattr(self, name, value)
 
+    def extra_repr(self) -> str:
+        """The own parameters of the loss, then the options that differ from their defaults."""
+        return ", ".join(f"{name}={shown_value(value)}" for name, value in self._shown().items())
+
+    def _shown(self) -> dict[str, Any]:
+        """What ``repr`` shows."""
+        return {}
+
     def _unusual(self, **defaults: Any) -> dict[str, Any]:
-        """The attributes of these names that have other values, for ``repr``."""
+        """The attributes of these names that have other values."""
         values = {name: getattr(self, name) for name in defaults}
         return {name: x for name, x in values.items() if isinstance(x, Tensor) or x != defaults[name]}
 
@@ -224,15 +232,15 @@ class RowLossModule(Criterion):
         own = {name: getattr(self, name) for name in self.parameter_names}
         return {"weight": self.weight, "ignore_index": self.ignore_index, "logit_bias": bias, **own}
 
-    def extra_repr(self) -> str:
-        """Parameters, then the options that differ from their defaults."""
-        shown = {name: getattr(self, name) for name in self.parameter_names}
-        shown |= self._unusual(ignore_index=-100, reduction="mean", logit_bias=0.0, weight=None)
-        return ", ".join(f"{name}={shown_value(value)}" for name, value in shown.items())
+    def _shown(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in self.parameter_names}
+        reduction = LOSSES[self.stem].reduction(own)
+        return own | self._unusual(ignore_index=-100, reduction=reduction, logit_bias=0.0, weight=None)
 
 
 def shown_value(value: Any) -> str:
-    """A value for ``repr``, a tensor by its size."""
+    """A value for ``repr``, a tensor that is more than a number by its shape."""
     if not isinstance(value, Tensor):
         return repr(value)
-    return f"Tensor[{value.numel()}]" if value.dim() else repr(value.item())
+    is_number = value.dim() == 0 and not value.is_meta
+    return repr(value.item()) if is_number else f"Tensor{list(value.shape)}"

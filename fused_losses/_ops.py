@@ -21,17 +21,22 @@ from fused_losses._checks import check_row_loss, row_shape
 from fused_losses._logit_bias import class_dim
 
 _FOLDER = Path(__file__).parent
+_LIBRARY = _FOLDER / "libfused_losses_ops.so"
 
-try:
-    from fused_losses import _C
-except ImportError:
-    if importlib.util.find_spec("fused_losses._C") is not None:
-        raise
-    raise ImportError(
-        f"fused_losses in {_FOLDER} is not built for this Python. If these are the sources and it is installed, "
-        "start Python in another folder, since it looks in the current one first; if it is not installed, run "
-        "pip install --no-build-isolation ."
-    ) from None
+
+def _require_binaries() -> None:
+    module = importlib.util.find_spec("fused_losses._C")
+    # With an editable installation, Python finds the module of that beside other sources.
+    if module is None or Path(str(module.origin)).parent != _FOLDER or not _LIBRARY.exists():
+        raise ImportError(
+            f"fused_losses in {_FOLDER} is not built for this Python. If these are the sources and it is installed, "
+            "start Python in another folder, since it looks in the current one first; if it is not installed, run "
+            "pip install --no-build-isolation ."
+        )
+
+
+_require_binaries()
+from fused_losses import _C  # noqa: E402
 
 
 def _require_torch() -> None:
@@ -41,7 +46,7 @@ def _require_torch() -> None:
 
 
 _require_torch()
-torch.ops.load_library(str(_FOLDER / "libfused_losses_ops.so"))  # type: ignore[no-untyped-call]
+torch.ops.load_library(str(_LIBRARY))  # type: ignore[no-untyped-call]
 
 Tensors2 = tuple[Tensor, Tensor]
 Tensors3 = tuple[Tensor, Tensor, Tensor]

@@ -37,6 +37,11 @@ _HINTS = {
     "size_average": "reduction='mean' or 'sum'",
     "reduce": "reduction='none'",
     "alpha": "class weights are given as weight, a tensor of one number per class",
+    "weight": "losses of class labels have class weights; weights of rows or entries are sample_weight, in the call",
+    "pos_weight": "z_error_bce_with_logits has it; losses of class labels have weight, one number per class",
+    "statistic": "the Z-Error losses have it, that of yes/no labels as space",
+    "space": "the other Z-Error losses call it statistic",
+    "ignore_index": "losses of class labels have it; for the others a missing label is NaN",
     "label_smoothing": "cross_entropy and bi_tempered have it; most others take smoothed class probabilities as target",
 }
 

@@ -110,10 +110,12 @@ class RunningMoments(HasProcessGroup):
         """
         running: Tensor = self._tensor("running_moments")
         if running.shape[1] == 0:
-            if torch.compiler.is_exporting():  # every call of the program would find empty statistics
+            is_replica = getattr(self, "_is_replica", False)
+            if is_replica or torch.compiler.is_exporting():  # every call would find empty statistics
+                what = "learn in a replica (DataParallel)" if is_replica else "be exported in training mode"
                 raise RuntimeError(
-                    f"{type(self).__name__} with running=True cannot be exported in training mode before its "
-                    "statistics have a shape: give num_classes (num_tasks), or call it once"
+                    f"{type(self).__name__} with running=True cannot {what} before its statistics have a shape: give "
+                    "num_classes (num_tasks), or call it once"
                 )
             with torch.inference_mode(False):  # so that later batches can change the buffer
                 running = torch.zeros(batch.shape, dtype=torch.float64, device=batch.device)
@@ -146,6 +148,9 @@ class RunningMoments(HasProcessGroup):
             closed_fraction.pack("momentum", self.momentum)  # it may have been assigned
             return Source(group=self.process_group, update=self._update)
         return Source(update=self._or_batch) if known else Source()
+
+    def _shown(self) -> dict[str, Any]:
+        return self._unusual(running=False, momentum=0.1)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         saved = state_dict.get(prefix + "running_moments") if self.running else None

@@ -146,7 +146,7 @@ def evaluate(
             leaf.requires_grad_()
         values = formula.values(numbers, log_probs, lambda term: next(totals))
         leaves += [each.total for each in sums]
-        found = torch.autograd.grad(values.sum(), leaves, allow_unused=True, materialize_grads=True)
+        found = torch.autograd.grad(values.sum(), leaves, materialize_grads=True)
     pull: Tensor | float = 0.0
     terms: Tensor | float = 0.0
     for of_sum, each in zip(found[3:], sums, strict=True):
@@ -171,5 +171,5 @@ def _sums_of_terms(asked: list[Term], log_probs: Tensor, exchanges: list[Exchang
             made += [terms.detach(), *torch.autograd.grad(terms.sum(), leaf)]
     for exchange in exchanges:
         sums = add_up(exchange, torch.stack([each.sum(1) for each in made]))
-        return [_Sum(sums[i].clone(), sums[i + 1], made[i + 1]) for i in range(0, len(made), 2)]
+        return [_Sum(sums[i], sums[i + 1], made[i + 1]) for i in range(0, len(made), 2)]
     return []

@@ -94,21 +94,20 @@ class _Plan(NamedTuple):
     @staticmethod
     def of(args: RowLossArguments, rule: ZErrorRule) -> _Plan:
         rows = args._replace(sample_weight=None, reduction="none")
-        entropy = args.loss == "cross_entropy"
-        smooth = entropy and args.params[0] != 0
+        is_entropy, has_weight = args.loss == "cross_entropy", args.weight is not None
+        is_smooth = is_entropy and args.params[0] != 0
+        has_bias = args.logit_bias != 0 or args.logit_bias_tensor is not None
         if rule.statistic == "logit":
             return _Plan(args, rule._replace(statistic="class"), rows)
+        if rule.statistic == "prob" and is_entropy and not (is_smooth or has_bias or has_weight):
+            return _Plan(args, rule._replace(statistic="class_prob"), rows, by_values=True)  # the losses are -log p
         if rule.statistic == "prob":
-            plain = entropy and not smooth and args.logit_bias == 0
-            if plain and args.logit_bias_tensor is None and args.weight is None:
-                return _Plan(args, rule._replace(statistic="class_prob"), rows, by_values=True)
             return _Plan(args, rule._replace(statistic="class_softmax"), rows)
-        if smooth and args.weight is not None:
+        if is_smooth and has_weight:
             # Smoothing sums over all classes, each with its weight. Dividing by the target's weight does not undo that.
             return _Plan(args, rule._replace(statistic="class_cross_entropy"), rows, by_entropy=True)
-        weighted = args.weight is not None
         rows = rows._replace(weight=None)
-        return _Plan(args, rule._replace(statistic="class"), rows, by_values=True, unweighted=weighted)
+        return _Plan(args, rule._replace(statistic="class"), rows, by_values=True, unweighted=has_weight)
 
     def reduce(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The reduction: loss, denominator, mask, kept target, scores, weight of each row."""

@@ -29,7 +29,6 @@ from fused_losses._agreement import Exchange
 from fused_losses._arguments import RowLossArguments, ZErrorLossArguments, ZErrorRule, check_reduction
 from fused_losses._autograd import row_loss
 from fused_losses._checks import FLOATING, check_tensors
-from fused_losses._common import shown_value
 from fused_losses._parameters import check_choice, check_entries, explains_keywords, positive_integer, positive_or_inf
 from fused_losses._plain import reads_values
 from fused_losses._reference import row_loss_reference
@@ -293,15 +292,6 @@ class ZErrorModule(RunningMoments):
         return Source(group=self.process_group).exchanges(reduction or self.reduction)
 
     def _shown(self) -> dict[str, Any]:
-        """Options for ``repr``: the threshold, and what differs from the defaults."""
-        shown: dict[str, Any] = {"threshold": self.threshold, **self._unusual(reduction="mean")}
-        if self.running:
-            shown |= {"running": True, "momentum": self.momentum}
         units, labels = self._groups
-        if self.num_groups is not None:
-            shown[f"num_{units}"] = self.num_groups // labels
-        return shown
-
-    def extra_repr(self) -> str:
-        """The threshold, what rows are judged by, and the options that differ from their defaults."""
-        return ", ".join(f"{name}={shown_value(value)}" for name, value in self._shown().items())
+        number = {} if self.num_groups is None else {f"num_{units}": self.num_groups // labels}
+        return {**self._unusual(reduction="mean"), **super()._shown(), **number}

@@ -267,8 +267,11 @@ class TransitionMatrix(nn.Module):
 
     def log_volume(self) -> Tensor:
         """The log of the absolute determinant of the matrix, a scalar."""
-        volume: Tensor = torch.linalg.slogdet(self()).logabsdet
-        return volume
+        return torch.linalg.slogdet(self()).logabsdet  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        """The size."""
+        return f"num_classes={len(self.weight)}"
 
 
 class _CorrectionLoss(RowsModule):
@@ -331,12 +334,9 @@ class _CorrectionLoss(RowsModule):
         """The loss of ``logits`` for ``target``; ``sample_weight`` is one weight per row."""
         return self.rows(logits, target, sample_weight).reduce(self.reduction)
 
-    def extra_repr(self) -> str:
-        """How many classes, and the options that differ from their defaults."""
-        shown = [] if isinstance(self.transition, nn.Module) else [f"transition=Tensor{list(self.transition.shape)}"]
-        shown += [f"reduction={self.reduction!r}"] if self.reduction != "mean" else []
-        shown += [f"ignore_index={self.ignore_index}"] if self.ignore_index != -100 else []
-        return ", ".join(shown + ([f"weight=Tensor[{self.weight.numel()}]"] if self.weight is not None else []))
+    def _shown(self) -> dict[str, Any]:
+        own = {} if isinstance(self.transition, nn.Module) else {"transition": self.transition}
+        return own | self._unusual(weight=None, ignore_index=-100, reduction="mean")
 
 
 @_documented(_MODULE_ARGUMENTS)

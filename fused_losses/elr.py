@@ -319,17 +319,11 @@ class ELRLoss(RowsModule):
         self.flush()
         return self.__dict__.copy()
 
-    def extra_repr(self) -> str:
-        """Sizes, parameters, and the options that differ from their defaults."""
-        shown = f"{self.num_samples}, {self.num_classes}, beta={float(self.beta)}, lam={float(self.lam)}"
-        options = {
-            "memory_dtype": (self.memory.dtype, torch.float32),
-            "memory": ("host" if self.on_host else "device", "device"),
-            "shard": (self.shard, (0, 1)),
-            "ignore_index": (self.ignore_index, -100),
-            "reduction": (self.reduction, "mean"),
-        }
-        return shown + "".join(f", {name}={value!r}" for name, (value, usual) in options.items() if value != usual)
+    def _shown(self) -> dict[str, Any]:
+        shown = {name: getattr(self, name) for name in ("num_samples", "num_classes", "beta", "lam")}
+        shown |= {"memory_dtype": self.memory.dtype} if self.memory.dtype != torch.float32 else {}
+        shown |= {"memory": "host"} if self.on_host else {}
+        return shown | self._unusual(shard=(0, 1), weight=None, ignore_index=-100, reduction="mean")
 
 
 def _check_shard(shard: Any, num_samples: int) -> tuple[int, int]:

@@ -39,9 +39,10 @@ def _plus_mae(rows: Rows, alpha: float, active: Tensor, beta: float) -> Tensor:
 def ece_loss(rows: Rows, *, m: float = 1e4, **options: Unpack[CallOptions]) -> Tensor:
     """Cross entropy of the eps-softmax: ``-log p'_y`` with ``p'_j = (p_j + m [j is the arg-max]) / (m + 1)``.
 
-    For noisy labels, as a part of :func:`ece_mae_loss`. Where the network predicts the label, almost nothing is left to
-    learn. Elsewhere the gradient is that of cross entropy, as long as ``p_y > 1e-8 (m + 1)``. The largest value is
-    ``-log 1e-8 = 18.4``; where the arg-max changes, the loss jumps by about ``log(m + 1)``.
+    For noisy labels, as a part of :func:`ece_mae_loss`; not the expected calibration error, which is called ECE, too.
+    Where the network predicts the label, almost nothing is left to learn. Elsewhere the gradient is that of cross
+    entropy, as long as ``p_y > 1e-8 (m + 1)``. The largest value is ``-log 1e-8 = 18.4``; where the arg-max changes,
+    the loss jumps by about ``log(m + 1)``.
 
     Source: 2508.02387. Deviation: of equal largest logits each counts as the arg-max, where the paper's code takes the
     first.

@@ -248,8 +248,5 @@ class GJSLoss(RowsModule):
     def _views(self, logits: Any) -> Sequence[Tensor]:
         return check_views(logits, len(self.weights) - 1)
 
-    def extra_repr(self) -> str:
-        """The weights, then options that differ from their defaults."""
-        shown = f"weights={self.weights}"
-        shown += f", reduction={self.reduction!r}" if self.reduction != "mean" else ""
-        return shown + (f", ignore_index={self.ignore_index}" if self.ignore_index != -100 else "")
+    def _shown(self) -> dict[str, Any]:
+        return {"weights": self.weights, **self._unusual(weight=None, ignore_index=-100, reduction="mean")}

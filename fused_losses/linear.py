@@ -381,7 +381,5 @@ class LinearLoss(Criterion):
         """All logits, ``(..., C)``."""
         return F.linear(input, self.linear.weight, self.linear.bias)
 
-    def extra_repr(self) -> str:
-        """Options that differ from their defaults."""
-        defaults = {"reduction": None, "chunk_bytes": CHUNK_BYTES, "accumulate_dtype": torch.float32, "skip_rows": None}
-        return ", ".join(f"{n}={getattr(self, n)!r}" for n, default in defaults.items() if getattr(self, n) != default)
+    def _shown(self) -> dict[str, Any]:
+        return self._unusual(reduction=None, chunk_bytes=CHUNK_BYTES, accumulate_dtype=torch.float32, skip_rows=None)

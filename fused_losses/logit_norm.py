@@ -327,9 +327,8 @@ class LogitNorm(_LogitWrapper):
     def _parameter(self) -> float | Tensor:
         return self.t
 
-    def extra_repr(self) -> str:
-        """The temperature."""
-        return f"t={float(self.t)}"
+    def _shown(self) -> dict[str, Any]:
+        return {"t": self.t}
 
 
 class LogitClip(_LogitWrapper):
@@ -378,6 +377,5 @@ class LogitClip(_LogitWrapper):
     def _parameter(self) -> float | Tensor:
         return self.tau
 
-    def extra_repr(self) -> str:
-        """The largest norm."""
-        return f"tau={float(self.tau)}"
+    def _shown(self) -> dict[str, Any]:
+        return {"tau": self.tau}

@@ -179,23 +179,23 @@ def _by_rows(args: RowLossArguments, labels: _Labels, share: Tensor) -> tuple[Ro
     shares: with ``lam / (weights of a)`` and ``(1 - lam) / (weights of b)`` it is a sum.
     """
     dtype, rows = acc_dtype(args.logits), args.target.shape
-    if args.reduction == "mean":
-        share = share.double()
-        of_first, of_second = (
-            mean_of(part, sum_of_weights(args._replace(target=target), share))
-            for part, target in ((share, labels.first), (1.0 - share, labels.second))
-        )
-        first, second = (  # one without a share, or with nothing to average, is left out
-            torch.where(part == 0, args.ignore_index, target.long())
-            for part, target in ((of_first, args.target), (of_second, labels.second))
-        )
-        args, labels = args._replace(target=first), labels._replace(second=second)
-        both = of_first + of_second
-        share = of_first / torch.where(both == 0, 1.0, both)
-        samples = both.to(dtype).expand(rows)
-        samples = samples if args.sample_weight is None else samples * args.sample_weight.to(dtype)
-        args = args._replace(sample_weight=samples, reduction="sum")
-    return args, labels._replace(share=share.to(dtype).expand(rows))
+    if args.reduction != "mean":
+        return args, labels._replace(share=share.to(dtype).expand(rows))
+
+    def factor_of(part: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """What a label's losses are multiplied by in the sum; with 0 it is left out."""
+        factor = mean_of(part, sum_of_weights(args._replace(target=target), part))
+        return factor, torch.where(factor == 0, args.ignore_index, target.long())
+
+    of_first, first = factor_of(share.double(), labels.first)
+    of_second, second = factor_of(1.0 - share.double(), labels.second)
+    both = of_first + of_second
+    share = of_first / torch.where(both == 0, 1.0, both)
+    samples = both.to(dtype).expand(rows)
+    if args.sample_weight is not None:
+        samples = samples * args.sample_weight.to(dtype)
+    labels = _Labels(first, second, share.to(dtype).expand(rows))
+    return args._replace(target=first, sample_weight=samples, reduction="sum"), labels
 
 
 def mixed(

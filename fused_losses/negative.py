@@ -156,8 +156,7 @@ class NNFLLoss(RowLossModule, stem="nnfl"):
     def __init__(
         self, gamma: float = 0.5, min_prob: float = 1e-7, detach: bool = True, **options: Unpack[RowLossOptions]
     ) -> None:
-        in_order = {"gamma": gamma, "detach": detach, "min_prob": min_prob}  # as the operator has them
-        super().__init__(in_order, **options)
+        super().__init__({"gamma": gamma, "min_prob": min_prob, "detach": detach}, **options)
 
 
 @loss_of_row(

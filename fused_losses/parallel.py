@@ -31,13 +31,14 @@ class ClassParallel(HasProcessGroup):
 
     Forward gathers 12 to 20 bytes per row, and 24 more by which an error on one rank becomes an error on all. Losses
     with sums that need the normaliser of the softmax first (NFL, NNCE) add one all-reduce of 8 bytes per row and sum,
-    and 4 more for the same.
+    and 4 more for the same. Multi-margin gathers 8 bytes per row and adds an all-reduce of 8, HEM also one of 4; LDR-KL
+    and bi-tempered gather all logits.
     Backward and ``no_grad`` add nothing. The first call also compares the classes of the ranks; a call with more rows
     than all before gathers twice, to agree on the length.
 
     Args:
-        loss: the Module of a row loss; all but HEM, multi-margin, LDR-KL and bi-tempered. Its ``weight`` has all
-            classes, targets count over all classes, and smoothing uses their number.
+        loss: the Module of a row loss. Its ``weight`` has all classes, targets count over all classes, and smoothing
+            uses their number.
         process_group: the ranks that share the classes; None for the default group.
         first_class: number of the first class of this rank.
         num_classes: C, of all ranks together. Ranks may have different numbers of classes.
@@ -120,9 +121,8 @@ class ClassParallel(HasProcessGroup):
         """What a call communicates, as far as it may bring news."""
         return [Exchange.over(self.process_group, ROWS)]
 
-    def extra_repr(self) -> str:
-        """Which classes."""
-        return f"first_class={self.first_class}, num_classes={self.num_classes}"
+    def _shown(self) -> dict[str, Any]:
+        return {"first_class": self.first_class, "num_classes": self.num_classes}
 
 
 def _arguments(
@@ -299,7 +299,7 @@ def _groups(logits: Any, dim: int) -> tuple[list[dist.ProcessGroup], list[dist.P
 def _local_rows(name: str, rows: Any, here: slice, everywhere: int) -> Any:
     """This rank's rows, of a DTensor, of a tensor of all rows, or of one that has only these."""
     if is_distributed(rows):
-        return rows.to_local()
+        rows = rows.to_local()
     if isinstance(rows, Tensor):
         check_tensors(**{name: rows})
     whole = isinstance(rows, Tensor) and rows.dim() > 0 and rows.shape[0] == everywhere

@@ -108,7 +108,7 @@ class SmallLoss(BatchReducer):
         return inner._replace(kept=inner.kept & constants[0])
 
     def _shown(self) -> dict[str, Any]:
-        return {"keep": self.keep}
+        return {"keep": self.keep, **super()._shown()}
 
 
 @documented(None)
@@ -162,7 +162,7 @@ class ClippedLoss(BatchReducer):
         return inner._replace(values=torch.where(above, clipped, inner.values))
 
     def _shown(self) -> dict[str, Any]:
-        return {"c": self.c}
+        return {"c": self.c, **super()._shown()}
 
 
 @documented("the temperature s")
@@ -264,4 +264,4 @@ class Antidote(BatchReducer):
         return inner._replace(values=r * torch.where(r == 0.0, 0.0, inner.values) + rest)
 
     def _shown(self) -> dict[str, Any]:
-        return {"delta": self.delta, "kappa": self.kappa}
+        return {"delta": self.delta, "kappa": self.kappa, **super()._shown()}

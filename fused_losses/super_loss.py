@@ -114,4 +114,4 @@ class SuperLoss(BatchReducer):
         return inner._replace(values=sigma * torch.where(endless, 0.0, inner.values) + rest)
 
     def _shown(self) -> dict[str, Any]:
-        return {"lam": self.lam, "tau": self.tau}
+        return {"lam": self.lam, "tau": self.tau, **super()._shown()}

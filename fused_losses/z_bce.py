@@ -90,7 +90,8 @@ def _z_error_bce_with_logits(ops: ZOps) -> Callable[..., Any]:
             sided: ``"two"`` as the paper's code, or ``"lower"``: drop only rows whose own label looks unlikely, which
                 are low logits of label 1 and high logits of label 0.
             min_count: labels with fewer rows have no statistics, an integer >= 1; below 2 rows there are never any.
-            small_class: what happens to rows of such labels: ``"keep"``, or ``"drop"`` as in the paper's code.
+            small_class: what happens to rows of such labels, whatever the threshold: ``"keep"``, or ``"drop"`` as in
+                the paper's code.
             pos_weight: factor on the loss of label 1, a tensor with one number or one per task, as in ``torch``.
             reduction: ``"none"`` (0 for dropped rows), ``"sum"``, or ``"mean"``: the sum of the weighted losses divided
                 by the sum of the weights of the kept rows, or 0 with gradient 0 where that is 0.
@@ -160,8 +161,8 @@ class ZErrorBCEWithLogitsLoss(ZErrorModule):
             eval mode they stay as they are; before any training batch, an eval call uses its own batch.
         momentum: how fast earlier batches fade, in [0, 1]: their weight is multiplied by ``1 - momentum`` with every
             batch. 0.1 remembers about 10 batches, 0 all of them.
-        num_tasks: T. It gives running statistics their shape from the start, which copies (``AveragedModel``),
-            distributed checkpoints and a compiled first call in training mode under ``torch.inference_mode`` need.
+        num_tasks: T. It gives running statistics their shape from the start: for copies (``AveragedModel``), replicas
+            (``DataParallel``), ``functional_call``, distributed checkpoints and compiled first calls in inference mode.
 
     Returns:
         Called with ``(logits, target, sample_weight=None, *, return_mask=False)``: the loss, or
@@ -233,5 +234,5 @@ class ZErrorBCEWithLogitsLoss(ZErrorModule):
             )
 
     def _shown(self) -> dict[str, Any]:
-        judge = {"space": self.space, "sided": self.sided}
-        return {**super()._shown(), **judge, **self._unusual(min_count=2, small_class="keep", pos_weight=None)}
+        own = {"threshold": self.threshold, "space": self.space, "sided": self.sided}
+        return {**own, **self._unusual(min_count=2, small_class="keep", pos_weight=None), **super()._shown()}

@@ -168,8 +168,8 @@ def _z_error_cross_entropy(ops: ZOps) -> Callable[..., Any]:
             sided: ``"two"`` as the paper's code, or ``"lower"``: drop only rows whose own class looks unlikely, which
                 are those with a low logit, a low probability or a high loss.
             min_count: classes with fewer rows have no statistics, an integer >= 1; below 2 rows there are never any.
-            small_class: what happens to rows of such classes: ``"keep"``, or ``"drop"`` as in the paper's code, which
-                at 1000 classes and 256 rows drops 78 % of a batch.
+            small_class: what happens to rows of such classes, whatever the threshold: ``"keep"``, or ``"drop"`` as in
+                the paper's code, which at 1000 classes and 256 rows drops 78 % of a batch.
             weight: class weights ``(C,)``: a row's loss is multiplied by ``weight[target]``.
             ignore_index: rows with this target have loss and gradient 0 and count nowhere.
             reduction: ``"none"`` (0 for dropped rows), ``"sum"``, or ``"mean"``: the sum of the weighted losses divided
@@ -241,8 +241,8 @@ class ZErrorCrossEntropyLoss(ZErrorModule):
             eval call uses its own batch.
         momentum: how fast earlier batches fade, in [0, 1]: a class's earlier weight is multiplied by ``1 - momentum``
             with every batch that has the class. 0.1 remembers about 10 such batches, 0 all of them.
-        num_classes: C. It gives running statistics their shape from the start, which copies (``AveragedModel``),
-            distributed checkpoints and a compiled first call in training mode under ``torch.inference_mode`` need.
+        num_classes: C. It gives running statistics their shape from the start: for copies (``AveragedModel``), replicas
+            (``DataParallel``), ``functional_call``, distributed checkpoints and compiled first calls in inference mode.
 
     Returns:
         Called with ``(logits, target, sample_weight=None, *, return_mask=False)``: the loss, or
@@ -393,7 +393,7 @@ class ZErrorCrossEntropyLoss(ZErrorModule):
             )
 
     def _shown(self) -> dict[str, Any]:
-        base = self.base if isinstance(self.base, str) else type(self.base).__name__
-        judge = {"statistic": self.statistic, "base": base, "sided": self.sided}
+        base = {"base": self.base} if isinstance(self.base, str) else {}  # torch shows a Module inside by itself
+        own = {"threshold": self.threshold, "statistic": self.statistic, **base, "sided": self.sided}
         options = self._unusual(min_count=2, small_class="keep", weight=None, ignore_index=-100, logit_bias=0.0)
-        return {**super()._shown(), **judge, **options}
+        return {**own, **options, **super()._shown()}

@@ -203,7 +203,8 @@ class ZMSELoss(ZErrorModule):
             )
 
     def _shown(self) -> dict[str, Any]:
-        shown = {**super()._shown(), "statistic": self.statistic, **self._unusual(per_task=False)}
+        own = {"threshold": self.threshold, "statistic": self.statistic}
+        shown = {**own, **self._unusual(per_task=False), **super()._shown()}
         if not self.per_task:
             del shown["num_tasks"]  # it can be 1 only
         return shown

@@ -22,8 +22,9 @@ def check_errors(rank, world_size):
     first, end = bounds(rank, world_size)
     logits, target = torch.zeros(4, end - first), torch.zeros(4, dtype=torch.int64)
     sharded = ClassParallel(fl.GCELoss(), None, first, CLASSES)
-    with pytest.raises(IndexError, match=rf"target {CLASSES} is out of range \[0, {CLASSES}\)"):
-        sharded(logits, target + CLASSES)
+    for bad in (CLASSES, -1):
+        with pytest.raises(IndexError, match=rf"target {bad} is out of range \[0, {CLASSES}\)"):
+            sharded(logits, torch.tensor([0, 0, bad, 0]))
     for bad, error, message in (
         (None, TypeError, "logits must be a Tensor, got NoneType"),
         (torch.zeros(4), ValueError, "logits must have a dimension of classes"),
@@ -34,6 +35,9 @@ def check_errors(rank, world_size):
                 call(bad, target)
     with pytest.raises(ValueError, match="first_class and the logits of all ranks must divide"):
         ClassParallel(fl.GCELoss(), None, first, CLASSES + 1)(logits, target)
+    for bad in (-1, CLASSES + 1):
+        with pytest.raises(ValueError, match=f"between 0 and num_classes = {CLASSES}, got {bad}"):
+            ClassParallel(fl.GCELoss(), None, bad, CLASSES)
     with pytest.raises(TypeError, match="row-loss Module"):
         ClassParallel(nn.CrossEntropyLoss(), None, first, CLASSES)
     check_derivatives(sharded, logits, target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -129,12 +130,37 @@ def test_unknown_keyword(name, problem):
         ("scale", "multiply the loss"),
         ("size_average", "reduction"),
         ("alpha", "weight"),
+        ("pos_weight", "weight, one number per class"),
     ],
 )
 def test_keywords_of_other_implementations_are_explained(keyword, hint, problem):
     for call in (fl.GCELoss, lambda **given: fl.functional.gce_loss(*problem, **given)):
         with pytest.raises(TypeError, match=f"unexpected keyword argument '{keyword}'; .*{hint}"):
             call(**{keyword: 1})
+
+
+def test_what_z_error_losses_judge_by_has_two_names():
+    assert fl.ZErrorBCEWithLogitsLoss(space="prob") and fl.ZErrorCrossEntropyLoss(statistic="prob")
+    with pytest.raises(TypeError, match=r"keyword argument 'statistic'; the Z-Error losses .* as space$"):
+        fl.ZErrorBCEWithLogitsLoss(statistic="prob")
+    for kind in (fl.ZErrorCrossEntropyLoss, fl.ZMSELoss):
+        with pytest.raises(TypeError, match=r"keyword argument 'space'; the other Z-Error losses call it statistic$"):
+            kind(space="prob")
+
+
+@pytest.mark.parametrize("kind", [fl.ZErrorBCEWithLogitsLoss, fl.ZMSELoss])
+@pytest.mark.parametrize(
+    ("keyword", "hint"), [("weight", "sample_weight, in the call"), ("ignore_index", "a missing label is NaN")]
+)
+def test_options_of_class_labels_are_explained_by_other_losses(keyword, hint, kind):
+    x = torch.tensor([0.0, 1.0])
+    function = {fl.ZMSELoss: "z_mse_loss", fl.ZErrorBCEWithLogitsLoss: "z_error_bce_with_logits"}[kind]
+    for call in (kind, partial(getattr(fl.functional, function), x, x), partial(getattr(fl.reference, function), x, x)):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{keyword}'; .*{hint}$"):
+            call(**{keyword: x})
+    # What the messages name does what they say.
+    assert float(kind()(x, x, sample_weight=torch.zeros(2))) == 0.0
+    assert torch.equal(kind(reduction="sum")(x, torch.tensor([0.0, torch.nan])), kind(reduction="sum")(x[:1], x[:1]))
 
 
 LOSS_MODULES = [made for made in vars(fl).values() if isinstance(made, type) and issubclass(made, Criterion)]

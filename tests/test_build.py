@@ -86,10 +86,22 @@ def test_torch_must_be_new_enough(version, refused, monkeypatch):
         _ops._require_torch()
 
 
-def test_sources_that_are_not_built_say_what_to_do(tmp_path):
-    """As after ``pip install .`` inside of the clone, where Python finds the sources first."""
+_EDITABLE = f"""
+import importlib.util, sys
+class Finder:
+    def find_spec(name, path=None, target=None):
+        return importlib.util.spec_from_file_location(name, {_C.__file__!r}) if name == "fused_losses._C" else None
+sys.meta_path.append(Finder)
+import fused_losses
+"""
+
+
+@pytest.mark.parametrize("how", [("-m", "fused_losses", "info"), ("-c", _EDITABLE)], ids=["installed", "editable"])
+def test_sources_that_are_not_built_say_what_to_do(how, tmp_path):
+    """As after ``pip install .`` inside of the clone, where Python finds the sources first; or in a second clone,
+    where the finder of an editable installation of the first adds its binaries."""
     shutil.copytree(ROOT / "fused_losses", tmp_path / "fused_losses", ignore=shutil.ignore_patterns("*.so"))
-    command = [sys.executable, "-S", "-m", "fused_losses", "info"]  # -S: an editable installation would be found
+    command = [sys.executable, "-S", *how]  # -S: without what is installed here
     environment = {**os.environ, "PYTHONPATH": str(Path(torch.__file__).parent.parent)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0

@@ -316,6 +316,11 @@ def test_figure_of_the_paper(tmp_path: Path) -> None:
     assert [line.get_label() for line in curves.lines][:4] == [
         *("MAE, K = 10", "MAE, K = 100", "MAE*, K = 10", "MAE*, K = 100"),
     ]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        line.get_label() for line in curves.lines[:4]
+    ]
+    labels = "logit of the labelled class", "mean error, dL / d logit", "density of initial logits"
+    assert (curves.get_xlabel(), curves.get_ylabel(), histogram.get_ylabel()) == labels
     x, y = curves.lines[1].get_data()
     assert y[list(x).index(0.0)] == pytest.approx(mean_target_error("mae", 100, 0.0), rel=1e-12)
     areas = [bar.get_height() * bar.get_width() for bar in histogram.patches]

@@ -14,6 +14,7 @@ from torch.library import opcheck
 
 import fused_losses as fl
 from fused_losses import _z_reference, functional
+from fused_losses.statistics import merge_moments
 
 OPS = torch.ops.fused_losses
 
@@ -113,6 +114,20 @@ def test_absent_class_and_single_row(device):
     assert statistics.count.tolist() == [0, 1, 0]
     assert statistics.mean.isnan().tolist() == [True, False, True] and statistics.mean[1] == 2.5
     assert statistics.std.isnan().all()
+
+
+def test_merged_moments_of_no_rows_are_zeros():
+    """As those of a batch are: state_dict refuses others."""
+    some = torch.tensor([[2.0, 0.0], [-3.0, 0.0], [4.0, 0.0]], dtype=torch.float64)
+    assert torch.equal(merge_moments(torch.stack([some, torch.zeros_like(some)])), some)
+
+
+def test_one_row_of_faded_counts_has_no_spread():
+    """Counts of running statistics are no integers: one of less than two rows may have a sum of squares."""
+    loss = fl.ZErrorCrossEntropyLoss(running=True, num_classes=4)
+    loss.running_moments.copy_(torch.tensor([[0.0, 0.5, 1.0, 1.5], [0.0, 1.0, 1.0, 1.0], [0.0, 3.0, 2.0, 2.0]]))
+    expected = torch.tensor([math.nan, math.nan, math.nan, 2.0], dtype=torch.float64)
+    torch.testing.assert_close(loss.running_statistics.std, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("num_classes", [1, 3, 2000])

@@ -138,6 +138,22 @@ def test_nearly_equal_spreads_lose_no_digits() -> None:
     assert gaussian_crossing(-2.0, 1.0, 2.0, 1.0 + 1e-13) == pytest.approx(0.0, abs=1e-12)
 
 
+def test_a_row_at_the_threshold_is_kept() -> None:
+    """Scores -1, 0, 1 have the standard deviation 1: the ends are at 1 exactly."""
+    scores, labels = torch.tensor([-1.0, 0.0, 1.0]), torch.ones(3)
+    assert z_error_inlier_mask(scores, labels, 1.0).tolist() == [True, True, True]
+    assert z_error_inlier_mask(scores, labels, math.nextafter(1.0, 0.0)).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("fit", [(math.nan, 0.5, 1.0), (1.0, math.inf, 1.0), (1.0, 0.5, 0.0), (1.0, 0.5, math.inf)])
+def test_a_fit_that_is_no_density_is_refused(monkeypatch: pytest.MonkeyPatch, fit: tuple[float, ...]) -> None:
+    from scipy import stats
+
+    monkeypatch.setattr(stats.skewnorm, "fit", lambda samples: fit)
+    with pytest.raises(ValueError, match="class 1: the skew-normal fit gave shape="):
+        SkewNormal.fit(np.linspace(0.0, 1.0, 5), 1)
+
+
 def test_skew_normal_crossing_against_scipy() -> None:
     from scipy.stats import skewnorm
 

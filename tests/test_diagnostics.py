@@ -121,6 +121,14 @@ def test_every_kind_of_input_counts_alike() -> None:
         assert tracker.mean_probability().nan_to_num(9.0).tolist() == pytest.approx([0.25, 9.0, 0.625], rel=1e-7)
 
 
+def test_a_mask_or_a_probability_alone_is_an_observation() -> None:
+    judged, likely = OutlierTracker(3), OutlierTracker(3)
+    judged.update([0, 2], [True, False])
+    likely.update([0, 2, 2], prob=[0.5, math.nan, 0.25])
+    assert judged.times_seen.tolist() == likely.times_seen.tolist() == [1, 0, 1]
+    assert likely.times_judged.tolist() == [0, 0, 0]
+
+
 def test_empty_batches_and_single_rows() -> None:
     tracker = OutlierTracker(3)
     tracker.update([], [], [], prob=[])

@@ -124,6 +124,10 @@ def test_reduced_by_the_kernel_and_by_rows(reduction):
             losses.append(loss)
             grads.append(torch.autograd.grad(loss, logits, retain_graph=True)[0])
             assert torch.equal(torch.autograd.grad(loss, logits)[0], grads[-1])
+        criterion.eval()
+        with torch.no_grad():
+            constant = criterion(logits, target, index, sample_weight=weights)
+        torch.testing.assert_close(constant, criterion(logits, target, index, sample_weight=weights).detach())
     for found in (losses, grads):
         torch.testing.assert_close(found[0], found[2])
         torch.testing.assert_close(found[1], found[3])
@@ -136,18 +140,19 @@ def test_reduced_by_the_kernel_and_by_rows(reduction):
 
 def test_second_derivative_of_a_step_although_the_memory_goes_on():
     logits, target, index = next(batches())
+    weights = torch.linspace(0.0, 2.0, 6, dtype=torch.float64)  # of the first row nothing is known from its gradient
     for lam in (0.0, 2.0, torch.tensor(2.0)):
         criterion = fl.ELRLoss(SAMPLES, CLASSES, lam=lam)
         criterion(logits, target, index)
         state = copy.deepcopy(criterion)
-        (grad,) = torch.autograd.grad(criterion(logits, target, index), logits, create_graph=True)
+        (grad,) = torch.autograd.grad(criterion(logits, target, index, weights), logits, create_graph=True)
         criterion(5 * logits, target, index)
         (found,) = torch.autograd.grad((grad * logits.detach().sin()).sum(), logits)
         state(logits, target, index)
         t, z = state.memory[index].double(), logits.detach().clone().requires_grad_()
         p = z.softmax(1)
-        value = (-p.log()[torch.arange(6), target] + float(lam) * torch.log(1 - (t * p).sum(1))).mean()
-        (grad,) = torch.autograd.grad(value, z, create_graph=True)
+        values = -p.log()[torch.arange(6), target] + float(lam) * torch.log(1 - (t * p).sum(1))
+        (grad,) = torch.autograd.grad((weights * values).sum() / weights.sum(), z, create_graph=True)
         (right,) = torch.autograd.grad((grad * z.detach().sin()).sum(), z)
         torch.testing.assert_close(found, right, rtol=1e-6, atol=1e-7)
 
@@ -158,6 +163,14 @@ def test_worked_by_hand():
     logits, target, index = torch.tensor([[math.log(4.0), 0.0]]), torch.tensor([0]), torch.tensor([0])
     assert criterion(logits, target, index).item() == pytest.approx(-math.log(0.8) + 3 * math.log(0.66))
     torch.testing.assert_close(criterion.memory, torch.tensor([[0.4, 0.1]]))
+
+
+def test_eval_over_rows_and_their_samples():
+    logits, target, index = next(batches())
+    criterion = fl.ELRLoss(SAMPLES, CLASSES, reduction="none")
+    criterion(logits, target, index)
+    criterion.eval()
+    torch.testing.assert_close(torch.vmap(criterion)(logits, target, index), criterion(logits, target, index))
 
 
 def test_eval_reads_and_does_not_write():
@@ -211,14 +224,17 @@ def test_a_loaded_memory_takes_the_place_of_an_update_on_its_way():
 
 def test_bfloat16_memory_follows_and_never_reaches_one():
     narrow, wide = (fl.ELRLoss(1, CLASSES, memory_dtype=d, reduction="sum") for d in (torch.bfloat16, torch.float32))
+    plain = fl.ELRLoss(1, CLASSES, memory_dtype=torch.bfloat16, reduction="sum", lam=torch.tensor(3.0))
+    plain.lam.requires_grad_()  # for which there is the plain formula only
     target, index = torch.tensor([1]), torch.tensor([0])
     logits = torch.tensor([[30.0, 0.0, 0.0, 0.0]], requires_grad=True)
     for _ in range(40):
-        for criterion in (narrow, wide):
+        for criterion in (narrow, wide, plain):
             loss = criterion(logits, target, index)
             assert loss.isfinite() and torch.autograd.grad(loss, logits)[0].isfinite().all()
         assert (narrow.memory.float() - wide.memory).abs().max() < 0.01
-    assert narrow.memory.max() < 1 and narrow.eval()(logits, target, index).isfinite()
+    assert narrow.memory.max() == plain.memory.max() == 1 - 2**-8  # the largest number below 1
+    assert narrow.eval()(logits, target, index).isfinite()
 
 
 def test_the_last_of_equal_indices_is_remembered():
@@ -268,6 +284,7 @@ def test_places_and_dtypes():
         (ValueError, r"^memory_dtype must be", {"memory_dtype": torch.float16}),
         (ValueError, r"^memory must be 'device' or 'host'", {"memory": "disk"}),
         (ValueError, r"^shard must satisfy", {"shard": (2, 2)}),
+        (ValueError, r"^shard must satisfy", {"shard": (-1, 2)}),
         (TypeError, r"^shard must be a pair", {"shard": 3}),
     ],
 )

@@ -99,6 +99,26 @@ def test_one_class_is_not_judged(device):
         assert torch.equal(mask, finite | (target == 4))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_classes_without_statistics_are_dropped_where_that_is_asked_for(kind, device):
+    """Their rows have no score. By hand: the first two rows have losses log 4/3 and log 2, the single one log 8/7; for
+    yes/no labels log 2, log 4 and log 8/7."""
+    logits = torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0], [0.0, math.log(7.0)]], device=device)
+    target = torch.tensor([0, 0, 1], device=device)
+    x = torch.tensor([0.0, math.log(3.0), math.log(7.0)], device=device)
+    for form in FORMS:
+        for call, rows, first, single in (
+            (form.z_error_cross_entropy, (logits, target), math.log(8.0 / 3.0), math.log(8.0 / 7.0)),
+            (form.z_error_bce_with_logits, (x, target), math.log(8.0), math.log(8.0 / 7.0)),
+        ):
+            threshold = KINDS[kind]((2,), device)
+            kept = call(*rows, threshold=threshold, return_mask=True)
+            assert kept.mask.all() and float(kept.loss) == pytest.approx((first + single) / 3.0)
+            dropped = call(*rows, threshold=threshold, small_class="drop", return_mask=True)
+            assert dropped.mask.tolist() == [True, True, False] and float(dropped.loss) == pytest.approx(first / 2.0)
+            assert dropped.scores[:2].isfinite().all() and dropped.scores[2].isnan()
+
+
 @pytest.mark.any_cpu
 def test_two_labels_may_differ():
     x, y = torch.tensor([-1.0, -2.0, -3.0, 9.0, 1.0, 2.0, 3.0, -9.0]), torch.tensor([0.0] * 4 + [1.0] * 4)

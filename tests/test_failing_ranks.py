@@ -13,7 +13,7 @@ import torch.distributed as dist
 from gloo_group import gloo_group, run_ranks
 
 import fused_losses as fl
-from fused_losses import _chunks, _ops, _shard_formula, _shard_margin, _shards
+from fused_losses import _agreement, _chunks, _ops, _shard_formula, _shard_margin, _shards
 from fused_losses.functional import linear_loss, z_error_cross_entropy
 
 pytestmark = [
@@ -46,6 +46,7 @@ LOSSES = {
     "both ask": lambda g: fl.SuperLoss(fl.SmallLoss("gce", 0.5, process_group=g), running=True, process_group=g),
     "around ELR": lambda g: remembering(fl.SuperLoss(fl.ELRLoss(4, CLASSES), running=True, process_group=g)),
     "linear": lambda g: linear(fl.GlobalMean(fl.GCELoss(), g)),
+    "linear, mean of a sum": lambda g: linear(fl.GlobalMean(fl.GCELoss(reduction="sum"), g), reduction="mean"),
     "linear, Z-Error": lambda g: linear(fl.ZErrorCrossEntropyLoss(process_group=g)),
 }
 # What one rank gets wrong.
@@ -83,9 +84,9 @@ def first(logits):
     return logits[:, 0] if isinstance(logits, torch.Tensor) and logits.dim() > 1 else logits
 
 
-def linear(loss):
+def linear(loss, **options):
     return lambda features, target, weight: linear_loss(
-        features, torch.ones(CLASSES, CLASSES), target, loss, sample_weight=weight
+        features, torch.ones(CLASSES, CLASSES), target, loss, sample_weight=weight, **options
     )
 
 
@@ -197,6 +198,7 @@ def worker(rank: int, world_size: int, folder: str) -> None:
         for name in BETWEEN:
             turn += 1
             check_between(rank, turn % world_size, name)
+        assert not _agreement._open.agreements
         Path(folder, f"done{rank}").touch()
 
 

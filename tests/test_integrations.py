@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,21 @@ def test_huggingface_layouts() -> None:
         compute_loss("gce")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="causal must be True, False or None, got 'no'"):
         compute_loss(fl.GCELoss(), causal="no")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [dict, TokenOutput, SomeCausalLMOutputWithPast, tuple, list])
+@pytest.mark.parametrize("grad", [True, False])
+def test_huggingface_compiles_as_a_whole(kind: type, grad: bool) -> None:
+    logits, labels = rows(4) if kind in (tuple, list) else rows(3, 8)
+    function = compute_loss(fl.GCELoss())
+
+    def step(logits: Tensor, labels: Tensor) -> Tensor:
+        return function(kind(logits=logits) if issubclass(kind, dict) else kind([logits]), labels)
+
+    torch.compiler.reset()  # every case compiles the same code
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    with torch.set_grad_enabled(grad):
+        assert torch.equal(compiled(logits.requires_grad_(), labels), step(logits, labels))
 
 
 def test_huggingface_evaluates_in_eval_mode() -> None:
@@ -224,6 +240,20 @@ def test_mixup_targets_by_their_definition(stem: str, reduction: str) -> None:
     torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-6)
     gradients = [torch.autograd.grad(value.sum(), logits)[0] for value in (found, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_mixup_with_class_weights_by_hand() -> None:
+    """The losses of both classes are 1 - p: 1/4 and 3/4 in the first row, 1/2 in the second."""
+    logits, weight = torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0]]), torch.tensor([1.0, 3.0])
+    target = torch.tensor([[0.25, 0.75], [1.0, 0.0]])
+    first, second = 0.25 * 1.0 * 0.25 + 0.75 * 3.0 * 0.75, 1.0 * 1.0 * 0.5
+    loss = fl.GCELoss(q=1.0, weight=weight)
+    assert float(MixupLoss(loss)(logits, target)) == pytest.approx((first + second) / (0.25 + 0.75 * 3.0 + 1.0))
+    assert float(loss(logits, target)) == pytest.approx((first + second) / 2), "without MixupLoss: over rows"
+    crossed = MixupLoss(fl.CrossEntropyLoss(weight=weight))(logits, target)
+    by_hand = (0.25 * math.log(4.0 / 3.0) + 0.75 * 3.0 * math.log(4.0) + math.log(2.0)) / 2
+    assert float(crossed) == pytest.approx(by_hand)
+    torch.testing.assert_close(crossed, F.cross_entropy(logits, target, weight=weight))
 
 
 def test_mixup_of_masked_classes_and_of_class_indices() -> None:

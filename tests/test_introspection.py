@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_losses as fl
+from fused_losses._common import Criterion
 from fused_losses.integrations import huggingface, mmengine, timm
 
 pytestmark = pytest.mark.any_cpu
@@ -155,22 +156,49 @@ def test_instances_can_be_looked_at(name: str) -> None:
 
 UNUSUAL: dict[str, Any] = {
     "reduction": "sum", "ignore_index": 7, "logit_bias": 0.5, "running": True, "min_count": 5, "small_class": "drop",
-    "per_task": True, "memory": "host", "memory_dtype": torch.bfloat16, "shard": (0, 2),
+    "per_task": True, "memory": "host", "memory_dtype": torch.bfloat16, "shard": (0, 2), "momentum": 0.5,
+    "weight": torch.ones(3), "chunk_bytes": 1 << 20, "skip_rows": True, "accumulate_dtype": torch.float64,
 }  # fmt: skip
 NEEDED: dict[str, Any] = {"loss": "gce", "keep": 0.5, "c": 2.0, "delta": 0.5, "num_samples": 8, "num_classes": 3}
-NEEDED |= {"weights": (0.5, 0.5), "transition": torch.eye(3)}
-BY_OWN_REPR = [*(fl.LOSSES[name].module for name in ("gce", "nce")), fl.ZMSELoss, fl.ZErrorBCEWithLogitsLoss]
-BY_OWN_REPR += [fl.ZErrorCrossEntropyLoss, fl.SmallLoss, fl.ClippedLoss, fl.Antidote, fl.SuperLoss, fl.ELRLoss]
-BY_OWN_REPR += [fl.ForwardCorrectionLoss, fl.BackwardCorrectionLoss, fl.GJSLoss]
+NEEDED |= {"weights": (0.5, 0.5), "transition": torch.eye(3), "tau": 2.0, "in_features": 2}
+KINDS = [kind for kind in vars(fl).values() if isinstance(kind, type) and issubclass(kind, Criterion)]
+KINDS.remove(fl.GlobalMean)  # it has no options, and takes no name of a loss
 
 
-@pytest.mark.parametrize("kind", BY_OWN_REPR)
+def first_line(module: nn.Module) -> str:
+    """Of the Module itself, without those inside."""
+    return f"{type(module).__name__}({module.extra_repr()})"
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_repr_names_every_option_that_is_not_the_default(kind: type[nn.Module]) -> None:
     parameters = inspect.signature(kind).parameters
     needed = {name: NEEDED[name] for name, p in parameters.items() if p.default is p.empty and name in NEEDED}
+    usual = first_line(kind(**needed))
     for name in parameters.keys() & UNUSUAL.keys():
-        assert f"{name}={UNUSUAL[name]!r}" in repr(kind(**needed, **{name: UNUSUAL[name]}))
-        assert f"{name}=" not in repr(kind(**needed))
+        given = UNUSUAL[name]
+        shown = f"Tensor{list(given.shape)}" if isinstance(given, Tensor) else repr(given)
+        assert f"{name}={shown}" in first_line(kind(**needed, **{name: given}))
+        assert f"{name}=" not in usual
+
+
+@pytest.mark.parametrize("stem", fl.LOSSES)
+def test_repr_of_defaults_shows_the_own_parameters_alone(stem: str) -> None:
+    kind, defaults = fl.LOSSES[stem].module, fl.LOSSES[stem].parameters
+    own = ", ".join(f"{name}={defaults[name]!r}" for name in inspect.signature(kind).parameters if name in defaults)
+    assert repr(kind()) == f"{kind.__name__}({own})"
+
+
+def test_repr_of_a_default_that_depends_on_a_parameter() -> None:
+    assert "reduction" not in repr(fl.MultiMarginLoss(mean_above_zero=True))
+    assert "reduction='mean'" in repr(fl.MultiMarginLoss(mean_above_zero=True, reduction="mean"))
+
+
+@pytest.mark.parametrize("name", INSTANCES)
+def test_instances_without_memory_have_a_repr(name: str) -> None:
+    thing = INSTANCES[name]()
+    if isinstance(thing, nn.Module):
+        assert repr(thing.to("meta"))
 
 
 @pytest.mark.parametrize("name", INSTANCES)

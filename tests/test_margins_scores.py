@@ -53,6 +53,10 @@ def test_counts_of_any_kind(counts: Any) -> None:
         (lambda: hem_margin(0), "num_samples must be at least 1, got 0"),
         (lambda: hem_margin(10, M=-1.0), "M must satisfy 0 < value < inf, got -1.0"),
         (lambda: hem_plus_margins([5, 0, 3]), "class_counts must be at least 1 for every class, got 0 for class 1"),
+        (
+            lambda: hem_plus_margins([5, math.inf]),
+            "class_counts must be at least 1 for every class, got inf for class 1",
+        ),
         (lambda: hem_plus_margins([5], dtype=torch.int64), "dtype must be a floating point dtype, got torch.int64"),
         (lambda: hem_plus_margins([5, math.nan]), "class_counts must be at least 1 for every class, got nan for class"),
         (lambda: hem_plus_margins([]), r"class_counts must have one count per class, got shape \(0,\)"),

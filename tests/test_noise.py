@@ -90,6 +90,7 @@ def test_a_seed_repeats_and_leaves_the_global_state(kind: Callable[..., NoisyLab
     generator = torch.Generator().manual_seed(7)
     assert torch.equal(kind(labels, 0.4, seed=generator).labels, first.labels)
     assert not torch.equal(kind(labels, 0.4, seed=generator).labels, first.labels), "a generator goes on"
+    assert torch.equal(kind(labels, 0.4).labels, kind(labels, 0.4, seed=0).labels)
 
 
 @every_kind
@@ -239,6 +240,7 @@ BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: noise.symmetric(LABELS * 0, 0.4, 1, redraw=False), ValueError, "num_classes must be at least 2"),
     (lambda: noise.symmetric(LABELS, 0.4, 3, seed=0.5), TypeError, "seed must be an integer, got 0.5 of type float"),  # type: ignore[arg-type]
     (lambda: noise.symmetric_matrix(0.4, 0), ValueError, "num_classes must be at least 1, got 0"),
+    (lambda: noise.symmetric_matrix(0.4, 1, redraw=False), ValueError, "num_classes must be at least 2, got 1"),
     (
         lambda: noise.asymmetric(LABELS, 0.4, 3, "cifar"),
         ValueError,

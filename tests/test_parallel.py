@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from gloo_group import gloo_group, run_ranks
 from parallel_errors import check_errors, check_one_bad_rank, check_one_bad_rank_of_a_mesh
+from parallel_layouts import LAYOUTS
 from parallel_problem import CLASSES, CLOSE, FEATURES, ROWS, Count, bounds, problem, step
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -372,6 +373,7 @@ CHECKS = {
     "data": check_data_parallel,
     "second derivative": check_second_derivative,
     "mesh": check_two_dimensions,
+    **LAYOUTS,
 }
 
 

@@ -345,7 +345,7 @@ def test_reference_has_the_same_signature(name):
 def test_repr():
     assert repr(fl.ZMSELoss(1.5)) == "ZMSELoss(threshold=1.5, statistic='target')"
     shown = repr(fl.ZErrorCrossEntropyLoss(torch.tensor(2.0), base="gce", running=True))
-    assert "threshold=2.0, running=True, momentum=0.1, statistic='logit', base='gce', sided='two'" in shown
+    assert "threshold=2.0, statistic='logit', base='gce', sided='two', running=True)" in shown
 
 
 # ---- Sizes: several pieces of work, tasks that fill vectors and that do not, strides ---------------------------------

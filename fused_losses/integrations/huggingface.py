@@ -75,12 +75,15 @@ def _compute_loss(
 
 
 def _is_causal(outputs: Any, labels: Tensor, causal: bool | None) -> bool:
-    if causal is None and labels.dim() > 1 and not isinstance(outputs, dict):
+    if causal is not None:
+        return causal
+    if labels.dim() > 1 and not isinstance(outputs, dict):
         raise ValueError(
             "causal must be True or False for a model that returns a tuple, got None: from a tuple nobody can tell "
             "whether its logits are for the next label"
         )
-    return "CausalLMOutput" in type(outputs).__name__ if causal is None else causal
+    built_in = type(outputs) in (dict, tuple, list)  # torch.compile cannot search the names of these
+    return not built_in and "CausalLMOutput" in type(outputs).__name__
 
 
 def _rows(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,8 +19,9 @@ class MixupLoss(torch.nn.Module):
     With target probabilities u the loss of a row is ``sum_k u_k loss(logits, k)``. A loss that takes probabilities gets
     u as it is; with class weights or a logit bias only cross entropy does, which refuses the latter. For all others the
     two labels of a row are found in u and given to :func:`fused_losses.functional.mixed`; then timm's
-    ``label_smoothing`` has to be 0, because it gives every class a share. Class indices are passed on, so the same
-    criterion serves validation.
+    ``label_smoothing`` has to be 0, because it gives every class a share. A mean with class weights divides by ``sum_k
+    u_k weight[k]`` over all rows, that of cross entropy by the number of rows, as torch's. Class indices are passed on,
+    so the same criterion serves validation.
 
     Args:
         loss: the Module of a row loss; its options apply.
