@@ -109,7 +109,7 @@ FL_HD AffineRow<T> normalized_by(T of_one, const NormalizedTerm<T>& of_target, T
 
 template <class T>
 FL_HD AffineRow<T> normalized(const NormalizedTerm<T>& of_target, T sum_n, T sum_w) {
-    return normalized_by(math::divide(T(1), sum_n), of_target, sum_w);
+    return normalized_by(T(1) / sum_n, of_target, sum_w);
 }
 
 template <class T, int n>

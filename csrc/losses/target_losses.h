@@ -75,11 +75,13 @@ struct AGCE {
     }
 };
 
-// params: a, q. ((a - p)^q - (a - 1)^q) / q with a > 1, written as -(a - p)^q expm1(-q r) / q, r = log((a - p) / (a -
-// 1)): the larger power, which does not underflow before the difference does.
+// params: a, q, and derived 1 / a, a^(q - 1). ((a - p)^q - (a - 1)^q) / q with a > 1, written as -(a - p)^q expm1(-q r)
+// / q, r = log((a - p) / (a - 1)): the larger power, which does not underflow before the difference does.
 struct AUE {
     static constexpr const char* name = "aue";
     static constexpr int num_params = 2;
+
+    static void derive(double* params) { params[2] = 1 / params[0], params[3] = std::pow(params[0], params[1] - 1); }
 
     template <class T>
     FL_HD static ValueSlope<T> eval(T t, const T* params) {
@@ -88,7 +90,7 @@ struct AUE {
         const T gap = math::select(rounded < least, least, rounded), q = params[1];
         const math::Exponentials<T> p(t);
         const T rest = gap - p.minus_1;  // a - p
-        const T power = math::coarse_pow(rest, q - T(1));
+        const T power = params[3] * math::coarse_pow(rest * params[2], q - T(1));
         const T above = -math::divide(p.minus_1, gap), log_of = math::log_near_one(T(1) + above, above);
         return {-rest * power * math::divide(math::Exponentials<T>(-q * log_of).minus_1, q), -p.value * power};
     }

@@ -68,6 +68,7 @@ void test_accuracy(const AccuracyCase& of, const Shape& shape) {
     p.loss = index_of(AllLosses{}, of.loss);
     std::copy(naive.params[0].begin(), naive.params[0].end(), p.params);
     derive_params(p.loss, p.params);
+    p.class_factors = class_factors_of(p.loss, p.params, /*soft_target=*/false);
     p.logits = logits.data(), p.grad = grad.data(), p.target = target.data(), p.row_values = values.data();
     p.logits_class_stride = p.grad_class_stride = logits.layout.cls;
     p.logits_stride = p.grad_stride = logits.layout.row, p.target_stride = {0, 1};
@@ -103,12 +104,15 @@ void test_accuracy(const AccuracyCase& of, const Shape& shape) {
 
 // Tiles, rows in registers, pixels.
 inline void test_accuracies() {
-    const AccuracyCase cases[] = {{"cross_entropy", First::kLogProbabilities, 7},
-                                  {"ngce", First::kLogProbabilities, 18},
-                                  {"nfl", First::kLogProbabilities, 10},
-                                  {"jal_fl", First::kLogProbabilities, 10},
-                                  {"ldr_kl", First::kSoftplus, 10},
-                                  {"bi_tempered", First::kDistances, 20}};
+    const AccuracyCase cases[] = {
+        {"cross_entropy", First::kLogProbabilities, 7}, {"mae", First::kLogProbabilities, 13},
+        {"gce", First::kLogProbabilities, 16},          {"agce", First::kLogProbabilities, 20},
+        {"aue", First::kLogProbabilities, 20},          {"js", First::kLogProbabilities, 16},
+        {"focal", First::kLogProbabilities, 16},        {"taylor_ce", First::kLogProbabilities, 16},
+        {"bounded_ce", First::kLogProbabilities, 13},   {"nce", First::kLogProbabilities, 10},
+        {"ngce", First::kLogProbabilities, 18},         {"nfl", First::kLogProbabilities, 10},
+        {"jal_fl", First::kLogProbabilities, 10},       {"ldr_kl", First::kSoftplus, 10},
+        {"bi_tempered", First::kDistances, 20}};
     const Shape shapes[] = {{Kind::kRows, 1, 48, 10},
                             {Kind::kRows, 1, 48, 100},
                             {Kind::kRows, 1, 12, 1000},

@@ -286,7 +286,8 @@ void test_rescaled() {
         const double parameter = clips ? 2 : 0.2, bias = random.one_in(2) ? 0 : random.uniform(-2, 2);
         Params params = {parameter, double(clips), bias, double(place)};
         params.insert(params.end(), own.begin(), own.end());
-        params.resize(Rescaled::num_params);
+        params.resize(kMaxParams);
+        derive_params<Rescaled>(params.data());
         Row row = random_row(random, 1 + random.below(20));
         std::fill(row.margin.begin(), row.margin.end(), parameter);
         double squares = 0, along = 0;
