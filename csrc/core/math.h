@@ -364,7 +364,7 @@ FL_HD T log1p_over(T x) {
 }
 
 // log(x) where x - 1 is known by itself, with digits that x has lost if it is near 1.
-// Max Error: 3 ulp, on the device 8. Valid Range: x >= 0 and, but for 0, normal; NaN.
+// Max Error: 3 ulp, for floats on the device 10. Valid Range: normal x > 0, 0, NaN.
 template <class T>
 FL_HD T log_near_one(T x, T x_minus_1) {
     using S = scalar_t<T>;

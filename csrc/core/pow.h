@@ -27,7 +27,7 @@ FL_HD T integer_power(T a, int n) {
     return product;
 }
 
-// x^y where some ulp do not matter. Max Error: 4 + 2 |log x| ulp. Valid Range: normal x > 0, NaN; |y| <= 1/2.
+// x^y where some ulp do not matter. Max Error: 4 + 4 |y| (1 + |log x|) ulp. Valid Range: normal x > 0, NaN.
 template <class T>
 FL_HD T coarse_pow(T x, T y) {
 #ifdef FL_ON_DEVICE

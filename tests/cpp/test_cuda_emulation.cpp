@@ -211,6 +211,35 @@ void test_races() {
 void test_races() {}  // nobody watches in the other build
 #endif
 
+// ---- Formulas
+// --------------------------------------------------------------------------------------------------------
+
+double ulps(float got, double want) { return std::fabs(got - want) / std::ldexp(1.0, std::ilogb(want) - 23); }
+
+// What math.h promises of the device, where instructions are as inexact as they may be.
+void test_formulas() {
+    Random random(1);
+    double log = 0, power = 0;
+    cuda_emulation::is_inexact = true;
+    for (int i = 0; i < 400000; ++i) {
+        const float miss =
+            float(random.one_in(2) ? random.uniform(-1, 3) : std::ldexp(random.uniform(-1, 1), -random.below(40)));
+        const float x = float(1 + double(miss)),
+                    large = float(std::ldexp(random.uniform(1, 2), random.below(200) - 100));
+        const double exact = std::fabs(miss) < 0.4f ? std::log1p(double(miss)) : std::log(double(x));
+        if (x > 0 && exact != 0) log = std::fmax(log, ulps(math::log_near_one(x, miss), exact));
+        log = std::fmax(log, ulps(math::log_near_one(large, large - 1), std::log(double(large))));
+        const float y = float(random.uniform(-0.5, 0.5) * (1 + random.below(20)));
+        const double of = std::pow(double(x), double(y)),
+                     bound = 4 + 4 * std::fabs(y) * (1 + std::fabs(std::log(double(x))));
+        if (of > 1e-30 && of < 1e30) power = std::fmax(power, ulps(math::coarse_pow(x, y), of) / bound);
+    }
+    cuda_emulation::is_inexact = false;
+    std::printf("log %.2f ulp, power %.2f of its bound\n", log, power);
+    check(log < 10 && power < 1, "log_near_one off by %.2f ulp, coarse_pow by %.2f of its bound", log, power);
+    check(math::log_near_one(0.0f, -1.0f) == -std::numeric_limits<float>::infinity(), "log of 0");
+}
+
 // ---- Planning of launches ------------------------------------------------------------------------------------------
 
 void test_planning() {
@@ -223,6 +252,7 @@ void test_planning() {
 
 int main() {
     test_promises();
+    test_formulas();
     test_clusters();
     test_deaths();
     test_races();
