@@ -36,9 +36,10 @@ struct LossParams {
     }
 };
 
-// Of other losses than cross entropy. The loss is a uniform branch, once a row: kernels are compiled once per dtype, not once per loss. Not inlined: powers
-// and logarithms would take the registers that hold a row. The parameters come by value: so the compiler knows them for
-// arguments of the kernel, which need no instruction to be loaded. Without u_j: of a row of weight 1.
+// Of other losses than cross entropy. The loss is a uniform branch, once a row: kernels are compiled once per dtype,
+// not once per loss. Not inlined: powers and logarithms would take the registers that hold a row. The parameters come
+// by value: so the compiler knows them for arguments of the kernel, which need no instruction to be loaded. Without
+// u_j: of a row of weight 1.
 template <KernelKind kKind, class A>
 __device__ __noinline__ auto evaluate_other(int loss, LossParams<A> params, SoftmaxRow<A> row) {
     constexpr int first = kCrossEntropy + 1;
