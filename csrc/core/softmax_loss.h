@@ -11,9 +11,9 @@
 //     static constexpr const char* name;                            its stem in the Python registry
 //     static constexpr int num_params;                              how many entries of `params` it reads
 //     static constexpr ClassFactors class_factors(const double*)    the u_j, if eval reads sum_neg_log_p
-//     static void derive(double* params)                            if eval reads more than those: what follows from
-//     them template <class T> static AffineRow<T> eval(SoftmaxRow<T>, const T* params) what it asks of its arguments
-//     (losses/needs.h), where that is not the default
+//     static void derive(double* params)                            if eval reads what follows from them: derive_params
+//     template <class T> static AffineRow<T> eval(SoftmaxRow<T>, const T* params)
+//     what it asks of its arguments (losses/needs.h), where that is not the default
 #pragma once
 
 #include <type_traits>

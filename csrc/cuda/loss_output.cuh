@@ -18,7 +18,7 @@ template <class A, int n>
 FL_DEVICE void keep_row(const RowProblem& p, const Row& row, A value, const A (&kept)[n]) {
     if (p.row_values) static_cast<A*>(p.row_values)[row.number] = value;
     if (!p.stats) return;
-    A* const stats = static_cast<A*>(p.stats) + as_new(row.number);  // few rows come here: no addresses beforehand
+    A* const stats = static_cast<A*>(p.stats) + as_new(row.number);  // most calls keep none: no addresses beforehand
 #pragma unroll
     for (int k = 0; k < n; ++k)
         if (k < p.stats_count) stats[k * p.rows()] = kept[k];
