@@ -211,7 +211,8 @@ struct Focal {
     FL_HD static ValueSlope<T> eval(T t, const T* params) {
         const T gamma = params[0];
         const math::Exponentials<T> p(t);
-        const T miss = -p.minus_1, power = math::exp_not_positive(gamma * math::log_near_one(miss, -p.value));
+        const T miss = math::not_negative(-p.minus_1);  // t may be above 0 by rounding, of the eps-softmax
+        const T power = math::exp_not_positive(gamma * math::log_near_one(miss, -p.value));
         const T factor = math::select(gamma == T(0), T(1), power);
         const T p_times_r = math::select(miss > T(0), math::divide(neg_p_log_p(p.value, t), miss), T(1));
         return {math::select(miss > T(0), -factor * t, T(0) * t), -factor * (T(1) + gamma * p_times_r)};
