@@ -144,8 +144,8 @@ def multi_reduction_of(case: Case, plan: Plan) -> MultiReduction | None:
 # Work of a loop's trip, whether that is the outermost loop, and how many trips; for how many logits / 32.
 Trips: TypeAlias = tuple[list[tuple[dict[str, int], bool, float]], float]
 
-# Reading a label, which is not the one that is ignored: it is compared with the number of classes.
-LABEL = {"LDG.64": 1, "ISETP.GE.U32.EX": 1}
+# Reading the label of a later row.
+LABEL = {"LDG.64": 1}
 LOSS = {"DADD": 2}  # added up in doubles, with its weight
 
 
@@ -165,8 +165,6 @@ def work_of_row(case: Case, plan: Plan) -> tuple[dict[str, int], int]:
         return row, 5
     if case.loss == WITH_STATISTICS:  # beside the loss's sum and largest: the sum for the entropy, the lowest class
         return row | {"STG": 6, "MUFU.EX2": plan.held + 2} | ({"MUFU.LG2": 2} if case.size == 2 else {}), 4
-    if case.loss != "p_y":
-        row |= {"CALL": 1}
     if case.loss in OF_SUMS:  # sums of exponentials and of arguments, which float32 makes one by one
         row |= {"FADD": (2 if case.size == 2 else 3) * plan.held - 4}
     return row, 4 if case.loss in OF_SUMS else 2

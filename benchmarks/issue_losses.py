@@ -22,9 +22,8 @@ NAMES |= {
     "bi-tempered": "bi_tempered",
 }
 
-# Losses that kernels of softmax losses tell apart at run time, once a row, by a call of this function. Functions of p_y
-# and whether y is the largest, as cross entropy, which is "p_y" in the table; and those with a sum over the classes.
-EVALUATION = "evaluate_other"
+# Losses that kernels of softmax losses tell apart at run time, once a row. Functions of p_y and whether y is the
+# largest, as cross entropy, which is "p_y" in the table; and those with a sum over the classes.
 OF_P_Y = (
     *("mae", "gce", "agce", "aue", "ae", "rce", "sce", "taylor_ce", "phuber_ce", "js", "focal", "bounded_ce", "poly"),
     *("phuber_gce", "truncated_gce", "ece", "ece_mae", "efl_mae"),

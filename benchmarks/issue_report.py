@@ -25,7 +25,7 @@ import tempfile
 import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +43,7 @@ from benchmarks.issue_cases import (  # noqa: E402
     plan_of_lanes,
     trips,
 )
-from benchmarks.issue_losses import EVALUATION, FULL, NAMES, OTHERS, reason  # noqa: E402
+from benchmarks.issue_losses import FULL, NAMES, OTHERS, reason  # noqa: E402
 
 SOFTMAX = ("register_tile", "register_direct", "softmax_columns")
 REST = (
@@ -83,6 +83,16 @@ class Count:
 Work = tuple[tuple[str, int], ...]
 ROW_STATISTICS = "STG.64"  # of a multi-reduction loss leave a class number, which nothing else does in a loop
 FOUND: dict[tuple[str, Work, bool], Counter[str]] = {}
+OF_LOSS: dict[str, sass.Kernel] = {}
+
+
+def of_loss(kernel: sass.Kernel, plan: Plan) -> sass.Kernel:
+    """The kernel without the formulas of other losses."""
+    name = f"{kernel.name} of {plan.number}"
+    if plan.number >= 0 and name not in OF_LOSS:
+        known = sass.knowing(kernel, f"c[0x0][{ARGUMENTS_AT + plan.loss_at:#x}]", plan.number)
+        OF_LOSS[name] = replace(known, name=name)
+    return OF_LOSS.get(name, kernel)
 
 
 def units_of(kernel: sass.Kernel, work: Work, outermost: bool, never: str | None = None) -> Counter[str]:
@@ -97,14 +107,11 @@ def count(case: Case, plan: Plan, kernel: sass.Kernel) -> Count:
     """Counts the case in its kernel."""
     by_class = dict.fromkeys(COUNTED, 0.0)
     levels, logits = trips(case, plan)
+    kernel = of_loss(kernel, plan)
     for work, outermost, times in levels:
         held = multi_reduction_of(case, plan)
         never = ROW_STATISTICS if held and not held.looks else None
-        units = Counter(units_of(kernel, tuple(work.items()), outermost, never))
-        if "CALL" in work:
-            loss_at = re.escape(f"c[0x0][{ARGUMENTS_AT + plan.loss_at:#x}]")
-            units += sass.per_class(sass.cheapest_call(kernel, EVALUATION, loss_at, plan.number))
-        for unit, n in units.items():
+        for unit, n in units_of(kernel, tuple(work.items()), outermost, never).items():
             by_class[unit] = by_class.get(unit, 0.0) + n * times / logits
     if loss := multi_reduction_of(case, plan):
         steps = plan.lanes.bit_length() - 1 if plan.kind == "tile" else 0

@@ -17,10 +17,13 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import TypeAlias
 
 INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,6}\*/\s+(.*?)\s*;")
 LABEL = re.compile(r"^(\.L\w+|\$\S+):")
 COMPARISON = re.compile(r"ISETP\.(NE|EQ|GT|GE|LT|LE)\.(?:U32\.)?AND (P\d), PT, (R\d+)(?:\.reuse)?, (\w+), PT")
+IS_NOT_ZERO = re.compile(r"ISETP\.NE\.AND (P\d), PT, RZ, (UR\d+), PT")
+WRITTEN = re.compile(r"(?:@!?U?P\w+\s+)?[\w.]+\s+(U?R\d+|U?P\d)(?:, (U?P\d)\b)?")  # register or predicates
 TAKEN = {
     "NE": operator.ne,
     "EQ": operator.eq,
@@ -60,7 +63,6 @@ class Kernel:
     name: str
     blocks: list[list[str]] = field(default_factory=list)
     to: dict[int, set[int]] = field(default_factory=dict)
-    functions: dict[str, int] = field(default_factory=dict)  # that are called, and their first blocks
 
     @property
     def size(self) -> int:
@@ -121,8 +123,7 @@ def graph_of(name: str, body: str) -> Kernel:
             blocks[-1].append(found[1])
             if ENDS_BLOCK.match(found[1]):
                 blocks.append([])
-    functions = {label: place for label, place in place_of.items() if label.startswith("$")}
-    return Kernel(name, blocks, edges_of(blocks, place_of), functions)
+    return Kernel(name, blocks, edges_of(blocks, place_of))
 
 
 def edges_of(blocks: list[list[str]], place_of: Mapping[str, int]) -> dict[int, set[int]]:
@@ -284,36 +285,58 @@ def cheapest_trip(
     raise ValueError(f"no loop of {kernel.name} does {dict(work)}")
 
 
-def cheapest_call(kernel: Kernel, function: str, chosen: str, value: int) -> list[str]:
-    """The fewest instructions of a function, the first whose name has that part, from its first one to its return.
+Facts: TypeAlias = set[tuple[str, bool]]  # registers that hold a number, predicates and what they are known to be
 
-    It compares a register, loaded from the place ``chosen``, with numbers: the ways that ``value`` leads are taken.
+
+def knowing(kernel: Kernel, place: str, value: int) -> Kernel:
+    """The same without the ways that are not taken if the number at ``place``, as ``c[0x0][0x2b8]``, is ``value``.
+
+    It is compared with other numbers in registers that have been loaded from there.
     """
-    entry = next(block for label, block in kernel.functions.items() if function in label.rsplit("$", 1)[-1])
-    register = next(found[1] for text in kernel.blocks[entry] if (found := re.match(rf"LDC (R\d+), {chosen}", text)))
-    best, via = {entry: len(kernel.blocks[entry])}, dict[int, int]()
-    heap = [(best[entry], entry)]
-    while heap:
-        cost, block = heapq.heappop(heap)
-        if any(opcode(text).startswith("RET") and not text.startswith("@") for text in kernel.blocks[block]):
-            path = [block]
-            while path[-1] in via:
-                path.append(via[path[-1]])
-            return [text for b in reversed(path) for text in kernel.blocks[b]]
-        for b in ways_of(kernel, block, register, value):
-            if (total := cost + len(kernel.blocks[b])) < best.get(b, 1 << 60):
-                best[b], via[b] = total, block
-                heapq.heappush(heap, (total, b))
-    raise ValueError(f"{function} of {kernel.name} does not return")
+    come_from = defaultdict(set)
+    for block, ways in kernel.to.items():
+        for b in ways:
+            come_from[b].add(block)
+    after: dict[int, Facts] = {}  # when a block is left; not there: not known yet
+    changed = True
+    while changed:
+        changed = False
+        for block, texts in enumerate(kernel.blocks):
+            before = [after[b] for b in come_from[block] if b in after]
+            facts = facts_after(texts, place, value, set.intersection(*before) if before else set())
+            changed |= after.get(block) != facts
+            after[block] = facts
+    to = {block: ways_of(kernel, block, dict(after[block])) for block in kernel.to}
+    return Kernel(kernel.name, kernel.blocks, to)
 
 
-def ways_of(kernel: Kernel, block: int, register: str, value: int) -> set[int]:
-    """Where a block may go on if the register has that value: all ways, unless it ends with a test for just that."""
-    texts, ways = kernel.blocks[block], kernel.to[block]
-    known: dict[str, bool] = {}
+def facts_after(texts: list[str], place: str, value: int, before: Facts) -> Facts:
+    """What is known after these instructions, where the number at ``place`` is ``value``."""
+    known = dict(before)
     for text in texts:
-        if (found := COMPARISON.match(text)) and found[3] == register:
-            known[found[2]] = TAKEN[found[1]](value, 0 if found[4] == "RZ" else int(found[4], 0))
+        compared = COMPARISON.match(text)
+        if compared and compared[3] in known:
+            known[compared[2]] = TAKEN[compared[1]](value, 0 if compared[4] == "RZ" else int(compared[4], 0))
+        elif (asked := IS_NOT_ZERO.match(text)) and asked[2] in known:
+            known[asked[1]] = value != 0
+        elif written := WRITTEN.match(text):
+            for name in (*written.groups(), *neighbours(text, written[1])):
+                known.pop(name, None)
+            if re.fullmatch(rf"U?LDC U?R\d+, {re.escape(place)}", text):
+                known[written[1]] = True
+    return set(known.items())
+
+
+def neighbours(text: str, register: str) -> list[str]:
+    """The registers that an instruction may write beside the first: two of 64 bits, four of 128."""
+    is_wide = re.search(r"64|128|WIDE|CS2R|^(@!?U?P\w+\s+)?D(ADD|MUL|FMA)", text.split(",")[0])
+    found = re.fullmatch(r"(U?R)(\d+)", register)
+    return [f"{found[1]}{int(found[2]) + i}" for i in (1, 2, 3)] if is_wide and found else []
+
+
+def ways_of(kernel: Kernel, block: int, known: Mapping[str, bool]) -> set[int]:
+    """Where a block may go on: all ways, unless it ends with a test of a predicate that is known."""
+    texts, ways = kernel.blocks[block], kernel.to[block]
     found = re.match(r"@(!?)(P\d) +BRA", texts[-1]) if texts else None
     if not found or found[2] not in known or block + 1 not in ways or len(ways) != 2:
         return ways

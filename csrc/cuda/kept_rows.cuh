@@ -41,7 +41,7 @@ FL_DEVICE void work_on_tiles(const Args& args) {
         wait_for_kernel_before();
         return Worker(args, ClassesOfThread(classes, team.lane, args.plan.rounds), behind_tiles(args.plan));
     };
-    for_each_tile(args, prepare, [&](const Worker& worker, int first, int count, int, char* tile, auto arrive) {
+    for_each_tile<4>(args, prepare, [&](const Worker& worker, int first, int count, char* tile, auto arrive) {
         arrive();
 #pragma unroll 1
         for (int r = own; r - own < count; r += at_once) {

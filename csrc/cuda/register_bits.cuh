@@ -83,7 +83,7 @@ public:
         State state{};
         unsigned word = 0;
         if (reads) {
-            const Row row{number, 0, number};
+            const Row row = row_of_number(number);
             word = bits.read();
             state = saved_state<State, float>(p, number);
             Loss::scale(state, scale_of<float>(p, row) * class_weight_of<float>(p, {packed.cls, false}));

@@ -56,8 +56,9 @@ public:
     FL_DEVICE uint4* to() const { return reinterpret_cast<uint4*>(grad() + head) + at(); }
     FL_DEVICE int step() const { return team.threads; }
     FL_DEVICE int first() const { return head + at() * n; }
+    FL_DEVICE bool may_have_extra() const { return args.plan.is_ragged; }
     FL_DEVICE int extra() const {
-        if (!args.plan.is_ragged) return -1;
+        if (!may_have_extra()) return -1;
         const int i = team.lane < head ? team.lane : team.lane + accesses_of(args, head) * n;
         return i < classes_of(args) && team.block_rank() == 0 ? i : -1;
     }
@@ -104,8 +105,8 @@ FL_DEVICE void work_on_direct_rows(const RegisterArgs& args) {
     Team team(args.plan);
     const int rows = static_cast<int>(p.inner), step = static_cast<int>(team.step());
     int number = static_cast<int>(team.first()) + team.place();
-    Packed target(args, load_target(args, number, number < rows), number < rows);
-    LoadedLabel label = load_target(args, number + step, number + step < rows);
+    Packed target(args, Packed::load(args, number, number < rows), number < rows);
+    LoadedLabel label = Packed::load(args, number + step, number + step < rows);
     if (number < rows && brings(target)) Place::bring(args, team, number);
     wait_for_kernel_before();
     __shared__ LossSums of_team[kMostWarps];
@@ -114,7 +115,7 @@ FL_DEVICE void work_on_direct_rows(const RegisterArgs& args) {
     const Worker worker(args, sums);
     for (; number < rows; number += step) {
         const Packed next(args, label, number + step < rows);
-        label = load_target(args, number + 2 * step, number + 2 * step < rows);  // arrives while this row is worked on
+        label = Packed::load(args, number + 2 * step, number + 2 * step < rows);  // arrives while this row is worked on
         const Place place(args, team, number, number + step < rows && brings(next) ? number + step : -1);
         Place::wait_until_brought();
         if constexpr (Worker::kMayLeaveStatistics)

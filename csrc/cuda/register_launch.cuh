@@ -16,13 +16,15 @@ struct PlannedArgs : RowArgs<A> {
     RegisterPlan plan;
     // Backward: only the gradient is asked for. What forward knows of all rows is in stats, or is recomputed.
     bool is_saved = false, recomputes = false;
-    bool sums_u = true;  // whether the loss of a class that has a share reads the sums with u_j, 1 there
+    bool is_plain = false;  // forward of rows without weights, of which nothing is kept
+    bool sums_u = true;     // whether the loss of a class that has a share reads the sums with u_j, 1 there
 
     using RowArgs<A>::RowArgs;
 
     void take_direction(Direction direction) {
         is_saved = direction == Direction::kBackward;
         recomputes = direction == Direction::kBackwardRecompute;
+        is_plain = direction == Direction::kForward && !this->is_weighted && !this->keeps_rows;
     }
     // What a row's gradient is multiplied by, beside its weight. In forward, of all rows alike.
     FL_DEVICE A upstream_of(const Row& row, A inverse_denominator) const {

@@ -17,14 +17,13 @@ namespace fused_losses::cuda {
 template <class Loss, class State, class A>
 FL_DEVICE void record_row(const RowArgs<A>& args, const Row& row, bool counts, A weight, const State& state,
                           LossSums& sums) {
-    A numbers[kStateSize<State, A>] = {}, value = A(0);
-    if (counts) {
-        std::memcpy(numbers, &state, sizeof(state));
-        value = Loss::value(state);
-        if (args.problem.reduction == Reduction::kActiveMean && value <= A(0)) counts = false;  // NaN counts
-    }
-    sums.add({static_cast<double>(weight * value), static_cast<double>(counts ? weight : A(0))});
-    if (args.keeps_rows) keep_row(args.problem, row, weight * value, numbers);
+    const A value = counts ? weight * Loss::value(state) : A(0);
+    const bool is_active = counts & (!args.only_active | !(Loss::value(state) <= A(0)));  // NaN is
+    sums.add({static_cast<double>(value), static_cast<double>(is_active ? weight : A(0))});
+    if (!args.keeps_rows) return;
+    A numbers[kStateSize<State, A>] = {};
+    if (counts) std::memcpy(numbers, &state, sizeof(state));
+    keep_row(args.problem, row, value, numbers);
 }
 
 // ---- Rows in registers --------------------------------------------------------------------------------------------
@@ -113,7 +112,8 @@ public:
     static FL_DEVICE bool is_read(const Packed& target, bool) { return !target.is_ignored(); }
 
     FL_DEVICE void ignore(const Team& team, int number) const {
-        if (!args.is_saved && team.leads) record_row<Loss>(args, row_of(number), false, 0.0f, State{}, sums_of_rows);
+        if (!args.is_saved && team.leads)
+            record_row<Loss>(args, row_of_number(number), false, 0.0f, State{}, sums_of_rows);
     }
 
     template <class Place>
@@ -137,7 +137,7 @@ public:
         if (args.is_saved) {
             if (reads) {
                 state = saved_state<State, float>(p, number);
-                scale = scale_of<float>(p, row_of(number)) * class_weight_of<float>(p, {of.target, false});
+                scale = scale_of<float>(p, row_of_number(number)) * class_weight_of<float>(p, {of.target, false});
             }
             each(place, of, numbers, [&](float (&kept)[n], bool is_target, bool) {
                 Loss::keep(state, kept[n - 1], of.margin, is_target, args.params, kept);
@@ -146,19 +146,20 @@ public:
             state = reduce(team, of, kIsRelative ? 0.0f : top, place, numbers);
             scale = reads ? 1.0f : 0.0f;
             if (args.is_weighted && reads)
-                scale = class_weight_of<float>(p, {of.target, false}) * sample_weight_of<float>(p, row_of(number));
+                scale =
+                    class_weight_of<float>(p, {of.target, false}) * sample_weight_of<float>(p, row_of_number(number));
             if (team.leads && place.exists) {
                 State whole = state;
                 if constexpr (kIsRelative) whole.max = top;
-                record_row<Loss>(args, row_of(number), reads, scale, whole, sums_of_rows);
+                record_row<Loss>(args, row_of_number(number), reads, scale, whole, sums_of_rows);
             }
-            if (reads) scale *= args.upstream_of(row_of(number), inverse_denominator);
+            if (reads) scale *= args.upstream_of(row_of_number(number), inverse_denominator);
         }
         if constexpr (kLeavesBits)
             if (p.bits && reads)
                 RowBits<Words::kHeld>(args, team, number)
                     .write([&](int i) { return numbers.of[i][0] != 0.0f; }, numbers.extra[0] != 0.0f);
-        if (p.grad) write_gradient(team, of, reads, place, numbers, state, scale);
+        if (args.writes_gradient) write_gradient(team, of, reads, place, numbers, state, scale);
     }
 
 private:
@@ -169,8 +170,6 @@ private:
         int number, target;
         float target_logit, margin;  // bias added
     };
-
-    static FL_DEVICE Row row_of(int number) { return {number, 0, number}; }
 
     // Reads the logits into the last number of each class; that of the target has its bias. Gives the largest logit
     // where forward needs it, else 0. Where the loss depends on differences alone, the largest has been subtracted.

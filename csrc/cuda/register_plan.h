@@ -35,8 +35,8 @@ inline KernelKind kind_of(const RowProblem& p) {
 // Blocks of a tile's kernel that fit on a multiprocessor by their registers: with more of them, numbers are spilled.
 constexpr int tile_blocks(KernelKind kind, int held) {
     using enum KernelKind;
-    if (held < 16) return kind == kOneKept ? 8 : kind == kStatistics ? 6 : 7;
-    if (kind == kNoFactors) return held == 20 ? 6 : 5;
+    if (held < 16) return kind == kOneKept || kind == kNoFactors ? 8 : kind == kStatistics ? 6 : 7;
+    if (kind == kNoFactors) return held == 20 ? 7 : held == 26 ? 6 : 5;
     return kind == kOneKept ? 5 : 4;
 }
 

@@ -31,11 +31,7 @@ public:
     static constexpr bool kRagged = true, kReadsRows = true, kMayLeaveStatistics = false;
 
     FL_DEVICE RegisterRow(const RegisterArgs& a, LossSums& sums)
-        : args(a),
-          p(a.problem),
-          end(a, sums),
-          bias(bias_of(a)),
-          inverse_denominator(written_inverse_denominator<float>(p)) {}
+        : args(a), p(a.problem), end(a, sums), bias(bias_of(a)) {}
 
     // Whether the logits of a row are read: those of an ignored one for its statistics alone.
     static FL_DEVICE bool is_read(const Packed& target, bool exists) {
@@ -44,7 +40,7 @@ public:
 
     // What is kept of an ignored row. For all threads of the team.
     FL_DEVICE void ignore(const Team& team, int number) const {
-        if (!is_saved()) end.ignore({number, 0, number}, team.leads);
+        if (!is_saved()) end.ignore(row_of_number(number), team.leads);
     }
 
     // The gradient of a row that the team leaves out.
@@ -79,7 +75,7 @@ public:
             if (sums_u()) sum_factors(team, of, exponential, mine, state);
             coefficients = finish(team, of, place, exponential, target_e, state, mine);
         }
-        if (!p.grad) return;
+        if (!args.writes_gradient) return;
         write_gradient(team, place, coefficients, mine);
         if (of.has_target && place.owns(of.target.cls))
             place.grad()[of.target.cls] = to_stored<Stored>(coefficients.target_grad);
@@ -107,14 +103,17 @@ private:
         const bool counts = (!Place::kIsMixed && !kWithStatistics) || !packed.is_ignored();
         const bool has_target = kReadsU ? packed.cls >= 0 : counts, reads = is_read(packed, place.exists);
         const bool is_apart = (kWithStatistics || bias != 0.0f) && has_target;
-        return {{number, 0, number}, {packed.cls, !counts}, reads, counts, has_target, is_apart, 0.0f};
+        return {row_of_number(number), {packed.cls, !counts}, reads, counts, has_target, is_apart, 0.0f};
     }
 
     template <class Place>
     FL_DEVICE void read(OfRow& of, const Place& place, OfThread& mine) const {
         mine.words.read(place);
-        mine.extra_class = place.extra();
-        mine.extra = of.is_read && mine.extra_class >= 0 ? to_acc(place.logits()[mine.extra_class]) : kLowest;
+        mine.extra_class = -1, mine.extra = kLowest;
+        if (place.may_have_extra()) [[unlikely]] {
+            mine.extra_class = place.extra();
+            if (of.is_read && mine.extra_class >= 0) mine.extra = to_acc(place.logits()[mine.extra_class]);
+        }
         if (of.has_target) of.target_logit = to_acc(place.logits()[of.target.cls]) + bias;
         if (of.is_apart) mine.words.set_apart(mine.extra, of.target.cls, place);
         mine.extra_u = 1.0f;
@@ -172,14 +171,9 @@ private:
             if (place.exists) ignore(team, static_cast<int>(of.row.number));
             return {};
         }
-        Coefficients<float> found =
-            has_shares()
-                ? end.finish_shares(of.row, shares, state, team.leads)
-                : end.template finish<kKind>(of.row, of.target, of.target_logit, exponential.distance(of.target_logit),
-                                             target_e, exponential.log(state.sum), state, team.leads);
-        found.scale(has_shares() && p.upstream ? upstream_over_denominator<float>(p, of.row)
-                                               : args.upstream_of(of.row, inverse_denominator));
-        return found;
+        if (has_shares()) return end.finish_shares(of.row, shares, state, team.leads);
+        const TargetLogit<float> logit{of.target_logit, exponential.distance(of.target_logit), target_e};
+        return end.template finish<kKind>(of.row, of.target, logit, exponential.log(state.sum), state, team.leads);
     }
 
     // Of all classes, as if none was the target.
@@ -195,8 +189,9 @@ private:
                                 : g + coefficients.gamma * factor;
         };
         Words::write(place, [&](int i, bool) { return gradient_of(mine.e[i], kReadsU ? mine.u[i] : 1.0f); });
-        if (mine.extra_class >= 0)
-            place.grad()[mine.extra_class] = to_stored<Stored>(gradient_of(mine.extra_e, mine.extra_u));
+        if (place.may_have_extra()) [[unlikely]]
+            if (const int cls = place.extra(); cls >= 0)
+                place.grad()[cls] = to_stored<Stored>(gradient_of(mine.extra_e, mine.extra_u));
         team.sync();
     }
 
@@ -270,7 +265,7 @@ private:
         const auto add = [&](int cls, float& share) {
             const float z = to_acc(place.logits()[cls]);
             const SoftmaxRow<float> softmax = end.template softmax_of<true>(z, exponential.distance(z), log_sum, state);
-            const AffineRow<float> of = evaluate_other<kKind>(p.loss, params, softmax);
+            const AffineRow<float> of = evaluate_other(p.loss, params, softmax);
             sums[0] += share * of.value, sums[1] += share * of.alpha, sums[2] += share * of.gamma;
             share *= of.beta;
         };
@@ -390,7 +385,7 @@ private:
     const RegisterArgs& args;
     const RowProblem& p;
     const RowEnd<float> end;
-    const float bias, inverse_denominator;
+    const float bias;
 };
 
 }  // namespace fused_losses::cuda

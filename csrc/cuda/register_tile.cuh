@@ -11,13 +11,15 @@ namespace fused_losses::cuda {
 // have two bytes each, one of a row's numbers is beside its words, at either end.
 struct LanePart {
     int lane, begin, words;
+    bool is_ragged;
     int beside;  // class of the number beside the words where that is the last one, -1 in lanes that have none
 
     FL_DEVICE LanePart(const RegisterArgs& a, int l, int numbers_of_word)
         : lane(l),
           begin(a.plan.begin_of(l)),
           words(a.plan.count_of(l, static_cast<int>(a.problem.num_classes) / numbers_of_word)),
-          beside(a.plan.is_ragged && l == 0 ? static_cast<int>(a.problem.num_classes) - 1 : -1) {
+          is_ragged(a.plan.is_ragged),
+          beside(l == 0 ? static_cast<int>(a.problem.num_classes) - 1 : -1) {
 #ifdef __CUDA_ARCH__
         asm("" : "+r"(begin), "+r"(words), "+r"(beside));  // not to be recomputed for each row
 #endif
@@ -44,7 +46,11 @@ public:
     FL_DEVICE unsigned* to() const { return reinterpret_cast<unsigned*>(row + skip) + part.begin; }
     static FL_DEVICE int step() { return 1; }
     FL_DEVICE int first() const { return skip + part.begin * n; }
-    FL_DEVICE int extra() const { return !kMayHaveExtra ? -1 : skip > 0 ? part.beside >> 31 : part.beside; }
+    FL_DEVICE bool may_have_extra() const { return kMayHaveExtra && part.is_ragged; }
+    FL_DEVICE int extra() const {
+        if (!may_have_extra()) return -1;
+        return skip > 0 ? part.beside >> 31 : part.beside;
+    }
     FL_DEVICE bool owns(int) const { return part.lane == 0; }
     FL_DEVICE void has_been_read() const {}
 
@@ -82,19 +88,20 @@ FL_DEVICE void work_on_register_tiles(const RegisterArgs& args) {
         return Worker(args, sums);
     };
     int number = (blockIdx.x * (kTileThreads / 32) + threadIdx.x / 32) * args.plan.tile_rows + own;
-    LoadedLabel label = load_target(args, number, number < rows);  // arrives while the row before is worked on
-    const auto work = [&](const Worker& worker, int first, int count, int following, char* bytes, auto arrive) {
+    LoadedLabel label = Packed::load(args, number, number < rows);  // arrives while the row before is worked on
+    // From the last row of a tile to the first of the next one; from any other the next is at_once further.
+    const unsigned leap = as_new(static_cast<unsigned>(tile_step(args.plan) - args.plan.tile_rows + at_once));
+    const auto work = [&](const Worker& worker, int first, int count, char* bytes, auto arrive) {
         number = first + own;
         arrive();
         Stored* row = reinterpret_cast<Stored*>(bytes) + own * classes;
-        int skip = n == 1 ? 0 : misalignment(as<Stored>(p.logits)) + own * classes;
 #pragma unroll 1
         for (int trips = (count + at_once - 1) / at_once; trips > 0; --trips) {
             const bool exists = number < rows;
             const Packed target(args, label, exists);
-            const int next = trips > 1 ? number + at_once : following + own;
-            label = load_target(args, next, next < rows);
-            const int before = Worker::kRagged ? skip & (n - 1) : 0;
+            const int next = number + (trips > 1 ? at_once : static_cast<int>(leap));
+            label = Packed::load(args, next, next < rows);
+            const int before = Worker::kRagged ? misalignment_in_tile(row) & (n - 1) : 0;
             using Place = TilePlace<Stored, Worker::kRagged>;
             if constexpr (Worker::kMayLeaveStatistics)
                 if (p.argmax) {
@@ -104,10 +111,10 @@ FL_DEVICE void work_on_register_tiles(const RegisterArgs& args) {
                 }
             worker.run(team, number, target,
                        Place(part, row, before, shared.zeros, !worker.is_read(target, exists), exists));
-            number += at_once, row += at_once * classes, skip += at_once * classes;
+            number += at_once, row += at_once * classes;
         }
     };
-    for_each_tile<Worker::kReadsRows>(args, prepare, work);
+    for_each_tile<most_tile_bytes(Worker::Words::kHeld) / 512, Worker::kReadsRows>(args, prepare, work);
     write_loss(args, sums);
 }
 

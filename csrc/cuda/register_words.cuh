@@ -10,22 +10,25 @@ namespace fused_losses::cuda {
 
 extern __shared__ uint4 dynamic_shared[];
 
-// The label of a row, if there is the row and has one.
-FL_DEVICE LoadedLabel load_target(const RegisterArgs& args, int number, bool exists) {
-    if (!exists || !args.problem.target) return {};
-    const auto offset = std::uint64_t(args.plan.target_step) * static_cast<unsigned>(number);
-    return {args.problem.index_type, static_cast<const char*>(args.problem.target) + offset};
-}
-
 // In one register. A row that does not exist is an ignored one, of which nothing is kept.
 template <KernelKind kKind>
 struct PackedTarget {
     static constexpr int kIgnored = -2;
     int cls;
 
+    // The label of a row, if there is the row and has one. Class probabilities alone come without.
+    static FL_DEVICE LoadedLabel load(const RegisterArgs& args, int number, bool exists) {
+        if (!exists || (kKind == KernelKind::kReadFactors && !args.problem.target)) return {};
+        const auto offset = std::uint64_t(args.plan.target_step) * static_cast<unsigned>(number);
+        return {args.problem.index_type, static_cast<const char*>(args.problem.target) + offset};
+    }
+
     FL_DEVICE PackedTarget(const RegisterArgs& args, const LoadedLabel& label, bool exists) : cls(kIgnored) {
-        if (!exists) return;
-        if (kKind == KernelKind::kReadFactors && !args.problem.target)
+        if (label.is_class(args)) [[likely]]
+            cls = label.cls();
+        else if (!exists)
+            return;
+        else if (kKind == KernelKind::kReadFactors && !args.problem.target)
             cls = -1;
         else
             cls = class_or(kIgnored, args.problem, label.index(args.problem.index_type));
@@ -38,7 +41,7 @@ struct PackedTarget {
 //     from(), to()         the first; the k-th is there if k * step() < left
 //     first()              class of the first number
 //     extra()              class of a number beside the accesses, -1 if there is none
-//     kMayHaveExtra        whether there may be one
+//     may_have_extra()     whether there may be one in any row; kMayHaveExtra: whether the kernel knows of any
 //     logits(), grad()     the row, from its first class on
 //     kIsMixed             whether the warp has other rows as well: those that are ignored, or do not exist, are then
 //                          worked on along with the others, but read numbers that are finite; else run() is not called

@@ -41,6 +41,13 @@ FL_DEVICE std::int64_t as_new(std::int64_t x) {
     return x;
 }
 
+FL_DEVICE const char* as_new(const char* x) {
+#ifdef __CUDA_ARCH__
+    asm volatile("" : "+l"(x));
+#endif
+    return x;
+}
+
 // Kernel argument. Arithmetic on doubles is slow on most GPUs, so the host converts the parameters.
 template <class A>
 struct RowArgs {
@@ -48,15 +55,22 @@ struct RowArgs {
     LossOutput out;
     A params[kMaxParams];
     A bias;
-    // Whether there are weights, and places for what rows leave: asked for once a row, not for each pointer.
-    bool is_weighted, keeps_rows;
+    unsigned ignored_class;  // an ignored class within the range of labels, else none
+    // Whether there are weights, and places for gradients and for what rows leave: asked for once a row, not for each
+    // pointer.
+    bool is_weighted, writes_gradient, keeps_rows;
+    bool only_active;  // rows with a loss of 0 are none of those that the mean is of
 
     explicit RowArgs(const RowProblem& p, const LossOutput& output = {})
         : problem(p),
           out(output),
           bias(static_cast<A>(p.logit_bias)),
+          ignored_class(p.ignore_index >= 0 && p.ignore_index < p.num_classes ? static_cast<unsigned>(p.ignore_index)
+                                                                              : ~0u),
           is_weighted(p.class_weight || p.sample_weight),
-          keeps_rows(p.row_values || p.stats) {
+          writes_gradient(p.grad),
+          keeps_rows(p.row_values || p.stats),
+          only_active(p.reduction == Reduction::kActiveMean) {
         for (int i = 0; i < kMaxParams; ++i) params[i] = static_cast<A>(p.params[i]);
     }
 };
@@ -96,6 +110,9 @@ struct Row {
     std::int64_t number, outer, inner;
 };
 
+// Where rows follow each other, as numbers of 32 bits. Without a sign: then widening it is no instruction.
+FL_DEVICE Row row_of_number(int number) { return {static_cast<unsigned>(number), 0, static_cast<unsigned>(number)}; }
+
 FL_DEVICE Row row_at(const RowProblem& p, std::int64_t number) {
     if (p.outer == 1) return {number, 0, number};
     std::int64_t outer;
@@ -118,20 +135,26 @@ FL_DEVICE std::int64_t read_index(IndexType type, const void* at) {
     return *as<std::uint8_t>(at);
 }
 
-// A label on its way. Nobody waits for it before index() is called: a check would be such a wait.
+// A label on its way. Nobody waits for it before it is asked for: a check would be such a wait.
 class LoadedLabel {
-    unsigned low = 0, high = 0;
+    unsigned low = 0, high = 1;  // high: 0 of less than 64 bits
 
 public:
-    LoadedLabel() = default;
+    LoadedLabel() = default;  // of no row
     FL_DEVICE LoadedLabel(IndexType type, const void* at) {
         if (type == IndexType::kInt64) {
             const uint2 both = *as<uint2>(at);
             low = both.x, high = both.y;
         } else {
-            low = static_cast<unsigned>(read_index(type, at));
+            low = static_cast<unsigned>(read_index(type, at)), high = 0;
         }
     }
+    // What nearly all are: a class that is not ignored.
+    template <class A>
+    FL_DEVICE bool is_class(const RowArgs<A>& args) const {
+        return (high == 0) & (low < static_cast<unsigned>(args.problem.num_classes)) & (low != args.ignored_class);
+    }
+    FL_DEVICE int cls() const { return static_cast<int>(low); }
     FL_DEVICE std::int64_t index(IndexType type) const {
         const std::int64_t wide = static_cast<std::int64_t>(std::uint64_t(high) << 32 | low);
         return type == IndexType::kInt64 ? wide : static_cast<int>(low);
@@ -234,6 +257,16 @@ constexpr int kVector = 16 / sizeof(Stored);  // elements of a 16-byte access
 template <class Stored>
 FL_DEVICE int misalignment(const Stored* pointer) {  // in elements
     return static_cast<int>(reinterpret_cast<std::uintptr_t>(pointer) % 16 / sizeof(Stored));
+}
+
+// The same of shared memory, whose addresses have 32 bits.
+template <class Stored>
+FL_DEVICE int misalignment_in_tile(const Stored* pointer) {
+#ifdef __CUDA_ARCH__
+    return static_cast<unsigned>(__cvta_generic_to_shared(pointer)) % 16 / sizeof(Stored);
+#else
+    return misalignment(pointer);
+#endif
 }
 
 // Asks for the 128 bytes around an address, which need not be there, to be in the L2 cache before long.

@@ -45,7 +45,6 @@ public:
           shared(s),
           end(a, sums),
           bias(bias_of(a)),
-          inverse_denominator(written_inverse_denominator<float>(p)),
           lane(threadIdx.x % kWarp),
           part(threadIdx.x / kWarp),
           begin(part * static_cast<int>(p.num_classes) / a.plan.lanes),
@@ -266,9 +265,8 @@ private:
             state.add(distance, kKind == KernelKind::kUnitFactors ? 1.0f : u, target_e);
             if constexpr (kKind == KernelKind::kUnitFactors) state.sum_u -= 1.0f;
         }
-        c = end.template finish<kKind>(row, Target{of.cls, false}, of.target_logit, distance, target_e,
-                                       exponential.log(state.sum), state, true);
-        c.scale(args.upstream_of(row, inverse_denominator));
+        const TargetLogit<float> logit{of.target_logit, distance, target_e};
+        c = end.template finish<kKind>(row, Target{of.cls, false}, logit, exponential.log(state.sum), state, true);
     }
 
     FL_DEVICE void write(const Column (&of)[n], const Place& place, const float (&pivot)[n], const Words& w,
@@ -311,7 +309,7 @@ private:
     const RowProblem& p;
     Shared& shared;  // each part of it is read between barriers that no thread passes before its other use
     const RowEnd<float> end;
-    const float bias, inverse_denominator;
+    const float bias;
     const int lane, part, begin, count;
 };
 

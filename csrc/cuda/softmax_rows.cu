@@ -98,7 +98,6 @@ __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : 2)
     RowTeam<A, true> team(args.plan);
     LossSums sums{0, 0};
     RowEnd<A> end(args, sums);
-    const A inverse_denominator = written_inverse_denominator<A>(p);
     const ClassesOfThread classes(0, static_cast<int>(p.num_classes), team.lane, team.threads);
     const std::int64_t rows = p.rows();
     for (std::int64_t first = team.first(); first < rows; first += team.step()) {
@@ -123,10 +122,9 @@ __global__ void __launch_bounds__(kBlock, sizeof(A) == 8 ? 1 : 2)
             coefficients = saved_coefficients<A>(p, row);
         } else {
             const A target_logit = mine.target_logit();
-            const A target_distance = target_logit - state.max;
-            coefficients = end.finish(row, target, target_logit, target_distance, math::exp(target_distance),
-                                      math::log(state.sum), state, team.leads);
-            coefficients.scale(args.upstream_of(row, inverse_denominator));
+            const A distance = target_logit - state.max;
+            const TargetLogit<A> logit{target_logit, distance, math::exp(distance)};
+            coefficients = end.finish(row, target, logit, math::log(state.sum), state, team.leads);
         }
         if (p.grad) mine.write_gradient(coefficients);
     }
