@@ -53,6 +53,7 @@ struct RegisterTraits<MarginLoss<AnyMarginPolicy::Knowing<kThreshold, kSquared>>
 template <class Rule, bool kCoarse>
 struct RegisterTraits<PowerLoss<Rule, true, kCoarse>> : HeldLoss {
     static constexpr bool counts_masked = true;
+    static constexpr int most_blocks = 6;
 };
 template <int kN>
 struct RegisterTraits<BiTemperedOf<kN, true>> : HeldLoss {};
@@ -60,7 +61,7 @@ template <bool kCoarse>
 struct RegisterTraits<RescaledOf<kCoarse>> : HeldLoss {
     static constexpr bool is_relative = false;
     static constexpr bool leaves_target_out = true;
-    static constexpr int most_blocks = 6;
+    static constexpr int most_blocks = 5;
 };
 template <bool kCoarse>
 struct RegisterTraits<NormalizedLoss<NFLMAE::Usual, kCoarse>> : LongLoss {};

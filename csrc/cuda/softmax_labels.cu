@@ -51,6 +51,7 @@ template <class Stored>
 cudaError_t enqueue_rows_in_registers(RegisterArgs& args, cudaStream_t stream) {
     const bool has_shares = args.problem.class_factors == ClassFactors::kClassLosses;
     args.sums_u = label_sums_u(args.problem);
+    args.take_direction(Direction::kForward);
     return launch_held(
         args, has_shares ? KernelKind::kReadFactors : KernelKind::kStatistics,
         [&] { return enqueue_tiles<Stored>(args, stream); }, [] { return kDoesNotFit; },
