@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Container
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from benchmarks.issue_losses import (
@@ -99,7 +99,8 @@ class Plan:
     cluster: int
     conflicts: int
     number: int  # of the loss
-    loss_at: int = 0  # where kernels read it, in bytes from their first argument
+    # Where kernels read what, in bytes from their first argument: the number of the loss among them.
+    told: tuple[tuple[int, int], ...] = field(default=(), kw_only=True)
 
     def __str__(self) -> str:
         if self.kind == "tile":
@@ -199,8 +200,9 @@ def trips(case: Case, plan: Plan) -> Trips:
         row |= {"LDG.!64.!128": plan.held} if shares else {}
         # What is done once a tile is what a trip of the outer loop needs more than the trip of the inner one in it.
         start = LOSS | {"STS.64": 2} | ({} if shares else LABEL)  # the sums are kept in shared memory
+        asked = {} if shares else {"CCTL": 1}  # the labels of the next tile
         return [
-            (start | {"LDGSTS": accesses, "STG.128": accesses}, True, 1),
+            (start | {"LDGSTS": accesses, "STG.128": accesses} | asked, True, 1),
             (start, False, -1),
             (row, False, plan.tile_rows * plan.lanes / 32),
         ], plan.tile_rows * case.classes / 32

@@ -87,10 +87,10 @@ OF_LOSS: dict[str, sass.Kernel] = {}
 
 
 def of_loss(kernel: sass.Kernel, plan: Plan) -> sass.Kernel:
-    """The kernel without the formulas of other losses."""
+    """The kernel without the formulas of other losses, and what other calls ask for."""
     name = f"{kernel.name} of {plan.number}"
-    if plan.number >= 0 and name not in OF_LOSS:
-        known = sass.knowing(kernel, f"c[0x0][{ARGUMENTS_AT + plan.loss_at:#x}]", plan.number)
+    if plan.told and name not in OF_LOSS:
+        known = sass.knowing(kernel, {f"c[0x0][{ARGUMENTS_AT + at:#x}]": number for at, number in plan.told})
         OF_LOSS[name] = replace(known, name=name)
     return OF_LOSS.get(name, kernel)
 
@@ -120,6 +120,15 @@ def count(case: Case, plan: Plan, kernel: sass.Kernel) -> Count:
     return Count(case, plan, sum(by_class.values()), by_class)
 
 
+def plan_of(line: str) -> Plan:
+    """What launch_plans.cpp has printed of a case."""
+    kind, *words = line.split()
+    told = [word.split(":") for word in words if ":" in word]
+    return Plan(
+        kind, *(int(word) for word in words if ":" not in word), told=tuple((int(at), int(n)) for at, n in told)
+    )
+
+
 def plans(asked: Sequence[Case], in_registers: Collection[str], folder: Path) -> list[Plan]:
     """The launch plans of the cases, by the planning code itself."""
     program = folder / "launch_plans"
@@ -134,7 +143,7 @@ def plans(asked: Sequence[Case], in_registers: Collection[str], folder: Path) ->
         name = NAMES.get(case.loss, case.loss if case.loss.islower() else "none")
         given.append(f"{kinds[case]}:{case.dtype}:{factors_of(case)}:{case.classes}:{case.rows}:{name}")
     lines = subprocess.run([str(program), *given], capture_output=True, text=True, check=True).stdout.splitlines()
-    found = {case: Plan(kind, *map(int, n)) for case, (kind, *n) in zip(planned, map(str.split, lines), strict=True)}
+    found = {case: plan_of(line) for case, line in zip(planned, lines, strict=True)}
     return [found.get(case) or plan_of_lanes(case, in_registers) for case in asked]
 
 

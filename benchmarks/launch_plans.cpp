@@ -1,13 +1,27 @@
 // Prints how the rows of an H100 are shared out, a line for each problem given as LAYOUT:DTYPE:KIND:CLASSES:ROWS:LOSS;
 // for issue_report.py. LAYOUT: rows or pixels. KIND: the number of a KernelKind. LOSS: its name, whose number comes
-// last but one in the line, before its place in a RowProblem. Compiled with the headers of tests/cpp/cuda_emulation: no
-// GPU, no CUDA toolkit.
-#include <cstddef>
+// after the plan, and then PLACE:NUMBER for what else a kernel is told of the call, the places in bytes from its first
+// argument. Compiled with the headers of tests/cpp/cuda_emulation: no GPU, no CUDA toolkit.
 #include <cstdio>
 #include <cstring>
 
-#include "cuda/register_plan.h"
+#include "cuda/register_launch.cuh"
 #include "losses/names.h"
+
+// Of the step that is counted: forward that writes the gradient, a mean of rows without weights.
+void print_told(const fused_losses::RowProblem& p, int loss) {
+    fused_losses::cuda::RegisterArgs args(p);
+    args.take_direction(fused_losses::cuda::Direction::kForward);
+    const auto told = [&](const auto& of, int number) {
+        const auto at = reinterpret_cast<const char*>(&of) - reinterpret_cast<const char*>(&args);
+        std::printf(" %td:%d", at, number);
+    };
+    if (loss >= 0) told(args.problem.loss, loss);
+    for (const bool* flag : {&args.is_weighted, &args.keeps_rows, &args.is_saved, &args.recomputes, &args.is_plain})
+        told(*flag, *flag);
+    told(args.writes_gradient, 1);
+    std::printf("\n");
+}
 
 int main(int argc, char** argv) {
     using namespace fused_losses;
@@ -35,9 +49,10 @@ int main(int argc, char** argv) {
         }
         if (!plan) found = "none";
         const bool conflicts = plan && std::strcmp(found, "tile") == 0;
-        std::printf("%s %d %d %d %d %d %d %d %d %d %d %d\n", found, int(plan.kind), plan.lanes, plan.held, plan.rounds,
+        const int number = index_of(CompiledLosses{}, loss);
+        std::printf("%s %d %d %d %d %d %d %d %d %d %d", found, int(plan.kind), plan.lanes, plan.held, plan.rounds,
                     plan.tile_rows, plan.tile_bytes, plan.threads, plan.cluster,
-                    conflicts ? cuda::conflicts_of(p, plan) : 1, index_of(CompiledLosses{}, loss),
-                    int(offsetof(RowProblem, loss)));
+                    conflicts ? cuda::conflicts_of(p, plan) : 1, number);
+        print_told(p, number);
     }
 }

@@ -21,8 +21,10 @@ from typing import TypeAlias
 
 INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,6}\*/\s+(.*?)\s*;")
 LABEL = re.compile(r"^(\.L\w+|\$\S+):")
-COMPARISON = re.compile(r"ISETP\.(NE|EQ|GT|GE|LT|LE)\.(?:U32\.)?AND (P\d), PT, (R\d+)(?:\.reuse)?, (\w+), PT")
+NUMBER = r"RZ|-?0x[0-9a-f]+|-?\d+"
+COMPARISON = re.compile(rf"ISETP\.(NE|EQ|GT|GE|LT|LE)\.(?:U32\.)?AND (P\d), PT, (R\d+)(?:\.reuse)?, ({NUMBER}), PT")
 IS_NOT_ZERO = re.compile(r"ISETP\.NE\.AND (P\d), PT, RZ, (UR\d+), PT")
+LOADED = re.compile(r"U?LDC(?:\.U8)? (U?R\d+), (\S+)")
 WRITTEN = re.compile(r"(?:@!?U?P\w+\s+)?[\w.]+\s+(U?R\d+|U?P\d)(?:, (U?P\d)\b)?")  # register or predicates
 TAKEN = {
     "NE": operator.ne,
@@ -285,13 +287,13 @@ def cheapest_trip(
     raise ValueError(f"no loop of {kernel.name} does {dict(work)}")
 
 
-Facts: TypeAlias = set[tuple[str, bool]]  # registers that hold a number, predicates and what they are known to be
+Facts: TypeAlias = set[tuple[str, int]]  # what registers and predicates are known to be
 
 
-def knowing(kernel: Kernel, place: str, value: int) -> Kernel:
-    """The same without the ways that are not taken if the number at ``place``, as ``c[0x0][0x2b8]``, is ``value``.
+def knowing(kernel: Kernel, numbers: Mapping[str, int]) -> Kernel:
+    """The same without the ways that are not taken if there are these numbers at places such as ``c[0x0][0x2b8]``.
 
-    It is compared with other numbers in registers that have been loaded from there.
+    They are compared with others in registers that have been loaded from there.
     """
     come_from = defaultdict(set)
     for block, ways in kernel.to.items():
@@ -303,27 +305,27 @@ def knowing(kernel: Kernel, place: str, value: int) -> Kernel:
         changed = False
         for block, texts in enumerate(kernel.blocks):
             before = [after[b] for b in come_from[block] if b in after]
-            facts = facts_after(texts, place, value, set.intersection(*before) if before else set())
+            facts = facts_after(texts, numbers, set.intersection(*before) if before else set())
             changed |= after.get(block) != facts
             after[block] = facts
     to = {block: ways_of(kernel, block, dict(after[block])) for block in kernel.to}
     return Kernel(kernel.name, kernel.blocks, to)
 
 
-def facts_after(texts: list[str], place: str, value: int, before: Facts) -> Facts:
-    """What is known after these instructions, where the number at ``place`` is ``value``."""
+def facts_after(texts: list[str], numbers: Mapping[str, int], before: Facts) -> Facts:
+    """What is known after these instructions, where there are these numbers."""
     known = dict(before)
     for text in texts:
         compared = COMPARISON.match(text)
         if compared and compared[3] in known:
-            known[compared[2]] = TAKEN[compared[1]](value, 0 if compared[4] == "RZ" else int(compared[4], 0))
+            known[compared[2]] = TAKEN[compared[1]](known[compared[3]], int(compared[4].replace("RZ", "0"), 0))
         elif (asked := IS_NOT_ZERO.match(text)) and asked[2] in known:
-            known[asked[1]] = value != 0
+            known[asked[1]] = known[asked[2]] != 0
         elif written := WRITTEN.match(text):
             for name in (*written.groups(), *neighbours(text, written[1])):
                 known.pop(name, None)
-            if re.fullmatch(rf"U?LDC U?R\d+, {re.escape(place)}", text):
-                known[written[1]] = True
+            if (loaded := LOADED.fullmatch(text)) and loaded[2] in numbers:
+                known[loaded[1]] = numbers[loaded[2]]
     return set(known.items())
 
 
@@ -334,7 +336,7 @@ def neighbours(text: str, register: str) -> list[str]:
     return [f"{found[1]}{int(found[2]) + i}" for i in (1, 2, 3)] if is_wide and found else []
 
 
-def ways_of(kernel: Kernel, block: int, known: Mapping[str, bool]) -> set[int]:
+def ways_of(kernel: Kernel, block: int, known: Mapping[str, int]) -> set[int]:
     """Where a block may go on: all ways, unless it ends with a test of a predicate that is known."""
     texts, ways = kernel.blocks[block], kernel.to[block]
     found = re.match(r"@(!?)(P\d) +BRA", texts[-1]) if texts else None

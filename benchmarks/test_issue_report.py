@@ -159,7 +159,7 @@ def test_a_tile_counts_its_rows_and_what_is_beside_them() -> None:
     plan = issue_cases.Plan("tile", 0, 1, 10, 5, 128, 2560, 128, 1, 1, 0)
     (whole, row, rows), logits = issue_cases.trips(issue_cases.Case("p_y", "bfloat16", 10), plan)
     assert (whole[1:], row[1:], rows[1:], logits) == ((True, 1), (False, -1), (False, 4), 40)
-    assert whole[0] == row[0] | {"LDGSTS": 5, "STG.128": 5}
+    assert whole[0] == row[0] | {"LDGSTS": 5, "STG.128": 5, "CCTL": 1}
 
 
 # A choice among four losses by halving, R3 says which; a predicate is asked for later than it was found. By hand, the
@@ -191,16 +191,19 @@ CHOICE = """
 
 def test_follows_the_number_of_a_loss() -> None:
     (kernel,) = sass.parse(listing(CHOICE))
-    of_loss = [sass.knowing(kernel, "c[0x0][0x2b8]", i) for i in range(4)]
+    of_loss = [sass.knowing(kernel, {"c[0x0][0x2b8]": i}) for i in range(4)]
     assert [len(sass.cheapest_trip(one, {"STG.128": 1})) for one in of_loss] == [11, 9, 12, 10]
     assert len(sass.cheapest_trip(kernel, {"STG.128": 1})) == 9
 
 
 def test_registers_of_64_bits_are_two() -> None:
-    assert sass.facts_after(["LDC R4, c[0x0][0x2b8]"], "c[0x0][0x2b8]", 1, set()) == {("R4", True)}
+    numbers = {"c[0x0][0x2b8]": 7, "c[0x0][0x4aa]": 1}
+    assert sass.facts_after(["LDC R4, c[0x0][0x2b8]"], numbers, set()) == {("R4", 7)}
     for overwritten in ("LDC.64 R3, c[0x0][0x210]", "LDG.E.128 R2, desc[UR4][R2.64]", "DADD R3, R6, R8", "MOV R4, R5"):
-        assert not sass.facts_after([overwritten], "c[0x0][0x2b8]", 1, {("R4", True)})
-    assert sass.facts_after(["MOV R3, R4"], "c[0x0][0x2b8]", 1, {("R4", True)})
+        assert not sass.facts_after([overwritten], numbers, {("R4", 7)})
+    assert sass.facts_after(["MOV R3, R4"], numbers, {("R4", 7)})
+    flag = ["ULDC.U8 UR4, c[0x0][0x4aa]", "ISETP.NE.AND P0, PT, RZ, UR4, PT", "UMOV UR4, URZ"]
+    assert sass.facts_after(flag, numbers, set()) == {("P0", 1)}
 
 
 # Counted by hand for sm_90, each branch decided as a warp would: labels of 64 bits that count, no bias, no weights,

@@ -13,13 +13,19 @@ namespace fused_losses::cuda {
 
 // ---- What is kept of a row ----------------------------------------------------------------------------------------
 
-// For the thread that leads. Of a row that does not count, zeros.
+// For the thread that leads. Of a row that does not count, zeros. Returns the row's weighted value.
 template <class Loss, class State, class A>
-FL_DEVICE void record_row(const RowArgs<A>& args, const Row& row, bool counts, A weight, const State& state,
-                          LossSums& sums) {
+FL_DEVICE A add_row(const RowArgs<A>& args, bool counts, A weight, const State& state, LossSums& sums) {
     const A value = counts ? weight * Loss::value(state) : A(0);
     const bool is_active = counts & (!args.only_active | !(Loss::value(state) <= A(0)));  // NaN is
     sums.add({static_cast<double>(value), static_cast<double>(is_active ? weight : A(0))});
+    return value;
+}
+
+template <class Loss, class State, class A>
+FL_DEVICE void record_row(const RowArgs<A>& args, const Row& row, bool counts, A weight, const State& state,
+                          LossSums& sums) {
+    const A value = add_row<Loss>(args, counts, weight, state, sums);
     if (!args.keeps_rows) return;
     A numbers[kStateSize<State, A>] = {};
     if (counts) std::memcpy(numbers, &state, sizeof(state));
@@ -145,16 +151,19 @@ public:
             });
         } else {
             state = reduce(team, of, kIsRelative ? 0.0f : top, place, numbers);
-            scale = reads ? 1.0f : 0.0f;
-            if (args.is_weighted && reads)
-                scale =
-                    class_weight_of<float>(p, {of.target, false}) * sample_weight_of<float>(p, row_of_number(number));
-            if (team.leads && place.exists) {
+            const Row row = row_of_number(number);
+            if (args.is_plain) [[likely]] {
+                scale = inverse_denominator;
+                if (team.leads && place.exists) add_row<Loss>(args, reads, 1.0f, state, sums_of_rows);
+            } else if (reads) {
+                const float weight = class_weight_of<float>(p, {of.target, false}) * sample_weight_of<float>(p, row);
+                scale = weight * args.upstream_of(row, inverse_denominator);
                 State whole = state;
                 if constexpr (kIsRelative) whole.max = top;
-                record_row<Loss>(args, row_of_number(number), reads, scale, whole, sums_of_rows);
+                if (team.leads) record_row<Loss>(args, row, true, weight, whole, sums_of_rows);
+            } else if (team.leads && place.exists) {
+                record_row<Loss>(args, row, false, 0.0f, state, sums_of_rows);
             }
-            if (reads) scale *= args.upstream_of(row_of_number(number), inverse_denominator);
         }
         if constexpr (kLeavesBits)
             if (p.bits && reads)
