@@ -33,7 +33,8 @@ void take_steps(const RowProblem& p, RegisterPlan& plan) {
     const int element = bytes_of(p.dtype);
     plan.logits_step = static_cast<unsigned>(p.logits_stride.inner * element);
     plan.grad_step = static_cast<unsigned>(p.grad_stride.inner * element);
-    plan.target_step = p.target ? static_cast<unsigned>(p.target_stride.inner * bytes_of(p.index_type)) : 0;
+    plan.target_bytes = p.target ? bytes_of(p.index_type) : 0;
+    plan.target_step = static_cast<unsigned>(p.target_stride.inner * plan.target_bytes);
 }
 
 // Steps over so many classes, if they are numbers of 32 bits.

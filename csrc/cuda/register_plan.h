@@ -115,6 +115,7 @@ struct RegisterPlan {
     bool is_paired = false;  // two rows of 16-bit numbers are four aligned bytes, for every class
     unsigned logits_step = 0, grad_step = 0,
              target_step = 0;       // bytes from a row to the next, or from one of a thread's classes
+    int target_bytes = 0;           // of a label, 0 without labels
     int pitch = 0, slot_bytes = 0;  // numbers of a thread in shared memory, bytes of a block
     bool is_ragged = false;         // some rows have numbers beside their whole accesses
 

@@ -83,8 +83,9 @@ FL_DEVICE void for_each_tile(const RegisterArgs& args, Prepare prepare, Body bod
             copy.begin_read(amidst_logits + std::int64_t(first) * row_bytes, to + before + 16 * me);
             __pipeline_commit();
         }
-        const unsigned apart = args.plan.target_step;                  // labels, in bytes; 0 without labels
-        if (apart > 0 && 128u * me <= apart * (rows_from(first) - 1))  // beyond 32 bits asks for less
+        // The labels, which may be none of no bytes. Beyond 32 bits this asks for less.
+        const unsigned apart = args.plan.target_step;
+        if (128u * me < apart * (rows_from(first) - 1) + args.plan.target_bytes)
             prefetch(static_cast<const char*>(p.target) + std::uint64_t(apart) * first + 128 * me);
     };
     int first = (blockIdx.x * (kTileThreads / 32) + warp) * tile_rows;
