@@ -5,10 +5,10 @@
 A kernel at the speed of a copy may issue so many warp instructions per logit (32 lanes, a logit each; 132
 multiprocessors with 4 issue slots at 1.98 GHz): what fills more than 70 % of them does not hide behind memory. For
 every case the launch plan says how a row is shared out, and ``sass.cheapest_trip`` finds the fewest instructions with
-which a warp can do that: so many loads, exponentials, shuffles and stores, a label that is not the ignored one, the
-loss added up in doubles, and where the loss is chosen at run time the call of its formula. A search for the cheapest
-way takes ways that no row takes: issue_cases.py asks for enough to rule them out, which the test of this file holds
-against counts by hand. What runs once a block is left out. ``--check`` fails if a case needs a tenth more than in the
+which a warp can do that: so many loads, exponentials, shuffles and stores, a label, and the loss added up in doubles;
+in code without what only other losses and calls ask for (``sass.knowing``). A search for the cheapest way takes ways
+that no row takes: issue_cases.py asks for enough to rule them out, which the test of this file holds against counts by
+hand. What runs once a block is left out. ``--check`` fails if a case needs a tenth more than in the
 table. Needs nvcc, g++ and nvdisasm (PyPI: nvidia-cuda-nvdisasm).
 
 Compiling takes 8 to 15 minutes on two cores, and 400 MB a file; what is compiled stays in build/cubins until its
