@@ -6,10 +6,10 @@ A kernel at the speed of a copy may issue so many warp instructions per logit (3
 multiprocessors with 4 issue slots at 1.98 GHz): what fills more than 70 % of them does not hide behind memory. For
 every case the launch plan says how a row is shared out, and ``sass.cheapest_trip`` finds the fewest instructions with
 which a warp can do that: so many loads, exponentials, shuffles and stores, a label, and the loss added up in doubles;
-in code without what only other losses and calls ask for (``sass.knowing``). A search for the cheapest way takes ways
-that no row takes: issue_cases.py asks for enough to rule them out, which the test of this file holds against counts by
-hand. What runs once a block is left out. ``--check`` fails if a case needs a tenth more than in the
-table. Needs nvcc, g++ and nvdisasm (PyPI: nvidia-cuda-nvdisasm).
+in code without what only other losses and calls ask for (``known_numbers.py``). A search for the cheapest way takes
+ways that no row takes: issue_cases.py asks for enough to rule them out, which the test of this file holds against
+counts by hand. What runs once a block is left out. ``--check`` fails if a case needs a tenth more than in the table.
+Needs nvcc, g++ and nvdisasm (PyPI: nvidia-cuda-nvdisasm).
 
 Compiling takes 8 to 15 minutes on two cores, and 400 MB a file; what is compiled stays in build/cubins until its
 sources change (cubins.py). Counting takes 5 minutes of one core, and 300 MB.
@@ -31,7 +31,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import cubins, sass  # noqa: E402
+from benchmarks import cubins, known_numbers, sass  # noqa: E402
 from benchmarks.issue_cases import (  # noqa: E402
     Case,
     Plan,
@@ -90,7 +90,7 @@ def of_loss(kernel: sass.Kernel, plan: Plan) -> sass.Kernel:
     """The kernel without the formulas of other losses, and what other calls ask for."""
     name = f"{kernel.name} of {plan.number}"
     if plan.told and name not in OF_LOSS:
-        known = sass.knowing(kernel, {f"c[0x0][{ARGUMENTS_AT + at:#x}]": number for at, number in plan.told})
+        known = known_numbers.knowing(kernel, {f"c[0x0][{ARGUMENTS_AT + at:#x}]": number for at, number in plan.told})
         OF_LOSS[name] = replace(known, name=name)
     return OF_LOSS.get(name, kernel)
 

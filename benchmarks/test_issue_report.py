@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import fused_losses as fl
-from benchmarks import cubins, issue_cases, issue_losses, issue_report, sass
+from benchmarks import cubins, issue_cases, issue_losses, issue_report, known_numbers, sass
 
 TABLE = issue_report.ROOT / "benchmarks" / "results" / "cuda_issue.md"
 
@@ -191,19 +191,19 @@ CHOICE = """
 
 def test_follows_the_number_of_a_loss() -> None:
     (kernel,) = sass.parse(listing(CHOICE))
-    of_loss = [sass.knowing(kernel, {"c[0x0][0x2b8]": i}) for i in range(4)]
+    of_loss = [known_numbers.knowing(kernel, {"c[0x0][0x2b8]": i}) for i in range(4)]
     assert [len(sass.cheapest_trip(one, {"STG.128": 1})) for one in of_loss] == [11, 9, 12, 10]
     assert len(sass.cheapest_trip(kernel, {"STG.128": 1})) == 9
 
 
 def test_registers_of_64_bits_are_two() -> None:
     numbers = {"c[0x0][0x2b8]": 7, "c[0x0][0x4aa]": 1}
-    assert sass.facts_after(["LDC R4, c[0x0][0x2b8]"], numbers, set()) == {("R4", 7)}
+    assert known_numbers.facts_after(["LDC R4, c[0x0][0x2b8]"], numbers, set()) == {("R4", 7)}
     for overwritten in ("LDC.64 R3, c[0x0][0x210]", "LDG.E.128 R2, desc[UR4][R2.64]", "DADD R3, R6, R8", "MOV R4, R5"):
-        assert not sass.facts_after([overwritten], numbers, {("R4", 7)})
-    assert sass.facts_after(["MOV R3, R4"], numbers, {("R4", 7)})
+        assert not known_numbers.facts_after([overwritten], numbers, {("R4", 7)})
+    assert known_numbers.facts_after(["MOV R3, R4"], numbers, {("R4", 7)})
     flag = ["ULDC.U8 UR4, c[0x0][0x4aa]", "ISETP.NE.AND P0, PT, RZ, UR4, PT", "UMOV UR4, URZ"]
-    assert sass.facts_after(flag, numbers, set()) == {("P0", 1)}
+    assert known_numbers.facts_after(flag, numbers, set()) == {("P0", 1)}
 
 
 # Counted by hand for sm_90, each branch decided as a warp would: labels of 64 bits that count, no bias, no weights,
