@@ -212,6 +212,8 @@ class _Schedule:
         fraction, best = (check_number(name, state_dict[name]) for name in ("fraction", "best"))
         if not 0.0 <= fraction <= 1.0:
             raise ValueError(f"fraction must satisfy 0 <= value <= 1, got {fraction}")
+        if fraction not in (0.0, 1.0) and not torch.stack((loaded["start"], loaded["end"])).isfinite().all():
+            raise ValueError(f"fraction must be 0 or 1 where start or end is inf, got {fraction}")
         best = _comparable.pack("best", best)  # nothing would ever be better than NaN
         vars(self).update(loaded, fraction=fraction, best=best)
         self._write()

@@ -43,7 +43,12 @@ public:
         });
         __pipeline_commit();
     }
-    static FL_DEVICE void wait_until_brought() { __pipeline_wait_prior(0); }
+    static FL_DEVICE void wait_until_brought() {
+        __pipeline_wait_prior(0);
+#ifdef __CUDA_ARCH__
+        asm volatile("" ::: "memory");  // no load of what was brought may come before
+#endif
+    }
     FL_DEVICE void has_been_read() const {
         if (next >= 0) bring(args, team, next);
     }

@@ -227,7 +227,7 @@ private:
         for (int i = 0; i < Words::kHeld; ++i)
             body(numbers.of[i], !Traits::leaves_target_out && Words::class_of(place, i) == of.target,
                  Words::has_round(place, i / Words::kNumbers));
-        if (!Place::kMayHaveExtra || !args.plan.is_ragged) return;
+        if (!place.may_have_extra()) return;
         if (const int cls = place.extra(); cls >= 0)
             body(numbers.extra, !Traits::leaves_target_out && cls == of.target, true);
     }

@@ -153,7 +153,7 @@ int conflicts_of(const RowProblem& p, const RegisterPlan& plan) {
 }
 
 RegisterPlan plan_direct(const RowProblem& p, KernelKind wanted, int largest_cluster) {
-    constexpr int few_classes = 32, enough_threads = 256;  // four blocks on a multiprocessor
+    constexpr int few_classes = 32, enough_threads = 256;  // two to four blocks on a multiprocessor
     const int element = bytes_of(p.dtype), numbers = 16 / element;
     const bool is_row_by_row = p.logits_class_stride == 1 && p.outer == 1 && p.inner <= kMostRows;
     if (element == 8 || p.num_classes <= few_classes || !is_row_by_row || !is_gradient_alike(p) || !has_narrow_steps(p))
@@ -172,7 +172,7 @@ RegisterPlan plan_direct(const RowProblem& p, KernelKind wanted, int largest_clu
             with.lanes = static_cast<int>(std::max<std::int64_t>(32, divide_up(with.block_part, 32 * rounds) * 32));
             with.kernel = static_cast<int>(&kernel - kDirectKernels);
             with.held = kernel.held, with.kind = kind;
-            const std::int64_t cost = with.lanes * with.cluster * (150 + 9 * kernel.held);
+            const std::int64_t cost = std::int64_t(with.lanes) * with.cluster * (150 + 9 * kernel.held);
             const std::int64_t of_last = std::max<std::int64_t>(0, fewest - (with.cluster - 1) * with.block_part);
             if (of_last < with.lanes * kernel.always(rounds) || with.lanes > kernel.most_threads(element) ||
                 (kernel.of_warps && with.lanes > 32) || (plan && cost >= least))

@@ -78,11 +78,13 @@ struct DirectKernel {
     // Of a block: addresses of as many loads as a float row needs take more registers, and so do sums with factors.
     constexpr int most_threads(int element) const {
         if (of_warps) return kTileThreads;
+        if (held > 32) return element == 4 ? 384 : 512;
         return element == 4 || kind != KernelKind::kNoFactors ? 512 : 640;
     }
 };
 constexpr DirectKernel kDirectKernels[] = {
     {KernelKind::kNoFactors, true, 24},    {KernelKind::kNoFactors, true, 32},    {KernelKind::kNoFactors, false, 32},
+    {KernelKind::kNoFactors, false, 64},
     {KernelKind::kUnitFactors, true, 32},  {KernelKind::kUnitFactors, false, 32}, {KernelKind::kReadFactors, true, 32},
     {KernelKind::kReadFactors, false, 16}, {KernelKind::kStatistics, true, 32},   {KernelKind::kStatistics, false, 24},
     {KernelKind::kOneKept, true, 32},      {KernelKind::kOneKept, false, 32},     {KernelKind::kTwoKept, true, 32},

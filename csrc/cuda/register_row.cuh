@@ -96,6 +96,7 @@ private:
         float e[kHeld], u[kReadsU ? kHeld : 1];  // exponentials and u_j
         int extra_class;                         // of the number beside the words
         float extra, extra_e, extra_u;
+        float unit = 1.0f;  // what the exponentials are multiples of: those of a warp, relative to its own pivot
     };
 
     template <class Place>
@@ -182,8 +183,9 @@ private:
                                   const OfThread& mine) const {
         // All have read the target's logit: the gradient may be written in its place. Shuffles do not promise that.
         if (Place::kIsMixed || is_saved()) team.sync();
+        const float alpha = kMerges ? coefficients.alpha * mine.unit : coefficients.alpha;
         const auto gradient_of = [&](float of_class, float factor) {
-            const float g = coefficients.alpha * of_class;
+            const float g = alpha * of_class;
             if (kKind == KernelKind::kNoFactors) return g;
             return has_shares() ? g + (coefficients.gamma + coefficients.target_grad * factor)
                                 : g + coefficients.gamma * factor;
@@ -205,8 +207,8 @@ private:
         return only[0];
     }
 
-    // Sum and exponentials of the warp, relative to the largest of its logits and the one that is apart, become the
-    // row's sum and exponentials relative to the largest of all.
+    // The sum of the warp, relative to the largest of its logits and the one that is apart, becomes the row's, relative
+    // to the largest of all.
     FL_DEVICE void merge(Team& team, float largest, float apart, Exponential<Stored>& exponential, OfThread& mine,
                          SoftmaxState<float>& state) const {
         const float own = std::fmax(largest, apart);
@@ -216,10 +218,7 @@ private:
         };
         float top = own;
         team.merge(top, state.sum, relative);
-        const float by = relative(own, top);
-#pragma unroll
-        for (int i = 0; i < kHeld; ++i) mine.e[i] *= by;
-        mine.extra_e *= by;
+        mine.unit = relative(own, top);
         state.max = pivot_of(top);
         exponential = Exponential<Stored>(state.max);
     }

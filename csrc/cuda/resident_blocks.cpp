@@ -37,7 +37,7 @@ cudaError_t find_hopper_code(const void* kernel, bool& has) {
 
 namespace {
 
-constexpr int kSharedWithoutAsking = 32 * 1024;  // beside what the kernel has for itself
+constexpr int kSharedWithoutAsking = 16 * 1024;  // beside what the kernel has for itself, of 48 KB in all
 
 // All there is, not what one launch needs: other threads may be launching the kernel, too.
 cudaError_t allow_shared(const void* kernel) {

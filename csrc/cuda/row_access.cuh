@@ -28,22 +28,13 @@ FL_DEVICE const A* as(const void* pointer) {
 
 // For the compiler another number, that is known from here on: it keeps nothing that it has made of the first, and what
 // is made of this one it does not find before.
-FL_DEVICE unsigned as_new(unsigned x) {
+template <class T>
+FL_DEVICE T as_new(T x) {
 #ifdef __CUDA_ARCH__
-    asm volatile("" : "+r"(x));
-#endif
-    return x;
-}
-FL_DEVICE std::int64_t as_new(std::int64_t x) {
-#ifdef __CUDA_ARCH__
-    asm volatile("" : "+l"(x));
-#endif
-    return x;
-}
-
-FL_DEVICE const char* as_new(const char* x) {
-#ifdef __CUDA_ARCH__
-    asm volatile("" : "+l"(x));
+    if constexpr (sizeof(T) == 4)
+        asm volatile("" : "+r"(x));
+    else
+        asm volatile("" : "+l"(x));
 #endif
     return x;
 }

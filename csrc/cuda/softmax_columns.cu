@@ -86,9 +86,9 @@ private:
     FL_DEVICE void prefetch_columns(std::int64_t outer, std::int64_t first) const {
         if (lane < count)
             prefetch(as<Stored>(p.logits) + p.logits_stride.at(outer, first) + (begin + lane) * p.logits_class_stride);
-        const std::int64_t apart = p.target_stride.inner * bytes_of(p.index_type);
-        if (part == 0 && p.target && 128 * lane < min(std::int64_t(kWarp * n), p.inner - first) * apart)
-            prefetch(as<char>(p.target) + p.target_stride.at(outer, first) * bytes_of(p.index_type) + 128 * lane);
+        const std::int64_t label = bytes_of(p.index_type), apart = p.target_stride.inner * label;
+        if (part == 0 && p.target && 128 * lane < (min(std::int64_t(kWarp * n), p.inner - first) - 1) * apart + label)
+            prefetch(as<char>(p.target) + p.target_stride.at(outer, first) * label + 128 * lane);
     }
 
     // Of a lane's first column: in few registers, as all that stays.

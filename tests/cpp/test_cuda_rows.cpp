@@ -153,8 +153,8 @@ void test_large_clusters(Random& random) {
         // Statistics are of class labels; cross entropy might get a soft target.
         const int loss = multi_reduction ? AllLosses::size - 1 - random.below(MultiReductionLosses::size)
                                          : more + random.below(SoftmaxLosses::size - more);
-        // More than 8 blocks of 256 threads have room for: 48 numbers of one that keeps nothing else, 32 or fewer else.
-        const Shape shape{Kind::kRows, 1, 2, needs_of(loss).has_margin || more ? 98401 : 66001};
+        // More than 8 blocks of 256 threads have room for: 64 numbers of one that keeps nothing else, else 48 or fewer.
+        const Shape shape{Kind::kRows, 1, 2, !multi_reduction && !more ? 131601 : 98401};
         // Others may cut off what is less likely than 1e-3, which is all classes here.
         const Params& params = naive_loss(loss_names()[loss]).params.front();
         visit_dtype(dtype, [&]<class Stored>() {
