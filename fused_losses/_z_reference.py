@@ -24,7 +24,8 @@ def _groups(target: Tensor, num_groups: int, statistic: str, ignore_index: int) 
     binary = statistic.startswith("bce")
     task = torch.arange(num_groups // 2 if binary else num_groups, device=target.device)
     if not binary:
-        return task.expand(target.shape) if target.dim() > 1 else torch.zeros_like(target, dtype=torch.int64)
+        column = task.expand(target.shape) if target.dim() > 1 else torch.zeros_like(target, dtype=torch.int64)
+        return torch.where(target.isnan(), -1, column)
     return torch.where(target > 0.5, 2 * task + 1, torch.where(target <= 0.5, 2 * task, -1))
 
 
@@ -62,7 +63,7 @@ def class_moments(
 
 
 def _judge(group: Tensor, score: Tensor, moments: Tensor, rule: ZErrorRule) -> tuple[Tensor, Tensor]:
-    """Mask and standardised scores. Where no row has a finite score, none is dropped: the loss is NaN then, not 0."""
+    """Mask and standardised scores. Where no row has a finite score, none with a label is dropped: NaN, not 0."""
     index = group.clamp(min=0)
     count, mean, m2 = moments[:, index]
     std = (m2 / (count - 1)).sqrt()

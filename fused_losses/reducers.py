@@ -222,7 +222,7 @@ class Antidote(BatchReducer):
         """The temperature, the smallest loss, and the log of the mean of ``exp((smallest - l) / s)``."""
         finite = judged.known & judged.values.isfinite()
         weight = torch.where(judged.known, judged.weight, 0.0)
-        count = self._first_sums(torch.stack([judged.known.sum(dtype=weight.dtype), weight.sum()])).to(weight.dtype)
+        count = self._first_sums(torch.stack([(weight > 0.0).sum(dtype=weight.dtype), weight.sum()])).to(weight.dtype)
         lowest, spread = self._ends(judged.values, finite)
         above = torch.where(finite, judged.values - lowest, torch.inf)  # exp of minus it is a row's part
         # KL(p || u) is below (spread / s)^2 / 8: the variance of losses within ``spread`` is at most spread^2 / 4.
@@ -230,7 +230,7 @@ class Antidote(BatchReducer):
         factor = torch.log(torch.maximum(spread / (8.0 * self.delta) ** 0.5, least) / least)
 
         def temperature(step: Tensor) -> Tensor:
-            return least * torch.exp(factor * (step / 4**_DIGITS))
+            return least * torch.exp(factor * (step.to(factor.dtype) / 4**_DIGITS))
 
         def too_far(steps: Tensor) -> Tensor:
             exponent = -above / temperature(steps).unsqueeze(1)
@@ -241,7 +241,8 @@ class Antidote(BatchReducer):
 
         s = self._remembered(temperature(largest(too_far, 0, _DIGITS, weight.device)), count[0])
         total = self._over_ranks((weight * torch.exp(-above / s)).sum())
-        return s, lowest, torch.log(total / count[1])
+        # Of no weight there is no mean, and nothing to weigh.
+        return s, lowest, torch.where(count[1] > 0.0, torch.log(total / count[1]), 0.0)
 
     def _ends(self, values: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
         """The smallest loss and the largest difference; 0 where there is none."""

@@ -97,8 +97,8 @@ def _z_mse_loss(ops: ZOps) -> Callable[..., Any]:
 
         Source: 2506.02154, ZMSELoss. Deviations from its code: a row whose score is NaN or infinite drops itself only,
         and cannot make loss or gradient NaN (with ``statistic="target"`` predictions are no scores: one that is NaN
-        makes the loss NaN); where no score is finite, no row is dropped; statistics are in float64; a single row is
-        kept (its code returns 0).
+        makes the loss NaN); where no score is finite, no row with a label is dropped; statistics are in float64; a
+        single row is kept (its code returns 0).
 
         Example:
             >>> target = torch.tensor([1.0, 2.0, 3.0, 2.0, 1.0, 90.0])

@@ -124,6 +124,37 @@ def test_running_statistics(name):
     assert nothing(batches[0][0], torch.full((8,), -100)) == 0 and not nothing.running_moments[0].any()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("name", RUNNING)
+def test_rows_without_weight_are_nothing_to_weigh(name, reduction):
+    logits, target = torch.randn(4, 2, requires_grad=True), torch.zeros(4, dtype=torch.int64)
+    for options, given in [({"weight": torch.tensor([0.0, 1.0])}, {}), ({}, {"sample_weight": torch.zeros(4)})]:
+        module = RUNNING[name](reduction=reduction, running=True, **options)
+        loss = module(logits, target, **given)
+        (grad,) = torch.autograd.grad(loss.sum(), logits)
+        assert not loss.any() and not grad.any()
+        # The others' statistics are of losses without weights.
+        assert name != "antidote" or not module.running_moments.any()
+
+
+@pytest.mark.parametrize("name", [*RUNNING, "clipped"])
+def test_the_default_dtype_changes_nothing(name):
+    made = {**RUNNING, "clipped": lambda: fl.ClippedLoss("cross_entropy", 0.5)}
+    torch.manual_seed(0)
+    logits, target = (3 * torch.randn(64, 10)).requires_grad_(), torch.randint(0, 10, (64,))
+    found = []
+    before = torch.get_default_dtype()
+    try:
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            torch.set_default_dtype(dtype)
+            loss = made[name]()(logits, target)
+            found.append((loss, *torch.autograd.grad(loss, logits)))
+    finally:
+        torch.set_default_dtype(before)
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
+
+
 def test_running_tau_is_the_mean_loss():
     logits, target = logits_of([0.1, 0.2, 0.4, 3.0])
     module = fl.SuperLoss("cross_entropy", running=True)

@@ -92,8 +92,9 @@ def test_where_no_score_is_finite_no_row_is_dropped(rows, reduction, module, dev
             assert not with_one.mask[1:].any() and with_one.loss.isfinite().all()
     infinite = torch.full((rows,), math.inf, device=device, requires_grad=True)
     for statistic in ("residual", "loss"):
-        result = module.z_mse_loss(infinite, torch.zeros(rows, device=device), statistic=statistic, **shared)
-        assert result.mask.all() and not result.loss.isfinite().any()
+        result = module.z_mse_loss(infinite, labels, statistic=statistic, **shared)
+        assert torch.equal(result.mask, counts)
+        assert not (result.loss[counts] if reduction == "none" else result.loss).isfinite().any()
 
 
 @pytest.mark.parametrize("criterion", [fl.ZErrorCrossEntropyLoss, fl.ZErrorBCEWithLogitsLoss])
@@ -186,6 +187,8 @@ def test_nothing_left_gives_zero(module, device):
         (empty, module.z_error_bce_with_logits(empty, torch.zeros(0, 3, device=device))),
         (empty, module.z_mse_loss(empty, torch.zeros(0, 3, device=device))),
     ]
+    for options in ({"statistic": "target"}, {"statistic": "loss"}, {"statistic": "residual", "per_task": True}):
+        losses.append((logits, module.z_mse_loss(logits, torch.full_like(logits, math.nan), **options)))
     for leaf, loss in losses:
         assert loss.item() == 0
         assert (torch.autograd.grad(loss, leaf)[0] == 0).all()

@@ -122,11 +122,11 @@ struct ScoreBlock {
             rows, [&](int i) { score_from(p.statistic, D::load(score + i), D::load(target + i)).store(score + i); });
     }
 
-    // Which rows of vector i have a label. Regression has one group, label 0, that everybody belongs to.
+    // Which rows of vector i have a label. Regression has one group, to which all belong whose label is not missing.
     template <bool kBinary>
     FL_ALWAYS_INLINE Mask has_label(int i, int label) const {
-        if constexpr (!kBinary) return D(0.0) == D(0.0);
         const D y = D::load(target + i);
+        if constexpr (!kBinary) return y == y;
         return label == 1 ? y > D(0.5) : y <= D(0.5);
     }
 };

@@ -17,8 +17,10 @@ FL_DEVICE std::int64_t group_of_label(const ZProblem& p, std::int64_t number, do
 
 FL_DEVICE std::int64_t group_of(const ZProblem& p, const Row& row) {
     if (is_class(p.statistic)) return group_of_class(p, row.of<std::int64_t>(p.target));
-    if (is_regression(p.statistic)) return p.num_groups == 1 ? 0 : row.number % p.num_groups;
-    return group_of_label(p, row.number, row.of<double>(p.target));
+    const double label = row.of<double>(p.target);
+    if (!is_regression(p.statistic)) return group_of_label(p, row.number, label);
+    if (label != label) return -1;
+    return p.num_groups == 1 ? 0 : row.number % p.num_groups;
 }
 
 FL_DEVICE double score_of(const ZProblem& p, const Row& row, std::int64_t group) {

@@ -54,7 +54,7 @@ FL_HD std::int64_t group_of_class(const ZProblem& p, std::int64_t target) {
     return target == p.ignore_index || target < 0 || target >= p.num_groups ? -1 : target;
 }
 
-// Labels are numbers in [0, 1]; NaN is a missing one. The nearer of 0 and 1 is the class.
+// NaN is a missing label. Others of binary losses are numbers in [0, 1]: the nearer of 0 and 1 is the class.
 FL_HD bool is_bad_label(double label) { return label < 0.0 || label > 1.0; }
 
 // Half precision is exact in double: constant classes and ties come out as they are stored.
@@ -92,7 +92,8 @@ FL_HD Verdict<T> judge(const KeepIntervalOf<T>& rule, T score) {
 }
 
 // The rules of 2506.02154, with those rows dropped by selection that its code lets poison the sum. But where no row of
-// a call has a finite score, none is dropped (ZProblem::keep_all): a loss of 0 would look perfect, and it is NaN.
+// a call has a finite score, none that has a label is dropped (ZProblem::keep_all): a loss of 0 would look perfect, and
+// it is NaN.
 FL_HD KeepInterval keep_interval_of(const ZProblem& p, std::int64_t group) {
     const double infinity = std::numeric_limits<double>::infinity();
     const double count = p.moments[group];
