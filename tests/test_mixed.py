@@ -232,7 +232,7 @@ def test_dense_targets_say_the_same_of_cross_entropy(batch):
     )
 
 
-@pytest.mark.parametrize("name", IN_ONE_READ)
+@pytest.mark.parametrize("name", ["cross_entropy", "gce", "nce_mae"])
 @pytest.mark.parametrize("shape", [(6, 5), (2, 5, 3), (5,)])
 def test_probabilities(name, shape, device):
     """A number, a 0-dim tensor and one number per row; beside class indices, too."""
@@ -278,7 +278,7 @@ def test_probabilities_of_no_share_and_bad_input(batch):
     with pytest.raises(RuntimeError, match=r"of the shape of the rows of logits, \(6,\), got \(6, 5\)"):
         fl.functional.mixed("gce", logits, u, v, u)
     for share in (0.3, torch.tensor(0.3), lam):
-        with pytest.raises(RuntimeError, match="hem.* got Double; one-hot labels are passed as class indices"):
+        with pytest.raises(RuntimeError, match=r"hem: .*one-hot labels are passed as class indices"):
             fl.functional.mixed("hem", logits, u, v, share)
 
 
