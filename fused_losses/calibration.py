@@ -108,7 +108,12 @@ def match_parameter(
         reference_value: that value.
 
     Returns:
-        The value; its error is that of :func:`mean_target_error` (1e-9 for losses of ``p_y`` alone).
+        The value; its error is that of :func:`mean_target_error` (1e-9 for losses of ``p_y`` alone). A mean over a
+        sample may go in steps, as for ``ece`` and margin losses, where a row counts or not: with the 16 rows of 2^16
+        classes on in steps of 1/16. Then the value is that of a step, and the two sides differ by up to its height.
+
+    On two cores a loss of ``p_y`` alone takes a second for 10^3 classes, and up to half a minute for 10^6. Any other
+    takes up to 80 means over a sample, half a minute, and two minutes for 10^6 classes.
 
     Raises:
         TypeError: an argument is of the wrong type.

@@ -83,7 +83,9 @@ class ELRLoss(RowsModule):
 
     A step reads and writes the rows of the memory once, together with logits and gradient. A row whose logits are not
     finite has loss NaN and does not change the memory. If a sample occurs twice in a batch, the last row is remembered.
-    ``state_dict`` holds the memory, so that training resumes exactly.
+    ``state_dict`` holds the memory, so that training resumes exactly. What ``torch.utils.checkpoint`` recomputes in
+    the backward pass reads the memory and does not change it again: the gradient is that of the loss, unless a row's
+    sample has come once more since, in the same batch or a later one. In compiled code keep the loss outside.
 
     Under DistributedDataParallel every rank has a memory of its own, so a sample must always come to the same rank.
     ``DistributedSampler`` does not do that: it deals out the samples anew in every epoch. Give each rank its own part
@@ -173,6 +175,11 @@ class ELRLoss(RowsModule):
         )
         return args, self._place(index, logits, target)
 
+    def _updates(self) -> bool:
+        """Whether a call changes the memory: in training mode, once. Within a backward pass it is a recomputation."""
+        in_backward = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        return self.training and not in_backward
+
     def _is_fused(self, args: RowLossArguments) -> bool:
         """Whether the kernel takes the call: no other derivative than that in the logits, nothing traced."""
         logits, *others = args.logits, args.weight, args.sample_weight, self.memory, self.beta, self.lam
@@ -186,7 +193,7 @@ class ELRLoss(RowsModule):
         rows = checked_rows(args)
         z = rows.logits.movedim(rows.dim, -1).flatten(0, -2) if args.logits.dim() > 1 else rows.logits.unsqueeze(0)
         memory = self._read(place, z.device).to(z.dtype)
-        if self.training:
+        if self._updates():
             p = torch.softmax(z.detach(), 1)
             usable = ~rows.ignored.flatten() & p.sum(1).isfinite()
             memory = next_memory(memory, p, usable, self.beta, self.memory.dtype)
@@ -204,7 +211,7 @@ class ELRLoss(RowsModule):
             one_row_each = len(samples) == len(place)
             memory = self._read_host(samples, device)
             place = place.pin_memory().to(device, non_blocking=True)
-        target, updates = args.target, self.training
+        target, updates = args.target, self._updates()
         step = ElrStep(target, args.ignore_index, place, memory, self.beta, self.lam, updates, one_row_each)
         loss = fused_loss(step, logits, scale)
         if staged and updates:

@@ -27,8 +27,9 @@ from fused_losses._autograd import (
     is_recorded,
     needs_reference,
 )
-from fused_losses._checks import check_tensors
+from fused_losses._checks import check_tensors, row_shape
 from fused_losses._common import RowLossModule
+from fused_losses._logit_bias import class_dim
 from fused_losses._parameters import closed_fraction
 from fused_losses._plain import reads_values
 from fused_losses._reference import ACTIVE_GUARD, mean_of, row_loss_reference
@@ -81,8 +82,8 @@ class _Labels(NamedTuple):
         share = self.share
         if not isinstance(share, Tensor) or share.requires_grad:
             return self
-        first = torch.where(share == 0, ignore_index, self.first.long())
-        return _Labels(first, torch.where(share == 1, ignore_index, self.second.long()), share)
+        first, second = _without(self.first, share == 0, ignore_index), _without(self.second, share == 1, ignore_index)
+        return _Labels(first, second, share)
 
     def one_by_one(
         self,
@@ -101,13 +102,16 @@ class _Labels(NamedTuple):
         total = weights = share.new_zeros(())
         for target, part in ((self.first, share), (self.second, 1.0 - share)):
             samples = part if sample_weight is None else part * sample_weight.to(dtype)
-            counted = ~is_ignored(target, ignore_index)
+            by_class = not target.is_floating_point()  # a mean over probabilities divides by no class weights
+            counted = ~is_ignored(target, ignore_index) if by_class else torch.ones_like(samples, dtype=torch.bool)
             if reduction == "active_mean":
                 values = loss(target, samples, "none")
                 total, counted = total + values.sum(), counted & (values.detach() != 0)
             else:
                 total = total + loss(target, samples, "sum")
-            of_class = 1.0 if weight is None else weight.to(dtype)[torch.where(counted, target.long(), 0)]
+            of_class: Tensor | float = 1.0
+            if weight is not None and by_class:
+                of_class = weight.to(dtype)[torch.where(counted, target.long(), 0)]
             weights = weights + torch.where(counted, samples * of_class, 0.0).sum()
         if reduction == "sum":
             return total
@@ -121,6 +125,13 @@ class _Labels(NamedTuple):
 
         dtype, labels = acc_dtype(args.logits), self.with_shares(args.ignore_index)
         return labels.one_by_one(loss, args.sample_weight, args.reduction, args.weight, args.ignore_index, dtype)
+
+
+def _without(target: Tensor, rows: Tensor, ignore_index: int) -> Tensor:
+    """The labels but for those of ``rows``, a flag for each or one of all; of probabilities 0 counts for nothing."""
+    if not target.is_floating_point():
+        return torch.where(rows, ignore_index, target.long())
+    return torch.where(rows.unsqueeze(class_dim(target)) if rows.dim() > 0 else rows, 0.0, target)
 
 
 class _MixedLoss(torch.autograd.Function):
@@ -214,9 +225,9 @@ def mixed(
     Args:
         loss: a name ("gce"), a function of :mod:`fused_losses.functional`, or a Module.
         logits: as for the loss.
-        target_a: class indices of the labels with share ``lam``.
-        target_b: class indices of the labels with share ``1 - lam``, the shape of ``target_a``.
-        lam: in [0, 1]: a number, or a tensor, 0-dim or of the shape of the targets.
+        target_a: class indices of the labels with share ``lam``, or class probabilities for a loss that takes them.
+        target_b: the labels with share ``1 - lam``, the shape of ``target_a``.
+        lam: in [0, 1]: a number, or a tensor, 0-dim or with one number per row, the shape of class indices.
         **options: of the loss: its parameters, ``weight``, ``ignore_index``, ``reduction`` (the loss's own by
             default), ``logit_bias``, ``sample_weight``. They take the place of those of a Module.
 
@@ -243,12 +254,12 @@ def mixed(
     reduction = options["reduction"]
     check_tensors(**{name: options[name] for name in ("weight", "sample_weight") if options.get(name) is not None})
     check_dense(logit_bias=options.get("logit_bias"), lam=lam)
+    rows = row_shape(logits) if target_a.is_floating_point() else tuple(target_a.shape)
     if not isinstance(lam, Tensor):
         lam = closed_fraction.pack("lam", lam)
-    elif lam.dim() > 0 and lam.shape != target_a.shape:
-        raise RuntimeError(
-            f"lam must be a number, 0-dim or of the shape of target_a, {tuple(target_a.shape)}, got {tuple(lam.shape)}"
-        )
+    elif lam.dim() > 0 and lam.shape != rows:
+        of = "the rows of logits" if target_a.is_floating_point() else "target_a"
+        raise RuntimeError(f"lam must be a number, 0-dim or of the shape of {of}, {rows}, got {tuple(lam.shape)}")
     elif reads_values(lam) and lam.numel():
         for end in (lam.min(), lam.max()):
             closed_fraction.pack("every entry of lam" if lam.dim() else "lam", float(end))

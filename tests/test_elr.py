@@ -12,6 +12,7 @@ import torch
 from gloo_group import gloo_group, run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import fused_losses as fl
@@ -55,6 +56,27 @@ def test_several_steps_by_hand(where):
         (grad,) = torch.autograd.grad(found.sum(), logits)
         torch.testing.assert_close(grad, p - one_hot - 2.0 * p * (t - s) / (1 - s), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(criterion.state_dict()["memory"], torch.tensor(memory), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("where", ["device", "host"])
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_recomputation_does_not_remember_again(fused, reentrant, where):
+    for reduction in ("mean", "none"):
+        twice, once = (fl.ELRLoss(SAMPLES, CLASSES, memory=where, reduction=reduction) for _ in range(2))
+        if not fused:
+            twice._is_fused = once._is_fused = lambda args: False
+        for logits, target, index in batches():
+            again = logits.detach().requires_grad_()
+            expected, found = (
+                once(logits, target, index),
+                checkpoint(twice, again, target, index, use_reentrant=reentrant),
+            )
+            torch.testing.assert_close(found, expected)
+            for loss in (expected, found):
+                loss.sum().backward()
+            torch.testing.assert_close(again.grad, logits.grad)
+            torch.testing.assert_close(twice.state_dict()["memory"], once.state_dict()["memory"], rtol=0, atol=0)
 
 
 # What logits and gradients, or the memory, are rounded to; sums of 300 classes in float32 lose no more than 1e-5.

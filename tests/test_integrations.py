@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from collections.abc import Iterator
@@ -96,6 +97,56 @@ def test_huggingface_layouts() -> None:
         compute_loss("gce")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="causal must be True, False or None, got 'no'"):
         compute_loss(fl.GCELoss(), causal="no")  # type: ignore[arg-type]
+
+
+def test_huggingface_layouts_whose_shapes_do_not_say_where_the_classes_are() -> None:
+    """Second in images, last in sequences."""
+    function = compute_loss(fl.CrossEntropyLoss())
+    for dims in (2, 3):
+        image, pixels = rows(2, *[6] * dims, classes=6)
+        torch.testing.assert_close(function({"logits": image}, pixels), F.cross_entropy(image, pixels))
+        several = torch.randint(2, image.shape).float()
+        dense = F.softmax(several, 1)
+        torch.testing.assert_close(function({"logits": image}, dense), F.cross_entropy(image, dense))
+        by_task = fl.ZErrorBCEWithLogitsLoss(threshold=1.0)
+        expected = by_task(image.movedim(1, -1).reshape(-1, 6), several.movedim(1, -1).reshape(-1, 6))
+        torch.testing.assert_close(compute_loss(by_task)({"logits": image}, several), expected)
+    codes, labels = rows(2, 3, 4, classes=7)
+    expected = F.cross_entropy(codes.flatten(0, 2), labels.flatten())
+    torch.testing.assert_close(function({"logits": codes}, labels), expected, msg="only the last fits")
+    sequence, labels = rows(2, 6, classes=6)
+    expected = F.cross_entropy(sequence.flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(function({"logits": sequence}, labels), expected)
+    sequence, labels = rows(3, 7)
+    torch.testing.assert_close(
+        function({"logits": sequence.mT}, labels), F.cross_entropy(sequence.mT, labels), msg="only the second fits"
+    )
+
+
+@pytest.mark.parametrize("items", [0, torch.tensor(0), 5])
+def test_huggingface_batch_without_labels(items: int | Tensor) -> None:
+    logits, labels = rows(2, 6)
+    logits.requires_grad_()
+    loss = compute_loss(fl.GCELoss())({"logits": logits}, torch.full_like(labels, -100), items)
+    loss.backward()
+    assert loss == 0.0 and logits.grad is not None and not logits.grad.any()
+
+
+def test_huggingface_wants_a_mean_of_functions_too() -> None:
+    logits, labels = rows(6)
+    for criterion in (
+        functools.partial(fl.functional.gce_loss, reduction="none"),
+        functools.partial(fl.GCELoss(reduction="none")),
+    ):
+        with pytest.raises(ValueError, match="criterion must give a mean, got one with reduction='none'"):
+            compute_loss(criterion)
+    with pytest.raises(ValueError, match=r"criterion must give a mean, got a loss of shape \(6,\)"):
+        compute_loss(lambda x, y: F.cross_entropy(x, y, reduction="none"))({"logits": logits}, labels)
+    labels[:3] = 0
+    ignoring = functools.partial(fl.functional.gce_loss, q=0.5, ignore_index=0)
+    counted = labels != 0
+    expected = fl.functional.gce_loss(logits[counted], labels[counted], q=0.5, reduction="sum") / 12
+    torch.testing.assert_close(compute_loss(ignoring)({"logits": logits}, labels, 12), expected)
 
 
 @pytest.mark.parametrize("kind", [dict, TokenOutput, SomeCausalLMOutputWithPast, tuple, list])

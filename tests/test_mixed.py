@@ -232,6 +232,56 @@ def test_dense_targets_say_the_same_of_cross_entropy(batch):
     )
 
 
+@pytest.mark.parametrize("name", ["cross_entropy", "gce", "nce_mae"])
+@pytest.mark.parametrize("shape", [(6, 5), (2, 5, 3), (5,)])
+def test_probabilities(name, shape, device):
+    """A number, a 0-dim tensor and one number per row; beside class indices, too."""
+    generator = torch.Generator().manual_seed(0)
+    logits, *scores = (torch.randn(shape, generator=generator, dtype=torch.float64).to(device) for _ in range(3))
+    logits, dim = logits.requires_grad_(), min(len(shape) - 1, 1)
+    u, v = (score.softmax(dim) for score in scores)
+    row_shape = shape[:dim] + shape[dim + 1 :]
+    samples, lam = (torch.rand(row_shape, generator=generator, dtype=torch.float64).to(device) for _ in range(2))
+    if lam.dim() > 0:
+        lam.view(-1)[:2] = torch.tensor([0.0, 1.0])
+    weight = torch.linspace(0.5, 1.5, 5, dtype=torch.float64, device=device) if name == "cross_entropy" else None
+    for second, reduction, own in itertools.product(
+        (v, v.argmax(dim)), ("none", "sum", "mean"), ({}, {"sample_weight": samples, "weight": weight})
+    ):
+        for share in (0.3, torch.tensor(0.3, dtype=torch.float64, device=device)):
+            actual = fl.functional.mixed(name, logits, u, second, share, reduction=reduction, **own)
+            parts = [fl.LOSSES[name].reference(logits, y, reduction=reduction, **own) for y in (u, second)]
+            expected = value_and_grad(0.3 * parts[0] + 0.7 * parts[1], logits)
+            for x, y in zip(value_and_grad(actual, logits), expected, strict=True):
+                torch.testing.assert_close(x, y)
+        parts = [fl.LOSSES[name].reference(logits, y, reduction="none", **own) for y in (u, second)]
+        expected = lam * parts[0] + (1.0 - lam) * parts[1]
+        if reduction != "none" and lam.dim() > 0:
+            expected = expected.sum()
+            if reduction == "mean" and second is v:
+                expected = expected / own.get("sample_weight", torch.ones_like(samples)).sum()
+        if lam.dim() > 0 and (reduction != "mean" or second is v):
+            actual = fl.functional.mixed(name, logits, u, second, lam, reduction=reduction, **own)
+            for x, y in zip(value_and_grad(actual, logits), value_and_grad(expected, logits), strict=True):
+                torch.testing.assert_close(x, y)
+
+
+def test_probabilities_of_no_share_and_bad_input(batch):
+    logits, a, b, lam = batch
+    a[0], b[0] = 1, 2
+    u, v = F.one_hot(a.clamp(min=0), 5).double(), F.one_hot(b.clamp(min=0), 5).double()
+    with torch.no_grad():
+        logits[0, u[0] > 0] = -torch.inf
+    lam[0] = 0.0
+    loss = fl.functional.mixed("cross_entropy", logits, u, v, lam)
+    assert all(x.isfinite().all() for x in value_and_grad(loss, logits))
+    with pytest.raises(RuntimeError, match=r"of the shape of the rows of logits, \(6,\), got \(6, 5\)"):
+        fl.functional.mixed("gce", logits, u, v, u)
+    for share in (0.3, torch.tensor(0.3), lam):
+        with pytest.raises(RuntimeError, match=r"hem: .*one-hot labels are passed as class indices"):
+            fl.functional.mixed("hem", logits, u, v, share)
+
+
 @pytest.mark.parametrize("name", ["gce", "hem"])  # with a kernel for two labels and without
 def test_float64_beside_float32_logits(name, batch):
     """Shares and weights do not widen the loss."""

@@ -82,6 +82,39 @@ def test_mmengine_255_is_a_class_where_there_are_that_many() -> None:
     )
 
 
+@pytest.mark.parametrize("ignore_index", [None, 255])
+def test_mmengine_takes_probabilities(ignore_index: int | None) -> None:
+    """As mmpretrain's Mixup and CutMix give them; no row of theirs is ignored."""
+    logits, soft, weight = torch.randn(4, 6), torch.rand(4, 6).softmax(1), torch.rand(4)
+    for stem in ("gce", "cross_entropy"):
+        loss = FusedLoss(stem, 2.0, ignore_index=ignore_index)
+        plain = fl.LOSSES[stem].function(logits, soft, reduction="none")
+        torch.testing.assert_close(loss(logits, soft, ignore_index=ignore_index), 2.0 * plain.mean())
+        torch.testing.assert_close(loss(logits, soft, avg_factor=8), 2.0 * plain.sum() / 8)
+        torch.testing.assert_close(loss(logits, soft, weight), 2.0 * (weight * plain).mean())
+        classes = torch.tensor([0, 5, 1, 255])
+        torch.testing.assert_close(loss(logits, classes), loss(logits[:3], classes[:3]), msg="of classes 255 still is")
+    with pytest.raises(RuntimeError, match=r"hem: .*one-hot labels are passed as class indices"):
+        FusedLoss("hem", ignore_index=ignore_index)(logits, soft)
+    image, soft = torch.randn(2, 5, 3, 4), torch.rand(2, 5, 3, 4).softmax(1)
+    torch.testing.assert_close(
+        FusedLoss("cross_entropy", class_weight=[1.0, 2.0, 0.5, 0.0, 1.0])(image, soft),
+        F.cross_entropy(image, soft, torch.tensor([1.0, 2.0, 0.5, 0.0, 1.0])),
+    )
+
+
+def test_mmengine_names_what_is_of_the_wrong_type() -> None:
+    for loss in (None, fl.GCELoss()):
+        with pytest.raises(TypeError, match=f"^loss must be the name of a loss, got {type(loss).__name__}$"):
+            FusedLoss(loss)  # type: ignore[arg-type]
+    for weight in ("weights.npy", {"cat": 1.0}, ["a", "b"]):
+        with pytest.raises(TypeError, match=r"^class_weight must be a tensor, an array or a list of numbers, got "):
+            FusedLoss("gce", class_weight=weight)  # type: ignore[arg-type]
+    by_list = FusedLoss("gce", class_weight=[1, 2]).criterion.weight
+    for weight in (torch.tensor([1.0, 2.0]), by_list.double().numpy()):
+        assert torch.equal(FusedLoss("gce", class_weight=weight).criterion.weight, by_list)
+
+
 @pytest.mark.parametrize("stem", ["hem", "z_error_cross_entropy"])
 def test_mmengine_keeps_means_of_their_own(stem: str) -> None:
     logits, label = rows(40)

@@ -18,7 +18,8 @@ def compute_loss(criterion: Callable[[Tensor, Tensor], Tensor], *, causal: bool 
 
     The mean over a batch is multiplied by the batch's share of ``num_items_in_batch``, so accumulated batches and ranks
     count by their items. For a plain mean the result is the sum of the losses divided by the number of items, as with
-    transformers' own losses; class weights and masks count as the criterion defines it.
+    transformers' own losses; class weights and masks count as the criterion defines it. A batch without labels that
+    count has loss 0.
 
     Without gradients (``Trainer.evaluate``) a Module is called in eval mode: without the logit bias, and its statistics
     do not learn. It follows the logits to their device.
@@ -32,12 +33,13 @@ def compute_loss(criterion: Callable[[Tensor, Tensor], Tensor], *, causal: bool 
     Returns:
         A function ``(outputs, labels, num_items_in_batch=None)``. It takes logits ``(N, C)``, with positions in between
         as in language models, or with channels first as in segmentation models. Labels have no class dimension, or the
-        shape of the logits (several labels, probabilities).
+        shape of the logits (several labels, probabilities). Where their shape allows both, classes are last in logits
+        of up to 3 dimensions, and second in those of more.
 
     Raises:
         TypeError: ``criterion`` cannot be called, or ``causal`` is something else; later: there are no labels.
-        ValueError: the criterion gives a sum or no reduction; later: shapes do not fit, or the model returns a tuple,
-            which does not say whether its logits are causal.
+        ValueError: the criterion gives a sum or no reduction; later: it gives more than a number, shapes do not fit, or
+            the model returns a tuple, which does not say whether its logits are causal.
 
     Example:
         >>> trainer = Trainer(model, args, compute_loss_func=compute_loss(fl.GCELoss()))  # doctest: +SKIP
@@ -46,10 +48,19 @@ def compute_loss(criterion: Callable[[Tensor, Tensor], Tensor], *, causal: bool 
         raise TypeError(f"criterion must be a Module or a function, got {type(criterion).__name__}")
     if causal not in (True, False, None):
         raise TypeError(f"causal must be True, False or None, got {causal!r}")
-    reduction = getattr(criterion, "reduction", "mean")
+    reduction = _option(criterion, "reduction", "mean")
     if reduction in ("sum", "none"):
         raise ValueError(f"criterion must give a mean, got one with reduction={reduction!r}")
     return functools.partial(_compute_loss, criterion, causal)
+
+
+def _option(criterion: Any, name: str, default: Any) -> Any:
+    """What a criterion is called with, by ``functools.partial`` too."""
+    while isinstance(criterion, functools.partial):
+        if name in criterion.keywords:
+            return criterion.keywords[name]
+        criterion = criterion.func
+    return getattr(criterion, name, default)
 
 
 def _compute_loss(
@@ -62,16 +73,19 @@ def _compute_loss(
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a Tensor, got {type(labels).__name__}: the Trainer found none in the batch")
     logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-    ignore_index = getattr(criterion, "ignore_index", -100)
+    ignore_index = _option(criterion, "ignore_index", -100)
     labels = labels.to(logits.device)
     if not labels.is_floating_point():
         labels = labels.long()  # no narrower dtype holds every ignore_index
     if _is_causal(outputs, labels, causal):
         labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]  # the logits stay whole, and are not copied
     loss = _call(criterion, *_rows(logits, labels))
+    if loss.dim() > 0:
+        raise ValueError(f"criterion must give a mean, got a loss of shape {tuple(loss.shape)}")
     if num_items_in_batch is None:
         return loss
-    return loss * labels.ne(ignore_index).sum() / num_items_in_batch
+    count = labels.ne(ignore_index).sum()
+    return loss * torch.where(count == 0, 0.0, count / num_items_in_batch)  # none of none is no NaN
 
 
 def _is_causal(outputs: Any, labels: Tensor, causal: bool | None) -> bool:
@@ -87,13 +101,18 @@ def _is_causal(outputs: Any, labels: Tensor, causal: bool | None) -> bool:
 
 
 def _rows(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    channels_first = labels.shape == logits.shape[:1] + logits.shape[2:]
+    if channels_first and logits.dim() > 3:  # images, even where C == H == W
+        return logits, labels
     if labels.shape == logits.shape[:-1] and not labels.is_floating_point():
         return logits.flatten(0, -2), labels.flatten()
     if labels.shape == logits.shape:
+        if logits.dim() > 3:
+            logits, labels = logits.movedim(1, -1), labels.movedim(1, -1)
         return logits.flatten(0, -2), labels.flatten(0, -2)
     if logits.shape == (*labels.shape, 1):  # regression
         return logits.squeeze(-1), labels
-    if labels.shape == logits.shape[:1] + logits.shape[2:]:
+    if channels_first:
         return logits, labels
     raise ValueError(
         f"labels must have the shape of the logits {tuple(logits.shape)} without the classes, last or second, got "

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_losses import _arguments, z_cross_entropy
+from fused_losses._arrays import as_tensor
 from fused_losses._parameters import finite
 
 try:
@@ -31,7 +32,7 @@ class FusedLoss(nn.Module):
     Args:
         loss: the name of a row loss, ``"gce"``, or ``"z_error_cross_entropy"``.
         loss_weight: factor on the result.
-        class_weight: one weight per class, a list.
+        class_weight: one weight per class, a list or a tensor; not the name of a file.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``; None for the default of the loss.
         ignore_index: labels that do not count, where the call does not say it. None: 255, unless that is a class, then
             -100.
@@ -40,7 +41,7 @@ class FusedLoss(nn.Module):
         **parameters: of the loss's Module, ``q=0.5``, ``logit_bias="auto"``.
 
     Raises:
-        TypeError: a parameter is unknown or no number.
+        TypeError: a parameter is unknown or no number, ``loss`` no name, or ``class_weight`` holds no numbers.
         ValueError: ``loss`` is unknown, or an option is out of range.
 
     Example:
@@ -61,6 +62,8 @@ class FusedLoss(nn.Module):
     ) -> None:
         super().__init__()
         finite.pack("loss_weight", loss_weight)
+        if not isinstance(loss, str):
+            raise TypeError(f"loss must be the name of a loss, got {type(loss).__name__}")
         stem = loss.removesuffix("_loss")
         modules: dict[str, Any] = {name: entry.module for name, entry in _arguments.LOSSES.items()}
         modules["z_error_cross_entropy"] = z_cross_entropy.ZErrorCrossEntropyLoss
@@ -68,7 +71,7 @@ class FusedLoss(nn.Module):
             raise ValueError(f"loss must be one of {', '.join(modules)}, got {loss!r}")
         if reduction is not None:
             parameters["reduction"] = reduction
-        weight = None if class_weight is None else torch.tensor(class_weight, dtype=torch.float32)
+        weight = None if class_weight is None else as_tensor("class_weight", class_weight).float()
         self.criterion: Any = modules[stem](weight=weight, **parameters)
         self.reduction: str = self.criterion.reduction
         self.loss_weight = loss_weight
@@ -93,11 +96,13 @@ class FusedLoss(nn.Module):
 
         Args:
             cls_score: logits ``(N, C)`` or ``(N, C, H, W)``.
-            label: classes ``(N,)`` or ``(N, H, W)``.
-            weight: weight per row or pixel, the shape of ``label``.
+            label: classes ``(N,)`` or ``(N, H, W)``, or for a loss that takes them probabilities, the shape of
+                ``cls_score``, as mmpretrain's Mixup gives; of these none is ignored.
+            weight: weight per row or pixel, the shape of classes.
             avg_factor: what a mean divides the sum by. By default that is what the loss's mean divides by; with
                 ``weight`` it is, as in mmsegmentation with ``avg_non_ignore=True``, the number of labels that count,
-                or the sum of their class weights: the weights of the pixels are factors only.
+                or the sum of their class weights, and the number of rows of probabilities: the weights of the pixels
+                are factors only.
             reduction_override: in place of ``reduction``.
             ignore_index: labels that do not count; mmsegmentation's heads pass theirs, 255.
 
@@ -109,10 +114,12 @@ class FusedLoss(nn.Module):
             ignore_index = self.ignore_index
         if ignore_index is None:
             ignore_index = 255 if cls_score.shape[1] <= 255 else -100
+        if label.is_floating_point():
+            ignore_index = -100
         criterion = self.criterion
         criterion.ignore_index = ignore_index
         if avg_factor is None and weight is not None and reduction == "mean":
-            avg_factor = self._counted(label, ignore_index)
+            avg_factor = weight.numel() if label.is_floating_point() else self._counted(label, ignore_index)
         if avg_factor is None or reduction == "none":
             criterion.reduction = reduction
             return self.loss_weight * criterion(cls_score, label, weight)  # type: ignore[no-any-return]
