@@ -84,8 +84,9 @@ def _compute_loss(
         raise ValueError(f"criterion must give a mean, got a loss of shape {tuple(loss.shape)}")
     if num_items_in_batch is None:
         return loss
-    count = labels.ne(ignore_index).sum()
-    return loss * torch.where(count == 0, 0.0, count / num_items_in_batch)  # none of none is no NaN
+    items = num_items_in_batch  # of none nothing is divided by 0
+    items = items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1)
+    return loss * labels.ne(ignore_index).sum() / items
 
 
 def _is_causal(outputs: Any, labels: Tensor, causal: bool | None) -> bool:
