@@ -106,6 +106,6 @@ def test_step_and_state_reject_what_does_not_fit() -> None:
         linear.load_state_dict({**linear.state_dict(), "fraction": "half"})
     assert linear.value == 1.0 and plateau.step_count == 0
     at_once = ThresholdSchedule(Thresholded(3.0), math.inf, 2.0, mode="peak")
-    with pytest.raises(ValueError, match="fraction must be 0 or 1 where start or end is inf, got 0.5"):
+    with pytest.raises(ValueError, match=r"fraction must be 0 or 1 where start or end is inf, got 0.5"):
         at_once.load_state_dict({**at_once.state_dict(), "fraction": 0.5})
     assert at_once.value == math.inf
