@@ -175,7 +175,7 @@ class RowLossModule(Criterion):
         return params
 
     def _make_constants(self) -> PackedConstants | tuple[()]:
-        bias, ignore_index, reduction = self.logit_bias, self.ignore_index, self.reduction
+        bias, ignore_index, reduction = self.logit_bias, integer("ignore_index", self.ignore_index), self.reduction
         own = [getattr(self, name) for name in self.parameter_names]
         numbers = (type(bias), type(ignore_index), type(reduction)) == (float, int, str) and bias == 0.0
         made = None

@@ -104,7 +104,12 @@ class ELRLoss(RowsModule):
     the term its derivative would be 0 at the ends. Weights multiply both terms.
     """
 
-    _checks: ClassVar = {"beta": assigned(_BETA), "lam": assigned(_LAM)}
+    _checks: ClassVar = {
+        "num_samples": assigned(positive_integer),
+        "num_classes": assigned(_several_classes),
+        "beta": assigned(_BETA),
+        "lam": assigned(_LAM),
+    }
     memory: Tensor
     _precise = ("memory",)
     weight: Tensor | None
