@@ -261,6 +261,8 @@ def pack_arguments(
         bias, bias_tensor = resolve_logit_bias(logit_bias, logits)
     if ignore_index.__class__ is not int or not -(2**63) <= ignore_index < 2**63:
         ignore_index = integer("ignore_index", ignore_index)
+    if reduction.__class__ is not str:  # operators look at words only
+        check_reduction(reduction, LOSSES[loss].reductions)
     if LOSSES[loss].share_parameter is not None and isinstance(logits, Tensor) and logits.dim() > 0:
         _check_share(LOSSES[loss], params, logits)
     return RowLossArguments(

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fused_losses._agreement import Exchange, sum_over_ranks, telling
-from fused_losses._arguments import check_reduction
 from fused_losses._row_values import Loss, RowsModule, RowValues, as_module, check_has_rows, row_exchanges, row_values
 from fused_losses._running import RunningMoments
 from fused_losses.distributed import check_constant
@@ -89,10 +88,9 @@ class BatchReducer(RunningMoments, RowsModule):
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(running=running, momentum=momentum, process_group=process_group, num_groups=1)
-        check_reduction(reduction)
+        self.reduction = reduction
         self.loss = as_module(loss, options)
         check_has_rows(self.loss)
-        self.reduction = reduction
 
     def forward(self, logits: Tensor, target: Tensor, *inputs: Any, **options: Any) -> Tensor:
         """The loss of ``logits`` for ``target``; further arguments are those of the loss inside."""

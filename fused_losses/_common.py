@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 from torch import Tensor, nn
 
@@ -37,14 +37,21 @@ class Criterion(nn.Module):
 
     _precise: tuple[str, ...] = ()  # buffers that keep their dtype under half() and the like
 
+    # Of options whose value only Python looks at: give what is kept of a value, or raise. Subclasses add theirs.
+    _checks: ClassVar[dict[str, Callable[[str, Any], Any]]] = {}
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        cls._checks = {
+            name: check for kind in reversed(cls.__mro__) for name, check in vars(kind).get("_checks", {}).items()
+        }
         if "__init__" in vars(cls):
             cls.__init__ = explains_keywords(cls.__init__)  # type: ignore[method-assign]
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Numbers of NumPy's are kept as Python's, which the compiler and operators take everywhere."""
-        super().__setattr__(name, python_number(value))
+        check = self._checks.get(name)
+        super().__setattr__(name, python_number(value) if check is None else check(name, value))
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         """A Parameter stays one: it is to be learnt, and as a buffer it would be another tensor once it has moved."""
@@ -168,7 +175,7 @@ class RowLossModule(Criterion):
         return params
 
     def _make_constants(self) -> PackedConstants | tuple[()]:
-        bias, ignore_index, reduction = self.logit_bias, self.ignore_index, self.reduction
+        bias, ignore_index, reduction = self.logit_bias, integer("ignore_index", self.ignore_index), self.reduction
         own = [getattr(self, name) for name in self.parameter_names]
         numbers = (type(bias), type(ignore_index), type(reduction)) == (float, int, str) and bias == 0.0
         made = None

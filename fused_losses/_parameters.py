@@ -98,6 +98,16 @@ def kept_value(name: str, value: Any, rule: ParameterRange) -> Any:
     return plain_number(name, value)
 
 
+def assigned(rule: ParameterRange) -> Callable[[str, Any], Any]:
+    """The check of what is assigned to a Module's attribute: gives what is kept, or raises."""
+
+    def check(name: str, value: Any) -> Any:
+        rule.pack(name, value)
+        return kept_value(name, value, rule)
+
+    return check
+
+
 def _is_bool(value: Any) -> bool:
     return value.dtype == torch.bool if isinstance(value, Tensor) else isinstance(python_number(value), bool)
 
@@ -110,9 +120,13 @@ def integer(name: str, value: Any) -> int:
         return value if torch.compiler.is_compiling() else int(value)  # type: ignore[return-value]  # operators take it
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise ValueError(f"{name} must be an integer of 64 bits, got {value}")
+    _check_64_bits(name, value)
     return value  # type: ignore[return-value]  # symbolic while tracing
+
+
+def _check_64_bits(name: str, value: Any) -> None:
+    if isinstance(value, (int, float)) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must be an integer of 64 bits, got {value}")
 
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -198,7 +212,9 @@ class Count(Range):
         """``value`` itself. Raises as :class:`Range` does."""
         if _is_bool(value):
             raise TypeError(f"{name} must be an integer, got {value!r}")
-        return super().pack(name, value)
+        number = super().pack(name, value)
+        _check_64_bits(name, number)
+        return number
 
 
 # The bounds exclude NaN and, but for thresholds, infinities; math.isfinite would break tracing with symbolic floats.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ from fused_losses._autograd import row_loss
 from fused_losses._checks import check_row_loss, check_rows, check_targets, check_tensors, row_shape
 from fused_losses._common import Criterion, RowLossModule
 from fused_losses._logit_bias import class_dim
-from fused_losses._parameters import OrTensor, integer, kept_value
+from fused_losses._parameters import Choice, OrTensor, assigned, integer, kept_value
 from fused_losses._plain import reads_values
 from fused_losses._reference import Rows, reduce_rows
 from fused_losses.distributed import global_mean
@@ -58,6 +58,7 @@ class RowsModule(Criterion):
     A tensor given for a hyper-parameter becomes a buffer; numbers stay attributes and can be reassigned.
     """
 
+    _checks: ClassVar = {"reduction": assigned(Choice(REDUCTIONS)), "ignore_index": integer}
     reduction: str
     rows: Callable[..., RowValues]  # takes the arguments of forward
 

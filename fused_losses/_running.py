@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fused_losses import _ops
 from fused_losses._agreement import Exchange
-from fused_losses._parameters import closed_fraction
+from fused_losses._parameters import assigned, closed_fraction, switch
 from fused_losses._plain import reads_values
 from fused_losses.distributed import HasProcessGroup
 from fused_losses.statistics import MOMENTS, ClassStatistics, all_reduce_moments
@@ -75,6 +75,7 @@ class RunningMoments(HasProcessGroup):
     float64 ``(3, classes)``; ``(3, 0)`` before the first batch where their number was not given.
     """
 
+    _checks: ClassVar = {"running": assigned(switch), "momentum": assigned(closed_fraction)}
     running_moments: Tensor
     _precise: tuple[str, ...] = ("running_moments",)
     _groups: tuple[str, int] = ("classes", 1)  # what users count, and how many groups each has
@@ -84,10 +85,10 @@ class RunningMoments(HasProcessGroup):
     ) -> None:
         super().__init__()
         self.running = running
-        self.momentum = closed_fraction.pack("momentum", momentum)
+        self.momentum = momentum
         self.process_group = process_group
         self.num_groups = num_groups
-        if running:
+        if self.running:
             self.register_buffer("running_moments", torch.zeros(3, num_groups or 0, dtype=torch.float64))
 
     @property

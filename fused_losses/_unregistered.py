@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fused_losses import corrections, gjs
+from fused_losses import _corrections, corrections, gjs
 from fused_losses._parameters import explains_keywords
 from fused_losses._reference import zero_at_zero
 from fused_losses._row_values import RowValues, plain_rows
@@ -51,8 +51,8 @@ def forward_correction_loss(
     logits: Tensor, target: Tensor, transition: Tensor, reduction: str, **options: Any
 ) -> Tensor:
     rows = plain_rows("forward_correction_loss", logits, target, reduction=reduction, **options)
-    corrections.check_call(transition, logits, inverse=False)
-    return RowValues.of(rows, corrections.forward_formula(rows, transition)).reduce(reduction)
+    _corrections.check_call(transition, logits, inverse=False)
+    return RowValues.of(rows, _corrections.forward_formula(rows, transition)).reduce(reduction)
 
 
 @_reference_of(corrections.backward_correction_loss)
@@ -60,7 +60,7 @@ def backward_correction_loss(
     logits: Tensor, target: Tensor, transition: Tensor, reduction: str, **options: Any
 ) -> Tensor:
     rows = plain_rows("backward_correction_loss", logits, target, reduction=reduction, **options)
-    inverse = corrections.check_call(transition, logits, inverse=True)
+    inverse = _corrections.check_call(transition, logits, inverse=True)
     assert inverse is not None
-    values = -zero_at_zero(corrections.of_target(inverse, rows), rows.log_probs).sum(rows.dim)
+    values = -zero_at_zero(_corrections.of_target(inverse, rows), rows.log_probs).sum(rows.dim)
     return RowValues.of(rows, values).reduce(reduction)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,10 +26,18 @@ from torch import Tensor
 
 from fused_losses import _ops, _z_autograd, _z_reference
 from fused_losses._agreement import Exchange
-from fused_losses._arguments import RowLossArguments, ZErrorLossArguments, ZErrorRule, check_reduction
+from fused_losses._arguments import REDUCTIONS, RowLossArguments, ZErrorLossArguments, ZErrorRule, check_reduction
 from fused_losses._autograd import row_loss
 from fused_losses._checks import FLOATING, check_tensors
-from fused_losses._parameters import check_choice, check_entries, explains_keywords, positive_integer, positive_or_inf
+from fused_losses._parameters import (
+    Choice,
+    assigned,
+    check_choice,
+    check_entries,
+    explains_keywords,
+    positive_integer,
+    positive_or_inf,
+)
 from fused_losses._plain import reads_values
 from fused_losses._reference import row_loss_reference
 from fused_losses._running import RunningMoments, Source
@@ -259,6 +267,7 @@ def tasks_of(name: str, input: Tensor) -> int:
 class ZErrorModule(RunningMoments):
     """Base of the Z-Error Modules: threshold and running statistics. A tensor given for ``threshold`` is a buffer."""
 
+    _checks: ClassVar = {"reduction": assigned(Choice(REDUCTIONS))}
     threshold: Threshold
 
     def __init__(
@@ -281,7 +290,6 @@ class ZErrorModule(RunningMoments):
         if num_groups is not None or not isinstance(threshold, Tensor):
             unit = "class" if units == "classes" else "task"
             Groups(unit, (num_groups or labels) // labels, labels).check_threshold(threshold)
-        check_reduction(reduction)
         self._keep("threshold", threshold)
         self.reduction = reduction
 

@@ -7,21 +7,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from fused_losses._arguments import check_reduction
 from fused_losses._arrays import as_tensor
-from fused_losses._autograd import needs_reference
-from fused_losses._checks import kind_of
-from fused_losses._parameters import explains_keywords, finite, integer, positive_integer
-from fused_losses._plain import is_plain, reads_values
+from fused_losses._corrections import backward_loss, check_call, forward_values
+from fused_losses._parameters import explains_keywords, finite, positive_integer
 from fused_losses._reference import Rows
-from fused_losses._row_values import RowsModule, RowValues, check_dense, maybe_any, plain_rows
+from fused_losses._row_values import RowsModule, RowValues, plain_rows
 from fused_losses._transition import check_transition, invert
-from fused_losses.cross_entropy import cross_entropy
-
-# Its exponential is far from the end of float32. Only classes that cannot have the label come near: their share is 0.
-_LARGEST_LOG = 80.0
 
 _ARGUMENTS = """
     Args:
@@ -78,69 +70,6 @@ def _documented(arguments: str) -> Callable[[_Documented], _Documented]:
     return decorate
 
 
-def check_call(transition: Any, logits: Tensor, inverse: bool) -> Tensor | None:
-    """Checks a function's matrix; the inverse if it is wanted."""
-    if not isinstance(transition, Tensor) or not transition.is_floating_point():
-        raise TypeError(f"transition must be a floating point tensor, got {kind_of(transition)}")
-    check_dense(transition=transition)
-    if transition.device != logits.device:
-        raise RuntimeError(f"transition must be on the device of logits ({logits.device}), got {transition.device}")
-    if transition.dim() != 2 or transition.shape[0] != transition.shape[1]:
-        raise ValueError(f"transition must have shape (C, C), got {tuple(transition.shape)}")
-    found = invert(transition) if inverse else None
-    if reads_values(transition) and not transition.requires_grad:
-        check_transition(transition, found)
-    return found
-
-
-def of_target(matrix: Tensor, rows: Rows) -> Tensor:
-    """The row of ``matrix`` that belongs to each row's target, in the place of its logits."""
-    classes = rows.num_classes
-    if matrix.shape[0] != classes:
-        raise ValueError(
-            f"transition must have shape ({classes}, {classes}) as logits have classes, got {tuple(matrix.shape)}"
-        )
-    return F.embedding(rows.target, matrix.to(rows.logits.dtype)).movedim(-1, rows.dim)
-
-
-def _forward_values(rows: Rows, transition: Tensor) -> Tensor:
-    """With ``a = z + log T[:, y]``, ``-log q`` is the log-sum-exp of z less that of a, so the difference of two fused
-    cross entropies of any class, but for its ``log T[class, y]``. Digits are lost the least with z relative to its
-    maximum, and with the class where a is largest."""
-    if not is_plain(rows.logits) or needs_reference(rows.logits, transition):
-        return forward_formula(rows, transition)
-    few = rows.target.numel() < rows.num_classes
-    columns = transition.t().to(rows.logits.dtype).contiguous()  # its rows are read as a whole
-    a = rows.logits - rows.logits.detach().amax(rows.dim, keepdim=True)
-    a.add_(of_target(columns, rows).log_() if few else of_target(columns.log(), rows))
-    top = a.detach().max(rows.dim).indices
-    possible = transition[top, rows.target].to(a.dtype)
-    of_all = cross_entropy(rows.logits, top, reduction="none")
-    value = of_all - cross_entropy(a, top, reduction="none") - torch.log(possible)
-    return torch.where(possible == 0, of_all + torch.inf, value)
-
-
-def forward_formula(rows: Rows, transition: Tensor) -> Tensor:
-    """Every row's ``-log q``."""
-    column = of_target(transition.t(), rows)
-    log_p = rows.log_probs
-    # q is computed relative to the largest p that contributes: so p that underflow still have a loss and a gradient.
-    largest = torch.where(column > 0, log_p, -torch.inf).amax(rows.dim, keepdim=True).detach()
-    shift = torch.where(largest == -torch.inf, 0.0, largest)
-    q = (torch.exp((log_p - shift).clamp(max=_LARGEST_LOG)) * column).sum(rows.dim)
-    return -(shift.squeeze(rows.dim) + torch.log(q))
-
-
-def _backward_loss(logits: Tensor, rows: Rows, inverse: Tensor, reduction: str, weighted: bool = True) -> Tensor:
-    """The fused cross entropy with rows of the inverse as targets."""
-    weight = torch.where(rows.ignored, 0.0, rows.class_weight * rows.sample_weight) if weighted else None
-    share = of_target(inverse, rows)
-    if maybe_any(rows.ignored):
-        ignored = rows.ignored.unsqueeze(rows.dim)
-        logits, share = logits.masked_fill(ignored, 0.0), share.masked_fill(ignored, 0.0)
-    return cross_entropy(logits, share, sample_weight=weight, reduction=reduction)
-
-
 @explains_keywords
 @_documented(_ARGUMENTS.format(singular=""))
 def forward_correction_loss(
@@ -181,7 +110,7 @@ def forward_correction_loss(
         reduction=reduction,
     )
     check_call(transition, logits, inverse=False)
-    return RowValues.of(rows, _forward_values(rows, transition)).reduce(reduction)
+    return RowValues.of(rows, forward_values(rows, transition)).reduce(reduction)
 
 
 @explains_keywords
@@ -226,7 +155,7 @@ def backward_correction_loss(
     )
     inverse = check_call(transition, logits, inverse=True)
     assert inverse is not None
-    return _backward_loss(logits, rows, inverse, reduction)
+    return backward_loss(logits, rows, inverse, reduction)
 
 
 class TransitionMatrix(nn.Module):
@@ -280,6 +209,7 @@ class _CorrectionLoss(RowsModule):
     weight: Tensor | None
     transition: Tensor | nn.Module
     _precise: tuple[str, ...] = ("transition",)
+    _known: Tensor | None = None  # the buffer that was checked, and whose inverse is kept
 
     def __init__(
         self,
@@ -290,16 +220,26 @@ class _CorrectionLoss(RowsModule):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
-        check_reduction(reduction)
-        if isinstance(transition, (nn.Parameter, nn.Module)):
-            self.transition = transition
-        else:
-            self.register_buffer("transition", as_tensor("transition", transition))
+        self.ignore_index, self.reduction = ignore_index, reduction
+        if not isinstance(transition, (nn.Parameter, nn.Module)):
+            self.register_buffer("transition", None)
+        self.transition = transition
         self.register_buffer("weight", weight)
-        self.ignore_index, self.reduction = integer("ignore_index", ignore_index), reduction
-        with torch.no_grad():
-            self._check(self.matrix())
-        self._take()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Checks and takes another matrix."""
+        if name != "transition":
+            super().__setattr__(name, value)
+            return
+        matrix = value if isinstance(value, (nn.Parameter, nn.Module)) else as_tensor("transition", value)
+        # Neither in compiled code nor for a replica of DataParallel: it would break the code, or wait for the device.
+        takes = not (torch.compiler.is_compiling() or getattr(self, "_is_replica", False))
+        if takes:
+            with torch.no_grad():
+                self._check(matrix() if isinstance(matrix, nn.Module) else matrix)
+        super().__setattr__(name, matrix)
+        if takes:
+            self._take()
 
     def matrix(self) -> Tensor:
         """The transition matrix as it is now."""
@@ -313,6 +253,18 @@ class _CorrectionLoss(RowsModule):
 
     def _take(self) -> None:
         """Makes what a call needs of a matrix that is new."""
+        self._known = self._buffers.get("transition")
+
+    def _is_known(self, matrix: Tensor) -> bool:
+        """Whether it is the buffer that was taken: not another, of ``torch.func.functional_call`` or a replica."""
+        return matrix is self._known
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _CorrectionLoss:
+        is_known = self._known is not None and self._is_known(self.matrix())
+        super()._apply(fn, recurse)
+        if is_known:
+            self._known = self._buffers["transition"]
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         saved = state_dict.get(prefix + "transition")
@@ -357,8 +309,10 @@ class ForwardCorrectionLoss(_CorrectionLoss):
 
     def rows(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> RowValues:
         """Every row's loss."""
-        rows = self._rows(logits, target, sample_weight)
-        return RowValues.of(rows, _forward_values(rows, self.matrix()))
+        rows, matrix = self._rows(logits, target, sample_weight), self.matrix()
+        if "transition" in self._buffers and not self._is_known(matrix):
+            check_call(matrix, logits, inverse=False)
+        return RowValues.of(rows, forward_values(rows, matrix))
 
 
 @_documented(_MODULE_ARGUMENTS)
@@ -366,7 +320,7 @@ class BackwardCorrectionLoss(_CorrectionLoss):
     """A weighted sum of the cross entropies of all labels, whose mean over the noise is the loss of the clean label.
 
     Module form of :func:`fused_losses.functional.backward_correction_loss`, which explains the loss. A fixed matrix is
-    inverted once, when it is given or loaded: numbers written into ``transition`` later have no effect.
+    inverted once, when it is given, assigned or loaded: numbers written into ``transition`` later have no effect.
 
     {arguments}
 
@@ -384,17 +338,26 @@ class BackwardCorrectionLoss(_CorrectionLoss):
         check_transition(matrix, invert(matrix))
 
     def _take(self) -> None:
-        if "transition" in self._buffers:
-            self.register_buffer("inverse", invert(self.matrix()), persistent=False)
+        super()._take()
+        if self._known is not None:
+            self.register_buffer("inverse", invert(self._known), persistent=False)
 
-    def _inverse(self) -> Tensor:
-        return self.inverse if "transition" in self._buffers else invert(self.matrix())
+    def _inverse(self, logits: Tensor) -> Tensor:
+        matrix = self.matrix()
+        if "transition" not in self._buffers:
+            return invert(matrix)
+        if self._is_known(matrix):
+            return self.inverse
+        inverse = check_call(matrix, logits, inverse=True)
+        assert inverse is not None
+        return inverse
 
     def forward(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """The loss of ``logits`` for ``target``; ``sample_weight`` is one weight per row."""
-        return _backward_loss(logits, self._rows(logits, target, sample_weight), self._inverse(), self.reduction)
+        rows = self._rows(logits, target, sample_weight)
+        return backward_loss(logits, rows, self._inverse(logits), self.reduction)
 
     def rows(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> RowValues:
         """Every row's loss."""
         rows = self._rows(logits, target, sample_weight)
-        return RowValues.of(rows, _backward_loss(logits, rows, self._inverse(), "none", weighted=False))
+        return RowValues.of(rows, backward_loss(logits, rows, self._inverse(logits), "none", weighted=False))

@@ -306,7 +306,8 @@ class OutlierTracker:
 
         Raises:
             TypeError: it is no dictionary of tensors.
-            ValueError: keys are missing or unknown, or it is for a data set of another size.
+            ValueError: keys are missing or unknown, it is for a data set of another size, or numbers are not what
+                :meth:`update` makes.
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a dictionary, got {type(state_dict).__name__}")
@@ -321,6 +322,10 @@ class OutlierTracker:
                     f"state_dict must be for num_samples={self.num_samples}, got {name} of shape "
                     f"{tuple(state_dict[name].shape)}"
                 )
+            if state_dict[name].dtype != tensor.dtype:
+                raise ValueError(f"state_dict must hold {name} of {tensor.dtype}, got {state_dict[name].dtype}")
+        if (state_dict["counts"] < 0).any() or state_dict["sums"].isnan().any():
+            raise ValueError("state_dict must hold counts that are not negative and sums that are not NaN, got others")
         for name, tensor in own.items():
             tensor.copy_(state_dict[name])
 

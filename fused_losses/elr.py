@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import operator
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable imports the compiler at once
 from torch.nn import functional as F
 
-from fused_losses._arguments import RowLossArguments, check_reduction
+from fused_losses._arguments import RowLossArguments
 from fused_losses._autograd import needs_reference
 from fused_losses._checks import is_integer_tensor, kind_of, row_shape
 from fused_losses._elr import LARGEST, ElrStep, fused_loss, next_memory, plain_values
 from fused_losses._logit_bias import class_dim
-from fused_losses._parameters import Choice, OrTensor, Range, closed_fraction, factor, integer, positive_integer
+from fused_losses._parameters import Choice, Count, OrTensor, assigned, closed_fraction, factor, positive_integer
 from fused_losses._plain import is_plain, reads_values
 from fused_losses._row_values import (
     RowsModule,
@@ -26,7 +27,7 @@ from fused_losses._row_values import (
     row_weights,
 )
 
-_several_classes = Range("be an integer >= 2", lambda v: v >= 2 and v == int(v))
+_several_classes = Count("be an integer >= 2", lambda v: 2 <= v < math.inf and v == int(v))
 _places = Choice(("device", "host"))
 _BETA, _LAM = OrTensor(closed_fraction), OrTensor(factor)
 
@@ -105,6 +106,12 @@ class ELRLoss(RowsModule):
     the term its derivative would be 0 at the ends. Weights multiply both terms.
     """
 
+    _checks: ClassVar = {
+        "num_samples": assigned(positive_integer),
+        "num_classes": assigned(_several_classes),
+        "beta": assigned(_BETA),
+        "lam": assigned(_LAM),
+    }
     memory: Tensor
     _precise = ("memory",)
     weight: Tensor | None
@@ -134,9 +141,8 @@ class ELRLoss(RowsModule):
             raise ValueError(f"memory_dtype must be torch.float32 or torch.bfloat16, got {memory_dtype!r}")
         self.on_host = bool(_places.pack("memory", memory))
         self.shard = (0, 1) if shard is None else _check_shard(shard, self.num_samples)
-        check_reduction(reduction)
         self.register_buffer("weight", weight)
-        self.ignore_index, self.reduction = integer("ignore_index", ignore_index), reduction
+        self.ignore_index, self.reduction = ignore_index, reduction
         shape = len(range(self.shard[0], self.num_samples, self.shard[1])), self.num_classes
         pinned = self.on_host and torch.cuda.is_available()
         device = "cpu" if self.on_host else None

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fused_losses import _ops
-from fused_losses._arguments import check_reduction
 from fused_losses._autograd import apply, is_recorded, needs_reference
 from fused_losses._logit_bias import class_dim
-from fused_losses._parameters import explains_keywords, fraction, integer
+from fused_losses._parameters import explains_keywords, fraction, python_number
 from fused_losses._plain import is_plain
 from fused_losses._reference import Rows, zero_at_zero
 from fused_losses._row_values import RowsModule, RowValues, plain_rows
@@ -26,6 +25,7 @@ def pack_weights(weights: Any) -> tuple[float, ...]:
     """The weights as numbers; raises unless they are one for the label and some for views, and sum to 1."""
     if isinstance(weights, Tensor):
         weights = weights.tolist()
+    weights = python_number(weights)
     if isinstance(weights, str) or not hasattr(weights, "__len__") or len(weights) < 2:
         raise ValueError(
             f"weights must be those of the label and of at least one view, as (0.5, 0.25, 0.25), got {weights!r}"
@@ -212,6 +212,7 @@ class GJSLoss(RowsModule):
         >>> criterion(views, torch.arange(8) % 3).backward()
     """
 
+    _checks: ClassVar = {"weights": lambda name, value: pack_weights(value)}
     weight: Tensor | None
 
     def __init__(
@@ -223,10 +224,9 @@ class GJSLoss(RowsModule):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
-        check_reduction(reduction)
         self.weights = pack_weights(weights)
         self.register_buffer("weight", weight)
-        self.ignore_index, self.reduction = integer("ignore_index", ignore_index), reduction
+        self.ignore_index, self.reduction = ignore_index, reduction
 
     def forward(self, views: Tensor | Sequence[Tensor], target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """The loss of ``views`` for ``target``; ``sample_weight`` is one weight per row."""

@@ -17,7 +17,7 @@ from fused_losses._chunks import ChunkOptions, Layer
 from fused_losses._common import Criterion, RowLossModule
 from fused_losses._linear_autograd import ChunkedLogits
 from fused_losses._logit_bias import LogitBias
-from fused_losses._parameters import not_negative_integer, positive_integer
+from fused_losses._parameters import not_negative_integer, positive_integer, switch
 from fused_losses._shards import CALL, Shard
 from fused_losses.distributed import GlobalMean
 from fused_losses.parallel import ClassParallel, sum_gradient
@@ -341,6 +341,7 @@ class LinearLoss(Criterion):
     ) -> None:
         super().__init__()
         chunk_bytes = _check_options(chunk_bytes, accumulate_dtype, skip_rows)
+        switch.pack("bias", bias)
         in_features = int(not_negative_integer.pack("in_features", in_features))
         num_classes = int(positive_integer.pack("num_classes", num_classes))
         if isinstance(loss, nn.Module):
@@ -356,7 +357,7 @@ class LinearLoss(Criterion):
             check_reduction(
                 reduction, *([LOSSES[of_rows.stem].reductions] if isinstance(of_rows, RowLossModule) else [])
             )
-        self.linear = nn.Linear(in_features, num_classes, bias, device=device, dtype=dtype)
+        self.linear = nn.Linear(in_features, num_classes, bool(bias), device=device, dtype=dtype)
         self.reduction = reduction
         self.chunk_bytes = chunk_bytes
         self.accumulate_dtype = accumulate_dtype

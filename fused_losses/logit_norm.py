@@ -17,7 +17,7 @@ from fused_losses._C import loss_names
 from fused_losses._checks import check_row_loss, check_tensors, is_per_row, row_shape
 from fused_losses._common import RowLossModule
 from fused_losses._logit_bias import class_dim
-from fused_losses._parameters import OrTensor, positive_factor
+from fused_losses._parameters import OrTensor, assigned, positive_factor
 from fused_losses._plain import is_plain
 from fused_losses._reference import WRAPPED, row_loss_reference
 from fused_losses._row_values import (
@@ -182,6 +182,7 @@ def _has_hooks(module: nn.Module) -> bool:
 class _LogitWrapper(RowsModule):
     """Hands rescaled logits to a loss, or has one kernel do both."""
 
+    _checks: ClassVar = {"reduction": lambda name, value: value}  # the loss inside may have others
     _clips: ClassVar[bool]  # whether the parameter bounds the norm, or fixes it
 
     def __init__(self, loss: Loss, options: dict[str, Any]) -> None:
@@ -317,6 +318,7 @@ class LogitNorm(_LogitWrapper):
     Source: ICML 2022, "Mitigating Neural Network Overconfidence with Logit Normalization", Eq. 6.
     """
 
+    _checks: ClassVar = {"t": assigned(_FACTOR)}
     t: float | Tensor
     _clips = False
 
@@ -367,6 +369,7 @@ class LogitClip(_LogitWrapper):
     temp``, which is ``LogitNorm(loss, t=temp)`` for those, and leaves the others alone.
     """
 
+    _checks: ClassVar = {"tau": assigned(_FACTOR)}
     tau: float | Tensor
     _clips = True
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fused_losses._batch_reducer import BatchReducer, Judged, documented, largest
-from fused_losses._parameters import OrTensor, Range, positive_factor
+from fused_losses._parameters import OrTensor, Range, assigned, positive_factor
 from fused_losses._row_values import Loss, RowValues
 
 _KEEP = OrTensor(Range("satisfy 0 < value <= 1", lambda v: 0.0 < v <= 1.0))
@@ -55,6 +55,7 @@ class SmallLoss(BatchReducer):
     weights of the kept rows.
     """
 
+    _checks: ClassVar = {"keep": assigned(_KEEP)}
     keep: float | Tensor
 
     def __init__(
@@ -134,6 +135,7 @@ class ClippedLoss(BatchReducer):
     Source: the clipped loss of robust regression.
     """
 
+    _checks: ClassVar = {"c": assigned(_FACTOR)}
     c: float | Tensor
 
     def __init__(
@@ -197,6 +199,7 @@ class Antidote(BatchReducer):
     the ``lambda >= 0`` that minimises ``lambda delta + s log sum_i u_i exp(-l_i / s)``.
     """
 
+    _checks: ClassVar = {"delta": assigned(_FACTOR), "kappa": assigned(_FACTOR)}
     delta: float | Tensor
     kappa: float | Tensor
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -11,11 +11,15 @@ from torch import Tensor
 
 from fused_losses._batch_reducer import BatchReducer, Judged, documented
 from fused_losses._logit_bias import class_dim
-from fused_losses._parameters import OrTensor, finite, positive_factor
+from fused_losses._parameters import OrTensor, assigned, finite, positive_factor
 from fused_losses._row_values import Loss, RowValues
 
 _LAM, _TAU = OrTensor(positive_factor), OrTensor(finite)
 _HALLEY_STEPS = 4  # they converge cubically from two digits on; near -1/e the series starts them closer
+
+
+def _check_tau(name: str, value: Any) -> Any:
+    return None if value is None else assigned(_TAU)(name, value)
 
 
 def lambert_w(x: Tensor) -> Tensor:
@@ -61,6 +65,7 @@ class SuperLoss(BatchReducer):
     Source: "SuperLoss: A Generic Loss for Robust Curriculum Learning", NeurIPS 2020, Eq. 3 and 4.
     """
 
+    _checks: ClassVar = {"lam": assigned(_LAM), "tau": _check_tau}
     lam: float | Tensor
     tau: float | Tensor | None
 

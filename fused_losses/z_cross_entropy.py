@@ -322,7 +322,7 @@ class ZErrorCrossEntropyLoss(ZErrorModule):
     def _make_constants(self) -> tuple[ZErrorConstants, PackedConstants] | tuple[()]:
         statistic, base, tail, min_count, keep_small = self._make_judge() if self._judge is None else self._judge
         numbers, tensor = pack_threshold(self.threshold)
-        bias, ignore_index, reduction = self.logit_bias, self.ignore_index, self.reduction
+        bias, ignore_index, reduction = self.logit_bias, integer("ignore_index", self.ignore_index), self.reduction
         self._constants = ()
         if tensor is not None or len(numbers) != 1 or self.process_group is not None:
             return ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from torch import Tensor
 from fused_losses._agreement import telling
 from fused_losses._arguments import acc_dtype
 from fused_losses._checks import is_integer_tensor
+from fused_losses._parameters import assigned, switch
 from fused_losses._running import Source, source_of
 from fused_losses._z_error import (
     FUSED,
@@ -35,6 +36,7 @@ def _z_mse(
     ops: ZOps, source: Source, input: Tensor, target: Tensor, statistic: str, **options: Any
 ) -> Tensor | ZErrorResult:
     word = choose("statistic", statistic, _STATISTICS)
+    switch.pack("per_task", options["per_task"])
     check_pair("input", input, target)
     if target.dtype == torch.bool:
         raise RuntimeError("target must be floating point or integers, got torch.bool")
@@ -156,6 +158,7 @@ class ZMSELoss(ZErrorModule):
         tensor(1.)
     """
 
+    _checks: ClassVar = {"per_task": assigned(switch)}
     _groups = ("tasks", 1)
 
     def __init__(
@@ -171,6 +174,7 @@ class ZMSELoss(ZErrorModule):
         num_tasks: int | None = None,
     ) -> None:
         tasks = check_count("num_tasks", num_tasks)
+        per_task = bool(switch.pack("per_task", per_task))
         if not per_task and tasks not in (None, 1):
             raise ValueError(f"num_tasks must be 1 without per_task=True, got {num_tasks}")
         super().__init__(

@@ -114,6 +114,7 @@ WHOLE: dict[str, tuple[Callable[[Any], Any], int]] = {
     "min_count ZErrorCrossEntropyLoss": (lambda v: fl.ZErrorCrossEntropyLoss(min_count=v)(X, Y), 3),
     "min_count z_error_bce_with_logits": (lambda v: F.z_error_bce_with_logits(X[:, 0], BINARY, min_count=v), 3),
     "num_tasks ZErrorBCEWithLogitsLoss": (lambda v: fl.ZErrorBCEWithLogitsLoss(num_tasks=v).num_groups, 3),
+    "num_classes ELRLoss": (lambda v: fl.ELRLoss(3, v).memory, 3),
     "num_samples ELRLoss": (lambda v: fl.ELRLoss(v, 3).memory, 3),
     "chunk_bytes linear_loss": (lambda v: F.linear_loss(X, torch.eye(3), Y, chunk_bytes=v), 30),
     "in_features LinearLoss": (lambda v: _linear(in_features=v), 3),
@@ -159,7 +160,7 @@ def test_what_is_no_number_is_refused_by_name(name: str) -> None:
         with pytest.raises((TypeError, ValueError), match=argument):
             call(value)
     if name in WHOLE:
-        for value in (1.5, Fraction(3, 2), torch.tensor(1.5)):
+        for value in (1.5, Fraction(3, 2), torch.tensor(1.5), *([] if takes_endless else [2**70, math.inf])):
             with pytest.raises((TypeError, ValueError), match=argument):
                 call(value)
 
@@ -241,3 +242,16 @@ def test_active_rows_without_weight(name: str) -> None:
             F.linear_loss(torch.zeros(2, 0), torch.zeros(2, 0), target, name, linear_bias=logits[0], **options),
         ):
             assert loss.isnan() if bad else loss == 0.0
+
+
+@pytest.mark.parametrize("value", ["x", math.nan, 1, None, np.ones(2)])
+def test_a_switch_is_true_or_false(value: Any) -> None:
+    for name, call in {
+        "bias": lambda v: fl.LinearLoss(3, 3, bias=v),
+        "per_task": lambda v: fl.ZMSELoss(per_task=v),
+        "per_task ": lambda v: F.z_mse_loss(X, X, per_task=v),
+        "running": lambda v: fl.ZMSELoss(running=v),
+    }.items():
+        with pytest.raises(TypeError, match=f"^{name.strip()} must be True or False, got"):
+            call(value)
+        call(np.True_)

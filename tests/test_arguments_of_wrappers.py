@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import wrapped_losses
+from torch import nn
 
 import fused_losses as fl
 from fused_losses import functional as F
 from fused_losses import noise
+from fused_losses._common import Criterion, RowLossModule
 from fused_losses.integrations.timm import MixupLoss
 
 pytestmark = pytest.mark.any_cpu  # what Python does around kernels
@@ -172,3 +178,120 @@ def test_arguments_can_be_named() -> None:
     gjs, forward = fl.GJSLoss((0.5, 0.3, 0.2)), fl.ForwardCorrectionLoss(torch.eye(3))
     assert torch.equal(gjs(views=[Z, Z], target=Y), gjs([Z, Z], Y))
     assert torch.equal(forward(logits=Z, target=Y, sample_weight=None), forward(Z, Y))
+
+
+WORDS, NUMBERS = ["bogus", None, "Sum", 1, math.nan], [-1.0, math.nan, math.inf, "x"]
+INTEGERS, SWITCHES, COUNTS = [None, 1.5, "x", 2**70], ["x", None, math.nan, np.ones(2)], [*NUMBERS, 0, 1.5, None, 2**70]
+OF_ROWS: dict[str, list[Any]] = {"reduction": WORDS, "ignore_index": INTEGERS}
+RUNNING: dict[str, list[Any]] = {"reduction": WORDS, "running": SWITCHES, "momentum": NUMBERS}
+Z_ERROR = RUNNING | {"threshold": [-1.0, math.nan, "x", None]}
+SMALL = {"min_count": COUNTS, "small_class": WORDS, "sided": WORDS}
+MATRICES = [5 * torch.eye(3), -torch.eye(3), None, "x", torch.ones(3), torch.tensor(math.nan).expand(3, 3)]
+BINARY = torch.tensor([0.0, 1.0, 1.0, 0.0])
+# How to make each Module, what it is called with, and wrong values of its options.
+ASSIGNED: dict[type[nn.Module], tuple[Callable[[], nn.Module], tuple[Any, ...], dict[str, list[Any]]]] = {
+    fl.SmallLoss: (lambda: fl.SmallLoss("gce", 0.5, running=True), (Z, Y), RUNNING | {"keep": [*NUMBERS, 0.0, 2.0]}),
+    fl.ClippedLoss: (lambda: fl.ClippedLoss("gce", 0.5), (Z, Y), {"reduction": WORDS, "c": [*NUMBERS, 0.0]}),
+    fl.Antidote: (
+        lambda: fl.Antidote("gce", 0.5, running=True),
+        (Z, Y),
+        RUNNING | {"delta": [*NUMBERS, 0.0, None], "kappa": [*NUMBERS, 0.0]},
+    ),
+    fl.SuperLoss: (
+        lambda: fl.SuperLoss("gce", running=True),
+        (Z, Y),
+        RUNNING | {"lam": [*NUMBERS, 0.0], "tau": [math.nan, "x", torch.ones(2)]},
+    ),
+    fl.ForwardCorrectionLoss: (
+        lambda: fl.ForwardCorrectionLoss(torch.eye(3)), (Z, Y), OF_ROWS | {"transition": MATRICES},
+    ),
+    fl.BackwardCorrectionLoss: (
+        lambda: fl.BackwardCorrectionLoss(torch.eye(3)),
+        (Z, Y),
+        OF_ROWS | {"transition": [*MATRICES, torch.full((3, 3), 1 / 3)]},
+    ),
+    fl.GJSLoss: (
+        lambda: fl.GJSLoss((0.5, 0.5)),
+        ([Z], Y),
+        OF_ROWS | {"weights": [(0.9, 0.9), (0.5, math.nan), np.array(2.0), 0.5, None, "x"]},
+    ),
+    fl.LogitNorm: (lambda: fl.LogitNorm("gce"), (Z, Y), {"reduction": WORDS, "t": [*NUMBERS, 0.0, None]}),
+    fl.LogitClip: (lambda: fl.LogitClip("nfl", 1.0), (Z, Y), {"reduction": WORDS, "tau": [*NUMBERS, 0.0, None]}),
+    fl.ELRLoss: (
+        lambda: fl.ELRLoss(4, 3),
+        (Z, Y, torch.arange(4)),
+        OF_ROWS | {"beta": [*NUMBERS, 2.0], "lam": NUMBERS, "num_samples": COUNTS, "num_classes": COUNTS},
+    ),
+    fl.LinearLoss: (
+        lambda: fl.LinearLoss(3, 3),
+        (Z, Y),
+        {"reduction": [word for word in WORDS if word], "chunk_bytes": COUNTS, "skip_rows": ["x", math.nan]},
+    ),
+    fl.ZErrorCrossEntropyLoss: (
+        lambda: fl.ZErrorCrossEntropyLoss(running=True),
+        (Z, Y),
+        Z_ERROR | SMALL | OF_ROWS | {"statistic": WORDS, "base": ["x", None], "logit_bias": [math.nan, "x", None]},
+    ),
+    fl.ZErrorBCEWithLogitsLoss: (
+        lambda: fl.ZErrorBCEWithLogitsLoss(running=True), (Z[:, 0], BINARY), Z_ERROR | SMALL | {"space": WORDS},
+    ),
+    fl.ZMSELoss: (
+        lambda: fl.ZMSELoss(running=True),
+        (Z[:, 0], BINARY),
+        Z_ERROR | {"statistic": WORDS, "per_task": SWITCHES},
+    ),
+}  # fmt: skip
+# Given once: what a Module is built of, its sizes, and where it is.
+_BUILT = {"self", "loss", "options", "weight", "pos_weight", "process_group", "bias", "in_features", "device", "dtype"}
+_BUILT |= {"memory", "memory_dtype", "accumulate_dtype", "shard", "num_tasks"}
+
+
+def test_options_of_all_wrappers_are_in_the_table() -> None:
+    public = (getattr(fl, name) for name in fl.__all__)
+    modules = {kind for kind in public if isinstance(kind, type) and issubclass(kind, Criterion)}
+    assert ASSIGNED.keys() == {kind for kind in modules if not issubclass(kind, (RowLossModule, fl.GlobalMean))}
+    for kind, (_, _, wrong) in ASSIGNED.items():
+        options = inspect.signature(kind.__init__).parameters.keys() - _BUILT
+        assert options - {"num_classes"} <= wrong.keys(), kind
+        if "running" in options:
+            assert wrong.keys() >= RUNNING.keys()
+
+
+@pytest.mark.parametrize("kind", ASSIGNED)
+def test_wrong_values_can_be_neither_given_nor_assigned(kind: type[nn.Module]) -> None:
+    make, inputs, wrong = ASSIGNED[kind]
+    make()(*inputs)
+    for name, values in wrong.items():
+        for value in values:
+            module = make()
+            with pytest.raises((ValueError, TypeError), match=name):
+                setattr(module, name, value)
+                module(*inputs)
+    if "running" in wrong:
+        for value in SWITCHES:
+            required = (0.5,) if kind in (fl.SmallLoss, fl.Antidote) else ()
+            loss = ("gce",) if issubclass(kind, (fl.SmallLoss, fl.Antidote, fl.SuperLoss)) else ()
+            with pytest.raises(TypeError, match=r"^running must be True or False, got"):
+                kind(*loss, *required, running=value)
+
+
+@pytest.mark.parametrize("stem", fl.LOSSES)
+def test_no_other_word_or_number_is_taken_by_a_row_loss(stem: str) -> None:
+    for wrap in (lambda loss: loss, lambda loss: fl.LogitNorm(loss), lambda loss: MixupLoss(loss)):
+        for name, value in [(name, value) for name, values in OF_ROWS.items() for value in values]:
+            loss = fl.LOSSES[stem].module()
+            setattr(loss, name, value)
+            with pytest.raises((ValueError, TypeError), match=rf"^(\w+: )?{name} must be"):
+                wrap(loss)(Z, Y)
+
+
+def test_assigned_numbers_count() -> None:
+    small, norm, gjs = fl.SmallLoss("gce", 0.5), fl.LogitNorm("gce"), fl.GJSLoss((0.5, 0.5))
+    small.keep, norm.t, gjs.weights = np.float64(1.0), torch.tensor(0.5), [0.9, 0.1]
+    assert type(small.keep) is float and gjs.weights == (0.9, 0.1)
+    assert torch.equal(small(Z, Y), F.gce_loss(Z, Y))
+    assert torch.equal(norm(Z, Y), fl.LogitNorm("gce", 0.5)(Z, Y))
+    assert torch.equal(gjs([Z], Y), F.gjs_loss([Z], Y, (0.9, 0.1)))
+    hem = fl.LogitNorm("hem")
+    hem.reduction = "active_mean"  # what the loss inside has
+    assert hem(Z, Y) == fl.LogitNorm("hem")(Z, Y)

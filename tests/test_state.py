@@ -323,3 +323,17 @@ def test_eval_leaves_the_bias_out(name):
     plain = fl.ZErrorCrossEntropyLoss(1.5, "loss", base=fl.LOSSES[name].module())
     assert not torch.equal(z(x, y), plain(x, y))
     torch.testing.assert_close(z.eval()(x, y), plain.eval()(x, y))
+
+
+def test_a_tracker_refuses_a_state_of_other_numbers():
+    state = fl.OutlierTracker(3).state_dict()
+    for name, wrong in (
+        ("counts", state["counts"].double()),
+        ("counts", state["counts"] - 1),
+        ("sums", state["sums"].float()),
+        ("sums", state["sums"] * math.nan),
+    ):
+        tracker = fl.OutlierTracker(3)
+        with pytest.raises(ValueError, match=r"^state_dict must hold (counts|sums)"):
+            tracker.load_state_dict({**state, name: wrong})
+        assert not tracker.times_seen.any() and tracker.mean_score().isnan().all()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -157,3 +160,113 @@ def test_distributed_tensors_are_refused(mesh):
     for name, call in calls.items():
         with pytest.raises(TypeError, match=r"logits must be a plain tensor, got a DTensor"):
             raise AssertionError(f"{name} took it: {call()}")
+
+
+OTHER = torch.eye(CLASSES, dtype=torch.float64) * 0.6 + 0.1
+CORRECTIONS = [
+    (fl.ForwardCorrectionLoss, fl.functional.forward_correction_loss),
+    (fl.BackwardCorrectionLoss, fl.functional.backward_correction_loss),
+]
+
+
+def saved_and_loaded(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def loaded(kind, source, **options):
+    module = kind(TRANSITION.clone())  # loading writes into it
+    module.load_state_dict(source.state_dict(), **options)
+    return module
+
+
+@pytest.mark.parametrize("kind, function", CORRECTIONS)
+def test_an_assigned_matrix_counts(kind, function):
+    logits, target = batch()
+    first, second = (function(logits, target, matrix) for matrix in (TRANSITION, OTHER))
+    module = kind(TRANSITION)
+    torch.testing.assert_close(module(logits, target), first)
+    module.transition = OTHER
+    for same in (
+        module,
+        copy.deepcopy(module),
+        copy.copy(module),
+        copy.deepcopy(module).half().double(),
+        saved_and_loaded(module),
+        loaded(kind, module),
+        loaded(kind, module, assign=True),
+    ):
+        assert torch.equal(same.matrix(), OTHER) and same._is_known(same.matrix())
+        torch.testing.assert_close(same(logits, target), second)
+    module.transition = TRANSITION.tolist()
+    torch.testing.assert_close(module(logits, target), first)
+    module.transition = torch.nn.Parameter(OTHER)
+    torch.testing.assert_close(module(logits, target), second)
+    with pytest.raises(ValueError, match=r"^transition must be >= 0 with rows that sum to 1, got a sum of 5"):
+        module.transition = torch.nn.Parameter(5 * TRANSITION)
+    torch.testing.assert_close(module(logits, target), second)
+
+
+@pytest.mark.parametrize("kind, function", CORRECTIONS)
+def test_a_matrix_of_a_functional_call_counts(kind, function):
+    logits, target = batch()
+    module = kind(TRANSITION)
+
+    def call(x, matrix):
+        return torch.func.functional_call(module, {"transition": matrix}, (x, target))
+
+    torch.testing.assert_close(call(logits, OTHER), function(logits, target, OTHER))
+    torch.testing.assert_close(module(logits, target), function(logits, target, TRANSITION))
+    expected = torch.func.grad(lambda x: function(x, target, OTHER))(logits)
+    torch.testing.assert_close(torch.func.grad(call)(logits, OTHER), expected)
+    with pytest.raises(ValueError, match=r"^transition must be >= 0 with rows that sum to 1, got a sum of 5"):
+        call(logits, 5 * OTHER)
+    with pytest.raises(ValueError, match=r"^transition must have shape"):
+        call(logits, OTHER[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, function", CORRECTIONS)
+def test_compiled_code_takes_an_assigned_matrix(kind, function):
+    logits, target = batch()
+    module, graphs = kind(TRANSITION), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    for matrix in (TRANSITION, OTHER, TRANSITION):
+        module.transition = matrix
+        torch.testing.assert_close(compiled(logits, target), function(logits, target, matrix))
+    assert len(graphs) == 1 and "linalg_inv" not in graphs[0].code  # it is inverted where it is assigned
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def assigning(matrix):
+        module.transition = matrix
+        return module(logits, target)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def calling(matrix):
+        return torch.func.functional_call(module, {"transition": matrix}, (logits, target))
+
+    for call in (assigning, calling):
+        for matrix in (OTHER, TRANSITION):
+            torch.testing.assert_close(call(matrix), function(logits, target, matrix))
+
+
+@pytest.mark.slow
+def test_numbers_can_be_assigned_in_compiled_code():
+    logits, target = batch()
+    module = fl.SmallLoss("gce", 0.5)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(keep):
+        module.keep, module.reduction = keep, "sum"
+        return module(logits, target)
+
+    for keep in (0.5, 0.7, 0.9):
+        torch.testing.assert_close(step(keep), fl.SmallLoss("gce", keep, reduction="sum")(logits, target))
+    assert module.keep == 0.9
