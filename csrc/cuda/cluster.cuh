@@ -88,7 +88,8 @@ public:
                              "r"(__float_as_uint(x[i])), "r"(of_other)
                              : "memory");
         }
-        // What is read next lies in this block's shared memory. Waiting with the cluster's scope would empty the L1 cache.
+        // What is read next lies in this block's shared memory. Waiting with the cluster's scope would empty the L1
+        // cache.
         for (unsigned done = 0; !done;)
             asm volatile(
                 "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.b32 %0, 1, 0, p;\n}"

@@ -83,12 +83,11 @@ struct DirectKernel {
     }
 };
 constexpr DirectKernel kDirectKernels[] = {
-    {KernelKind::kNoFactors, true, 24},    {KernelKind::kNoFactors, true, 32},    {KernelKind::kNoFactors, false, 32},
-    {KernelKind::kNoFactors, false, 64},
-    {KernelKind::kUnitFactors, true, 32},  {KernelKind::kUnitFactors, false, 32}, {KernelKind::kReadFactors, true, 32},
-    {KernelKind::kReadFactors, false, 16}, {KernelKind::kStatistics, true, 32},   {KernelKind::kStatistics, false, 24},
-    {KernelKind::kOneKept, true, 32},      {KernelKind::kOneKept, false, 32},     {KernelKind::kTwoKept, true, 32},
-    {KernelKind::kTwoKept, false, 16},
+    {KernelKind::kNoFactors, true, 24},   {KernelKind::kNoFactors, true, 32},    {KernelKind::kNoFactors, false, 32},
+    {KernelKind::kNoFactors, false, 64},  {KernelKind::kUnitFactors, true, 32},  {KernelKind::kUnitFactors, false, 32},
+    {KernelKind::kReadFactors, true, 32}, {KernelKind::kReadFactors, false, 16}, {KernelKind::kStatistics, true, 32},
+    {KernelKind::kStatistics, false, 24}, {KernelKind::kOneKept, true, 32},      {KernelKind::kOneKept, false, 32},
+    {KernelKind::kTwoKept, true, 32},     {KernelKind::kTwoKept, false, 16},
 };
 
 // For rows side by side: a thread has so many classes of a row at most, and the first always() of them.
