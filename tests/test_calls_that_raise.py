@@ -101,6 +101,7 @@ def test_errors_name_the_mistake():
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_assigned_momentum_is_checked(kind):
     module = MAKE[kind]()
-    module.momentum = 5.0
     with pytest.raises(ValueError, match=r"momentum must be between 0.0 and 1.0, got 5.0"):
-        module(*batch(kind))
+        module.momentum = 5.0
+    module(*batch(kind))
+    assert module.momentum == 0.1
