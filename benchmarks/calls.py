@@ -68,6 +68,10 @@ class Call:
         leaf = self.buffers.leaves[i % self.buffers.count]
         if self.overwrites_logits:
             leaf = leaf.detach().clone().requires_grad_()
+        elif self.mode.startswith("fwd_bwd") and leaf.is_cuda:
+            # As in a training: ours expects the upstream gradient of the step before, which modes in turns do not have.
+            self.run(i - 1, self.buffers.leaves[(i - 1) % self.buffers.count])
+            torch.cuda.synchronize()
         if self.mode.startswith("bwd"):
             return self._loss(leaf, i), leaf
         return leaf

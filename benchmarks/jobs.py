@@ -134,7 +134,8 @@ def _moved_bytes(provider: str, mode: str, call: Timed, case: Case) -> int | Non
         return None if copies is None else int(copies * case.logits_bytes)
     prepared = call.prepare(0)
     # HEM's mean is over active rows, which are known only after all of them.
-    at_once = provider == "fused" and case.dtype != "float16" and case.loss != "hem" and "bwd" in mode
+    on_cpu = case.device == "cpu"
+    at_once = provider == "fused" and not (case.dtype == "float16" and on_cpu) and case.loss != "hem" and "bwd" in mode
     moved = moved_bytes(lambda: call.run(0, prepared), at_once)
-    # An upstream gradient other than 1: read and written once more.
-    return moved + 2 * case.logits_bytes if at_once and mode.endswith("scaled") else moved
+    # An upstream gradient other than 1: read and written once more. CUDA expects it from the second step on.
+    return moved + 2 * case.logits_bytes if at_once and on_cpu and mode.endswith("scaled") else moved

@@ -1,9 +1,10 @@
 """Autograd of the row losses.
 
-The first derivative in the logits is fused. Mostly (``forward_writes_gradient``) the forward writes the gradient for an
-upstream gradient of 1 and the first backward gives it away, scaled where that was not right. Otherwise, and while
-tracing, the forward saves a few numbers per row, or nothing where rows are short, and backward recomputes. Every other
-kind of derivative is rare and goes through the plain formula, which torch differentiates.
+The first derivative in the logits is fused. Mostly (``forward_writes_gradient``) the forward writes the gradient and
+the first backward gives it away: on the CPU written for an upstream gradient of 1, and scaled where that was not right;
+on CUDA for the one that backward found last, and computed again where that was not right. Otherwise, and while tracing,
+the forward saves a few numbers per row, or nothing where rows are short, and backward recomputes. Every other kind of
+derivative is rare and goes through the plain formula, which torch differentiates.
 """
 
 from __future__ import annotations
@@ -203,17 +204,19 @@ def needs_reference(differentiable: Tensor, *others: Tensor | None) -> bool:
     return False
 
 
-def forward_writes_gradient(args: RowLossArguments) -> bool:
+def forward_writes_gradient(args: RowLossArguments, expects_upstream: bool = False) -> bool:
     """Whether the training forward writes the gradient.
 
     Not in float16: divided by the batch size, and before mixed precision has multiplied it by the loss scale, the
-    gradient would be too small. Not for a mean over active rows on CUDA: their number is known only after all rows; the
-    CPU then goes over the rows again. Not while tracing: the traced backward must do the same every time.
+    gradient would be too small; but for an operator that ``expects_upstream``, the loss scale of the step before, as
+    it does on CUDA. Not for a mean over active rows on CUDA: their number is known only after all rows; the CPU then
+    goes over the rows again. Not while tracing: the traced backward must do the same every time.
     """
     logits = args.logits
-    if logits.dtype is torch.float16 or args.reduction == "none":
+    if args.reduction == "none" or (args.reduction == "active_mean" and not logits.is_cpu):
         return False
-    return (args.reduction != "active_mean" or logits.is_cpu) and is_plain(logits)
+    fits = logits.dtype is not torch.float16 or (expects_upstream and not logits.is_cpu)
+    return fits and is_plain(logits)
 
 
 class _RowLoss(torch.autograd.Function):
@@ -225,7 +228,7 @@ class _RowLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, args: RowLossArguments) -> Tensor:
         stats = denominator = written = None
-        if not forward_writes_gradient(args):
+        if not forward_writes_gradient(args, expects_upstream=True):
             save = _ops.row_loss_with_bits if is_plain(logits) else _ops.row_loss_with_stats
             loss, stats, denominator = save(*args)
         elif logits.is_cpu:
@@ -251,7 +254,7 @@ class _RowLossAndStatistics(_RowLoss):
                 loss, written, stats, argmax = _ops.row_loss_with_grad_and_statistics(*args)
             else:
                 loss, stats, argmax = _ops.row_loss_and_statistics(*args)
-        elif forward_writes_gradient(args):
+        elif forward_writes_gradient(args, expects_upstream=True):
             everything = _ops.row_loss_with_stats_and_grad_and_statistics(*args)
             loss, saved, denominator, written, stats, argmax = everything
         else:

@@ -192,8 +192,13 @@ def _fake_row_loss_with_bits(*args: Any) -> Tensors3:  # on CUDA stats may have 
 
 
 @_fake
-def _fake_row_loss_with_stats_and_grad(*args: Any) -> Tensors4:
-    return *_fake_row_loss_with_stats(*args), torch.empty_like(args[0])
+def _fake_row_loss_with_stats_and_grad(*flat: Any) -> Tensors4:
+    loss, stats, denominator = _fake_row_loss_with_stats(*flat)
+    if flat[0].is_cuda:  # backward recomputes them
+        stats = stats[:0]
+    if RowLossArguments(*flat).reduction != "none":  # with the upstream gradient that the written one is for
+        denominator = loss.new_empty(2)
+    return loss, stats, denominator, torch.empty_like(flat[0])
 
 
 @_fake

@@ -32,6 +32,7 @@ _LEFT_OUT = {
     "test_autocast_takes_half_logits_as_they_are": "asks torch for CUDA's autocast",
     "test_every_loss_is_that_of_the_dense_layer": "takes a matrix product that torch has on CUDA only",
     "test_a_loaded_memory_takes_the_place_of_an_update_on_its_way": "pins memory",
+    "test_a_recomputation_does_not_remember_again": "pins memory",
     "test_mixup_in_compiled_and_transformed_code": "compiles what asks a tensor for its device",
     "test_what_changed_in_between_is_noticed": "changes a target of which CUDA keeps a copy",
 }

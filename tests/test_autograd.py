@@ -10,6 +10,7 @@ import gc
 import itertools
 import math
 
+import emulated_cuda
 import pytest
 import torch
 from conftest import one_in
@@ -221,6 +222,44 @@ def test_ignored_rows_keep_gradient_zero_under_an_overflowed_loss_scale(name, dt
         (grad,) = torch.autograd.grad(loss, leaf, torch.full_like(like, upstream, dtype=loss.dtype))
         assert torch.equal(grad[ignored], torch.zeros_like(grad[ignored]))
         assert not grad.isfinite().all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", fl.LOSSES)
+def test_an_expected_upstream_gradient_gives_the_same_bits(name, dtype, reduction):
+    """CUDA's forward writes the gradient for the upstream gradient of the step before.
+
+    Whether that was right depends on when the device was done with that step. The gradient must not.
+    """
+    logits, labels, _ = problem(name, reduction, dtype)
+    criterion = fl.LOSSES[name].module(reduction=reduction)
+    for classes, soft in itertools.product((3, 40), (False, True)):
+        if soft and not fl.LOSSES[name].takes_probabilities:
+            continue
+        leaf = torch.cat([logits] * 14, dim=1)[:, :classes].clone().requires_grad_()
+        target = leaf.detach().softmax(1) if soft else labels
+        for upstream in (1.0, 0.25, 0.3):
+            for options in ({},) if soft else ({}, {"return_row_stats": True}):
+                grads = []
+                for _ in range(3):
+                    loss = criterion(leaf, target, **options)
+                    loss = loss[0] if options else loss
+                    grads += torch.autograd.grad(loss, leaf, torch.full_like(loss, upstream))
+                assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
+
+
+def test_the_last_upstream_gradient_is_expected_by_kernels_that_write_for_it():
+    logits, target, _ = problem("cross_entropy", "mean", torch.float32)
+    args = fl._arguments.RowLossArguments(
+        logits, target, None, None, None, None, "cross_entropy", (0.0,), 0.0, -100, "mean"
+    )
+    for upstream in (0.25, 1.0, 0.5):
+        for again in (False, True):
+            _, stats, saved, grad = fl._ops.row_loss_with_stats_and_grad(*args)
+            if again:
+                assert saved[0] == ROWS - 1 and saved[1] == (upstream if emulated_cuda.is_emulated() else 1.0)
+            fl._ops.row_loss_backward_(torch.tensor(upstream), stats, saved, grad, *args)
 
 
 @pytest.mark.parametrize("name", NAMES)

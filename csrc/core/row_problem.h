@@ -101,10 +101,12 @@ struct RowProblem {
     // A bit per logit, which forward makes and gradient takes where that says all (multi_reduction_loss.h).
     void* bits = nullptr;
 
-    // CUDA forward writes the gradient before the denominator is known: it takes this one, or *denominator if this is
-    // 0.
-    double assumed_denominator = 0;
-    bool grad_is_written = false;  // backward: grad is what forward wrote, right for that denominator and upstream 1
+    // CUDA forward writes the gradient before the denominator and the upstream gradient are known: it takes these, or
+    // *denominator if that is 0.
+    double assumed_denominator = 0, assumed_upstream = 1;
+    void* written_upstream = nullptr;  // acc, one: forward leaves assumed_upstream here, for backward; null means 1
+    bool grad_is_written = false;      // backward: grad is what forward wrote, right for those two
+    double* next_upstream = nullptr;   // host memory where backward leaves an upstream gradient that was not that one
 
     FL_HD std::int64_t rows() const { return outer * inner; }
 };

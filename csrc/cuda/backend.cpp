@@ -2,6 +2,7 @@
 #include "ops/backend.h"
 #include "cuda/current_device.h"
 #include "cuda/launch.h"
+#include "cuda/next_upstream.h"
 #include "cuda/stream_number.h"
 #include "cuda/z_error.h"
 #include "losses/registry.h"
@@ -62,12 +63,13 @@ void forward(RowProblem& p, void* loss, void* denominator) {
     check(!is_multi_reduction_loss(p.loss) || !(p.other_target || (p.grad && p.upstream)),
           "fused_losses: on CUDA this loss has one label a row, and makes no gradient from the logits alone");
     const auto enqueue = is_multi_reduction_loss(p.loss) ? &enqueue_multi_reduction_forward : &enqueue_forward;
-    // A caller that will run backward gives memory for stats or for the denominator. Only then may the gradient be
-    // written for an assumed denominator: backward puts it right.
-    const bool has_backward = p.stats || (backward_recomputes(p) && denominator);
+    // A caller that will run backward gives memory for what the gradient is written for. Only then may that be assumed:
+    // backward puts it right.
+    const bool has_backward = p.written_upstream;
+    if (has_backward) p.assumed_upstream = assumed_upstream(p), p.next_upstream = next_upstream(p);
     if (p.reduction == Reduction::kNone) return check_launch(enqueue(p, {}, device.stream()));
     Sums sums(device);
-    Tensor scratch, stats;
+    Tensor scratch;
     if (p.other_target) take_means_of_labels(p, sums.to, scratch, device);
     sums.to.loss = loss;
     sums.to.denominator = denominator;
@@ -86,8 +88,6 @@ void forward(RowProblem& p, void* loss, void* denominator) {
     }
     if (p.reduction != Reduction::kActiveMean) return check_launch(enqueue(p, sums.to, device.stream()));
     // The number of active rows is known only after all of them.
-    if (!p.stats && !backward_recomputes(p))
-        stats = device.scratch(p.stats_count * p.rows(), acc_of(p)), p.stats = stats.mutable_data_ptr();
     RowProblem first = p;
     first.grad = nullptr;
     check_launch(enqueue(first, sums.to, device.stream()));
@@ -101,7 +101,7 @@ void gradient(const RowProblem& problem) {
     if (problem.rows() == 0) return;
     const DeviceScope device(problem.device);
     RowProblem p = problem;
-    if (p.grad_is_written) p.assumed_denominator = assumed_denominator(p);
+    if (p.grad_is_written) p.assumed_denominator = assumed_denominator(p), p.next_upstream = next_upstream(p);
     launch_gradient(p, device.stream());
 }
 

@@ -29,8 +29,9 @@ double assumed_denominator(const RowProblem& p) {
 }
 
 bool backward_recomputes(const RowProblem& p) {
-    if (p.dtype == Dtype::kFloat64 || p.class_factors == ClassFactors::kClassLosses) return false;
-    return p.num_classes <= most_classes_without_stats(p.loss);
+    if (p.class_factors == ClassFactors::kClassLosses) return false;
+    if (p.grad && !p.upstream) return true;  // forward writes the gradient, which will most likely do
+    return p.dtype != Dtype::kFloat64 && p.num_classes <= most_classes_without_stats(p.loss);
 }
 
 }  // namespace fused_losses::cuda

@@ -41,8 +41,8 @@ cudaError_t find_hopper_code(const void* kernel, bool& has);
 template <class Enqueue>
 cudaError_t enqueue_backward(RowProblem p, Enqueue enqueue) {
     if (p.rows() == 0) return cudaSuccess;
-    if (!backward_recomputes(p)) return enqueue(p, Direction::kBackward);
-    p.stats = p.row_values = nullptr;  // not to be written again
+    if (p.stats) return enqueue(p, Direction::kBackward);
+    p.row_values = nullptr;  // not to be written again
     return enqueue(p, Direction::kBackwardRecompute);
 }
 

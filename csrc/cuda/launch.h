@@ -52,13 +52,14 @@ double assumed_denominator(const RowProblem& p);
 // either are divided by.
 cudaError_t enqueue_denominators(const RowProblem& p, const LossOutput& out, cudaStream_t stream);
 
-// Whether backward recomputes what forward knows of a row. Stats are neither written nor read then.
+// Whether backward recomputes what forward knows of a row, for which there are no stats then. It takes forward's
+// kernel, so that a gradient which forward has written for the right upstream gradient is the same to the bit.
 bool backward_recomputes(const RowProblem& p);
 
 // kBackward: from stats.
 enum class Direction { kForward, kBackward, kBackwardRecompute };
 
-// Fills grad from stats, upstream and denominator, unless forward has already written just that.
+// Fills grad from stats (null: recomputed), upstream and denominator, unless forward has already written just that.
 cudaError_t enqueue_gradient(const RowProblem& p, cudaStream_t stream);
 
 // The same for a multi-reduction loss.

@@ -5,12 +5,14 @@
 
 namespace fused_losses::cuda {
 
-// 1 / denominator of the gradient that forward writes.
+// upstream / denominator of the gradient that forward writes. To the bit what upstream_over_denominator() is for a
+// backward that finds them right.
 template <class A>
 FL_DEVICE A written_inverse_denominator(const RowProblem& p) {
     const A known = p.denominator ? *as<A>(p.denominator) : A(1);
     const A denominator = p.assumed_denominator != 0 ? static_cast<A>(p.assumed_denominator) : known;
-    return denominator == A(0) ? A(0) : A(1) / denominator;
+    const A inverse = denominator == A(0) ? A(0) : A(1) / denominator;
+    return static_cast<A>(p.assumed_upstream) * inverse;
 }
 
 // A row's weighted value and what backward needs of it. Zeros for rows that are ignored.
@@ -43,18 +45,24 @@ FL_DEVICE void write_loss(const RowArgs<A>& args, LossSums sums) {
     const Reduction reduction = args.problem.reduction;
     if (reduction == Reduction::kActiveMean) sums.weight += kActiveGuard;
     if (out.denominator) *static_cast<A*>(out.denominator) = static_cast<A>(sums.weight);
+    if (void* const upstream = args.problem.written_upstream)
+        *static_cast<A*>(upstream) = static_cast<A>(args.problem.assumed_upstream);
     *static_cast<A*>(out.loss) =
         static_cast<A>(reduction == Reduction::kSum ? sums.value : mean_of(sums.value, sums.weight));
 }
 
-// Does `grad` hold what backward is asked for?
+// Does `grad` hold what backward is asked for? An upstream gradient that nobody assumed is left for the next forward.
 template <class A>
 FL_DEVICE bool is_already_written(const RowProblem& p) {
     if (!p.grad_is_written) return false;
-    // Both are loaded before one is looked at.
+    // All are loaded before one is looked at.
     const A upstream = p.upstream ? *as<A>(p.upstream) : A(1),
+            assumed = p.written_upstream ? *as<A>(p.written_upstream) : A(1),
             denominator = p.denominator ? *as<A>(p.denominator) : A(1);
-    if (upstream != A(1)) return false;
+    if (upstream != assumed) {
+        if (p.next_upstream && blockIdx.x == 0 && threadIdx.x == 0) *p.next_upstream = static_cast<double>(upstream);
+        return false;
+    }
     // Without a denominator to compare it with, what was assumed cannot be wrong: no row is ignored.
     return p.assumed_denominator == 0 || !p.denominator || denominator == static_cast<A>(p.assumed_denominator);
 }

@@ -3,8 +3,7 @@
 
 #include "cuda/launch.h"
 #include "cuda/register_plan.h"
-#include "cuda_emulation/approximate_instructions.h"
-#include "cuda_emulation/scheduler.h"
+#include "emulated_devices.h"
 #include "expected_rows.h"
 #include "naive_statistics.h"
 
@@ -12,37 +11,7 @@
 
 namespace fused_losses_test {
 
-// How the next launches run: their results must not depend on it.
-inline void shuffle_launches(bool any_grid) {
-    cuda_emulation::resident = cuda_emulation::one_in(2) ? 1 : 1 + cuda_emulation::random() % 3;
-    cuda_emulation::largest_grid = any_grid && cuda_emulation::one_in(2) ? 1 + cuda_emulation::random() % 2 : ~0u;
-}
-
-// How much of a row fits into shared memory, whether blocks can share one, and how exact approximate instructions are.
-// Sums over all rows depend on it.
-inline void choose_device() {
-    const int sizes[] = {65536, 65536, 40960, 20480, 20480};
-    cuda_emulation::shared_per_block = sizes[cuda_emulation::random() % 5];
-    cuda_emulation::shared_per_multiprocessor = cuda_emulation::shared_per_block * (1 + cuda_emulation::random() % 2);
-    const unsigned clusters[] = {1, 8, 16};
-    cuda_emulation::largest_cluster = clusters[cuda_emulation::random() % 3];
-    const int multiprocessors[] = {3, 4, 8};  // of two blocks each: room for four, eight or sixteen in a cluster
-    cuda_emulation::multiprocessors = multiprocessors[cuda_emulation::random() % 3];
-    ++cuda_emulation::device;  // what kernels found on the last one is remembered
-    cuda_emulation::is_inexact = cuda_emulation::one_in(2);
-}
-
 inline long gradients_of_bits = 0;  // that were compared
-
-// On which 16 blocks can share a row.
-inline void choose_device_with_clusters() {
-    cuda_emulation::shared_per_block = 65536;
-    cuda_emulation::shared_per_multiprocessor = 2 * cuda_emulation::shared_per_block;
-    cuda_emulation::largest_cluster = 16;
-    cuda_emulation::multiprocessors = 8;
-    ++cuda_emulation::device;
-    cuda_emulation::is_inexact = cuda_emulation::one_in(2);
-}
 
 template <class Stored>
 class CudaCase : ExpectedRows<Stored> {
@@ -123,6 +92,7 @@ private:
         });
         compare_reduction(once);
         test_gradient_of_forward(grad_layout);
+        test_assumed_upstream(grad_layout);
         if (needs_of(p.loss).has_margin) test_gradient_of_bits(once);
         if (looks) test_statistics_of_odd_rows(grad_layout);
     }
@@ -255,6 +225,7 @@ private:
         void* const grad = std::exchange(q.grad, nullptr);
         check(forward(q, result, false) == cudaSuccess, "%s: forward was not launched", name.c_str());
         const RowResult after_forward = result;
+        if (cuda::backward_recomputes(q)) q.stats = nullptr;
         q.grad = grad;
         check(gradient(q) == cudaSuccess, "%s: gradient was not launched", name.c_str());
         check(result.values == after_forward.values && result.stats == after_forward.stats,
@@ -288,6 +259,39 @@ private:
         check(gradient(q) == cudaSuccess, "%s: backward was not launched", name.c_str());
         for_rows([&](std::int64_t o, std::int64_t i) { Base::compare_gradient(result.grad, "completed", o, i); });
         p.upstream = upstream;
+    }
+
+    // Forward writes the gradient for the upstream gradient that it assumes: to the bit what backward makes of it.
+    void test_assumed_upstream(const Layout& grad_layout) {
+        if (looks || p.stats_count == 0 || p.rows() == 0) return;
+        A upstream = A(random.uniform(0.1, 3)), written_for = A(0), other = upstream + A(1);
+        double next = 0;
+        Result written(grad_layout, p), recomputed(grad_layout, p);
+        const auto with = [&](Result& result, A& assumed) {
+            RowProblem q = with_outputs(result);
+            q.stats = nullptr;
+            q.upstream = nullptr;
+            q.assumed_upstream = double(upstream);
+            q.written_upstream = &assumed;
+            return q;
+        };
+        check(forward(with(written, written_for), written, true) == cudaSuccess, "%s: not launched", name.c_str());
+        if (p.reduction != Reduction::kNone)
+            check(written_for == upstream, "%s: forward did not say for what it wrote", name.c_str());
+        const auto complete = [&](Result& result, A& assumed) {
+            RowProblem q = with(result, assumed);
+            q.upstream = &upstream, q.upstream_stride = {};
+            q.grad_is_written = true;
+            q.next_upstream = &next;
+            check(gradient(q) == cudaSuccess, "%s: backward was not launched", name.c_str());
+        };
+        complete(recomputed, other);
+        check(recomputed.grad == written.grad, "%s: the written gradient has other bits", name.c_str());
+        check(next == double(upstream), "%s: the upstream gradient was not left", name.c_str());
+        const Result before = written;
+        next = 0, written_for = upstream;
+        complete(written, written_for);
+        check(next == 0 && written == before, "%s: backward touched a finished gradient", name.c_str());
     }
 
     // Bits of the rows give the gradient that their logits give, which need not be there any more.

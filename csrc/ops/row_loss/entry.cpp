@@ -38,8 +38,15 @@ public:
         return loss;
     }
 
-    // Empty unless the loss is a quotient.
-    Tensor new_denominator() const { return divides() ? empty({}) : empty(kNoNumbers); }
+    // Empty unless the loss is a quotient. Of a gradient that forward writes: followed by the upstream gradient for
+    // which it is.
+    Tensor new_denominator() {
+        if (!grad.defined() || problem.reduction == Reduction::kNone) return divides() ? empty({}) : empty(kNoNumbers);
+        static constexpr std::int64_t two[] = {2};
+        Tensor denominator = empty(two);
+        problem.written_upstream = behind(denominator.mutable_data_ptr());
+        return denominator;
+    }
 
     // with_bits: behind them, in words as long as they are.
     Tensor new_stats(bool with_bits) {
@@ -58,16 +65,24 @@ public:
     }
 
     // Takes what forward has saved; whether that is enough for the gradient.
-    bool take_saved(Tensor& stats, const Tensor& denominator) {
-        // [0, rows]: forward left none because backward needs none. [0]: forward saved nothing at all.
+    bool take_saved(Tensor& stats, Tensor& denominator) {
+        // [0, rows], on CUDA: backward recomputes them. [0]: forward saved nothing at all.
         if (stats.dim() == 1 && stats.numel() == 0) return false;
+        RowProblem writing = problem;  // the forward of this backward
+        writing.upstream = nullptr;
+        const bool recomputes = stats.dim() == 2 && stats.size(0) == 0 && backend().backward_recomputes(writing);
+        if (recomputes) problem.stats_count = 0;
         check_saved(stats, denominator);
+        if (!denominator.is_contiguous()) denominator = contiguous(denominator);
+        if (divides()) problem.denominator = denominator.const_data_ptr();
+        if (denominator.numel() == 2)
+            problem.written_upstream = behind(const_cast<void*>(denominator.const_data_ptr()));
+        if (recomputes) return true;
         if (!stats.is_contiguous()) stats = contiguous(stats);
         problem.stats = const_cast<void*>(stats.const_data_ptr());
         const std::int64_t words = stats.size(0) - problem.stats_count;
         if (words > 0 && words == backend().words_of_bits(problem)) problem.bits = behind_stats();
-        if (divides()) problem.denominator = denominator.const_data_ptr();
-        return problem.stats || backend().backward_recomputes(problem);
+        return problem.stats != nullptr;
     }
 
     // The gradient in the layout of the caller's logits.
@@ -92,10 +107,15 @@ private:
               ": stats must be those that forward has saved, ", acc, " of shape [", problem.stats_count, ", ",
               problem.rows(), "] or [0] on ", device, ", got ", stats.dtype(), " of shape ", stats.sizes(), " on ",
               stats.device());
-        const bool is_number = denominator.numel() == 1 && denominator.dtype() == acc && denominator.device() == device;
-        check(!divides() || is_number, args.loss, ": denominator must be the one that forward has saved, a number of ",
-              acc, " on ", device, ", got ", denominator.dtype(), " of shape ", denominator.sizes(), " on ",
-              denominator.device());
+        const std::int64_t numbers = denominator.numel();  // the second one is of a gradient that forward has written
+        const bool fits = numbers == 0 || (denominator.dtype() == acc && denominator.device() == device);
+        check(fits && numbers <= 2 && (numbers > 0 || !divides()), args.loss,
+              ": denominator must be the one that forward has saved, a number of ", acc, " on ", device, ", got ",
+              denominator.dtype(), " of shape ", denominator.sizes(), " on ", denominator.device());
+    }
+
+    void* behind(void* number) const {
+        return static_cast<char*>(number) + (acc == dtypes::float64 ? sizeof(double) : sizeof(float));
     }
 
     void* behind_stats() const {
@@ -181,7 +201,6 @@ private:
         problem.device = logits.device().index;
         problem.dtype = dtype_of(*element_type(logits));
         problem.num_classes = logits.size(shape.class_dim);
-        if (backend().backward_recomputes(problem)) problem.stats_count = 0;
         problem.logits = logits.const_data_ptr();
         problem.logits_class_stride = logits.stride(shape.class_dim);
         if (shape.soft_target) {
@@ -197,9 +216,11 @@ private:
         if (other.target) problem.other_target = other.target->const_data_ptr();
         if (other.lam) problem.lam = other.lam->const_data_ptr();
         if (upstream.defined()) problem.upstream = upstream.const_data_ptr();
-        if (!grad.defined()) return;
-        problem.grad = grad.mutable_data_ptr();
-        problem.grad_class_stride = grad.stride(shape.class_dim);
+        if (grad.defined()) {
+            problem.grad = grad.mutable_data_ptr();
+            problem.grad_class_stride = grad.stride(shape.class_dim);
+        }
+        if (backend().backward_recomputes(problem)) problem.stats_count = 0;
     }
 
     const void* vector_in(Tensor& t) const {
@@ -233,8 +254,8 @@ void forward(StableIValue* stack, std::uint64_t, std::uint64_t) {
     if (asked.row_statistics) looks = call.new_statistics();
     Tensor loss = call.new_loss(), stats, denominator;
     if (asked.stats) stats = call.new_stats(asked.bits), denominator = call.new_denominator();
-    const bool divides = asked.stats && denominator.numel() > 0;
-    call.backend().row_loss(call.problem, loss.mutable_data_ptr(), divides ? denominator.mutable_data_ptr() : nullptr);
+    const bool weighs = asked.stats && denominator.numel() > 0;
+    call.backend().row_loss(call.problem, loss.mutable_data_ptr(), weighs ? denominator.mutable_data_ptr() : nullptr);
     Results out(stack);
     out.push(loss);
     if (asked.stats) out.push(stats, denominator);

@@ -212,6 +212,13 @@ cudaError_t cudaGetSymbolAddress(void** address, Symbol& symbol) {
     *address = &symbol;
     return cudaSuccess;
 }
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeRelaxed = 2 };
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
+constexpr unsigned cudaHostAllocPortable = 1;
+inline cudaError_t cudaHostAlloc(void** memory, std::size_t size, unsigned) {
+    *memory = std::malloc(size);
+    return *memory ? cudaSuccess : cudaErrorInvalidValue;
+}
 inline cudaError_t cudaMemsetAsync(void* to, int value, std::size_t size, cudaStream_t) {
     std::memset(to, value, size);
     return cudaSuccess;
