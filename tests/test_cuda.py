@@ -170,6 +170,22 @@ def test_a_call_keeps_no_memory(name: str) -> None:
     assert torch.cuda.memory_allocated() == before
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("classes", [10, 1001, 30_000])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_captured_step_takes_another_upstream_gradient(name: str, classes: int, dtype: torch.dtype) -> None:
+    """Its forward expects the one that was the last when it was captured, and leaves the gradient to the bit."""
+    torch.manual_seed(0)
+    logits, target = problem(70, classes, dtype)
+    loss, upstream = module_of(name), torch.tensor(0.25, device="cuda")
+    graph, (grad,) = capture(lambda: torch.autograd.grad(loss(logits, target), logits, upstream))
+    for factor in (0.25, 1.0, 3.0):
+        upstream.fill_(factor)
+        graph.replay()
+        want = [torch.autograd.grad(loss(logits, target), logits, upstream)[0] for _ in range(3)]
+        assert all(torch.equal(grad, other) for other in want)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["CrossEntropyLoss", "NCELoss", "HEMLoss", "ZErrorCrossEntropyLoss"])
 def test_the_first_call_may_be_that_of_a_compiled_graph(name: str) -> None:
