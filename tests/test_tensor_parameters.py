@@ -177,8 +177,8 @@ def test_a_threshold_that_would_get_no_gradient_is_refused(kind):
 @pytest.mark.parametrize("name", fl.LOSSES)
 def test_a_learnt_bias_may_start_at_zero(name):
     """It is added to the label's logit, and has its derivative there."""
-    target = torch.arange(6) % 4  # probable enough for losses that give up rows
-    logits = (torch.randn(6, 4) + 2.0 * torch.nn.functional.one_hot(target, 4)).double().requires_grad_()
+    target = torch.arange(60) % 4  # probable enough for losses that give up rows
+    logits = (torch.randn(60, 4) + 2.0 * torch.nn.functional.one_hot(target, 4)).double().requires_grad_()
     bias = torch.zeros((), requires_grad=True)
     loss = fl.LOSSES[name].function(logits, target, logit_bias=bias)
     in_bias, in_logits = torch.autograd.grad(loss, (bias, logits))
