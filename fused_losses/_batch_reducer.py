@@ -154,7 +154,7 @@ class BatchReducer(RunningMoments, RowsModule):
         if not self.running:
             return value
         batch = torch.stack([count, value, torch.zeros_like(value)]).double().view(3, 1)
-        if self.training:
+        if self._learns():
             self._update(batch)  # nothing happens where the batch's statistic is infinite
         return self._or_batch(batch)[1, 0].to(value.dtype)
 

@@ -63,7 +63,7 @@ row_loss_with_stats_and_grad: Callable[..., Tensors4] = torch.ops.fused_losses.r
 row_loss_backward: Callable[..., Tensor] = torch.ops.fused_losses.row_loss_backward.default
 row_loss_backward_: Callable[..., None] = torch.ops.fused_losses.row_loss_backward_.default
 mixed_loss: Callable[..., Tensor] = torch.ops.fused_losses.mixed_loss.default
-mixed_loss_with_grad: Callable[..., Tensors2] = torch.ops.fused_losses.mixed_loss_with_grad.default
+mixed_loss_with_grad: Callable[..., Tensors3] = torch.ops.fused_losses.mixed_loss_with_grad.default
 mixed_loss_backward: Callable[..., Tensor] = torch.ops.fused_losses.mixed_loss_backward.default
 mixed_loss_backward_: Callable[..., None] = torch.ops.fused_losses.mixed_loss_backward_.default
 row_statistics: Callable[..., Tensors2] = torch.ops.fused_losses.row_statistics.default
@@ -219,8 +219,10 @@ def _fake_mixed_loss(target: Tensor, lam: Tensor | None, lam_of_all: float, *arg
 
 
 @_fake
-def _fake_mixed_loss_with_grad(target: Tensor, lam: Tensor | None, lam_of_all: float, *args: Any) -> Tensors2:
-    return _empty_loss(RowLossArguments(*args)), torch.empty_like(args[0])
+def _fake_mixed_loss_with_grad(target: Tensor, lam: Tensor | None, lam_of_all: float, *args: Any) -> Tensors3:
+    logits = args[0]
+    upstream = logits.new_empty((), dtype=acc_dtype(logits))
+    return _empty_loss(RowLossArguments(*args)), upstream, torch.empty_like(logits)
 
 
 @_fake

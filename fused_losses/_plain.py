@@ -16,6 +16,12 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
 
 
+def in_backward() -> bool:
+    """Whether a backward pass is running. What is computed then is a checkpoint's recomputation, from which a loss must
+    not learn again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def inside_transforms(tensor: Tensor) -> Tensor:
     """What a function transform has wrapped, with all that it is mapped over."""
     while not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor):

@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_losses import _ops
 from fused_losses._agreement import Exchange
 from fused_losses._parameters import assigned, closed_fraction, switch
-from fused_losses._plain import reads_values
+from fused_losses._plain import in_backward, reads_values
 from fused_losses.distributed import HasProcessGroup
 from fused_losses.statistics import MOMENTS, ClassStatistics, all_reduce_moments
 
@@ -132,6 +132,10 @@ class RunningMoments(HasProcessGroup):
             ) from error
         return running
 
+    def _learns(self) -> bool:
+        """Whether a call changes running statistics: in training mode, once."""
+        return self.running and self.training and not in_backward()
+
     def _or_batch(self, batch: Tensor) -> Tensor:
         """The running moments; before any training batch, when they say nothing, those of the batch."""
         return torch.where(self.running_moments[0].sum() > 0, self.running_moments, batch)
@@ -147,7 +151,7 @@ class RunningMoments(HasProcessGroup):
             return Source(group=self.process_group)
         if self.training:
             closed_fraction.pack("momentum", self.momentum)  # it may have been assigned
-            return Source(group=self.process_group, update=self._update)
+            return Source(group=self.process_group, update=self._update if self._learns() else self._or_batch)
         return Source(update=self._or_batch) if known else Source()
 
     def _shown(self) -> dict[str, Any]:

@@ -52,8 +52,9 @@ def values_and_gradient_of_errors(
     errors = errors_of(z, target_logit.unsqueeze(1), margin.to(z), is_target)
     counted = errors > 0.0
     if rule.threshold:
-        of_row = add_up(sums[0], errors.sum(1))
-        counted &= errors >= (of_row / formula.num_classes).unsqueeze(1)
+        of_row = add_up(sums[0], errors.sum(1, dtype=torch.float64).to(z.dtype))
+        below = (1.0 - 4.0 * torch.finfo(z.dtype).eps) / formula.num_classes  # the sum may have been rounded upwards
+        counted &= errors >= (of_row * below).unsqueeze(1)
     kept = torch.where(counted, errors, 0.0)
     slopes = counted.to(z.dtype) if rule.power == 1 else 2.0 * kept
     parts = torch.stack([(kept if rule.power == 1 else kept.square()).sum(1), slopes.sum(1)])

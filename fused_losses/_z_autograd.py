@@ -19,6 +19,7 @@ from fused_losses._autograd import (
     forward_writes_gradient,
     fused_row_loss,
     is_recorded,
+    is_small,
     mark_constant,
     needs_reference,
     row_loss,
@@ -41,13 +42,20 @@ def z_error_row_loss(args: RowLossArguments, rule: ZErrorRule, judged: ClassScor
     if needs_reference(*args.tensors):
         return masked_first(args, rule, judged or class_score(row_loss, rule.statistic, args), row_loss)
     differentiate = is_recorded(args.logits)
-    if differentiate and forward_writes_gradient(args) and (args.logits.is_cpu or _is_worth_a_mask(args, rule)):
+    if differentiate and _masks_first(args, rule):
         return masked_first(args, rule, judged or class_score(fused_row_loss, rule.statistic, args), fused_row_loss)
     if differentiate:
         return apply(_ZErrorRowLoss, args.logits, args, rule)  # type: ignore[no-any-return]
     plan = _Plan.of(args, rule)
     loss, _, mask, _, scores, _ = plan.reduce(_ops.row_loss(*plan.rows))
     return loss, mask, scores
+
+
+def _masks_first(args: RowLossArguments, rule: ZErrorRule) -> bool:
+    if is_small(args.logits, args.target):  # as z_error_kept_target's callers do: a checkpoint may recompute them here
+        return True
+    writes = forward_writes_gradient(args, expects_upstream=True)
+    return writes and (args.logits.is_cpu or _is_worth_a_mask(args, rule))
 
 
 _LARGE = 1 << 26  # bytes of logits

@@ -17,7 +17,7 @@ from fused_losses._checks import is_integer_tensor, kind_of, row_shape
 from fused_losses._elr import LARGEST, ElrStep, fused_loss, next_memory, plain_values
 from fused_losses._logit_bias import class_dim
 from fused_losses._parameters import Choice, Count, OrTensor, assigned, closed_fraction, factor, positive_integer
-from fused_losses._plain import is_plain, reads_values
+from fused_losses._plain import in_backward, is_plain, reads_values
 from fused_losses._row_values import (
     RowsModule,
     RowValues,
@@ -182,9 +182,8 @@ class ELRLoss(RowsModule):
         return args, self._place(index, logits, target)
 
     def _updates(self) -> bool:
-        """Whether a call changes the memory: in training mode, once. Within a backward pass it is a recomputation."""
-        in_backward = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-        return self.training and not in_backward
+        """Whether a call changes the memory: in training mode, once."""
+        return self.training and not in_backward()
 
     def _is_fused(self, args: RowLossArguments) -> bool:
         """Whether the kernel takes the call: no other derivative than that in the logits, nothing traced."""

@@ -98,7 +98,9 @@ def _margin_value(rows: Rows, margin: Tensor, rule: MarginRule) -> Tensor:
     errors = errors_of(logits, logits.gather(dim, index), margin, is_target)
     counted = errors > 0.0
     if rule.threshold:
-        counted = counted & (errors >= errors.detach().sum(dim, keepdim=True) / rows.num_classes)
+        constant = errors.detach()
+        mean = constant.sum(dim, keepdim=True) / rows.num_classes
+        counted = counted & (errors >= torch.minimum(mean, constant.amax(dim, keepdim=True)))  # rounding may be upwards
     powers = torch.where(counted, errors, 0.0)
     total = (powers if rule.power == 1 else powers.square()).sum(dim)
     value = value_of(total, counted.to(logits.dtype).sum(dim), rows.num_classes, rule)

@@ -139,31 +139,38 @@ class _MixedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, args: RowLossArguments, labels: _Labels) -> Tensor:
-        written = None
-        if forward_writes_gradient(args):
-            loss, written = _ops.mixed_loss_with_grad(*labels.of_operator, *args)
+        upstream = written = None
+        if forward_writes_gradient(args, expects_upstream=True):
+            loss, upstream, written = _ops.mixed_loss_with_grad(*labels.of_operator, *args)
         else:
             loss = _ops.mixed_loss(*labels.of_operator, *args)
         is_tensor = isinstance(labels.share, Tensor)
-        ctx.save_for_backward(*args.tensors, labels.second, labels.share if is_tensor else None, written)
+        ctx.save_for_backward(*args.tensors, labels.second, labels.share if is_tensor else None, upstream, written)
         ctx.constants = args.constants, None if is_tensor else labels.share
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, second, share, written = ctx.saved_tensors
+        *inputs, second, share, upstream, written = ctx.saved_tensors
         constants, share_of_all = ctx.constants
         args = RowLossArguments(*inputs, *constants)
         labels = _Labels(args.target, second, share_of_all if share is None else share)
-        return _gradient(ctx, args, labels, written, grad_outputs[0]), None, None
+        return _gradient(ctx, args, labels, upstream, written, grad_outputs[0]), None, None
 
 
-def _gradient(ctx: Any, args: RowLossArguments, labels: _Labels, written: Tensor | None, grad_loss: Tensor) -> Tensor:
+def _gradient(
+    ctx: Any,
+    args: RowLossArguments,
+    labels: _Labels,
+    upstream: Tensor | None,
+    written: Tensor | None,
+    grad_loss: Tensor,
+) -> Tensor:
     if torch.is_grad_enabled():  # under create_graph the gradient must itself be differentiable
         return torch.autograd.grad(labels.by_formula(args), args.logits, grad_loss, create_graph=True)[0]
     given = give_away(ctx, written, grad_loss)
     if given is not None and not given.is_cpu:
-        _ops.mixed_loss_backward_(grad_loss, given, *labels.of_operator, *args)
+        _ops.mixed_loss_backward_(grad_loss, upstream, given, *labels.of_operator, *args)
         return given
     if given is not None and complete(given, grad_loss):
         return given

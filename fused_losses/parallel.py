@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -61,20 +61,25 @@ class ClassParallel(HasProcessGroup):
         >>> criterion(head(sum_gradient(features, group)), labels).backward()  # doctest: +SKIP
     """
 
+    _checks: ClassVar = {
+        "first_class": integer,
+        "num_classes": lambda name, value: int(positive_integer.pack(name, value)),
+    }
+
     def __init__(
         self, loss: RowLossModule, process_group: dist.ProcessGroup | None, first_class: int, num_classes: int
     ) -> None:
         super().__init__()
         if not isinstance(loss, RowLossModule):
             raise TypeError(f"loss must be a row-loss Module of fused_losses, got {type(loss).__name__}")
-        num_classes = int(positive_integer.pack("num_classes", num_classes))
-        first_class = int(integer("first_class", first_class))
-        if not 0 <= first_class <= num_classes:
-            raise ValueError(f"first_class must be between 0 and num_classes = {num_classes}, got {first_class}")
         self.loss = loss
         self.process_group = process_group
         self.first_class = first_class
         self.num_classes = num_classes
+        if not 0 <= self.first_class <= self.num_classes:
+            raise ValueError(
+                f"first_class must be between 0 and num_classes = {self.num_classes}, got {self.first_class}"
+            )
         self._classes = 0  # of this rank
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -347,7 +347,7 @@ class ZErrorCrossEntropyLoss(ZErrorModule):
         running, classes = None, logits.shape[1]
         if self.running:
             running = self._tensor("running_moments")
-            if not self.training or running.shape[1] != classes:
+            if not self._learns() or running.shape[1] != classes:
                 return None
         elif self.num_groups not in (None, classes):
             return None

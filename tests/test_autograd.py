@@ -249,6 +249,19 @@ def test_an_expected_upstream_gradient_gives_the_same_bits(name, dtype, reductio
                 assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_an_expected_upstream_gradient_of_two_labels_gives_the_same_bits(dtype, reduction):
+    logits, target, _ = problem("mae", reduction, dtype)
+    leaf = logits.clone().requires_grad_()
+    for upstream, lam in itertools.product((1.0, 0.25, 0.3), (0.3, torch.linspace(0.0, 1.0, ROWS))):
+        grads = []
+        for _ in range(3):
+            loss = fl.functional.mixed("mae", leaf, target, target.flip(0), lam, reduction=reduction)
+            grads += torch.autograd.grad(loss, leaf, torch.full_like(loss, upstream))
+        assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
+
+
 def test_the_last_upstream_gradient_is_expected_by_kernels_that_write_for_it():
     logits, target, _ = problem("cross_entropy", "mean", torch.float32)
     args = fl._arguments.RowLossArguments(
@@ -260,6 +273,12 @@ def test_the_last_upstream_gradient_is_expected_by_kernels_that_write_for_it():
             if again:
                 assert saved[0] == ROWS - 1 and saved[1] == (upstream if emulated_cuda.is_emulated() else 1.0)
             fl._ops.row_loss_backward_(torch.tensor(upstream), stats, saved, grad, *args)
+    for upstream in (0.25, 1.0, 0.5):
+        for again in (False, True):
+            _, written_for, grad = fl._ops.mixed_loss_with_grad(target.flip(0), None, 0.3, *args)
+            if again:
+                assert written_for == (upstream if emulated_cuda.is_emulated() else 1.0)
+            fl._ops.mixed_loss_backward_(torch.tensor(upstream), written_for, grad, target.flip(0), None, 0.3, *args)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -300,6 +300,21 @@ def test_more_classes_than_float32_can_count(name):
         assert rows.margin == -4.0 and rows.argmax == 2**24 + 16
 
 
+@pytest.mark.parametrize("classes", [3, 10, 1001, 2**15, 2**17, 2**20 + 1, 2**21 + 3])
+@pytest.mark.parametrize("name", WITH_MARGIN)
+def test_equal_errors_are_all_kept(name, classes, device):
+    """They are above their mean by a share 1 / C, to which a sum of so many numbers may be wrong."""
+    options = {"threshold": True, "mean_above_zero": True} if name == "multi_margin" else {}
+    target = torch.tensor([classes // 2], device=device)
+    for margin, value in itertools.product((0.2, 0.3, 0.7), (0.0, 1.1)):
+        logits = torch.full((1, classes), value, device=device)
+        logits[0, target] -= value
+        for function in (fl.LOSSES[name].function, fl.LOSSES[name].reference):
+            loss, grad = loss_and_grad(function, logits, target, margin=margin, **options)
+            assert loss.item() == pytest.approx(value + margin, rel=1e-3)
+            assert (grad > 0).sum() == classes - 1 and grad[0, target].item() == pytest.approx(-1.0, rel=1e-3)
+
+
 # Around the sizes of vectors and tiles; one loss of each kind takes every number, the others do under `make test-long`.
 COUNTS = {
     "some": [1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 65, 99, 100, 101, 104, 128],

@@ -43,7 +43,7 @@ GRADIENTS = {
 INTO_GRADIENT = {
     "forward": lambda grad: OPS.row_loss_with_grad_(grad, *ARGS),
     "backward": lambda grad: OPS.row_loss_backward_(ONE, torch.empty(0), torch.empty(0), grad, *ARGS),
-    "mixed backward": lambda grad: OPS.mixed_loss_backward_(ONE, grad, TARGET, None, 0.5, *ARGS),
+    "mixed backward": lambda grad: OPS.mixed_loss_backward_(ONE, ONE, grad, TARGET, None, 0.5, *ARGS),
 }
 SAVED = {
     "stats of fewer rows": ({"stats": STATS[:, :2]}, "stats must be those"),
@@ -69,6 +69,12 @@ def test_backward_takes_what_forward_saved(wrong):
         backward(**changed)
     in_columns = STATS.T.contiguous().T
     assert torch.equal(backward(in_columns), backward())
+
+
+@pytest.mark.parametrize("wrong", [ONE.double(), torch.ones(2), torch.ones(0)], ids=["dtype", "two", "none"])
+def test_backward_of_two_labels_takes_the_upstream_gradient_that_forward_saved(wrong):
+    with pytest.raises(RuntimeError, match="gce: upstream must be the one that forward has saved"):
+        OPS.mixed_loss_backward_(ONE, wrong, torch.empty(4, 3), TARGET, None, 0.5, *ARGS)
 
 
 @pytest.mark.parametrize(

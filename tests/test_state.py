@@ -10,6 +10,7 @@ import pickle
 import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
 
 import fused_losses as fl
 
@@ -69,6 +70,33 @@ def test_a_first_call_in_inference_mode_does_not_spoil_later_ones(kind, fixed):
     for criterion in (module, other):
         criterion(x.clone().requires_grad_(), y).backward()
     assert torch.equal(module.running_moments, other.running_moments)
+
+
+WITH_MEAN = {
+    "small": lambda: fl.SmallLoss("cross_entropy", 0.5, running=True),
+    "antidote": lambda: fl.Antidote("cross_entropy", 0.4, running=True),
+    "super": lambda: fl.SuperLoss("cross_entropy", running=True),
+    "ce_of_rows": lambda: fl.ZErrorCrossEntropyLoss(1.5, running=True, reduction="none"),
+    "gce_in_float16": lambda: fl.ZErrorCrossEntropyLoss(1.5, running=True, base="gce", statistic="prob"),
+}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("kind", [*KINDS, *WITH_MEAN])
+def test_a_recomputation_does_not_learn_again(kind, large, reentrant):
+    """Small calls take a way of their own, and a checkpoint wants the same tensors to be saved the second time."""
+    twice, once = ((MAKE.get(kind) or WITH_MEAN[kind])() for _ in range(2))
+    for seed in range(3):
+        x, y = batch(kind if kind in MAKE else "ce", seed)
+        x = x.to(torch.float16 if kind == "gce_in_float16" else x.dtype)
+        x, y = (t.repeat((80, 1)[: t.dim()] if t.dim() > 1 else 80) if large else t for t in (x, y))
+        leaves = [x.clone().requires_grad_() for _ in range(2)]
+        losses = once(leaves[0], y), checkpoint(twice, leaves[1], y, use_reentrant=reentrant)
+        for loss in losses:
+            loss.sum().backward()
+        assert torch.equal(*losses) and torch.equal(leaves[0].grad, leaves[1].grad)
+        assert torch.equal(twice.running_moments, once.running_moments)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -206,6 +234,9 @@ def test_a_copy_shares_the_process_group_and_a_pickle_says_what_to_do(tmp_path):
                 pickle.dumps(module)
             module.process_group = None
             assert pickle.loads(pickle.dumps(module)).process_group is None
+        for name, value in {"first_class": 0.5, "num_classes": 0}.items():
+            with pytest.raises((TypeError, ValueError), match=f"{name} must .*got {value}"):
+                setattr(parallel, name, value)
         parallel.first_class = 1  # what ranks have agreed upon is asked again
         with pytest.raises(ValueError, match=r"\[1, 4\) of 3"):
             parallel(torch.zeros(2, 3), torch.tensor([0, 2]))

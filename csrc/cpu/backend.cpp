@@ -142,7 +142,7 @@ void forward(RowProblem& p, void* loss, void* denominator) {
     prefer_huge_pages(p);
     const Scalar divisor(weight);
     if (denominator) divisor.write(p, denominator);
-    if (p.written_upstream) Scalar(1).write(p, p.written_upstream);
+    if (p.written_upstream && !p.upstream) Scalar(1).write(p, p.written_upstream);
     if (p.reduction == Reduction::kMean) p.denominator = divisor.pointer(p);
     const bool active_mean = p.reduction == Reduction::kActiveMean;
     const LossSums total = active_mean && p.grad ? run_tiles_then_gradient(p) : run_tiles(p);

@@ -65,8 +65,9 @@ void forward(RowProblem& p, void* loss, void* denominator) {
     const auto enqueue = is_multi_reduction_loss(p.loss) ? &enqueue_multi_reduction_forward : &enqueue_forward;
     // A caller that will run backward gives memory for what the gradient is written for. Only then may that be assumed:
     // backward puts it right.
-    const bool has_backward = p.written_upstream;
-    if (has_backward) p.assumed_upstream = assumed_upstream(p), p.next_upstream = next_upstream(p);
+    const bool is_backward = p.upstream, has_backward = p.written_upstream && !is_backward;
+    if (has_backward) p.assumed_upstream = assumed_upstream(p);
+    if (p.written_upstream) p.next_upstream = next_upstream(p);
     if (p.reduction == Reduction::kNone) return check_launch(enqueue(p, {}, device.stream()));
     Sums sums(device);
     Tensor scratch;

@@ -96,15 +96,17 @@ private:
         if (static_cast<unsigned>(own) < static_cast<unsigned>(max(count, 0))) slots.of(own)[n - 1] = mine.target_logit;
     }
 
-    // body(numbers of the class, its number among the thread's) for `count` of them.
-    template <class Body>
-    FL_DEVICE void each_class(const OfThread& mine, Body body) const {
+    // body(numbers of the class, its number among the thread's) for all of them. If not all are kept at once, end_run()
+    // after those that are.
+    template <class Body, class EndRun = void (*)()>
+    FL_DEVICE void each_class(const OfThread& mine, Body body, EndRun end_run = [] {}) const {
         for (int begin = 0; begin < mine.count; begin += held()) {
             if (!kKeeps) read(mine, begin);
             const int count = min(mine.count - begin, held());
 #pragma unroll kUnroll
             for (int k = 0; k < count; ++k) body(slots.of(k), begin + k);
             if (kKeeps) break;
+            end_run();
         }
     }
     static constexpr int kUnroll = Loss::needs_max ? 1 : 4;  // of short formulas
@@ -129,18 +131,23 @@ private:
                             const RowInputs<A>& inputs) const {
         constexpr int count = last ? Loss::num_sums : Loss::num_early_sums;
         if constexpr (count > 0) {
-            A sums[count] = {};
-            each_class(mine, [&](A* kept, int number) {
+            A sums[count] = {}, runs[count] = {};  // of this run of classes, of those before
+            const auto add = [&](A* kept, int number) {
                 const auto term =
                     Loss::template map<last>(pass, state, kept[n - 1], margin_of(args, class_at(number)),
                                              number == mine.target_at, args.params, kKeeps ? kept : nullptr);
 #pragma unroll
                 for (int i = 0; i < count; ++i) sums[i] += term.v[i];
+            };
+            each_class(mine, add, [&] {
+#pragma unroll
+                for (int i = 0; i < count; ++i) runs[i] += sums[i], sums[i] = A(0);
             });
-            team.reduce(sums, A(0), Plus());
+            auto& totals = kKeeps ? sums : runs;
+            team.reduce(totals, A(0), Plus());
             Sums<A, Loss::num_sums> all{};
 #pragma unroll
-            for (int i = 0; i < count; ++i) all.v[i] = sums[i];
+            for (int i = 0; i < count; ++i) all.v[i] = totals[i];
             Loss::finalize(pass, state, all, inputs, args.params);
         }
     }

@@ -56,12 +56,12 @@ STABLE_TORCH_LIBRARY(fused_losses, m) {
 
     // Losses of two labels a row, from one read: lam (one per row, else lam_of_all) times the loss of target, plus
     // the rest times that of other_target. Losses that are affine in the softmax only. Backward starts from the logits;
-    // in place (CUDA) it completes what forward wrote.
+    // in place (CUDA) it completes what forward wrote, for that upstream gradient.
     const std::string labels = "Tensor other_target, Tensor? lam, float lam_of_all, ";
     def("mixed_loss", labels, "Tensor");
-    def("mixed_loss_with_grad", labels, "(Tensor loss, Tensor grad_logits)");
+    def("mixed_loss_with_grad", labels, "(Tensor loss, Tensor upstream, Tensor grad_logits)");
     def("mixed_loss_backward", "Tensor grad_loss, " + labels, "Tensor");
-    def("mixed_loss_backward_", "Tensor grad_loss, Tensor(a!) grad_logits, " + labels, "()");
+    def("mixed_loss_backward_", "Tensor grad_loss, Tensor upstream, Tensor(a!) grad_logits, " + labels, "()");
 
     // What rows look like, from one read of the logits: log p of the target, largest probability, largest logit, the
     // target's logit less the largest other one, entropy; float32 (float64 for float64 logits), NaN for ignored rows.

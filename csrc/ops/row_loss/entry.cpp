@@ -48,6 +48,13 @@ public:
         return denominator;
     }
 
+    // The upstream gradient for which forward writes the gradient, where no denominator is kept.
+    Tensor new_upstream() {
+        Tensor number = empty({});
+        problem.written_upstream = number.mutable_data_ptr();
+        return number;
+    }
+
     // with_bits: behind them, in words as long as they are.
     Tensor new_stats(bool with_bits) {
         const std::int64_t words = with_bits ? backend().words_of_bits(problem) : 0;
@@ -83,6 +90,14 @@ public:
         const std::int64_t words = stats.size(0) - problem.stats_count;
         if (words > 0 && words == backend().words_of_bits(problem)) problem.bits = behind_stats();
         return problem.stats != nullptr;
+    }
+
+    void take_written_upstream(const Tensor& number) {
+        const Device device = args.logits.device();
+        check(number.numel() == 1 && number.dtype() == acc && number.device() == device, args.loss,
+              ": upstream must be the one that forward has saved, a number of ", acc, " on ", device, ", got ",
+              number.dtype(), " of shape ", number.sizes(), " on ", number.device());
+        problem.written_upstream = const_cast<void*>(number.const_data_ptr());
     }
 
     // The gradient in the layout of the caller's logits.
@@ -283,9 +298,10 @@ void backward(StableIValue* stack, std::uint64_t, std::uint64_t) {
     if (!in_place) Results(stack).push(written);
 }
 
-// A forward that saves nothing.
 template <bool with_grad>
-void run_forward(StableIValue* stack, RowLossCall& call) {
+void packed_forward(StableIValue* stack, std::uint64_t, std::uint64_t) {
+    Arguments in(stack);
+    RowLossCall call(RowLossArgs::packed(in), with_grad);
     Tensor loss = call.new_loss();
     call.backend().row_loss(call.problem, loss.mutable_data_ptr(), nullptr);
     Results out(stack);
@@ -294,29 +310,28 @@ void run_forward(StableIValue* stack, RowLossCall& call) {
 }
 
 template <bool with_grad>
-void packed_forward(StableIValue* stack, std::uint64_t, std::uint64_t) {
-    Arguments in(stack);
-    RowLossCall call(RowLossArgs::packed(in), with_grad);
-    run_forward<with_grad>(stack, call);
-}
-
-template <bool with_grad>
 void mixed_forward(StableIValue* stack, std::uint64_t, std::uint64_t) {
     Arguments in(stack);
     OtherLabel other(in);
     RowLossCall call(RowLossArgs(in), with_grad, {}, {}, std::move(other));
-    run_forward<with_grad>(stack, call);
+    Tensor loss = call.new_loss(), upstream;
+    if (with_grad) upstream = call.new_upstream();
+    call.backend().row_loss(call.problem, loss.mutable_data_ptr(), nullptr);
+    Results out(stack);
+    out.push(loss);
+    if (with_grad) out.push(upstream, call.finished_grad());
 }
 
 template <bool in_place>
 void mixed_backward(StableIValue* stack, std::uint64_t, std::uint64_t) {
     Arguments in(stack);
-    Tensor grad_loss;
+    Tensor grad_loss, upstream;
     OptionalTensor grad;
     in.read(grad_loss);
-    if (in_place) in.read(Required{grad});
+    if (in_place) in.read(upstream, Required{grad});
     OtherLabel other(in);
     RowLossCall call(RowLossArgs(in), /*with_grad=*/true, std::move(grad_loss), std::move(grad), std::move(other));
+    if (in_place) call.take_written_upstream(upstream);
     call.backend().row_loss(call.problem, nullptr, nullptr);
     Tensor written = call.finished_grad();
     if (!in_place) Results(stack).push(written);
