@@ -34,6 +34,9 @@ OPTIONS = """
         RuntimeError: a parameter requires a gradient or is on another device; another rank of ``process_group`` has
             failed (between GPUs: a device assertion; under torch.compile: only when the group's timeout is over).
 
+    Rows are judged by their losses without weights. Where label smoothing or class probabilities give every class of a
+    row a weight, that is the loss with these divided by their sum, each as often as its class counts in the row.
+
     The weights that the rows get are constants for autograd, and so are the parameters: a tensor that requires a
     gradient is refused. A row whose loss is NaN counts, so that the result is NaN,
     but it does not influence the other rows. Nothing waits for the device.

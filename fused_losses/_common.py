@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, ClassVar, TypedDict
 
 from torch import Tensor, nn
@@ -50,6 +52,12 @@ class Criterion(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Numbers of NumPy's are kept as Python's, which the compiler and operators take everywhere."""
+        held = vars(self).get("_buffers", {}).get(name)
+        if held is not None and value is not None and not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name} is a tensor here, given as one or by a schedule, and must stay one, got {value!r}: "
+                f"{name}.fill_({value!r}) changes it"
+            )
         check = self._checks.get(name)
         super().__setattr__(name, python_number(value) if check is None else check(name, value))
 
@@ -61,7 +69,8 @@ class Criterion(nn.Module):
             super().register_buffer(name, tensor, persistent)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Criterion:
-        before = {name: self._buffers.get(name) for name in self._precise}
+        # A number has all its digits under half(), too, be it an attribute or, scheduled, a 0-dim tensor.
+        before = {name: held for name, held in self._buffers.items() if name in self._precise or _is_number(held)}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, exact in before.items():
             after = self._buffers.get(name)
@@ -105,6 +114,33 @@ class Criterion(nn.Module):
         return buffers[name] if name in buffers else getattr(self, name)
 
 
+def _is_number(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.dim() == 0
+
+
+def _copy(function: FunctionType) -> FunctionType:
+    """With code of its own: torch.compile counts by code how often it has compiled something, and gives up."""
+    made = FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    made.__kwdefaults__ = function.__kwdefaults__
+    functools.update_wrapper(made, function)
+    return made
+
+
+def check_forward(loss: nn.Module) -> None:
+    """Raises for a subclass with a ``forward`` of its own, which code that computes a loss's rows does not call."""
+    if not type(loss).forward.__module__.startswith("fused_losses."):
+        raise TypeError(
+            f"the loss inside must have the forward of fused_losses, which is not called here, got "
+            f"{type(loss).__name__}, which overrides it: do in front of the outer loss what it does"
+        )
+
+
 class RowLossModule(Criterion):
     """Base of the Modules of losses that give one value per row.
 
@@ -125,6 +161,8 @@ class RowLossModule(Criterion):
         super().__init_subclass__(**kwargs)
         if stem is not None:
             cls.stem = stem
+            if "forward" not in vars(cls):
+                cls.forward = _copy(cls.forward)  # type: ignore[method-assign,arg-type]
             LOSSES[stem].modules.append(cls)
             describe_module(cls, LOSSES[stem])
 

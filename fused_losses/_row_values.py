@@ -21,7 +21,7 @@ from fused_losses._arguments import (
 )
 from fused_losses._autograd import row_loss
 from fused_losses._checks import check_row_loss, check_rows, check_targets, check_tensors, row_shape
-from fused_losses._common import Criterion, RowLossModule
+from fused_losses._common import Criterion, RowLossModule, check_forward
 from fused_losses._logit_bias import class_dim
 from fused_losses._parameters import Choice, OrTensor, assigned, integer, kept_value
 from fused_losses._plain import reads_values
@@ -32,11 +32,13 @@ Loss = str | Callable[..., Any] | nn.Module
 
 
 class RowValues(NamedTuple):
-    """Every row's loss without weights, its weight, and whether it counts at all."""
+    """Every row's loss without weights, its weight, whether it counts at all, and, where it is not the weight, what it
+    adds to the divisor of a mean."""
 
     values: Tensor
     weight: Tensor
     kept: Tensor
+    divisor: Tensor | None = None
 
     @staticmethod
     def of(rows: Rows, values: Tensor) -> RowValues:
@@ -47,9 +49,10 @@ class RowValues(NamedTuple):
         """The reduced loss, a mean over the rows of all ranks of ``group`` if there is one."""
         weight = torch.where(self.kept, self.weight, 0.0)
         values = torch.where(self.kept, self.values, 0.0) * weight  # no derivative of a dropped row is NaN
+        divisor = weight if self.divisor is None else torch.where(self.kept, self.divisor, 0.0)
         if group is None or reduction != "mean":
-            return reduce_rows(values, weight, reduction)
-        return global_mean(values.sum(), weight.sum(), group)
+            return reduce_rows(values, divisor, reduction)
+        return global_mean(values.sum(), divisor.sum(), group)
 
 
 class RowsModule(Criterion):
@@ -104,6 +107,7 @@ def check_has_rows(loss: nn.Module) -> None:
             "loss must be a name, a function or a Module of a row loss of fused_losses, or a wrapper around one, got "
             f"{type(loss).__name__}"
         )
+    check_forward(loss)
 
 
 def views_of(loss: object, logits: Any) -> Sequence[Tensor] | None:
@@ -150,9 +154,41 @@ def _registered(loss: RowLossModule, logits: Tensor, target: Tensor, sample_weig
 
 def rows_of(args: RowLossArguments) -> RowValues:
     """Every row's loss by a call's checked arguments."""
-    by_class = not args.target.is_floating_point()  # weights of probabilities are in the values, as torch has it
-    values = row_loss(args._replace(weight=None if by_class else args.weight, sample_weight=None, reduction="none"))
-    return RowValues(values, *row_weights(args, by_class))
+    by_class = not args.target.is_floating_point()
+    divisor, kept = row_weights(args, by_class)
+    weight, shares = args.weight, _label_shares(args)
+    if weight is None or shares is None:
+        return RowValues(row_loss(args._replace(weight=None, sample_weight=None, reduction="none")), divisor, kept)
+    # The row's loss is a sum over classes, each with its weight: here their mean, by what it is divided by.
+    values = row_loss(args._replace(sample_weight=None, reduction="none"))
+    of_row = _weight_of(shares, weight, args)
+    values = values / torch.where(of_row == 0, 1.0, of_row)
+    if maybe_any(weight.eq(0)):  # a row without any weight is judged all the same
+        unweighted = args._replace(logits=args.logits.detach(), weight=None, sample_weight=None, reduction="none")
+        values = torch.where(of_row == 0, row_loss(unweighted), values)
+    samples = 1.0 if args.sample_weight is None else args.sample_weight.reshape(of_row.shape).to(of_row)
+    return RowValues(values, of_row * samples, kept, divisor)
+
+
+def _label_shares(args: RowLossArguments) -> tuple[Tensor | None, float] | None:
+    """Class probabilities of the rows, None for those of class indices, and how much they are smoothed; None if a row's
+    class weight is that of its label."""
+    smoothing = float(args.params[0]) if args.loss == "cross_entropy" else 0.0
+    if args.target.is_floating_point():
+        return args.target.detach(), smoothing
+    return (None, smoothing) if smoothing != 0.0 else None
+
+
+def _weight_of(shares: tuple[Tensor | None, float], weight: Tensor, args: RowLossArguments) -> Tensor:
+    """The sum of the class weights, each times the size of the class's share: with negative smoothing some are < 0."""
+    probabilities, smoothing = shares
+    weight = weight.to(acc_dtype(args.logits))
+    of_others = smoothing / len(weight)
+    if probabilities is None:
+        own, _ = row_weights(args._replace(sample_weight=None))
+        return abs(1.0 - smoothing + of_others) * own + abs(of_others) * (weight.sum() - own)
+    sizes = ((1.0 - smoothing) * probabilities.to(weight.dtype) + of_others).abs()
+    return torch.tensordot(sizes, weight, ([class_dim(args.logits)], [0]))  # type: ignore[no-any-return]
 
 
 def row_weights(args: RowLossArguments, by_class: bool = True) -> tuple[Tensor, Tensor]:

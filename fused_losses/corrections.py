@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fused_losses._arguments import acc_dtype
 from fused_losses._arrays import as_tensor
 from fused_losses._corrections import backward_loss, check_call, forward_values
 from fused_losses._parameters import explains_keywords, finite, positive_integer
@@ -189,9 +190,10 @@ class TransitionMatrix(nn.Module):
         self.weight = nn.Parameter(torch.full((classes, classes), -float(finite.pack("init", init))))
 
     def forward(self) -> Tensor:
-        """The matrix ``(C, C)``."""
-        one = torch.eye(len(self.weight), dtype=self.weight.dtype, device=self.weight.device)
-        entries = one + torch.sigmoid(self.weight) * (1.0 - one)
+        """The matrix ``(C, C)``, in float32 where the weight is in half precision."""
+        weight = self.weight.to(acc_dtype(self.weight))
+        one = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
+        entries = one + torch.sigmoid(weight) * (1.0 - one)
         return entries / entries.sum(1, keepdim=True)
 
     def log_volume(self) -> Tensor:

@@ -14,7 +14,7 @@ from fused_losses._agreement import Exchange, sum_over_ranks, telling
 from fused_losses._arguments import RowLossArguments, is_ignored
 from fused_losses._autograd import row_loss
 from fused_losses._checks import check_tensors, row_shape
-from fused_losses._common import Criterion, RowLossModule
+from fused_losses._common import Criterion, RowLossModule, check_forward
 from fused_losses._plain import in_forward_mode
 from fused_losses._reference import ACTIVE_GUARD, mean_of
 
@@ -115,6 +115,7 @@ class GlobalMean(HasProcessGroup):
         super().__init__()
         if not isinstance(loss, RowLossModule):
             raise TypeError(f"loss must be a row-loss Module of fused_losses, got {type(loss).__name__}")
+        check_forward(loss)
         self.loss = loss
         self.process_group = process_group
 

@@ -14,7 +14,7 @@ from fused_losses._agreement import Exchange, telling
 from fused_losses._arguments import LOSSES, LossEntry, RowLossArguments, check_reduction, entry_named, is_distributed
 from fused_losses._checks import FLOATING, check_tensors
 from fused_losses._chunks import ChunkOptions, Layer
-from fused_losses._common import Criterion, RowLossModule
+from fused_losses._common import Criterion, RowLossModule, check_forward
 from fused_losses._linear_autograd import ChunkedLogits
 from fused_losses._logit_bias import LogitBias
 from fused_losses._parameters import not_negative_integer, positive_integer, switch
@@ -158,6 +158,8 @@ def check_module(loss: nn.Module) -> None:
             "loss must be a row-loss Module of fused_losses, GlobalMean, ClassParallel or ZErrorCrossEntropyLoss, got "
             f"{type(loss).__name__}"
         )
+    for module in (loss, _row_loss_of(loss)):
+        check_forward(module)
 
 
 def _row_loss_of(loss: nn.Module) -> Any:

@@ -253,7 +253,11 @@ class _LogitWrapper(RowsModule):
     def forward(self, logits: Tensor, target: Tensor, *inputs: Any, **options: Any) -> Any:
         """The loss of the rescaled logits; further arguments are the loss's."""
         if args := self._known_arguments(logits, target, inputs, options):
-            return row_loss(_in_one_read(args, self._parameter(), self._clips))
+            try:
+                return row_loss(_in_one_read(args, self._parameter(), self._clips))
+            except (RuntimeError, ValueError):
+                check_row_loss(args)  # the same of the loss that was given
+                raise
         with telling(self._exchanges()):
             return self.loss(self._given(logits, target), target, *inputs, **options)
 

@@ -28,7 +28,7 @@ from fused_losses._autograd import (
     needs_reference,
 )
 from fused_losses._checks import check_tensors, row_shape
-from fused_losses._common import RowLossModule
+from fused_losses._common import RowLossModule, check_forward
 from fused_losses._logit_bias import class_dim
 from fused_losses._parameters import closed_fraction
 from fused_losses._plain import reads_values
@@ -45,6 +45,7 @@ def _function_and_options(
 ) -> tuple[Callable[..., Tensor], LossEntry | None, dict[str, Any]]:
     """The function of a loss, its entry if it is one of ours, and a Module's options."""
     if isinstance(loss, RowLossModule):
+        check_forward(loss)
         entry = LOSSES[loss.stem]
         return entry.function, entry, loss.call_options() | {"reduction": loss.reduction}
     if isinstance(loss, str):

@@ -12,7 +12,7 @@ from fused_losses._agreement import Exchange, sum_over_ranks, telling
 from fused_losses._arguments import RowLossArguments, is_distributed, is_ignored
 from fused_losses._autograd import is_recorded, needs_reference, row_loss
 from fused_losses._checks import check_constants, check_row_loss, check_tensors
-from fused_losses._common import RowLossModule
+from fused_losses._common import RowLossModule, check_forward
 from fused_losses._logit_bias import class_dim
 from fused_losses._parameters import integer, positive_integer
 from fused_losses._reference import ACTIVE_GUARD, mean_of
@@ -72,6 +72,7 @@ class ClassParallel(HasProcessGroup):
         super().__init__()
         if not isinstance(loss, RowLossModule):
             raise TypeError(f"loss must be a row-loss Module of fused_losses, got {type(loss).__name__}")
+        check_forward(loss)
         self.loss = loss
         self.process_group = process_group
         self.first_class = first_class

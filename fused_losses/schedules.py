@@ -375,6 +375,12 @@ class LogitBiasSchedule(_Schedule):
     def _holds(self, value: Tensor) -> Tensor:
         return value.abs() <= finite.high
 
+    def _current(self) -> float | Tensor:
+        base = getattr(self.module, "base", None)
+        if isinstance(base, nn.Module):
+            raise TypeError(f"module must hold the logit_bias that counts, which is that of its base: pass {base}")
+        return super()._current()
+
     def __init__(
         self,
         module: nn.Module,

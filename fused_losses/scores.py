@@ -13,7 +13,7 @@ __all__ = ["max_logit", "max_softmax_probability"]
 def max_softmax_probability(logits: Tensor) -> Tensor:
     """The largest softmax probability of every row; inputs of unknown classes tend to have a low one.
 
-    Computed as ``exp(max - logsumexp)``, without the matrix of probabilities.
+    Computed as ``1 / sum_j exp(z_j - max z)``.
 
     Args:
         logits: ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``, floating point. -inf masks a class; one class of a row must
@@ -35,7 +35,7 @@ def max_softmax_probability(logits: Tensor) -> Tensor:
     used for HEM in 2501.12191.
     """
     logits, dim = _checked(logits)
-    return (logits.amax(dim) - logits.logsumexp(dim)).exp()
+    return (logits - logits.amax(dim, keepdim=True)).logsumexp(dim).neg().exp()
 
 
 def max_logit(logits: Tensor) -> Tensor:

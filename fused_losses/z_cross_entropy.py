@@ -12,7 +12,7 @@ from fused_losses._agreement import telling
 from fused_losses._arguments import LOSSES, LossEntry, ZErrorRule, check_reduction, entry_named
 from fused_losses._autograd import is_small, small_row_loss
 from fused_losses._checks import check_row_loss, check_targets, check_tensors
-from fused_losses._common import RowLossModule
+from fused_losses._common import RowLossModule, check_forward
 from fused_losses._logit_bias import LogitBias, check_logit_bias, class_dim
 from fused_losses._ops import (
     PackedConstants,
@@ -49,6 +49,7 @@ def resolve_base(base: str | RowLossModule, **options: Any) -> tuple[LossEntry, 
     A Module brings its own options, so other ``options`` must then be at their defaults.
     """
     if isinstance(base, RowLossModule):
+        check_forward(base)
         for name, default in {"weight": None, "ignore_index": -100, "logit_bias": 0.0}.items():
             given = options[name]
             if given is not default and (isinstance(given, Tensor) or given != default):

@@ -85,6 +85,15 @@ def test_scores_by_hand() -> None:
     torch.testing.assert_close(max_logit(logits), torch.tensor([math.log(3.0), math.log(9.0), 2.0]))
 
 
+def test_large_logits_lose_no_digits():
+    equal = torch.full((1, 1000), 12345.0)
+    assert max_softmax_probability(equal).item() == pytest.approx(1e-3, rel=1e-6)
+    logits = torch.randn(50, 10, generator=torch.Generator().manual_seed(0)) * 5
+    torch.testing.assert_close(
+        max_softmax_probability(logits + 1024), torch.softmax((logits + 1024).double(), 1).amax(1).float()
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     logits = (torch.randn(50, 1000, generator=torch.Generator().manual_seed(1)) * 3).to(dtype)

@@ -73,6 +73,11 @@ pytestmark = pytest.mark.any_cpu  # no kernel
         (lambda: ThresholdSchedule(Thresholded(), steps=2.5), ValueError, "steps must be an integer >= 1 .*, got 2.5"),
         (lambda: LogitBiasSchedule(fl.MAELoss(), 1.0, steps=3, min_delta=-1), ValueError, "min_delta must .*, got -1"),
         (lambda: LogitBiasSchedule(fl.MAELoss(), 1.0, mode="peak", maximize="min"), TypeError, "maximize must be True"),
+        (
+            lambda: LogitBiasSchedule(fl.ZErrorCrossEntropyLoss(base=fl.MAELoss()), 1.0, steps=3),
+            TypeError,
+            r"module must hold the logit_bias that counts, which is that of its base: pass MAELoss",
+        ),
     ],
 )
 def test_constructor_rejects(build: Any, error: type[Exception], message: str) -> None:

@@ -244,6 +244,20 @@ def test_a_copy_shares_the_process_group_and_a_pickle_says_what_to_do(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+def test_a_tensor_stays_one_and_keeps_its_digits():
+    """Others hold on to it: schedules, compiled code, graphs."""
+    scheduled = fl.ZErrorCrossEntropyLoss()
+    schedule = fl.ThresholdSchedule(scheduled, end=1.0, steps=7)
+    schedule.step()
+    given = fl.SmallLoss("gce", keep=torch.tensor(0.7))
+    for module, name in ((scheduled, "threshold"), (given, "keep"), (fl.HEMLoss(torch.tensor(0.3)), "margin")):
+        with pytest.raises(TypeError, match=rf"{name} is a tensor here.*got 2.0: {name}.fill_\(2.0\) changes it"):
+            setattr(module, name, 2.0)
+    for half in (torch.Tensor.half, torch.Tensor.bfloat16):
+        assert scheduled._apply(half).threshold.item() == schedule.value
+        assert given._apply(half).keep == torch.tensor(0.7)
+
+
 # ---- nothing that could not be judged is a perfect loss --------------------------------------------------------------
 
 

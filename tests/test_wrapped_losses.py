@@ -287,6 +287,17 @@ def test_tensors_as_hyper_parameters_are_buffers():
         torch.testing.assert_close(module(logits, target), make(0.8)(logits, target))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_matrix_in_half_precision(dtype):
+    logits, target = batch()
+    for matrix in (fl.TransitionMatrix(CLASSES).to(dtype), TRANSITION.to(dtype)):
+        loss = fl.ForwardCorrectionLoss(matrix)
+        loss.transition = loss.transition
+        exact = fl.TransitionMatrix(CLASSES)() if isinstance(matrix, torch.nn.Module) else TRANSITION
+        expected = fl.ForwardCorrectionLoss(exact.detach().double())(logits, target)
+        torch.testing.assert_close(loss(logits, target).to(expected), expected, rtol=0.01, atol=0.01)
+
+
 def test_a_fixed_matrix_is_saved_checked_and_kept_exact():
     logits, target = batch()
     other = torch.full_like(TRANSITION, 0.1) + 0.6 * torch.eye(CLASSES, dtype=torch.float64)
