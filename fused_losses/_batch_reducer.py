@@ -35,7 +35,7 @@ OPTIONS = """
             failed (between GPUs: a device assertion; under torch.compile: only when the group's timeout is over).
 
     Rows are judged by their losses without weights. Where label smoothing or class probabilities give every class of a
-    row a weight, that is the loss with these divided by their sum, each as often as its class counts in the row.
+    row its own weight, a row is judged by the mean over its classes under these weights.
 
     The weights that the rows get are constants for autograd, and so are the parameters: a tensor that requires a
     gradient is refused. A row whose loss is NaN counts, so that the result is NaN,
