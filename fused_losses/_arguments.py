@@ -285,8 +285,9 @@ def _check_share(entry: LossEntry, params: Sequence[float], logits: Tensor) -> N
     classes = logits.shape[class_dim(logits)]
     if classes > 0 and not entry.suits(params, classes):
         place: Any = entry.share_parameter
+        share = 1.0 / int(classes)  # while tracing, a format needs a number
         raise ValueError(
-            f"{list(entry.ranges)[place]} must be below 1 / C, which is {1.0 / classes:.6g} for {classes} classes, got "
+            f"{list(entry.ranges)[place]} must be below 1 / C, which is {share:.6g} for {classes} classes, got "
             f"{params[place]}"
         )
 

@@ -179,10 +179,11 @@ def test_huggingface_evaluates_in_eval_mode() -> None:
     with torch.no_grad():
         function((logits,), labels)
     assert modes == [True, False] and criterion.training, "the mode is given back"
-    outer = fl.SmallLoss(criterion.eval(), 0.5)
+    inner = fl.GCELoss().eval()
+    outer = fl.SmallLoss(inner, 0.5)
     with torch.no_grad():
         compute_loss(outer)((logits,), labels)
-    assert outer.training and not criterion.training, "that of every Module"
+    assert outer.training and not inner.training, "that of every Module"
     running = fl.ZErrorCrossEntropyLoss(running=True)
     function = compute_loss(running)
     function((logits,), labels)
