@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from fused_losses._plain import outside_transforms
+
 Group: TypeAlias = "dist.ProcessGroup | None"  # quoted: torch may have been built without
 
 MOST_SUMS = 2  # numbers of a sum: with the news they make a message of one length for all calls
@@ -216,14 +218,15 @@ def _tell(exchange: Exchange, error: Exception) -> None:
     """Takes part with the news that this rank has failed."""
     known = _known_of(exchange.group)
     _who_knows(error).add(exchange.group)
-    if exchange.gathers:
-        length = exchange.length or known.lengths.get(exchange.gathers, _HEADER)
-        message = torch.zeros(length, dtype=torch.uint8, device=known.device)
-        message[:_HEADER].view(torch.int64).fill_(_FAILED)
-    else:
-        message = torch.zeros(exchange.length + 1, dtype=exchange.dtype, device=known.device)
-        message[-1].fill_(1.0)
-    _take_part(exchange, message)
+    with outside_transforms():
+        if exchange.gathers:
+            length = exchange.length or known.lengths.get(exchange.gathers, _HEADER)
+            message = torch.zeros(length, dtype=torch.uint8, device=known.device)
+            message[:_HEADER].view(torch.int64).fill_(_FAILED)
+        else:
+            message = torch.zeros(exchange.length + 1, dtype=exchange.dtype, device=known.device)
+            message[-1].fill_(1.0)
+        _take_part(exchange, message)
     if message.is_cpu:
         _gather_texts(f"{type(error).__name__}: {error}", exchange.group)
 
@@ -270,5 +273,6 @@ def _checksum(target: Tensor) -> Tensor:
 def _gather_texts(text: str | None, group: dist.ProcessGroup) -> list[tuple[int, str | None]]:
     """Every rank's text, with its number among all processes."""
     found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, text, group=group)
+    with outside_transforms():
+        dist.all_gather_object(found, text, group=group)
     return list(zip(dist.get_process_group_ranks(group), found, strict=True))

@@ -55,10 +55,16 @@ def depends_on_target_only(loss: RowLoss, num_classes: int) -> bool:
     """Tries whether replacing the other classes by one of the same total changes value or slope."""
     if num_classes == 2:
         return True
-    target_logits = np.array([-8.0, -3.0, -0.5, 1.0, 4.0, math.log(num_classes)])
-    others = np.random.default_rng(_SEED).standard_normal((len(target_logits), num_classes - 1))
-    logits = torch.from_numpy(np.column_stack([target_logits, others]))
-    merged = torch.stack([logits[:, 0], logits[:, 1:].logsumexp(1)], dim=1)
+    constants = [-8.0, -3.0, -0.5, 1.0, 4.0, math.log(num_classes)]
+    kinds = len(constants) + 3
+    rows = kinds * min(max(_SAMPLE_ELEMENTS // (8 * kinds * num_classes), 1), 100)
+    others = torch.from_numpy(np.random.default_rng(_SEED).standard_normal((rows, num_classes - 1)))
+    top, total = others.amax(1), others.logsumexp(1)
+    # With the target's logit above all others and below their total, a loss that asks for the largest one notices.
+    by_kind = torch.stack([*(torch.full_like(top, z) for z in constants), top - 0.1, (top + total) / 2, total + 0.1])
+    target_logits = by_kind[torch.arange(rows) % kinds, torch.arange(rows)]
+    logits = torch.cat([target_logits[:, None], others], dim=1)
+    merged = torch.stack([target_logits, total], dim=1)
     expected = target_slopes(loss, logits)
     try:
         found = target_slopes(loss, merged)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -27,6 +30,12 @@ def inside_transforms(tensor: Tensor) -> Tensor:
     while not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
+
+
+def outside_transforms() -> AbstractContextManager[Any]:
+    """Where function transforms are active, a context in which new tensors are none of theirs."""
+    active = torch._C._are_functorch_transforms_active()
+    return torch._C._DisableFuncTorch() if active else nullcontext()
 
 
 def in_forward_mode(*tensors: Tensor | None) -> bool:

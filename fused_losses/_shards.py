@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from fused_losses._agreement import Exchange, check_member, gather, telling
 from fused_losses._arguments import LOSSES, RowLossArguments, acc_dtype, is_ignored
 from fused_losses._autograd import row_loss
+from fused_losses._plain import outside_transforms
 from fused_losses._reference import zero_at_zero
 from fused_losses._shard_formula import Formula, Powers, RowNumbers, evaluate, values_of
 from fused_losses._shard_margin import sums_of_errors, values_and_gradient_of_errors
@@ -38,7 +39,8 @@ def find_shard(group: dist.ProcessGroup | None, first_class: int, classes: int, 
     """This rank's shard. Ranks tell each other what they have; all raise unless every class has exactly one rank."""
     check_member(group)
     found: list[tuple[int, int, int]] = [(0, 0, 0)] * dist.get_world_size(group)
-    dist.all_gather_object(found, (first_class, classes, num_classes), group=group)
+    with outside_transforms():
+        dist.all_gather_object(found, (first_class, classes, num_classes), group=group)
     end = 0
     for first, count, total in sorted(found):
         if total != num_classes or (first != end and count > 0):

@@ -381,8 +381,10 @@ class LinearLoss(Criterion):
         )
 
     def logits(self, input: Tensor) -> Tensor:
-        """All logits, ``(..., C)``."""
-        return F.linear(input, self.linear.weight, self.linear.bias)
+        """All logits, ``(..., C)``. A sharded weight is gathered, for which all ranks have to call it."""
+        given: Any = (self.linear.weight, self.linear.bias)
+        weight, bias = (each.full_tensor() if is_distributed(each) else each for each in given)
+        return F.linear(input, weight, bias)
 
     def _shown(self) -> dict[str, Any]:
         return self._unusual(reduction=None, chunk_bytes=CHUNK_BYTES, accumulate_dtype=torch.float32, skip_rows=None)

@@ -224,17 +224,17 @@ def instance_dependent(
         raise ValueError(f"num_classes must be at least 2, got {num_classes}")
     if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
         raise TypeError(f"inputs must be a floating point tensor, got {kind_of(inputs)}")
-    if given.dim() != 1 or len(inputs) != len(given):
+    if given.dim() != 1 or inputs.shape[:1] != given.shape:
         raise ValueError(
             f"labels must have shape (N,) and inputs (N, ...), got {tuple(given.shape)} and {tuple(inputs.shape)}"
         )
-    if not inputs.isfinite().all():
-        bad = inputs[~inputs.isfinite()].flatten()[0].item()
-        raise ValueError(f"inputs must be finite, got {bad}")
+    if not (finite := inputs.float().isfinite()).all():
+        bad = inputs[~finite].flatten()[0].item()
+        raise ValueError(f"inputs must be finite in float32, got {bad}")
     generator = _generator(seed)
     rates = _truncated_normal(rate, std, len(given), generator)
     flips = torch.rand(given.shape, generator=generator, dtype=torch.float64, device="cpu") < rates
-    features = inputs.detach().flatten(1)
+    features = inputs.detach().reshape(len(given), inputs.numel() // max(len(given), 1))
     drawn = given.clone()
     projections = torch.empty(features.shape[1], num_classes, dtype=torch.float32, device="cpu")
     for cls, rows in _rows_of_classes(given, ignore_index):

@@ -237,12 +237,43 @@ def test_losses_of_all_classes_are_sampled_and_others_integrated() -> None:
 
     assert _mean_error.depends_on_target_only(on_log_p, 7)
     assert not _mean_error.depends_on_target_only(normalised, 7)
+
+    def by_rank(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        t = -on_log_p(logits, target)
+        return torch.where(logits.argmax(1) == target, 1.0 - t.exp(), -t)
+
+    for classes in (3, 4, 6, 7, 10, 11, 100):
+        for loss in (by_rank, fl.reference.ece_loss):
+            assert not _mean_error.depends_on_target_only(functools.partial(loss, **_none_of(loss)), classes)
     smoothed = mean_target_error("cross_entropy", 10, 0.0, label_smoothing=0.1)
     # (1 - s) CE + (s / K) S: its slope is p - (1 - s) - s / K.
     assert smoothed == pytest.approx(mean_power(1.0, 10, 0.0) - 0.9 - 0.01, rel=2e-3)
     weight = torch.tensor([3.0, 1.0, 1.0, 1.0])
     weighted = mean_target_error(fl.MAELoss(weight=weight), 4, 0.0)
     assert weighted == pytest.approx(3.0 * mean_target_error("mae", 4, 0.0), rel=2e-3)
+
+
+def _none_of(loss: Any) -> dict[str, str]:
+    return {"reduction": "none"} if hasattr(fl.reference, getattr(loss, "__name__", "")) else {}
+
+
+def test_a_given_parameter_takes_the_place_of_any() -> None:
+    """Of a Module in eval mode, whose bias is out of use; of one that is learnt."""
+    expected = mean_target_error("mae", 100, 0.0, logit_bias=3.0)
+    learnt = fl.MAELoss(logit_bias=torch.nn.Parameter(torch.tensor(1.0)))
+    for module in (fl.MAELoss(), fl.MAELoss().eval(), learnt, learnt.eval()):
+        assert mean_target_error(module, 100, 0.0, logit_bias=3.0) == pytest.approx(expected)
+        assert math.isfinite(match_parameter(module, "logit_bias", 1000, 100, 3.0))
+    assert mean_target_error(fl.MAELoss().eval(), 100, 0.0) == mean_target_error("mae", 100, 0.0)
+    assert learnt.logit_bias == 1.0 and not learnt.training
+
+
+def test_the_nearest_of_two_roots_is_taken() -> None:
+    def loss(logits: torch.Tensor, target: torch.Tensor, q: float = 1.0) -> torch.Tensor:
+        height = (q - 0.89) * (q - 1.14) if logits.shape[1] == 7 else 0.0
+        return height * logits.gather(1, target[:, None])[:, 0]
+
+    assert match_parameter(loss, "q", 7, 5, 1.0) == pytest.approx(0.89)
 
 
 def test_mean_error_takes_numbers_tensors_and_arrays() -> None:

@@ -184,9 +184,23 @@ def check(rank, world_size, name, make, bad_rank, bad, given):
     call(loss)  # nothing is left over of it
 
 
+def check_within_a_transform(rank, bad_rank):
+    """Where new tensors would be wrapped, too, and could not be sent."""
+    for name in ("mean", "Z-Error", "small"):
+        loss = LOSSES[name](dist.group.WORLD)
+        given = {**FINE, "target": FINE["target"] + 99} if rank == bad_rank else FINE
+        with pytest.raises(IndexError if rank == bad_rank else RuntimeError) as error:
+            torch.func.grad(lambda logits: loss(logits, given["target"]))(FINE["logits"])
+        assert ("another rank" in str(error.value)) == (rank != bad_rank), error.value
+    sharded = fl.parallel.ClassParallel(fl.GCELoss(), None, CLASSES * rank, CLASSES * dist.get_world_size())
+    with pytest.raises(NotImplementedError, match="no form for the transforms"):
+        torch.func.grad(lambda logits: sharded(logits, FINE["target"]))(FINE["logits"])
+
+
 def worker(rank: int, world_size: int, folder: str) -> None:
     with gloo_group(rank, world_size, folder):
         turn = 0
+        check_within_a_transform(rank, 1)
         for name, make in LOSSES.items():
             for bad, given in BAD.items():
                 turn += 1

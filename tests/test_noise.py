@@ -172,6 +172,13 @@ def test_from_matrix_draws_each_row_and_never_a_class_of_probability_zero() -> N
     assert (found[matrix == 0] == 0).all()
 
 
+def test_inputs_of_one_feature() -> None:
+    labels = torch.arange(12) % 3
+    inputs = torch.linspace(0.0, 1.0, 12)
+    flat, column = (noise.instance_dependent(x, labels, 0.4, 3, seed=0).labels for x in (inputs, inputs[:, None]))
+    assert torch.equal(flat, column)
+
+
 def test_instance_noise_has_its_rate_and_follows_the_inputs() -> None:
     labels = balanced()
     flipped = noise.instance_dependent(FEATURES, labels, 0.4, 10).flipped
@@ -271,6 +278,12 @@ BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
         ValueError,
         "inputs must be finite",
     ),
+    (
+        lambda: noise.instance_dependent(torch.full((3, 4), 1e200, dtype=torch.float64), LABELS, 1.0, 3),
+        ValueError,
+        r"inputs must be finite in float32, got 1e\+200",
+    ),
+    (lambda: noise.instance_dependent(torch.ones(()), LABELS, 0.4, 3), ValueError, r"got \(3,\) and \(\)"),
     (lambda: noise.estimate_transition(torch.ones(4, 3)), ValueError, "rows that sum to 1"),
     (lambda: noise.estimate_transition(torch.full((4, 3), math.nan)), ValueError, "rows that sum to 1"),
     (lambda: noise.estimate_transition(torch.ones(4)), ValueError, r"shape \(N, C\), got \(4,\)"),

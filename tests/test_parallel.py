@@ -299,13 +299,14 @@ def check_tensor_parallel_head(rank, world_size):
             layer.bias.copy_(b)
     head = parallelize_module(head, mesh, ColwiseParallel(use_local_output=False))
     criterion.linear = parallelize_module(criterion.linear, mesh, ColwiseParallel())
+    torch.testing.assert_close(criterion.logits(x), F.linear(x, w, b), **CLOSE)
     for layer, run in (
         (head, lambda x: fl.GCELoss()(head(x), target)),
         (criterion.linear, lambda x: criterion(x, target)),
     ):
         features = x.clone().requires_grad_()
         loss = run(features)
-        (2.0 * loss).backward() if layer is None else loss.backward()
+        loss.backward()
         torch.testing.assert_close(loss.detach(), dense[0], **CLOSE)
         for found, expected in zip(
             (features.grad, layer.weight.grad.full_tensor(), layer.bias.grad.full_tensor()), dense[1:], strict=True
