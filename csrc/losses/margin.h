@@ -82,9 +82,10 @@ struct MarginLoss {
         return e <= s.below;
     }
 
-    // The sum of all errors times this is below their mean, by what rounding may have added to the sum: where all errors
-    // but the target's are the same, they are above the mean by a K-th only, and must be kept. Kernels add 256 + K / 1024
-    // terms in turn at most, and are wrong by far less than as many roundings: 2^17 classes need no allowance for that.
+    // The sum of all errors times this is below their mean, by what rounding may have added to the sum: where all
+    // errors but the target's are the same, they are above the mean by a K-th only, and must be kept. Kernels add 256 +
+    // K / 1024 terms in turn at most, and are wrong by far less than as many roundings: 2^17 classes need no allowance
+    // for that.
     template <class T>
     FL_HD static T below_mean(T classes) {
         constexpr math::scalar_t<T> rounding = std::numeric_limits<math::scalar_t<T>>::epsilon() / 2;
