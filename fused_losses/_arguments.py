@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -285,7 +286,7 @@ def _check_share(entry: LossEntry, params: Sequence[float], logits: Tensor) -> N
     classes = logits.shape[class_dim(logits)]
     if classes > 0 and not entry.suits(params, classes):
         place: Any = entry.share_parameter
-        share = 1.0 / int(classes)  # while tracing, a format needs a number
+        share = 1.0 / operator.index(classes)  # while tracing, a format needs a number
         raise ValueError(
             f"{list(entry.ranges)[place]} must be below 1 / C, which is {share:.6g} for {classes} classes, got "
             f"{params[place]}"

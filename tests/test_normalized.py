@@ -286,6 +286,7 @@ def test_min_prob_is_below_an_equal_share(name):
             fl.LogitNorm(made),
             fl.SmallLoss(made, 0.5),
             torch.compile(made, backend="eager"),
+            torch.compile(made, backend="eager", dynamic=True),
         ):
             share = f"{1 / classes:.6g}"
             message = rf"^min_prob must be below 1 / C, which is {share} for {classes} classes, got 0\.001"
