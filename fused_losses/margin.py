@@ -131,7 +131,9 @@ def hem_loss(
 
     Source: 2501.12191. A margin per class is HEM+: the paper's text names the margin of the other class, its code
     weighs by the target's class. The latter is the default, because only it enlarges the margin of rare classes. The
-    1e-6 are those of the code.
+    1e-6 are those of the code. Deviation: errors count from just below their mean, so that equal ones all do whatever
+    rounding adds to the mean: from 1e-6 of it below in float32, in rows of C > 2^17 classes from ``(528 + C / 1024)
+    2^-24`` below.
 
     Args:
         margin: >= 0, in units of the logits: a number, a 0-dim tensor, or one margin per class ``(C,)``. 0.2 is the
@@ -190,7 +192,7 @@ def multi_margin_loss(
         margin: >= 0, in units of the logits: a number, a 0-dim tensor, or one margin per class ``(C,)``, of which the
             target's counts. 1 is torch's default.
         mean_above_zero: divide by 1e-6 plus the number of errors > 0 that count, instead of by C ("+maz").
-        threshold: count only errors that are at least the mean ``(1 / C) sum_j e_j`` ("+thres").
+        threshold: count errors that are at least the mean ``(1 / C) sum_j e_j`` ("+thres"); see :func:`hem_loss`.
         p: 1, or 2 for squared errors (without the switches).
 
     Example:

@@ -234,7 +234,7 @@ def instance_dependent(
     generator = _generator(seed)
     rates = _truncated_normal(rate, std, len(given), generator)
     flips = torch.rand(given.shape, generator=generator, dtype=torch.float64, device="cpu") < rates
-    features = inputs.detach().reshape(len(given), inputs.numel() // max(len(given), 1))
+    features = inputs.detach().unsqueeze(-1).flatten(1)
     drawn = given.clone()
     projections = torch.empty(features.shape[1], num_classes, dtype=torch.float32, device="cpu")
     for cls, rows in _rows_of_classes(given, ignore_index):
