@@ -1,7 +1,8 @@
-"""Numbers as users have them - tensors, NumPy arrays, lists - as tensors."""
+"""Numbers as users have them - tensors, NumPy arrays, lists - as tensors, and what they saved."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -36,3 +37,11 @@ def as_tensor(name: str, values: Any) -> Tensor:
         return torch.from_numpy(array)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} must be a tensor, an array or a list of numbers, got {kind}") from None
+
+
+def check_keys(state_dict: Any, keys: Iterable[str]) -> None:
+    """Raises unless it is a dictionary with these keys."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict must be a dictionary, got {type(state_dict).__name__}")
+    if state_dict.keys() != set(keys):
+        raise ValueError(f"state_dict must have the keys {sorted(keys)}, got {sorted(map(str, state_dict))}")

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_losses._arrays import as_tensor
+from fused_losses._arrays import as_tensor, check_keys
 from fused_losses._crossings import SkewNormal, gaussian_crossing, skewnorm_crossing
 from fused_losses._parameters import check_number, positive_or_inf
 
@@ -253,10 +253,10 @@ class CutoffCollector:
         """Replaces the rows collected by those of a :meth:`state_dict`.
 
         Raises:
+            TypeError: it is no dictionary, of tensors or arrays.
             ValueError: keys are missing or unknown, or the rows do not fit.
         """
-        if state_dict.keys() != {"logits", "labels"}:
-            raise ValueError(f"state_dict must have the keys ['labels', 'logits'], got {sorted(state_dict)}")
+        check_keys(state_dict, ("logits", "labels"))
         loaded = CutoffCollector()
         loaded.update(state_dict["logits"], state_dict["labels"])
         self._logits, self._labels = loaded._logits, loaded._labels

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import enum
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused_losses._agreement import Exchange, gather
-from fused_losses._arrays import Numbers
+from fused_losses._arrays import Numbers, check_keys
 from fused_losses._observations import RowLogProbs, check_samples, label_probability, rows_of
 from fused_losses._parameters import check_choice, check_index, check_number
 
@@ -309,11 +308,8 @@ class OutlierTracker:
             ValueError: keys are missing or unknown, it is for a data set of another size, or numbers are not what
                 :meth:`update` makes.
         """
-        if not isinstance(state_dict, Mapping):
-            raise TypeError(f"state_dict must be a dictionary, got {type(state_dict).__name__}")
         own: dict[str, Tensor] = {"counts": self._counts, "sums": self._sums}
-        if state_dict.keys() != own.keys():
-            raise ValueError(f"state_dict must have the keys {sorted(own)}, got {sorted(state_dict)}")
+        check_keys(state_dict, own)
         for name, tensor in own.items():
             if not isinstance(state_dict[name], Tensor):
                 raise TypeError(f"state_dict must hold tensors, got {name} of type {type(state_dict[name]).__name__}")

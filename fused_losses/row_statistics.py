@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fused_losses import _ops
-from fused_losses._checks import row_shape
+from fused_losses._checks import check_tensors, row_shape
 from fused_losses._parameters import integer
 
 
@@ -56,7 +56,7 @@ def row_statistics(logits: Tensor, target: Tensor, ignore_index: int = -100) -> 
         :class:`fused_losses.RowStatistics`, without gradients.
 
     Raises:
-        TypeError: ``logits`` or ``target`` is no tensor, or ``ignore_index`` no integer.
+        TypeError: ``logits`` or ``target`` is no tensor, or a DTensor, or ``ignore_index`` no integer.
         ValueError: batch sizes differ, or there is no class.
         RuntimeError: shapes, dtypes or devices do not fit.
         IndexError: a target is out of range (on CUDA: a device assertion).
@@ -66,8 +66,6 @@ def row_statistics(logits: Tensor, target: Tensor, ignore_index: int = -100) -> 
         >>> rows.margin, rows.argmax
         (tensor([ 2., -1.]), tensor([0, 1]))
     """
-    for name, value in (("logits", logits), ("target", target)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+    check_tensors(logits=logits, target=target)
     found = _ops.row_statistics(logits.detach(), target, integer("ignore_index", ignore_index))
     return RowStatistics.of_rows(*found, logits)

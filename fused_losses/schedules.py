@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fused_losses._arrays import Numbers, as_tensor
+from fused_losses._arrays import Numbers, as_tensor, check_keys
 from fused_losses._parameters import Range, check_choice, check_number, finite, non_negative, positive, switch
 from fused_losses._unwrap import owns, unwrap
 
@@ -195,12 +195,11 @@ class _Schedule:
         """Restores what :meth:`state_dict` gave and writes the value into the Module.
 
         Raises:
-            TypeError: ``fraction`` or ``best`` is no number.
+            TypeError: it is no dictionary, or ``fraction`` or ``best`` no number.
             ValueError: keys are missing or unknown, the values are for another number of classes, or a value cannot be.
         """
         expected = self.state_dict()
-        if state_dict.keys() != expected.keys():
-            raise ValueError(f"state_dict must have the keys {sorted(expected)}, got {sorted(state_dict)}")
+        check_keys(state_dict, expected)
         loaded: dict[str, Any] = {}
         for name in ("start", "end"):
             value, shape = torch.as_tensor(state_dict[name]), expected[name].shape

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fused_losses import _ops
 from fused_losses._agreement import Exchange, gather
+from fused_losses._checks import check_tensors
 from fused_losses._parameters import integer
 
 MOMENTS = "moments"  # the name of the exchange
@@ -126,7 +127,7 @@ def class_statistics(score: Tensor, target: Tensor, num_classes: int) -> ClassSt
         :class:`ClassStatistics` on the device of ``score``. Nothing waits for the device.
 
     Raises:
-        TypeError: ``score`` or ``target`` is no tensor, or ``num_classes`` no integer.
+        TypeError: ``score`` or ``target`` is no tensor, or a DTensor, or ``num_classes`` no integer.
         ValueError: ``num_classes`` is below 1, or shapes do not fit.
         RuntimeError: dtypes or devices do not fit.
 
@@ -134,9 +135,7 @@ def class_statistics(score: Tensor, target: Tensor, num_classes: int) -> ClassSt
         >>> class_statistics(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 1]), 2).mean
         tensor([2., 5.], dtype=torch.float64)
     """
-    for name, value in (("score", score), ("target", target)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+    check_tensors(score=score, target=target)
     moments = _ops.class_moments(score.detach(), target, integer("num_classes", num_classes), "class", -100)
     statistics = ClassStatistics.from_moments(moments)
     return ClassStatistics(statistics.count.long(), statistics.mean, statistics.std)

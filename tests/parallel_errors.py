@@ -69,6 +69,10 @@ def check_derivatives(sharded, logits, target):
         loss(placed, target, return_row_stats=True)
     with pytest.raises(TypeError, match=r"logits must be a plain tensor, got a DTensor"):
         fl.functional.gce_loss(placed, target)
+    with pytest.raises(TypeError, match=r"logits must be a plain tensor, got a DTensor"):
+        fl.row_statistics(placed, target)
+    with pytest.raises(TypeError, match=r"score must be a plain tensor, got a DTensor"):
+        fl.class_statistics(placed, target, CLASSES)
 
 
 # What only one rank gets wrong, and the error it gets. The other ranks are told that a rank has failed, or, where none

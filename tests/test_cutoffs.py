@@ -278,6 +278,8 @@ def test_collector_skips_missing_labels_merges_and_is_saved() -> None:
     assert repr(restored) == "CutoffCollector(4 rows)"
     with pytest.raises(ValueError, match="state_dict must have the keys"):
         restored.load_state_dict({})
+    with pytest.raises(TypeError, match="state_dict must be a dictionary, got list"):
+        restored.load_state_dict([1])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="class 0 must have at least 2 inliers, got 0 of 0 rows"):
         CutoffCollector().logit_cutoff_from_gaussians()
     with pytest.raises(RuntimeError, match="init_process_group"):
