@@ -35,10 +35,10 @@ def key_of(command: Iterable[str], dependencies: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def uses_clusters(source: Path) -> bool:
+def is_for_hopper(source: Path) -> bool:
     """Sources that do not are compiled to PTX for sm_80."""
-    found = re.search(r'set\(with_clusters "/(\(\S+\))\\\\\.cu\$"\)', (ROOT / "CMakeLists.txt").read_text())
-    assert found, "CMakeLists.txt does not say which CUDA sources use clusters"
+    found = re.search(r'set\(for_hopper "/(\(\S+\))\\\\\.cu\$"\)', (ROOT / "CMakeLists.txt").read_text())
+    assert found, "CMakeLists.txt does not say which CUDA sources are compiled to PTX for sm_90"
     return bool(re.fullmatch(found[1], source.stem))
 
 
@@ -50,7 +50,7 @@ def dependencies_in(makefile: Path) -> list[Path]:
 
 def compiled(source: Path, arch: str = "90", folder: Path = FOLDER) -> Path:
     """Its cubin. What ``ptxas -v`` has said lies beside it, with the suffix ``.log``."""
-    virtual = min(int(arch), 90 if uses_clusters(source) else 80)
+    virtual = min(int(arch), 90 if is_for_hopper(source) else 80)
     command = ["nvcc", "-std=c++20", "-O3", "-DNDEBUG", "-DFL_WITH_CUDA", "--expt-relaxed-constexpr", "-Xptxas=-v"]
     command += ["-cubin", f"-gencode=arch=compute_{virtual},code=sm_{arch}", "-Icsrc", str(source.relative_to(ROOT))]
     cubin = folder / f"{source.stem}.sm_{arch}.cubin"

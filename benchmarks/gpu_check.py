@@ -134,7 +134,7 @@ def stages(python: str, architecture: str, wheels: Path | None) -> list[Stage]:
         Stage(
             "d",
             "profiles",
-            (Step("profiles", 90, (python, "-m", "benchmarks.gpu_profile", str(RESULTS), "--out", str(LOGS)), "ncu"),),
+            (Step("profiles", 120, (python, "-m", "benchmarks.gpu_profile", str(RESULTS), "--out", str(LOGS)), "ncu"),),
         ),
         Stage(
             "e",

@@ -2,7 +2,8 @@
 
     python -m benchmarks.gpu_profile results.json --out FOLDER [--worst 3]
 
-Writes profiles.txt, with everything that ``ncu`` says about the kernels of one forward and backward of each.
+Writes profile0.txt and so on, with everything that ``ncu`` says about the kernels of one forward and backward of each:
+a program a row, since one that runs out of time may leave nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from benchmarks.results import Results, Row
 from benchmarks.targets import COPIES, GOALS, OVER_CROSS_ENTROPY, Index
 
 # Names of ours: torch's, in reductions around them, are of no interest.
-KERNELS = "regex:^(softmax|multi_reduction|labels|rescale|elr|gjs|statistics|merge|mask|reduce|gradient|sum)"
+KERNELS = (
+    "regex:^(softmax|multi_reduction|labels|rescale|elr|gjs|statistics|merge|mask|reduce_moments|gradient|sum_weights)"
+)
 WARM_UP = 2  # calls
 MAIN = [Case("cross_entropy", (8, 150, 512, 512), "bfloat16", "cuda")] + [
     Case(loss, ((1 << 26) // num_classes, num_classes), "bfloat16", "cuda")
@@ -49,24 +52,23 @@ def worst(results: Results, count: int) -> list[tuple[float, Row]]:
     return sorted(found.values(), key=lambda pair: -pair[0])[:count]
 
 
-def command(cases: list[Case], log: Path) -> list[str]:
-    """``ncu`` around one call of each; the card's clocks are left alone."""
-    call = [sys.executable, "-m", "benchmarks.gpu_profile", "--run", json.dumps([asdict(case) for case in cases])]
+def command(case: Case, log: Path) -> list[str]:
+    """``ncu`` around one call; the card's clocks are left alone."""
+    call = [sys.executable, "-m", "benchmarks.gpu_profile", "--run", json.dumps(asdict(case))]
     options = ["--clock-control", "none", "--set", "full", "--kernel-name", KERNELS, "--profile-from-start", "off"]
     return ["ncu", *options, "--log-file", str(log), *call]
 
 
-def run(cases: list[Case]) -> None:
-    """What is profiled: a forward and backward of each case after some that are not."""
-    for case in cases:
-        call = Call(fused(case), "fwd_bwd", Buffers.of(case, *case.inputs(), count=2))
-        for i in range(WARM_UP):
-            call.run(i, call.prepare(i))
-        torch.cuda.synchronize()
-        torch.cuda.profiler.start()
-        call.run(WARM_UP, call.prepare(WARM_UP))
-        torch.cuda.synchronize()
-        torch.cuda.profiler.stop()
+def run(case: Case) -> None:
+    """What is profiled: a forward and backward after some that are not."""
+    call = Call(fused(case), "fwd_bwd", Buffers.of(case, *case.inputs(), count=2))
+    for i in range(WARM_UP):
+        call.run(i, call.prepare(i))
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    call.run(WARM_UP, call.prepare(WARM_UP))
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
 
 
 def main() -> int:
@@ -77,7 +79,8 @@ def main() -> int:
     parser.add_argument("--run", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
-        run([Case(**{**given, "shape": tuple(given["shape"])}) for given in json.loads(options.run)])
+        given = json.loads(options.run)
+        run(Case(**{**given, "shape": tuple(given["shape"])}))
         return 0
     if options.results is None:
         parser.error("give a result file")
@@ -86,8 +89,9 @@ def main() -> int:
         raise SystemExit(f"{options.results} has no rows on a GPU that have these targets")
     for ratio, row in found:
         print(f"{row.name}: {ratio:.2f} times what the target allows", flush=True)
-    cases = [case for case in MAIN if case not in [row.case for _, row in found]]
-    return subprocess.run(command([row.case for _, row in found] + cases, options.out / "profiles.txt")).returncode
+    cases = list(dict.fromkeys([*(row.case for _, row in found), *MAIN]))
+    logs = [options.out / f"profile{i}.txt" for i in range(len(cases))]
+    return max(subprocess.run(command(*of)).returncode for of in zip(cases, logs, strict=True))
 
 
 if __name__ == "__main__":

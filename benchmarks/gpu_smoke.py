@@ -150,7 +150,7 @@ def z_error_cases(dtype: torch.dtype) -> Iterator[Case]:
 def copy_to(device: str, x: Tensor) -> Tensor:
     """A copy with the strides and the storage offset of `x` (`Tensor.to` would make a slice contiguous).
 
-    What lies between its rows is NaN: kernels may read it (begin_copy() in csrc/cuda/resident_row.cuh says where), so
+    What lies between its rows is NaN: kernels may read it (an access of 16 bytes may begin and end beside a row), so
     that initcheck asks for something to be there, but no result may depend on it.
     """
     numbers = x.untyped_storage().nbytes() // x.element_size()

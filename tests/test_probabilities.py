@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import emulated_cuda
 import pytest
 import torch
 from conftest import GRAD_FLOOR, GRAD_TOLERANCE, LOSS_TOLERANCE, one_in
@@ -139,6 +140,21 @@ def test_upstream_gradients_and_second_backward(name, device):
         for _ in range(2):
             grad = torch.autograd.grad(value, logits, above.to(device), retain_graph=True)[0]
             torch.testing.assert_close(grad, slope, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gradient_without_saved_numbers_is_right_or_refused(name, device):
+    """By the operator: cross entropy on CUDA has always saved some."""
+    logits, share = problem((4, 130), torch.float32, device)
+    args = fl.LOSSES[name].arguments(logits.detach(), share, reduction="none")
+    upstream, nothing = torch.rand(4, device=device), torch.empty(0, device=device)
+    (slope,) = torch.autograd.grad(fl.LOSSES[name].reference(logits, share, reduction="none"), logits, upstream)
+    if name == "cross_entropy" and (emulated_cuda.is_emulated() or device == "cuda"):
+        with pytest.raises(RuntimeError, match="no gradient from logits and class probabilities alone"):
+            fl._ops.row_loss_backward(upstream, nothing, nothing, *args)
+    else:
+        found = fl._ops.row_loss_backward(upstream, nothing, nothing, *args)
+        torch.testing.assert_close(found, slope, rtol=1e-5, atol=1e-6)
 
 
 def test_a_share_of_zero_hides_its_class(device):

@@ -89,6 +89,23 @@ def test_what_keeps_no_tensor_is_left_alone(source: str) -> None:
 
 # The first call may run inside a graph's memory pool (torch.compile with mode="reduce-overhead"), whose check then
 # finds memory that nobody has returned.
+def included(source: Path) -> set[Path]:
+    """The source and all of ours that it includes."""
+    names = re.findall(r'#include "([^"]+)"', source.read_text())
+    files = [path for name in names if (path := ROOT / "csrc" / name).exists()]
+    return {source}.union(*(included(path) for path in files))
+
+
+def test_what_waits_for_the_launch_before_it_is_compiled_for_that() -> None:
+    """In PTX for sm_80 there is no such instruction: those kernels would never overlap."""
+    waits = re.compile(r"(wait_for_kernel_before|let_next_kernel_begin)\(\);")
+    found = re.search(r'set\(for_hopper "(.+)"\)', (ROOT / "CMakeLists.txt").read_text())
+    assert found is not None
+    for_hopper, kernels = found[1].replace("\\\\", "\\"), [path for path in SOURCES if path.suffix == ".cu"]
+    need_it = [path for path in kernels if any(waits.search(file.read_text()) for file in included(path))]
+    assert need_it and [path for path in kernels if re.search(for_hopper, str(path))] == need_it
+
+
 def test_nothing_of_torchs_allocator_outlives_a_call() -> None:
     assert len(SOURCES) > 50
     variables = {path: lasting_variables(path.read_text()) for path in SOURCES}

@@ -62,6 +62,8 @@ void forward(RowProblem& p, void* loss, void* denominator) {
     const DeviceScope device(p.device);
     check(!is_multi_reduction_loss(p.loss) || !(p.other_target || (p.grad && p.upstream)),
           "fused_losses: on CUDA this loss has one label a row, and makes no gradient from the logits alone");
+    check(p.class_factors != ClassFactors::kSoftTarget || !(p.grad && p.upstream),
+          "fused_losses: on CUDA cross entropy makes no gradient from logits and class probabilities alone");
     const auto enqueue = is_multi_reduction_loss(p.loss) ? &enqueue_multi_reduction_forward : &enqueue_forward;
     // A caller that will run backward gives memory for what the gradient is written for. Only then may that be assumed:
     // backward puts it right.

@@ -28,11 +28,13 @@ FL_DEVICE void wait_for_kernel_before() {
 FL_DEVICE bool arrives_last(unsigned* ticket, std::int64_t blocks) {
     __shared__ bool last;
     const auto highest = static_cast<unsigned>(blocks - 1);
-    __threadfence();  // this thread's writes are visible to the device
-    __syncthreads();  // ... and those of the whole block, before the ticket is drawn
-    if (threadIdx.x == 0) last = atomicInc(ticket, highest) == highest;
     __syncthreads();
-    __threadfence();  // what others wrote before their ticket is read after ours
+    if (threadIdx.x == 0) {
+        __threadfence();  // what the block wrote is visible to the device before the ticket is drawn
+        last = atomicInc(ticket, highest) == highest;
+        __threadfence();  // what others wrote before their ticket is read after ours
+    }
+    __syncthreads();
     return last;
 }
 
@@ -43,15 +45,15 @@ struct grid_group {
 
     // Every thread of the grid waits for all others.
     FL_DEVICE void sync() const {
-        __threadfence();
         __syncthreads();
         if (gridDim.x > 1 && threadIdx.x == 0) {
+            __threadfence();  // of what the whole block wrote
             constexpr unsigned highest = 1u << 31;
             const unsigned before = atomicAdd(arrived, blockIdx.x == 0 ? highest - (gridDim.x - 1) : 1u);
             while (((atomicAdd(arrived, 0u) ^ before) & highest) == 0) __nanosleep(100);
+            __threadfence();  // for what the whole block will read
         }
         __syncthreads();
-        __threadfence();
     }
 };
 

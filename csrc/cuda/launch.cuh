@@ -101,7 +101,7 @@ cudaError_t launch_over_rows(void (*kernel)(Params...), std::int64_t rows, std::
 }
 
 // For kernels whose blocks wait for each other (grid.cuh), so that all of them must be resident: as many as fit,
-// `wanted` at most.
+// `wanted` at most. A stream that has a part of the device alone may not have room for them, but for one.
 template <class... Params, class... Args>
 cudaError_t launch_cooperative(void (*kernel)(Params...), std::int64_t wanted, cudaStream_t stream,
                                const Args&... args) {
@@ -118,7 +118,10 @@ cudaError_t launch_cooperative(void (*kernel)(Params...), std::int64_t wanted, c
     config.stream = stream;
     config.attrs = &cooperative;
     config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, kernel, args...);
+    const cudaError_t answer = cudaLaunchKernelEx(&config, kernel, args...);
+    if (answer != cudaErrorCooperativeLaunchTooLarge) return answer;
+    cudaGetLastError();
+    return launch(kernel, 1, stream, args...);
 }
 
 }  // namespace fused_losses::cuda

@@ -9,8 +9,8 @@ namespace fused_losses::cuda {
 // backward that finds them right.
 template <class A>
 FL_DEVICE A written_inverse_denominator(const RowProblem& p) {
-    const A known = p.denominator ? *as<A>(p.denominator) : A(1);
-    const A denominator = p.assumed_denominator != 0 ? static_cast<A>(p.assumed_denominator) : known;
+    A denominator = static_cast<A>(p.assumed_denominator);
+    if (denominator == A(0)) denominator = p.denominator ? *as<A>(p.denominator) : A(1);
     const A inverse = denominator == A(0) ? A(0) : A(1) / denominator;
     return static_cast<A>(p.assumed_upstream) * inverse;
 }

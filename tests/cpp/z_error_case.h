@@ -255,6 +255,7 @@ private:
     void shuffle_launches() {
         cuda_emulation::resident = cuda_emulation::one_in(2) ? 1 : 1 + cuda_emulation::random() % 3;
         cuda_emulation::multiprocessors = 1 + cuda_emulation::random() % 3;
+        cuda_emulation::room = cuda_emulation::one_in(8) ? 1 : ~0u;
         ++cuda_emulation::device;  // kernels remember what they found on the last one
     }
 

@@ -180,7 +180,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     cuda_emulation::overlaps = overlaps;
     cuda_emulation::widest_launch = std::max(cuda_emulation::widest_launch, cluster);
     const unsigned resident = cuda_emulation::multiprocessors * cuda_emulation::blocks_per_multiprocessor;
-    if (cooperative && config->gridDim.x > resident) return cudaErrorCooperativeLaunchTooLarge;
+    if (cooperative && config->gridDim.x > std::min(resident, cuda_emulation::room))
+        return cudaErrorCooperativeLaunchTooLarge;
     if (config->dynamicSmemBytes > std::size_t(cuda_emulation::shared_per_block)) return cudaErrorInvalidValue;
     if (cluster > 1 && !cuda_emulation::can_have_cluster(kernel, cluster)) return cudaErrorInvalidClusterSize;
     if (config->gridDim.x % cluster != 0) return cudaErrorInvalidValue;

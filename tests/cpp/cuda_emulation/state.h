@@ -37,6 +37,7 @@ using Location = std::source_location;
 // What tests choose.
 inline std::mt19937_64 random{1};
 inline unsigned resident = 1;              // blocks that run at the same time
+inline unsigned room = ~0u;                // blocks that the stream has a place for, which no kernel is told
 inline unsigned largest_grid = ~0u;        // a launch that asks for more blocks gets these: for loops over the grid
 inline constexpr int kYieldOneIn = 2;      // how often an atomic function lets others go first
 inline constexpr int kLongestStay = 14;    // another block takes over after 2^0 to 2^13 turns of threads
