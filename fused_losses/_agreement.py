@@ -23,7 +23,7 @@ from fused_losses._plain import outside_transforms
 
 Group: TypeAlias = "dist.ProcessGroup | None"  # quoted: torch may have been built without
 
-MOST_SUMS = 2  # numbers of a sum: with the news they make a message of one length for all calls
+MOST_SUMS = 3  # numbers of a sum: with the news they make a message of one length for all calls
 _HEADER = 16  # bytes before what is gathered: a number for the call and one for the target
 _FAILED = -1  # in place of the call's number
 _TOO_LONG = 4  # times a message that is gathered: ranks agree about a shorter one

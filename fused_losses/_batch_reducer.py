@@ -161,9 +161,24 @@ class BatchReducer(RunningMoments, RowsModule):
             self._update(batch)  # nothing happens where the batch's statistic is infinite
         return self._or_batch(batch)[1, 0].to(value.dtype)
 
-    def _first_sums(self, numbers: Tensor) -> Tensor:
-        """One or two sums over all ranks of the group, before any other: with news of a rank's failure."""
-        return numbers if self.process_group is None else sum_over_ranks(numbers, self.process_group)
+    def _first_sums(self, numbers: Tensor, dtype: torch.dtype) -> Tensor:
+        """One or two sums over all ranks of the group, before any other: with news of a rank's failure.
+
+        ``dtype``: of the losses, in which the ranks will exchange other numbers.
+        """
+        if self.process_group is None:
+            return numbers
+        is_double = numbers.new_full((1,), float(dtype == torch.float64))
+        *found, doubles = sum_over_ranks(torch.cat([numbers, is_double]), self.process_group).unbind()
+        if not torch.compiler.is_compiling():
+            fit = (doubles == 0) | (doubles == dist.get_world_size(self.process_group))
+            if not fit.is_cpu:
+                torch._assert_async(fit, "logits must be float64 on all ranks of the process group or on none")
+            elif not fit:
+                raise RuntimeError(
+                    f"logits must be float64 on all ranks of the process group or on none, got losses in {dtype} here"
+                )
+        return torch.stack(found)
 
     def _over_ranks(self, sums: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
         """Sums over all ranks of the group."""

@@ -101,6 +101,8 @@ class RunningMoments(HasProcessGroup):
     def __getattr__(self, name: str) -> Any:
         if name == "running_statistics":
             raise AttributeError(f"{type(self).__name__} has running_statistics only with running=True")
+        if name == "running_moments" and name not in vars(self).get("_buffers", ()):
+            raise AttributeError(f"{type(self).__name__} has running_moments only if it was made with running=True")
         return super().__getattr__(name)
 
     def _update(self, batch: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ def check_matrix(name: str, matrix: Tensor) -> Tensor:
     if not isinstance(matrix, Tensor) or matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix):
         shape = tuple(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
         raise ValueError(f"{name} must be a tensor of shape (C, C), got {shape}")
+    if matrix.is_complex():
+        raise TypeError(f"{name} must be real, got {matrix.dtype}")
     transition = matrix.detach().to("cpu", torch.float64)
     sums = transition.sum(1)
     # The rounding error of float32 rows of 10,000 classes, or of entries in half precision. NaN fails both tests.

@@ -6,7 +6,7 @@ import copy
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -21,6 +21,7 @@ from fused_losses._common import Criterion, RowLossModule
 from fused_losses._logit_bias import solve_logit_bias
 from fused_losses._mean_error import RowLoss, mean_slopes
 from fused_losses._parameters import OrTensor, Range, check_num_classes, check_number, iterations, positive
+from fused_losses._roots import nearest_root
 from fused_losses._unwrap import unwrap
 from fused_losses.corrections import BackwardCorrectionLoss, ForwardCorrectionLoss
 
@@ -49,7 +50,7 @@ def mean_target_error(loss: Loss, num_classes: int, z: _Numbers, **parameters: f
     logit. Where it is nearly 0 for every initial logit (``z`` from about -2 to 2), the loss does not start to learn:
     use ``logit_bias``, or match a parameter (:func:`match_parameter`).
 
-    A loss of ``p_y`` alone is integrated, to about 1e-11 (phuber_ce, whose slope has a kink, to 1e-5 of the value;
+    A loss of ``p_y`` alone is integrated, to about 1e-11 (phuber_ce and phuber_gce, whose slopes have a kink, to 1e-5;
     where the slope jumps, as that of truncated_gce and, of two classes, of ece and its sums, to about 0.001). Any other
     loss is averaged over a fixed sample of about 2^20 logits, or 16 rows of K from 2^16 classes on, so repeated
     calls give the same number. Its standard error, over five samples and K from 3 to 1e5, is below 0.25 % of the value
@@ -98,7 +99,8 @@ def match_parameter(
     With the returned value, an untrained network with ``num_classes`` classes gets the same mean derivative at logit 0
     as ``reference_value`` gives with ``reference_num_classes``: it is the root of ``mean_target_error(loss,
     num_classes, 0, name=value) = mean_target_error(loss, reference_num_classes, 0, name=reference_value)`` nearest to
-    ``reference_value``. One equation fixes one parameter; all others stay.
+    ``reference_value``, found in steps that begin with a tenth of it: two roots within a step may go unnoticed. One
+    equation fixes one parameter; all others stay.
 
     Args:
         loss: as for :func:`mean_target_error`. The other parameters of a Module, or of a ``functools.partial``, are
@@ -115,7 +117,7 @@ def match_parameter(
         differ by up to its height.
 
     On two cores a loss of ``p_y`` alone takes a second for 10^3 classes, and up to half a minute for 10^6. Any other
-    takes up to 80 means over a sample, half a minute, and two minutes for 10^6 classes.
+    takes up to some hundred means over a sample, half a minute, and two minutes for 10^6 classes.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -142,63 +144,13 @@ def match_parameter(
     def gap(value: float) -> float:
         return error(value, count) - goal
 
-    at_start = gap(start)
-    if at_start == 0.0:
-        return start
-    reached = [at_start]
-    step = 0.1 * abs(start) or 0.1
-    walks = [_walk(start, sign * step, at_start, gap, holds) for sign in (1.0, -1.0)]
-    while walks:
-        roots = []
-        for walk in list(walks):
-            segment = next(walk, None)
-            if segment is None:
-                walks.remove(walk)
-                continue
-            reached.append(segment[3])
-            if segment[1] * segment[3] <= 0.0:
-                roots.append(_root(gap, *segment))
-        if roots:
-            return min(roots, key=lambda root: abs(root - start))
+    root, reached = nearest_root(gap, start, holds)
+    if root is not None:
+        return root
     raise ValueError(
         f"no value of {name} gives {num_classes} classes the mean error {goal:.4g} of {reference_num_classes} classes "
         f"at {name}={reference_value}: it stays between {goal + min(reached):.4g} and {goal + max(reached):.4g}"
     )
-
-
-def _walk(
-    start: float, step: float, at_start: float, gap: Callable[[float], float], holds: Callable[[float], bool]
-) -> Iterator[tuple[float, float, float, float]]:
-    """Segments (from, gap there, to, gap there) going away from ``start``: growing, halved at the end of the range."""
-    here, at_here = start, at_start
-    for _ in range(40):
-        there = here + step
-        try:
-            at_there = gap(there) if holds(there) else math.nan
-        except ValueError:  # not allowed together with the loss's other parameters
-            at_there = math.nan
-        if math.isfinite(at_there):
-            yield here, at_here, there, at_there
-            here, at_here, step = there, at_there, 1.5 * step
-        else:
-            step *= 0.5
-
-
-def _root(gap: Callable[[float], float], a: float, at_a: float, b: float, at_b: float) -> float:
-    """A root of ``gap`` between ``a`` and ``b``, where it has opposite signs: regula falsi, Illinois variant."""
-    for _ in range(100):
-        if at_b == 0.0 or abs(b - a) <= 1e-13 * (abs(a) + abs(b)):
-            break
-        middle = b - at_b * (b - a) / (at_b - at_a)
-        at_middle = gap(middle)
-        if at_middle * at_b < 0.0:
-            a, at_a = b, at_b
-        else:
-            at_a *= 0.5  # Illinois rule: without it the same end would stay, and convergence be linear
-        moved, b, at_b = abs(middle - b), middle, at_middle
-        if moved <= 1e-13 * abs(b):
-            break
-    return b
 
 
 def _unwrapped(loss: Any) -> Any:

@@ -312,7 +312,7 @@ def _inlier_classes(scores: Tensor, classes: Tensor, threshold: float, what: str
     result = []
     for label in (0, 1):
         member = classes == label
-        samples = scores[kept & member].cpu().numpy()
+        samples = np.sort(scores[kept & member].cpu().numpy())  # the same rows in another order are the same class
         if len(samples) < 2:
             raise ValueError(
                 f"class {label} must have at least 2 inliers, got {len(samples)} of {int(member.sum())} rows "

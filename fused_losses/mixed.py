@@ -51,8 +51,9 @@ def _function_and_options(
     if isinstance(loss, str):
         entry = entry_named(loss)
         return entry.function, entry, {}
-    if isinstance(loss, nn.Module) or not callable(loss):
-        raise TypeError(f"loss must be a name, a function or a Module of a row loss, got {type(loss).__name__}")
+    if isinstance(loss, (nn.Module, type)) or not callable(loss):
+        kind = f"the class {loss.__name__}" if isinstance(loss, type) else type(loss).__name__
+        raise TypeError(f"loss must be a name, a function or a Module of a row loss, got {kind}")
     return loss, next((entry for entry in LOSSES.values() if entry.function is loss), None), {}
 
 
@@ -269,7 +270,7 @@ def mixed(
         of = "the rows of logits" if target_a.is_floating_point() else "target_a"
         raise RuntimeError(f"lam must be a number, 0-dim or of the shape of {of}, {rows}, got {tuple(lam.shape)}")
     elif reads_values(lam) and lam.numel():
-        for end in (lam.min(), lam.max()):
+        for end in lam.detach().aminmax():
             closed_fraction.pack("every entry of lam" if lam.dim() else "lam", float(end))
     if isinstance(lam, Tensor) and logits.dim() == 1 and lam.numel() == 1:
         lam = lam.reshape(())  # of the only row, whose loss is a scalar

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fused_losses._arguments import is_ignored
 from fused_losses._checks import is_integer_tensor, kind_of
-from fused_losses._parameters import check_index, check_num_classes, closed_fraction, integer, positive
+from fused_losses._parameters import check_index, check_num_classes, closed_fraction, integer, positive, switch
 from fused_losses._transition import check_matrix
 
 __all__ = [
@@ -91,8 +91,8 @@ def symmetric(
         ignore_index: label of rows that stay as they are.
 
     Raises:
-        TypeError: ``labels`` is no integer tensor, ``rate`` no number, ``num_classes``, ``seed`` or ``ignore_index`` no
-            integer.
+        TypeError: ``labels`` is no integer tensor, ``rate`` no number, ``redraw`` no bool, ``num_classes``, ``seed`` or
+            ``ignore_index`` no integer.
         ValueError: an argument is out of range.
 
     Example:
@@ -105,6 +105,7 @@ def symmetric(
     """
     num_classes, given = _check_labels(labels, num_classes, ignore_index)
     rate = closed_fraction.pack("rate", rate)
+    redraw = bool(switch.pack("redraw", redraw))
     if not redraw and num_classes < 2:
         raise ValueError(f"num_classes must be at least 2 with redraw=False, got {num_classes}")
     generator = _generator(seed)
@@ -241,6 +242,8 @@ def instance_dependent(
         projections.normal_(generator=generator)
         rows = rows[flips[rows]]  # these labels change for certain: q no longer matters
         scores = features[rows.to(features.device)].cpu().float() @ projections
+        if not scores.isfinite().all():
+            raise ValueError(f"inputs must be small enough for scores in float32, got {features.abs().max().item():g}")
         scores[:, cls] = -torch.inf
         if len(rows):
             drawn[rows] = torch.multinomial(scores.softmax(1), 1, generator=generator).squeeze(1)
@@ -257,7 +260,7 @@ def symmetric_matrix(rate: float, num_classes: int, redraw: bool = True) -> Tens
         tensor([[0.8000, 0.2000],
                 [0.2000, 0.8000]], dtype=torch.float64)
     """
-    rate = closed_fraction.pack("rate", rate)
+    rate, redraw = closed_fraction.pack("rate", rate), bool(switch.pack("redraw", redraw))
     num_classes = check_num_classes(num_classes, 1 if redraw else 2)
     others = num_classes if redraw else num_classes - 1
     matrix = torch.full((num_classes, num_classes), rate / others, dtype=torch.float64)

@@ -15,17 +15,19 @@ from fused_losses._row_values import Loss, RowValues
 _KEEP = OrTensor(Range("satisfy 0 < value <= 1", lambda v: 0.0 < v <= 1.0))
 _FACTOR = OrTensor(positive_factor)
 _ROUNDING = 1e-6  # keep * n may miss a whole number by this much, for the float64 number that was meant
+_OF_FLOAT32 = 1e-7  # relative, of a share that is rounded to float32
 _DIGITS = 12  # to base 4 of log temperature in Antidote, whose bounds are never 4**12 roundings apart
 
 
 def _as_meant(keep: float | Tensor) -> float | Tensor:
-    """The share in float64. A tensor is one decimal number, if its dtype has but one of so few digits, else rounded."""
+    """The share in float64. A tensor is one decimal number, if its dtype has but one of so few digits, else itself."""
     if not isinstance(keep, Tensor):
         return keep
     info, exact = torch.finfo(keep.dtype), keep.double()
     digits = round(1.0 / info.resolution)
     decimal = torch.round(exact * digits) / digits
-    return torch.where(decimal.to(keep.dtype) == keep, decimal, exact * (1.0 + 0.5 * info.eps)).clamp(max=1.0)
+    upwards = exact * (1.0 + min(0.5 * info.eps, _OF_FLOAT32))  # a third of 300 rows are 100
+    return torch.where(decimal.to(keep.dtype) == keep, decimal, upwards).clamp(max=1.0)
 
 
 @documented("the largest loss that is kept")
@@ -76,7 +78,7 @@ class SmallLoss(BatchReducer):
 
     def _statistic(self, judged: Judged, logits: Tensor) -> Tensor:
         values = torch.where(judged.known, judged.values, torch.inf)
-        (count,) = self._first_sums(judged.known.sum(dtype=torch.float64).reshape(1)).unbind()
+        (count,) = self._first_sums(judged.known.sum(dtype=torch.float64).reshape(1), values.dtype).unbind()
         wanted = torch.floor(_as_meant(self.keep) * count + _ROUNDING).clamp(min=1.0)
         if self.process_group is None:
             at = (wanted.long() - 1).clamp(max=max(values.numel() - 1, 0))
@@ -222,10 +224,14 @@ class Antidote(BatchReducer):
         self._set("kappa", kappa, _FACTOR)
 
     def _statistic(self, judged: Judged, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The temperature, the smallest loss, and the log of the mean of ``exp((smallest - l) / s)``."""
-        finite = judged.known & judged.values.isfinite()
+        """The temperature, the smallest loss, and the log of the mean of ``exp((smallest - l) / s)``.
+
+        Of rows with a weight. Where all their losses are infinite, so is the smallest.
+        """
         weight = torch.where(judged.known, judged.weight, 0.0)
-        count = self._first_sums(torch.stack([(weight > 0.0).sum(dtype=weight.dtype), weight.sum()])).to(weight.dtype)
+        sums = torch.stack([(weight > 0.0).sum(dtype=weight.dtype), weight.sum()])
+        count, weights = self._first_sums(sums, judged.values.dtype).to(weight.dtype).unbind()
+        finite = judged.known & judged.values.isfinite() & (weight > 0.0)
         lowest, spread = self._ends(judged.values, finite)
         above = torch.where(finite, judged.values - lowest, torch.inf)  # exp of minus it is a row's part
         # KL(p || u) is below (spread / s)^2 / 8: the variance of losses within ``spread`` is at most spread^2 / 4.
@@ -235,33 +241,39 @@ class Antidote(BatchReducer):
         def temperature(step: Tensor) -> Tensor:
             return least * torch.exp(factor * (step.to(factor.dtype) / 4**_DIGITS))
 
-        def too_far(steps: Tensor) -> Tensor:
-            exponent = -above / temperature(steps).unsqueeze(1)
+        def log_mean(s: Tensor) -> tuple[Tensor, Tensor]:
+            """Of the rows' parts; and the mean of the exponents under them."""
+            exponent = -above / s.unsqueeze(-1)
             part = torch.exp(exponent)
-            sums = torch.stack([(weight * part).sum(1), (weight * torch.where(part > 0, part * exponent, 0.0)).sum(1)])
-            total, first = self._over_ranks(sums).unbind()
-            return first / total - torch.log(total / count[1]) > self.delta
+            times_exponent = torch.where(part > 0, part * exponent, 0.0)
+            sums = [(weight * each).sum(-1) for each in (part, torch.expm1(exponent), times_exponent)]
+            total, below_one, first = self._over_ranks(torch.stack(sums)).unbind()
+            of_part = below_one / weights  # all its digits where the parts are nearly 1
+            return torch.where(of_part > -0.5, torch.log1p(of_part), torch.log(total / weights)), first / total
 
-        s = self._remembered(temperature(largest(too_far, 0, _DIGITS, weight.device)), count[0])
-        total = self._over_ranks((weight * torch.exp(-above / s)).sum())
-        # Of no weight there is no mean, and nothing to weigh.
-        return s, lowest, torch.where(count[1] > 0.0, torch.log(total / count[1]), 0.0)
+        def too_far(steps: Tensor) -> Tensor:
+            log_of, exponent = log_mean(temperature(steps))
+            return exponent - log_of > self.delta
+
+        s = self._remembered(temperature(largest(too_far, 0, _DIGITS, weight.device)), count)
+        # Of no weight there is no mean, and nothing to weigh; nor of infinite losses alone, which stay what they are.
+        return s, lowest, torch.where((weights > 0.0) & (lowest < torch.inf), log_mean(s)[0], 0.0)
 
     def _ends(self, values: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
-        """The smallest loss and the largest difference; 0 where there is none."""
+        """The smallest loss, infinite where there is none, and the largest difference."""
         if values.numel() == 0:
             values, finite = values.new_zeros(1), finite.new_zeros(1)
         ends = torch.stack([torch.where(finite, -values, -torch.inf), torch.where(finite, values, -torch.inf)])
         low, high = self._over_ranks(ends.amax(1), dist.ReduceOp.MAX).unbind()
         there = low > -torch.inf
-        return torch.where(there, -low, 0.0), torch.where(there, high + low, 0.0)
+        return torch.where(there, -low, torch.inf), torch.where(there, high + low, 0.0)
 
     def _constants(self, losses: Tensor, statistic: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
         s, lowest, log_mean = statistic
-        log_r = (lowest - losses) / s - log_mean
-        r = torch.exp(log_r)
-        rest = r * s * torch.where(r == 0.0, 0.0, log_r) - (s - self.kappa) * self.delta  # stationary in s
-        return r, rest
+        below = torch.where(losses == lowest, 0.0, torch.clamp(lowest - losses, max=0.0))  # rows without weight: 0
+        r = torch.exp(below / s - log_mean)
+        s_log_r = torch.where(r == 0.0, 0.0, below - s * log_mean)
+        return r, r * s_log_r - (s - self.kappa) * self.delta  # stationary in s
 
     def _weigh(self, inner: RowValues, constants: tuple[Tensor, ...]) -> RowValues:
         r, rest = constants

@@ -195,14 +195,14 @@ class _Schedule:
         """Restores what :meth:`state_dict` gave and writes the value into the Module.
 
         Raises:
-            TypeError: it is no dictionary, or ``fraction`` or ``best`` no number.
+            TypeError: it is no dictionary, or a value no number.
             ValueError: keys are missing or unknown, the values are for another number of classes, or a value cannot be.
         """
         expected = self.state_dict()
         check_keys(state_dict, expected)
         loaded: dict[str, Any] = {}
         for name in ("start", "end"):
-            value, shape = torch.as_tensor(state_dict[name]), expected[name].shape
+            value, shape = as_tensor(f"state_dict[{name!r}]", state_dict[name]), expected[name].shape
             if value.shape != shape:
                 raise ValueError(f"state_dict[{name!r}] must have shape {tuple(shape)}, got {tuple(value.shape)}")
             loaded[name] = self._checked(name, value, shape)

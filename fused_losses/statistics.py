@@ -33,9 +33,12 @@ def merge_moments(parts: Tensor) -> Tensor:
     return torch.stack([total, torch.where(total > 0, origin + shift, 0.0), merged])
 
 
-def all_reduce_moments(moments: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def all_reduce_moments(
+    moments: Tensor, group: dist.ProcessGroup | None, count_dtype: torch.dtype = torch.int64
+) -> Tensor:
     """Moments of the rows of all ranks of ``group``: the same bits on each of them. All ranks synchronise here."""
-    call = f"the statistics of {moments.shape[1]} classes"
+    counts = " with counts that are no integers" if count_dtype.is_floating_point else ""
+    call = f"the statistics of {moments.shape[1]} classes{counts}"
     return merge_moments(gather(Exchange.over(group, MOMENTS), call, moments))
 
 
@@ -46,7 +49,7 @@ class ClassStatistics:
     From :func:`class_statistics`. Merging is exact up to rounding.
 
     Attributes:
-        count: rows of the class; int64 from :func:`class_statistics`.
+        count: rows of the class; int64 from :func:`class_statistics`, float64 where earlier batches fade.
         mean: float64; NaN for a class without rows.
         std: float64, the square root of ``sum (x - mean)^2 / (count - 1)``; NaN for fewer than two rows.
 
@@ -74,9 +77,10 @@ class ClassStatistics:
         mean = torch.where(count > 0, self.mean.double(), 0.0)
         return torch.stack([count, mean, torch.where(count > 1, self.std.double().square() * (count - 1), 0.0)])
 
-    def _of(self, moments: Tensor) -> ClassStatistics:
+    @staticmethod
+    def _of(moments: Tensor, count_dtype: torch.dtype) -> ClassStatistics:
         made = ClassStatistics.from_moments(moments)
-        return ClassStatistics(made.count.to(self.count.dtype), made.mean, made.std)
+        return ClassStatistics(made.count.to(count_dtype), made.mean, made.std)
 
     def merge(self, other: ClassStatistics) -> ClassStatistics:
         """Statistics of both sets of rows together, as a new object; exact up to rounding.
@@ -91,7 +95,8 @@ class ClassStatistics:
             raise ValueError(
                 f"other must have statistics of {self.count.numel()} classes, got shape {tuple(other.count.shape)}"
             )
-        return self._of(merge_moments(torch.stack([self.moments(), other.moments()])))
+        dtype = torch.promote_types(self.count.dtype, other.count.dtype)  # running statistics have shares of rows
+        return self._of(merge_moments(torch.stack([self.moments(), other.moments()])), dtype)
 
     def update(self, score: Tensor, target: Tensor) -> ClassStatistics:
         """Statistics with further rows merged in, as a new object; arguments as for :func:`class_statistics`."""
@@ -105,9 +110,10 @@ class ClassStatistics:
                 statistics of as many classes.
 
         Raises:
-            RuntimeError: ``torch.distributed`` is not initialised, or another rank was given bad arguments.
+            RuntimeError: ``torch.distributed`` is not initialised, another rank was given bad arguments, or only some
+                ranks have counts that are no integers, as running statistics have.
         """
-        return self._of(all_reduce_moments(self.moments(), group))
+        return self._of(all_reduce_moments(self.moments(), group, self.count.dtype), self.count.dtype)
 
 
 def class_statistics(score: Tensor, target: Tensor, num_classes: int) -> ClassStatistics:

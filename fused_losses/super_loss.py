@@ -103,7 +103,7 @@ class SuperLoss(BatchReducer):
             return math.log(one.shape[class_dim(one)])
         finite = judged.known & judged.values.isfinite()
         sums = torch.stack([torch.where(finite, judged.values, 0.0).sum(dtype=torch.float64), finite.sum()])
-        total, count = self._first_sums(sums).unbind()
+        total, count = self._first_sums(sums, judged.values.dtype).unbind()
         return self._remembered(total / count.clamp(min=1.0), count)
 
     def _constants(self, losses: Tensor, statistic: Tensor | float) -> tuple[Tensor, ...]:

@@ -15,6 +15,7 @@ from conftest import one_in
 
 import fused_losses as fl
 from fused_losses import _logit_bias, _mean_error
+from fused_losses._roots import nearest_root
 from fused_losses.calibration import match_parameter, mean_target_error, plot_mean_target_error, solve_logit_bias
 
 pytestmark = pytest.mark.any_cpu  # integrals and roots; other tests judge the kernels
@@ -334,6 +335,28 @@ def test_matching_other_parameters() -> None:
     kept = match_parameter(fl.AGCELoss(a=2.0), "q", 12, 10, 0.6)
     assert kept == match_parameter(functools.partial(fl.functional.agce_loss, a=2.0), "q", 12, 10, 0.6)
     assert kept != match_parameter("agce", "q", 12, 10, 0.6)
+
+
+def test_matching_a_bias_that_is_not_monotone() -> None:
+    """A bounded loss learns slowly with a small bias and with a large one: there are two roots."""
+    for name, classes, reference in (("mae", 1000, 2.0), ("gce", 1000, 2.5), ("mae", 100, 2.5)):
+        bias = match_parameter(name, "logit_bias", classes, 10, reference)
+        goal = mean_target_error(name, 10, 0.0, logit_bias=reference)
+        assert mean_target_error(name, classes, 0.0, logit_bias=bias) == pytest.approx(goal)
+
+
+def test_the_nearest_root_is_found() -> None:
+    for roots, holds, nearest in [
+        ((1.02, 1.04, 1.5), math.isfinite, 1.02),
+        ((0.72, 1.29), lambda x: x > 0.7, 0.72),
+        ((0.99, 0.98), math.isfinite, 0.99),
+        ((1.0,), math.isfinite, 1.0),
+        ((-30.0, -29.5), math.isfinite, -29.5),
+    ]:
+        found, reached = nearest_root(lambda x, roots=roots: math.prod(x - root for root in roots), 1.0, holds)
+        assert found == pytest.approx(nearest, rel=1e-12) and reached
+    found, reached = nearest_root(lambda x: x * x + 1.0, 1.0)
+    assert found is None and 1.0 <= min(reached) < 1.1 and max(reached) > 1e10
 
 
 def test_figure_of_the_paper(tmp_path: Path) -> None:

@@ -172,6 +172,17 @@ def test_merge_is_the_statistics_of_both(first, second):
     assert a.merge(b).count.dtype == torch.int64
 
 
+def test_counts_that_fade_are_merged_whole():
+    loss = fl.ZErrorBCEWithLogitsLoss(running=True, num_tasks=1)
+    for _ in range(5):
+        loss(torch.randn(6), torch.tensor([0.0, 0, 0, 1, 1, 1]))
+    running = loss.running_statistics
+    batch = fl.class_statistics(torch.tensor([1.0, 3.0, 4.0, 9.0]), torch.tensor([0, 0, 1, 1]), 2)
+    for both in (batch.merge(running), running.merge(batch)):
+        assert torch.equal(both.count, running.count + 2) and not both.count.frac().eq(0).any()
+    close(batch.merge(running).merge(batch), batch.merge(batch).merge(running))
+
+
 @settings(deadline=None, max_examples=60)
 @given(rows_of_classes, st.randoms())
 def test_order_does_not_matter(rows, random):

@@ -210,6 +210,12 @@ def test_more_degenerate_data() -> None:
     same = np.array([1.0, 2.0, 3.0, 1.0, 2.0, 3.0])
     with pytest.raises(ValueError, match=r"classes 0 and 1 have the same mean 2 and the same spread 0.816"):
         optimal_logit_cutoff_from_gaussians(same, np.repeat([0, 1], 3))
+    generator = np.random.default_rng(0)
+    for scale, offset in ((1.0, 0.0), (1e-3, 5.0), (1e80, 0.0)):
+        rows = offset + scale * generator.normal(size=50)
+        shuffled = np.concatenate([rows, generator.permutation(rows)])
+        with pytest.raises(ValueError, match="classes 0 and 1 have the same mean"):
+            optimal_logit_cutoff_from_gaussians(shuffled, np.repeat([0, 1], 50))
     with pytest.raises(ValueError, match=r"z_threshold must satisfy 0 < value <= inf, got 0.0"):
         optimal_logit_cutoff_from_gaussians(same, np.repeat([0, 1], 3), 0.0)
     with pytest.raises(ValueError, match="threshold must satisfy 0 < value <= inf, got nan"):

@@ -197,10 +197,20 @@ def check_within_a_transform(rank, bad_rank):
         torch.func.grad(lambda logits: sharded(logits, FINE["target"]))(FINE["logits"])
 
 
+def check_dtypes(rank, bad_rank):
+    """What follows the first exchange is made of numbers as wide as the losses."""
+    for name in ("small", "small, none", "antidote", "super"):
+        loss = LOSSES[name](dist.group.WORLD)
+        error = error_of(loss, {"logits": FINE["logits"].double()} if rank == bad_rank else {})
+        assert re.search("must be float64 on all ranks .* or on none", str(error)), (name, error)
+        call(loss)  # nothing is left over of it
+
+
 def worker(rank: int, world_size: int, folder: str) -> None:
     with gloo_group(rank, world_size, folder):
         turn = 0
         check_within_a_transform(rank, 1)
+        check_dtypes(rank, 1)
         for name, make in LOSSES.items():
             for bad, given in BAD.items():
                 turn += 1

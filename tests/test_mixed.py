@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -314,6 +315,10 @@ def test_bad_input(batch):
         fl.functional.mixed("nonsense", logits, a, b, lam)
     with pytest.raises(TypeError, match=r"^loss must be a name, a function or a Module of a row loss, got MSELoss"):
         fl.functional.mixed(torch.nn.MSELoss(), logits, a, b, lam)
+    with pytest.raises(TypeError, match=r"^loss must be a name, a function or a Module of a row loss, got the class G"):
+        fl.functional.mixed(fl.GCELoss, logits, a, b, lam)
+    with warnings.catch_warnings(action="error"):  # a lam that wants a gradient gets none
+        fl.functional.mixed("gce", logits, a, b, lam.clone().requires_grad_())
     with pytest.raises(ValueError, match=r"^reduction must be 'none', 'mean' or 'sum', got 'active_mean'"):
         fl.functional.mixed("gce", logits, a, b, lam, reduction="active_mean")
 

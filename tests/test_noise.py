@@ -283,6 +283,14 @@ BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
         ValueError,
         r"inputs must be finite in float32, got 1e\+200",
     ),
+    (
+        lambda: noise.instance_dependent(torch.full((3, 4), 3e38), LABELS, 1.0, 3),
+        ValueError,
+        r"small enough for scores in float32, got 3e\+38",
+    ),
+    (lambda: noise.symmetric(LABELS, 0.4, 3, 1), TypeError, "redraw must be True or False, got 1"),  # type: ignore[arg-type]
+    (lambda: noise.symmetric_matrix(0.4, 3, "no"), TypeError, "redraw must be True or False, got 'no'"),  # type: ignore[arg-type]
+    (lambda: noise.from_matrix(LABELS, torch.eye(3) + 5j), TypeError, "matrix must be real, got torch.complex64"),
     (lambda: noise.instance_dependent(torch.ones(()), LABELS, 0.4, 3), ValueError, r"got \(3,\) and \(\)"),
     (lambda: noise.estimate_transition(torch.ones(4, 3)), ValueError, "rows that sum to 1"),
     (lambda: noise.estimate_transition(torch.full((4, 3), math.nan)), ValueError, "rows that sum to 1"),

@@ -81,6 +81,51 @@ def test_infinite_rows_weigh_nothing(name):
     assert loss[1] == INF if name == "super" else loss[1].isfinite()
 
 
+@pytest.mark.parametrize("name", [*RUNNING, "clipped"])
+def test_rows_without_weight_have_no_influence(name):
+    """However small or large their losses are beside those of the others."""
+    made = {**RUNNING, "clipped": lambda: fl.ClippedLoss("cross_entropy", 0.5)}[name]
+    logits = torch.tensor([[8.0, 0.0], [-20.0, 0.0], [-21.0, 0.0], [-90.0, 0.0]], requires_grad=True)
+    target, weight = torch.zeros(4, dtype=torch.int64), torch.tensor([0.0, 1.0, 1.0, 0.0])
+    loss = made()(logits, target, weight)
+    (grad,) = torch.autograd.grad(loss, logits)
+    if name != "small":  # which sorts losses without weights
+        torch.testing.assert_close(loss, made()(logits[1:3], target[1:3]))
+    assert loss.isfinite() and grad.isfinite().all() and not grad[[0, 3]].any()
+    rows = fl.Antidote("cross_entropy", 0.5, reduction="none")(logits, target, weight)
+    assert not rows[[0, 3]].any() and rows.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["small", "antidote"])
+def test_infinite_losses_alone_stay_infinite(name):
+    logits = torch.tensor([[-INF, 0.0], [-INF, 1.0]], requires_grad=True)
+    loss = RUNNING[name]()(logits, torch.zeros(2, dtype=torch.int64))
+    (grad,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(grad, torch.tensor([[-0.5, 0.5]] * 2))
+    assert loss == INF
+
+
+@pytest.mark.parametrize("kappa", [1e3, 1e6, 1e8, 1e12])
+def test_a_high_temperature_leaves_the_mean(kappa):
+    logits, target = logits_of([0.3, 1.7, 4.1])
+    found = fl.Antidote("cross_entropy", 0.5, kappa)(logits.float(), target)
+    assert found.item() == pytest.approx(6.1 / 3 - torch.tensor([0.3, 1.7, 4.1]).var(correction=0).item() / 2 / kappa)
+
+
+def test_the_share_of_a_tensor_is_what_it_says():
+    losses = torch.rand(2100, dtype=torch.float64).tolist()
+    logits, target = logits_of(losses)
+    for keep, kept in [
+        (torch.tensor(0.375, dtype=torch.bfloat16), 787),
+        (torch.tensor(0.9, dtype=torch.bfloat16), 1890),
+        (torch.tensor(0.1875, dtype=torch.float16), 393),
+        (torch.tensor(1 / 3), 700),
+        (torch.tensor(0.7, dtype=torch.float16), 1470),
+    ]:
+        rows = fl.SmallLoss("cross_entropy", keep, reduction="none")(logits, target)
+        assert (rows != 0).sum() == kept, keep
+
+
 def test_antidote_is_the_smallest_value_near_equal_weights():
     torch.manual_seed(0)
     losses = torch.rand(6, dtype=torch.float64) * 3

@@ -96,6 +96,8 @@ def test_step_and_state_reject_what_does_not_fit() -> None:
         linear.load_state_dict({"fraction": 0.5})
     with pytest.raises(TypeError, match="state_dict must be a dictionary, got list"):
         linear.load_state_dict([("fraction", 0.5)])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"state_dict\['start'\] must be a tensor, an array or a list of numbers"):
+        linear.load_state_dict({**linear.state_dict(), "start": None})
     per_class = ThresholdSchedule(Thresholded(torch.ones(3)), steps=3).state_dict()
     with pytest.raises(ValueError, match=r"must have shape \(\), got \(3,\)"):
         linear.load_state_dict(per_class)

@@ -205,6 +205,10 @@ def test_what_does_not_apply_is_no_attribute(kind):
     for loss in (module, fl.SmallLoss("gce", 0.5), copy.deepcopy(module)):
         with pytest.raises(AttributeError, match=r"^\w+Loss has running_statistics only with running=True$"):
             loss.running_statistics  # noqa: B018
+    late = fl.SmallLoss("gce", 0.5)
+    late.running = True
+    with pytest.raises(AttributeError, match=r"^SmallLoss has running_moments only if it was made with running=True$"):
+        late(torch.zeros(2, 3), torch.tensor([0, 1]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
