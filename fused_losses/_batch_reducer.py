@@ -197,7 +197,8 @@ def largest(holds: Callable[[Tensor], Tensor], start: int, digits: int, device: 
     ``start`` where it holds for none. A round asks for three numbers at once: between ranks it is one all-reduce.
     """
     found = torch.full((), start, dtype=torch.int64, device=device)
-    steps = torch.arange(1, 4, device=device)
     for digit in reversed(range(digits)):
-        found = found + holds(found + steps * 4**digit).sum() * 4**digit
+        # Not by a range times a number: torch's compiler (2.13, 2.14) takes such products of few numbers for 32 bits.
+        further = torch.stack([found + step * 4**digit for step in (1, 2, 3)])
+        found = found + holds(further).sum() * 4**digit
     return found

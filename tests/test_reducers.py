@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fused_losses as fl
+from fused_losses._batch_reducer import largest
 from fused_losses.super_loss import lambert_w
 
 INF, NAN = math.inf, math.nan
@@ -271,6 +272,18 @@ LOSSES = {
     "super": lambda g: fl.SuperLoss("cross_entropy", running=True, process_group=g),
     "super clip": lambda g: fl.SuperLoss(fl.LogitClip("gce", 1.0), running=True, process_group=g),
 }
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_the_search_for_a_digit_can_be_compiled(rows):
+    """With the default compiler, whose vectors have eight numbers."""
+    values = torch.randint(10**6, 2 * 10**9, (rows,), generator=torch.Generator().manual_seed(0))
+
+    def smallest(values):
+        return largest(lambda n: (values < n.unsqueeze(1)).sum(1) < 1, -(2**31), 16, values.device)
+
+    torch._dynamo.reset()
+    assert torch.compile(smallest, fullgraph=True)(values) == smallest(values) == values.min()
 
 
 def train_step(group, rows, wrap):
