@@ -306,6 +306,11 @@ def is_ignored(target: Tensor, ignore_index: int) -> Tensor:
     return target.long() == ignore_index  # torch compares a narrower integer with a number modulo its range
 
 
+def entries_of(per_class: Tensor, classes: Tensor) -> Tensor:
+    """``per_class[classes]``, under vmap of single rows, too: torch looks at an index of no dimension."""
+    return per_class.index_select(0, classes.reshape(-1)).view(classes.shape)
+
+
 def acc_dtype(logits: Tensor) -> torch.dtype:
     """The dtype of arithmetic, loss and statistics."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_losses._arguments import LOSSES, RowLossArguments, acc_dtype, check_reduction
+from fused_losses._arguments import LOSSES, RowLossArguments, acc_dtype, check_reduction, entries_of
 from fused_losses._checks import check_min_classes, check_row_loss, check_targets
 from fused_losses._logit_bias import class_dim
 
@@ -120,7 +120,7 @@ class Rows:
             one_hot = torch.zeros_like(logits).scatter(dim, target.unsqueeze(dim), 1.0)
             logits = logits + one_hot * logit_bias
         ones = torch.ones(target.shape, dtype=logits.dtype, device=logits.device)
-        class_weight = ones if weight is None else weight.to(logits.dtype)[target]
+        class_weight = ones if weight is None else entries_of(weight.to(logits.dtype), target)
         samples = ones if sample_weight is None else sample_weight.to(logits.dtype)
         return Rows(logits, target, ignored, weight, class_weight, samples)
 

@@ -17,6 +17,7 @@ from fused_losses._arguments import (
     RowLossArguments,
     acc_dtype,
     check_reduction,
+    entries_of,
     is_ignored,
 )
 from fused_losses._autograd import row_loss
@@ -198,7 +199,7 @@ def row_weights(args: RowLossArguments, by_class: bool = True) -> tuple[Tensor, 
     target = args.target.reshape(shape) if by_class else args.target
     kept = ~is_ignored(target, args.ignore_index) if by_class else weight > 0
     if by_class and args.weight is not None:
-        weight = args.weight.to(weight.dtype)[torch.where(kept, target.long(), 0)]
+        weight = entries_of(args.weight.to(weight.dtype), torch.where(kept, target.long(), 0))
     if args.sample_weight is not None:
         weight = weight * args.sample_weight.reshape(shape).to(weight.dtype)
     return weight, kept

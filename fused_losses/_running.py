@@ -134,6 +134,11 @@ class RunningMoments(HasProcessGroup):
             ) from error
         return running
 
+    def reset_parameters(self) -> None:
+        """Forgets the running statistics, as after ``to_empty``; there is nothing else to reset."""
+        if self.running:
+            self.running_moments.zero_()
+
     def _learns(self) -> bool:
         """Whether a call changes running statistics: in training mode, once."""
         return self.running and self.training and not in_backward()

@@ -187,7 +187,13 @@ class TransitionMatrix(nn.Module):
     def __init__(self, num_classes: int, init: float = 2.0) -> None:
         super().__init__()
         classes = int(positive_integer.pack("num_classes", num_classes))
-        self.weight = nn.Parameter(torch.full((classes, classes), -float(finite.pack("init", init))))
+        self.init = float(finite.pack("init", init))
+        self.weight = nn.Parameter(torch.empty(classes, classes))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Back to ``init``, as after ``to_empty``."""
+        nn.init.constant_(self.weight, -self.init)
 
     def forward(self) -> Tensor:
         """The matrix ``(C, C)``, in float32 where the weight is in half precision."""

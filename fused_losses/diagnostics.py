@@ -70,6 +70,10 @@ class OutlierTracker:
         self._counts = torch.zeros(self.num_samples, len(_Count), dtype=torch.int32, device=device)
         self._sums = torch.zeros(self.num_samples, len(_Sum), dtype=torch.float64, device=device)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A process that torch has spawned gets a tracker of its own, no share in the tensors of its parent."""
+        vars(self).update(state, _counts=state["_counts"].clone(), _sums=state["_sums"].clone())
+
     @property
     def times_seen(self) -> Tensor:
         """How often each sample was given to :meth:`update` with something to record, int64 ``(num_samples,)``."""

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused_losses._agreement import Exchange, sum_over_ranks, telling
-from fused_losses._arguments import RowLossArguments, is_ignored
+from fused_losses._arguments import RowLossArguments, entries_of, is_ignored
 from fused_losses._autograd import row_loss
 from fused_losses._checks import check_tensors, row_shape
 from fused_losses._common import Criterion, RowLossModule, check_forward
@@ -44,7 +44,7 @@ def kept_weight(mask: Tensor, target: Tensor, weight: Tensor | None, sample_weig
     """Sum of the kept rows' weights, of this process."""
     share = torch.ones_like(mask, dtype=torch.float64)
     if weight is not None:
-        share = share * weight[torch.where(mask, target.long(), 0)]
+        share = share * entries_of(weight, torch.where(mask, target.long(), 0))
     if sample_weight is not None:
         share = share * sample_weight
     return torch.where(mask, share, 0.0).sum()

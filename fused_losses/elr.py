@@ -319,6 +319,11 @@ class ELRLoss(RowsModule):
             self._buffers["memory"] = memory
         return self
 
+    def reset_parameters(self) -> None:
+        """Forgets the memory, as after ``to_empty``; there is nothing else to reset."""
+        self._pending = None
+        self.memory.zero_()
+
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.flush()
         super()._save_to_state_dict(*args, **kwargs)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fused_losses._arguments import ACTIVE_REDUCTIONS, CallOptions
+from fused_losses._arguments import ACTIVE_REDUCTIONS, CallOptions, entries_of
 from fused_losses._common import RowLossModule, RowLossOptions
 from fused_losses._declare import loss_of_row
 from fused_losses._logit_bias import LogitBias
@@ -45,7 +45,7 @@ def _per_class(rows: Rows, margin: float | Tensor, of_competitor: bool) -> Tenso
         return margin
     if margin.shape != (rows.num_classes,):
         raise ValueError(f"margin must be 0-dim or of shape ({rows.num_classes},), got {tuple(margin.shape)}")
-    return beside_logits(margin, rows.logits) if of_competitor else margin[rows.target].unsqueeze(rows.dim)
+    return beside_logits(margin, rows.logits) if of_competitor else entries_of(margin, rows.target).unsqueeze(rows.dim)
 
 
 def _check_power(p: float, mean_above_zero: float, threshold: float, **others: float) -> None:

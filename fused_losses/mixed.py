@@ -16,6 +16,7 @@ from fused_losses._arguments import (
     RowLossArguments,
     acc_dtype,
     check_reduction,
+    entries_of,
     entry_named,
     is_ignored,
 )
@@ -113,7 +114,7 @@ class _Labels(NamedTuple):
                 total = total + loss(target, samples, "sum")
             of_class: Tensor | float = 1.0
             if weight is not None and by_class:
-                of_class = weight.to(dtype)[torch.where(counted, target.long(), 0)]
+                of_class = entries_of(weight.to(dtype), torch.where(counted, target.long(), 0))
             weights = weights + torch.where(counted, samples * of_class, 0.0).sum()
         if reduction == "sum":
             return total

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import math
+import pickle
 import types
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -390,3 +392,11 @@ def test_scores_of_yes_no_labels_turned_as_rank_wants_them():
 def test_a_state_that_is_none(state):
     with pytest.raises(TypeError, match=r"state_dict must (be a dictionary|hold tensors), got"):
         fl.OutlierTracker(3).load_state_dict(state)
+
+
+def test_a_spawned_process_has_a_tracker_of_its_own() -> None:
+    """torch gives it a share in the memory of tensors, so that counts of two ranks would be in one."""
+    tracker = fl.OutlierTracker(2)
+    other = pickle.loads(ForkingPickler.dumps(tracker))
+    other.update([0], prob=[0.5])
+    assert (other.times_seen.tolist(), tracker.times_seen.tolist()) == ([1, 0], [0, 0])

@@ -145,8 +145,21 @@ def test_huggingface_wants_a_mean_of_functions_too() -> None:
     labels[:3] = 0
     ignoring = functools.partial(fl.functional.gce_loss, q=0.5, ignore_index=0)
     counted = labels != 0
-    expected = fl.functional.gce_loss(logits[counted], labels[counted], q=0.5, reduction="sum") / 12
-    torch.testing.assert_close(compute_loss(ignoring)({"logits": logits}, labels, 12), expected)
+    expected = fl.functional.gce_loss(logits[counted], labels[counted], q=0.5)
+    torch.testing.assert_close(compute_loss(ignoring)({"logits": logits}, labels, 6), expected)
+    half = compute_loss(ignoring)({"logits": logits}, labels, torch.tensor(12))
+    torch.testing.assert_close(half, expected / 2, msg="of two such batches")
+
+
+def test_huggingface_leaves_out_what_has_no_labels_in_evaluation() -> None:
+    logits, labels = rows(6)
+    for criterion, ignored in ((fl.GCELoss(), -100), (fl.HEMLoss(ignore_index=255), 255)):
+        function = compute_loss(criterion)
+        nothing = torch.full_like(labels, ignored)
+        assert function({"logits": logits}, nothing) == 0.0
+        with torch.no_grad():
+            assert function({"logits": logits}, nothing).isnan()
+            assert function({"logits": logits}, labels) == criterion(logits, labels)
 
 
 @pytest.mark.parametrize("kind", [dict, TokenOutput, SomeCausalLMOutputWithPast, tuple, list])

@@ -124,6 +124,15 @@ def test_mmengine_keeps_means_of_their_own(stem: str) -> None:
     torch.testing.assert_close(FusedLoss(stem)(logits, label, avg_factor=8), module(logits, label) / 8)
 
 
+@pytest.mark.parametrize("class_weight", [None, [1.0, 2.0, 3.0]])
+def test_mmengine_counts_no_dropped_labels(class_weight: list[float] | None) -> None:
+    logits, label = 3 * torch.randn(60, 3), torch.randint(3, (60,))
+    loss = FusedLoss("z_error_cross_entropy", threshold=0.5, statistic="prob", sided="lower", class_weight=class_weight)
+    plain, weighted = loss(logits, label), loss(logits, label, torch.ones(60))
+    torch.testing.assert_close(weighted, plain)
+    assert plain != FusedLoss("cross_entropy", class_weight=class_weight)(logits, label)
+
+
 def test_mmengine_builds_and_trains_it(tmp_path: Path) -> None:
     registry = pytest.importorskip("mmengine.registry")
     model_module, runner = importlib.import_module("mmengine.model"), importlib.import_module("mmengine.runner")

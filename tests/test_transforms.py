@@ -57,6 +57,28 @@ def test_function_transforms(name):
     assert jacobian.shape == (4, 4, 3)
 
 
+@pytest.mark.parametrize(
+    "name", [*NAMES, "margins", "smoothed", "corrected", "small", "antidote", "clip", "mixed"]
+)
+def test_single_rows_with_class_weights_under_vmap(name):
+    """Gradients per sample: nobody may look at a label."""
+    logits, target, weight = torch.randn(4, 3), torch.tensor([0, 1, 2, 1]), torch.tensor([1.0, 2.0, 3.0])
+    others = {
+        "margins": lambda: fl.HEMLoss(margin=weight),
+        "smoothed": lambda: fl.CrossEntropyLoss(weight=weight, label_smoothing=0.1),
+        "corrected": lambda: fl.ForwardCorrectionLoss(0.1 + 0.7 * torch.eye(3), weight=weight),
+        "small": lambda: fl.SmallLoss("gce", 0.5, weight=weight),
+        "antidote": lambda: fl.Antidote("gce", 0.5, weight=weight),
+        "clip": lambda: fl.LogitClip("gce", 1.0, weight=weight),
+        "mixed": lambda: lambda x, y: fl.functional.mixed("gce", x, y, 2 - y, 0.25, weight=weight),
+    }
+    criterion = others[name]() if name in others else fl.LOSSES[name].module(weight=weight)
+    found = torch.func.vmap(torch.func.grad(lambda x, y: criterion(x, y)))(logits, target)
+    for x, y, grad in zip(logits, target, found, strict=True):
+        x = x.clone().requires_grad_()
+        torch.testing.assert_close(grad, torch.autograd.grad(criterion(x, y), x)[0])
+
+
 @pytest.mark.parametrize("argument", ["weight", "sample_weight", "logit_bias"])
 def test_other_inputs_are_differentiable(argument):
     torch.manual_seed(0)

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 __all__ = ["compute_loss"]
 
+_NO_ITEM = -100  # the labels that Trainer leaves out of num_items_in_batch
+
 
 def compute_loss(criterion: Callable[[Tensor, Tensor], Tensor], *, causal: bool | None = None) -> Callable[..., Tensor]:
     """What ``Trainer(compute_loss_func=...)`` takes, made from a loss.
@@ -22,11 +24,13 @@ def compute_loss(criterion: Callable[[Tensor, Tensor], Tensor], *, causal: bool 
     count has loss 0.
 
     Without gradients (``Trainer.evaluate``) a Module is called in eval mode: without the logit bias, and its statistics
-    do not learn. It follows the logits to their device.
+    do not learn. There a batch without labels that count has loss NaN, as models with a loss of their own give, and
+    Trainer leaves it out of the mean. A Module follows the logits to their device.
 
     Args:
-        criterion: a Module or function of logits ``(N, C)`` and labels ``(N,)`` that gives a mean. Its ``ignore_index``
-            has to be that of the labels, -100.
+        criterion: a Module or function of logits ``(N, C)`` and labels ``(N,)`` that gives a mean. With another
+            ``ignore_index`` than -100, such as 255, accumulated batches and ranks count by all their labels, as Trainer
+            counts those.
         causal: whether the logits at a position belong to the label of the next one. None goes by the name of what the
             model returns: ``...CausalLMOutput...`` does, all others do not.
 
@@ -77,16 +81,20 @@ def _compute_loss(
     labels = labels.to(logits.device)
     if not labels.is_floating_point():
         labels = labels.long()  # no narrower dtype holds every ignore_index
+    items = labels.ne(_NO_ITEM)
     if _is_causal(outputs, labels, causal):
+        items = items[..., 1:]
         labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]  # the logits stay whole, and are not copied
     loss = _call(criterion, *_rows(logits, labels))
+    if not torch.is_grad_enabled():
+        loss = torch.where(labels.ne(ignore_index).any(), loss, torch.nan)
     if loss.dim() > 0:
         raise ValueError(f"criterion must give a mean, got a loss of shape {tuple(loss.shape)}")
     if num_items_in_batch is None:
         return loss
-    items = num_items_in_batch  # of none nothing is divided by 0
-    items = items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1)
-    return loss * labels.ne(ignore_index).sum() / items
+    of_all = num_items_in_batch  # of none nothing is divided by 0
+    of_all = of_all.clamp(min=1) if isinstance(of_all, Tensor) else max(of_all, 1)
+    return loss * items.sum() / of_all
 
 
 def _is_causal(outputs: Any, labels: Tensor, causal: bool | None) -> bool:

@@ -102,7 +102,7 @@ class FusedLoss(nn.Module):
             avg_factor: what a mean divides the sum by. By default that is what the loss's mean divides by; with
                 ``weight`` it is, as in mmsegmentation with ``avg_non_ignore=True``, the number of labels that count,
                 or the sum of their class weights, and the number of rows of probabilities: the weights of the pixels
-                are factors only.
+                are factors only. Labels that Z-Error drops do not count.
             reduction_override: in place of ``reduction``.
             ignore_index: labels that do not count; mmsegmentation's heads pass theirs, 255.
 
@@ -119,24 +119,35 @@ class FusedLoss(nn.Module):
         criterion = self.criterion
         criterion.ignore_index = ignore_index
         if avg_factor is None and weight is not None and reduction == "mean":
-            avg_factor = weight.numel() if label.is_floating_point() else self._counted(label, ignore_index)
+            return self._by_count(cls_score, label, weight)
         if avg_factor is None or reduction == "none":
             criterion.reduction = reduction
             return self.loss_weight * criterion(cls_score, label, weight)  # type: ignore[no-any-return]
         if reduction == "sum":
             raise ValueError(f'avg_factor must be None with reduction="sum", got {avg_factor}')
         criterion.reduction = "sum"
-        total: Tensor = criterion(cls_score, label, weight)
-        if isinstance(avg_factor, Tensor):
-            return total * self.loss_weight / avg_factor.to(total.device).clamp(min=_SMALLEST)
-        return total * self.loss_weight / max(avg_factor, _SMALLEST)  # as a number: a copy would wait for the device
+        return self._divided(criterion(cls_score, label, weight), avg_factor)
 
-    def _counted(self, label: Tensor, ignore_index: int) -> Tensor:
-        counts = ~_arguments.is_ignored(label, ignore_index)
-        class_weight = self.criterion.weight
-        if class_weight is None:
-            return counts.sum()
-        return torch.where(counts, class_weight[torch.where(counts, label, 0).long()], 0.0).sum()
+    def _divided(self, total: Tensor, by: float | Tensor) -> Tensor:
+        if isinstance(by, Tensor):
+            return total * self.loss_weight / by.to(total.device).clamp(min=_SMALLEST)
+        return total * self.loss_weight / max(by, _SMALLEST)  # as a number: a copy would wait for the device
+
+    def _by_count(self, cls_score: Tensor, label: Tensor, weight: Tensor) -> Tensor:
+        """The sum with weights, divided by the number of labels that count without them."""
+        criterion = self.criterion
+        criterion.reduction = "sum"
+        if isinstance(criterion, z_cross_entropy.ZErrorCrossEntropyLoss):
+            total, counts, _ = criterion(cls_score, label, weight, return_mask=True)
+        else:
+            total = criterion(cls_score, label, weight)
+            if label.is_floating_point():
+                return self._divided(total, weight.numel())
+            counts = ~_arguments.is_ignored(label, criterion.ignore_index)
+        if criterion.weight is None:
+            return self._divided(total, counts.sum())
+        of_class = criterion.weight[torch.where(counts, label, 0).long()]
+        return self._divided(total, torch.where(counts, of_class, 0.0).sum())
 
 
 if MODELS is not None:
