@@ -57,9 +57,7 @@ def test_function_transforms(name):
     assert jacobian.shape == (4, 4, 3)
 
 
-@pytest.mark.parametrize(
-    "name", [*NAMES, "margins", "smoothed", "corrected", "small", "antidote", "clip", "mixed"]
-)
+@pytest.mark.parametrize("name", [*NAMES, "margins", "smoothed", "corrected", "small", "antidote", "clip", "mixed"])
 def test_single_rows_with_class_weights_under_vmap(name):
     """Gradients per sample: nobody may look at a label."""
     logits, target, weight = torch.randn(4, 3), torch.tensor([0, 1, 2, 1]), torch.tensor([1.0, 2.0, 3.0])
