@@ -40,6 +40,15 @@ def test_nothing_waits_for_a_gpu(shard, monkeypatch, request):
         sweep(layer, args, options._replace(skip_rows=True), [True] * 3)
 
 
+def test_what_is_frozen_takes_no_memory():
+    layer, (_, target, _) = Layer(*(t.detach() for t in problem()[0])), problem()
+    options = ChunkOptions(torch.float32, torch.float32, 3000, None)
+    args = fl.LOSSES["gce"].arguments(stand_in(layer, options), target, reduction="none")
+    for wanted in ([True, False, False], [False, True, False], [False, False, True], [False] * 3):
+        _, *gradients = sweep(layer, args, options, wanted)
+        assert [gradient.numel() > 0 for gradient in gradients] == wanted
+
+
 class NoNumbers(TorchDispatchMode):
     """Fails where a number, or how many there are, has to reach Python."""
 
