@@ -257,7 +257,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"val_filelist\.txt:1 must be a path and a number"):
         load(Options(dataset="webvision", data=tmp_path))
     (tmp_path / "flickr" / "q0000" / "image 0.jpg").write_bytes(b"no image")
-    samples = FileSamples([tmp_path / "flickr/q0000/image 0.jpg"], torch.zeros(1), transforms.for_validation(8))
+    samples = FileSamples([tmp_path / "flickr/q0000/image 0.jpg"], torch.zeros(1), transforms.for_validation(8), 8)
     with pytest.raises(RuntimeError, match=r"image 0\.jpg cannot be read as an image"):
         samples[Request(0, torch.tensor([0]))]
 

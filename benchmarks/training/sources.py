@@ -136,8 +136,8 @@ def _photographs(options: Options, train: tuple[list[Path], Tensor], validation:
     size = options.image_size
     files = train[0]
     return Data(
-        FileSamples(*train, for_training(size), seed=options.seed),
-        FileSamples(*validation, for_validation(size)),
+        FileSamples(*train, for_training(size), size, seed=options.seed),
+        FileSamples(*validation, for_validation(size), size),
         num_classes=1 + int(max(train[1].max(), validation[1].max())),
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,

@@ -65,7 +65,9 @@ def _read_list(root: Path, name: str, required: bool = True) -> list[tuple[str, 
             raise SystemExit(f"{name} must be in {root / 'info'} or {root}")
         return []
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # utf-8-sig: a mark at the file's start is no part of the first path.
+    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    for number, line in enumerate(text.splitlines(), 1):
         name, _, label = line.strip().rpartition(" ")
         if not name or not label.isdecimal():
             raise SystemExit(f"{path}:{number} must be a path and a number, got {line!r}")
