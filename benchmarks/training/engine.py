@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from benchmarks.training.checkpoints import LAST, AverageWeights, Checkpoints, WholeFiles
 from benchmarks.training.classifier import Classifier
 from benchmarks.training.criterion import make_loss
 from benchmarks.training.labels import apply_noise
@@ -26,34 +26,7 @@ from benchmarks.training.options import Options, checked
 from benchmarks.training.samples import SyntheticSamples
 from benchmarks.training.sources import Data, load
 
-LAST, BEST = "last.ckpt", "best.ckpt"
 PRECISIONS: dict[str, Any] = {"none": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
-
-
-class Checkpoints(Checkpoint):
-    """Saves last.ckpt after each epoch, every ``steps`` steps and when SIGTERM arrives, and best.ckpt by accuracy."""
-
-    def __init__(self, folder: Path, steps: int | None) -> None:
-        self.folder, self.steps = folder, steps
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Saves between two steps; the end of an epoch has its own checkpoint."""
-        progress = trainer.fit_loop.epoch_loop
-        if self.steps is None or progress._should_accumulate() or progress.batch_progress.is_last_batch:
-            return
-        if trainer.global_step % self.steps == 0:
-            trainer.save_checkpoint(self.folder / LAST)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Saves after the validation."""
-        trainer.save_checkpoint(self.folder / LAST)
-        if pl_module.history and pl_module.history[-1] is max(pl_module.history, key=lambda epoch: epoch["top1"]):
-            trainer.save_checkpoint(self.folder / BEST)
-
-    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Saves where SIGTERM stopped the training, between two steps; other exceptions may come within one."""
-        if isinstance(exception, SIGTERMException):
-            trainer.save_checkpoint(self.folder / LAST)
 
 
 def fit(options: Options, data: Data | None = None, watchers: Sequence[Callback] = ()) -> tuple[Trainer, Classifier]:
@@ -103,11 +76,9 @@ def run(options: Options, data: Data | None = None) -> dict[str, Any]:
 
 def make_trainer(options: Options, watchers: Sequence[Callback] = ()) -> Trainer:
     """Lightning's Trainer; the environment of torchrun or SLURM says how many processes there are."""
-    callbacks = [*watchers]
-    if options.out is not None:
-        callbacks.append(Checkpoints(options.out, options.checkpoint_steps))
+    callbacks = [*watchers, Checkpoints(options.out, options.checkpoint_steps)]
     if options.ema is not None:
-        callbacks.append(EMAWeightAveraging(decay=options.ema))
+        callbacks.append(AverageWeights(decay=options.ema))
     processes = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if not options.quiet:
         callbacks.append(PrintEpochs())
@@ -124,11 +95,11 @@ def make_trainer(options: Options, watchers: Sequence[Callback] = ()) -> Trainer
         accumulate_grad_batches=options.accumulate,
         gradient_clip_val=options.clip,
         max_epochs=options.epochs,
-        max_steps=options.max_steps,
         callbacks=callbacks,
+        plugins=[WholeFiles()],
         logger=make_loggers(options) or False,
         log_every_n_steps=50,
-        enable_checkpointing=options.out is not None,
+        enable_checkpointing=True,
         enable_progress_bar=not options.quiet and sys.stderr.isatty(),
         enable_model_summary=False,
         num_sanity_val_steps=0,

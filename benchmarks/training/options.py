@@ -67,7 +67,7 @@ class Options:
     batch_size: int = option(256, "rows of a forward pass, of all processes together")
     accumulate: int = option(1, "batches of a step")
     epochs: int = option(12, "passes over the training data")
-    max_steps: int = option(-1, "end after so many steps; -1: after the epochs")
+    max_steps: int = option(-1, "end after so many steps, with a validation; -1: after the epochs")
     optimizer: str = option("adam", "", ("sgd", "adam", "adamw"))
     lr: float = option(1e-3, "learning rate after the warm-up")
     lr_batch: int | None = option(None, "rows of a step that --lr is for: scaled linearly to the actual ones")
