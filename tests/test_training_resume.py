@@ -258,3 +258,35 @@ def test_resume_needs_the_same_settings_and_starts_where_there_is_nothing(tmp_pa
         engine.run(dataclasses.replace(options, lr=0.1))
     with pytest.raises(SystemExit, match="--resume needs --out"):
         engine.run(dataclasses.replace(options, out=None))
+
+
+TWO = """
+import dataclasses, pathlib, sys, pytest, torch
+from lightning.pytorch.utilities import rank_zero_only
+from test_training_resume import break_off, compare_with_unbroken, terminate
+from training_runs import SMALL
+torch.set_num_threads(1)
+folder = pathlib.Path(sys.argv[1])
+for name, changes, after, hook in [
+    ("step", {"accumulate": 2}, 6, "training_step"),
+    ("validation", {"ema": 0.9, "z_threshold": 1.0}, 3, "validation_step"),
+]:
+    options = dataclasses.replace(SMALL, **changes, out=folder / name / "broken")
+    end = terminate if rank_zero_only.rank == 1 else lambda: None  # the signal comes to one process first
+    with pytest.MonkeyPatch.context() as patch:
+        assert break_off(patch, options, end, after, hook).code == 143
+    compare_with_unbroken(folder / name, options)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_stop_and_go_on_together(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(TWO)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    done = subprocess.run(
+        [*launcher, str(script), str(tmp_path)], cwd=ROOT, env=environment, check=False, capture_output=True,
+        text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
