@@ -44,9 +44,13 @@ class Options:
     augment: str = option("none", "images in memory: pad, crop and flip at random", ("none", "crop-flip"))
 
     noise: str = option(
-        "none", f"wrong training labels: {', '.join(NOISES)}, or a file of labels, FILE:KEY for CIFAR-N"
+        "none",
+        f"wrong training labels: {', '.join(NOISES)}, or a file of labels (.pt, .npy or text), FILE:KEY for CIFAR-N",
     )
-    noise_rate: float = option(0.4, "probability that a label is replaced")
+    noise_rate: float = option(
+        0.4,
+        "probability that a label is replaced; of instance noise the mean, around which it is drawn for each sample",
+    )
 
     model: str = option("mlp", "resnet32, resnet34, resnet50, wide_resnet101_2, small_cnn, mlp, mlp:WIDTH or timm:NAME")
     loss: str = option("cross_entropy", "name of a loss, as in `python -m fused_losses info`, or elr")
