@@ -26,6 +26,7 @@ BAD: list[tuple[list[str], str]] = [
     (["--model", "mlp:x"], "--model.* must .*got .*mlp:x"),
     (["--model", "mlp:0"], "--model.* must .*got .*mlp:0"),
     (["--seed", "-1"], "--seed.* must .*got .*-1"),
+    (["--seed", "18446744073709551615"], r"--seed must satisfy 0 <= value < 2\*\*32, got 18446744073709551615"),
     (["--workers", "-1"], "--workers.* must .*got .*-1"),
     (["--out", "/proc/x"], "--out.* must .*got .*/proc/x"),
     (["--samples", "0"], "--samples.* must .*got .*0"),

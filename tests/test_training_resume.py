@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import os
@@ -222,6 +223,34 @@ def test_the_clock_of_an_epoch_goes_on(after: int, tmp_path: Path, monkeypatch: 
     *_, last = engine.run(dataclasses.replace(options, resume=True))["history"]
     # Looks at the clock are 10 seconds apart: at the start and the end of an epoch, and when a checkpoint is saved.
     assert 320 / 60 < last["samples_per_s"] < 320 / 10
+
+
+def test_logs_go_on_in_a_resumed_run_and_begin_anew_in_a_fresh_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def epochs() -> list[list[int]]:
+        with (tmp_path / "csv" / "metrics.csv").open() as file:
+            of_csv = [int(row["epoch"]) for row in csv.DictReader(file)]
+        return [of_csv, [json.loads(line)["epoch"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]]
+
+    options = dataclasses.replace(SMALL, out=tmp_path, log="json,csv")
+    for _ in range(2):
+        break_off(monkeypatch, options, kill, 11)
+        assert epochs() == [[0, 1]] * 2
+    engine.run(dataclasses.replace(options, resume=True))
+    assert epochs() == [[0, 1, 2]] * 2
+
+
+def test_json_has_no_nan(tmp_path: Path) -> None:
+    engine.run(dataclasses.replace(SMALL, optimizer="sgd", lr=1e30, epochs=1, out=tmp_path))
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        assert json.loads(line, parse_constant=refuse)["train_loss"] is None
+    result = json.loads((tmp_path / "result.json").read_text(), parse_constant=refuse)
+    assert result["last"]["train_loss"] is None and result["history"][0]["train_loss"] is None
 
 
 @pytest.mark.long

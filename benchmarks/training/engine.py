@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -21,7 +20,7 @@ from benchmarks.training.checkpoints import LAST, AverageWeights, Checkpoints, W
 from benchmarks.training.classifier import Classifier
 from benchmarks.training.criterion import make_loss
 from benchmarks.training.labels import apply_noise
-from benchmarks.training.logs import PrintEpochs, make_loggers
+from benchmarks.training.logs import PrintEpochs, make_loggers, to_json
 from benchmarks.training.options import Options, checked
 from benchmarks.training.samples import SyntheticSamples
 from benchmarks.training.sources import Data, load
@@ -42,9 +41,10 @@ def fit(options: Options, data: Data | None = None, watchers: Sequence[Callback]
     make_loss(options, torch.zeros(2, dtype=torch.int64), 10, 1)  # refuses a bad loss before data are looked for
     data = load(options) if data is None else data
     model = Classifier(options, data, apply_noise(data, options))
-    trainer = make_trainer(options, watchers)
+    checkpoint = _checkpoint(options)
+    trainer = make_trainer(options, watchers, resumed=checkpoint is not None)
     try:
-        trainer.fit(model, ckpt_path=_checkpoint(options), weights_only=False)
+        trainer.fit(model, ckpt_path=checkpoint, weights_only=False)
     except SIGTERMException:
         raise SystemExit(128 + 15) from None  # what a shell reports for SIGTERM
     return trainer, model
@@ -68,13 +68,13 @@ def run(options: Options, data: Data | None = None) -> dict[str, Any]:
         "wrong_labels": {} if report is None else report.summary(),
     }
     if options.out is not None and trainer.is_global_zero:
-        (options.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        (options.out / "result.json").write_text(to_json(result, indent=1) + "\n")
         if report is not None:
             report.save(options.out / "samples.csv")
     return result
 
 
-def make_trainer(options: Options, watchers: Sequence[Callback] = ()) -> Trainer:
+def make_trainer(options: Options, watchers: Sequence[Callback] = (), *, resumed: bool = False) -> Trainer:
     """Lightning's Trainer; the environment of torchrun or SLURM says how many processes there are."""
     callbacks = [*watchers, Checkpoints(options.out, options.checkpoint_steps)]
     if options.ema is not None:
@@ -97,7 +97,7 @@ def make_trainer(options: Options, watchers: Sequence[Callback] = ()) -> Trainer
         max_epochs=options.epochs,
         callbacks=callbacks,
         plugins=[WholeFiles()],
-        logger=make_loggers(options) or False,
+        logger=make_loggers(options, resumed=resumed) or False,
         log_every_n_steps=50,
         enable_checkpointing=True,
         enable_progress_bar=not options.quiet and sys.stderr.isatty(),

@@ -49,7 +49,7 @@ class Options:
     )
     noise_rate: float = option(
         0.4,
-        "probability that a label is replaced; of instance noise the mean, around which it is drawn for each sample",
+        "probability that a label is replaced; of instance the mean, so that 0 makes wrong labels, too",
     )
 
     model: str = option("mlp", "resnet32, resnet34, resnet50, wide_resnet101_2, small_cnn, mlp, mlp:WIDTH or timm:NAME")
@@ -144,11 +144,12 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
 
 AT_LEAST = {
     **dict.fromkeys(("batch_size", "accumulate", "epochs", "image_size", "samples", "classes", "lr_batch"), 1),
-    **dict.fromkeys(("cross_entropy_epochs", "seed", "workers"), 0),
+    **dict.fromkeys(("cross_entropy_epochs", "workers"), 0),
     **{"checkpoint_steps": 1, "max_steps": -1},
 }
 RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     **dict.fromkeys(("noise_rate", "z_anneal"), ("be between 0 and 1", lambda x: 0.0 <= x <= 1.0)),
+    **dict.fromkeys(("seed",), ("satisfy 0 <= value < 2**32", lambda x: 0 <= x < 2**32)),
     **dict.fromkeys(("ema",), ("satisfy 0 < value < 1", lambda x: 0.0 < x < 1.0)),
     **dict.fromkeys(("momentum",), ("satisfy 0 <= value < 1", lambda x: 0.0 <= x < 1.0)),
     **dict.fromkeys(("z_threshold", "clip"), ("satisfy 0 < value < inf", lambda x: 0.0 < x < math.inf)),
