@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -233,7 +234,9 @@ def test_own_transforms_do_what_torchvision_does(monkeypatch: pytest.MonkeyPatch
 
 
 BAD = [
-    ({"dataset": "fashion-mnist", "data": "{}"}, "train-images-idx3-ubyte.* is missing"),
+    ({"dataset": "fashion-mnist", "data": "{}"}, "--data must be a folder with train-images-idx3-ubyte"),
+    ({"dataset": "digits", "data": "{}"}, "--data must be a folder with train-images-idx3-ubyte(?!.*fashion)"),
+    ({"dataset": "webvision", "data": "{}", "classes": 1001}, "--classes must be at most the 1000 of WebVision"),
     ({"dataset": "cifar10"}, "--dataset cifar10 needs --data"),
     ({"dataset": "cifar100", "data": "{}"}, "neither train.bin nor train in"),
     ({"dataset": "imagefolder", "data": "{}"}, "must have folders train and val"),
@@ -243,7 +246,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD, ids=[message[:30] for _, message in BAD])
-def test_missing_files_are_named(changes: dict[str, str], message: str, tmp_path: Path) -> None:
+def test_missing_files_are_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     given = {name: Path(value.format(tmp_path)) if name == "data" else value for name, value in changes.items()}
     with pytest.raises(SystemExit, match=message):
         load(Options(**given))  # type: ignore[arg-type]

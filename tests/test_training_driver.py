@@ -29,6 +29,7 @@ from benchmarks.training.criterion import PlainLoss, make_loss
 from benchmarks.training.networks import make_network
 from benchmarks.training.options import Options, parse
 from benchmarks.training.report import compare
+from benchmarks.training.sources import load
 from fused_losses.calibration import solve_logit_bias
 
 pytestmark = [
@@ -220,6 +221,12 @@ def test_losses_of_more_than_a_row_train_too() -> None:
     runs = [engine.fit(dataclasses.replace(few, epochs=3, l1=l1))[1] for l1 in (0.0, 0.1)]
     plain, small = (sum(float(p.detach().abs().sum()) for p in model.network.parameters()) for model in runs)
     assert small < 0.9 * plain
+
+
+def test_data_that_are_given_are_those_of_the_options() -> None:
+    options = dataclasses.replace(SMALL, epochs=1, seed=3, augment="crop-flip")
+    given = engine.run(options, load(SMALL))
+    assert given["history"][0]["train_loss"] == engine.run(options)["history"][0]["train_loss"]
 
 
 def test_the_plain_loss_is_the_same_loss() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import struct
 import zlib
@@ -16,7 +17,7 @@ from benchmarks.training import transforms
 from benchmarks.training.options import Options
 from benchmarks.training.report import SampleReport
 from benchmarks.training.samples import EpochBatches, FileSamples, Request
-from benchmarks.training.sources import load
+from benchmarks.training.sources import adapt, load
 from fused_losses.diagnostics import OutlierTracker
 
 pytestmark = pytest.mark.any_cpu
@@ -99,3 +100,71 @@ def test_an_image_that_cannot_be_read_is_named(content: bytes, tmp_path: Path) -
     (tmp_path / "bad.png").write_bytes(content)
     with pytest.raises(RuntimeError, match=r"bad\.png cannot be read as an image: \w"):
         read(tmp_path / "bad.png")
+
+
+def test_classes_are_visible_folders_with_images_at_any_depth(tmp_path: Path) -> None:
+    layouts.image_folder(tmp_path)
+    cat = tmp_path / "train" / "cat"
+    for name in ("deep/er/3.BMP", "deep/4.tiff"):
+        layouts.write_image(cat / name, seed=9)
+    layouts.write_image(tmp_path / "train" / ".checkpoints" / "0.png", seed=9)
+    layouts.write_image(cat / ".hidden" / "0.png", seed=9)
+    (cat / "._0.jpg").write_bytes(b"of another system")
+    (tmp_path / "linked").mkdir()
+    layouts.write_image(tmp_path / "linked" / "inner" / "5.png", seed=9)
+    (tmp_path / "train" / "eel").symlink_to(tmp_path / "linked")
+    data = load(Options(dataset="imagefolder", data=tmp_path, image_size=16))
+    names = [Path(data.names(i)).name for i in range(len(data.train))]
+    assert names == ["0.jpg", "1.png", "2.png", "4.tiff", "3.BMP", "0.jpg", "1.png", "2.png", "5.png"]
+    assert data.num_classes == 3 and data.train.target.tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 2]
+    assert len(data.train[Request(0, torch.arange(9))].inputs) == 9
+
+
+def test_files_that_are_left_out_are_named(tmp_path: Path) -> None:
+    layouts.image_folder(tmp_path)
+    layouts.write_image(tmp_path / "train" / "cat" / "9.gif", seed=9)
+    options = Options(dataset="imagefolder", data=tmp_path)
+    with pytest.warns(UserWarning, match=r"train: 1 files are no images by their suffix, as .*9\.gif"):
+        load(options)
+    for path in (tmp_path / "train" / "dog").iterdir():
+        path.rename(path.with_suffix(".gif"))
+    with pytest.raises(SystemExit, match=r"dog must have images \(.jpg.*\), got 3 other files"):
+        load(options)
+
+
+def test_classes_of_validation_are_those_of_training(tmp_path: Path) -> None:
+    layouts.image_folder(tmp_path)
+    layouts.write_image(tmp_path / "val" / "eel" / "0.png", seed=9)
+    with pytest.raises(SystemExit, match=r"val must have classes of .*train, got eel$"):
+        load(Options(dataset="imagefolder", data=tmp_path))
+
+
+@pytest.mark.parametrize("name", ["train_filelist_google.txt", "val_filelist.txt"])
+def test_labels_beyond_the_classes_of_webvision_are_refused(name: str, tmp_path: Path) -> None:
+    layouts.webvision(tmp_path)
+    path = tmp_path / "info" / name
+    path.write_text(path.read_text().replace(" 2\n", " 1000\n"))
+    with pytest.raises(SystemExit, match=rf"{name}:\d must have a label in \[0, 1000\), got 1000"):
+        load(Options(dataset="webvision", data=tmp_path))
+
+
+def test_paths_in_lists_may_be_absolute(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    layouts.webvision(tmp_path / "a")
+    (tmp_path / "a" / "flickr").rename(tmp_path / "flickr")
+    path = tmp_path / "a" / "info" / "train_filelist_flickr.txt"
+    path.write_text(path.read_text().replace("flickr/", f"{tmp_path}/flickr/"))
+    data = load(Options(dataset="webvision", data=tmp_path / "a", image_size=16))
+    assert data.names(6) == f"{tmp_path}/flickr/q0000/image 0.jpg flickr_json/q0000.json#0"
+    assert len(data.train[Request(0, torch.tensor([6]))].inputs) == 1
+
+
+def test_loaded_samples_take_the_seed_and_augmentation_of_a_run(tmp_path: Path) -> None:
+    layouts.cifar10(tmp_path)
+    first = Options(dataset="cifar10", data=tmp_path)
+    second = dataclasses.replace(first, seed=3, augment="crop-flip")
+    data, request = load(first), Request(2, torch.arange(9))
+    adapt(data, second)
+    assert torch.equal(data.train[request].inputs, load(second).train[request].inputs)
+    adapt(data, first)
+    assert torch.equal(data.train[request].inputs, load(first).train[request].inputs)

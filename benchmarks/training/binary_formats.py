@@ -29,10 +29,7 @@ def _read_idx(folder: Path, name: str) -> Tensor:
             content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
             break
     else:
-        raise SystemExit(
-            f"{folder / name}(.gz) is missing: give the folder of such files by --data DIR, or install "
-            "Debian's package dataset-fashion-mnist"
-        )
+        raise SystemExit(f"--data must be a folder with {name} or {name}.gz, missing in {folder}")
     # Two zeros, 8 for unsigned bytes, the number of dimensions; then each as a big-endian 32-bit number.
     if content[:3] != b"\0\0\x08":
         raise SystemExit(f"{path} is no idx file of bytes: it begins with {content[:4].hex()}")

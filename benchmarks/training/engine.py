@@ -23,7 +23,7 @@ from benchmarks.training.labels import apply_noise
 from benchmarks.training.logs import PrintEpochs, make_loggers, to_json
 from benchmarks.training.options import Options, checked
 from benchmarks.training.samples import SyntheticSamples
-from benchmarks.training.sources import Data, load
+from benchmarks.training.sources import Data, adapt, load
 
 PRECISIONS: dict[str, Any] = {"none": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
@@ -31,15 +31,18 @@ PRECISIONS: dict[str, Any] = {"none": "32-true", "bf16": "bf16-mixed", "fp16": "
 def fit(options: Options, data: Data | None = None, watchers: Sequence[Callback] = ()) -> tuple[Trainer, Classifier]:
     """Trains as ``options`` say.
 
-    ``data`` may be given to save loading it again; its labels are replaced by those of ``options.noise``. ``watchers``
-    are further callbacks of the Trainer.
+    ``data`` may be given to save loading it again; labels, seed and augmentation become those of ``options``.
+    ``watchers`` are further callbacks of the Trainer.
 
     Raises:
         SystemExit: an option, a file or a checkpoint does not fit; or SIGTERM arrived, after a checkpoint.
     """
     checked(options)
     make_loss(options, torch.zeros(2, dtype=torch.int64), 10, 1)  # refuses a bad loss before data are looked for
-    data = load(options) if data is None else data
+    if data is None:
+        data = load(options)
+    else:
+        adapt(data, options)
     model = Classifier(options, data, apply_noise(data, options))
     checkpoint = _checkpoint(options)
     trainer = make_trainer(options, watchers, resumed=checkpoint is not None)
@@ -80,13 +83,16 @@ def make_trainer(options: Options, watchers: Sequence[Callback] = (), *, resumed
     if options.ema is not None:
         callbacks.append(AverageWeights(decay=options.ema))
     processes = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    accelerator = {"auto": "gpu" if torch.cuda.is_available() else "cpu"}.get(options.device, options.device)
+    if options.sync_batchnorm and processes and accelerator == "cpu":
+        raise SystemExit("--sync-batchnorm must be left out on the CPU, where torch has none, got --device cpu")
     if not options.quiet:
         callbacks.append(PrintEpochs())
     else:
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module=r"lightning\..*")
     return Trainer(
-        accelerator={"auto": "gpu" if torch.cuda.is_available() else "cpu"}.get(options.device, options.device),
+        accelerator=accelerator,
         devices=int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if processes else 1,
         num_nodes=_nodes() if processes else 1,
         strategy=_strategy(options, processes),

@@ -85,7 +85,7 @@ class Options:
 
     device: str = option("auto", "where to train", ("auto", "cpu", "cuda"))
     strategy: str = option("auto", "how processes share the network", ("auto", "ddp", "fsdp"))
-    sync_batchnorm: bool = option(False, "batch normalisation over all processes")
+    sync_batchnorm: bool = option(False, "batch normalisation over all processes, of GPUs")
     amp: str = option("none", "arithmetic of forward and backward", ("none", "bf16", "fp16"))
     channels_last: bool = option(False, "memory layout of the images")
     compile: bool = option(False, "torch.compile the network")
@@ -173,6 +173,8 @@ def checked(options: Options) -> Options:
         value = getattr(options, name)
         if value is not None and not holds(value):
             raise SystemExit(f"--{name.replace('_', '-')} must {rule}, got {value}")
+    if options.strategy == "fsdp" and (options.ema is not None or options.l1 > 0.0):
+        raise SystemExit("--strategy fsdp excludes --ema and --l1, which need whole weights on every process")
     check_name(options.model)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit(f"--device must be there, got cuda, of which torch {torch.__version__} sees none")
