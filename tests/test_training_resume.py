@@ -237,6 +237,8 @@ def test_logs_go_on_in_a_resumed_run_and_begin_anew_in_a_fresh_one(
     for _ in range(2):
         break_off(monkeypatch, options, kill, 11)
         assert epochs() == [[0, 1]] * 2
+    with (tmp_path / "csv" / "metrics.csv").open("a") as file:
+        file.write("2,3")  # half a line, of a process that ended in the midst of it
     engine.run(dataclasses.replace(options, resume=True))
     assert epochs() == [[0, 1, 2]] * 2
 

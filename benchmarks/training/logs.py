@@ -25,7 +25,7 @@ class JsonLines(Logger):
     def __init__(self, path: Path, *, resumed: bool) -> None:
         super().__init__()
         self.path = path
-        if not resumed and getattr(rank_zero_only, "rank", 0) == 0:
+        if _writes() and not resumed:
             path.unlink(missing_ok=True)
 
     @property
@@ -50,6 +50,11 @@ class JsonLines(Logger):
             file.write(to_json({"step": step, **metrics}) + "\n")
 
 
+def _writes() -> bool:
+    """Whether this process is the one that writes files."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
 def to_json(value: Any, indent: int | None = None) -> str:
     """JSON, which has no NaN and no infinity: null in place of them."""
 
@@ -67,9 +72,9 @@ def _csv(folder: Path, *, resumed: bool) -> CSVLogger:
     """Lightning's logger deletes the file that it finds; a resumed run keeps its rows."""
     path = folder / "csv" / "metrics.csv"
     rows: list[dict[str, str]] = []
-    if resumed and path.is_file():
+    if _writes() and resumed and path.is_file():
         with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+            rows = [row for row in csv.DictReader(file) if None not in row.values()]  # half a line, of a break
     logger = CSVLogger(folder, name="csv", version="", flush_logs_every_n_steps=1)
     for row in rows:
         known: Any = {name: value for name, value in row.items() if value}
