@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import emulated_cuda
@@ -37,6 +37,15 @@ GRAD_FLOOR = {torch.float64: 0.0, torch.float32: 1e-12, torch.float16: 1.2e-7, t
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
     return cast("str", request.param)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Of torch: small networks are not worth more, and sums are then made in the same order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ import training_layouts as layouts
 from torch.utils.data import DataLoader
 
 from benchmarks.training import transforms
-from benchmarks.training.binary_formats import read_labels, read_mnist
+from benchmarks.training.binary_formats import read_mnist
+from benchmarks.training.label_files import read_labels
 from benchmarks.training.labels import apply_noise
 from benchmarks.training.options import Options
 from benchmarks.training.samples import EpochBatches, FileSamples, Request, TensorSamples, crop_and_flip, random_bits
@@ -81,16 +84,21 @@ def write_cifar_n(folder: Path, labels: np.ndarray[tuple[int], np.dtype[np.int64
     """Human labels as published for CIFAR-10N: a dictionary of arrays."""
     content = {"clean_label": labels, "worse_label": (labels + 1) % 10}
     torch.save(content, folder / "CIFAR-10_human.pt")
-    np.save(folder / "CIFAR-10_human_ordered.npy", content)  # type: ignore[arg-type]
     np.savetxt(folder / "labels.txt", content["worse_label"], fmt="%d")
     torch.save(torch.from_numpy(content["worse_label"]), folder / "labels.pt")
+    torch.save(content["worse_label"].tolist(), folder / "list.pt")
     np.save(folder / "labels.npy", content["worse_label"])
+    (folder / "v1.2:a").mkdir()
+    np.save(folder / "v1.2:a" / "labels.npy", content["worse_label"].astype(np.uint8))
+    np.savetxt(folder / "labels", content["worse_label"], fmt="%d")
     return [
         "CIFAR-10_human.pt:worse_label",
-        "CIFAR-10_human_ordered.npy:worse_label",
         "labels.txt",
         "labels.pt",
+        "list.pt",
         "labels.npy",
+        "v1.2:a/labels.npy",
+        "labels",
     ]
 
 
@@ -113,8 +121,11 @@ def test_pickled_code_is_not_run(tmp_path: Path) -> None:
             return os.mkdir, (str(tmp_path / "ran"),)
 
     torch.save({"clean_label": Bad()}, tmp_path / "bad.pt")
-    with pytest.raises(pickle.UnpicklingError):
-        read_labels(tmp_path / "bad.pt", "clean_label")
+    np.save(tmp_path / "bad.npy", {"clean_label": Bad()})  # type: ignore[arg-type]
+    (tmp_path / "pickle.npy").write_bytes(pickle.dumps(Bad()))
+    for name in ("bad.pt", "bad.npy", "pickle.npy"):
+        with pytest.raises(SystemExit, match=rf"{name} must hold labels in a \.pt file, an array of numbers"):
+            read_labels(tmp_path / name, "clean_label")
     layouts.cifar10_python(tmp_path)
     (tmp_path / "cifar-10-batches-py" / "data_batch_2").write_bytes(pickle.dumps({b"data": Bad()}))
     with pytest.raises(pickle.UnpicklingError, match="is not expected"):
@@ -223,7 +234,9 @@ def test_own_transforms_do_what_torchvision_does(monkeypatch: pytest.MonkeyPatch
 
 
 BAD = [
-    ({"dataset": "fashion-mnist", "data": "{}"}, "train-images-idx3-ubyte.* is missing"),
+    ({"dataset": "fashion-mnist", "data": "{}"}, "--data must be a folder with train-images-idx3-ubyte"),
+    ({"dataset": "digits", "data": "{}"}, "--data must be a folder with train-images-idx3-ubyte(?!.*fashion)"),
+    ({"dataset": "webvision", "data": "{}", "classes": 1001}, "--classes must be at most the 1000 of WebVision"),
     ({"dataset": "cifar10"}, "--dataset cifar10 needs --data"),
     ({"dataset": "cifar100", "data": "{}"}, "neither train.bin nor train in"),
     ({"dataset": "imagefolder", "data": "{}"}, "must have folders train and val"),
@@ -233,7 +246,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD, ids=[message[:30] for _, message in BAD])
-def test_missing_files_are_named(changes: dict[str, str], message: str, tmp_path: Path) -> None:
+def test_missing_files_are_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     given = {name: Path(value.format(tmp_path)) if name == "data" else value for name, value in changes.items()}
     with pytest.raises(SystemExit, match=message):
         load(Options(**given))  # type: ignore[arg-type]
@@ -257,7 +270,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"val_filelist\.txt:1 must be a path and a number"):
         load(Options(dataset="webvision", data=tmp_path))
     (tmp_path / "flickr" / "q0000" / "image 0.jpg").write_bytes(b"no image")
-    samples = FileSamples([tmp_path / "flickr/q0000/image 0.jpg"], torch.zeros(1), transforms.for_validation(8))
+    samples = FileSamples([tmp_path / "flickr/q0000/image 0.jpg"], torch.zeros(1), transforms.for_validation(8), 8)
     with pytest.raises(RuntimeError, match=r"image 0\.jpg cannot be read as an image"):
         samples[Request(0, torch.tensor([0]))]
 
@@ -280,5 +293,36 @@ def test_bad_noise_is_named(noise: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("1\n")
     np.save(tmp_path / "high.npy", 10 * labels.numpy())
     options = Options(dataset="cifar10", data=tmp_path, noise=noise.format(tmp_path))
+    with pytest.raises(SystemExit, match=message):
+        apply_noise(load(options), options)
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "message"),
+    [
+        ("a.npy", lambda path: np.save(path, np.arange(50) + 0.7), r"whole numbers of shape \(N,\), got float64"),
+        ("a.npy", lambda path: np.save(path, np.eye(50, dtype=int)), r"got int64 of shape \(50, 50\)"),
+        ("a.npy", lambda path: np.save(path, np.zeros((50, 1), int)), r"got int64 of shape \(50, 1\)"),
+        ("a.npy", lambda path: np.save(path, np.arange(50) > 3), "got bool"),
+        ("a.npy", lambda path: np.save(path, ["a"] * 50), "got <U1"),
+        ("a.npz", lambda path: np.savez(path, np.arange(50)), "one whole number a line: "),
+        ("a.npy", lambda path: path.write_bytes(b"junk"), "a.npy must hold labels in .*: "),
+        ("a.pt", lambda path: path.write_bytes(b"junk"), "a.pt must hold labels in .*: "),
+        ("a.pt", lambda path: torch.save(torch.arange(50) + 0.7, path), "got float32"),
+        ("a.pt", lambda path: torch.save([[1], [2, 3]], path), "got object"),
+        ("a.txt", lambda path: path.write_text("cat\n" * 50), "one whole number a line: .*'cat'"),
+        ("a.txt", lambda path: path.write_text("1.0\n" * 50), "one whole number a line: .*'1.0'"),
+        ("a.csv", lambda path: path.write_text("0,1\n" * 50), "one whole number a line: .*'0,1'"),
+        ("a.txt", lambda path: path.write_text("0 1\n" * 25), r"got int64 of shape \(25, 2\)"),
+        ("a.txt", lambda path: path.write_text("0 1\n"), r"got int64 of shape \(1, 2\)"),
+        ("a.txt", lambda path: path.write_text(""), "must hold 50 labels, got 0"),
+    ],
+)
+def test_files_that_hold_no_labels_are_refused(
+    name: str, write: Callable[[Path], object], message: str, tmp_path: Path
+) -> None:
+    layouts.cifar10(tmp_path)
+    write(tmp_path / name)
+    options = Options(dataset="cifar10", data=tmp_path, noise=str(tmp_path / name))
     with pytest.raises(SystemExit, match=message):
         apply_noise(load(options), options)

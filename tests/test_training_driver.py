@@ -1,4 +1,4 @@
-"""The training driver: a few steps on each layout, exact resumption, processes that equal one, its options."""
+"""The training driver: a few steps on each layout, processes that equal one, its options."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ import dataclasses
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import training_layouts as layouts
+from training_runs import ROOT, SMALL, weights
 
 import fused_losses as fl
 
@@ -30,30 +29,15 @@ from benchmarks.training.criterion import PlainLoss, make_loss
 from benchmarks.training.networks import make_network
 from benchmarks.training.options import Options, parse
 from benchmarks.training.report import compare
+from benchmarks.training.sources import load
 from fused_losses.calibration import solve_logit_bias
 
 pytestmark = [
     pytest.mark.any_cpu,
+    pytest.mark.usefixtures("one_thread"),
     # Lightning's advice about workers, logging intervals and the like
     pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning:lightning"),
 ]
-
-ROOT = Path(__file__).parents[1]
-SMALL = Options(dataset="digits", samples=320, batch_size=64, epochs=3, noise="symmetric", quiet=True, device="cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    state: dict[str, torch.Tensor] = torch.load(folder / "last.ckpt", weights_only=False)["state_dict"]
-    return state
-
 
 LAYOUTS: list[tuple[str, Callable[[Path], object] | None, list[str]]] = [
     ("fashion-mnist", layouts.mnist, ["--model", "small_cnn", "--noise", "asymmetric"]),
@@ -121,99 +105,14 @@ def test_training_learns_logs_and_finds_wrong_labels(tmp_path: Path) -> None:
     assert float(first[0]["mean_probability"]) <= float(rows[-1]["mean_probability"])
 
 
-RECIPES: dict[str, dict[str, Any]] = {
-    "scheduled bias": {"loss": "mae", "logit_bias": "auto", "bias_schedule": "cosine", "lr_schedule": "cosine"},
-    "z-error": {"loss": "gce", "z_threshold": 1.0, "warmup": 1.0, "lr_batch": 64},
-}
-
-
-class Killed(Exception):
-    """Stands for the end of the process."""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("after", [1, 4, 5, 6, 10])
-@pytest.mark.parametrize("recipe", ["scheduled bias", "z-error"])
-def test_a_run_that_breaks_off_anywhere_ends_like_an_unbroken_one(
-    recipe: str, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Five batches an epoch, checkpoints after every two steps and every epoch.
-    options = dataclasses.replace(SMALL, **RECIPES[recipe], checkpoint_steps=2)
-    whole = engine.run(dataclasses.replace(options, out=tmp_path / "whole"))
-    steps = []
-    train = engine.Classifier.training_step
-
-    def dies(self: engine.Classifier, *args: Any) -> torch.Tensor:
-        steps.append(1)
-        if len(steps) > after:
-            raise Killed
-        return train(self, *args)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(engine.Classifier, "training_step", dies)
-        engine.run(dataclasses.replace(options, out=tmp_path / "broken"))
-    broken = engine.run(dataclasses.replace(options, out=tmp_path / "broken", resume=True))
-    a, b = weights(tmp_path / "whole"), weights(tmp_path / "broken")
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    for name in ("top1", "train_loss"):
-        assert [epoch[name] for epoch in broken["history"]] == [epoch[name] for epoch in whole["history"]]
-    assert broken["wrong_labels"] == whole["wrong_labels"]
-
-
-@pytest.mark.long
-def test_kill_9_and_resume_end_like_an_unbroken_run(tmp_path: Path) -> None:
-    options = dataclasses.replace(SMALL, epochs=80, checkpoint_steps=3, out=tmp_path / "killed")
-    flags = ["--dataset", "digits", "--samples", "320", "--batch-size", "64", "--epochs", "80", "--noise", "symmetric"]
-    command = [sys.executable, "-m", "benchmarks.training", *flags, "--device", "cpu", "--quiet"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [*command, "--checkpoint-steps", "3", "--out", str(options.out)], cwd=ROOT, env=environment,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    assert options.out is not None
-    deadline = time.monotonic() + 900  # of a busy machine
-    while not (options.out / "metrics.jsonl").exists() or len((options.out / "metrics.jsonl").read_text()) < 1500:
-        assert process.poll() is None, process.stderr and process.stderr.read().decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.kill()
-    process.communicate()
-    done = torch.load(options.out / "last.ckpt", weights_only=False)["global_step"]
-    assert 0 < done < 400 and not (options.out / "result.json").exists()
-    engine.run(dataclasses.replace(options, resume=True))
-    engine.run(dataclasses.replace(options, out=tmp_path / "whole"))
-    a, b = weights(tmp_path / "whole"), weights(tmp_path / "killed")
-    assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-def test_sigterm_saves_between_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train, steps = engine.Classifier.training_step, []
-
-    def signalled(self: engine.Classifier, *args: Any) -> torch.Tensor:
-        steps.append(1)
-        if len(steps) == 8:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return train(self, *args)
-
-    options = dataclasses.replace(SMALL, out=tmp_path / "stopped")
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(engine.Classifier, "training_step", signalled)
-        engine.run(options)
-    assert stop.value.code == 143
-    assert torch.load(tmp_path / "stopped" / "last.ckpt", weights_only=False)["global_step"] == 8
-    engine.run(dataclasses.replace(options, resume=True))
-    engine.run(dataclasses.replace(options, out=tmp_path / "whole"))
-    a, b = weights(tmp_path / "whole"), weights(tmp_path / "stopped")
-    assert all(torch.equal(a[name], b[name]) for name in a)
-
-
 # With 2 processes the sums over a batch are rounded differently. Adam divides gradients by their size, so the error
 # stays small beside each weight's step, which is at most the learning rate of 1e-3.
 PROCESSES_TOLERANCE = 1e-5
 PROCESSES = """
 import dataclasses, pathlib, sys, torch
 from benchmarks.training import engine
-from test_training_driver import PROCESS_RUNS, SMALL
+from test_training_driver import PROCESS_RUNS
+from training_runs import SMALL
 torch.set_num_threads(1)
 for name, changes in PROCESS_RUNS.items():
     engine.run(dataclasses.replace(SMALL, **changes, out=pathlib.Path(sys.argv[1]) / name))
@@ -244,18 +143,9 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         assert saved["last"]["top1"] == result["last"]["top1"]
         assert saved["last"]["train_loss"] == pytest.approx(result["last"]["train_loss"], rel=1e-5)
         a, b = weights(tmp_path / "one" / name), weights(tmp_path / "two" / name)
+        b = {key.replace("loss.loss.", "loss."): value for key, value in b.items()}  # GlobalMean is around a loss
         for key in a:
             torch.testing.assert_close(b[key], a[key], rtol=0, atol=PROCESSES_TOLERANCE)
-
-
-def test_resume_needs_the_same_settings_and_starts_where_there_is_nothing(tmp_path: Path) -> None:
-    options = dataclasses.replace(SMALL, epochs=1, out=tmp_path, resume=True)
-    first = engine.run(options)
-    assert engine.run(options)["history"] == first["history"], "a finished run has nothing left to do"
-    with pytest.raises(SystemExit, match=r"changed: lr: 0.001 -> 0.1"):
-        engine.run(dataclasses.replace(options, lr=0.1))
-    with pytest.raises(SystemExit, match="--resume needs --out"):
-        engine.run(dataclasses.replace(options, out=None))
 
 
 @pytest.mark.parametrize(
@@ -332,6 +222,12 @@ def test_losses_of_more_than_a_row_train_too() -> None:
     runs = [engine.fit(dataclasses.replace(few, epochs=3, l1=l1))[1] for l1 in (0.0, 0.1)]
     plain, small = (sum(float(p.detach().abs().sum()) for p in model.network.parameters()) for model in runs)
     assert small < 0.9 * plain
+
+
+def test_data_that_are_given_are_those_of_the_options() -> None:
+    options = dataclasses.replace(SMALL, epochs=1, seed=3, augment="crop-flip")
+    given = engine.run(options, load(SMALL))
+    assert given["history"][0]["train_loss"] == engine.run(options)["history"][0]["train_loss"]
 
 
 def test_the_plain_loss_is_the_same_loss() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,14 @@ def test_only_missing_runs_are_trained(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     recipe = Options(dataset="digits", samples=200, epochs=2, batch_size=100, device="cpu", noise="symmetric")
     variants = [Variant("CE", {}), Variant("MAE", {"loss": "mae"}, seeds=1)]
-    assert not train_all(Runs(path, until=0.0), recipe, variants, seeds=2)
-    assert train_all(Runs(path), recipe, variants, seeds=2)
+
+    def train(recipe: Options = recipe, seeds: int = 2, until: float = math.inf) -> bool:
+        runs = Runs(path, until=until)
+        train_all(runs, recipe, variants, seeds)
+        return runs.complete
+
+    assert not train(until=0.0) and train()
+    assert train(until=0.0), "nothing is missing, however late it is"
     first = path.read_text()
     runs = Runs(path)
     assert [(row["label"], row["seed"]) for row in runs.rows] == [("CE", 0), ("CE", 1), ("MAE", 0)]
@@ -33,10 +40,10 @@ def test_only_missing_runs_are_trained(tmp_path: Path) -> None:
     )
     with path.open("a") as file:
         file.write(first[: len(first) // 2].splitlines()[-1][:50])  # an interrupted line
-    assert train_all(Runs(path), recipe, variants, seeds=2)
+    assert train()
     assert len(Runs(path).rows) == 3
-    assert train_all(Runs(path), dataclasses.replace(recipe, epochs=1), variants[:1], seeds=1)
-    assert len(Runs(path).rows) == 4, "other settings are another run"
+    assert train(dataclasses.replace(recipe, epochs=1), seeds=1)
+    assert len(Runs(path).rows) == 5, "other settings are another run"
 
 
 def test_numbers_are_shown_with_their_spread() -> None:

@@ -26,6 +26,7 @@ BAD: list[tuple[list[str], str]] = [
     (["--model", "mlp:x"], "--model.* must .*got .*mlp:x"),
     (["--model", "mlp:0"], "--model.* must .*got .*mlp:0"),
     (["--seed", "-1"], "--seed.* must .*got .*-1"),
+    (["--seed", "18446744073709551615"], r"--seed must satisfy 0 <= value < 2\*\*32, got 18446744073709551615"),
     (["--workers", "-1"], "--workers.* must .*got .*-1"),
     (["--out", "/proc/x"], "--out.* must .*got .*/proc/x"),
     (["--samples", "0"], "--samples.* must .*got .*0"),
@@ -51,6 +52,8 @@ BAD: list[tuple[list[str], str]] = [
     (["--wrap", "softmax=1"], "--wrap must be NAME=NUMBER of logit_norm.*got 'softmax=1'"),
     (["--wrap", "logit_clip=-1"], "--wrap must be .*got 'logit_clip=-1'"),
     (["--wrap", "logit_norm=1", "--plain"], "--wrap excludes --plain"),
+    (["--strategy", "fsdp", "--ema", ".9"], "--strategy fsdp excludes --ema and --l1"),
+    (["--strategy", "fsdp", "--l1", ".1"], "--strategy fsdp excludes --ema and --l1"),
     (["--plain", "--z-threshold", "2"], "--plain and --z-threshold exclude each other"),
 ]
 
@@ -59,6 +62,17 @@ BAD: list[tuple[list[str], str]] = [
 def test_bad_options_are_named(arguments: list[str], message: str) -> None:
     with pytest.raises(SystemExit, match=message):
         main(["--device", "cpu", "--quiet", *arguments])
+
+
+def test_batch_normalisation_over_processes_is_refused_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="--sync-batchnorm must be left out on the CPU"):
+        main(["--device", "cpu", "--quiet", "--sync-batchnorm"])
+
+
+def test_what_max_steps_reached_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--device", "cpu", "--quiet", "--samples", "320", "--batch-size", "64", "--epochs", "1", "--max-steps", "3"])
+    assert "top-1: last" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")

@@ -1,4 +1,4 @@
-"""Readers of the files that MNIST, CIFAR and CIFAR-N are published as."""
+"""Readers of the files that MNIST and CIFAR are published as."""
 
 from __future__ import annotations
 
@@ -29,10 +29,7 @@ def _read_idx(folder: Path, name: str) -> Tensor:
             content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
             break
     else:
-        raise SystemExit(
-            f"{folder / name}(.gz) is missing: give the folder of such files by --data DIR, or install "
-            "Debian's package dataset-fashion-mnist"
-        )
+        raise SystemExit(f"--data must be a folder with {name} or {name}.gz, missing in {folder}")
     # Two zeros, 8 for unsigned bytes, the number of dimensions; then each as a big-endian 32-bit number.
     if content[:3] != b"\0\0\x08":
         raise SystemExit(f"{path} is no idx file of bytes: it begins with {content[:4].hex()}")
@@ -96,35 +93,3 @@ def _read_cifar_python(path: Path) -> tuple[Tensor, Tensor]:
         found = _Arrays(file, encoding="bytes").load()
     labels = found.get(b"fine_labels", found.get(b"labels"))
     return torch.from_numpy(np.array(found[b"data"])).view(-1, 3, 32, 32), torch.tensor(labels)
-
-
-def read_labels(path: Path, key: str | None) -> Tensor:
-    """Labels (N,) from a file: ``.pt`` or ``.npy`` as CIFAR-N publishes its human labels, or text, one a line.
-
-    ``key`` chooses from a dictionary, such as "worse_label" of CIFAR-10N or "noisy_label" of CIFAR-100N.
-    """
-    if not path.is_file():
-        raise SystemExit(f"--noise must be a kind of noise or a file of labels, {path} is missing")
-    found: Any
-    if path.suffix == ".pt":
-        # The published files hold arrays, which weights_only=True refuses by default.
-        with torch.serialization.safe_globals(_array_types()):
-            found = torch.load(path, weights_only=True)
-    elif path.suffix == ".npy":
-        found = np.load(path, allow_pickle=True)  # the published files are a dictionary in an array
-        found = found.item() if found.dtype == object else found
-    else:
-        found = np.loadtxt(path, dtype=np.int64, ndmin=1)
-    if isinstance(found, dict):
-        if key not in found:
-            raise SystemExit(f"--noise {path} holds several labels, append :KEY, one of {', '.join(map(str, found))}")
-        found = found[key]
-    elif key is not None:
-        raise SystemExit(f"--noise {path} holds one set of labels and has no {key!r}")
-    return torch.as_tensor(np.asarray(found), dtype=torch.int64).flatten()
-
-
-def _array_types() -> list[Any]:
-    rebuild = np.array(0).__reduce__()[0]
-    dtypes = [type(np.dtype(kind)) for kind in ("i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8")]
-    return [(rebuild, "numpy.core.multiarray._reconstruct"), rebuild, np.ndarray, np.dtype, *dtypes]

@@ -49,13 +49,19 @@ class Classifier(lightning.LightningModule):
         self._train_loss = torch.zeros(2, dtype=torch.float64)
         self._hits = torch.zeros(3, dtype=torch.float64)
         self._epoch_began = 0.0
+        self._seconds_before = 0.0  # of this epoch, before an interruption
         self._images: Tensor | None = None
+
+    @property
+    def steps_of_epoch(self) -> int:
+        """Optimizer steps of an epoch."""
+        batches = len(self.data.train) // self.options.batch_size
+        return -(-batches // self.options.accumulate)
 
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole training."""
-        batches = len(self.data.train) // self.options.batch_size
-        steps = -(-batches // self.options.accumulate) * self.options.epochs
+        steps = self.steps_of_epoch * self.options.epochs
         return steps if self.options.max_steps < 0 else min(steps, self.options.max_steps)
 
     @property
@@ -140,9 +146,19 @@ class Classifier(lightning.LightningModule):
 
     # Training
 
-    def on_train_epoch_start(self) -> None:
-        """Starts the epoch's clock."""
-        self._epoch_began = time.perf_counter()
+    def on_train_start(self) -> None:
+        """Starts the first epoch's clock, or goes on with that of an interrupted one."""
+        self._epoch_began = time.perf_counter() - self._seconds_before
+        self._stop_after_max_steps()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Ends the training after --max-steps; Lightning then validates, as after an epoch."""
+        self._stop_after_max_steps()
+
+    def _stop_after_max_steps(self) -> None:
+        # Not Lightning's max_steps, with which a resumed run leaves out an epoch.
+        if self.trainer.global_step == self.options.max_steps:
+            self.trainer.should_stop = True
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of a batch."""
@@ -201,7 +217,7 @@ class Classifier(lightning.LightningModule):
         else:
             kind = torch.optim.AdamW if options.optimizer == "adamw" else torch.optim.Adam
             optimizer = kind(parameters, **given)
-        warmup = options.warmup * self.steps / options.epochs
+        warmup = options.warmup * self.steps_of_epoch
 
         def factor(step: int) -> float:
             if step < warmup:
@@ -240,18 +256,21 @@ class Classifier(lightning.LightningModule):
             "samples_per_s": batches / self.trainer.world_size * self.options.batch_size / seconds,
         }
         self._train_loss.zero_()
+        self._epoch_began = time.perf_counter()
         self.history.append({"epoch": self.current_epoch, **metrics})
         self.log_dict(metrics, prog_bar=True)
 
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what Lightning does not know of. The tracker is that of all processes: a collective call."""
+        """Adds what Lightning does not know of. Sums are those of all processes: a collective call."""
+        train_loss = self._train_loss.to(self.device, copy=True)
         checkpoint["training"] = {
             "settings": self.options.settings(),
             "world_size": self.trainer.world_size,
             "history": self.history,
-            "train_loss": self._train_loss.cpu(),
+            "train_loss": self.trainer.strategy.reduce(train_loss, reduce_op="sum").cpu(),
+            "seconds": time.perf_counter() - self._epoch_began,
             "schedules": [schedule.state_dict() for schedule in self.schedules],
             "tracker": self._whole_tracker().state_dict(),
         }
@@ -259,10 +278,11 @@ class Classifier(lightning.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores it, and where in its epoch the training was."""
         state = checkpoint["training"]
-        self.history, self._train_loss = list(state["history"]), state["train_loss"].to(self.device)
+        self.history, self._seconds_before = list(state["history"]), state["seconds"]
         for schedule, saved in zip(self.schedules, state["schedules"], strict=True):
             schedule.load_state_dict(saved)
-        if self.trainer.is_global_zero:  # it saves the sum over processes; the others continue from zeros
+        if self.trainer.is_global_zero:  # sums are saved over processes; the others continue from zeros
+            self._train_loss = state["train_loss"].to(self.device)
             self.tracker.load_state_dict(state["tracker"])
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         self._batches_done = progress["total"]["processed"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -14,64 +13,41 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from benchmarks.training.checkpoints import LAST, AverageWeights, Checkpoints, WholeFiles
 from benchmarks.training.classifier import Classifier
 from benchmarks.training.criterion import make_loss
 from benchmarks.training.labels import apply_noise
-from benchmarks.training.logs import PrintEpochs, make_loggers
+from benchmarks.training.logs import PrintEpochs, make_loggers, to_json
 from benchmarks.training.options import Options, checked
 from benchmarks.training.samples import SyntheticSamples
-from benchmarks.training.sources import Data, load
+from benchmarks.training.sources import Data, adapt, load
 
-LAST, BEST = "last.ckpt", "best.ckpt"
 PRECISIONS: dict[str, Any] = {"none": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
-
-
-class Checkpoints(Checkpoint):
-    """Saves last.ckpt after each epoch, every ``steps`` steps and when SIGTERM arrives, and best.ckpt by accuracy."""
-
-    def __init__(self, folder: Path, steps: int | None) -> None:
-        self.folder, self.steps = folder, steps
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Saves between two steps; the end of an epoch has its own checkpoint."""
-        progress = trainer.fit_loop.epoch_loop
-        if self.steps is None or progress._should_accumulate() or progress.batch_progress.is_last_batch:
-            return
-        if trainer.global_step % self.steps == 0:
-            trainer.save_checkpoint(self.folder / LAST)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Saves after the validation."""
-        trainer.save_checkpoint(self.folder / LAST)
-        if pl_module.history and pl_module.history[-1] is max(pl_module.history, key=lambda epoch: epoch["top1"]):
-            trainer.save_checkpoint(self.folder / BEST)
-
-    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Saves where SIGTERM stopped the training, between two steps; other exceptions may come within one."""
-        if isinstance(exception, SIGTERMException):
-            trainer.save_checkpoint(self.folder / LAST)
 
 
 def fit(options: Options, data: Data | None = None, watchers: Sequence[Callback] = ()) -> tuple[Trainer, Classifier]:
     """Trains as ``options`` say.
 
-    ``data`` may be given to save loading it again; its labels are replaced by those of ``options.noise``. ``watchers``
-    are further callbacks of the Trainer.
+    ``data`` may be given to save loading it again; labels, seed and augmentation become those of ``options``.
+    ``watchers`` are further callbacks of the Trainer.
 
     Raises:
         SystemExit: an option, a file or a checkpoint does not fit; or SIGTERM arrived, after a checkpoint.
     """
     checked(options)
     make_loss(options, torch.zeros(2, dtype=torch.int64), 10, 1)  # refuses a bad loss before data are looked for
-    data = load(options) if data is None else data
+    if data is None:
+        data = load(options)
+    else:
+        adapt(data, options)
     model = Classifier(options, data, apply_noise(data, options))
-    trainer = make_trainer(options, watchers)
+    checkpoint = _checkpoint(options)
+    trainer = make_trainer(options, watchers, resumed=checkpoint is not None)
     try:
-        trainer.fit(model, ckpt_path=_checkpoint(options), weights_only=False)
+        trainer.fit(model, ckpt_path=checkpoint, weights_only=False)
     except SIGTERMException:
         raise SystemExit(128 + 15) from None  # what a shell reports for SIGTERM
     return trainer, model
@@ -95,27 +71,28 @@ def run(options: Options, data: Data | None = None) -> dict[str, Any]:
         "wrong_labels": {} if report is None else report.summary(),
     }
     if options.out is not None and trainer.is_global_zero:
-        (options.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        (options.out / "result.json").write_text(to_json(result, indent=1) + "\n")
         if report is not None:
             report.save(options.out / "samples.csv")
     return result
 
 
-def make_trainer(options: Options, watchers: Sequence[Callback] = ()) -> Trainer:
+def make_trainer(options: Options, watchers: Sequence[Callback] = (), *, resumed: bool = False) -> Trainer:
     """Lightning's Trainer; the environment of torchrun or SLURM says how many processes there are."""
-    callbacks = [*watchers]
-    if options.out is not None:
-        callbacks.append(Checkpoints(options.out, options.checkpoint_steps))
+    callbacks = [*watchers, Checkpoints(options.out, options.checkpoint_steps)]
     if options.ema is not None:
-        callbacks.append(EMAWeightAveraging(decay=options.ema))
+        callbacks.append(AverageWeights(decay=options.ema))
     processes = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    accelerator = {"auto": "gpu" if torch.cuda.is_available() else "cpu"}.get(options.device, options.device)
+    if options.sync_batchnorm and processes and accelerator == "cpu":
+        raise SystemExit("--sync-batchnorm must be left out on the CPU, where torch has none, got --device cpu")
     if not options.quiet:
         callbacks.append(PrintEpochs())
     else:
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module=r"lightning\..*")
     return Trainer(
-        accelerator={"auto": "gpu" if torch.cuda.is_available() else "cpu"}.get(options.device, options.device),
+        accelerator=accelerator,
         devices=int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if processes else 1,
         num_nodes=_nodes() if processes else 1,
         strategy=_strategy(options, processes),
@@ -124,11 +101,11 @@ def make_trainer(options: Options, watchers: Sequence[Callback] = ()) -> Trainer
         accumulate_grad_batches=options.accumulate,
         gradient_clip_val=options.clip,
         max_epochs=options.epochs,
-        max_steps=options.max_steps,
         callbacks=callbacks,
-        logger=make_loggers(options) or False,
+        plugins=[WholeFiles()],
+        logger=make_loggers(options, resumed=resumed) or False,
         log_every_n_steps=50,
-        enable_checkpointing=options.out is not None,
+        enable_checkpointing=True,
         enable_progress_bar=not options.quiet and sys.stderr.isatty(),
         enable_model_summary=False,
         num_sanity_val_steps=0,

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
-from benchmarks.training.binary_formats import read_labels
+from benchmarks.training.label_files import read_labels, split_key
 from benchmarks.training.options import NOISES, Options
 from benchmarks.training.samples import TensorSamples
 from benchmarks.training.sources import Data
@@ -38,10 +36,10 @@ def _noisy(data: Data, options: Options) -> Tensor:
         inputs = data.train.inputs
         scaled = inputs.float() / 255.0 if inputs.dtype == torch.uint8 else inputs
         return noise.instance_dependent(scaled, target, rate, classes, seed=seed).labels
-    path, _, key = options.noise.partition(":")
-    if not Path(path).suffix:
+    path, key = split_key(options.noise)
+    if not path.suffix and not path.is_file():
         raise SystemExit(f"--noise must be one of {', '.join(NOISES)} or a file, got {options.noise!r}")
-    labels = read_labels(Path(path), key or None)
+    labels = read_labels(path, key)
     if labels.shape != target.shape:
         raise SystemExit(f"--noise {path} must hold {len(target)} labels, got {len(labels)}")
     if labels.min() < 0 or labels.max() >= classes:

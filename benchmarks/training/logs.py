@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import math
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,13 @@ from benchmarks.training.options import Options
 
 
 class JsonLines(Logger):
-    """One JSON object a line, appended; a resumed run may repeat steps that were lost, later lines count."""
+    """One JSON object a line; a resumed run appends, and may repeat steps that were lost: later lines count."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, resumed: bool) -> None:
         super().__init__()
         self.path = path
+        if _writes() and not resumed:
+            path.unlink(missing_ok=True)
 
     @property
     def name(self) -> str:
@@ -43,19 +47,52 @@ class JsonLines(Logger):
         """Appends a line."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+            file.write(to_json({"step": step, **metrics}) + "\n")
 
 
-def make_loggers(options: Options) -> list[Logger]:
-    """The loggers of ``--log``; none without ``--out``."""
+def _writes() -> bool:
+    """Whether this process is the one that writes files."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON, which has no NaN and no infinity: null in place of them."""
+
+    def finite(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {name: finite(inner) for name, inner in part.items()}
+        if isinstance(part, list | tuple):
+            return [finite(inner) for inner in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(finite(value), indent=indent, allow_nan=False)
+
+
+def _csv(folder: Path, *, resumed: bool) -> CSVLogger:
+    """Lightning's logger deletes the file that it finds; a resumed run keeps its rows."""
+    path = folder / "csv" / "metrics.csv"
+    rows: list[dict[str, str]] = []
+    if _writes() and resumed and path.is_file():
+        with path.open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if None not in row.values()]  # half a line, of a break
+    logger = CSVLogger(folder, name="csv", version="", flush_logs_every_n_steps=1)
+    for row in rows:
+        known: Any = {name: value for name, value in row.items() if value}
+        logger.experiment.log_metrics(known, known.pop("step"))
+    logger.save()
+    return logger
+
+
+def make_loggers(options: Options, *, resumed: bool) -> list[Logger]:
+    """The loggers of ``--log``; none without ``--out``. Those of a ``resumed`` run go on with their files."""
     if options.out is None:
         return []
     loggers: list[Logger] = []
     for name in options.log.split(","):
         if name == "json":
-            loggers.append(JsonLines(options.out / "metrics.jsonl"))
+            loggers.append(JsonLines(options.out / "metrics.jsonl", resumed=resumed))
         elif name == "csv":
-            loggers.append(CSVLogger(options.out, name="csv", version=""))
+            loggers.append(_csv(options.out, resumed=resumed))
         else:
             try:
                 loggers.append(TensorBoardLogger(options.out, name="tensorboard", version=""))

@@ -44,9 +44,13 @@ class Options:
     augment: str = option("none", "images in memory: pad, crop and flip at random", ("none", "crop-flip"))
 
     noise: str = option(
-        "none", f"wrong training labels: {', '.join(NOISES)}, or a file of labels, FILE:KEY for CIFAR-N"
+        "none",
+        f"wrong training labels: {', '.join(NOISES)}, or a file of labels (.pt, .npy or text), FILE:KEY for CIFAR-N",
     )
-    noise_rate: float = option(0.4, "probability that a label is replaced")
+    noise_rate: float = option(
+        0.4,
+        "probability that a label is replaced; of instance the mean, so that 0 makes wrong labels, too",
+    )
 
     model: str = option("mlp", "resnet32, resnet34, resnet50, wide_resnet101_2, small_cnn, mlp, mlp:WIDTH or timm:NAME")
     loss: str = option("cross_entropy", "name of a loss, as in `python -m fused_losses info`, or elr")
@@ -67,7 +71,7 @@ class Options:
     batch_size: int = option(256, "rows of a forward pass, of all processes together")
     accumulate: int = option(1, "batches of a step")
     epochs: int = option(12, "passes over the training data")
-    max_steps: int = option(-1, "end after so many steps; -1: after the epochs")
+    max_steps: int = option(-1, "end after so many steps, with a validation; -1: after the epochs")
     optimizer: str = option("adam", "", ("sgd", "adam", "adamw"))
     lr: float = option(1e-3, "learning rate after the warm-up")
     lr_batch: int | None = option(None, "rows of a step that --lr is for: scaled linearly to the actual ones")
@@ -81,7 +85,7 @@ class Options:
 
     device: str = option("auto", "where to train", ("auto", "cpu", "cuda"))
     strategy: str = option("auto", "how processes share the network", ("auto", "ddp", "fsdp"))
-    sync_batchnorm: bool = option(False, "batch normalisation over all processes")
+    sync_batchnorm: bool = option(False, "batch normalisation over all processes, of GPUs")
     amp: str = option("none", "arithmetic of forward and backward", ("none", "bf16", "fp16"))
     channels_last: bool = option(False, "memory layout of the images")
     compile: bool = option(False, "torch.compile the network")
@@ -140,11 +144,12 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
 
 AT_LEAST = {
     **dict.fromkeys(("batch_size", "accumulate", "epochs", "image_size", "samples", "classes", "lr_batch"), 1),
-    **dict.fromkeys(("cross_entropy_epochs", "seed", "workers"), 0),
+    **dict.fromkeys(("cross_entropy_epochs", "workers"), 0),
     **{"checkpoint_steps": 1, "max_steps": -1},
 }
 RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     **dict.fromkeys(("noise_rate", "z_anneal"), ("be between 0 and 1", lambda x: 0.0 <= x <= 1.0)),
+    **dict.fromkeys(("seed",), ("satisfy 0 <= value < 2**32", lambda x: 0 <= x < 2**32)),
     **dict.fromkeys(("ema",), ("satisfy 0 < value < 1", lambda x: 0.0 < x < 1.0)),
     **dict.fromkeys(("momentum",), ("satisfy 0 <= value < 1", lambda x: 0.0 <= x < 1.0)),
     **dict.fromkeys(("z_threshold", "clip"), ("satisfy 0 < value < inf", lambda x: 0.0 < x < math.inf)),
@@ -168,6 +173,8 @@ def checked(options: Options) -> Options:
         value = getattr(options, name)
         if value is not None and not holds(value):
             raise SystemExit(f"--{name.replace('_', '-')} must {rule}, got {value}")
+    if options.strategy == "fsdp" and (options.ema is not None or options.l1 > 0.0):
+        raise SystemExit("--strategy fsdp excludes --ema and --l1, which need whole weights on every process")
     check_name(options.model)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit(f"--device must be there, got cuda, of which torch {torch.__version__} sees none")

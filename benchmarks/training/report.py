@@ -42,7 +42,7 @@ class SampleReport:
         """A table with a line for each sample, the most suspicious first, those never trained on last."""
         probability, rate = self.tracker.mean_probability(), self.tracker.flag_rate()
         order = probability.nan_to_num(math.inf).argsort(stable=True)
-        with path.open("w", newline="", encoding="utf-8") as file:
+        with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.writer(file)
             writer.writerow(["index", "source", "label", "true_label", "mean_probability", "drop_rate"])
             for i in order.tolist():

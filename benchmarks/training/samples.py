@@ -7,6 +7,7 @@ a resumed run continues exactly, and N processes see together what one would.
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,17 +129,17 @@ def crop_and_flip(images: Tensor, bits: npt.NDArray[np.uint64]) -> Tensor:
 
 
 class FileSamples(Dataset[Batch]):
-    """Images in files, decoded by Pillow; ``transform`` makes tensors (3, H, W) of them.
+    """Images in files, decoded by Pillow; ``transform`` makes tensors (3, ``size``, ``size``) of bytes of them.
 
     Transforms draw from torch's global generator, which is seeded for each sample.
     """
 
     def __init__(
-        self, files: Sequence[Path], target: Tensor, transform: Callable[[Any], Tensor], *, seed: int = 0
+        self, files: Sequence[Path], target: Tensor, transform: Callable[[Any], Tensor], size: int, *, seed: int = 0
     ) -> None:
         # A list of millions of paths would be copied into every worker as its reference counts change.
-        self.names = np.array([str(file) for file in files], dtype=np.bytes_)
-        self.target, self.transform, self.seed = target, transform, seed
+        self.names = np.array([os.fsencode(file) for file in files], dtype=np.bytes_)
+        self.target, self.transform, self.size, self.seed = target, transform, size, seed
 
     def __len__(self) -> int:
         return len(self.target)
@@ -146,21 +147,36 @@ class FileSamples(Dataset[Batch]):
     def __getitem__(self, request: Request) -> Batch:
         epoch, numbers = request
         words = random_bits(self.seed, epoch, numbers, 1)[:, 0]
-        images = [self._image(i, int(word >> np.uint64(1))) for i, word in zip(numbers.tolist(), words, strict=True)]
-        return Batch(torch.stack(images), self.target[numbers], numbers)
+        # A process may have no row of the last validation batch.
+        images = torch.empty(len(numbers), 3, self.size, self.size, dtype=torch.uint8)
+        for image, number, word in zip(images, numbers.tolist(), words, strict=True):
+            image.copy_(self._image(number, int(word >> np.uint64(1))))
+        return Batch(images, self.target[numbers], numbers)
 
     def _image(self, number: int, seed: int) -> Tensor:
         from PIL import Image
 
-        path = self.names[number].decode()
+        path = os.fsdecode(self.names[number])
         try:
             with Image.open(path) as file:
-                image = file.convert("RGB")
-        except OSError as error:
-            raise RuntimeError(f"{path} cannot be read as an image: {error}") from error
+                image = _eight_bits(file).convert("RGB")
+        except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
+            raise RuntimeError(f"{path} cannot be read as an image: {error or type(error).__name__}") from error
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.transform(image)
+
+
+def _eight_bits(image: Any) -> Any:
+    """Grey values of 16 bits scaled to 8, which ``convert`` would cut off at 255."""
+    from PIL import Image
+
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 0xFFFF:
+        raise ValueError(f"grey values must have 8 or 16 bits, got {values.min()} to {values.max()} ({image.mode})")
+    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
 class SyntheticSamples(Dataset[Batch]):

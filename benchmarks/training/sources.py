@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.training import binary_formats, webvision
+from benchmarks.training import binary_formats, image_folder, webvision
 from benchmarks.training.options import Options
 from benchmarks.training.samples import FileSamples, SyntheticSamples, TensorSamples
 from benchmarks.training.transforms import for_training, for_validation
@@ -69,15 +69,24 @@ def load(options: Options) -> Data:
         "webvision": _webvision,
         "synthetic": _synthetic,
     }
-    return loaders[options.dataset](options)
+    data = loaders[options.dataset](options)
+    adapt(data, options)
+    return data
+
+
+def adapt(data: Data, options: Options) -> None:
+    """Gives training samples the seed and the augmentation of ``options``, which they may have been loaded without."""
+    if not isinstance(data.train, SyntheticSamples):
+        data.train.seed = options.seed
+    if isinstance(data.train, TensorSamples):
+        data.train.augment = options.augment == "crop-flip"
 
 
 def _in_memory(
     options: Options, train: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor], num_classes: int
 ) -> Data:
     inputs, target = (part[: options.samples] for part in train)
-    samples = TensorSamples(inputs, target, augment=options.augment == "crop-flip", seed=options.seed)
-    return Data(samples, TensorSamples(*validation), num_classes)
+    return Data(TensorSamples(inputs, target), TensorSamples(*validation), num_classes)
 
 
 def _digit_halves(options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -118,6 +127,11 @@ def _digit_strings(options: Options) -> Data:
 
 def _fashion_mnist(options: Options) -> Data:
     folder = options.data or FASHION_MNIST
+    if options.data is None and not folder.is_dir():
+        raise SystemExit(
+            "--dataset fashion-mnist needs --data, the folder of its four files, or Debian's package "
+            f"dataset-fashion-mnist, which has them in {folder}"
+        )
     (train_x, train_y), (test_x, test_y) = (binary_formats.read_mnist(folder, name) for name in ("train", "t10k"))
     data = _in_memory(options, (train_x[:, None], train_y), (test_x[:, None], test_y), 10)
     data.mean, data.std, data.pairs = (0.286,), (0.353,), "fashion-mnist"
@@ -136,8 +150,8 @@ def _photographs(options: Options, train: tuple[list[Path], Tensor], validation:
     size = options.image_size
     files = train[0]
     return Data(
-        FileSamples(*train, for_training(size), seed=options.seed),
-        FileSamples(*validation, for_validation(size)),
+        FileSamples(*train, for_training(size), size),
+        FileSamples(*validation, for_validation(size), size),
         num_classes=1 + int(max(train[1].max(), validation[1].max())),
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
@@ -151,17 +165,17 @@ def _image_folder(options: Options) -> Data:
     for part in (train, validation):
         if not part.is_dir():
             raise SystemExit(f"--data must have folders train and val with one folder a class, {part} is missing")
-    classes = sorted(entry.name for entry in train.iterdir() if entry.is_dir())
-    numbers = {name: number for number, name in enumerate(classes)}
-
-    def files(part: Path) -> tuple[list[Path], Tensor]:
-        found = sorted(path for path in part.glob("*/*") if path.suffix.lower() in {".jpg", ".jpeg", ".png", ".webp"})
-        strange = {path.parent.name for path in found} - numbers.keys()
-        if strange or not found:
-            raise SystemExit(f"{part} has images of classes that train has not: {sorted(strange)[:5]}, or none at all")
-        return found, torch.tensor([numbers[path.parent.name] for path in found])
-
-    data = _photographs(options, files(train), files(validation))
+    classes: dict[str, int] = {}
+    halves = []
+    for part in (train, validation):
+        found = image_folder.read(part)
+        classes = classes or {name: number for number, name in enumerate(found)}
+        strange = sorted(found.keys() - classes.keys())
+        if strange:
+            raise SystemExit(f"{part} must have classes of {train}, got {', '.join(strange[:5])}")
+        files = [path for paths in found.values() for path in paths]
+        halves.append((files, torch.tensor([classes[name] for name, paths in found.items() for _ in paths])))
+    data = _photographs(options, *halves)
     data.num_classes = len(classes)
     return data
 
@@ -169,7 +183,7 @@ def _image_folder(options: Options) -> Data:
 def _webvision(options: Options) -> Data:
     lists = webvision.read(options.folder(), options.webvision_parts.split(","), options.classes)
     data = _photographs(options, lists.train, lists.validation)
-    data.num_classes = options.classes or 1000
+    data.num_classes = options.classes or webvision.CLASSES
     data.names, data.labels_are_true = lists.describe, False
     return data
 

@@ -73,12 +73,11 @@ def run(experiment: Any, folder: Path, seeds: int, full: bool, until: float) -> 
     runs = Runs(folder / f"{experiment.NAME}.jsonl", until=until)
     if hasattr(experiment, "measure"):  # more than accuracy
         experiment.measure(runs, seeds, full)
-        complete = not runs.late()
     else:
-        complete = train_all(runs, experiment.recipe(full), experiment.variants(full), seeds)
+        train_all(runs, experiment.recipe(full), experiment.variants(full), seeds)
     if runs.rows:
         experiment.write(runs, folder)
-    return complete
+    return runs.complete
 
 
 if __name__ == "__main__":

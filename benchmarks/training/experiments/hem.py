@@ -73,7 +73,7 @@ def measure(runs: Runs, seeds: int, full: bool) -> None:
             for name, changes in losses.items():
                 options = dataclasses.replace(recipe(full), **changes, seed=seed)
                 settings = json.loads(json.dumps(options.settings()))
-                if runs.late() or runs.has(name, group, seed, settings):
+                if not runs.due(name, group, seed, settings):
                     continue
                 satisfied = SatisfiedRows()
                 model = fit(options, data, [] if name.startswith("CE") else [satisfied])[1].eval()

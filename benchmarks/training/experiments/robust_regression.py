@@ -65,7 +65,7 @@ def measure(runs: Runs, seeds: int, full: bool) -> None:
             for share in SHARES:
                 for name, loss in LOSSES.items():
                     group = f"{kind} {share:g}"
-                    if not runs.late() and not runs.has(name, group, seed, Options().settings()):
+                    if runs.due(name, group, seed, Options().settings()):
                         error = train(loss(), kind, share, seed)
                         runs.add({"label": name, "group": group, "seed": seed, "settings": {}, "error": error})
 

@@ -36,6 +36,7 @@ class Runs:
     path: Path
     rows: list[dict[str, Any]] = field(default_factory=list)
     until: float = math.inf  # by time.monotonic(): no run begins later
+    complete: bool = True
 
     def __post_init__(self) -> None:
         """Reads what is there; half a line, of an interrupted run, is cut off."""
@@ -46,9 +47,12 @@ class Runs:
                 self.path.write_text(whole, encoding="utf-8")
             self.rows += [json.loads(line) for line in whole.splitlines()]
 
-    def late(self) -> bool:
-        """Whether no further run shall begin."""
-        return time.monotonic() > self.until
+    def due(self, label: str, group: str, seed: int, settings: dict[str, Any]) -> bool:
+        """Whether this run is missing and it is not too late to begin it, which leaves the experiment incomplete."""
+        if self.has(label, group, seed, settings):
+            return False
+        self.complete = self.complete and time.monotonic() <= self.until
+        return self.complete
 
     def add(self, row: dict[str, Any]) -> None:
         """Appends a line."""
@@ -73,8 +77,8 @@ class Runs:
         return [found[seed] for seed in sorted(found)]
 
 
-def train_all(runs: Runs, recipe: Options, variants: Sequence[Variant], seeds: int) -> bool:
-    """Trains what is missing: all with one seed before the next, those of limited seeds last. False if it got late."""
+def train_all(runs: Runs, recipe: Options, variants: Sequence[Variant], seeds: int) -> None:
+    """Trains what is missing: all with one seed before the next, those of limited seeds last."""
     from benchmarks.training.engine import run
     from benchmarks.training.sources import load
 
@@ -85,10 +89,8 @@ def train_all(runs: Runs, recipe: Options, variants: Sequence[Variant], seeds: i
     for seed, variant in order:
         options = dataclasses.replace(recipe, **variant.changes, seed=seed, quiet=True)
         settings = json.loads(json.dumps(options.settings()))
-        if runs.has(variant.label, variant.group, seed, settings):
+        if not runs.due(variant.label, variant.group, seed, settings):
             continue
-        if runs.late():
-            return False
         key = f"{options.dataset} {options.samples}"
         data[key] = data.get(key) or load(options)
         result = run(options, data[key])
@@ -101,7 +103,6 @@ def train_all(runs: Runs, recipe: Options, variants: Sequence[Variant], seeds: i
             f"{row['seconds']} s",
             flush=True,
         )
-    return True
 
 
 def spread(values: Iterable[float], scale: float = 100.0, digits: int = 1) -> str:

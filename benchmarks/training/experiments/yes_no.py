@@ -74,7 +74,7 @@ def measure(runs: Runs, seeds: int, full: bool) -> None:
         for kind, share in NOISE:
             for name, loss in LOSSES.items():
                 group = f"{kind} {share:g}"
-                if not runs.late() and not runs.has(name, group, seed, Options().settings()):
+                if runs.due(name, group, seed, Options().settings()):
                     row = {"label": name, "group": group, "seed": seed, "settings": {}}
                     runs.add({**row, **train(loss(), inputs, labels, kind, share, seed)})
 

@@ -41,7 +41,7 @@ def measure(runs: Runs, seeds: int, full: bool) -> None:
         for base in BASES:
             for rate in RATES:
                 for name, schedule in SCHEDULES.items():
-                    if not runs.late() and not runs.has(name, f"{base} {rate:g}", seed, Options().settings()):
+                    if runs.due(name, f"{base} {rate:g}", seed, Options().settings()):
                         row = train(base, schedule, rate, seed)
                         runs.add({"label": name, "group": f"{base} {rate:g}", "seed": seed, "settings": {}, **row})
 
