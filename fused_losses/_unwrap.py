@@ -1,4 +1,4 @@
-"""The loss inside the wrappers that torch puts around a Module."""
+"""What torch puts around a Module: wrappers, and hooks that make its weight."""
 
 from __future__ import annotations
 
@@ -32,3 +32,19 @@ def unwrap(module: Any) -> Any:
 def owns(module: nn.Module, name: str) -> bool:
     """Whether ``module`` itself has the attribute, parameter or buffer, and not its class or a Module inside it."""
     return any(name in held for held in (vars(module), module._buffers, module._parameters))
+
+
+def make_weight(layer: nn.Module, input: Any) -> None:
+    """What a call of a layer does before it reads its weight, for whoever reads that without calling the layer.
+
+    Pruning, and the older spectral and weight norm of torch, make the weight in a hook; other hooks are not run.
+    """
+    sharded = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    if sharded is not None and isinstance(layer, sharded):
+        raise RuntimeError(
+            "linear must not be sharded by fully_shard on its own, as nobody calls it: give the LinearLoss itself, or "
+            "the Module around it, to fully_shard"
+        )
+    for hook in layer._forward_pre_hooks.values():
+        if type(hook).__module__.startswith("torch.nn.utils."):
+            hook(layer, (input,))

@@ -19,6 +19,7 @@ from fused_losses._linear_autograd import ChunkedLogits
 from fused_losses._logit_bias import LogitBias
 from fused_losses._parameters import not_negative_integer, positive_integer, switch
 from fused_losses._shards import CALL, Shard
+from fused_losses._unwrap import make_weight
 from fused_losses.distributed import GlobalMean
 from fused_losses.parallel import ClassParallel, sum_gradient
 from fused_losses.z_cross_entropy import ZErrorCrossEntropyLoss
@@ -224,9 +225,9 @@ def _exchanges(
     loss: Loss, class_group: tuple[dist.ProcessGroup | None] | None, reduction: str | None
 ) -> list[Exchange]:
     """What a call communicates, as far as it may bring news."""
-    if class_group is not None:
-        return [Exchange.over(class_group[0], CALL)]
-    return loss._exchanges(reduction) if isinstance(loss, (GlobalMean, ZErrorCrossEntropyLoss)) else []
+    of_classes = [] if class_group is None else [Exchange.over(class_group[0], CALL)]
+    of_rows = loss._exchanges(reduction) if isinstance(loss, (GlobalMean, ZErrorCrossEntropyLoss)) else []
+    return of_classes + of_rows
 
 
 def _local_classes(loss: Loss, layer: Layer) -> tuple[Layer, Shard]:
@@ -299,7 +300,8 @@ class LinearLoss(Criterion):
 
     Module form of :func:`fused_losses.functional.linear_loss`, which explains the computation. The layer is
     ``self.linear``, the loss ``self.loss``; ``logits(input)`` is for prediction. Under ``fully_shard`` the weight is
-    gathered once, for all chunks.
+    gathered once, for all chunks. Hooks of the layer are not run, but for those of torch that make its weight (pruning,
+    spectral and weight norm).
 
     Args:
         in_features: D, the width of ``input``.
@@ -367,6 +369,7 @@ class LinearLoss(Criterion):
 
     def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """The loss of features ``(..., D)`` for ``target``."""
+        make_weight(self.linear, input)
         return linear_loss(
             input,
             self.linear.weight,
@@ -382,6 +385,7 @@ class LinearLoss(Criterion):
 
     def logits(self, input: Tensor) -> Tensor:
         """All logits, ``(..., C)``. A sharded weight is gathered, for which all ranks have to call it."""
+        make_weight(self.linear, input)
         given: Any = (self.linear.weight, self.linear.bias)
         weight, bias = (each.full_tensor() if is_distributed(each) else each for each in given)
         return F.linear(input, weight, bias)

@@ -11,6 +11,7 @@ from parallel_problem import CLASSES, FEATURES, bounds
 from torch import nn
 from torch.autograd import forward_ad
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import fused_losses as fl
@@ -40,6 +41,11 @@ def check_errors(rank, world_size):
             ClassParallel(fl.GCELoss(), None, bad, CLASSES)
     with pytest.raises(TypeError, match="row-loss Module"):
         ClassParallel(nn.CrossEntropyLoss(), None, first, CLASSES)
+    alone = fl.LinearLoss(FEATURES, CLASSES)
+    fully_shard(alone.linear)
+    for call in (alone.logits, lambda x: alone(x, target)):
+        with pytest.raises(RuntimeError, match="linear must not be sharded by fully_shard on its own"):
+            call(torch.zeros(4, FEATURES))
     check_derivatives(sharded, logits, target)
     total = sharded(logits.requires_grad_(), target)
     with pytest.raises(RuntimeError, match="first derivative only"):

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from gloo_group import gloo_group, run_ranks
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import fused_losses as fl
 from fused_losses import _agreement, _chunks, _ops, _shard_formula, _shard_margin, _shards
@@ -47,6 +48,7 @@ LOSSES = {
     "around ELR": lambda g: remembering(fl.SuperLoss(fl.ELRLoss(4, CLASSES), running=True, process_group=g)),
     "linear": lambda g: linear(fl.GlobalMean(fl.GCELoss(), g)),
     "linear, mean of a sum": lambda g: linear(fl.GlobalMean(fl.GCELoss(reduction="sum"), g), reduction="mean"),
+    "linear, classes sharded": lambda g: over_a_mesh(g),
     "linear, Z-Error": lambda g: linear(fl.ZErrorCrossEntropyLoss(process_group=g)),
 }
 # What one rank gets wrong.
@@ -74,6 +76,14 @@ def squares(loss):
         return loss(first(logits), target.float() if isinstance(target, torch.Tensor) else target, weight)
 
     return run
+
+
+def over_a_mesh(group):
+    """Rows over all ranks, and classes over one: two groups of which either may wait."""
+    mesh = dist.init_device_mesh("cpu", (group.size(), 1), mesh_dim_names=("rows", "classes"))
+    loss = fl.LinearLoss(CLASSES, CLASSES, fl.GlobalMean(fl.GCELoss(), mesh["rows"].get_group()))
+    loss.linear = parallelize_module(loss.linear, mesh["classes"], ColwiseParallel())
+    return loss
 
 
 def remembering(loss):
@@ -160,6 +170,22 @@ def check_between(rank, bad_rank, name):
 
 def call(loss, **given):
     return loss(*({"sample_weight": None, **FINE, **given}[name] for name in ("logits", "target", "sample_weight")))
+
+
+def test_targets_of_ranks_are_told_apart():
+    """Also where the differences are multiples of each other's places."""
+    given = [
+        [0, 0, 0, 0],
+        [2, 0, 0, 0],
+        [0, 1, 0, 0],
+        [1, 0, 1, 0],
+        [0, 2, 0, 0],
+        [0, 0, 0, 1],
+        [4, 0, 0, 0],
+        [0, 1, 0, 1],
+    ]
+    found = {int(_agreement._checksum(torch.tensor(target))) for target in given}
+    assert len(found) == len(given)
 
 
 def error_of(loss, given):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from test_linear import BAD, CLASSES, FEATURES, ROWS, problem
+from torch import nn
 from torch.autograd import forward_ad
 from torch.distributed import HashStore, destroy_process_group, init_process_group
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import fused_losses as fl
@@ -155,3 +157,30 @@ def test_the_module_checks_its_options_at_once():
     assert fl.LinearLoss(FEATURES, CLASSES, fl.GlobalMean(fl.HEMLoss()), reduction="active_mean").reduction
     with pytest.raises(ValueError, match="reduction must be"):
         fl.LinearLoss(FEATURES, CLASSES, fl.GlobalMean(fl.GCELoss()), reduction="active_mean")
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*")
+@pytest.mark.parametrize(
+    "wrap",
+    [nn.utils.spectral_norm, nn.utils.weight_norm, lambda linear: prune.l1_unstructured(linear, "weight", 0.5)],
+    ids=["spectral_norm", "weight_norm", "pruned"],
+)
+def test_weights_that_hooks_make(wrap):
+    """They do so before a call of the layer, which is not called."""
+    made = []
+    for dense in (False, True):
+        torch.manual_seed(0)
+        criterion = fl.LinearLoss(4, 7)
+        wrap(criterion.linear)
+        optimizer = torch.optim.SGD(criterion.parameters(), lr=1.0)
+        x, target = torch.randn(6, 4), torch.arange(6)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = criterion.loss(criterion.linear(x), target) if dense else criterion(x, target)
+            loss.backward()
+            assert all(p.grad is not None for p in criterion.parameters())
+            optimizer.step()
+        logits = criterion.eval().linear(x) if dense else criterion.eval().logits(x)
+        made.append((loss, logits, *criterion.parameters()))
+    for found, expected in zip(*made, strict=True):
+        torch.testing.assert_close(found, expected)
