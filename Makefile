@@ -21,7 +21,7 @@ CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu
 
 # Empty files that say which step is done; the first carries the torch that was asked for.
 TORCH_DONE := $(VENV)/.done-$(subst /,_,$(subst =,-,$(TORCH)))
-BUILD_DONE := $(VENV)/.done-build
+BUILD_DONE := $(VENV)/.done-build-$(or $(FUSED_LOSSES_CUDA),auto)
 DEV_DONE := $(VENV)/.done-dev
 
 .PHONY: build check test test-long test-emulated test-compiled demo bench bench-compile docs lint format wheel wheels clean distclean
@@ -86,6 +86,7 @@ $(TORCH_DONE):
 # Editable: both binaries land in fused_losses/, Python files need no new build.
 $(BUILD_DONE): $(TORCH_DONE) $(SOURCES)
 	$(PIP) --no-build-isolation --editable '.[test]'
+	@rm -f $(VENV)/.done-build*
 	@touch $@
 
 $(DEV_DONE): $(TORCH_DONE) pyproject.toml
@@ -94,7 +95,7 @@ $(DEV_DONE): $(TORCH_DONE) pyproject.toml
 
 # The documentation, with every warning an error, into site/. It imports the package for its signatures.
 docs: $(BUILD_DONE)
-	$(PY) -m mkdocs build --strict --quiet
+	$(PY) -m mkdocs build --strict
 
 lint: $(DEV_DONE)
 	$(PY) -m ruff check .
@@ -110,7 +111,7 @@ format: $(DEV_DONE)
 # For this Python and every torch from 2.11 on, with CUDA kernels where nvcc is found; into dist/, named after the oldest
 # C library that its binaries can be loaded with (manylinux_2_34: glibc 2.34).
 wheel: $(DEV_DONE)
-	@rm -rf build/wheel
+	@rm -rf build/wheel build/lib*
 	$(PY) -m build --no-isolation --wheel --outdir build/wheel
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m auditwheel repair --exclude libtorch_cpu.so --wheel-dir dist build/wheel/*.whl
 

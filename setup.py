@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -47,8 +48,10 @@ class CMakeBuild(build_ext):
 
         in_source = self.inplace or self.editable_mode
         output = (ROOT if in_source else Path(self.build_lib).resolve()) / PACKAGE
-        # Kept between builds, one for each environment, so that only what changed is compiled again.
-        tag = f"{sys.implementation.cache_tag}-{zlib.crc32(sys.prefix.encode()):08x}"
+        # Kept between builds, one for each environment and compiler, so that only what changed is compiled again.
+        compilers = [os.environ.get(name) for name in ("CC", "CXX", "CXXFLAGS", "CUDACXX", "CUDAToolkit_ROOT")]
+        made_with = repr([sys.prefix, *compilers, shutil.which("nvcc")])
+        tag = f"{sys.implementation.cache_tag}-{zlib.crc32(made_with.encode()):08x}"
         folder = Path(os.environ.get("FUSED_LOSSES_BUILD_DIR", ROOT / "build" / tag))
         configure = [
             *("cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"),
@@ -58,7 +61,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DFUSED_LOSSES_TORCH_PYTHON={torch_python}",
             f"-DFUSED_LOSSES_OUTPUT_DIR={output}",
-            *os.environ.get("CMAKE_ARGS", "").split(),
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(folder), "--parallel", build_jobs()], check=True)

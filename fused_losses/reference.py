@@ -2,6 +2,11 @@
 derivative.
 """
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
 from fused_losses import _unregistered, functional, z_bce, z_cross_entropy, z_mse
 from fused_losses._arguments import LOSSES
 
@@ -14,5 +19,11 @@ gjs_loss = _unregistered.gjs_loss
 z_error_bce_with_logits = z_bce.z_error_bce_with_logits_reference
 z_error_cross_entropy = z_cross_entropy.z_error_cross_entropy_reference
 z_mse_loss = z_mse.z_mse_loss_reference
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Callable[..., Tensor]:
+        """What ``globals()`` got above."""
+
 
 __all__ = [name for name in functional.__all__ if name in globals()]  # not linear_loss, mixed and row_statistics

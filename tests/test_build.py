@@ -167,6 +167,7 @@ def test_what_to_install_before_a_build_is_all_it_asks_for(path):
     [
         ("FUSED_LOSSES_CUDA", "yes", "FUSED_LOSSES_CUDA must be 0, 1 or unset, got 'yes'"),
         ("TORCH_CUDA_ARCH_LIST", "8.0;Hopper", "TORCH_CUDA_ARCH_LIST: 'Hopper' in '8.0;Hopper'"),
+        ("TORCH_CUDA_ARCH_LIST", "7.5 9.0", "The CUDA kernels need sm_80 (A100) or newer, got 75-real"),
     ],
 )
 def test_bad_build_settings_are_named(tmp_path, name, value, message):

@@ -209,7 +209,7 @@ def test_readme_is_read_in_two_minutes():
 def test_site_builds_without_warnings(tmp_path):
     for package in ("mkdocs", "mkdocstrings", "griffe"):
         pytest.importorskip(package)
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     links = {
