@@ -175,3 +175,23 @@ def test_a_single_row_may_have_its_target_in_a_list(name):
     assert entry.function(LOGITS[1], TARGET[1:2], reduction="none").shape == ()
     with pytest.raises(RuntimeError, match=r"Expected target size \[\] for logits of shape \[3\], got \[2\]"):
         entry.function(LOGITS[1], TARGET[:2])
+
+
+def test_what_had_no_memory_can_be_reset() -> None:
+    """``to_empty`` leaves whatever was in the memory; ``reset_parameters`` of every Module makes it new."""
+    logits, target = torch.randn(6, 3), torch.arange(6) % 3
+    for make in (
+        lambda: fl.TransitionMatrix(3, init=1.0),
+        lambda: fl.ZErrorCrossEntropyLoss(running=True, num_classes=3),
+        lambda: fl.SuperLoss("gce", running=True),
+        lambda: fl.ELRLoss(6, 3),
+    ):
+        module, new = make(), make()
+        if not isinstance(module, fl.TransitionMatrix):
+            module(logits, target, *([torch.arange(6)] if isinstance(module, fl.ELRLoss) else []))
+        module = module.to("meta").to_empty(device="cpu")
+        for tensor in module.state_dict().values():
+            tensor.data.fill_(7.0)
+        module.reset_parameters()
+        assert all(map(torch.equal, module.state_dict().values(), new.state_dict().values()))
+    fl.ZMSELoss().reset_parameters()  # nothing to reset

@@ -395,8 +395,6 @@ def test_a_state_that_is_none(state):
 
 
 def test_a_spawned_process_has_a_tracker_of_its_own() -> None:
-    """torch gives it a share in the memory of tensors, so that counts of two ranks would be in one."""
-    tracker = fl.OutlierTracker(2)
-    other = pickle.loads(ForkingPickler.dumps(tracker))
+    other = pickle.loads(ForkingPickler.dumps(tracker := fl.OutlierTracker(2)))  # torch shares the memory of tensors
     other.update([0], prob=[0.5])
     assert (other.times_seen.tolist(), tracker.times_seen.tolist()) == ([1, 0], [0, 0])

@@ -249,8 +249,7 @@ def test_rows_without_gradient_may_be_left_out(ignored, name, skip, device):
     with torch.no_grad():
         w.mul_(4.0)
         target = F.linear(x, w, b).argmax(1)  # most rows satisfy the margin
-        target[7] = target[160] = 0
-        target[ignored] = -100
+        target[[7, 160]], target[ignored] = 0, -100
     for reduction in reductions_of(name):
         check(
             lambda x, w, b: linear_loss(

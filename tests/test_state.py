@@ -386,23 +386,3 @@ def test_a_tracker_refuses_a_state_of_other_numbers():
         with pytest.raises(ValueError, match=r"^state_dict must hold (counts|sums)"):
             tracker.load_state_dict({**state, name: wrong})
         assert not tracker.times_seen.any() and tracker.mean_score().isnan().all()
-
-
-def test_what_had_no_memory_can_be_reset() -> None:
-    """``to_empty`` leaves whatever was in the memory; ``reset_parameters`` of every Module makes it new."""
-    logits, target = torch.randn(6, 3), torch.arange(6) % 3
-    for make in (
-        lambda: fl.TransitionMatrix(3, init=1.0),
-        lambda: fl.ZErrorCrossEntropyLoss(running=True, num_classes=3),
-        lambda: fl.SuperLoss("gce", running=True),
-        lambda: fl.ELRLoss(6, 3),
-    ):
-        module, new = make(), make()
-        if not isinstance(module, fl.TransitionMatrix):
-            module(logits, target, *([torch.arange(6)] if isinstance(module, fl.ELRLoss) else []))
-        module = module.to("meta").to_empty(device="cpu")
-        for tensor in module.state_dict().values():
-            tensor.data.fill_(7.0)
-        module.reset_parameters()
-        assert all(map(torch.equal, module.state_dict().values(), new.state_dict().values()))
-    fl.ZMSELoss().reset_parameters()  # nothing to reset
