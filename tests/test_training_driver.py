@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import training_layouts as layouts
-from training_runs import ROOT, SMALL, weights
+from training_runs import MARKS, ROOT, SMALL, weights
 
 import fused_losses as fl
 
@@ -32,12 +32,7 @@ from benchmarks.training.report import compare
 from benchmarks.training.sources import load
 from fused_losses.calibration import solve_logit_bias
 
-pytestmark = [
-    pytest.mark.any_cpu,
-    pytest.mark.usefixtures("one_thread"),
-    # Lightning's advice about workers, logging intervals and the like
-    pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning:lightning"),
-]
+pytestmark = MARKS
 
 LAYOUTS: list[tuple[str, Callable[[Path], object] | None, list[str]]] = [
     ("fashion-mnist", layouts.mnist, ["--model", "small_cnn", "--noise", "asymmetric"]),
@@ -112,7 +107,7 @@ PROCESSES = """
 import dataclasses, pathlib, sys, torch
 from benchmarks.training import engine
 from test_training_driver import PROCESS_RUNS
-from training_runs import SMALL
+from training_runs import MARKS, SMALL
 torch.set_num_threads(1)
 for name, changes in PROCESS_RUNS.items():
     engine.run(dataclasses.replace(SMALL, **changes, out=pathlib.Path(sys.argv[1]) / name))

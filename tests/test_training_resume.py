@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import pytest
 import torch
-from training_runs import ROOT, SMALL, weights
+from training_runs import MARKS, ROOT, SMALL, weights
 
 pytest.importorskip("lightning", reason="the training driver needs Lightning")
 pytest.importorskip("sklearn", reason="its digits are the data")
@@ -28,12 +28,7 @@ from benchmarks.training import classifier, engine
 from benchmarks.training.checkpoints import WholeFiles
 from benchmarks.training.options import Options
 
-pytestmark = [
-    pytest.mark.any_cpu,
-    pytest.mark.usefixtures("one_thread"),
-    # Lightning's advice about workers, logging intervals and the like
-    pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::FutureWarning:lightning"),
-]
+pytestmark = MARKS
 
 
 class Killed(Exception):
@@ -295,7 +290,7 @@ TWO = """
 import dataclasses, pathlib, sys, pytest, torch
 from lightning.pytorch.utilities import rank_zero_only
 from test_training_resume import break_off, compare_with_unbroken, terminate
-from training_runs import SMALL
+from training_runs import MARKS, SMALL
 torch.set_num_threads(1)
 folder = pathlib.Path(sys.argv[1])
 for name, changes, after, hook in [
