@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fused_losses import _arguments, z_cross_entropy
 from fused_losses._arrays import as_tensor
 from fused_losses._parameters import finite
+from fused_losses.distributed import kept_weight
 
 try:
     from mmengine.registry import MODELS
@@ -144,10 +145,7 @@ class FusedLoss(nn.Module):
             if label.is_floating_point():
                 return self._divided(total, weight.numel())
             counts = ~_arguments.is_ignored(label, criterion.ignore_index)
-        if criterion.weight is None:
-            return self._divided(total, counts.sum())
-        of_class = criterion.weight[torch.where(counts, label, 0).long()]
-        return self._divided(total, torch.where(counts, of_class, 0.0).sum())
+        return self._divided(total, kept_weight(counts, label, criterion.weight, None).to(total.dtype))
 
 
 if MODELS is not None:
